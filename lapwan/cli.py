@@ -1,0 +1,157 @@
+"""The Typer app: names, help and flags, made from the settings models. Imports no torch, so --help is instant.
+
+How to add a command: a settings model in `lapwan/settings/`, `run(settings, options)` in `lapwan/commands/`, and one
+row in `COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args, get_origin
+
+import typer
+
+from lapwan import __version__, console
+from lapwan.commands.table import COMMANDS, Command
+from lapwan.errors import Interrupted, UserError
+from lapwan.settings.base import FlagField, Settings, flag_fields
+from lapwan.settings.load import load
+from lapwan.settings.run import RunOptions
+from lapwan.spellings import rewrite
+
+app = typer.Typer(
+    name="lapwan",
+    help="Fine-tune, specialise, align and diagnose Wan2.2 video models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    """Fine-tune, specialise, align and diagnose Wan2.2 video models."""
+    if version:
+        console.results.print(f"lapwan {__version__}")
+        raise typer.Exit
+
+
+_COMMON = (
+    inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="Settings as TOML.", rich_help_panel="Every command")
+    ]),
+    inspect.Parameter("sets", inspect.Parameter.KEYWORD_ONLY, default=[], annotation=Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="One setting, as section.key=value; repeatable.",
+                                rich_help_panel="Every command")
+    ]),
+    inspect.Parameter("dry_run", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the resolved settings and the plan, stop.",
+                           rich_help_panel="Every command")
+    ]),
+    inspect.Parameter("overwrite", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output that exists.", rich_help_panel="Every command")
+    ]),
+    inspect.Parameter("verbose", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[
+        bool, typer.Option("-v", "--verbose", help="Say more on stderr.", rich_help_panel="Every command")
+    ]),
+    inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[
+        bool, typer.Option("-q", "--quiet", help="Only warnings and errors on stderr.", rich_help_panel="Every command")
+    ]),
+)
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) in (list, tuple) and (len(get_args(annotation)) == 1 or ... in get_args(annotation))
+
+
+def _holds(annotation: Any, kind: type) -> bool:
+    return annotation is kind or kind in get_args(annotation)
+
+
+def _help(field: FlagField) -> str:
+    default = field.info.default
+    text = field.info.description or ""
+    shown = isinstance(default, bool | int | float | str) and default != "" and not field.info.is_required()
+    if shown and not isinstance(default, bool):
+        text = f"{text} \\[default: {default}]"
+    return text
+
+
+def _parameter(name: str, field: FlagField) -> inspect.Parameter:
+    """The Typer parameter of a settings field: strings through, so that the settings parse them in one place."""
+    annotation, flag = field.info.annotation, field.flag
+    many = _is_list(annotation)
+    metavar = flag.metavar or ("" if _holds(annotation, bool) else name.upper())
+    if flag.positional:
+        kind: Any = list[str] if many else str | None
+        info: Any = typer.Argument(metavar=metavar, help=_help(field), show_default=False)
+    else:
+        long = field.long_name
+        short = [n for n in flag.names if not n.startswith("--")]
+        if _holds(annotation, bool):
+            info = typer.Option(f"{long}/--no-{long[2:]}", *short, help=_help(field), show_default=False)
+            kind = bool | None
+        else:
+            info = typer.Option(long, *short, metavar=metavar, help=_help(field), show_default=False)
+            kind = list[str] if many else str | None
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=[] if kind == list[str] else None, annotation=Annotated[kind, info]
+    )
+
+
+def _make(command: Command, settings_model: type[Settings]) -> Callable[..., None]:
+    fields = {field.key.replace(".", "__"): field for field in flag_fields(settings_model)}
+
+    def call(**values: Any) -> None:
+        common = {p.name: values.pop(p.name) for p in _COMMON}
+        console.set_level(
+            console.VERBOSE if common["verbose"] else console.QUIET if common["quiet"] else console.NORMAL
+        )
+        options = {fields[name].key: value for name, value in values.items() if value is not None and value != []}
+        settings = load(settings_model, common["config"], common["sets"], options)
+        run = importlib.import_module(command.module).run
+        run(settings, RunOptions(dry_run=common["dry_run"], overwrite=common["overwrite"]))
+
+    parameters = [_parameter(name, field) for name, field in fields.items()]
+    call.__signature__ = inspect.Signature([*parameters, *_COMMON])  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in (*parameters, *_COMMON)}
+    call.__doc__ = command.help
+    return call
+
+
+def _register() -> None:
+    for command in COMMANDS:
+        model = getattr(importlib.import_module(command.settings_module), command.settings_class)
+        app.command(command.name, help=command.help, epilog=command.example)(_make(command, model))
+
+
+_register()
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    console.log_console.print(f"error: {message}", markup=False, style="red")
+    sys.exit(code)
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 1 a fault of ours, 2 the user can mend it, 130 interrupted."""
+    try:
+        sys.argv[1:] = rewrite(sys.argv[1:])
+        app()
+    except UserError as error:
+        _fail(str(error), 2)
+    except Interrupted as stop:
+        console.log_console.print(str(stop), markup=False)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # `lapwan ... | head`
+        sys.stderr.close()
+        sys.exit(0)

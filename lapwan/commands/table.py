@@ -1,0 +1,26 @@
+"""The commands, a row each: name, the settings they take, the module that runs them, and what --help says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """`module` has `run(settings, options)`; it is imported only when the command runs."""
+
+    name: str
+    module: str
+    settings_module: str
+    settings_class: str
+    help: str
+    example: str
+
+
+def _command(name: str, settings_class: str, help: str, example: str) -> Command:
+    module = name.replace("-", "_")
+    return Command(name, f"lapwan.commands.{module}", f"lapwan.settings.{module}", settings_class, help, example)
+
+
+COMMANDS: tuple[Command, ...] = (
+)

@@ -1,0 +1,97 @@
+"""Where results, log lines and progress go: stdout carries results, stderr everything else.
+
+On a terminal long work shows a rich progress bar; elsewhere it writes one readable line now and then.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+QUIET, NORMAL, VERBOSE = 0, 1, 2
+_SECONDS_BETWEEN_LINES = 15.0
+
+_level = NORMAL
+# soft_wrap: a path or an error must stay on one line when the output is a file or a pipe.
+results = Console(soft_wrap=True, highlight=False)
+log_console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def set_level(level: int) -> None:
+    """How much goes to stderr: QUIET (errors only), NORMAL, VERBOSE."""
+    global _level
+    _level = level
+
+
+def log(message: str) -> None:
+    """A line for the user on stderr; silent under -q."""
+    if _level >= NORMAL:
+        log_console.print(message, markup=False)
+
+
+def detail(message: str) -> None:
+    """A line that only -v shows."""
+    if _level >= VERBOSE:
+        log_console.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """`warning: ...` on stderr; shown under -q too, because it may change what the user does."""
+    log_console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+class Bar(Protocol):
+    """What long work tells of itself."""
+
+    def advance(self, amount: float = 1, **figures: object) -> None:
+        """Add `amount` done; `figures` (already formatted or numbers) are shown beside the bar."""
+
+
+class _RichBar:
+    def __init__(self, progress: Progress, task: object) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, amount: float = 1, **figures: object) -> None:
+        self._progress.update(self._task, advance=amount, figures=_figures(figures))  # type: ignore[arg-type]
+
+
+class _LineBar:
+    def __init__(self, title: str, total: float, done: float, unit: str) -> None:
+        self._title, self._total, self._done, self._unit = title, total, done, unit
+        self._start_done = done
+        self._start = self._last = time.monotonic()
+
+    def advance(self, amount: float = 1, **figures: object) -> None:
+        self._done += amount
+        now = time.monotonic()
+        finished = self._done >= self._total
+        if _level < NORMAL or not (finished or now - self._last >= _SECONDS_BETWEEN_LINES):
+            return
+        self._last = now
+        rate = (self._done - self._start_done) / max(now - self._start, 1e-9)
+        left = (self._total - self._done) / max(rate, 1e-9)
+        eta = "" if finished else f", {left:.0f} s left"
+        log(f"{self._title}: {self._done:g}/{self._total:g} {self._unit}, {rate:.2f} {self._unit}/s{eta} "
+            f"{_figures(figures)}".rstrip())
+
+
+def _figures(figures: dict[str, object]) -> str:
+    return "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items())
+
+
+@contextmanager
+def progress(title: str, total: float, unit: str = "step", done: float = 0) -> Iterator[Bar]:
+    """A progress bar with speed and ETA for `total` units of work, `done` of which are behind us."""
+    if not (sys.stderr.isatty() and _level >= NORMAL):
+        yield _LineBar(title, total, done, unit)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+               TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, console=log_console, transient=False) as bar:
+        yield _RichBar(bar, bar.add_task(title, total=total, completed=done, figures=""))

@@ -1,0 +1,96 @@
+"""Writing files so that a kill at any moment leaves the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lapwan.errors import UserError
+
+_TEMPORARY = ".lapwan-tmp-"
+
+
+def _temporary(path: Path) -> Path:
+    # The suffix stays last: writers such as PyAV choose the container by it.
+    return path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def is_temporary(path: Path) -> bool:
+    """True for what a killed run left behind under a temporary name."""
+    return path.name.startswith(_TEMPORARY)
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a directory entry to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success fsync it and rename it to `path`, on failure remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        fsync_path(temporary)
+        temporary.replace(path)
+        fsync_path(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give an empty temporary folder beside `path`; on success fsync its files and rename it to `path`.
+
+    `path` may exist only as an empty folder or be replaced by the caller's own decision beforehand: see `claim_output`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                fsync_path(file)
+        if path.is_dir():
+            old = _temporary(path)
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+        fsync_path(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole UTF-8 text file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def claim_output(path: Path, overwrite: bool) -> None:
+    """Refuse an output that exists unless `overwrite`; an empty folder counts as absent.
+
+    Raises:
+        UserError: the output exists, or its parent is a file.
+    """
+    for parent in path.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise UserError(f"cannot write {path}: {parent} is a file, not a folder; choose another output")
+            break
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if (path.exists() or path.is_symlink()) and not overwrite:
+        raise UserError(f"output exists: {path}; choose another path or pass --overwrite")

@@ -1,0 +1,95 @@
+"""What every command's settings share: frozen models, command-line flags as field metadata, and TOML out."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Marks a settings field as a command-line option: `output: Annotated[Path, Flag("-o")]`.
+
+    The long name is the field's own (`--num-frames`) unless `names` holds one. Values arrive as strings and are
+    parsed by the field's validators, so that a file and the command line accept the same spellings.
+    """
+
+    names: tuple[str, ...]
+    positional: bool
+    metavar: str | None
+
+    def __init__(self, *names: str, positional: bool = False, metavar: str | None = None) -> None:
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "positional", positional)
+        object.__setattr__(self, "metavar", metavar)
+
+
+@dataclass(frozen=True)
+class FlagField:
+    """A settings field that has a flag, with its dotted place in the settings."""
+
+    key: str
+    info: FieldInfo
+    flag: Flag
+
+    @property
+    def long_name(self) -> str:
+        """`--num-frames`: the flag's own long name, or the field's."""
+        own = [name for name in self.flag.names if name.startswith("--")]
+        return own[0] if own else "--" + self.key.rsplit(".", 1)[-1].replace("_", "-")
+
+
+def submodel(annotation: Any) -> type[Settings] | None:
+    """The Settings class inside an annotation such as `Section`, `Section | None`; None if there is not exactly one."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType):
+        found = [m for a in get_args(annotation) if (m := submodel(a))]
+        return found[0] if len(found) == 1 else None
+    return None
+
+
+def flag_fields(model: type[Settings], prefix: str = "") -> Iterator[FlagField]:
+    """Every field with a Flag, sections included, in the order they are declared."""
+    for name, info in model.model_fields.items():
+        flag = next((m for m in info.metadata if isinstance(m, Flag)), None)
+        if flag is not None:
+            yield FlagField(prefix + name, info, flag)
+        elif (section := submodel(info.annotation)) is not None:
+            yield from flag_fields(section, f"{prefix}{name}.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        value = {name: getattr(value, name) for name in type(value).model_fields}
+    if isinstance(value, dict):
+        return {str(_plain(k)): _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value.absolute())  # so that the file reproduces the run from any working directory
+    if isinstance(value, Enum):
+        return value.value
+    return value
+
+
+def to_toml(settings: Settings, header: str = "") -> str:
+    """The settings as TOML that reproduces the run: every field, absolute paths, absent values left out."""
+    comment = "".join(f"# {line}\n" for line in header.splitlines())
+    return comment + tomli_w.dumps(_plain(settings))

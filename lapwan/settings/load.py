@@ -1,0 +1,202 @@
+"""From what the user said (TOML, environment, --set, options) to checked settings, with every problem placed.
+
+Precedence, strongest first: options, `--set section.key=value`, environment `LAPWAN_SECTION__KEY`, TOML, default.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import ValidationError
+
+from lapwan.errors import UserError, nearest
+from lapwan.settings.base import Settings, flag_fields
+
+S = TypeVar("S", bound=Settings)
+_PREFIX = "LAPWAN_"
+
+
+def load(
+    model: type[S],
+    config: Path | None = None,
+    sets: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> S:
+    """Merge the four sources by precedence and validate them as `model`.
+
+    Args:
+        config: a TOML file.
+        sets: `section.key=value` texts; the value is read as TOML if it parses, else as a string.
+        options: dotted key -> value, from the command line.
+        environment: defaults to os.environ; only `LAPWAN_*` names that are fields of `model` count.
+
+    Raises:
+        UserError: all problems at once, each with its value and where it was said.
+    """
+    tree: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    text = ""
+    if config is not None:
+        text = _read(config)
+        tree = _parse(text, config)
+    for key, value in _from_environment(model, os.environ if environment is None else environment).items():
+        _put(tree, key, value, f"environment {_PREFIX}{key.upper().replace('.', '__')}", places)
+    for item in sets:
+        key, value = _parse_set(item)
+        _put(tree, key, value, f"--set {key}", places)
+    flags = {field.key: field.long_name for field in flag_fields(model)}
+    for key, value in (options or {}).items():
+        _put(tree, key, value, flags.get(key, key), places)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, model, config, text, places)) from None
+
+
+def _read(config: Path) -> str:
+    try:
+        return config.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no such file: {config}; --config needs a TOML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {config}: {error}") from None
+
+
+def _parse(text: str, config: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{config} is not valid TOML: {error}") from None
+
+
+def _parse_set(item: str) -> tuple[str, Any]:
+    key, equals, raw = item.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {item}: expected section.key=value, such as --set optimiser.lr=1e-4")
+    key = key.strip().replace("-", "_")
+    try:
+        return key, tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, raw.strip()
+
+
+def _from_environment(model: type[Settings], environment: Mapping[str, str]) -> dict[str, Any]:
+    known = {key.upper().replace(".", "__"): key for key in _leaf_keys(model)}
+    return {
+        known[name.removeprefix(_PREFIX)]: value
+        for name, value in environment.items()
+        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) in known
+    }
+
+
+def _sections(annotation: Any) -> list[type[Settings]]:
+    """The Settings classes an annotation may hold, through Optional and unions, not through lists."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [m for a in get_args(annotation) for m in _sections(a)]
+    if get_origin(annotation) is not None and hasattr(annotation, "__metadata__"):
+        return _sections(get_args(annotation)[0])
+    return []
+
+
+def _leaf_keys(model: type[Settings], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, info in model.model_fields.items():
+        sections = _sections(info.annotation)
+        keys.append(prefix + name)
+        for section in sections:
+            keys += _leaf_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _put(tree: dict[str, Any], key: str, value: Any, place: str, places: dict[str, str]) -> None:
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{place}: '{section}' is a value ({child!r}), not a section")
+        node = child
+    node[leaf] = value
+    places[key] = place
+
+
+def _explain(
+    error: ValidationError, model: type[Settings], config: Path | None, text: str, places: Mapping[str, str]
+) -> str:
+    problems = []
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        key, owners = _real_key(model, item["loc"])
+        place = next((places[k] for k in (key, *_parents(key)) if k in places), None)
+        if place is None and config is not None and item["type"] != "missing":
+            place = f"{config}{_line_of(text, key)}"
+        elif place is None:
+            place = str(config) if config is not None else "settings"
+        problems.append(f"{place}: {_message(item, key, location[-1] if location else '', owners)}")
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems)
+
+
+def _message(item: Any, key: str, leaf: str, owners: list[type[Settings]]) -> str:
+    if item["type"] == "extra_forbidden":
+        known = [name for owner in owners for name in owner.model_fields]
+        guess = nearest(leaf, known)
+        allowed = "" if guess else f"; known here: {', '.join(sorted(known))}"
+        return f"unknown key '{key}'{guess}{allowed}"
+    if item["type"] == "missing":
+        return f"'{key}' is required"
+    said = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    verb = "" if said != item["msg"] and not item["msg"].startswith("Input") else "must be "
+    value = item.get("input")
+    shown = "" if isinstance(value, dict | Settings) else f" = {value!r}"
+    return f"{key}{shown}: {verb}{said}" if key else said
+
+
+def _parents(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+
+
+def _real_key(model: type[Settings], location: tuple[int | str, ...]) -> tuple[str, list[type[Settings]]]:
+    """Drop the tags pydantic adds for union members; also the classes that own the last key."""
+    owners: list[type[Settings]] = [model]
+    key: list[str] = []
+    for index, part in enumerate(location):
+        fields = [owner.model_fields[part] for owner in owners if isinstance(part, str) and part in owner.model_fields]
+        last = index == len(location) - 1
+        if fields:
+            key.append(str(part))
+            nested = [section for info in fields for section in _sections(info.annotation)]
+            if not last:
+                owners = nested or owners
+        elif isinstance(part, int):
+            key[-1] = f"{key[-1]}[{part}]"
+        elif last:
+            key.append(str(part))
+    return ".".join(key), owners
+
+
+def _line_of(text: str, key: str) -> str:
+    """`, line 12` where `key` is set in the TOML text, as far as a plain reading finds it."""
+    *sections, leaf = re.sub(r"\[\d+\]", "", key).split(".")
+    here: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line):
+            here = [part.strip().strip('"') for part in header[1].split(".")]
+        elif here == sections and re.match(rf'\s*"?{re.escape(leaf)}"?\s*=', line):
+            return f", line {number}"
+        elif here == sections[:-1] and sections and re.match(rf"\s*{re.escape(sections[-1])}\s*=\s*\{{", line):
+            return f", line {number}"
+        if here == [*sections, leaf]:
+            return f", line {number}"
+    return ""

@@ -1,0 +1,60 @@
+"""The users' older spellings of options, turned into ours before Typer sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lapwan.errors import UserError
+
+# generate: older option -> ours.
+_ALIASES: dict[str, dict[str, str]] = {
+    "generate": {
+        "--lora-moe-weights": "--moe",
+        "--output-path": "--output",
+        "--image-path": "--image",
+        "--num-steps": "--steps",
+        "--guidance-scale": "--guidance",
+        "--video-size": "--size",
+    },
+}
+
+# generate: options of the old script that lapwan replaces by something else.
+_REPLACED: dict[str, dict[str, str]] = {
+    "generate": {
+        "--task": "the task is read from the model; leave it out",
+        "--clip": "Wan2.2 has no image encoder; leave it out",
+        "--dit": "give the model folder: --model FOLDER",
+        "--dit-high-noise": "give the model folder: --model FOLDER",
+        "--vae": "give the model folder: --model FOLDER",
+        "--t5": "give the model folder: --model FOLDER",
+    },
+}
+
+
+def rewrite(arguments: Sequence[str]) -> list[str]:
+    """Dashes for underscores in option names, old names to new, `--video-size H W` to `--size HxW`.
+
+    Raises:
+        UserError: an option that lapwan answers with what to use instead.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        return list(arguments)
+    command, rest = arguments[0], list(arguments[1:])
+    aliases, replaced = _ALIASES.get(command, {}), _REPLACED.get(command, {})
+    out = [command]
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*out, word, *rest]
+        if not word.startswith("--"):
+            out.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        if name in replaced:
+            raise UserError(f"{name}: {replaced[name]}")
+        if name == "--video-size" and not equals and len(rest) >= 2 and rest[0].isdigit() and rest[1].isdigit():
+            out += [aliases[name], f"{rest.pop(0)}x{rest.pop(0)}"]
+            continue
+        out.append(aliases.get(name, name) + equals + value)
+    return out
