@@ -1,0 +1,166 @@
+"""Tensor names in LoRA files: what a key says in any of the layouts people have, and the names we write.
+
+| layout    | example                                                                              |
+|-----------|--------------------------------------------------------------------------------------|
+| comfy     | `diffusion_model.blocks.0.self_attn.q.lora_A.weight` (also `lora_down`/`lora_up`)    |
+| musubi    | `lora_unet_blocks_0_self_attn_q.lora_down.weight`, `.lora_up.weight`, `.alpha`       |
+| diffusers | `transformer.blocks.0.attn1.to_q.lora_A.weight` (also PEFT's `base_model.model.` and `.default.`) |
+
+Either module naming (original or diffusers') is read under any prefix; what is not understood is None or an error,
+never skipped.
+
+How to add a layout: its prefix in `_PREFIXES` (or a new way of naming in `_resolve`), a row in `_WRITERS`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lapwan.errors import UserError, nearest
+from lapwan.names import OUTER_MODULES, PROJECTIONS, NoiseExpert, to_diffusers, to_original
+
+Layout = Literal["comfy", "musubi", "diffusers"]
+LAYOUTS: tuple[Layout, ...] = ("comfy", "musubi", "diffusers")
+Part = Literal["down", "up", "alpha"]
+
+_PART = re.compile(
+    r"^(?P<module>.+)\.(?:(?P<kind>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)"
+    r"(?:\.(?P<adapter>[^.]+))?\.weight|(?P<alpha>alpha))$"
+)
+_KINDS: dict[str, Part] = {
+    "lora_A": "down", "lora_down": "down", "lora.down": "down", "lora_B": "up", "lora_up": "up", "lora.up": "up",
+}
+# Wrappers in front of a module path. Those that name a noise expert: transformer_1 and transformer_2 in files that
+# hold both; a plain `transformer` stands for either, since users load such a file into either transformer.
+_PREFIXES: dict[str, str | None] = {
+    "base_model.model.": None, "model.": None, "diffusion_model.": None, "transformer.": "transformer",
+    "transformer_1.": "transformer_1", "transformer_2.": "transformer_2",
+}
+_FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
+
+# Kinds of adapters that change more than ΔW = B A, by what gives them away in a key.
+_FOREIGN: tuple[tuple[str, str], ...] = (
+    (r"\.diff$", "a full weight difference (.diff)"),
+    (r"\.diff_b$", "a bias difference (.diff_b)"),
+    (r"dora_scale|lora_magnitude_vector", "DoRA"),
+    (r"lora_[AB]\.(.+\.)?bias$|lora_B_bias", "a LoRA with biases"),
+    (r"hada_w[12]", "LoHa"),
+    (r"lokr_w[12]", "LoKr"),
+    (r"oft_|boft_", "OFT"),
+    (r"lora_mid|\.reshape_weight$", "a Tucker decomposition (lora_mid)"),
+    (r"^(lora_te|text_encoder|lora_llm|text_encoders)", "a text encoder's LoRA"),
+    (r"k_img|v_img|img_emb|add_[kv]_proj|image_embedder", "Wan2.1's image branch, which Wan2.2 lacks"),
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """`path` is diffusers' module path; `component` the transformer a prefix names, if any."""
+
+    path: str
+    part: Part
+    component: str | None
+    layout: Layout
+    adapter: str | None
+
+
+def _flat_names() -> dict[str, str]:
+    """`self_attn_q` -> `attn1.to_q`: projections and outer modules with dots as underscores, both namings."""
+    pairs = [(original, path) for original, path in (PROJECTIONS | OUTER_MODULES).items()]
+    return {name.replace(".", "_"): path for original, path in pairs for name in (original, path)}
+
+
+_FLAT = _flat_names()
+_FLAT_BLOCK = re.compile(r"^blocks_(\d+)_(.+)$")
+
+
+def _unflatten(name: str) -> str | None:
+    if match := _FLAT_BLOCK.match(name):
+        inner = _FLAT.get(match[2])
+        return f"blocks.{match[1]}.{inner}" if inner and match[2] not in _FLAT_OUTER else None
+    return _FLAT.get(name) if name in _FLAT_OUTER else None
+
+
+_FLAT_OUTER = {name.replace(".", "_") for pair in OUTER_MODULES.items() for name in pair}
+
+
+def canonical_path(path: str) -> str | None:
+    """A module path in either naming as diffusers' path; None if Wan has no such Linear."""
+    if path == "patch_embedding":  # a Conv3d, not a Linear
+        return None
+    return to_diffusers(path) or (path if to_original(path) else None)
+
+
+def _resolve(module: str) -> tuple[str, str | None, Layout] | None:
+    """(diffusers path, component named by a prefix, layout) of a key without its part."""
+    for prefix in _FLAT_PREFIXES:
+        if module.startswith(prefix):
+            flat = module.removeprefix(prefix)
+            path = _unflatten(flat)
+            return (path, None, "musubi") if path and path != "patch_embedding" else None
+    component: str | None = None
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix, named in _PREFIXES.items():
+            if module.startswith(prefix):
+                module, stripped, component = module.removeprefix(prefix), True, named or component
+    found = canonical_path(module)
+    if found is None:
+        return None
+    return found, component, "comfy" if to_diffusers(module) else "diffusers"
+
+
+def parse_key(key: str) -> Key | None:
+    """What a tensor's name says, or None if it is no LoRA key of a Wan Linear that we know."""
+    match = _PART.match(key)
+    found = _resolve(match["module"]) if match else None
+    if match is None or found is None:
+        return None
+    path, component, layout = found
+    part: Part = "alpha" if match["alpha"] else _KINDS[match["kind"]]
+    return Key(path, part, component, layout, match["adapter"])
+
+
+def foreign_kind(key: str) -> str | None:
+    """What an adapter key we do not support belongs to, for the error message."""
+    return next((kind for pattern, kind in _FOREIGN if re.search(pattern, key)), None)
+
+
+def looks_like_lora(key: str) -> bool:
+    """True if a key is some adapter's, supported or not: tells a foreign LoRA from a checkpoint."""
+    return _PART.match(key) is not None or "lora" in key or foreign_kind(key) not in (None, _FOREIGN[-1][1])
+
+
+def refuse_key(path: object, key: str) -> UserError:
+    """The error for a key of a LoRA file that is not understood: named, with the kind or a near match."""
+    kind = foreign_kind(key)
+    if kind:
+        return UserError(f"{path}: key '{key}' is {kind}; lapwan reads plain LoRA (A, B and alpha) of Wan's Linear "
+                         "layers: convert the file first, or use one without it")
+    match = _PART.match(key)
+    known = [*PROJECTIONS, *PROJECTIONS.values(), *OUTER_MODULES, *OUTER_MODULES.values()]
+    module = re.sub(r"^.*blocks[._]\d+[._]", "", match["module"]) if match else key
+    return UserError(f"{path}: key '{key}' is not understood{nearest(module, known)}; nothing is skipped silently: "
+                     "expected LoRA keys of Wan's Linear layers, such as "
+                     "'diffusion_model.blocks.0.self_attn.q.lora_A.weight'")
+
+
+def key_names(path: str, layout: Layout) -> dict[Part, str]:
+    """The three names a module's tensors get in `layout`."""
+    original = to_original(path)
+    if original is None:
+        raise ValueError(f"not a Linear of a Wan transformer: {path}")
+    if layout == "musubi":
+        stem = "lora_unet_" + original.replace(".", "_")
+        return {"down": f"{stem}.lora_down.weight", "up": f"{stem}.lora_up.weight", "alpha": f"{stem}.alpha"}
+    stem = f"diffusion_model.{original}" if layout == "comfy" else f"transformer.{path}"
+    return {"down": f"{stem}.lora_A.weight", "up": f"{stem}.lora_B.weight", "alpha": f"{stem}.alpha"}
+
+
+# A prefix's component -> the noise expert, in a file that holds both.
+COMPONENT_EXPERTS: dict[str, NoiseExpert] = {
+    "transformer": NoiseExpert.HIGH, "transformer_1": NoiseExpert.HIGH, "transformer_2": NoiseExpert.LOW,
+}

@@ -1,0 +1,80 @@
+"""The pivot between LoRA file formats, merging, training and diagnostics.
+
+    ΔW = alpha / r · B A,    A = `down` [r, in],  B = `up` [out, r]
+
+Paths are diffusers' module paths (`blocks.0.attn1.to_q`), whatever the file's own layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LoraEntry:
+    """One Linear's low-rank update, in the dtype it was stored in.
+
+    Raises:
+        ValueError: A and B do not fit together.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    def __post_init__(self) -> None:
+        fits = self.down.dim() == 2 and self.up.dim() == 2 and self.down.shape[0] == self.up.shape[1]
+        if not fits:
+            raise ValueError(f"A {list(self.down.shape)} and B {list(self.up.shape)} are not [r, in] and [out, r]")
+
+    @property
+    def rank(self) -> int:
+        """r, the number of rows of A."""
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """alpha / r."""
+        return self.alpha / self.rank
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in] of the Linear's weight."""
+        return self.up.shape[0], self.down.shape[1]
+
+    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """ΔW = alpha / r · B A, [out, in], computed in `dtype` (float32 or float64)."""
+        return (self.up.to(dtype) @ self.down.to(dtype)).mul_(self.scale)
+
+
+@dataclass
+class LoraState:
+    """The LoRA of one noise expert: entries by diffusers' module path, and the file's metadata (all strings)."""
+
+    entries: dict[str, LoraEntry]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        """sha256 over (path, r, in, out, alpha as fp64, A as fp32, B as fp32), paths sorted: 64 hex digits.
+
+        Independent of layout, metadata and of a cast to a wider dtype; a narrowing cast changes it, as it changes ΔW.
+        """
+        digest = hashlib.sha256()
+        for path in sorted(self.entries):
+            entry = self.entries[path]
+            out_features, in_features = entry.shape
+            digest.update(path.encode() + b"\0")
+            digest.update(struct.pack("<QQQd", entry.rank, in_features, out_features, entry.alpha))
+            for tensor in (entry.down, entry.up):
+                plain = tensor.detach().to("cpu", torch.float32).contiguous()
+                digest.update(plain.numpy().data)
+        return digest.hexdigest()
+
+    def ranks(self) -> dict[str, int]:
+        """Rank by path."""
+        return {path: entry.rank for path, entry in self.entries.items()}

@@ -1,0 +1,117 @@
+"""The safetensors container without torch: header, byte ranges and raw reads.
+
+Layout of a file: 8 bytes little-endian header length n, n bytes JSON `{name: {dtype, shape, data_offsets}}` with
+offsets counted from the end of the header, and an optional `__metadata__` of strings; then the tensors' bytes.
+Source: the safetensors format description (github.com/huggingface/safetensors).
+
+Reads are plain `pread`s, not a memory map, so that going through a 28 GB file keeps nothing resident.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lapwan.errors import UserError
+
+# Bytes per element by safetensors dtype name.
+ITEM_SIZE: dict[str, int] = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in its file: bytes [start, end) counted from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The header of one safetensors file; `tensors` in the order of their bytes."""
+
+    path: Path
+    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]
+    data_start: int
+    size: int
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytearray:
+        """`size` bytes of tensor `name` from its byte `offset` on (all by default)."""
+        info = self.tensors[name]
+        want = info.size - offset if size is None else size
+        buffer = bytearray(want)
+        view = memoryview(buffer)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            done = 0
+            while done < want:
+                got = os.preadv(descriptor, [view[done:]], info.start + offset + done)
+                if got == 0:
+                    raise UserError(f"{self.path} is cut short inside tensor '{name}'; copy or download it again")
+                done += got
+        finally:
+            os.close(descriptor)
+        return buffer
+
+
+def read_header(path: Path) -> TensorFile:
+    """Parse the header of a safetensors file.
+
+    Raises:
+        UserError: the file is missing, is no safetensors file, or is cut short.
+    """
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; a .safetensors file is needed here")
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise UserError(f"{path} is not a safetensors file (no header); expected a .safetensors file")
+            raw = stream.read(length)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    return _parse(path, raw, 8 + length, size)
+
+
+def _parse(path: Path, raw: bytes, data_start: int, size: int) -> TensorFile:
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
+        tensors = [
+            TensorInfo(name, item["dtype"], tuple(item["shape"]), data_start + item["data_offsets"][0],
+                       data_start + item["data_offsets"][1])
+            for name, item in header.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path} is not a safetensors file (broken header); expected a .safetensors file") from None
+    for info in tensors:
+        if info.dtype in ITEM_SIZE and math.prod(info.shape) * ITEM_SIZE[info.dtype] != info.size:
+            raise UserError(f"{path}: tensor '{info.name}' {list(info.shape)} {info.dtype} does not fill its "
+                            f"{info.size} bytes; the file is damaged")
+    if tensors and max(info.end for info in tensors) > size:
+        raise UserError(f"{path} is cut short: {size} bytes, its header names {max(i.end for i in tensors)}; "
+                        "copy or download it again")
+    tensors.sort(key=lambda info: (info.start, info.end))
+    return TensorFile(path, metadata, {info.name: info for info in tensors}, data_start, size)
