@@ -1,0 +1,74 @@
+"""Prompts to umT5 features: cleaned as Wan cleans them, cut to their true length, zero-padded only where used.
+
+Shapes: B batch, N tokens, D features.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lapwan.wan.folder import TEXT_LENGTH
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+    from lapwan.wan.folder import ModelSpec
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A frozen umT5 encoder with its tokenizer."""
+
+    model: UMT5EncoderModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def clean_prompt(text: str) -> str:
+    """ftfy, HTML entities undone twice, white space collapsed (ftfy also folds full-width punctuation: ， to ,)."""
+    import ftfy
+
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
+def load_text_encoder(
+    spec: ModelSpec, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> TextEncoder:
+    """The model's umT5, frozen, in eval mode (it has dropout); `dtype` defaults to the one it is stored in."""
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    model = UMT5EncoderModel.from_pretrained(
+        spec.path / "text_encoder", dtype="auto" if dtype is None else dtype, local_files_only=True
+    )
+    model.requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(spec.path / "tokenizer", local_files_only=True)
+    return TextEncoder(model.eval().to(device), tokenizer)
+
+
+@torch.no_grad()
+def encode_text(encoder: TextEncoder, prompts: Sequence[str], length: int = TEXT_LENGTH) -> list[Tensor]:
+    """One [n tokens, D] per prompt, not padded, in the encoder's dtype; a prompt longer than `length` tokens is cut.
+
+    The batch is padded to its own longest prompt and masked, so a prompt's features do not depend on its neighbours.
+    """
+    tokens = encoder.tokenizer(
+        [clean_prompt(prompt) for prompt in prompts], padding="longest", max_length=length, truncation=True,
+        add_special_tokens=True, return_attention_mask=True, return_tensors="pt",
+    )
+    mask_BN = tokens.attention_mask.to(encoder.model.device)
+    hidden_BND = encoder.model(tokens.input_ids.to(encoder.model.device), mask_BN).last_hidden_state
+    return [hidden[:count].clone() for hidden, count in zip(hidden_BND, mask_BN.sum(dim=1).tolist(), strict=True)]
+
+
+def pad_text(features: Sequence[Tensor], length: int = TEXT_LENGTH) -> Tensor:
+    """[n, D] tensors -> [B, length, D], zeros after the text; Wan attends those rows too, without a mask."""
+    padded = features[0].new_zeros(len(features), length, features[0].shape[-1])
+    for row, feature in zip(padded, features, strict=True):
+        row[: feature.shape[0]] = feature
+    return padded

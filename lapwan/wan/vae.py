@@ -1,0 +1,58 @@
+"""The VAE: pixels in [-1, 1] to normalised latents and back.
+
+Shapes: B batch, C channels, T frames (pixels: 4N+1, latents: N+1), H height, W width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+    from lapwan.wan.folder import ModelSpec
+
+
+def load_vae(
+    spec: ModelSpec, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> AutoencoderKLWan:
+    """The model's VAE, frozen and in eval mode (from_pretrained leaves its parameters trainable). fp32 is safest."""
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan.from_pretrained(spec.path / "vae", dtype=dtype, local_files_only=True)
+    vae.requires_grad_(False)
+    return vae.eval().to(device)
+
+
+def _per_channel(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
+
+
+def normalise(vae: AutoencoderKLWan, raw_BCTHW: Tensor) -> Tensor:
+    """`(z - mean) / std` per channel, in z's dtype, on z's device."""
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    return (raw_BCTHW - _per_channel(mean, raw_BCTHW)) / _per_channel(std, raw_BCTHW)
+
+
+def encode(vae: AutoencoderKLWan, pixels_BCTHW: Tensor) -> Tensor:
+    """`(mode(encode(x)) - mean) / std`: pixels [B, 3, 4N+1, H, W] in [-1, 1] -> latents [B, C, N+1, H/8, W/8] in fp32.
+
+    Raises:
+        ValueError: a frame count that is not 4N+1; the VAE itself would drop the rest without a word.
+    """
+    frames = pixels_BCTHW.shape[2]
+    if (frames - 1) % 4:
+        raise ValueError(f"{frames} frames; the VAE takes 4N+1")
+    pixels = pixels_BCTHW.to(device=vae.device, dtype=vae.dtype)
+    return normalise(vae, vae.encode(pixels).latent_dist.mode().float())
+
+
+def decode(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
+    """`decode(z * std + mean)`: latents -> pixels [B, 3, T, H, W] clamped to [-1, 1], in fp32."""
+    latents = latents_BCTHW.to(device=vae.device, dtype=torch.float32)
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    raw = latents * _per_channel(std, latents) + _per_channel(mean, latents)
+    return vae.decode(raw.to(vae.dtype)).sample.float()

@@ -1,0 +1,94 @@
+"""Latents, I2V condition and text features equal what diffusers' own pipelines make."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lapwan.tiny.model import tiny_folder
+from lapwan.wan import condition, text, vae
+from lapwan.wan.folder import read_spec
+
+PROMPTS = ["抓钳抓取标本袋。", "the hook  dissects &amp;amp; burns\n the gallbladder", "", "电凝钩切割血管，吸引清理术野 " * 5]
+
+
+@pytest.fixture(scope="module")
+def i2v():
+    return read_spec(tiny_folder("i2v"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(i2v):
+    from diffusers import WanImageToVideoPipeline
+
+    return WanImageToVideoPipeline.from_pretrained(i2v.path, dtype=torch.float32, local_files_only=True)
+
+
+def _shift_statistics(*models):
+    """Give the VAE a mean and std that are not 0 and 1, so that a wrong normalisation shows."""
+    for model in models:
+        model.register_to_config(latents_mean=[0.1 * i - 0.7 for i in range(16)],
+                                 latents_std=[0.5 + 0.1 * i for i in range(16)])
+
+
+def test_latents_equal_the_normalised_mode(i2v, pipeline):
+    ours = vae.load_vae(i2v)
+    _shift_statistics(ours, pipeline.vae)
+    pixels = torch.rand(2, 3, 9, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        raw = pipeline.vae.encode(pixels).latent_dist.mode()
+        mean = torch.tensor(pipeline.vae.config.latents_mean).view(1, 16, 1, 1, 1)
+        std = torch.tensor(pipeline.vae.config.latents_std).view(1, 16, 1, 1, 1)
+        latents = vae.encode(ours, pixels)
+        assert latents.shape == (2, 16, 3, 4, 6)
+        torch.testing.assert_close(latents, (raw - mean) / std, atol=1e-5, rtol=0)
+        # What the pipeline decodes at the end of a generation: latents / (1/std) + mean.
+        expected = pipeline.vae.decode(latents / (1 / std) + mean).sample
+        torch.testing.assert_close(vae.decode(ours, latents), expected, atol=1e-5, rtol=0)
+
+
+def test_vae_is_frozen_and_refuses_a_frame_count_it_would_cut(i2v):
+    ours = vae.load_vae(i2v)
+    assert not ours.training
+    assert not any(p.requires_grad for p in ours.parameters())
+    with pytest.raises(ValueError, match="6 frames"):
+        vae.encode(ours, torch.zeros(1, 3, 6, 16, 16))
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17])
+def test_condition_equals_prepare_latents(i2v, pipeline, frames):
+    ours = vae.load_vae(i2v)
+    _shift_statistics(ours, pipeline.vae)
+    image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    with torch.no_grad():
+        _, expected = pipeline.prepare_latents(
+            image, 1, 16, 32, 48, frames, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0)
+        )
+        condition_BCTHW = condition.image_condition(ours, image, frames)
+    assert condition_BCTHW.shape == (1, 20, (frames - 1) // 4 + 1, 4, 6)
+    torch.testing.assert_close(condition_BCTHW, expected, atol=1e-5, rtol=0)
+
+
+def test_text_equals_encode_prompt(i2v, pipeline):
+    encoder = text.load_text_encoder(i2v)
+    expected, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=512)
+    features = text.encode_text(encoder, PROMPTS)
+    assert len({f.shape[0] for f in features}) > 1
+    padded = text.pad_text(features)
+    assert padded.shape == expected.shape == (4, 512, i2v.text_dim)
+    torch.testing.assert_close(padded, expected, atol=1e-5, rtol=0)
+    assert padded[0, features[0].shape[0]:].abs().max() == 0
+
+
+def test_text_does_not_depend_on_its_batch_and_is_cut_at_the_length(i2v):
+    encoder = text.load_text_encoder(i2v)
+    together = text.encode_text(encoder, PROMPTS)
+    for prompt, feature in zip(PROMPTS, together, strict=True):
+        torch.testing.assert_close(text.encode_text(encoder, [prompt])[0], feature, atol=1e-5, rtol=0)
+    assert text.encode_text(encoder, ["x " * 900])[0].shape[0] == 512
+    assert text.encode_text(encoder, [""])[0].shape[0] == 1  # only the end mark
+
+
+def test_prompt_cleaning():
+    assert text.clean_prompt("  a &amp;amp; b\n\tc ") == "a & b c"
+    assert text.clean_prompt("剪刀，剪断。") == "剪刀,剪断。"
