@@ -1,0 +1,26 @@
+"""Randomness by name instead of by order: the same key gives the same numbers whatever was drawn before.
+
+Noise, sigma, order and initial weights are keyed by (seed, place in the run, sample, purpose). So a batch of two is two
+batches of one, two processes draw what one would, and a resumed run continues bitwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def seed_of(*key: int | str) -> int:
+    """A 63-bit seed from a key; sha256, so it is the same on every machine and Python."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator for a key. Draw on the CPU and move: a GPU's generator gives other numbers."""
+    import torch
+
+    return torch.Generator().manual_seed(seed_of(*key))

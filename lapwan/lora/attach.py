@@ -1,0 +1,140 @@
+"""Put stacked low-rank layers into a transformer, train or load them, and take them out again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lapwan import keyed
+from lapwan.errors import UserError, nearest
+from lapwan.lora.layer import GateHolder, LayerGroup, StackedLoraLinear
+from lapwan.lora.state import LoraEntry, LoraState
+
+
+@dataclass(frozen=True)
+class Group:
+    """A LoRA that lives in a transformer; its gate column is its place in the list of groups."""
+
+    name: str
+    state: LoraState
+    trainable: bool
+
+
+def initial_state(
+    transformer: nn.Module, ranks: Mapping[str, int], alpha: float | None, *key: int | str
+) -> LoraState:
+    """A fresh LoRA: down ~ U(−1/√I, 1/√I) (Kaiming-uniform, a = √5), up = 0, so ΔW = 0.
+
+    `alpha` None means each module's own rank (scale 1). Drawn by key and path: independent of which others there are.
+    """
+    entries = {}
+    linears = _linears(transformer)
+    for path, rank in ranks.items():
+        base = _pick(linears, path)
+        bound = 1.0 / math.sqrt(base.in_features)
+        draws = torch.rand(rank, base.in_features, generator=keyed.generator(*key, path, "down"))
+        entries[path] = LoraEntry(
+            down=(2 * draws - 1) * bound, up=torch.zeros(base.out_features, rank),
+            alpha=float(rank if alpha is None else alpha),
+        )
+    return LoraState(entries, {})
+
+
+def _linears(transformer: nn.Module) -> dict[str, nn.Linear]:
+    found = {}
+    for name, module in transformer.named_modules():
+        if isinstance(module, StackedLoraLinear):
+            raise RuntimeError(f"the transformer already carries an adapter (at {name}); detach it first")
+        if isinstance(module, nn.Linear):
+            found[name] = module
+    return found
+
+
+def _pick(linears: Mapping[str, nn.Linear], path: str) -> nn.Linear:
+    if path not in linears:
+        raise UserError(f"the adapter has module '{path}', which this model does not{nearest(path, linears)}; "
+                        "it was made for another model")
+    return linears[path]
+
+
+class Adapter:
+    """The stacked layers inside one noise expert's transformer, and the gates they read."""
+
+    def __init__(
+        self, transformer: nn.Module, groups: Sequence[Group], layers: dict[str, StackedLoraLinear], holder: GateHolder
+    ) -> None:
+        self.transformer, self.layers, self.holder = transformer, layers, holder
+        self.group_names = tuple(group.name for group in groups)
+        self._metadata = {group.name: dict(group.state.metadata) for group in groups}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every trainable tensor, by `path.down` and `path.up`."""
+        found = {}
+        for path, layer in self.layers.items():
+            if layer.down_RI.requires_grad:
+                found[f"{path}.down"] = layer.down_RI
+                found[f"{path}.up"] = layer.up_OR
+        return found
+
+    def state(self, group: str) -> LoraState:
+        """A copy of one group's tensors, on the CPU."""
+        column = self.group_names.index(group)
+        entries = {}
+        for path, layer in self.layers.items():
+            part = next((g for g in layer.groups if g.column == column), None)
+            if part is not None:
+                down, up = layer.rows(column)
+                entries[path] = LoraEntry(_cpu(down), _cpu(up), part.alpha)
+        return LoraState(entries, dict(self._metadata[group]))
+
+    def detach(self) -> None:
+        """Put the plain Linears back."""
+        for path, layer in self.layers.items():
+            _replace(self.transformer, path, layer.base)
+        self.layers.clear()
+
+
+def _cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+def attach(transformer: nn.Module, groups: Sequence[Group], gates_required: bool = False) -> Adapter:
+    """Freeze the transformer, then stack the groups' low-rank layers over its Linears.
+
+    Freezing is part of it and comes first: adapters attached before a blanket `requires_grad_(False)` never train.
+    A single group without required gates acts with gate 1; set gates with `adapter.holder.scope(gates_BG)`.
+
+    Raises:
+        UserError: a module the model does not have, or a shape that does not fit it.
+    """
+    transformer.requires_grad_(False)
+    linears = _linears(transformer)
+    holder = GateHolder(required=gates_required)
+    layers: dict[str, StackedLoraLinear] = {}
+    paths = dict.fromkeys(path for group in groups for path in group.state.entries)
+    for path in paths:
+        base = _pick(linears, path)
+        parts = []
+        for column, group in enumerate(groups):
+            entry = group.state.entries.get(path)
+            if entry is None:
+                continue
+            if entry.down.shape[1] != base.in_features or entry.up.shape[0] != base.out_features:
+                raise UserError(
+                    f"'{group.name}' at {path} maps {entry.down.shape[1]} -> {entry.up.shape[0]} features, the model's "
+                    f"layer {base.in_features} -> {base.out_features}; it was made for another model"
+                )
+            parts.append(LayerGroup(column, entry.down, entry.up, entry.alpha, group.trainable))
+        layers[path] = StackedLoraLinear(base, parts, holder)
+    for path, layer in layers.items():
+        _replace(transformer, path, layer)
+    return Adapter(transformer, groups, layers, holder)

@@ -1,0 +1,52 @@
+"""What makes a router specialise and stay healthy: teacher, entropy floor, load balance.
+
+Shapes: B samples, E experts. Probabilities are the router's softmax before top-k; logarithms are natural (nats).
+Sources: Hinton et al. (arXiv 1503.02531) for the teacher; Fedus et al., Switch (arXiv 2101.03961) for the balance term.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_TINY = 1e-30  # keeps 0·log 0 = 0 without moving any probability that fp32 can tell from 0
+
+
+def teacher(label_weights_BE: Tensor, temperature: float) -> Tensor:
+    """softmax(weights / T) over the families; T = 0.35 on a one-hot label of four has 0.58 nats."""
+    return F.softmax(label_weights_BE / temperature, dim=-1)
+
+
+def entropy(probabilities_BE: Tensor) -> Tensor:
+    """H = −Σ p·log p of each sample, in nats: [B]."""
+    return -(probabilities_BE * probabilities_BE.clamp_min(_TINY).log()).sum(dim=-1)
+
+
+def entropy_hinge(probabilities_BE: Tensor, mean_entropy: float, floor: float = 0.5) -> Tensor:
+    """Per sample, 1[H̄ < floor]·(floor − H_b): [B]. Its mean over the step's samples is relu(floor − H̄).
+
+    H̄, the mean entropy over *all* samples of the step, is given: the hinge is then the same however the step is cut
+    into batches. It pushes back only when the router gets too sure of itself.
+    """
+    return (floor - entropy(probabilities_BE)) * float(mean_entropy < floor)
+
+
+def teacher_kl(student_BE: Tensor, teacher_BE: Tensor) -> Tensor:
+    """KL(student ‖ teacher) = Σ p·(log p − log q) of each sample, in nats: [B]."""
+    ratio = student_BE.clamp_min(_TINY).log() - teacher_BE.clamp_min(_TINY).log()
+    return (student_BE * ratio).sum(dim=-1)
+
+
+def balance(usage_E: Tensor, probabilities_BE: Tensor) -> Tensor:
+    """E·Σ_e stopgrad(usage_e)·p_be − 1 per sample: [B]; its mean is 0 at uniform usage, E − 1 when one expert has all.
+
+    `usage_E` is a running mean over many steps (see `update_usage`), so that a batch of one has a meaning.
+    """
+    usage = usage_E.detach().to(probabilities_BE)
+    return usage_E.numel() * (usage * probabilities_BE).sum(dim=-1) - 1
+
+
+def update_usage(usage_E: Tensor, batch_mean_E: Tensor, decay: float = 0.99) -> Tensor:
+    """EMA of usage, once per optimiser step, from the mean over the whole global batch."""
+    return torch.lerp(batch_mean_E.detach().to(usage_E.dtype), usage_E, decay)

@@ -1,0 +1,182 @@
+"""The mixture's file: experts of both noise experts, router and timestep gates by module name; nothing of the base.
+
+Tensors: `{high|low}_noise.{module path}.{family}.lora_A.weight`, `.lora_B.weight`, `.alpha`;
+`{high|low}_noise.timestep_gate.values_K`; `router.*`. Metadata: `lapwan.format = mixture/1`, `lapwan.mixture` (JSON).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lapwan import files
+from lapwan.errors import UserError
+from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.moe.mixture import Mixture, MixtureSpec
+from lapwan.names import Band, NoiseExpert, split_block
+
+FORMAT = "mixture/1"
+_FORMAT_KEY, _SPEC_KEY = "lapwan.format", "lapwan.mixture"
+
+
+class BaseFacts(Protocol):
+    """What a mixture must agree with in the model it is put on."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def bands(self) -> Mapping[NoiseExpert, Band]: ...
+    @property
+    def text_dim(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    def fingerprint(self, expert: NoiseExpert) -> str: ...
+
+
+def is_mixture(metadata: Mapping[str, str] | None) -> bool:
+    """True if a safetensors file with this metadata is a mixture."""
+    return bool(metadata) and (metadata or {}).get(_FORMAT_KEY, "").startswith("mixture/")
+
+
+def write_mixture(path: Path, mixture: Mixture, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a mixture atomically; all tensors in the dtype they are trained in."""
+    tensors: dict[str, Tensor] = {}
+    for expert, states in mixture.states.items():
+        for family, state in states.items():
+            for module, entry in state.entries.items():
+                prefix = f"{expert.file_suffix}.{module}.{family}"
+                tensors[f"{prefix}.lora_A.weight"] = entry.down
+                tensors[f"{prefix}.lora_B.weight"] = entry.up
+                tensors[f"{prefix}.alpha"] = torch.tensor(entry.alpha, dtype=torch.float64)
+    for expert in mixture.experts:
+        tensors[f"{expert.file_suffix}.timestep_gate.values_K"] = mixture.timestep_gate(expert).values_K
+    tensors |= {f"router.{name}": value for name, value in mixture.router.state_dict().items()}
+    said = {_FORMAT_KEY: FORMAT, _SPEC_KEY: json.dumps(asdict(mixture.spec), ensure_ascii=False)}
+    with files.atomic_file(path) as temporary:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary,
+            metadata={**(metadata or {}), **said},
+        )
+
+
+def read_mixture(path: Path, base: BaseFacts | None = None) -> Mixture:
+    """Read a mixture and, given the model it is to act on, check that it was made for it.
+
+    Raises:
+        UserError: no mixture, a damaged or incomplete one, or another base, task, boundary, block, rank or router.
+    """
+    tensors, spec = _read(path)
+    if base is not None:
+        _check_base(path, spec, base)
+    states: dict[NoiseExpert, dict[str, LoraState]] = {}
+    for expert in spec.bands:
+        states[expert] = {family: LoraState({}, {}) for family in spec.families}
+    mixture = Mixture(spec, states)
+    _take_router(path, mixture, tensors)
+    for expert in spec.bands:
+        values_K = mixture.timestep_gate(expert).values_K
+        _copy(path, values_K, tensors, f"{expert.file_suffix}.timestep_gate.values_K", "timestep gate")
+    _take_experts(path, mixture, tensors, None if base is None else base.num_layers)
+    return mixture.requires_grad_(False)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], MixtureSpec]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if not is_mixture(metadata):
+                raise UserError(f"{path} is not a lapwan mixture; if it is a LoRA, pass it with --lora")
+            if metadata[_FORMAT_KEY] != FORMAT:
+                said = metadata[_FORMAT_KEY]
+                raise UserError(f"{path} has format {said}; this version reads {FORMAT}: update lapwan")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}; a mixture is the .safetensors that train-moe wrote") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {path} as safetensors: {error}") from None
+    return tensors, _spec(json.loads(metadata[_SPEC_KEY]))
+
+
+def _spec(said: dict[str, Any]) -> MixtureSpec:
+    by_expert = {
+        key: {NoiseExpert(name): value for name, value in said[key].items()} for key in ("bands", "base", "base_lora")
+    }
+    bands = {expert: (float(low), float(high)) for expert, (low, high) in by_expert["bands"].items()}
+    return MixtureSpec(**{**said, **by_expert, "bands": bands, "families": tuple(said["families"])})
+
+
+def _check_base(path: Path, spec: MixtureSpec, base: BaseFacts) -> None:
+    if spec.task != base.task:
+        raise UserError(f"{path} was trained for {spec.task}, the model is {base.task}; use a {spec.task} model")
+    if spec.text_dim != base.text_dim:
+        raise UserError(f"{path}: its router reads text features of width {spec.text_dim}, the model's are "
+                        f"{base.text_dim}; use the model it was trained on")
+    for expert, band in spec.bands.items():
+        model = base.bands.get(expert)
+        if model is None:
+            raise UserError(f"{path} has experts for the {expert.value} noise expert, which the model lacks; "
+                            "use the model it was trained on")
+        if (model.low, model.high) != band:
+            raise UserError(f"{path}: trained with sigma band {Band(*band)} for the {expert.value} noise expert, the "
+                            f"model's is {model}; use the model it was trained on")
+        want, have = spec.base.get(expert), base.fingerprint(expert)
+        if want is not None and want != have:
+            raise UserError(f"{path} was trained on another base: its {expert.value} noise expert has fingerprint "
+                            f"{want[:12]}, this model's {have[:12]}; use the model it was trained on (merged the same "
+                            "way, if a LoRA was merged first)")
+
+
+def _copy(path: Path, target: Tensor, tensors: dict[str, Tensor], name: str, what: str) -> None:
+    value = tensors.pop(name, None)
+    if value is None:
+        raise UserError(f"{path}: tensor '{name}' of the {what} is missing; the file is damaged or was edited")
+    if value.shape != target.shape:
+        raise UserError(f"{path}: tensor '{name}' of the {what} has shape {list(value.shape)}, expected "
+                        f"{list(target.shape)}; the file is damaged or was edited")
+    with torch.no_grad():
+        target.copy_(value)
+
+
+def _take_router(path: Path, mixture: Mixture, tensors: dict[str, Tensor]) -> None:
+    for name, value in mixture.router.state_dict(keep_vars=True).items():
+        _copy(path, value, tensors, f"router.{name}", "router")
+
+
+def _take_experts(path: Path, mixture: Mixture, tensors: dict[str, Tensor], num_layers: int | None) -> None:
+    """Fill the states from what is left of the tensors; anything not understood is named and refused."""
+    entries: dict[tuple[NoiseExpert, str, str], dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        side, _, rest = name.partition(".")
+        expert = next((e for e in mixture.experts if e.file_suffix == side), None)
+        suffix = next((s for s in (".lora_A.weight", ".lora_B.weight", ".alpha") if rest.endswith(s)), None)
+        module, _, family = rest.removesuffix(suffix or "").rpartition(".")
+        if expert is None or suffix is None or family not in mixture.families or split_block(module) is None:
+            raise UserError(f"{path}: tensor '{name}' is not part of a mixture of {', '.join(mixture.families)}; "
+                            "the file is damaged or was edited")
+        block = split_block(module)
+        if num_layers is not None and block is not None and block[0] >= num_layers:
+            raise UserError(f"{path}: tensor '{name}' is for block {block[0]}, the model has {num_layers} blocks; "
+                            "use the model it was trained on")
+        entries.setdefault((expert, family, module), {})[suffix] = value
+    for (expert, family, module), parts in entries.items():
+        if len(parts) != 3:
+            raise UserError(f"{path}: {expert.file_suffix}.{module}.{family} lacks one of lora_A, lora_B, alpha; "
+                            "the file is damaged or was edited")
+        try:
+            entry = LoraEntry(parts[".lora_A.weight"], parts[".lora_B.weight"], float(parts[".alpha"]))
+        except ValueError as error:
+            raise UserError(f"{path}: {expert.file_suffix}.{module}.{family}: rank mismatch: {error}") from None
+        mixture.states[expert][family].entries[module] = entry
+    for expert, states in mixture.states.items():
+        for family, state in states.items():
+            if not state.entries:
+                raise UserError(f"{path}: expert '{family}' of the {expert.value} noise expert has no tensors; "
+                                "the file is damaged or was edited")

@@ -1,0 +1,126 @@
+"""A mixture of LoRA experts: router, timestep gates and the experts of each noise expert.
+
+    y = W x + α_base·ΔW_base x + w(σ)·Σ_e g_e·α_e·ΔW_e x
+
+Shapes: B samples, D text features, E experts (one a family), G gate columns = E, or 1 + E over a frozen base LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lapwan.lora.attach import Adapter, Group
+from lapwan.lora.state import LoraState
+from lapwan.moe.router import RouterKind, make_router, select_top_k
+from lapwan.moe.timestep_gate import TimestepGate
+from lapwan.names import NoiseExpert
+
+BASE_GROUP = "base"
+
+
+@dataclass(frozen=True)
+class MixtureSpec:
+    """What a mixture is, apart from its tensors; stored in the file's metadata.
+
+    `taxonomy` is the whole taxonomy as a dict, so that hints and prompts mean at generation what labels meant in
+    training. `bands` are the noise experts' sigma bands as [low, high]; `base` their base fingerprints;
+    `base_lora` path and fingerprint of a frozen base LoRA, by noise expert, empty without one.
+    """
+
+    families: tuple[str, ...]
+    taxonomy: Mapping[str, Any]
+    task: str
+    bands: Mapping[NoiseExpert, tuple[float, float]]
+    text_dim: int
+    router: RouterKind = "text"
+    router_temperature: float = 1.0
+    top_k: int = 2
+    knots: int = 8
+    base: Mapping[NoiseExpert, str] = field(default_factory=dict)
+    base_lora: Mapping[NoiseExpert, Mapping[str, str]] = field(default_factory=dict)
+
+
+class Mixture(nn.Module):
+    """Router and timestep gates as modules, and each noise expert's LoRA experts as states by family.
+
+    While training, the experts live in the transformers' adapters; `collect` copies them back here for saving.
+    """
+
+    def __init__(self, spec: MixtureSpec, states: Mapping[NoiseExpert, Mapping[str, LoraState]]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.states: dict[NoiseExpert, dict[str, LoraState]] = {e: dict(s) for e, s in states.items()}
+        self.router = make_router(spec.router, spec.text_dim, len(spec.families), spec.router_temperature)
+        self.timestep_gates = nn.ModuleDict(
+            {expert.value: TimestepGate(*band, knots=spec.knots) for expert, band in spec.bands.items()}
+        )
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Keys of the families, in the taxonomy's order: the experts' order."""
+        return self.spec.families
+
+    @property
+    def taxonomy(self) -> Mapping[str, Any]:
+        """The taxonomy the mixture was trained with, as a dict."""
+        return self.spec.taxonomy
+
+    @property
+    def experts(self) -> tuple[NoiseExpert, ...]:
+        """The noise experts that carry LoRA experts."""
+        return tuple(self.states)
+
+    @property
+    def base_lora(self) -> Mapping[NoiseExpert, Mapping[str, str]]:
+        """Path and fingerprint of the frozen base LoRA the mixture was trained over, by noise expert."""
+        return self.spec.base_lora
+
+    def groups(self, expert: NoiseExpert, base_lora: LoraState | None, trainable: bool = False) -> list[Group]:
+        """What to attach to a noise expert's transformer: the frozen base LoRA first, if any, then a group a family."""
+        base = [Group(BASE_GROUP, base_lora, trainable=False)] if base_lora is not None else []
+        return base + [Group(family, self.states[expert][family], trainable) for family in self.families]
+
+    def timestep_gate(self, expert: NoiseExpert) -> TimestepGate:
+        """w(σ) of a noise expert."""
+        return cast(TimestepGate, self.timestep_gates[expert.value])
+
+    def route(self, text: Sequence[Tensor], labels_BE: Tensor | None = None) -> Tensor:
+        """The router's probabilities before top-k: [B, E]. `text` is one [n, D] tensor a sample, unpadded."""
+        probabilities: Tensor = self.router(text, labels_BE)
+        return probabilities
+
+    def select(self, probabilities_BE: Tensor) -> Tensor:
+        """The mix g that acts: top-k of a learned router, the weights themselves of the rule router."""
+        if self.spec.router == "rule":
+            return probabilities_BE
+        return select_top_k(probabilities_BE, self.spec.top_k)
+
+    def gates(
+        self,
+        expert: NoiseExpert,
+        mix_BE: Tensor,
+        sigma_B: Tensor,
+        alpha_expert_E: Tensor | None = None,
+        alpha_base: float | None = None,
+    ) -> Tensor:
+        """[α_base | w(σ)·g·α_e] per sample: [B, G], with gradient to router and timestep gate.
+
+        Args:
+            alpha_base: gate of the base group; None when there is none.
+        """
+        gates: Tensor = self.timestep_gate(expert)(sigma_B)[:, None] * mix_BE
+        if alpha_expert_E is not None:
+            gates = gates * alpha_expert_E.to(gates)
+        if alpha_base is None:
+            return gates
+        return torch.cat([gates.new_full((gates.shape[0], 1), alpha_base), gates], dim=1)
+
+    def collect(self, adapters: Mapping[NoiseExpert, Adapter]) -> None:
+        """Copy the experts' tensors out of the adapters, for saving."""
+        for expert, adapter in adapters.items():
+            self.states[expert] = {family: adapter.state(family) for family in self.families}

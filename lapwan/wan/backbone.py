@@ -1,0 +1,56 @@
+"""Load a noise expert's transformer and ask it for a velocity.
+
+Shapes: B samples, C latent channels, T latent frames, H, W latent height and width, L text tokens, D text features.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lapwan.errors import UserError
+from lapwan.names import NoiseExpert
+from lapwan.wan.folder import ModelSpec
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+
+def load_transformer(
+    spec: ModelSpec, expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> WanTransformer3DModel:
+    """A noise expert's transformer through diffusers, frozen and in eval mode.
+
+    diffusers keeps norms, scale_shift_table and time embedder in fp32 under a lower `dtype`, as Wan was trained.
+    """
+    from diffusers import WanTransformer3DModel
+
+    if expert not in spec.experts:
+        have = ", ".join(e.value for e in spec.experts)
+        raise UserError(f"model {spec.path} has no {expert.value} noise expert; it has: {have}")
+    model = WanTransformer3DModel.from_pretrained(spec.component(expert), dtype=dtype)
+    model.requires_grad_(False)
+    return model.eval().to(device)
+
+
+def velocity(
+    transformer: WanTransformer3DModel,
+    x_BCTHW: Tensor,
+    timestep_B: Tensor,
+    text_BLD: Tensor,
+    condition_BCTHW: Tensor | None = None,
+) -> Tensor:
+    """v̂ = model([x | condition], timestep, text), in fp32 or the latents' wider dtype.
+
+    Args:
+        timestep_B: 1000·sigma in training, the scheduler's own (integer for UniPC) in sampling; never in bf16.
+        condition_BCTHW: I2V's mask and image channels [B, 20, T, H, W], None for T2V.
+    """
+    dtype = transformer.patch_embedding.weight.dtype
+    hidden = x_BCTHW if condition_BCTHW is None else torch.cat([x_BCTHW, condition_BCTHW.to(x_BCTHW)], dim=1)
+    out: Tensor = transformer(
+        hidden_states=hidden.to(dtype), timestep=timestep_B, encoder_hidden_states=text_BLD.to(dtype), return_dict=False
+    )[0]
+    return out.to(torch.promote_types(x_BCTHW.dtype, torch.float32))
