@@ -96,7 +96,8 @@ def _parameter(name: str, field: FlagField) -> inspect.Parameter:
         long = field.long_name
         short = [n for n in flag.names if not n.startswith("--")]
         if _holds(annotation, bool):
-            info = typer.Option(f"{long}/--no-{long[2:]}", *short, help=_help(field), show_default=False)
+            both = long if "/" in long else f"{long}/--no-{long[2:]}"
+            info = typer.Option(both, *short, help=_help(field), show_default=False)
             kind = bool | None
         else:
             info = typer.Option(long, *short, metavar=metavar, help=_help(field), show_default=False)

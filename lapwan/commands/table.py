@@ -23,4 +23,8 @@ def _command(name: str, settings_class: str, help: str, example: str) -> Command
 
 
 COMMANDS: tuple[Command, ...] = (
+    _command("label", "LabelSettings", "Captions to instrument labels, with their distribution and what to mend.",
+             "lapwan label clips.jsonl -o labels.jsonl --report report.json"),
+    _command("merge", "MergeSettings", "Merge LoRAs into a model folder, into one transformer, or into one LoRA.",
+             "lapwan merge --model MODEL --lora high=A.safetensors --lora low=B.safetensors -o OUT"),
 )

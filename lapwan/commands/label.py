@@ -1,0 +1,153 @@
+"""`lapwan label`: captions to instrument labels, as a stream."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from lapwan import console
+from lapwan.data.clips import ClipFile, read_clips, to_line
+from lapwan.data.labelreport import LabelReport
+from lapwan.data.labels import Label, Resolver, rounded
+from lapwan.data.taxonomy import Taxonomy, load_taxonomy
+from lapwan.errors import UserError
+from lapwan.files import atomic_file, claim_output, write_text
+from lapwan.settings.base import to_toml
+from lapwan.settings.label import LabelSettings
+from lapwan.settings.run import RunOptions
+
+_FIELDS = ("instrument_label", "instrument_name", "instrument_logits", "label_fallback")
+_MEBIBYTE = 1 << 20
+_CAPTION_SHOWN = 60
+_FILE_WIDTH = 200
+
+
+def run(settings: LabelSettings, options: RunOptions) -> None:
+    """Label every clip; print the distribution; write the labels, their settings and the report."""
+    taxonomy = load_taxonomy(settings.taxonomy)
+    clips = read_clips(settings.clips)
+    sidecar = settings.output.with_suffix(".settings.toml")
+    _check_paths(settings, sidecar)
+    claim_output(settings.output, options.overwrite)
+    if settings.report is not None:
+        claim_output(settings.report, options.overwrite)
+    if options.dry_run:
+        _plan(settings, clips, taxonomy)
+        return
+    report = LabelReport(taxonomy)
+    with atomic_file(settings.output) as temporary:
+        _label_all(settings, clips, taxonomy, report, temporary)
+        _show(report)
+        if settings.report is not None:
+            write_text(settings.report, json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")
+        if settings.strict and report.fallback:
+            lines = ", ".join(str(line) for line, _ in report.unmatched)
+            more = ", …" if report.fallback > len(report.unmatched) else ""
+            raise UserError(f"--strict: {report.fallback} of {report.clips} captions name no instrument (lines {lines}"
+                            f"{more}); nothing written; name it there, or leave --strict out")
+    write_text(sidecar, to_toml(settings, "lapwan label --config reproduces the labels beside this file"))
+    console.log(f"wrote {settings.output}")
+
+
+def _check_paths(settings: LabelSettings, sidecar: Path) -> None:
+    source = settings.clips.resolve()
+    if settings.output.resolve() == source:
+        raise UserError(f"output {settings.output} is the input itself; labelling in place is refused, "
+                        "choose another output")
+    if settings.report is not None:
+        others = {source: "input", settings.output.resolve(): "output", sidecar.resolve(): "settings file"}
+        if (same := others.get(settings.report.resolve())) is not None:
+            raise UserError(f"report {settings.report} is the {same} itself; choose another path")
+
+
+def _plan(settings: LabelSettings, clips: ClipFile, taxonomy: Taxonomy) -> None:
+    """Every line is read and checked; only the labelling is left out."""
+    count = sum(1 for _ in clips)
+    console.results.print(to_toml(settings), markup=False, end="")
+    console.results.print(
+        f"would label {count} clips of {settings.clips} by {taxonomy.name} ({', '.join(taxonomy.keys)}) "
+        f"into {settings.output}", markup=False,
+    )
+
+
+def _label_all(
+    settings: LabelSettings, clips: ClipFile, taxonomy: Taxonomy, report: LabelReport, output: Path
+) -> None:
+    resolver = Resolver(taxonomy)
+    total = max(1, -(-clips.bytes_total // _MEBIBYTE))
+    done = 0
+    with output.open("w", encoding="utf-8", newline="\n") as file, console.progress("label", total, "MiB") as bar:
+        for clip in clips:
+            label = resolver.label(clip.caption)
+            report.add(clip.line, clip.caption, label)
+            report.relabelled += "instrument_label" in clip.data
+            file.write(to_line(_labelled(clip.data, label, settings.soft_labels)))
+            if (now := clips.bytes_read // _MEBIBYTE) > done:
+                bar.advance(now - done, clips=report.clips)
+                done = now
+        bar.advance(total - done, clips=report.clips)
+
+
+def _labelled(data: dict[str, Any], label: Label, soft: bool) -> dict[str, Any]:
+    """The clip's own fields in their order, then the label; labels of an earlier run are replaced."""
+    out = {key: value for key, value in data.items() if key not in _FIELDS}
+    out["instrument_label"] = label.index
+    out["instrument_name"] = label.name
+    if soft:
+        out["instrument_logits"] = rounded(label.weights)
+    if label.fallback:
+        out["label_fallback"] = True
+    return out
+
+
+def _show(report: LabelReport) -> None:
+    _show_families(report)
+    _show_cooccurrence(report)
+    ratio = "none (a family has no clip)" if report.imbalance is None else f"{report.imbalance:.2f}"
+    console.results.print(f"imbalance (largest/smallest): {ratio}   fallback: {report.fallback}")
+    if report.unmatched:
+        console.results.print(f"no instrument named in {report.fallback}, such as")
+        for line, caption in report.unmatched:
+            shown = caption if len(caption) <= _CAPTION_SHOWN else caption[: _CAPTION_SHOWN - 1] + "…"
+            console.results.print(f"  line {line}: {shown}", markup=False)
+    for advice in report.advice():
+        console.results.print(f"advice: {advice}", markup=False)
+    for warning in report.warnings():
+        console.warn(warning)
+    if report.relabelled:
+        console.log(f"{report.relabelled} clips already had a label; it was replaced")
+
+
+def _show_families(report: LabelReport) -> None:
+    headings = {"#": "right", "family": "left", "also": "left", "clips": "right", "share": "right", "weight": "right",
+                "draw ×": "right"}
+    rows = []
+    for index, family in enumerate(report.taxonomy.families):
+        count, clips = report.counts[index], max(report.clips, 1)
+        rows.append([str(index), family.name, "/".join(family.names_zh), str(count), f"{count / clips:.1%}",
+                     f"{report.weight[index] / clips:.3f}", f"{report.sampling_weights[family.name]:g}"])
+    _print_table(f"{report.clips} clips, taxonomy {report.taxonomy.name}", headings, rows)
+
+
+def _show_cooccurrence(report: LabelReport) -> None:
+    if not any(n for i, row in enumerate(report.cooccurrence) for j, n in enumerate(row) if i != j):
+        return
+    keys = report.taxonomy.keys
+    rows = [[key, *map(str, row)] for key, row in zip(keys, report.cooccurrence, strict=True)]
+    _print_table("clips in which two families occur together", {"": "left"} | dict.fromkeys(keys, "right"), rows)
+
+
+def _print_table(title: str, headings: dict[str, Any], rows: list[list[str]]) -> None:
+    """Aligned by display width (a Chinese character takes two columns); outside a terminal never cropped."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading, justify in headings.items():
+        table.add_column(heading, justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.results.print(title, markup=False)
+    console.results.print(table, width=None if console.results.is_terminal else _FILE_WIDTH)

@@ -1,0 +1,230 @@
+"""Taxonomies: the instrument families of a mixture, in order, and the words that name them.
+
+How to add a taxonomy: a TOML file like those in `taxonomies/`, given as `--taxonomy my.toml`; one that should come with
+the package goes into that folder. Families keep the order of the file: it is the order of experts and of label columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lapwan.data.text import units
+from lapwan.errors import UserError, nearest
+
+_SHIPPED = Path(__file__).parent / "taxonomies"
+_KEY = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One instrument family, which one expert learns.
+
+    `keywords` always count as evidence; `actions` only in a caption where no keyword counted; `aliases` and names are
+    understood as hints but are no evidence in a caption (`other` is a word of everyday prose).
+    """
+
+    key: str
+    names: tuple[str, ...]
+    names_zh: tuple[str, ...] = ()
+    description: str = ""
+    keywords: tuple[str, ...] = ()
+    actions: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The English display name, `instrument_name` in label files."""
+        return self.names[0]
+
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """Every spelling that means exactly this family."""
+        return (self.key, *self.names, *self.names_zh, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """Families in order; `default` is the index for captions without any evidence; `ignore` are phrases that contain a
+    keyword's characters and mean something else (钩突, 呼吸)."""
+
+    name: str
+    families: tuple[Family, ...]
+    default: int
+    description: str = ""
+    ignore: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The families' slugs in order."""
+        return tuple(family.key for family in self.families)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over everything but the descriptions."""
+        relevant = self.to_dict()
+        relevant.pop("description", None)
+        for family in relevant["families"]:
+            family.pop("description", None)
+        text = json.dumps(relevant, ensure_ascii=False, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The taxonomy as its TOML says it: what a mixture file embeds, and `from_dict` reads."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "default": self.families[self.default].key,
+            "ignore": list(self.ignore),
+            "families": [
+                {f.name: list(v) if isinstance(v := getattr(family, f.name), tuple) else v for f in fields(Family)}
+                for family in self.families
+            ],
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], place: str = "taxonomy") -> Taxonomy:
+        """The inverse of `to_dict`, with every check of a file.
+
+        Raises:
+            UserError: unknown key, wrong type, empty family, a phrase in two families, an unknown default.
+        """
+        return _Reader(place).taxonomy(data)
+
+
+def shipped() -> list[str]:
+    """Names of the taxonomies that come with the package."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.toml"))
+
+
+def load_taxonomy(name_or_path: str) -> Taxonomy:
+    """A shipped taxonomy by name, or one from a TOML file.
+
+    Raises:
+        UserError: no such taxonomy or file, or the file breaks a rule (see `Taxonomy.from_dict`).
+    """
+    if name_or_path in shipped():
+        path = _SHIPPED / f"{name_or_path}.toml"
+    else:
+        path = Path(name_or_path)
+        if path.suffix != ".toml" and not path.is_file():
+            raise UserError(f"unknown taxonomy '{name_or_path}'{nearest(name_or_path, shipped())}; "
+                            f"known: {', '.join(shipped())}, or the path of a .toml file")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no such taxonomy file: {path}; known by name: {', '.join(shipped())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read taxonomy {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"taxonomy {path} is not valid TOML: {error}") from None
+    return Taxonomy.from_dict({"name": path.stem, **data}, str(path))
+
+
+class _Reader:
+    """Checks a taxonomy's tables and reports every problem at once."""
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+        self._problems: list[str] = []
+
+    def taxonomy(self, data: Mapping[str, Any]) -> Taxonomy:
+        self._unknown(data, ("name", "description", "default", "ignore", "families"), "")
+        tables = data.get("families")
+        if not isinstance(tables, list) or len(tables) < 2 or not all(isinstance(t, Mapping) for t in tables):
+            self._problems.append("'families' must be two or more tables, each written as [[families]]")
+            tables = []
+        families = tuple(self._family(table, f"families[{i}]") for i, table in enumerate(tables))
+        keys = [family.key for family in families]
+        for key in sorted({key for key in keys if keys.count(key) > 1}):
+            self._problems.append(f"two families have the key '{key}'; keys must differ")
+        default = self._text(data, "default", "", required=True)
+        if default and families and default not in keys:
+            self._problems.append(f"default = '{default}' is no family{nearest(default, keys)}; "
+                                  f"one of: {', '.join(keys)}")
+        ignore = self._words(data, "ignore", "")
+        name, description = self._text(data, "name", "", required=True), self._text(data, "description", "")
+        for family in families:
+            if not family.keywords and family.key != default:
+                self._problems.append(f"family '{family.key}' is empty: give it at least one keyword "
+                                      "(only the default family may have none)")
+        self._clashes(families, ignore)
+        if self._problems:
+            raise UserError(self._explain())
+        return Taxonomy(name, families, keys.index(default), description, ignore)
+
+    def _family(self, table: Mapping[str, Any], where: str) -> Family:
+        self._unknown(table, tuple(f.name for f in fields(Family)), where)
+        key = self._text(table, "key", where, required=True)
+        if key and not _KEY.fullmatch(key):
+            self._problems.append(f"{where}.key = '{key}': lower-case ASCII letters, digits and _ only, such as 'hook'")
+        names = self._words(table, "names", where)
+        return Family(
+            key, names or (key.replace("_", " ").capitalize(),), self._words(table, "names_zh", where),
+            self._text(table, "description", where), self._words(table, "keywords", where),
+            self._words(table, "actions", where), self._words(table, "aliases", where),
+        )
+
+    def _unknown(self, table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+        for key in table:
+            if key not in known:
+                prefix = f"{where}: " if where else ""
+                self._problems.append(
+                    f"{prefix}unknown key '{key}'{nearest(key, known) or '; known here: ' + ', '.join(known)}"
+                )
+
+    def _text(self, table: Mapping[str, Any], key: str, where: str, required: bool = False) -> str:
+        dotted, value = f"{where}.{key}".lstrip("."), table.get(key, "")
+        if not isinstance(value, str):
+            self._problems.append(f"{dotted} = {value!r}: must be a string")
+            return ""
+        if required and not value.strip():
+            self._problems.append(f"'{dotted}' is required")
+        return value.strip()
+
+    def _words(self, table: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+        dotted, value = f"{where}.{key}".lstrip("."), table.get(key, [])
+        if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
+            self._problems.append(f"{dotted} = {value!r}: must be a list of strings")
+            return ()
+        for word in value:
+            if not units(word):
+                self._problems.append(f"{dotted}: empty phrase {word!r}; remove it")
+        return tuple(value)
+
+    def _clashes(self, families: tuple[Family, ...], ignore: tuple[str, ...]) -> None:
+        """A phrase may mean one family only, in whatever inflection or script it is written."""
+        owner: dict[tuple[str, ...], tuple[str, str, str]] = {}
+        for key, role, phrase in _phrases(families, ignore):
+            first = owner.setdefault(units(phrase), (key, role, phrase))
+            if first[0] != key:
+                same = f"'{phrase}'" if first[2] == phrase else f"'{first[2]}' = '{phrase}'"
+                self._problems.append(f"{same} is in {_of(first)} and in {_of((key, role, phrase))}; keep it in one")
+            elif {first[1], role} == {"keywords", "actions"}:
+                self._problems.append(f"'{phrase}' is a keyword and an action of '{key}'; keep it in one")
+
+    def _explain(self) -> str:
+        if len(self._problems) == 1:
+            return f"{self._place}: {self._problems[0]}"
+        return f"{self._place}: {len(self._problems)} problems:\n" + "\n".join(f"  {p}" for p in self._problems)
+
+
+def _phrases(families: tuple[Family, ...], ignore: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+    for family in families:
+        for role in ("keywords", "actions", "names", "names_zh", "aliases"):
+            for phrase in getattr(family, role):
+                yield family.key, role, phrase
+        yield family.key, "key", family.key
+    for phrase in ignore:
+        yield "", "ignore", phrase
+
+
+def _of(owner: tuple[str, str, str]) -> str:
+    return "'ignore'" if owner[1] == "ignore" else f"{owner[1]} of '{owner[0]}'"
