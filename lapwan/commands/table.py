@@ -27,4 +27,6 @@ COMMANDS: tuple[Command, ...] = (
              "lapwan label clips.jsonl -o labels.jsonl --report report.json"),
     _command("merge", "MergeSettings", "Merge LoRAs into a model folder, into one transformer, or into one LoRA.",
              "lapwan merge --model MODEL --lora high=A.safetensors --lora low=B.safetensors -o OUT"),
+    _command("generate", "GenerateSettings", "A prompt (and an image) to a video, through both noise experts.",
+             'lapwan generate --model tiny --prompt "电凝钩切割组织" -o out.mp4'),
 )

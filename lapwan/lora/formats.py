@@ -18,7 +18,7 @@ from lapwan.files import atomic_file
 from lapwan.lora import noise_expert
 from lapwan.lora.keys import COMPONENT_EXPERTS, Key, Layout, key_names, looks_like_lora, parse_key, refuse_key
 from lapwan.lora.scales import ADAPTER_METADATA, AdapterConfig, adapter_config, adapter_metadata
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import LoraEntry, LoraState, entries_fingerprint
 from lapwan.lora.tensorfile import TensorFile, read_header
 from lapwan.lora.tensors import load
 from lapwan.names import NoiseExpert
@@ -67,6 +67,10 @@ class LoraFile:
     modules: dict[str, LoraModule]
     metadata: dict[str, str]
     layout: Layout
+
+    def fingerprint(self) -> str:
+        """The content's fingerprint, as `LoraState.fingerprint`, one module in memory at a time."""
+        return entries_fingerprint((path, self.modules[path].entry()) for path in sorted(self.modules))
 
     def read(self) -> LoraState:
         """All of it, as a LoraState."""

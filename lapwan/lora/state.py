@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +52,22 @@ class LoraEntry:
         """ΔW = alpha / r · B A, [out, in], computed in `dtype` (float32 or float64)."""
         return (self.up.to(dtype) @ self.down.to(dtype)).mul_(self.scale)
 
+    def entry(self) -> LoraEntry:
+        """Itself: an entry in memory stands wherever a module of a file may."""
+        return self
+
+
+def entries_fingerprint(entries: Iterable[tuple[str, LoraEntry]]) -> str:
+    """`LoraState.fingerprint` over (path, entry) in the order of paths, so that a file may be read module by module."""
+    digest = hashlib.sha256()
+    for path, entry in entries:
+        out_features, in_features = entry.shape
+        digest.update(path.encode() + b"\0")
+        digest.update(struct.pack("<QQQd", entry.rank, in_features, out_features, entry.alpha))
+        for tensor in (entry.down, entry.up):
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return digest.hexdigest()
+
 
 @dataclass
 class LoraState:
@@ -64,16 +81,7 @@ class LoraState:
 
         Independent of layout, metadata and of a cast to a wider dtype; a narrowing cast changes it, as it changes ΔW.
         """
-        digest = hashlib.sha256()
-        for path in sorted(self.entries):
-            entry = self.entries[path]
-            out_features, in_features = entry.shape
-            digest.update(path.encode() + b"\0")
-            digest.update(struct.pack("<QQQd", entry.rank, in_features, out_features, entry.alpha))
-            for tensor in (entry.down, entry.up):
-                plain = tensor.detach().to("cpu", torch.float32).contiguous()
-                digest.update(plain.numpy().data)
-        return digest.hexdigest()
+        return entries_fingerprint((path, self.entries[path]) for path in sorted(self.entries))
 
     def ranks(self) -> dict[str, int]:
         """Rank by path."""

@@ -1,0 +1,134 @@
+"""`lapwan merge`: LoRAs into a model folder, into one transformer, or into one LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lapwan.commands.model import resolve
+from lapwan.console import log, progress, results
+from lapwan.errors import UserError
+from lapwan.files import claim_output
+from lapwan.lora import noise_expert
+from lapwan.lora.assign import Request, assign, assign_one, group
+from lapwan.lora.combine import combine
+from lapwan.lora.formats import LoraFile, write_lora
+from lapwan.lora.merge import ComponentPlan, Given, plan_component, write_component
+from lapwan.lora.merge_folder import check_disk, folder_bytes, write_folder
+from lapwan.names import NoiseExpert
+from lapwan.settings.base import to_toml
+from lapwan.settings.merge import MergeSettings
+from lapwan.settings.run import RunOptions
+from lapwan.wan.folder import weight_files
+
+
+def run(settings: MergeSettings, options: RunOptions) -> None:
+    """Plan, check, write."""
+    if options.dry_run:
+        results.print(to_toml(settings), markup=False)
+    if settings.model is not None:
+        _into_model(settings, settings.model, options)
+    elif settings.dit is not None:
+        _into_transformer(settings, settings.dit, options)
+    else:
+        _into_lora(settings, options)
+
+
+def _requests(settings: MergeSettings) -> list[Request]:
+    return [(lora.expert, lora.path, lora.strength * settings.multiplier) for lora in settings.lora]
+
+
+def _given(loras: Sequence[tuple[LoraFile, float]]) -> list[Given]:
+    return [Given(lora, strength, lora.fingerprint()) for lora, strength in loras]
+
+
+def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> None:
+    spec = resolve(model)
+    _claim_folder(settings.output, spec.path, options)
+    assigned = assign(_requests(settings), spec.experts)
+    plans = [
+        plan_component(weight_files(spec.component(expert)), _given(loras), expert)
+        for expert, loras in assigned.items()
+    ]
+    _check_and_tell(plans, settings.output, folder_bytes(spec.path, plans, settings.link))
+    if options.dry_run:
+        return
+    with progress("merge", sum(plan.size for plan in plans), "B") as bar:
+        write_folder(spec.path, settings.output, plans, settings.link, bar.advance)
+    results.print(f"merged model: {settings.output}", markup=False)
+
+
+def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -> None:
+    whole = dit.is_dir()
+    expert, loras = assign_one(_requests(settings), noise_expert.from_name(dit))
+    plan = plan_component(weight_files(dit) if whole else [dit], _given(loras), expert)
+    if whole:
+        _claim_folder(settings.output, dit, options)
+    else:
+        _claim_file(settings.output, [dit], options)
+    _check_and_tell([plan], settings.output, folder_bytes(dit, [plan], settings.link) if whole else plan.size)
+    if options.dry_run:
+        return
+    with progress("merge", plan.size, "B") as bar:
+        if whole:
+            write_folder(dit, settings.output, [plan], settings.link, bar.advance)
+        else:
+            write_component(plan, [settings.output], bar.advance)
+    results.print(f"merged transformer: {settings.output}", markup=False)
+
+
+def _into_lora(settings: MergeSettings, options: RunOptions) -> None:
+    groups = group(_requests(settings))
+    outputs = {expert: _lora_output(settings.output, expert, len(groups)) for expert in groups}
+    for output in outputs.values():
+        _claim_file(output, [lora.path for lora in settings.lora], options)
+    for expert, loras in groups.items():
+        parts = ", ".join(f"{lora.path.name} x {strength:g}" for lora, strength in loras)
+        log(f"{outputs[expert].name}: {parts}")
+    if options.dry_run:
+        return
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    for expert, loras in groups.items():
+        state, energy = combine([(lora.read(), strength) for lora, strength in loras], settings.rank, dtype)
+        if energy is not None:
+            results.print(f"rank {settings.rank} keeps {energy.total:.4%} of the energy (squared norm); least in "
+                          f"{energy.worst_path}: {energy.worst:.4%}", markup=False)
+        if expert is not None:
+            state.metadata[noise_expert.KEY] = expert.value
+        write_lora(outputs[expert], state, settings.format or "comfy", dtype)
+        results.print(f"LoRA: {outputs[expert]}", markup=False)
+
+
+def _lora_output(output: Path, expert: NoiseExpert | None, groups: int) -> Path:
+    """The output itself, or, where both noise experts are written, `{name}_high_noise.safetensors` and its twin."""
+    if groups == 1 or expert is None:
+        return output
+    return output.with_name(f"{output.stem}_{expert.file_suffix}{output.suffix}")
+
+
+def _claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> None:
+    if output.is_dir():
+        raise UserError(f"output {output} is a folder; this merge writes a .safetensors file")
+    if output.suffix != ".safetensors":
+        raise UserError(f"output {output}: this merge writes one .safetensors file; name it so")
+    if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
+        raise UserError(f"output {output} is one of the inputs; choose another path")
+    claim_output(output, options.overwrite)
+
+
+def _claim_folder(output: Path, source: Path, options: RunOptions) -> None:
+    if output.is_file():
+        raise UserError(f"output {output} is a file; this merge writes a folder")
+    inside, around = output.resolve(), source.resolve()
+    if inside == around or around in inside.parents or inside in around.parents:
+        raise UserError(f"output {output} and the model {source} lie inside each other; choose a folder outside it")
+    claim_output(output, options.overwrite)
+
+
+def _check_and_tell(plans: Sequence[ComponentPlan], output: Path, needed: int) -> None:
+    for plan in plans:
+        log(plan.describe(plan.expert.component if plan.expert else plan.files[0].path.name))
+    check_disk(output, needed)
+    log(f"{output}: {needed / 2**30:.3g} GiB to write")

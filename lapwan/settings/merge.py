@@ -1,0 +1,54 @@
+"""Settings of `lapwan merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lapwan.settings.base import Flag, Settings
+from lapwan.settings.lora_argument import LORA_METAVAR, LoraArgument
+
+LoraLayout = Literal["comfy", "musubi", "diffusers"]
+LoraDtype = Literal["float32", "float16", "bfloat16"]
+
+
+class MergeSettings(Settings):
+    """LoRAs into a model folder, into one transformer, or into one LoRA.
+
+    How to add a form: its source field here, its checks in `_form`, a branch in `lapwan.commands.merge.run`.
+    """
+
+    model: Annotated[str | None, Flag(metavar="MODEL")] = Field(
+        default=None, description="Merge into this model (a folder, or tiny): writes a model folder.")
+    dit: Annotated[Path | None, Flag(metavar="FILE")] = Field(
+        default=None, description="Merge into this one transformer: a .safetensors file, or a folder of shards.")
+    lora: Annotated[tuple[LoraArgument, ...], Flag(metavar=LORA_METAVAR)] = Field(
+        default=(), description="A LoRA to merge; repeatable. Without --model and --dit the LoRAs become one LoRA.")
+    multiplier: Annotated[float, Flag()] = Field(default=1.0, description="Multiplies every LoRA's strength.")
+    output: Annotated[Path, Flag("-o", "--output", metavar="OUT")] = Field(
+        description="What to write: a model folder, or a .safetensors file.")
+    rank: Annotated[int | None, Flag(metavar="N")] = Field(
+        default=None, ge=1, description="Resize the resulting LoRA to at most this rank by SVD.")
+    format: Annotated[LoraLayout | None, Flag(metavar="comfy|musubi|diffusers")] = Field(
+        default=None, description="Key layout of the resulting LoRA; comfy unless said.")
+    dtype: Annotated[LoraDtype | None, Flag(metavar="float32|float16|bfloat16")] = Field(
+        default=None, description="Dtype of the resulting LoRA; the inputs' own unless said.")
+    link: Annotated[bool, Flag()] = Field(
+        default=True, description="Hard-link large files that do not change instead of copying them.")
+
+    @model_validator(mode="after")
+    def _form(self) -> MergeSettings:
+        if self.model is not None and self.dit is not None:
+            raise ValueError("give --model (a whole model) or --dit (one transformer), not both")
+        if not self.lora:
+            raise ValueError("nothing to merge: give at least one --lora FILE")
+        into_weights = self.model is not None or self.dit is not None
+        for name in ("rank", "format", "dtype"):
+            if into_weights and getattr(self, name) is not None:
+                raise ValueError(f"--{name} is for a resulting LoRA; a merged model keeps its own layout and dtype")
+        if not into_weights and self.output.suffix != ".safetensors":
+            raise ValueError(f"output {self.output}: a LoRA is written as a .safetensors file (to merge into a "
+                             "model, add --model or --dit)")
+        return self

@@ -1,0 +1,343 @@
+"""lapwan merge: into a model folder, into one file, into one LoRA; what it refuses, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from lora_cases import BLOCKS, make_transformer, random_state, shapes, velocity
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lapwan.commands.merge import run
+from lapwan.commands.model import resolve
+from lapwan.errors import UserError
+from lapwan.lora import checkpoint_file
+from lapwan.lora.fingerprint import checkpoint_fingerprint, merged_fingerprint
+from lapwan.lora.formats import read_lora, write_lora
+from lapwan.lora.tensorfile import read_header
+from lapwan.names import NoiseExpert, to_original
+from lapwan.settings.load import load
+from lapwan.settings.merge import MergeSettings
+from lapwan.settings.run import RunOptions
+from lapwan.wan.folder import weight_files
+
+
+def merge(dry_run: bool = False, overwrite: bool = False, **options: object) -> None:
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    run(load(MergeSettings, options=values, environment={}), RunOptions(dry_run, overwrite))
+
+
+def add(transformer: WanTransformer3DModel, state, multiplier: float = 1.0) -> WanTransformer3DModel:
+    """A copy of the transformer with multiplier · ΔW added by plain arithmetic in fp64."""
+    copy = make_transformer(0)
+    copy.load_state_dict(transformer.state_dict())
+    copy.double()
+    for path, entry in state.entries.items():
+        copy.get_submodule(path).weight.data += multiplier * entry.delta(torch.float64)
+    return copy
+
+
+@pytest.fixture
+def pair(saved) -> dict[NoiseExpert, Path]:
+    return {
+        e: saved(f"m_{e.file_suffix}.safetensors", seed=n, alpha=2.0, metadata={"lapwan.noise_expert": e.value},
+                 layout=layout)
+        for n, (e, layout) in enumerate(zip(NoiseExpert, ("comfy", "musubi"), strict=True), 5)
+    }
+
+
+def test_merged_folder_is_base_plus_lora_in_diffusers(tmp_path, model_folder, transformers, pair):
+    out = tmp_path / "merged"
+    merge(model=str(model_folder), lora=[f"{e}={p}:0.5" for e, p in pair.items()], multiplier="0.8", output=out)
+    pipe = WanPipeline.from_pretrained(out, vae=None, text_encoder=None, tokenizer=None)
+    assert pipe.config.boundary_ratio == 0.875
+    for expert, path in pair.items():
+        (state,) = read_lora(path).values()
+        want = velocity(add(transformers[expert], state, 0.4))
+        got = velocity(getattr(pipe, expert.component))
+        assert (want - got).abs().max() < 1e-5
+        assert (want - velocity(add(transformers[expert], state, 0.0))).abs().max() > 0.1  # the LoRA does something
+
+
+def test_the_embedded_model_merged_loads_whole(tmp_path, saved):
+    spec = resolve("tiny")
+    config = json.loads((spec.component(NoiseExpert.LOW) / "config.json").read_text())
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    lora = saved("tiny.safetensors", sizes={"blocks.5.attn1.to_v": (width, width)}, layout="musubi")
+    merge(model="tiny", lora=[f"low={lora}"], output=tmp_path / "merged")
+    base, merged = (WanPipeline.from_pretrained(folder) for folder in (spec.path, tmp_path / "merged"))
+    (state,) = read_lora(lora).values()
+    (delta,) = deltas(state).values()
+    for name, weight in merged.transformer_2.state_dict().items():
+        before = base.transformer_2.state_dict()[name]
+        if name == "blocks.5.attn1.to_v.weight":
+            assert (weight - before - delta).abs().max() < 1e-6
+        else:
+            assert torch.equal(weight, before), name
+    assert resolve(str(tmp_path / "merged")).experts == spec.experts
+
+
+def test_merged_folder_keeps_every_other_file_and_says_where_it_comes_from(tmp_path, model_folder, pair):
+    high = pair[NoiseExpert.HIGH]
+    merge(model=str(model_folder), lora=[f"high={high}"], output=tmp_path / "merged")
+    names = sorted(p.relative_to(model_folder) for p in model_folder.rglob("*") if p.is_file())
+    assert names == sorted(p.relative_to(tmp_path / "merged") for p in (tmp_path / "merged").rglob("*") if p.is_file())
+    touched = {Path("transformer/diffusion_pytorch_model.safetensors")}
+    for name in names:
+        same = (model_folder / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+        assert same == (name not in touched), name
+    base = weight_files(model_folder / "transformer")
+    metadata = read_header(tmp_path / "merged" / "transformer/diffusion_pytorch_model.safetensors").metadata
+    (state,) = read_lora(high).values()
+    assert json.loads(metadata["lapwan.merged"]) == [
+        {"fingerprint": state.fingerprint(), "multiplier": 1.0, "noise_expert": "high"}]
+    fingerprint = merged_fingerprint(checkpoint_fingerprint(base), [(state.fingerprint(), 1.0)])
+    assert metadata["lapwan.fingerprint"] == fingerprint == checkpoint_fingerprint(
+        weight_files(tmp_path / "merged" / "transformer"))
+    assert metadata["lapwan.base_fingerprint"] == checkpoint_fingerprint(base)
+
+
+def test_untouched_bytes_are_identical_and_touched_ones_rounded_once(tmp_path, transformers, monkeypatch):
+    monkeypatch.setattr(checkpoint_file, "TILE_BYTES", 5 * 24 * 4)  # tiles of 5 rows: 24 and 40 rows end in a part
+    monkeypatch.setattr(checkpoint_file, "_COPY_BYTES", 100)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        weights = {k: v.to(dtype).clone() for k, v in transformers[NoiseExpert.HIGH].state_dict().items()}
+        save_file(weights, tmp_path / "dit.safetensors", metadata={"format": "pt", "kept": "yes"})
+        state = random_state(shapes([1], ["self_attn.k", "ffn.0", "ffn.2"]), alpha=1.5, dtype=torch.bfloat16)
+        write_lora(tmp_path / "l.safetensors", state)
+        merge(dit=tmp_path / "dit.safetensors", lora=[str(tmp_path / "l.safetensors")], overwrite=True,
+              output=tmp_path / "out.safetensors")
+        got = load_file(tmp_path / "out.safetensors")
+        assert list(read_header(tmp_path / "out.safetensors").tensors) == list(
+            read_header(tmp_path / "dit.safetensors").tensors)
+        for name, weight in weights.items():
+            entry = state.entries.get(name.removesuffix(".weight"))
+            if entry is None:
+                assert torch.equal(got[name], weight), name
+                continue
+            exact = weight.double() + entry.delta(torch.float64)
+            error = (got[name].double() - exact).abs()
+            half_ulp = exact.abs() * torch.finfo(dtype).eps / 2
+            assert (error <= half_ulp * 1.01 + 1e-6 * (dtype != torch.float64)).all(), (dtype, name)
+        with safe_open(tmp_path / "out.safetensors", "pt") as file:
+            assert file.metadata()["kept"] == "yes"
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_original_key_layout_is_kept(tmp_path, transformers, saved, prefix):
+    source = transformers[NoiseExpert.LOW].state_dict()
+    renamed = {
+        prefix + ((to_original(k.removesuffix(".weight")) or k.removesuffix(".weight")) + ".weight"): v.clone()
+        for k, v in source.items() if k.endswith(".weight")
+    }
+    save_file(renamed, tmp_path / "wan_low_noise.safetensors")
+    lora = saved("l.safetensors", layout="diffusers", metadata={"lapwan.noise_expert": "low"})
+    merge(dit=tmp_path / "wan_low_noise.safetensors", lora=[str(lora)], output=tmp_path / "out.safetensors")
+    got = load_file(tmp_path / "out.safetensors")
+    assert got.keys() == renamed.keys()
+    (state,) = read_lora(lora).values()
+    for path, entry in state.entries.items():
+        name = f"{prefix}{to_original(path)}.weight"
+        assert torch.allclose(got[name], renamed[name] + entry.delta(), atol=1e-6)
+    changed = {name for name in got if not torch.equal(got[name], renamed[name])}
+    assert len(changed) == 10 * BLOCKS
+
+
+def test_a_folder_of_shards_as_one_transformer(tmp_path, model_folder, transformers, pair):
+    folder = model_folder / "transformer_2"
+    assert len(weight_files(folder)) > 2
+    merge(dit=folder, lora=[str(pair[NoiseExpert.LOW])], output=tmp_path / "out")
+    (state,) = read_lora(pair[NoiseExpert.LOW]).values()
+    merged = WanTransformer3DModel.from_pretrained(tmp_path / "out")
+    assert (velocity(merged) - velocity(add(transformers[NoiseExpert.LOW], state))).abs().max() < 1e-5
+
+
+def test_two_loras_add_up_and_both_means_both(tmp_path, model_folder, transformers, saved):
+    a, b = saved("a.safetensors", seed=1), saved("b.safetensors", seed=2, sizes=shapes([0]), rank=2)
+    merge(model=str(model_folder), lora=[f"both={a}:0.5", f"low={b}"], output=tmp_path / "merged")
+    (one,), (two,) = read_lora(a).values(), read_lora(b).values()
+    for expert in NoiseExpert:
+        want = add(transformers[expert], one, 0.5)
+        want = add(want, two) if expert is NoiseExpert.LOW else want
+        got = WanTransformer3DModel.from_pretrained(tmp_path / "merged" / expert.component)
+        assert (velocity(got) - velocity(want)).abs().max() < 1e-5
+
+
+def test_large_unchanged_files_are_linked_or_copied_as_asked(tmp_path, model_folder, pair):
+    source = tmp_path / "base"
+    shutil.copytree(model_folder, source)
+    (source / "vae" / "big.safetensors").write_bytes(bytes(2 << 20))
+    (source / ".git").mkdir()
+    (source / ".git" / "x").write_text("x")
+    (source / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"unmerged")
+    lora = [f"high={pair[NoiseExpert.HIGH]}"]
+    merge(model=str(source), lora=lora, output=tmp_path / "linked")
+    merge(model=str(source), lora=lora, output=tmp_path / "copied", link="false")
+    assert (tmp_path / "linked/vae/big.safetensors").samefile(source / "vae/big.safetensors")
+    assert not (tmp_path / "linked/vae/config.json").samefile(source / "vae/config.json")
+    assert not (tmp_path / "copied/vae/big.safetensors").samefile(source / "vae/big.safetensors")
+    assert (tmp_path / "copied/vae/big.safetensors").stat().st_size == 2 << 20
+    assert not (tmp_path / "linked/.git").exists()
+    assert not (tmp_path / "linked/transformer/diffusion_pytorch_model.bin").exists()
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("form", ["model", "dit"])
+def test_an_interrupted_merge_leaves_nothing(tmp_path, model_folder, pair, monkeypatch, form):
+    before = files_below(tmp_path)
+    original = checkpoint_file.merged_rows
+    calls = 0
+
+    def interrupted(*arguments, **named):
+        nonlocal calls
+        calls += 1
+        if calls > 15:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(checkpoint_file, "merged_rows", interrupted)
+    lora = [f"high={pair[NoiseExpert.HIGH]}"]
+    with pytest.raises(KeyboardInterrupt):
+        if form == "model":
+            merge(model=str(model_folder), lora=lora, output=tmp_path / "out")
+        else:
+            (file,) = weight_files(model_folder / "transformer")
+            merge(dit=file, lora=lora, output=tmp_path / "out.safetensors")
+    assert files_below(tmp_path) == before
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, model_folder, pair, capsys):
+    before = files_below(tmp_path)
+    lora = [f"{e}={p}" for e, p in pair.items()]
+    merge(model=str(model_folder), lora=lora, output=tmp_path / "out", dry_run=True)
+    assert files_below(tmp_path) == before
+    out, err = capsys.readouterr()
+    assert "transformer: 30 weights" in err and "transformer_2: 30 weights" in err and "[[lora]]" in out
+
+
+def test_refusals(tmp_path, model_folder, pair, saved, monkeypatch):
+    high, low = pair.values()
+    plain = saved("plain.safetensors")
+    model = {"model": str(model_folder), "output": tmp_path / "out"}
+
+    def refused(match: str, **options: object) -> None:
+        before = files_below(tmp_path)
+        with pytest.raises(UserError, match=match) as caught:
+            merge(**{**model, **options})
+        assert "\n" not in str(caught.value)
+        assert files_below(tmp_path) == before
+
+    refused("is for the low noise expert .*not for the high one", lora=[f"high={low}"])
+    refused("does not say which noise expert", lora=[str(plain)])
+    other = saved("other.safetensors", sizes=shapes([BLOCKS]))
+    refused(r"module 'blocks\.3\.[^']*' is not in .*did you mean 'blocks\.", lora=[f"high={other}"])
+    wide = saved("wide.safetensors", sizes={"blocks.0.attn1.to_q": (24, 32)})
+    refused(r"\[24, 32\].*has \[24, 24\]", lora=[f"high={wide}"])
+    refused("given twice", lora=[f"high={plain}", f"both={plain}"])
+    refused("lie inside each other", lora=[f"high={plain}"], output=model_folder / "merged")
+    refused("nothing to merge", lora=[])
+    refused("not both", lora=[f"high={plain}"], dit=high)
+    refused("--rank is for a resulting LoRA", lora=[f"high={plain}"], rank="4")
+    refused("no such file", lora=["high=nowhere.safetensors"])
+    refused("did you mean 'high'", lora=[f"hihg={plain}"])
+    nonfinite = saved("inf.safetensors", sizes={"blocks.0.attn1.to_q": (24, 24)}, alpha=float("inf"))
+    refused("non-finite", lora=[f"high={nonfinite}"])
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "x").write_text("x")
+    refused("output exists", lora=[f"high={plain}"], output=tmp_path / "taken")
+    refused("is a file; this merge writes a folder", lora=[f"high={plain}"], output=plain)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    refused(r"not enough disk .*GiB needed, 0\.000977 GiB free", lora=[f"high={plain}"])
+
+
+def test_a_second_merge_of_the_same_lora_is_refused(tmp_path, model_folder, pair, saved):
+    high = pair[NoiseExpert.HIGH]
+    merge(model=str(model_folder), lora=[f"high={high}"], output=tmp_path / "once")
+    (state,) = read_lora(high).values()
+    write_lora(tmp_path / "renamed.safetensors", state, layout="musubi")  # the same content under another name
+    again = [f"high={tmp_path / 'renamed.safetensors'}"]
+    with pytest.raises(UserError, match="already merged"):
+        merge(model=str(tmp_path / "once"), lora=again, output=tmp_path / "twice")
+    merge(model=str(tmp_path / "once"), lora=[f"high={saved('next.safetensors', seed=8)}"], output=tmp_path / "more")
+    metadata = read_header(tmp_path / "more" / "transformer/diffusion_pytorch_model.safetensors").metadata
+    assert len(json.loads(metadata["lapwan.merged"])) == 2
+    assert metadata["lapwan.base_fingerprint"] == checkpoint_fingerprint(weight_files(model_folder / "transformer"))
+
+
+def test_quantised_weights_and_other_checkpoints_are_refused(tmp_path, transformers, saved):
+    weights = {k: v.clone() for k, v in transformers[NoiseExpert.HIGH].state_dict().items()}
+    weights["blocks.0.attn1.to_q.weight"] = weights["blocks.0.attn1.to_q.weight"].to(torch.float8_e4m3fn)
+    save_file(weights, tmp_path / "fp8.safetensors")
+    with pytest.raises(UserError, match="F8_E4M3"):
+        merge(dit=tmp_path / "fp8.safetensors", lora=[str(saved())], output=tmp_path / "o.safetensors")
+    save_file({"encoder.weight": torch.zeros(3, 3)}, tmp_path / "vae.safetensors")
+    with pytest.raises(UserError, match="not a Wan transformer"):
+        merge(dit=tmp_path / "vae.safetensors", lora=[str(saved())], output=tmp_path / "o.safetensors")
+    with pytest.raises(UserError, match="is not a LoRA"):
+        merge(dit=tmp_path / "vae.safetensors", lora=[str(tmp_path / "fp8.safetensors")],
+              output=tmp_path / "o.safetensors")
+
+
+def deltas(state) -> dict[str, torch.Tensor]:
+    return {path: entry.delta(torch.float64) for path, entry in state.entries.items()}
+
+
+def test_sum_of_loras_by_concatenation(tmp_path, saved):
+    a = saved("a.safetensors", seed=1, rank=3, alpha=5.0)
+    b = saved("b.safetensors", seed=2, rank=2, sizes=shapes([0, 1]), layout="musubi")
+    merge(lora=[f"{a}:0.8", f"{b}:0.5"], output=tmp_path / "sum.safetensors", format="diffusers")
+    (one,), (two,), (got,) = (read_lora(p).values() for p in (a, b, tmp_path / "sum.safetensors"))
+    assert got.entries["blocks.0.ffn.net.2"].rank == 5 and got.entries["blocks.2.ffn.net.2"].rank == 3
+    for path, delta in deltas(got).items():
+        want = 0.8 * deltas(one)[path] + (0.5 * deltas(two)[path] if path in two.entries else 0)
+        assert (delta - want).abs().max() < 1e-6
+
+
+def test_resize_is_the_best_approximation_and_says_the_energy(tmp_path, saved, capsys):
+    a, b = saved("a.safetensors", seed=1, rank=6), saved("b.safetensors", seed=2, rank=6)
+    merge(lora=[str(a), str(b)], rank="4", output=tmp_path / "small.safetensors")
+    (one,), (two,), (got,) = (read_lora(p).values() for p in (a, b, tmp_path / "small.safetensors"))
+    kept = everything = 0.0
+    for path, delta in deltas(got).items():
+        u, s, vh = torch.linalg.svd(deltas(one)[path] + deltas(two)[path])
+        assert (delta - u[:, :4] * s[:4] @ vh[:4]).abs().max() < 1e-5
+        kept, everything = kept + (s[:4] ** 2).sum().item(), everything + (s**2).sum().item()
+        assert got.entries[path].rank == 4
+    assert f"keeps {kept / everything:.4%}" in capsys.readouterr().out
+
+
+def test_one_input_is_a_conversion_with_the_same_content(tmp_path, saved):
+    a = saved("a.safetensors", alpha=2.0, dtype=torch.bfloat16, metadata={"lapwan.noise_expert": "low", "ss_tag": "x"})
+    merge(lora=[str(a)], output=tmp_path / "b.safetensors", format="musubi")
+    (one,), (two,) = read_lora(a).values(), read_lora(tmp_path / "b.safetensors").values()
+    assert one.fingerprint() == two.fingerprint() and two.metadata["ss_tag"] == "x"
+    merge(lora=[f"{a}:0.5"], output=tmp_path / "half.safetensors", dtype="float32")
+    (half,) = read_lora(tmp_path / "half.safetensors").values()
+    for path, delta in deltas(half).items():
+        assert torch.equal(delta, 0.5 * deltas(one)[path])
+        assert half.entries[path].up.dtype == torch.float32
+
+
+def test_loras_of_different_noise_experts_do_not_add_by_accident(tmp_path, pair, saved):
+    high, low = pair.values()
+    with pytest.raises(UserError, match="different noise experts"):
+        merge(lora=[str(high), str(low)], output=tmp_path / "x.safetensors")
+    merge(lora=[f"high={high}", f"low={low}"], output=tmp_path / "x.safetensors", format="musubi")
+    for expert, path in pair.items():
+        written = tmp_path / f"x_{expert.file_suffix}.safetensors"
+        ((said, state),) = read_lora(written).items()
+        assert said is expert and deltas(state).keys() == deltas(next(iter(read_lora(path).values()))).keys()
+    plain = saved("plain.safetensors", seed=11)
+    merge(lora=[str(high), str(plain)], output=tmp_path / "y.safetensors")
+    assert list(read_lora(tmp_path / "y.safetensors")) == [NoiseExpert.HIGH]
+    with pytest.raises(UserError, match="one of the inputs"):
+        merge(lora=[str(high)], output=high, overwrite=True)
