@@ -1,0 +1,94 @@
+"""From noise to latents through the noise experts, with classifier-free guidance for each.
+
+Shapes: B samples, C latent channels, T latent frames, H, W latent height and width, L text tokens, D text features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lapwan.names import NoiseExpert
+from lapwan.sampling.grid import Grid, Step
+from lapwan.wan.backbone import velocity
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the transformer sees besides the latents: text, the negative prompt's text, I2V's mask and image."""
+
+    text_BLD: Tensor
+    negative_BLD: Tensor | None
+    image_BCTHW: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Strength by noise expert (1: none), acting where sigma lies in `interval` (low, high)."""
+
+    strength: Mapping[NoiseExpert, float]
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def at(self, step: Step) -> float:
+        """The strength of a step. Each noise expert decides for itself: high=1, low=4 guides the low one only."""
+        low, high = self.interval
+        return self.strength[step.expert] if low <= step.sigma <= high else 1.0
+
+    def needed(self, grid: Grid) -> bool:
+        """Whether any step of the grid evaluates the negative prompt."""
+        return any(self.at(step) > 1.0 for step in grid.steps)
+
+
+def guided_velocity(
+    transformer: WanTransformer3DModel, x_BCTHW: Tensor, timestep: Tensor, conditions: Conditions, guidance: float
+) -> Tensor:
+    """v = v_neg + g·(v_text − v_neg); for g ≤ 1 just v_text, with one evaluation. In fp32.
+
+    Source: Ho & Salimans, Classifier-Free Diffusion Guidance (arXiv 2207.12598).
+    """
+    timestep_B = timestep.to(x_BCTHW.device).expand(x_BCTHW.shape[0])
+    v = velocity(transformer, x_BCTHW, timestep_B, conditions.text_BLD, conditions.image_BCTHW)
+    if guidance <= 1.0:
+        return v
+    if conditions.negative_BLD is None:
+        raise ValueError("guidance above 1 needs the negative prompt's text")
+    negative = velocity(transformer, x_BCTHW, timestep_B, conditions.negative_BLD, conditions.image_BCTHW)
+    return negative + guidance * (v - negative)
+
+
+Scope = Callable[[Step], AbstractContextManager[object]]
+
+
+@torch.no_grad()
+def denoise(
+    grid: Grid,
+    x_BCTHW: Tensor,
+    conditions: Conditions,
+    guidance: Guidance,
+    transformer: Callable[[NoiseExpert], WanTransformer3DModel],
+    scope: Scope,
+    on_step: Callable[[Step, Tensor], None] = lambda step, x: None,
+) -> Tensor:
+    """Run the grid from x at its first sigma to sigma 0.
+
+    Args:
+        transformer: gives a noise expert's transformer; asked for at its first step, so that one without steps is
+            never loaded.
+        scope: holds the adapters' gates of a step around its evaluations.
+        on_step: called after each step with the latents.
+    """
+    for step in grid.steps:
+        model = transformer(step.expert)
+        with scope(step):
+            v = guided_velocity(model, x_BCTHW, step.timestep, conditions, guidance.at(step))
+        x_BCTHW = grid.scheduler.step(v, step.timestep, x_BCTHW, return_dict=False)[0]
+        on_step(step, x_BCTHW)
+    return x_BCTHW

@@ -1,0 +1,183 @@
+"""Generate videos: the parts of a model loaded when first needed and kept, adapters attached, one request at a time.
+
+Shapes: B samples (1 here), C channels, T frames, H height, W width, L text tokens, D text features.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lapwan import __version__, console
+from lapwan.lora.attach import Adapter, attach
+from lapwan.names import NoiseExpert
+from lapwan.sampling.adapters import AdapterSet
+from lapwan.sampling.denoise import Conditions, Guidance, denoise
+from lapwan.sampling.grid import Grid, Step, make_grid
+from lapwan.sampling.image import image_fingerprint, image_tensor
+from lapwan.sampling.request import Request, check_request
+from lapwan.sampling.result import Video
+from lapwan.sampling.routing import Mix, alpha_vector, choose_mix
+from lapwan.wan.backbone import load_transformer
+from lapwan.wan.condition import image_condition
+from lapwan.wan.folder import ModelSpec
+from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder, pad_text
+from lapwan.wan.vae import decode, load_vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+
+class Generator:
+    """A model with its adapters, ready for requests.
+
+    A noise expert is loaded at its first step, so one without steps is never read. The text encoder waits on the CPU
+    between prompts. `dtype` is the transformers'; VAE and text features keep their own.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        adapters: AdapterSet | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.spec, self.adapters = spec, adapters or AdapterSet()
+        self.device, self.dtype = torch.device(device), dtype
+        self._transformers: dict[NoiseExpert, tuple[WanTransformer3DModel, Adapter | None]] = {}
+        self._text: TextEncoder | None = None
+        self._vae: AutoencoderKLWan | None = None
+        self._features: dict[str, Tensor] = {}
+
+    def text_features(self, prompt: str) -> Tensor:
+        """umT5 features of a prompt, unpadded [n, D]; remembered."""
+        if prompt not in self._features:
+            if self._text is None:
+                console.detail("loading the text encoder")
+                self._text = load_text_encoder(self.spec)
+            self._text.model.to(self.device)
+            self._features[prompt] = encode_text(self._text, [prompt])[0]
+            self._text.model.to("cpu")
+        return self._features[prompt]
+
+    def vae(self) -> AutoencoderKLWan:
+        """The VAE, in fp32."""
+        if self._vae is None:
+            console.detail("loading the VAE")
+            self._vae = load_vae(self.spec, device=self.device)
+        return self._vae
+
+    def transformer(self, expert: NoiseExpert) -> WanTransformer3DModel:
+        """A noise expert's transformer with its adapters attached."""
+        if expert not in self._transformers:
+            console.detail(f"loading the {expert.value} noise expert")
+            model = load_transformer(self.spec, expert, self.dtype, self.device)
+            groups = self.adapters.groups(expert)
+            self._transformers[expert] = model, attach(model, groups, gates_required=True) if groups else None
+        return self._transformers[expert][0]
+
+    def route(self, request: Request) -> Mix | None:
+        """The mix of experts for a request; None without a mixture."""
+        if self.adapters.mixture is None:
+            return None
+        return choose_mix(
+            self.adapters.mixture, request.prompt, request.hint, lambda: self.text_features(request.prompt)
+        )
+
+    def generate(self, request: Request) -> Video:
+        """One video.
+
+        Raises:
+            UserError: what `check_request` refuses.
+        """
+        check_request(self.spec, request)
+        grid = make_grid(self.spec, request.sampler, request.steps, request.flow_shift)
+        mix = self.route(request)
+        if mix is not None:
+            console.log(f"gates by {mix.source}:\n" + "\n".join(f"  {line}" for line in mix.bars()))
+        latents = self._sample(request, grid, self._noise(request), mix)
+        console.detail("decoding")
+        with torch.no_grad():
+            pixels = decode(self.vae(), latents)
+        return Video(to_frames(pixels), request.fps, facts=self._facts(request, grid, mix))
+
+    def _noise(self, request: Request) -> Tensor:
+        # On the CPU, as diffusers draws with a CPU generator: a seed means the same noise on every machine.
+        shape = self.spec.latent_shape(request.num_frames, *request.size)
+        noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(request.seed), dtype=torch.float32)
+        return noise.to(self.device)
+
+    def _conditions(self, request: Request, negative: bool) -> Conditions:
+        def text(prompt: str) -> Tensor:
+            return pad_text([self.text_features(prompt)]).to(self.device)
+
+        image = None
+        if request.image is not None:
+            with torch.no_grad():
+                image = image_condition(
+                    self.vae(), image_tensor(request.image, request.size).to(self.device), request.num_frames
+                )
+        return Conditions(text(request.prompt), text(request.negative_prompt) if negative else None, image)
+
+    def _sample(self, request: Request, grid: Grid, x_BCTHW: Tensor, mix: Mix | None) -> Tensor:
+        guidance = Guidance(request.guidance, request.guidance_interval)
+        conditions = self._conditions(request, guidance.needed(grid))
+
+        def scope(step: Step) -> AbstractContextManager[object]:
+            adapter = self._transformers[step.expert][1]
+            return nullcontext() if adapter is None else adapter.holder.scope(self._gates(request, step, mix))
+
+        with console.progress("sampling", len(grid.steps)) as bar:
+            return denoise(
+                grid, x_BCTHW, conditions, guidance, self.transformer, scope,
+                lambda step, _: bar.advance(1, expert=step.expert.value, sigma=step.sigma),
+            )
+
+    def _gates(self, request: Request, step: Step, mix: Mix | None) -> Tensor:
+        mixture = self.adapters.mixture
+        gates_1G = self.adapters.gates(
+            step.expert, step.sigma, None if mix is None else mix.mix_1E,
+            1.0 if request.alpha_base is None else request.alpha_base,
+            None if mixture is None else alpha_vector(mixture, request.alpha_expert),
+        )
+        return gates_1G.to(self.device)
+
+    def _facts(self, request: Request, grid: Grid, mix: Mix | None) -> dict[str, Any]:
+        """What the settings name only by path: identities, the gates that acted, versions."""
+        import diffusers
+
+        facts: dict[str, Any] = {
+            "model": {e.value: self.spec.fingerprint(e) for e in self.spec.experts},
+            "steps": {e.value: grid.count(e) for e in self.spec.experts},
+            "versions": {"lapwan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+            "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        if loras := lora_facts(self.adapters):
+            facts["lora"] = loras
+        if request.image is not None:
+            facts["image"] = image_fingerprint(request.image)
+        if mix is not None:
+            gates = {f"{s.sigma:.4f}": self._gates(request, s, mix)[0].tolist() for s in grid.steps}
+            facts["moe"] = {"by": mix.source, "mix": mix.shares(), "gates": gates}
+        return facts
+
+
+def lora_facts(adapters: AdapterSet) -> list[dict[str, Any]]:
+    """Noise expert, file name, strength and fingerprint of every LoRA."""
+    uses = [(e, use) for e, found in adapters.loras.items() for use in found] + list(adapters.mixture_base.items())
+    return [
+        {"noise_expert": e.value, "file": use.path.name, "strength": use.strength, "fingerprint": use.fingerprint}
+        for e, use in uses
+    ]
+
+
+def to_frames(pixels_BCTHW: Tensor) -> np.ndarray:
+    """[-1, 1] pixels [1, 3, T, H, W] -> uint8 frames [T, H, W, 3]: round(127.5·(x + 1)), clamped."""
+    scaled = ((pixels_BCTHW[0].float().clamp(-1, 1) + 1.0) * 127.5).round()
+    return scaled.permute(1, 2, 3, 0).to("cpu", torch.uint8).numpy()
+
+

@@ -1,0 +1,77 @@
+"""Which experts of a mixture act on a video: by hint, by the learned router, or by the prompt's own words.
+
+Shapes: E experts of the mixture (families of its taxonomy, in order); a leading 1 is the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lapwan.data.labels import label_caption, resolve_hint
+from lapwan.data.taxonomy import Taxonomy
+from lapwan.errors import UserError
+from lapwan.moe.mixture import Mixture
+
+_BAR = 24  # characters of a full bar
+
+
+@dataclass(frozen=True)
+class Mix:
+    """g, the experts' shares for one video, and what decided them."""
+
+    families: tuple[str, ...]
+    mix_1E: Tensor
+    source: Literal["hint", "router", "rule"]
+
+    def shares(self) -> dict[str, float]:
+        """Share by family."""
+        return dict(zip(self.families, self.mix_1E[0].tolist(), strict=True))
+
+    def bars(self) -> list[str]:
+        """A line per family: name, bar, share."""
+        width = max(len(name) for name in self.families)
+        bars = {name: "█" * round(share * _BAR) for name, share in self.shares().items()}
+        return [f"{name:<{width}}  {bars[name]:<{_BAR}}  {share:.2f}" for name, share in self.shares().items()]
+
+
+def choose_mix(mixture: Mixture, prompt: str, hint: str | None, features: Callable[[], Tensor]) -> Mix:
+    """The mix for a prompt: a hint's weights as they are (no softmax, no top-k), else the mixture's router.
+
+    Args:
+        features: gives the prompt's unpadded text features [n, D]; called only for a router that reads text.
+    """
+    taxonomy = Taxonomy.from_dict(mixture.taxonomy)
+    if hint is not None:
+        return Mix(mixture.families, torch.tensor([resolve_hint(hint, taxonomy)]), "hint")
+    if mixture.spec.router == "text":
+        return Mix(mixture.families, mixture.select(mixture.route([features()])), "router")
+    labels_1E = torch.tensor([label_caption(prompt, taxonomy).weights])
+    source: Literal["router", "rule"] = "rule" if mixture.spec.router == "rule" else "router"
+    return Mix(mixture.families, mixture.select(mixture.route([], labels_1E)), source)
+
+
+def alpha_vector(mixture: Mixture, alpha: float | Mapping[str, float] | None) -> Tensor | None:
+    """α_e by column: one number for all, or by family (a key or any of its names); a family not named keeps 1.
+
+    Raises:
+        UserError: a name that is no single family, or a number that is not finite.
+    """
+    if alpha is None:
+        return None
+    named: Mapping[str, float] = alpha if isinstance(alpha, Mapping) else dict.fromkeys(mixture.families, alpha)
+    values_E = torch.ones(len(mixture.families))
+    taxonomy = Taxonomy.from_dict(mixture.taxonomy)
+    for name, value in named.items():
+        if not math.isfinite(value):
+            raise UserError(f"alpha-expert {name}={value}: must be a finite number")
+        weights = resolve_hint(name, taxonomy)
+        if max(weights) < 1.0:
+            raise UserError(f"alpha-expert '{name}' means several families; name one of {', '.join(mixture.families)}")
+        values_E[weights.index(max(weights))] = float(value)
+    return values_E
