@@ -1,0 +1,80 @@
+"""Contact sheets: rows of frames of several videos on one picture, to judge them at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_GAP, _MARGIN = 2, 6  # pixels
+_GROUND, _INK = (24, 24, 28), (235, 235, 235)
+# Where systems keep a font with Chinese glyphs, tried in this order. Without one Chinese captions are left out.
+_CJK_FONTS = (
+    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
+    "/usr/share/fonts/noto-cjk/NotoSansCJK-Regular.ttc",
+    "/usr/share/fonts/google-noto-cjk/NotoSansCJK-Regular.ttc",
+    "/usr/share/fonts/truetype/wqy/wqy-microhei.ttc",
+    "/usr/share/fonts/truetype/droid/DroidSansFallbackFull.ttf",
+    "/System/Library/Fonts/PingFang.ttc",
+    "C:/Windows/Fonts/msyh.ttc",
+)
+
+
+def contact_sheet(videos: Sequence[np.ndarray], columns: int, captions: Sequence[str] | None = None,
+                  scale: int = 1) -> Image.Image:
+    """One row a video: `columns` of its frames, evenly spaced from the first to the last, its caption above.
+
+    Args:
+        videos: uint8 RGB [T, H, W, 3] each; sizes may differ between rows.
+        columns: frames shown of each video (fewer where a video has fewer).
+        captions: one a video. Characters that no font at hand can draw are left out.
+        scale: whole-number enlargement of the frames, without smoothing.
+    """
+    if columns < 1 or not videos:
+        raise ValueError(f"a sheet needs at least one video and one column, got {len(videos)} and {columns}")
+    texts = list(captions) if captions is not None else [""] * len(videos)
+    if len(texts) != len(videos):
+        raise ValueError(f"{len(texts)} captions for {len(videos)} videos")
+    rows = [_row(video, columns, scale) for video in videos]
+    width = max(row.shape[1] for row in rows) + 2 * _MARGIN
+    font, can_cjk = _font(size=14)
+    texts = [_drawable(text, font, can_cjk, width - 2 * _MARGIN) for text in texts]
+    line = 20 if any(texts) else 0
+    height = sum(row.shape[0] + line + _MARGIN for row in rows) + _MARGIN
+    sheet = Image.new("RGB", (width, height), _GROUND)
+    pen, top = ImageDraw.Draw(sheet), _MARGIN
+    for row, text in zip(rows, texts, strict=True):
+        if text:
+            pen.text((_MARGIN, top), text, fill=_INK, font=font)
+        sheet.paste(Image.fromarray(row), (_MARGIN, top + line))
+        top += row.shape[0] + line + _MARGIN
+    return sheet
+
+
+def _row(video_THWC: np.ndarray, columns: int, scale: int) -> np.ndarray:
+    chosen = np.linspace(0, len(video_THWC) - 1, min(columns, len(video_THWC))).round().astype(int)
+    frames = video_THWC[chosen].repeat(scale, axis=1).repeat(scale, axis=2)
+    gap = np.full((frames.shape[1], _GAP, 3), _GROUND, np.uint8)
+    pieces = [piece for frame in frames for piece in (frame, gap)][:-1]
+    return np.concatenate(pieces, axis=1)
+
+
+def _font(size: int) -> tuple[ImageFont.ImageFont | ImageFont.FreeTypeFont, bool]:
+    for path in _CJK_FONTS:
+        if Path(path).is_file():
+            return ImageFont.truetype(path, size), True
+    return ImageFont.load_default(size), False
+
+
+def _drawable(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, can_cjk: bool, width: int) -> str:
+    """The part of `text` that the font can draw, cut at `width` pixels."""
+    if not can_cjk:
+        text = "".join(c if c.isascii() else " " for c in text)
+    text = " ".join(text.split())
+    if not text or font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
