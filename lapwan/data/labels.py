@@ -12,10 +12,11 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lapwan.data.negation import may_negate, negated
+from lapwan.data.matching import Found, Matcher, Split
+from lapwan.data.negation import negated
 from lapwan.data.segment import Segmenter
 from lapwan.data.taxonomy import Taxonomy
-from lapwan.data.text import PIECE, normalise, stem, units, weight_length
+from lapwan.data.text import PIECE, is_han, normalise, stem, units, weight_length
 from lapwan.errors import UserError, nearest
 
 LENGTH_POWER = 1.5
@@ -53,36 +54,8 @@ class Label:
 @dataclass(frozen=True)
 class _Phrase:
     text: str
-    units: tuple[str, ...]
     family: int  # -1: a phrase to ignore
     weight: float
-
-
-class _Matcher:
-    """Leftmost, longest match of phrases whose ends are word boundaries."""
-
-    def __init__(self, phrases: list[_Phrase]) -> None:
-        self._by_first: dict[str, list[_Phrase]] = {}
-        for phrase in sorted(phrases, key=lambda p: -len(p.units)):
-            self._by_first.setdefault(phrase.units[0], []).append(phrase)
-
-    def find(self, text: tuple[str, ...], boundary: list[bool], taken: list[bool]) -> list[tuple[int, _Phrase]]:
-        found, at = [], 0
-        while at < len(text):
-            phrase = self._longest(text, at, boundary, taken) if boundary[at] else None
-            if phrase is None:
-                at += 1
-            else:
-                found.append((at, phrase))
-                at += len(phrase.units)
-        return found
-
-    def _longest(self, text: tuple[str, ...], at: int, boundary: list[bool], taken: list[bool]) -> _Phrase | None:
-        for phrase in self._by_first.get(text[at], ()):
-            end = at + len(phrase.units)
-            if text[at:end] == phrase.units and boundary[end] and not any(taken[at:end]):
-                return phrase
-        return None
 
 
 class Resolver:
@@ -93,26 +66,22 @@ class Resolver:
         keywords = [_phrase(k, i) for i, family in enumerate(taxonomy.families) for k in family.keywords]
         keywords += [_phrase(word, -1) for word in taxonomy.ignore]
         actions = [_phrase(a, i) for i, family in enumerate(taxonomy.families) for a in family.actions]
-        self._keywords, self._actions = _Matcher(keywords), _Matcher(actions)
-        self._segmenter = Segmenter("".join(p.units) for p in (*keywords, *actions) if all(map(_is_han, p.units)))
+        self._keywords, self._actions = Matcher(keywords), Matcher(actions)
+        self._segmenter = Segmenter("".join(p) for p, _ in (*keywords, *actions) if all(map(is_han, p)))
 
     def label(self, caption: str) -> Label:
         """The label of a caption or prompt; see the module for the rule."""
-        text, boundary = self._split(caption)
-        taken = [False] * len(text)
-        mentions = self._mentions(self._keywords, text, boundary, taken, action=False)
+        text = self._split(caption)
+        mentions = self._mentions(self._keywords, text, [], action=False)
         counted = [m for m in mentions if not m.negated]
         if not counted:
             denied = {m.family for m in mentions}
-            for mention in mentions:
-                taken[mention.start : mention.end] = [True] * (mention.end - mention.start)
-            actions = self._mentions(self._actions, text, boundary, taken, action=True)
+            actions = self._mentions(self._actions, text, [(m.start, m.end) for m in mentions], action=True)
             counted = [m for m in actions if not m.negated and m.family not in denied]
             mentions += actions
         return self._conclude(counted, tuple(mentions))
 
-    def _split(self, caption: str) -> tuple[tuple[str, ...], list[bool]]:
-        """The caption in units, and whether a word begins or ends before each (and after the last)."""
+    def _split(self, caption: str) -> Split:
         text: list[str] = []
         boundary: list[bool] = []
         for match in PIECE.finditer(normalise(caption)):
@@ -123,17 +92,16 @@ class Resolver:
             else:
                 text.append(stem(match[0]) if match.lastgroup == "word" else match[0])
                 boundary.append(True)
-        return tuple(text), [*boundary, True]
+        return Split(tuple(text), (*boundary, True))
 
     def _mentions(
-        self, matcher: _Matcher, text: tuple[str, ...], boundary: list[bool], taken: list[bool], action: bool
+        self, matcher: Matcher[_Phrase], text: Split, taken: list[tuple[int, int]], action: bool
     ) -> list[Mention]:
-        found = [(at, p) for at, p in matcher.find(text, boundary, taken) if p.family >= 0]
-        spans = [(at, at + len(p.units), p.family) for at, p in found]
-        denied = negated(text, boundary, spans) if found and may_negate(text) else [False] * len(found)
+        found = [f for f in matcher.find(text, taken) if f.what.family >= 0]
+        denied = negated(text, [Found(f.start, f.end, f.what.family) for f in found])
         return [
-            Mention(p.text, p.family, start, end, p.weight, action, no)
-            for (_, p), (start, end, _), no in zip(found, spans, denied, strict=True)
+            Mention(f.what.text, f.what.family, f.start, f.end, f.what.weight, action, no)
+            for f, no in zip(found, denied, strict=True)
         ]
 
     def _conclude(self, counted: list[Mention], mentions: tuple[Mention, ...]) -> Label:
@@ -243,11 +211,6 @@ def _resolver(taxonomy: Taxonomy) -> Resolver:
     return Resolver(taxonomy)
 
 
-def _phrase(text: str, family: int) -> _Phrase:
+def _phrase(text: str, family: int) -> tuple[tuple[str, ...], _Phrase]:
     pieces = units(text)
-    return _Phrase(text, pieces, family, weight_length(pieces) ** LENGTH_POWER)
-
-
-def _is_han(unit: str) -> bool:
-    match = PIECE.fullmatch(unit)
-    return match is not None and match.lastgroup == "han"
+    return pieces, _Phrase(text, family, weight_length(pieces) ** LENGTH_POWER)

@@ -84,4 +84,15 @@ def units(text: str) -> tuple[str, ...]:
 
 def weight_length(phrase: tuple[str, ...]) -> int:
     """Length in the sense of the label rule: 1 for a Chinese character, 2 for a word (so that scissors = 剪刀)."""
-    return sum(2 if PIECE.fullmatch(unit).lastgroup == "word" else 1 for unit in phrase)  # type: ignore[union-attr]
+    return sum(2 if _is_word(unit) else 1 for unit in phrase)
+
+
+def is_han(unit: str) -> bool:
+    """A Chinese (Japanese, Korean) character, or a run of them."""
+    match = PIECE.fullmatch(unit)
+    return match is not None and match.lastgroup == "han"
+
+
+def _is_word(unit: str) -> bool:
+    match = PIECE.fullmatch(unit)
+    return match is not None and match.lastgroup == "word"
