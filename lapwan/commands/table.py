@@ -25,8 +25,14 @@ def _command(name: str, settings_class: str, help: str, example: str) -> Command
 COMMANDS: tuple[Command, ...] = (
     _command("label", "LabelSettings", "Captions to instrument labels, with their distribution and what to mend.",
              "lapwan label clips.jsonl -o labels.jsonl --report report.json"),
+    _command("cache", "CacheSettings", "Clips and captions to latents and text features, ready for training.",
+             "lapwan cache --dataset labels.jsonl --model tiny -o cache"),
+    _command("train-lora", "TrainLoraSettings", "Stage 1: a LoRA for each noise expert, from one run.",
+             "lapwan train-lora --cache cache --steps 1000 -o stage1"),
     _command("merge", "MergeSettings", "Merge LoRAs into a model folder, into one transformer, or into one LoRA.",
              "lapwan merge --model MODEL --lora high=A.safetensors --lora low=B.safetensors -o OUT"),
+    _command("train-moe", "TrainMoeSettings", "Stage 2: a mixture of instrument LoRA experts with a learned router.",
+             "lapwan train-moe --model merged --cache cache --steps 1000 -o stage2"),
     _command("generate", "GenerateSettings", "A prompt (and an image) to a video, through both noise experts.",
              'lapwan generate --model tiny --prompt "电凝钩切割组织" -o out.mp4'),
 )

@@ -42,7 +42,9 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The model's umT5, frozen, in eval mode (it has dropout); `dtype` defaults to the one it is stored in."""
     from transformers import AutoTokenizer, UMT5EncoderModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # "Loading weights" of every part would tear our own progress lines apart
     model = UMT5EncoderModel.from_pretrained(
         spec.path / "text_encoder", dtype="auto" if dtype is None else dtype, local_files_only=True
     )

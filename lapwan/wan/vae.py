@@ -55,4 +55,5 @@ def decode(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
     latents = latents_BCTHW.to(device=vae.device, dtype=torch.float32)
     mean, std = vae.config.latents_mean, vae.config.latents_std
     raw = latents * _per_channel(std, latents) + _per_channel(mean, latents)
-    return vae.decode(raw.to(vae.dtype)).sample.float()
+    pixels: Tensor = vae.decode(raw.to(vae.dtype)).sample.float()
+    return pixels

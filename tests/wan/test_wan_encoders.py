@@ -9,7 +9,9 @@ from lapwan.tiny.model import tiny_folder
 from lapwan.wan import condition, text, vae
 from lapwan.wan.folder import read_spec
 
-PROMPTS = ["抓钳抓取标本袋。", "the hook  dissects &amp;amp; burns\n the gallbladder", "", "电凝钩切割血管，吸引清理术野 " * 5]
+PROMPTS = [
+    "抓钳抓取标本袋。", "the hook  dissects &amp;amp; burns\n the gallbladder", "", "电凝钩切割血管，吸引清理术野 " * 5,
+]
 
 
 @pytest.fixture(scope="module")

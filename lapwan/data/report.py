@@ -1,0 +1,54 @@
+"""What the user reads of a cache plan and of what came of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from lapwan.data.plan import MISSING, Plan, Wanted
+from lapwan.data.sources import Drop
+
+_LISTED = 20
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan in words: what is there, what will be made and why, what is dropped and why."""
+    clips = len({wanted.stem for wanted in plan.items})
+    lines = [f"{plan.folder}: {len(plan.items)} items of {clips} clips from {plan.cache.dataset}"]
+    sizes = Counter((len(w.indices), *reversed(w.crop.bucket)) for w in plan.items)
+    for (frames, height, width), count in sorted(sizes.items()):
+        lines.append(f"  {count} x {frames} frames of {height}x{width}")
+    for what, todo in (("latents", plan.latents_todo), ("text", plan.text_todo), ("regions", plan.roi_todo)):
+        lines += [f"  {what}: {count} to encode ({reason})" for reason, count in _reasons(todo)]
+    if plan.prompts_todo:
+        lines.append(f"  empty and negative prompt: to encode ({plan.prompts_todo})")
+    if plan.latents_todo:
+        lines.append(f"  disk for latents: {size_text(plan.latents_bytes())}")
+    if plan.unverified:
+        lines.append(f"  {len(plan.unverified)} files made by another tool are taken as they are, unverified")
+    if plan.orphans:
+        lines.append(f"  {len(plan.orphans)} cache files belong to no clip of the dataset; they stay")
+    return lines + drop_lines(plan.drops)
+
+
+def drop_lines(drops: Sequence[Drop]) -> list[str]:
+    """One line a dropped clip, the first few in full."""
+    lines = [f"  dropped: {drop.where}: {drop.reason}" for drop in drops[:_LISTED]]
+    if len(drops) > _LISTED:
+        lines.append(f"  dropped: {len(drops) - _LISTED} more")
+    return lines
+
+
+def _reasons(todo: Mapping[str, tuple[Wanted, str]]) -> list[tuple[str, int]]:
+    """Reasons with their counts; missing first."""
+    counts = Counter(reason for _, reason in todo.values())
+    return sorted(counts.items(), key=lambda pair: (pair[0] != MISSING, pair[0]))
+
+
+def size_text(size: float) -> str:
+    """Bytes in a unit people read."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,262 @@
+"""Decoding: a video, an image or a folder of images to upright RGB frames at the model's frame rate.
+
+Time 0 is the first frame shown. Frame k at `fps` is the frame on display at k / fps (timestamps decide, so a variable
+frame rate comes out even). No torch here: worker processes start fast.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lapwan.data.buckets import Crop
+from lapwan.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
+VIDEO_SUFFIXES = frozenset({
+    ".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".ts", ".gif",
+})
+_EARLY = 0.1  # a timestamp may come this part of a frame late (containers round to milliseconds) and still count
+_SEEK_AFTER = 2.0  # seconds; before that, decoding from the start is cheaper than being sure of a seek
+
+
+class BadClip(UserError):
+    """One clip cannot be used; the message is the reason, without the clip's name."""
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What a file says of itself. `width`, `height`: upright pixels; `fps`: mean source rate (0 for an image);
+    `frames`: source frames; `seconds`: shown duration; `origin`: the file's own time of its first frame."""
+
+    width: int
+    height: int
+    fps: float
+    frames: int
+    seconds: float
+    origin: float = 0.0
+
+    @property
+    def is_image(self) -> bool:
+        """One still picture, not a video of one frame."""
+        return self.fps == 0
+
+    def count_at(self, fps: float) -> int:
+        """How many frames the clip has at `fps`."""
+        if self.is_image:
+            return 1
+        return max(1, int(self.seconds * fps + min(1.0, fps / self.fps) * _EARLY))
+
+
+def probe(path: Path, fps: float, source_fps: float | None = None) -> VideoFacts:
+    """Read a file's facts without decoding it: packets are only counted.
+
+    Args:
+        fps: the model's rate; a folder of images without `source_fps` is taken to have it.
+        source_fps: the true rate, against what the file says.
+
+    Raises:
+        BadClip: missing, unreadable, cut short, or without video.
+    """
+    if path.is_dir():
+        images = frame_files(path)
+        with _open_image(images[0]) as image:
+            width, height = image.size
+        rate = source_fps or fps
+        return VideoFacts(width, height, rate, len(images), len(images) / rate)
+    if not path.exists():
+        raise BadClip("no such file")
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        with _open_image(path) as image:
+            return VideoFacts(image.width, image.height, fps=0.0, frames=1, seconds=0.0)
+    return _probe_video(path, source_fps)
+
+
+def _probe_video(path: Path, source_fps: float | None) -> VideoFacts:
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise BadClip("the file has no video stream")
+            stream = container.streams.video[0]
+            packets, times = _packet_times(container, stream)
+            said = stream.frames
+            rate = float(stream.average_rate or stream.guessed_rate or 0)
+            container.seek(0)
+            first = next(container.decode(stream), None)
+    except (av.FFmpegError, OSError, EOFError) as error:
+        raise BadClip(f"cannot be read as video ({_short(error)})") from None
+    if first is None or packets == 0:
+        raise BadClip("no frame can be decoded")
+    if said > packets + 1:
+        raise BadClip(f"cut short: {packets} of its {said} frames are there")
+    width, height = (first.height, first.width) if first.rotation % 180 else (first.width, first.height)
+    return _timed(width, height, packets, times, rate, source_fps)
+
+
+def _packet_times(container: Any, stream: Any) -> tuple[int, list[float]]:
+    """(shown packets, their times in display order where they have one)."""
+    packets, times = 0, []
+    for packet in container.demux(stream):
+        if packet.size == 0 or packet.is_discard:
+            continue
+        packets += 1
+        if packet.pts is not None and packet.time_base is not None:
+            times.append(float(packet.pts * packet.time_base))
+    return packets, sorted(times)
+
+
+def source_times(path: Path, facts: VideoFacts, fps: float, source_fps: float | None) -> list[float]:
+    """When each source frame is shown, in seconds from the first: what annotations by frame number refer to."""
+    if facts.is_image:
+        return [0.0]
+    if path.is_file() and source_fps is None:
+        import av
+
+        try:
+            with av.open(str(path)) as container:
+                packets, times = _packet_times(container, container.streams.video[0])
+        except (av.FFmpegError, OSError) as error:
+            raise BadClip(f"cannot be read as video ({_short(error)})") from None
+        if len(times) == packets:
+            return [time - times[0] for time in times]
+    return [index / facts.fps for index in range(facts.frames)]
+
+
+def _timed(
+    width: int, height: int, packets: int, times: list[float], rate: float, source_fps: float | None
+) -> VideoFacts:
+    if source_fps is not None:
+        return VideoFacts(width, height, source_fps, packets, packets / source_fps, times[0] if times else 0.0)
+    if len(times) == packets and packets > 1:
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        seconds = times[-1] - times[0] + statistics.median(gaps)
+        if seconds > 0:
+            return VideoFacts(width, height, packets / seconds, packets, seconds, times[0])
+    if rate <= 0:
+        raise BadClip("the file says no frame rate; give source_fps")
+    return VideoFacts(width, height, rate, packets, packets / rate, times[0] if times else 0.0)
+
+
+def read_frames(
+    path: Path, indices: Sequence[int], crop: Crop, fps: float, facts: VideoFacts, source_fps: float | None = None
+) -> np.ndarray:
+    """Frames `indices` (ascending, counted at `fps`) as uint8 [T, H, W, 3], resized and cut by `crop`.
+
+    Raises:
+        BadClip: a frame is damaged or missing.
+    """
+    out = np.empty((len(indices), crop.bucket[1], crop.bucket[0], 3), np.uint8)
+    wanted = [index / fps for index in indices]
+    late = _EARLY / facts.fps if facts.fps else 0.0
+    position, shown, shown_at = 0, None, 0.0
+    for at, frame in _timed_frames(path, facts, wanted[0], source_fps):
+        while shown is not None and position < len(wanted) and at > wanted[position] + late:
+            position = _place(out, position, shown, crop)
+        if position == len(wanted):
+            return out
+        shown, shown_at = frame, at
+    # The last frame stays on display for its own duration; beyond it nothing is there.
+    while shown is not None and position < len(wanted) and wanted[position] <= shown_at + 1.5 / (facts.fps or 1.0):
+        position = _place(out, position, shown, crop)
+    if position < len(wanted):
+        raise BadClip(f"decoding ends at {shown_at:.2f} s, frame {indices[position]} "
+                      f"({wanted[position]:.2f} s at {fps:g} fps) is missing")
+    return out
+
+
+def _place(out: np.ndarray, position: int, frame: Any, crop: Crop) -> int:
+    out[position] = fit(_upright(frame), crop)
+    return position + 1
+
+
+def _timed_frames(
+    path: Path, facts: VideoFacts, start: float, source_fps: float | None
+) -> Iterator[tuple[float, Any]]:
+    """(seconds from the first frame, frame) in display order, from a key frame before `start` on."""
+    if path.is_dir() or facts.is_image:
+        files = frame_files(path) if path.is_dir() else [path]
+        for index, file in enumerate(files):
+            if facts.is_image or (index + 1) / facts.fps > start:
+                with _open_image(file) as image:
+                    yield (index / facts.fps if facts.fps else 0.0), image
+        return
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            own_times = source_fps is None
+            if own_times and start > _SEEK_AFTER and stream.time_base:
+                target = int((start + facts.origin - 0.5) / stream.time_base)
+                container.seek(target, stream=stream, backward=True)
+            for index, frame in enumerate(container.decode(stream)):
+                if frame.is_corrupt:
+                    raise BadClip(f"frame {index} is damaged")
+                timed = own_times and frame.time is not None
+                yield (frame.time - facts.origin if timed else index / facts.fps), frame
+    except (av.FFmpegError, OSError, EOFError) as error:
+        raise BadClip(f"decoding fails ({_short(error)})") from None
+
+
+def _upright(frame: Any) -> Image.Image:
+    """An RGB image as a viewer shows it: the rotation of the metadata applied, grey spread, alpha dropped."""
+    from PIL import Image
+
+    if isinstance(frame, Image.Image):
+        return frame if frame.mode == "RGB" else frame.convert("RGB")
+    pixels = frame.to_ndarray(format="rgb24")
+    turns = round(frame.rotation / 90) % 4
+    return Image.fromarray(np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels)
+
+
+def fit(image: Image.Image, crop: Crop) -> np.ndarray:
+    """uint8 [H, W, 3]: resized with antialias, then cut."""
+    from PIL import Image
+
+    if image.size != crop.resized:
+        image = image.resize(crop.resized, Image.Resampling.LANCZOS)
+    width, height = crop.bucket
+    if crop.resized != crop.bucket:
+        image = image.crop((crop.left, crop.top, crop.left + width, crop.top + height))
+    return np.asarray(image)
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """The images of a folder of frames, by name.
+
+    Raises:
+        BadClip: there are none.
+    """
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise BadClip(f"the folder holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found
+
+
+def _open_image(path: Path) -> Image.Image:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise BadClip("no such file") from None
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise BadClip(f"{path.name} cannot be read as an image ({_short(error)})") from None
+
+
+def _short(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error)
+    return str(text).splitlines()[0][:120] if str(text) else type(error).__name__

@@ -1,0 +1,247 @@
+"""Carrying out a cache plan: decode, encode and write overlapped, every file whole or absent.
+
+Shapes: B batch, T frames (pixels) or latent frames, H, W, C channels.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lapwan import console
+from lapwan.data.decode import Decoded, decode, make_jobs
+from lapwan.data.layout import PROMPTS_FILE, write_latents, write_prompts, write_roi, write_text_features
+from lapwan.data.plan import Plan, Wanted, prompts_recipe
+from lapwan.data.roi import region
+from lapwan.data.sources import Drop
+from lapwan.data.video import BadClip
+from lapwan.errors import UserError
+from lapwan.wan.condition import condition_video, with_mask
+from lapwan.wan.folder import ModelSpec
+from lapwan.wan.text import encode_text, load_text_encoder
+from lapwan.wan.vae import encode, load_vae
+
+_BATCH_PIXELS = 480 * 832 * 81  # one full-size clip: smaller ones share a batch up to this
+_LARGEST_BATCH = 8
+_TEXT_BATCH = 16
+_WRITES_AHEAD = 8
+_WORTH_WORKERS = 200_000_000  # source pixels: a second or so of decoding
+
+
+@dataclass
+class Seconds:
+    """Time spent, summed: `decode` over all workers, `wait` for them, `encode`, `write` in its own thread."""
+
+    decode: float = 0.0
+    wait: float = 0.0
+    encode: float = 0.0
+    write: float = 0.0
+    text: float = 0.0
+    total: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """What was done: counts of files written, clips that failed, time spent."""
+
+    latents: int = 0
+    texts: int = 0
+    rois: int = 0
+    failures: list[Drop] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)
+    seconds: Seconds = field(default_factory=Seconds)
+
+
+@dataclass(frozen=True)
+class How:
+    """Where and how to encode; `batch` None: by size."""
+
+    device: torch.device
+    workers: int
+    batch: int | None = None
+    vae_dtype: torch.dtype = torch.float32
+
+
+def how_to(device: str, workers: int | None, batch: int | None, plan: Plan) -> How:
+    """`auto` takes a GPU if there is one; decoding moves to other processes when the work is worth their start.
+
+    Raises:
+        UserError: no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device '{device}' is unknown; use auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device '{device}' is not there ({torch.cuda.device_count()} GPUs found); use --device cpu")
+    if workers is None:
+        pixels = sum(len(w.indices) * w.facts.width * w.facts.height for w, _ in plan.latents_todo.values())
+        workers = min(8, os.cpu_count() or 1) if pixels > _WORTH_WORKERS else 0
+    return How(chosen, workers, batch)
+
+
+def carry_out(plan: Plan, spec: ModelSpec, how: How) -> Outcome:
+    """Make every file the plan asks for. Clips that cannot be decoded are reported, not raised.
+
+    Raises:
+        OSError: the disk is full or not writable; what was written stays whole.
+    """
+    outcome = Outcome()
+    start = time.perf_counter()
+    if plan.roi_todo:
+        _encode_regions(plan, outcome)
+    if plan.latents_todo:
+        _encode_latents(plan, spec, how, outcome)
+    if plan.text_todo or plan.prompts_todo:
+        _encode_texts(plan, spec, how, outcome)
+    outcome.seconds.total = time.perf_counter() - start
+    return outcome
+
+
+def _fail(outcome: Outcome, wanted: Wanted, reason: str) -> None:
+    outcome.failed.add(wanted.id)
+    outcome.failures.append(Drop(wanted.clip.where, reason))
+
+
+def _encode_regions(plan: Plan, outcome: Outcome) -> None:
+    encoders = plan.encoders
+    with console.progress("regions", len(plan.roi_todo), "clip") as bar:
+        for name, (wanted, _) in plan.roi_todo.items():
+            clip = wanted.clip
+            try:
+                roi = region(clip.roi, clip.mask, clip.path, wanted.indices, wanted.crop, encoders.fps, wanted.facts,
+                             wanted.source_fps, encoders.strides)
+            except BadClip as error:
+                _fail(outcome, wanted, f"region: {error}")
+            else:
+                assert wanted.roi_recipe is not None
+                write_roi(plan.folder / name, roi, wanted.roi_recipe)
+                outcome.rois += 1
+            bar.advance()
+
+
+def _encode_latents(plan: Plan, spec: ModelSpec, how: How, outcome: Outcome) -> None:
+    vae = load_vae(spec, how.vae_dtype, how.device)
+    todo = {wanted.id: wanted for wanted, _ in plan.latents_todo.values()}
+    # Equal sizes side by side make whole batches; windows of a clip stay together.
+    ordered = sorted(todo.values(), key=lambda wanted: (len(wanted.indices), wanted.crop.bucket))
+    jobs = make_jobs(ordered, plan.encoders.fps)
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="cache-writer") as writer,
+        console.progress("latents", len(todo), "clip") as bar,
+    ):
+        writes: list[Future[None]] = []
+        for batch in _batches(decode(jobs, how.workers), todo, how, outcome, bar.advance):
+            started = time.perf_counter()
+            latents, conditions = _latents_of(vae, [frames for _, frames in batch], plan.encoders.condition)
+            outcome.seconds.encode += time.perf_counter() - started
+            for row, (wanted, _) in enumerate(batch):
+                condition = None if conditions is None else conditions[row]
+                writes.append(writer.submit(_write, plan, wanted, latents[row], condition, outcome))
+            while len(writes) > _WRITES_AHEAD:
+                writes.pop(0).result()
+            bar.advance(len(batch))
+        for write in writes:
+            write.result()
+    del vae
+
+
+def _batches(
+    items: Iterator[Decoded], todo: dict[str, Wanted], how: How, outcome: Outcome, failed: Callable[[], None]
+) -> Iterator[list[tuple[Wanted, np.ndarray]]]:
+    """Decoded items in groups of one shape; time spent waiting for the decoders is counted."""
+    group: list[tuple[Wanted, np.ndarray]] = []
+    while True:
+        started = time.perf_counter()
+        decoded = next(items, None)
+        outcome.seconds.wait += time.perf_counter() - started
+        if decoded is None:
+            break
+        outcome.seconds.decode += decoded.seconds
+        wanted = todo[decoded.id]
+        if decoded.frames is None:
+            _fail(outcome, wanted, decoded.failure or "cannot be decoded")
+            failed()
+            continue
+        if group and group[0][1].shape != decoded.frames.shape:
+            yield group
+            group = []
+        group.append((wanted, decoded.frames))
+        if len(group) >= (how.batch or batch_size(decoded.frames.shape)):
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def batch_size(shape_THWC: tuple[int, ...]) -> int:
+    """Clips an encode takes at once: as many pixels as one full-size clip, at most 8 clips."""
+    return max(1, min(_LARGEST_BATCH, _BATCH_PIXELS // (shape_THWC[0] * shape_THWC[1] * shape_THWC[2])))
+
+
+def to_pixels(frames_THWC: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 [T, H, W, 3] -> fp32 [3, T, H, W] in [-1, 1]; the bytes cross to the device, not the floats."""
+    return torch.from_numpy(frames_THWC).to(device).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def _latents_of(vae: Any, clips: list[np.ndarray], condition: bool) -> tuple[Tensor, Tensor | None]:
+    pixels_BCTHW = torch.stack([to_pixels(frames, vae.device) for frames in clips])
+    latents = encode(vae, pixels_BCTHW)
+    conditions = None
+    if condition:
+        frames = pixels_BCTHW.shape[2]
+        # Of one frame, the condition is the clip itself; longer ones differ from it everywhere but at the start.
+        still = latents if frames == 1 else encode(vae, condition_video(pixels_BCTHW[:, :, 0], frames))
+        conditions = with_mask(still).cpu()
+    return latents.cpu(), conditions
+
+
+def _write(plan: Plan, wanted: Wanted, latents: Tensor, condition: Tensor | None, outcome: Outcome) -> None:
+    started = time.perf_counter()
+    if not bool(torch.isfinite(latents).all()):
+        _fail(outcome, wanted, "its latents are not finite; the VAE overflows on it")
+        return
+    dtype = getattr(torch, plan.encoders.latents_dtype)
+    write_latents(
+        plan.folder / wanted.latents, latents.to(dtype), None if condition is None else condition.to(dtype),
+        (wanted.facts.width, wanted.facts.height), None if wanted.window is None else wanted.window.frames,
+        wanted.latents_recipe,
+    )
+    outcome.latents += 1
+    outcome.seconds.write += time.perf_counter() - started
+
+
+def _encode_texts(plan: Plan, spec: ModelSpec, how: How, outcome: Outcome) -> None:
+    """Each distinct caption once, sorted by length so that a batch pads little."""
+    started = time.perf_counter()
+    encoders = plan.encoders
+    dtype = getattr(torch, encoders.text_dtype)
+    encoder = load_text_encoder(spec, device=how.device)
+    files: dict[str, list[tuple[str, Wanted]]] = {}
+    for name, (wanted, _) in plan.text_todo.items():
+        files.setdefault(wanted.clip.caption, []).append((name, wanted))
+    captions = sorted(files, key=len)
+    with console.progress("captions", len(captions), "caption") as bar:
+        for first in range(0, len(captions), _TEXT_BATCH):
+            batch = captions[first : first + _TEXT_BATCH]
+            for caption, features in zip(batch, encode_text(encoder, batch, encoders.text_length), strict=True):
+                stored = features.to(dtype).cpu()
+                for name, wanted in files[caption]:
+                    write_text_features(plan.folder / name, stored, caption, wanted.text_recipe)
+                    outcome.texts += 1
+            bar.advance(len(batch))
+    if plan.prompts_todo:
+        empty, negative = encode_text(encoder, ["", encoders.negative], encoders.text_length)
+        write_prompts(plan.folder / PROMPTS_FILE, empty.to(dtype), negative.to(dtype), prompts_recipe(encoders))
+    outcome.seconds.text = time.perf_counter() - started

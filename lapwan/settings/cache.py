@@ -1,0 +1,82 @@
+"""Settings of `lapwan cache`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lapwan.settings.base import Flag, Settings
+
+# The negative prompt of Wan's official shared configuration.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+class CacheSettings(Settings):
+    """What to encode, with which model, into which folder."""
+
+    dataset: Annotated[Path, Flag("-d", metavar="FILE")] = Field(
+        description="clips.jsonl, labels.jsonl, or a musubi-tuner dataset.toml.")
+    model: Annotated[str, Flag("-m")] = Field(description="The model whose VAE and text encoder are used.")
+    output: Annotated[Path | None, Flag("-o", metavar="DIR")] = Field(
+        None, description="The cache folder; a dataset.toml may name its own.")
+    size: Annotated[tuple[int, int] | None, Flag(metavar="HEIGHTxWIDTH")] = Field(
+        None, description="Height x width in pixels, such as 480x832; by default the model's.")
+    num_frames: Annotated[tuple[int, ...] | None, Flag(metavar="N[,N...]")] = Field(
+        None, description="Frames of a clip, 4N+1; several lengths as 17,33; by default the model's.")
+    latents: Annotated[bool, Flag()] = Field(True, description="Encode the clips.")
+    text: Annotated[bool, Flag()] = Field(True, description="Encode the captions.")
+    i2v: Annotated[bool | None, Flag("--i2v/--t2v")] = Field(
+        None, description="With or without the image-to-video condition; by default as the model needs.")
+    frame_extraction: Annotated[Literal["head", "chunk", "slide", "uniform", "full"], Flag()] = Field(
+        "head", description="Which windows of a clip: head, chunk, slide, uniform or full.")
+    frame_stride: Annotated[int, Flag()] = Field(1, ge=1, description="slide: frames between starts.")
+    frame_sample: Annotated[int, Flag()] = Field(1, ge=1, description="uniform: how many windows.")
+    max_frames: Annotated[int, Flag()] = Field(129, ge=1, description="full: at most this many frames.")
+    source_fps: Annotated[float | None, Flag()] = Field(
+        None, gt=0, description="The clips' true frame rate, against what the files say.")
+    buckets: Annotated[bool, Flag()] = Field(
+        False, description="Choose the size by aspect ratio, near the area of --size, instead of cutting to it.")
+    bucket_no_upscale: Annotated[bool, Flag()] = Field(False, description="With --buckets: never enlarge a clip.")
+    negative_prompt: Annotated[str, Flag()] = Field(
+        NEGATIVE_PROMPT, description="Encoded with the empty prompt, for guidance during training.")
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Flag()] = Field(
+        "auto", description="Numbers in the files: float32, bfloat16, or auto (latents float32, text as encoded).")
+    device: Annotated[str, Flag()] = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    workers: Annotated[int | None, Flag()] = Field(
+        None, ge=0, description="Processes that decode; 0 decodes in this one; by default by the work.")
+    batch_size: Annotated[int | None, Flag()] = Field(
+        None, ge=1, description="Clips encoded at once; by size if absent.")
+    skip_bad: Annotated[bool, Flag()] = Field(False, description="Bad clips are listed, but are no error.")
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            parts = value.lower().replace("×", "x").split("x")
+            if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+                raise ValueError("must be HEIGHTxWIDTH, such as 480x832")
+            return tuple(int(part) for part in parts)
+        return value
+
+    @field_validator("num_frames", mode="before")
+    @classmethod
+    def _frames(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            return (value,)
+        if isinstance(value, str):
+            parts = value.replace(",", " ").split()
+            if not parts or not all(part.isdigit() for part in parts):
+                raise ValueError("must be a number of frames such as 81, or several as 17,33")
+            return tuple(int(part) for part in parts)
+        return value
+
+    @model_validator(mode="after")
+    def _something(self) -> CacheSettings:
+        if not self.latents and not self.text:
+            raise ValueError("--no-latents with --no-text leaves nothing to do")
+        return self

@@ -1,0 +1,46 @@
+"""Small real videos for the tests of cache, made with PyAV."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+def make_video(path: Path, frames: int = 20, size: tuple[int, int] = (96, 64), fps: int = 16, seed: int = 0,
+               codec: str = "libx264", pixel_format: str = "yuv420p", pts: list[int] | None = None) -> Path:
+    """A video of `size` (width, height): frame i is a flat grey of level 8 + 8·i mod 240, with a bright moving bar.
+
+    `pts` in milliseconds makes a variable frame rate.
+    """
+    width, height = size
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        if codec == "libx264":
+            stream.options = {"crf": "8"}
+        if pts is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for index in range(frames):
+            pixels = np.full((height, width, 3), level(index), np.uint8)
+            pixels[:, (3 * index + seed) % width] = 255
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if pts is not None:
+                frame.pts, frame.time_base = pts[index], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def level(index: int) -> int:
+    """The grey of frame `index` of `make_video`."""
+    return 8 + (8 * index) % 240
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
