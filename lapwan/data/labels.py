@@ -20,7 +20,7 @@ from lapwan.data.text import PIECE, is_han, normalise, stem, units, weight_lengt
 from lapwan.errors import UserError, nearest
 
 LENGTH_POWER = 1.5
-_MIX_PART = re.compile(r"\s*(?P<name>.+?)\s*(?:[:=]\s*(?P<weight>[^:=,;]+?)\s*)?")
+_MIX_PUNCTUATION = str.maketrans("，；：＝", ",;:=")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class _Phrase:
     text: str
     family: int  # -1: a phrase to ignore
     weight: float
+    action: bool
 
 
 class Resolver:
@@ -65,20 +66,22 @@ class Resolver:
         self.taxonomy = taxonomy
         keywords = [_phrase(k, i) for i, family in enumerate(taxonomy.families) for k in family.keywords]
         keywords += [_phrase(word, -1) for word in taxonomy.ignore]
-        actions = [_phrase(a, i) for i, family in enumerate(taxonomy.families) for a in family.actions]
+        actions = [_phrase(a, i, action=True) for i, family in enumerate(taxonomy.families) for a in family.actions]
         self._keywords, self._actions = Matcher(keywords), Matcher(actions)
         self._segmenter = Segmenter("".join(p) for p, _ in (*keywords, *actions) if all(map(is_han, p)))
 
     def label(self, caption: str) -> Label:
         """The label of a caption or prompt; see the module for the rule."""
         text = self._split(caption)
-        mentions = self._mentions(self._keywords, text, [], action=False)
+        matches = self._keywords.find(text)
+        found = [f for f in matches if f.what.family >= 0]
+        mentions = _judged(text, found)
         counted = [m for m in mentions if not m.negated]
         if not counted:
+            found += self._actions.find(text, [(f.start, f.end) for f in matches])
             denied = {m.family for m in mentions}
-            actions = self._mentions(self._actions, text, [(m.start, m.end) for m in mentions], action=True)
-            counted = [m for m in actions if not m.negated and m.family not in denied]
-            mentions += actions
+            mentions = _judged(text, sorted(found, key=lambda f: f.start))
+            counted = [m for m in mentions if m.action and not m.negated and m.family not in denied]
         return self._conclude(counted, tuple(mentions))
 
     def _split(self, caption: str) -> Split:
@@ -93,16 +96,6 @@ class Resolver:
                 text.append(stem(match[0]) if match.lastgroup == "word" else match[0])
                 boundary.append(True)
         return Split(tuple(text), (*boundary, True))
-
-    def _mentions(
-        self, matcher: Matcher[_Phrase], text: Split, taken: list[tuple[int, int]], action: bool
-    ) -> list[Mention]:
-        found = [f for f in matcher.find(text, taken) if f.what.family >= 0]
-        denied = negated(text, [Found(f.start, f.end, f.what.family) for f in found])
-        return [
-            Mention(f.what.text, f.what.family, f.start, f.end, f.what.weight, action, no)
-            for f, no in zip(found, denied, strict=True)
-        ]
 
     def _conclude(self, counted: list[Mention], mentions: tuple[Mention, ...]) -> Label:
         families = self.taxonomy.families
@@ -143,30 +136,23 @@ def resolve_hint(text: str, taxonomy: Taxonomy) -> tuple[float, ...]:
     Raises:
         UserError: a name without a family, a weight that is no number >= 0, a mix that sums to 0.
     """
-    names = _hint_names(taxonomy)
-    if (index := names.get(units(text))) is not None:
+    if (index := _hint_names(taxonomy).get(units(text))) is not None:
         return _one_hot(index, taxonomy)
-    parts = [part for part in re.split(r"[,;、]", normalise_mix(text)) if part.strip()]
+    parts = [part.strip() for part in re.split(r"[,;、]", text.translate(_MIX_PUNCTUATION)) if part.strip()]
     if not parts:
         raise UserError(f"empty hint; {_allowed(taxonomy)}")
-    if len(parts) == 1 and not re.search(r"[:=]", parts[0]):
-        return _hint_part(parts[0], taxonomy)
+    split = [re.split(r"[:=]", part) for part in parts]
+    if len({len(pieces) for pieces in split}) > 1 or len(split[0]) > 2:
+        raise UserError(f"hint '{text}': write every part as name:weight, or every part as a name alone, "
+                        "such as hook:0.7,suction:0.3")
     total = [0.0] * len(taxonomy.families)
-    for part in parts:
-        match = _MIX_PART.fullmatch(part)
-        if match is None:
-            raise UserError(f"hint part '{part.strip()}': expected name:weight, such as hook:0.7")
-        weight = _hint_weight(match["weight"], part)
-        for i, share in enumerate(_hint_part(match["name"], taxonomy)):
-            total[i] += weight * share
+    for name, *weight in split:
+        scale = _hint_weight(weight[0], text) if weight else 1.0
+        for i, share in enumerate(_hint_part(name.strip(), taxonomy)):
+            total[i] += scale * share
     if not math.fsum(total) > 0:
         raise UserError(f"hint '{text}': the weights sum to 0; give one family a weight above 0")
     return tuple(value / math.fsum(total) for value in total)
-
-
-def normalise_mix(text: str) -> str:
-    """Full-width punctuation of a mix in its ASCII form; letters and hyphens stay for the messages."""
-    return text.translate(str.maketrans("，；：＝", ",;:="))
 
 
 def _hint_part(text: str, taxonomy: Taxonomy) -> tuple[float, ...]:
@@ -175,20 +161,18 @@ def _hint_part(text: str, taxonomy: Taxonomy) -> tuple[float, ...]:
     label = label_caption(text, taxonomy)
     if label.fallback:
         known = [hint for family in taxonomy.families for hint in family.hints]
-        raise UserError(f"unknown instrument '{text.strip()}'{nearest(text.strip(), known)}; {_allowed(taxonomy)}")
+        raise UserError(f"unknown instrument '{text}'{nearest(text, known)}; {_allowed(taxonomy)}")
     return label.weights
 
 
-def _hint_weight(text: str | None, part: str) -> float:
-    if text is None:
-        return 1.0
+def _hint_weight(weight: str, text: str) -> float:
     try:
-        weight = float(text)
+        value = float(weight)
     except ValueError:
-        weight = math.nan
-    if not (math.isfinite(weight) and weight >= 0):
-        raise UserError(f"hint part '{part.strip()}': weight '{text}' must be a number of 0 or more, such as hook:0.7")
-    return weight
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"hint '{text}': weight '{weight.strip()}' must be a number of 0 or more, such as hook:0.7")
+    return value
 
 
 def _allowed(taxonomy: Taxonomy) -> str:
@@ -206,11 +190,19 @@ def _hint_names(taxonomy: Taxonomy) -> dict[tuple[str, ...], int]:
     return {units(hint): i for i, family in enumerate(taxonomy.families) for hint in family.hints}
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)  # each holds a dictionary of some 40 MB
 def _resolver(taxonomy: Taxonomy) -> Resolver:
     return Resolver(taxonomy)
 
 
-def _phrase(text: str, family: int) -> tuple[tuple[str, ...], _Phrase]:
+def _judged(text: Split, found: list[Found[_Phrase]]) -> list[Mention]:
+    denied = negated(text, [Found(f.start, f.end, f.what.family) for f in found])
+    return [
+        Mention(f.what.text, f.what.family, f.start, f.end, f.what.weight, f.what.action, no)
+        for f, no in zip(found, denied, strict=True)
+    ]
+
+
+def _phrase(text: str, family: int, action: bool = False) -> tuple[tuple[str, ...], _Phrase]:
     pieces = units(text)
-    return pieces, _Phrase(text, family, weight_length(pieces) ** LENGTH_POWER)
+    return pieces, _Phrase(text, family, weight_length(pieces) ** LENGTH_POWER, action)

@@ -30,7 +30,10 @@ class Found(Generic[T]):
 
 
 class Matcher(Generic[T]):
-    """Finds phrases left to right, the longest first, none inside or across another, each bounded by word edges."""
+    """Finds phrases bounded by word edges: longer before shorter, then left before right, without overlap.
+
+    A phrase inside an occurrence of a longer one is never found, even where that one gave way to a third.
+    """
 
     def __init__(self, phrases: Iterable[tuple[tuple[str, ...], T]]) -> None:
         self._by_first: dict[str, list[tuple[tuple[str, ...], T]]] = {}
@@ -43,16 +46,16 @@ class Matcher(Generic[T]):
         if self.first_units.isdisjoint(text.units):
             return []
         blocked = {at for start, end in taken for at in range(start, end)}
+        candidates = [
+            hit for at in range(len(text.units))
+            if text.boundary[at] and (hit := self._longest(text, at, blocked)) is not None
+        ]
         found: list[Found[T]] = []
-        at = 0
-        while at < len(text.units):
-            hit = self._longest(text, at, blocked) if text.boundary[at] else None
-            if hit is None:
-                at += 1
-            else:
+        for hit in sorted(candidates, key=lambda f: (f.start - f.end, f.start)):
+            inside = any(c.start <= hit.start and hit.end <= c.end and c is not hit for c in candidates)
+            if not inside and not any(f.start < hit.end and hit.start < f.end for f in found):
                 found.append(hit)
-                at = hit.end
-        return found
+        return sorted(found, key=lambda f: f.start)
 
     def _longest(self, text: Split, at: int, blocked: set[int]) -> Found[T] | None:
         for phrase, what in self._by_first.get(text.units[at], ()):

@@ -21,6 +21,7 @@ from lapwan.data.text import units
 class _Part(Flag):
     OTHER = 0
     NEGATOR = auto()
+    AHEAD = auto()  # a negator that only governs what comes after it: `hook without suction` does not deny the hook
     LOOSE = auto()  # a negator or verb after which modifiers may stand before the mention
     FILLER = auto()
     DETERMINER = auto()
@@ -41,40 +42,48 @@ _P = _Part
 _WORDS: tuple[tuple[_Part, str], ...] = (
     (_P.NEGATOR, """
         未 没 没有 无 不 非 别 勿 莫 尚未 从未 并未 未曾 并不 并非 并无 并没有 从没 不再 未再 没再 毫无 不能 不可
-        不宜 不得 不会 no not never neither nor cannot don't doesn't didn't isn't aren't wasn't weren't can't
-        won't haven't hasn't hadn't couldn't shouldn't wouldn't needn't
+        不宜 不得 不会
+        no not never neither nor cannot don't doesn't didn't isn't aren't wasn't weren't can't won't haven't
+        hasn't hadn't couldn't shouldn't wouldn't needn't
     """),
     (_P.NEGATOR | _P.LOOSE, """
-        无需 无须 毋需 毋须 不需 不需要 不须 不必 不用 没用 未用 未见 不见 没见 看不到 看不见 代替 替代 取代 而非
-        而不是 不是 避免 缺少 缺乏 不含 不包括 不包含 免用 without instead_of rather_than in_place_of in_lieu_of
-        absence_of lack_of free_of avoid no_longer
+        无需 无须 毋需 毋须 不需 不需要 不须 不必 不用 没用 未用 未见 不见 没见 看不到 看不见 免用
+        no_longer
+    """),
+    (_P.NEGATOR | _P.AHEAD | _P.LOOSE, """
+        代替 替代 取代 而非 而不是 不是 避免 缺少 缺乏 不含 不包括 不包含
+        without instead_of rather_than in_place_of in_lieu_of absence_of lack_of free_of avoid
     """),
     (_P.USE | _P.LOOSE, """
         使用 用 采用 应用 动用 运用 利用 借助 启用 用到 用上 见 见到 看到 看见 可见 发现 出现 显示 参与 介入 入镜
-        露出 存在 进入 进入画面 进入视野 进入镜头 进入术野 出现在画面 出现在视野 在场 use using used employ
-        employed see seen show shown need needed require visible present active involve applied necessary in_use
-        in_view in_frame in_the_field on_screen in_the_image
+        露出 存在 进入 进入画面 进入视野 进入镜头 进入术野 出现在画面 出现在视野 在场 置入 插入 伸入 出镜
+        use using used employ employed see seen show shown need needed require visible present active involve
+        applied introduced inserted deployed engaged appear necessary in_use in_view in_frame in_the_field
+        on_screen in_the_image
     """),
     (_P.FILLER, """
         需 需要 须 予 给予 行 进行 有 任何 再 持 以 通过 的 了 其他 其它 别的 额外 明显 一把 一个 把 个 腹腔镜
-        器械 到 过 去 能 能够 必 曾 另 另外 of for to with further more additional other there help again ever yet
+        器械 到 过 去 能 能够 必 曾 另 另外
+        of for to with further more additional other there help again ever yet
     """),
     (_P.FILLER | _P.DETERMINER, "the a an any this that its"),
     (_P.FILLER | _P.AUXILIARY, "be being been is are was were has have had do does did"),
     (_P.AUXILIARY, """
-        也 均 都 皆 尚 暂 暂时 并 已 此时 全程 始终 一直 本次 术中 目前 currently still both all remain
+        也 均 都 皆 尚 暂 暂时 并 已 此时 全程 始终 一直 本次 术中 目前
+        currently still both all remain
     """),
     (_P.JOIN, "和 与 及 以及 及其 跟 、 and / + &"),
     (_P.JOIN | _P.OR, "或 或者 或是 or nor"),
     (_P.SOFT_STOP | _P.FILLER, "直接 单独 同时"),
     (_P.STOP, """
         而 但 但是 却 改 改用 改为 改由 仅 仅用 只 只用 只有 而是 转而 换 换用 换成 即 即可 就 便 则 时 后 之后
-        以后 前 之前 情况下 由 but just only then while as so when after before instead by via
+        以后 前 之前 情况下 由
+        but just only then while as so when after before instead by via
     """),
     (_P.GONE, """
-        已撤出 已撤离 已退出 已移出 已移除 已移走 已离开 已停用 已经撤出 已经退出 已经移出 停用 不在画面 不在视野
-        不在镜头 不在术野 不在场 未在画面 未在视野 没在画面 absent unused has_been_withdrawn have_been_withdrawn
-        out_of_view out_of_frame not_in_use not_in_view
+        已撤出 已撤离 已退出 已移出 已移除 已移走 已离开 已停用 已经撤出 已经退出 已经移出 停用 停止使用 暂停使用
+        不在画面 不在视野 不在镜头 不在术野 不在场 未在画面 未在视野 没在画面
+        absent unused has_been_withdrawn have_been_withdrawn out_of_view out_of_frame not_in_use not_in_view
     """),
     (_P.TAIL, "画面 视野 镜头 术野 中 内 里 之中 当中 过 到 了 于 在 本段 视频"),
     (_P.COMMA, ","),
@@ -147,7 +156,7 @@ def _denied_after(elements: list[_Element], at: int) -> int | None:
         return None
     if elements[at].part & _P.GONE:
         return at
-    if not elements[at].part & _P.NEGATOR:
+    if not elements[at].part & _P.NEGATOR or elements[at].part & _P.AHEAD:
         return None
     verb = at
     if not (elements[at].part & _P.LOOSE and _ends(elements, at + 1)):  # 剪刀未用: the verb is in the negator
