@@ -88,22 +88,33 @@ class Generator:
             self.adapters.mixture, request.prompt, request.hint, lambda: self.text_features(request.prompt)
         )
 
+    def latents(self, request: Request) -> Tensor:
+        """The sampled latents of a request [1, C, T, H, W], normalised, fp32.
+
+        Raises:
+            UserError: what `check_request` refuses.
+        """
+        return self._sample(request, self._grid(request), self.route(request))
+
     def generate(self, request: Request) -> Video:
         """One video.
 
         Raises:
             UserError: what `check_request` refuses.
         """
-        check_request(self.spec, request)
-        grid = make_grid(self.spec, request.sampler, request.steps, request.flow_shift)
+        grid = self._grid(request)
         mix = self.route(request)
         if mix is not None:
             console.log(f"gates by {mix.source}:\n" + "\n".join(f"  {line}" for line in mix.bars()))
-        latents = self._sample(request, grid, self._noise(request), mix)
+        latents = self._sample(request, grid, mix)
         console.detail("decoding")
         with torch.no_grad():
             pixels = decode(self.vae(), latents)
         return Video(to_frames(pixels), request.fps, facts=self._facts(request, grid, mix))
+
+    def _grid(self, request: Request) -> Grid:
+        check_request(self.spec, request)
+        return make_grid(self.spec, request.sampler, request.steps, request.flow_shift)
 
     def _noise(self, request: Request) -> Tensor:
         # On the CPU, as diffusers draws with a CPU generator: a seed means the same noise on every machine.
@@ -123,7 +134,7 @@ class Generator:
                 )
         return Conditions(text(request.prompt), text(request.negative_prompt) if negative else None, image)
 
-    def _sample(self, request: Request, grid: Grid, x_BCTHW: Tensor, mix: Mix | None) -> Tensor:
+    def _sample(self, request: Request, grid: Grid, mix: Mix | None) -> Tensor:
         guidance = Guidance(request.guidance, request.guidance_interval)
         conditions = self._conditions(request, guidance.needed(grid))
 
@@ -133,7 +144,7 @@ class Generator:
 
         with console.progress("sampling", len(grid.steps)) as bar:
             return denoise(
-                grid, x_BCTHW, conditions, guidance, self.transformer, scope,
+                grid, self._noise(request), conditions, guidance, self.transformer, scope,
                 lambda step, _: bar.advance(1, expert=step.expert.value, sigma=step.sigma),
             )
 

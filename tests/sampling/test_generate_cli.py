@@ -1,0 +1,188 @@
+"""`lapwan generate` as it is typed: what it writes, what it says, exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+from sampling_cases import random_lora
+
+from lapwan import cli
+from lapwan.lora.formats import write_lora
+from lapwan.sampling.video import read_video_metadata
+from lapwan.settings.generate import GenerateSettings
+from lapwan.settings.load import load
+
+SMALL = ("--num-frames", "5", "--size", "32x48", "--steps", "3", "--guidance", "1")
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def lapwan(monkeypatch, capsys, tmp_path) -> Callable[..., Ran]:
+    """Run the command in a folder of its own; the exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["lapwan", *arguments])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return Ran(code, said.out, said.err)
+
+    return run
+
+
+def generate(lapwan, *arguments: str, model: str = "tiny", prompt: str = "电凝钩切割组织", output: str = "a") -> Ran:
+    return lapwan("generate", "--model", model, "--prompt", prompt, "-o", output, *SMALL, *arguments)
+
+
+def frames(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))])
+
+
+def refused(ran: Ran, *words: str) -> None:
+    """Exit code 2, and one line on stderr with these words."""
+    assert ran.code == 2, ran
+    lines = [line for line in ran.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in ran.err, ran.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_seeds_repeat_bitwise(lapwan, tmp_path) -> None:
+    assert generate(lapwan).code == generate(lapwan, output="b").code == 0
+    assert generate(lapwan, "--seed", "43", output="c").code == 0
+    assert (frames(tmp_path / "a") == frames(tmp_path / "b")).all()
+    assert (frames(tmp_path / "a") != frames(tmp_path / "c")).any()
+    assert frames(tmp_path / "a").shape == (5, 32, 48, 3)
+
+
+def test_stdout_is_the_path_and_the_file_carries_its_settings(lapwan, tmp_path) -> None:
+    ran = generate(lapwan, output="out.mp4")
+    assert ran.out.strip() == str(tmp_path / "out.mp4")
+    said = read_video_metadata(tmp_path / "out.mp4")
+    settings, facts = json.loads(said["settings"]), json.loads(said["facts"])
+    assert settings["prompt"] == "电凝钩切割组织" and settings["size"] == [32, 48] and settings["flow_shift"] == 12.0
+    assert settings["negative_prompt"].startswith("色调艳丽")
+    again = load(GenerateSettings, options=settings)
+    assert again.guidance == {"high": 1.0, "low": 1.0}
+    assert set(facts["model"]) == {"high", "low"} and facts["steps"] == {"high": 2, "low": 1}
+
+
+def test_an_image_makes_tiny_an_image_to_video_model(lapwan, tmp_path) -> None:
+    Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(tmp_path / "first.png")
+    with_image = generate(lapwan, "--image", "first.png", "-v")
+    assert with_image.code == 0 and "i2v at 32x48" in with_image.err
+
+
+def test_the_size_follows_the_image(lapwan, tmp_path) -> None:
+    Image.new("RGB", (200, 100)).save(tmp_path / "wide.png")
+    ran = lapwan("generate", "--model", "tiny", "--prompt", "x", "--image", "wide.png", "-o", "a", "--dry-run")
+    assert "i2v at 32x80" in ran.err  # 64·64 pixels at 1:2, on multiples of 16
+
+
+def test_one_frame_as_png(lapwan, tmp_path) -> None:
+    assert generate(lapwan, "--num-frames", "1", output="a.png").code == 0
+    assert Image.open(tmp_path / "a.png").size == (48, 32)
+
+
+def test_the_older_spellings_work(lapwan, mixture_file, tmp_path) -> None:
+    ran = lapwan(
+        "generate", "--model", "tiny", "--prompt", "电凝钩切割组织。吸引止血。", "--instrument_hint", "Hook/Electrocautery",
+        "--alpha_base", "0.7", "--alpha_expert", "1.0", "--lora_moe_weights", str(mixture_file), "--video_size", "32",
+        "48", "--num_frames", "5", "--num_steps", "2", "--guidance_scale", "1", "--output_path", "old.mp4",
+    )
+    assert ran.code == 0, ran.err
+    assert ran.err.count("warning: ") == 1 and "alpha-base 0.7 has no effect" in ran.err
+    assert "hook" in ran.err and "█" * 24 in ran.err
+    facts = json.loads(read_video_metadata(tmp_path / "old.mp4")["facts"])
+    assert facts["moe"]["mix"]["hook"] == 1.0
+
+
+def test_alpha_base_without_a_base_lora_changes_nothing(lapwan, mixture_file, tmp_path) -> None:
+    assert generate(lapwan, "--moe", str(mixture_file)).code == 0
+    ran = generate(lapwan, "--moe", str(mixture_file), "--alpha-base", "0.2", output="b")
+    assert ran.err.count("warning: ") == 1
+    assert (frames(tmp_path / "a") == frames(tmp_path / "b")).all()
+
+
+def test_dry_run_loads_nothing_and_prints_the_resolved_settings(lapwan, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("lapwan.sampling.generator.load_transformer", None)
+    ran = generate(lapwan, "--dry-run", "--moe", "missing.safetensors")
+    refused(ran, "no such file: missing.safetensors")
+    ran = generate(lapwan, "--dry-run")
+    assert ran.code == 0 and not (tmp_path / "a").exists()
+    assert "2 on the high noise expert, 1 on the low noise expert" in ran.err
+    (tmp_path / "again.toml").write_text(ran.out, encoding="utf-8")
+    again = lapwan("generate", "--config", "again.toml", "--dry-run")
+    assert again.out == ran.out
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("--num-frames", "6"), ("frames = 6: must be 4N+1", "5 and 9")),
+    (("--size", "30x48"), ("size 30x48", "multiples of 16", "32x48")),
+    (("--size", "480"), ("--size", "'480'", "HEIGHTxWIDTH")),
+    (("--guidance", "0.5"), ("guidance 0.5", "must be 1 (none) or more")),
+    (("--guidance", "high=4,lo=3"), ("'lo' is no noise expert",)),
+    (("--steps", "0"), ("steps = '0'", "greater than or equal to 1")),
+    (("--sampler", "ddim"), ("'ddim'", "'unipc', 'euler' or 'dpmpp'")),
+    (("--instrument-hint", "hook"), ("--instrument-hint acts on a mixture; give one with --moe",)),
+    (("--alpha-expert", "2"), ("--alpha-expert acts on a mixture",)),
+    (("--alpha-base", "2"), ("--alpha-base acts on a mixture",)),
+    (("--lora", "none.safetensors"), ("none.safetensors",)),
+    (("--image", "none.png"), ("no such image: none.png",)),
+    (("--device", "cuda:99"), ("cuda:99", "use cpu")),
+    (("--dit", "x"), ("--dit: give the model folder",)),
+])
+def test_bad_input_is_one_line(arguments, words, lapwan) -> None:
+    refused(generate(lapwan, *arguments), *words)
+
+
+def test_bad_paths(lapwan, tmp_path) -> None:
+    refused(generate(lapwan, output="a.gif"), "a.gif", ".mp4")
+    refused(generate(lapwan, output="a.png"), "5 frames", "a.png")
+    (tmp_path / "taken.mp4").write_bytes(b"x")
+    refused(generate(lapwan, output="taken.mp4"), "output exists: taken.mp4", "--overwrite")
+    assert (tmp_path / "taken.mp4").read_bytes() == b"x"
+    refused(generate(lapwan, model="nowhere"), "nowhere", "'tiny'")
+    (tmp_path / "not.png").write_text("text")
+    refused(generate(lapwan, "--image", "not.png"), "cannot read not.png as an image")
+
+
+def test_image_and_model_must_agree(lapwan, tmp_path, i2v, t2v) -> None:
+    Image.new("RGB", (48, 32)).save(tmp_path / "first.png")
+    refused(generate(lapwan, model=str(i2v.path)), "image-to-video model", "--image FILE")
+    refused(generate(lapwan, "--image", "first.png", model=str(t2v.path)), "takes no image", "leave --image out")
+
+
+def test_a_model_without_its_low_noise_expert(lapwan, tmp_path, t2v) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(t2v.path, folder, copy_function=shutil.copy)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer_2"] = [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    refused(generate(lapwan, model=str(folder)), "boundary_ratio (0.875) but no transformer_2", "download")
+
+
+def test_adapters_are_not_taken_for_each_other(lapwan, tmp_path, mixture_file) -> None:
+    write_lora(tmp_path / "a.safetensors", random_lora(0, metadata={"lapwan.noise_expert": "high"}))
+    refused(generate(lapwan, "--moe", "a.safetensors"), "not a lapwan mixture", "--lora")
+    refused(generate(lapwan, "--lora", str(mixture_file)), "is a mixture", "--moe")
+    refused(generate(lapwan, "--lora", "low=a.safetensors"), "high noise expert", "high=a.safetensors")
+    refused(generate(lapwan, "--moe", str(mixture_file), "--instrument-hint", "banana"), "banana", "allowed in")
