@@ -55,7 +55,9 @@ _ZH_MOTION = {
     "retract": ("向外拉回", "向后回撤"),
 }
 _ZH_LIFT_UP = ("向上提起", "向上提拉")
-_ZH_BARE_MOTION = {**_ZH_MOTION, "lift": ("先向前再{way}移动",), "retract": ("先向前再向后回撤",)}
+# For the neutral style: without words that a taxonomy of instruments may count as evidence.
+_ZH_BARE_MOTION = {**_ZH_MOTION, "pull": ("反复向后回拉", "反复向后移动"), "lift": ("先向前再{way}移动",),
+                   "retract": ("先向前再向后回撤",)}
 
 _EN_NAME = {
     "scissors": ("scissors", "laparoscopic scissors"),
@@ -78,8 +80,8 @@ _EN_MOTION = {  # third person of one tool; scissors take the plural
     "sweep": "sweeps back and forth, first {way},", "circle": "circles {way}", "lift": "pulls it {way}",
     "retract": "draws it outward",
 }
-_EN_BARE_MOTION = {**_EN_MOTION, "lift": "moves forward and then {way}", "retract": "moves forward and then backward",
-                   "sweep": "sweeps back and forth, first {way}"}
+_EN_BARE_MOTION = {**_EN_MOTION, "pull": "moves back repeatedly", "lift": "moves forward and then {way}",
+                   "retract": "moves forward and then backward", "sweep": "sweeps back and forth, first {way}"}
 _HOLDING = ("lift", "retract")  # first take hold of the target, then move it
 
 

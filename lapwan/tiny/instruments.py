@@ -131,8 +131,9 @@ def _draw_scissors(canvas: Canvas, pose: Pose, palette: Palette) -> list[Part]:
     window = canvas.window(middle, 0.58)
     u, w = pose.local(window)
     steel, gloss = palette.steel, palette.gloss
-    far = _blade(u, w, _SCISSOR_HINGE, -gap, _SCISSOR_BLADE)
-    near = _blade(u, w, _SCISSOR_HINGE, gap, _SCISSOR_BLADE)
+    # Rounded by a little: a point of no width would vanish between the pixels.
+    far = _blade(u, w, _SCISSOR_HINGE, -gap, _SCISSOR_BLADE) - 0.010
+    near = _blade(u, w, _SCISSOR_HINGE, gap, _SCISSOR_BLADE) - 0.010
     clevis = segment(u, w, (_SCISSOR_HINGE - 0.18, 0.0), (_SCISSOR_HINGE + 0.02, 0.0), 0.088, 0.070)
     screw = np.hypot(u - _SCISSOR_HINGE, w)
     dim = tuple(0.80 * c for c in steel)
