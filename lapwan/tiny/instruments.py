@@ -162,7 +162,7 @@ def _jaw_outline(phase: float) -> np.ndarray:
 
 _JAWS = {sign: _jaw_outline(sign) for sign in (1.0, -1.0)}
 # The window of a fenestrated jaw.
-_SLIT = np.array([(0.40, 0.090), (0.45, 0.126), (0.80, 0.126), (0.84, 0.090)])
+_SLIT = np.array([(0.44, 0.096), (0.49, 0.122), (0.78, 0.122), (0.82, 0.096)])
 
 
 def _draw_grasper(canvas: Canvas, pose: Pose, palette: Palette) -> list[Part]:
