@@ -88,7 +88,7 @@ def _parameter(name: str, field: FlagField) -> inspect.Parameter:
     """The Typer parameter of a settings field: strings through, so that the settings parse them in one place."""
     annotation, flag = field.info.annotation, field.flag
     many = _is_list(annotation)
-    metavar = flag.metavar or ("" if _holds(annotation, bool) else name.upper())
+    metavar = flag.metavar or field.key.rsplit(".", 1)[-1].upper()
     if flag.positional:
         kind: Any = list[str] if many else str | None
         info: Any = typer.Argument(metavar=metavar, help=_help(field), show_default=False)

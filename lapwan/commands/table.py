@@ -35,4 +35,6 @@ COMMANDS: tuple[Command, ...] = (
              "lapwan train-moe --model merged --cache cache --steps 1000 -o stage2"),
     _command("generate", "GenerateSettings", "A prompt (and an image) to a video, through both noise experts.",
              'lapwan generate --model tiny --prompt "电凝钩切割组织" -o out.mp4'),
+    _command("inspect-weights", "InspectWeightsSettings", "Magnitudes, norms, ratios and a verdict of LoRA files.",
+             "lapwan inspect-weights run_high_noise.safetensors run_low_noise.safetensors --preset motion"),
 )

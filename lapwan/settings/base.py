@@ -92,4 +92,5 @@ def _plain(value: Any) -> Any:
 def to_toml(settings: Settings, header: str = "") -> str:
     """The settings as TOML that reproduces the run: every field, absolute paths, absent values left out."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    return comment + tomli_w.dumps(_plain(settings))
+    text: str = tomli_w.dumps(_plain(settings))
+    return comment + text

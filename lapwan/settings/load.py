@@ -193,10 +193,11 @@ def _line_of(text: str, key: str) -> str:
     for number, line in enumerate(text.splitlines(), 1):
         if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line):
             here = [part.strip().strip('"') for part in header[1].split(".")]
-        elif here == sections and re.match(rf'\s*"?{re.escape(leaf)}"?\s*=', line):
-            return f", line {number}"
-        elif here == sections[:-1] and sections and re.match(rf"\s*{re.escape(sections[-1])}\s*=\s*\{{", line):
-            return f", line {number}"
-        if here == [*sections, leaf]:
+            if here == [*sections, leaf]:
+                return f", line {number}"
+            continue
+        plain = here == sections and re.match(rf'\s*"?{re.escape(leaf)}"?\s*=', line)
+        inline = sections and here == sections[:-1] and re.match(rf"\s*{re.escape(sections[-1])}\s*=\s*\{{", line)
+        if plain or inline:
             return f", line {number}"
     return ""

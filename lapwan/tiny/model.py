@@ -10,14 +10,11 @@ import inspect
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lapwan import files
 from lapwan.names import NoiseExpert
 from lapwan.wan.folder import DEFAULTS_FILE, Task
-
-if TYPE_CHECKING:
-    import torch
 
 BOUNDARY: dict[Task, float] = {"t2v": 0.875, "i2v": 0.9}
 FLOW_SHIFT: dict[Task, float] = {"t2v": 12.0, "i2v": 5.0}
@@ -38,7 +35,7 @@ TEXT = {
 
 
 def cache_root() -> Path:
-    """Where lapwan keeps what it can make again: $LAPWAN_CACHE_DIR, else $XDG_CACHE_HOME/lapwan, else ~/.cache/lapwan."""
+    """Where lapwan keeps what it can make again: $LAPWAN_CACHE_DIR, $XDG_CACHE_HOME/lapwan, or ~/.cache/lapwan."""
     if own := os.environ.get("LAPWAN_CACHE_DIR"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lapwan"
@@ -59,7 +56,7 @@ def tiny_folder(task: Task) -> Path:
     return folder
 
 
-def _transformer(expert: NoiseExpert, task: Task) -> torch.nn.Module:
+def _transformer(expert: NoiseExpert, task: Task) -> Any:
     import torch
     from diffusers import WanTransformer3DModel
 
@@ -74,7 +71,7 @@ def _transformer(expert: NoiseExpert, task: Task) -> torch.nn.Module:
     return text_to_video
 
 
-def _vae() -> torch.nn.Module:
+def _vae() -> Any:
     import torch
     from diffusers import AutoencoderKLWan
 
@@ -82,7 +79,7 @@ def _vae() -> torch.nn.Module:
     return AutoencoderKLWan(**VAE, latents_mean=[0.0] * 16, latents_std=[1.0] * 16).eval()
 
 
-def _text_encoder(vocabulary: int) -> torch.nn.Module:
+def _text_encoder(vocabulary: int) -> Any:
     import torch
     from transformers import UMT5Config, UMT5EncoderModel
 

@@ -1,0 +1,62 @@
+"""Stage 1: a plain LoRA on each noise expert, trained with flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lapwan.data.batch import Batch
+from lapwan.lora.attach import Adapter
+from lapwan.lora.formats import write_lora
+from lapwan.names import NoiseExpert
+from lapwan.train.objective import Draws, Loss, ParameterGroup, flow_terms
+
+LORA_GROUP = "lora"
+
+
+class LoraObjective:
+    """One adapter a noise expert; each is stepped in its own turns only."""
+
+    def __init__(
+        self,
+        adapters: Mapping[NoiseExpert, Adapter],
+        name: str,
+        metadata: Mapping[NoiseExpert, Mapping[str, str]],
+        roi_weight: float = 0.0,
+        empty_text: Tensor | None = None,
+    ) -> None:
+        self.adapters, self._name, self._metadata = dict(adapters), name, metadata
+        self._roi_weight, self._empty_text = roi_weight, empty_text
+        self.optimised = {
+            expert.value: [ParameterGroup({f"{expert.value}.{n}": p for n, p in adapter.parameters().items()})]
+            for expert, adapter in self.adapters.items()
+        }
+
+    def stepped_by(self, expert: NoiseExpert) -> tuple[str, ...]:
+        return (expert.value,)
+
+    def prepare(self, expert: NoiseExpert, batches: Sequence[Batch]) -> None:
+        """Nothing of a plain LoRA's loss depends on the other batches of a step."""
+
+    def loss(self, expert: NoiseExpert, batch: Batch, draws: Draws) -> AbstractContextManager[Loss]:
+        transformer = self.adapters[expert].transformer
+        return nullcontext(flow_terms(transformer, batch, draws, self._roi_weight, self._empty_text))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """There is none."""
+
+    def save(self, folder: Path, step: int) -> list[Path]:
+        paths = []
+        for expert, adapter in self.adapters.items():
+            state = adapter.state(LORA_GROUP)
+            state.metadata = {**self._metadata[expert], "lapwan.step": str(step)}
+            paths.append(folder / f"{self._name}_{expert.file_suffix}.safetensors")
+            write_lora(paths[-1], state)
+        return paths

@@ -1,0 +1,42 @@
+"""Trainers built as the commands build them, on the embedded model and a small cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lapwan.commands import train_lora, train_moe
+from lapwan.commands.base import resolve_base
+from lapwan.data.taxonomy import load_taxonomy
+from lapwan.settings.train_lora import TrainLoraSettings
+from lapwan.settings.train_moe import TrainMoeSettings
+from lapwan.train import build
+from lapwan.train.trainer import Trainer
+
+SMALL = {"targets": {"last_blocks": 2, "ffn_last_blocks": 1}, "steps": 4, "turn": 1, "model": "tiny"}
+
+
+@pytest.fixture
+def make_lora(tmp_path: Path, t2v_cache: Path) -> Callable[..., Trainer]:
+    def make(**changes: Any) -> Trainer:
+        settings = TrainLoraSettings.model_validate(
+            {**SMALL, "output": tmp_path / "run", "data": {"cache": t2v_cache}, **changes})
+        base = resolve_base(settings.model)
+        return train_lora.prepare(settings, base, build.read_data(settings, base), torch.device("cpu"))
+    return make
+
+
+@pytest.fixture
+def make_moe(tmp_path: Path, t2v_cache: Path) -> Callable[..., Trainer]:
+    def make(**changes: Any) -> Trainer:
+        settings = TrainMoeSettings.model_validate(
+            {**SMALL, "output": tmp_path / "run", "data": {"cache": t2v_cache}, **changes})
+        base = resolve_base(settings.model)
+        data = build.read_data(settings, base)
+        taxonomy = load_taxonomy(settings.taxonomy)
+        return train_moe.prepare(settings, base, data, taxonomy, torch.device("cpu"))
+    return make

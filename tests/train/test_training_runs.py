@@ -1,0 +1,171 @@
+"""The trainer: resume, order, keyed draws, refused settings, non-finite steps, what a run leaves on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_cases import backward, randomise
+
+from lapwan.commands import train_lora
+from lapwan.errors import Interrupted, UserError
+from lapwan.lora.formats import open_lora
+from lapwan.names import NoiseExpert
+from lapwan.settings.run import RunOptions
+from lapwan.settings.train_lora import TrainLoraSettings
+from lapwan.train.checkpoint import checkpoints
+from lapwan.train.order import SampleOrder
+from lapwan.train.turns import interleave
+
+HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
+
+
+@pytest.mark.parametrize("expert", list(NoiseExpert))
+def test_every_trainable_tensor_of_a_plain_lora_gets_its_gradient(make_lora, expert):
+    trainer = make_lora()
+    randomise(trainer)
+    grads = backward(trainer, expert, [0, 1])
+    own = {n for n in trainer.parameters if n.startswith(expert.value)}
+    assert set(grads) == own
+    assert all(float(g.abs().max()) > 0 for g in grads.values())
+
+
+@pytest.mark.parametrize("kind", ["lora", "moe"])
+def test_resume_is_bitwise_the_uninterrupted_run(kind, make_lora, make_moe, tmp_path):
+    make = {"lora": make_lora, "moe": make_moe}[kind]
+    common = {"steps": 4, "save_every": 3, "accumulate": 2, "schedule": {"name": "cosine", "warmup_steps": 1},
+              "optimiser": {"lr": 1e-2}, "caption_dropout": 0.3}
+    whole = make(output=tmp_path / "whole", **common)
+    whole.plan.run.mkdir()
+    whole.fit()
+    part = make(output=tmp_path / "part", **common)
+    part.plan.run.mkdir()
+    full_schedule = part.plan.schedule
+    part.plan.schedule = full_schedule[:5]  # dies at step 5, two steps after its checkpoint at 3
+    part.plan.save_every = 3
+    part.fit()
+    for step, folder in checkpoints(part.plan.run):
+        if step != 3:
+            import shutil
+            shutil.rmtree(folder)
+    again = make(output=tmp_path / "part", **common)
+    assert again.resume() and again.step == 3
+    again.fit()
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(parameter, again.parameters[name]), name
+    for file in whole.plan.run.glob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(tmp_path / "part" / file.name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    rows = [json.loads(line)["step"] for line in (tmp_path / "part" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, 9))  # what lay after the resumed step was cut off
+
+
+def test_the_newest_adapter_files_are_links_to_the_last_checkpoint(make_lora):
+    trainer = make_lora(steps=2, save_every=1, keep_last=2)
+    run = trainer.plan.run
+    run.mkdir()
+    trainer.fit()
+    assert [step for step, _ in checkpoints(run)] == [3, 4]
+    for expert in NoiseExpert:
+        name = f"lapwan_{expert.file_suffix}.safetensors"
+        assert (run / name).stat().st_ino == (run / "step_000004" / name).stat().st_ino
+        [(said, file)] = open_lora(run / name).items()
+        assert said is expert and file.said_by == "metadata"
+        assert file.metadata["lapwan.step"] == "4" and file.metadata["lapwan.task"] == "t2v"
+        assert len(file.metadata["lapwan.base_fingerprint"]) == 64
+
+
+def test_a_non_finite_gradient_drops_the_step_and_many_in_a_row_stop_the_run_with_its_state(make_lora):
+    trainer = make_lora(steps=10, optimiser={"lr": 1e-2})
+    trainer.plan.run.mkdir()
+    load = trainer.plan.load_batch
+
+    def poisoned(indices):
+        batch = load(indices)
+        return batch if trainer.step < 2 else replace(batch, latents_BCTHW=batch.latents_BCTHW * 1e30)
+
+    trainer.plan.load_batch = poisoned
+    with pytest.raises(UserError, match=r"5 steps in a row had a non-finite loss or gradient.*saved at step 7"):
+        trainer.fit()
+    assert trainer.skipped == 5
+    assert all(bool(torch.isfinite(p).all()) for p in trainer.parameters.values())
+    assert checkpoints(trainer.plan.run)[-1][0] == 7
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(make_lora):
+    import signal
+
+    trainer = make_lora(steps=10)
+    trainer.plan.run.mkdir()
+    load = trainer.plan.load_batch
+
+    def pressing(indices):
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return load(indices)
+
+    trainer.plan.load_batch = pressing
+    with pytest.raises(Interrupted, match=r"state saved at step 4 of 20 .*--resume"):
+        trainer.fit()
+    assert checkpoints(trainer.plan.run)[-1][0] == 4
+
+
+def test_changed_settings_at_resume_are_named_and_refused(tmp_path, t2v_cache):
+    def settings(**changes):
+        return TrainLoraSettings.model_validate({
+            "model": "tiny", "output": tmp_path / "run", "data": {"cache": t2v_cache}, "steps": 1,
+            "targets": {"last_blocks": 1, "ffn_last_blocks": 1}, **changes})
+
+    train_lora.run(settings(), RunOptions())
+    with pytest.raises(UserError, match="holds a run; pass --resume to go on with it, or --overwrite"):
+        train_lora.run(settings(), RunOptions())
+    with pytest.raises(UserError, match=r"cannot resume .*seed: 42 -> 43"):
+        train_lora.run(settings(resume=True, seed=43), RunOptions())
+    train_lora.run(settings(resume=True, log_every=5), RunOptions())  # complete: nothing to do, no error
+    (tmp_path / "run" / "mine.txt").write_text("keep")
+    train_lora.run(settings(seed=43), RunOptions(overwrite=True))
+    assert (tmp_path / "run" / "mine.txt").exists()  # --overwrite removes what a run wrote, nothing else
+
+
+def test_overrides_reach_one_noise_expert_only(make_lora):
+    trainer = make_lora(steps=6, turn=2, low={"steps": 3, "optimiser": {"lr": 5e-5}, "targets": {"q": 2}})
+    assert len(trainer.plan.schedule) == 9 and trainer.plan.schedule.count(LOW) == 3
+    assert trainer.plan.optimisers["high"].param_groups[0]["lr"] == 1e-4
+    assert trainer.plan.optimisers["low"].param_groups[0]["lr"] == 5e-5
+    assert trainer.parameters["low.blocks.7.attn1.to_q.down"].shape[0] == 2
+    assert trainer.parameters["high.blocks.7.attn1.to_q.down"].shape[0] == 8
+
+
+def test_one_noise_expert_alone(make_lora):
+    trainer = make_lora(experts=["high"])
+    assert set(trainer.plan.tracks) == {HIGH} and all(n.startswith("high.") for n in trainer.parameters)
+
+
+def test_turns_are_blocks_in_proportion():
+    assert interleave({HIGH: 4, LOW: 4}, 2) == [HIGH] * 2 + [LOW] * 2 + [HIGH] * 2 + [LOW] * 2
+    order = interleave({HIGH: 100, LOW: 50}, 10)
+    assert order.count(HIGH) == 100 and order.count(LOW) == 50
+    assert order[-10:].count(LOW) == 10 or order[-20:].count(LOW) >= 10  # both end together
+    assert interleave({HIGH: 3, LOW: 0}, 2) == [HIGH] * 3
+
+
+def test_an_epoch_shows_every_clip_once_and_visits_have_numbers_of_their_own():
+    order = SampleOrder(["a"] * 5 + ["b"] * 3, 2, 0, "high")
+    batches, position = order.batches((0, 0), order.batches_per_epoch)
+    assert position == (1, 0)
+    assert sorted(v.item for b in batches for v in b) == list(range(8))
+    assert all(len({"ab"[v.item >= 5] for v in b}) == 1 for b in batches)
+    more, _ = order.batches((0, 0), 3 * order.batches_per_epoch)
+    numbers = [v.number for b in more for v in b]
+    assert len(set(numbers)) == len(numbers) == 24
+    assert order.batches((0, 3), 4)[0] == order.batches((0, 0), 7)[0][3:]
+
+
+def test_weights_make_clips_likelier():
+    order = SampleOrder(["a"] * 4, 1, 0, "high", weights=[0, 1, 1, 8])
+    seen = [v.item for b in order.batches((0, 0), 4000)[0] for v in b]
+    assert seen.count(0) == 0 and 0.75 < seen.count(3) / 4000 < 0.85

@@ -1,0 +1,39 @@
+"""What several training tests do to a trainer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lapwan.data.batch import Batch
+from lapwan.losses.sigmas import Uniform
+from lapwan.names import NoiseExpert
+from lapwan.train.objective import Draws, make_draws
+from lapwan.train.trainer import Trainer
+
+
+def randomise(trainer: Trainer, scale: float = 0.05) -> None:
+    """Give every up matrix random values: at B = 0 the gradients of A, router and timestep gate are exactly zero."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in trainer.parameters.items():
+            if name.endswith(".up"):
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def draws_for(trainer: Trainer, expert: NoiseExpert, batch: Batch) -> Draws:
+    """Draws keyed by the clips' own ids."""
+    keys = [(0, expert.value, 0, clip) for clip in batch.ids]
+    return make_draws(batch, keys, Uniform(), trainer.plan.tracks[expert].band)
+
+
+def backward(trainer: Trainer, expert: NoiseExpert, indices: list[int], only: str | None = None) -> dict[str, Tensor]:
+    """Gradients by name after one loss on these clips; `only` keeps a single term of the loss."""
+    for parameter in trainer.parameters.values():
+        parameter.grad = None
+    batch = trainer.plan.load_batch(indices)
+    trainer.objective.prepare(expert, [batch])
+    with trainer.objective.loss(expert, batch, draws_for(trainer, expert, batch)) as loss:
+        total_B = loss.terms[only] if only else loss.total_B
+        total_B.mean().backward()
+    return {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}
