@@ -42,27 +42,33 @@ def run(settings: LabelSettings, options: RunOptions) -> None:
     report = LabelReport(taxonomy)
     with atomic_file(settings.output) as temporary:
         _label_all(settings, clips, taxonomy, report, temporary)
+        if not report.clips:
+            raise UserError(f"{settings.clips} has no clips; expected one JSON object a line")
         _show(report)
         if settings.report is not None:
             write_text(settings.report, json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")
         if settings.strict and report.fallback:
-            lines = ", ".join(str(line) for line, _ in report.unmatched)
-            more = ", …" if report.fallback > len(report.unmatched) else ""
-            raise UserError(f"--strict: {report.fallback} of {report.clips} captions name no instrument (lines {lines}"
-                            f"{more}); nothing written; name it there, or leave --strict out")
+            raise UserError(f"--strict: {report.fallback} of {report.clips} captions name no instrument "
+                            f"({_lines(report)}); no labels written; name it there, or leave --strict out")
     write_text(sidecar, to_toml(settings, "lapwan label --config reproduces the labels beside this file"))
     console.log(f"wrote {settings.output}")
 
 
 def _check_paths(settings: LabelSettings, sidecar: Path) -> None:
     source = settings.clips.resolve()
-    if settings.output.resolve() == source:
+    if settings.output.exists() and settings.output.samefile(source):  # also through a link
         raise UserError(f"output {settings.output} is the input itself; labelling in place is refused, "
                         "choose another output")
     if settings.report is not None:
         others = {source: "input", settings.output.resolve(): "output", sidecar.resolve(): "settings file"}
         if (same := others.get(settings.report.resolve())) is not None:
             raise UserError(f"report {settings.report} is the {same} itself; choose another path")
+
+
+def _lines(report: LabelReport) -> str:
+    numbers = [str(line) for line, _ in report.unmatched]
+    more = ", …" if report.fallback > len(numbers) else ""
+    return f"line{'s' if report.fallback > 1 else ''} {', '.join(numbers)}{more}"
 
 
 def _plan(settings: LabelSettings, clips: ClipFile, taxonomy: Taxonomy) -> None:

@@ -64,7 +64,7 @@ _WORDS: tuple[tuple[_Part, str], ...] = (
     (_P.FILLER, """
         需 需要 须 予 给予 行 进行 有 任何 再 持 以 通过 的 了 其他 其它 别的 额外 明显 一把 一个 把 个 腹腔镜
         器械 到 过 去 能 能够 必 曾 另 另外
-        of for to with further more additional other there help again ever yet
+        of for to further more additional other there help again ever yet
     """),
     (_P.FILLER | _P.DETERMINER, "the a an any this that its"),
     (_P.FILLER | _P.AUXILIARY, "be being been is are was were has have had do does did"),
@@ -74,7 +74,7 @@ _WORDS: tuple[tuple[_Part, str], ...] = (
     """),
     (_P.JOIN, "和 与 及 以及 及其 跟 、 and / + &"),
     (_P.JOIN | _P.OR, "或 或者 或是 or nor"),
-    (_P.SOFT_STOP | _P.FILLER, "直接 单独 同时"),
+    (_P.SOFT_STOP | _P.FILLER, "直接 单独 同时 with"),
     (_P.STOP, """
         而 但 但是 却 改 改用 改为 改由 仅 仅用 只 只用 只有 而是 转而 换 换用 换成 即 即可 就 便 则 时 后 之后
         以后 前 之前 情况下 由
