@@ -36,6 +36,10 @@ Advance = Callable[[int], None]
 class Entry(Protocol):
     """A LoRA module that can be read when it is needed (`LoraModule`, or a state's entry in memory)."""
 
+    @property
+    def rank(self) -> int:
+        """r."""
+
     def entry(self) -> LoraEntry:
         """A, B and alpha."""
 

@@ -1,0 +1,96 @@
+"""How a LoRA grew between checkpoints.
+
+    growth = x(to) / x(from) − 1,    to be compared with √(step_to / step_from) − 1, what a random walk alone gives
+
+`legacy` contains the floor that A starts with, `net` is the same figure less the floor; only the latter (and mean|B|,
+‖ΔW‖_F) says how training went.
+    update cosine = cos(ΔW_k − ΔW_{k−1}, ΔW_{k−1} − ΔW_{k−2}):  1 straight ahead, 0 a random walk, < 0 back and forth
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lapwan.diagnostics.figures import Figures, inner, measure, summarise
+from lapwan.diagnostics.run_folder import Checkpoint, own_steps
+from lapwan.lora.formats import LoraModule
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Relative growth of one noise expert's figures between two checkpoints; None where it cannot be said."""
+
+    legacy: float | None
+    net: float | None
+    mean_abs_B: float | None
+    delta_norm: float | None
+    sqrt_step: float | None
+    update_cosine: float | None
+
+
+def history(points: Sequence[Checkpoint]) -> list[dict[str, Figures]]:
+    """Figures by label at every checkpoint, spectra left out."""
+    return [
+        {label: summarise(measure(lora.modules, spectrum=False)) for label, lora in point.loras.items()}
+        for point in points
+    ]
+
+
+def growth(
+    points: Sequence[Checkpoint], figures: Sequence[Mapping[str, Figures]], lines: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The `growth` list of the JSON: an entry for each pair of successive checkpoints; `lines`: the run's metrics."""
+    entries: list[dict[str, Any]] = []
+    for k in range(1, len(points)):
+        entry: dict[str, Any] = {"from_step": points[k - 1].step, "to_step": points[k].step}
+        for label in points[k].loras:
+            if label in points[k - 1].loras:
+                cosine = None
+                if k >= 2 and label in points[k - 2].loras:
+                    cosine = update_cosine(*(points[j].loras[label].modules for j in (k - 2, k - 1, k)))
+                start, end = (own_steps(lines, label, points[j].step) for j in (k - 1, k))
+                entry[label] = asdict(between(figures[k - 1][label], figures[k][label], (start, end), cosine))
+        entries.append(entry)
+    return entries
+
+
+def between(
+    before: Figures, after: Figures, steps: tuple[float | None, float | None], cosine: float | None = None
+) -> Growth:
+    """Growth of one noise expert from `before` to `after`, at its own `steps`."""
+    start, end = steps
+    expected = math.sqrt(end / start) - 1 if start and end else None
+    return Growth(
+        legacy=_relative(before.legacy_mean_abs, after.legacy_mean_abs),
+        net=_relative(before.net_mean_abs, after.net_mean_abs),
+        mean_abs_B=_relative(before.mean_abs_B, after.mean_abs_B),
+        delta_norm=_relative(before.delta_norm, after.delta_norm),
+        sqrt_step=expected, update_cosine=cosine,
+    )
+
+
+def _relative(before: float | None, after: float | None) -> float | None:
+    if before is None or after is None or before <= 0:
+        return None
+    return after / before - 1
+
+
+def update_cosine(
+    first: Mapping[str, LoraModule], second: Mapping[str, LoraModule], third: Mapping[str, LoraModule]
+) -> float | None:
+    """cos(W_3 − W_2, W_2 − W_1) over the modules all three have, from inner products of the factors."""
+    dot = norm_new = norm_old = 0.0
+    for path in third:
+        if path not in second or path not in first:
+            continue
+        a, b, c = first[path].entry(), second[path].entry(), third[path].entry()
+        aa, bb, cc, ab, bc, ac = inner(a, a), inner(b, b), inner(c, c), inner(a, b), inner(b, c), inner(a, c)
+        dot += bc - bb - ac + ab
+        norm_new += cc - 2 * bc + bb
+        norm_old += bb - 2 * ab + aa
+    if not (norm_new > 0 and norm_old > 0):
+        return None
+    return max(-1.0, min(1.0, dot / math.sqrt(norm_new * norm_old)))

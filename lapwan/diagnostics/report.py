@@ -1,0 +1,143 @@
+"""From figures to what `inspect-weights` prints and writes: the JSON that scripts rely on, and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from rich.table import Table
+
+from lapwan.diagnostics.figures import Figures, ModuleFigures, group_by, summarise
+from lapwan.diagnostics.verdict import quotient
+
+FORMAT = 1
+RATIOS = ("legacy_mean_abs", "mean_abs_B", "delta_norm")
+By = Literal["expert", "block", "projection"]
+_SIZES = {
+    "modules": "modules", "parameters": "parameters", "rank": "rank (most frequent)",
+    "dead_modules": "dead modules (B = 0)", "nonfinite_modules": "non-finite modules",
+}
+_ROWS = {
+    **_SIZES,
+    "legacy_mean_abs": "mean|w|, A and B (legacy magnitude)", "init_floor": "  of which the floor A starts with",
+    "mean_abs_A": "mean|A|", "mean_abs_B": "mean|B|", "delta_norm": "norm of the update (alpha/r BA)",
+    "spectral_norm_max": "largest singular value", "stable_rank_mean": "stable rank, mean",
+    "effective_rank_mean": "effective rank, mean",
+}
+
+
+def ratios(figures: Mapping[str, Figures], rates: Mapping[str, float]) -> dict[str, float | None]:
+    """high / low of each figure and of lr; None where one is absent."""
+    found: dict[str, float | None] = {}
+    for name in RATIOS:
+        values = [getattr(figures[label], name) if label in figures else None for label in ("high", "low")]
+        found[name] = quotient(*values)
+    found["lr"] = quotient(rates.get("high"), rates.get("low"))
+    return found
+
+
+def grouped(modules: Mapping[str, Sequence[ModuleFigures]], by: By) -> dict[str, dict[str, Figures]]:
+    """Figures by group, then by label; blocks in the order of their numbers."""
+    found: dict[str, dict[str, Figures]] = {}
+    for label, own in modules.items():
+        for name, members in group_by(own, lambda m: m.block if by == "block" else m.projection).items():
+            found.setdefault(name, {})[label] = summarise(members)
+    return {name: found[name] for name in sorted(found, key=lambda n: (0, int(n), n) if n.isdigit() else (1, 0, n))}
+
+
+def document(
+    figures: Mapping[str, Figures], modules: Mapping[str, Sequence[ModuleFigures]], rates: Mapping[str, float],
+    growth: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], by: By,
+) -> dict[str, Any]:
+    """The JSON of `inspect-weights`, format 1; an absent figure is null."""
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "experts": {label: asdict(one) for label, one in figures.items()},
+        "ratios": ratios(figures, rates),
+        "lr": dict(rates),
+        "growth": list(growth),
+        "verdict": dict(verdict),
+        "nonfinite": {label: [m.path for m in own if not m.finite] for label, own in modules.items()},
+        "dead": {label: [m.path for m in own if m.dead] for label, own in modules.items()},
+    }
+    if by != "expert":
+        result["by"] = {
+            "key": by,
+            "groups": {name: {"experts": {label: asdict(one) for label, one in own.items()}, "ratios": ratios(own, {})}
+                       for name, own in grouped(modules, by).items()},
+        }
+    return result
+
+
+def figure_table(title: str, figures: Mapping[str, Figures]) -> Table:
+    """A row for each figure, a column for each noise expert, and high / low."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for label in figures:
+        table.add_column(label, justify="right")
+    two = {"high", "low"} <= set(figures)
+    if two:
+        table.add_column("high / low", justify="right")
+    for key, name in _ROWS.items():
+        values = [getattr(one, key) for one in figures.values()]
+        cells = [str(value) if isinstance(value, int) else shown(value) for value in values]
+        compared = two and key not in _SIZES and key != "init_floor"
+        ratio = quotient(getattr(figures["high"], key), getattr(figures["low"], key)) if compared else None
+        table.add_row(name, *cells, *([shown(ratio) if compared else ""] if two else []))
+    return table
+
+
+def group_table(groups: Mapping[str, Mapping[str, Figures]], by: By) -> Table:
+    """By block or projection: the figures of every noise expert side by side, and their ratio."""
+    labels = list(dict.fromkeys(label for own in groups.values() for label in own))
+    two = {"high", "low"} <= set(labels)
+    names = {"mean_abs_B": "mean|B|", "delta_norm": "update"} | ({} if two else {"stable_rank_mean": "stable rank"})
+    table = Table(box=None, pad_edge=False)
+    table.add_column(by, min_width=max((len(group) for group in groups), default=0))
+    for name in names.values():
+        for column in [f"{name} {label}" for label in labels] + ([f"{name} high / low"] if two else []):
+            table.add_column(column, justify="right", min_width=9)
+    for group, own in groups.items():
+        quotients = ratios(own, {})
+        cells: list[str] = []
+        for key in names:
+            cells += [shown(getattr(own[label], key) if label in own else None) for label in labels]
+            cells += [shown(quotients[key])] if two else []
+        table.add_row(group, *cells)
+    return table
+
+
+def growth_table(growth: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each pair of checkpoints and noise expert."""
+    table = Table(title="growth (net: less the floor; compare with sqrt(steps))", title_justify="left", box=None,
+                  pad_edge=False)
+    for name in ("steps", "", "mean|w|", "net", "mean|B|", "norm of update", "sqrt(steps)", "update cosine"):
+        table.add_column(name, justify="left" if name in ("steps", "") else "right")
+    for entry in growth:
+        for label, one in entry.items():
+            if isinstance(one, Mapping):
+                cells = (percent(one[key]) for key in ("legacy", "net", "mean_abs_B", "delta_norm", "sqrt_step"))
+                table.add_row(f"{entry['from_step']} - {entry['to_step']}", label, *cells, shown(one["update_cosine"]))
+    return table
+
+
+def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
+    """A line for each rule, and below one that is not good its source and what to do."""
+    lines = [f"verdict for {verdict['preset']}: {verdict['status']}"]
+    for rule in verdict["rules"]:
+        lines.append(f"  {rule['status']}  {rule['rule']}: {shown(rule['value'])} (wanted {rule['threshold']})")
+        if rule["status"] != "good":
+            lines += [f"        from: {rule['source']}", f"        to do: {rule['action']}"]
+    return lines + [f"  note  {note}" for note in verdict["notes"]]
+
+
+def shown(value: float | None) -> str:
+    """Four digits; `-` for what is absent."""
+    return "-" if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def percent(value: float | None) -> str:
+    """`+11.8 %`."""
+    return "-" if value is None else f"{value:+.1%}".replace("%", " %")

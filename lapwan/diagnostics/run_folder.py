@@ -1,0 +1,156 @@
+"""Finding what there is to inspect: a pair of LoRA files, one file, or a run folder with its checkpoints.
+
+LoRAs are labelled `high`, `low`, or `file` where nothing says which noise expert a file is for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lapwan.errors import UserError
+from lapwan.files import is_temporary
+from lapwan.lora.assign import check_role
+from lapwan.lora.formats import FORMAT_KEY, LoraFile, open_lora
+from lapwan.lora.tensorfile import read_header
+from lapwan.names import NoiseExpert
+
+UNSAID = "file"
+METRICS = "metrics.jsonl"
+_STEP_FOLDER = re.compile(r"^step_(\d+)$")
+# Other trainers' names: `name-step00000400.safetensors`, `name-000012.safetensors` (epochs), `name_000000600_...`.
+_STEP_NAME = re.compile(r"(?:step[-_]?|[-_])0*(\d+)(?=[-_.]|$)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The LoRAs of one moment, by label; `step` None where nothing says it."""
+
+    step: int | None
+    loras: dict[str, LoraFile]
+
+
+def pair(high: Path, low: Path) -> Checkpoint:
+    """Two files, the high noise expert's first.
+
+    Raises:
+        UserError: a file whose metadata says it is the other one.
+    """
+    loras: dict[str, LoraFile] = {}
+    for expert, path in ((NoiseExpert.HIGH, high), (NoiseExpert.LOW, low)):
+        files = open_lora(path)
+        found = files.get(expert) or files.get(None) or next(iter(files.values()))
+        check_role(found, expert)
+        loras[expert.value] = found
+    return Checkpoint(_common_step(loras), loras)
+
+
+def single(path: Path) -> Checkpoint:
+    """One file: one noise expert, both, or one that does not say."""
+    loras = {expert.value if expert else UNSAID: lora for expert, lora in open_lora(path).items()}
+    return Checkpoint(_common_step(loras), loras)
+
+
+def _common_step(loras: Mapping[str, LoraFile]) -> int | None:
+    steps = {step_of(lora) for lora in loras.values()}
+    return steps.pop() if len(steps) == 1 else None
+
+
+def step_of(lora: LoraFile) -> int | None:
+    """The step a file was saved at: its folder `step_400`, its metadata, or its name."""
+    if match := _STEP_FOLDER.match(lora.path.parent.name):
+        return int(match[1])
+    for key in ("lapwan.step", "ss_steps"):
+        if lora.metadata.get(key, "").isdigit():
+            return int(lora.metadata[key])
+    found = _STEP_NAME.findall(lora.path.stem)
+    return int(found[-1]) if found else None
+
+
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """Every checkpoint of a run folder, in the order of steps.
+
+    Raises:
+        UserError: no LoRA files there, or two of one noise expert and step.
+    """
+    paths = [p for p in [*folder.glob("*.safetensors"), *folder.glob("step_*/*.safetensors")] if not is_temporary(p)]
+    paths = [p for p in paths if not read_header(p).metadata.get(FORMAT_KEY, "").startswith("mixture/")]
+    if not paths:
+        raise UserError(f"{folder} holds no LoRA files (*.safetensors, or step_N/*.safetensors); give a run folder or "
+                        "LoRA files")
+    by_step: dict[int | None, dict[str, LoraFile]] = {}
+    for path in sorted(paths):
+        for expert, lora in open_lora(path).items():
+            own = by_step.setdefault(step_of(lora), {})
+            label = expert.value if expert else UNSAID
+            same = label in own and (own[label].path.samefile(path) or own[label].fingerprint() == lora.fingerprint())
+            if label in own and not same:
+                raise UserError(f"{own[label].path} and {path} are both the {label} noise expert at step "
+                                f"{step_of(lora)}; give one run's folder, or the two files")
+            own.setdefault(label, lora)
+    if None in by_step and len(by_step) > 1:  # the last files of a run that does not write steps into them
+        del by_step[None]
+    return [Checkpoint(step, by_step[step]) for step in sorted(by_step, key=lambda s: -1 if s is None else s)]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, if it has one; a last line cut by a kill is left out.
+
+    Raises:
+        UserError: a line in the middle that is no JSON object.
+    """
+    path = folder / METRICS
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            found.append(value)
+        elif line.strip() and number < len(lines):
+            raise UserError(f"{path}, line {number}: not a JSON object")
+    return found
+
+
+def own_steps(lines: Sequence[Mapping[str, Any]], label: str, step: int | None) -> float | None:
+    """A noise expert's own optimiser steps at the run's `step`: its lines so far, else the run's step.
+
+    Where only every k-th step is logged this is 1/k of the count; growth uses the quotient of two, in which k cancels.
+    """
+    if step is None:
+        return None
+    own = sum(line.get("noise_expert") == label and isinstance(line.get("step"), int) and line["step"] <= step
+              for line in lines)
+    return float(own or step)
+
+
+def learning_rates(lines: Sequence[Mapping[str, Any]], step: int | None) -> dict[str, float]:
+    """The last lr of each noise expert at or before `step`."""
+    found: dict[str, float] = {}
+    for line in lines:
+        rate, label, at = line.get("lr"), line.get("noise_expert"), line.get("step")
+        if isinstance(rate, int | float) and isinstance(label, str) and isinstance(at, int) \
+                and (step is None or at <= step):
+            found[label] = float(rate)
+    return found
+
+
+def stated_rates(checkpoint: Checkpoint) -> dict[str, float]:
+    """The lr the files themselves state."""
+    found: dict[str, float] = {}
+    for label, lora in checkpoint.loras.items():
+        for key in ("lapwan.lr", "ss_unet_lr", "ss_learning_rate"):
+            try:
+                found[label] = float(lora.metadata[key])
+            except (KeyError, ValueError):
+                continue
+            break
+    return found

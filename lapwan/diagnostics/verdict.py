@@ -1,0 +1,189 @@
+"""What the figures say for a purpose: rules with their value, threshold, source and what to do.
+
+`motion` wants the high noise expert to dominate, `character` (and style) the low one. The thresholds come from one
+run's experience and are shown as that; where they were set on the legacy magnitude, which contains the floor that A
+starts with, the rule on mean|B| carries the threshold that the same experience gives net of the floor.
+
+How to add a rule: a function `(Evidence) -> Rule | None` in `_RULES`; None where the figures for it are absent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lapwan.diagnostics.figures import Figures
+
+Status = Literal["good", "warn", "stop"]
+PresetName = Literal["motion", "character"]
+_ORDER: tuple[Status, ...] = ("good", "warn", "stop")
+_EXPERIENCE = "one run's experience"
+# The floor of rank-any LoRA on all Linears of Wan-14B: thresholds on the magnitude itself hold for its shapes only.
+_WAN_14B_FLOOR = 0.00318
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Which noise expert must lead, and the ranges people found to work."""
+
+    name: PresetName
+    leader: str
+    follower: str
+    magnitude: tuple[float, float] | None  # of the leader's legacy figure
+    steps: tuple[int, int]
+
+
+PRESETS: dict[PresetName, Preset] = {
+    "motion": Preset("motion", "high", "low", (0.008, 0.010), (1800, 2200)),
+    "character": Preset("character", "low", "high", None, (500, 800)),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One finding. `value` is None where it is not a finite number."""
+
+    rule: str
+    value: float | None
+    threshold: str
+    status: Status
+    source: str
+    action: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All a rule may look at; `rates` is lr by label, `growth` the list of the JSON."""
+
+    preset: Preset
+    figures: Mapping[str, Figures]
+    rates: Mapping[str, float]
+    growth: Sequence[Mapping[str, Any]]
+    step: int | None
+
+    def lead(self, name: str) -> float | None:
+        """The figure `name`, leader over follower."""
+        both = [self.figures.get(label) for label in (self.preset.leader, self.preset.follower)]
+        values = [getattr(f, name) if f is not None else None for f in both]
+        return quotient(*values)
+
+
+def quotient(above: float | None, below: float | None) -> float | None:
+    """above / below; None if either is absent or the result is no finite number."""
+    if above is None or below is None or below == 0:
+        return None
+    value = above / below
+    return value if math.isfinite(value) else None
+
+
+def _grade(value: float, warn_below: float, stop_below: float = -math.inf) -> Status:
+    return "stop" if value < stop_below else "warn" if value < warn_below else "good"
+
+
+def _more_for(preset: Preset) -> str:
+    return (f"raise the {preset.leader} noise expert's LR floor and ceiling or cap the {preset.follower} one's; "
+            "meanwhile use an earlier checkpoint")
+
+
+def _legacy_ratio(seen: Evidence) -> Rule | None:
+    value, preset = seen.lead("legacy_mean_abs"), seen.preset
+    if value is None:
+        return None
+    return Rule(f"legacy magnitude, {preset.leader} / {preset.follower}", value, ">= 1.5", _grade(value, 1.5),
+                f"{_EXPERIENCE}; the figure contains the floor A starts with", _more_for(preset))
+
+
+def _b_ratio(seen: Evidence) -> Rule | None:
+    value, preset = seen.lead("mean_abs_B"), seen.preset
+    if value is None:
+        return None
+    source = f"{_EXPERIENCE}, net of the floor: 1.5 on the legacy figure at 0.008-0.010 is 1.95-2.24 here"
+    return Rule(f"mean|B|, {preset.leader} / {preset.follower}", value, ">= 2.0, stop < 1.0",
+                _grade(value, 2.0, 1.0), source, _more_for(preset))
+
+
+def _delta_ratio(seen: Evidence) -> Rule | None:
+    value, preset = seen.lead("delta_norm"), seen.preset
+    if value is None:
+        return None
+    return Rule(f"norm of the update, {preset.leader} / {preset.follower}", value, ">= 1.5, stop < 1.0",
+                _grade(value, 1.5, 1.0), "what acts on the model: alpha and A included", _more_for(preset))
+
+
+def _magnitude(seen: Evidence) -> Rule | None:
+    figures, wanted = seen.figures.get(seen.preset.leader), seen.preset.magnitude
+    if figures is None or wanted is None or figures.legacy_mean_abs is None or not comparable(figures):
+        return None
+    value, (low, high) = figures.legacy_mean_abs, wanted
+    action = ("train on, or raise this noise expert's LR" if value < low else
+              "beyond what was tried: compare with an earlier checkpoint" if value > high else "none")
+    return Rule(f"legacy magnitude of {seen.preset.leader}", value, f"{low:g} to {high:g}",
+                "good" if low <= value <= high else "warn", f"{_EXPERIENCE} on Wan-14B", action)
+
+
+def comparable(figures: Figures) -> bool:
+    """True where the floor is Wan-14B's (within 15 %, which covers attention only), so that magnitudes compare."""
+    return figures.init_floor is not None and abs(figures.init_floor / _WAN_14B_FLOOR - 1) < 0.15
+
+
+def _lr_ratio(seen: Evidence) -> Rule | None:
+    preset = seen.preset
+    value = quotient(seen.rates.get(preset.leader), seen.rates.get(preset.follower))
+    if value is None:
+        return None
+    return Rule(f"LR, {preset.leader} / {preset.follower}", value, "3 to 6 (4 advised)",
+                "good" if 3 <= value <= 6 else "warn", _EXPERIENCE,
+                "set both LR bounds so that their midpoints have this ratio; the bumps do not decide it")
+
+
+def _follower_grows_faster(seen: Evidence) -> Rule | None:
+    last = seen.growth[-1] if seen.growth else {}
+    leader, follower = (last.get(label, {}).get("net") for label in (seen.preset.leader, seen.preset.follower))
+    if leader is None or follower is None or follower <= 0:
+        return None
+    value = follower / leader if leader > 0 else None
+    status: Status = "stop" if value is None else _ORDER[(value > 1.1) + (value >= 1.3)]
+    action = f"stop and use step {last.get('from_step')}; {_more_for(seen.preset)}" if status != "good" else "none"
+    return Rule(f"{seen.preset.follower} grows faster than {seen.preset.leader} (net of the floor)", value,
+                "<= 1.1, stop >= 1.3", status, f"{_EXPERIENCE}: at 1.3 motion was tamed", action)
+
+
+def _steps(seen: Evidence) -> Rule | None:
+    if seen.step is None:
+        return None
+    low, high = seen.preset.steps
+    action = "train on" if seen.step < low else "compare with an earlier checkpoint" if seen.step > high else "none"
+    return Rule("steps", float(seen.step), f"{low} to {high}", "warn" if seen.step > high else "good", _EXPERIENCE,
+                action)
+
+
+def _broken(seen: Evidence) -> Rule | None:
+    count = sum(f.nonfinite_modules for f in seen.figures.values())
+    return Rule("non-finite modules", float(count), "0", "stop" if count else "good", "NaN or inf in A, B or alpha",
+                "do not use this file; lower the LR and go on from an earlier checkpoint" if count else "none")
+
+
+def _dead(seen: Evidence) -> Rule | None:
+    count, modules = sum(f.dead_modules for f in seen.figures.values()), sum(f.modules for f in seen.figures.values())
+    status: Status = "good" if count == 0 else "stop" if count == modules else "warn"
+    return Rule("dead modules", float(count), "0", status, "B = 0: the module changes nothing",
+                "check that these modules were trained and that gradients reach them" if count else "none")
+
+
+_RULES = (_broken, _dead, _b_ratio, _delta_ratio, _legacy_ratio, _magnitude, _lr_ratio, _follower_grows_faster, _steps)
+
+
+def judge(seen: Evidence) -> dict[str, Any]:
+    """The `verdict` of the JSON: the preset, the worst status, every rule that could be judged, and notes."""
+    rules = [found for rule in _RULES if (found := rule(seen)) is not None]
+    notes = []
+    leader = seen.figures.get(seen.preset.leader)
+    if leader is not None and seen.preset.magnitude and not comparable(leader):
+        notes.append(f"the magnitude of {seen.preset.leader} is not judged: its floor {leader.init_floor:.3g} is not "
+                     f"that of Wan-14B's Linears ({_WAN_14B_FLOOR:g})")
+    if len(seen.figures) < 2:
+        notes.append("one noise expert only: no ratios")
+    status = max((rule.status for rule in rules), key=_ORDER.index, default="good")
+    return {"preset": seen.preset.name, "status": status, "rules": [asdict(rule) for rule in rules], "notes": notes}

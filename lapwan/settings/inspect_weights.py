@@ -1,0 +1,51 @@
+"""Settings of `lapwan inspect-weights`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lapwan.names import NoiseExpert
+from lapwan.settings.base import Flag, Settings
+
+
+class InspectWeightsSettings(Settings):
+    """Numbers about a pair of LoRA files, one file, or a run folder."""
+
+    files: Annotated[tuple[Path, ...], Flag(positional=True, metavar="HIGH LOW | FILE | RUN_FOLDER")] = Field(
+        description="The high and the low noise expert's LoRA, one file, or a run folder.")
+    preset: Annotated[Literal["motion", "character"], Flag(metavar="motion|character")] = Field(
+        default="motion", description="What the LoRA is for: motion wants the high noise expert to lead, character "
+                                      "(and style) the low one.")
+    by: Annotated[Literal["expert", "block", "projection"], Flag(metavar="expert|block|projection")] = Field(
+        default="expert", description="What a row of the table is.")
+    json_file: Annotated[Path | None, Flag("--json", metavar="FILE|-")] = Field(
+        default=None, description="Write the figures as JSON to a file, or to stdout with -.")
+    lr: Annotated[dict[NoiseExpert, float] | None, Flag(metavar="high=A,low=B")] = Field(
+        default=None, description="Learning rates, where neither the files nor metrics.jsonl state them.")
+
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _rates(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        rates: dict[str, str] = {}
+        for part in value.split(","):
+            name, equals, rate = part.partition("=")
+            if not equals:
+                raise ValueError("write high=4e-4,low=1e-4")
+            rates[name.strip()] = rate
+        return rates
+
+    @model_validator(mode="after")
+    def _check(self) -> InspectWeightsSettings:
+        if not 1 <= len(self.files) <= 2:
+            raise ValueError(f"{len(self.files)} files given; give HIGH LOW, one FILE, or a RUN_FOLDER")
+        if len(self.files) == 2 and self.files[0] == self.files[1]:
+            raise ValueError(f"the same file twice: {self.files[0]}; give the high noise expert's and the low one's")
+        if self.lr and not all(rate > 0 and math.isfinite(rate) for rate in self.lr.values()):
+            raise ValueError("lr: learning rates are above 0")
+        return self
