@@ -44,14 +44,19 @@ def run(settings: LabelSettings, options: RunOptions) -> None:
         _label_all(settings, clips, taxonomy, report, temporary)
         if not report.clips:
             raise UserError(f"{settings.clips} has no clips; expected one JSON object a line")
-        _show(report)
-        if settings.report is not None:
-            write_text(settings.report, json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")
         if settings.strict and report.fallback:
+            _tell(settings, report)
             raise UserError(f"--strict: {report.fallback} of {report.clips} captions name no instrument "
                             f"({_lines(report)}); no labels written; name it there, or leave --strict out")
     write_text(sidecar, to_toml(settings, "lapwan label --config reproduces the labels beside this file"))
+    _tell(settings, report)
     console.log(f"wrote {settings.output}")
+
+
+def _tell(settings: LabelSettings, report: LabelReport) -> None:
+    if settings.report is not None:
+        write_text(settings.report, json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")
+    _show(report)
 
 
 def _check_paths(settings: LabelSettings, sidecar: Path) -> None:
