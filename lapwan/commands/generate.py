@@ -1,118 +1,105 @@
-"""`lapwan generate`: a prompt, and an image for image-to-video, to a video file."""
+"""`lapwan generate`: prompts, and images for image-to-video, to video files."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
-import torch
+from collections.abc import Sequence
+from pathlib import Path
 
 from lapwan import console
-from lapwan.commands.model import TINY, resolve
-from lapwan.errors import UserError
-from lapwan.files import claim_output
-from lapwan.sampling.adapters import AdapterSet, read_adapters
-from lapwan.sampling.generator import Generator
+from lapwan.api import Prepared, VideoGenerator
+from lapwan.errors import Interrupted, UserError
+from lapwan.files import atomic_file, claim_output
 from lapwan.sampling.grid import make_grid
-from lapwan.sampling.image import open_image
-from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT, Request, check_request, complete_guidance, default_size
-from lapwan.sampling.routing import alpha_vector, choose_mix
+from lapwan.sampling.jobs import Job, check_options, make_jobs
+from lapwan.sampling.repeat import compare, stored
+from lapwan.sampling.result import Video
+from lapwan.sampling.sheet import contact_sheet
 from lapwan.sampling.video import check_video_path
 from lapwan.settings.base import to_toml
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.run import RunOptions
-from lapwan.wan.folder import ModelSpec
 
-if TYPE_CHECKING:
-    from PIL import Image
+_SHEET_COLUMNS = 6
 
 
 def run(settings: GenerateSettings, options: RunOptions) -> None:
-    """Check everything against headers, then load, sample and write."""
-    check_mixture_options(settings)
-    image = None if settings.image is None else open_image(settings.image)
-    # Only `tiny` leaves the task open; a folder of the wrong task gets the clearer message of check_request.
-    spec = resolve(settings.model, ("t2v" if image is None else "i2v") if settings.model == TINY else None)
-    request = make_request(spec, settings, image)
-    settings = resolved(settings, spec, request)
-    check_request(spec, request)
-    claim_output(settings.output, options.overwrite)
-    check_video_path(settings.output, request.num_frames, request.size)
-    device, dtype = choose_device(settings.device, settings.dtype)
-    adapters = read_adapters(spec, settings.lora, settings.moe)
-    check_mixture_values(adapters, request)
-    grid = make_grid(spec, request.sampler, request.steps, request.flow_shift)
-    height, width = request.size
-    console.log(f"{spec.task} at {height}x{width}, {request.num_frames} frames at {request.fps} fps; {grid}")
+    """Check every video against headers, then load, sample and write one after the other."""
+    record = None
+    if settings.from_video is not None:
+        record, settings = stored(settings.from_video, settings)
+    output = check_options(settings)
+    jobs = make_jobs(settings)
+    generator = VideoGenerator.from_settings(settings)
+    prepared = [_prepare(generator, job) for job in jobs]
+    sheet = _sheet_path(output, len(jobs)) if settings.sheet else None
+    for job, made in zip(jobs, prepared, strict=True):
+        claim_output(job.output, options.overwrite)
+        check_video_path(job.output, made.request.num_frames, made.request.size)
+    if sheet is not None:
+        claim_output(sheet, options.overwrite)
+    _show_plan(prepared)
     if options.dry_run:
-        console.results.print(to_toml(settings), markup=False)
+        own = prepared[0].settings if len(jobs) == 1 else settings
+        filled = settings.model_copy(update={name: getattr(own, name) for name in type(own).model_fields})
+        console.results.print(to_toml(filled), markup=False)
         return
-    video = Generator(spec, adapters, device, dtype).generate(request)
-    video = replace(video, settings=settings.model_dump(mode="json", exclude_none=True))
-    path = video.save(settings.output, overwrite=options.overwrite)
-    console.results.print(str(path), markup=False)
+    videos = _make_all(generator, jobs, prepared, options)
+    if sheet is not None:
+        _write_sheet(sheet, jobs, videos)
+    if record is not None:
+        compare(record, videos[0])
 
 
-def check_mixture_options(settings: GenerateSettings) -> None:
-    """Refuse a mixture's options without a mixture: they would do nothing."""
-    if settings.moe is None:
-        for name in ("instrument_hint", "alpha_base", "alpha_expert"):
-            if getattr(settings, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} acts on a mixture; give one with --moe FILE")
+def _prepare(generator: VideoGenerator, job: Job) -> Prepared:
+    try:
+        return generator.prepare(job.settings)
+    except UserError as error:
+        raise UserError(f"{job.place}: {error}" if job.place else str(error)) from None
 
 
-def check_mixture_values(adapters: AdapterSet, request: Request) -> None:
-    """Refuse a hint or a family that the mixture's taxonomy does not know; warn where α_base has nothing to act on."""
-    mixture = adapters.mixture
-    if mixture is None:
-        return
-    alpha_vector(mixture, request.alpha_expert)
-    if request.hint is not None:
-        choose_mix(mixture, request.prompt, request.hint, lambda: torch.empty(0))
-    if request.alpha_base is not None and not mixture.base_lora:
-        console.warn(f"alpha-base {request.alpha_base:g} has no effect: this mixture was trained without a base LoRA")
+def _show_plan(prepared: Sequence[Prepared]) -> None:
+    for made in dict.fromkeys(_plan_line(made) for made in prepared):
+        console.log(made)
+    if len(prepared) > 1:
+        console.log(f"{len(prepared)} videos")
 
 
-def resolved(settings: GenerateSettings, spec: ModelSpec, request: Request) -> GenerateSettings:
-    """The settings with what the model filled in: what is printed, and stored with the video."""
-    return settings.model_copy(update={
-        "num_frames": request.num_frames, "size": request.size, "steps": request.steps,
-        "guidance": dict(request.guidance), "negative_prompt": request.negative_prompt,
-        "flow_shift": spec.flow_shift if request.flow_shift is None else request.flow_shift,
-    })
+def _plan_line(made: Prepared) -> str:
+    request, spec = made.request, made.generator.spec
+    grid = make_grid(spec, request.sampler, request.steps, request.flow_shift, request.start_sigma)
+    height, width = request.size
+    return f"{spec.task} at {height}x{width}, {request.num_frames} frames at {request.fps} fps; {grid}"
 
 
-def make_request(spec: ModelSpec, settings: GenerateSettings, image: Image.Image | None) -> Request:
-    """The settings with the model's own values where nothing is said."""
-    negative = settings.negative_prompt
-    return Request(
-        prompt=settings.prompt,
-        negative_prompt=OFFICIAL_NEGATIVE_PROMPT if negative is None else negative,
-        image=image,
-        num_frames=settings.num_frames or spec.defaults.num_frames,
-        size=settings.size or default_size(spec, image),
-        steps=settings.steps or spec.defaults.steps,
-        guidance=complete_guidance(spec, settings.guidance),
-        fps=spec.defaults.fps,
-        flow_shift=settings.flow_shift,
-        sampler=settings.sampler,
-        seed=settings.seed,
-        hint=settings.instrument_hint,
-        alpha_base=settings.alpha_base,
-        alpha_expert=settings.alpha_expert,
-    )
+def _make_all(
+    generator: VideoGenerator, jobs: Sequence[Job], prepared: Sequence[Prepared], options: RunOptions
+) -> list[Video]:
+    videos: list[Video] = []
+    try:
+        for job, made in zip(jobs, prepared, strict=True):
+            if len(jobs) > 1:
+                console.log(f"video {len(videos) + 1} of {len(jobs)}: {made.request.prompt}")
+            video = generator.make(made)
+            path = video.save(job.output, overwrite=options.overwrite)
+            console.results.print(str(path), markup=False)
+            videos.append(video)
+    except KeyboardInterrupt:
+        whole = ", ".join(str(job.output) for job in jobs[: len(videos)]) or "none"
+        count = f"{len(videos)} of {len(jobs)} videos"
+        raise Interrupted(f"interrupted after {count}; finished and whole: {whole}") from None
+    return videos
 
 
-def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """`auto` is the GPU if there is one, in bf16; else the CPU in fp32.
+def _sheet_path(output: Path, count: int) -> Path:
+    if count > 1 and not output.suffix:
+        return output / "sheet.png"
+    return output.with_name(f"{output.stem}_sheet.png")
 
-    Raises:
-        UserError: a GPU that is not there.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype)
-    return chosen, kind or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
+
+def _write_sheet(path: Path, jobs: Sequence[Job], videos: Sequence[Video]) -> None:
+    captions = [job.caption or str(video.settings.get("prompt", "")) for job, video in zip(jobs, videos, strict=True)]
+    smallest = min(video.frames.shape[2] for video in videos)
+    image = contact_sheet([video.frames for video in videos], _SHEET_COLUMNS, captions, scale=max(1, 128 // smallest))
+    with atomic_file(path) as temporary:
+        image.save(temporary)
+    console.results.print(str(path.absolute()), markup=False)

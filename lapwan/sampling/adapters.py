@@ -5,6 +5,7 @@ Shapes: B samples (1 here), E experts of the mixture, G gate columns: the LoRAs,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +15,17 @@ from torch import Tensor
 
 from lapwan.console import warn
 from lapwan.errors import UserError
+from lapwan.lora.assign import Assigned, assign
 from lapwan.lora.attach import Group
-from lapwan.lora.formats import LoraFile, open_lora, read_lora
+from lapwan.lora.formats import LoraFile, open_lora
 from lapwan.lora.state import LoraState
 from lapwan.lora.tensorfile import read_header
 from lapwan.moe.file import read_mixture
 from lapwan.moe.mixture import Mixture
 from lapwan.names import NoiseExpert
 from lapwan.settings.lora_argument import LoraArgument
-from lapwan.wan.folder import ModelSpec, weight_files
+from lapwan.wan.base import Base
+from lapwan.wan.folder import weight_files
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class LoraUse:
 
 @dataclass(frozen=True)
 class AdapterSet:
-    """Everything low-rank that acts in a generation; empty by default."""
+    """Everything low-rank that acts beside the base's weights in a generation; empty by default."""
 
     loras: Mapping[NoiseExpert, Sequence[LoraUse]] = field(default_factory=dict)
     mixture: Mixture | None = None
@@ -55,6 +58,10 @@ class AdapterSet:
             base = self.mixture_base.get(expert)
             found += self.mixture.groups(expert, None if base is None else base.state)
         return found
+
+    def mixture_fingerprint(self) -> str | None:
+        """sha256 of the mixture's file; None without one."""
+        return None if self.mixture_path is None else hashlib.sha256(self.mixture_path.read_bytes()).hexdigest()
 
     def gates(
         self, expert: NoiseExpert, sigma: float, mix_BE: Tensor | None, alpha_base: float, alpha_expert_E: Tensor | None
@@ -73,73 +80,58 @@ class AdapterSet:
         return torch.cat([strengths, own], dim=1)
 
 
-def read_adapters(spec: ModelSpec, loras: Sequence[LoraArgument], moe: Path | None) -> AdapterSet:
+def read_adapters(base: Base, loras: Sequence[LoraArgument], moe: Path | None) -> tuple[Base, AdapterSet]:
     """Read and check every adapter against the model's headers, before its weights are loaded.
+
+    Returns:
+        The base, and the adapters on it. Where a mixture was trained on this base with exactly these LoRAs merged in
+        memory, they are merged here too (the base returned has them) and are no adapters.
 
     Raises:
         UserError: not a LoRA (or not a mixture), for the other noise expert, for another model, or a noise expert
             that neither the file nor the user names; a mixture's base LoRA that cannot be found.
     """
-    uses: dict[NoiseExpert, list[LoraUse]] = {expert: [] for expert in spec.experts}
-    for argument in loras:
-        files = open_lora(argument.path)
-        _check_task(argument.path, files, spec)
-        for expert, file in _assign(argument, files, spec).items():
-            _check_modules(file, spec, expert)
-            uses[expert].append(LoraUse(argument.path, file.read(), argument.strength))
+    assigned = assign([(lora.expert, lora.path, lora.strength) for lora in loras], base.spec.experts)
+    for expert, files in assigned.items():
+        shapes = _shapes(base, expert)
+        for file, _ in files:
+            _check_lora(file, base, expert, shapes)
+    merged = Base(base.spec, {e: [*base.loras.get(e, ()), *assigned.get(e, ())] for e in base.spec.experts})
     if moe is None:
-        return AdapterSet(uses)
-    mixture = read_mixture(moe, spec)
-    bases = {expert: _base_lora(mixture, moe, expert, uses[expert]) for expert in mixture.base_lora}
-    left = {expert: [u for u in used if u is not bases.get(expert)] for expert, used in uses.items()}
-    return AdapterSet(left, mixture, moe, bases)
+        return base, AdapterSet(_uses(assigned))
+    recorded = read_mixture(moe).spec.base
+    if assigned and recorded and all(merged.fingerprint(e) == print_ for e, print_ in recorded.items()):
+        mixture, uses, base = read_mixture(moe, merged), {}, merged
+    else:
+        mixture, uses = read_mixture(moe, base), _uses(assigned)
+    bases = {expert: _base_lora(mixture, moe, expert, uses.get(expert, ())) for expert in mixture.base_lora}
+    left = {expert: [use for use in used if use is not bases.get(expert)] for expert, used in uses.items()}
+    return base, AdapterSet(left, mixture, moe, bases)
 
 
-def _assign(
-    argument: LoraArgument, files: Mapping[NoiseExpert | None, LoraFile], spec: ModelSpec
-) -> dict[NoiseExpert, LoraFile]:
-    """Noise expert -> the part of the file that acts on it: what the user says, else metadata, else the file's name."""
-    path = argument.path
-    wanted = list(spec.experts) if argument.expert in (None, "both") else [NoiseExpert(argument.expert)]
-    for expert in wanted:
-        if expert not in spec.experts:
-            raise UserError(f"{path} is given for the {expert.value} noise expert, which {spec.path} does not have")
-    if None in files:
-        if argument.expert is None and len(spec.experts) > 1:
-            raise UserError(f"{path} does not say which noise expert it is for; write high={path}, low={path} "
-                            f"or both={path}")
-        return dict.fromkeys(wanted, files[None])
-    said = {expert: file for expert, file in files.items() if expert is not None}
-    if argument.expert is not None and len(said) == 1:
-        own, file = next(iter(said.items()))
-        if file.said_by == "name":  # a name is only a guess; the user's word is not
-            return dict.fromkeys(wanted, file)
-        if wanted != [own]:
-            raise UserError(f"{path} is for the {own.value} noise expert (its {file.said_by} says so), not for "
-                            f"{argument.expert}; write {own.value}={path}, or choose the other file")
-    found = {expert: said[expert] for expert in wanted if expert in said}
-    if not found:
-        have = ", ".join(expert.value for expert in said)
-        raise UserError(f"{path} is for the noise expert {have}, which {spec.path} does not have")
-    return found
+def _uses(assigned: Assigned) -> dict[NoiseExpert, list[LoraUse]]:
+    return {
+        expert: [LoraUse(file.path, file.read(), strength) for file, strength in files]
+        for expert, files in assigned.items()
+    }
 
 
-def _check_task(path: Path, files: Mapping[NoiseExpert | None, LoraFile], spec: ModelSpec) -> None:
-    tasks = {task for file in files.values() if (task := file.metadata.get("lapwan.task"))}
-    if tasks and spec.task not in tasks:
-        warn(f"{path} was trained for {', '.join(sorted(tasks))}; this model is {spec.task}")
-
-
-def _check_modules(file: LoraFile, spec: ModelSpec, expert: NoiseExpert) -> None:
-    shapes = {
-        name: tuple(info.shape) for shard in weight_files(spec.component(expert))
+def _shapes(base: Base, expert: NoiseExpert) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(info.shape) for shard in weight_files(base.spec.component(expert))
         for name, info in read_header(shard).tensors.items()
     }
+
+
+def _check_lora(file: LoraFile, base: Base, expert: NoiseExpert, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    task = file.metadata.get("lapwan.task")
+    if task and task != base.task:
+        warn(f"{file.path} was trained for {task}; this model is {base.task}")
     for path, module in file.modules.items():
         have = shapes.get(f"{path}.weight")
         if have is None:
-            raise UserError(f"{file.path} has module '{path}', which {spec.component(expert)} does not; it was made "
-                            "for another model")
+            raise UserError(f"{file.path} has module '{path}', which {base.spec.component(expert)} does not; it was "
+                            "made for another model")
         if have != tuple(module.shape):
             raise UserError(f"{file.path}: '{path}' is {module.shape[1]} -> {module.shape[0]} features, the model's is "
                             f"{have[1]} -> {have[0]}; it was made for another model")
@@ -152,13 +144,13 @@ def _base_lora(mixture: Mixture, moe: Path, expert: NoiseExpert, given: Sequence
         if use.fingerprint == recorded["fingerprint"]:
             return use
     path = Path(recorded["path"])
-    tried = [moe.parent / path.name, moe.parent / path, path]
-    for candidate in tried:
-        if candidate.is_file():
-            states = read_lora(candidate)
-            state = states.get(expert) or states.get(None)
-            if state is not None and state.fingerprint() == recorded["fingerprint"]:
-                return LoraUse(candidate, state, 1.0)
+    for candidate in dict.fromkeys((moe.parent / path, moe.parent / path.name, path)):
+        if not candidate.is_file():
+            continue
+        files = open_lora(candidate)
+        file = files.get(expert) or files.get(None)
+        if file is not None and (state := file.read()).fingerprint() == recorded["fingerprint"]:
+            return LoraUse(candidate, state, 1.0)
     raise UserError(
         f"{moe} was trained over a base LoRA for the {expert.value} noise expert ({path}, fingerprint "
         f"{recorded['fingerprint'][:12]}), which is not there or has changed; pass it with --lora {expert.value}=FILE"

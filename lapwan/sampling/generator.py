@@ -14,19 +14,26 @@ from torch import Tensor
 
 from lapwan import __version__, console
 from lapwan.lora.attach import Adapter, attach
+from lapwan.losses.flow import noised
 from lapwan.names import NoiseExpert
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.grid import Grid, Step, make_grid
-from lapwan.sampling.image import image_fingerprint, image_tensor
+from lapwan.sampling.image import (
+    clip_tensor,
+    first_last_condition,
+    frames_fingerprint,
+    image_fingerprint,
+    image_tensor,
+)
 from lapwan.sampling.request import Request, check_request
 from lapwan.sampling.result import Video
 from lapwan.sampling.routing import Mix, alpha_vector, choose_mix
-from lapwan.wan.backbone import load_transformer
+from lapwan.wan.base import Base
 from lapwan.wan.condition import image_condition
 from lapwan.wan.folder import ModelSpec
 from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder, pad_text
-from lapwan.wan.vae import decode, load_vae
+from lapwan.wan.vae import decode, encode, load_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -41,12 +48,13 @@ class Generator:
 
     def __init__(
         self,
-        spec: ModelSpec,
+        base: Base | ModelSpec,
         adapters: AdapterSet | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.spec, self.adapters = spec, adapters or AdapterSet()
+        self.base = base if isinstance(base, Base) else Base(base)
+        self.spec, self.adapters = self.base.spec, adapters or AdapterSet()
         self.device, self.dtype = torch.device(device), dtype
         self._transformers: dict[NoiseExpert, tuple[WanTransformer3DModel, Adapter | None]] = {}
         self._text: TextEncoder | None = None
@@ -75,7 +83,7 @@ class Generator:
         """A noise expert's transformer with its adapters attached."""
         if expert not in self._transformers:
             console.detail(f"loading the {expert.value} noise expert")
-            model = load_transformer(self.spec, expert, self.dtype, self.device)
+            model = self.base.load(expert, self.dtype, self.device)
             groups = self.adapters.groups(expert)
             self._transformers[expert] = model, attach(model, groups, gates_required=True) if groups else None
         return self._transformers[expert][0]
@@ -110,17 +118,26 @@ class Generator:
         console.detail("decoding")
         with torch.no_grad():
             pixels = decode(self.vae(), latents)
-        return Video(to_frames(pixels), request.fps, facts=self._facts(request, grid, mix))
+        frames = to_frames(pixels)
+        facts = {**self._facts(request, grid, mix), "frames": frames_fingerprint(frames)}
+        return Video(frames, request.fps, facts=facts)
 
     def _grid(self, request: Request) -> Grid:
         check_request(self.spec, request)
-        return make_grid(self.spec, request.sampler, request.steps, request.flow_shift)
+        return make_grid(self.spec, request.sampler, request.steps, request.flow_shift, request.start_sigma)
 
-    def _noise(self, request: Request) -> Tensor:
+    def _start(self, request: Request, grid: Grid) -> Tensor:
+        """x at the grid's first sigma: noise, or x_σ = σ·ε + (1 − σ)·x0 of the video to start from."""
         # On the CPU, as diffusers draws with a CPU generator: a seed means the same noise on every machine.
         shape = self.spec.latent_shape(request.num_frames, *request.size)
         noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(request.seed), dtype=torch.float32)
-        return noise.to(self.device)
+        noise = noise.to(self.device)
+        if request.video_THWC is None:
+            return noise
+        console.detail("encoding the video to start from")
+        with torch.no_grad():
+            x0 = encode(self.vae(), clip_tensor(request.video_THWC).to(self.device))
+        return noised(x0, noise, torch.tensor([grid.steps[0].sigma], device=self.device))
 
     def _conditions(self, request: Request, negative: bool) -> Conditions:
         def text(prompt: str) -> Tensor:
@@ -128,10 +145,13 @@ class Generator:
 
         image = None
         if request.image is not None:
+            first = image_tensor(request.image, request.size).to(self.device)
             with torch.no_grad():
-                image = image_condition(
-                    self.vae(), image_tensor(request.image, request.size).to(self.device), request.num_frames
-                )
+                if request.last_image is None:
+                    image = image_condition(self.vae(), first, request.num_frames)
+                else:
+                    last = image_tensor(request.last_image, request.size).to(self.device)
+                    image = first_last_condition(self.vae(), first, last, request.num_frames)
         return Conditions(text(request.prompt), text(request.negative_prompt) if negative else None, image)
 
     def _sample(self, request: Request, grid: Grid, mix: Mix | None) -> Tensor:
@@ -144,7 +164,7 @@ class Generator:
 
         with console.progress("sampling", len(grid.steps)) as bar:
             return denoise(
-                grid, self._noise(request), conditions, guidance, self.transformer, scope,
+                grid, self._start(request, grid), conditions, guidance, self.transformer, scope,
                 lambda step, _: bar.advance(1, expert=step.expert.value, sigma=step.sigma),
             )
 
@@ -162,17 +182,21 @@ class Generator:
         import diffusers
 
         facts: dict[str, Any] = {
-            "model": {e.value: self.spec.fingerprint(e) for e in self.spec.experts},
+            "model": {e.value: self.base.fingerprint(e) for e in self.spec.experts},
             "steps": {e.value: grid.count(e) for e in self.spec.experts},
             "versions": {"lapwan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
             "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
         }
         if loras := lora_facts(self.adapters):
             facts["lora"] = loras
-        if request.image is not None:
-            facts["image"] = image_fingerprint(request.image)
+        for name, image in (("image", request.image), ("last_image", request.last_image)):
+            if image is not None:
+                facts[name] = image_fingerprint(image)
+        if request.video_THWC is not None:
+            facts["video"] = frames_fingerprint(request.video_THWC)
         if mix is not None:
             gates = {f"{s.sigma:.4f}": self._gates(request, s, mix)[0].tolist() for s in grid.steps}
+            facts["mixture"] = self.adapters.mixture_fingerprint()
             facts["moe"] = {"by": mix.source, "mix": mix.shares(), "gates": gates}
         return facts
 

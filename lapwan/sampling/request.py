@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lapwan.errors import UserError
@@ -16,7 +16,10 @@ from lapwan.sampling.grid import SamplerName
 from lapwan.wan.folder import ModelSpec, check_frames, check_size
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
+
+DEFAULT_START_SIGMA = 0.8  # of a video that starts from another
 
 # The official default of Wan2.2 (sample_neg_prompt of its shared configuration).
 OFFICIAL_NEGATIVE_PROMPT = (
@@ -30,8 +33,9 @@ OFFICIAL_NEGATIVE_PROMPT = (
 class Request:
     """One video. `guidance` by noise expert, 1 = none; `size` (height, width) in pixels.
 
-    `flow_shift` None is the model's; `image` is the first frame, of any size; `hint` a family, alias or mix of the
-    mixture's taxonomy; `alpha_expert` one number or one by family.
+    `flow_shift` None is the model's; `image` is the first frame, of any size, `last_image` the last;
+    `video_THWC` uint8 frames to start from, noised to `start_sigma`; `hint` a family, alias or mix of the mixture's
+    taxonomy; `alpha_expert` one number or one by family; `guidance_interval` the sigmas (low, high) that are guided.
     """
 
     prompt: str
@@ -42,13 +46,16 @@ class Request:
     fps: int
     negative_prompt: str = OFFICIAL_NEGATIVE_PROMPT
     image: Image.Image | None = None
+    last_image: Image.Image | None = None
+    video_THWC: np.ndarray | None = None
+    start_sigma: float = 1.0
     flow_shift: float | None = None
     sampler: SamplerName = "unipc"
     seed: int = 42
     hint: str | None = None
     alpha_base: float | None = None
     alpha_expert: float | Mapping[str, float] | None = None
-    guidance_interval: tuple[float, float] = field(default=(0.0, 1.0))
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
 def complete_guidance(spec: ModelSpec, asked: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:
@@ -93,6 +100,8 @@ def check_request(spec: ModelSpec, request: Request) -> None:
     if spec.task == "t2v" and request.image is not None:
         raise UserError(f"{spec.path} is a text-to-video model and takes no image; leave --image out, "
                         "or use an image-to-video model")
+    if request.last_image is not None and (request.image is None or request.num_frames < 2):
+        raise UserError("a last frame needs a first one (--image) and more than one frame")
     check_frames(request.num_frames, spec.temporal_stride)
     check_size(*request.size, spec.pixel_multiple)
     if request.steps < 1:

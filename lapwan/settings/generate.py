@@ -1,4 +1,8 @@
-"""What may be asked of `lapwan generate`."""
+"""What may be asked of `lapwan generate`.
+
+How to add an option of a video: a field of `VideoSettings` with a Flag, its use in `lapwan.sampling.request` and
+`lapwan.api`; it then works on the command line, in TOML and in a prompts file.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from pydantic import Field, field_validator
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import Flag, Settings
 from lapwan.settings.lora_argument import LORA_METAVAR, LoraArgument
+from lapwan.settings.train import BaseModelSettings
 
 
 def parse_numbers(text: str, names: str) -> dict[str, float]:
@@ -44,27 +49,45 @@ def number_or_named(value: Any, names: str) -> Any:
         return parse_numbers(value, names)
 
 
-class GenerateSettings(Settings):
-    """Settings of `lapwan generate`; what is left out is the model's own."""
+class ModelSettings(Settings):
+    """What is loaded once, for any number of videos."""
 
-    model: Annotated[str, Flag(metavar="MODEL")] = Field(
-        description="'tiny' (embedded), or a model folder in diffusers layout."
-    )
-    prompt: Annotated[str, Flag(metavar="TEXT")] = Field(description="What the video shows.")
-    output: Annotated[Path, Flag("-o", "--output", metavar="PATH")] = Field(
-        description="NAME.mp4, NAME.png (one frame), or a folder for PNG frames."
-    )
-    image: Annotated[Path | None, Flag(metavar="FILE")] = Field(
-        default=None, description="First frame, for an image-to-video model; fitted to the size by scaling and cutting."
-    )
-    negative_prompt: Annotated[str | None, Flag(metavar="TEXT")] = Field(
-        default=None, description="What to steer away from; Wan's official one by default, '' for none."
+    model: Annotated[str | BaseModelSettings | None, Flag(metavar="MODEL")] = Field(
+        default=None, description="'tiny' (embedded), or a model folder in diffusers layout."
     )
     lora: Annotated[tuple[LoraArgument, ...], Flag(metavar=LORA_METAVAR)] = Field(
         default=(), description="A LoRA, repeatable; without high= or low= the file says its noise expert."
     )
     moe: Annotated[Path | None, Flag(metavar="FILE")] = Field(
         default=None, description="A mixture of LoRA experts; the prompt chooses among them unless a hint does."
+    )
+    device: Annotated[str, Flag(metavar="DEVICE")] = Field(
+        default="auto", description="auto, cpu, cuda or cuda:N.", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
+    )
+    dtype: Annotated[Literal["auto", "fp32", "bf16"], Flag(metavar="auto|fp32|bf16")] = Field(
+        default="auto", description="Of the transformers; auto is bf16 on a GPU, fp32 on a CPU."
+    )
+
+
+class VideoSettings(Settings):
+    """One video; what is left out is the model's own. These are also the keys of a line of a prompts file."""
+
+    prompt: Annotated[str | None, Flag(metavar="TEXT")] = Field(default=None, description="What the video shows.")
+    image: Annotated[Path | None, Flag(metavar="FILE")] = Field(
+        default=None, description="First frame, for an image-to-video model; fitted to the size by scaling and cutting."
+    )
+    last_image: Annotated[Path | None, Flag(metavar="FILE")] = Field(
+        default=None, description="Last frame as well, with --image."
+    )
+    video: Annotated[Path | None, Flag(metavar="FILE")] = Field(
+        default=None, description="Start from this video's frames instead of from noise alone; see --start-sigma."
+    )
+    start_sigma: Annotated[float | None, Flag(metavar="SIGMA")] = Field(
+        default=None, gt=0, le=1, description="With --video: noise it starts from, 0 to 1, 0.8 if not given; "
+        "more changes more."
+    )
+    negative_prompt: Annotated[str | None, Flag(metavar="TEXT")] = Field(
+        default=None, description="What to steer away from; Wan's official one by default, '' for none."
     )
     instrument_hint: Annotated[str | None, Flag(metavar="NAME|MIX")] = Field(
         default=None, description="The mixture's expert: hook, 电凝钩, or a mix such as hook:0.7,suction:0.3."
@@ -87,6 +110,9 @@ class GenerateSettings(Settings):
     guidance: Annotated[float | dict[NoiseExpert, float] | None, Flag(metavar="G|high=G,low=G")] = Field(
         default=None, description="Classifier-free guidance, 1 for none; each noise expert decides by its own number."
     )
+    guidance_interval: Annotated[tuple[float, float] | None, Flag(metavar="LOW,HIGH")] = Field(
+        default=None, description="Guide only where sigma lies in this interval, such as 0.2,0.95."
+    )
     flow_shift: Annotated[float | None, Flag(metavar="S")] = Field(
         default=None, gt=0, description="More steps at high noise the larger it is; the checkpoint's own by default."
     )
@@ -96,12 +122,11 @@ class GenerateSettings(Settings):
     seed: Annotated[int, Flag(metavar="N")] = Field(
         default=42, ge=0, lt=2**63, description="The same seed gives the same noise on every machine."
     )
-    device: Annotated[str, Flag(metavar="DEVICE")] = Field(
-        default="auto", description="auto, cpu, cuda or cuda:N.", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
-    )
-    dtype: Annotated[Literal["auto", "fp32", "bf16"], Flag(metavar="auto|fp32|bf16")] = Field(
-        default="auto", description="Of the transformers; auto is bf16 on a GPU, fp32 on a CPU."
-    )
+
+    def moe_options(self) -> list[str]:
+        """Names of the options given that act on a mixture only."""
+        names = ("instrument_hint", "alpha_base", "alpha_expert")
+        return [name for name in names if getattr(self, name) is not None]
 
     @field_validator("size", mode="before")
     @classmethod
@@ -112,6 +137,23 @@ class GenerateSettings(Settings):
         if match is None:
             raise ValueError("HEIGHTxWIDTH in pixels, such as 480x832")
         return int(match[1]), int(match[2])
+
+    @field_validator("guidance_interval", mode="before")
+    @classmethod
+    def _interval(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        parts = re.split(r"[,，]", value) if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or len(parts) != 2:
+            raise ValueError("two sigmas LOW,HIGH, such as 0.2,0.95")
+        return tuple(parts)
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 <= value[0] < value[1] <= 1:
+            raise ValueError("two sigmas LOW,HIGH with 0 <= LOW < HIGH <= 1")
+        return value
 
     @field_validator("guidance", mode="before")
     @classmethod
@@ -125,3 +167,32 @@ class GenerateSettings(Settings):
     @classmethod
     def _alpha_expert(cls, value: Any) -> Any:
         return number_or_named(value, "hook=1.2,other=0.8")
+
+
+class LineSettings(VideoSettings):
+    """A line of a prompts file."""
+
+    output: Path | None = Field(default=None, description="Name of this video inside the output folder.")
+
+
+class GenerateSettings(VideoSettings, ModelSettings):
+    """Settings of `lapwan generate`."""
+
+    prompts: Annotated[Path | None, Flag(metavar="FILE")] = Field(
+        default=None, description="Many videos in one load: JSON lines with prompt and any option of a video."
+    )
+    from_video: Annotated[Path | None, Flag("--from", metavar="VIDEO")] = Field(
+        default=None, description="Repeat a video lapwan made, from the settings it carries; other options override."
+    )
+    videos: Annotated[int, Flag(metavar="N")] = Field(
+        default=1, ge=1, le=1000, description="Videos per prompt, with seeds N, N+1, ..."
+    )
+    grid: Annotated[tuple[str, ...], Flag(metavar="OPTION=A,B,...")] = Field(
+        default=(), description="Compare values of an option at the same noise, such as alpha_expert=0,0.5,1."
+    )
+    output: Annotated[Path | None, Flag("-o", "--output", metavar="PATH")] = Field(
+        default=None, description="NAME.mp4, NAME.png (one frame), or a folder for PNG frames; of many, their folder."
+    )
+    sheet: Annotated[bool, Flag()] = Field(
+        default=False, description="Also write a contact sheet beside the output."
+    )

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sampling_cases import random_mixture
+from sampling_cases import Ran, random_mixture
 
+from lapwan import cli
 from lapwan.moe.file import write_mixture
 from lapwan.sampling.request import Request, complete_guidance
 from lapwan.tiny.model import tiny_folder
@@ -43,3 +45,33 @@ def small() -> Callable[..., Request]:
 
     return make
 
+
+@pytest.fixture
+def lapwan(monkeypatch, capsys, tmp_path) -> Callable[..., Ran]:
+    """Run the command in a folder of its own; the exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["lapwan", *arguments])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return Ran(code, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def no_weights(monkeypatch) -> None:
+    """Whatever is refused is refused before a transformer, the text encoder or the VAE is read."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("lapwan.wan.base.load_transformer", refuse)
+    monkeypatch.setattr("lapwan.sampling.generator.load_text_encoder", refuse)
+    monkeypatch.setattr("lapwan.sampling.generator.load_vae", refuse)

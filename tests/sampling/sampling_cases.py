@@ -1,14 +1,20 @@
-"""Random LoRAs and mixtures for the embedded model."""
+"""Random LoRAs and mixtures for the embedded model, and the command as it is typed."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 import torch
+from PIL import Image
 
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.wan.folder import ModelSpec
 
+SMALL = ("--num-frames", "5", "--size", "32x48", "--steps", "3", "--guidance", "1")
 MODULES = {
     "blocks.3.attn1.to_q": (192, 192), "blocks.7.attn2.to_v": (192, 192), "blocks.7.ffn.net.0.proj": (768, 192),
 }
@@ -41,3 +47,26 @@ def random_mixture(spec: ModelSpec, seed: int = 0, **kwargs: object) -> Mixture:
         for i, e in enumerate(spec.experts)
     }
     return Mixture(facts, states).requires_grad_(False)
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def generate(lapwan, *arguments: str, model: str = "tiny", prompt: str = "电凝钩切割组织", output: str = "a") -> Ran:
+    return lapwan("generate", "--model", model, "--prompt", prompt, "-o", output, *SMALL, *arguments)
+
+
+def frames(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))])
+
+
+def refused(ran: Ran, *words: str) -> None:
+    """Exit code 2, and one line on stderr with these words."""
+    assert ran.code == 2, ran
+    lines = [line for line in ran.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in ran.err, ran.err
+    for word in words:
+        assert word in lines[0], lines[0]

@@ -4,65 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
-from sampling_cases import random_lora
+from sampling_cases import frames, generate, random_lora, refused
 
-from lapwan import cli
 from lapwan.lora.formats import write_lora
 from lapwan.sampling.video import read_video_metadata
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.load import load
-
-SMALL = ("--num-frames", "5", "--size", "32x48", "--steps", "3", "--guidance", "1")
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def lapwan(monkeypatch, capsys, tmp_path) -> Callable[..., Ran]:
-    """Run the command in a folder of its own; the exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["lapwan", *arguments])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return Ran(code, said.out, said.err)
-
-    return run
-
-
-def generate(lapwan, *arguments: str, model: str = "tiny", prompt: str = "电凝钩切割组织", output: str = "a") -> Ran:
-    return lapwan("generate", "--model", model, "--prompt", prompt, "-o", output, *SMALL, *arguments)
-
-
-def frames(folder: Path) -> np.ndarray:
-    return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))])
-
-
-def refused(ran: Ran, *words: str) -> None:
-    """Exit code 2, and one line on stderr with these words."""
-    assert ran.code == 2, ran
-    lines = [line for line in ran.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in ran.err, ran.err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 def test_seeds_repeat_bitwise(lapwan, tmp_path) -> None:
@@ -104,9 +55,10 @@ def test_one_frame_as_png(lapwan, tmp_path) -> None:
 
 def test_the_older_spellings_work(lapwan, mixture_file, tmp_path) -> None:
     ran = lapwan(
-        "generate", "--model", "tiny", "--prompt", "电凝钩切割组织。吸引止血。", "--instrument_hint", "Hook/Electrocautery",
-        "--alpha_base", "0.7", "--alpha_expert", "1.0", "--lora_moe_weights", str(mixture_file), "--video_size", "32",
-        "48", "--num_frames", "5", "--num_steps", "2", "--guidance_scale", "1", "--output_path", "old.mp4",
+        "generate", "--model", "tiny", "--prompt", "电凝钩切割组织。吸引止血。",
+        "--instrument_hint", "Hook/Electrocautery", "--alpha_base", "0.7", "--alpha_expert", "1.0",
+        "--lora_moe_weights", str(mixture_file), "--video_size", "32", "48", "--num_frames", "5", "--num_steps", "2",
+        "--guidance_scale", "1", "--output_path", "old.mp4",
     )
     assert ran.code == 0, ran.err
     assert ran.err.count("warning: ") == 1 and "alpha-base 0.7 has no effect" in ran.err
@@ -122,8 +74,7 @@ def test_alpha_base_without_a_base_lora_changes_nothing(lapwan, mixture_file, tm
     assert (frames(tmp_path / "a") == frames(tmp_path / "b")).all()
 
 
-def test_dry_run_loads_nothing_and_prints_the_resolved_settings(lapwan, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("lapwan.sampling.generator.load_transformer", None)
+def test_dry_run_loads_nothing_and_prints_the_resolved_settings(lapwan, tmp_path, no_weights) -> None:
     ran = generate(lapwan, "--dry-run", "--moe", "missing.safetensors")
     refused(ran, "no such file: missing.safetensors")
     ran = generate(lapwan, "--dry-run")
@@ -147,14 +98,14 @@ def test_dry_run_loads_nothing_and_prints_the_resolved_settings(lapwan, tmp_path
     (("--alpha-base", "2"), ("--alpha-base acts on a mixture",)),
     (("--lora", "none.safetensors"), ("none.safetensors",)),
     (("--image", "none.png"), ("no such image: none.png",)),
-    (("--device", "cuda:99"), ("cuda:99", "use cpu")),
+    (("--device", "cuda:99"), ("cuda:99", "--device cpu")),
     (("--dit", "x"), ("--dit: give the model folder",)),
 ])
-def test_bad_input_is_one_line(arguments, words, lapwan) -> None:
+def test_bad_input_is_one_line(arguments, words, lapwan, no_weights) -> None:
     refused(generate(lapwan, *arguments), *words)
 
 
-def test_bad_paths(lapwan, tmp_path) -> None:
+def test_bad_paths(lapwan, tmp_path, no_weights) -> None:
     refused(generate(lapwan, output="a.gif"), "a.gif", ".mp4")
     refused(generate(lapwan, output="a.png"), "5 frames", "a.png")
     (tmp_path / "taken.mp4").write_bytes(b"x")
@@ -165,13 +116,13 @@ def test_bad_paths(lapwan, tmp_path) -> None:
     refused(generate(lapwan, "--image", "not.png"), "cannot read not.png as an image")
 
 
-def test_image_and_model_must_agree(lapwan, tmp_path, i2v, t2v) -> None:
+def test_image_and_model_must_agree(lapwan, tmp_path, i2v, t2v, no_weights) -> None:
     Image.new("RGB", (48, 32)).save(tmp_path / "first.png")
     refused(generate(lapwan, model=str(i2v.path)), "image-to-video model", "--image FILE")
     refused(generate(lapwan, "--image", "first.png", model=str(t2v.path)), "takes no image", "leave --image out")
 
 
-def test_a_model_without_its_low_noise_expert(lapwan, tmp_path, t2v) -> None:
+def test_a_model_without_its_low_noise_expert(lapwan, tmp_path, t2v, no_weights) -> None:
     folder = tmp_path / "half"
     shutil.copytree(t2v.path, folder, copy_function=shutil.copy)
     index = json.loads((folder / "model_index.json").read_text())
@@ -180,9 +131,9 @@ def test_a_model_without_its_low_noise_expert(lapwan, tmp_path, t2v) -> None:
     refused(generate(lapwan, model=str(folder)), "boundary_ratio (0.875) but no transformer_2", "download")
 
 
-def test_adapters_are_not_taken_for_each_other(lapwan, tmp_path, mixture_file) -> None:
+def test_adapters_are_not_taken_for_each_other(lapwan, tmp_path, mixture_file, no_weights) -> None:
     write_lora(tmp_path / "a.safetensors", random_lora(0, metadata={"lapwan.noise_expert": "high"}))
     refused(generate(lapwan, "--moe", "a.safetensors"), "not a lapwan mixture", "--lora")
     refused(generate(lapwan, "--lora", str(mixture_file)), "is a mixture", "--moe")
-    refused(generate(lapwan, "--lora", "low=a.safetensors"), "high noise expert", "high=a.safetensors")
+    refused(generate(lapwan, "--lora", "low=a.safetensors"), "high noise expert", "high=FILE")
     refused(generate(lapwan, "--moe", str(mixture_file), "--instrument-hint", "banana"), "banana", "allowed in")

@@ -17,6 +17,7 @@ from lapwan.sampling.adapters import read_adapters
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.routing import alpha_vector, choose_mix
 from lapwan.settings.lora_argument import LoraArgument
+from lapwan.wan.base import Base
 from lapwan.wan.folder import ModelSpec
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
@@ -28,7 +29,7 @@ def no_text() -> torch.Tensor:
 
 def test_alpha_expert_zero_is_the_base_exactly(t2v, mixture_file, small) -> None:
     base = Generator(t2v).latents(small(t2v))
-    generator = Generator(t2v, read_adapters(t2v, (), mixture_file))
+    generator = Generator(*read_adapters(Base(t2v), (), mixture_file))
     assert torch.equal(generator.latents(small(t2v, alpha_expert=0.0)), base)
     assert (generator.generate(small(t2v, alpha_expert=0.0)).frames == Generator(t2v).generate(small(t2v)).frames).all()
     changed = generator.latents(small(t2v))
@@ -37,7 +38,7 @@ def test_alpha_expert_zero_is_the_base_exactly(t2v, mixture_file, small) -> None
 
 def test_a_hint_forces_its_expert(t2v, mixture_file, small) -> None:
     """Gates are one-hot × w(σ), and the video is that of the expert alone as a LoRA of strength w(σ)."""
-    adapters = read_adapters(t2v, (), mixture_file)
+    adapters = read_adapters(Base(t2v), (), mixture_file)[1]
     mixture = adapters.mixture
     mix = choose_mix(mixture, "剪刀剪断组织", "hook", no_text)
     assert mix.source == "hint" and mix.mix_1E.tolist() == [[0.0, 1.0, 0.0, 0.0]]
@@ -68,7 +69,7 @@ def test_a_mixed_hint_is_taken_as_it_is(t2v) -> None:
 
 
 def test_without_a_hint_the_router_reads_the_prompt(t2v, mixture_file, small) -> None:
-    generator = Generator(t2v, read_adapters(t2v, (), mixture_file))
+    generator = Generator(*read_adapters(Base(t2v), (), mixture_file))
     request = small(t2v)
     mixture = generator.adapters.mixture
     mix = generator.route(request)
@@ -112,11 +113,11 @@ def over_base(t2v: ModelSpec, tmp_path: Path) -> tuple[Path, dict[NoiseExpert, P
 def test_a_recorded_base_lora_is_found_and_alpha_base_is_its_strength(t2v, over_base, small) -> None:
     moe, files = over_base
     loras = [LoraArgument(path=file) for file in files.values()]
-    with_base = Generator(t2v, read_adapters(t2v, (), moe))
-    given = Generator(t2v, read_adapters(t2v, loras, moe))
+    with_base = Generator(*read_adapters(Base(t2v), (), moe))
+    given = Generator(*read_adapters(Base(t2v), loras, moe))
     assert given.adapters.groups(HIGH)[0].name == "base" and len(given.adapters.groups(HIGH)) == 5
     off = small(t2v, alpha_expert=0.0)
-    only_lora = Generator(t2v, read_adapters(t2v, loras, None)).latents(small(t2v))
+    only_lora = Generator(*read_adapters(Base(t2v), loras, None)).latents(small(t2v))
     assert (with_base.latents(off) - only_lora).abs().max() < 1e-5  # rows of zeros sum in another order
     assert torch.equal(given.latents(off), with_base.latents(off))
     base = Generator(t2v).latents(small(t2v))
@@ -130,21 +131,21 @@ def test_a_missing_or_changed_base_lora_is_asked_for(t2v, over_base) -> None:
     moe, files = over_base
     write_lora(files[LOW], random_lora(99))
     with pytest.raises(UserError, match=r"base LoRA for the low noise expert .* pass it with --lora low=FILE"):
-        read_adapters(t2v, (), moe)
+        read_adapters(Base(t2v), (), moe)
 
 
 def test_a_mixture_and_a_lora_are_not_taken_for_each_other(t2v, mixture_file, tmp_path) -> None:
     lora = tmp_path / "a_high_noise.safetensors"
     write_lora(lora, random_lora(0))
     with pytest.raises(UserError, match="is a mixture; pass it with --moe"):
-        read_adapters(t2v, [LoraArgument(path=mixture_file)], None)
+        read_adapters(Base(t2v), [LoraArgument(path=mixture_file)], None)
     with pytest.raises(UserError, match="if it is a LoRA, pass it with --lora"):
-        read_adapters(t2v, (), lora)
+        read_adapters(Base(t2v), (), lora)
 
 
 def test_a_mixture_of_another_base_is_refused(i2v, t2v, mixture_file) -> None:
     with pytest.raises(UserError, match="was trained for t2v, the model is i2v"):
-        read_adapters(i2v, (), mixture_file)
+        read_adapters(Base(i2v), (), mixture_file)
     read_mixture(mixture_file, t2v)
 
 
@@ -153,13 +154,14 @@ def test_loras_go_to_the_noise_expert_they_are_for(t2v, tmp_path) -> None:
     write_lora(high, random_lora(0, metadata={"lapwan.noise_expert": "high"}))
     silent = tmp_path / "style.safetensors"
     write_lora(silent, random_lora(1))
-    found = read_adapters(t2v, [LoraArgument(path=high, strength=0.5), LoraArgument(expert="both", path=silent)], None)
+    loras = [LoraArgument(path=high, strength=0.5), LoraArgument(expert="both", path=silent)]
+    found = read_adapters(Base(t2v), loras, None)[1]
     assert [(u.path, u.strength) for u in found.loras[HIGH]] == [(high, 0.5), (silent, 1.0)]
     assert [u.path for u in found.loras[LOW]] == [silent]
-    with pytest.raises(UserError, match=f"is for the high noise expert .* write high={high}"):
-        read_adapters(t2v, [LoraArgument(expert="low", path=high)], None)
-    with pytest.raises(UserError, match=f"does not say which noise expert it is for; write high={silent}, low="):
-        read_adapters(t2v, [LoraArgument(path=silent)], None)
+    with pytest.raises(UserError, match=r"is for the high noise expert .* give it as high=FILE"):
+        read_adapters(Base(t2v), [LoraArgument(expert="low", path=high)], None)
+    with pytest.raises(UserError, match="does not say which noise expert it is for; give it as high=FILE, low=FILE"):
+        read_adapters(Base(t2v), [LoraArgument(path=silent)], None)
 
 
 def test_a_lora_of_another_model_is_refused_before_loading(t2v, tmp_path) -> None:
@@ -168,7 +170,7 @@ def test_a_lora_of_another_model_is_refused_before_loading(t2v, tmp_path) -> Non
     path = tmp_path / "big_high_noise.safetensors"
     write_lora(path, state)
     with pytest.raises(UserError, match=r"has module 'blocks\.30\.attn1\.to_q', which .* does not"):
-        read_adapters(t2v, [LoraArgument(path=path)], None)
+        read_adapters(Base(t2v), [LoraArgument(path=path)], None)
 
 
 def test_strengths_of_several_loras_add(t2v, tmp_path, small) -> None:
@@ -178,7 +180,7 @@ def test_strengths_of_several_loras_add(t2v, tmp_path, small) -> None:
 
     def latents(*strengths: float) -> torch.Tensor:
         loras = [LoraArgument(expert="both", path=file, strength=s) for s in strengths]
-        return Generator(t2v, read_adapters(t2v, loras, None)).latents(small(t2v))
+        return Generator(*read_adapters(Base(t2v), loras, None)).latents(small(t2v))
 
     assert (latents(0.25, 0.25) - latents(0.5)).abs().max() < 1e-4
     assert torch.equal(latents(0.0), Generator(t2v).latents(small(t2v)))

@@ -18,6 +18,7 @@ from lapwan.sampling.generator import Generator
 from lapwan.sampling.request import Request, complete_guidance
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.wan.backbone import load_transformer, velocity
+from lapwan.wan.base import Base
 from lapwan.wan.folder import ModelSpec
 from lapwan.wan.vae import decode
 
@@ -91,7 +92,7 @@ def latents_with(files: dict[NoiseExpert, Path], spec: ModelSpec, image: Image.I
         LoraArgument(expert="high", path=files[NoiseExpert.HIGH], strength=0.7),
         LoraArgument(path=files[NoiseExpert.LOW]),  # its name says the noise expert
     ]
-    return Generator(spec, read_adapters(spec, loras, None)).latents(request(spec, image, (4.0, 3.0)))
+    return Generator(*read_adapters(Base(spec), loras, None)).latents(request(spec, image, (4.0, 3.0)))
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])

@@ -1,0 +1,242 @@
+"""Videos from Python: `from lapwan import VideoGenerator`. The command `lapwan generate` is built on it.
+
+    generator = VideoGenerator("tiny", moe="mixture.safetensors")
+    generator.generate(prompt="电凝钩切割组织", instrument_hint="hook").save("out.mp4")
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lapwan import console
+from lapwan.commands.base import resolve_base
+from lapwan.commands.model import TINY
+from lapwan.errors import UserError
+from lapwan.sampling.adapters import read_adapters
+from lapwan.sampling.generator import Generator
+from lapwan.sampling.image import open_image, read_clip
+from lapwan.sampling.request import (
+    DEFAULT_START_SIGMA,
+    OFFICIAL_NEGATIVE_PROMPT,
+    Request,
+    check_request,
+    complete_guidance,
+    default_size,
+)
+from lapwan.sampling.result import Video
+from lapwan.sampling.routing import alpha_vector, choose_mix
+from lapwan.settings.base import to_toml
+from lapwan.settings.generate import ModelSettings, VideoSettings
+from lapwan.settings.load import load
+from lapwan.settings.lora_argument import LoraArgument
+from lapwan.train.device import pick_device, pick_dtype
+from lapwan.wan.folder import ModelSpec, Task
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Prepared", "Video", "VideoGenerator"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A video that has been checked and can be made. `settings` has the model's own values filled in."""
+
+    generator: Generator
+    request: Request
+    settings: VideoSettings
+
+
+class VideoGenerator:
+    """A model with its adapters, loaded piece by piece when first needed and kept for the next video.
+
+    Args:
+        model: 'tiny' (embedded; an image decides between its two tasks), or a model folder in diffusers layout.
+        moe: a mixture of LoRA experts.
+        loras: LoRA files, as a path, `"high=FILE:0.8"` or a LoraArgument.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: of the transformers: auto (bf16 on a GPU, fp32 on a CPU), fp32 or bf16.
+
+    Raises:
+        UserError: what cannot be understood. Files are read and checked with the first video.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = TINY,
+        *,
+        moe: str | Path | None = None,
+        loras: Sequence[str | Path | LoraArgument] = (),
+        device: str = "auto",
+        dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    ) -> None:
+        said: dict[str, Any] = {
+            "model": str(model), "moe": moe, "device": device, "dtype": dtype,
+            "lora": [lora if isinstance(lora, LoraArgument) else str(lora) for lora in loras],
+        }
+        self._start(load(ModelSettings, options=said, environment={}))
+
+    def _start(self, settings: ModelSettings) -> None:
+        if settings.model is None:
+            raise UserError("--model is required: 'tiny', or a model folder in diffusers layout")
+        self.settings = settings
+        self._device = pick_device(settings.device)
+        self._generators: dict[Task | None, Generator] = {}
+
+    @classmethod
+    def from_settings(cls, settings: ModelSettings) -> VideoGenerator:
+        """The same from checked settings."""
+        made = cls.__new__(cls)
+        made._start(ModelSettings(**{name: getattr(settings, name) for name in ModelSettings.model_fields}))
+        return made
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        image: str | Path | Image.Image | None = None,
+        last_image: str | Path | Image.Image | None = None,
+        video: str | Path | None = None,
+        start_sigma: float | None = None,
+        negative_prompt: str | None = None,
+        instrument_hint: str | None = None,
+        alpha_base: float | None = None,
+        alpha_expert: float | Mapping[str, float] | None = None,
+        num_frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        steps: int | None = None,
+        guidance: float | Mapping[str, float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        flow_shift: float | None = None,
+        sampler: Literal["unipc", "euler", "dpmpp"] = "unipc",
+        seed: int = 42,
+    ) -> Video:
+        """One video; what is left out is the model's own.
+
+        Args:
+            image: first frame for an image-to-video model; `last_image` its last frame.
+            video: start from this video at noise `start_sigma` instead of from noise alone.
+            negative_prompt: None is Wan's official one, "" none.
+            instrument_hint: the mixture's expert: a family, an alias, or a mix such as "hook:0.7,suction:0.3".
+            alpha_expert: strength of the mixture's experts, one number or by family; `alpha_base` of its base LoRA.
+            size: (height, width) in pixels.
+            guidance: one number, or {"high": 4, "low": 3}; 1 is none.
+
+        Raises:
+            UserError: anything the model, the files or the numbers do not allow, before weights are loaded.
+        """
+        said = {name: value for name, value in locals().items() if name in VideoSettings.model_fields}
+        pictures = {}
+        for name in ("image", "last_image"):
+            if said[name] is not None and not isinstance(said[name], str | Path):
+                pictures[name] = said.pop(name)
+        prepared = self.prepare(load(VideoSettings, options=_given(said), environment={}), **pictures)
+        return self.make(prepared)
+
+    def prepare(
+        self, settings: VideoSettings, image: Image.Image | None = None, last_image: Image.Image | None = None
+    ) -> Prepared:
+        """Check a video against the model and the adapters without loading weights.
+
+        Raises:
+            UserError: see `generate`.
+        """
+        if settings.moe_options() and self.settings.moe is None:
+            name = settings.moe_options()[0].replace("_", "-")
+            raise UserError(f"--{name} acts on a mixture; give one with --moe FILE")
+        image = open_image(settings.image) if image is None and settings.image is not None else image
+        if last_image is None and settings.last_image is not None:
+            last_image = open_image(settings.last_image)
+        generator = self._generator("t2v" if image is None else "i2v")
+        request = _request(generator.spec, settings, image, last_image)
+        check_request(generator.spec, request)
+        _check_mixture(generator, request)
+        if settings.video is not None:
+            clip = read_clip(settings.video, request.num_frames, request.size, request.fps)
+            request = replace(request, video_THWC=clip)
+        return Prepared(generator, request, _filled(settings, generator.spec, request))
+
+    def make(self, prepared: Prepared) -> Video:
+        """Generate what was prepared."""
+        video = prepared.generator.generate(prepared.request)
+        model, own = _plain(self.settings), _plain(prepared.settings)
+        return replace(video, settings={**model, **own})
+
+    def _generator(self, task: Task) -> Generator:
+        # Only `tiny` leaves the task open; a folder of the wrong task gets the clearer message of check_request.
+        model = self.settings.model
+        key = task if model == TINY else None
+        if key not in self._generators:
+            assert model is not None
+            base = resolve_base(model, key)
+            base, adapters = read_adapters(base, self.settings.lora, self.settings.moe)
+            dtype = pick_dtype(self.settings.dtype, self._device)
+            self._generators[key] = Generator(base, adapters, self._device, dtype)
+        return self._generators[key]
+
+
+def _given(said: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: dict(v) if isinstance(v, Mapping) else v for name, v in said.items() if v is not None}
+
+
+def _plain(settings: ModelSettings | VideoSettings) -> dict[str, Any]:
+    """As TOML says it: absolute paths, nothing that is absent."""
+    plain = tomllib.loads(to_toml(settings))
+    if isinstance(plain.get("model"), str) and Path(plain["model"]).is_dir():
+        plain["model"] = str(Path(plain["model"]).absolute())
+    return plain
+
+
+def _check_mixture(generator: Generator, request: Request) -> None:
+    """Refuse a hint or a family that the taxonomy does not know; warn where α_base has nothing to act on."""
+    mixture = generator.adapters.mixture
+    if mixture is None:
+        return
+    alpha_vector(mixture, request.alpha_expert)
+    if request.hint is not None:
+        choose_mix(mixture, request.prompt, request.hint, lambda: torch.empty(0))
+    if request.alpha_base is not None and not mixture.base_lora:
+        console.warn(f"alpha-base {request.alpha_base:g} has no effect: this mixture was trained without a base LoRA")
+
+
+def _request(
+    spec: ModelSpec, settings: VideoSettings, image: Image.Image | None, last_image: Image.Image | None
+) -> Request:
+    negative, start = settings.negative_prompt, settings.start_sigma
+    if start is not None and settings.video is None:
+        raise UserError("--start-sigma says how far a video is noised; give one with --video FILE")
+    return Request(
+        prompt=settings.prompt or "",
+        negative_prompt=OFFICIAL_NEGATIVE_PROMPT if negative is None else negative,
+        image=image,
+        last_image=last_image,
+        start_sigma=(start or DEFAULT_START_SIGMA) if settings.video is not None else 1.0,
+        num_frames=settings.num_frames or spec.defaults.num_frames,
+        size=settings.size or default_size(spec, image),
+        steps=settings.steps or spec.defaults.steps,
+        guidance=complete_guidance(spec, settings.guidance),
+        guidance_interval=settings.guidance_interval or (0.0, 1.0),
+        fps=spec.defaults.fps,
+        flow_shift=settings.flow_shift,
+        sampler=settings.sampler,
+        seed=settings.seed,
+        hint=settings.instrument_hint,
+        alpha_base=settings.alpha_base,
+        alpha_expert=settings.alpha_expert,
+    )
+
+
+def _filled(settings: VideoSettings, spec: ModelSpec, request: Request) -> VideoSettings:
+    own = VideoSettings(**{name: getattr(settings, name) for name in VideoSettings.model_fields})
+    return own.model_copy(update={
+        "num_frames": request.num_frames, "size": request.size, "steps": request.steps,
+        "guidance": dict(request.guidance), "negative_prompt": request.negative_prompt,
+        "flow_shift": spec.flow_shift if request.flow_shift is None else request.flow_shift,
+        "start_sigma": request.start_sigma if settings.video is not None else None,
+    })

@@ -1,0 +1,143 @@
+"""From the settings of `generate` to the videos to make: prompts of a file, seeds, a comparison grid.
+
+Order of videos: lines of the prompts file, then grid values, then seeds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lapwan.errors import UserError, nearest
+from lapwan.settings.generate import GenerateSettings, LineSettings, VideoSettings
+from lapwan.settings.load import load
+
+# What a grid may vary; the rest of a video's settings are files.
+GRID_OPTIONS = tuple(
+    name for name in VideoSettings.model_fields if name not in ("image", "last_image", "video", "size", "num_frames")
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video: its settings, where it goes, what tells it from its neighbours, and where it was said."""
+
+    settings: VideoSettings
+    output: Path
+    caption: str = ""
+    place: str = ""
+
+
+def check_options(settings: GenerateSettings) -> Path:
+    """Refuse what is missing or contradicts itself; the output's path.
+
+    Raises:
+        UserError: no prompt, two sources of prompts, or no output.
+    """
+    if settings.output is None:
+        raise UserError("--output is required: where to write, such as -o out.mp4")
+    if settings.prompts is not None and settings.prompt is not None:
+        raise UserError("--prompt and --prompts are both given; the file's lines have their own prompts: leave one out")
+    if settings.prompts is None and settings.prompt is None:
+        raise UserError("nothing to make: give --prompt TEXT, --prompts FILE (JSON lines), or --from VIDEO")
+    return settings.output
+
+
+def make_jobs(settings: GenerateSettings) -> list[Job]:
+    """Every video that is asked for.
+
+    Raises:
+        UserError: a bad line of the prompts file (with its number), a bad grid, or two videos with one output.
+    """
+    said = {name: getattr(settings, name) for name in VideoSettings.model_fields if name in settings.model_fields_set}
+    lines = [("", said, None)] if settings.prompts is None else list(_lines(settings.prompts, said))
+    axes = [_axis(text) for text in settings.grid]
+    found: list[tuple[str, VideoSettings, Path | None, str]] = []
+    for place, tree, own in lines:
+        for values in itertools.product(*(axis[1] for axis in axes)):
+            chosen = dict(zip((axis[0] for axis in axes), values, strict=True))
+            caption = ", ".join(f"{name}={value}" for name, value in chosen.items())
+            checked = _checked(VideoSettings, {**tree, **chosen}, place or "--grid")
+            for extra in range(settings.videos):
+                seeded = checked.model_copy(update={"seed": checked.seed + extra})
+                note = f"seed={seeded.seed}" if settings.videos > 1 else ""
+                found.append((place, seeded, own, ", ".join(filter(None, (caption, note)))))
+    return _placed(settings, found)
+
+
+def _checked(model: type[Any], tree: Mapping[str, Any], place: str) -> Any:
+    try:
+        return load(model, options=tree, environment={})
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def _lines(path: Path, said: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], Path | None]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}; --prompts needs JSON lines") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    empty = True
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        empty, place = False, f"{path}, line {number}"
+        try:
+            own = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{place}: not valid JSON ({error})") from None
+        if not isinstance(own, dict) or "prompt" not in own:
+            raise UserError(f'{place}: expected an object with a prompt, such as {{"prompt": "...", "seed": 1}}')
+        checked = _checked(LineSettings, {**said, **own}, place)
+        tree = {name: getattr(checked, name) for name in checked.model_fields_set if name != "output"}
+        yield place, tree, checked.output
+    if empty:
+        raise UserError(f"{path} holds no prompts; write one JSON object a line")
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    """`alpha_expert=0,0.5,1` -> its name and values; `;` separates values that hold commas."""
+    name, equals, rest = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not equals or not rest.strip():
+        raise UserError(f"--grid {text}: expected OPTION=A,B,..., such as alpha_expert=0,0.5,1")
+    if name not in GRID_OPTIONS:
+        raise UserError(f"--grid {text}: '{name}' cannot be compared{nearest(name, GRID_OPTIONS)}; "
+                        f"allowed: {', '.join(GRID_OPTIONS)}")
+    separator = ";" if ";" in rest else ","
+    return name, [value.strip() for value in rest.split(separator)]
+
+
+def _placed(
+    settings: GenerateSettings, found: list[tuple[str, VideoSettings, Path | None, str]]
+) -> list[Job]:
+    output = settings.output
+    assert output is not None
+    if len(found) == 1 and settings.prompts is None:
+        place, video, _, caption = found[0]
+        return [Job(video, output, caption, place)]
+    jobs: list[Job] = []
+    digits = max(3, len(str(len(found))))
+    owners: dict[Path, str] = {}
+    for number, (place, video, own, caption) in enumerate(found, 1):
+        label = "_".join(filter(None, (f"{number:0{digits}d}", re.sub(r"[^\w.=-]+", "_", caption))))
+        if output.suffix:
+            path = output.with_name(f"{output.stem}_{label}{output.suffix}")
+        else:
+            path = output / f"{label}.mp4"
+        if own is not None:
+            several = len(found) > 1 and sum(o == own and p == place for p, _, o, _ in found) > 1
+            path = (output.parent if output.suffix else output) / own
+            path = path.with_name(f"{path.stem}_{label}{path.suffix}") if several else path
+        if path in owners:
+            raise UserError(f"{place}: output {path} is also that of {owners[path]}; give each its own")
+        owners[path] = place
+        jobs.append(Job(video, path, caption, place))
+    return jobs

@@ -1,0 +1,83 @@
+"""Make a video again from the settings it carries, and say what has changed since."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lapwan import console
+from lapwan.errors import UserError
+from lapwan.sampling.result import Video
+from lapwan.sampling.video import read_video_metadata
+from lapwan.settings.generate import GenerateSettings
+from lapwan.settings.load import load
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a video carries: where, its facts, and whether other options were given along with it."""
+
+    path: Path
+    facts: Mapping[str, Any]
+    overridden: tuple[str, ...]
+
+
+_NO_CONTENT = ("from_video", "output", "sheet")  # options that leave the frames as they are
+
+
+def stored(path: Path, settings: GenerateSettings) -> tuple[Record, GenerateSettings]:
+    """The video's record, and its settings under those given now.
+
+    Raises:
+        UserError: no such video, or none that lapwan made.
+    """
+    metadata = read_video_metadata(path)
+    if "settings" not in metadata or "facts" not in metadata:
+        raise UserError(f"{path} carries no settings of lapwan generate; it cannot be repeated from itself")
+    given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    if "prompts" in given:
+        raise UserError("--from repeats one video; leave --prompts out")
+    try:
+        merged = load(GenerateSettings, options={**json.loads(metadata["settings"]), **given}, environment={})
+    except UserError as error:
+        raise UserError(f"{path} carries settings that this version does not take: {error}") from None
+    overridden = tuple(name for name in given if name not in _NO_CONTENT)
+    return Record(path, json.loads(metadata["facts"]), overridden), merged
+
+
+def compare(record: Record, video: Video) -> None:
+    """Say whether the frames are those of the record; if not, what differs: warnings, one for each fact."""
+    if record.facts.get("frames") == video.facts.get("frames"):
+        console.log(f"the frames are identical to those of {record.path}")
+        return
+    changes = list(_changes(record.facts, video.facts))
+    for change in changes:
+        console.warn(f"{change} since {record.path} was made")
+    if record.overridden:
+        console.log(f"the frames differ from {record.path}; options given: {', '.join(sorted(record.overridden))}")
+    elif not changes:
+        console.warn(f"the frames differ from {record.path} although nothing recorded has changed: another machine or "
+                     "number of threads rounds otherwise")
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    said = {
+        "model": "the model has changed", "lora": "the LoRAs have changed", "image": "the image has changed",
+        "last_image": "the last image has changed", "video": "the video to start from has changed",
+        "mixture": "the mixture has changed", "device": "the device is another", "dtype": "the precision is another",
+    }
+    for key, text in said.items():
+        if before.get(key) != now.get(key):
+            yield f"{text} ({_short(before.get(key))} -> {_short(now.get(key))})"
+    for name, version in dict(now.get("versions", {})).items():
+        old = before.get("versions", {}).get(name)
+        if old != version:
+            yield f"{name} has changed ({old} -> {version})"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,201 @@
+"""Many videos in one call: prompt files, seeds, grids, sheets; repeating a video; starting from one; from Python."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline
+from PIL import Image
+from sampling_cases import SMALL, frames, generate, random_lora, refused
+
+from lapwan import UserError, VideoGenerator
+from lapwan.lora.formats import write_lora
+from lapwan.sampling.generator import Generator, to_frames
+from lapwan.sampling.image import clip_tensor, read_clip
+from lapwan.sampling.video import read_video_metadata, write_video
+from lapwan.wan.vae import decode, encode, load_vae
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    lines = [
+        {"prompt": "电凝钩切割组织", "seed": 1},
+        {"prompt": "剪刀剪断组织", "steps": 2, "output": "scissors.mp4"},
+        {"prompt": "suction", "guidance": "high=2,low=1"},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n", encoding="utf-8")
+    return path
+
+
+def test_a_prompts_file_makes_each_line_as_it_would_alone(lapwan, prompts, tmp_path) -> None:
+    ran = lapwan("generate", "--model", "tiny", "--prompts", str(prompts), "-o", "many", *SMALL, "--sheet")
+    assert ran.code == 0, ran.err
+    names = [Path(line).name for line in ran.out.splitlines()]
+    assert names == ["001.mp4", "scissors.mp4", "003.mp4", "sheet.png"]
+    said = [json.loads(read_video_metadata(tmp_path / "many" / n)["settings"]) for n in names[:3]]
+    assert [s["seed"] for s in said] == [1, 42, 42] and [s["steps"] for s in said] == [3, 2, 3]
+    assert said[2]["guidance"] == {"high": 2.0, "low": 1.0}
+    alone = generate(lapwan, "--steps", "2", prompt="剪刀剪断组织", output="alone.mp4")
+    assert alone.code == 0
+    one, two = (json.loads(read_video_metadata(tmp_path / n)["facts"]) for n in ("alone.mp4", "many/scissors.mp4"))
+    assert one["frames"] == two["frames"]
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("{", ("line 2", "not valid JSON")),
+    ('["x"]', ("line 2", "expected an object with a prompt")),
+    ('{"seed": 1}', ("line 2", "expected an object with a prompt")),
+    ('{"prompt": "x", "sed": 1}', ("line 2", "unknown key 'sed'", "'seed'")),
+    ('{"prompt": "x", "num_frames": 6}', ("line 2", "must be 4N+1")),
+    ('{"prompt": "x", "size": "30"}', ("line 2", "HEIGHTxWIDTH")),
+    ('{"prompt": "x", "output": "first.mp4"}', ("line 2", "is also that of", "line 1")),
+    ('{"prompt": "x", "instrument_hint": "hook"}', ("line 2", "--instrument-hint acts on a mixture")),
+])
+def test_a_bad_line_is_named(line, words, lapwan, tmp_path, no_weights) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "output": "first.mp4"}\n' + line + "\n")
+    refused(lapwan("generate", "--model", "tiny", "--prompts", "p.jsonl", "-o", "many", *SMALL), *words)
+    assert not (tmp_path / "many").exists()
+
+
+def test_seeds_count_up_and_names_say_so(lapwan, tmp_path) -> None:
+    ran = generate(lapwan, "--videos", "2", "--seed", "7", output="v.mp4")
+    assert [Path(line).name for line in ran.out.splitlines()] == ["v_001_seed=7.mp4", "v_002_seed=8.mp4"]
+    generate(lapwan, "--seed", "8", output="one.mp4")
+    first, second = (
+        json.loads(read_video_metadata(tmp_path / name)["facts"])["frames"] for name in ("v_002_seed=8.mp4", "one.mp4")
+    )
+    assert first == second
+
+
+def test_a_grid_varies_one_thing_at_the_same_noise(lapwan, mixture_file, tmp_path) -> None:
+    ran = generate(lapwan, "--moe", str(mixture_file), "--grid", "alpha_expert=0,1", "--sheet", output="g.mp4")
+    names = [Path(line).name for line in ran.out.splitlines()]
+    assert names == ["g_001_alpha_expert=0.mp4", "g_002_alpha_expert=1.mp4", "g_sheet.png"], ran.err
+    generate(lapwan, output="base.mp4")
+    base, off, on = (
+        json.loads(read_video_metadata(tmp_path / name)["facts"])["frames"] for name in ("base.mp4", *names[:2])
+    )
+    assert base == off != on
+    width, height = Image.open(tmp_path / "g_sheet.png").size
+    assert width > height > 2 * 32
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("alpha_expert", ("expected OPTION=A,B",)),
+    ("alpha=1", ("'alpha' cannot be compared", "alpha_base")),
+    ("steps=1,x", ("--grid", "steps = 'x'")),
+])
+def test_bad_grids(text, words, lapwan, no_weights) -> None:
+    refused(generate(lapwan, "--grid", text), *words)
+
+
+def test_from_repeats_bitwise_or_says_what_changed(lapwan, mixture_file, tmp_path) -> None:
+    lora = tmp_path / "a.safetensors"
+    write_lora(lora, random_lora(0))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "first.png")
+    made = generate(lapwan, "--lora", "both=a.safetensors:0.5", "--image", "first.png", "--seed", "9", output="a.mp4")
+    assert made.code == 0, made.err
+    (tmp_path / "elsewhere").mkdir()
+    again = lapwan("generate", "--from", str(tmp_path / "a.mp4"), "-o", "elsewhere/b.mp4")
+    assert again.code == 0 and "identical to those of" in again.err, again.err
+    assert (tmp_path / "a.mp4").stat().st_size == (tmp_path / "elsewhere/b.mp4").stat().st_size
+    one, two = (json.loads(read_video_metadata(tmp_path / n)["facts"]) for n in ("a.mp4", "elsewhere/b.mp4"))
+    assert one == two
+
+    other = lapwan("generate", "--from", "a.mp4", "--seed", "10", "-o", "c.mp4")
+    assert "the frames differ from a.mp4; options given: seed" in other.err
+    write_lora(lora, random_lora(5))
+    changed = lapwan("generate", "--from", "a.mp4", "-o", "d.mp4")
+    assert changed.code == 0 and "warning: the LoRAs have changed" in changed.err
+    lora.unlink()
+    refused(lapwan("generate", "--from", "a.mp4", "-o", "e.mp4"), "a.safetensors")
+
+
+def test_from_needs_a_video_of_ours(lapwan, tmp_path) -> None:
+    write_video(tmp_path / "plain.mp4", np.zeros((5, 32, 32, 3), np.uint8), 16)
+    refused(lapwan("generate", "--from", "plain.mp4", "-o", "b.mp4"), "plain.mp4 carries no settings")
+    refused(lapwan("generate", "--from", "none.mp4", "-o", "b.mp4"), "no such video: none.mp4")
+
+
+def test_what_is_missing_is_asked_for(lapwan) -> None:
+    refused(lapwan("generate", "--model", "tiny", "-o", "a"), "give --prompt TEXT")
+    refused(lapwan("generate", "--model", "tiny", "--prompt", "x"), "--output is required")
+    refused(lapwan("generate", "--prompt", "x", "-o", "a"), "--model is required")
+    refused(generate(lapwan, "--prompts", "p"), "--prompt and --prompts are both given")
+
+
+def test_interrupting_leaves_finished_videos_whole(lapwan, monkeypatch, tmp_path) -> None:
+    original, calls = Generator.generate, []
+
+    def once(self, request):
+        calls.append(request)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, request)
+
+    monkeypatch.setattr(Generator, "generate", once)
+    ran = generate(lapwan, "--videos", "3", output="v.mp4")
+    assert ran.code == 130 and "interrupted after 1 of 3 videos; finished and whole: v_001_seed=42.mp4" in ran.err
+    assert [p.name for p in tmp_path.glob("*.mp4")] == ["v_001_seed=42.mp4"]
+    assert not list(tmp_path.glob(".lapwan-tmp*"))
+
+
+def test_starting_from_a_video(lapwan, t2v, tmp_path) -> None:
+    """Little noise stays near what the VAE makes of it; more noise goes farther; too short is refused."""
+    clip = np.zeros((9, 32, 48, 3), np.uint8)
+    clip[:, :, :24] = 220
+    write_video(tmp_path / "in.mp4", clip, 16)
+    for name, sigma in (("near", "0.7"), ("far", "0.95")):
+        ran = generate(lapwan, "--video", "in.mp4", "--start-sigma", sigma, "--steps", "12", output=name)
+        assert ran.code == 0, ran.err
+        assert 0 < float(ran.err.split("from sigma ")[1][:6]) <= float(sigma)
+    spec_steps = json.loads(read_video_metadata(tmp_path / "near")["facts"])["steps"]
+    assert spec_steps["high"] == 0 and 0 < spec_steps["low"] < 12
+    vae = load_vae(t2v)
+    seen = to_frames(decode(vae, encode(vae, clip_tensor(read_clip(tmp_path / "in.mp4", 5, (32, 48), 16)))))
+    near, far = (np.abs(frames(tmp_path / name).astype(float) - seen).mean() for name in ("near", "far"))
+    assert near < far
+    refused(generate(lapwan, "--video", "in.mp4", "--num-frames", "13", output="long"), "in.mp4 has 9 frames")
+    refused(generate(lapwan, "--start-sigma", "0.5", output="none"), "give one with --video")
+
+
+def test_first_and_last_frame_equal_diffusers(i2v, small) -> None:
+    rng = np.random.default_rng(1)
+    first, last = (Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)) for _ in range(2))
+    pipeline = WanImageToVideoPipeline.from_pretrained(i2v.path, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    request = small(i2v, image=first, last_image=last, num_frames=9)
+    expected = pipeline(
+        image=first, last_image=last, prompt=request.prompt, height=32, width=48, num_frames=9, num_inference_steps=3,
+        guidance_scale=1.0, generator=torch.Generator().manual_seed(request.seed), output_type="latent",
+    ).frames
+    assert (Generator(i2v).latents(request) - expected).abs().max() < 1e-4
+
+
+def test_from_python(tmp_path, mixture_file) -> None:
+    generator = VideoGenerator("tiny", moe=mixture_file)
+    small = {"num_frames": 5, "size": (32, 48), "steps": 2, "guidance": 1.0}
+    video = generator.generate("电凝钩切割组织", instrument_hint="hook", alpha_expert={"hook": 0.5}, **small)
+    assert video.frames.dtype == np.uint8 and video.frames.shape == (5, 32, 48, 3)
+    assert video.settings["instrument_hint"] == "hook" and video.facts["moe"]["mix"]["hook"] == 1.0
+    path = video.save(tmp_path / "v.mp4")
+    assert path.is_file()
+    with pytest.raises(UserError, match="output exists"):
+        video.save(path)
+    with pytest.raises(UserError, match="must be 4N\\+1"):
+        generator.generate("x", num_frames=6)
+    picture = Image.new("RGB", (48, 32), (200, 30, 30))
+    from_image = VideoGenerator("tiny").generate("x", image=picture, **small)
+    assert "image" in from_image.facts and "image" not in from_image.settings
+
+
+def test_importing_lapwan_needs_no_torch() -> None:
+    code = "import sys, lapwan; assert 'VideoGenerator' in dir(lapwan); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
