@@ -6,7 +6,6 @@ row in `COMMANDS`.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -117,8 +116,7 @@ def _make(command: Command, settings_model: type[Settings]) -> Callable[..., Non
         )
         options = {fields[name].key: value for name, value in values.items() if value is not None and value != []}
         settings = load(settings_model, common["config"], common["sets"], options)
-        run = importlib.import_module(command.module).run
-        run(settings, RunOptions(dry_run=common["dry_run"], overwrite=common["overwrite"]))
+        command.run(settings, RunOptions(dry_run=common["dry_run"], overwrite=common["overwrite"]))
 
     parameters = [_parameter(name, field) for name, field in fields.items()]
     call.__signature__ = inspect.Signature([*parameters, *_COMMON])  # type: ignore[attr-defined]
@@ -129,8 +127,8 @@ def _make(command: Command, settings_model: type[Settings]) -> Callable[..., Non
 
 def _register() -> None:
     for command in COMMANDS:
-        model = getattr(importlib.import_module(command.settings_module), command.settings_class)
-        app.command(command.name, help=command.help, epilog=command.example)(_make(command, model))
+        make = app.command(command.name, help=command.help, epilog=command.example)
+        make(_make(command, command.settings_model()))
 
 
 _register()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+
+from lapwan.settings.base import Settings
+from lapwan.settings.run import RunOptions
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,15 @@ class Command:
     settings_class: str
     help: str
     example: str
+
+    def settings_model(self) -> type[Settings]:
+        """The settings class; importing it imports no torch."""
+        model: type[Settings] = getattr(importlib.import_module(self.settings_module), self.settings_class)
+        return model
+
+    def run(self, settings: Settings, options: RunOptions) -> None:
+        """Run the command; what it needs is imported now."""
+        importlib.import_module(self.module).run(settings, options)
 
 
 def _command(name: str, settings_class: str, help: str, example: str) -> Command:
@@ -37,4 +50,6 @@ COMMANDS: tuple[Command, ...] = (
              'lapwan generate --model tiny --prompt "电凝钩切割组织" -o out.mp4'),
     _command("inspect-weights", "InspectWeightsSettings", "Magnitudes, norms, ratios and a verdict of LoRA files.",
              "lapwan inspect-weights run_high_noise.safetensors run_low_noise.safetensors --preset motion"),
+    _command("demo", "DemoSettings", "The whole pipeline on the embedded model, with videos, reports and times.",
+             "lapwan demo -o lapwan-demo"),
 )

@@ -1,0 +1,20 @@
+"""Settings of `lapwan demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from lapwan.settings.base import Flag, Settings
+
+
+class DemoSettings(Settings):
+    """The whole road on the embedded model."""
+
+    output: Annotated[Path, Flag("-o", metavar="DIR")] = Field(
+        Path("lapwan-demo"), description="Folder for everything the demo makes.")
+    clips: Annotated[int, Flag()] = Field(32, ge=8, description="Synthetic clips to make.")
+    steps: Annotated[int, Flag()] = Field(60, ge=1, description="Optimiser steps of each noise expert, in each stage.")
+    seed: Annotated[int, Flag()] = Field(7, description="Of clips, training and videos.")
