@@ -174,7 +174,7 @@ class VideoGenerator:
         key = task if model == TINY else None
         if key not in self._generators:
             assert model is not None
-            base = resolve_base(model, key)
+            base = resolve_base(model, key, generation=True)
             base, adapters = read_adapters(base, self.settings.lora, self.settings.moe)
             dtype = pick_dtype(self.settings.dtype, self._device)
             self._generators[key] = Generator(base, adapters, self._device, dtype)

@@ -9,14 +9,14 @@ from lapwan.wan.base import Base
 from lapwan.wan.folder import Task
 
 
-def resolve_base(model: str | BaseModelSettings, task: Task | None = None) -> Base:
-    """MODEL, or `{model, lora, multiplier}`: stage 1 merged in memory.
+def resolve_base(model: str | BaseModelSettings, task: Task | None = None, generation: bool = False) -> Base:
+    """MODEL, or `{model, lora, multiplier}`: stage 1 merged in memory; `generation` as in `resolve`.
 
     Raises:
         UserError: no such model or LoRA, or a LoRA for the other noise expert.
     """
     if isinstance(model, str):
-        return Base(resolve(model, task))
-    spec = resolve(model.model, task)
+        return Base(resolve(model, task, generation))
+    spec = resolve(model.model, task, generation)
     requests = [(expert.value, path, model.multiplier) for expert, path in model.lora.items()]
     return Base(spec, assign(requests, spec.experts))

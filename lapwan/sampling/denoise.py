@@ -23,11 +23,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the transformer sees besides the latents: text, the negative prompt's text, I2V's mask and image."""
+    """What the transformer sees besides the latents: text, the negative prompt's text, and the image.
+
+    The image is either I2V-A14B's mask and condition channels (`image_BCTHW`, beside the latents) or TI2V-5B's encoded
+    first frame (`first_BC1HW`, in place of the first latent frame, at timestep 0).
+    """
 
     text_BLD: Tensor
     negative_BLD: Tensor | None
     image_BCTHW: Tensor | None = None
+    first_BC1HW: Tensor | None = None
+
+    def placed(self, x_BCTHW: Tensor) -> Tensor:
+        """The latents with the clean first frame in its place."""
+        if self.first_BC1HW is None:
+            return x_BCTHW
+        return torch.cat([self.first_BC1HW.to(x_BCTHW), x_BCTHW[:, :, 1:]], dim=2)
+
+    def timesteps(self, x_BCTHW: Tensor, timestep: Tensor, patch: tuple[int, int, int]) -> Tensor:
+        """[B]; with a clean first frame one a token [B, N], 0 on the first frame's."""
+        batch, _, frames, height, width = x_BCTHW.shape
+        if self.first_BC1HW is None:
+            return timestep.to(x_BCTHW.device).expand(batch)
+        per_frame = timestep.to(x_BCTHW).expand(frames).clone()
+        per_frame[0] = 0.0
+        tokens = (height // patch[1]) * (width // patch[2])
+        return per_frame[:: patch[0]].repeat_interleave(tokens).expand(batch, -1)
 
 
 @dataclass(frozen=True)
@@ -54,13 +75,14 @@ def guided_velocity(
 
     Source: Ho & Salimans, Classifier-Free Diffusion Guidance (arXiv 2207.12598).
     """
-    timestep_B = timestep.to(x_BCTHW.device).expand(x_BCTHW.shape[0])
-    v = velocity(transformer, x_BCTHW, timestep_B, conditions.text_BLD, conditions.image_BCTHW)
+    x_BCTHW = conditions.placed(x_BCTHW)
+    timesteps = conditions.timesteps(x_BCTHW, timestep, transformer.config.patch_size)
+    v = velocity(transformer, x_BCTHW, timesteps, conditions.text_BLD, conditions.image_BCTHW)
     if guidance <= 1.0:
         return v
     if conditions.negative_BLD is None:
         raise ValueError("guidance above 1 needs the negative prompt's text")
-    negative = velocity(transformer, x_BCTHW, timestep_B, conditions.negative_BLD, conditions.image_BCTHW)
+    negative = velocity(transformer, x_BCTHW, timesteps, conditions.negative_BLD, conditions.image_BCTHW)
     return negative + guidance * (v - negative)
 
 
@@ -91,4 +113,4 @@ def denoise(
             v = guided_velocity(model, x_BCTHW, step.timestep, conditions, guidance.at(step))
         x_BCTHW = grid.scheduler.step(v, step.timestep, x_BCTHW, return_dict=False)[0]
         on_step(step, x_BCTHW)
-    return x_BCTHW
+    return conditions.placed(x_BCTHW)

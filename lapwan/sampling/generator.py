@@ -143,16 +143,17 @@ class Generator:
         def text(prompt: str) -> Tensor:
             return pad_text([self.text_features(prompt)]).to(self.device)
 
-        image = None
-        if request.image is not None:
-            first = image_tensor(request.image, request.size).to(self.device)
-            with torch.no_grad():
-                if request.last_image is None:
-                    image = image_condition(self.vae(), first, request.num_frames)
-                else:
-                    last = image_tensor(request.last_image, request.size).to(self.device)
-                    image = first_last_condition(self.vae(), first, last, request.num_frames)
-        return Conditions(text(request.prompt), text(request.negative_prompt) if negative else None, image)
+        texts = text(request.prompt), text(request.negative_prompt) if negative else None
+        if request.image is None:
+            return Conditions(*texts)
+        first = image_tensor(request.image, request.size).to(self.device)
+        with torch.no_grad():
+            if self.spec.task == "ti2v":
+                return Conditions(*texts, first_BC1HW=encode(self.vae(), first.unsqueeze(2)))
+            if request.last_image is None:
+                return Conditions(*texts, image_condition(self.vae(), first, request.num_frames))
+            last = image_tensor(request.last_image, request.size).to(self.device)
+            return Conditions(*texts, first_last_condition(self.vae(), first, last, request.num_frames))
 
     def _sample(self, request: Request, grid: Grid, mix: Mix | None) -> Tensor:
         guidance = Guidance(request.guidance, request.guidance_interval)

@@ -102,6 +102,8 @@ def check_request(spec: ModelSpec, request: Request) -> None:
                         "or use an image-to-video model")
     if request.last_image is not None and (request.image is None or request.num_frames < 2):
         raise UserError("a last frame needs a first one (--image) and more than one frame")
+    if request.last_image is not None and spec.task == "ti2v":
+        raise UserError(f"{spec.path} (TI2V-5B) takes a first frame only; leave --last-image out")
     check_frames(request.num_frames, spec.temporal_stride)
     check_size(*request.size, spec.pixel_multiple)
     if request.steps < 1:

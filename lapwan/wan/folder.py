@@ -14,7 +14,7 @@ from lapwan.errors import UserError
 from lapwan.lora.fingerprint import checkpoint_fingerprint
 from lapwan.names import Band, NoiseExpert, bands
 
-Task = Literal["t2v", "i2v"]
+Task = Literal["t2v", "i2v", "ti2v"]  # ti2v: TI2V-5B, with or without a first frame; generation only
 TEXT_LENGTH = 512  # tokens; Wan attends the zero rows after the text as well
 
 
@@ -30,6 +30,8 @@ class Defaults:
 
 
 _FAMILY_DEFAULTS: dict[str, Defaults] = {
+    "t2v-2.1": Defaults(50, {NoiseExpert.HIGH: 5.0}, (480, 832), 81, 16),
+    "ti2v": Defaults(50, {NoiseExpert.HIGH: 5.0}, (704, 1280), 121, 24),
     "t2v": Defaults(40, {NoiseExpert.HIGH: 4.0, NoiseExpert.LOW: 3.0}, (480, 832), 81, 16),
     "i2v": Defaults(40, {NoiseExpert.HIGH: 3.5, NoiseExpert.LOW: 3.5}, (480, 832), 81, 16),
 }
@@ -137,14 +139,16 @@ def _present(index: dict[str, Any], name: str) -> bool:
     return isinstance(entry, list) and any(part is not None for part in entry)
 
 
-def _task_of(in_channels: int, latent_channels: int, temporal_stride: int, path: Path) -> Task:
+def _task_of(in_channels: int, latent_channels: int, temporal_stride: int, per_token: bool, path: Path) -> Task:
+    if per_token and in_channels == latent_channels:
+        return "ti2v"
     if in_channels == latent_channels == 16:
         return "t2v"
     if in_channels == 2 * latent_channels + temporal_stride:  # latent | mask | condition
         return "i2v"
     raise UserError(
         f"{path}: a transformer with {in_channels} input channels over a VAE of {latent_channels} is not supported; "
-        "Wan2.2 T2V-A14B (16 over 16) and I2V-A14B (36 over 16) are"
+        "Wan2.2 T2V-A14B (16 over 16), I2V-A14B (36 over 16) and TI2V-5B (48 over 48) are"
     )
 
 
@@ -163,8 +167,8 @@ def _experts(folder: Path, index: dict[str, Any], boundary: float | None) -> tup
     return (NoiseExpert.HIGH, NoiseExpert.LOW) if two else (NoiseExpert.HIGH,)
 
 
-def _defaults(folder: Path, task: Task) -> Defaults:
-    base = _FAMILY_DEFAULTS[task]
+def _defaults(folder: Path, task: Task, boundary: float | None) -> Defaults:
+    base = _FAMILY_DEFAULTS["t2v-2.1" if task == "t2v" and boundary is None else task]
     file = folder / DEFAULTS_FILE
     if not file.is_file():
         return base
@@ -193,17 +197,17 @@ def read_spec(folder: Path) -> ModelSpec:
             if config.get(key) != main.get(key):
                 raise UserError(f"{folder}: {expert.component}'s {key} is {config.get(key)}, the other "
                                 f"noise expert's is {main.get(key)}; the two do not belong together")
-    if index.get("expand_timesteps"):
-        raise UserError(f"{folder} is a TI2V-5B model (a timestep per token), which this version does not run; "
-                        "use Wan2.2 T2V-A14B or I2V-A14B")
+    if main.get("image_dim") is not None:
+        raise UserError(f"{folder} is a Wan2.1 image-to-video model, which needs an image encoder that lapwan does not "
+                        "run; use Wan2.2 I2V-A14B")
     vae = _json(folder / "vae" / "config.json")
     scheduler = _json(folder / "scheduler" / "scheduler_config.json")
     temporal, spatial = int(vae.get("scale_factor_temporal") or 4), int(vae.get("scale_factor_spatial") or 8)
-    task = _task_of(int(main["in_channels"]), int(vae["z_dim"]), temporal, folder)
+    task = _task_of(int(main["in_channels"]), int(vae["z_dim"]), temporal, bool(index.get("expand_timesteps")), folder)
     return ModelSpec(
         path=folder, task=task, experts=experts, boundary=None if boundary is None else float(boundary),
         in_channels=int(main["in_channels"]), latent_channels=int(vae["z_dim"]), num_layers=int(main["num_layers"]),
         text_dim=int(main["text_dim"]), flow_shift=float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0),
         temporal_stride=temporal, spatial_stride=spatial, pixel_multiple=spatial * int(main["patch_size"][1]),
-        defaults=_defaults(folder, task),
+        defaults=_defaults(folder, task, boundary),
     )

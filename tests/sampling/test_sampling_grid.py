@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +98,7 @@ def test_guided_steps_evaluate_twice_and_others_once(t2v: ModelSpec) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.patch_embedding = torch.nn.Linear(1, 1)
+            self.config = SimpleNamespace(patch_size=(1, 2, 2))
 
         def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict):
             calls.append(float(timestep[0]))
@@ -104,8 +107,6 @@ def test_guided_steps_evaluate_twice_and_others_once(t2v: ModelSpec) -> None:
     grid = make_grid(t2v, "euler", 6)
     conditions = Conditions(torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 1.0))
     x = torch.zeros(1, 1, 1, 2, 2)
-    import contextlib
-
     model = Constant()
     out = denoise(grid, x, conditions, Guidance({HIGH: 1.0, LOW: 3.0}), lambda e: model,
                   lambda step: contextlib.nullcontext())
