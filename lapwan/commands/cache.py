@@ -7,34 +7,77 @@ from pathlib import Path
 from lapwan import console
 from lapwan.commands.model import resolve
 from lapwan.data.buckets import Buckets
-from lapwan.data.cachefile import CachedItem, CacheIndex, load_index, write_index
-from lapwan.data.layout import PROMPTS_FILE
-from lapwan.data.plan import Encoders, Plan, index_item, index_path, make_plan
+from lapwan.data.plan import Encoders
 from lapwan.data.report import drop_lines, plan_lines
-from lapwan.data.sources import CacheSet, Drop, Extraction, read_dataset
+from lapwan.data.sources import Drop, Extraction, read_dataset
 from lapwan.errors import UserError
+from lapwan.sampling.caching import Choices, Result, cache_set, plan_set
+from lapwan.sampling.shards import shard_of_environment
 from lapwan.settings.base import to_toml
 from lapwan.settings.cache import CacheSettings
 from lapwan.settings.run import RunOptions
 from lapwan.wan.folder import TEXT_LENGTH, ModelSpec, check_frames, check_size
 from lapwan.wan.identity import text_dtype, text_identity, vae_identity
 
+# What a dataset.toml says itself.
+_OF_DATASET = ("size", "num_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps",
+               "buckets", "bucket_no_upscale")
+
 
 def run(settings: CacheSettings, options: RunOptions) -> None:
-    """Plan, encode what is missing or stale, write the index, report."""
-    spec = resolve(settings.model, None if settings.i2v is None else "i2v" if settings.i2v else "t2v")
-    encoders = encoders_of(settings, spec)
+    """Cache a dataset, or only look at the cache that is there (--verify, --preview without --dataset)."""
+    shard = shard_of_environment()
+    if not shard.main:
+        console.set_level(console.QUIET)
     if options.dry_run:
         console.results.print(to_toml(settings), markup=False, end="")
-    drops: list[Drop] = []
-    for cache in read_dataset(settings.dataset, settings.output, extraction_of(settings, spec)):
-        drops += _cache(cache, encoders, settings, spec, options)
-    if drops and not settings.skip_bad and not options.dry_run:
+    drops = _cache(settings, options) if settings.dataset is not None else []
+    if not options.dry_run and shard.main:
+        if settings.verify:
+            _verify(settings)
+        if settings.preview:
+            _preview(settings)
+    shard.close()
+    if drops and not settings.skip_bad and not options.dry_run and shard.main:
         for line in drop_lines(drops):
             console.log(line.strip())
         first = f": {drops[0].where}: {drops[0].reason}" if len(drops) == 1 else ", listed above"
         raise UserError(f"{len(drops)} of the clips could not be cached{first}; all others are done; "
                         "mend or remove them, or pass --skip-bad")
+
+
+def _cache(settings: CacheSettings, options: RunOptions) -> list[Drop]:
+    assert settings.dataset is not None and settings.model is not None
+    spec = resolve(settings.model, None if settings.i2v is None else "i2v" if settings.i2v else "t2v")
+    encoders = encoders_of(settings, spec)
+    choices = Choices(settings.latents, settings.text, settings.device, settings.workers, settings.batch_size,
+                      settings.vae_dtype, settings.prune, options.overwrite)
+    drops: list[Drop] = []
+    for cache in read_dataset(settings.dataset, settings.output, extraction_of(settings, spec), spec.temporal_stride):
+        if options.dry_run:
+            plan, before = plan_set(cache, encoders, choices)
+            for line in plan_lines(plan, before.pixels_per_second if before else None):
+                console.results.print(line, markup=False)
+            continue
+        result = cache_set(cache, encoders, spec, choices, shard_of_environment())
+        drops += result.drops
+        if shard_of_environment().main:
+            _report(result)
+    return drops
+
+
+def _report(result: Result) -> None:
+    if result.pruned:
+        console.results.print(f"{result.folder}: {result.pruned} files removed", markup=False)
+    if not result.seconds:
+        if result.items:
+            console.results.print(f"{result.folder}: all {result.items} items are cached; nothing to do", markup=False)
+        return
+    total = result.seconds["total"]
+    console.results.print(f"{result.folder}: {result.items} items; {result.latents} latents, {result.texts} texts, "
+                          f"{result.rois} regions in {total:.1f} s", markup=False)
+    shares = ", ".join(f"{key} {value:.2f}" for key, value in result.seconds.items() if key != "total")
+    console.detail(f"seconds: {shares}")
 
 
 def extraction_of(settings: CacheSettings, spec: ModelSpec) -> Extraction:
@@ -43,6 +86,11 @@ def extraction_of(settings: CacheSettings, spec: ModelSpec) -> Extraction:
     Raises:
         UserError: frames not 4N+1, or a size the model does not take.
     """
+    if settings.dataset is not None and settings.dataset.suffix.lower() in (".toml", ".json"):
+        said = [name for name in _OF_DATASET if getattr(settings, name) != CacheSettings.model_fields[name].default]
+        if said:
+            raise UserError(f"{', '.join(said)}: with a dataset file, say it in {settings.dataset} "
+                            "(resolution, target_frames, frame_extraction, ...)")
     height, width = settings.size or spec.defaults.size
     check_size(height, width, spec.pixel_multiple)
     frames = settings.num_frames or (spec.defaults.num_frames,)
@@ -61,66 +109,37 @@ def encoders_of(settings: CacheSettings, spec: ModelSpec) -> Encoders:
     return Encoders(
         task=spec.task, fps=float(spec.defaults.fps), vae=vae_identity(spec), text=text_identity(spec),
         text_dim=spec.text_dim, text_length=TEXT_LENGTH, latent_channels=spec.latent_channels,
-        strides=(spec.temporal_stride, spec.spatial_stride),
+        strides=(spec.temporal_stride, spec.spatial_stride), vae_dtype=settings.vae_dtype,
         latents_dtype="float32" if settings.dtype == "auto" else settings.dtype,
         text_dtype=stored if settings.dtype == "auto" else settings.dtype,
         condition=spec.task == "i2v", negative=settings.negative_prompt,
     )
 
 
-def _cache(
-    cache: CacheSet, encoders: Encoders, settings: CacheSettings, spec: ModelSpec, options: RunOptions
-) -> list[Drop]:
-    plan = make_plan(cache, encoders, _known(cache.folder), settings.latents, settings.text)
-    if options.dry_run:
-        for line in plan_lines(plan):
-            console.results.print(line, markup=False)
-        return plan.drops
-    drops = list(plan.drops)
-    failed: set[str] = set()
-    if not plan.items:
-        return drops
-    cache.folder.mkdir(parents=True, exist_ok=True)
-    if plan.done:
-        console.results.print(f"{cache.folder}: all {len(plan.items)} items are cached; nothing to do", markup=False)
-    else:
-        for line in plan_lines(plan):
-            console.log(line)
-        drops, failed = _encode(plan, settings, spec, drops)
-    write_index(_index(plan, failed))
-    return drops
+def _verify(settings: CacheSettings) -> None:
+    from lapwan.data.verify import verify_folder
+
+    folder = _folder(settings, "--verify")
+    count, problems = verify_folder(folder)
+    for problem in problems:
+        console.results.print(problem, markup=False)
+    if problems:
+        raise UserError(f"{folder}: {len(problems)} of {count} files are wrong, listed above; "
+                        "delete them and run lapwan cache again")
+    console.results.print(f"{folder}: {count} files read again, all are right", markup=False)
 
 
-def _encode(plan: Plan, settings: CacheSettings, spec: ModelSpec, drops: list[Drop]) -> tuple[list[Drop], set[str]]:
-    from lapwan.sampling.encode import carry_out, how_to
+def _preview(settings: CacheSettings) -> None:
+    from lapwan.sampling.preview import write_preview
 
-    outcome = carry_out(plan, spec, how_to(settings.device, settings.workers, settings.batch_size, plan))
-    seconds = outcome.seconds
-    console.results.print(
-        f"{plan.folder}: {outcome.latents} latents, {outcome.texts} texts, {outcome.rois} regions in "
-        f"{seconds.total:.1f} s", markup=False,
-    )
-    console.detail(f"seconds: decode {seconds.decode:.2f} (waited {seconds.wait:.2f}), encode {seconds.encode:.2f}, "
-                   f"write {seconds.write:.2f}, text {seconds.text:.2f}")
-    return drops + outcome.failures, outcome.failed
+    if settings.model is None:
+        raise UserError("--preview decodes with the model's VAE; add --model MODEL")
+    folder = _folder(settings, "--preview")
+    path = write_preview(folder, resolve(settings.model), settings.preview, settings.device)
+    console.results.print(f"{path}: what the model will see, a row a clip", markup=False)
 
 
-def _known(folder: Path) -> dict[str, CachedItem]:
-    if not index_path(folder).is_file():
-        return {}
-    return {item.clip: item for item in load_index(folder).items if item.clip is not None}
-
-
-def _index(plan: Plan, failed: set[str]) -> CacheIndex:
-    """The index of the items whose files are all there."""
-    encoders, cache = plan.encoders, plan.cache
-    items = tuple(
-        index_item(wanted, encoders, cache.repeats) for wanted in plan.items
-        if wanted.id not in failed and all(
-            (plan.folder / name).is_file() for name in (wanted.latents, wanted.text, wanted.roi) if name)
-    )
-    return CacheIndex(
-        cache.folder, items, task=encoders.task, fps=encoders.fps, vae=encoders.vae, text_encoder=encoders.text,
-        text_dim=encoders.text_dim, taxonomy=cache.taxonomy, dataset=str(cache.dataset.absolute()),
-        prompts=PROMPTS_FILE if (plan.folder / PROMPTS_FILE).is_file() else None,
-    )
+def _folder(settings: CacheSettings, flag: str) -> Path:
+    if settings.output is None:
+        raise UserError(f"{flag} needs the cache folder: --output DIR")
+    return settings.output

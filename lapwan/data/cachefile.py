@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lapwan import files
-from lapwan.data.layout import PROMPTS_FILE, find_tensor, open_cache_file
+from lapwan.data.layout import PROMPTS_FILE, find_tensor, open_cache_file, read_recipe, recipe_fingerprint
 from lapwan.errors import UserError
+from lapwan.lora.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +74,7 @@ class CacheIndex:
     families: tuple[str, ...] | None = None
     dataset: str | None = None
     prompts: str | None = None
+    pixels_per_second: float | None = None  # of the last encoding, for the next plan's estimate
     verified: bool = True
 
 
@@ -86,11 +88,12 @@ def write_index(index: CacheIndex) -> None:
     files.write_text(index.folder / INDEX_FILE, text)
 
 
-def load_index(folder: Path, labels: Path | None = None) -> CacheIndex:
+def load_index(folder: Path, labels: Path | None = None, empty: bool = False) -> CacheIndex:
     """The items of a cache folder, in the dataset's order, without importing torch.
 
     Args:
         labels: a labels JSONL, for caches that carry none; joined by the clip's stem.
+        empty: a cache without a single finished item is no error.
 
     Raises:
         UserError: no cache there, a damaged index, a missing file, or labels that do not fit the items.
@@ -104,7 +107,7 @@ def load_index(folder: Path, labels: Path | None = None) -> CacheIndex:
         from lapwan.data.foreign import scan
 
         index = CacheIndex(folder, scan(folder), verified=False)
-    if not index.items:
+    if not index.items and not empty:
         raise UserError(f"{folder} holds no cached items; make them with lapwan cache")
     if labels is not None:
         from lapwan.data.join import join_labels
@@ -141,12 +144,12 @@ def read_item(folder: Path, item: CachedItem) -> dict[str, Tensor | None]:
     """
     from lapwan.lora.tensors import load
 
-    latents = open_cache_file(folder / item.latents)
-    text = open_cache_file(folder / item.text)
+    latents = _open(folder, item, "latents", item.latents)
+    text = _open(folder, item, "text", item.text)
     condition = find_tensor(latents, "latents_image", required=False)
     roi = None
     if item.roi is not None:
-        roi_file = open_cache_file(folder / item.roi)
+        roi_file = _open(folder, item, "roi", item.roi)
         roi = load(roi_file, str(find_tensor(roi_file, "roi")))
     return {
         "latents": load(latents, str(find_tensor(latents, "latents"))).float(),
@@ -154,6 +157,16 @@ def read_item(folder: Path, item: CachedItem) -> dict[str, Tensor | None]:
         "condition": None if condition is None else load(latents, condition).float(),
         "roi": roi,
     }
+
+
+def _open(folder: Path, item: CachedItem, kind: str, name: str) -> TensorFile:
+    """A file of an item, if it still is what the index says."""
+    file = open_cache_file(folder / name)
+    recipe = read_recipe(file)
+    if recipe is not None and recipe_fingerprint(recipe) != item.fingerprints.get(kind):
+        raise UserError(f"{folder / name} is not the file its index means (it was cached again since); "
+                        "run lapwan cache again")
+    return file
 
 
 def read_prompt(index: CacheIndex, kind: str) -> Tensor:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from lapwan.data.cachefile import CachedItem
-from lapwan.data.layout import LATENTS_END, find_tensor, open_cache_file, parse_latents_name, text_name
+from lapwan.data.layout import (
+    LATENTS_END,
+    find_tensor,
+    open_cache_file,
+    parse_latents_name,
+    read_recipe,
+    text_name,
+)
 from lapwan.errors import UserError
 
 _TEMPORAL, _SPATIAL = 4, 8  # of the VAE that these caches are made with
@@ -29,6 +36,8 @@ def _item(path: Path) -> CachedItem:
     if not text_path.is_file():
         raise UserError(f"{path} has no text beside it ({text_path.name}); cache the captions too")
     file, text = open_cache_file(path), open_cache_file(text_path)
+    if read_recipe(file) is not None:
+        raise UserError(f"{path.parent} was being made by lapwan cache and has no index yet; run it again to the end")
     shape = file.tensors[str(find_tensor(file, "latents"))].shape
     frames = (shape[-3] - 1) * _TEMPORAL + 1
     if name.window is not None and name.window.frames != frames:

@@ -14,11 +14,12 @@ Source: musubi-tuner's dataset documentation and cache files.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,16 +138,26 @@ def write_roi(path: Path, roi_THW: Any, recipe: Recipe) -> None:
     from safetensors.numpy import save_file
 
     key = f"roi_{'x'.join(str(n) for n in roi_THW.shape)}_float32"
-    with atomic_file(path) as temporary:
-        save_file({key: roi_THW}, temporary, metadata={RECIPE_KEY: recipe_text(recipe)})
-        _share(temporary)
+    metadata = {RECIPE_KEY: recipe_text(recipe)}
+    _atomically(path, lambda temporary: save_file({key: roi_THW}, temporary, metadata))
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
+    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    _atomically(path, lambda temporary: save_file(stored, temporary, metadata))
+
+
+def _atomically(path: Path, save: Callable[[Path], None]) -> None:
+    """Raises OSError, whatever the writer calls a full disk."""
+    from safetensors import SafetensorError
+
     with atomic_file(path) as temporary:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
+        try:
+            save(temporary)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from None
         _share(temporary)
 
 

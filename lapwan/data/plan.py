@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lapwan.data.buckets import Crop, centre_crop
 from lapwan.data.cachefile import INDEX_FILE, CachedItem
@@ -19,21 +18,18 @@ from lapwan.data.layout import (
     ROI_END,
     TEXT_END,
     Recipe,
-    find_tensor,
     latents_name,
-    read_recipe,
+    parse_latents_name,
     recipe_fingerprint,
     roi_name,
     text_name,
 )
 from lapwan.data.sources import CacheSet, Drop, SourceClip
+from lapwan.data.stale import judge
 from lapwan.data.video import BadClip, VideoFacts, frame_files, probe
 from lapwan.data.windows import Window, windows
-from lapwan.errors import UserError
-from lapwan.lora.tensorfile import read_header
 
 _HASHED = 65536  # bytes from each end of a source file
-MISSING = "missing"
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,7 @@ class Encoders:
     text_length: int
     latent_channels: int
     strides: tuple[int, int]
+    vae_dtype: str
     latents_dtype: str
     text_dtype: str
     condition: bool
@@ -94,8 +91,9 @@ class Wanted:
 
 @dataclass
 class Plan:
-    """What one cache folder needs. The `..._todo` carry the reason for each file; `unverified` are right by name and
-    shape only; `orphans` are cache files that belong to no item."""
+    """What one cache folder needs. The `..._todo` carry the reason for each file; `made` are the recipes of files that
+    are right, `unverified` files that are right by name and shape only; `orphans` are cache files of no clip of the
+    dataset (those of a dropped clip are none: it may come back)."""
 
     cache: CacheSet
     encoders: Encoders
@@ -105,6 +103,7 @@ class Plan:
     text_todo: dict[str, tuple[Wanted, str]] = field(default_factory=dict)
     roi_todo: dict[str, tuple[Wanted, str]] = field(default_factory=dict)
     prompts_todo: str | None = None
+    made: dict[str, Recipe] = field(default_factory=dict)
     unverified: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
 
@@ -117,6 +116,10 @@ class Plan:
     def done(self) -> bool:
         """Nothing is to be encoded."""
         return not (self.latents_todo or self.text_todo or self.roi_todo or self.prompts_todo)
+
+    def pixels(self) -> int:
+        """Pixels of all frames to encode."""
+        return sum(len(w.indices) * w.crop.bucket[0] * w.crop.bucket[1] for w, _ in self.latents_todo.values())
 
     def latents_bytes(self) -> int:
         """Disk that the missing latents will take."""
@@ -166,9 +169,9 @@ def make_plan(
         try:
             plan.items += _items_of(clip, stem, cache, encoders, known.get(str(clip.path)))
         except BadClip as error:
-            plan.drops.append(Drop(clip.where, str(error)))
+            plan.drops.append(Drop(clip.where, str(error), stem))
         except OSError as error:
-            plan.drops.append(Drop(clip.where, f"cannot be read ({error.strerror})"))
+            plan.drops.append(Drop(clip.where, f"cannot be read ({error.strerror})", stem))
     _compare(plan, latents, text)
     return plan
 
@@ -233,7 +236,8 @@ def _wanted(
     return Wanted(
         clip=clip, stem=stem, facts=facts, probe=identity, window=window, crop=crop, source_fps=source_fps,
         latents=latents_name(stem, window, facts.width, facts.height),
-        latents_recipe={**cut, "vae": encoders.vae, "dtype": encoders.latents_dtype, "i2v": encoders.condition},
+        latents_recipe={**cut, "vae": encoders.vae, "computed": encoders.vae_dtype,
+                        "dtype": encoders.latents_dtype, "i2v": encoders.condition},
         text_recipe={"encoder": encoders.text, "caption": clip.caption, "length": encoders.text_length,
                      "dtype": encoders.text_dtype},
         roi_recipe=roi,
@@ -257,71 +261,61 @@ def _compare(plan: Plan, latents: bool, text: bool) -> None:
             if name in seen:
                 continue
             seen[name] = True
-            reason = why_stale(plan.folder / name, recipe, plan.unverified, wanted)
+            reason = _judge(plan, name, recipe)
             if reason is not None and asked:
                 todo[name] = (wanted, reason)
     if text:
-        plan.prompts_todo = why_stale(plan.folder / PROMPTS_FILE, prompts_recipe(plan.encoders), plan.unverified, None)
+        plan.prompts_todo = _judge(plan, PROMPTS_FILE, prompts_recipe(plan.encoders))
     if plan.folder.is_dir():
+        dropped = {drop.stem for drop in plan.drops if drop.stem is not None}
         plan.orphans = sorted(
-            entry.name for entry in plan.folder.iterdir()
-            if entry.name.endswith((LATENTS_END, TEXT_END, ROI_END)) and entry.name not in seen
+            name for name in (path.name for path in plan.folder.iterdir())
+            if name.endswith((LATENTS_END, TEXT_END, ROI_END)) and name not in seen and not _of_any(name, dropped)
         )
 
 
-def why_stale(path: Path, recipe: Recipe, unverified: list[str], wanted: Wanted | None) -> str | None:
-    """None if the file is right; else what is wrong with it. A file without a recipe is judged by shape and caption."""
-    if not path.exists():
-        return MISSING
-    try:
-        file = read_header(path)
-    except UserError:
-        return "damaged"
-    made = read_recipe(file)
-    if made is not None:
-        return _difference(made, recipe, file.metadata.get("caption1"))
-    if wanted is not None and path.name.endswith(TEXT_END):
-        if file.metadata.get("caption1") != wanted.clip.caption:
-            return "caption changed"
-    elif wanted is not None and (key := find_tensor(file, "latents", required=False)) is not None:
-        shape = file.tensors[key].shape
-        frames, (width, height) = len(wanted.indices), wanted.crop.bucket
-        if shape[-2] * width != shape[-1] * height or (shape[-3] - 1) * 4 + 1 != frames or width % shape[-1]:
-            return f"size changed (latents are {list(shape)})"
-    unverified.append(path.name)
-    return None
+def _judge(plan: Plan, name: str, recipe: Recipe) -> str | None:
+    """What is wrong with a file; a right one is noted in the plan."""
+    verdict = judge(plan.folder / name, recipe)
+    if verdict.reason is None and verdict.recipe is not None:
+        plan.made[name] = verdict.recipe
+    elif verdict.reason is None:
+        plan.unverified.append(name)
+    return verdict.reason
 
 
-def _difference(made: Mapping[str, Any], wanted: Recipe, caption: str | None) -> str | None:
-    changed = [key for key in wanted if made.get(key) != wanted[key]]
-    if changed == ["i2v"] and made.get("i2v") is True:
-        return None  # a condition that is not asked for does no harm
-    if "caption" in wanted and caption != wanted["caption"] and "caption" not in changed:
-        changed.append("caption")  # another tool rewrote the features and kept our metadata
-    if not changed:
-        return None
-    shown = [f"{key} {_shown(made.get(key))} -> {_shown(wanted[key])}" if key != "caption" else "caption changed"
-             for key in changed]
-    return ", ".join(shown)
+def _of_any(name: str, stems: set[str]) -> bool:
+    """Whether a cache file belongs to a clip of one of these stems."""
+    latents = parse_latents_name(name.removesuffix(ROI_END) + LATENTS_END if name.endswith(ROI_END) else name)
+    stem = name.removesuffix(TEXT_END) if latents is None else latents.stem
+    return stem in stems or stem.rpartition("-")[0] in stems
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return "x".join(str(part) for part in value)
-    return str(value)[:12]
+def index_items(plan: Plan, done: Mapping[str, Recipe]) -> tuple[CachedItem, ...]:
+    """The index's lines for the items whose files are all right.
+
+    Args:
+        done: recipes of the files written since the plan was made, by name.
+    """
+    right = {**plan.made, **done}
+    there = set(right) | set(plan.unverified)
+    return tuple(
+        _index_item(wanted, plan.cache.repeats, right, plan.encoders.condition) for wanted in plan.items
+        if {wanted.latents, wanted.text} <= there and (wanted.roi is None or wanted.roi in there)
+    )
 
 
-def index_item(wanted: Wanted, encoders: Encoders, repeats: int) -> CachedItem:
-    """The index's line for an item whose files are there."""
-    made = {"latents": recipe_fingerprint(wanted.latents_recipe), "text": recipe_fingerprint(wanted.text_recipe)}
-    if wanted.roi_recipe is not None:
-        made["roi"] = recipe_fingerprint(wanted.roi_recipe)
-    clip = wanted.clip
+def _index_item(wanted: Wanted, repeats: int, right: Mapping[str, Recipe], condition: bool) -> CachedItem:
+    """`condition` is whether files that do not say hold an image condition."""
+    clip, made = wanted.clip, right.get(wanted.latents)
+    files = {"latents": wanted.latents, "text": wanted.text, "roi": wanted.roi or ""}
     return CachedItem(
         id=wanted.id, latents=wanted.latents, text=wanted.text, roi=wanted.roi, caption=clip.caption,
         frames=len(wanted.indices), height=wanted.crop.bucket[1], width=wanted.crop.bucket[0],
-        condition=encoders.condition, start=wanted.indices.start, split=clip.split, source=clip.source,
-        clip=str(clip.path), repeats=repeats, probe=wanted.probe, facts=vars(wanted.facts), fingerprints=made,
+        condition=condition if made is None else bool(made.get("i2v")), start=wanted.indices.start,
+        split=clip.split, source=clip.source, clip=str(clip.path), repeats=repeats, probe=wanted.probe,
+        facts=vars(wanted.facts),
+        fingerprints={kind: recipe_fingerprint(right[name]) for kind, name in files.items() if name in right},
         **clip.labels,
     )
 

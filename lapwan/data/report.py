@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from lapwan.data.plan import MISSING, Plan, Wanted
+from lapwan.data.plan import Plan, Wanted
 from lapwan.data.sources import Drop
+from lapwan.data.stale import MISSING
 
 _LISTED = 20
 
 
-def plan_lines(plan: Plan) -> list[str]:
-    """The plan in words: what is there, what will be made and why, what is dropped and why."""
+def plan_lines(plan: Plan, pixels_per_second: float | None = None) -> list[str]:
+    """The plan in words: what is there, what will be made and why, how long, what is dropped and why.
+
+    Args:
+        pixels_per_second: how fast the last run into this folder was, for the estimate.
+    """
     clips = len({wanted.stem for wanted in plan.items})
     lines = [f"{plan.folder}: {len(plan.items)} items of {clips} clips from {plan.cache.dataset}"]
     sizes = Counter((len(w.indices), *reversed(w.crop.bucket)) for w in plan.items)
@@ -23,7 +29,13 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.prompts_todo:
         lines.append(f"  empty and negative prompt: to encode ({plan.prompts_todo})")
     if plan.latents_todo:
-        lines.append(f"  disk for latents: {size_text(plan.latents_bytes())}")
+        room = _free(plan)
+        lines.append(f"  disk for latents: {size_text(plan.latents_bytes())} of {size_text(room)} free")
+        if plan.latents_bytes() > room:
+            lines.append("  warning: that is more than there is")
+        if pixels_per_second:
+            lines.append(f"  time for latents: about {duration_text(plan.pixels() / pixels_per_second)}, "
+                         "as fast as the last run")
     if plan.unverified:
         lines.append(f"  {len(plan.unverified)} files made by another tool are taken as they are, unverified")
     if plan.orphans:
@@ -43,6 +55,18 @@ def _reasons(todo: Mapping[str, tuple[Wanted, str]]) -> list[tuple[str, int]]:
     """Reasons with their counts; missing first."""
     counts = Counter(reason for _, reason in todo.values())
     return sorted(counts.items(), key=lambda pair: (pair[0] != MISSING, pair[0]))
+
+
+def _free(plan: Plan) -> int:
+    folder = plan.folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def size_text(size: float) -> str:

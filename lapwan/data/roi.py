@@ -80,8 +80,7 @@ def region(
     """
     if mask is None:
         times = source_times(path, facts, fps, source_fps)
-        late = 0.1 / facts.fps if facts.fps else 0.0
-        frames = [max(0, bisect.bisect_right(times, index / fps + late) - 1) for index in indices]
+        frames = [max(0, bisect.bisect_right(times, index / fps + facts.late) - 1) for index in indices]
         return to_latent(box_masks(boxes_at(roi, frames), crop), *strides)
     mask_facts = probe(mask, fps, source_fps)
     wanted = [0] if mask_facts.is_image else indices

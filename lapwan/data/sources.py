@@ -51,10 +51,11 @@ class SourceClip:
 
 @dataclass(frozen=True)
 class Drop:
-    """A clip that is left out, and why."""
+    """A clip that is left out, and why; `stem` is what its cache files would be called by."""
 
     where: str
     reason: str
+    stem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,11 @@ class CacheSet:
     taxonomy: str | None = None
 
 
-def read_dataset(path: Path, folder: Path | None, extraction: Extraction) -> list[CacheSet]:
-    """The clips of a JSONL file, or of musubi's dataset file, whose own settings go before `extraction`.
+def read_dataset(path: Path, folder: Path | None, extraction: Extraction, stride: int = 4) -> list[CacheSet]:
+    """The clips of a JSONL file, cut by `extraction`, or of musubi's dataset file, which says itself how to cut.
+
+    Args:
+        stride: pixel frames of a latent frame.
 
     Raises:
         UserError: the file cannot be read or is wrong; missing videos are `drops`, not errors.
@@ -82,7 +86,7 @@ def read_dataset(path: Path, folder: Path | None, extraction: Extraction) -> lis
     if path.suffix.lower() in (".toml", ".json"):
         from lapwan.data.musubi_dataset import read_musubi_dataset
 
-        return read_musubi_dataset(path, folder, extraction)
+        return read_musubi_dataset(path, folder, extraction.buckets.step, stride)
     if folder is None:
         raise UserError("a clips file needs a folder for its cache; add --output DIR")
     clips, drops, taxonomy = read_jsonl(path)
@@ -106,7 +110,7 @@ def read_jsonl(path: Path) -> tuple[tuple[SourceClip, ...], tuple[Drop, ...], st
         try:
             found = resolve_video(media, path)
         except UserError as error:
-            drops.append(Drop(where, str(error)))
+            drops.append(Drop(where, str(error), Path(media).stem))
             continue
         named = clip.data.get("taxonomy", clip.data.get("instrument_taxonomy"))
         taxonomy = taxonomy or (named if isinstance(named, str) else None)

@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
 VIDEO_SUFFIXES = frozenset({
     ".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".ts", ".gif",
 })
-_EARLY = 0.1  # a timestamp may come this part of a frame late (containers round to milliseconds) and still count
+_LATE = 0.0011  # seconds a timestamp may come late and still count: containers round to milliseconds
 _SEEK_AFTER = 2.0  # seconds; before that, decoding from the start is cheaper than being sure of a seek
 
 
@@ -54,7 +54,12 @@ class VideoFacts:
         """How many frames the clip has at `fps`."""
         if self.is_image:
             return 1
-        return max(1, int(self.seconds * fps + min(1.0, fps / self.fps) * _EARLY))
+        return max(1, int((self.seconds + 2 * self.late) * fps))
+
+    @property
+    def late(self) -> float:
+        """Seconds a frame's timestamp may come late and still count."""
+        return min(0.1 / self.fps, _LATE) if self.fps else 0.0
 
 
 def probe(path: Path, fps: float, source_fps: float | None = None) -> VideoFacts:
@@ -158,10 +163,9 @@ def read_frames(
     """
     out = np.empty((len(indices), crop.bucket[1], crop.bucket[0], 3), np.uint8)
     wanted = [index / fps for index in indices]
-    late = _EARLY / facts.fps if facts.fps else 0.0
     position, shown, shown_at = 0, None, 0.0
     for at, frame in _timed_frames(path, facts, wanted[0], source_fps):
-        while shown is not None and position < len(wanted) and at > wanted[position] + late:
+        while shown is not None and position < len(wanted) and at > wanted[position] + facts.late:
             position = _place(out, position, shown, crop)
         if position == len(wanted):
             return out

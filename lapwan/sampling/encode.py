@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lapwan import console
 from lapwan.data.decode import Decoded, decode, make_jobs
-from lapwan.data.layout import PROMPTS_FILE, write_latents, write_prompts, write_roi, write_text_features
+from lapwan.data.layout import PROMPTS_FILE, Recipe, write_latents, write_prompts, write_roi, write_text_features
 from lapwan.data.plan import Plan, Wanted, prompts_recipe
 from lapwan.data.roi import region
 from lapwan.data.sources import Drop
@@ -38,25 +38,28 @@ _WORTH_WORKERS = 200_000_000  # source pixels: a second or so of decoding
 
 @dataclass
 class Seconds:
-    """Time spent, summed: `decode` over all workers, `wait` for them, `encode`, `write` in its own thread."""
+    """Time spent, summed: `decode` over all workers, `wait` for them, `encode`, `write` in its own thread; `latents`
+    and `text` are the whole of each part."""
 
     decode: float = 0.0
     wait: float = 0.0
     encode: float = 0.0
     write: float = 0.0
+    latents: float = 0.0
     text: float = 0.0
     total: float = 0.0
 
 
 @dataclass
 class Outcome:
-    """What was done: counts of files written, clips that failed, time spent."""
+    """What was done: counts of files written with their recipes, pixels encoded, clips that failed, time spent."""
 
     latents: int = 0
     texts: int = 0
     rois: int = 0
+    pixels: int = 0
+    written: dict[str, Recipe] = field(default_factory=dict)
     failures: list[Drop] = field(default_factory=list)
-    failed: set[str] = field(default_factory=set)
     seconds: Seconds = field(default_factory=Seconds)
 
 
@@ -70,24 +73,36 @@ class How:
     vae_dtype: torch.dtype = torch.float32
 
 
-def how_to(device: str, workers: int | None, batch: int | None, plan: Plan) -> How:
-    """`auto` takes a GPU if there is one; decoding moves to other processes when the work is worth their start.
+def device_of(device: str, local_rank: int = 0) -> torch.device:
+    """`auto` is a GPU if there is one; `local_rank` says which.
 
     Raises:
         UserError: no such device.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise UserError(f"device '{device}' is unknown; use auto, cpu, cuda or cuda:N") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device '{device}' is not there ({torch.cuda.device_count()} GPUs found); use --device cpu")
+    return chosen
+
+
+def how_to(
+    device: str, workers: int | None, batch: int | None, vae_dtype: str, plan: Plan, local_rank: int = 0
+) -> How:
+    """Settle device and worker count: decoding moves to other processes when the work is worth their start.
+
+    Raises:
+        UserError: no such device.
+    """
+    chosen = device_of(device, local_rank)
     if workers is None:
         pixels = sum(len(w.indices) * w.facts.width * w.facts.height for w, _ in plan.latents_todo.values())
         workers = min(8, os.cpu_count() or 1) if pixels > _WORTH_WORKERS else 0
-    return How(chosen, workers, batch)
+    return How(chosen, workers, batch, getattr(torch, vae_dtype))
 
 
 def carry_out(plan: Plan, spec: ModelSpec, how: How) -> Outcome:
@@ -109,8 +124,7 @@ def carry_out(plan: Plan, spec: ModelSpec, how: How) -> Outcome:
 
 
 def _fail(outcome: Outcome, wanted: Wanted, reason: str) -> None:
-    outcome.failed.add(wanted.id)
-    outcome.failures.append(Drop(wanted.clip.where, reason))
+    outcome.failures.append(Drop(wanted.clip.where, reason, wanted.stem))
 
 
 def _encode_regions(plan: Plan, outcome: Outcome) -> None:
@@ -126,11 +140,13 @@ def _encode_regions(plan: Plan, outcome: Outcome) -> None:
             else:
                 assert wanted.roi_recipe is not None
                 write_roi(plan.folder / name, roi, wanted.roi_recipe)
+                outcome.written[name] = wanted.roi_recipe
                 outcome.rois += 1
             bar.advance()
 
 
 def _encode_latents(plan: Plan, spec: ModelSpec, how: How, outcome: Outcome) -> None:
+    begun = time.perf_counter()
     vae = load_vae(spec, how.vae_dtype, how.device)
     todo = {wanted.id: wanted for wanted, _ in plan.latents_todo.values()}
     # Equal sizes side by side make whole batches; windows of a clip stay together.
@@ -153,7 +169,7 @@ def _encode_latents(plan: Plan, spec: ModelSpec, how: How, outcome: Outcome) -> 
             bar.advance(len(batch))
         for write in writes:
             write.result()
-    del vae
+    outcome.seconds.latents = time.perf_counter() - begun
 
 
 def _batches(
@@ -219,6 +235,8 @@ def _write(plan: Plan, wanted: Wanted, latents: Tensor, condition: Tensor | None
         wanted.latents_recipe,
     )
     outcome.latents += 1
+    outcome.pixels += len(wanted.indices) * wanted.crop.bucket[0] * wanted.crop.bucket[1]
+    outcome.written[wanted.latents] = wanted.latents_recipe
     outcome.seconds.write += time.perf_counter() - started
 
 
@@ -239,6 +257,7 @@ def _encode_texts(plan: Plan, spec: ModelSpec, how: How, outcome: Outcome) -> No
                 stored = features.to(dtype).cpu()
                 for name, wanted in files[caption]:
                     write_text_features(plan.folder / name, stored, caption, wanted.text_recipe)
+                    outcome.written[name] = wanted.text_recipe
                     outcome.texts += 1
             bar.advance(len(batch))
     if plan.prompts_todo:

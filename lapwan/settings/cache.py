@@ -19,9 +19,9 @@ NEGATIVE_PROMPT = (
 class CacheSettings(Settings):
     """What to encode, with which model, into which folder."""
 
-    dataset: Annotated[Path, Flag("-d", metavar="FILE")] = Field(
-        description="clips.jsonl, labels.jsonl, or a musubi-tuner dataset.toml.")
-    model: Annotated[str, Flag("-m")] = Field(description="The model whose VAE and text encoder are used.")
+    dataset: Annotated[Path | None, Flag("-d", metavar="FILE")] = Field(
+        None, description="clips.jsonl, labels.jsonl, or a musubi-tuner dataset.toml.")
+    model: Annotated[str | None, Flag("-m")] = Field(None, description="The model whose VAE and text encoder are used.")
     output: Annotated[Path | None, Flag("-o", metavar="DIR")] = Field(
         None, description="The cache folder; a dataset.toml may name its own.")
     size: Annotated[tuple[int, int] | None, Flag(metavar="HEIGHTxWIDTH")] = Field(
@@ -46,11 +46,19 @@ class CacheSettings(Settings):
         NEGATIVE_PROMPT, description="Encoded with the empty prompt, for guidance during training.")
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], Flag()] = Field(
         "auto", description="Numbers in the files: float32, bfloat16, or auto (latents float32, text as encoded).")
+    vae_dtype: Annotated[Literal["float32", "bfloat16"], Flag()] = Field(
+        "float32", description="The VAE computes in float32 (safest) or bfloat16 (faster on a GPU).")
     device: Annotated[str, Flag()] = Field("auto", description="auto, cpu, cuda or cuda:N.")
     workers: Annotated[int | None, Flag()] = Field(
         None, ge=0, description="Processes that decode; 0 decodes in this one; by default by the work.")
     batch_size: Annotated[int | None, Flag()] = Field(
         None, ge=1, description="Clips encoded at once; by size if absent.")
+    prune: Annotated[bool, Flag()] = Field(
+        False, description="Delete cache files of clips that are no longer in the dataset.")
+    verify: Annotated[bool, Flag()] = Field(
+        False, description="Read every cached file again and list what is wrong; without --dataset do only that.")
+    preview: Annotated[int, Flag(metavar="N")] = Field(
+        0, ge=0, description="Decode N cached clips into lapwan_preview.png; without --dataset do only that.")
     skip_bad: Annotated[bool, Flag()] = Field(False, description="Bad clips are listed, but are no error.")
 
     @field_validator("size", mode="before")
@@ -77,6 +85,12 @@ class CacheSettings(Settings):
 
     @model_validator(mode="after")
     def _something(self) -> CacheSettings:
+        if self.dataset is None and not (self.verify or self.preview):
+            raise ValueError(
+                "dataset is required (--dataset FILE), or --verify or --preview N of a cache that is there"
+            )
+        if self.dataset is not None and self.model is None:
+            raise ValueError("model is required: --model tiny, or a model folder")
         if not self.latents and not self.text:
             raise ValueError("--no-latents with --no-text leaves nothing to do")
         return self

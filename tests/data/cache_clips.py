@@ -44,3 +44,16 @@ def level(index: int) -> int:
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def cache_tiny(dataset: Path | None, output: Path, overwrite: bool = False, **settings: object) -> Path:
+    """Run `lapwan cache` in this process on the embedded model, 9 frames of 32x48; gives the folder back."""
+    from lapwan.commands.cache import run
+    from lapwan.settings.cache import CacheSettings
+    from lapwan.settings.run import RunOptions
+
+    chosen = {"model": "tiny-t2v", "device": "cpu"} | settings
+    if dataset is not None and dataset.suffix == ".jsonl":
+        chosen = {"size": (32, 48), "num_frames": (9,)} | chosen
+    run(CacheSettings(dataset=dataset, output=output, **chosen), RunOptions(overwrite=overwrite))
+    return output

@@ -1,0 +1,63 @@
+"""A strip of frames for each of a few cached clips, decoded from the cache: what the model will see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lapwan.data.cachefile import load_index, read_item
+from lapwan.files import atomic_file
+from lapwan.sampling.encode import device_of
+from lapwan.wan.folder import ModelSpec
+from lapwan.wan.vae import decode, load_vae
+
+PREVIEW_FILE = "lapwan_preview.png"
+_COLUMNS = 6
+_GAP = 4  # pixels between frames
+
+
+def write_preview(folder: Path, spec: ModelSpec, count: int, device: str = "auto") -> Path:
+    """Write `lapwan_preview.png`: a row for each of `count` items spread over the cache, up to six frames each; where
+    a clip has a region, what lies outside it is dimmed.
+
+    Raises:
+        UserError: no cache there, or a damaged file.
+    """
+    from PIL import Image
+
+    index = load_index(folder)
+    vae = load_vae(spec, device=device_of(device))
+    step = max(1, len(index.items) // count)
+    rows: list[np.ndarray] = []
+    for item in index.items[::step][:count]:
+        tensors = read_item(folder, item)
+        latents, roi = tensors["latents"], tensors["roi"]
+        assert latents is not None
+        with torch.no_grad():
+            pixels_CTHW = decode(vae, latents[None])[0].cpu()
+        frames = np.linspace(0, item.frames - 1, min(_COLUMNS, item.frames)).round().astype(int)
+        shown = ((pixels_CTHW[:, frames] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+        if roi is not None:
+            shown = _dimmed(shown, roi.numpy(), frames)
+        rows.append(_strip(shown))
+    width = max(row.shape[1] for row in rows)
+    padded = [np.pad(row, ((0, _GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    path = folder / PREVIEW_FILE
+    with atomic_file(path) as temporary:
+        Image.fromarray(np.concatenate(padded)).save(temporary)
+    return path
+
+
+def _strip(frames_THWC: np.ndarray) -> np.ndarray:
+    gaps = np.pad(frames_THWC, ((0, 0), (0, 0), (0, _GAP), (0, 0)), constant_values=255)
+    return np.concatenate(list(gaps), axis=1)
+
+
+def _dimmed(frames_THWC: np.ndarray, roi_THW: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """Latent frame of pixel frame f: 0 for the first, then (f - 1) // 4 + 1."""
+    scale = frames_THWC.shape[1] // roi_THW.shape[1]
+    masks = roi_THW[np.where(frames == 0, 0, (frames - 1) // 4 + 1)]
+    light = 0.4 + 0.6 * masks.repeat(scale, axis=1).repeat(scale, axis=2)[..., None]
+    return (frames_THWC * light).astype(np.uint8)

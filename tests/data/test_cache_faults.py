@@ -1,0 +1,197 @@
+"""Kills, full disks, two processes at once: nothing lost, nothing wrong used."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cache_clips import cache_tiny, make_video, write_jsonl
+
+from lapwan.data.cachefile import load_index, read_item
+from lapwan.errors import UserError
+from lapwan.files import is_temporary
+from lapwan.lora.tensorfile import read_header
+
+CLIPS = 12
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("many")
+    for index in range(CLIPS):
+        make_video(folder / f"c{index:02d}.mp4", frames=12, seed=index)
+    return write_jsonl(folder / "clips.jsonl", [
+        {"video_path": f"c{i:02d}.mp4", "caption": f"剪刀 {i}"} for i in range(CLIPS)])
+
+
+@pytest.fixture(scope="module")
+def reference(dataset, tmp_path_factory):
+    """The cache of an undisturbed run."""
+    return cache_tiny(dataset, tmp_path_factory.mktemp("reference") / "cache")
+
+
+def command(dataset: Path, folder: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "lapwan", "cache", "--dataset", str(dataset), "--model", "tiny-t2v", "-o",
+            str(folder), "--size", "32x48", "--num-frames", "9", "--device", "cpu", "--batch-size", "1", *more]
+
+
+def whole(folder: Path) -> int:
+    """How many cache files there are; each must be whole."""
+    found = list(folder.glob("*_wan.safetensors"))
+    for path in found:
+        read_header(path)
+    return len(found)
+
+
+def test_a_kill_in_the_middle_leaves_whole_files_and_the_next_run_goes_on(dataset, reference, tmp_path):
+    folder = tmp_path / "cache"
+    process = subprocess.Popen(command(dataset, folder, "--workers", "1"), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob("*_wan.safetensors"))) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    count = whole(folder)
+    assert 3 <= count < CLIPS
+    with pytest.raises(UserError):
+        load_index(folder)  # nothing is finished: no training on half a cache
+    kept = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.safetensors") if not is_temporary(p)}
+    cache_tiny(dataset, folder)
+    assert all((folder / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
+    index = load_index(folder)
+    assert len(index.items) == CLIPS
+    for ours, theirs in zip(index.items, load_index(reference).items, strict=True):
+        torch.testing.assert_close(read_item(folder, ours)["latents"], read_item(reference, theirs)["latents"],
+                                   atol=1e-5, rtol=0)
+
+
+def test_a_kill_while_replacing_leaves_only_right_items_in_the_index(dataset, reference, tmp_path):
+    """Half of the files are of the new size, under the names of the old ones."""
+    folder = shutil.copytree(reference, tmp_path / "cache")
+    process = subprocess.Popen([*command(dataset, folder)[:-6], "--size", "48x48", "--num-frames", "9", "--batch-size",
+                                "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*_wan.safetensors")}
+    try:
+        deadline = time.monotonic() + 60
+        while sum(p.stat().st_mtime_ns != stamp for p, stamp in before.items()) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    with pytest.raises(UserError, match="no cached items"):
+        load_index(folder)
+    cache_tiny(dataset, folder, size=(48, 48))
+    index = load_index(folder)
+    assert {tuple(read_item(folder, item)["latents"].shape) for item in index.items} == {(16, 3, 6, 6)}
+
+
+def test_two_processes_on_one_folder(dataset, tmp_path):
+    folder = tmp_path / "cache"
+    both = [subprocess.Popen(command(dataset, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted("nothing to do" in out for out, _ in said) == [False, True]
+    assert len(load_index(folder).items) == CLIPS and whole(folder) == CLIPS
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A 48 KiB tmpfs; needs the right to mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_what_is_there_is_whole(dataset, tmp_path, small_disk):
+    folder = small_disk / "cache"
+    result = subprocess.run(command(dataset, folder), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: cannot write to")
+    assert "Traceback" not in result.stderr
+    assert 1 <= whole(folder) < CLIPS
+    assert not [p for p in folder.iterdir() if is_temporary(p)]
+    # With room, the same folder goes on.
+    roomy = tmp_path / "roomy"
+    shutil.copytree(folder, roomy)
+    cache_tiny(dataset, roomy)
+    assert len(load_index(roomy).items) == CLIPS
+
+
+def test_a_read_only_folder_is_one_line(dataset, tmp_path):
+    if os.geteuid() == 0:
+        target = Path("/proc/lapwan-cache")  # where not even root may write
+    else:
+        target = tmp_path / "locked"
+        target.mkdir(mode=0o500)
+        target = target / "cache"
+    result = subprocess.run(command(dataset, target), capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+def test_a_decoder_that_dies_takes_only_its_clip(dataset, tmp_path):
+    """A worker killed from outside: its clip is tried again alone, and the rest goes on."""
+    from lapwan.data import decode as decoding
+    from lapwan.data.buckets import centre_crop
+    from lapwan.data.video import probe
+
+    jobs = []
+    for index in range(4):
+        path = dataset.parent / f"c{index:02d}.mp4"
+        facts = probe(path, 16)
+        jobs.append(decoding.Job(path, ((f"i{index}", range(9)),), centre_crop(96, 64, (48, 32)), 16, facts, None))
+    found = []
+    for decoded in decoding.decode(jobs, workers=1):
+        found.append(decoded)
+        if len(found) == 1:
+            for pid in _children(os.getpid()):
+                os.kill(pid, signal.SIGKILL)
+    assert [d.id for d in found] == ["i0", "i1", "i2", "i3"]
+    assert all(d.failure is None and d.frames.shape == (9, 32, 48, 3) for d in found)
+
+
+def _children(parent: int) -> list[int]:
+    """Decoding workers started by this process (not the resource tracker)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                line = (entry / "cmdline").read_text()
+            except OSError:
+                continue
+            if int(stat[1]) == parent and "spawn_main" in line:
+                found.append(int(entry.name))
+    return found
+
+
+def test_processes_of_a_launcher_share_the_work(dataset, reference, tmp_path):
+    folder = tmp_path / "cache"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    result = subprocess.run([*launcher, *command(dataset, folder)[1:]], capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
+    assert f"{CLIPS} items; {CLIPS} latents, {CLIPS} texts" in result.stdout
+    assert result.stdout.count("items;") == 1
+    index = load_index(folder)
+    assert len(index.items) == CLIPS and index.prompts
+    assert [item.id for item in index.items] == [item.id for item in load_index(reference).items]
