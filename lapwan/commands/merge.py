@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from lapwan.errors import UserError
 from lapwan.files import claim_output
 from lapwan.lora import noise_expert
 from lapwan.lora.assign import Request, assign, assign_one, group
+from lapwan.lora.checkpoint_file import Advance
 from lapwan.lora.combine import combine
 from lapwan.lora.formats import LoraFile, write_lora
 from lapwan.lora.merge import ComponentPlan, Given, plan_component, write_component
@@ -55,8 +57,8 @@ def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Non
     _check_and_tell(plans, settings.output, folder_bytes(spec.path, plans, settings.link))
     if options.dry_run:
         return
-    with progress("merge", sum(plan.size for plan in plans), "B") as bar:
-        write_folder(spec.path, settings.output, plans, settings.link, bar.advance)
+    with _bytes_bar(plans) as advance:
+        write_folder(spec.path, settings.output, plans, settings.link, advance)
     results.print(f"merged model: {settings.output}", markup=False)
 
 
@@ -71,11 +73,11 @@ def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -
     _check_and_tell([plan], settings.output, folder_bytes(dit, [plan], settings.link) if whole else plan.size)
     if options.dry_run:
         return
-    with progress("merge", plan.size, "B") as bar:
+    with _bytes_bar([plan]) as advance:
         if whole:
-            write_folder(dit, settings.output, [plan], settings.link, bar.advance)
+            write_folder(dit, settings.output, [plan], settings.link, advance)
         else:
-            write_component(plan, [settings.output], bar.advance)
+            write_component(plan, [settings.output], advance)
     results.print(f"merged transformer: {settings.output}", markup=False)
 
 
@@ -125,6 +127,13 @@ def _claim_folder(output: Path, source: Path, options: RunOptions) -> None:
     if inside == around or around in inside.parents or inside in around.parents:
         raise UserError(f"output {output} and the model {source} lie inside each other; choose a folder outside it")
     claim_output(output, options.overwrite)
+
+
+@contextmanager
+def _bytes_bar(plans: Sequence[ComponentPlan]) -> Iterator[Advance]:
+    """Progress in MiB for bytes written."""
+    with progress("merge", round(sum(plan.size for plan in plans) / 2**20, 1), "MiB") as bar:
+        yield lambda size: bar.advance(size / 2**20)
 
 
 def _check_and_tell(plans: Sequence[ComponentPlan], output: Path, needed: int) -> None:

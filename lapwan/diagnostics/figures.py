@@ -12,9 +12,8 @@ these figures shows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from lapwan.lora.checkpoint_file import Entry
 from lapwan.lora.state import LoraEntry
+from lapwan.lora.threads import one_thread
 from lapwan.names import OUTER_MODULES, split_block
 
 _OUTER = {diffusers: original for original, diffusers in OUTER_MODULES.items()}
@@ -116,17 +116,6 @@ class _Grams:
         return sigma[:, -1], squares.sum(-1) / squares[:, -1], entropy.exp()
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch's own threads off: on thin matrices they wait for each other longer than they work (1.8 s against 1.3)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def measure(modules: Mapping[str, Entry], spectrum: bool = True) -> list[ModuleFigures]:
     """Figures of every module; at most two are in memory at a time. `spectrum=False` leaves the eigenvalues out."""
     by_rank: dict[int, _Grams] = {}
@@ -139,7 +128,7 @@ def measure(modules: Mapping[str, Entry], spectrum: bool = True) -> list[ModuleF
         row = len(grams.indices)
         grams.indices.append(index)
         jobs.append((path, module, grams.a[row], grams.b[row]))
-    with _one_thread(), ThreadPoolExecutor(_WORKERS) as pool:  # one module is read while another is computed
+    with one_thread(), ThreadPoolExecutor(_WORKERS) as pool:  # one module is read while another is computed
         figures = list(pool.map(lambda job: _measure(*job), jobs))
     for grams in by_rank.values() if spectrum else ():
         rows = [r for r, i in enumerate(grams.indices) if figures[i].finite and not figures[i].dead]

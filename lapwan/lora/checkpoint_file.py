@@ -13,7 +13,8 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,10 +27,12 @@ from lapwan.files import atomic_file
 from lapwan.lora.state import LoraEntry
 from lapwan.lora.tensorfile import ITEM_SIZE, TensorFile, TensorInfo
 from lapwan.lora.tensors import DTYPES
+from lapwan.lora.threads import one_thread
 
 TILE_BYTES = 16 << 20  # of a touched tensor as fp32
 _COPY_BYTES = 64 << 20  # per call into the kernel, so that progress moves
 _MERGEABLE = ("F64", "F32", "F16", "BF16")
+_WORKERS = 2
 Advance = Callable[[int], None]
 
 
@@ -94,13 +97,13 @@ def rewrite(
         writer.write(header)
         writer.flush()
         position = source.data_start
-        for name in sorted(terms, key=lambda n: source.tensors[n].start):
-            info = source.tensors[name]
-            _copy(reader.fileno(), writer.fileno(), position, info.start, shift, advance)
-            for offset, tile in _merged_tiles(source, info, terms[name]):
-                _write(writer.fileno(), tile, info.start + offset + shift)
-                advance(len(tile))
-            position = info.end
+        with one_thread(), ThreadPoolExecutor(_WORKERS) as pool:  # one tile is read or written while another is added
+            for name in sorted(terms, key=lambda n: source.tensors[n].start):
+                info = source.tensors[name]
+                _copy(reader.fileno(), writer.fileno(), position, info.start, shift, advance)
+                for done in pool.map(_tile_job(source, info, terms[name], writer.fileno(), shift), _tiles(info)):
+                    advance(done)
+                position = info.end
         _copy(reader.fileno(), writer.fileno(), position, end, shift, advance)
 
 
@@ -114,21 +117,34 @@ def _header(source: TensorFile, metadata: Mapping[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _merged_tiles(source: TensorFile, info: TensorInfo, terms: Sequence[Term]) -> Iterator[tuple[int, memoryview]]:
-    """(byte offset in the tensor, merged bytes) by row tiles; each LoRA module is read once per tensor."""
+def _tiles(info: TensorInfo) -> list[tuple[int, int]]:
+    """(first row, rows) of each tile."""
     rows, columns = info.shape
-    row_bytes = columns * ITEM_SIZE[info.dtype]
     step = max(1, TILE_BYTES // (columns * 4))
+    return [(first, min(step, rows - first)) for first in range(0, rows, step)]
+
+
+def _tile_job(
+    source: TensorFile, info: TensorInfo, terms: Sequence[Term], writer: int, shift: int
+) -> Callable[[tuple[int, int]], int]:
+    """What merges one tile of a tensor and writes it in its place; each LoRA module is read once per tensor."""
+    row_bytes = info.shape[1] * ITEM_SIZE[info.dtype]
     read = [(term.module.entry(), term.multiplier) for term in terms]
-    for first in range(0, rows, step):
-        count = min(step, rows - first)
+
+    def job(tile: tuple[int, int]) -> int:
+        first, count = tile
         raw = source.read(info.name, first * row_bytes, count * row_bytes)
-        tile = torch.frombuffer(raw, dtype=DTYPES[info.dtype]).reshape(count, columns)
-        merged = merged_rows(tile, read, first)
-        if not torch.isfinite(merged).all():
+        rows = torch.frombuffer(raw, dtype=DTYPES[info.dtype]).reshape(count, info.shape[1])
+        merged = merged_rows(rows, read, first)
+        # NaN passes through aminmax, which is twenty times as fast as isfinite over all.
+        if not torch.stack(torch.aminmax(merged)).isfinite().all():
             raise UserError(f"merging makes '{info.name}' non-finite (in {info.dtype}): the LoRA or the base holds "
                             "NaN or too large values; look at the LoRA with `lapwan inspect-weights`")
-        yield first * row_bytes, memoryview(merged.contiguous().view(torch.uint8).numpy().data).cast("B")
+        data = memoryview(merged.contiguous().view(torch.uint8).numpy().data).cast("B")
+        _write(writer, data, info.start + first * row_bytes + shift)
+        return len(data)
+
+    return job
 
 
 def _write(descriptor: int, data: memoryview, position: int) -> None:
