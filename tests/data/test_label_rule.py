@@ -102,6 +102,7 @@ def test_weight_is_length_to_the_three_halves(resolver: Resolver) -> None:
     ("吸引器吸引", ["吸引器", "吸引"]),
     ("呼吸引起肝脏移动", []),  # 呼吸|引起 has neither 吸引 nor 吸
     ("胰腺钩突", []),
+    ("剪辑自手术录像", []),  # 剪辑 is a word
     ("可吸收缝线", ["缝线"]),
     ("双极电凝钳电凝", ["双极电凝钳", "电凝"]),
     ("剪刀剪开口子", ["剪刀", "剪开"]),
