@@ -1,0 +1,117 @@
+"""The command line as users type it: help, exit codes, older spellings, examples."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lapwan.commands.table import COMMANDS
+from lapwan.errors import UserError
+from lapwan.settings.base import flag_fields
+from lapwan.spellings import rewrite
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
+
+
+def lapwan(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lapwan", *arguments], capture_output=True, text=True, encoding="utf-8",
+        env={**os.environ, "COLUMNS": "160", "NO_COLOR": "1", **environment}, timeout=120,
+    )
+
+
+def test_help_lists_every_command_and_imports_no_torch():
+    code = ("import sys; sys.argv = ['lapwan', '--help']\nfrom lapwan.cli import main\n"
+            "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in COMMANDS:
+        assert command.name in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_command_help_shows_every_flag_with_its_description(command):
+    done = lapwan(command.name, "--help")
+    assert done.returncode == 0
+    text = re.sub(r"[\s│]+", "", done.stdout)
+    for field in flag_fields(command.settings_model()):
+        assert field.info.description, f"{field.key} has no help"
+        assert re.sub(r"\s+", "", field.info.description) in text, field.key
+        if not field.flag.positional:
+            assert field.long_name.split("/")[0] in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_example_of_the_help_uses_real_options(command):
+    known = {f.long_name.split("/")[0] for f in flag_fields(command.settings_model())} | {"-o"}
+    known |= {name for f in flag_fields(command.settings_model()) for name in f.flag.names}
+    used = {word for word in command.example.split() if word.startswith("-")}
+    assert used <= known
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.name)
+def test_every_example_passes_a_dry_run(example, tmp_path):
+    command = re.search(r"lapwan (\S+) --config", example.read_text(encoding="utf-8"))
+    assert command is not None, f"{example} does not say its command in a comment"
+    prepare_example_inputs(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "lapwan", command[1], "--config", str(example), "--dry-run"], cwd=tmp_path,
+        capture_output=True, text=True, timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dry run" in done.stderr or done.stdout
+
+
+def prepare_example_inputs(folder: Path) -> None:
+    """What the examples expect in the working directory: labelled clips and their cache, as the README makes them."""
+    code = (
+        "from pathlib import Path\n"
+        "from lapwan.tiny.dataset import write_dataset\n"
+        "write_dataset(Path('clips'), clips=8, seed=1, size=(64, 64), frames=17)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+    for arguments in (
+        ("label", "clips/clips.jsonl", "-o", "clips/labels.jsonl"),
+        ("cache", "--dataset", "clips/labels.jsonl", "--model", "tiny", "-o", "cache", "--size", "32x32",
+         "--num-frames", "5"),
+    ):
+        subprocess.run([sys.executable, "-m", "lapwan", *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("train-lora", "-o", "x", "--cache", "nowhere", "--steps", "1"), "error: no cache folder nowhere"),
+    (("train-lora", "-o", "x", "--steps", "1"), "'data' is required"),
+    (("train-lora", "-o", "x", "--cache", "c", "--steps", "none"), "error: --steps: steps = 'none'"),
+    (("train-moe", "--config", "no.toml"), "error: no such file: no.toml"),
+    (("generate", "--model", "tiny", "--prompt", "x", "-o", "x.mp4", "--task", "t2v"), "read from the model"),
+    (("nonsense",), "No such command"),
+    (("generate", "--no-such-option"), "No such option"),
+])
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "lapwan", *arguments], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    if done.stderr.startswith("error:"):
+        assert done.stderr.strip().count("\n") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_older_spellings():
+    assert rewrite(["generate", "--lora_moe_weights", "m", "--output_path=o.mp4", "--video_size", "480", "832"]) == [
+        "generate", "--moe", "m", "--output=o.mp4", "--size", "480x832"]
+    assert rewrite(["generate", "--instrument_hint", "a_b"]) == ["generate", "--instrument-hint", "a_b"]
+    assert rewrite(["train-lora", "--set", "optimiser.lr=1"]) == ["train-lora", "--set", "optimiser.lr=1"]
+    assert rewrite(["label", "--", "--odd_name"]) == ["label", "--", "--odd_name"]
+    with pytest.raises(UserError, match=r"--dit-high-noise: give the model folder"):
+        rewrite(["generate", "--dit_high_noise", "x"])
+
+
+def test_the_version_is_the_packages():
+    import lapwan as package
+    assert lapwan("--version").stdout.strip() == f"lapwan {package.__version__}"

@@ -1,0 +1,97 @@
+"""Precedence of the five sources, and problems placed where they were said."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lapwan.errors import UserError
+from lapwan.names import NoiseExpert
+from lapwan.settings.base import to_toml
+from lapwan.settings.load import load
+from lapwan.settings.train_lora import TrainLoraSettings
+from lapwan.settings.train_moe import TrainMoeSettings
+
+GOOD = 'output = "run"\nsteps = 10\n[data]\ncache = "cache"\n'
+
+
+@pytest.fixture
+def toml(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "stage1.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+    return write
+
+
+def test_precedence_is_option_set_environment_file_default(toml):
+    config = toml(GOOD + "[optimiser]\nlr = 1e-5\n")
+    lr = [load(TrainLoraSettings, config, sets, options, env).optimiser.lr for sets, options, env in (
+        ([], {}, {}),
+        ([], {}, {"LAPWAN_OPTIMISER__LR": "2e-5"}),
+        (["optimiser.lr=3e-5"], {}, {"LAPWAN_OPTIMISER__LR": "2e-5"}),
+        (["optimiser.lr=3e-5"], {"optimiser.lr": "4e-5"}, {"LAPWAN_OPTIMISER__LR": "2e-5"}),
+    )]
+    assert lr == [1e-5, 2e-5, 3e-5, 4e-5]
+    assert load(TrainLoraSettings, toml(GOOD), environment={}).optimiser.lr == 1e-4
+
+
+def test_foreign_environment_names_are_left_alone(toml):
+    load(TrainLoraSettings, toml(GOOD), environment={"LAPWAN_CACHE_DIR": "/somewhere", "LAPWAN_X": "1"})
+
+
+def test_every_problem_is_reported_at_once_with_value_and_line(toml):
+    config = toml('output = "run"\nsteps = "many"\nbatch_sise = 2\n[data]\ncache = "c"\n[optimiser]\nlr = -1.0\n'
+                  'weigth_decay = 0.1\n')
+    with pytest.raises(UserError) as caught:
+        load(TrainLoraSettings, config, ["targets.q=-3"], environment={"LAPWAN_SEED": "x"})
+    text = str(caught.value)
+    assert text.startswith("6 problems:")
+    for piece in (
+        "stage1.toml, line 2: steps = 'many'",
+        "stage1.toml, line 3: unknown key 'batch_sise' (did you mean 'batch_size'?)",
+        "stage1.toml, line 7: optimiser.lr = -1.0: must be greater than 0",
+        "stage1.toml, line 8: unknown key 'optimiser.weigth_decay' (did you mean 'weight_decay'?)",
+        "--set targets.q: targets.q = -3",
+        "environment LAPWAN_SEED: seed = 'x'",
+    ):
+        assert piece in text, piece
+
+
+def test_a_bad_environment_value_names_its_variable(toml):
+    with pytest.raises(UserError, match=r"environment LAPWAN_SEED: seed = 'x'"):
+        load(TrainLoraSettings, toml(GOOD), environment={"LAPWAN_SEED": "x"})
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("output = =\n", r"is not valid TOML: .*line 1"),
+    ('output = "r"\nsteps = 1\n', r"'data' is required"),
+    (GOOD + "[high]\nranks = 3\n", r"unknown key 'high.ranks'; \[high\] takes steps, targets"),
+    (GOOD.replace("steps", "epochs = 1\nsteps"), "give exactly one of steps and epochs"),
+    (GOOD.replace("steps", 'experts = ["high"]\nsteps') + "[low]\nsteps = 3\n", r"\[low\] is set, but experts"),
+])
+def test_one_line_each(toml, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load(TrainLoraSettings, toml(text), environment={})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_broken_set():
+    with pytest.raises(UserError, match=r"no such file: nowhere.toml"):
+        load(TrainLoraSettings, Path("nowhere.toml"))
+    with pytest.raises(UserError, match=r"--set optimiser.lr: expected section.key=value"):
+        load(TrainLoraSettings, None, ["optimiser.lr"])
+
+
+def test_resolved_settings_reproduce_themselves_from_anywhere(toml, tmp_path, monkeypatch):
+    config = toml(GOOD + "[router]\nkind = \"rule\"\n[low]\nsteps = 5\n[low.targets]\nlast_blocks = \"all\"\n")
+    first = load(TrainMoeSettings, config, environment={})
+    text = to_toml(first)
+    assert Path(tomllib.loads(text)["output"]).is_absolute()
+    monkeypatch.chdir(tmp_path.parent)
+    again = load(TrainMoeSettings, toml(text), environment={})
+    assert to_toml(again) == text
+    assert again.of(NoiseExpert.LOW, 1).targets.last_blocks is None and again.of(NoiseExpert.LOW, 1).steps == 5
+    assert again.of(NoiseExpert.HIGH, 1).targets.last_blocks == 8

@@ -1,0 +1,58 @@
+"""A real process killed with SIGKILL in the middle of each stage, resumed, against the uninterrupted run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lapwan.train.checkpoint import checkpoints
+
+STEPS = 16  # of each noise expert
+
+
+def start(command: str, run: Path, cache: Path, *more: str) -> subprocess.Popen[str]:
+    arguments = [
+        sys.executable, "-m", "lapwan", command, "--model", "tiny", "--cache", str(cache), "-o", str(run),
+        "--steps", str(STEPS), "--save-every", "4", "--lr", "1e-2", "--device", "cpu",
+        "--set", "targets.last_blocks=2", "--set", "targets.ffn_last_blocks=1", "--set", "turn=3",
+        "--set", "accumulate=2", "--set", "caption_dropout=0.2", *more,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("command", ["train-lora", "train-moe"])
+def test_resume_after_kill_9_is_bitwise_the_uninterrupted_run(command, tmp_path, t2v_cache):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference = start(command, whole, t2v_cache)
+    victim = start(command, killed, t2v_cache)
+    deadline = time.monotonic() + 120
+    while not checkpoints(killed) and time.monotonic() < deadline and victim.poll() is None:
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL
+    _, said = reference.communicate(timeout=180)
+    assert reference.returncode == 0, said
+    done = [step for step, _ in checkpoints(killed)]
+    assert done and done[-1] < 2 * STEPS, "the process was to die in the middle"
+    again = start(command, killed, t2v_cache, "--resume")
+    _, said = again.communicate(timeout=180)
+    assert again.returncode == 0 and f"at step {done[-1]} of {2 * STEPS}" in said, said
+    files = sorted(path.name for path in whole.glob("*.safetensors"))
+    assert files == (["lapwan.safetensors"] if command == "train-moe" else
+                     ["lapwan_high_noise.safetensors", "lapwan_low_noise.safetensors"])
+    for name in files:
+        ours, theirs = load_file(killed / name), load_file(whole / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    state = [load_file(run / f"step_{2 * STEPS:06d}" / "state" / "trained.safetensors") for run in (whole, killed)]
+    assert all(torch.equal(state[0][key], state[1][key]) for key in state[0])
