@@ -39,7 +39,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # as the umask says: safetensors' writer makes its files private
         fsync_path(temporary)
         temporary.replace(path)
         fsync_path(path.parent)

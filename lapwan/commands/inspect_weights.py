@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from lapwan import files
-from lapwan.console import log, results
+from lapwan.commands.model import resolve
+from lapwan.console import log, progress, results
 from lapwan.diagnostics import report
-from lapwan.diagnostics.figures import measure, summarise
+from lapwan.diagnostics.figures import Figures, ModuleFigures, measure, summarise
 from lapwan.diagnostics.growth import growth, history
+from lapwan.diagnostics.mixture import MixtureSide, describe
+from lapwan.diagnostics.relative import weight_norms
 from lapwan.diagnostics.run_folder import (
     METRICS,
+    UNSAID,
     Checkpoint,
     checkpoints,
     learning_rates,
@@ -23,9 +27,11 @@ from lapwan.diagnostics.run_folder import (
 )
 from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
 from lapwan.errors import UserError
+from lapwan.names import NoiseExpert
 from lapwan.settings.base import to_toml
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.run import RunOptions
+from lapwan.wan.folder import weight_files
 
 _STDOUT = Path("-")
 
@@ -72,17 +78,50 @@ def _document(settings: InspectWeightsSettings, points: list[Checkpoint], folder
     grown = growth(points, [*history(points[:-1]), figures], lines)
     rates = learning_rates(lines, last.step) | stated_rates(last)
     rates |= {expert.value: rate for expert, rate in (settings.lr or {}).items()}
-    verdict = judge(Evidence(PRESETS[settings.preset], figures, rates, grown, last.step))
-    document = report.document(figures, modules, rates, grown, verdict, settings.by)
+    sides = {label: side for label, side in last.loras.items() if isinstance(side, MixtureSide)}
+    mixture = {label: describe(side) for label, side in sides.items()} or None
+    overlaps = {label: one["overlap"] for label, one in mixture.items()} if mixture else None
+    verdict = judge(Evidence(PRESETS[settings.preset], figures, rates, grown, last.step, overlaps))
+    norms = _base_norms(settings.base, last) if settings.base else None
+    document = report.document(figures, modules, rates, grown, verdict, settings.by, mixture, norms)
     if settings.json_file != _STDOUT:
-        title = f"step {last.step}" if last.step is not None else ""
-        results.print(report.figure_table(title, figures))
-        if rate := document["ratios"]["lr"]:
-            results.print(f"lr, high / low: {rate:.4g}", markup=False)
-        if settings.by != "expert":
-            results.print(report.group_table(report.grouped(modules, settings.by), settings.by))
-        if grown:
-            results.print(report.growth_table(grown))
-        for line in report.verdict_lines(verdict):
-            results.print(line, markup=False)
+        _tell(settings, document, figures, modules, f"step {last.step}" if last.step is not None else "")
     return document
+
+
+def _base_norms(model: str, point: Checkpoint) -> dict[str, dict[str, float]]:
+    spec = resolve(model)
+    found: dict[str, dict[str, float]] = {}
+    for label, source in point.loras.items():
+        if label == UNSAID and len(spec.experts) > 1:
+            raise UserError(f"{source.path} does not say which noise expert it is for, so --base cannot be compared; "
+                            "give HIGH LOW files")
+        expert = spec.experts[0] if label == UNSAID else NoiseExpert(label)
+        if expert not in spec.experts:
+            raise UserError(f"--base {model} has no {label} noise expert, but {source.path} is for it")
+        paths = list(source.modules)
+        if isinstance(source, MixtureSide):  # several experts change one weight
+            paths = list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
+        with progress(f"norms of {expert.component}", len(paths), "weight") as bar:
+            found[label] = weight_norms(weight_files(spec.component(expert)), paths, bar.advance)
+    return found
+
+
+def _tell(
+    settings: InspectWeightsSettings, document: dict[str, Any], figures: dict[str, Figures],
+    modules: dict[str, list[ModuleFigures]], title: str,
+) -> None:
+    results.print(report.figure_table(title, figures))
+    for label, one in document["experts"].items():
+        if "relative_delta" in one:
+            results.print(f"update / weights of the base, {label}: {report.shown(one['relative_delta'])}", markup=False)
+    if rate := document["ratios"]["lr"]:
+        results.print(f"lr, high / low: {rate:.4g}", markup=False)
+    for label, described in document.get("mixture", {}).items():
+        results.print(report.overlap_table(label, described))
+    if settings.by != "expert":
+        results.print(report.group_table(report.grouped(modules, settings.by), settings.by))
+    if document["growth"]:
+        results.print(report.growth_table(document["growth"]))
+    for line in report.verdict_lines(document["verdict"]):
+        results.print(line, markup=False)

@@ -53,14 +53,19 @@ class ModuleFigures:
     @property
     def block(self) -> str:
         """`7`, or `outer` for a module outside the blocks."""
-        found = split_block(self.path)
+        found = _place(self.path)
         return str(found[0]) if found else "outer"
 
     @property
     def projection(self) -> str:
         """`self_attn.q`, as users name it."""
-        found = split_block(self.path)
+        found = _place(self.path)
         return found[1] if found else _OUTER.get(self.path, self.path)
+
+
+def _place(path: str) -> tuple[int, str] | None:
+    """(block, projection) of a module, or of a mixture's `{module}.{family}`."""
+    return split_block(path) or split_block(path.rpartition(".")[0])
 
 
 @dataclass(frozen=True)

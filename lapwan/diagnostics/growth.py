@@ -16,7 +16,7 @@ from typing import Any
 
 from lapwan.diagnostics.figures import Figures, inner, measure, summarise
 from lapwan.diagnostics.run_folder import Checkpoint, own_steps
-from lapwan.lora.formats import LoraModule
+from lapwan.lora.checkpoint_file import Entry
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _relative(before: float | None, after: float | None) -> float | None:
 
 
 def update_cosine(
-    first: Mapping[str, LoraModule], second: Mapping[str, LoraModule], third: Mapping[str, LoraModule]
+    first: Mapping[str, Entry], second: Mapping[str, Entry], third: Mapping[str, Entry]
 ) -> float | None:
     """cos(W_3 − W_2, W_2 − W_1) over the modules all three have, from inner products of the factors."""
     dot = norm_new = norm_old = 0.0

@@ -50,8 +50,14 @@ def grouped(modules: Mapping[str, Sequence[ModuleFigures]], by: By) -> dict[str,
 def document(
     figures: Mapping[str, Figures], modules: Mapping[str, Sequence[ModuleFigures]], rates: Mapping[str, float],
     growth: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], by: By,
+    mixture: Mapping[str, Any] | None = None, base_norms: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """The JSON of `inspect-weights`, format 1; an absent figure is null."""
+    """The JSON of `inspect-weights`, format 1; an absent figure is null.
+
+    Args:
+        mixture: what `diagnostics.mixture.describe` says, by label.
+        base_norms: the base's weight norms by label and module; adds `relative_delta`, the update's norm over them.
+    """
     result: dict[str, Any] = {
         "format": FORMAT,
         "experts": {label: asdict(one) for label, one in figures.items()},
@@ -68,6 +74,11 @@ def document(
             "groups": {name: {"experts": {label: asdict(one) for label, one in own.items()}, "ratios": ratios(own, {})}
                        for name, own in grouped(modules, by).items()},
         }
+    for label, norms in (base_norms or {}).items():
+        base = math.hypot(*norms.values())
+        result["experts"][label]["relative_delta"] = quotient(figures[label].delta_norm, base)
+    if mixture is not None:
+        result["mixture"] = dict(mixture)
     return result
 
 
@@ -106,6 +117,20 @@ def group_table(groups: Mapping[str, Mapping[str, Figures]], by: By) -> Table:
             cells += [shown(getattr(own[label], key) if label in own else None) for label in labels]
             cells += [shown(quotients[key])] if two else []
         table.add_row(group, *cells)
+    return table
+
+
+def overlap_table(label: str, described: Mapping[str, Any]) -> Table:
+    """A mixture's experts: their norm and how they overlap."""
+    gate, families = described["timestep_gate"], described["families"]
+    table = Table(title=f"{label}: experts; timestep gate {gate['min']:.3g} to {gate['max']:.3g}, mean "
+                        f"{gate['mean']:.3g}", title_justify="left", box=None, pad_edge=False)
+    for name in ("expert", "mean|B|", "update", *(f"overlap {family}" for family in families)):
+        table.add_column(name, justify="left" if name == "expert" else "right", min_width=9)
+    for family, one in families.items():
+        row = described["overlap"][family]
+        table.add_row(family, shown(one["mean_abs_B"]), shown(one["delta_norm"]),
+                      *(f"{row[other]:+.2f}" if row[other] is not None else "-" for other in families))
     return table
 
 

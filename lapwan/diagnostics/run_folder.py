@@ -1,6 +1,7 @@
 """Finding what there is to inspect: a pair of LoRA files, one file, or a run folder with its checkpoints.
 
-LoRAs are labelled `high`, `low`, or `file` where nothing says which noise expert a file is for.
+A file is a LoRA or a mixture. What it holds is labelled `high`, `low`, or `file` where nothing says which noise
+expert it is for.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from lapwan.diagnostics.mixture import is_mixture_file, open_mixture
 from lapwan.errors import UserError
 from lapwan.files import is_temporary
 from lapwan.lora.assign import check_role
-from lapwan.lora.formats import FORMAT_KEY, LoraFile, open_lora
-from lapwan.lora.tensorfile import read_header
+from lapwan.lora.checkpoint_file import Entry
+from lapwan.lora.formats import open_lora
 from lapwan.names import NoiseExpert
 
 UNSAID = "file"
@@ -26,12 +28,24 @@ _STEP_FOLDER = re.compile(r"^step_(\d+)$")
 _STEP_NAME = re.compile(r"(?:step[-_]?|[-_])0*(\d+)(?=[-_.]|$)")
 
 
+class Source(Protocol):
+    """The low-rank modules of one noise expert in a file: a LoRA, or a mixture's side."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def metadata(self) -> dict[str, str]: ...
+    @property
+    def modules(self) -> Mapping[str, Entry]: ...
+    def fingerprint(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """The LoRAs of one moment, by label; `step` None where nothing says it."""
+    """What was saved at one moment, by label; `step` None where nothing says it."""
 
     step: int | None
-    loras: dict[str, LoraFile]
+    loras: Mapping[str, Source]
 
 
 def pair(high: Path, low: Path) -> Checkpoint:
@@ -40,7 +54,7 @@ def pair(high: Path, low: Path) -> Checkpoint:
     Raises:
         UserError: a file whose metadata says it is the other one.
     """
-    loras: dict[str, LoraFile] = {}
+    loras: dict[str, Source] = {}
     for expert, path in ((NoiseExpert.HIGH, high), (NoiseExpert.LOW, low)):
         files = open_lora(path)
         found = files.get(expert) or files.get(None) or next(iter(files.values()))
@@ -50,17 +64,23 @@ def pair(high: Path, low: Path) -> Checkpoint:
 
 
 def single(path: Path) -> Checkpoint:
-    """One file: one noise expert, both, or one that does not say."""
-    loras = {expert.value if expert else UNSAID: lora for expert, lora in open_lora(path).items()}
+    """One file: a LoRA of one noise expert, of both, or of one it does not say; or a mixture."""
+    loras = _open(path)
     return Checkpoint(_common_step(loras), loras)
 
 
-def _common_step(loras: Mapping[str, LoraFile]) -> int | None:
+def _open(path: Path) -> Mapping[str, Source]:
+    if is_mixture_file(path):
+        return open_mixture(path)
+    return {expert.value if expert else UNSAID: lora for expert, lora in open_lora(path).items()}
+
+
+def _common_step(loras: Mapping[str, Source]) -> int | None:
     steps = {step_of(lora) for lora in loras.values()}
     return steps.pop() if len(steps) == 1 else None
 
 
-def step_of(lora: LoraFile) -> int | None:
+def step_of(lora: Source) -> int | None:
     """The step a file was saved at: its folder `step_400`, its metadata, or its name."""
     if match := _STEP_FOLDER.match(lora.path.parent.name):
         return int(match[1])
@@ -72,21 +92,20 @@ def step_of(lora: LoraFile) -> int | None:
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
-    """Every checkpoint of a run folder, in the order of steps.
+    """Every checkpoint of a run folder, in the order of steps: its LoRAs, or if it has none its mixtures.
 
     Raises:
-        UserError: no LoRA files there, or two of one noise expert and step.
+        UserError: no such files there, or two of one noise expert and step.
     """
     paths = [p for p in [*folder.glob("*.safetensors"), *folder.glob("step_*/*.safetensors")] if not is_temporary(p)]
-    paths = [p for p in paths if not read_header(p).metadata.get(FORMAT_KEY, "").startswith("mixture/")]
+    paths = [p for p in paths if not is_mixture_file(p)] or paths
     if not paths:
-        raise UserError(f"{folder} holds no LoRA files (*.safetensors, or step_N/*.safetensors); give a run folder or "
-                        "LoRA files")
-    by_step: dict[int | None, dict[str, LoraFile]] = {}
+        raise UserError(f"{folder} holds no LoRA or mixture (*.safetensors, or step_N/*.safetensors); give a run "
+                        "folder or LoRA files")
+    by_step: dict[int | None, dict[str, Source]] = {}
     for path in sorted(paths):
-        for expert, lora in open_lora(path).items():
+        for label, lora in _open(path).items():
             own = by_step.setdefault(step_of(lora), {})
-            label = expert.value if expert else UNSAID
             same = label in own and (own[label].path.samefile(path) or own[label].fingerprint() == lora.fingerprint())
             if label in own and not same:
                 raise UserError(f"{own[label].path} and {path} are both the {label} noise expert at step "

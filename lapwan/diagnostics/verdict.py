@@ -62,6 +62,7 @@ class Evidence:
     rates: Mapping[str, float]
     growth: Sequence[Mapping[str, Any]]
     step: int | None
+    overlaps: Mapping[str, Mapping[str, Mapping[str, float | None]]] | None = None  # of a mixture, by label
 
     def lead(self, name: str) -> float | None:
         """The figure `name`, leader over follower."""
@@ -172,12 +173,33 @@ def _dead(seen: Evidence) -> Rule | None:
                 "check that these modules were trained and that gradients reach them" if count else "none")
 
 
+def _overlap(seen: Evidence) -> Rule | None:
+    pairs = [(value, a, b) for matrix in (seen.overlaps or {}).values() for a, row in matrix.items()
+             for b, value in row.items() if a < b and value is not None]
+    if not pairs:
+        return None
+    value, a, b = max(pairs)
+    return Rule(f"largest overlap of two experts ({a}, {b})", value, "< 0.9", "good" if value < 0.9 else "warn",
+                "cosine of their updates; at 1 they are one expert",
+                "look at the labels of their clips, lower the balance weight, or merge the two families")
+
+
+# What was learnt about plain LoRAs does not carry over to a mixture, whose experts act by gates.
+_MIXTURE_RULES = (_broken, _dead, _overlap)
 _RULES = (_broken, _dead, _b_ratio, _delta_ratio, _legacy_ratio, _magnitude, _lr_ratio, _follower_grows_faster, _steps)
 
 
 def judge(seen: Evidence) -> dict[str, Any]:
     """The `verdict` of the JSON: the preset, the worst status, every rule that could be judged, and notes."""
-    rules = [found for rule in _RULES if (found := rule(seen)) is not None]
+    mixture = seen.overlaps is not None
+    rules = [found for rule in (_MIXTURE_RULES if mixture else _RULES) if (found := rule(seen)) is not None]
+    status = max((rule.status for rule in rules), key=_ORDER.index, default="good")
+    notes = ["a mixture: the rules for plain LoRAs are not applied"] if mixture else _notes(seen)
+    return {"preset": seen.preset.name, "status": status, "rules": [asdict(rule) for rule in rules], "notes": notes}
+
+
+def _notes(seen: Evidence) -> list[str]:
+    """What could not be judged, and why."""
     notes = []
     leader = seen.figures.get(seen.preset.leader)
     if leader is not None and seen.preset.magnitude and not comparable(leader):
@@ -185,5 +207,4 @@ def judge(seen: Evidence) -> dict[str, Any]:
                      f"that of Wan-14B's Linears ({_WAN_14B_FLOOR:g})")
     if len(seen.figures) < 2:
         notes.append("one noise expert only: no ratios")
-    status = max((rule.status for rule in rules), key=_ORDER.index, default="good")
-    return {"preset": seen.preset.name, "status": status, "rules": [asdict(rule) for rule in rules], "notes": notes}
+    return notes

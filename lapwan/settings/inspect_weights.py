@@ -13,7 +13,7 @@ from lapwan.settings.base import Flag, Settings
 
 
 class InspectWeightsSettings(Settings):
-    """Numbers about a pair of LoRA files, one file, or a run folder."""
+    """Numbers about a pair of LoRA files, one LoRA or mixture, or a run folder."""
 
     files: Annotated[tuple[Path, ...], Flag(positional=True, metavar="HIGH LOW | FILE | RUN_FOLDER")] = Field(
         description="The high and the low noise expert's LoRA, one file, or a run folder.")
@@ -26,6 +26,9 @@ class InspectWeightsSettings(Settings):
         default=None, description="Write the figures as JSON to a file, or to stdout with -.")
     lr: Annotated[dict[NoiseExpert, float] | None, Flag(metavar="high=A,low=B")] = Field(
         default=None, description="Learning rates, where neither the files nor metrics.jsonl state them.")
+
+    base: Annotated[str | None, Flag(metavar="MODEL")] = Field(
+        default=None, description="Also compare the updates with the weights of this model.")
 
     @field_validator("lr", mode="before")
     @classmethod

@@ -265,7 +265,7 @@ def test_mistakes_are_answered(tmp_path, capsys):
         inspect(high, high)
     with pytest.raises(UserError, match="3 files given"):
         inspect(high, low, high)
-    with pytest.raises(UserError, match="holds no LoRA files"):
+    with pytest.raises(UserError, match="holds no LoRA or mixture"):
         inspect(Path(__file__).parent)
     with pytest.raises(UserError, match="lr"):
         inspect(high, low, lr="high=-1,low=2")
