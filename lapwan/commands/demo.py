@@ -94,12 +94,12 @@ def _prepare(settings: DemoSettings, diary: _Diary) -> Path:
         clips = write_dataset(out / "clips", settings.clips, settings.seed, defaults.size, defaults.num_frames)
         height, width = defaults.size
         figures.append(f"{settings.clips} clips, {defaults.num_frames} frames of {height}x{width}")
-    with diary.stage("label: captions to instruments", out / "clips" / "labels.jsonl") as figures:
-        _call("label", clips=str(clips), output=str(out / "clips" / "labels.jsonl"), report=str(out / "labels.report.json"))
+    with diary.stage("label: captions to instruments", out / "labels.jsonl") as figures:
+        _call("label", clips=str(clips), output=str(out / "labels.jsonl"), report=str(out / "labels.report.json"))
         families = json.loads((out / "labels.report.json").read_text(encoding="utf-8"))["families"]
         figures.append(", ".join(f"{name} {count}" for name, count in families.items()))
     with diary.stage("cache: latents and text features", out / "cache") as figures:
-        _call("cache", dataset=str(out / "clips" / "labels.jsonl"), model="tiny", output=str(out / "cache"))
+        _call("cache", dataset=str(out / "labels.jsonl"), model="tiny", output=str(out / "cache"))
         figures.append(f"{settings.clips} clips, {_megabytes(out / 'cache'):.1f} MB")
     return clips
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lapwan import console
-from lapwan.data.clips import ClipFile, read_clips, to_line
+from lapwan.data.clips import ClipFile, read_clips, relocated, to_line
 from lapwan.data.labelreport import LabelReport
 from lapwan.data.labels import Label, Resolver, rounded
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
@@ -92,12 +92,15 @@ def _label_all(
     resolver = Resolver(taxonomy)
     total = max(1, -(-clips.bytes_total // _MEBIBYTE))
     done = 0
+    # Relative paths are read from the JSONL's own folder: elsewhere they would lead nowhere.
+    source, target = settings.clips.resolve().parent, settings.output.resolve().parent
     with output.open("w", encoding="utf-8", newline="\n") as file, console.progress("label", total, "MiB") as bar:
         for clip in clips:
             label = resolver.label(clip.caption)
             report.add(clip.line, clip.caption, label)
             report.relabelled += "instrument_label" in clip.data
-            file.write(to_line(_labelled(clip.data, label, settings.soft_labels)))
+            data = clip.data if source == target else relocated(clip.data, source, target)
+            file.write(to_line(_labelled(data, label, settings.soft_labels)))
             if (now := clips.bytes_read // _MEBIBYTE) > done:
                 bar.advance(now - done, clips=report.clips)
                 done = now

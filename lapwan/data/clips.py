@@ -6,6 +6,7 @@ How to add a field: nothing to do here. Unknown fields travel through `label` un
 from __future__ import annotations
 
 import json
+import os
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from lapwan.errors import UserError, nearest
 
 _SHOWN = 60  # characters of a broken line that an error shows
 MEDIA_KEYS = ("video_path", "image_path")
+PATH_KEYS = (*MEDIA_KEYS, "mask_path")
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,19 @@ def resolve_video(path: str | Path, jsonl: Path) -> Path:
     if len(found) == 2 and not beside.samefile(here):
         raise UserError(f"'{given}' is ambiguous: both {beside} and {here} exist; write the absolute path")
     return found[0]
+
+
+def relocated(data: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
+    """The fields for a JSONL in folder `target`, taken from one in `source`: paths beside the old file still lead there.
+
+    Only relative paths that exist beside the old file change; the order of the fields stays.
+    """
+    out = dict(data)
+    for key in PATH_KEYS:
+        value = data.get(key)
+        if isinstance(value, str) and not Path(value).is_absolute() and (source / value).exists():
+            out[key] = Path(os.path.relpath(source / value, target)).as_posix()
+    return out
 
 
 def _refuse_constant(word: str) -> NoReturn:

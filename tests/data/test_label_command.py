@@ -14,6 +14,7 @@ import pytest
 from rich.cells import cell_len
 
 from lapwan import cli
+from lapwan.data.clips import resolve_video
 
 CLIPS = [
     {"video_path": "a.mp4", "caption": "抓钳抓取标本袋", "duration": 3, "source": "cholec36"},
@@ -62,6 +63,15 @@ def test_labels_are_added_after_what_was_there(clips: Path, label: Run, tmp_path
     assert written[1]["instrument_logits"] == [0, 0.648, 0, 0.352]
     assert "抓钳抓取标本袋" in out.read_text(encoding="utf-8")
     assert not list(tmp_path.rglob(".lapwan-tmp-*"))
+
+
+def test_relative_paths_still_lead_to_the_clips_from_another_folder(clips: Path, label: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    out = tmp_path / "deep" / "er" / "labels.jsonl"
+    assert label(clips, "-o", out) == 0
+    first, second, *_ = rows(out)
+    assert first["video_path"] == "../../a.mp4" and resolve_video(first["video_path"], out).samefile(tmp_path / "a.mp4")
+    assert second["video_path"] == "b.mp4"  # there is no such file: what it means is not ours to guess
 
 
 def test_hard_labels_and_another_taxonomy(clips: Path, label: Run, tmp_path: Path) -> None:
