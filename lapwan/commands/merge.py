@@ -57,8 +57,8 @@ def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Non
     _check_and_tell(plans, settings.output, folder_bytes(spec.path, plans, settings.link))
     if options.dry_run:
         return
-    with _bytes_bar(plans) as advance:
-        write_folder(spec.path, settings.output, plans, settings.link, advance)
+    with _bytes_bar(plans, settings.verify) as advance:
+        write_folder(spec.path, settings.output, plans, settings.link, advance, settings.verify)
     results.print(f"merged model: {settings.output}", markup=False)
 
 
@@ -73,11 +73,11 @@ def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -
     _check_and_tell([plan], settings.output, folder_bytes(dit, [plan], settings.link) if whole else plan.size)
     if options.dry_run:
         return
-    with _bytes_bar([plan]) as advance:
+    with _bytes_bar([plan], settings.verify) as advance:
         if whole:
-            write_folder(dit, settings.output, [plan], settings.link, advance)
+            write_folder(dit, settings.output, [plan], settings.link, advance, settings.verify)
         else:
-            write_component(plan, [settings.output], advance)
+            write_component(plan, [settings.output], advance, settings.verify)
     results.print(f"merged transformer: {settings.output}", markup=False)
 
 
@@ -130,9 +130,10 @@ def _claim_folder(output: Path, source: Path, options: RunOptions) -> None:
 
 
 @contextmanager
-def _bytes_bar(plans: Sequence[ComponentPlan]) -> Iterator[Advance]:
-    """Progress in MiB for bytes written."""
-    with progress("merge", round(sum(plan.size for plan in plans) / 2**20, 1), "MiB") as bar:
+def _bytes_bar(plans: Sequence[ComponentPlan], verify: bool) -> Iterator[Advance]:
+    """Progress in MiB for bytes written, and read back."""
+    size = sum(plan.size for plan in plans) * (2 if verify else 1)
+    with progress("merge", round(size / 2**20, 1), "MiB") as bar:
         yield lambda size: bar.advance(size / 2**20)
 
 

@@ -79,11 +79,12 @@ def check_mergeable(file: TensorFile, name: str) -> None:
 
 def rewrite(
     source: TensorFile, target: Path, terms: Mapping[str, Sequence[Term]], metadata: Mapping[str, str],
-    advance: Advance = lambda _: None,
+    advance: Advance = lambda _: None, check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `source` to `target` with the weights named in `terms` merged and the header's metadata replaced.
 
-    Atomic: a failure or an interrupt leaves nothing at `target`. `advance` is told of bytes written.
+    Atomic: a failure or an interrupt leaves nothing at `target`. `advance` is told of bytes written; `check` looks at
+    the finished file before it gets its name.
 
     Raises:
         UserError: a merged weight that is not finite, a quantised dtype, a source that is cut short.
@@ -105,6 +106,8 @@ def rewrite(
                     advance(done)
                 position = info.end
         _copy(reader.fileno(), writer.fileno(), position, end, shift, advance)
+        if check is not None:
+            check(temporary)
 
 
 def _header(source: TensorFile, metadata: Mapping[str, str]) -> bytes:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lapwan.lora.tensorfile import TensorFile, TensorInfo, read_header
+from lapwan.names import tensor_to_diffusers
 
 FINGERPRINT_KEY = "lapwan.fingerprint"
 _PIECE = 4096  # bytes
@@ -34,13 +35,14 @@ def checkpoint_fingerprint(files: Sequence[Path]) -> str:
         return known
     where: dict[str, tuple[TensorFile, TensorInfo]] = {}
     for header in headers:
-        where |= {name: (header, info) for name, info in header.tensors.items()}
+        # By diffusers' names: the same weights in the original layout are the same base.
+        where |= {tensor_to_diffusers(name): (header, info) for name, info in header.tensors.items()}
     digest = hashlib.sha256()
     for name in sorted(where):
         header, info = where[name]
         digest.update(f"{name}\0{info.dtype}\0{','.join(map(str, info.shape))}\0".encode())
         for start, size in _samples(info.size):
-            digest.update(header.read(name, start, size))
+            digest.update(header.read(info.name, start, size))
     return digest.hexdigest()
 
 

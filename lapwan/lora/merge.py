@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lapwan.console import log
 from lapwan.errors import UserError, nearest
 from lapwan.lora.checkpoint_file import Advance, Term, check_mergeable, rewrite
 from lapwan.lora.fingerprint import FINGERPRINT_KEY, checkpoint_fingerprint, merged_fingerprint
 from lapwan.lora.formats import LoraFile
 from lapwan.lora.keys import canonical_path
 from lapwan.lora.tensorfile import TensorFile, read_header
+from lapwan.lora.verify import verify as verify_file
 from lapwan.names import NoiseExpert
 
 MERGED_KEY, BASE_KEY = "lapwan.merged", "lapwan.base_fingerprint"
@@ -144,8 +146,24 @@ def merged_list(file: TensorFile) -> list[dict[str, Any]]:
     return items
 
 
-def write_component(plan: ComponentPlan, targets: Sequence[Path], advance: Advance) -> None:
-    """Write each file of the plan to its target, atomically, one after the other."""
+def write_component(plan: ComponentPlan, targets: Sequence[Path], advance: Advance, verify: bool = False) -> None:
+    """Write each file of the plan to its target, atomically, one after the other.
+
+    Args:
+        verify: read every file back before it gets its name (see `lapwan.lora.verify`).
+    """
     for file, terms, target in zip(plan.files, plan.terms, targets, strict=True):
         metadata = {"format": "pt", **file.metadata, **plan.provenance}
-        rewrite(file, target, terms, metadata, advance)
+        check = _checker(file, terms, target, advance) if verify else None
+        rewrite(file, target, terms, metadata, advance, check)
+
+
+def _checker(
+    file: TensorFile, terms: Mapping[str, Sequence[Term]], target: Path, advance: Advance
+) -> Callable[[Path], None]:
+    def check(written: Path) -> None:
+        worst = verify_file(file, read_header(written), terms, advance)
+        log(f"verified {target.name}: {len(terms)} merged weights within {worst:.3f} ulp, the other "
+            f"{len(file.tensors) - len(terms)} tensors identical")
+
+    return check

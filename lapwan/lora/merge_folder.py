@@ -67,7 +67,9 @@ def folder_bytes(folder: Path, plans: Sequence[ComponentPlan], link: bool) -> in
     return sum(plan.size for plan in plans) + sum(size for size in sizes if not (link and size >= _LINK_FROM))
 
 
-def write_folder(folder: Path, output: Path, plans: Sequence[ComponentPlan], link: bool, advance: Advance) -> None:
+def write_folder(
+    folder: Path, output: Path, plans: Sequence[ComponentPlan], link: bool, advance: Advance, verify: bool = False
+) -> None:
     """Write the merged model folder atomically; configs and indices are copied as they are, never saved anew."""
     carried, left_out = carried_files(folder, plans)
     for path in left_out:
@@ -77,7 +79,7 @@ def write_folder(folder: Path, output: Path, plans: Sequence[ComponentPlan], lin
             _carry(folder / path, temporary / path, link)
         for plan in plans:
             targets = [temporary / file.path.relative_to(folder) for file in plan.files]
-            write_component(plan, targets, advance)
+            write_component(plan, targets, advance, verify)
 
 
 def _carry(source: Path, target: Path, link: bool) -> None:

@@ -37,6 +37,8 @@ class MergeSettings(Settings):
         default=None, description="Dtype of the resulting LoRA; the inputs' own unless said.")
     link: Annotated[bool, Flag()] = Field(
         default=True, description="Hard-link large files that do not change instead of copying them.")
+    verify: Annotated[bool, Flag()] = Field(
+        default=False, description="Read a merged model back and compare it with the sum computed in fp64.")
 
     @model_validator(mode="after")
     def _form(self) -> MergeSettings:
@@ -48,6 +50,8 @@ class MergeSettings(Settings):
         for name in ("rank", "format", "dtype"):
             if into_weights and getattr(self, name) is not None:
                 raise ValueError(f"--{name} is for a resulting LoRA; a merged model keeps its own layout and dtype")
+        if not into_weights and self.verify:
+            raise ValueError("--verify is for a merged model")
         if not into_weights and self.output.suffix != ".safetensors":
             raise ValueError(f"output {self.output}: a LoRA is written as a .safetensors file (to merge into a "
                              "model, add --model or --dit)")

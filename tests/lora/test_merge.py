@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from lapwan.commands.merge import run
 from lapwan.commands.model import resolve
 from lapwan.errors import UserError
 from lapwan.lora import checkpoint_file
+from lapwan.lora.checkpoint_file import Term
 from lapwan.lora.fingerprint import checkpoint_fingerprint, merged_fingerprint
 from lapwan.lora.formats import read_lora, write_lora
-from lapwan.lora.tensorfile import read_header
+from lapwan.lora.tensorfile import TensorFile, read_header
+from lapwan.lora.verify import verify
 from lapwan.names import NoiseExpert, to_original
 from lapwan.settings.load import load
 from lapwan.settings.merge import MergeSettings
@@ -184,6 +187,38 @@ def test_large_unchanged_files_are_linked_or_copied_as_asked(tmp_path, model_fol
     assert (tmp_path / "copied/vae/big.safetensors").stat().st_size == 2 << 20
     assert not (tmp_path / "linked/.git").exists()
     assert not (tmp_path / "linked/transformer/diffusion_pytorch_model.bin").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_verify_accepts_a_right_merge_and_not_a_wrong_one(tmp_path, transformers, saved, dtype, capsys, monkeypatch):
+    weights = {k: v.to(dtype).clone() for k, v in transformers[NoiseExpert.HIGH].state_dict().items()}
+    save_file(weights, tmp_path / "dit.safetensors")
+    asked = {"dit": tmp_path / "dit.safetensors", "verify": "true",
+             "lora": [str(saved("a.safetensors", rank=16)), f"{saved('b.safetensors', seed=3, rank=8)}:0.3"]}
+    merge(output=tmp_path / "out.safetensors", **asked)
+    worst = float(re.search(r"30 merged weights within ([0-9.]+) ulp", capsys.readouterr().err)[1])
+    assert worst <= 0.5 and (worst > 0.3 or dtype in (torch.float32, torch.float64))
+
+    source, good = read_header(tmp_path / "dit.safetensors"), read_header(tmp_path / "out.safetensors")
+    for name in ("blocks.1.attn1.to_k.weight", "blocks.0.scale_shift_table"):  # a touched weight, an untouched one
+        content = bytearray((tmp_path / "out.safetensors").read_bytes())
+        info = good.tensors[name]
+        content[info.start + 8 : info.start + 16] = content[info.start : info.start + 8]
+        (tmp_path / "bad.safetensors").write_bytes(content)
+        terms = {"blocks.1.attn1.to_k.weight": [
+            Term(next(iter(read_lora(tmp_path / f"{n}.safetensors").values())).entries["blocks.1.attn1.to_k"], m)
+            for n, m in (("a", 1.0), ("b", 0.3))]}
+        only = TensorFile(source.path, {}, {n: source.tensors[n] for n in (*terms, "blocks.0.scale_shift_table")},
+                          source.data_start, source.size)
+        verify(only, good, terms, lambda _: None)
+        with pytest.raises(UserError, match=re.escape(name)):
+            verify(only, read_header(tmp_path / "bad.safetensors"), terms, lambda _: None)
+
+    original = checkpoint_file.merged_rows
+    monkeypatch.setattr(checkpoint_file, "merged_rows", lambda *a, **k: original(*a, **k) * (1 + 2**-6))
+    with pytest.raises(UserError, match="is not base \\+ LoRA when read back"):
+        merge(output=tmp_path / "wrong.safetensors", **asked)
+    assert not (tmp_path / "wrong.safetensors").exists()
 
 
 def files_below(folder: Path) -> set[str]:
