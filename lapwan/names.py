@@ -82,7 +82,7 @@ _OUTER_TO_ORIGINAL = {diffusers: original for original, diffusers in OUTER_MODUL
 
 
 def to_diffusers(path: str) -> str | None:
-    """A Linear's path in the original layout (`blocks.0.self_attn.q`) in diffusers' (`blocks.0.attn1.to_q`), or None."""
+    """A Linear's path, original layout (`blocks.0.self_attn.q`) to diffusers' (`blocks.0.attn1.to_q`); else None."""
     if match := _BLOCK.match(path):
         inner = _TO_DIFFUSERS.get(match[2])
         return f"blocks.{match[1]}.{inner}" if inner else None
@@ -95,6 +95,30 @@ def to_original(path: str) -> str | None:
         inner = _TO_ORIGINAL.get(match[2])
         return f"blocks.{match[1]}.{inner}" if inner else None
     return _OUTER_TO_ORIGINAL.get(path)
+
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_ORIGINAL_NORMS = {
+    "self_attn.norm_q": "attn1.norm_q", "self_attn.norm_k": "attn1.norm_k", "cross_attn.norm_q": "attn2.norm_q",
+    "cross_attn.norm_k": "attn2.norm_k", "norm3": "norm2",  # the original numbers the norms in another order
+}
+
+
+def tensor_to_diffusers(name: str) -> str:
+    """A transformer tensor's name in diffusers' layout; a name that is not of the original layout stays as it is.
+
+    `model.diffusion_model.blocks.0.self_attn.q.weight` -> `blocks.0.attn1.to_q.weight`.
+    """
+    plain = next((name.removeprefix(p) for p in _PREFIXES if name.startswith(p)), name)
+    path, _, leaf = plain.rpartition(".")
+    if leaf == "modulation":
+        return "scale_shift_table" if path == "head" else f"{path}.scale_shift_table"
+    if (known := to_diffusers(path)) is not None:
+        return f"{known}.{leaf}"
+    match = _BLOCK.match(path)
+    if match and match[2] in _ORIGINAL_NORMS:  # diffusers' own norm3 has no tensors
+        return f"blocks.{match[1]}.{_ORIGINAL_NORMS[match[2]]}.{leaf}"
+    return plain
 
 
 def split_block(path: str) -> tuple[int, str] | None:

@@ -22,7 +22,7 @@ from lapwan.lora.state import LoraState
 from lapwan.lora.tensorfile import read_header
 from lapwan.moe.file import read_mixture
 from lapwan.moe.mixture import Mixture
-from lapwan.names import NoiseExpert
+from lapwan.names import NoiseExpert, tensor_to_diffusers
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.wan.base import Base
 from lapwan.wan.folder import weight_files
@@ -118,7 +118,7 @@ def _uses(assigned: Assigned) -> dict[NoiseExpert, list[LoraUse]]:
 
 def _shapes(base: Base, expert: NoiseExpert) -> dict[str, tuple[int, ...]]:
     return {
-        name: tuple(info.shape) for shard in weight_files(base.spec.component(expert))
+        tensor_to_diffusers(name): tuple(info.shape) for shard in weight_files(base.spec.component(expert))
         for name, info in read_header(shard).tensors.items()
     }
 

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import Flag, Settings
 from lapwan.settings.lora_argument import LORA_METAVAR, LoraArgument
-from lapwan.settings.train import BaseModelSettings
+from lapwan.settings.model_files import ModelChoice
 
 
 def parse_numbers(text: str, names: str) -> dict[str, float]:
@@ -52,7 +52,7 @@ def number_or_named(value: Any, names: str) -> Any:
 class ModelSettings(Settings):
     """What is loaded once, for any number of videos."""
 
-    model: Annotated[str | BaseModelSettings | None, Flag(metavar="MODEL")] = Field(
+    model: Annotated[ModelChoice | None, Flag(metavar="MODEL")] = Field(
         default=None, description="'tiny' (embedded), or a model folder in diffusers layout."
     )
     lora: Annotated[tuple[LoraArgument, ...], Flag(metavar=LORA_METAVAR)] = Field(

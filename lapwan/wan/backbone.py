@@ -5,6 +5,7 @@ Shapes: B samples, C latent channels, T latent frames, H, W latent height and wi
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
-from lapwan.wan.folder import ModelSpec
+from lapwan.wan.folder import ModelSpec, weight_files
+from lapwan.wan.original import has_original_names, load_transformer_files
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -30,7 +32,13 @@ def load_transformer(
     if expert not in spec.experts:
         have = ", ".join(e.value for e in spec.experts)
         raise UserError(f"model {spec.path} has no {expert.value} noise expert; it has: {have}")
-    model = WanTransformer3DModel.from_pretrained(spec.component(expert), dtype=dtype)
+    folder = spec.component(expert)
+    files = weight_files(folder)
+    if has_original_names(files):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = load_transformer_files(config, files, dtype)
+    else:
+        model = WanTransformer3DModel.from_pretrained(folder, dtype=dtype)
     model.requires_grad_(False)
     return model.eval().to(device)
 

@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, D features.
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from lapwan.wan.folder import TEXT_LENGTH
+from lapwan.wan.original import load_text_file
+from lapwan.wan.separate import original_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -45,9 +48,14 @@ def load_text_encoder(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # "Loading weights" of every part would tear our own progress lines apart
-    model = UMT5EncoderModel.from_pretrained(
-        spec.path / "text_encoder", dtype="auto" if dtype is None else dtype, local_files_only=True
-    )
+    folder = spec.path / "text_encoder"
+    if (original := original_file(folder)) is not None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = load_text_file(config, original, dtype)
+    else:
+        model = UMT5EncoderModel.from_pretrained(
+            folder, dtype="auto" if dtype is None else dtype, local_files_only=True
+        )
     model.requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(spec.path / "tokenizer", local_files_only=True)
     return TextEncoder(model.eval().to(device), tokenizer)

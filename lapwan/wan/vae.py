@@ -5,10 +5,14 @@ Shapes: B batch, C channels, T frames (pixels: 4N+1, latents: N+1), H height, W 
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from lapwan.wan.original import load_vae_file
+from lapwan.wan.separate import original_file
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -22,7 +26,12 @@ def load_vae(
     """The model's VAE, frozen and in eval mode (from_pretrained leaves its parameters trainable). fp32 is safest."""
     from diffusers import AutoencoderKLWan
 
-    vae = AutoencoderKLWan.from_pretrained(spec.path / "vae", dtype=dtype, local_files_only=True)
+    folder = spec.path / "vae"
+    if (original := original_file(folder)) is not None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        vae = load_vae_file(config, original, dtype)
+    else:
+        vae = AutoencoderKLWan.from_pretrained(folder, dtype=dtype, local_files_only=True)
     vae.requires_grad_(False)
     return vae.eval().to(device)
 

@@ -1,0 +1,51 @@
+"""A model given as separate files, as the original release and ComfyUI repacks come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from lapwan.settings.base import Settings
+from lapwan.settings.train import BaseModelSettings
+
+
+class ModelFilesSettings(Settings):
+    """`[model]` in TOML: either `high` and `low`, or one `transformer` (Wan2.1 T2V)."""
+
+    high: Path | None = Field(default=None, description="High-noise transformer: a file, or a folder of shards.")
+    low: Path | None = Field(default=None, description="Low-noise transformer.")
+    transformer: Path | None = Field(default=None, description="The only transformer of a model without a boundary.")
+    vae: Path = Field(description="Wan2.1_VAE.pth or .safetensors.")
+    text_encoder: Path = Field(description="models_t5_umt5-xxl-enc-bf16.pth or .safetensors.")
+    tokenizer: Path = Field(description="Folder of umT5's tokenizer (google/umt5-xxl).")
+    boundary: float | None = Field(default=None, gt=0, lt=1, description="Sigma; Wan2.2's own if not given.")
+    flow_shift: float | None = Field(default=None, gt=0, description="Wan's own if not given.")
+
+    @model_validator(mode="after")
+    def _transformers(self) -> ModelFilesSettings:
+        pair = self.high is not None, self.low is not None
+        if self.transformer is not None and any(pair):
+            raise ValueError("give high and low, or transformer, not both")
+        if self.transformer is None and not all(pair):
+            missing = "high and low" if not any(pair) else "low" if pair[0] else "high"
+            raise ValueError(f"{missing} is missing: Wan2.2 A14B has two noise experts; a model with one transformer "
+                             "is given as transformer = FILE")
+        return self
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, BaseModelSettings) or (isinstance(value, dict) and "model" in value):
+        return "base"
+    return "files" if isinstance(value, dict | ModelFilesSettings) else "name"
+
+
+# MODEL as a name or folder; in TOML also a base with LoRAs merged in memory, or separate files. Told apart first, so
+# that a mistake is reported for the one that is meant.
+ModelChoice = Annotated[
+    Annotated[str, Tag("name")]
+    | Annotated[BaseModelSettings, Tag("base")]
+    | Annotated[ModelFilesSettings, Tag("files")],
+    Discriminator(_kind),
+]
