@@ -7,6 +7,7 @@ row in `COMMANDS`.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,9 +102,8 @@ def _parameter(name: str, field: FlagField) -> inspect.Parameter:
         else:
             info = typer.Option(long, *short, metavar=metavar, help=_help(field), show_default=False)
             kind = list[str] if many else str | None
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=[] if kind == list[str] else None, annotation=Annotated[kind, info]
-    )
+    default: Any = [] if kind == list[str] else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
 def _make(command: Command, settings_model: type[Settings]) -> Callable[..., None]:
@@ -134,6 +134,13 @@ def _register() -> None:
 _register()
 
 
+# The libraries' own bars and advice ("install torchvision ...") would stand between our lines and help nobody.
+_QUIET_LIBRARIES = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
 def _fail(message: str, code: int) -> NoReturn:
     console.log_console.print(f"error: {message}", markup=False, style="red")
     sys.exit(code)
@@ -141,6 +148,8 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def main() -> None:
     """Entry point: exit code 0 done, 1 a fault of ours, 2 the user can mend it, 130 interrupted."""
+    for name, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
     try:
         sys.argv[1:] = rewrite(sys.argv[1:])
         app()

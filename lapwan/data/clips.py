@@ -6,8 +6,8 @@ How to add a field: nothing to do here. Unknown fields travel through `label` un
 from __future__ import annotations
 
 import json
-import os
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +133,7 @@ def resolve_video(path: str | Path, jsonl: Path) -> Path:
 
 
 def relocated(data: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
-    """The fields for a JSONL in folder `target`, taken from one in `source`: paths beside the old file still lead there.
+    """The fields for a JSONL in folder `target`, from one in `source`: paths beside the old file still lead there.
 
     Only relative paths that exist beside the old file change; the order of the fields stays.
     """

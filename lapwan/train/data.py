@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lapwan.console import warn
 from lapwan.data.batch import Batch, collate
 from lapwan.data.cachefile import CachedItem, CacheIndex, read_empty_text, read_item
 from lapwan.errors import UserError
 from lapwan.wan.folder import ModelSpec
+from lapwan.wan.identity import text_identity, vae_identity
 
 _MEMORY_BUDGET = 8 * 2**30  # bytes of cached tensors kept in RAM; a 256 x 256 x 81 clip takes about 5 MB
 
@@ -76,6 +78,11 @@ def check_cache(index: CacheIndex, spec: ModelSpec, items: Sequence[CachedItem])
     if index.text_dim is not None and index.text_dim != spec.text_dim:
         raise UserError(f"{index.folder} holds text features of width {index.text_dim}, the model takes "
                         f"{spec.text_dim}; cache with this model's text encoder")
+    for what, made_with, own in (("VAE", index.vae, vae_identity), ("text encoder", index.text_encoder, text_identity)):
+        # A warning: the same encoder in another precision has another identity and serves as well.
+        if made_with is not None and made_with != own(spec):
+            warn(f"{index.folder} was cached with another {what} than {spec.path}'s; unless it is the same one in "
+                 "another precision, cache again with this model")
     first = read_item(index.folder, items[0])
     latents, text = first["latents"], first["text"]
     if latents is not None and latents.shape[0] != spec.latent_channels:
