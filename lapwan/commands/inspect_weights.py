@@ -13,6 +13,7 @@ from lapwan.diagnostics import report
 from lapwan.diagnostics.figures import Figures, ModuleFigures, measure, summarise
 from lapwan.diagnostics.growth import growth, history
 from lapwan.diagnostics.mixture import MixtureSide, describe
+from lapwan.diagnostics.plot import picture
 from lapwan.diagnostics.relative import weight_norms
 from lapwan.diagnostics.run_folder import (
     METRICS,
@@ -38,8 +39,9 @@ _STDOUT = Path("-")
 
 def run(settings: InspectWeightsSettings, options: RunOptions) -> None:
     """Read, measure, judge; tables on stdout, JSON where asked."""
-    if settings.json_file not in (None, _STDOUT):
-        files.claim_output(settings.json_file, options.overwrite)
+    for output in (settings.json_file, settings.plot):
+        if output is not None and output != _STDOUT:
+            files.claim_output(output, options.overwrite)
     points, metrics_folder = _points(settings)
     if options.dry_run:
         results.print(to_toml(settings), markup=False)
@@ -75,7 +77,8 @@ def _document(settings: InspectWeightsSettings, points: list[Checkpoint], folder
     modules = {label: measure(lora.modules) for label, lora in last.loras.items()}
     figures = {label: summarise(own) for label, own in modules.items()}
     lines = metrics(folder)
-    grown = growth(points, [*history(points[:-1]), figures], lines)
+    over_time = [*history(points[:-1]), figures]
+    grown = growth(points, over_time, lines)
     rates = learning_rates(lines, last.step) | stated_rates(last)
     rates |= {expert.value: rate for expert, rate in (settings.lr or {}).items()}
     sides = {label: side for label, side in last.loras.items() if isinstance(side, MixtureSide)}
@@ -84,6 +87,10 @@ def _document(settings: InspectWeightsSettings, points: list[Checkpoint], folder
     verdict = judge(Evidence(PRESETS[settings.preset], figures, rates, grown, last.step, overlaps))
     norms = _base_norms(settings.base, last) if settings.base else None
     document = report.document(figures, modules, rates, grown, verdict, settings.by, mixture, norms)
+    if settings.plot is not None:
+        image = picture([point.step for point in points], over_time, modules, PRESETS[settings.preset])
+        with files.atomic_file(settings.plot) as temporary:
+            image.save(temporary, format="PNG")
     if settings.json_file != _STDOUT:
         _tell(settings, document, figures, modules, f"step {last.step}" if last.step is not None else "")
     return document

@@ -136,9 +136,9 @@ def overlap_table(label: str, described: Mapping[str, Any]) -> Table:
 
 def growth_table(growth: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each pair of checkpoints and noise expert."""
-    table = Table(title="growth (net: less the floor; compare with sqrt(steps))", title_justify="left", box=None,
-                  pad_edge=False)
-    for name in ("steps", "", "mean|w|", "net", "mean|B|", "norm of update", "sqrt(steps)", "update cosine"):
+    title = "growth between checkpoints (net: less the floor; √steps: what noise alone gives)"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("steps", "", "mean|w|", "net", "mean|B|", "update", "√steps", "cosine of updates"):
         table.add_column(name, justify="left" if name in ("steps", "") else "right")
     for entry in growth:
         for label, one in entry.items():

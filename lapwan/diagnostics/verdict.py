@@ -90,7 +90,7 @@ def _more_for(preset: Preset) -> str:
 
 def _legacy_ratio(seen: Evidence) -> Rule | None:
     value, preset = seen.lead("legacy_mean_abs"), seen.preset
-    if value is None:
+    if value is None or not comparable(seen.figures[preset.leader]):
         return None
     return Rule(f"legacy magnitude, {preset.leader} / {preset.follower}", value, ">= 1.5", _grade(value, 1.5),
                 f"{_EXPERIENCE}; the figure contains the floor A starts with", _more_for(preset))
@@ -141,13 +141,13 @@ def _lr_ratio(seen: Evidence) -> Rule | None:
 
 def _follower_grows_faster(seen: Evidence) -> Rule | None:
     last = seen.growth[-1] if seen.growth else {}
-    leader, follower = (last.get(label, {}).get("net") for label in (seen.preset.leader, seen.preset.follower))
+    leader, follower = (last.get(label, {}).get("mean_abs_B") for label in (seen.preset.leader, seen.preset.follower))
     if leader is None or follower is None or follower <= 0:
         return None
     value = follower / leader if leader > 0 else None
     status: Status = "stop" if value is None else _ORDER[(value > 1.1) + (value >= 1.3)]
     action = f"stop and use step {last.get('from_step')}; {_more_for(seen.preset)}" if status != "good" else "none"
-    return Rule(f"{seen.preset.follower} grows faster than {seen.preset.leader} (net of the floor)", value,
+    return Rule(f"{seen.preset.follower} grows faster than {seen.preset.leader} (mean|B|)", value,
                 "<= 1.1, stop >= 1.3", status, f"{_EXPERIENCE}: at 1.3 motion was tamed", action)
 
 
@@ -201,10 +201,11 @@ def judge(seen: Evidence) -> dict[str, Any]:
 def _notes(seen: Evidence) -> list[str]:
     """What could not be judged, and why."""
     notes = []
-    leader = seen.figures.get(seen.preset.leader)
-    if leader is not None and seen.preset.magnitude and not comparable(leader):
-        notes.append(f"the magnitude of {seen.preset.leader} is not judged: its floor {leader.init_floor:.3g} is not "
-                     f"that of Wan-14B's Linears ({_WAN_14B_FLOOR:g})")
+    leader_name = seen.preset.leader
+    leader = seen.figures.get(leader_name)
+    if leader is not None and leader.init_floor is not None and not comparable(leader):
+        notes.append(f"the legacy magnitude is not judged: {leader_name}'s floor {leader.init_floor:.3g} is not that "
+                     f"of Wan-14B's Linears ({_WAN_14B_FLOOR:g}), for which the thresholds were found")
     if len(seen.figures) < 2:
         notes.append("one noise expert only: no ratios")
     return notes

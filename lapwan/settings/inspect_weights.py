@@ -24,6 +24,8 @@ class InspectWeightsSettings(Settings):
         default="expert", description="What a row of the table is.")
     json_file: Annotated[Path | None, Flag("--json", metavar="FILE|-")] = Field(
         default=None, description="Write the figures as JSON to a file, or to stdout with -.")
+    plot: Annotated[Path | None, Flag(metavar="FILE.png")] = Field(
+        default=None, description="Draw magnitudes over steps and a heat map by block and projection.")
     lr: Annotated[dict[NoiseExpert, float] | None, Flag(metavar="high=A,low=B")] = Field(
         default=None, description="Learning rates, where neither the files nor metrics.jsonl state them.")
 
@@ -49,6 +51,8 @@ class InspectWeightsSettings(Settings):
             raise ValueError(f"{len(self.files)} files given; give HIGH LOW, one FILE, or a RUN_FOLDER")
         if len(self.files) == 2 and self.files[0] == self.files[1]:
             raise ValueError(f"the same file twice: {self.files[0]}; give the high noise expert's and the low one's")
+        if self.plot is not None and self.plot.suffix.lower() != ".png":
+            raise ValueError(f"plot {self.plot}: a picture is written as FILE.png")
         if self.lr and not all(rate > 0 and math.isfinite(rate) for rate in self.lr.values()):
             raise ValueError("lr: learning rates are above 0")
         return self

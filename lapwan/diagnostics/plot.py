@@ -1,0 +1,89 @@
+"""The picture of `inspect-weights --plot`: magnitudes and ratios over steps, and where in the model the update lies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from PIL import Image
+
+from lapwan.diagnostics.canvas import Box, Canvas, Colour
+from lapwan.diagnostics.figures import Figures, ModuleFigures
+from lapwan.diagnostics.report import RATIOS, ratios
+from lapwan.diagnostics.verdict import Preset
+from lapwan.names import PROJECTIONS
+
+_WIDTH, _CHART, _MARGIN, _BAR = 1100, 320, 28, 90
+_COLOURS: dict[str, Colour] = {"high": (208, 72, 52), "low": (38, 98, 168), "file": (80, 80, 80)}
+_RATIO_COLOURS: dict[str, Colour] = {
+    "mean|w|": (150, 150, 150), "mean|B|": (20, 130, 110), "update": (140, 70, 160),
+}
+_RATIO_NAMES = dict(zip(RATIOS, _RATIO_COLOURS, strict=True))
+
+
+def picture(
+    steps: Sequence[int | None], history: Sequence[Mapping[str, Figures]],
+    modules: Mapping[str, Sequence[ModuleFigures]], preset: Preset,
+) -> Image.Image:
+    """Line charts where there are two checkpoints or more, then a heat map of the last one's update by noise expert.
+
+    Args:
+        steps: of each checkpoint, oldest first.
+        history: figures by label at each checkpoint.
+        modules: the last checkpoint's modules by label.
+    """
+    rows = _rows(modules)
+    map_height = max(220, 120 + 12 * len(rows))
+    charts = _CHART if len(steps) > 1 and None not in steps else 0
+    canvas = Canvas(_WIDTH, charts + map_height + 2 * _MARGIN)
+    if charts:
+        _charts(canvas, [float(step or 0) for step in steps], history, preset)
+    _maps(canvas, charts + _MARGIN, map_height, modules, rows)
+    return canvas.finish()
+
+
+def _charts(
+    canvas: Canvas, steps: Sequence[float], history: Sequence[Mapping[str, Figures]], preset: Preset
+) -> None:
+    middle, bottom = _WIDTH / 2, _MARGIN + _CHART - 20
+    labels = list(dict.fromkeys(label for figures in history for label in figures))
+    size = {label: [(step, figures[label].mean_abs_B or 0.0) for step, figures in zip(steps, history, strict=True)
+                    if label in figures] for label in labels}
+    left = Box(_MARGIN, _MARGIN, middle - 14, bottom)
+    canvas.line_chart(left, "mean|B|: what training added", size, _COLOURS, "step")
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for step, figures in zip(steps, history, strict=True):
+        for key, value in ratios(figures, {}).items():
+            if value is not None:
+                lines.setdefault(_RATIO_NAMES[key], []).append((step, value))
+    if lines:
+        wanted = {"mean|B| wanted for motion": 2.0} if preset.leader == "high" else {"mean|B| wanted at most": 0.5}
+        canvas.line_chart(Box(middle + 14, _MARGIN, _WIDTH - _MARGIN, bottom), "high / low", lines, _RATIO_COLOURS,
+                          "step", wanted)
+
+
+def _rows(modules: Mapping[str, Sequence[ModuleFigures]]) -> list[str]:
+    blocks = {m.block for own in modules.values() for m in own}
+    return sorted(blocks, key=lambda b: (0, int(b)) if b.isdigit() else (1, 0))
+
+
+def _maps(
+    canvas: Canvas, top: float, height: float, modules: Mapping[str, Sequence[ModuleFigures]], rows: Sequence[str]
+) -> None:
+    present = {m.projection for own in modules.values() for m in own}
+    columns = [p for p in PROJECTIONS if p in present] + sorted(present - set(PROJECTIONS))
+    cells: dict[str, dict[tuple[str, str], float]] = {}
+    for label, own in modules.items():
+        squares: dict[tuple[str, str], float] = {}
+        for module in own:
+            if module.finite:  # several experts of a mixture share a cell: their squares add up
+                key = (module.block, module.projection)
+                squares[key] = squares.get(key, 0.0) + module.delta_norm**2
+        cells[label] = {key: math.sqrt(value) for key, value in squares.items()}
+    largest = max((value for own in cells.values() for value in own.values()), default=0.0)
+    wide = (_WIDTH - 2 * _MARGIN - _BAR) / len(cells)
+    for n, (label, values) in enumerate(cells.items()):
+        box = Box(_MARGIN + n * wide, top, _MARGIN + (n + 1) * wide - 12, top + height)
+        canvas.heat_map(box, f"{label}: norm of the update by block and projection", columns, rows, values, largest)
+    bar = Box(_WIDTH - _MARGIN - _BAR + 16, top + 44, _WIDTH - _MARGIN - _BAR + 32, top + height - 92)
+    canvas.colour_bar(bar, largest, "norm")
