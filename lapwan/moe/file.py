@@ -62,7 +62,8 @@ def write_mixture(path: Path, mixture: Mixture, metadata: Mapping[str, str] | No
     said = {_FORMAT_KEY: FORMAT, _SPEC_KEY: json.dumps(asdict(mixture.spec), ensure_ascii=False)}
     with files.atomic_file(path) as temporary:
         save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary,
+            # A copy of each: safetensors refuses tensors that share storage.
+            {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, temporary,
             metadata={**(metadata or {}), **said},
         )
 
