@@ -1,0 +1,79 @@
+"""The road on a GPU in bf16: `pytest -m gpu`. What differs from the CPU is precision, devices and autograd's threads."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from lapwan import cli
+from lapwan.data.taxonomy import load_taxonomy
+from lapwan.names import NoiseExpert
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture
+def lapwan(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["lapwan", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert stop.code in (0, None)
+
+    return run
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_both_stages_and_a_video(lapwan, t2v_cache, tmp_path):
+    small = ("--set", "targets.last_blocks=2", "--set", "targets.ffn_last_blocks=1", "--steps", "3", "--lr", "1e-3")
+    lapwan("train-lora", "--cache", t2v_cache, "-o", "gpu", *small)
+    lapwan("train-lora", "--cache", t2v_cache, "-o", "cpu", "--device", "cpu", *small)
+    # The same keyed draws on both machines: the losses agree to bf16's precision.
+    for ours, theirs in zip(rows(tmp_path / "gpu"), rows(tmp_path / "cpu"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
+    lapwan("train-moe", "--cache", t2v_cache, "-o", "moe", "--set", "activation_checkpointing=true", *small)
+    lapwan("generate", "--model", "tiny", "--moe", "moe/lapwan.safetensors", "--prompt", "电凝钩切割组织", "--size", "32x32",
+           "--num-frames", "5", "--steps", "3", "-o", "x.mp4")
+    assert (tmp_path / "x.mp4").stat().st_size > 0
+
+
+@pytest.mark.parametrize("expert", list(NoiseExpert))
+def test_recomputation_on_autograds_threads_meets_the_gates_of_its_forward(expert, t2v_cache, tmp_path):
+    from lapwan.commands import train_moe
+    from lapwan.commands.base import resolve_base
+    from lapwan.settings.train_moe import TrainMoeSettings
+    from lapwan.train import build
+    from lapwan.train.objective import make_draws
+
+    grads = []
+    for recompute in (False, True):
+        settings = TrainMoeSettings.model_validate({
+            "model": "tiny", "output": tmp_path / "run", "data": {"cache": t2v_cache}, "steps": 1, "dtype": "fp32",
+            "activation_checkpointing": recompute, "router": {"top_k": 4},
+            "targets": {"last_blocks": 2, "ffn_last_blocks": 1}})
+        base = resolve_base("tiny")
+        data = build.read_data(settings, base)
+        trainer = train_moe.prepare(settings, base, data, load_taxonomy("surgical4"), torch.device("cuda"))
+        with torch.no_grad():
+            for name, parameter in trainer.parameters.items():
+                if name.endswith(".up"):
+                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+        batch = trainer.plan.load_batch([0, 1])
+        trainer.objective.prepare(expert, [batch])
+        track = trainer.plan.tracks[expert]
+        draws = make_draws(batch, [(0, clip) for clip in batch.ids], track.sampler, track.band)
+        with trainer.objective.loss(expert, batch, draws) as loss:
+            loss.total_B.mean().backward()
+        grads.append({n: p.grad.cpu() for n, p in trainer.parameters.items() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(gradient, grads[1][name], rtol=1e-4, atol=1e-6, msg=name)
