@@ -1,4 +1,4 @@
-"""The road on a GPU in bf16: `pytest -m gpu`. What differs from the CPU is precision, devices and autograd's threads."""
+"""The road on a GPU in bf16: `pytest -m gpu`. What differs from the CPU: precision, devices and autograd's threads."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_both_stages_and_a_video(lapwan, t2v_cache, tmp_path):
     for ours, theirs in zip(rows(tmp_path / "gpu"), rows(tmp_path / "cpu"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
     lapwan("train-moe", "--cache", t2v_cache, "-o", "moe", "--set", "activation_checkpointing=true", *small)
-    lapwan("generate", "--model", "tiny", "--moe", "moe/lapwan.safetensors", "--prompt", "电凝钩切割组织", "--size", "32x32",
-           "--num-frames", "5", "--steps", "3", "-o", "x.mp4")
+    lapwan("generate", "--model", "tiny", "--moe", "moe/lapwan.safetensors", "--prompt", "电凝钩切割组织",
+           "--size", "32x32", "--num-frames", "5", "--steps", "3", "-o", "x.mp4")
     assert (tmp_path / "x.mp4").stat().st_size > 0
 
 
