@@ -31,8 +31,9 @@ def module(path: str, norm: float) -> ModuleFigures:
 
 
 def area(image: Image.Image, colour: tuple[int, int, int]) -> int:
-    """Pixels of just this colour."""
-    return next((count for count, found in image.getcolors(1 << 24) if found == colour), 0)
+    """Pixels of this colour, give or take what scaling down does to a line."""
+    return sum(count for count, found in image.getcolors(1 << 24)
+               if max(abs(a - b) for a, b in zip(found, colour, strict=True)) <= 12)
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-5, 1e6))
@@ -75,11 +76,12 @@ def test_charts_appear_only_over_time_and_grey_only_where_modules_are_missing():
     two = picture([100, 200], [figures, figures], {"high": full, "low": full}, PRESETS["motion"])
     assert two.height > one.height and one.width == two.width
     green = (20, 130, 110)  # the line of mean|B|'s ratio
-    assert area(one, GREY) < 200 and area(two, green) > 20 and area(one, green) == 0  # a few pixels of text's edges
+    assert area(two, green) > 20 and area(one, green) == 0
     partial = picture([100], [figures], {"high": full, "low": full[:5]}, PRESETS["motion"])
     broken = picture([100], [figures], {"high": full, "low": [replace(full[0], finite=False), *full[1:]]},
                      PRESETS["motion"])
-    assert area(partial, GREY) > 4000 and area(broken, GREY) > 1000
+    edges = area(one, GREY)  # of text
+    assert area(partial, GREY) > edges + 15000 and area(broken, GREY) > edges + 3000
 
 
 def test_the_command_writes_it(tmp_path, capsys):
