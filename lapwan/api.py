@@ -18,7 +18,7 @@ from lapwan import console
 from lapwan.commands.base import resolve_base
 from lapwan.commands.model import TINY
 from lapwan.errors import UserError
-from lapwan.sampling.adapters import read_adapters
+from lapwan.sampling.adapters import AdapterSet, read_adapters
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.image import open_image, read_clip
 from lapwan.sampling.request import (
@@ -36,6 +36,7 @@ from lapwan.settings.generate import ModelSettings, VideoSettings
 from lapwan.settings.load import load
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.train.device import pick_device, pick_dtype
+from lapwan.wan.base import Base
 from lapwan.wan.folder import ModelSpec, Task
 
 if TYPE_CHECKING:
@@ -49,8 +50,11 @@ class Prepared:
     """A video that has been checked and can be made. `settings` has the model's own values filled in."""
 
     generator: Generator
+    base: Base
+    adapters: AdapterSet
     request: Request
     settings: VideoSettings
+    model: ModelSettings
 
 
 class VideoGenerator:
@@ -88,6 +92,8 @@ class VideoGenerator:
         self.settings = settings
         self._device = pick_device(settings.device)
         self._generators: dict[Task | None, Generator] = {}
+        self._bases: dict[Task | None, Base] = {}
+        self._adapters: dict[tuple[Task | None, str, Path | None], tuple[Base, AdapterSet]] = {}
 
     @classmethod
     def from_settings(cls, settings: ModelSettings) -> VideoGenerator:
@@ -140,45 +146,55 @@ class VideoGenerator:
         return self.make(prepared)
 
     def prepare(
-        self, settings: VideoSettings, image: Image.Image | None = None, last_image: Image.Image | None = None
+        self, settings: VideoSettings, image: Image.Image | None = None, last_image: Image.Image | None = None,
+        model: ModelSettings | None = None,
     ) -> Prepared:
         """Check a video against the model and the adapters without loading weights.
+
+        Args:
+            model: other LoRAs and another mixture on the same model.
 
         Raises:
             UserError: see `generate`.
         """
-        if settings.moe_options() and self.settings.moe is None:
+        chosen = model or self.settings
+        if settings.moe_options() and chosen.moe is None:
             name = settings.moe_options()[0].replace("_", "-")
             raise UserError(f"--{name} acts on a mixture; give one with --moe FILE")
         image = open_image(settings.image) if image is None and settings.image is not None else image
         if last_image is None and settings.last_image is not None:
             last_image = open_image(settings.last_image)
-        generator = self._generator("t2v" if image is None else "i2v")
+        generator, base, adapters = self._parts("t2v" if image is None else "i2v", chosen)
         request = _request(generator.spec, settings, image, last_image)
         check_request(generator.spec, request)
-        _check_mixture(generator, request)
+        _check_mixture(adapters, request)
         if settings.video is not None:
             clip = read_clip(settings.video, request.num_frames, request.size, request.fps)
             request = replace(request, video_THWC=clip)
-        return Prepared(generator, request, _filled(settings, generator.spec, request))
+        return Prepared(generator, base, adapters, request, _filled(settings, generator.spec, request), chosen)
 
     def make(self, prepared: Prepared) -> Video:
         """Generate what was prepared."""
+        prepared.generator.use(prepared.base, prepared.adapters)
         video = prepared.generator.generate(prepared.request)
-        model, own = _plain(self.settings), _plain(prepared.settings)
+        model, own = _plain(prepared.model), _plain(prepared.settings)
         return replace(video, settings={**model, **own})
 
-    def _generator(self, task: Task) -> Generator:
+    def _parts(self, task: Task, chosen: ModelSettings) -> tuple[Generator, Base, AdapterSet]:
         # Only `tiny` leaves the task open; a folder of the wrong task gets the clearer message of check_request.
         model = self.settings.model
+        assert model is not None
         key = task if model == TINY else None
+        wanted = key, str(chosen.lora), chosen.moe
+        if wanted not in self._adapters:
+            if key not in self._bases:
+                self._bases[key] = resolve_base(model, key, generation=True)
+            self._adapters[wanted] = read_adapters(self._bases[key], chosen.lora, chosen.moe)
+        base, adapters = self._adapters[wanted]
         if key not in self._generators:
-            assert model is not None
-            base = resolve_base(model, key, generation=True)
-            base, adapters = read_adapters(base, self.settings.lora, self.settings.moe)
             dtype = pick_dtype(self.settings.dtype, self._device)
             self._generators[key] = Generator(base, adapters, self._device, dtype)
-        return self._generators[key]
+        return self._generators[key], base, adapters
 
 
 def _given(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,9 +209,9 @@ def _plain(settings: ModelSettings | VideoSettings) -> dict[str, Any]:
     return plain
 
 
-def _check_mixture(generator: Generator, request: Request) -> None:
+def _check_mixture(adapters: AdapterSet, request: Request) -> None:
     """Refuse a hint or a family that the taxonomy does not know; warn where α_base has nothing to act on."""
-    mixture = generator.adapters.mixture
+    mixture = adapters.mixture
     if mixture is None:
         return
     alpha_vector(mixture, request.alpha_expert)

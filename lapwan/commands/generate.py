@@ -12,14 +12,15 @@ from lapwan.files import atomic_file, claim_output
 from lapwan.sampling.grid import make_grid
 from lapwan.sampling.jobs import Job, check_options, make_jobs
 from lapwan.sampling.repeat import compare, stored
-from lapwan.sampling.result import Video
-from lapwan.sampling.sheet import contact_sheet
-from lapwan.sampling.video import check_video_path
+from lapwan.sampling.result import Video, check_output
+from lapwan.sampling.sheet import contact_sheet, side_by_side
+from lapwan.sampling.video import write_video
 from lapwan.settings.base import to_toml
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.run import RunOptions
 
-_SHEET_COLUMNS = 6
+_SHEET_COLUMNS, _GRID_COLUMNS = 6, 4
+_SEEN_WIDTH = 160  # pixels
 
 
 def run(settings: GenerateSettings, options: RunOptions) -> None:
@@ -31,28 +32,32 @@ def run(settings: GenerateSettings, options: RunOptions) -> None:
     jobs = make_jobs(settings)
     generator = VideoGenerator.from_settings(settings)
     prepared = [_prepare(generator, job) for job in jobs]
-    sheet = _sheet_path(output, len(jobs)) if settings.sheet else None
+    sheet = _beside(output, len(jobs), "sheet", ".png") if settings.sheet or settings.grid else None
+    together = _beside(output, len(jobs), "grid", ".mp4") if settings.grid else None
     for job, made in zip(jobs, prepared, strict=True):
         claim_output(job.output, options.overwrite)
-        check_video_path(job.output, made.request.num_frames, made.request.size)
-    if sheet is not None:
-        claim_output(sheet, options.overwrite)
+        check_output(job.output, made.request.num_frames, made.request.size)
+    for path in (sheet, together):
+        if path is not None:
+            claim_output(path, options.overwrite)
     _show_plan(prepared)
     if options.dry_run:
         own = prepared[0].settings if len(jobs) == 1 else settings
         filled = settings.model_copy(update={name: getattr(own, name) for name in type(own).model_fields})
         console.results.print(to_toml(filled), markup=False)
         return
-    videos = _make_all(generator, jobs, prepared, options)
+    videos = _make_all(generator, jobs, prepared, settings, options)
     if sheet is not None:
         _write_sheet(sheet, jobs, videos)
+    if together is not None:
+        _write_together(together, jobs, videos)
     if record is not None:
         compare(record, videos[0])
 
 
 def _prepare(generator: VideoGenerator, job: Job) -> Prepared:
     try:
-        return generator.prepare(job.settings)
+        return generator.prepare(job.settings, model=job.model)
     except UserError as error:
         raise UserError(f"{job.place}: {error}" if job.place else str(error)) from None
 
@@ -72,7 +77,8 @@ def _plan_line(made: Prepared) -> str:
 
 
 def _make_all(
-    generator: VideoGenerator, jobs: Sequence[Job], prepared: Sequence[Prepared], options: RunOptions
+    generator: VideoGenerator, jobs: Sequence[Job], prepared: Sequence[Prepared], settings: GenerateSettings,
+    options: RunOptions,
 ) -> list[Video]:
     videos: list[Video] = []
     try:
@@ -80,7 +86,7 @@ def _make_all(
             if len(jobs) > 1:
                 console.log(f"video {len(videos) + 1} of {len(jobs)}: {made.request.prompt}")
             video = generator.make(made)
-            path = video.save(job.output, overwrite=options.overwrite)
+            path = video.save(job.output, overwrite=options.overwrite, crf=settings.crf or 18)
             console.results.print(str(path), markup=False)
             videos.append(video)
     except KeyboardInterrupt:
@@ -90,16 +96,33 @@ def _make_all(
     return videos
 
 
-def _sheet_path(output: Path, count: int) -> Path:
+def _beside(output: Path, count: int, name: str, suffix: str) -> Path:
+    """`out_sheet.png` beside `out.mp4`; `DIR/sheet.png` in a folder of videos."""
     if count > 1 and not output.suffix:
-        return output / "sheet.png"
-    return output.with_name(f"{output.stem}_sheet.png")
+        return output / f"{name}{suffix}"
+    return output.with_name(f"{output.stem}_{name}{suffix}")
+
+
+def _captions(jobs: Sequence[Job]) -> list[str]:
+    return [job.caption or str(job.settings.prompt or "") for job in jobs]
+
+
+def _scale(videos: Sequence[Video]) -> int:
+    """So that the embedded model's small frames can be seen."""
+    smallest: int = min(video.frames.shape[2] for video in videos)
+    return max(1, _SEEN_WIDTH // smallest)
+
+
+def _write_together(path: Path, jobs: Sequence[Job], videos: Sequence[Video]) -> None:
+    columns = min(len(videos), _GRID_COLUMNS)
+    frames = side_by_side([video.frames for video in videos], _captions(jobs), columns, _scale(videos))
+    write_video(path, frames, videos[0].fps)
+    console.results.print(str(path.absolute()), markup=False)
 
 
 def _write_sheet(path: Path, jobs: Sequence[Job], videos: Sequence[Video]) -> None:
-    captions = [job.caption or str(video.settings.get("prompt", "")) for job, video in zip(jobs, videos, strict=True)]
-    smallest = min(video.frames.shape[2] for video in videos)
-    image = contact_sheet([video.frames for video in videos], _SHEET_COLUMNS, captions, scale=max(1, 128 // smallest))
+    frames = [video.frames for video in videos]
+    image = contact_sheet(frames, _SHEET_COLUMNS, _captions(jobs), scale=_scale(videos))
     with atomic_file(path) as temporary:
         image.save(temporary)
     console.results.print(str(path.absolute()), markup=False)

@@ -61,6 +61,23 @@ class Generator:
         self._vae: AutoencoderKLWan | None = None
         self._features: dict[str, Tensor] = {}
 
+    def use(self, base: Base, adapters: AdapterSet) -> None:
+        """Take other adapters on the same model; what is loaded stays, unless LoRAs are merged into its weights."""
+        if adapters is self.adapters:
+            return
+        for _, adapter in self._transformers.values():
+            if adapter is not None:
+                adapter.detach()
+        if base.loras != self.base.loras:
+            self._transformers.clear()
+        self.base, self.adapters = base, adapters
+        for expert, (model, _) in self._transformers.items():
+            self._transformers[expert] = model, self._attach(model, expert)
+
+    def _attach(self, model: WanTransformer3DModel, expert: NoiseExpert) -> Adapter | None:
+        groups = self.adapters.groups(expert)
+        return attach(model, groups, gates_required=True) if groups else None
+
     def text_features(self, prompt: str) -> Tensor:
         """umT5 features of a prompt, unpadded [n, D]; remembered."""
         if prompt not in self._features:
@@ -84,8 +101,7 @@ class Generator:
         if expert not in self._transformers:
             console.detail(f"loading the {expert.value} noise expert")
             model = self.base.load(expert, self.dtype, self.device)
-            groups = self.adapters.groups(expert)
-            self._transformers[expert] = model, attach(model, groups, gates_required=True) if groups else None
+            self._transformers[expert] = model, self._attach(model, expert)
         return self._transformers[expert][0]
 
     def route(self, request: Request) -> Mix | None:
@@ -120,7 +136,7 @@ class Generator:
             pixels = decode(self.vae(), latents)
         frames = to_frames(pixels)
         facts = {**self._facts(request, grid, mix), "frames": frames_fingerprint(frames)}
-        return Video(frames, request.fps, facts=facts)
+        return Video(frames, request.fps, latents.cpu().contiguous(), facts=facts)
 
     def _grid(self, request: Request) -> Grid:
         check_request(self.spec, request)

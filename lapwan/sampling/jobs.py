@@ -8,26 +8,30 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lapwan.errors import UserError, nearest
-from lapwan.settings.generate import GenerateSettings, LineSettings, VideoSettings
+from lapwan.settings.generate import GenerateSettings, LineSettings, ModelSettings, VideoSettings
 from lapwan.settings.load import load
 
-# What a grid may vary; the rest of a video's settings are files.
-GRID_OPTIONS = tuple(
+# What a grid may vary: what leaves shape and picture alone, so that the noise is the same.
+_ADAPTERS = ("lora", "moe")
+GRID_OPTIONS = _ADAPTERS + tuple(
     name for name in VideoSettings.model_fields if name not in ("image", "last_image", "video", "size", "num_frames")
 )
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video: its settings, where it goes, what tells it from its neighbours, and where it was said."""
+    """One video: its settings, its model with adapters, where it goes, what tells it from its neighbours, and where it
+    was said."""
 
     settings: VideoSettings
+    model: ModelSettings
     output: Path
     caption: str = ""
     place: str = ""
@@ -45,6 +49,10 @@ def check_options(settings: GenerateSettings) -> Path:
         raise UserError("--prompt and --prompts are both given; the file's lines have their own prompts: leave one out")
     if settings.prompts is None and settings.prompt is None:
         raise UserError("nothing to make: give --prompt TEXT, --prompts FILE (JSON lines), or --from VIDEO")
+    if settings.crf is not None and settings.output.suffix not in ("", ".mp4"):
+        raise UserError(f"--crf is the quality of an .mp4; {settings.output} is none: leave it out")
+    if settings.grid and settings.prompts is not None:
+        raise UserError("--grid compares one prompt; leave --prompts out")
     return settings.output
 
 
@@ -57,17 +65,31 @@ def make_jobs(settings: GenerateSettings) -> list[Job]:
     said = {name: getattr(settings, name) for name in VideoSettings.model_fields if name in settings.model_fields_set}
     lines = [("", said, None)] if settings.prompts is None else list(_lines(settings.prompts, said))
     axes = [_axis(text) for text in settings.grid]
-    found: list[tuple[str, VideoSettings, Path | None, str]] = []
+    found: list[Job] = []
     for place, tree, own in lines:
         for values in itertools.product(*(axis[1] for axis in axes)):
             chosen = dict(zip((axis[0] for axis in axes), values, strict=True))
             caption = ", ".join(f"{name}={value}" for name, value in chosen.items())
-            checked = _checked(VideoSettings, {**tree, **chosen}, place or "--grid")
+            model = _model(settings, chosen)
+            video = {name: value for name, value in chosen.items() if name not in _ADAPTERS}
+            checked = _checked(VideoSettings, {**tree, **video}, place or "--grid")
             for extra in range(settings.videos):
                 seeded = checked.model_copy(update={"seed": checked.seed + extra})
                 note = f"seed={seeded.seed}" if settings.videos > 1 else ""
-                found.append((place, seeded, own, ", ".join(filter(None, (caption, note)))))
+                found.append(Job(seeded, model, own or Path(), ", ".join(filter(None, (caption, note))), place))
     return _placed(settings, found)
+
+
+def _model(settings: GenerateSettings, chosen: Mapping[str, str]) -> ModelSettings:
+    """The model with the grid's adapters: `none`, or files (several LoRAs with commas between)."""
+    own: dict[str, Any] = {name: getattr(settings, name) for name in ModelSettings.model_fields}
+    if "lora" in chosen:
+        own["lora"] = [] if chosen["lora"] == "none" else [part.strip() for part in chosen["lora"].split(",")]
+    if "moe" in chosen:
+        own["moe"] = None if chosen["moe"] == "none" else chosen["moe"]
+    said = {name: value for name, value in own.items() if value is not None}
+    checked: ModelSettings = _checked(ModelSettings, said, "--grid")
+    return checked
 
 
 def _checked(model: type[Any], tree: Mapping[str, Any], place: str) -> Any:
@@ -115,29 +137,27 @@ def _axis(text: str) -> tuple[str, list[str]]:
     return name, [value.strip() for value in rest.split(separator)]
 
 
-def _placed(
-    settings: GenerateSettings, found: list[tuple[str, VideoSettings, Path | None, str]]
-) -> list[Job]:
+def _placed(settings: GenerateSettings, found: list[Job]) -> list[Job]:
+    """The jobs with their outputs; until now `output` held a line's own name, if it had one."""
     output = settings.output
     assert output is not None
     if len(found) == 1 and settings.prompts is None:
-        place, video, _, caption = found[0]
-        return [Job(video, output, caption, place)]
-    jobs: list[Job] = []
+        return [replace(found[0], output=output)]
     digits = max(3, len(str(len(found))))
+    folder = output.parent if output.suffix else output
+    own = Counter((job.place, job.output) for job in found)
     owners: dict[Path, str] = {}
-    for number, (place, video, own, caption) in enumerate(found, 1):
-        label = "_".join(filter(None, (f"{number:0{digits}d}", re.sub(r"[^\w.=-]+", "_", caption))))
-        if output.suffix:
-            path = output.with_name(f"{output.stem}_{label}{output.suffix}")
+    jobs: list[Job] = []
+    for number, job in enumerate(found, 1):
+        label = "_".join(filter(None, (f"{number:0{digits}d}", re.sub(r"[^\w.=-]+", "_", job.caption))))
+        if job.output != Path():
+            path = folder / job.output
+            if own[job.place, job.output] > 1:
+                path = path.with_name(f"{path.stem}_{label}{path.suffix}")
         else:
-            path = output / f"{label}.mp4"
-        if own is not None:
-            several = len(found) > 1 and sum(o == own and p == place for p, _, o, _ in found) > 1
-            path = (output.parent if output.suffix else output) / own
-            path = path.with_name(f"{path.stem}_{label}{path.suffix}") if several else path
+            path = folder / (f"{output.stem}_{label}{output.suffix}" if output.suffix else f"{label}.mp4")
         if path in owners:
-            raise UserError(f"{place}: output {path} is also that of {owners[path]}; give each its own")
-        owners[path] = place
-        jobs.append(Job(video, path, caption, place))
+            raise UserError(f"{job.place}: output {path} is also that of {owners[path]}; give each its own")
+        owners[path] = job.place
+        jobs.append(replace(job, output=path))
     return jobs

@@ -10,8 +10,7 @@ from typing import Any
 
 from lapwan import console
 from lapwan.errors import UserError
-from lapwan.sampling.result import Video
-from lapwan.sampling.video import read_video_metadata
+from lapwan.sampling.result import Video, read_metadata
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.load import load
 
@@ -25,7 +24,7 @@ class Record:
     overridden: tuple[str, ...]
 
 
-_NO_CONTENT = ("from_video", "output", "sheet")  # options that leave the frames as they are
+_NO_CONTENT = ("from_video", "output", "sheet", "crf")  # options that leave the frames as they are
 
 
 def stored(path: Path, settings: GenerateSettings) -> tuple[Record, GenerateSettings]:
@@ -34,7 +33,7 @@ def stored(path: Path, settings: GenerateSettings) -> tuple[Record, GenerateSett
     Raises:
         UserError: no such video, or none that lapwan made.
     """
-    metadata = read_video_metadata(path)
+    metadata = read_metadata(path)
     if "settings" not in metadata or "facts" not in metadata:
         raise UserError(f"{path} carries no settings of lapwan generate; it cannot be repeated from itself")
     given = {name: getattr(settings, name) for name in settings.model_fields_set}

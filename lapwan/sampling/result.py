@@ -9,19 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import save_file
+from torch import Tensor
 
 from lapwan import __version__
-from lapwan.files import claim_output
-from lapwan.sampling.video import write_video
+from lapwan.files import atomic_file, claim_output
+from lapwan.lora.tensorfile import read_header
+from lapwan.sampling.video import check_video_path, read_video_metadata, write_video
+
+LATENTS_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Video:
-    """`frames` uint8 RGB [T, H, W, 3]; `settings` as the command line names them, enough to make it again; `facts`:
-    fingerprints of model, adapters and image, the chosen gates, versions."""
+    """`frames` uint8 RGB [T, H, W, 3]; `latents` normalised [1, C, T, H, W] on the CPU.
+
+    `settings` as the command line names them, enough to make it again; `facts`: fingerprints of model, adapters and
+    image, the chosen gates, versions.
+    """
 
     frames: np.ndarray
     fps: int
+    latents: Tensor
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -33,13 +42,38 @@ class Video:
             "facts": json.dumps(self.facts, ensure_ascii=False),
         }
 
-    def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write `.mp4`, `.png` (one frame) or a folder of frames, atomically; the path, absolute.
+    def save(self, path: str | Path, overwrite: bool = False, crf: int = 18) -> Path:
+        """Write `.mp4`, `.gif`, `.webp`, `.png` (one frame), a folder of frames, or the latents as `.safetensors`,
+        atomically; the path, absolute.
+
+        Args:
+            crf: H.264 quality, 0 (best) to 51.
 
         Raises:
             UserError: the output exists and `overwrite` is False, or a path that is not written.
         """
         target = Path(path).expanduser().absolute()
         claim_output(target, overwrite)
-        write_video(target, self.frames, self.fps, self.metadata())
+        if target.suffix == LATENTS_SUFFIX:
+            with atomic_file(target) as temporary:
+                save_file({"latents": self.latents}, temporary, metadata=self.metadata())
+        else:
+            write_video(target, self.frames, self.fps, self.metadata(), crf)
         return target
+
+
+def check_output(path: Path, frames: int, size: tuple[int, int]) -> None:
+    """Refuse, before any work, a path that a video of `frames` frames of `size` (H, W) could not be saved to."""
+    if path.suffix != LATENTS_SUFFIX:
+        check_video_path(path, frames, size)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `Video.save` stored in a file; {} if it is somebody else's.
+
+    Raises:
+        UserError: missing, or neither a video, an image nor safetensors.
+    """
+    if path.suffix == LATENTS_SUFFIX:
+        return read_header(path).metadata
+    return read_video_metadata(path)

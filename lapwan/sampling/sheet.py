@@ -53,6 +53,35 @@ def contact_sheet(videos: Sequence[np.ndarray], columns: int, captions: Sequence
     return sheet
 
 
+def side_by_side(videos: Sequence[np.ndarray], captions: Sequence[str], columns: int, scale: int = 1) -> np.ndarray:
+    """Videos played together in a grid, each under its caption: uint8 [T, H, W, 3] of even height and width.
+
+    Args:
+        videos: uint8 RGB [T, H, W, 3], all of one shape.
+        columns: videos in a row.
+        scale: whole-number enlargement of the frames, without smoothing.
+    """
+    frames, height, width = videos[0].shape[:3]
+    height, width = height * scale, width * scale
+    font, can_cjk = _font(size=14)
+    line = 20
+    rows = -(-len(videos) // columns)
+    shape = (rows * (line + height + _MARGIN) + _MARGIN, columns * (width + _MARGIN) + _MARGIN)
+    ground = Image.new("RGB", (shape[1] + shape[1] % 2, shape[0] + shape[0] % 2), _GROUND)
+    pen = ImageDraw.Draw(ground)
+    places = [
+        (_MARGIN + n // columns * (line + height + _MARGIN), _MARGIN + n % columns * (width + _MARGIN))
+        for n in range(len(videos))
+    ]
+    for (top, left), text in zip(places, captions, strict=True):
+        pen.text((left, top), _drawable(text, font, can_cjk, width), fill=_INK, font=font)
+    out = np.repeat(np.asarray(ground)[None], frames, axis=0)
+    for (top, left), video in zip(places, videos, strict=True):
+        big = video.repeat(scale, axis=1).repeat(scale, axis=2)
+        out[:, top + line : top + line + height, left : left + width] = big
+    return out
+
+
 def _row(video_THWC: np.ndarray, columns: int, scale: int) -> np.ndarray:
     chosen = np.linspace(0, len(video_THWC) - 1, min(columns, len(video_THWC))).round().astype(int)
     frames = video_THWC[chosen].repeat(scale, axis=1).repeat(scale, axis=2)

@@ -1,4 +1,4 @@
-"""Writing videos: H.264 in MP4, one PNG, or a folder of PNG frames; and reading back the metadata they carry.
+"""Writing videos: H.264 in MP4, GIF, WebP, one PNG, or a folder of PNGs; and reading back the metadata they carry.
 
 To add an output kind: one `_write_*` function, one `case` in `write_video`, one reader in `read_video_metadata`.
 """
@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, atomic_folder
 
-SUFFIXES = (".mp4", ".png")
+SUFFIXES = (".mp4", ".png", ".gif", ".webp")
 _KEY = "comment"  # the one tag that MP4's ilst knows, that players show, and that PNG takes as a keyword
 _BT709 = 1  # ITU-T H.273: 1 = BT.709 for primaries, transfer and matrix
 _LIMITED = 1  # libavutil AVCOL_RANGE_MPEG: luma 16..235
@@ -25,7 +25,7 @@ _LIMITED = 1  # libavutil AVCOL_RANGE_MPEG: luma 16..235
 
 def write_video(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[str, str] | None = None,
                 crf: int = 18) -> None:
-    """Write frames as `.mp4` (any number), `.png` (exactly one) or, without a suffix, a folder of PNG frames.
+    """Write frames as `.mp4`, `.gif`, `.webp`, `.png` (exactly one) or, without a suffix, a folder of PNG frames.
 
     MP4 is H.264 yuv420p, converted to and tagged as BT.709 limited range, so that 0 and 255 come back as they were.
     The same frames, metadata and library versions give the same bytes (one encoder thread).
@@ -34,7 +34,8 @@ def write_video(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[
         path: replaced atomically if it exists; ask `lapwan.files.claim_output` first whether it may be.
         frames_THWC: uint8 RGB.
         fps: frames a second; stored beside the frames of a folder.
-        metadata: strings, stored as JSON in the MP4's `comment` tag or a PNG `tEXt` chunk (a folder: its first frame).
+        metadata: strings, stored as JSON in the MP4's `comment` tag, a PNG's `tEXt` chunk (a folder: its first frame),
+            a GIF's comment or a WebP's XMP.
         crf: H.264 quality, 0 (lossless luma) to 51; 18 looks like the source.
 
     Raises:
@@ -51,6 +52,9 @@ def write_video(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[
         case ".png":
             with atomic_file(path) as temporary:
                 _save_png(temporary, frames_THWC[0], metadata)
+        case ".gif" | ".webp" as kind:
+            with atomic_file(path) as temporary:
+                _save_animation(temporary, kind, frames_THWC, fps, metadata)
         case _:
             with atomic_folder(path) as folder:
                 digits = max(5, len(str(len(frames_THWC) - 1)))
@@ -63,8 +67,8 @@ def check_video_path(path: Path, frames: int, size: tuple[int, ...]) -> None:
     """Refuse, before any work, a path that `write_video` could not write `frames` frames of `size` (H, W) to."""
     suffix = path.suffix.lower()
     if suffix and suffix not in SUFFIXES:
-        raise UserError(f"cannot write {path}: videos are written as .mp4, one frame as .png, or a folder of frames "
-                        f"(a name without a suffix), not {path.suffix!r}")
+        raise UserError(f"cannot write {path}: videos are written as .mp4, .gif, .webp, one frame as .png, or a folder "
+                        f"of frames (a name without a suffix), not {path.suffix!r}")
     if frames < 1:
         raise UserError(f"cannot write {path}: there are no frames")
     if suffix == ".png" and frames != 1:
@@ -100,6 +104,16 @@ def _encode_mp4(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[
         container.mux(stream.encode(None))
 
 
+def _save_animation(path: Path, kind: str, frames_THWC: np.ndarray, fps: float, metadata: dict[str, str]) -> None:
+    """An animation that loops. Each frame's time is cut to what the format counts in, the sum stays right."""
+    unit = 10 if kind == ".gif" else 1  # ms
+    ends = np.round(np.arange(len(frames_THWC) + 1) * 1000 / fps / unit).astype(int) * unit
+    text = json.dumps(metadata) if metadata else ""
+    own = {"comment": text.encode()} if kind == ".gif" else {"xmp": text.encode(), "quality": 90, "method": 4}
+    first, *rest = (Image.fromarray(frame) for frame in frames_THWC)
+    first.save(path, save_all=True, append_images=rest, loop=0, duration=np.diff(ends).tolist(), **own)
+
+
 def _save_png(path: Path, frame_HWC: np.ndarray, metadata: dict[str, str]) -> None:
     chunks = PngImagePlugin.PngInfo()
     if metadata:
@@ -121,9 +135,9 @@ def read_video_metadata(path: Path) -> dict[str, str]:
             raise UserError(f"no PNG frames in the folder {path}")
         path = first
     try:
-        if path.suffix.lower() == ".png":
+        if path.suffix.lower() in (".png", ".gif", ".webp"):
             with Image.open(path) as image:
-                text = image.info.get(_KEY, "")
+                text = image.info.get("xmp" if path.suffix.lower() == ".webp" else _KEY, "")
         else:
             with av.open(str(path)) as container:
                 text = container.metadata.get(_KEY, "")

@@ -188,10 +188,15 @@ class GenerateSettings(VideoSettings, ModelSettings):
         default=1, ge=1, le=1000, description="Videos per prompt, with seeds N, N+1, ..."
     )
     grid: Annotated[tuple[str, ...], Flag(metavar="OPTION=A,B,...")] = Field(
-        default=(), description="Compare values of an option at the same noise, such as alpha_expert=0,0.5,1."
+        default=(), description="Compare at the same noise, such as alpha_expert=0,0.5,1 or moe=none;A;B, also in one "
+        "video."
     )
     output: Annotated[Path | None, Flag("-o", "--output", metavar="PATH")] = Field(
-        default=None, description="NAME.mp4, NAME.png (one frame), or a folder for PNG frames; of many, their folder."
+        default=None, description="NAME.mp4, .gif, .webp, .png (one frame), .safetensors (latents), or a folder of PNG "
+        "frames; for many videos their folder."
+    )
+    crf: Annotated[int | None, Flag(metavar="N")] = Field(
+        default=None, ge=0, le=51, description="Quality of an .mp4, 0 (best) to 51; 18 if not given."
     )
     sheet: Annotated[bool, Flag()] = Field(
         default=False, description="Also write a contact sheet beside the output."

@@ -106,7 +106,7 @@ def test_bad_input_is_one_line(arguments, words, lapwan, no_weights) -> None:
 
 
 def test_bad_paths(lapwan, tmp_path, no_weights) -> None:
-    refused(generate(lapwan, output="a.gif"), "a.gif", ".mp4")
+    refused(generate(lapwan, output="a.avi"), "a.avi", ".mp4")
     refused(generate(lapwan, output="a.png"), "5 frames", "a.png")
     (tmp_path / "taken.mp4").write_bytes(b"x")
     refused(generate(lapwan, output="taken.mp4"), "output exists: taken.mp4", "--overwrite")

@@ -12,13 +12,16 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from sampling_cases import SMALL, frames, generate, random_lora, refused
 
 from lapwan import UserError, VideoGenerator
 from lapwan.lora.formats import write_lora
 from lapwan.sampling.generator import Generator, to_frames
 from lapwan.sampling.image import clip_tensor, read_clip
+from lapwan.sampling.result import read_metadata
 from lapwan.sampling.video import read_video_metadata, write_video
+from lapwan.wan import base as lapwan_base
 from lapwan.wan.vae import decode, encode, load_vae
 
 
@@ -77,7 +80,7 @@ def test_seeds_count_up_and_names_say_so(lapwan, tmp_path) -> None:
 def test_a_grid_varies_one_thing_at_the_same_noise(lapwan, mixture_file, tmp_path) -> None:
     ran = generate(lapwan, "--moe", str(mixture_file), "--grid", "alpha_expert=0,1", "--sheet", output="g.mp4")
     names = [Path(line).name for line in ran.out.splitlines()]
-    assert names == ["g_001_alpha_expert=0.mp4", "g_002_alpha_expert=1.mp4", "g_sheet.png"], ran.err
+    assert names == ["g_001_alpha_expert=0.mp4", "g_002_alpha_expert=1.mp4", "g_sheet.png", "g_grid.mp4"], ran.err
     generate(lapwan, output="base.mp4")
     base, off, on = (
         json.loads(read_video_metadata(tmp_path / name)["facts"])["frames"] for name in ("base.mp4", *names[:2])
@@ -85,6 +88,51 @@ def test_a_grid_varies_one_thing_at_the_same_noise(lapwan, mixture_file, tmp_pat
     assert base == off != on
     width, height = Image.open(tmp_path / "g_sheet.png").size
     assert width > height > 2 * 32
+
+
+def test_a_grid_over_adapters_shares_the_loaded_model(lapwan, mixture_file, tmp_path, monkeypatch) -> None:
+    write_lora(tmp_path / "a.safetensors", random_lora(0))
+    loads = []
+    original = lapwan_base.load_transformer
+    monkeypatch.setattr(lapwan_base, "load_transformer", lambda *a: loads.append(a[1]) or original(*a))
+    axes = ("--grid", f"moe=none;{mixture_file}", "--grid", "lora=none;both=a.safetensors:0.5")
+    ran = generate(lapwan, *axes, output="g")
+    assert ran.code == 0, ran.err
+    assert loads == ["high", "low"]
+    facts = [json.loads(read_video_metadata(Path(line))["facts"]) for line in ran.out.splitlines()[:4]]
+    assert len({f["frames"] for f in facts}) == 4
+    alone = generate(lapwan, "--lora", "both=a.safetensors:0.5", "--moe", str(mixture_file), output="alone.mp4")
+    assert alone.code == 0
+    assert json.loads(read_video_metadata(tmp_path / "alone.mp4")["facts"])["frames"] == facts[3]["frames"]
+
+
+@pytest.mark.parametrize(("name", "opened"), [("a.webp", 5), ("a.gif", 5), ("a.safetensors", 0)])
+def test_other_outputs_carry_their_settings_too(name, opened, lapwan, tmp_path) -> None:
+    assert generate(lapwan, output=name).code == 0
+    said = read_metadata(tmp_path / name)
+    facts = json.loads(said["facts"])
+    if opened:
+        with Image.open(tmp_path / name) as image:
+            assert image.n_frames == opened and image.size == (48, 32)
+            total = 0
+            for index in range(opened):
+                image.seek(index)
+                image.load()
+                total += image.info["duration"]
+            assert total == pytest.approx(5 * 1000 / 16, abs=10)
+    else:
+        latents = load_file(tmp_path / name)["latents"]
+        assert latents.shape == (1, 16, 2, 4, 6)
+    again = lapwan("generate", "--from", name, "-o", "again.mp4")
+    assert "identical to those of" in again.err
+    assert json.loads(read_metadata(tmp_path / "again.mp4")["facts"])["frames"] == facts["frames"]
+
+
+def test_crf_is_the_quality_of_an_mp4(lapwan, tmp_path) -> None:
+    assert generate(lapwan, "--crf", "0", output="fine.mp4").code == 0
+    assert generate(lapwan, "--crf", "45", output="coarse.mp4").code == 0
+    assert (tmp_path / "fine.mp4").stat().st_size > 2 * (tmp_path / "coarse.mp4").stat().st_size
+    refused(generate(lapwan, "--crf", "10", output="a.gif"), "--crf is the quality of an .mp4")
 
 
 @pytest.mark.parametrize(("text", "words"), [
