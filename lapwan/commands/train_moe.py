@@ -48,7 +48,7 @@ def prepare(
     settings: TrainMoeSettings, base: Base, data: build.RunData, taxonomy: Taxonomy, device: torch.device
 ) -> Trainer:
     """Load the noise experts, put a fresh mixture on them, and wire the trainer."""
-    store = ClipStore(data.index, data.items, device)
+    store = ClipStore(data.index, data.items, device, len(taxonomy.families))
     mixture, adapters = _assemble(settings, base, data, taxonomy, device)
     first = next(iter(data.experts))
     metadata = build.provenance(settings, base, data, first)

@@ -20,15 +20,17 @@ _MEMORY_BUDGET = 8 * 2**30  # bytes of cached tensors kept in RAM; a 256 x 256 x
 class ClipStore:
     """The items a run trains on. Each is read once while the budget lasts, else at every use."""
 
-    def __init__(self, index: CacheIndex, items: Sequence[CachedItem], device: torch.device) -> None:
+    def __init__(
+        self, index: CacheIndex, items: Sequence[CachedItem], device: torch.device, families: int | None = None
+    ) -> None:
         self.index, self.items, self._device = index, list(items), device
+        self._families = families  # turns a hard label into weights; not needed for soft ones
         self._kept: dict[int, dict[str, Tensor | None]] = {}
         self._bytes = 0
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Items by index, as one batch on the device."""
-        families = len(self.index.families) if self.index.families else None
-        return collate([(self.items[i], self._read(i)) for i in indices], families).to(self._device)
+        return collate([(self.items[i], self._read(i)) for i in indices], self._families).to(self._device)
 
     def empty_text(self) -> Tensor:
         """The empty caption's features, on the device.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from cache_cases import write_random_cache
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_cases import backward, draws_for, randomise
 
 from lapwan.commands.base import resolve_base
+from lapwan.data.cachefile import load_index, write_index
 from lapwan.errors import UserError
 from lapwan.lora.attach import attach
 from lapwan.lora.layer import StackedLoraLinear
@@ -143,6 +146,14 @@ def test_labels_and_text_of_each_clip_reach_router_and_teacher(make_moe):
     with trainer.objective.loss(NoiseExpert.HIGH, swapped, draws) as loss:
         other = loss.figures["loss/teacher_kl"]
     assert not torch.allclose(own, other)
+
+
+def test_hard_labels_are_one_hot_weights(make_moe, tiny_t2v, tmp_path):
+    cache = write_random_cache(tmp_path / "hard", tiny_t2v)
+    index = load_index(cache)
+    write_index(replace(index, items=tuple(replace(item, label_weights=None) for item in index.items)))
+    batch = make_moe(data={"cache": cache}).plan.load_batch([0, 2])
+    assert batch.label_weights_BE.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
 
 
 def test_fallback_clips_carry_no_teacher(make_moe):
