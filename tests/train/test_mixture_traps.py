@@ -148,6 +148,15 @@ def test_labels_and_text_of_each_clip_reach_router_and_teacher(make_moe):
     assert not torch.allclose(own, other)
 
 
+def test_the_text_router_reads_the_text_and_not_the_label_it_is_judged_by(make_moe):
+    trainer = make_moe()
+    batch = trainer.plan.load_batch([0, 1])
+    mixture = trainer.objective.mixture
+    p = mixture.route(batch.text, batch.label_weights_BE)
+    assert torch.equal(p, mixture.route(batch.text, batch.label_weights_BE.flip(0)))
+    assert not torch.equal(p, mixture.route(batch.text[::-1], batch.label_weights_BE))
+
+
 def test_hard_labels_are_one_hot_weights(make_moe, tiny_t2v, tmp_path):
     cache = write_random_cache(tmp_path / "hard", tiny_t2v)
     index = load_index(cache)
