@@ -5,7 +5,6 @@ A job decodes one clip once for several of its windows. Workers import no torch.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import time
 from collections import deque
@@ -87,32 +86,53 @@ def run_job(job: Job) -> list[Decoded]:
     ]
 
 
-def decode(jobs: Sequence[Job], workers: int) -> Iterator[Decoded]:
-    """The jobs' items in order; with `workers` processes up to two jobs a worker are under way ahead of the reader."""
-    if workers == 0:
-        for job in jobs:
-            yield from run_job(job)
-        return
-    pool = _pool(workers)
-    waiting: deque[tuple[Job, Future[list[Decoded]]]] = deque()
-    left = deque(jobs)
-    try:
-        while left or waiting:
-            while left and len(waiting) < 2 * workers:
-                job = left.popleft()
-                waiting.append((job, pool.submit(run_job, job)))
-            job, future = waiting.popleft()
+class Decoder:
+    """The jobs' items, in order: `with Decoder(jobs, workers) as items: for decoded in items`.
+
+    With `workers` processes the work begins at once, up to two jobs a worker ahead of the reader; 0 decodes in this
+    process, as it is read.
+    """
+
+    def __init__(self, jobs: Sequence[Job], workers: int) -> None:
+        self._left = deque(jobs)
+        self._workers = min(workers, len(jobs))
+        self._waiting: deque[tuple[Job, Future[list[Decoded]]]] = deque()
+        self._pool = _pool(self._workers) if self._workers else None
+        self._fill()
+
+    def __enter__(self) -> Iterator[Decoded]:
+        return self._items()
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _fill(self) -> None:
+        while self._pool is not None and self._left and len(self._waiting) < 2 * self._workers:
+            job = self._left.popleft()
+            self._waiting.append((job, self._pool.submit(run_job, job)))
+
+    def _items(self) -> Iterator[Decoded]:
+        while self._pool is None and self._left:
+            yield from run_job(self._left.popleft())
+        while self._waiting:
+            job, future = self._waiting.popleft()
             try:
-                yield from future.result()
+                decoded = future.result()
             except BrokenProcessPool:
-                # A decoder that crashes takes the pool with it: this job is tried alone, the others again.
-                pool.shutdown(wait=False, cancel_futures=True)
-                yield from _alone(job)
-                left.extendleft(reversed([job for job, _ in waiting]))
-                waiting.clear()
-                pool = _pool(workers)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+                decoded = self._recover(job)
+            self._fill()
+            yield from decoded
+
+    def _recover(self, job: Job) -> list[Decoded]:
+        """A decoder that crashes takes the pool with it: this job is tried alone, the others again."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._left.extendleft(reversed([other for other, _ in self._waiting]))
+        self._waiting.clear()
+        decoded = _alone(job)
+        self._pool = _pool(self._workers)
+        return decoded
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -121,16 +141,10 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _alone(job: Job) -> list[Decoded]:
-    with contextlib.closing(_Single()) as single:
-        try:
-            return single.pool.submit(run_job, job).result()
-        except BrokenProcessPool:
-            return [Decoded(name, None, "the decoder crashed on it", 0.0) for name, _ in job.windows]
-
-
-class _Single:
-    def __init__(self) -> None:
-        self.pool = _pool(1)
-
-    def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+    pool = _pool(1)
+    try:
+        return pool.submit(run_job, job).result()
+    except BrokenProcessPool:
+        return [Decoded(name, None, "the decoder crashed on it", 0.0) for name, _ in job.windows]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

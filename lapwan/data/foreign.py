@@ -14,6 +14,7 @@ from lapwan.data.layout import (
     text_name,
 )
 from lapwan.errors import UserError
+from lapwan.files import is_temporary
 
 _TEMPORAL, _SPATIAL = 4, 8  # of the VAE that these caches are made with
 
@@ -24,7 +25,7 @@ def scan(folder: Path) -> tuple[CachedItem, ...]:
     Raises:
         UserError: a file of no known name, a damaged one, or latents without their text.
     """
-    return tuple(_item(path) for path in sorted(folder.glob(f"*{LATENTS_END}")))
+    return tuple(_item(path) for path in sorted(folder.glob(f"*{LATENTS_END}")) if not is_temporary(path))
 
 
 def _item(path: Path) -> CachedItem:

@@ -28,6 +28,7 @@ from lapwan.data.sources import CacheSet, Drop, SourceClip
 from lapwan.data.stale import judge
 from lapwan.data.video import BadClip, VideoFacts, frame_files, probe
 from lapwan.data.windows import Window, windows
+from lapwan.files import is_temporary
 
 _HASHED = 65536  # bytes from each end of a source file
 
@@ -269,7 +270,7 @@ def _compare(plan: Plan, latents: bool, text: bool) -> None:
     if plan.folder.is_dir():
         dropped = {drop.stem for drop in plan.drops if drop.stem is not None}
         plan.orphans = sorted(
-            name for name in (path.name for path in plan.folder.iterdir())
+            name for name in (path.name for path in plan.folder.iterdir() if not is_temporary(path))
             if name.endswith((LATENTS_END, TEXT_END, ROI_END)) and name not in seen and not _of_any(name, dropped)
         )
 

@@ -226,11 +226,12 @@ def _upright(frame: Any) -> Image.Image:
 
 
 def fit(image: Image.Image, crop: Crop) -> np.ndarray:
-    """uint8 [H, W, 3]: resized with antialias, then cut."""
+    """uint8 [H, W, 3]: resized with antialias (bicubic down, Lanczos up), then cut."""
     from PIL import Image
 
     if image.size != crop.resized:
-        image = image.resize(crop.resized, Image.Resampling.LANCZOS)
+        larger = crop.resized[0] > image.width
+        image = image.resize(crop.resized, Image.Resampling.LANCZOS if larger else Image.Resampling.BICUBIC)
     width, height = crop.bucket
     if crop.resized != crop.bucket:
         image = image.crop((crop.left, crop.top, crop.left + width, crop.top + height))

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from lapwan import console
-from lapwan.data.decode import Decoded, decode, make_jobs
+from lapwan.data.decode import Decoded, Decoder, make_jobs
 from lapwan.data.layout import PROMPTS_FILE, Recipe, write_latents, write_prompts, write_roi, write_text_features
 from lapwan.data.plan import Plan, Wanted, prompts_recipe
 from lapwan.data.roi import region
 from lapwan.data.sources import Drop
 from lapwan.data.video import BadClip
 from lapwan.errors import UserError
-from lapwan.wan.condition import condition_video, with_mask
+from lapwan.wan.condition import encode_condition, with_mask
 from lapwan.wan.folder import ModelSpec
 from lapwan.wan.text import encode_text, load_text_encoder
 from lapwan.wan.vae import encode, load_vae
@@ -147,17 +147,18 @@ def _encode_regions(plan: Plan, outcome: Outcome) -> None:
 
 def _encode_latents(plan: Plan, spec: ModelSpec, how: How, outcome: Outcome) -> None:
     begun = time.perf_counter()
-    vae = load_vae(spec, how.vae_dtype, how.device)
     todo = {wanted.id: wanted for wanted, _ in plan.latents_todo.values()}
     # Equal sizes side by side make whole batches; windows of a clip stay together.
     ordered = sorted(todo.values(), key=lambda wanted: (len(wanted.indices), wanted.crop.bucket))
     jobs = make_jobs(ordered, plan.encoders.fps)
     with (
+        Decoder(jobs, how.workers) as decoded,  # the workers start while the VAE is loaded
         ThreadPoolExecutor(1, thread_name_prefix="cache-writer") as writer,
         console.progress("latents", len(todo), "clip") as bar,
     ):
+        vae = load_vae(spec, how.vae_dtype, how.device)
         writes: list[Future[None]] = []
-        for batch in _batches(decode(jobs, how.workers), todo, how, outcome, bar.advance):
+        for batch in _batches(decoded, todo, how, outcome, bar.advance):
             started = time.perf_counter()
             latents, conditions = _latents_of(vae, [frames for _, frames in batch], plan.encoders.condition)
             outcome.seconds.encode += time.perf_counter() - started
@@ -218,7 +219,7 @@ def _latents_of(vae: Any, clips: list[np.ndarray], condition: bool) -> tuple[Ten
     if condition:
         frames = pixels_BCTHW.shape[2]
         # Of one frame, the condition is the clip itself; longer ones differ from it everywhere but at the start.
-        still = latents if frames == 1 else encode(vae, condition_video(pixels_BCTHW[:, :, 0], frames))
+        still = latents if frames == 1 else encode_condition(vae, pixels_BCTHW[:, :, 0], frames)
         conditions = with_mask(still).cpu()
     return latents.cpu(), conditions
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lapwan.wan.vae import encode
+from lapwan.wan.still import encode_still, supports
+from lapwan.wan.vae import encode, normalise
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -41,4 +42,12 @@ def image_condition(vae: AutoencoderKLWan, image_BCHW: Tensor, frames: int) -> T
 
     Source: diffusers' WanImageToVideoPipeline.prepare_latents.
     """
-    return with_mask(encode(vae, condition_video(image_BCHW, frames)))
+    return with_mask(encode_condition(vae, image_BCHW, frames))
+
+
+def encode_condition(vae: AutoencoderKLWan, image_BCHW: Tensor, frames: int) -> Tensor:
+    """`encode([image, 0, ...])`, normalised, [B, 16, N+1, H/8, W/8] in fp32; see `still` for what is spared."""
+    if supports(vae) and (frames - 1) % 4 == 0:
+        image = image_BCHW.to(device=vae.device, dtype=vae.dtype)
+        return normalise(vae, encode_still(vae, image, frames)[0].float())
+    return encode(vae, condition_video(image_BCHW, frames))

@@ -44,7 +44,7 @@ def command(dataset: Path, folder: Path, *more: str) -> list[str]:
 
 def whole(folder: Path) -> int:
     """How many cache files there are; each must be whole."""
-    found = list(folder.glob("*_wan.safetensors"))
+    found = [path for path in folder.glob("*_wan.safetensors") if not is_temporary(path)]
     for path in found:
         read_header(path)
     return len(found)
@@ -56,7 +56,7 @@ def test_a_kill_in_the_middle_leaves_whole_files_and_the_next_run_goes_on(datase
                                stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
-        while len(list(folder.glob("*_wan.safetensors"))) < 3:
+        while len([path for path in folder.glob("*_wan.safetensors") if not is_temporary(path)]) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
     finally:
@@ -160,11 +160,12 @@ def test_a_decoder_that_dies_takes_only_its_clip(dataset, tmp_path):
         facts = probe(path, 16)
         jobs.append(decoding.Job(path, ((f"i{index}", range(9)),), centre_crop(96, 64, (48, 32)), 16, facts, None))
     found = []
-    for decoded in decoding.decode(jobs, workers=1):
-        found.append(decoded)
-        if len(found) == 1:
-            for pid in _children(os.getpid()):
-                os.kill(pid, signal.SIGKILL)
+    with decoding.Decoder(jobs, workers=1) as items:
+        for decoded in items:
+            found.append(decoded)
+            if len(found) == 1:
+                for pid in _children(os.getpid()):
+                    os.kill(pid, signal.SIGKILL)
     assert [d.id for d in found] == ["i0", "i1", "i2", "i3"]
     assert all(d.failure is None and d.frames.shape == (9, 32, 48, 3) for d in found)
 

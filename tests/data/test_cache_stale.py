@@ -246,6 +246,11 @@ def test_a_foreign_cache_without_text_is_refused(foreign):
         load_index(foreign)
 
 
+def test_what_a_kill_left_under_a_temporary_name_is_no_item(foreign):
+    (foreign / ".lapwan-tmp-0123abcd-c9_00000-009_0096x0064_wan.safetensors").write_bytes(b"half")
+    assert len(load_index(foreign).items) == 3
+
+
 def test_an_unfinished_cache_is_not_taken_for_a_foreign_one(dataset, tmp_path):
     folder = cache_tiny(dataset, tmp_path / "cache")
     (folder / "lapwan_index.jsonl").unlink()

@@ -94,3 +94,18 @@ def test_text_does_not_depend_on_its_batch_and_is_cut_at_the_length(i2v):
 def test_prompt_cleaning():
     assert text.clean_prompt("  a &amp;amp; b\n\tc ") == "a & b c"
     assert text.clean_prompt("剪刀，剪断。") == "剪刀,剪断。"
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 45])
+def test_the_still_encoding_is_bitwise_the_plain_one_and_spares_work(i2v, frames):
+    from lapwan.wan.still import encode_still
+
+    ours = vae.load_vae(i2v)
+    image = torch.rand(2, 3, 16, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    with torch.no_grad():
+        plain = ours.encode(condition.condition_video(image, frames)).latent_dist.mode()
+        still, done, all_of_them = encode_still(ours, image, frames)
+    assert torch.equal(still, plain)
+    assert done <= all_of_them
+    if frames == 45:
+        assert done < 0.75 * all_of_them  # 12 chunks: the full-size layers settle after a few
