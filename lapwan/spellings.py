@@ -18,15 +18,20 @@ _ALIASES: dict[str, dict[str, str]] = {
     },
 }
 
+_FILES = (
+    "give the model folder with --model FOLDER, or the files in a TOML file for --config: "
+    "[model] high, low, vae, text_encoder, tokenizer"
+)
+
 # generate: options of the old script that lapwan replaces by something else.
 _REPLACED: dict[str, dict[str, str]] = {
     "generate": {
         "--task": "the task is read from the model; leave it out",
         "--clip": "Wan2.2 has no image encoder; leave it out",
-        "--dit": "give the model folder: --model FOLDER",
-        "--dit-high-noise": "give the model folder: --model FOLDER",
-        "--vae": "give the model folder: --model FOLDER",
-        "--t5": "give the model folder: --model FOLDER",
+        "--dit": _FILES,
+        "--dit-high-noise": _FILES,
+        "--vae": _FILES,
+        "--t5": _FILES,
     },
 }
 

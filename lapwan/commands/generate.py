@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lapwan import console
 from lapwan.api import Prepared, VideoGenerator
+from lapwan.commands.generate_interactive import run_interactive
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import atomic_file, claim_output
 from lapwan.sampling.grid import make_grid
@@ -20,11 +21,14 @@ from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.run import RunOptions
 
 _SHEET_COLUMNS, _GRID_COLUMNS = 6, 4
-_SEEN_WIDTH = 160  # pixels
+_SEEN_WIDTH = 256  # pixels: room for a caption
 
 
 def run(settings: GenerateSettings, options: RunOptions) -> None:
     """Check every video against headers, then load, sample and write one after the other."""
+    if settings.interactive:
+        run_interactive(settings)
+        return
     record = None
     if settings.from_video is not None:
         record, settings = stored(settings.from_video, settings)
@@ -110,7 +114,7 @@ def _captions(jobs: Sequence[Job]) -> list[str]:
 def _scale(videos: Sequence[Video]) -> int:
     """So that the embedded model's small frames can be seen."""
     smallest: int = min(video.frames.shape[2] for video in videos)
-    return max(1, _SEEN_WIDTH // smallest)
+    return max(1, round(_SEEN_WIDTH / smallest))
 
 
 def _write_together(path: Path, jobs: Sequence[Job], videos: Sequence[Video]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lapwan.errors import UserError
@@ -11,7 +12,8 @@ TINY = "tiny"
 
 
 def resolve(model: str, task: Task | None = None, generation: bool = False) -> ModelSpec:
-    """`tiny` (the task decides, else T2V), `tiny-t2v`, `tiny-i2v`, or a folder in diffusers layout.
+    """`tiny` (the task decides, else T2V), `tiny-t2v`, `tiny-i2v`, a folder in diffusers layout, or a hub id such as
+    `Wan-AI/Wan2.2-T2V-A14B-Diffusers` that is in the local hub cache.
 
     Args:
         generation: also take what lapwan only generates with (TI2V-5B).
@@ -27,10 +29,28 @@ def resolve(model: str, task: Task | None = None, generation: bool = False) -> M
             raise UserError(f"no embedded model '{model}'; there are tiny, tiny-t2v and tiny-i2v")
         spec = read_spec(tiny_folder("i2v" if kind == "i2v" else "t2v"))
     else:
-        spec = read_spec(Path(model).expanduser())
+        folder = Path(model).expanduser()
+        spec = read_spec(_from_hub(model) if not folder.exists() and _is_hub_id(folder, model) else folder)
     if spec.task == "ti2v" and not generation:
         raise UserError(f"model {model} is a TI2V-5B model, which lapwan only generates with; use T2V-A14B or I2V-A14B")
     if task is not None and spec.task != task:
         wants = "takes an image (image-to-video)" if spec.task == "i2v" else "takes no image (text-to-video)"
         raise UserError(f"model {model} {wants}, but {task} was asked for")
     return spec
+
+
+def _is_hub_id(folder: Path, model: str) -> bool:
+    # `out/merged` beside an existing `out` is a mistyped path, not somebody's repository.
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not folder.parent.is_dir()
+
+
+def _from_hub(model: str) -> Path:
+    """The snapshot in the local hub cache. Never downloads: 126 GB should not come from a dry run or a typing error."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise UserError(f"no model folder {model}, and the local hub cache does not have it whole; if it is a hub id, "
+                        f"fetch it first: hf download {model}") from None

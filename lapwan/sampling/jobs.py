@@ -62,7 +62,7 @@ def make_jobs(settings: GenerateSettings) -> list[Job]:
     Raises:
         UserError: a bad line of the prompts file (with its number), a bad grid, or two videos with one output.
     """
-    said = {name: getattr(settings, name) for name in VideoSettings.model_fields if name in settings.model_fields_set}
+    said = _said(settings)
     lines = [("", said, None)] if settings.prompts is None else list(_lines(settings.prompts, said))
     axes = [_axis(text) for text in settings.grid]
     found: list[Job] = []
@@ -78,6 +78,36 @@ def make_jobs(settings: GenerateSettings) -> list[Job]:
                 note = f"seed={seeded.seed}" if settings.videos > 1 else ""
                 found.append(Job(seeded, model, own or Path(), ", ".join(filter(None, (caption, note))), place))
     return _placed(settings, found)
+
+
+def line_job(settings: GenerateSettings, line: str, output: Path) -> Job:
+    """One video from a line that somebody typed: a prompt, or a JSON object as in a prompts file.
+
+    Raises:
+        UserError: broken JSON, or an option that is not understood.
+    """
+    own: Any = {"prompt": line}
+    if line.startswith("{"):
+        own = _line_object(line, "this line")
+    checked = _checked(LineSettings, {**_said(settings), **own}, "this line")
+    tree = {name: getattr(checked, name) for name in checked.model_fields_set if name != "output"}
+    named = output if checked.output is None else output.parent / checked.output
+    return Job(VideoSettings(**tree), settings, named)
+
+
+def _said(settings: GenerateSettings) -> dict[str, Any]:
+    """The video options given on the command line or in TOML."""
+    return {name: getattr(settings, name) for name in VideoSettings.model_fields if name in settings.model_fields_set}
+
+
+def _line_object(line: str, place: str) -> dict[str, Any]:
+    try:
+        own = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not valid JSON ({error})") from None
+    if not isinstance(own, dict) or "prompt" not in own:
+        raise UserError(f'{place}: expected an object with a prompt, such as {{"prompt": "...", "seed": 1}}')
+    return own
 
 
 def _model(settings: GenerateSettings, chosen: Mapping[str, str]) -> ModelSettings:
@@ -111,12 +141,7 @@ def _lines(path: Path, said: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
         if not line.strip():
             continue
         empty, place = False, f"{path}, line {number}"
-        try:
-            own = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{place}: not valid JSON ({error})") from None
-        if not isinstance(own, dict) or "prompt" not in own:
-            raise UserError(f'{place}: expected an object with a prompt, such as {{"prompt": "...", "seed": 1}}')
+        own = _line_object(line, place)
         checked = _checked(LineSettings, {**said, **own}, place)
         tree = {name: getattr(checked, name) for name in checked.model_fields_set if name != "output"}
         yield place, tree, checked.output

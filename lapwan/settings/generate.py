@@ -184,6 +184,9 @@ class GenerateSettings(VideoSettings, ModelSettings):
     from_video: Annotated[Path | None, Flag("--from", metavar="VIDEO")] = Field(
         default=None, description="Repeat a video lapwan made, from the settings it carries; other options override."
     )
+    interactive: Annotated[bool, Flag()] = Field(
+        default=False, description="Ask for one prompt after the other; the model stays loaded."
+    )
     videos: Annotated[int, Flag(metavar="N")] = Field(
         default=1, ge=1, le=1000, description="Videos per prompt, with seeds N, N+1, ..."
     )

@@ -99,7 +99,7 @@ def test_dry_run_loads_nothing_and_prints_the_resolved_settings(lapwan, tmp_path
     (("--lora", "none.safetensors"), ("none.safetensors",)),
     (("--image", "none.png"), ("no such image: none.png",)),
     (("--device", "cuda:99"), ("cuda:99", "--device cpu")),
-    (("--dit", "x"), ("--dit: give the model folder",)),
+    (("--dit", "x"), ("--dit: give the model folder", "[model] high")),
 ])
 def test_bad_input_is_one_line(arguments, words, lapwan, no_weights) -> None:
     refused(generate(lapwan, *arguments), *words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -247,3 +248,22 @@ def test_from_python(tmp_path, mixture_file) -> None:
 def test_importing_lapwan_needs_no_torch() -> None:
     code = "import sys, lapwan; assert 'VideoGenerator' in dir(lapwan); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_interactive_keeps_the_model_and_survives_a_bad_line(lapwan, tmp_path, monkeypatch) -> None:
+    lines = [
+        "电凝钩切割组织", '{"prompt": "x", "num_frames": 6}', '{"prompt": "suction", "seed": 5, "output": "s.mp4"}',
+        '{"prompt": "again", "output": "s.mp4"}', "",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    loads = []
+    original = lapwan_base.load_transformer
+    monkeypatch.setattr(lapwan_base, "load_transformer", lambda *a: loads.append(a[1]) or original(*a))
+    ran = lapwan("generate", "--model", "tiny", "--interactive", "-o", "chat", *SMALL)
+    assert ran.code == 0, ran.err
+    assert [Path(line).name for line in ran.out.splitlines()] == ["001.mp4", "s.mp4"]
+    assert "not made: frames = 6: must be 4N+1" in ran.err and loads == ["high", "low"]
+    assert "not made: output exists: chat/s.mp4" in ran.err
+    assert json.loads(read_video_metadata(tmp_path / "chat/s.mp4")["settings"])["seed"] == 5
+    refused(generate(lapwan, "--interactive"), "leave --prompt")
+    refused(lapwan("generate", "--model", "tiny", "--interactive", "-o", "a.mp4"), "give it as --output DIR")

@@ -1,0 +1,65 @@
+"""`lapwan generate --interactive`: a prompt a line, the model stays loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from lapwan import console
+from lapwan.api import VideoGenerator
+from lapwan.errors import Interrupted, UserError
+from lapwan.files import claim_output, is_temporary
+from lapwan.sampling.jobs import line_job
+from lapwan.sampling.result import check_output
+from lapwan.settings.generate import GenerateSettings
+
+_ASK = "prompt (or a JSON object with options; an empty line ends)> "
+
+
+def run_interactive(settings: GenerateSettings) -> None:
+    """Make a video for each line of stdin into the output folder; a bad line is answered and the next one read.
+
+    Raises:
+        UserError: no output folder, or options that belong to other ways of asking.
+    """
+    folder = settings.output
+    if folder is None or folder.suffix:
+        raise UserError("--interactive writes 001.mp4, 002.mp4, ... into a folder; give it as --output DIR")
+    if settings.prompt is not None or settings.prompts is not None or settings.from_video is not None or settings.grid:
+        raise UserError("--interactive reads its prompts from you; leave --prompt, --prompts, --from and --grid out")
+    generator, made = VideoGenerator.from_settings(settings), 0
+    try:
+        for line in _lines():
+            try:
+                job = line_job(settings, line, _next(folder))
+                prepared = generator.prepare(job.settings)
+                claim_output(job.output, overwrite=False)
+                check_output(job.output, prepared.request.num_frames, prepared.request.size)
+                video = generator.make(prepared)
+                path = video.save(job.output, crf=settings.crf or 18)
+            except UserError as error:
+                console.warn(f"not made: {error}")
+                continue
+            made += 1
+            console.results.print(str(path), markup=False)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {made} finished videos are whole in {folder}") from None
+
+
+def _lines() -> Iterator[str]:
+    asks = sys.stdin.isatty()
+    while True:
+        try:
+            line = console.log_console.input(_ASK, markup=False) if asks else next(sys.stdin)
+        except (EOFError, StopIteration):
+            return
+        if line.strip():
+            yield line.strip()
+        elif asks:
+            return
+
+
+def _next(folder: Path) -> Path:
+    taken = [int(file.stem) for file in folder.glob("*.mp4") if file.stem.isdigit() and not is_temporary(file)]
+    return folder / f"{max(taken, default=0) + 1:03d}.mp4"
