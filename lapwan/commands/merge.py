@@ -13,7 +13,7 @@ from lapwan.console import log, progress, results
 from lapwan.errors import UserError
 from lapwan.files import claim_output
 from lapwan.lora import noise_expert
-from lapwan.lora.assign import Request, assign, assign_one, group
+from lapwan.lora.assign import Request, assign, assign_one, group, warn_mismatch
 from lapwan.lora.checkpoint_file import Advance
 from lapwan.lora.combine import combine
 from lapwan.lora.formats import LoraFile, write_lora
@@ -50,11 +50,14 @@ def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Non
     spec = resolve(model)
     _claim_folder(settings.output, spec.path, options)
     assigned = assign(_requests(settings), spec.experts)
+    for expert, loras in assigned.items():
+        for lora, _ in loras:
+            warn_mismatch(lora, spec.task, spec.boundary, spec.fingerprint(expert))
     plans = [
         plan_component(weight_files(spec.component(expert)), _given(loras), expert)
         for expert, loras in assigned.items()
     ]
-    _check_and_tell(plans, settings.output, folder_bytes(spec.path, plans, settings.link))
+    _check_and_tell(plans, settings.output, folder_bytes(spec.path, settings.output, plans, settings.link))
     if options.dry_run:
         return
     with _bytes_bar(plans, settings.verify) as advance:
@@ -70,7 +73,8 @@ def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -
         _claim_folder(settings.output, dit, options)
     else:
         _claim_file(settings.output, [dit], options)
-    _check_and_tell([plan], settings.output, folder_bytes(dit, [plan], settings.link) if whole else plan.size)
+    needed = folder_bytes(dit, settings.output, [plan], settings.link) if whole else plan.size
+    _check_and_tell([plan], settings.output, needed)
     if options.dry_run:
         return
     with _bytes_bar([plan], settings.verify) as advance:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lapwan.console import warn
 from lapwan.errors import UserError
-from lapwan.lora.formats import LoraFile, open_lora
+from lapwan.lora.formats import LoraFile, open_lora, stated_boundary
 from lapwan.names import NoiseExpert
 
 Request = tuple[str | None, Path, float]  # (high, low, both or None: the file says; file; strength)
@@ -127,3 +127,23 @@ def check_role(lora: LoraFile, expert: NoiseExpert, only_warn: bool = False) -> 
     if not only_warn:
         raise UserError(f"{text}; give it as {lora.expert}=FILE")
     warn(text)
+
+
+def warn_mismatch(
+    lora: LoraFile, task: str | None = None, boundary: float | None = None, base: str | None = None
+) -> None:
+    """Warn where a LoRA's own record differs from the model it is put on; it may still work, so it is not refused.
+
+    Args:
+        task: the model's; `boundary`: the sigma at which its noise experts hand over; `base`: the fingerprint of the
+            noise expert's weights. None: not known, not compared.
+    """
+    said = lora.metadata
+    if task and said.get("lapwan.task") and said["lapwan.task"] != task:
+        warn(f"{lora.path} was trained for {said['lapwan.task']}; this model is {task}")
+    trained = stated_boundary(said)
+    if boundary is not None and trained is not None and abs(trained - boundary) > 1e-6:
+        warn(f"{lora.path} was trained with boundary {trained:g}; this model's is {boundary:g}")
+    print_ = said.get("lapwan.base_fingerprint")
+    if base and print_ and print_ != base:
+        warn(f"{lora.path} was trained on other weights (fingerprint {print_[:12]}, these have {base[:12]})")

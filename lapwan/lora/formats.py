@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
 from lapwan.lora import noise_expert
-from lapwan.lora.keys import COMPONENT_EXPERTS, Key, Layout, key_names, looks_like_lora, parse_key, refuse_key
+from lapwan.lora.keys import COMPONENT_EXPERTS, Key, Layout, key_names, looks_like_lora, parse_key, refuse_keys
 from lapwan.lora.scales import ADAPTER_METADATA, AdapterConfig, adapter_config, adapter_metadata
 from lapwan.lora.state import LoraEntry, LoraState, entries_fingerprint
 from lapwan.lora.tensorfile import TensorFile, read_header
@@ -89,12 +89,10 @@ def open_lora(path: Path) -> dict[NoiseExpert | None, LoraFile]:
     if not any(looks_like_lora(name) for name in file.tensors):
         raise UserError(f"{path} is not a LoRA: none of its {len(file.tensors)} tensors is a LoRA's "
                         "(expected names such as 'blocks.0.self_attn.q.lora_A.weight')")
-    parsed: dict[str, Key] = {}
-    for name in file.tensors:
-        key = parse_key(name)
-        if key is None:
-            raise refuse_key(path, name)
-        parsed[name] = key
+    understood = {name: parse_key(name) for name in file.tensors}
+    parsed: dict[str, Key] = {name: key for name, key in understood.items() if key is not None}
+    if len(parsed) < len(understood):
+        raise refuse_keys(path, [name for name, key in understood.items() if key is None])
     adapters = {key.adapter for key in parsed.values() if key.part != "alpha"}
     if len(adapters) > 1:
         names = ", ".join(sorted(str(a) for a in adapters))
@@ -221,10 +219,18 @@ def file_metadata(state: LoraState, layout: Layout) -> dict[str, str]:
     metadata["ss_network_dim"] = str(Counter(ranks.values()).most_common(1)[0][0])
     metadata["ss_network_alpha"] = str(Counter(alphas.values()).most_common(1)[0][0])
     metadata.setdefault("ss_network_module", "networks.lora_wan")
-    expert, boundary = metadata.get(noise_expert.KEY), metadata.get("lapwan.boundary")
-    if expert and boundary and "modelspec.timestep_range" not in metadata:
-        edge = f"{float(boundary) * 1000:g}"
+    expert, boundary = metadata.get(noise_expert.KEY), stated_boundary(metadata)
+    if expert and boundary is not None and "modelspec.timestep_range" not in metadata:
+        edge = f"{boundary * 1000:g}"
         metadata["modelspec.timestep_range"] = f"{edge},1000" if expert == NoiseExpert.HIGH else f"0,{edge}"
     if layout == "diffusers":
         metadata[ADAPTER_METADATA] = adapter_metadata(ranks, alphas)
     return metadata
+
+
+def stated_boundary(metadata: Mapping[str, str]) -> float | None:
+    """The sigma at which the noise experts hand over, as the file says it; None if it says none."""
+    try:
+        return float(metadata["lapwan.boundary"])
+    except (KeyError, ValueError):
+        return None

@@ -15,6 +15,7 @@ How to add a layout: its prefix in `_PREFIXES` (or a new way of naming in `_reso
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -134,17 +135,18 @@ def looks_like_lora(key: str) -> bool:
     return _PART.match(key) is not None or "lora" in key or foreign_kind(key) not in (None, _FOREIGN[-1][1])
 
 
-def refuse_key(path: object, key: str) -> UserError:
-    """The error for a key of a LoRA file that is not understood: named, with the kind or a near match."""
+def refuse_keys(path: object, keys: Sequence[str]) -> UserError:
+    """The error for keys of a LoRA file that are not understood: the first is named, with its kind or a near match."""
+    key, more = keys[0], f" (and {len(keys) - 1} more such keys)" if len(keys) > 1 else ""
     kind = foreign_kind(key)
     if kind:
-        return UserError(f"{path}: key '{key}' is {kind}; lapwan reads plain LoRA (A, B and alpha) of Wan's Linear "
-                         "layers: convert the file first, or use one without it")
+        return UserError(f"{path}: key {key!r}{more} is {kind}; lapwan reads plain LoRA (A, B and alpha) of Wan's "
+                         "Linear layers: convert the file first, or use one without it")
     match = _PART.match(key)
     known = [*PROJECTIONS, *PROJECTIONS.values(), *OUTER_MODULES, *OUTER_MODULES.values()]
     module = re.sub(r"^.*blocks[._]\d+[._]", "", match["module"]) if match else key
-    return UserError(f"{path}: key '{key}' is not understood{nearest(module, known)}; nothing is skipped silently: "
-                     "expected LoRA keys of Wan's Linear layers, such as "
+    return UserError(f"{path}: key {key!r}{more} is not understood{nearest(module, known)}; nothing is skipped "
+                     "silently: expected LoRA keys of Wan's Linear layers, such as "
                      "'diffusion_model.blocks.0.self_attn.q.lora_A.weight'")
 
 

@@ -53,18 +53,25 @@ def check_disk(output: Path, needed: int) -> None:
     Raises:
         UserError: with both figures.
     """
-    parent = next(p for p in (output.absolute(), *output.absolute().parents) if p.is_dir())
+    parent = _existing(output)
     free = shutil.disk_usage(parent).free
     if free < needed + _DISK_MARGIN:
         raise UserError(f"not enough disk for {output}: {needed / 2**30:.3g} GiB needed, {free / 2**30:.3g} GiB free "
                         f"on {parent}; free some space or choose another output")
 
 
-def folder_bytes(folder: Path, plans: Sequence[ComponentPlan], link: bool) -> int:
-    """Bytes a merged copy of `folder` takes: the merged files and what is copied rather than linked."""
+def folder_bytes(folder: Path, output: Path, plans: Sequence[ComponentPlan], link: bool) -> int:
+    """Bytes a merged copy of `folder` takes at `output`: the merged files and what is copied rather than linked."""
     carried, _ = carried_files(folder, plans)
-    sizes = [(folder / path).stat().st_size for path in carried]
-    return sum(plan.size for plan in plans) + sum(size for size in sizes if not (link and size >= _LINK_FROM))
+    files = [(folder / path).stat() for path in carried]
+    device = _existing(output).stat().st_dev
+    copied = [f.st_size for f in files if not (link and f.st_size >= _LINK_FROM and f.st_dev == device)]
+    return sum(plan.size for plan in plans) + sum(copied)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path` that is there."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
 
 
 def write_folder(

@@ -97,21 +97,34 @@ def read_header(path: Path) -> TensorFile:
 
 def _parse(path: Path, raw: bytes, data_start: int, size: int) -> TensorFile:
     try:
-        header: dict[str, Any] = json.loads(raw)
-        metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
-        tensors = [
-            TensorInfo(name, item["dtype"], tuple(item["shape"]), data_start + item["data_offsets"][0],
-                       data_start + item["data_offsets"][1])
-            for name, item in header.items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise UserError(f"{path} is not a safetensors file (broken header); expected a .safetensors file") from None
-    for info in tensors:
-        if info.dtype in ITEM_SIZE and math.prod(info.shape) * ITEM_SIZE[info.dtype] != info.size:
-            raise UserError(f"{path}: tensor '{info.name}' {list(info.shape)} {info.dtype} does not fill its "
-                            f"{info.size} bytes; the file is damaged")
-    if tensors and max(info.end for info in tensors) > size:
-        raise UserError(f"{path} is cut short: {size} bytes, its header names {max(i.end for i in tensors)}; "
-                        "copy or download it again")
+        header = json.loads(raw)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is not a safetensors file (broken header); expected a .safetensors file")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} is not a safetensors file (broken metadata); expected a .safetensors file")
+    tensors = [_info(path, name, item, data_start) for name, item in header.items()]
+    if tensors and (end := max(info.end for info in tensors)) > size:
+        raise UserError(f"{path} is cut short: {size} bytes, its header names {end}; copy or download it again")
     tensors.sort(key=lambda info: (info.start, info.end))
-    return TensorFile(path, metadata, {info.name: info for info in tensors}, data_start, size)
+    named = {str(key): str(value) for key, value in metadata.items()}
+    return TensorFile(path, named, {info.name: info for info in tensors}, data_start, size)
+
+
+def _info(path: Path, name: str, item: Any, data_start: int) -> TensorInfo:
+    entry = item if isinstance(item, dict) else {}
+    dtype, shape, offsets = entry.get("dtype"), _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
+    if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise UserError(f"{path} is not a safetensors file (broken entry {name!r}); expected a .safetensors file")
+    info = TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+    if dtype in ITEM_SIZE and math.prod(info.shape) * ITEM_SIZE[dtype] != info.size:
+        raise UserError(f"{path}: tensor {name!r} {shape} {dtype} does not fill its {info.size} bytes; the file is "
+                        "damaged, copy or download it again")
+    return info
+
+
+def _counts(value: Any) -> list[int] | None:
+    """A list of whole numbers from 0 on, or None if it is something else."""
+    return value if isinstance(value, list) and all(type(n) is int and n >= 0 for n in value) else None

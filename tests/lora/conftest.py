@@ -57,3 +57,12 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return save
+
+
+@pytest.fixture
+def pair(saved) -> dict[NoiseExpert, Path]:
+    return {
+        e: saved(f"m_{e.file_suffix}.safetensors", seed=n, alpha=2.0, metadata={"lapwan.noise_expert": e.value},
+                 layout=layout)
+        for n, (e, layout) in enumerate(zip(NoiseExpert, ("comfy", "musubi"), strict=True), 5)
+    }

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
 
+from lapwan.commands.merge import run
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.names import PROJECTIONS
+from lapwan.settings.load import load
+from lapwan.settings.merge import MergeSettings
+from lapwan.settings.run import RunOptions
 
 BLOCKS = 3
 HIDDEN, FFN, TEXT = 24, 40, 16
@@ -56,3 +61,9 @@ def velocity(transformer: torch.nn.Module, dtype: torch.dtype = torch.float64) -
     text = torch.randn(1, 5, TEXT, generator=generator, dtype=dtype)
     with torch.no_grad():
         return transformer.to(dtype)(latents, torch.tensor([700.0]), text, return_dict=False)[0]
+
+
+def merge(dry_run: bool = False, overwrite: bool = False, **options: object) -> None:
+    """`lapwan merge` with these options."""
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    run(load(MergeSettings, options=values, environment={}), RunOptions(dry_run, overwrite))

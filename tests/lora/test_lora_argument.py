@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from lapwan.settings.lora_argument import LoraArgument
 
-PATHS = st.text("abcXYZ 标本./_-=:0123456789", min_size=1).filter(
-    lambda text: str(Path(text)).strip() and "=" not in text.split("/")[0] and ":" not in text.split("/")[-1])
+PATHS = st.text("abcXYZ 标本./_-=:0123456789", min_size=1).map(lambda text: str(Path(text))).filter(
+    lambda text: text.strip() and "=" not in text.split("/")[0] and ":" not in text.split("/")[-1])
 
 
 @given(PATHS, st.sampled_from([None, "high", "low", "both"]), st.floats(-4, 4) | st.none())

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
-from lora_cases import BLOCKS, make_transformer, random_state, shapes, velocity
+from lora_cases import BLOCKS, make_transformer, merge, random_state, shapes, velocity
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lapwan.commands.merge import run
 from lapwan.commands.model import resolve
 from lapwan.errors import UserError
 from lapwan.lora import checkpoint_file
@@ -24,15 +23,7 @@ from lapwan.lora.formats import read_lora, write_lora
 from lapwan.lora.tensorfile import TensorFile, read_header
 from lapwan.lora.verify import verify
 from lapwan.names import NoiseExpert, to_original
-from lapwan.settings.load import load
-from lapwan.settings.merge import MergeSettings
-from lapwan.settings.run import RunOptions
 from lapwan.wan.folder import weight_files
-
-
-def merge(dry_run: bool = False, overwrite: bool = False, **options: object) -> None:
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
-    run(load(MergeSettings, options=values, environment={}), RunOptions(dry_run, overwrite))
 
 
 def add(transformer: WanTransformer3DModel, state, multiplier: float = 1.0) -> WanTransformer3DModel:
@@ -43,15 +34,6 @@ def add(transformer: WanTransformer3DModel, state, multiplier: float = 1.0) -> W
     for path, entry in state.entries.items():
         copy.get_submodule(path).weight.data += multiplier * entry.delta(torch.float64)
     return copy
-
-
-@pytest.fixture
-def pair(saved) -> dict[NoiseExpert, Path]:
-    return {
-        e: saved(f"m_{e.file_suffix}.safetensors", seed=n, alpha=2.0, metadata={"lapwan.noise_expert": e.value},
-                 layout=layout)
-        for n, (e, layout) in enumerate(zip(NoiseExpert, ("comfy", "musubi"), strict=True), 5)
-    }
 
 
 def test_merged_folder_is_base_plus_lora_in_diffusers(tmp_path, model_folder, transformers, pair):
@@ -75,7 +57,7 @@ def test_the_embedded_model_merged_loads_whole(tmp_path, saved):
     merge(model="tiny", lora=[f"low={lora}"], output=tmp_path / "merged")
     base, merged = (WanPipeline.from_pretrained(folder) for folder in (spec.path, tmp_path / "merged"))
     (state,) = read_lora(lora).values()
-    (delta,) = deltas(state).values()
+    (delta,) = (entry.delta() for entry in state.entries.values())
     for name, weight in merged.transformer_2.state_dict().items():
         before = base.transformer_2.state_dict()[name]
         if name == "blocks.5.attn1.to_v.weight":
@@ -294,6 +276,18 @@ def test_refusals(tmp_path, model_folder, pair, saved, monkeypatch):
     refused(r"not enough disk .*GiB needed, 0\.000977 GiB free", lora=[f"high={plain}"])
 
 
+def test_a_lora_of_another_task_boundary_or_base_is_merged_with_a_warning(tmp_path, model_folder, saved, capsys):
+    fits = {"lapwan.noise_expert": "high", "lapwan.task": "t2v", "lapwan.boundary": "0.875",
+            "lapwan.base_fingerprint": checkpoint_fingerprint(weight_files(model_folder / "transformer"))}
+    differs = {"lapwan.task": "i2v", "lapwan.boundary": "0.9", "lapwan.base_fingerprint": "f" * 64}
+    for key, value in [(None, None), *differs.items()]:
+        lora = saved("x.safetensors", metadata=fits | ({key: value} if key else {}))
+        merge(model=str(model_folder), lora=[str(lora)], output=tmp_path / f"out{key}")
+        warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+        assert len(warnings) == (key is not None), warnings
+        assert key is None or value[:12] in warnings[0]
+
+
 def test_a_second_merge_of_the_same_lora_is_refused(tmp_path, model_folder, pair, saved):
     high = pair[NoiseExpert.HIGH]
     merge(model=str(model_folder), lora=[f"high={high}"], output=tmp_path / "once")
@@ -320,59 +314,3 @@ def test_quantised_weights_and_other_checkpoints_are_refused(tmp_path, transform
     with pytest.raises(UserError, match="is not a LoRA"):
         merge(dit=tmp_path / "vae.safetensors", lora=[str(tmp_path / "fp8.safetensors")],
               output=tmp_path / "o.safetensors")
-
-
-def deltas(state) -> dict[str, torch.Tensor]:
-    return {path: entry.delta(torch.float64) for path, entry in state.entries.items()}
-
-
-def test_sum_of_loras_by_concatenation(tmp_path, saved):
-    a = saved("a.safetensors", seed=1, rank=3, alpha=5.0)
-    b = saved("b.safetensors", seed=2, rank=2, sizes=shapes([0, 1]), layout="musubi")
-    merge(lora=[f"{a}:0.8", f"{b}:0.5"], output=tmp_path / "sum.safetensors", format="diffusers")
-    (one,), (two,), (got,) = (read_lora(p).values() for p in (a, b, tmp_path / "sum.safetensors"))
-    assert got.entries["blocks.0.ffn.net.2"].rank == 5 and got.entries["blocks.2.ffn.net.2"].rank == 3
-    for path, delta in deltas(got).items():
-        want = 0.8 * deltas(one)[path] + (0.5 * deltas(two)[path] if path in two.entries else 0)
-        assert (delta - want).abs().max() < 1e-6
-
-
-def test_resize_is_the_best_approximation_and_says_the_energy(tmp_path, saved, capsys):
-    a, b = saved("a.safetensors", seed=1, rank=6), saved("b.safetensors", seed=2, rank=6)
-    merge(lora=[str(a), str(b)], rank="4", output=tmp_path / "small.safetensors")
-    (one,), (two,), (got,) = (read_lora(p).values() for p in (a, b, tmp_path / "small.safetensors"))
-    kept = everything = 0.0
-    for path, delta in deltas(got).items():
-        u, s, vh = torch.linalg.svd(deltas(one)[path] + deltas(two)[path])
-        assert (delta - u[:, :4] * s[:4] @ vh[:4]).abs().max() < 1e-5
-        kept, everything = kept + (s[:4] ** 2).sum().item(), everything + (s**2).sum().item()
-        assert got.entries[path].rank == 4
-    assert f"keeps {kept / everything:.4%}" in capsys.readouterr().out
-
-
-def test_one_input_is_a_conversion_with_the_same_content(tmp_path, saved):
-    a = saved("a.safetensors", alpha=2.0, dtype=torch.bfloat16, metadata={"lapwan.noise_expert": "low", "ss_tag": "x"})
-    merge(lora=[str(a)], output=tmp_path / "b.safetensors", format="musubi")
-    (one,), (two,) = read_lora(a).values(), read_lora(tmp_path / "b.safetensors").values()
-    assert one.fingerprint() == two.fingerprint() and two.metadata["ss_tag"] == "x"
-    merge(lora=[f"{a}:0.5"], output=tmp_path / "half.safetensors", dtype="float32")
-    (half,) = read_lora(tmp_path / "half.safetensors").values()
-    for path, delta in deltas(half).items():
-        assert torch.equal(delta, 0.5 * deltas(one)[path])
-        assert half.entries[path].up.dtype == torch.float32
-
-
-def test_loras_of_different_noise_experts_do_not_add_by_accident(tmp_path, pair, saved):
-    high, low = pair.values()
-    with pytest.raises(UserError, match="different noise experts"):
-        merge(lora=[str(high), str(low)], output=tmp_path / "x.safetensors")
-    merge(lora=[f"high={high}", f"low={low}"], output=tmp_path / "x.safetensors", format="musubi")
-    for expert, path in pair.items():
-        written = tmp_path / f"x_{expert.file_suffix}.safetensors"
-        ((said, state),) = read_lora(written).items()
-        assert said is expert and deltas(state).keys() == deltas(next(iter(read_lora(path).values()))).keys()
-    plain = saved("plain.safetensors", seed=11)
-    merge(lora=[str(high), str(plain)], output=tmp_path / "y.safetensors")
-    assert list(read_lora(tmp_path / "y.safetensors")) == [NoiseExpert.HIGH]
-    with pytest.raises(UserError, match="one of the inputs"):
-        merge(lora=[str(high)], output=high, overwrite=True)
