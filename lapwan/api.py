@@ -174,9 +174,18 @@ class VideoGenerator:
         return Prepared(generator, base, adapters, request, _filled(settings, generator.spec, request), chosen)
 
     def make(self, prepared: Prepared) -> Video:
-        """Generate what was prepared."""
+        """Generate what was prepared.
+
+        Raises:
+            UserError: the GPU's memory ran out.
+        """
         prepared.generator.use(prepared.base, prepared.adapters)
-        video = prepared.generator.generate(prepared.request)
+        try:
+            video = prepared.generator.generate(prepared.request)
+        except torch.OutOfMemoryError as error:
+            height, width = prepared.request.size
+            raise UserError(f"the GPU's memory ran out at {height}x{width}, {prepared.request.num_frames} frames: use a "
+                            f"smaller --size or --num-frames, or --device cpu ({str(error).splitlines()[0]})") from None
         model, own = _plain(prepared.model), _plain(prepared.settings)
         return replace(video, settings={**model, **own})
 
@@ -204,8 +213,9 @@ def _given(said: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(settings: ModelSettings | VideoSettings) -> dict[str, Any]:
     """As TOML says it: absolute paths, nothing that is absent."""
     plain = tomllib.loads(to_toml(settings))
-    if isinstance(plain.get("model"), str) and Path(plain["model"]).is_dir():
-        plain["model"] = str(Path(plain["model"]).absolute())
+    for holder in (plain, plain.get("model")):
+        if isinstance(holder, dict) and isinstance(name := holder.get("model"), str) and Path(name).is_dir():
+            holder["model"] = str(Path(name).absolute())
     return plain
 
 

@@ -82,7 +82,7 @@ class Generator:
         """umT5 features of a prompt, unpadded [n, D]; remembered."""
         if prompt not in self._features:
             if self._text is None:
-                console.detail("loading the text encoder")
+                console.log("loading the text encoder")
                 self._text = load_text_encoder(self.spec)
             self._text.model.to(self.device)
             self._features[prompt] = encode_text(self._text, [prompt])[0]
@@ -92,14 +92,14 @@ class Generator:
     def vae(self) -> AutoencoderKLWan:
         """The VAE, in fp32."""
         if self._vae is None:
-            console.detail("loading the VAE")
+            console.log("loading the VAE")
             self._vae = load_vae(self.spec, device=self.device)
         return self._vae
 
     def transformer(self, expert: NoiseExpert) -> WanTransformer3DModel:
         """A noise expert's transformer with its adapters attached."""
         if expert not in self._transformers:
-            console.detail(f"loading the {expert.value} noise expert")
+            console.log(f"loading the {expert.value} noise expert")
             model = self.base.load(expert, self.dtype, self.device)
             self._transformers[expert] = model, self._attach(model, expert)
         return self._transformers[expert][0]
@@ -131,7 +131,7 @@ class Generator:
         if mix is not None:
             console.log(f"gates by {mix.source}:\n" + "\n".join(f"  {line}" for line in mix.bars()))
         latents = self._sample(request, grid, mix)
-        console.detail("decoding")
+        console.log("decoding")
         with torch.no_grad():
             pixels = decode(self.vae(), latents)
         frames = to_frames(pixels)
@@ -150,7 +150,7 @@ class Generator:
         noise = noise.to(self.device)
         if request.video_THWC is None:
             return noise
-        console.detail("encoding the video to start from")
+        console.log("encoding the video to start from")
         with torch.no_grad():
             x0 = encode(self.vae(), clip_tensor(request.video_THWC).to(self.device))
         return noised(x0, noise, torch.tensor([grid.steps[0].sigma], device=self.device))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from sampling_cases import random_lora, random_mixture
+from sampling_cases import frames, generate, random_lora, random_mixture
 
 from lapwan.errors import UserError
+from lapwan.lora.assign import assign
 from lapwan.lora.formats import write_lora
 from lapwan.moe.file import read_mixture, write_mixture
+from lapwan.moe.mixture import Mixture
 from lapwan.names import NoiseExpert
 from lapwan.sampling.adapters import read_adapters
 from lapwan.sampling.generator import Generator
@@ -184,3 +187,44 @@ def test_strengths_of_several_loras_add(t2v, tmp_path, small) -> None:
 
     assert (latents(0.25, 0.25) - latents(0.5)).abs().max() < 1e-4
     assert torch.equal(latents(0.0), Generator(t2v).latents(small(t2v)))
+
+
+@pytest.fixture
+def stage1(tmp_path: Path) -> dict[NoiseExpert, Path]:
+    files = {e: tmp_path / f"stage1_{e.file_suffix}.safetensors" for e in NoiseExpert}
+    for index, file in enumerate(files.values()):
+        write_lora(file, random_lora(70 + index))
+    return files
+
+
+def test_a_mixture_over_a_base_merged_in_memory_takes_its_loras(t2v, stage1, tmp_path, small) -> None:
+    """Trained on base + LoRAs in the weights: given the LoRAs, they go into the weights here too."""
+    loras = [LoraArgument(path=file, strength=0.8) for file in stage1.values()]
+    assigned = assign([(None, lora.path, lora.strength) for lora in loras], t2v.experts)
+    merged = Base(t2v, assigned)
+    mixture = random_mixture(t2v)
+    spec = dataclasses.replace(mixture.spec, base={e: merged.fingerprint(e) for e in t2v.experts})
+    path = tmp_path / "over_merged.safetensors"
+    write_mixture(path, Mixture(spec, mixture.states))
+    with pytest.raises(UserError, match="was trained on another base"):
+        read_adapters(Base(t2v), (), path)
+    base, adapters = read_adapters(Base(t2v), loras, path)
+    assert base.fingerprint(HIGH) == merged.fingerprint(HIGH) and not any(adapters.loras.values())
+    request = small(t2v, alpha_expert=0.0)
+    in_weights = Generator(base, adapters).latents(request)
+    beside = Generator(*read_adapters(Base(t2v), loras, None)).latents(request)
+    assert (in_weights - beside).abs().max() < 1e-4
+    wrong = [LoraArgument(path=file) for file in stage1.values()]  # another strength is another base
+    with pytest.raises(UserError, match="was trained on another base"):
+        read_adapters(Base(t2v), wrong, path)
+
+
+def test_a_base_with_loras_in_toml(lapwan, stage1, tmp_path) -> None:
+    (tmp_path / "c.toml").write_text(
+        'prompt = "x"\noutput = "a"\nsize = [32, 48]\nnum_frames = 5\nsteps = 3\nguidance = 1.0\n'
+        f'[model]\nmodel = "tiny"\nlora = {{high = "{stage1[HIGH]}", low = "{stage1[LOW]}"}}\nmultiplier = 0.8\n'
+    )
+    assert lapwan("generate", "--config", "c.toml").code == 0
+    loras = [part for file in stage1.values() for part in ("--lora", f"{file}:0.8")]
+    assert generate(lapwan, *loras, prompt="x", output="b").code == 0
+    assert np.abs(frames(tmp_path / "a").astype(int) - frames(tmp_path / "b")).max() <= 1
