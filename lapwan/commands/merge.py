@@ -103,7 +103,7 @@ def _into_lora(settings: MergeSettings, options: RunOptions) -> None:
                           f"{energy.worst_path}: {energy.worst:.4%}", markup=False)
         if expert is not None:
             state.metadata[noise_expert.KEY] = expert.value
-        write_lora(outputs[expert], state, settings.format or "comfy", dtype)
+        write_lora(outputs[expert], state, settings.format or "comfy", dtype, settings.fold_alpha)
         results.print(f"LoRA: {outputs[expert]}", markup=False)
 
 

@@ -65,7 +65,7 @@ def between(
     expected = math.sqrt(end / start) - 1 if start and end else None
     return Growth(
         legacy=_relative(before.legacy_mean_abs, after.legacy_mean_abs),
-        net=_relative(before.net_mean_abs, after.net_mean_abs),
+        net=_relative(before.net_mean_abs, after.net_mean_abs) if before.mean_abs_B else None,
         mean_abs_B=_relative(before.mean_abs_B, after.mean_abs_B),
         delta_norm=_relative(before.delta_norm, after.delta_norm),
         sqrt_step=expected, update_cosine=cosine,

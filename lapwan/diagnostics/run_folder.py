@@ -140,15 +140,14 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def own_steps(lines: Sequence[Mapping[str, Any]], label: str, step: int | None) -> float | None:
-    """A noise expert's own optimiser steps at the run's `step`: its lines so far, else the run's step.
+    """A noise expert's own optimiser steps at the run's `step`: its lines so far; the run's step if it has no lines.
 
     Where only every k-th step is logged this is 1/k of the count; growth uses the quotient of two, in which k cancels.
     """
-    if step is None:
-        return None
-    own = sum(line.get("noise_expert") == label and isinstance(line.get("step"), int) and line["step"] <= step
-              for line in lines)
-    return float(own or step)
+    own = [line["step"] for line in lines if line.get("noise_expert") == label and isinstance(line.get("step"), int)]
+    if step is None or not own:
+        return step
+    return float(sum(at <= step for at in own))
 
 
 def learning_rates(lines: Sequence[Mapping[str, Any]], step: int | None) -> dict[str, float]:

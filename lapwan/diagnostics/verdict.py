@@ -140,15 +140,23 @@ def _lr_ratio(seen: Evidence) -> Rule | None:
 
 
 def _follower_grows_faster(seen: Evidence) -> Rule | None:
+    """Growth of mean|B| since the last checkpoint, each noise expert's over the √step of its own steps there."""
     last = seen.growth[-1] if seen.growth else {}
-    leader, follower = (last.get(label, {}).get("mean_abs_B") for label in (seen.preset.leader, seen.preset.follower))
+    preset = seen.preset
+    leader, follower = (_pace(last.get(label, {})) for label in (preset.leader, preset.follower))
     if leader is None or follower is None or follower <= 0:
         return None
     value = follower / leader if leader > 0 else None
     status: Status = "stop" if value is None else _ORDER[(value > 1.1) + (value >= 1.3)]
-    action = f"stop and use step {last.get('from_step')}; {_more_for(seen.preset)}" if status != "good" else "none"
-    return Rule(f"{seen.preset.follower} grows faster than {seen.preset.leader} (mean|B|)", value,
+    action = f"stop and use step {last.get('from_step')}; {_more_for(preset)}" if status != "good" else "none"
+    return Rule(f"{preset.follower} grows faster than {preset.leader} (mean|B|, at each one's own steps)", value,
                 "<= 1.1, stop >= 1.3", status, f"{_EXPERIENCE}: at 1.3 motion was tamed", action)
+
+
+def _pace(growth: Mapping[str, Any]) -> float | None:
+    """Growth of mean|B| over what √step alone gives; None where the noise expert took no step of its own."""
+    grown, expected = growth.get("mean_abs_B"), growth.get("sqrt_step")
+    return None if grown is None or not expected else float(grown) / float(expected)
 
 
 def _steps(seen: Evidence) -> Rule | None:
@@ -156,8 +164,8 @@ def _steps(seen: Evidence) -> Rule | None:
         return None
     low, high = seen.preset.steps
     action = "train on" if seen.step < low else "compare with an earlier checkpoint" if seen.step > high else "none"
-    return Rule("steps", float(seen.step), f"{low} to {high}", "warn" if seen.step > high else "good", _EXPERIENCE,
-                action)
+    status: Status = "warn" if seen.step > high else "good"
+    return Rule("steps, both noise experts together", float(seen.step), f"{low} to {high}", status, _EXPERIENCE, action)
 
 
 def _broken(seen: Evidence) -> Rule | None:

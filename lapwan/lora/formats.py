@@ -173,7 +173,9 @@ def read_lora(path: Path) -> dict[NoiseExpert | None, LoraState]:
     return {expert: file.read() for expert, file in open_lora(path).items()}
 
 
-def write_lora(path: Path, state: LoraState, layout: Layout = "comfy", dtype: torch.dtype | None = None) -> None:
+def write_lora(
+    path: Path, state: LoraState, layout: Layout = "comfy", dtype: torch.dtype | None = None, fold_alpha: bool = False
+) -> None:
     """Write one noise expert's LoRA atomically.
 
     Alpha stays a tensor (comfy, musubi) or goes into `lora_adapter_metadata` (diffusers, where a tensor raises at
@@ -181,26 +183,33 @@ def write_lora(path: Path, state: LoraState, layout: Layout = "comfy", dtype: to
 
     Args:
         dtype: of A and B in the file; None keeps each tensor's own.
+        fold_alpha: multiply B by alpha / r everywhere and write no alpha, for tools that do not read it; rounds once.
 
     Raises:
         UserError: a path that is no Linear of Wan, or nothing to write.
     """
     if not state.entries:
         raise UserError(f"cannot write {path}: the LoRA has no modules")
+    written = LoraState({}, state.metadata)
     tensors: dict[str, torch.Tensor] = {}
     for module, entry in state.entries.items():
         names = key_names(module, layout)
-        down, up = entry.down, entry.up
-        outside = not module.startswith("blocks.")
-        if layout == "comfy" and outside and entry.scale != 1.0:
-            up = (up.float() * entry.scale).to(up.dtype)
-        elif layout == "musubi" or (layout == "comfy" and not outside):
-            tensors[names["alpha"]] = torch.tensor(entry.alpha, dtype=torch.float32)
-        tensors[names["down"]] = _plain(down, dtype)
-        tensors[names["up"]] = _plain(up, dtype)
-    metadata = file_metadata(state, layout)
+        fold = fold_alpha or (layout == "comfy" and not module.startswith("blocks."))
+        own = _folded(entry, dtype) if fold and entry.scale != 1.0 else entry
+        if not fold and layout != "diffusers":
+            exact = torch.tensor(own.alpha, dtype=torch.float32).item() == own.alpha
+            tensors[names["alpha"]] = torch.tensor(own.alpha, dtype=torch.float32 if exact else torch.float64)
+        written.entries[module] = LoraEntry(_plain(own.down, dtype), _plain(own.up, dtype), own.alpha)
+        tensors[names["down"]], tensors[names["up"]] = written.entries[module].down, written.entries[module].up
+    metadata = file_metadata(written, layout)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def _folded(entry: LoraEntry, dtype: torch.dtype | None) -> LoraEntry:
+    """The same ΔW at scale 1, B rounded once."""
+    up = (entry.up.float() * entry.scale).to(dtype or entry.up.dtype)
+    return LoraEntry(entry.down, up, float(entry.rank))
 
 
 def _plain(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -35,6 +35,8 @@ class MergeSettings(Settings):
         default=None, description="Key layout of the resulting LoRA; comfy unless said.")
     dtype: Annotated[LoraDtype | None, Flag(metavar="float32|float16|bfloat16")] = Field(
         default=None, description="Dtype of the resulting LoRA; the inputs' own unless said.")
+    fold_alpha: Annotated[bool, Flag()] = Field(
+        default=False, description="Multiply the scale into B instead of writing alpha, for tools that ignore alpha.")
     link: Annotated[bool, Flag()] = Field(
         default=True, description="Hard-link large files that do not change instead of copying them.")
     verify: Annotated[bool, Flag()] = Field(
@@ -47,9 +49,10 @@ class MergeSettings(Settings):
         if not self.lora:
             raise ValueError("nothing to merge: give at least one --lora FILE")
         into_weights = self.model is not None or self.dit is not None
-        for name in ("rank", "format", "dtype"):
-            if into_weights and getattr(self, name) is not None:
-                raise ValueError(f"--{name} is for a resulting LoRA; a merged model keeps its own layout and dtype")
+        for name in ("rank", "format", "dtype", "fold_alpha"):
+            if into_weights and getattr(self, name):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} is for a resulting LoRA; a merged model keeps its own layout and dtype")
         if not into_weights and self.verify:
             raise ValueError("--verify is for a merged model")
         if not into_weights and self.output.suffix != ".safetensors":

@@ -223,9 +223,24 @@ def test_own_steps_of_a_noise_expert_set_its_sqrt_step(tmp_path, capsys):
     run_folder(tmp_path)
     lines = [{"step": s, "noise_expert": "low" if s <= 1500 else "high", "lr": 1e-4} for s in range(1, 3001)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    last = inspect(tmp_path, capsys=capsys)["growth"][-1]
+    document = inspect(tmp_path, capsys=capsys)
+    last = document["growth"][-1]
     assert last["low"]["sqrt_step"] == 0.0
     assert last["high"]["sqrt_step"] == pytest.approx(math.sqrt(1500 / 900) - 1)
+    assert not any("grows faster" in r["rule"] for r in document["verdict"]["rules"])  # nothing to compare
+
+
+def test_unequal_turns_are_no_alarm(tmp_path, capsys):
+    """Between 2400 and 3000 the low expert took four times the steps: it grew more, at a slower pace."""
+    run_folder(tmp_path)
+    lines = [{"step": s, "noise_expert": "low" if s % 5 else "high", "lr": 1e-4} for s in range(1, 3001)]
+    before = [line for line in lines if line["step"] <= 2400]
+    for line in before:  # until then turn by turn
+        line["noise_expert"] = "low" if line["step"] % 2 else "high"
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = rule(inspect(tmp_path, capsys=capsys), "low grows faster than high")
+    paces = {"high": 0.125 / (math.sqrt(1320 / 1200) - 1), "low": 0.218 / (math.sqrt(1680 / 1200) - 1)}
+    assert found["value"] == pytest.approx(paces["low"] / paces["high"], rel=0.02) and found["status"] == "good"
 
 
 @pytest.mark.parametrize(("by", "names"), [("block", ["0", "1", "2"]), ("projection", list(PROJECTIONS))])

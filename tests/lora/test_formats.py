@@ -67,6 +67,27 @@ def test_different_ranks_and_alphas_survive(tmp_path: Path, layout: str):
     same_delta(only(tmp_path / "x.safetensors"), LoraState(entries))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("stored", "written"), [(torch.float32, None), (torch.bfloat16, torch.float32),
+                                                 (torch.bfloat16, None)])
+def test_folded_alpha_is_in_b_and_nowhere_else(tmp_path: Path, layout: str, stored, written):
+    state = random_state(shapes([0]) | OUTER, alpha=3.0, dtype=stored)
+    write_lora(tmp_path / "x.safetensors", state, layout, written, fold_alpha=True)
+    assert not any("alpha" in name for name in load_file(tmp_path / "x.safetensors"))
+    back = only(tmp_path / "x.safetensors")
+    assert all(entry.scale == 1.0 for entry in back.entries.values())
+    same_delta(back, state, 1e-6 if (written or stored) is torch.float32 else 0.02)
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata()["lapwan.fingerprint"] == back.fingerprint()  # of what is in the file
+
+
+def test_the_stated_fingerprint_is_the_contents(tmp_path: Path):
+    for layout in LAYOUTS:
+        write_lora(tmp_path / "x.safetensors", random_state(shapes([0]) | OUTER, alpha=1.7), layout, torch.float16)
+        back = only(tmp_path / "x.safetensors")
+        assert back.metadata["lapwan.fingerprint"] == back.fingerprint()
+
+
 def test_conversion_between_all_layouts_keeps_the_fingerprint(tmp_path: Path):
     state = random_state(shapes(), alpha=3.0, dtype=torch.bfloat16)
     path = tmp_path / "0.safetensors"
