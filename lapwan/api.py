@@ -173,19 +173,20 @@ class VideoGenerator:
             request = replace(request, video_THWC=clip)
         return Prepared(generator, base, adapters, request, _filled(settings, generator.spec, request), chosen)
 
-    def make(self, prepared: Prepared) -> Video:
-        """Generate what was prepared.
+    def make(self, prepared: Prepared, preview: Path | None = None) -> Video:
+        """Generate what was prepared; `preview` as in `Generator.generate`.
 
         Raises:
             UserError: the GPU's memory ran out.
         """
         prepared.generator.use(prepared.base, prepared.adapters)
         try:
-            video = prepared.generator.generate(prepared.request)
+            video = prepared.generator.generate(prepared.request, preview)
         except torch.OutOfMemoryError as error:
             height, width = prepared.request.size
-            raise UserError(f"the GPU's memory ran out at {height}x{width}, {prepared.request.num_frames} frames: use a "
-                            f"smaller --size or --num-frames, or --device cpu ({str(error).splitlines()[0]})") from None
+            frames, said = prepared.request.num_frames, str(error).splitlines()[0]
+            raise UserError(f"the GPU's memory ran out at {height}x{width}, {frames} frames: use a smaller --size or "
+                            f"--num-frames, or --device cpu ({said})") from None
         model, own = _plain(prepared.model), _plain(prepared.settings)
         return replace(video, settings={**model, **own})
 

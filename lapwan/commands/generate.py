@@ -85,11 +85,12 @@ def _make_all(
     options: RunOptions,
 ) -> list[Video]:
     videos: list[Video] = []
+    preview = _beside(settings.output, len(jobs), "preview", ".png") if settings.preview and settings.output else None
     try:
         for job, made in zip(jobs, prepared, strict=True):
             if len(jobs) > 1:
                 console.log(f"video {len(videos) + 1} of {len(jobs)}: {made.request.prompt}")
-            video = generator.make(made)
+            video = generator.make(made, preview)
             path = video.save(job.output, overwrite=options.overwrite, crf=settings.crf or 18)
             console.results.print(str(path), markup=False)
             videos.append(video)

@@ -97,7 +97,7 @@ def denoise(
     guidance: Guidance,
     transformer: Callable[[NoiseExpert], WanTransformer3DModel],
     scope: Scope,
-    on_step: Callable[[Step, Tensor], None] = lambda step, x: None,
+    on_step: Callable[[Step, Tensor], None] = lambda step, x0: None,
 ) -> Tensor:
     """Run the grid from x at its first sigma to sigma 0.
 
@@ -105,12 +105,12 @@ def denoise(
         transformer: gives a noise expert's transformer; asked for at its first step, so that one without steps is
             never loaded.
         scope: holds the adapters' gates of a step around its evaluations.
-        on_step: called after each step with the latents.
+        on_step: called after each step with its estimate of the clean latents, x0 = x − σ·v.
     """
     for step in grid.steps:
         model = transformer(step.expert)
         with scope(step):
             v = guided_velocity(model, x_BCTHW, step.timestep, conditions, guidance.at(step))
+        on_step(step, x_BCTHW - step.sigma * v)
         x_BCTHW = grid.scheduler.step(v, step.timestep, x_BCTHW, return_dict=False)[0]
-        on_step(step, x_BCTHW)
     return conditions.placed(x_BCTHW)

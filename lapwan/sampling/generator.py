@@ -6,6 +6,7 @@ Shapes: B samples (1 here), C channels, T frames, H height, W width, L text toke
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lapwan import __version__, console
+from lapwan.files import atomic_file
 from lapwan.lora.attach import Adapter, attach
 from lapwan.losses.flow import noised
 from lapwan.names import NoiseExpert
@@ -29,6 +31,7 @@ from lapwan.sampling.image import (
 from lapwan.sampling.request import Request, check_request
 from lapwan.sampling.result import Video
 from lapwan.sampling.routing import Mix, alpha_vector, choose_mix
+from lapwan.sampling.sheet import contact_sheet
 from lapwan.wan.base import Base
 from lapwan.wan.condition import image_condition
 from lapwan.wan.folder import ModelSpec
@@ -120,8 +123,11 @@ class Generator:
         """
         return self._sample(request, self._grid(request), self.route(request))
 
-    def generate(self, request: Request) -> Video:
+    def generate(self, request: Request, preview: Path | None = None) -> Video:
         """One video.
+
+        Args:
+            preview: a .png to rewrite after each step with three frames of what is emerging.
 
         Raises:
             UserError: what `check_request` refuses.
@@ -130,7 +136,7 @@ class Generator:
         mix = self.route(request)
         if mix is not None:
             console.log(f"gates by {mix.source}:\n" + "\n".join(f"  {line}" for line in mix.bars()))
-        latents = self._sample(request, grid, mix)
+        latents = self._sample(request, grid, mix, preview)
         console.log("decoding")
         with torch.no_grad():
             pixels = decode(self.vae(), latents)
@@ -171,7 +177,7 @@ class Generator:
             last = image_tensor(request.last_image, request.size).to(self.device)
             return Conditions(*texts, first_last_condition(self.vae(), first, last, request.num_frames))
 
-    def _sample(self, request: Request, grid: Grid, mix: Mix | None) -> Tensor:
+    def _sample(self, request: Request, grid: Grid, mix: Mix | None, preview: Path | None = None) -> Tensor:
         guidance = Guidance(request.guidance, request.guidance_interval)
         conditions = self._conditions(request, guidance.needed(grid))
 
@@ -180,10 +186,20 @@ class Generator:
             return nullcontext() if adapter is None else adapter.holder.scope(self._gates(request, step, mix))
 
         with console.progress("sampling", len(grid.steps)) as bar:
-            return denoise(
-                grid, self._start(request, grid), conditions, guidance, self.transformer, scope,
-                lambda step, _: bar.advance(1, expert=step.expert.value, sigma=step.sigma),
-            )
+
+            def tell(step: Step, x0_BCTHW: Tensor) -> None:
+                bar.advance(1, expert=step.expert.value, sigma=step.sigma)
+                if preview is not None:
+                    self._show(preview, x0_BCTHW)
+
+            return denoise(grid, self._start(request, grid), conditions, guidance, self.transformer, scope, tell)
+
+    def _show(self, path: Path, x0_BCTHW: Tensor) -> None:
+        """First, middle and last latent frame, each decoded as a still: cheap, and near enough to judge by."""
+        last = x0_BCTHW.shape[2] - 1
+        stills = [to_frames(decode(self.vae(), x0_BCTHW[:, :, t : t + 1])) for t in sorted({0, last // 2, last})]
+        with atomic_file(path) as temporary:
+            contact_sheet([np.concatenate(stills)], len(stills)).save(temporary)
 
     def _gates(self, request: Request, step: Step, mix: Mix | None) -> Tensor:
         mixture = self.adapters.mixture

@@ -201,6 +201,9 @@ class GenerateSettings(VideoSettings, ModelSettings):
     crf: Annotated[int | None, Flag(metavar="N")] = Field(
         default=None, ge=0, le=51, description="Quality of an .mp4, 0 (best) to 51; 18 if not given."
     )
+    preview: Annotated[bool, Flag()] = Field(
+        default=False, description="Show what is emerging in a PNG beside the output, after every step."
+    )
     sheet: Annotated[bool, Flag()] = Field(
         default=False, description="Also write a contact sheet beside the output."
     )

@@ -129,6 +129,23 @@ def test_other_outputs_carry_their_settings_too(name, opened, lapwan, tmp_path) 
     assert json.loads(read_metadata(tmp_path / "again.mp4")["facts"])["frames"] == facts["frames"]
 
 
+def test_a_preview_is_there_after_every_step_and_changes_nothing(lapwan, tmp_path, monkeypatch) -> None:
+    seen = []
+    original = Generator._show
+
+    def show(self, path, x0):
+        original(self, path, x0)
+        with Image.open(path) as image:
+            seen.append(image.size)
+
+    monkeypatch.setattr(Generator, "_show", show)
+    assert generate(lapwan, "--preview", output="a").code == 0
+    assert generate(lapwan, output="b").code == 0
+    assert len(seen) == 3 and seen[0][0] > 2 * 48  # two latent frames side by side
+    assert (tmp_path / "a_preview.png").is_file()
+    assert (frames(tmp_path / "a") == frames(tmp_path / "b")).all()
+
+
 def test_crf_is_the_quality_of_an_mp4(lapwan, tmp_path) -> None:
     assert generate(lapwan, "--crf", "0", output="fine.mp4").code == 0
     assert generate(lapwan, "--crf", "45", output="coarse.mp4").code == 0
@@ -183,11 +200,11 @@ def test_what_is_missing_is_asked_for(lapwan) -> None:
 def test_interrupting_leaves_finished_videos_whole(lapwan, monkeypatch, tmp_path) -> None:
     original, calls = Generator.generate, []
 
-    def once(self, request):
+    def once(self, request, preview=None):
         calls.append(request)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(self, request)
+        return original(self, request, preview)
 
     monkeypatch.setattr(Generator, "generate", once)
     ran = generate(lapwan, "--videos", "3", output="v.mp4")
