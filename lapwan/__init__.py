@@ -12,17 +12,21 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lapwan.api import Video, VideoGenerator
+    from lapwan.api import Video, VideoGenerator, inspect_weights, merge
     from lapwan.data.labels import label_caption
     from lapwan.data.taxonomy import load_taxonomy
     from lapwan.errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "Video", "VideoGenerator", "__version__", "label_caption", "load_taxonomy"]
+__all__ = [
+    "UserError", "Video", "VideoGenerator", "__version__", "inspect_weights", "label_caption", "load_taxonomy", "merge",
+]
 
 _WHERE = {
     "UserError": "lapwan.errors",
     "Video": "lapwan.api",
+    "inspect_weights": "lapwan.api",
+    "merge": "lapwan.api",
     "VideoGenerator": "lapwan.api",
     "label_caption": "lapwan.data.labels",
     "load_taxonomy": "lapwan.data.taxonomy",

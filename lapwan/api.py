@@ -35,6 +35,7 @@ from lapwan.settings.base import to_toml
 from lapwan.settings.generate import ModelSettings, VideoSettings
 from lapwan.settings.load import load
 from lapwan.settings.lora_argument import LoraArgument
+from lapwan.settings.run import RunOptions
 from lapwan.train.device import pick_device, pick_dtype
 from lapwan.wan.base import Base
 from lapwan.wan.folder import ModelSpec, Task
@@ -42,7 +43,7 @@ from lapwan.wan.folder import ModelSpec, Task
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Prepared", "Video", "VideoGenerator"]
+__all__ = ["Prepared", "Video", "VideoGenerator", "inspect_weights", "merge"]
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,57 @@ class VideoGenerator:
             dtype = pick_dtype(self.settings.dtype, self._device)
             self._generators[key] = Generator(base, adapters, self._device, dtype)
         return self._generators[key], base, adapters
+
+
+def merge(
+    output: str | Path,
+    *,
+    loras: Sequence[str | Path | LoraArgument],
+    model: str | Path | None = None,
+    dit: str | Path | None = None,
+    multiplier: float = 1.0,
+    rank: int | None = None,
+    format: Literal["comfy", "musubi", "diffusers"] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """`lapwan merge`: LoRAs into a model folder (`model`), one transformer (`dit`), or one LoRA (neither).
+
+    Args:
+        loras: paths, `"high=FILE:0.8"` or LoraArguments.
+        rank: resize the resulting LoRA by SVD; `format` its key layout.
+
+    Raises:
+        UserError: what does not fit together, before anything is written.
+    """
+    from lapwan.commands.merge import run
+    from lapwan.settings.merge import MergeSettings
+
+    said: dict[str, Any] = {
+        "output": output, "model": None if model is None else str(model), "dit": dit, "multiplier": multiplier,
+        "lora": [lora if isinstance(lora, LoraArgument) else str(lora) for lora in loras], "rank": rank,
+        "format": format,
+    }
+    run(load(MergeSettings, options=_given(said), environment={}), RunOptions(overwrite=overwrite))
+    return Path(output)
+
+
+def inspect_weights(
+    *files: str | Path,
+    preset: Literal["motion", "character"] = "motion",
+    by: Literal["expert", "block", "projection"] = "expert",
+    base: str | Path | None = None,
+) -> dict[str, Any]:
+    """`lapwan inspect-weights`: the document that `--json` writes, of HIGH and LOW files, one file, or a run folder.
+
+    Raises:
+        UserError: files that are missing, no LoRA, or not a pair.
+    """
+    from lapwan.commands.inspect_weights import inspect
+    from lapwan.settings.inspect_weights import InspectWeightsSettings
+
+    said: dict[str, Any] = {"files": [str(file) for file in files], "preset": preset, "by": by}
+    said["base"] = None if base is None else str(base)
+    return inspect(load(InspectWeightsSettings, options=_given(said), environment={}))
 
 
 def _given(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,12 @@ def run(settings: InspectWeightsSettings, options: RunOptions) -> None:
         files.write_text(settings.json_file, json.dumps(document, indent=2) + "\n")
 
 
+def inspect(settings: InspectWeightsSettings) -> dict[str, Any]:
+    """The JSON document of one inspection, for Python; prints nothing and writes only a plot that is asked for."""
+    quiet = settings.model_copy(update={"json_file": _STDOUT})
+    return _document(quiet, *_points(quiet))
+
+
 def _points(settings: InspectWeightsSettings) -> tuple[list[Checkpoint], Path]:
     """The checkpoints, oldest first, and the folder whose metrics.jsonl goes with them."""
     if len(settings.files) == 2:

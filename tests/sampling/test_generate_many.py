@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sampling_cases import SMALL, frames, generate, random_lora, refused
 
+import lapwan as lapwan_package
 from lapwan import UserError, VideoGenerator
 from lapwan.lora.formats import write_lora
 from lapwan.sampling.generator import Generator, to_frames
@@ -284,3 +285,20 @@ def test_interactive_keeps_the_model_and_survives_a_bad_line(lapwan, tmp_path, m
     assert json.loads(read_video_metadata(tmp_path / "chat/s.mp4")["settings"])["seed"] == 5
     refused(generate(lapwan, "--interactive"), "leave --prompt")
     refused(lapwan("generate", "--model", "tiny", "--interactive", "-o", "a.mp4"), "give it as --output DIR")
+
+
+def test_merging_and_inspecting_from_python(t2v, tmp_path, capsys) -> None:
+    files = [tmp_path / f"l_{side}_noise.safetensors" for side in ("high", "low")]
+    for index, file in enumerate(files):
+        write_lora(file, random_lora(index))
+    folder = lapwan_package.merge(tmp_path / "merged", model="tiny", loras=files, multiplier=0.5)
+    small = {"num_frames": 5, "size": (32, 48), "steps": 2, "guidance": 1.0}
+    merged = VideoGenerator(folder).generate("x", **small)
+    beside = VideoGenerator("tiny", loras=[f"{file}:0.5" for file in files]).generate("x", **small)
+    assert (merged.latents - beside.latents).abs().max() < 1e-4
+    with pytest.raises(UserError, match="nothing to merge"):
+        lapwan_package.merge(tmp_path / "none", model="tiny", loras=[])
+    capsys.readouterr()
+    document = lapwan_package.inspect_weights(*files)
+    assert set(document["experts"]) == {"high", "low"} and document["experts"]["high"]["modules"] == 3
+    assert capsys.readouterr().out == ""
