@@ -7,11 +7,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
+from lapwan.console import progress
 from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.threads import one_thread
+
+_WORKERS = 2
 
 # Of one training run only: a sum or a resized LoRA has neither its step nor its fingerprint.
 _OWN_KEYS = ("lapwan.fingerprint", "lapwan.step")
@@ -86,19 +91,26 @@ def resize(state: LoraState, rank: int) -> tuple[LoraState, Energy]:
     entries: dict[str, LoraEntry] = {}
     kept_sum = all_sum = 0.0
     worst = (2.0, "")
-    for path, entry in state.entries.items():
-        left, right, values = singular_factors(entry)
-        k = min(rank, len(values))
-        root = values[:k].sqrt()
-        up, down = left[:, :k] * root, (right[:, :k] * root).T.contiguous()
-        entries[path] = LoraEntry(down.float(), up.float().contiguous(), float(k))
-        squares = values.square()
-        kept, everything = squares[:k].sum().item(), squares.sum().item()
-        kept_sum, all_sum = kept_sum + kept, all_sum + everything
-        share = kept / everything if everything > 0 else 1.0
-        worst = min(worst, (share, path))
+    with one_thread(), ThreadPoolExecutor(_WORKERS) as pool, progress("resize", len(state.entries), "module") as bar:
+        parts = pool.map(lambda entry: _resized(entry, rank), state.entries.values())
+        for path, (entry, kept, everything) in zip(state.entries, parts, strict=True):
+            entries[path] = entry
+            kept_sum, all_sum = kept_sum + kept, all_sum + everything
+            worst = min(worst, (kept / everything if everything > 0 else 1.0, path))
+            bar.advance()
     metadata = {key: value for key, value in state.metadata.items() if key not in _OWN_KEYS}
     return LoraState(entries, metadata), Energy(kept_sum / all_sum if all_sum > 0 else 1.0, *worst)
+
+
+def _resized(entry: LoraEntry, rank: int) -> tuple[LoraEntry, float, float]:
+    """(the resized entry, Σ s² kept, Σ s²)."""
+    left, right, values = singular_factors(entry)
+    k = min(rank, len(values))
+    root = values[:k].sqrt()
+    up, down = left[:, :k] * root, (right[:, :k] * root).T
+    squares = values.square()
+    small = LoraEntry(down.float().contiguous(), up.float().contiguous(), float(k))
+    return small, squares[:k].sum().item(), squares.sum().item()
 
 
 def singular_factors(entry: LoraEntry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
