@@ -34,13 +34,14 @@ from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.run import RunOptions
 from lapwan.wan.folder import weight_files
 
-_STDOUT = Path("-")
+_STDOUT = "-"
 
 
 def run(settings: InspectWeightsSettings, options: RunOptions) -> None:
     """Read, measure, judge; tables on stdout, JSON where asked."""
-    for output in (settings.json_file, settings.plot):
-        if output is not None and output != _STDOUT:
+    json_file = Path(settings.json_file) if settings.json_file not in (None, _STDOUT) else None
+    for output in (json_file, settings.plot):
+        if output is not None:
             files.claim_output(output, options.overwrite)
     points, metrics_folder = _points(settings)
     if options.dry_run:
@@ -51,8 +52,8 @@ def run(settings: InspectWeightsSettings, options: RunOptions) -> None:
     document = _document(settings, points, metrics_folder)
     if settings.json_file == _STDOUT:
         results.print(json.dumps(document, indent=2), markup=False)
-    elif settings.json_file is not None:
-        files.write_text(settings.json_file, json.dumps(document, indent=2) + "\n")
+    elif json_file is not None:
+        files.write_text(json_file, json.dumps(document, indent=2) + "\n")
 
 
 def inspect(settings: InspectWeightsSettings) -> dict[str, Any]:

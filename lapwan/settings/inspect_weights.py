@@ -16,13 +16,13 @@ class InspectWeightsSettings(Settings):
     """Numbers about a pair of LoRA files, one LoRA or mixture, or a run folder."""
 
     files: Annotated[tuple[Path, ...], Flag(positional=True, metavar="HIGH LOW | FILE | RUN_FOLDER")] = Field(
-        description="The high and the low noise expert's LoRA, one file, or a run folder.")
+        default=(), description="The high and the low noise expert's LoRA, one file, or a run folder.")
     preset: Annotated[Literal["motion", "character"], Flag(metavar="motion|character")] = Field(
         default="motion", description="What the LoRA is for: motion wants the high noise expert to lead, character "
                                       "(and style) the low one.")
     by: Annotated[Literal["expert", "block", "projection"], Flag(metavar="expert|block|projection")] = Field(
         default="expert", description="What a row of the table is.")
-    json_file: Annotated[Path | None, Flag("--json", metavar="FILE|-")] = Field(
+    json_file: Annotated[str | None, Flag("--json", metavar="FILE|-")] = Field(
         default=None, description="Write the figures as JSON to a file, or to stdout with -.")
     plot: Annotated[Path | None, Flag(metavar="FILE.png")] = Field(
         default=None, description="Draw magnitudes over steps and a heat map by block and projection.")

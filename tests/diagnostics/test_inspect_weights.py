@@ -278,6 +278,8 @@ def test_mistakes_are_answered(tmp_path, capsys):
         inspect(low, high)
     with pytest.raises(UserError, match="the same file twice"):
         inspect(high, high)
+    with pytest.raises(UserError, match="0 files given; give HIGH LOW, one FILE, or a RUN_FOLDER"):
+        inspect()
     with pytest.raises(UserError, match="3 files given"):
         inspect(high, low, high)
     with pytest.raises(UserError, match="holds no LoRA or mixture"):
