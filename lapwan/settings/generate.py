@@ -53,7 +53,7 @@ class ModelSettings(Settings):
     """What is loaded once, for any number of videos."""
 
     model: Annotated[ModelChoice | None, Flag(metavar="MODEL")] = Field(
-        default=None, description="'tiny' (embedded), or a model folder in diffusers layout."
+        default=None, description="'tiny' (embedded), a model folder in diffusers layout, or a hub id fetched before."
     )
     lora: Annotated[tuple[LoraArgument, ...], Flag(metavar=LORA_METAVAR)] = Field(
         default=(), description="A LoRA, repeatable; without high= or low= the file says its noise expert."

@@ -11,6 +11,7 @@ from PIL import Image
 from sampling_cases import frames, generate, random_lora, refused
 
 from lapwan.lora.formats import write_lora
+from lapwan.sampling.generator import Generator
 from lapwan.sampling.video import read_video_metadata
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.load import load
@@ -137,3 +138,32 @@ def test_adapters_are_not_taken_for_each_other(lapwan, tmp_path, mixture_file, n
     refused(generate(lapwan, "--lora", str(mixture_file)), "is a mixture", "--moe")
     refused(generate(lapwan, "--lora", "low=a.safetensors"), "high noise expert", "high=FILE")
     refused(generate(lapwan, "--moe", str(mixture_file), "--instrument-hint", "banana"), "banana", "allowed in")
+
+
+def test_guidance_acts_inside_its_interval_only(lapwan, tmp_path) -> None:
+    guided = ("--guidance", "4", "--negative-prompt", "模糊")
+    for name, extra in (
+        ("none", ()), ("all", guided), ("outside", (*guided, "--guidance-interval", "0,0.01")),
+        ("early", (*guided, "--guidance-interval", "0.95,1")),
+    ):
+        assert generate(lapwan, *extra, output=name).code == 0
+    none, everywhere, outside, early = (frames(tmp_path / n) for n in ("none", "all", "outside", "early"))
+    assert (none == outside).all() and (none != everywhere).any()
+    assert (early != none).any() and (early != everywhere).any()
+    refused(generate(lapwan, "--guidance-interval", "0.9,0.2", output="x"), "0 <= LOW < HIGH <= 1")
+    refused(generate(lapwan, "--guidance-interval", "0.9", output="x"), "LOW,HIGH")
+
+
+def test_a_distilled_lora_of_four_steps_needs_no_negative_prompt(lapwan, tmp_path, monkeypatch) -> None:
+    """Guidance 1 evaluates the model once a step, and the negative prompt is never encoded."""
+    write_lora(tmp_path / "fast.safetensors", random_lora(0))
+    prompts: list[str] = []
+    original = Generator.text_features
+
+    def features(self, prompt):
+        prompts.append(prompt)
+        return original(self, prompt)
+
+    monkeypatch.setattr(Generator, "text_features", features)
+    ran = generate(lapwan, "--lora", "both=fast.safetensors", "--steps", "4", "--guidance", "1", "--sampler", "euler")
+    assert ran.code == 0 and set(prompts) == {"电凝钩切割组织"}
