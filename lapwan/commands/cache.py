@@ -104,7 +104,14 @@ def extraction_of(settings: CacheSettings, spec: ModelSpec) -> Extraction:
 
 
 def encoders_of(settings: CacheSettings, spec: ModelSpec) -> Encoders:
-    """What the plan must know of the model and of how files are written."""
+    """What the plan must know of the model and of how files are written.
+
+    Raises:
+        UserError: a model that this version does not train.
+    """
+    if spec.task == "ti2v":
+        raise UserError(f"{spec.path} is a TI2V-5B model, which this version generates with but does not train; "
+                        "cache with Wan2.2 T2V-A14B or I2V-A14B")
     stored = text_dtype(spec)
     return Encoders(
         task=spec.task, fps=float(spec.defaults.fps), vae=vae_identity(spec), text=text_identity(spec),

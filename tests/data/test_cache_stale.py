@@ -91,7 +91,7 @@ def test_i2v_needs_a_condition_t2v_accepts_one(dataset, tmp_path):
     assert load_index(folder).items[0].condition
     before = stamps(folder)
     cache_tiny(dataset, folder)
-    assert changed(before, folder) == []
+    assert not [name for name in changed(before, folder) if name.endswith("_wan.safetensors")]
     assert read_item(folder, load_index(folder).items[0])["condition"] is not None
 
 
