@@ -31,6 +31,7 @@ from lapwan.data.windows import Window, windows
 from lapwan.files import is_temporary
 
 _HASHED = 65536  # bytes from each end of a source file
+_LONGEST_STEM = 180  # bytes
 
 
 @dataclass(frozen=True)
@@ -182,13 +183,23 @@ def unique_stems(clips: Iterable[SourceClip]) -> list[str]:
     used: set[str] = set()
     stems = []
     for clip in clips:
-        stem, turn = clip.path.stem, 0
+        own, turn = _short(clip.path.stem), 0
+        stem = own
         while stem.casefold() in used:  # some file systems do not tell A.mp4 from a.mp4
             digest = hashlib.sha256(f"{clip.path}\0{turn}".encode()).hexdigest()
-            stem, turn = f"{clip.path.stem}-{digest[:8]}", turn + 1
+            stem, turn = f"{own}-{digest[:8]}", turn + 1
         used.add(stem.casefold())
         stems.append(stem)
     return stems
+
+
+def _short(stem: str) -> str:
+    """A stem that leaves room for a cache file's ending and a temporary name within 255 bytes."""
+    raw = stem.encode()
+    if len(raw) <= _LONGEST_STEM:
+        return stem
+    cut = raw[: _LONGEST_STEM - 9].decode(errors="ignore")
+    return f"{cut}-{hashlib.sha256(raw).hexdigest()[:8]}"
 
 
 def _items_of(

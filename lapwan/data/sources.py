@@ -12,7 +12,6 @@ from typing import Any
 
 from lapwan.data.buckets import Buckets
 from lapwan.data.clips import MEDIA_KEYS, Clip, read_clips, resolve_video
-from lapwan.data.video import IMAGE_SUFFIXES
 from lapwan.data.windows import FrameExtraction
 from lapwan.errors import UserError
 
@@ -42,11 +41,6 @@ class SourceClip:
     mask: Path | None = None
     split: str | None = None
     source: str | None = None
-
-    @property
-    def is_image(self) -> bool:
-        """A still picture rather than a video or a folder of frames."""
-        return self.path.suffix.lower() in IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)

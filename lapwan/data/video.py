@@ -91,11 +91,9 @@ def _probe_video(path: Path, source_fps: float | None) -> VideoFacts:
 
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise BadClip("the file has no video stream")
-            stream = container.streams.video[0]
-            packets, times = _packet_times(container, stream)
-            said = stream.frames
+            stream = _video_stream(container)
+            packets, times, skipped = _packet_times(container, stream)
+            said = stream.frames - skipped
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             container.seek(0)
             first = next(container.decode(stream), None)
@@ -109,16 +107,28 @@ def _probe_video(path: Path, source_fps: float | None) -> VideoFacts:
     return _timed(width, height, packets, times, rate, source_fps)
 
 
-def _packet_times(container: Any, stream: Any) -> tuple[int, list[float]]:
-    """(shown packets, their times in display order where they have one)."""
-    packets, times = 0, []
+def _video_stream(container: Any) -> Any:
+    """The film, not a cover picture that comes before it."""
+    stream = container.streams.best("video")
+    if stream is None:
+        raise BadClip("the file has no video stream")
+    return stream
+
+
+def _packet_times(container: Any, stream: Any) -> tuple[int, list[float], int]:
+    """(shown packets, their times in display order where they have one, packets that an edit list hides)."""
+    packets, skipped = 0, 0
+    times: list[float] = []
     for packet in container.demux(stream):
-        if packet.size == 0 or packet.is_discard:
+        if packet.size == 0:
+            continue
+        if packet.is_discard:
+            skipped += 1
             continue
         packets += 1
         if packet.pts is not None and packet.time_base is not None:
             times.append(float(packet.pts * packet.time_base))
-    return packets, sorted(times)
+    return packets, sorted(times), skipped
 
 
 def source_times(path: Path, facts: VideoFacts, fps: float, source_fps: float | None) -> list[float]:
@@ -130,7 +140,7 @@ def source_times(path: Path, facts: VideoFacts, fps: float, source_fps: float | 
 
         try:
             with av.open(str(path)) as container:
-                packets, times = _packet_times(container, container.streams.video[0])
+                packets, times, _ = _packet_times(container, _video_stream(container))
         except (av.FFmpegError, OSError) as error:
             raise BadClip(f"cannot be read as video ({_short(error)})") from None
         if len(times) == packets:
@@ -199,7 +209,7 @@ def _timed_frames(
 
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.video[0]
+            stream = _video_stream(container)
             stream.thread_type = "AUTO"
             own_times = source_fps is None
             if own_times and start > _SEEK_AFTER and stream.time_base:

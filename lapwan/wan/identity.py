@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from lapwan.errors import UserError
 from lapwan.lora.fingerprint import checkpoint_fingerprint
 from lapwan.lora.tensorfile import read_header
-from lapwan.wan.folder import ModelSpec, weight_files
+from lapwan.wan.folder import ModelSpec, original_file, weight_files
 
+_PIECES, _PIECE = 64, 1 << 16  # of a .pth file, sampled
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -19,7 +21,7 @@ def vae_identity(spec: ModelSpec) -> str:
     folder = spec.path / "vae"
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings = json.dumps([config.get("latents_mean"), config.get("latents_std")])
-    return _digest(checkpoint_fingerprint(weight_files(folder)), settings)
+    return _digest(_weights(folder), settings)
 
 
 def text_identity(spec: ModelSpec) -> str:
@@ -32,7 +34,7 @@ def text_identity(spec: ModelSpec) -> str:
     for name in ("tokenizer.json", "spiece.model"):
         if (folder / name).is_file():
             vocabulary = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            return _digest(checkpoint_fingerprint(weight_files(spec.path / "text_encoder")), vocabulary)
+            return _digest(_weights(spec.path / "text_encoder"), vocabulary)
     raise UserError(f"no tokenizer.json in {folder}; is {spec.path} a complete model folder?")
 
 
@@ -41,6 +43,22 @@ def text_dtype(spec: ModelSpec) -> str:
     header = read_header(weight_files(spec.path / "text_encoder")[0])
     dtypes = {info.dtype for info in header.tensors.values()}
     return _DTYPES["F32" if "F32" in dtypes else sorted(dtypes)[0]]
+
+
+def _weights(folder: Path) -> str:
+    """Fingerprint of a component's weights; of a .pth, sha256 over its size and 64 KiB pieces spread over it."""
+    original = original_file(folder)
+    if original is None:
+        return checkpoint_fingerprint(weight_files(folder))
+    if original.suffix == ".safetensors":
+        return checkpoint_fingerprint([original])
+    size = original.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with original.open("rb") as file:
+        for piece in range(_PIECES):
+            file.seek(max(0, size - _PIECE) * piece // (_PIECES - 1))
+            digest.update(file.read(_PIECE))
+    return digest.hexdigest()
 
 
 def _digest(*parts: str) -> str:

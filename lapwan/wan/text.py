@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lapwan.wan.folder import TEXT_LENGTH
+from lapwan.wan.folder import TEXT_LENGTH, original_file
 from lapwan.wan.original import load_text_file
-from lapwan.wan.separate import original_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lapwan.wan.folder import original_file
 from lapwan.wan.original import load_vae_file
-from lapwan.wan.separate import original_file
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

@@ -280,3 +280,14 @@ def test_preview_shows_the_clips(dataset, tmp_path):
     folder = cache_tiny(dataset, tmp_path / "cache", preview=2)
     with Image.open(folder / "lapwan_preview.png") as image:
         assert image.size == (6 * (48 + 4), 2 * (32 + 4))
+
+
+def test_long_names_fit_the_file_system(tmp_path):
+    name = "电凝钩切割胆囊床血管" * 7  # 210 bytes
+    for suffix in ("一", "二"):
+        make_video(tmp_path / f"{name}{suffix}.mp4", frames=12)
+    rows = [{"video_path": f"{name}{s}.mp4", "caption": s} for s in ("一", "二")]
+    folder = cache_tiny(write_jsonl(tmp_path / "c.jsonl", rows), tmp_path / "cache")
+    items = load_index(folder).items
+    assert len({item.id for item in items}) == 2
+    assert all(read_item(folder, item)["latents"] is not None for item in items)

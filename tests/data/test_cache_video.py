@@ -220,3 +220,20 @@ def test_frames_beyond_the_end_are_refused(tmp_path):
     facts = probe(video, 16)
     with pytest.raises(BadClip, match="missing"):
         read_frames(video, range(17), centre_crop(96, 64, (96, 64)), 16, facts)
+
+
+def test_frames_that_an_edit_list_hides_are_not_missed(tmp_path):
+    """A clip cut without re-encoding begins before its first shown frame: nothing of it is lost, nothing is shown."""
+    whole = make_video(tmp_path / "a.mp4", frames=28)
+    with av.open(str(whole)) as source, av.open(
+        str(tmp_path / "b.mp4"), "w", options={"avoid_negative_ts": "disabled"}
+    ) as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                late = int(5 / 16 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - late, packet.dts - late, stream
+                out.mux(packet)
+    facts = probe(tmp_path / "b.mp4", 16)
+    assert facts.frames == 23
+    assert shown(tmp_path / "b.mp4", range(21)) == list(range(5, 26))
