@@ -13,8 +13,9 @@ import json
 import os
 import struct
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,10 +30,10 @@ from lapwan.lora.tensorfile import ITEM_SIZE, TensorFile, TensorInfo
 from lapwan.lora.tensors import DTYPES
 from lapwan.lora.threads import one_thread
 
-TILE_BYTES = 16 << 20  # of a touched tensor as fp32
+TILE_BYTES = 4 << 20  # of a touched tensor as fp32: a few hundred rows, which stay in a core's cache
 _COPY_BYTES = 64 << 20  # per call into the kernel, so that progress moves
 _MERGEABLE = ("F64", "F32", "F16", "BF16")
-_WORKERS = 2
+_MOST_WORKERS = 8
 Advance = Callable[[int], None]
 
 
@@ -57,12 +58,27 @@ class Term:
 
 def merged_rows(rows: Tensor, terms: Sequence[tuple[LoraEntry, float]], first: int = 0) -> Tensor:
     """Rows [first, first + n) of W' for `rows` [n, in] of W: fp32 accumulation (fp64 for an fp64 W), one rounding."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    total = rows.to(wide, copy=True)
+    merged = rows.clone()
+    merge_rows_(merged, terms, first, torch.empty_like(merged, dtype=_wide(rows.dtype)))
+    return merged
+
+
+def merge_rows_(rows: Tensor, terms: Sequence[tuple[LoraEntry, float]], first: int, work: Tensor) -> None:
+    """`merged_rows` in place, with a workspace of the same shape in the accumulation's dtype."""
+    work.copy_(rows)
     for entry, multiplier in terms:
-        up = entry.up[first : first + rows.shape[0]].to(wide) * (multiplier * entry.scale)
-        total.addmm_(up, entry.down.to(wide))
-    return total.to(rows.dtype)
+        up = entry.up[first : first + rows.shape[0]].to(work.dtype) * (multiplier * entry.scale)
+        work.addmm_(up, entry.down.to(work.dtype))
+    rows.copy_(work)
+
+
+def _widened(entry: LoraEntry, dtype: torch.dtype) -> LoraEntry:
+    """Converted once, not at every tile."""
+    return LoraEntry(entry.down.to(dtype), entry.up.to(dtype), entry.alpha)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def check_mergeable(file: TensorFile, name: str) -> None:
@@ -97,17 +113,35 @@ def rewrite(
     with atomic_file(target) as temporary, source.path.open("rb") as reader, temporary.open("wb") as writer:
         writer.write(header)
         writer.flush()
-        position = source.data_start
-        with one_thread(), ThreadPoolExecutor(_WORKERS) as pool:  # one tile is read or written while another is added
-            for name in sorted(terms, key=lambda n: source.tensors[n].start):
-                info = source.tensors[name]
-                _copy(reader.fileno(), writer.fileno(), position, info.start, shift, advance)
-                for done in pool.map(_tile_job(source, info, terms[name], writer.fileno(), shift), _tiles(info)):
-                    advance(done)
-                position = info.end
-        _copy(reader.fileno(), writer.fileno(), position, end, shift, advance)
+        touched = sorted((source.tensors[name] for name in terms), key=lambda info: info.start)
+        told = _Told(advance)
+        pool = ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1))
+        try:
+            with one_thread():  # a tensor a worker; this thread copies what lies between them
+                jobs = [pool.submit(_merge_tensor, source, info, terms[info.name], writer.fileno(), shift, told)
+                        for info in touched]
+                position = source.data_start
+                for info in touched:
+                    _copy(reader.fileno(), writer.fileno(), position, info.start, shift, told)
+                    position = info.end
+                _copy(reader.fileno(), writer.fileno(), position, end, shift, told)
+                for job in as_completed(jobs):
+                    job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
         if check is not None:
             check(temporary)
+
+
+class _Told:
+    """`advance`, called from several threads one at a time."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance, self._lock = advance, threading.Lock()
+
+    def __call__(self, size: int) -> None:
+        with self._lock:
+            self._advance(size)
 
 
 def _header(source: TensorFile, metadata: Mapping[str, str]) -> bytes:
@@ -120,34 +154,28 @@ def _header(source: TensorFile, metadata: Mapping[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _tiles(info: TensorInfo) -> list[tuple[int, int]]:
-    """(first row, rows) of each tile."""
+def _merge_tensor(
+    source: TensorFile, info: TensorInfo, terms: Sequence[Term], writer: int, shift: int, advance: Advance
+) -> None:
+    """Merge one tensor by tiles of rows and write each in its place; two buffers serve all its tiles."""
     rows, columns = info.shape
-    step = max(1, TILE_BYTES // (columns * 4))
-    return [(first, min(step, rows - first)) for first in range(0, rows, step)]
-
-
-def _tile_job(
-    source: TensorFile, info: TensorInfo, terms: Sequence[Term], writer: int, shift: int
-) -> Callable[[tuple[int, int]], int]:
-    """What merges one tile of a tensor and writes it in its place; each LoRA module is read once per tensor."""
-    row_bytes = info.shape[1] * ITEM_SIZE[info.dtype]
-    read = [(term.module.entry(), term.multiplier) for term in terms]
-
-    def job(tile: tuple[int, int]) -> int:
-        first, count = tile
-        raw = source.read(info.name, first * row_bytes, count * row_bytes)
-        rows = torch.frombuffer(raw, dtype=DTYPES[info.dtype]).reshape(count, info.shape[1])
-        merged = merged_rows(rows, read, first)
+    dtype, row_bytes = DTYPES[info.dtype], columns * ITEM_SIZE[info.dtype]
+    step = max(1, min(rows, TILE_BYTES // (columns * 4)))
+    buffer = memoryview(bytearray(step * row_bytes))
+    work = torch.empty(step, columns, dtype=_wide(dtype))
+    read = [(_widened(term.module.entry(), work.dtype), term.multiplier) for term in terms]
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        view = buffer[: count * row_bytes]
+        source.read_into(view, info.name, first * row_bytes)
+        tile = torch.frombuffer(view, dtype=dtype).reshape(count, columns)
+        merge_rows_(tile, read, first, work[:count])
         # NaN passes through aminmax, which is twenty times as fast as isfinite over all.
-        if not torch.stack(torch.aminmax(merged)).isfinite().all():
+        if not torch.stack(torch.aminmax(tile)).isfinite().all():
             raise UserError(f"merging makes '{info.name}' non-finite (in {info.dtype}): the LoRA or the base holds "
                             "NaN or too large values; look at the LoRA with `lapwan inspect-weights`")
-        data = memoryview(merged.contiguous().view(torch.uint8).numpy().data).cast("B")
-        _write(writer, data, info.start + first * row_bytes + shift)
-        return len(data)
-
-    return job
+        _write(writer, view, info.start + first * row_bytes + shift)
+        advance(len(view))
 
 
 def _write(descriptor: int, data: memoryview, position: int) -> None:

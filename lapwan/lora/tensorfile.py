@@ -55,21 +55,26 @@ class TensorFile:
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytearray:
         """`size` bytes of tensor `name` from its byte `offset` on (all by default)."""
-        info = self.tensors[name]
-        want = info.size - offset if size is None else size
-        buffer = bytearray(want)
-        view = memoryview(buffer)
+        buffer = bytearray(self.tensors[name].size - offset if size is None else size)
+        self.read_into(memoryview(buffer), name, offset)
+        return buffer
+
+    def read_into(self, view: memoryview, name: str, offset: int = 0) -> None:
+        """Fill `view` with the bytes of tensor `name` from its byte `offset` on.
+
+        Raises:
+            UserError: the file ends before.
+        """
+        position = self.tensors[name].start + offset
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            done = 0
-            while done < want:
-                got = os.preadv(descriptor, [view[done:]], info.start + offset + done)
+            while view:
+                got = os.preadv(descriptor, [view], position)
                 if got == 0:
                     raise UserError(f"{self.path} is cut short inside tensor '{name}'; copy or download it again")
-                done += got
+                view, position = view[got:], position + got
         finally:
             os.close(descriptor)
-        return buffer
 
 
 def read_header(path: Path) -> TensorFile:

@@ -196,8 +196,8 @@ def test_verify_accepts_a_right_merge_and_not_a_wrong_one(tmp_path, transformers
         with pytest.raises(UserError, match=re.escape(name)):
             verify(only, read_header(tmp_path / "bad.safetensors"), terms, lambda _: None)
 
-    original = checkpoint_file.merged_rows
-    monkeypatch.setattr(checkpoint_file, "merged_rows", lambda *a, **k: original(*a, **k) * (1 + 2**-6))
+    original = checkpoint_file.merge_rows_
+    monkeypatch.setattr(checkpoint_file, "merge_rows_", lambda rows, *rest: (original(rows, *rest), rows.mul_(1.02)))
     with pytest.raises(UserError, match="is not base \\+ LoRA when read back"):
         merge(output=tmp_path / "wrong.safetensors", **asked)
     assert not (tmp_path / "wrong.safetensors").exists()
@@ -210,7 +210,7 @@ def files_below(folder: Path) -> set[str]:
 @pytest.mark.parametrize("form", ["model", "dit"])
 def test_an_interrupted_merge_leaves_nothing(tmp_path, model_folder, pair, monkeypatch, form):
     before = files_below(tmp_path)
-    original = checkpoint_file.merged_rows
+    original = checkpoint_file.merge_rows_
     calls = 0
 
     def interrupted(*arguments, **named):
@@ -220,7 +220,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path, model_folder, pair, monke
             raise KeyboardInterrupt
         return original(*arguments, **named)
 
-    monkeypatch.setattr(checkpoint_file, "merged_rows", interrupted)
+    monkeypatch.setattr(checkpoint_file, "merge_rows_", interrupted)
     lora = [f"high={pair[NoiseExpert.HIGH]}"]
     with pytest.raises(KeyboardInterrupt):
         if form == "model":
