@@ -49,7 +49,7 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
     (r"lora_[AB]\.(.+\.)?bias$|lora_B_bias", "a LoRA with biases"),
     (r"hada_w[12]", "LoHa"),
     (r"lokr_w[12]", "LoKr"),
-    (r"oft_|boft_", "OFT"),
+    (r"(^|[._])b?oft_", "OFT"),
     (r"lora_mid|\.reshape_weight$", "a Tucker decomposition (lora_mid)"),
     (r"^(lora_te|text_encoder|lora_llm|text_encoders)", "a text encoder's LoRA"),
     (r"k_img|v_img|img_emb|add_[kv]_proj|image_embedder", "Wan2.1's image branch, which Wan2.2 lacks"),

@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from lapwan.commands.model import resolve
 from lapwan.errors import UserError
 from lapwan.lora import checkpoint_file
+from lapwan.lora.assign import assign
 from lapwan.lora.checkpoint_file import Term
 from lapwan.lora.fingerprint import checkpoint_fingerprint, merged_fingerprint
 from lapwan.lora.formats import read_lora, write_lora
 from lapwan.lora.tensorfile import TensorFile, read_header
 from lapwan.lora.verify import verify
 from lapwan.names import NoiseExpert, to_original
-from lapwan.wan.folder import weight_files
+from lapwan.wan.base import Base
+from lapwan.wan.folder import read_spec, weight_files
 
 
 def add(transformer: WanTransformer3DModel, state, multiplier: float = 1.0) -> WanTransformer3DModel:
@@ -65,6 +67,22 @@ def test_the_embedded_model_merged_loads_whole(tmp_path, saved):
         else:
             assert torch.equal(weight, before), name
     assert resolve(str(tmp_path / "merged")).experts == spec.experts
+
+
+def test_a_merge_in_memory_is_the_merged_folder(tmp_path, saved):
+    """The same weights, bit for bit, and the same fingerprint: an adapter trained on one runs on the other."""
+    spec = resolve("tiny")
+    width = json.loads((spec.component(NoiseExpert.LOW) / "config.json").read_text())["num_attention_heads"] * 48
+    loras = [saved(f"{n}.safetensors", sizes={"blocks.5.attn1.to_v": (width, width)}, seed=n) for n in (1, 2)]
+    requests = [("low", loras[0], 0.4), ("low", loras[1], -1.5)]
+    merge(model="tiny", lora=[f"{role}={path}:{strength}" for role, path, strength in requests], output=tmp_path / "m")
+    memory, folder = Base(spec, assign(requests, spec.experts)), read_spec(tmp_path / "m")
+    for expert in NoiseExpert:
+        assert memory.fingerprint(expert) == folder.fingerprint(expert)
+        ours, theirs = memory.load(expert).state_dict(), Base(folder).load(expert).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert memory.fingerprint(NoiseExpert.HIGH) == spec.fingerprint(NoiseExpert.HIGH)
+    assert memory.fingerprint(NoiseExpert.LOW) != spec.fingerprint(NoiseExpert.LOW)
 
 
 def test_merged_folder_keeps_every_other_file_and_says_where_it_comes_from(tmp_path, model_folder, pair):
