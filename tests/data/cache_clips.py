@@ -57,3 +57,25 @@ def cache_tiny(dataset: Path | None, output: Path, overwrite: bool = False, **se
         chosen = {"size": (32, 48), "num_frames": (9,)} | chosen
     run(CacheSettings(dataset=dataset, output=output, **chosen), RunOptions(overwrite=overwrite))
     return output
+
+
+def copied(path: Path) -> dict:
+    """Tensors that no longer lie in the file, which is about to be overwritten."""
+    from safetensors.torch import load_file
+
+    return {key: value.clone() for key, value in load_file(path).items()}
+
+
+def strip_recipes(folder: Path) -> None:
+    """What musubi-tuner would have written: no recipes, no index, no prompts."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    for path in folder.glob("*.safetensors"):
+        if path.name.startswith("lapwan_") or "_lapwan_" in path.name:
+            path.unlink()
+            continue
+        with safe_open(path, "pt") as file:
+            metadata = {k: v for k, v in file.metadata().items() if not k.startswith("lapwan")}
+        save_file(copied(path), path, metadata)
+    (folder / "lapwan_index.jsonl").unlink()

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from cache_clips import cache_tiny, make_video, write_jsonl
-from safetensors.torch import load_file, save_file
+from cache_clips import cache_tiny, copied, make_video, strip_recipes, write_jsonl
+from safetensors.torch import save_file
 
 from lapwan.data.cachefile import load_index, read_item
 from lapwan.errors import UserError
@@ -28,11 +28,6 @@ def stamps(folder):
 def changed(before, folder):
     after = stamps(folder)
     return sorted(name for name in after if before.get(name) != after[name])
-
-
-def copied(path):
-    """Tensors that no longer lie in the file, which is about to be overwritten."""
-    return {key: value.clone() for key, value in load_file(path).items()}
 
 
 def edit(dataset, line, **fields):
@@ -172,20 +167,6 @@ def test_equal_names_do_not_collide(tmp_path):
     before = stamps(folder)
     cache_tiny(tmp_path / "c.jsonl", folder)
     assert changed(before, folder) == []
-
-
-def strip_recipes(folder):
-    """What musubi-tuner would have written: no recipes, no index, no prompts."""
-    from safetensors import safe_open
-
-    for path in folder.glob("*.safetensors"):
-        if path.name.startswith("lapwan_") or "_lapwan_" in path.name:
-            path.unlink()
-            continue
-        with safe_open(path, "pt") as file:
-            metadata = {k: v for k, v in file.metadata().items() if not k.startswith("lapwan")}
-        save_file(copied(path), path, metadata)
-    (folder / "lapwan_index.jsonl").unlink()
 
 
 @pytest.fixture
