@@ -35,6 +35,7 @@ from lapwan.sampling.sheet import contact_sheet
 from lapwan.wan.base import Base
 from lapwan.wan.condition import image_condition
 from lapwan.wan.folder import ModelSpec
+from lapwan.wan.identity import text_identity, vae_identity
 from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder, pad_text
 from lapwan.wan.vae import decode, encode, load_vae
 
@@ -136,12 +137,13 @@ class Generator:
         mix = self.route(request)
         if mix is not None:
             console.log(f"gates by {mix.source}:\n" + "\n".join(f"  {line}" for line in mix.bars()))
+        facts = self._facts(request, grid, mix)
         latents = self._sample(request, grid, mix, preview)
         console.log("decoding")
         with torch.no_grad():
             pixels = decode(self.vae(), latents)
         frames = to_frames(pixels)
-        facts = {**self._facts(request, grid, mix), "frames": frames_fingerprint(frames)}
+        facts["frames"] = frames_fingerprint(frames)
         return Video(frames, request.fps, latents.cpu().contiguous(), facts=facts)
 
     def _grid(self, request: Request) -> Grid:
@@ -216,6 +218,7 @@ class Generator:
 
         facts: dict[str, Any] = {
             "model": {e.value: self.base.fingerprint(e) for e in self.spec.experts},
+            "vae": vae_identity(self.spec), "text_encoder": text_identity(self.spec),
             "steps": {e.value: grid.count(e) for e in self.spec.experts},
             "versions": {"lapwan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
             "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),

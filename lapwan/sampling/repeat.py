@@ -64,8 +64,9 @@ def compare(record: Record, video: Video) -> None:
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     said = {
-        "model": "the model has changed", "lora": "the LoRAs have changed", "image": "the image has changed",
-        "last_image": "the last image has changed", "video": "the video to start from has changed",
+        "model": "the transformers have changed", "vae": "the VAE has changed",
+        "text_encoder": "the text encoder has changed", "lora": "the LoRAs have changed",
+        "image": "the image has changed", "last_image": "the last image has changed", "video": "the video to start from has changed",
         "mixture": "the mixture has changed", "device": "the device is another", "dtype": "the precision is another",
     }
     for key, text in said.items():

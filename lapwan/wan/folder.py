@@ -35,6 +35,7 @@ _FAMILY_DEFAULTS: dict[str, Defaults] = {
     "t2v": Defaults(40, {NoiseExpert.HIGH: 4.0, NoiseExpert.LOW: 3.0}, (480, 832), 81, 16),
     "i2v": Defaults(40, {NoiseExpert.HIGH: 3.5, NoiseExpert.LOW: 3.5}, (480, 832), 81, 16),
 }
+ORIGINAL = "original"  # the name of a link to weights in the original layout: original.pth, original.safetensors
 DEFAULTS_FILE = "lapwan.json"  # optional, in the model folder: a model's own defaults (the embedded model has one)
 
 
@@ -120,6 +121,11 @@ def weight_files(folder: Path) -> list[Path]:
     if not files:
         raise UserError(f"no .safetensors weights in {folder}; is the download complete?")
     return files
+
+
+def original_file(folder: Path) -> Path | None:
+    """A VAE's or text encoder's weights in the original layout, where `separate.make_folder` linked them."""
+    return next(iter(sorted(folder.glob(f"{ORIGINAL}.*"))), None)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -15,19 +15,13 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_folder
 from lapwan.lora.tensorfile import read_header
 from lapwan.names import NoiseExpert, tensor_to_diffusers
-from lapwan.wan.folder import weight_files
+from lapwan.wan.folder import ORIGINAL, weight_files
 from lapwan.wan.original import read_tensors, t5_to_transformers
 
-ORIGINAL = "original"  # a VAE's or text encoder's weights are linked as original.pth or original.safetensors
 _HEAD_DIM = 128  # of every released Wan transformer; a config.json beside the weights says otherwise
 _BOUNDARY = {16: 0.875, 36: 0.9}  # by input channels: T2V-A14B, I2V-A14B
 _SHIFT = {16: 12.0, 36: 5.0}
 _SHIFT_SINGLE = 5.0  # Wan2.1 T2V
-
-
-def original_file(folder: Path) -> Path | None:
-    """The weights of a component in the original layout, where `make_folder` linked them."""
-    return next((file for file in sorted(folder.glob(f"{ORIGINAL}.*"))), None)
 
 
 def make_folder(

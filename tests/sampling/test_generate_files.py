@@ -21,6 +21,7 @@ from lapwan.sampling.generator import Generator
 from lapwan.settings.model_files import ModelFilesSettings
 from lapwan.wan.backbone import load_transformer
 from lapwan.wan.folder import ModelSpec, read_spec
+from lapwan.wan.identity import text_identity, vae_identity
 from lapwan.wan.original import t5_to_transformers
 from lapwan.wan.separate import transformer_config
 from lapwan.wan.vae import decode
@@ -150,6 +151,15 @@ def test_the_fingerprint_does_not_depend_on_the_layout(pair) -> None:
     base = resolve_base(pair.files)
     for expert in NoiseExpert:
         assert base.fingerprint(expert) == pair.folder.fingerprint(expert)
+
+
+def test_a_pth_file_has_an_identity(pair, tmp_path) -> None:
+    before = vae_identity(resolve_base(pair.files).spec), text_identity(resolve_base(pair.files).spec)
+    state = torch.load(pair.files.vae)
+    state["conv1.weight"] += 1
+    torch.save(state, tmp_path / "Wan2.1_VAE.pth")
+    other = resolve_base(pair.files.model_copy(update={"vae": tmp_path / "Wan2.1_VAE.pth"})).spec
+    assert vae_identity(other) != before[0] and text_identity(other) == before[1]
 
 
 def test_bf16_keeps_what_diffusers_keeps_in_fp32(pair) -> None:
