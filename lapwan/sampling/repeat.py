@@ -66,7 +66,8 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
     said = {
         "model": "the transformers have changed", "vae": "the VAE has changed",
         "text_encoder": "the text encoder has changed", "lora": "the LoRAs have changed",
-        "image": "the image has changed", "last_image": "the last image has changed", "video": "the video to start from has changed",
+        "image": "the image has changed", "last_image": "the last image has changed",
+        "video": "the video to start from has changed",
         "mixture": "the mixture has changed", "device": "the device is another", "dtype": "the precision is another",
     }
     for key, text in said.items():
