@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from lapwan.commands.model import resolve
-from lapwan.console import log, progress, results
+from lapwan.console import log, progress, results, warn
+from lapwan.data.labels import resolve_hint
+from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.files import claim_output
 from lapwan.lora import noise_expert
@@ -19,6 +21,9 @@ from lapwan.lora.combine import combine
 from lapwan.lora.formats import LoraFile, write_lora
 from lapwan.lora.merge import ComponentPlan, Given, plan_component, write_component
 from lapwan.lora.merge_folder import check_disk, folder_bytes, write_folder
+from lapwan.lora.state import LoraState
+from lapwan.moe.collapse import collapse, gate_spread, inference_sigmas
+from lapwan.moe.file import read_mixture
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import to_toml
 from lapwan.settings.merge import MergeSettings
@@ -34,6 +39,8 @@ def run(settings: MergeSettings, options: RunOptions) -> None:
         _into_model(settings, settings.model, options)
     elif settings.dit is not None:
         _into_transformer(settings, settings.dit, options)
+    elif settings.moe is not None:
+        _from_mixture(settings, settings.moe, options)
     else:
         _into_lora(settings, options)
 
@@ -95,16 +102,50 @@ def _into_lora(settings: MergeSettings, options: RunOptions) -> None:
         log(f"{outputs[expert].name}: {parts}")
     if options.dry_run:
         return
-    dtype = getattr(torch, settings.dtype) if settings.dtype else None
     for expert, loras in groups.items():
-        state, energy = combine([(lora.read(), strength) for lora, strength in loras], settings.rank, dtype)
-        if energy is not None:
-            results.print(f"rank {settings.rank} keeps {energy.total:.4%} of the energy (squared norm); least in "
-                          f"{energy.worst_path}: {energy.worst:.4%}", markup=False)
-        if expert is not None:
-            state.metadata[noise_expert.KEY] = expert.value
-        write_lora(outputs[expert], state, settings.format or "comfy", dtype, settings.fold_alpha)
-        results.print(f"LoRA: {outputs[expert]}", markup=False)
+        said = {} if expert is None else {noise_expert.KEY: expert.value}
+        _write_sum(settings, [(lora.read(), strength) for lora, strength in loras], outputs[expert], said)
+
+
+def _write_sum(
+    settings: MergeSettings, terms: Sequence[tuple[LoraState, float]], output: Path, metadata: dict[str, str]
+) -> None:
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    state, energy = combine(terms, settings.rank, dtype)
+    if energy is not None:
+        results.print(f"rank {settings.rank} keeps {energy.total:.4%} of the energy (squared norm); least in "
+                      f"{energy.worst_path}: {energy.worst:.4%}", markup=False)
+    state.metadata |= metadata
+    write_lora(output, state, settings.format or "comfy", dtype, settings.fold_alpha)
+    results.print(f"LoRA: {output}", markup=False)
+
+
+def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> None:
+    """The mixture at one mix as a LoRA for each noise expert; the spread of w says what a constant gate loses."""
+    mixture = read_mixture(path)
+    taxonomy = Taxonomy.from_dict(mixture.taxonomy, str(path))
+    shares = resolve_hint(settings.mix or "", taxonomy)
+    outputs = {expert: _lora_output(settings.output, expert, len(mixture.experts)) for expert in mixture.experts}
+    for output in outputs.values():
+        _claim_file(output, [path], options)
+    log("mix: " + ", ".join(f"{f} {share:.2f}" for f, share in zip(mixture.families, shares, strict=True) if share))
+    if mixture.base_lora:
+        warn(f"{path} was trained over a base LoRA, which is not part of the mixture; use it beside these files")
+    for expert, output in outputs.items():
+        sigmas = [settings.sigma] if settings.sigma is not None else inference_sigmas(mixture, expert)
+        if not sigmas:
+            raise UserError(f"none of the model's {mixture.spec.steps} sampling steps falls to the {expert.value} "
+                            "noise expert; give --sigma")
+        gate = gate_spread(mixture, expert, sigmas)
+        results.print(f"{expert.value} noise: w = {gate.mean:.4f} (from {gate.lowest:.4f} to {gate.highest:.4f} over "
+                      f"{len(sigmas)} sigmas)", markup=False)
+        if options.dry_run:
+            continue
+        said = {noise_expert.KEY: expert.value, "lapwan.task": mixture.spec.task}
+        if expert in mixture.spec.base:
+            said["lapwan.base_fingerprint"] = mixture.spec.base[expert]
+        state = collapse(mixture, expert, shares, gate.mean)
+        _write_sum(settings, [(state, settings.multiplier)], output, said)
 
 
 def _lora_output(output: Path, expert: NoiseExpert | None, groups: int) -> Path:

@@ -18,6 +18,19 @@ from lapwan.moe.mixture import Mixture
 from lapwan.names import NoiseExpert
 
 
+def inference_sigmas(mixture: Mixture, expert: NoiseExpert) -> list[float]:
+    """The sigmas of the base model's own sampling grid that fall to a noise expert.
+
+    σ_i = s·t_i / (1 + (s − 1)·t_i), t = linspace(1, 1/1000, N + 1) without its end: diffusers' UniPC grid.
+    """
+    spec = mixture.spec
+    low, high = spec.bands[expert]
+    t_N = torch.linspace(1, 1 / 1000, spec.steps + 1, dtype=torch.float64)[:-1]
+    sigmas = (spec.flow_shift * t_N / (1 + (spec.flow_shift - 1) * t_N)).tolist()
+    # Sigma equal to the boundary belongs to the high noise expert.
+    return [s for s in sigmas if low <= s <= high and (expert is NoiseExpert.HIGH or s < high)]
+
+
 @dataclass(frozen=True)
 class GateSpread:
     """w(σ) over the sigmas it was averaged over."""

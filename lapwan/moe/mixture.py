@@ -29,7 +29,8 @@ class MixtureSpec:
 
     `taxonomy` is the whole taxonomy as a dict, so that hints and prompts mean at generation what labels meant in
     training. `bands` are the noise experts' sigma bands as [low, high]; `base` their base fingerprints;
-    `base_lora` path and fingerprint of a frozen base LoRA, by noise expert, empty without one.
+    `base_lora` path and fingerprint of a frozen base LoRA, by noise expert, empty without one. `flow_shift` and
+    `steps` are the base model's own: the sigmas at which the mixture will mostly be used.
     """
 
     families: tuple[str, ...]
@@ -43,6 +44,8 @@ class MixtureSpec:
     knots: int = 8
     base: Mapping[NoiseExpert, str] = field(default_factory=dict)
     base_lora: Mapping[NoiseExpert, Mapping[str, str]] = field(default_factory=dict)
+    flow_shift: float = 5.0
+    steps: int = 40
 
 
 class Mixture(nn.Module):

@@ -26,6 +26,13 @@ class MergeSettings(Settings):
         default=None, description="Merge into this one transformer: a .safetensors file, or a folder of shards.")
     lora: Annotated[tuple[LoraArgument, ...], Flag(metavar=LORA_METAVAR)] = Field(
         default=(), description="A LoRA to merge; repeatable. Without --model and --dit the LoRAs become one LoRA.")
+    moe: Annotated[Path | None, Flag(metavar="FILE")] = Field(
+        default=None, description="A mixture: written as plain LoRAs at the mix that --mix gives.")
+    mix: Annotated[str | None, Flag(metavar="NAME=W,...")] = Field(
+        default=None, description="With --moe: the experts' shares, such as hook=0.7,suction=0.3.")
+    sigma: Annotated[float | None, Flag(metavar="SIGMA")] = Field(
+        default=None, ge=0, le=1, description="With --moe: take the timestep gates at this sigma instead of their "
+                                              "mean over the model's own sampling steps.")
     multiplier: Annotated[float, Flag()] = Field(default=1.0, description="Multiplies every LoRA's strength.")
     output: Annotated[Path, Flag("-o", "--output", metavar="OUT")] = Field(
         description="What to write: a model folder, or a .safetensors file.")
@@ -42,12 +49,22 @@ class MergeSettings(Settings):
     verify: Annotated[bool, Flag()] = Field(
         default=False, description="Read a merged model back and compare it with the sum computed in fp64.")
 
+    def _check_mixture(self) -> None:
+        if self.model is not None or self.dit is not None or self.lora:
+            raise ValueError("--moe is turned into LoRA files by itself; merge those in a second step")
+        if self.mix is None:
+            raise ValueError("--moe needs the shares of its experts: --mix hook=0.7,suction=0.3")
+
     @model_validator(mode="after")
     def _form(self) -> MergeSettings:
         if self.model is not None and self.dit is not None:
             raise ValueError("give --model (a whole model) or --dit (one transformer), not both")
-        if not self.lora:
-            raise ValueError("nothing to merge: give at least one --lora FILE")
+        if self.moe is not None:
+            self._check_mixture()
+        elif self.mix is not None or self.sigma is not None:
+            raise ValueError("--mix and --sigma are for a mixture; give one with --moe FILE")
+        elif not self.lora:
+            raise ValueError("nothing to merge: give at least one --lora FILE, or --moe FILE")
         into_weights = self.model is not None or self.dit is not None
         for name in ("rank", "format", "dtype", "fold_alpha"):
             if into_weights and getattr(self, name):
