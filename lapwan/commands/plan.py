@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lapwan import console
 from lapwan.data.cachefile import load_index
 from lapwan.settings.base import Settings, to_toml
 from lapwan.settings.run import RunOptions
 from lapwan.settings.train import DataSettings
+from lapwan.train.ranks import Ranks, join_ranks
 from lapwan.wan.folder import Task
 
 
@@ -25,3 +27,15 @@ def print_plan(settings: Settings, lines: Sequence[str], options: RunOptions) ->
     if options.dry_run:
         console.results.print(to_toml(settings), markup=False)
         console.log("dry run: everything that can be checked without the work is in order")
+
+
+@contextmanager
+def one_voice(device: str) -> Iterator[tuple[Ranks, str]]:
+    """This process among the run's, and its device; all but the first keep quiet."""
+    ranks, own = join_ranks(device)
+    if not ranks.first:
+        console.set_level(console.QUIET)
+    try:
+        yield ranks, own
+    finally:
+        ranks.close()

@@ -8,7 +8,7 @@ import torch
 
 from lapwan import console, keyed
 from lapwan.commands.base import resolve_base
-from lapwan.commands.plan import index_task, print_plan
+from lapwan.commands.plan import index_task, one_voice, print_plan
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.errors import UserError
 from lapwan.lora.assign import assign
@@ -20,32 +20,39 @@ from lapwan.settings.run import RunOptions
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train import build
 from lapwan.train.data import ClipStore
+from lapwan.train.describe import describe
 from lapwan.train.device import pick_device, pick_dtype
 from lapwan.train.mixture_objective import MixtureObjective, MixtureWeights
+from lapwan.train.ranks import Ranks
+from lapwan.train.runfolder import claim_run, start_folder
 from lapwan.train.trainer import Trainer
 from lapwan.wan.base import Base
 
 
 def run(settings: TrainMoeSettings, options: RunOptions) -> None:
     """Check everything, then train; `--dry-run` stops after the checks."""
-    build.claim_run(settings, options.overwrite)
-    base = resolve_base(settings.model, index_task(settings.data))
-    data = build.read_data(settings, base)
-    taxonomy = load_taxonomy(settings.taxonomy)
-    _check_labels(data, taxonomy)
-    _base_loras(settings, base)  # a wrong one is refused now rather than after the weights are loaded
-    device = pick_device(settings.device)
-    print_plan(settings, [*build.describe(settings, base, data), *_describe(settings, data, taxonomy)], options)
-    if options.dry_run:
-        return
-    build.start_folder(settings, options.overwrite)
-    trainer = prepare(settings, base, data, taxonomy, device)
-    if build.run_training(trainer, settings):
-        console.results.print(str(settings.output / f"{settings.name}.safetensors"))
+    with one_voice(settings.device) as (ranks, device_name):
+        if ranks.first:
+            claim_run(settings, options.overwrite)
+        base = resolve_base(settings.model, index_task(settings.data))
+        data = build.read_data(settings, base)
+        taxonomy = load_taxonomy(settings.taxonomy)
+        _check_labels(data, taxonomy)
+        _base_loras(settings, base)  # a wrong one is refused now rather than after the weights are loaded
+        device = pick_device(device_name)
+        print_plan(settings, [*describe(settings, base, data), *_describe(settings, data, taxonomy)], options)
+        if options.dry_run:
+            return
+        if ranks.first:
+            start_folder(settings, options.overwrite)
+        trainer = prepare(settings, base, data, taxonomy, device, ranks)
+        if build.run_training(trainer, settings) and ranks.first:
+            console.results.print(str(settings.output / f"{settings.name}.safetensors"))
 
 
 def prepare(
-    settings: TrainMoeSettings, base: Base, data: build.RunData, taxonomy: Taxonomy, device: torch.device
+    settings: TrainMoeSettings, base: Base, data: build.RunData, taxonomy: Taxonomy, device: torch.device,
+    ranks: Ranks | None = None,
 ) -> Trainer:
     """Load the noise experts, put a fresh mixture on them, and wire the trainer."""
     store = ClipStore(data.index, data.items, device, len(taxonomy.families))
@@ -56,9 +63,9 @@ def prepare(
         metadata.pop(key)  # a mixture is for both; its spec holds the fingerprints
     objective = MixtureObjective(
         mixture, adapters, _weights(settings), settings.name, metadata,
-        store.empty_text() if settings.caption_dropout else None,
+        store.empty_text() if settings.caption_dropout else None, build.dropout_of(data),
     )
-    return build.make_trainer(settings, base, data, objective, store, "lapwan train-moe")
+    return build.make_trainer(settings, base, data, objective, store, "lapwan train-moe", ranks or Ranks())
 
 
 def _check_labels(data: build.RunData, taxonomy: Taxonomy) -> None:
@@ -109,7 +116,8 @@ def _assemble(
         families=taxonomy.keys, taxonomy=taxonomy.to_dict(), task=base.task, text_dim=base.text_dim,
         bands={expert: (base.bands[expert].low, base.bands[expert].high) for expert in data.experts},
         router=settings.router.kind, router_temperature=settings.router.temperature, top_k=settings.router.top_k,
-        knots=settings.timestep_gate.knots, base={expert: base.fingerprint(expert) for expert in data.experts},
+        knots=settings.timestep_gate.knots, flow_shift=base.spec.flow_shift, steps=base.spec.defaults.steps,
+        base={expert: base.fingerprint(expert) for expert in data.experts},
         base_lora={
             expert: {"path": str(path), "fingerprint": state.fingerprint()}
             for expert, (path, state) in base_loras.items() if expert in data.experts

@@ -6,7 +6,7 @@ How to add a kind of adapter: a group, and a column of gates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,6 +25,8 @@ class GateHolder:
     def __init__(self, required: bool = False) -> None:
         self.required = required
         self.gates_BG: Tensor | None = None
+        # Dropout between down and up: (layer, [B, ..., R]) -> [B, ..., R]. Held over forward and backward like gates.
+        self.mask: Callable[[StackedLoraLinear, Tensor], Tensor] | None = None
 
     @contextmanager
     def scope(self, gates_BG: Tensor) -> Iterator[None]:
@@ -100,6 +102,8 @@ class StackedLoraLinear(nn.Module):
         down = torch.cat([self.frozen_down_RI, self.down_RI]) if len(self.frozen_down_RI) else self.down_RI
         up = torch.cat([self.frozen_up_OR, self.up_OR], 1) if self.frozen_up_OR.shape[1] else self.up_OR
         hidden = F.linear(x, down.to(x.dtype)) * self._row_scale(x)
+        if self.holder.mask is not None:
+            hidden = self.holder.mask(self, hidden)
         y: Tensor = self.base(x)
         return y + F.linear(hidden, up.to(x.dtype))
 

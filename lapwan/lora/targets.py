@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from lapwan.errors import UserError, nearest
 from lapwan.names import PROJECTIONS, to_diffusers
@@ -46,3 +48,28 @@ def resolve_targets(rules: list[TargetRule], num_blocks: int) -> dict[str, int]:
         return int(block), order[inner]
 
     return {path: chosen[path] for path in sorted(chosen, key=key)}
+
+
+def resolve_patterns(patterns: Mapping[str, int], num_blocks: int) -> dict[str, int]:
+    """Rank by module path from patterns such as `blocks.*.self_attn.q` or `*.ffn.0`, in either naming, in model order.
+
+    `*`, `?` and `[...]` as in a shell; a later pattern wins, rank 0 leaves out.
+
+    Raises:
+        UserError: a pattern that no module matches, with the nearest ones, or nothing left to train.
+    """
+    originals = [f"blocks.{block}.{projection}" for block in range(num_blocks) for projection in PROJECTIONS]
+    names = {original: str(to_diffusers(original)) for original in originals}
+    found: dict[str, int] = {}
+    for pattern, rank in patterns.items():
+        hits = [path for pair in names.items() for path in pair[1:] if any(fnmatchcase(n, pattern) for n in pair)]
+        if not hits:
+            known = [*names, *names.values()]
+            near = difflib.get_close_matches(pattern.replace("*", "0"), known, n=3, cutoff=0.4) or known[:3]
+            raise UserError(f"targets.patterns: '{pattern}' matches no module of this model ({num_blocks} blocks); "
+                            f"near are {', '.join(near)}")
+        found |= dict.fromkeys(hits, rank)
+    chosen = {path: found[path] for path in names.values() if found.get(path, 0) > 0}
+    if not chosen:
+        raise UserError("no module is left to train: every rank of targets.patterns is 0; give at least one a rank")
+    return chosen

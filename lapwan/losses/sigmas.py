@@ -1,14 +1,17 @@
-"""Sigma samplers as inverse distribution functions, truncated to a noise expert's band: no draw is ever wasted.
+"""Sigma samplers as inverse distribution functions, restricted to a noise expert's band: no draw is ever wasted.
 
 A sampler maps u ~ U(0, 1) to sigma. Truncation to [a, b] draws u' = F(a) + u·(F(b) − F(a)) and returns F⁻¹(u'): the
-distribution itself, conditioned on the band. How to add a sampler: a subclass with `cdf` and `inverse`.
+distribution itself, conditioned on the band. Squeezing (`Squeezed`) instead maps the whole distribution onto the band:
+its shape is kept, its place is not. How to add a sampler: a frozen dataclass with `cdf`, `inverse`, `for_tokens`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import pairwise
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -23,9 +26,19 @@ class SigmaSampler(Protocol):
     def inverse(self, u_B: Tensor) -> Tensor:
         """F⁻¹(u), in fp64."""
 
+    def for_tokens(self, tokens: int) -> SigmaSampler:
+        """The sampler for clips of `tokens` tokens a frame; itself where the size does not matter."""
+
+
+class _AnySize:
+    """A sampler that does not look at the clip's size."""
+
+    def for_tokens(self, tokens: int) -> Self:
+        return self
+
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(_AnySize):
     """sigma ~ U(0, 1)."""
 
     def cdf(self, sigma: float) -> float:
@@ -36,7 +49,7 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class LogitNormal:
+class LogitNormal(_AnySize):
     """sigma = sigmoid(mean + std·z), z ~ N(0, 1). Source: Esser et al., SD3 (arXiv 2403.03206)."""
 
     mean: float = 0.0
@@ -66,6 +79,56 @@ class Shifted:
         sigma = self.inner.inverse(u_B)
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
+    def for_tokens(self, tokens: int) -> SigmaSampler:
+        return Shifted(self.inner.for_tokens(tokens), self.shift)
+
+
+def shift_for_tokens(tokens: int) -> float:
+    """s = exp(μ), μ linear in the tokens of a frame: 0.5 at 256 (256 x 256 pixels), 1.15 at 4096.
+
+    Source: Flux's schedule, `calculate_shift` of diffusers.
+    """
+    return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
+
+
+@dataclass(frozen=True)
+class ShiftedBySize:
+    """`Shifted` with the shift of the clip's own size, so larger clips are trained at more noise."""
+
+    inner: SigmaSampler
+
+    def cdf(self, sigma: float) -> float:
+        raise TypeError("a shift by size needs the clip's size: call for_tokens first")
+
+    def inverse(self, u_B: Tensor) -> Tensor:
+        raise TypeError("a shift by size needs the clip's size: call for_tokens first")
+
+    def for_tokens(self, tokens: int) -> SigmaSampler:
+        return Shifted(self.inner.for_tokens(tokens), shift_for_tokens(tokens))
+
+
+@dataclass(frozen=True)
+class Squeezed:
+    """sigma' = low + (high − low)·sigma of another sampler's sigma: the whole distribution, squeezed into the band."""
+
+    inner: SigmaSampler
+    low: float
+    high: float
+
+    def cdf(self, sigma: float) -> float:
+        return self.inner.cdf(min(1.0, max(0.0, (sigma - self.low) / (self.high - self.low))))
+
+    def inverse(self, u_B: Tensor) -> Tensor:
+        return self.low + (self.high - self.low) * self.inner.inverse(u_B)
+
+    def for_tokens(self, tokens: int) -> SigmaSampler:
+        return Squeezed(self.inner.for_tokens(tokens), self.low, self.high)
+
+
+def stratum_u(u: float, number: int, strata: int, order: Sequence[int]) -> float:
+    """u moved into the stratum of visit `number`: (order[number mod K] + u) / K. Any K visits in a row cover [0, 1]."""
+    return (order[number % strata] + u) / strata
+
 
 def draw_in_band(sampler: SigmaSampler, u_B: Tensor, low: float, high: float) -> Tensor:
     """Map u ~ U(0, 1) to the sampler's sigma conditioned on [low, high]: [B] fp64.
@@ -84,3 +147,10 @@ def draw_in_band(sampler: SigmaSampler, u_B: Tensor, low: float, high: float) ->
 def share_of_band(sampler: SigmaSampler, low: float, high: float) -> float:
     """The probability the untruncated sampler gives to [low, high]."""
     return sampler.cdf(high) - sampler.cdf(low)
+
+
+def shares_of_bins(sampler: SigmaSampler, low: float, high: float, bins: int) -> list[float]:
+    """The share of the draws in [low, high] that falls into each of `bins` equal parts of it; they sum to 1."""
+    edges = [low + (high - low) * i / bins for i in range(bins + 1)]
+    whole = share_of_band(sampler, low, high)
+    return [share_of_band(sampler, a, b) / whole for a, b in pairwise(edges)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict
@@ -65,6 +65,14 @@ def submodel(annotation: Any) -> type[Settings] | None:
     return None
 
 
+def union_members(annotation: Any) -> list[type[Settings]]:
+    """The members of a union of Settings classes; none if it holds anything else."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return []
+    kinds = [submodel(get_args(a)[0] if get_origin(a) is Annotated else a) for a in get_args(annotation)]
+    return [kind for kind in kinds if kind is not None] if None not in kinds else []
+
+
 def flag_fields(model: type[Settings], prefix: str = "") -> Iterator[FlagField]:
     """Every field with a Flag, sections included, in the order they are declared."""
     for name, info in model.model_fields.items():
@@ -73,6 +81,9 @@ def flag_fields(model: type[Settings], prefix: str = "") -> Iterator[FlagField]:
             yield FlagField(prefix + name, info, flag)
         elif (section := submodel(info.annotation)) is not None:
             yield from flag_fields(section, f"{prefix}{name}.")
+        elif (kinds := union_members(info.annotation)):  # a union: the options that all its members have
+            common = set.intersection(*({field.key for field in flag_fields(kind)} for kind in kinds))
+            yield from (f for f in flag_fields(kinds[0], f"{prefix}{name}.") if f.key.rsplit(".", 1)[-1] in common)
 
 
 def _plain(value: Any) -> Any:

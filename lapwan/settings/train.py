@@ -8,8 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from lapwan.errors import nearest
 from lapwan.names import NoiseExpert
-from lapwan.settings.base import Flag, Settings
+from lapwan.settings.base import Flag, Settings, submodel, union_members
+from lapwan.settings.optimisers import AdamWSettings, OptimiserSettings, ScheduleSettings, take_flat_keys
+from lapwan.settings.sigma import SigmaSettings, WeightingSettings, refuse_ddpm_weighting
+from lapwan.settings.targets import TargetSettings
 
 
 class BaseModelSettings(Settings):
@@ -29,62 +33,42 @@ class DataSettings(Settings):
     split: str | None = Field("train", description="Train on clips of this split and on those without one.")
 
 
-class AdamWSettings(Settings):
-    """AdamW. Source: Loshchilov & Hutter (arXiv 1711.05101)."""
+class DropoutSettings(Settings):
+    """Parts of the update left out at random in training; what is kept is scaled up, so its mean stays."""
 
-    type: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Flag("--lr")] = Field(1e-4, gt=0, description="Learning rate.")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    neuron: float = Field(0.0, ge=0, lt=1, description="Of each token's values between A and B.")
+    rank: float = Field(0.0, ge=0, lt=1, description="Of whole rows of A, a clip at a time.")
+    module: float = Field(0.0, ge=0, lt=1, description="Of whole modules, a clip at a time.")
 
 
-class ScheduleSettings(Settings):
-    """The lr over the steps of each noise expert; names are diffusers'."""
+class PhaseSettings(Settings):
+    """A stretch of the run: optimiser steps of each noise expert in it."""
 
-    name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
-    warmup_steps: int = Field(0, ge=0)
+    high: int = Field(0, ge=0)
+    low: int = Field(0, ge=0)
+    joint: int = Field(0, ge=0, description="Steps shared equally by the noise experts, besides `high` and `low`.")
 
-
-class SigmaSettings(Settings):
-    """How sigma is drawn: a distribution over [0, 1], truncated to the noise expert's band."""
-
-    sampler: Literal["uniform", "logit_normal"] = "uniform"
-    mean: float = Field(0.0, description="Of the logit, for logit_normal.")
-    std: float = Field(1.0, gt=0, description="Of the logit, for logit_normal.")
-    shift: float = Field(1.0, gt=0, description="s of s·σ/(1+(s−1)·σ), applied to the draw; 1: none.")
-
-
-class TargetSettings(Settings):
-    """The users' recipe: ranks for the last blocks' attention, and for the FFN of fewer blocks; rank 0 leaves out."""
-
-    last_blocks: int | None = Field(8, ge=1, description="Attention of the last n blocks; \"all\" for every block.")
-    attention: tuple[Literal["self_attn", "cross_attn"], ...] = ("self_attn", "cross_attn")
-    q: int = Field(8, ge=0, description="Rank of the query projections.")
-    k: int = Field(4, ge=0)
-    v: int = Field(4, ge=0)
-    o: int = Field(4, ge=0)
-    ffn_last_blocks: int | None = Field(3, ge=1, description="FFN of the last n blocks; \"all\" for every block.")
-    ffn_in: int = Field(4, ge=0, description="Rank of the first FFN linear.")
-    ffn_out: int = Field(0, ge=0, description="Rank of the second FFN linear.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _all_blocks(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: None if k in ("last_blocks", "ffn_last_blocks") and v == "all" else v for k, v in value.items()}
-        return value
+    @model_validator(mode="after")
+    def _some(self) -> PhaseSettings:
+        if not self.high + self.low + self.joint:
+            raise ValueError("a phase needs steps: high, low or joint")
+        return self
 
 
 class ExpertSettings(Settings):
     """What may differ between the noise experts."""
 
-    steps: int
+    steps: int = Field(ge=1)
+    start: int = Field(ge=0)
+    stop: int | None = Field(ge=1)
     targets: TargetSettings
-    alpha: float | None
-    optimiser: AdamWSettings
+    alpha: float | None = Field(gt=0)
+    optimiser: OptimiserSettings
     schedule: ScheduleSettings
     sigma: SigmaSettings
+    weighting: WeightingSettings
+    dropout: DropoutSettings
+    max_norm: float | None = Field(gt=0)
 
 
 _SHARED = tuple(ExpertSettings.model_fields)
@@ -110,11 +94,22 @@ class TrainSettings(Settings):
     batch_size: Annotated[int, Flag("--batch-size")] = Field(1, ge=1, description="Clips at a time.")
     accumulate: int = Field(1, ge=1, description="Batches an optimiser step.")
     turn: int = Field(10, ge=1, description="Steps one noise expert takes before the other's turn.")
+    shares: dict[NoiseExpert, float] = Field(
+        {}, description="Share of all steps by noise expert, such as {high = 0.7, low = 0.3}; absent: equal.")
+    phases: tuple[PhaseSettings, ...] = Field(
+        (), description="Instead of steps: stretches one after the other, such as high 1000, low 1500, joint 200.")
+    start: int = Field(0, ge=0, description="Step of the run before which a noise expert has no turn ([high], [low]).")
+    stop: int | None = Field(None, ge=1, description="Step of the run from which it has none ([high], [low]).")
     alpha: float | None = Field(None, gt=0, description="LoRA alpha; absent: each module's rank, a scale of 1.")
     targets: TargetSettings = TargetSettings()
-    optimiser: AdamWSettings = AdamWSettings()
+    optimiser: OptimiserSettings = AdamWSettings()
     schedule: ScheduleSettings = ScheduleSettings()
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="Running mean of what is trained, which is then what is saved; absent: none.")
     sigma: SigmaSettings = SigmaSettings()
+    weighting: WeightingSettings = WeightingSettings()
+    dropout: DropoutSettings = DropoutSettings()
+    max_norm: float | None = Field(None, gt=0, description="Largest norm of a module's update; absent: any.")
     high: dict[str, Any] = Field({}, description="What differs for the high-noise expert.")
     low: dict[str, Any] = Field({}, description="What differs for the low-noise expert.")
     roi_weight: float = Field(0.0, ge=0, description="Weight of the loss over the clips' regions; 0: off.")
@@ -123,22 +118,50 @@ class TrainSettings(Settings):
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     seed: Annotated[int, Flag("--seed")] = Field(42, description="Order, noise, sigma and initial weights.")
     save_every: Annotated[int, Flag("--save-every")] = Field(100, ge=1, description="Steps between checkpoints.")
-    keep_last: int | None = Field(None, ge=1, description="Checkpoints to keep; absent: all.")
+    keep_last: int | None = Field(None, ge=1, description="Newest checkpoints to keep; absent: all.")
+    allow_changed: Annotated[bool, Flag("--allow-changed")] = Field(
+        False, description="With --resume: go on although settings, clips or base have changed.")
+    sigma_bins: int = Field(4, ge=1, description="Parts of a noise expert's band whose losses are logged apart.")
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     device: Annotated[str, Flag("--device")] = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Of the frozen base; auto: bf16 on a GPU.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _users_spellings(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        refuse_ddpm_weighting(value)
+        return take_flat_keys(value)
+
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of steps and epochs")
+        if sum((self.steps is not None, self.epochs is not None, bool(self.phases))) != 1:
+            raise ValueError("give exactly one of steps, epochs and [[phases]]")
         if len(set(self.experts)) != len(self.experts):
             raise ValueError(f"experts = {[e.value for e in self.experts]}: each noise expert at most once")
+        self._check_turns()
         for expert in NoiseExpert:
             if self._override(expert) and expert not in self.experts:
                 raise ValueError(f"[{expert.value}] is set, but experts does not hold '{expert.value}'")
             self.of(expert, 1)
         return self
+
+    def _check_turns(self) -> None:
+        if self.shares:
+            if set(self.shares) != set(self.experts) or min(self.shares.values()) <= 0:
+                raise ValueError(f"shares needs a share above 0 for each of {', '.join(e.value for e in self.experts)}")
+            if abs(sum(self.shares.values()) - 1) > 1e-6:
+                raise ValueError(f"shares must add up to 1, not {sum(self.shares.values()):g}")
+        for expert in NoiseExpert:
+            own = self._override(expert)
+            if "steps" in own and (self.shares or self.phases):
+                other = "shares" if self.shares else "[[phases]]"
+                raise ValueError(f"{expert.value}.steps and {other} both say how many steps; leave one out")
+            if self.phases and ("start" in own or "stop" in own or self.shares):
+                raise ValueError("[[phases]] says which steps are whose; leave out start, stop and shares")
+            if expert not in self.experts and any(getattr(phase, expert.value) for phase in self.phases):
+                raise ValueError(f"a phase has {expert.value} steps, but experts does not hold '{expert.value}'")
 
     def _override(self, expert: NoiseExpert) -> dict[str, Any]:
         return self.high if expert is NoiseExpert.HIGH else self.low
@@ -151,20 +174,54 @@ class TrainSettings(Settings):
         """
         shared = {key: getattr(self, key) for key in _SHARED}
         plain = {k: v.model_dump() if isinstance(v, Settings) else v for k, v in shared.items()}
-        plain["steps"] = self.steps or steps
+        plain["steps"] = self._steps_of(expert, self.steps or steps)
         try:
             return ExpertSettings.model_validate(_overlay(plain, self._override(expert)))
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join([expert.value, *map(str, first["loc"])])
+            tags = {"adamw", "adamw8bit", "automagic", "prodigy"}
+            key = ".".join([expert.value, *(str(part) for part in first["loc"] if part not in tags)])
             if first["type"] == "extra_forbidden":
-                raise ValueError(f"unknown key '{key}'; [{expert.value}] takes {', '.join(_SHARED)}") from None
-            raise ValueError(f"{key} = {first['input']!r}: {first['msg']}") from None
+                known = list(dict.fromkeys(_known_at(first["loc"])))
+                section = key.rpartition(".")[0]
+                guess = nearest(key.rpartition(".")[2], known) or f"; [{section}] takes {', '.join(known)}"
+                raise ValueError(f"unknown key '{key}'{guess}") from None
+            shown = "" if isinstance(first["input"], dict | Settings) else f" = {first['input']!r}"
+            raise ValueError(f"{key}{shown}: {first['msg'].removeprefix('Value error, ')}") from None
+
+    def _steps_of(self, expert: NoiseExpert, each: int) -> int:
+        if self.phases:
+            place = self.experts.index(expert) if expert in self.experts else 0
+            own: int = sum(getattr(phase, expert.value) for phase in self.phases)
+            return max(1, own + sum(split_evenly(phase.joint, len(self.experts))[place] for phase in self.phases))
+        if self.shares:
+            return max(1, round(self.shares.get(expert, 0.0) * each * len(self.experts)))
+        return each
+
+
+def split_evenly(count: int, parts: int) -> list[int]:
+    """`count` in `parts` whole numbers that differ by at most one, the larger ones first."""
+    return [count // parts + (i < count % parts) for i in range(parts)]
+
+
+def _known_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys known in the section where an unknown one was found."""
+    if len(location) == 1:
+        return list(_SHARED)
+    annotation = ExpertSettings.model_fields[str(location[0])].annotation
+    one = submodel(annotation)
+    return [name for model in ([one] if one else union_members(annotation)) for name in model.model_fields]
 
 
 def _overlay(tree: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `tree`, section by section; an optimiser of another type starts from its own defaults."""
     merged = dict(tree)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = _overlay(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+        if not (isinstance(below, dict) and isinstance(value, Mapping)) or key == "patterns":
+            merged[key] = value
+        elif value.get("type", below.get("type")) != below.get("type"):
+            merged[key] = dict(value)
+        else:
+            merged[key] = _overlay(below, value)
     return merged

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from lapwan.names import NoiseExpert
 from lapwan.settings.train import TrainSettings
 
 
 class TrainLoraSettings(TrainSettings):
     """Stage 1: one LoRA for each noise expert, from one run."""
+
+    init_lora: dict[NoiseExpert, Path] = Field(
+        {}, description="LoRA to continue from by noise expert; modules, ranks and alpha are then the file's.")
+
+    @model_validator(mode="after")
+    def _continued(self) -> TrainLoraSettings:
+        for expert in self.init_lora:
+            if expert not in self.experts:
+                raise ValueError(f"init_lora.{expert.value} is given, but experts does not hold '{expert.value}'")
+        return self

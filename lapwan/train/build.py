@@ -1,38 +1,39 @@
-"""From settings to a run: targets, schedule, optimisers, the run folder, and the plan that --dry-run prints."""
+"""From settings to a run: data, targets, schedule, optimisers, rules."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-import shutil
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lapwan import console, files
+from lapwan import console
 from lapwan.data.cachefile import CachedItem, CacheIndex, load_index
 from lapwan.errors import UserError
+from lapwan.lora.assign import assign
 from lapwan.lora.attach import initial_state
+from lapwan.lora.dropout import DropoutRates
+from lapwan.lora.formats import LoraFile
 from lapwan.lora.state import LoraState
-from lapwan.lora.targets import TargetRule, resolve_targets
-from lapwan.losses.sigmas import LogitNormal, Shifted, SigmaSampler, Uniform, share_of_band
-from lapwan.names import NoiseExpert
-from lapwan.settings.base import to_toml
-from lapwan.settings.train import ExpertSettings, SigmaSettings, TargetSettings, TrainSettings
-from lapwan.train.checkpoint import checkpoints
+from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
+from lapwan.losses.sigmas import LogitNormal, Shifted, ShiftedBySize, SigmaSampler, Squeezed, Uniform
+from lapwan.losses.weighting import Weighting
+from lapwan.names import Band, NoiseExpert
+from lapwan.settings.targets import TargetSettings
+from lapwan.settings.train import ExpertSettings, TrainSettings, split_evenly
 from lapwan.train.data import ClipStore, check_cache, training_items
-from lapwan.train.metrics import METRICS_FILE
-from lapwan.train.objective import Objective
+from lapwan.train.normlimit import NormLimit
+from lapwan.train.objective import Objective, SigmaRule
 from lapwan.train.optimisers import make_optimiser, make_schedule
 from lapwan.train.order import SampleOrder
+from lapwan.train.ranks import Ranks
 from lapwan.train.trainer import Plan, Track, Trainer
-from lapwan.train.turns import interleave
+from lapwan.train.turns import interleave, one_after_the_other
 from lapwan.wan.base import Base
-
-SETTINGS_FILE = "settings.toml"
-# What may differ between a run and its resumption: it changes no number that is trained.
-_FREE_AT_RESUME = ("output", "resume", "save_every", "keep_last", "log_every", "device")
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,25 @@ class RunData:
         buckets = [item.bucket for item in self.items]
         return {e: SampleOrder(buckets, s.batch_size, s.seed, e.value, weights) for e in self.experts}
 
-    @property
+    @cached_property
     def schedule(self) -> list[NoiseExpert]:
         """The noise expert of every optimiser step."""
-        return interleave({e: own.steps for e, own in self.experts.items()}, self.settings.turn)
+        s = self.settings
+        if s.phases:
+            phases = []
+            for phase in s.phases:
+                joint = split_evenly(phase.joint, len(self.experts))
+                own = {NoiseExpert.HIGH: phase.high, NoiseExpert.LOW: phase.low}
+                phases.append({e: own[e] + share for e, share in zip(self.experts, joint, strict=True)})
+            return one_after_the_other(phases, s.turn)
+        windows = {e: (own.start, own.stop) for e, own in self.experts.items()}
+        return interleave({e: own.steps for e, own in self.experts.items()}, s.turn, windows)
+
+    def identity(self, base: Base) -> dict[str, str]:
+        """What the run is trained on, by content: the clips with their captions and labels, and the base's weights."""
+        told = [[i.id, i.bucket, i.caption, i.label, i.label_weights, i.repeats, i.fingerprints] for i in self.items]
+        clips = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return {"clips": clips} | {f"base.{e.value}": base.fingerprint(e) for e in self.experts}
 
 
 def read_data(settings: TrainSettings, base: Base) -> RunData:
@@ -78,13 +94,15 @@ def targets_of(settings: TargetSettings, num_blocks: int) -> dict[str, int]:
     """Rank by module path.
 
     Raises:
-        UserError: more blocks than the model has, or nothing to train.
+        UserError: more blocks than the model has, a pattern that matches nothing, or nothing to train.
     """
+    if settings.patterns:
+        return resolve_patterns(settings.patterns, num_blocks)
     attention = {
         f"{kind}.{part}": getattr(settings, part) for kind in settings.attention for part in ("q", "k", "v", "o")
     }
     # The default recipe counts blocks of a 40-block model; a smaller model simply has all of them trained.
-    clip = {name: None if n is None else min(n, num_blocks) for name, n in
+    clip = {name: None if n == "all" else min(n, num_blocks) for name, n in
             (("attention", settings.last_blocks), ("ffn", settings.ffn_last_blocks))}
     rules = [
         TargetRule(clip["attention"], attention),
@@ -93,16 +111,45 @@ def targets_of(settings: TargetSettings, num_blocks: int) -> dict[str, int]:
     return resolve_targets(rules, num_blocks)
 
 
-def sampler_of(settings: SigmaSettings) -> SigmaSampler:
-    """The sigma distribution before truncation to a band."""
-    inner: SigmaSampler = LogitNormal(settings.mean, settings.std) if settings.sampler == "logit_normal" else Uniform()
-    return inner if settings.shift == 1.0 else Shifted(inner, settings.shift)
+def initial_loras(paths: Mapping[NoiseExpert, Path], base: Base) -> dict[NoiseExpert, LoraFile]:
+    """The LoRAs to continue from, by noise expert; headers are read, tensors are not.
+
+    Raises:
+        UserError: not a LoRA, or for the other noise expert.
+    """
+    found = assign([(expert.value, path, 1.0) for expert, path in paths.items()], base.spec.experts)
+    return {expert: file for expert, [(file, _)] in found.items()}
+
+
+def sigma_rule(own: ExpertSettings, band: Band) -> SigmaRule:
+    """How a noise expert's sigmas are drawn and its loss is weighted."""
+    s = own.sigma
+    sampler: SigmaSampler
+    match s.sampler:
+        case "uniform":
+            sampler = Uniform()
+        case "logit_normal":
+            sampler = LogitNormal(s.mean, s.std)
+        case "sigmoid":
+            sampler = LogitNormal(0.0, s.scale)
+    if s.shift == "resolution":
+        sampler = ShiftedBySize(sampler)
+    elif s.shift != 1.0:
+        sampler = Shifted(sampler, s.shift)
+    if s.band == "squeeze":
+        sampler = Squeezed(sampler, band.low, band.high)
+    return SigmaRule(sampler, band, s.strata, Weighting(own.weighting.kind, own.weighting.gamma))
 
 
 def fresh_lora(transformer: Any, own: ExpertSettings, seed: int, *key: str) -> LoraState:
     """A new LoRA on a noise expert's targets."""
     ranks = targets_of(own.targets, len(transformer.blocks))
     return initial_state(transformer, ranks, own.alpha, seed, *key)
+
+
+def dropout_of(data: RunData) -> dict[NoiseExpert, DropoutRates]:
+    """Each noise expert's dropout."""
+    return {e: DropoutRates(**own.dropout.model_dump()) for e, own in data.experts.items()}
 
 
 def provenance(settings: TrainSettings, base: Base, data: RunData, expert: NoiseExpert) -> dict[str, str]:
@@ -120,70 +167,44 @@ def provenance(settings: TrainSettings, base: Base, data: RunData, expert: Noise
     }
 
 
-def claim_run(settings: TrainSettings, overwrite: bool) -> None:
-    """Check the run folder: new, or one to resume with the same settings.
+def make_trainer(
+    settings: TrainSettings, base: Base, data: RunData, objective: Objective, store: ClipStore, command: str,
+    ranks: Ranks,
+) -> Trainer:
+    """Wire tracks, optimisers, lr schedules and rules around an objective.
 
     Raises:
-        UserError: it exists and neither --resume nor --overwrite is given, or it was made with other settings.
+        UserError: fewer batches a step than processes.
     """
-    run = settings.output
-    if not settings.resume:
-        if run.is_dir() and checkpoints(run) and not overwrite:
-            raise UserError(f"output exists: {run} holds a run; pass --resume to go on with it, or --overwrite")
-        files.claim_output(run, overwrite)
-        return
-    told = run / SETTINGS_FILE
-    if not told.is_file():
-        return
-    before, now = tomllib.loads(told.read_text(encoding="utf-8")), tomllib.loads(to_toml(settings))
-    changed = sorted(k for k in {*before, *now} - set(_FREE_AT_RESUME) if before.get(k) != now.get(k))
-    if changed:
-        shown = "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed)
-        raise UserError(f"cannot resume {run} with other settings ({shown}); put them back, or start another run")
-
-
-def start_folder(settings: TrainSettings, overwrite: bool) -> None:
-    """Make the run folder and write the resolved settings into it; an older run is removed under --overwrite."""
-    if overwrite and not settings.resume and settings.output.is_dir():
-        _remove_run(settings.output)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    told = settings.output / SETTINGS_FILE
-    if not (settings.resume and told.is_file()):
-        header = "The resolved settings of this run; `--config` with this file repeats it."
-        files.write_text(told, to_toml(settings.model_copy(update={"resume": False}), header))
-
-
-def _remove_run(run: Path) -> None:
-    """Remove what a run writes and nothing else: the folder may hold the user's own files."""
-    for _, folder in checkpoints(run):
-        shutil.rmtree(folder)
-    shutil.rmtree(run / "tensorboard", ignore_errors=True)
-    (run / METRICS_FILE).unlink(missing_ok=True)
-
-
-def make_trainer(
-    settings: TrainSettings, base: Base, data: RunData, objective: Objective, store: ClipStore, command: str
-) -> Trainer:
-    """Wire tracks, optimisers and lr schedules around an objective."""
-    steps = {e.value: own.steps for e, own in data.experts.items()}
+    if settings.accumulate % ranks.count:
+        raise UserError(f"accumulate = {settings.accumulate} batches a step cannot be dealt out evenly to "
+                        f"{ranks.count} processes; set it to a multiple of {ranks.count}")
     optimisers, schedules = {}, {}
     for name, groups in objective.optimised.items():
         # What both noise experts share is stepped in every turn, at the shared settings.
-        own: ExpertSettings | TrainSettings = data.experts[NoiseExpert(name)] if name in steps else settings
+        shared = name not in [e.value for e in data.experts]
+        own: ExpertSettings | TrainSettings = settings if shared else data.experts[NoiseExpert(name)]
         optimisers[name] = make_optimiser(own.optimiser, groups)
-        schedules[name] = make_schedule(own.schedule, optimisers[name], steps.get(name, len(data.schedule)))
+        count = len(data.schedule) if shared else data.schedule.count(NoiseExpert(name))
+        schedules[name] = make_schedule(own.schedule, optimisers[name], max(1, count))
     tracks = {
-        expert: Track(order, sampler_of(data.experts[expert].sigma), base.bands[expert])
+        expert: Track(order, sigma_rule(data.experts[expert], base.bands[expert]))
         for expert, order in data.orders().items()
     }
     plan = Plan(
         run=settings.output, schedule=data.schedule, tracks=tracks, optimisers=optimisers, lr_schedules=schedules,
         load_batch=store.batch, item_ids=[item.id for item in data.items], seed=settings.seed,
-        accumulate=settings.accumulate, max_grad_norm=settings.max_grad_norm,
+        accumulate=settings.accumulate, max_grad_norm=settings.max_grad_norm, ema_decay=settings.ema_decay,
         caption_dropout=settings.caption_dropout, save_every=settings.save_every, log_every=settings.log_every,
-        keep_last=settings.keep_last, resume_command=f"{command} --resume",
+        sigma_bins=settings.sigma_bins, keep_last=settings.keep_last,
+        resume_command=f"{command} --resume", identity=data.identity(base), changes_allowed=settings.allow_changed,
+        ranks=ranks,
     )
-    return Trainer(plan, objective)
+    trainer = Trainer(plan, objective)
+    limits = {e: own.max_norm for e, own in data.experts.items() if own.max_norm is not None}
+    if limits:
+        trainer.rules["max_norm"] = NormLimit(objective.adapters, limits)
+    return trainer
 
 
 def run_training(trainer: Trainer, settings: TrainSettings) -> bool:
@@ -198,27 +219,6 @@ def run_training(trainer: Trainer, settings: TrainSettings) -> bool:
         return False
     trainer.fit()
     return True
-
-
-def describe(settings: TrainSettings, base: Base, data: RunData) -> list[str]:
-    """The plan in lines: what is trained, on what, and how sigma falls."""
-    clips = len({item.id for item in data.items})
-    buckets = sorted({item.bucket for item in data.items})
-    shapes = ", ".join(f"{f} frames {h}x{w}" for f, h, w in buckets[:4]) + (", ..." if len(buckets) > 4 else "")
-    lines = [f"model {base.spec.path} ({base.task}), {clips} clips in {data.index.folder}: {shapes}"]
-    for expert, own in data.experts.items():
-        band, sampler = base.bands[expert], sampler_of(own.sigma)
-        ranks = targets_of(own.targets, base.num_layers)
-        share = share_of_band(sampler, band.low, band.high)
-        if share <= 0:
-            raise UserError(f"the sigma sampler never draws inside the {expert.value} noise expert's band {band}; "
-                            "change [sigma]")
-        lines.append(
-            f"{expert.value} noise: {own.steps} steps, sigma in {band} ({100 * share:.1f} % of the draws before "
-            f"truncation), {len(ranks)} modules of ranks {sorted(set(ranks.values()))}, "
-            f"{own.optimiser.type} lr {own.optimiser.lr:g}"
-        )
-    return lines
 
 
 def metadata_of(settings: TrainSettings, base: Base, data: RunData) -> Mapping[NoiseExpert, dict[str, str]]:

@@ -6,10 +6,13 @@ hard-linked into the run folder itself.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lapwan import files
+from lapwan.console import warn
 from lapwan.errors import UserError
-from lapwan.train.objective import Objective
 
 _NAME = re.compile(r"^step_(\d+)$")
-_TRAINED, _REST = "trained.safetensors", "rest.pt"
+_TRAINED, _REST, _SCORE = "trained.safetensors", "rest.pt", "score.json"
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -31,22 +34,66 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def save(run: Path, step: int, objective: Objective, parameters: Mapping[str, nn.Parameter], rest: dict[str, Any],
-         keep_last: int | None) -> Path:
-    """Write checkpoint `step`, link the run's adapter files to it, drop checkpoints before the last `keep_last`."""
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the last n, and the n of the lowest score; both None: all. `score` is this one's."""
+
+    last: int | None = None
+    best: int | None = None
+    score: float | None = None
+
+
+def save(run: Path, step: int, write_adapters: Callable[[Path], list[Path]], parameters: Mapping[str, nn.Parameter],
+         rest: dict[str, Any], keep: Keep) -> Path:
+    """Write checkpoint `step`, link the run's adapter files to it, drop the checkpoints that need not stay."""
     folder = run / f"step_{step:06d}"
     with files.atomic_folder(folder) as temporary:
-        adapters = objective.save(temporary, step)
+        adapters = write_adapters(temporary)
         state = temporary / "state"
         state.mkdir()
         save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, state / _TRAINED)
         torch.save(rest, state / _REST)
+        if keep.score is not None:
+            (state / _SCORE).write_text(json.dumps({"validation": keep.score}), encoding="utf-8")
     for adapter in adapters:
         _link(folder / adapter.name, run / adapter.name)
-    if keep_last is not None:
-        for _, old in checkpoints(run)[:-keep_last]:
-            shutil.rmtree(old)
+    _prune(run, keep)
     return folder
+
+
+def _prune(run: Path, keep: Keep) -> None:
+    if keep.last is None and keep.best is None:
+        return
+    found = [folder for _, folder in checkpoints(run)]
+    stay = set(found[-(keep.last or 1):])  # the newest stays in any case: it is what --resume needs
+    if keep.best is not None:
+        scored = sorted(one for f in found if (one := score(f)) is not None and math.isfinite(one))
+        limit = scored[: keep.best][-1] if scored else -math.inf
+        stay |= {f for f in found if (one := score(f)) is not None and one <= limit}
+    for folder in found:
+        if folder not in stay:
+            shutil.rmtree(folder)
+
+
+def score(folder: Path) -> float | None:
+    """The validation loss a checkpoint was saved with."""
+    path = folder / "state" / _SCORE
+    return float(json.loads(path.read_text(encoding="utf-8"))["validation"]) if path.is_file() else None
+
+
+def check_identity(folder: Path, saved: Mapping[str, str], ours: Mapping[str, str], allowed: bool) -> None:
+    """Refuse to go on with other clips or another base: paths may differ, contents may not.
+
+    Raises:
+        UserError: they differ and that is not allowed.
+    """
+    changed = sorted(key for key in {*saved, *ours} if saved.get(key) != ours.get(key))
+    if not changed:
+        return
+    text = f"{folder} was trained on other contents of: {', '.join(changed)}"
+    if not allowed:
+        raise UserError(f"cannot resume: {text}; give the same, start another run, or pass --allow-changed")
+    warn(text)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lapwan.data.batch import Batch
 from lapwan.lora.attach import Adapter
+from lapwan.lora.dropout import Dropout, DropoutRates
 from lapwan.lora.formats import write_lora
 from lapwan.names import NoiseExpert
-from lapwan.train.objective import Draws, Loss, ParameterGroup, flow_terms
+from lapwan.train.objective import Draws, Loss, ParameterGroup, Total, alone, flow_terms
 
 LORA_GROUP = "lora"
 
@@ -28,9 +29,11 @@ class LoraObjective:
         metadata: Mapping[NoiseExpert, Mapping[str, str]],
         roi_weight: float = 0.0,
         empty_text: Tensor | None = None,
+        dropout: Mapping[NoiseExpert, DropoutRates] | None = None,
     ) -> None:
         self.adapters, self._name, self._metadata = dict(adapters), name, metadata
         self._roi_weight, self._empty_text = roi_weight, empty_text
+        self._dropout = {e: Dropout((dropout or {}).get(e, DropoutRates()), a.layers) for e, a in adapters.items()}
         self.optimised = {
             expert.value: [ParameterGroup({f"{expert.value}.{n}": p for n, p in adapter.parameters().items()})]
             for expert, adapter in self.adapters.items()
@@ -39,12 +42,15 @@ class LoraObjective:
     def stepped_by(self, expert: NoiseExpert) -> tuple[str, ...]:
         return (expert.value,)
 
-    def prepare(self, expert: NoiseExpert, batches: Sequence[Batch]) -> None:
+    def prepare(self, expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone) -> None:
         """Nothing of a plain LoRA's loss depends on the other batches of a step."""
 
-    def loss(self, expert: NoiseExpert, batch: Batch, draws: Draws) -> AbstractContextManager[Loss]:
-        transformer = self.adapters[expert].transformer
-        return nullcontext(flow_terms(transformer, batch, draws, self._roi_weight, self._empty_text))
+    @contextmanager
+    def loss(self, expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:
+        """Forward, then (in the caller's block) backward, under the same dropout."""
+        adapter = self.adapters[expert]
+        with self._dropout[expert].scope(adapter.holder, draws.keys):
+            yield flow_terms(adapter.transformer, batch, draws, self._roi_weight, self._empty_text)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

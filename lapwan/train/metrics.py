@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,26 @@ class Metrics:
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
 
-    def write(self, step: int, noise_expert: str, figures: dict[str, float]) -> None:
-        """Figures whose key holds a slash are TensorBoard tags; each is also kept by noise expert."""
+    @property
+    def board(self) -> Any:
+        """TensorBoard's writer, for pictures."""
+        return self._board
+
+    def write(self, step: int, noise_expert: str, figures: Mapping[str, float], shared: Mapping[str, float]) -> None:
+        """`figures` of this noise expert's step, and `shared` ones of the whole run.
+
+        Keys that hold a slash are TensorBoard tags; each figure of the step is also kept by noise expert.
+        """
         row: dict[str, Any] = {"step": step, "noise_expert": noise_expert}
-        row |= {key: value if math.isfinite(value) else None for key, value in figures.items()}
+        row |= {k: v if math.isfinite(v) else None for k, v in {**figures, **shared}.items()}
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
         for key, value in figures.items():
             tag = key if "/" in key else f"train/{key}"
             self._board.add_scalar(tag, value, step)
             self._board.add_scalar(f"{tag}/{noise_expert}_noise", value, step)
+        for key, value in shared.items():
+            self._board.add_scalar(key, value, step)
 
     def histogram(self, tag: str, values: list[float], step: int) -> None:
         """A histogram in TensorBoard."""

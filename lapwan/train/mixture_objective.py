@@ -19,11 +19,12 @@ from torch import Tensor
 from lapwan.data.batch import Batch
 from lapwan.errors import UserError
 from lapwan.lora.attach import Adapter
+from lapwan.lora.dropout import Dropout, DropoutRates
 from lapwan.losses import routing
 from lapwan.moe.file import write_mixture
 from lapwan.moe.mixture import BASE_GROUP, Mixture
 from lapwan.names import NoiseExpert
-from lapwan.train.objective import Draws, Loss, ParameterGroup, flow_terms
+from lapwan.train.objective import Draws, Loss, ParameterGroup, Total, alone, flow_terms
 
 ROUTER = "router"
 
@@ -63,12 +64,14 @@ class MixtureObjective:
         name: str,
         metadata: Mapping[str, str],
         empty_text: Tensor | None = None,
+        dropout: Mapping[NoiseExpert, DropoutRates] | None = None,
     ) -> None:
         self.mixture, self.adapters, self.weights = mixture, dict(adapters), weights
         self._name, self._metadata, self._empty_text = name, metadata, empty_text
         device = next(mixture.parameters()).device
         self.usage_E = torch.full((len(mixture.families),), 1 / len(mixture.families), device=device)
         self._step = _StepStatistics(0.0, 1.0)
+        self._dropout = {e: Dropout((dropout or {}).get(e, DropoutRates()), a.layers) for e, a in adapters.items()}
         self.optimised = self._parameter_groups()
 
     def _parameter_groups(self) -> dict[str, list[ParameterGroup]]:
@@ -87,14 +90,17 @@ class MixtureObjective:
     def stepped_by(self, expert: NoiseExpert) -> tuple[str, ...]:
         return tuple(name for name in self.optimised if name in (expert.value, ROUTER))
 
-    def prepare(self, expert: NoiseExpert, batches: Sequence[Batch]) -> None:
+    def prepare(self, expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone) -> None:
         """Mean entropy and usage of the whole step, so that its loss does not depend on how it is cut into batches."""
         with torch.no_grad():
             student_BE = torch.cat([self.mixture.route(b.text, _labels(b)) for b in batches])
-            usage = self.mixture.select(student_BE).mean(dim=0)
-            self.usage_E = routing.update_usage(self.usage_E, usage, self.weights.usage_decay)
-            labelled = torch.cat([~b.fallback_B for b in batches]).float().mean()
-            self._step = _StepStatistics(float(routing.entropy(student_BE).mean()), float(labelled))
+            labelled_B = torch.cat([~b.fallback_B for b in batches]).to(student_BE)
+            sums = [self.mixture.select(student_BE).sum(dim=0), routing.entropy(student_BE).sum().view(1),
+                    labelled_B.sum().view(1), labelled_B.new_tensor([len(labelled_B)])]
+            summed = total(torch.cat(sums))
+            means = summed[:-1] / summed[-1]
+            self.usage_E = routing.update_usage(self.usage_E, means[:-2], self.weights.usage_decay)
+            self._step = _StepStatistics(float(means[-2]), float(means[-1]))
 
     @contextmanager
     def loss(self, expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:
@@ -104,7 +110,7 @@ class MixtureObjective:
         mix_BE = self.mixture.select(student_BE)
         alpha_base = w.alpha_base if BASE_GROUP in adapter.group_names else None
         gates_BG = self.mixture.gates(expert, mix_BE, draws.sigma_B, alpha_base=alpha_base)
-        with adapter.holder.scope(gates_BG):
+        with adapter.holder.scope(gates_BG), self._dropout[expert].scope(adapter.holder, draws.keys):
             loss = flow_terms(adapter.transformer, batch, draws, w.roi, self._empty_text)
             self._add_routing(loss, student_BE, mix_BE, batch)
             yield loss

@@ -6,9 +6,10 @@ How to add an objective: one file with a class that has these members.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from lapwan import keyed
 from lapwan.data.batch import Batch
+from lapwan.lora.attach import Adapter
 from lapwan.losses import flow
-from lapwan.losses.sigmas import SigmaSampler, draw_in_band
+from lapwan.losses.sigmas import SigmaSampler, Uniform, draw_in_band, stratum_u
+from lapwan.losses.weighting import Weighting
 from lapwan.names import Band, NoiseExpert
 from lapwan.wan.backbone import velocity
 from lapwan.wan.text import pad_text
@@ -27,29 +30,85 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 
+Key = tuple[int | str, ...]
+
+
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of a batch: sigma (fp64), noise like the latents (fp32), whose caption is dropped (bool)."""
+    """The random numbers of a batch: sigma (fp64), noise like the latents (fp32), whose caption is dropped (bool).
+
+    `weight_B` is the flow loss's weight at each sigma; `keys` names each sample's draws, () where nothing else may be
+    drawn (validation: no dropout).
+    """
 
     sigma_B: Tensor
     noise_BCTHW: Tensor
     dropped_B: Tensor
+    weight_B: Tensor
+    keys: tuple[Key, ...] = ()
+
+
+@dataclass(frozen=True)
+class SigmaRule:
+    """How a noise expert's sigmas are drawn and its flow loss is weighted."""
+
+    sampler: SigmaSampler = field(default_factory=Uniform)
+    band: Band = field(default_factory=lambda: Band(0.0, 1.0))
+    strata: int = 1
+    weighting: Weighting = field(default_factory=Weighting)
+
+    def sigmas(self, u_B: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """Sigma in the band for u ~ U(0, 1) and latents of (height, width): [B] fp64."""
+        return draw_in_band(self.sampler.for_tokens(_tokens(latent_size)), u_B, self.band.low, self.band.high)
+
+    def weights(self, sigma_B: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """The flow loss's weights, of mean 1 over this rule's draws: [B] fp64."""
+        return self.weighting.raw(sigma_B) * self._scale(_tokens(latent_size))
+
+    def _scale(self, tokens: int) -> float:
+        return _scale(self, tokens)
+
+
+@lru_cache(maxsize=64)
+def _scale(rule: SigmaRule, tokens: int) -> float:
+    return rule.weighting.over(rule.sampler.for_tokens(tokens), rule.band.low, rule.band.high)
+
+
+def _tokens(latent_size: tuple[int, int]) -> int:
+    return latent_size[0] * latent_size[1] // 4  # patches of 2 x 2
+
+
+@lru_cache(maxsize=8)
+def _strata_order(seed: int | str, stream: int | str, block: int, strata: int) -> list[int]:
+    order: list[int] = torch.randperm(strata, generator=keyed.generator(seed, stream, block, "strata")).tolist()
+    return order
 
 
 def make_draws(
-    batch: Batch, keys: Sequence[tuple[int | str, ...]], sampler: SigmaSampler, band: Band, caption_dropout: float = 0.0
+    batch: Batch, keys: Sequence[Key], rule: SigmaRule, caption_dropout: float = 0.0
 ) -> Draws:
-    """Each sample's numbers by its own key, so they do not depend on who shares the batch; sigma inside the band."""
+    """Each sample's numbers by its own key, so they do not depend on who shares the batch; sigma inside the band.
 
-    def uniform(key: tuple[int | str, ...], purpose: str) -> Tensor:
-        return torch.rand((), dtype=torch.float64, generator=keyed.generator(*key, purpose))
+    Args:
+        keys: (seed, stream, number of the visit, clip) of each sample.
+    """
+
+    def uniform(key: Key, purpose: str) -> float:
+        return float(torch.rand((), dtype=torch.float64, generator=keyed.generator(*key, purpose)))
+
+    def stratified(key: Key) -> float:
+        seed, stream, number = key[0], key[1], int(key[2])
+        order = _strata_order(seed, stream, number // rule.strata, rule.strata)
+        return stratum_u(uniform(key, "sigma"), number, rule.strata, order)
 
     shape = batch.latents_BCTHW.shape[1:]
-    u_B = torch.stack([uniform(key, "sigma") for key in keys])
+    u_B = torch.tensor([stratified(key) for key in keys], dtype=torch.float64)
     noise = torch.stack([torch.randn(shape, generator=keyed.generator(*key, "noise")) for key in keys])
-    dropped_B = torch.stack([uniform(key, "caption dropout") for key in keys]) < caption_dropout
-    device = batch.latents_BCTHW.device
-    return Draws(draw_in_band(sampler, u_B, band.low, band.high).to(device), noise.to(device), dropped_B)
+    dropped_B = torch.tensor([uniform(key, "caption dropout") < caption_dropout for key in keys])
+    device, size = batch.latents_BCTHW.device, (shape[-2], shape[-1])
+    sigma_B = rule.sigmas(u_B, size)
+    weight_B = rule.weights(sigma_B, size)
+    return Draws(sigma_B.to(device), noise.to(device), dropped_B, weight_B.to(device), tuple(keys))
 
 
 @dataclass
@@ -76,8 +135,20 @@ class ParameterGroup:
     lr_scale: float = 1.0
 
 
+Total = Callable[[Tensor], Tensor]
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The sum over the processes of a run in one."""
+    return tensor
+
+
 class Objective(Protocol):
     """One algorithm: what is trained, the loss of a batch, what is saved."""
+
+    @property
+    def adapters(self) -> Mapping[NoiseExpert, Adapter]:
+        """The low-rank adapters by noise expert."""
 
     @property
     def optimised(self) -> Mapping[str, list[ParameterGroup]]:
@@ -86,8 +157,11 @@ class Objective(Protocol):
     def stepped_by(self, expert: NoiseExpert) -> tuple[str, ...]:
         """Names of the optimisers that step in a turn of `expert`."""
 
-    def prepare(self, expert: NoiseExpert, batches: Sequence[Batch]) -> None:
-        """Look at all batches of an optimiser step before the first loss: statistics of the whole step. No gradient."""
+    def prepare(self, expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone) -> None:
+        """Look at all batches of an optimiser step before the first loss: statistics of the whole step. No gradient.
+
+        `total` adds a tensor up over the processes, which each hold a part of the step's batches.
+        """
 
     def loss(self, expert: NoiseExpert, batch: Batch, draws: Draws) -> AbstractContextManager[Loss]:
         """The loss as a scope: forward on entering, and backward belongs inside, where the gates still hold."""
@@ -105,7 +179,7 @@ class Objective(Protocol):
 def flow_terms(
     transformer: WanTransformer3DModel, batch: Batch, draws: Draws, roi_weight: float, empty_text: Tensor | None
 ) -> Loss:
-    """L_flow + λ·L_roi per sample, from one velocity at (x_σ, 1000·σ).
+    """w(σ)·(L_flow + λ·L_roi) per sample, from one velocity at (x_σ, 1000·σ); the figures carry no weight.
 
     Args:
         roi_weight: λ; 0 leaves the region out. A sample without a region adds nothing to it.
@@ -124,9 +198,10 @@ def flow_terms(
     )
     error = flow.squared_error(v, flow.velocity_target(x0, noise))
     plain = flow.flow_loss(error)
-    loss = Loss({"loss/diffusion": plain}, {"loss/diffusion": plain.detach()})
+    weight_B = draws.weight_B.to(plain.dtype)
+    loss = Loss({"loss/diffusion": weight_B * plain}, {"loss/diffusion": plain.detach()})
     if roi_weight and batch.roi_BTHW is not None:
         region, present = flow.roi_loss(error, batch.roi_BTHW)
-        loss.terms["loss/roi"] = roi_weight * region
+        loss.terms["loss/roi"] = roi_weight * weight_B * region
         loss.figures["loss/roi"] = region.detach()[present]
     return loss

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,28 @@ from torch.optim import Optimizer
 from lapwan import console
 from lapwan.data.batch import Batch
 from lapwan.errors import Interrupted, UserError
-from lapwan.losses.sigmas import SigmaSampler
-from lapwan.names import Band, NoiseExpert
+from lapwan.names import NoiseExpert
 from lapwan.train import checkpoint
+from lapwan.train.ema import Ema
+from lapwan.train.interrupt import Stop, stop_requested
+from lapwan.train.memory import memory_figures, out_of_memory
 from lapwan.train.metrics import Metrics
-from lapwan.train.objective import Loss, Objective, make_draws
+from lapwan.train.objective import Objective, SigmaRule, make_draws
+from lapwan.train.optimisers import current_lr, restore
 from lapwan.train.order import SampleOrder
+from lapwan.train.ranks import Ranks
+from lapwan.train.steplog import StepLog, join
+from lapwan.train.watch import Rule, StepSeen, Watcher
 
 _BAD_STEPS_BEFORE_STOP = 5
 
 
 @dataclass
 class Track:
-    """One noise expert's way through the data: its order, sigma sampler and band, and how far it is."""
+    """One noise expert's way through the data: its order, its sigmas, and how far it is."""
 
     order: SampleOrder
-    sampler: SigmaSampler
-    band: Band
+    rule: SigmaRule
     position: tuple[int, int] = (0, 0)  # (epoch, batch)
     steps: int = 0
 
@@ -53,28 +57,16 @@ class Plan:
     accumulate: int = 1
     max_grad_norm: float = 1.0
     caption_dropout: float = 0.0
+    ema_decay: float | None = None
     save_every: int = 100
     log_every: int = 1
+    sigma_bins: int = 4
     keep_last: int | None = None
+    keep_best: int | None = None
     resume_command: str = "--resume"
-
-
-@dataclass
-class _Log:
-    """Figures of the steps since the last logged one, as sums and counts on the device: no sync in between."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    sigmas: list[Tensor] = field(default_factory=list)
-
-    def add(self, loss: Loss, total_B: Tensor, sigma_B: Tensor) -> None:
-        for name, values in {**loss.figures, "loss": total_B.detach()}.items():
-            self.sums[name] = self.sums.get(name, 0) + values.sum()
-            self.counts[name] = self.counts.get(name, 0) + values.numel()
-        self.sigmas.append(sigma_B.detach())
-
-    def means(self) -> dict[str, float]:
-        return {name: float(total) / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
+    identity: Mapping[str, str] = field(default_factory=dict)  # of clips and base: what a moved run is checked by
+    changes_allowed: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 class Trainer:
@@ -90,150 +82,215 @@ class Trainer:
             for group in groups
             for name, parameter in group.parameters.items()
         }
-        self._logs = {expert: _Log() for expert in plan.tracks}
+        self.ema = None if plan.ema_decay is None else Ema(self.parameters, plan.ema_decay)
+        self.rules: dict[str, Rule] = {}
+        self.watchers: dict[str, Watcher] = {}
+        self._logs = {expert: StepLog() for expert in plan.tracks}
         self._bad_in_a_row = 0
+        self._score: float | None = None
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint; False if there is none."""
+        """Continue from the newest checkpoint; False if there is none.
+
+        Raises:
+            UserError: a damaged checkpoint, or one of another run.
+        """
         found = checkpoint.checkpoints(self.plan.run)
         if not found:
             return False
         step, folder = found[-1]
         rest = checkpoint.load(folder, self.parameters)
+        checkpoint.check_identity(folder, rest["identity"], self.plan.identity, self.plan.changes_allowed)
         self.step, self.skipped = step, rest["skipped"]
         for expert, track in self.plan.tracks.items():
-            epoch, index, track.steps = rest["tracks"][expert.value]
+            epoch, index, track.steps = rest["tracks"].get(expert.value, (0, 0, 0))
             track.position = (epoch, index)
         for name, optimiser in self.plan.optimisers.items():
-            optimiser.load_state_dict(rest["optimisers"][name])
-            self.plan.lr_schedules[name].load_state_dict(rest["lr_schedules"][name])
+            if rest["kinds"].get(name) != type(optimiser).__name__:
+                console.warn(f"{name}: the checkpoint's optimiser is {rest['kinds'].get(name)}, this run's "
+                             f"{type(optimiser).__name__}, which starts without a history")
+                continue
+            restore(optimiser, self.plan.lr_schedules[name], rest["optimisers"][name], rest["lr_schedules"][name],
+                    ours=self.plan.changes_allowed)
         self.objective.load_state_dict(rest["objective"])
+        if self.ema is not None and rest["ema"] is not None:
+            self.ema.load_state_dict(rest["ema"])
+        for part, saved in ((self.rules, rest["rules"]), (self.watchers, rest["watchers"])):
+            for name, one in part.items():
+                if name in saved:
+                    one.load_state_dict(saved[name])
         return True
 
     def _rest(self) -> dict[str, Any]:
         tracks = {e.value: [*t.position, t.steps] for e, t in self.plan.tracks.items()}
         return {
-            "skipped": self.skipped, "tracks": tracks,
+            "skipped": self.skipped, "tracks": tracks, "identity": dict(self.plan.identity),
             "lr_schedules": {name: s.state_dict() for name, s in self.plan.lr_schedules.items()},
             "optimisers": {name: o.state_dict() for name, o in self.plan.optimisers.items()},
+            "kinds": {name: type(o).__name__ for name, o in self.plan.optimisers.items()},
             "objective": self.objective.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "rules": {name: rule.state_dict() for name, rule in self.rules.items()},
+            "watchers": {name: watcher.state_dict() for name, watcher in self.watchers.items()},
         }
 
-    def save(self) -> Path:
-        """Write a checkpoint of this step."""
-        return checkpoint.save(
-            self.plan.run, self.step, self.objective, self.parameters, self._rest(), self.plan.keep_last
-        )
+    def as_saved(self) -> AbstractContextManager[None]:
+        """The weights that are saved: the running mean where it is on."""
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, from the first process."""
+        def adapters(folder: Path) -> list[Path]:
+            with self.as_saved():
+                return self.objective.save(folder, self.step)
+
+        if self.plan.ranks.first:
+            keep = checkpoint.Keep(self.plan.keep_last, self.plan.keep_best, self._score)
+            checkpoint.save(self.plan.run, self.step, adapters, self.parameters, self._rest(), keep)
+        self._score = None
 
     def fit(self) -> None:
         """Train to the end of the schedule.
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM; the state is saved.
-            UserError: too many non-finite steps in a row; the state is saved.
+            UserError: too many non-finite steps in a row, a watcher's reason to stop, out of memory; the state is
+                saved.
         """
         plan, total = self.plan, len(self.plan.schedule)
-        metrics = Metrics(plan.run, self.step)
+        metrics = Metrics(plan.run, self.step) if plan.ranks.first else None
         saved = self.step if checkpoint.checkpoints(plan.run) else -1
         try:
-            with _stop_requested() as stop, console.progress("training", total, "step", done=self.step) as bar:
+            with stop_requested() as stop, console.progress("training", total, "step", done=self.step) as bar:
                 while self.step < total:
-                    expert = plan.schedule[self.step]
-                    started = time.monotonic()
-                    figures = self._optimiser_step(expert)
-                    self.step += 1
-                    self._write(metrics, expert, figures, time.monotonic() - started, bar)
-                    if self.step % plan.save_every == 0 or self.step == total or stop.requested or self._hopeless:
+                    reason = self._one_step(metrics, bar, stop)
+                    if self.step % plan.save_every == 0 or self.step == total or reason:
                         self.save()
                         saved = self.step
-                    if self._hopeless:
-                        raise UserError(
-                            f"{_BAD_STEPS_BEFORE_STOP} steps in a row had a non-finite loss or gradient; the weights "
-                            f"are as before them, saved at step {self.step}; lower the lr or look at the clips"
-                        )
-                    if stop.requested and self.step < total:
-                        raise Interrupted(f"interrupted; state saved at step {self.step} of {total} in {plan.run}; "
-                                          f"go on with {plan.resume_command}")
+                    if reason:
+                        raise reason
             if saved != self.step:
                 self.save()
+        except torch.OutOfMemoryError as error:
+            self.save()
+            raise out_of_memory(error, plan.run, self.step, plan.resume_command) from None
         finally:
-            metrics.close()
+            if metrics is not None:
+                metrics.close()
 
-    @property
-    def _hopeless(self) -> bool:
-        return self._bad_in_a_row >= _BAD_STEPS_BEFORE_STOP
+    def _one_step(self, metrics: Metrics | None, bar: console.Bar, stop: Stop) -> Exception | None:
+        """Train, log and look once; why to stop after saving, if there is a reason."""
+        plan, expert = self.plan, self.plan.schedule[self.step]
+        started = time.monotonic()
+        figures = self._optimiser_step(expert)
+        self.step += 1
+        shared, reason = self._look(metrics)
+        self._write(metrics, expert, figures, shared, time.monotonic() - started, bar)
+        where = f"saved at step {self.step}"
+        if self._bad_in_a_row >= _BAD_STEPS_BEFORE_STOP:
+            return UserError(f"{_BAD_STEPS_BEFORE_STOP} steps in a row had a non-finite loss or gradient; the weights "
+                             f"are as before them, {where}; lower the lr or look at the clips")
+        if reason is not None:
+            return UserError(f"{reason}; {where} of {len(plan.schedule)} in {plan.run}")
+        if plan.ranks.any(stop.requested) and self.step < len(plan.schedule):
+            return Interrupted(f"interrupted; state {where} of {len(plan.schedule)} in {plan.run}; go on with "
+                               f"{plan.resume_command}")
+        return None
 
     def _optimiser_step(self, expert: NoiseExpert) -> dict[str, Tensor | float]:
         plan, track = self.plan, self.plan.tracks[expert]
-        visits, track.position = track.order.batches(track.position, plan.accumulate)
-        batches = [plan.load_batch([visit.item for visit in group]) for group in visits]
+        visits, after = track.order.batches(track.position, plan.accumulate)
         samples = sum(len(group) for group in visits)
+        visits = plan.ranks.own(visits)
+        batches = [plan.load_batch([visit.item for visit in group]) for group in visits]
         names = self.objective.stepped_by(expert)
         for name in names:
             plan.optimisers[name].zero_grad(set_to_none=True)
-        self.objective.prepare(expert, batches)
-        log = self._logs[expert]
+        self.objective.prepare(expert, batches, plan.ranks.sum)
+        log, before = self._logs[expert], len(self._logs[expert].losses)
         for batch, group in zip(batches, visits, strict=True):
             keys = [(plan.seed, expert.value, visit.number, plan.item_ids[visit.item]) for visit in group]
-            draws = make_draws(batch, keys, track.sampler, track.band, plan.caption_dropout)
+            draws = make_draws(batch, keys, track.rule, plan.caption_dropout)
             with self.objective.loss(expert, batch, draws) as loss:
                 total_B = loss.total_B
                 torch.autograd.backward(total_B.sum() / samples)
             log.add(loss, total_B, draws.sigma_B)
-        track.steps += 1
-        return self._update(names)
+        track.position, track.steps = after, track.steps + 1  # only now: a step that runs out of memory is not taken
+        figures, stepped = self._update(names)
+        if stepped:
+            figures |= self._follow_rules(expert, log.losses[before:], log.sigmas[before:])
+        return figures
 
-    def _update(self, names: Sequence[str]) -> dict[str, Tensor | float]:
+    def _update(self, names: Sequence[str]) -> tuple[dict[str, Tensor | float], bool]:
         """Clip and step, unless a gradient is not finite: then the weights and the optimiser stay as they were."""
         plan = self.plan
         parameters = [p for name in names for group in plan.optimisers[name].param_groups for p in group["params"]]
+        plan.ranks.sum_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
-        if not bool(torch.isfinite(norm)):
-            self.skipped += 1
-            self._bad_in_a_row += 1
-            console.warn(f"step {self.step + 1}: non-finite loss or gradient; update dropped")
-        else:
+        stepped = bool(torch.isfinite(norm))
+        if stepped:
             self._bad_in_a_row = 0
             for name in names:
                 plan.optimisers[name].step()
                 plan.lr_schedules[name].step()
-        return {"grad_norm": norm, "lr": float(plan.lr_schedules[names[0]].get_last_lr()[0])}
+        else:
+            self.skipped += 1
+            self._bad_in_a_row += 1
+            console.warn(f"step {self.step + 1}: non-finite loss or gradient; update dropped")
+        return {"grad_norm": norm, "lr": current_lr(plan.optimisers[names[0]])}, stepped
 
-    def _write(self, metrics: Metrics, expert: NoiseExpert, figures: Mapping[str, Tensor | float], seconds: float,
-               bar: console.Bar) -> None:
-        if self.step % self.plan.log_every and self.step != len(self.plan.schedule):
+    def _follow_rules(
+        self, expert: NoiseExpert, losses: Sequence[Tensor], sigmas: Sequence[Tensor]
+    ) -> dict[str, Tensor | float]:
+        """Rules first, since what they do to the weights is part of the update; then the running mean."""
+        own = self.plan.tracks[expert].steps
+        seen = StepSeen(self.step + 1, own, expert)
+        if any(rule.needs_losses for rule in self.rules.values()):
+            parts = self.plan.ranks.gather((torch.cat(list(losses)).tolist(), torch.cat(list(sigmas)).tolist()))
+            seen = StepSeen(seen.step, own, expert, tuple(x for part in parts for x in part[0]),
+                            tuple(x for part in parts for x in part[1]))
+        figures: dict[str, Tensor | float] = {}
+        for rule in self.rules.values():
+            figures |= rule.after_update(seen)
+        if self.ema is not None:
+            groups = [g for name in self.objective.stepped_by(expert) for g in self.objective.optimised[name]]
+            self.ema.update(name for group in groups for name in group.parameters)
+        return figures
+
+    def _look(self, metrics: Metrics | None) -> tuple[dict[str, float], str | None]:
+        """Ask the watchers that are due, in the first process; the reason to stop is everybody's."""
+        last = self.step == len(self.plan.schedule)
+        due = [w for w in self.watchers.values() if self.step % w.every == 0 or last]
+        if not due:
+            return {}, None
+        figures: dict[str, float] = {}
+        reason = None
+        if metrics is not None:
+            with self.as_saved():
+                for watcher in due:
+                    seen = watcher.look(self.step, metrics.board)
+                    figures |= seen.figures
+                    reason = reason or seen.stop
+            self._score = figures.get("validation/mean")
+        return figures, self.plan.ranks.from_first(reason)
+
+    def _write(
+        self, metrics: Metrics | None, expert: NoiseExpert, figures: Mapping[str, Tensor | float],
+        shared: Mapping[str, float], seconds: float, bar: console.Bar,
+    ) -> None:
+        plan = self.plan
+        quiet = self.step % plan.log_every and self.step != len(plan.schedule)
+        if quiet and not plan.ranks.from_first(bool(shared)):
             bar.advance()
             return
-        log = self._logs[expert]
-        means = log.means()
-        self._logs[expert] = _Log()
-        shown = {**means, **{name: float(value) for name, value in figures.items()}, "seconds": seconds}
-        metrics.write(self.step, expert.value, shown)
-        metrics.histogram(f"sigma/{expert.file_suffix}", torch.cat(log.sigmas).tolist(), self.step)
-        bar.advance(expert=expert.value, loss=means["loss"], lr=shown["lr"])
-
-
-@dataclass
-class _Stop:
-    requested: bool = False
-
-
-@contextmanager
-def _stop_requested() -> Iterator[_Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a request that the loop meets between steps; a second one acts at once."""
-    stop = _Stop()
-    before = {}
-
-    def on_signal(number: int, frame: object) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        console.log("stopping after this step and saving; press Ctrl-C again to stop at once")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, on_signal)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        logged = join(plan.ranks.gather(self._logs[expert].plain()))
+        self._logs[expert] = StepLog()
+        if metrics is None:
+            return
+        band = plan.tracks[expert].rule.band
+        own = {**logged.means, **logged.by_bin(band, plan.sigma_bins)}
+        own |= {name: float(value) for name, value in figures.items()}
+        own |= {"own_step": plan.tracks[expert].steps, "seconds": seconds, **memory_figures()}
+        metrics.write(self.step, expert.value, own, shared)
+        metrics.histogram(f"sigma/{expert.file_suffix}", logged.sigmas, self.step)
+        bar.advance(expert=expert.value, loss=own["loss"], lr=own["lr"])

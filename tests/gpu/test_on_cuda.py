@@ -70,7 +70,7 @@ def test_recomputation_on_autograds_threads_meets_the_gates_of_its_forward(exper
         batch = trainer.plan.load_batch([0, 1])
         trainer.objective.prepare(expert, [batch])
         track = trainer.plan.tracks[expert]
-        draws = make_draws(batch, [(0, clip) for clip in batch.ids], track.sampler, track.band)
+        draws = make_draws(batch, [(0, expert.value, 0, clip) for clip in batch.ids], track.rule)
         with trainer.objective.loss(expert, batch, draws) as loss:
             loss.total_B.mean().backward()
         grads.append({n: p.grad.cpu() for n, p in trainer.parameters.items() if p.grad is not None})

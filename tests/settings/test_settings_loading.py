@@ -68,8 +68,8 @@ def test_a_bad_environment_value_names_its_variable(toml):
 @pytest.mark.parametrize(("text", "message"), [
     ("output = =\n", r"is not valid TOML: .*line 1"),
     ('output = "r"\nsteps = 1\n', r"'data' is required"),
-    (GOOD + "[high]\nranks = 3\n", r"unknown key 'high.ranks'; \[high\] takes steps, targets"),
-    (GOOD.replace("steps", "epochs = 1\nsteps"), "give exactly one of steps and epochs"),
+    (GOOD + "[high]\nranks = 3\n", r"unknown key 'high.ranks'; \[high\] takes steps, start, stop, targets"),
+    (GOOD.replace("steps", "epochs = 1\nsteps"), "give exactly one of steps, epochs and"),
     (GOOD.replace("steps", 'experts = ["high"]\nsteps') + "[low]\nsteps = 3\n", r"\[low\] is set, but experts"),
 ])
 def test_one_line_each(toml, text, message):
@@ -93,5 +93,5 @@ def test_resolved_settings_reproduce_themselves_from_anywhere(toml, tmp_path, mo
     monkeypatch.chdir(tmp_path.parent)
     again = load(TrainMoeSettings, toml(text), environment={})
     assert to_toml(again) == text
-    assert again.of(NoiseExpert.LOW, 1).targets.last_blocks is None and again.of(NoiseExpert.LOW, 1).steps == 5
+    assert again.of(NoiseExpert.LOW, 1).targets.last_blocks == "all" and again.of(NoiseExpert.LOW, 1).steps == 5
     assert again.of(NoiseExpert.HIGH, 1).targets.last_blocks == 8

@@ -174,13 +174,13 @@ def test_fallback_clips_carry_no_teacher(make_moe):
 def test_sigmas_lie_in_each_band(make_moe):
     trainer = make_moe(steps=25)
     for expert in NoiseExpert:
-        band = trainer.plan.tracks[expert].band
+        band = trainer.plan.tracks[expert].rule.band
         seen = []
         for index in range(200):
             batch = trainer.plan.load_batch([index % 4])
             keys = [(1, expert.value, index, batch.ids[0])]
             from lapwan.train.objective import make_draws
-            seen.append(float(make_draws(batch, keys, trainer.plan.tracks[expert].sampler, band).sigma_B))
+            seen.append(float(make_draws(batch, keys, trainer.plan.tracks[expert].rule).sigma_B))
         assert band.low <= min(seen) and max(seen) <= band.high
         histogram, _ = torch.histogram(torch.tensor(seen), 4, range=(band.low, band.high))
         assert float(histogram.min()) >= 25  # spread over the band, not on one side of it

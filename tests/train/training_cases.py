@@ -8,7 +8,7 @@ from torch import Tensor
 from lapwan.data.batch import Batch
 from lapwan.losses.sigmas import Uniform
 from lapwan.names import NoiseExpert
-from lapwan.train.objective import Draws, make_draws
+from lapwan.train.objective import Draws, SigmaRule, make_draws
 from lapwan.train.trainer import Trainer
 
 
@@ -24,7 +24,7 @@ def randomise(trainer: Trainer, scale: float = 0.05) -> None:
 def draws_for(trainer: Trainer, expert: NoiseExpert, batch: Batch) -> Draws:
     """Draws keyed by the clips' own ids."""
     keys = [(0, expert.value, 0, clip) for clip in batch.ids]
-    return make_draws(batch, keys, Uniform(), trainer.plan.tracks[expert].band)
+    return make_draws(batch, keys, SigmaRule(Uniform(), trainer.plan.tracks[expert].rule.band))
 
 
 def backward(trainer: Trainer, expert: NoiseExpert, indices: list[int], only: str | None = None) -> dict[str, Tensor]:

@@ -1,0 +1,57 @@
+"""A running mean of what is trained: smoother than the last step, and what is saved when it is on.
+
+    m ← d·m + (1 − d)·w after every update of w,   d = min(decay, (1 + n) / (10 + n)) at its n-th update
+
+so that the first steps, where the mean would otherwise hold the starting values, do not count for long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Means by parameter name, in the parameters' dtype and on their device."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self._parameters, self._decay = parameters, decay
+        self.means: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
+        self._updates: dict[str, int] = dict.fromkeys(parameters, 0)
+
+    @torch.no_grad()
+    def update(self, names: Iterable[str]) -> None:
+        """Take in the parameters that were just stepped."""
+        for name in names:
+            count = self._updates[name] = self._updates[name] + 1
+            decay = min(self._decay, (1 + count) / (10 + count))
+            self.means[name].lerp_(self._parameters[name].detach(), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The means in place of the parameters; afterwards these are back bit for bit."""
+        kept = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._put(self.means)
+        try:
+            yield
+        finally:
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
+
+    def state_dict(self) -> dict[str, object]:
+        """Means and counts."""
+        return {"means": {name: mean.cpu() for name, mean in self.means.items()}, "updates": dict(self._updates)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, object]]) -> None:
+        """The inverse of `state_dict`."""
+        for name, mean in state["means"].items():
+            assert isinstance(mean, Tensor)
+            self.means[name].copy_(mean)
+        self._updates = {name: int(str(count)) for name, count in state["updates"].items()}

@@ -1,0 +1,167 @@
+"""Optimisers: Automagic against its restatement, users' flat keys, predictions, LoRA+, resuming each bitwise."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from lapwan.errors import UserError
+from lapwan.names import NoiseExpert
+from lapwan.settings.optimisers import AutomagicSettings, ScheduleSettings
+from lapwan.settings.train_lora import TrainLoraSettings
+from lapwan.train import optimisers
+from lapwan.train.automagic import Automagic, expected_lr
+
+HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
+BASE = {"output": "run", "data": {"cache": "cache"}, "steps": 1}
+USERS = {"high_noise_lr_bump": 2e-5, "high_noise_min_lr": 2e-5, "high_noise_max_lr": 5e-4, "low_noise_lr_bump": 5e-6,
+         "low_noise_min_lr": 5e-6, "low_noise_max_lr": 1e-4, "beta2": 0.999, "weight_decay": 1e-4,
+         "clip_threshold": 1.0}
+
+
+def reference(weight, grads, s: AutomagicSettings):
+    """The restatement, element by element, in Python floats."""
+    rows, columns = weight.shape
+    w = weight.tolist()
+    r, c = [0.0] * rows, [0.0] * columns
+    lr = [[s.min_lr if s.lr is None else s.lr] * columns for _ in range(rows)]
+    last = None
+    for grad in grads:
+        g = grad.tolist()
+        g2 = [[x * x + s.eps for x in row] for row in g]
+        r = [s.beta2 * r[i] + (1 - s.beta2) * sum(g2[i]) / columns for i in range(rows)]
+        c = [s.beta2 * c[j] + (1 - s.beta2) * sum(g2[i][j] for i in range(rows)) / rows for j in range(columns)]
+        mean = sum(r) / rows
+        u = [[g[i][j] / (r[i] * c[j] / mean) ** 0.5 for j in range(columns)] for i in range(rows)]
+        rms = (sum(x * x for row in u for x in row) / (rows * columns)) ** 0.5
+        u = [[x / max(1.0, rms / s.clip_threshold) for x in row] for row in u]
+        for i in range(rows):
+            for j in range(columns):
+                if last is not None:
+                    agrees = (u[i][j] > 0) == (last[i][j] > 0)
+                    lr[i][j] = min(s.max_lr, max(s.min_lr, lr[i][j] + (s.lr_bump if agrees else -s.lr_bump)))
+                w[i][j] -= lr[i][j] * (s.weight_decay * w[i][j] + u[i][j])
+        last = u
+    return torch.tensor(w, dtype=torch.float64), torch.tensor(lr, dtype=torch.float64)
+
+
+def test_automagic_equals_a_plain_reference_in_fp64():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(5, 7, generator=generator, dtype=torch.float64))
+    trend = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    grads = [trend * (n < 20) + torch.randn(5, 7, generator=generator, dtype=torch.float64) for n in range(40)]
+    settings = AutomagicSettings(lr=3e-3, lr_bump=1e-3, min_lr=1e-3, max_lr=2e-2, weight_decay=0.1, clip_threshold=0.7)
+    expected, rates = reference(weight.detach(), grads, settings)
+    optimiser = Automagic([{"params": [weight]}], settings)
+    for grad in grads:
+        weight.grad = grad
+        optimiser.step()
+    torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(optimiser.state[weight]["lr"], rates, rtol=0, atol=1e-15)
+    assert float(rates.min()) == 1e-3 < 2e-3 < float(rates.max())
+    assert float(optimiser.mean_lr()) == pytest.approx(float(rates.mean()))
+
+
+def test_the_lr_mask_is_fp32_under_bf16_weights_and_small_bumps_count():
+    """Half an ulp of bf16 at 5e-4 is 9.5e-7: a bump of 5e-7 would vanish in it."""
+    weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    optimiser = Automagic([{"params": [weight]}], AutomagicSettings(lr=5e-4, lr_bump=5e-7, min_lr=1e-6, max_lr=1e-3))
+    for _ in range(11):
+        weight.grad = torch.ones(4, 4, dtype=torch.bfloat16)
+        optimiser.step()
+    mask = optimiser.state[weight]["lr"]
+    assert mask.dtype == torch.float32
+    torch.testing.assert_close(mask, torch.full((4, 4), 5e-4 + 10 * 5e-7), rtol=1e-5, atol=0)
+
+
+def test_vectors_are_not_factored():
+    gate = torch.nn.Parameter(torch.zeros(3))
+    optimiser = Automagic([{"params": [gate]}], AutomagicSettings())
+    gate.grad = torch.tensor([1.0, -2.0, 4.0])
+    optimiser.step()
+    assert set(optimiser.state[gate]) == {"lr", "square", "positive"}
+    assert bool(gate[0] < 0 < gate[1]) and bool(gate[0] == -gate[1])  # u = g / √v̂ is the sign alone at first
+
+
+def test_predicted_ratios_of_the_users_block_and_a_simulated_walk():
+    settings = TrainLoraSettings.model_validate({**BASE, **USERS})
+    high, low = (settings.of(e, 1).optimiser for e in (HIGH, LOW))
+    assert (high.type, high.lr_bump, high.min_lr, high.max_lr) == ("automagic", 2e-5, 2e-5, 5e-4)
+    assert (low.lr_bump, low.min_lr, low.max_lr, low.weight_decay) == (5e-6, 5e-6, 1e-4, 1e-4)
+    ratios = [expected_lr(high, p) / expected_lr(low, p) for p in (0.47, 0.50, 0.53)]
+    assert [round(ratio, 2) for ratio in ratios] == [4.40, 4.95, 5.22]
+    assert "4.40 at sign agreement 0.47, 4.95 at sign agreement 0.50, 5.22 at" in optimisers.ratio_line(high, low)
+    assert expected_lr(high, 0.53) / high.max_lr == pytest.approx(0.74, abs=0.005)
+    assert expected_lr(high, 0.486) == pytest.approx(2.0e-4, rel=0.03)
+    up = torch.rand(3000, 4000, generator=torch.Generator().manual_seed(1)) < 0.53
+    rung = torch.zeros(4000)
+    seen = torch.zeros(())
+    for step, going_up in enumerate(up):
+        rung = (rung + torch.where(going_up, 1.0, -1.0)).clamp(0, 24)
+        seen += rung.mean() * (step >= 1500)
+    simulated = 2e-5 + float(seen) / 1500 * 2e-5
+    assert simulated == pytest.approx(expected_lr(high, 0.53), rel=0.01)
+
+
+def test_flat_keys_inside_the_optimiser_section_and_clashes():
+    settings = TrainLoraSettings.model_validate({**BASE, "optimiser": {"type": "automagic", "low_noise_max_lr": 2e-4}})
+    assert settings.of(LOW, 1).optimiser.max_lr == 2e-4 and settings.of(HIGH, 1).optimiser.max_lr == 1e-4
+    with pytest.raises(ValueError, match=r"high.optimiser.*min_lr = 0.001 is above max_lr = 0.0005"):
+        TrainLoraSettings.model_validate({**BASE, "high_noise_min_lr": 1e-3, "high_noise_max_lr": 5e-4})
+
+
+def test_another_type_for_one_noise_expert_starts_from_its_own_defaults():
+    settings = TrainLoraSettings.model_validate(
+        {**BASE, "optimiser": {"lr": 3e-4}, "high": {"optimiser": {"type": "automagic", "max_lr": 3e-4}}})
+    assert settings.of(HIGH, 1).optimiser == AutomagicSettings(max_lr=3e-4)
+    assert settings.of(LOW, 1).optimiser.lr == 3e-4
+
+
+def test_lora_plus_gives_b_its_own_lr(make_lora):
+    trainer = make_lora(optimiser={"lr": 1e-4, "lora_plus": 16.0})
+    groups = trainer.plan.optimisers["high"].param_groups
+    ups = {id(p) for n, p in trainer.parameters.items() if n.endswith(".up")}
+    for group in groups:
+        assert group["lr"] == pytest.approx(16e-4 if {id(p) for p in group["params"]} <= ups else 1e-4)
+    assert sum(len(group["params"]) for group in groups) == sum(n.startswith("high") for n in trainer.parameters)
+
+
+def test_missing_extras_and_schedules_without_effect_are_refused_before_weights_are_loaded(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for kind, library in (("prodigy", "prodigyopt"), ("adamw8bit", "bitsandbytes")):
+        own = TrainLoraSettings.model_validate({**BASE, "optimiser": {"type": kind}}).of(HIGH, 1)
+        with pytest.raises(UserError, match=rf"needs {library}, which is not installed; pip .*lapwan\[{kind}\]"):
+            optimisers.check_optimiser(own.optimiser, own.schedule)
+    with pytest.raises(UserError, match="has no effect on automagic"):
+        optimisers.check_optimiser(AutomagicSettings(), ScheduleSettings(name="cosine"))
+
+
+KINDS = [
+    ({"type": "adamw", "lr": 1e-2}, {"name": "polynomial", "warmup_steps": 1, "power": 2.0}),
+    ({"type": "automagic", "lr_bump": 1e-3, "min_lr": 1e-3, "max_lr": 1e-2}, {}),
+    ({"type": "prodigy", "weight_decay": 0.01}, {"name": "cosine_with_restarts", "cycles": 2}),
+]
+
+
+@pytest.mark.parametrize(("optimiser", "schedule"), KINDS, ids=lambda k: k.get("type", ""))
+def test_every_kind_resumes_bitwise(make_lora, tmp_path, optimiser, schedule):
+    if optimiser["type"] == "prodigy":
+        pytest.importorskip("prodigyopt")
+    common = {"optimiser": optimiser, "schedule": schedule, "steps": 3, "ema_decay": 0.9, "max_norm": 0.05,
+              "dropout": {"rank": 0.2, "neuron": 0.1, "module": 0.1}}
+    whole = make_lora(output=tmp_path / "whole", **common)
+    whole.plan.run.mkdir()
+    whole.fit()
+    part = make_lora(output=tmp_path / "part", **common)
+    part.plan.run.mkdir()
+    part.plan.schedule = part.plan.schedule[:4]
+    part.fit()
+    again = make_lora(output=tmp_path / "part", **common)
+    assert again.resume() and again.step == 4
+    again.fit()
+    assert all(torch.equal(p, again.parameters[n]) for n, p in whole.parameters.items())
+    assert all(torch.equal(m, again.ema.means[n]) for n, m in whole.ema.means.items())
+    moved = [float(p.abs().max()) for n, p in whole.parameters.items() if n.endswith(".up")]
+    assert max(moved) > 0
