@@ -23,14 +23,14 @@ from lapwan.lora.formats import open_lora
 def peak():
     return int(re.search("VmHWM:\\\\s+(\\\\d+)", Path("/proc/self/status").read_text())[1])
 torch.linalg.eigh(torch.eye(4, dtype=torch.float64))
-before, best = peak(), 1e9
+before, wall, cpu = peak(), 1e9, 1e9
 for _ in range(3):  # the shortest of three: other work on the machine only ever adds
-    start = time.monotonic()
+    start, spent = time.monotonic(), time.process_time()
     for path in sys.argv[1:]:
         (lora,) = open_lora(Path(path)).values()
         assert summarise(measure(lora.modules)).modules == 400
-    best = min(best, time.monotonic() - start)
-print("seconds", best, "mebibytes", (peak() - before) / 1024)
+    wall, cpu = min(wall, time.monotonic() - start), min(cpu, time.process_time() - spent)
+print("wall", wall, "cpu", cpu, "mebibytes", (peak() - before) / 1024)
 """
 
 
@@ -49,8 +49,9 @@ def test_a_pair_takes_a_second_and_little_memory(tmp_path, record_property):
         paths.append(tmp_path / f"{label}_noise.safetensors")
         write_lora(paths[-1], LoraState(entries))
     child = subprocess.run([sys.executable, "-c", _CHILD, *map(str, paths)], capture_output=True, text=True, check=True)
-    seconds, mebibytes = (float(x) for x in re.findall(r"(?:seconds|mebibytes) ([0-9.]+)", child.stdout))
-    record_property("seconds", seconds)
-    record_property("mebibytes", mebibytes)
-    assert mebibytes <= 200, child.stdout
-    assert seconds <= 1.0, child.stdout
+    found = {name: float(value) for name, value in re.findall(r"(\w+) ([0-9.]+)", child.stdout)}
+    for name, value in found.items():
+        record_property(name, value)
+    assert found["mebibytes"] <= 200, child.stdout
+    # One second on two cores that are free; the processor's seconds hold on a busy machine too.
+    assert found["wall"] <= 1.0 or found["cpu"] <= 2.0, child.stdout
