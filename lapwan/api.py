@@ -93,6 +93,7 @@ class VideoGenerator:
         self.settings = settings
         self._device = pick_device(settings.device)
         self._generators: dict[Task | None, Generator] = {}
+        self._warned = False
         self._bases: dict[Task | None, Base] = {}
         self._adapters: dict[tuple[Task | None, str, Path | None], tuple[Base, AdapterSet]] = {}
 
@@ -168,7 +169,7 @@ class VideoGenerator:
         generator, base, adapters = self._parts("t2v" if image is None else "i2v", chosen)
         request = _request(generator.spec, settings, image, last_image)
         check_request(generator.spec, request)
-        _check_mixture(adapters, request)
+        self._check_mixture(adapters, request)
         if settings.video is not None:
             clip = read_clip(settings.video, request.num_frames, request.size, request.fps)
             request = replace(request, video_THWC=clip)
@@ -190,6 +191,19 @@ class VideoGenerator:
                             f"--num-frames, or --device cpu ({said})") from None
         model, own = _plain(prepared.model), _plain(prepared.settings)
         return replace(video, settings={**model, **own})
+
+    def _check_mixture(self, adapters: AdapterSet, request: Request) -> None:
+        """Refuse a hint or a family that the taxonomy does not know; warn once where α_base has nothing to act on."""
+        mixture = adapters.mixture
+        if mixture is None:
+            return
+        alpha_vector(mixture, request.alpha_expert)
+        if request.hint is not None:
+            choose_mix(mixture, request.prompt, request.hint, lambda: torch.empty(0))
+        if request.alpha_base is not None and not mixture.base_lora and not self._warned:
+            self._warned = True
+            alpha = f"alpha-base {request.alpha_base:g}"
+            console.warn(f"{alpha} has no effect: this mixture was trained without a base LoRA")
 
     def _parts(self, task: Task, chosen: ModelSettings) -> tuple[Generator, Base, AdapterSet]:
         # Only `tiny` leaves the task open; a folder of the wrong task gets the clearer message of check_request.
@@ -270,18 +284,6 @@ def _plain(settings: ModelSettings | VideoSettings) -> dict[str, Any]:
         if isinstance(holder, dict) and isinstance(name := holder.get("model"), str) and Path(name).is_dir():
             holder["model"] = str(Path(name).absolute())
     return plain
-
-
-def _check_mixture(adapters: AdapterSet, request: Request) -> None:
-    """Refuse a hint or a family that the taxonomy does not know; warn where α_base has nothing to act on."""
-    mixture = adapters.mixture
-    if mixture is None:
-        return
-    alpha_vector(mixture, request.alpha_expert)
-    if request.hint is not None:
-        choose_mix(mixture, request.prompt, request.hint, lambda: torch.empty(0))
-    if request.alpha_base is not None and not mixture.base_lora:
-        console.warn(f"alpha-base {request.alpha_base:g} has no effect: this mixture was trained without a base LoRA")
 
 
 def _request(

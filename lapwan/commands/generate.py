@@ -27,7 +27,7 @@ _SEEN_WIDTH = 256  # pixels: room for a caption
 def run(settings: GenerateSettings, options: RunOptions) -> None:
     """Check every video against headers, then load, sample and write one after the other."""
     if settings.interactive:
-        run_interactive(settings)
+        run_interactive(settings, options)
         return
     record = None
     if settings.from_video is not None:

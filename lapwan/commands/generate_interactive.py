@@ -12,12 +12,14 @@ from lapwan.errors import Interrupted, UserError
 from lapwan.files import claim_output, is_temporary
 from lapwan.sampling.jobs import line_job
 from lapwan.sampling.result import check_output
+from lapwan.settings.base import to_toml
 from lapwan.settings.generate import GenerateSettings
+from lapwan.settings.run import RunOptions
 
 _ASK = "prompt (or a JSON object with options; an empty line ends)> "
 
 
-def run_interactive(settings: GenerateSettings) -> None:
+def run_interactive(settings: GenerateSettings, options: RunOptions) -> None:
     """Make a video for each line of stdin into the output folder; a bad line is answered and the next one read.
 
     Raises:
@@ -29,15 +31,18 @@ def run_interactive(settings: GenerateSettings) -> None:
     if settings.prompt is not None or settings.prompts is not None or settings.from_video is not None or settings.grid:
         raise UserError("--interactive reads its prompts from you; leave --prompt, --prompts, --from and --grid out")
     generator, made = VideoGenerator.from_settings(settings), 0
+    if options.dry_run:
+        console.results.print(to_toml(settings), markup=False)
+        return
     try:
         for line in _lines():
             try:
                 job = line_job(settings, line, _next(folder))
                 prepared = generator.prepare(job.settings)
-                claim_output(job.output, overwrite=False)
+                claim_output(job.output, options.overwrite)
                 check_output(job.output, prepared.request.num_frames, prepared.request.size)
                 video = generator.make(prepared)
-                path = video.save(job.output, crf=settings.crf or 18)
+                path = video.save(job.output, overwrite=options.overwrite, crf=settings.crf or 18)
             except UserError as error:
                 console.warn(f"not made: {error}")
                 continue

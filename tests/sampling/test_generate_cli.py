@@ -73,6 +73,8 @@ def test_alpha_base_without_a_base_lora_changes_nothing(lapwan, mixture_file, tm
     ran = generate(lapwan, "--moe", str(mixture_file), "--alpha-base", "0.2", output="b")
     assert ran.err.count("warning: ") == 1
     assert (frames(tmp_path / "a") == frames(tmp_path / "b")).all()
+    several = generate(lapwan, "--moe", str(mixture_file), "--alpha-base", "0.2", "--videos", "3", "--dry-run")
+    assert several.err.count("warning: ") == 1
 
 
 def test_dry_run_loads_nothing_and_prints_the_resolved_settings(lapwan, tmp_path, no_weights) -> None:

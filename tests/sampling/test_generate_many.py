@@ -82,6 +82,7 @@ def test_seeds_count_up_and_names_say_so(lapwan, tmp_path) -> None:
 def test_a_grid_varies_one_thing_at_the_same_noise(lapwan, mixture_file, tmp_path) -> None:
     ran = generate(lapwan, "--moe", str(mixture_file), "--grid", "alpha_expert=0,1", "--sheet", output="g.mp4")
     names = [Path(line).name for line in ran.out.splitlines()]
+    assert "warning" not in ran.err
     assert names == ["g_001_alpha_expert=0.mp4", "g_002_alpha_expert=1.mp4", "g_sheet.png", "g_grid.mp4"], ran.err
     generate(lapwan, output="base.mp4")
     base, off, on = (
@@ -284,6 +285,8 @@ def test_interactive_keeps_the_model_and_survives_a_bad_line(lapwan, tmp_path, m
     assert "not made: output exists: chat/s.mp4" in ran.err
     assert json.loads(read_video_metadata(tmp_path / "chat/s.mp4")["settings"])["seed"] == 5
     refused(generate(lapwan, "--interactive"), "leave --prompt")
+    dry = lapwan("generate", "--model", "tiny", "--interactive", "-o", "dry", "--dry-run")
+    assert dry.code == 0 and "interactive = true" in dry.out and not (tmp_path / "dry").exists()
     refused(lapwan("generate", "--model", "tiny", "--interactive", "-o", "a.mp4"), "give it as --output DIR")
 
 
@@ -302,3 +305,9 @@ def test_merging_and_inspecting_from_python(t2v, tmp_path, capsys) -> None:
     document = lapwan_package.inspect_weights(*files)
     assert set(document["experts"]) == {"high", "low"} and document["experts"]["high"]["modules"] == 3
     assert capsys.readouterr().out == ""
+
+
+def test_the_example_of_a_prompts_file(lapwan) -> None:
+    file = Path(__file__).parents[2] / "examples/prompts.jsonl"
+    ran = lapwan("generate", "--model", "tiny", "--prompts", str(file), "-o", "videos", "--dry-run")
+    assert ran.code == 0 and "4 videos" in ran.err
