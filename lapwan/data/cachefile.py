@@ -117,8 +117,8 @@ def load_index(folder: Path, labels: Path | None = None, empty: bool = False) ->
 
 
 def _parse_index(path: Path) -> CacheIndex:
-    lines = path.read_text(encoding="utf-8").splitlines()
     try:
+        lines = path.read_text(encoding="utf-8").splitlines()
         head = json.loads(lines[0])
         if head.pop("lapwan_index") != INDEX_FORMAT:
             raise UserError(f"{path} has another format than this version of lapwan reads; cache again")

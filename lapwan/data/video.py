@@ -90,7 +90,7 @@ def _probe_video(path: Path, source_fps: float | None) -> VideoFacts:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with _open(path) as container:
             stream = _video_stream(container)
             packets, times, skipped = _packet_times(container, stream)
             said = stream.frames - skipped
@@ -105,6 +105,13 @@ def _probe_video(path: Path, source_fps: float | None) -> VideoFacts:
         raise BadClip(f"cut short: {packets} of its {said} frames are there")
     width, height = (first.height, first.width) if first.rotation % 180 else (first.width, first.height)
     return _timed(width, height, packets, times, rate, source_fps)
+
+
+def _open(path: Path) -> Any:
+    """A container; titles in another encoding than UTF-8 (GBK is common) are no obstacle."""
+    import av
+
+    return av.open(str(path), metadata_errors="replace")
 
 
 def _video_stream(container: Any) -> Any:
@@ -139,7 +146,7 @@ def source_times(path: Path, facts: VideoFacts, fps: float, source_fps: float | 
         import av
 
         try:
-            with av.open(str(path)) as container:
+            with _open(path) as container:
                 packets, times, _ = _packet_times(container, _video_stream(container))
         except (av.FFmpegError, OSError) as error:
             raise BadClip(f"cannot be read as video ({_short(error)})") from None
@@ -208,7 +215,7 @@ def _timed_frames(
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with _open(path) as container:
             stream = _video_stream(container)
             stream.thread_type = "AUTO"
             own_times = source_fps is None

@@ -19,8 +19,8 @@ _GAP = 4  # pixels between frames
 
 
 def write_preview(folder: Path, spec: ModelSpec, count: int, device: str = "auto") -> Path:
-    """Write `lapwan_preview.png`: a row for each of `count` items spread over the cache, up to six frames each; where
-    a clip has a region, what lies outside it is dimmed.
+    """Write `lapwan_preview.png`: a row for each of `count` items spread over the cache, up to six frames each; a
+    clip's region is outlined.
 
     Raises:
         UserError: no cache there, or a damaged file.
@@ -40,7 +40,7 @@ def write_preview(folder: Path, spec: ModelSpec, count: int, device: str = "auto
         frames = np.linspace(0, item.frames - 1, min(_COLUMNS, item.frames)).round().astype(int)
         shown = ((pixels_CTHW[:, frames] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
         if roi is not None:
-            shown = _dimmed(shown, roi.numpy(), frames)
+            shown = _outlined(shown, roi.numpy(), frames)
         rows.append(_strip(shown))
     width = max(row.shape[1] for row in rows)
     padded = [np.pad(row, ((0, _GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
@@ -55,9 +55,16 @@ def _strip(frames_THWC: np.ndarray) -> np.ndarray:
     return np.concatenate(list(gaps), axis=1)
 
 
-def _dimmed(frames_THWC: np.ndarray, roi_THW: np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """Latent frame of pixel frame f: 0 for the first, then (f - 1) // 4 + 1."""
+def _outlined(frames_THWC: np.ndarray, roi_THW: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """Edges of the cells that are at least half inside the region, in yellow.
+
+    Latent frame of pixel frame f: 0 for the first, then (f - 1) // 4 + 1.
+    """
     scale = frames_THWC.shape[1] // roi_THW.shape[1]
-    masks = roi_THW[np.where(frames == 0, 0, (frames - 1) // 4 + 1)]
-    light = 0.4 + 0.6 * masks.repeat(scale, axis=1).repeat(scale, axis=2)[..., None]
-    return (frames_THWC * light).astype(np.uint8)
+    cells = (roi_THW >= 0.5)[np.where(frames == 0, 0, (frames - 1) // 4 + 1)]
+    inside = cells.repeat(scale, axis=1).repeat(scale, axis=2)
+    around = np.pad(inside, ((0, 0), (1, 1), (1, 1)))
+    core = around[:, :-2, 1:-1] & around[:, 2:, 1:-1] & around[:, 1:-1, :-2] & around[:, 1:-1, 2:]
+    outlined = frames_THWC.copy()
+    outlined[inside & ~core] = (255, 220, 0)
+    return outlined

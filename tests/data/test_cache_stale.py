@@ -256,11 +256,17 @@ def test_verify_finds_what_is_wrong(dataset, tmp_path):
 
 
 def test_preview_shows_the_clips(dataset, tmp_path):
+    import numpy as np
     from PIL import Image
 
+    edit(dataset, 0, roi=[{"frame": i, "box": [0, 0, 0.5, 1]} for i in range(12)])
     folder = cache_tiny(dataset, tmp_path / "cache", preview=2)
     with Image.open(folder / "lapwan_preview.png") as image:
-        assert image.size == (6 * (48 + 4), 2 * (32 + 4))
+        pixels = np.asarray(image)
+    assert pixels.shape == (2 * (32 + 4), 6 * (48 + 4), 3)
+    yellow = (pixels == (255, 220, 0)).all(axis=-1)
+    # Of the first frame of the first row, half is inside the box: its outline, and nothing in the second row.
+    assert yellow[:32, :24].sum() == 2 * 24 + 2 * 30 and not yellow[:32, 24:48].any() and not yellow[36:].any()
 
 
 def test_long_names_fit_the_file_system(tmp_path):

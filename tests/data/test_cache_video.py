@@ -9,6 +9,8 @@ import av
 import numpy as np
 import pytest
 from cache_clips import level, make_video
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from lapwan.data.buckets import centre_crop
@@ -237,3 +239,48 @@ def test_frames_that_an_edit_list_hides_are_not_missed(tmp_path):
     facts = probe(tmp_path / "b.mp4", 16)
     assert facts.frames == 23
     assert shown(tmp_path / "b.mp4", range(21)) == list(range(5, 26))
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("originals")
+    return [make_video(folder / "a.mp4", frames=16), make_video(folder / "b.mkv", frames=16),
+            make_video(folder / "c.avi", frames=16, codec="mpeg4")]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_flipped_bytes_give_frames_or_a_reason(originals, tmp_path, data):
+    """Whatever is damaged, nothing but BadClip comes out, and frames come whole or not at all."""
+    source = data.draw(st.sampled_from(originals))
+    raw = bytearray(source.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    raw = raw[: data.draw(st.integers(1, len(raw)))] if data.draw(st.booleans()) else raw
+    path = tmp_path / f"x{source.suffix}"
+    path.write_bytes(bytes(raw))
+    try:
+        facts = probe(path, 16)
+        if facts.width * facts.height > 4_000_000:
+            return
+        frames = read_frames(path, range(min(9, facts.count_at(16))), centre_crop(facts.width, facts.height, (48, 32)),
+                             16, facts)
+    except BadClip as error:
+        assert str(error)
+    else:
+        assert frames.shape[1:] == (32, 48, 3)
+
+
+def test_a_title_in_another_encoding_is_no_obstacle(tmp_path):
+    video = tmp_path / "a.mp4"
+    with av.open(str(make_video(tmp_path / "plain.mp4", frames=9))) as source, av.open(str(video), "w") as out:
+        out.metadata["title"] = "TITLE123"
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                out.mux(packet)
+    data = video.read_bytes()
+    assert data.count(b"TITLE123") == 1
+    video.write_bytes(data.replace(b"TITLE123", "剪刀电凝".encode("gbk")))
+    assert shown(video, range(9)) == list(range(9))
