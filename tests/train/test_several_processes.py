@@ -1,0 +1,115 @@
+"""Two processes (gloo, CPU) take the steps that one would: gradients, weights, metrics, what is refused."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_cases import randomise
+
+from lapwan.commands import train_lora, train_moe
+from lapwan.commands.base import resolve_base
+from lapwan.data.taxonomy import load_taxonomy
+from lapwan.errors import UserError
+from lapwan.names import NoiseExpert
+from lapwan.settings.train_lora import TrainLoraSettings
+from lapwan.settings.train_moe import TrainMoeSettings
+from lapwan.train import build
+from lapwan.train.ranks import Ranks, join_ranks
+
+SETTINGS = {"targets": {"last_blocks": 1, "ffn_last_blocks": 1}, "steps": 2, "turn": 1, "model": "tiny",
+            "accumulate": 2, "optimiser": {"lr": 1e-2}, "caption_dropout": 0.3, "roi_weight": 1.0, "ema_decay": 0.9,
+            "dropout": {"rank": 0.2}, "max_norm": 0.5}
+
+
+def trainer_of(kind: str, cache: Path, run: Path, ranks: Ranks):
+    """In fp64 as far as diffusers computes in it: its norms and time embedding take fp32 on the way."""
+    model = TrainLoraSettings if kind == "lora" else TrainMoeSettings
+    settings = model.model_validate({**SETTINGS, "output": run, "data": {"cache": cache}})
+    base = resolve_base("tiny")
+    data = build.read_data(settings, base)
+    cpu = torch.device("cpu")
+    if kind == "lora":
+        trainer = train_lora.prepare(settings, base, data, cpu, ranks)
+    else:
+        trainer = train_moe.prepare(settings, base, data, load_taxonomy("surgical4"), cpu, ranks)
+    randomise(trainer)
+    for adapter in trainer.objective.adapters.values():
+        adapter.transformer.double()
+    if trainer.ema is not None:
+        trainer.ema.means = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    return trainer
+
+
+def work(rank: int, port: int, cache: Path, folder: Path) -> None:
+    """One of two processes: both kinds of run, then the gradients of one more step."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks, _ = join_ranks("cpu")
+    for kind in ("lora", "moe"):
+        trainer = trainer_of(kind, cache, folder / kind, ranks)
+        if ranks.first:
+            trainer.plan.run.mkdir(parents=True)
+        ranks.any(False)  # the folder is there before anybody looks into it
+        trainer.fit()
+        trainer._optimiser_step(NoiseExpert.LOW)
+        grads = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
+        torch.save(grads, folder / f"{kind}_{rank}.pt")
+    ranks.close()
+
+
+def test_two_processes_take_the_steps_of_one(t2v_cache, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, port, t2v_cache, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    alone = {kind: trainer_of(kind, t2v_cache, tmp_path / f"{kind}_alone", Ranks()) for kind in ("lora", "moe")}
+    for kind, trainer in alone.items():
+        trainer.plan.run.mkdir()
+        trainer.fit()
+        trainer._optimiser_step(NoiseExpert.LOW)
+    for process in processes:
+        process.join(150)
+        assert process.exitcode == 0
+    for kind, trainer in alone.items():
+        grads = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
+        for rank in range(2):
+            theirs = torch.load(tmp_path / f"{kind}_{rank}.pt")
+            assert grads.keys() == theirs.keys() and len(grads) > 4
+            for name, gradient in grads.items():
+                torch.testing.assert_close(theirs[name], gradient, rtol=0, atol=1e-10, msg=name)
+        ours, two = (load_file(tmp_path / run / "step_000004" / "state" / "trained.safetensors")
+                     for run in (f"{kind}_alone", kind))
+        for name in ours:
+            torch.testing.assert_close(two[name], ours[name], rtol=0, atol=1e-10, msg=name)
+        lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+                 for run in (f"{kind}_alone", kind)]
+        assert [row["noise_expert"] for row in lines[0]] == [row["noise_expert"] for row in lines[1]]
+        for one, other in zip(*lines, strict=True):  # the log is of the whole step, not of one process's part
+            for key in ("loss", "loss/diffusion", "grad_norm", "own_step"):
+                assert other[key] == pytest.approx(one[key], abs=1e-6), key
+
+
+def test_batches_that_cannot_be_dealt_out_are_refused(t2v_cache, tmp_path):
+    settings = TrainLoraSettings.model_validate(
+        {**SETTINGS, "accumulate": 3, "output": tmp_path / "run", "data": {"cache": t2v_cache}})
+    base = resolve_base("tiny")
+    with pytest.raises(UserError, match="accumulate = 3 batches a step cannot be dealt out evenly to 2 processes"):
+        train_lora.prepare(settings, base, build.read_data(settings, base), torch.device("cpu"), Ranks(0, 2))
+
+
+def test_an_incomplete_launchers_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE = 2, but RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        join_ranks("cpu")
