@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -30,12 +31,18 @@ for _ in range(3):  # the shortest of three: other work on the machine only ever
         (lora,) = open_lora(Path(path)).values()
         assert summarise(measure(lora.modules)).modules == 400
     wall, cpu = min(wall, time.monotonic() - start), min(cpu, time.process_time() - spent)
-print("wall", wall, "cpu", cpu, "mebibytes", (peak() - before) / 1024)
+mebibytes = (peak() - before) / 1024
+start = time.process_time()
+for module in list(lora.modules.values())[:10]:  # one block by forming the products
+    delta = module.entry().delta()
+    torch.linalg.vector_norm(delta, dtype=torch.float64)
+print("wall", wall, "cpu", cpu, "mebibytes", mebibytes, "products", (time.process_time() - start) * 80)
 """
 
 
 @pytest.mark.slow
 def test_a_pair_takes_a_second_and_little_memory(tmp_path, record_property):
+    busy = os.getloadavg()[0]
     generator = torch.Generator().manual_seed(0)
     paths: list[Path] = []
     for label in ("high", "low"):
@@ -53,6 +60,8 @@ def test_a_pair_takes_a_second_and_little_memory(tmp_path, record_property):
     for name, value in found.items():
         record_property(name, value)
     assert found["mebibytes"] <= 200, child.stdout
-    # One second on two free cores (measured: 0.71, 1.3 of processor time); on a machine whose cores and caches are
-    # shared with other work the processor's time is what can be held against it.
-    assert found["wall"] <= 1.0 or found["cpu"] <= 3.0, child.stdout
+    # Measured on two free cores: 0.71 s, 1.3 s of processor time. Where other work shares the cores a second means
+    # nothing, so there it is held against forming the products, measured in the same process.
+    assert found["cpu"] * 8 < found["products"], child.stdout
+    if busy < 0.5:
+        assert found["wall"] <= 1.0, child.stdout
