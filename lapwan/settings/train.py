@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from lapwan.errors import nearest
 from lapwan.names import NoiseExpert
+from lapwan.settings.alpha import AlphaScheduleSettings
 from lapwan.settings.base import Flag, Settings, submodel, union_members
 from lapwan.settings.optimisers import AdamWSettings, OptimiserSettings, ScheduleSettings, take_flat_keys
 from lapwan.settings.sigma import SigmaSettings, WeightingSettings, refuse_ddpm_weighting
@@ -69,6 +70,21 @@ class ExpertSettings(Settings):
     weighting: WeightingSettings
     dropout: DropoutSettings
     max_norm: float | None = Field(gt=0)
+    alpha_schedule: AlphaScheduleSettings
+
+    @model_validator(mode="after")
+    def _one_alpha(self) -> ExpertSettings:
+        if self.alpha_schedule.phases and self.alpha is not None:
+            raise ValueError(f"alpha = {self.alpha:g} and alpha_schedule both say alpha; leave alpha out")
+        if self.alpha_schedule.phases and self.optimiser.type not in ("adamw", "automagic"):
+            raise ValueError(f"alpha_schedule rescales the optimiser's state at a transition, which it cannot for "
+                             f"optimiser.type = '{self.optimiser.type}'; use adamw or automagic")
+        return self
+
+    @property
+    def first_alpha(self) -> float | None:
+        """Alpha at the start of the run; None: each module's rank."""
+        return self.alpha_schedule.phases[0].alpha if self.alpha_schedule.phases else self.alpha
 
 
 _SHARED = tuple(ExpertSettings.model_fields)
@@ -110,6 +126,7 @@ class TrainSettings(Settings):
     weighting: WeightingSettings = WeightingSettings()
     dropout: DropoutSettings = DropoutSettings()
     max_norm: float | None = Field(None, gt=0, description="Largest norm of a module's update; absent: any.")
+    alpha_schedule: AlphaScheduleSettings = AlphaScheduleSettings()
     high: dict[str, Any] = Field({}, description="What differs for the high-noise expert.")
     low: dict[str, Any] = Field({}, description="What differs for the low-noise expert.")
     roi_weight: float = Field(0.0, ge=0, description="Weight of the loss over the clips' regions; 0: off.")

@@ -21,4 +21,7 @@ class TrainLoraSettings(TrainSettings):
         for expert in self.init_lora:
             if expert not in self.experts:
                 raise ValueError(f"init_lora.{expert.value} is given, but experts does not hold '{expert.value}'")
+            if self.of(expert, 1).alpha_schedule.phases:
+                raise ValueError(f"init_lora.{expert.value} brings its own alpha, alpha_schedule says another; leave "
+                                 "one of them out")
         return self

@@ -25,6 +25,7 @@ from lapwan.losses.weighting import Weighting
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.targets import TargetSettings
 from lapwan.settings.train import ExpertSettings, TrainSettings, split_evenly
+from lapwan.train.alpha import AlphaSchedule
 from lapwan.train.data import ClipStore, check_cache, training_items
 from lapwan.train.normlimit import NormLimit
 from lapwan.train.objective import Objective, SigmaRule
@@ -144,7 +145,7 @@ def sigma_rule(own: ExpertSettings, band: Band) -> SigmaRule:
 def fresh_lora(transformer: Any, own: ExpertSettings, seed: int, *key: str) -> LoraState:
     """A new LoRA on a noise expert's targets."""
     ranks = targets_of(own.targets, len(transformer.blocks))
-    return initial_state(transformer, ranks, own.alpha, seed, *key)
+    return initial_state(transformer, ranks, own.first_alpha, seed, *key)
 
 
 def dropout_of(data: RunData) -> dict[NoiseExpert, DropoutRates]:
@@ -204,6 +205,13 @@ def make_trainer(
     limits = {e: own.max_norm for e, own in data.experts.items() if own.max_norm is not None}
     if limits:
         trainer.rules["max_norm"] = NormLimit(objective.adapters, limits)
+    for expert, own in data.experts.items():
+        if own.alpha_schedule.phases:
+            mine = {n: p for n, p in trainer.parameters.items() if n.startswith(f"{expert.value}.")}
+            ups = {n: p for n, p in mine.items() if n.endswith(".up")}
+            trainer.rules[f"alpha.{expert.value}"] = AlphaSchedule(
+                expert, own.alpha_schedule, objective.adapters[expert], base.bands[expert], ups,
+                optimisers[expert.value], trainer.ema)
     return trainer
 
 

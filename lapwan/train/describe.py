@@ -40,6 +40,8 @@ def describe(
                   describe_optimiser(own.optimiser, own.schedule)]
         if file is not None:
             extras.append(f"going on from {file.path}")
+        if own.alpha_schedule.phases:
+            extras.append("alpha " + ", ".join(f"{p.alpha:g} ({p.name})" for p in own.alpha_schedule.phases))
         if settings.ema_decay is not None:
             extras.append(f"running mean {settings.ema_decay:g}")
         lines.append(f"{expert.value} noise: " + "; ".join(extras))

@@ -73,7 +73,7 @@ def test_two_processes_take_the_steps_of_one(t2v_cache, tmp_path):
     for process in processes:
         process.start()
     alone = {kind: trainer_of(kind, t2v_cache, tmp_path / f"{kind}_alone", Ranks()) for kind in ("lora", "moe")}
-    for kind, trainer in alone.items():
+    for trainer in alone.values():
         trainer.plan.run.mkdir()
         trainer.fit()
         trainer._optimiser_step(NoiseExpert.LOW)
