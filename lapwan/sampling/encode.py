@@ -243,8 +243,8 @@ def _latents_of(vae: Any, clips: list[np.ndarray], condition: bool) -> tuple[Ten
 
 def _write(plan: Plan, wanted: Wanted, latents: Tensor, condition: Tensor | None, outcome: Outcome) -> None:
     started = time.perf_counter()
-    if not bool(torch.isfinite(latents).all()):
-        _fail(outcome, wanted, "its latents are not finite; the VAE overflows on it")
+    if not all(bool(torch.isfinite(part).all()) for part in (latents, condition) if part is not None):
+        _fail(outcome, wanted, "its latents are not finite: the VAE overflows on it; use --vae-dtype float32")
         return
     dtype = getattr(torch, plan.encoders.latents_dtype)
     write_latents(
@@ -273,6 +273,9 @@ def _encode_texts(plan: Plan, spec: ModelSpec, how: How, outcome: Outcome) -> No
             batch = captions[first : first + _TEXT_BATCH]
             for caption, features in zip(batch, encode_text(encoder, batch, encoders.text_length), strict=True):
                 stored = features.to(dtype).cpu()
+                if not bool(torch.isfinite(stored).all()):
+                    _fail(outcome, files[caption][0][1], "its text features are not finite; use --dtype float32")
+                    continue
                 for name, wanted in files[caption]:
                     write_text_features(plan.folder / name, stored, caption, wanted.text_recipe)
                     outcome.written[name] = wanted.text_recipe
