@@ -212,3 +212,25 @@ def test_processes_of_a_launcher_share_the_work(dataset, reference, tmp_path):
     index = load_index(folder)
     assert len(index.items) == CLIPS and index.prompts
     assert [item.id for item in index.items] == [item.id for item in load_index(reference).items]
+
+
+def test_an_overflowing_vae_is_reported_and_nothing_of_it_written(dataset, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from lapwan.tiny.model import tiny_folder
+
+    model = tmp_path / "model"
+    model.mkdir()
+    for entry in tiny_folder("t2v").iterdir():
+        if entry.name != "vae":
+            (model / entry.name).symlink_to(entry)
+    shutil.copytree(tiny_folder("t2v") / "vae", model / "vae")
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = {key: value.clone() for key, value in load_file(weights).items()}
+    tensors["quant_conv.bias"][3] = torch.inf
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match=f"{CLIPS} of the clips could not be cached"):
+        cache_tiny(dataset, tmp_path / "cache", model=str(model))
+    assert not list((tmp_path / "cache").glob("*[0-9]_wan.safetensors"))
+    with pytest.raises(UserError, match="no cached items"):
+        load_index(tmp_path / "cache")
