@@ -36,8 +36,8 @@ from lapwan.settings.generate import ModelSettings, VideoSettings
 from lapwan.settings.load import load
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.settings.run import RunOptions
-from lapwan.train.device import pick_device, pick_dtype
 from lapwan.wan.base import Base
+from lapwan.wan.device import pick_device, pick_dtype
 from lapwan.wan.folder import ModelSpec, Task
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.train import build
 from lapwan.train.data import ClipStore
 from lapwan.train.describe import describe
-from lapwan.train.device import pick_device, pick_dtype
 from lapwan.train.lora_objective import LORA_GROUP, LoraObjective
 from lapwan.train.ranks import Ranks
 from lapwan.train.runfolder import claim_run, start_folder
 from lapwan.train.trainer import Trainer
 from lapwan.wan.base import Base
+from lapwan.wan.device import pick_device, pick_dtype
 
 
 def run(settings: TrainLoraSettings, options: RunOptions) -> None:

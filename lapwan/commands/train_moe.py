@@ -21,12 +21,12 @@ from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train import build
 from lapwan.train.data import ClipStore
 from lapwan.train.describe import describe
-from lapwan.train.device import pick_device, pick_dtype
 from lapwan.train.mixture_objective import MixtureObjective, MixtureWeights
 from lapwan.train.ranks import Ranks
 from lapwan.train.runfolder import claim_run, start_folder
 from lapwan.train.trainer import Trainer
 from lapwan.wan.base import Base
+from lapwan.wan.device import pick_device, pick_dtype
 
 
 def run(settings: TrainMoeSettings, options: RunOptions) -> None:

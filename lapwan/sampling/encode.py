@@ -25,6 +25,7 @@ from lapwan.data.sources import Drop
 from lapwan.data.video import BadClip
 from lapwan.errors import UserError
 from lapwan.wan.condition import encode_condition, with_mask
+from lapwan.wan.device import pick_device
 from lapwan.wan.folder import ModelSpec
 from lapwan.wan.text import encode_text, load_text_encoder
 from lapwan.wan.vae import channels_last, encode, load_vae
@@ -73,23 +74,6 @@ class How:
     vae_dtype: torch.dtype = torch.float32
 
 
-def device_of(device: str, local_rank: int = 0) -> torch.device:
-    """`auto` is a GPU if there is one; `local_rank` says which.
-
-    Raises:
-        UserError: no such device.
-    """
-    if device == "auto":
-        device = f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device '{device}' is unknown; use auto, cpu, cuda or cuda:N") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device '{device}' is not there ({torch.cuda.device_count()} GPUs found); use --device cpu")
-    return chosen
-
-
 def how_to(
     device: str, workers: int | None, batch: int | None, vae_dtype: str, plan: Plan, local_rank: int = 0
 ) -> How:
@@ -98,7 +82,7 @@ def how_to(
     Raises:
         UserError: no such device.
     """
-    chosen = device_of(device, local_rank)
+    chosen = pick_device(device, local_rank)
     if workers is None:
         pixels = sum(len(w.indices) * w.facts.width * w.facts.height for w, _ in plan.latents_todo.values())
         workers = min(8, os.cpu_count() or 1) if pixels > _WORTH_WORKERS else 0

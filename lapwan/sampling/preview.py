@@ -9,7 +9,7 @@ import torch
 
 from lapwan.data.cachefile import load_index, read_item
 from lapwan.files import atomic_file
-from lapwan.sampling.encode import device_of
+from lapwan.wan.device import pick_device
 from lapwan.wan.folder import ModelSpec
 from lapwan.wan.vae import decode, load_vae
 
@@ -28,7 +28,7 @@ def write_preview(folder: Path, spec: ModelSpec, count: int, device: str = "auto
     from PIL import Image
 
     index = load_index(folder)
-    vae = load_vae(spec, device=device_of(device))
+    vae = load_vae(spec, device=pick_device(device))
     step = max(1, len(index.items) // count)
     rows: list[np.ndarray] = []
     for item in index.items[::step][:count]:

@@ -28,10 +28,10 @@ from cache_clips import write_jsonl
 from lapwan.commands.cache import encoders_of, extraction_of
 from lapwan.data.sources import read_dataset
 from lapwan.sampling.caching import Choices, cache_set
-from lapwan.sampling.encode import device_of
 from lapwan.sampling.shards import Shard
 from lapwan.settings.cache import CacheSettings
 from lapwan.tiny.model import tiny_folder
+from lapwan.wan.device import pick_device
 from lapwan.wan.folder import read_spec
 from lapwan.wan.vae import load_vae, normalise
 
@@ -144,7 +144,7 @@ def main() -> None:
         spec = read_spec(full_size(root / "model") if options.full else tiny_folder("i2v"))
         size, frames, source = ((480, 832), 81, (1280, 720)) if options.full else ((64, 64), 17, (320, 240))
         dataset = make_clips(root / "clips", options.clips, source, frames / 16 + 0.2)
-        device = device_of(options.device)
+        device = pick_device(options.device)
         print(f"{options.clips} clips of {source[0]}x{source[1]} to {frames} frames of {size[0]}x{size[1]} on {device}")
         for dtype in options.dtypes.split(","):
             for condition in (False, True):

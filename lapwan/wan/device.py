@@ -1,4 +1,4 @@
-"""Where a run computes and in which precision."""
+"""Where a model computes and in which precision."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import torch
 from lapwan.errors import UserError
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` (a GPU if there is one; of several, the one of this process's `local_rank`), `cpu`, `cuda` or `cuda:N`.
 
     Raises:
         UserError: not a device, or a GPU that is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = f"cuda:{local_rank % torch.cuda.device_count()}" if local_rank else "cuda"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -28,6 +30,6 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 on a GPU, fp32 on a CPU."""
-    by_default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(name, by_default)
+    """`auto`: bf16 on a GPU, fp32 on a CPU; or `fp32`, `bf16`, `fp16`."""
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return named.get(name, torch.bfloat16 if device.type == "cuda" else torch.float32)
