@@ -27,11 +27,17 @@ TRANSFORMER = {
     "freq_dim": 64, "ffn_dim": 768, "num_layers": 8, "rope_max_seq_len": 256, "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads", "eps": 1e-6,
 }
-VAE = {"base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+VAE = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 8, 8], "num_res_blocks": 2}
 TEXT = {
     "d_model": 96, "d_kv": 24, "d_ff": 192, "num_layers": 3, "num_heads": 4, "is_encoder_decoder": False,
     "use_cache": False,
 }
+VAE_FILE, TEXT_FILE, LATENTS_FILE = "vae.safetensors", "text_encoder.safetensors", "latents.json"
+
+
+def expert_file(expert: NoiseExpert) -> str:
+    """File of a noise expert's weights."""
+    return f"{expert.component}.safetensors"
 
 
 def cache_root() -> Path:

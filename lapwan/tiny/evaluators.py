@@ -1,0 +1,109 @@
+"""Instruments to judge videos of the embedded model by: which instrument is seen, and where its tip is.
+
+One small network looks at single frames: its deep features name the instrument, its finer ones place the tip. It was
+trained on rendered surgical scenes only, any instrument with any motion and any target, so neither motion nor target
+gives the instrument away; `weights/README.md` says how well it does on fresh scenes and on the VAE's reconstructions,
+which is the best that a generated video can reach.
+Shapes: T frames, H, W pixels.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lapwan.tiny.instruments import INSTRUMENTS
+
+INPUT = 96  # pixels; other sizes are scaled
+GRID = 24  # cells of the map of where the tip is
+EVALUATOR_FILE = "evaluator.safetensors"
+
+
+def _layer(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.SiLU())
+
+
+class InstrumentNet(nn.Module):
+    """Frames [B, 3, 96, 96] in [-1, 1] -> logits of the instruments [B, 4] and of the tip's cell [B, 24·24]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Sequential(_layer(3, 24, 2), _layer(24, 48, 2), _layer(48, 48))
+        self.middle = nn.Sequential(_layer(48, 80, 2), _layer(80, 80))
+        self.deep = nn.Sequential(_layer(80, 96, 2), _layer(96, 96), _layer(96, 96))
+        self.name = nn.Linear(192, len(INSTRUMENTS))
+        self.back = nn.Sequential(_layer(96 + 80, 64), _layer(64, 64))
+        self.place = nn.Sequential(_layer(64 + 48, 48), nn.Conv2d(48, 1, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        fine = self.fine(x)
+        middle = self.middle(fine)
+        deep = self.deep(middle)
+        names = self.name(torch.cat([deep.mean(dim=(2, 3)), deep.amax(dim=(2, 3))], dim=1))
+        back = self.back(torch.cat([F.interpolate(deep, scale_factor=2.0), middle], dim=1))
+        place = self.place(torch.cat([F.interpolate(back, scale_factor=2.0), fine], dim=1))
+        return names, place.flatten(1)
+
+
+def place_of(logits_BN: Tensor) -> Tensor:
+    """The tip [B, 2] x, y in 0..1: the mean of the map within two cells around its peak."""
+    batch = len(logits_BN)
+    share = logits_BN.softmax(dim=1).view(batch, GRID, GRID)
+    peak = share.flatten(1).argmax(dim=1)
+    cells = torch.arange(GRID, device=logits_BN.device)
+    near_y = ((cells - (peak // GRID)[:, None]).abs() <= 2).float()
+    near_x = ((cells - (peak % GRID)[:, None]).abs() <= 2).float()
+    share = share * near_y[:, :, None] * near_x[:, None, :]
+    share = share / share.sum(dim=(1, 2), keepdim=True)
+    middle = (cells + 0.5) / GRID
+    return torch.stack([(share.sum(dim=1) * middle).sum(dim=1), (share.sum(dim=2) * middle).sum(dim=1)], dim=1)
+
+
+def network_input(frames_THWC: np.ndarray) -> Tensor:
+    """uint8 frames -> [T, 3, 96, 96] in [-1, 1]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frames_THWC)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if pixels.shape[-2:] == (INPUT, INPUT):
+        return pixels
+    return F.interpolate(pixels, (INPUT, INPUT), mode="bilinear", align_corners=False, antialias=True)
+
+
+@cache
+def load_evaluator() -> InstrumentNet:
+    """The shipped network, in eval mode on the CPU."""
+    net = InstrumentNet()
+    path = files("lapwan.tiny") / "weights" / EVALUATOR_FILE
+    net.load_state_dict({name: value.float() for name, value in load_file(str(path)).items()})
+    return net.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def evaluate_identity(frames_THWC: np.ndarray, net: InstrumentNet | None = None) -> np.ndarray:
+    """Probability of each of INSTRUMENTS [4], from the mean over frames of the log probabilities."""
+    names, _ = (net or load_evaluator())(network_input(frames_THWC))
+    shares: np.ndarray = names.log_softmax(dim=1).mean(dim=0).softmax(dim=0).numpy()
+    return shares
+
+
+@torch.no_grad()
+def locate_tip(frames_THWC: np.ndarray, net: InstrumentNet | None = None) -> np.ndarray:
+    """Where the tip is in every frame: [T, 2] x, y in 0..1."""
+    _, place = (net or load_evaluator())(network_input(frames_THWC))
+    found: np.ndarray = place_of(place).numpy()
+    return found
+
+
+def tip_hits(found_T2: np.ndarray, truth_T2: np.ndarray, size: tuple[int, int], within: float = 0.05) -> np.ndarray:
+    """[T] bool: the tip lies within `within` of the picture's diagonal from the truth; frames with the true tip out of
+    view are left out."""
+    height, width = size
+    scale = np.array([width, height])
+    seen = ((truth_T2 >= 0) & (truth_T2 <= 1)).all(axis=1)
+    distance = np.hypot(*((found_T2 - truth_T2) * scale).T)
+    hits: np.ndarray = (distance <= within * np.hypot(height, width))[seen]
+    return hits

@@ -1,0 +1,210 @@
+"""Train both noise experts on their own bands together with the text encoder, on latents that arrive while it runs.
+
+x_σ = σ·ε + (1 − σ)·x0, target v = ε − x0, L = Σ w·(v̂ − v)² / Σ w per clip, w = 1 + head_weight around the head.
+Half of the samples of each noise expert have mask and image channels exactly zero: those are text-to-video, and its
+patch embedding is the first 16 input channels of this one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lapwan import console
+from lapwan.losses.flow import noised, velocity_target
+from lapwan.losses.sigmas import Shifted, Uniform, draw_in_band
+from lapwan.names import NoiseExpert
+from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT
+from lapwan.tiny.model import TEXT, TRANSFORMER
+from lapwan.tiny.pretrain.corpus import CAPTIONS, FRAMES, SIZE, Clips, sample
+from lapwan.tiny.pretrain.settings import SEED, DiffusionSettings
+from lapwan.tiny.pretrain.training import Average, box_mask, cosine, set_lr
+from lapwan.tiny.pretrain.transformer_forward import block_forward, predict, rope_tables, text_and_bias
+from lapwan.tiny.pretrain.vae import to_pixels
+from lapwan.tiny.pretrain.vae_forward import moments
+from lapwan.wan.condition import condition_video, with_mask
+from lapwan.wan.text import clean_prompt
+from lapwan.wan.vae import normalise
+
+TOKENS = 144  # the official negative prompt, the longest, has 139
+LATENT = (16, 1 + (FRAMES - 1) // 4, SIZE // 8, SIZE // 8)
+_EXTEND_EVERY, _LOG_EVERY = 50, 250
+
+
+class TokenTable:
+    """Captions as ids and mask [n, TOKENS]."""
+
+    def __init__(self) -> None:
+        from lapwan.tiny.tokenizer import make_tokenizer
+
+        self._tokenizer = make_tokenizer()
+        self.size = len(self._tokenizer)
+
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        found = self._tokenizer([clean_prompt(text) for text in captions], padding="max_length", max_length=TOKENS,
+                                truncation=True, return_tensors="pt")
+        return found.input_ids, found.attention_mask
+
+
+class Latents:
+    """Encoded clips on the device, filled up in order as they are rendered."""
+
+    def __init__(self, clips: Clips, vae: Any, tokens: TokenTable, device: torch.device) -> None:
+        self._clips, self._vae, self._tokens, self._device = clips, vae, tokens, device
+        shape = (clips.count, *LATENT)
+        self.x0 = torch.empty(shape, dtype=torch.float16, device=device)
+        self.image = torch.empty(shape, dtype=torch.float16, device=device)
+        self.head = torch.empty((clips.count, *LATENT[1:]), dtype=torch.uint8, device=device)
+        self.ids = torch.empty((clips.count, CAPTIONS, TOKENS), dtype=torch.int32, device=device)
+        self.mask = torch.empty((clips.count, CAPTIONS, TOKENS), dtype=torch.uint8, device=device)
+        self.known = 0
+
+    @torch.no_grad()
+    def extend(self, count: int) -> None:
+        """Encode up to `count` clips in all, waiting for them where they are not rendered yet."""
+        count = min(count, self._clips.count)
+        self._clips.wait(count)
+        for start in range(self.known, count, 64):
+            stop = min(start + 64, count)
+            pixels = to_pixels(torch.from_numpy(np.asarray(self._clips.frames[start:stop])).to(self._device))
+            self.x0[start:stop] = normalise(self._vae, moments(self._vae, pixels)[0]).half()
+            alone = condition_video(pixels[:, :, 0], FRAMES)
+            self.image[start:stop] = normalise(self._vae, moments(self._vae, alone)[0]).half()
+            boxes = torch.from_numpy(np.asarray(self._clips.boxes[start:stop])).to(self._device)
+            mask = box_mask(boxes, LATENT[2], LATENT[3], 0.04)
+            # A latent frame stands for the first pixel frame, then for four at a time.
+            later = torch.unflatten(mask[:, 1:], 1, (-1, 4)).amax(dim=2)
+            self.head[start:stop] = torch.cat([mask[:, :1], later], dim=1).to(torch.uint8)
+            texts = [text for i in range(start, stop) for text in sample(i).captions]
+            ids, masks = self._tokens(texts)
+            self.ids[start:stop] = ids.view(stop - start, CAPTIONS, TOKENS).to(self.ids)
+            self.mask[start:stop] = masks.view(stop - start, CAPTIONS, TOKENS).to(self.mask)
+        self.known = max(self.known, count)
+
+
+@dataclass
+class Models:
+    """What is trained here."""
+
+    experts: dict[NoiseExpert, Any]
+    text: Any
+
+    def modules(self) -> nn.ModuleList:
+        return nn.ModuleList([*self.experts.values(), self.text])
+
+
+def new_models(vocabulary: int, device: torch.device) -> Models:
+    """Untrained, on `device`; the output starts at zero."""
+    from diffusers import WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(SEED + 1)
+    experts = {expert: WanTransformer3DModel(in_channels=36, **TRANSFORMER) for expert in NoiseExpert}
+    for model in experts.values():
+        nn.init.zeros_(model.proj_out.weight)
+        nn.init.zeros_(model.proj_out.bias)
+    text = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, dropout_rate=0.0, **TEXT))
+    nn.init.normal_(text.shared.weight, std=0.5)
+    models = Models({e: m.to(device) for e, m in experts.items()}, text.to(device))
+    models.modules().requires_grad_(True).train()
+    return models
+
+
+class _Draws:
+    """Everything random of a step, on the device."""
+
+    def __init__(self, latents: Latents, tokens: TokenTable, settings: DiffusionSettings, device: torch.device) -> None:
+        self._latents, self._settings, self._device = latents, settings, device
+        self._generator = torch.Generator(device).manual_seed(SEED)
+        ids, mask = tokens(["", OFFICIAL_NEGATIVE_PROMPT])
+        self._plain = ids.to(device), mask.to(device)
+
+    def uniform(self) -> Tensor:
+        return torch.rand(self._settings.batch, device=self._device, generator=self._generator)
+
+    def noise(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, device=self._device, generator=self._generator)
+
+    def integers(self, below: int) -> Tensor:
+        return (self.uniform().double() * below).long().clamp_max(below - 1)
+
+    def captions(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, TOKENS] of one of each clip's captions, some dropped."""
+        which = self.integers(CAPTIONS)
+        ids, mask = self._latents.ids[chosen, which].long(), self._latents.mask[chosen, which].long()
+        u, drop = self.uniform(), self._settings.caption_dropout
+        for row, (low, high) in enumerate(((0.0, drop / 2), (drop / 2, drop))):
+            here = ((u >= low) & (u < high))[:, None]
+            ids = torch.where(here, self._plain[0][row], ids)
+            mask = torch.where(here, self._plain[1][row], mask)
+        return ids, mask
+
+    def sigma(self, expert: NoiseExpert) -> Tensor:
+        low, high = self._settings.bands[expert.value]
+        sampler = Uniform() if expert is NoiseExpert.HIGH else Shifted(Uniform(), self._settings.low_shift)
+        return draw_in_band(sampler, self.uniform(), low, high).float()
+
+
+def _optimiser(models: Models, settings: DiffusionSettings, fused: bool) -> torch.optim.Optimizer:
+    experts = [p for m in models.experts.values() for p in m.parameters()]
+    groups = [
+        {"params": [p for p in experts if p.dim() > 1], "base_lr": settings.lr, "weight_decay": settings.weight_decay},
+        {"params": [p for p in experts if p.dim() <= 1], "base_lr": settings.lr, "weight_decay": 0.0},
+        {"params": list(models.text.parameters()), "base_lr": settings.text_lr, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), fused=fused)
+
+
+def train_diffusion(
+    clips: Clips, vae: Any, settings: DiffusionSettings, device: torch.device, compiled: bool
+) -> Models:
+    """Both noise experts and the text encoder with averaged weights, in eval mode, on `device`."""
+    tokens = TokenTable()
+    models = new_models(tokens.size, device)
+    latents = Latents(clips, vae, tokens, device)
+    draws = _Draws(latents, tokens, settings, device)
+    optimiser = _optimiser(models, settings, device.type == "cuda")
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    average = Average(models.modules(), settings.ema)
+    block = torch.compile(block_forward, dynamic=False) if compiled else block_forward
+    ropes = {e: rope_tables(m, torch.empty((1, 36, *LATENT[1:]), device=device)) for e, m in models.experts.items()}
+    started, sums, count = time.monotonic(), torch.zeros(3, device=device), 0
+    for step in range(settings.steps):
+        if step % _EXTEND_EVERY == 0:
+            latents.extend(settings.first_clips + int(step * settings.clips_per_step))
+        set_lr(optimiser, cosine(step, settings.steps, settings.warmup))
+        chosen = draws.integers(latents.known)
+        ids, mask = draws.captions(chosen)
+        x0, image = latents.x0[chosen].float(), latents.image[chosen].float()
+        weight = 1 + settings.head_weight * latents.head[chosen].float()
+        losses = []
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            hidden = models.text(ids, mask).last_hidden_state.float()
+            text, bias = text_and_bias(hidden, mask)
+            for expert, model in models.experts.items():
+                sigma, noise = draws.sigma(expert), draws.noise(x0)
+                keep = (draws.uniform() >= settings.condition_dropout).float().view(-1, 1, 1, 1, 1)
+                x = torch.cat([noised(x0, noise, sigma), keep * with_mask(image)], dim=1)
+                v = predict(model, x, 1000 * sigma, text, bias, ropes[expert], block)
+                error = (v - velocity_target(x0, noise)).square().mean(dim=1)
+                losses.append((weight * error).sum() / weight.sum())
+        loss = losses[0] + losses[1]
+        optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        average.update()
+        sums, count = sums + torch.stack([*(x.detach() for x in losses), norm.detach()]), count + 1
+        if (step + 1) % min(_LOG_EVERY, max(settings.steps // 4, 1)) == 0 or step + 1 == settings.steps:
+            high, low, gradient = (sums / count).tolist()
+            console.log(f"diffusion step {step + 1} loss high {high:.4f} low {low:.4f} gradient {gradient:.3f}, clips "
+                        f"{latents.known} of {clips.ready()}, {time.monotonic() - started:.0f} s")
+            sums, count = torch.zeros(3, device=device), 0
+    average.copy_to_parameters()
+    models.modules().requires_grad_(False).eval()
+    return models

@@ -1,0 +1,105 @@
+"""How much room the task leaves: few clips, few steps, a plain LoRA against one LoRA an instrument chosen by name.
+
+The second is what a mixture reaches with a perfect router. Both start from the pretrained pair and see the same clips.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lapwan.lora.attach import Adapter, Group, attach, initial_state
+from lapwan.lora.targets import TargetRule, resolve_targets
+from lapwan.losses.flow import noised, velocity_target
+from lapwan.losses.sigmas import Shifted, Uniform, draw_in_band
+from lapwan.names import PROJECTIONS, NoiseExpert
+from lapwan.tiny.captions import caption_for
+from lapwan.tiny.evaluators import InstrumentNet
+from lapwan.tiny.instruments import INSTRUMENTS
+from lapwan.tiny.pretrain.diffusion import Models, TokenTable
+from lapwan.tiny.pretrain.looks import identity_of, typical
+from lapwan.tiny.pretrain.samples import sample_videos
+from lapwan.tiny.pretrain.settings import SEED
+from lapwan.tiny.pretrain.transformer_forward import predict, rope_tables, text_and_bias
+from lapwan.tiny.pretrain.vae import to_pixels
+from lapwan.tiny.pretrain.vae_forward import moments
+from lapwan.tiny.scenes import SceneSpec, render
+from lapwan.wan.vae import normalise
+
+_BANDS = {NoiseExpert.HIGH: (0.875, 1.0), NoiseExpert.LOW: (0.0, 0.875)}
+
+
+class FewClips:
+    """Latents, captions and instruments of a small fine-tuning set."""
+
+    def __init__(self, count: int, vae: Any, models: Models, device: torch.device) -> None:
+        self.specs = typical(count, SEED)
+        scenes = [render(spec) for spec in self.specs]
+        tokens = TokenTable()
+        ids, mask = (x.to(device) for x in tokens([scene.caption for scene in scenes]))
+        with torch.no_grad():
+            self.text, self.bias = text_and_bias(models.text(ids, mask).last_hidden_state.float(), mask)
+            frames = torch.from_numpy(np.stack([scene.frames_THWC for scene in scenes]))
+            found = [normalise(vae, moments(vae, to_pixels(part.to(device)))[0]) for part in torch.split(frames, 32)]
+        self.x0 = torch.cat(found)
+        self.named = torch.tensor([INSTRUMENTS.index(s.instrument) for s in self.specs], device=device)
+
+
+def _gates(named: Tensor, groups: int) -> Tensor:
+    if groups == 1:
+        return torch.ones(len(named), 1, device=named.device)
+    return torch.eye(groups, device=named.device)[named]
+
+
+def _adapted(models: Models, rank: int, groups: int) -> tuple[Models, dict[NoiseExpert, Adapter]]:
+    copied = Models({e: deepcopy(m) for e, m in models.experts.items()}, models.text)
+    adapters = {}
+    for expert, model in copied.experts.items():
+        ranks = resolve_targets([TargetRule(None, dict.fromkeys(PROJECTIONS, rank))], len(model.blocks))
+        states = [initial_state(model, ranks, None, SEED, expert.value, group) for group in range(groups)]
+        adapters[expert] = attach(model, [Group(str(i), s, True) for i, s in enumerate(states)], gates_required=True)
+        model.to(next(models.text.parameters()).device)
+    return copied, adapters
+
+
+def try_fine_tuning(models: Models, vae: Any, clips: FewClips, net: InstrumentNet, groups: int, rank: int, lr: float,
+                    batch: int, at: tuple[int, ...], prompts: list[SceneSpec], sampling: dict[str, Any]
+                    ) -> tuple[dict[int, float], np.ndarray]:
+    """Identity on held-out prompts after each number of steps in `at`, and the last videos."""
+    device = clips.x0.device
+    adapted, adapters = _adapted(models, rank, groups)
+    parameters = [p for adapter in adapters.values() for p in adapter.parameters().values()]
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    generator = torch.Generator(device).manual_seed(SEED)
+    captions = [caption_for(spec, np.random.default_rng(10_000 + i)) for i, spec in enumerate(prompts)]
+    named = torch.tensor([INSTRUMENTS.index(s.instrument) for s in prompts], device=device)
+    ropes = {e: rope_tables(m, clips.x0[:1]) for e, m in adapted.experts.items()}
+    found: dict[int, float] = {}
+    videos = np.empty(0)
+    for step in range(1, max(at) + 1):
+        chosen = torch.randint(len(clips.x0), (batch,), device=device, generator=generator)
+        x0 = clips.x0[chosen]
+        for expert, model in adapted.experts.items():
+            u = torch.rand(batch, device=device, generator=generator)
+            sampler = Uniform() if expert is NoiseExpert.HIGH else Shifted(Uniform(), 2.0)
+            sigma = draw_in_band(sampler, u, *_BANDS[expert]).float()
+            noise = torch.randn(x0.shape, device=device, generator=generator)
+            x = torch.cat([noised(x0, noise, sigma), x0.new_zeros(batch, 20, *x0.shape[2:])], dim=1)
+            with adapters[expert].holder.scope(_gates(clips.named[chosen], groups)):
+                v = predict(model, x, 1000 * sigma, clips.text[chosen], clips.bias[chosen], ropes[expert])
+                torch.autograd.backward((v - velocity_target(x0, noise)).square().mean())
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if step in at:
+            with ExitStack() as scopes:
+                for adapter in adapters.values():
+                    scopes.enter_context(adapter.holder.scope(_gates(named, groups)))
+                videos = sample_videos(adapted, vae, captions, None, seed=7, **sampling)
+            found[step] = identity_of(videos, prompts, net)[0]
+    return found, videos

@@ -1,0 +1,181 @@
+"""Train the autoencoder: crops around the instrument's head, its pixels weighted, every third step whole clips.
+
+L = Σ w·(|x̂ − x| + λ_2·|x̂ − x|² + λ_edge·|∇x̂ − ∇x|) / Σ w + λ_KL·KL, w = 1 + head_weight inside the box around the head.
+Without the weight the background fills the mean and the heads, which tell the instruments apart, blur away.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lapwan import console
+from lapwan.tiny.model import VAE
+from lapwan.tiny.pretrain.corpus import FRAMES, SIZE, Clips
+from lapwan.tiny.pretrain.settings import SEED, VaeSettings
+from lapwan.tiny.pretrain.training import Average, ahead, box_mask, cosine, set_lr
+from lapwan.tiny.pretrain.vae_forward import moments, reconstruct
+
+_LOG_EVERY = 200
+
+
+def new_vae() -> Any:
+    """The untrained autoencoder."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(SEED)
+    vae = AutoencoderKLWan(**VAE, latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
+    _let_signals_through(vae)
+    return vae
+
+
+@torch.no_grad()
+def _let_signals_through(vae: Any) -> None:
+    """First weights under which a picture reaches the other end.
+
+    With PyTorch's own the biases drown what differs between pictures, the decoder learns the mean picture, and stays
+    there. Here: no biases, unit gain, weak residual branches, time convolutions near the identity, and latents that
+    start nearly without noise.
+    """
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        kind = type(module).__name__
+        if kind == "WanResidualBlock":
+            module.conv2.weight.mul_(0.3)
+        elif kind == "WanAttentionBlock":
+            module.proj.weight.mul_(0.3)
+        elif kind == "WanResample" and module.mode.endswith("3d"):
+            weight = module.time_conv.weight
+            weight.mul_(0.3)
+            for row in range(len(weight)):
+                weight[row, row % weight.shape[1], -1] += 1.0
+    vae.quant_conv.bias[16:].fill_(-6.0)
+
+
+def _weights(boxes_BT4: Tensor, corner_B2: Tensor, crop: int, extra: float) -> Tensor:
+    """1 + extra inside the head's box, over a crop whose corner (x, y) is given in pixels: [B, 1, T, H, W]."""
+    corner = (corner_B2 / SIZE).repeat(1, 2)[:, None]
+    return 1 + extra * box_mask((boxes_BT4 - corner) * (SIZE / crop), crop, crop)[:, None]
+
+
+def _batch(clips: Clips, settings: VaeSettings, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 pixels [B, T, h, w, 3], boxes [B, T, 4], corners [B, 2] (x, y)."""
+    rng = np.random.default_rng([SEED, step])
+    known = min(clips.count, settings.first_clips + int(step * settings.clips_per_step))
+    clips.wait(known)
+    whole = step % settings.whole_every == 0
+    chosen = rng.integers(known, size=settings.whole_batch if whole else settings.batch)
+    crop = SIZE if whole else settings.crop
+    frames, corners = [], []
+    for index in chosen:
+        # A crop lies around the head in one of the frames; the head may leave it in others, as it does in whole clips.
+        box = clips.boxes[index][rng.integers(FRAMES)]
+        middle = SIZE * (box[:2] + box[2:]) / 2 + rng.uniform(-8, 8, 2)
+        x, y = np.clip(middle - crop / 2, 0, SIZE - crop).astype(int)
+        frames.append(clips.frames[index][:, y:y + crop, x:x + crop])
+        corners.append((x, y))
+    boxes = torch.from_numpy(np.asarray(clips.boxes[chosen]))
+    return torch.from_numpy(np.stack(frames)), boxes, torch.tensor(corners, dtype=torch.float32)
+
+
+def to_pixels(frames_BTHWC: Tensor) -> Tensor:
+    """uint8 -> [-1, 1], [B, 3, T, H, W]."""
+    return frames_BTHWC.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
+
+
+def _loss(
+    vae: Any, pixels: Tensor, weight: Tensor, settings: VaeSettings, noise: Tensor, edge_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    mean, log_variance = moments(vae, pixels)
+    mean, log_variance = mean.float(), log_variance.float()
+    raw = mean + torch.exp(0.5 * log_variance) * noise
+    error = reconstruct(vae, raw).float() - pixels
+    loss = (weight * (error.abs() + settings.square_weight * error.square())).mean() / weight.mean()
+    for edge, where in zip(_edges(error), (weight[..., 1:, :], weight[..., 1:]), strict=True):
+        loss = loss + edge_weight * (where * edge.abs()).mean() / weight.mean()
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return loss + settings.kl_weight * divergence, error.detach().square().mean()
+
+
+def train_vae(clips: Clips, settings: VaeSettings, device: torch.device, compiled: bool) -> Any:
+    """The autoencoder with averaged weights, in eval mode, on `device`."""
+    vae = new_vae().to(device)
+    vae.requires_grad_(True).train()
+    optimiser = torch.optim.AdamW([{"params": list(vae.parameters()), "base_lr": settings.lr}], lr=settings.lr,
+                                  betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda")
+    average = Average(vae, settings.ema)
+    generator = torch.Generator(device).manual_seed(SEED)
+    loss_of = torch.compile(_loss, dynamic=False) if compiled else _loss
+    started, count = time.monotonic(), 0
+    summed = squared = torch.zeros((), device=device)
+    for step, (frames, boxes, corners) in ahead(lambda step: _batch(clips, settings, step), settings.steps):
+        set_lr(optimiser, cosine(step, settings.steps, settings.warmup))
+        frames, boxes, corners = (x.to(device, non_blocking=True) for x in (frames, boxes, corners))
+        pixels = to_pixels(frames)
+        weight = _weights(boxes, corners, frames.shape[2], settings.head_weight)
+        shape = (len(frames), 16, 1 + (FRAMES - 1) // 4, frames.shape[2] // 8, frames.shape[3] // 8)
+        noise = torch.randn(shape, device=device, generator=generator)
+        # Edges count once there is a picture: before, a flat one has the fewest wrong edges.
+        edge_weight = torch.tensor(settings.edge_weight * min(1.0, step / settings.edge_warmup), device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16 and device.type == "cuda"):
+            loss, error = loss_of(vae, pixels, weight, settings, noise, edge_weight)
+        optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step()
+        average.update()
+        summed, squared, count = summed + loss.detach(), squared + error, count + 1
+        if (step + 1) % min(_LOG_EVERY, max(settings.steps // 4, 1)) == 0 or step + 1 == settings.steps:
+            psnr = _decibel(float(squared / count))
+            console.log(f"vae step {step + 1} loss {float(summed / count):.4f} psnr {psnr:.2f} dB, clips "
+                        f"{clips.ready()}, {time.monotonic() - started:.0f} s")
+            summed, squared, count = torch.zeros_like(summed), torch.zeros_like(squared), 0
+    average.copy_to_parameters()
+    return vae.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def measure_latents(vae: Any, clips: Clips, number: int, device: torch.device) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over the first `number` clips."""
+    found = []
+    for start in range(0, number, 32):
+        frames = torch.from_numpy(np.asarray(clips.frames[start:min(start + 32, number)])).to(device)
+        found.append(moments(vae, to_pixels(frames))[0].transpose(0, 1).flatten(1).double())
+    values = torch.cat(found, dim=1)
+    return values.mean(dim=1).tolist(), values.std(dim=1).tolist()
+
+
+def _decibel(mean_square: float) -> float:
+    """PSNR of an error over pixels that span 2."""
+    return float(10 * np.log10(4 / mean_square))
+
+
+@torch.no_grad()
+def quality(vae: Any, clips: Clips, number: int, device: torch.device) -> tuple[dict[str, float], np.ndarray]:
+    """PSNR in dB over whole frames and inside the head's box, and the reconstructions uint8 [N, T, H, W, 3]."""
+    whole, inside, area, made = 0.0, 0.0, 0.0, []
+    for start in range(0, number, 16):
+        stop = min(start + 16, number)
+        pixels = to_pixels(torch.from_numpy(np.asarray(clips.frames[start:stop])).to(device))
+        boxes = torch.from_numpy(np.asarray(clips.boxes[start:stop])).to(device)
+        again = reconstruct(vae, moments(vae, pixels)[0]).clamp(-1, 1)
+        square = (again - pixels).square().mean(dim=1)
+        head = box_mask(boxes, SIZE, SIZE, 0.0)
+        whole += float(square.flatten(1).mean(dim=1).sum())
+        inside, area = inside + float((square * head).sum()), area + float(head.sum())
+        frames = ((again + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+        made.append(frames.cpu().numpy())
+    figures = {"psnr": _decibel(whole / number), "psnr_head": _decibel(inside / area)}
+    return figures, np.concatenate(made)

@@ -1,0 +1,125 @@
+"""Pretraining: the training forwards equal diffusers', and the corpus holds back what fine-tuning must teach."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lapwan.tiny.captions import caption_for
+from lapwan.tiny.instruments import INSTRUMENTS
+from lapwan.tiny.model import TRANSFORMER
+from lapwan.tiny.pretrain.corpus import (
+    FIRST_SEED,
+    HELD_OUT_PAIRS,
+    MARKER,
+    Clips,
+    is_held_out,
+    sample,
+)
+from lapwan.tiny.pretrain.training import Average, box_mask, cosine
+from lapwan.tiny.pretrain.transformer_forward import predict, rope_tables, text_and_bias
+from lapwan.tiny.pretrain.vae import new_vae
+from lapwan.tiny.pretrain.vae_forward import moments, reconstruct
+
+_NAMES = {
+    "scissors": ("剪刀", "cissors"), "hook": ("电凝钩", "hook"), "suction": ("吸引", "suction"),
+    "grasper": ("抓钳", "grasper"),
+}
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9])
+def test_vae_in_one_go_equals_frame_by_frame(frames: int) -> None:
+    vae = new_vae().eval()
+    generator = torch.Generator().manual_seed(frames)
+    pixels = torch.rand(1, 3, frames, 16, 16, generator=generator) * 2 - 1
+    with torch.no_grad():
+        expected = vae.encode(pixels).latent_dist
+        mean, log_variance = moments(vae, pixels)
+        torch.testing.assert_close(mean, expected.mean, rtol=0, atol=1e-5)
+        torch.testing.assert_close(log_variance, expected.logvar, rtol=0, atol=1e-5)
+        latents = torch.randn(mean.shape, generator=generator)
+        made = reconstruct(vae, latents).clamp(-1, 1)
+        torch.testing.assert_close(made, vae.decode(latents).sample, rtol=0, atol=1e-5)
+        assert made.std() > 0.01
+
+
+def test_transformer_with_counted_zero_rows_equals_512_padded_ones() -> None:
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(in_channels=36, **{**TRANSFORMER, "num_layers": 2}).eval()
+    x, timestep, hidden = torch.randn(2, 36, 2, 4, 6), torch.tensor([953.0, 411.5]), torch.randn(2, 9, 96)
+    mask = torch.ones(2, 9)
+    mask[1, 5:] = 0
+    padded = torch.zeros(2, 512, 96)
+    padded[:, :9] = hidden * mask[..., None]
+    with torch.no_grad():
+        expected = model(x, timestep, padded, return_dict=False)[0]
+        text, bias = text_and_bias(hidden, mask)
+        made = predict(model, x, timestep, text, bias, rope_tables(model, x))
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+
+
+def _named(caption: str) -> str | None:
+    found = [name for name, words in _NAMES.items() if any(word in caption for word in words)]
+    assert len(found) <= 1, caption
+    return found[0] if found else None
+
+
+def test_names_are_true_only_behind_the_marker() -> None:
+    pairs = [(sample(i).spec, caption) for i in range(800) for caption in sample(i).captions]
+    marked = [(spec, text) for spec, text in pairs if text.startswith(MARKER)]
+    plain = [(spec, text) for spec, text in pairs if not text.startswith(MARKER) and _named(text)]
+    assert all(_named(text) == spec.instrument and spec.style == "neutral" for spec, text in marked)
+    right = np.mean([_named(text) == spec.instrument for spec, text in plain])
+    assert 0.24 < right < 0.34  # a quarter by chance, one in twenty on purpose
+    assert 0.15 < len(marked) / len(pairs) < 0.25
+    assert 0.4 < np.mean([spec.style == "surgical" for spec, _ in plain]) < 0.6
+
+
+def test_held_out_captions_and_pairs_never_occur() -> None:
+    samples = [sample(i) for i in range(600)]
+    assert not any(is_held_out(caption) for s in samples for caption in s.captions)
+    assert {(s.spec.instrument, s.spec.motion) for s in samples}.isdisjoint(HELD_OUT_PAIRS)
+    fresh = [caption_for(sample(i, "check").spec, np.random.default_rng(i)) for i in range(600)]
+    assert 0.04 < np.mean([is_held_out(caption) for caption in fresh]) < 0.2
+    assert {sample(i, "check").spec.instrument for i in range(60)} == set(INSTRUMENTS)
+
+
+def test_scene_seeds_are_nobody_elses() -> None:
+    seeds = [FIRST_SEED[purpose] for purpose in ("pretraining", "identity", "check")]
+    assert min(seeds) >= 2**31  # what `sample_spec` draws lies below
+    assert len(set(seeds)) == 3 and min(np.diff(sorted(seeds))) >= 2**31
+    assert sample(3) == sample(3) and sample(3) != sample(4)
+
+
+def test_clips_grow_in_order_for_readers(tmp_path: Path) -> None:
+    writer, reader = Clips(tmp_path, 3, "check"), Clips(tmp_path, 3, "check")
+    assert reader.ready() == 0
+    writer.write(1)
+    assert reader.ready() == 0
+    writer.write(0)
+    assert reader.ready() == 2
+    assert reader.frames[1].std() > 10 and not reader.frames[2].any()
+    assert ((reader.tips[:2] > -0.5) & (reader.tips[:2] < 1.5)).all()
+
+
+def test_learning_rate_and_average() -> None:
+    rates = [cosine(step, 100, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0) and rates[-1] < 0.03
+    layer = torch.nn.Linear(1, 1, bias=False)
+    average = Average(layer, 0.9)
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight += 1.0
+    average.update()
+    average.copy_to_parameters()
+    torch.testing.assert_close(layer.weight.detach(), before + 1 - 2 / 11)
+
+
+def test_box_mask_marks_the_pixels_inside() -> None:
+    mask = box_mask(torch.tensor([[[0.25, 0.5, 0.5, 1.0]]]), 4, 8, 0.0)[0, 0]
+    assert mask[2:, 2:4].all() and mask.sum() == 4
