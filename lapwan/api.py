@@ -66,7 +66,9 @@ class VideoGenerator:
         moe: a mixture of LoRA experts.
         loras: LoRA files, as a path, `"high=FILE:0.8"` or a LoraArgument.
         device: auto, cpu, cuda or cuda:N.
-        dtype: of the transformers: auto (bf16 on a GPU, fp32 on a CPU), fp32 or bf16.
+        dtype: of the transformers: auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16 or fp16.
+        memory: both noise experts on the device, or one at a time with the idle one in pinned host memory; auto: both
+            where they fit. The frames are the same.
 
     Raises:
         UserError: what cannot be understood. Files are read and checked with the first video.
@@ -79,10 +81,11 @@ class VideoGenerator:
         moe: str | Path | None = None,
         loras: Sequence[str | Path | LoraArgument] = (),
         device: str = "auto",
-        dtype: Literal["auto", "fp32", "bf16"] = "auto",
+        dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+        memory: Literal["auto", "both", "one"] = "auto",
     ) -> None:
         said: dict[str, Any] = {
-            "model": str(model), "moe": moe, "device": device, "dtype": dtype,
+            "model": str(model), "moe": moe, "device": device, "dtype": dtype, "memory": memory,
             "lora": [lora if isinstance(lora, LoraArgument) else str(lora) for lora in loras],
         }
         self._start(load(ModelSettings, options=said, environment={}))
@@ -190,6 +193,7 @@ class VideoGenerator:
             raise UserError(f"the GPU's memory ran out at {height}x{width}, {frames} frames: use a smaller --size or "
                             f"--num-frames, or --device cpu ({said})") from None
         model, own = _plain(prepared.model), _plain(prepared.settings)
+        del model["memory"]  # where weights wait does not change the frames: repeated elsewhere it is decided anew
         return replace(video, settings={**model, **own})
 
     def _check_mixture(self, adapters: AdapterSet, request: Request) -> None:
@@ -218,7 +222,7 @@ class VideoGenerator:
         base, adapters = self._adapters[wanted]
         if key not in self._generators:
             dtype = pick_dtype(self.settings.dtype, self._device)
-            self._generators[key] = Generator(base, adapters, self._device, dtype)
+            self._generators[key] = Generator(base, adapters, self._device, dtype, self.settings.memory)
         return self._generators[key], base, adapters
 
 

@@ -107,10 +107,13 @@ def denoise(
         scope: holds the adapters' gates of a step around its evaluations.
         on_step: called after each step with its estimate of the clean latents, x0 = x − σ·v.
     """
-    for step in grid.steps:
-        model = transformer(step.expert)
+    def evaluate(step: Step, x_BCTHW: Tensor) -> Tensor:
+        model = transformer(step.expert)  # not held between steps: it may have to make room for the next
         with scope(step):
-            v = guided_velocity(model, x_BCTHW, step.timestep, conditions, guidance.at(step))
+            return guided_velocity(model, x_BCTHW, step.timestep, conditions, guidance.at(step))
+
+    for step in grid.steps:
+        v = evaluate(step, x_BCTHW)
         on_step(step, x_BCTHW - step.sigma * v)
         x_BCTHW = grid.scheduler.step(v, step.timestep, x_BCTHW, return_dict=False)[0]
     return conditions.placed(x_BCTHW)

@@ -5,7 +5,7 @@ Shapes: B samples (1 here), C channels, T frames, H height, W width, L text toke
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from lapwan import __version__, console
+from lapwan.errors import UserError
 from lapwan.files import atomic_file
-from lapwan.lora.attach import Adapter, attach
 from lapwan.losses.flow import noised
-from lapwan.names import NoiseExpert
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.grid import Grid, Step, make_grid
@@ -28,6 +27,8 @@ from lapwan.sampling.image import (
     image_fingerprint,
     image_tensor,
 )
+from lapwan.sampling.memory import Memory
+from lapwan.sampling.noise_experts import NoiseExperts
 from lapwan.sampling.request import Request, check_request
 from lapwan.sampling.result import Video
 from lapwan.sampling.routing import Mix, alpha_vector, choose_mix
@@ -40,14 +41,14 @@ from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder, pad_tex
 from lapwan.wan.vae import decode, encode, load_vae
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan
 
 
 class Generator:
     """A model with its adapters, ready for requests.
 
-    A noise expert is loaded at its first step, so one without steps is never read. The text encoder waits on the CPU
-    between prompts. `dtype` is the transformers'; VAE and text features keep their own.
+    The text encoder waits on the CPU between prompts; `memory` as in `NoiseExperts`. `dtype` is the transformers'; VAE
+    and text features keep their own.
     """
 
     def __init__(
@@ -56,31 +57,23 @@ class Generator:
         adapters: AdapterSet | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        memory: Memory = "auto",
     ) -> None:
-        self.base = base if isinstance(base, Base) else Base(base)
-        self.spec, self.adapters = self.base.spec, adapters or AdapterSet()
-        self.device, self.dtype = torch.device(device), dtype
-        self._transformers: dict[NoiseExpert, tuple[WanTransformer3DModel, Adapter | None]] = {}
+        base = base if isinstance(base, Base) else Base(base)
+        self.spec, self.device, self.dtype = base.spec, torch.device(device), dtype
+        self.experts = NoiseExperts(base, adapters or AdapterSet(), self.device, dtype, memory)
         self._text: TextEncoder | None = None
         self._vae: AutoencoderKLWan | None = None
         self._features: dict[str, Tensor] = {}
 
+    @property
+    def adapters(self) -> AdapterSet:
+        """The adapters in use."""
+        return self.experts.adapters
+
     def use(self, base: Base, adapters: AdapterSet) -> None:
         """Take other adapters on the same model; what is loaded stays, unless LoRAs are merged into its weights."""
-        if adapters is self.adapters:
-            return
-        for _, adapter in self._transformers.values():
-            if adapter is not None:
-                adapter.detach()
-        if base.loras != self.base.loras:
-            self._transformers.clear()
-        self.base, self.adapters = base, adapters
-        for expert, (model, _) in self._transformers.items():
-            self._transformers[expert] = model, self._attach(model, expert)
-
-    def _attach(self, model: WanTransformer3DModel, expert: NoiseExpert) -> Adapter | None:
-        groups = self.adapters.groups(expert)
-        return attach(model, groups, gates_required=True) if groups else None
+        self.experts.use(base, adapters)
 
     def text_features(self, prompt: str) -> Tensor:
         """umT5 features of a prompt, unpadded [n, D]; remembered."""
@@ -88,6 +81,7 @@ class Generator:
             if self._text is None:
                 console.log("loading the text encoder")
                 self._text = load_text_encoder(self.spec)
+            self.experts.make_room()
             self._text.model.to(self.device)
             self._features[prompt] = encode_text(self._text, [prompt])[0]
             self._text.model.to("cpu")
@@ -99,14 +93,6 @@ class Generator:
             console.log("loading the VAE")
             self._vae = load_vae(self.spec, device=self.device)
         return self._vae
-
-    def transformer(self, expert: NoiseExpert) -> WanTransformer3DModel:
-        """A noise expert's transformer with its adapters attached."""
-        if expert not in self._transformers:
-            console.log(f"loading the {expert.value} noise expert")
-            model = self.base.load(expert, self.dtype, self.device)
-            self._transformers[expert] = model, self._attach(model, expert)
-        return self._transformers[expert][0]
 
     def route(self, request: Request) -> Mix | None:
         """The mix of experts for a request; None without a mixture."""
@@ -120,9 +106,9 @@ class Generator:
         """The sampled latents of a request [1, C, T, H, W], normalised, fp32.
 
         Raises:
-            UserError: what `check_request` refuses.
+            UserError: what `check_request` refuses; latents that overflowed in `dtype`.
         """
-        return self._sample(request, self._grid(request), self.route(request))
+        return self._sample(request, self._begin(request), self.route(request))
 
     def generate(self, request: Request, preview: Path | None = None) -> Video:
         """One video.
@@ -131,9 +117,9 @@ class Generator:
             preview: a .png to rewrite after each step with three frames of what is emerging.
 
         Raises:
-            UserError: what `check_request` refuses.
+            UserError: what `check_request` refuses; latents that overflowed in `dtype`.
         """
-        grid = self._grid(request)
+        grid = self._begin(request)
         mix = self.route(request)
         if mix is not None:
             console.log(f"gates by {mix.source}:\n" + "\n".join(f"  {line}" for line in mix.bars()))
@@ -146,8 +132,10 @@ class Generator:
         facts["frames"] = frames_fingerprint(frames)
         return Video(frames, request.fps, latents.cpu().contiguous(), facts=facts)
 
-    def _grid(self, request: Request) -> Grid:
+    def _begin(self, request: Request) -> Grid:
+        """Refuse what cannot be made, settle what stays on the device, and make the grid."""
         check_request(self.spec, request)
+        self.experts.plan(request.num_frames, request.size)
         return make_grid(self.spec, request.sampler, request.steps, request.flow_shift, request.start_sigma)
 
     def _start(self, request: Request, grid: Grid) -> Tensor:
@@ -184,8 +172,7 @@ class Generator:
         conditions = self._conditions(request, guidance.needed(grid))
 
         def scope(step: Step) -> AbstractContextManager[object]:
-            adapter = self._transformers[step.expert][1]
-            return nullcontext() if adapter is None else adapter.holder.scope(self._gates(request, step, mix))
+            return self.experts.scope(step.expert, self._gates(request, step, mix))
 
         with console.progress("sampling", len(grid.steps)) as bar:
 
@@ -194,7 +181,12 @@ class Generator:
                 if preview is not None:
                     self._show(preview, x0_BCTHW)
 
-            return denoise(grid, self._start(request, grid), conditions, guidance, self.transformer, scope, tell)
+            start = self._start(request, grid)
+            latents = denoise(grid, start, conditions, guidance, self.experts.transformer, scope, tell)
+        if not bool(torch.isfinite(latents).all()):
+            raise UserError(f"the latents are not finite in {_name(self.dtype)}; use --dtype "
+                            f"{'bf16' if self.dtype == torch.float16 else 'fp32'}")
+        return latents
 
     def _show(self, path: Path, x0_BCTHW: Tensor) -> None:
         """First, middle and last latent frame, each decoded as a still: cheap, and near enough to judge by."""
@@ -217,11 +209,11 @@ class Generator:
         import diffusers
 
         facts: dict[str, Any] = {
-            "model": {e.value: self.base.fingerprint(e) for e in self.spec.experts},
+            "model": {e.value: self.experts.base.fingerprint(e) for e in self.spec.experts},
             "vae": vae_identity(self.spec), "text_encoder": text_identity(self.spec),
             "steps": {e.value: grid.count(e) for e in self.spec.experts},
             "versions": {"lapwan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
-            "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device), "dtype": _name(self.dtype),
         }
         if loras := lora_facts(self.adapters):
             facts["lora"] = loras
@@ -235,6 +227,10 @@ class Generator:
             facts["mixture"] = self.adapters.mixture_fingerprint()
             facts["moe"] = {"by": mix.source, "mix": mix.shares(), "gates": gates}
         return facts
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def lora_facts(adapters: AdapterSet) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ class Record:
     overridden: tuple[str, ...]
 
 
-_NO_CONTENT = ("from_video", "output", "sheet", "preview", "crf")  # options that leave the frames as they are
+_NO_CONTENT = ("from_video", "output", "sheet", "preview", "crf", "memory")  # options that leave the frames as they are
 
 
 def stored(path: Path, settings: GenerateSettings) -> tuple[Record, GenerateSettings]:

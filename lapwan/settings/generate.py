@@ -64,8 +64,11 @@ class ModelSettings(Settings):
     device: Annotated[str, Flag(metavar="DEVICE")] = Field(
         default="auto", description="auto, cpu, cuda or cuda:N.", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
     )
-    dtype: Annotated[Literal["auto", "fp32", "bf16"], Flag(metavar="auto|fp32|bf16")] = Field(
+    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Flag(metavar="auto|fp32|bf16|fp16")] = Field(
         default="auto", description="Of the transformers; auto is bf16 on a GPU, fp32 on a CPU."
+    )
+    memory: Annotated[Literal["auto", "both", "one"], Flag(metavar="auto|both|one")] = Field(
+        default="auto", description="Both noise experts on the device, or one at a time; auto: both where they fit."
     )
 
 

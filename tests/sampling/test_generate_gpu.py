@@ -43,3 +43,29 @@ def test_bf16_with_everything_on(mixture_file, tmp_path) -> None:
     picture = Image.new("RGB", (48, 32), (200, 60, 60))
     from_image = VideoGenerator("tiny", device="cuda").generate("x", image=picture, last_image=picture, **small)
     assert from_image.frames.shape == (5, 32, 48, 3)
+
+
+def test_one_at_a_time_parks_the_idle_one_in_pinned_memory(t2v, small) -> None:
+    request = small(t2v, steps=4)
+    both = Generator(t2v, device="cuda", dtype=torch.bfloat16, memory="both")
+    one = Generator(t2v, device="cuda", dtype=torch.bfloat16, memory="one")
+    expected = both.latents(request)
+    for _ in range(2):  # the second time from pinned memory
+        assert (one.latents(request) - expected).abs().max() < 1e-2
+        assert one.experts.resident() == ("low",)
+    low, high = (one.experts._loaded[e].model for e in ("low", "high"))
+    assert {p.device.type for p in low.parameters()} == {"cuda"}
+    assert {(p.device.type, p.is_pinned()) for p in high.parameters()} == {("cpu", True)}
+    assert {p.device.type for e in t2v.experts for p in both.experts.transformer(e).parameters()} == {"cuda"}
+
+
+def test_memory_is_decided_from_what_the_gpu_has_free(t2v, small, capsys) -> None:
+    generator = Generator(t2v, device="cuda", dtype=torch.bfloat16)
+    generator.latents(small(t2v))
+    assert "memory: both noise experts stay on cuda (auto: " in capsys.readouterr().err
+    assert generator.experts.resident() == ("high", "low")
+
+
+def test_fp16_runs(t2v, small) -> None:
+    latents = Generator(t2v, device="cuda", dtype=torch.float16).latents(small(t2v, guidance=3.0))
+    assert torch.isfinite(latents).all() and latents.dtype == torch.float32

@@ -154,4 +154,4 @@ def test_guidance_is_decided_by_each_noise_expert(t2v, small) -> None:
 def test_a_noise_expert_without_steps_is_not_loaded(t2v, small) -> None:
     generator = Generator(t2v)
     generator.latents(small(t2v, steps=2, flow_shift=30.0))
-    assert list(generator._transformers) == [NoiseExpert.HIGH]
+    assert generator.experts.resident() == (NoiseExpert.HIGH,)

@@ -1,0 +1,163 @@
+"""Both noise experts on the device or one at a time: the decision, the moves, and the same frames either way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sampling_cases import generate, random_lora
+from torch import nn
+
+from lapwan import UserError, VideoGenerator
+from lapwan.lora.attach import Group, attach
+from lapwan.lora.formats import write_lora
+from lapwan.sampling.generator import Generator
+from lapwan.sampling.memory import (
+    HostCopy,
+    Need,
+    describe,
+    forward_bytes,
+    free_bytes,
+    keep_both,
+    text_encoder_bytes,
+    weight_bytes,
+)
+from lapwan.sampling.result import read_metadata
+from lapwan.wan import base as lapwan_base
+from lapwan.wan.backbone import load_transformer
+
+GIB = 1 << 30
+A14B = Need([int(26.6 * GIB), int(26.6 * GIB)], 14 * GIB, 11 * GIB)
+
+
+@pytest.mark.parametrize(("asked", "free", "both"), [
+    ("auto", 139, True), ("auto", 79, True), ("auto", 67, False), ("auto", 47, False), ("auto", None, True),
+    ("both", 24, True), ("one", 139, False), ("one", None, False),
+])
+def test_both_stay_where_weights_and_work_fit(asked, free, both) -> None:
+    assert keep_both(asked, A14B, None if free is None else free * GIB) is both
+
+
+def test_the_text_encoder_counts_where_it_needs_more_than_a_forward_pass() -> None:
+    small = Need([10, 10], forward=5, text_encoder=11)
+    assert not keep_both("auto", small, 30) and keep_both("auto", small, 31)
+
+
+def test_the_line_says_the_numbers() -> None:
+    line = describe(False, "auto", A14B, 47 * GIB, torch.device("cuda:0"))
+    assert line == ("memory: one noise expert on cuda:0 at a time (auto: 26.6 + 26.6 GiB of weights, 14.0 GiB to work "
+                    "in, 47.0 GiB free)")
+
+
+def test_sizes_are_read_from_headers(t2v) -> None:
+    model = load_transformer(t2v, t2v.experts[0])
+    elements = sum(p.numel() for p in model.parameters())
+    assert weight_bytes(t2v, t2v.experts[0], torch.float32) == 4 * elements
+    assert weight_bytes(t2v, t2v.experts[1], torch.bfloat16) == 2 * elements
+    # 5 frames of 32x48: 2 latent frames of 2 x 3 tokens.
+    assert forward_bytes(t2v, torch.bfloat16, 5, (32, 48)) == 40 * 192 * 2 * 12 + GIB
+    assert text_encoder_bytes(t2v) == (t2v.path / "text_encoder" / "model.safetensors").stat().st_size
+    assert free_bytes(torch.device("cpu")) is None
+
+
+def test_a_host_copy_brings_back_the_same_tensors_and_the_adapters_on_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2).to(torch.bfloat16))
+    model.register_buffer("table", torch.arange(3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tensors = [*model.parameters(), *model.buffers()]
+    there = [tensor.data_ptr() for tensor in tensors]
+    host = HostCopy(tensors, pinned=False)
+    for _ in range(2):
+        host.park()
+        waiting = [tensor.data_ptr() for tensor in tensors]
+        assert not set(waiting) & set(there)
+        host.fetch(torch.device("cpu"))
+        assert not {tensor.data_ptr() for tensor in tensors} & set(waiting)
+        for name, value in model.state_dict().items():
+            assert value.dtype == before[name].dtype and torch.equal(value, before[name])
+    assert all(a is b for a, b in zip([*model.parameters(), *model.buffers()], tensors, strict=True))
+
+
+def test_an_adapters_own_tensors_leave_out_the_base(t2v) -> None:
+    model = load_transformer(t2v, t2v.experts[0])
+    plain = {id(t) for t in (*model.parameters(), *model.buffers())}
+    adapter = attach(model, [Group("a", random_lora(0), False)])
+    own = {id(t) for t in adapter.own_tensors()}
+    assert own and not own & plain
+    assert own | plain == {id(t) for t in (*model.parameters(), *model.buffers())}
+
+
+def test_one_at_a_time_gives_the_same_bits(t2v, small, mixture_file, tmp_path, monkeypatch) -> None:
+    write_lora(tmp_path / "a.safetensors", random_lora(0))
+    given = {"moe": mixture_file, "loras": [f"both={tmp_path / 'a.safetensors'}:0.5"]}
+    said = {"num_frames": 5, "size": (32, 48), "steps": 4, "guidance": {"high": 3.0, "low": 2.0}}
+    loads: list[str] = []
+    original = lapwan_base.load_transformer
+    monkeypatch.setattr(lapwan_base, "load_transformer", lambda *a: loads.append(a[1].value) or original(*a))
+    made = {}
+    for memory in ("both", "one"):
+        generator = VideoGenerator("tiny", memory=memory, **given)
+        made[memory] = [generator.generate(prompt, **said) for prompt in ("电凝钩切割组织", "剪刀剪断组织")]
+    assert loads == ["high", "low"] + 2 * ["high", "low"]
+    for both, one in zip(made["both"], made["one"], strict=True):
+        assert torch.equal(both.latents, one.latents) and (both.frames == one.frames).all()
+        assert both.settings == one.settings and both.facts == one.facts
+        assert "memory" not in one.settings
+
+
+def test_one_transformer_at_a_time_on_the_device(t2v, small) -> None:
+    seen = {}
+    for memory in ("both", "one"):
+        generator = Generator(t2v, memory=memory)
+        residents = seen.setdefault(memory, [])
+        original = generator.experts.transformer
+
+        def note(expert, original=original, experts=generator.experts, residents=residents):
+            model = original(expert)
+            residents.append(tuple(e.value for e in experts.resident()))
+            return model
+
+        generator.experts.transformer = note
+        generator.latents(small(t2v, steps=4))
+    assert set(seen["one"]) == {("high",), ("low",)}
+    assert seen["both"][-1] == ("high", "low")
+
+
+def test_the_option_and_repeating_a_video_with_another(lapwan, tmp_path) -> None:
+    ran = generate(lapwan, "--memory", "one", output="a.mp4")
+    assert ran.code == 0 and "memory: one noise expert on cpu at a time (as asked: " in ran.err, ran.err
+    assert "memory" not in json.loads(read_metadata(tmp_path / "a.mp4")["settings"])
+    for memory in ("both", "one"):
+        again = lapwan("generate", "--from", "a.mp4", "--memory", memory, "-o", f"{memory}.mp4")
+        assert again.code == 0 and "the frames are identical" in again.err and "warning" not in again.err, again.err
+
+
+def test_fp16_keeps_in_fp32_what_diffusers_keeps(t2v, lapwan, tmp_path) -> None:
+    model = load_transformer(t2v, t2v.experts[0], torch.float16)
+    kept = ("norm2", "scale_shift_table", "time_embedder")
+    for name, value in model.named_parameters():
+        wide = any(part in kept for part in name.split("."))
+        assert value.dtype == (torch.float32 if wide else torch.float16), name
+    made = {d: generate(lapwan, "--dtype", d, output=f"{d}.safetensors") for d in ("fp16", "fp32")}
+    assert all(ran.code == 0 for ran in made.values()), made
+    half, full = (load_file(tmp_path / f"{d}.safetensors")["latents"] for d in ("fp16", "fp32"))
+    assert 0 < (half - full).abs().max() < 0.05
+    assert json.loads(read_metadata(tmp_path / "fp16.safetensors")["facts"])["dtype"] == "float16"
+
+
+def test_latents_that_overflow_are_refused(t2v, small) -> None:
+    generator = Generator(t2v, dtype=torch.float16)
+    high = generator.experts.transformer(t2v.experts[0])
+    high.patch_embedding.weight.data.fill_(6e4)
+    with pytest.raises(UserError, match="not finite in float16; use --dtype bf16"):
+        generator.latents(small(t2v))
+
+
+def test_an_image_model_one_at_a_time(i2v, small) -> None:
+    image = Image.new("RGB", (48, 32), (200, 60, 60))
+    request = small(i2v, image=image, steps=4)
+    assert torch.equal(Generator(i2v, memory="one").latents(request), Generator(i2v, memory="both").latents(request))
