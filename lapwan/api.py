@@ -229,32 +229,39 @@ class VideoGenerator:
 def merge(
     output: str | Path,
     *,
-    loras: Sequence[str | Path | LoraArgument],
+    loras: Sequence[str | Path | LoraArgument] = (),
     model: str | Path | None = None,
     dit: str | Path | None = None,
+    moe: str | Path | None = None,
+    mix: str | None = None,
     multiplier: float = 1.0,
     rank: int | None = None,
     format: Literal["comfy", "musubi", "diffusers"] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """`lapwan merge`: LoRAs into a model folder (`model`), one transformer (`dit`), or one LoRA (neither).
+    """`lapwan merge`: LoRAs into a model folder (`model`), one transformer (`dit`), or one LoRA (neither); or a mixture
+    (`moe`) at one `mix` into plain LoRAs. Prints nothing; the log goes to stderr.
 
     Args:
         loras: paths, `"high=FILE:0.8"` or LoraArguments.
+        mix: as a hint is given, such as "hook=0.7,suction=0.3".
         rank: resize the resulting LoRA by SVD; `format` its key layout.
 
     Raises:
         UserError: what does not fit together, before anything is written.
     """
-    from lapwan.commands.merge import run
+    from lapwan.commands import merge as command
     from lapwan.settings.merge import MergeSettings
 
     said: dict[str, Any] = {
-        "output": output, "model": None if model is None else str(model), "dit": dit, "multiplier": multiplier,
+        "output": output, "model": None if model is None else str(model), "dit": dit, "moe": moe, "mix": mix,
+        "multiplier": multiplier,
         "lora": [lora if isinstance(lora, LoraArgument) else str(lora) for lora in loras], "rank": rank,
         "format": format,
     }
-    run(load(MergeSettings, options=_given(said), environment={}), RunOptions(overwrite=overwrite))
+    settings = load(MergeSettings, options=_given(said), environment={})
+    for line in command.merge(settings, RunOptions(overwrite=overwrite)):
+        console.detail(line)
     return Path(output)
 
 

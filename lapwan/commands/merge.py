@@ -35,14 +35,20 @@ def run(settings: MergeSettings, options: RunOptions) -> None:
     """Plan, check, write."""
     if options.dry_run:
         results.print(to_toml(settings), markup=False)
+    for line in merge(settings, options):
+        results.print(line, markup=False)
+
+
+def merge(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
+    """The same, saying each result instead of printing it; goes on as the lines are taken."""
     if settings.model is not None:
-        _into_model(settings, settings.model, options)
+        yield from _into_model(settings, settings.model, options)
     elif settings.dit is not None:
-        _into_transformer(settings, settings.dit, options)
+        yield from _into_transformer(settings, settings.dit, options)
     elif settings.moe is not None:
-        _from_mixture(settings, settings.moe, options)
+        yield from _from_mixture(settings, settings.moe, options)
     else:
-        _into_lora(settings, options)
+        yield from _into_lora(settings, options)
 
 
 def _requests(settings: MergeSettings) -> list[Request]:
@@ -53,7 +59,7 @@ def _given(loras: Sequence[tuple[LoraFile, float]]) -> list[Given]:
     return [Given(lora, strength, lora.fingerprint()) for lora, strength in loras]
 
 
-def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> None:
+def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Iterator[str]:
     spec = resolve(model)
     _claim_folder(settings.output, spec.path, options)
     assigned = assign(_requests(settings), spec.experts)
@@ -69,10 +75,10 @@ def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Non
         return
     with _bytes_bar(plans, settings.verify) as advance:
         write_folder(spec.path, settings.output, plans, settings.link, advance, settings.verify)
-    results.print(f"merged model: {settings.output}", markup=False)
+    yield f"merged model: {settings.output}"
 
 
-def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -> None:
+def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -> Iterator[str]:
     whole = dit.is_dir()
     expert, loras = assign_one(_requests(settings), noise_expert.from_name(dit))
     plan = plan_component(weight_files(dit) if whole else [dit], _given(loras), expert)
@@ -89,10 +95,10 @@ def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -
             write_folder(dit, settings.output, [plan], settings.link, advance, settings.verify)
         else:
             write_component(plan, [settings.output], advance, settings.verify)
-    results.print(f"merged transformer: {settings.output}", markup=False)
+    yield f"merged transformer: {settings.output}"
 
 
-def _into_lora(settings: MergeSettings, options: RunOptions) -> None:
+def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
     groups = group(_requests(settings))
     outputs = {expert: _lora_output(settings.output, expert, len(groups)) for expert in groups}
     for output in outputs.values():
@@ -104,23 +110,23 @@ def _into_lora(settings: MergeSettings, options: RunOptions) -> None:
         return
     for expert, loras in groups.items():
         said = {} if expert is None else {noise_expert.KEY: expert.value}
-        _write_sum(settings, [(lora.read(), strength) for lora, strength in loras], outputs[expert], said)
+        yield from _write_sum(settings, [(lora.read(), strength) for lora, strength in loras], outputs[expert], said)
 
 
 def _write_sum(
     settings: MergeSettings, terms: Sequence[tuple[LoraState, float]], output: Path, metadata: dict[str, str]
-) -> None:
+) -> Iterator[str]:
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     state, energy = combine(terms, settings.rank, dtype)
     if energy is not None:
-        results.print(f"rank {settings.rank} keeps {energy.total:.4%} of the energy (squared norm); least in "
-                      f"{energy.worst_path}: {energy.worst:.4%}", markup=False)
+        yield (f"rank {settings.rank} keeps {energy.total:.4%} of the energy (squared norm); least in "
+               f"{energy.worst_path}: {energy.worst:.4%}")
     state.metadata |= metadata
     write_lora(output, state, settings.format or "comfy", dtype, settings.fold_alpha)
-    results.print(f"LoRA: {output}", markup=False)
+    yield f"LoRA: {output}"
 
 
-def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> None:
+def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> Iterator[str]:
     """The mixture at one mix as a LoRA for each noise expert; the spread of w says what a constant gate loses."""
     mixture = read_mixture(path)
     taxonomy = Taxonomy.from_dict(mixture.taxonomy, str(path))
@@ -137,15 +143,15 @@ def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> N
             raise UserError(f"none of the model's {mixture.spec.steps} sampling steps falls to the {expert.value} "
                             "noise expert; give --sigma")
         gate = gate_spread(mixture, expert, sigmas)
-        results.print(f"{expert.value} noise: w = {gate.mean:.4f} (from {gate.lowest:.4f} to {gate.highest:.4f} over "
-                      f"{len(sigmas)} sigmas)", markup=False)
+        yield (f"{expert.value} noise: w = {gate.mean:.4f} (from {gate.lowest:.4f} to {gate.highest:.4f} over "
+               f"{len(sigmas)} sigmas)")
         if options.dry_run:
             continue
         said = {noise_expert.KEY: expert.value, "lapwan.task": mixture.spec.task}
         if expert in mixture.spec.base:
             said["lapwan.base_fingerprint"] = mixture.spec.base[expert]
         state = collapse(mixture, expert, shares, gate.mean)
-        _write_sum(settings, [(state, settings.multiplier)], output, said)
+        yield from _write_sum(settings, [(state, settings.multiplier)], output, said)
 
 
 def _lora_output(output: Path, expert: NoiseExpert | None, groups: int) -> Path:

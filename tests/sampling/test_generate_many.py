@@ -290,7 +290,7 @@ def test_interactive_keeps_the_model_and_survives_a_bad_line(lapwan, tmp_path, m
     refused(lapwan("generate", "--model", "tiny", "--interactive", "-o", "a.mp4"), "give it as --output DIR")
 
 
-def test_merging_and_inspecting_from_python(t2v, tmp_path, capsys) -> None:
+def test_merging_and_inspecting_from_python(t2v, mixture_file, tmp_path, capsys) -> None:
     files = [tmp_path / f"l_{side}_noise.safetensors" for side in ("high", "low")]
     for index, file in enumerate(files):
         write_lora(file, random_lora(index))
@@ -301,7 +301,13 @@ def test_merging_and_inspecting_from_python(t2v, tmp_path, capsys) -> None:
     assert (merged.latents - beside.latents).abs().max() < 1e-4
     with pytest.raises(UserError, match="nothing to merge"):
         lapwan_package.merge(tmp_path / "none", model="tiny", loras=[])
-    capsys.readouterr()
+    short = lapwan_package.merge(tmp_path / "short.safetensors", loras=[files[0]], rank=2)
+    assert short.is_file()
+    lapwan_package.merge(tmp_path / "hook.safetensors", moe=mixture_file, mix="hook")
+    assert (tmp_path / "hook_high_noise.safetensors").is_file()
+    with pytest.raises(UserError, match="exists"):
+        lapwan_package.merge(short, loras=[files[0]])
+    assert lapwan_package.merge(short, loras=[files[0]], overwrite=True) == short
     document = lapwan_package.inspect_weights(*files)
     assert set(document["experts"]) == {"high", "low"} and document["experts"]["high"]["modules"] == 3
     assert capsys.readouterr().out == ""
