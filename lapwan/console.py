@@ -18,6 +18,7 @@ QUIET, NORMAL, VERBOSE = 0, 1, 2
 _SECONDS_BETWEEN_LINES = 15.0
 
 _level = NORMAL
+_busy = False  # something shows its progress
 # soft_wrap: a path or an error must stay on one line when the output is a file or a pipe.
 results = Console(soft_wrap=True, highlight=False)
 log_console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -51,6 +52,11 @@ class Bar(Protocol):
 
     def advance(self, amount: float = 1, **figures: object) -> None:
         """Add `amount` done; `figures` (already formatted or numbers) are shown beside the bar."""
+
+
+class _SilentBar:
+    def advance(self, amount: float = 1, **figures: object) -> None:
+        """Nothing to show."""
 
 
 class _RichBar:
@@ -87,7 +93,24 @@ def _figures(figures: dict[str, object]) -> str:
 
 @contextmanager
 def progress(title: str, total: float, unit: str = "step", done: float = 0) -> Iterator[Bar]:
-    """A progress bar with speed and ETA for `total` units of work, `done` of which are behind us."""
+    """A progress bar with speed and ETA for `total` units of work, `done` of which are behind us.
+
+    Work inside other work that shows its progress stays silent: a terminal has room for one bar.
+    """
+    global _busy
+    if _busy:
+        yield _SilentBar()
+        return
+    _busy = True
+    try:
+        with _bar(title, total, unit, done) as bar:
+            yield bar
+    finally:
+        _busy = False
+
+
+@contextmanager
+def _bar(title: str, total: float, unit: str, done: float) -> Iterator[Bar]:
     if not (sys.stderr.isatty() and _level >= NORMAL):
         yield _LineBar(title, total, done, unit)
         return

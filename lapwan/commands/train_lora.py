@@ -12,12 +12,14 @@ from lapwan.names import NoiseExpert
 from lapwan.settings.run import RunOptions
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.train import build
+from lapwan.train.checklist import checklist
 from lapwan.train.data import ClipStore
 from lapwan.train.describe import describe
 from lapwan.train.lora_objective import LORA_GROUP, LoraObjective
 from lapwan.train.ranks import Ranks
 from lapwan.train.runfolder import claim_run, start_folder
 from lapwan.train.trainer import Trainer
+from lapwan.train.watchers import add_watchers, check_watching
 from lapwan.wan.base import Base
 from lapwan.wan.device import pick_device, pick_dtype
 
@@ -31,7 +33,8 @@ def run(settings: TrainLoraSettings, options: RunOptions) -> None:
         data = build.read_data(settings, base)
         continued = build.initial_loras(settings.init_lora, base)
         device = pick_device(device_name)
-        print_plan(settings, describe(settings, base, data, continued), options)
+        plan = describe(settings, base, data, continued) + check_watching(settings, base, data, labels_needed=False)
+        print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
         if options.dry_run:
             return
         if ranks.first:
@@ -52,7 +55,9 @@ def prepare(
         adapters, settings.name, build.metadata_of(settings, base, data), settings.roi_weight,
         store.empty_text() if settings.caption_dropout else None, build.dropout_of(data),
     )
-    return build.make_trainer(settings, base, data, objective, store, "lapwan train-lora", ranks or Ranks())
+    trainer = build.make_trainer(settings, base, data, objective, store, "lapwan train-lora", ranks or Ranks())
+    add_watchers(trainer, settings, base, data, device)
+    return trainer
 
 
 def _adapter(

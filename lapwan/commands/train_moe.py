@@ -16,15 +16,18 @@ from lapwan.lora.attach import Adapter, attach
 from lapwan.lora.state import LoraState
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.names import NoiseExpert
+from lapwan.sampling.adapters import AdapterSet, LoraUse
 from lapwan.settings.run import RunOptions
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train import build
+from lapwan.train.checklist import checklist
 from lapwan.train.data import ClipStore
 from lapwan.train.describe import describe
 from lapwan.train.mixture_objective import MixtureObjective, MixtureWeights
 from lapwan.train.ranks import Ranks
 from lapwan.train.runfolder import claim_run, start_folder
 from lapwan.train.trainer import Trainer
+from lapwan.train.watchers import add_watchers, check_watching
 from lapwan.wan.base import Base
 from lapwan.wan.device import pick_device, pick_dtype
 
@@ -40,7 +43,9 @@ def run(settings: TrainMoeSettings, options: RunOptions) -> None:
         _check_labels(data, taxonomy)
         _base_loras(settings, base)  # a wrong one is refused now rather than after the weights are loaded
         device = pick_device(device_name)
-        print_plan(settings, [*describe(settings, base, data), *_describe(settings, data, taxonomy)], options)
+        plan = [*describe(settings, base, data), *_describe(settings, data, taxonomy)]
+        plan += check_watching(settings, base, data, labels_needed=True)
+        print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
         if options.dry_run:
             return
         if ranks.first:
@@ -65,7 +70,10 @@ def prepare(
         mixture, adapters, _weights(settings), settings.name, metadata,
         store.empty_text() if settings.caption_dropout else None, build.dropout_of(data),
     )
-    return build.make_trainer(settings, base, data, objective, store, "lapwan train-moe", ranks or Ranks())
+    trainer = build.make_trainer(settings, base, data, objective, store, "lapwan train-moe", ranks or Ranks())
+    bases = {e: LoraUse(path, state, settings.alpha_base) for e, (path, state) in _base_loras(settings, base).items()}
+    add_watchers(trainer, settings, base, data, device, AdapterSet(mixture=mixture, mixture_base=bases))
+    return trainer
 
 
 def _check_labels(data: build.RunData, taxonomy: Taxonomy) -> None:

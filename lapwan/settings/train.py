@@ -15,6 +15,7 @@ from lapwan.settings.base import Flag, Settings, submodel, union_members
 from lapwan.settings.optimisers import AdamWSettings, OptimiserSettings, ScheduleSettings, take_flat_keys
 from lapwan.settings.sigma import SigmaSettings, WeightingSettings, refuse_ddpm_weighting
 from lapwan.settings.targets import TargetSettings
+from lapwan.settings.watch import HealthSettings, PreviewSettings, ValidationSettings, WatchSettings
 
 
 class BaseModelSettings(Settings):
@@ -136,6 +137,12 @@ class TrainSettings(Settings):
     seed: Annotated[int, Flag("--seed")] = Field(42, description="Order, noise, sigma and initial weights.")
     save_every: Annotated[int, Flag("--save-every")] = Field(100, ge=1, description="Steps between checkpoints.")
     keep_last: int | None = Field(None, ge=1, description="Newest checkpoints to keep; absent: all.")
+    keep_best: int | None = Field(
+        None, ge=1, description="Checkpoints of the lowest validation loss to keep besides the newest.")
+    watch: WatchSettings = WatchSettings()
+    validation: ValidationSettings = ValidationSettings()
+    preview: PreviewSettings = PreviewSettings()
+    health: HealthSettings = HealthSettings()
     allow_changed: Annotated[bool, Flag("--allow-changed")] = Field(
         False, description="With --resume: go on although settings, clips or base have changed.")
     sigma_bins: int = Field(4, ge=1, description="Parts of a noise expert's band whose losses are logged apart.")
@@ -158,6 +165,10 @@ class TrainSettings(Settings):
         if len(set(self.experts)) != len(self.experts):
             raise ValueError(f"experts = {[e.value for e in self.experts]}: each noise expert at most once")
         self._check_turns()
+        every = self.validation.every
+        if self.keep_best is not None and (every is None or self.save_every % every):
+            raise ValueError(f"keep_best needs a validation at every checkpoint: save_every = {self.save_every} must "
+                             f"be a multiple of validation.every = {every}")
         for expert in NoiseExpert:
             if self._override(expert) and expert not in self.experts:
                 raise ValueError(f"[{expert.value}] is set, but experts does not hold '{expert.value}'")

@@ -197,7 +197,7 @@ def make_trainer(
         load_batch=store.batch, item_ids=[item.id for item in data.items], seed=settings.seed,
         accumulate=settings.accumulate, max_grad_norm=settings.max_grad_norm, ema_decay=settings.ema_decay,
         caption_dropout=settings.caption_dropout, save_every=settings.save_every, log_every=settings.log_every,
-        sigma_bins=settings.sigma_bins, keep_last=settings.keep_last,
+        sigma_bins=settings.sigma_bins, keep_last=settings.keep_last, keep_best=settings.keep_best,
         resume_command=f"{command} --resume", identity=data.identity(base), changes_allowed=settings.allow_changed,
         ranks=ranks,
     )

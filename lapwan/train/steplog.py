@@ -45,6 +45,7 @@ class StepLog:
     counts: dict[str, int] = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
     sigmas: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0
 
     def add(self, loss: Loss, total_B: Tensor, sigma_B: Tensor) -> None:
         """One batch."""

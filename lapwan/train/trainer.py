@@ -184,8 +184,10 @@ class Trainer:
         started = time.monotonic()
         figures = self._optimiser_step(expert)
         self.step += 1
+        seconds = time.monotonic() - started
+        self._logs[expert].seconds += seconds
         shared, reason = self._look(metrics)
-        self._write(metrics, expert, figures, shared, time.monotonic() - started, bar)
+        self._write(metrics, expert, figures, shared, seconds, bar)
         where = f"saved at step {self.step}"
         if self._bad_in_a_row >= _BAD_STEPS_BEFORE_STOP:
             return UserError(f"{_BAD_STEPS_BEFORE_STOP} steps in a row had a non-finite loss or gradient; the weights "
@@ -284,13 +286,15 @@ class Trainer:
             bar.advance()
             return
         logged = join(plan.ranks.gather(self._logs[expert].plain()))
+        clips_per_second = len(logged.sigmas) / max(self._logs[expert].seconds, 1e-9)
         self._logs[expert] = StepLog()
         if metrics is None:
             return
         band = plan.tracks[expert].rule.band
         own = {**logged.means, **logged.by_bin(band, plan.sigma_bins)}
         own |= {name: float(value) for name, value in figures.items()}
-        own |= {"own_step": plan.tracks[expert].steps, "seconds": seconds, **memory_figures()}
+        own |= {"own_step": plan.tracks[expert].steps, "seconds": seconds, "clips_per_second": clips_per_second,
+                **memory_figures()}
         metrics.write(self.step, expert.value, own, shared)
         metrics.histogram(f"sigma/{expert.file_suffix}", logged.sigmas, self.step)
         bar.advance(expert=expert.value, loss=own["loss"], lr=own["lr"])

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from lapwan.data.batch import Batch
+from lapwan.data.cachefile import CachedItem, load_index, write_index
 from lapwan.losses.sigmas import Uniform
 from lapwan.names import NoiseExpert
 from lapwan.train.objective import Draws, SigmaRule, make_draws
@@ -37,3 +43,11 @@ def backward(trainer: Trainer, expert: NoiseExpert, indices: list[int], only: st
         total_B = loss.terms[only] if only else loss.total_B
         total_B.mean().backward()
     return {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}
+
+
+def edited_cache(source: Path, target: Path, edit: Callable[[list[CachedItem]], list[CachedItem]]) -> Path:
+    """A copy of a cache with other items in its index."""
+    shutil.copytree(source, target)
+    index = load_index(target)
+    write_index(replace(index, items=tuple(edit(list(index.items)))))
+    return target

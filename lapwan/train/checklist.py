@@ -1,0 +1,161 @@
+"""What people check by hand before a run that takes a day, checked: every line says what was found.
+
+How to add a check: a function in `checklist` that returns a Finding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lapwan.data.cachefile import CachedItem, read_item
+from lapwan.diagnostics.report import shown
+from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
+from lapwan.names import Band, NoiseExpert
+from lapwan.settings.train import TrainSettings
+from lapwan.train.build import RunData
+from lapwan.train.optimisers import predicted_lr
+from lapwan.wan.base import Base
+
+_READ = 64  # clips whose latents are read, at most
+_STILL = 1e-3  # change between latent frames, over the clip's standard deviation: below it nothing moves
+_MOTION = re.compile(
+    r"\b(mov|walk|run|turn|rotat|spin|swing|slid|pull|push|lift|grasp|cut|dissect|retract|tear|tilt|pan|zoom|fall|jump|"
+    r"danc|wav|shak|open|clos|enter|leav|advanc|approach|withdraw|sweep|circl|rock|bounc|fly|swim|rise|rais|lower|drag|"
+    r"squeez|press|suction|aspirat|irrigat|coagulat|cauteri[sz]|sutur|peel|snip|bit|poke|probe|stir|roll|drop|throw|"
+    r"catch|reach|bend|stretch|twist|orbit|glid|drift|flow)\w*|"
+    r"[移动走跑转旋摆滑拉推提抓夹剪切割撕分离倾摇落跳舞挥开合进入退出靠近接触扫绕升降拖压吸引冲洗凝缝剥探搅滚扔弯伸扭牵]",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: whether it is as it should be, and what was found."""
+
+    fine: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"check {'ok  ' if self.fine else 'LOOK'} {self.text}"
+
+
+def checklist(settings: TrainSettings, base: Base, data: RunData) -> list[Finding]:
+    """All findings; reading latents of up to 64 clips is the slowest part."""
+    clips = list({item.id: item for item in data.items}.values())
+    return [
+        _captions(settings, clips), *_frames(data, clips), _rate(base, data, clips), _lengths(clips, data.index.fps),
+        *_preset(settings, data), _sampling(base, data), _bands(base.bands), _intervals(settings, data),
+    ]
+
+
+def _captions(settings: TrainSettings, clips: Sequence[CachedItem]) -> Finding:
+    silent = [clip for clip in clips if not _MOTION.search(clip.caption)]
+    named = len(clips) - len(silent)
+    text = f"captions: {named} of {len(clips)} name a motion"
+    wanted = settings.health.preset == "motion"
+    if silent and wanted:
+        text += f"; a motion LoRA learns what captions name; such as '{silent[0].caption[:40]}' ({silent[0].id})"
+    return Finding(not (wanted and silent), text)
+
+
+def _frames(data: RunData, clips: Sequence[CachedItem]) -> list[Finding]:
+    """Unreadable, non-finite or still clips, from the cached latents."""
+    step = max(1, -(-len(clips) // _READ))
+    chosen = clips[::step]
+    broken, still, partly = [], [], []
+    for clip in chosen:
+        latents = read_item(data.index.folder, clip)["latents"]
+        assert latents is not None  # read_item raises a UserError for a file that cannot be read
+        if not bool(latents.isfinite().all()):
+            broken.append(clip.id)
+            continue
+        if latents.shape[1] < 2:
+            continue
+        change = (latents[:, 1:] - latents[:, :-1]).abs().mean(dim=(0, 2, 3)) / latents.std().clamp_min(1e-6)
+        count = int((change < _STILL).sum())
+        if count == len(change):
+            still.append(clip.id)
+        elif count:
+            partly.append(clip.id)
+    text = (f"frames: {len(chosen)} of {len(clips)} clips read, {len(broken)} with non-finite latents, {len(still)} "
+            f"that do not move, {len(partly)} with repeated frames")
+    named = (broken + still + partly)[:3]
+    return [Finding(not named, text + (f": {', '.join(named)}" if named else ""))]
+
+
+def _rate(base: Base, data: RunData, clips: Sequence[CachedItem]) -> Finding:
+    wanted, have = base.spec.defaults.fps, data.index.fps
+    rates = sorted({round(float(clip.facts["fps"]), 2) for clip in clips if clip.facts and clip.facts.get("fps")})
+    shown_rates = ", ".join(f"{rate:g}" for rate in rates[:5]) + (" ..." if len(rates) > 5 else "")
+    sources = f", sources at {shown_rates}" if rates else ""
+    if have is None:
+        return Finding(True, f"fps: the cache does not say; the model is for {wanted}{sources}")
+    slow = [rate for rate in rates if rate < have * 0.95]
+    text = f"fps: cached at {have:g}, the model is for {wanted}{sources}"
+    if slow:
+        text += f"; sources below {have:g} repeat frames"
+    return Finding(abs(have - wanted) < 0.5 and not slow, text)
+
+
+def _lengths(clips: Sequence[CachedItem], fps: float | None) -> Finding:
+    frames = sorted({clip.frames for clip in clips})
+    seconds = f" ({frames[0] / fps:.2f} to {frames[-1] / fps:.2f} s)" if fps else ""
+    short = [n for n in frames if 1 < n < 17]
+    text = f"length: {', '.join(map(str, frames[:6]))} frames{seconds}"
+    if 1 in frames and len(frames) > 1:
+        text += "; stills among the clips"
+    return Finding(not short, text + ("; below 17 frames there is little motion to learn" if short else ""))
+
+
+def _preset(settings: TrainSettings, data: RunData) -> list[Finding]:
+    """LR ratio and number of steps, by the rules of inspect-weights."""
+    rates = {e.value: lr for e, own in data.experts.items() if (lr := predicted_lr(own.optimiser)) is not None}
+    if settings.health.preset is None:
+        return [Finding(True, f"{len(data.schedule)} steps; no health.preset: LR ratio and steps are not judged")]
+    verdict = judge(Evidence(PRESETS[settings.health.preset], {}, rates, [], len(data.schedule)))
+    rules = [rule for rule in verdict["rules"] if rule["rule"].startswith(("LR", "steps"))]
+    found = []
+    for rule in rules:
+        value = rule["value"]
+        low = PRESETS[settings.health.preset].steps[0]
+        fine = rule["status"] == "good" and not (rule["rule"].startswith("steps") and value < low)
+        found.append(Finding(fine, f"{rule['rule']}: {shown(value)} (wanted for {settings.health.preset}: "
+                                   f"{rule['threshold']}; {rule['source']})"))
+    return found
+
+
+def _sampling(base: Base, data: RunData) -> Finding:
+    spec = base.spec
+    boundary = "none" if spec.boundary is None else f"{spec.boundary:g}"
+    shifts = {e.value: own.sigma.shift for e, own in data.experts.items()}
+    trained = ", ".join(f"{name} {shift if isinstance(shift, str) else f'{shift:g}'}" for name, shift in shifts.items())
+    return Finding(True, f"model: {spec.task}, boundary {boundary}, samples with shift {spec.flow_shift:g}; trained "
+                         f"with shift {trained}")
+
+
+def _bands(bands: Mapping[NoiseExpert, Band]) -> Finding:
+    if len(bands) < 2:
+        return Finding(True, "bands: one transformer for all sigmas")
+    high, low = bands[NoiseExpert.HIGH], bands[NoiseExpert.LOW]
+    text = f"bands: high {high}, low {low}"
+    if high.low < low.low:
+        return Finding(False, text + "; they are inverted: the high-noise expert must have the larger sigmas")
+    if high.low < low.high:
+        return Finding(False, text + "; they overlap: the noise experts would share sigmas")
+    return Finding(True, text + ": apart")
+
+
+def _intervals(settings: TrainSettings, data: RunData) -> Finding:
+    total = len(data.schedule)
+    parts = [f"saves every {settings.save_every} ({-(-total // settings.save_every)} checkpoints)"]
+    for name, every in (("validates", settings.validation.every), ("previews", settings.preview.every)):
+        parts.append(f"{name} every {every}" if every else f"never {name}")
+    gaps = {name: n for name, n in (("save_every", settings.save_every), ("preview.every", settings.preview.every))
+            if n is not None and total >= 10 and n > total / 2}
+    text = f"{total} steps: {', '.join(parts)}"
+    if gaps:
+        text += "; " + ", ".join(f"{name} = {n}" for name, n in gaps.items()) + " leaves nothing to go back to"
+    return Finding(not gaps, text)
+

@@ -1,0 +1,137 @@
+"""Previews: videos sampled through both noise experts, high then low, with the weights as they are now.
+
+A noise expert that is not trained is loaded for the first preview and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lapwan import console
+from lapwan.errors import UserError
+from lapwan.lora.attach import Adapter
+from lapwan.names import NoiseExpert
+from lapwan.sampling.adapters import AdapterSet
+from lapwan.sampling.generator import Generator
+from lapwan.sampling.image import open_image
+from lapwan.sampling.noise_experts import NoiseExperts
+from lapwan.sampling.request import Request, check_request, complete_guidance
+from lapwan.sampling.sheet import contact_sheet
+from lapwan.settings.watch import PreviewSettings
+from lapwan.train.watch import Seen
+from lapwan.wan.base import Base
+from lapwan.wan.folder import ModelSpec
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+_COLUMNS = 6  # frames shown in TensorBoard
+
+
+def preview_requests(settings: PreviewSettings, spec: ModelSpec, bucket: tuple[int, int, int]) -> list[Request]:
+    """One request a prompt; size and length are the training clips' where nothing else is said.
+
+    Raises:
+        UserError: what the model cannot make.
+    """
+    frames, height, width = bucket
+    images = [open_image(path) for path in settings.images] or [None] * len(settings.prompts)
+    requests = [
+        Request(
+            prompt, settings.num_frames or frames, settings.size or (height, width),
+            settings.steps or spec.defaults.steps, complete_guidance(spec, settings.guidance), spec.defaults.fps,
+            image=image, seed=settings.seed,
+        )
+        for prompt, image in zip(settings.prompts, images, strict=True)
+    ]
+    for request in requests:
+        if spec.task == "i2v" and request.image is None:
+            raise UserError("previews of an image-to-video model need a first frame: set preview.images, one a prompt")
+        check_request(spec, request)
+    return requests
+
+
+class _InTraining(NoiseExperts):
+    """Transformers that are in training, with their adapters on them; another noise expert is loaded and kept."""
+
+    def __init__(
+        self, base: Base, adapter_set: AdapterSet, device: torch.device, dtype: torch.dtype,
+        adapters: Mapping[NoiseExpert, Adapter],
+    ) -> None:
+        super().__init__(base, adapter_set, device, dtype, memory="both")
+        self._training = dict(adapters)
+
+    def plan(self, num_frames: int, size: tuple[int, int]) -> None:
+        """Training decided what stays on the device."""
+
+    def transformer(self, expert: NoiseExpert) -> WanTransformer3DModel:
+        if expert in self._training:
+            return cast("WanTransformer3DModel", self._training[expert].transformer)
+        return super().transformer(expert)
+
+    def scope(self, expert: NoiseExpert, gates_1G: Tensor) -> AbstractContextManager[object]:
+        """A mixture's gates; a plain LoRA in training acts with gate 1."""
+        if expert not in self._training:
+            return super().scope(expert, gates_1G)
+        holder = self._training[expert].holder
+        return holder.scope(gates_1G) if holder.required else nullcontext()
+
+
+class PreviewGenerator(Generator):
+    """A generator over the transformers in training, whose text encoder leaves once all prompts are encoded."""
+
+    def __init__(
+        self, base: Base, adapter_set: AdapterSet, device: torch.device, dtype: torch.dtype,
+        adapters: Mapping[NoiseExpert, Adapter], requests: Sequence[Request],
+    ) -> None:
+        super().__init__(base, adapter_set, device, dtype)
+        self.experts = _InTraining(base, adapter_set, device, dtype, adapters)
+        for request in requests:
+            self.text_features(request.prompt)
+            if max(request.guidance.values()) > 1:
+                self.text_features(request.negative_prompt)
+        self._text = None
+
+
+class Previews:
+    """A watcher: an MP4 (a PNG for one frame) for each prompt in `previews/`, a strip of frames in TensorBoard."""
+
+    def __init__(self, generator: Generator, requests: Sequence[Request], folder: Path, every: int) -> None:
+        self.every = every
+        self._generator, self._requests, self._folder = generator, list(requests), folder
+
+    @torch.no_grad()
+    def look(self, step: int, board: Any) -> Seen:
+        mixture = self._generator.adapters.mixture
+        if mixture is None:
+            return self._sample(step, board)
+        # A generation routes on the CPU; moving there and back keeps the parameters, bit for bit.
+        device = next(mixture.parameters()).device
+        mixture.to("cpu")
+        try:
+            return self._sample(step, board)
+        finally:
+            mixture.to(device)
+
+    def _sample(self, step: int, board: Any) -> Seen:
+        for index, request in enumerate(self._requests):
+            video = self._generator.generate(request)
+            suffix = "png" if len(video.frames) == 1 else "mp4"
+            path = video.save(self._folder / f"step_{step:06d}_{index}.{suffix}", overwrite=True)
+            strip = np.asarray(contact_sheet([video.frames], _COLUMNS))
+            board.add_image(f"preview/{index}", strip, step, dataformats="HWC")
+            console.detail(f"preview {path}")
+        return Seen({})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """There is none: every preview starts from its own seed."""

@@ -1,0 +1,93 @@
+"""Loss on held-out clips at fixed noise: the same clips, sigmas and noise at every look, without dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lapwan import keyed
+from lapwan.data.batch import Batch
+from lapwan.data.cachefile import CachedItem, CacheIndex
+from lapwan.errors import UserError
+from lapwan.names import NoiseExpert
+from lapwan.settings.train import TrainSettings
+from lapwan.train.data import ClipStore
+from lapwan.train.objective import Draws, Objective, SigmaRule
+from lapwan.train.watch import Seen
+
+
+def held_out(index: CacheIndex, settings: TrainSettings) -> list[CachedItem]:
+    """The clips to validate on, spread evenly over the split.
+
+    Raises:
+        UserError: the split is empty, or is trained on.
+    """
+    wanted = settings.validation
+    items = [item for item in index.items if item.split == wanted.split]
+    if not items:
+        splits = ", ".join(sorted({str(item.split) for item in index.items}))
+        raise UserError(f"validation.every is set, but {index.folder} has no clips of split '{wanted.split}' (it has: "
+                        f"{splits}); hold some out with \"split\": \"{wanted.split}\" in the clips file")
+    if settings.data.split in (None, wanted.split):
+        raise UserError(f"data.split = {settings.data.split!r} trains on the clips of split '{wanted.split}' that are "
+                        "held out for validation; set data.split = \"train\"")
+    step = max(1, len(items) // wanted.clips)
+    return items[::step][: wanted.clips]
+
+
+class Validation:
+    """A watcher: the mean flow loss of every noise expert over clips and sigmas, and by sigma."""
+
+    def __init__(
+        self, objective: Objective, rules: Mapping[NoiseExpert, SigmaRule], store: ClipStore, every: int, sigmas: int,
+        seed: int,
+    ) -> None:
+        self.every = every
+        self._objective, self._rules, self._store, self._seed = objective, rules, store, seed
+        self._u = [(i + 0.5) / sigmas for i in range(sigmas)]
+
+    def look(self, step: int, board: Any) -> Seen:
+        figures: dict[str, float] = {}
+        for expert in self._rules:
+            for name, value in self.losses(expert).items():
+                figures[f"validation/{expert.value}/{name}"] = value
+        means = [figures[f"validation/{expert.value}/loss"] for expert in self._rules]
+        return Seen({**figures, "validation/mean": sum(means) / len(means)})
+
+    @torch.no_grad()
+    def losses(self, expert: NoiseExpert) -> dict[str, float]:
+        """`loss`, `loss_at_sigma_0.912` and so on, and the means of the objective's own metrics."""
+        sums: dict[str, list[Tensor]] = {}
+        for index in range(len(self._store.items)):
+            batch = self._store.batch([index])
+            for place, u in enumerate(self._u):
+                draws = self._draws(expert, batch, u, place)
+                with self._objective.loss(expert, batch, draws) as loss:
+                    own = {n: values for n, values in loss.figures.items() if n.startswith("metrics/")}
+                    flow_B = loss.figures["loss/diffusion"]
+                own |= {"loss": flow_B, f"loss_at_sigma_{float(draws.sigma_B[0]):.3f}": flow_B}
+                for name, values in own.items():
+                    sums.setdefault(name, []).append(values)
+        joined = {name: torch.cat(values) for name, values in sums.items()}
+        return {name: float(values.mean()) for name, values in joined.items() if values.numel()}
+
+    def _draws(self, expert: NoiseExpert, batch: Batch, u: float, place: int) -> Draws:
+        shape, device = batch.latents_BCTHW.shape, batch.latents_BCTHW.device
+        generator = keyed.generator(self._seed, "validation", batch.ids[0], place)
+        sigma_B = self._rules[expert].sigmas(torch.tensor([u], dtype=torch.float64), (shape[-2], shape[-1]))
+        return Draws(sigma_B.to(device), torch.randn(shape, generator=generator).to(device),
+                     torch.zeros(1, dtype=torch.bool), torch.ones_like(sigma_B).to(device))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """There is none: every look is the same."""
+
+
+def labelled(items: Sequence[CachedItem]) -> bool:
+    """Whether every clip has a label."""
+    return all(item.label_weights is not None or item.label is not None for item in items)
