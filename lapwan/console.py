@@ -117,4 +117,4 @@ def _bar(title: str, total: float, unit: str, done: float) -> Iterator[Bar]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
                TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, console=log_console, transient=False) as bar:
-        yield _RichBar(bar, bar.add_task(title, total=total, completed=done, figures=""))
+        yield _RichBar(bar, bar.add_task(title, total=total, completed=int(done), figures=""))

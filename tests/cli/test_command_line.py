@@ -54,20 +54,21 @@ def test_example_of_the_help_uses_real_options(command):
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.name)
-def test_every_example_passes_a_dry_run(example, tmp_path):
+def test_every_example_passes_a_dry_run(example, example_inputs):
     command = re.search(r"lapwan (\S+) --config", example.read_text(encoding="utf-8"))
     assert command is not None, f"{example} does not say its command in a comment"
-    prepare_example_inputs(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-m", "lapwan", command[1], "--config", str(example), "--dry-run"], cwd=tmp_path,
+        [sys.executable, "-m", "lapwan", command[1], "--config", str(example), "--dry-run"], cwd=example_inputs,
         capture_output=True, text=True, timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "dry run" in done.stderr or done.stdout
 
 
-def prepare_example_inputs(folder: Path) -> None:
-    """What the examples expect in the working directory: labelled clips and their cache, as the README makes them."""
+@pytest.fixture(scope="module")
+def example_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with what the examples expect: labelled clips and their cache, as the README makes them."""
+    folder = tmp_path_factory.mktemp("examples")
     code = (
         "from pathlib import Path\n"
         "from lapwan.tiny.dataset import write_dataset\n"
@@ -80,6 +81,7 @@ def prepare_example_inputs(folder: Path) -> None:
          "--num-frames", "5"),
     ):
         subprocess.run([sys.executable, "-m", "lapwan", *arguments], cwd=folder, check=True, capture_output=True)
+    return folder
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
