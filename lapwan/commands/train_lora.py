@@ -16,6 +16,7 @@ from lapwan.train.checklist import checklist
 from lapwan.train.data import ClipStore
 from lapwan.train.describe import describe
 from lapwan.train.lora_objective import LORA_GROUP, LoraObjective
+from lapwan.train.parking import Parking, plan_memory
 from lapwan.train.ranks import Ranks
 from lapwan.train.runfolder import claim_run, start_folder
 from lapwan.train.trainer import Trainer
@@ -33,7 +34,8 @@ def run(settings: TrainLoraSettings, options: RunOptions) -> None:
         data = build.read_data(settings, base)
         continued = build.initial_loras(settings.init_lora, base)
         device = pick_device(device_name)
-        plan = describe(settings, base, data, continued) + check_watching(settings, base, data, labels_needed=False)
+        plan = [*describe(settings, base, data, continued), plan_memory(settings, base, data, device).line]
+        plan += check_watching(settings, base, data, labels_needed=False)
         print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
         if options.dry_run:
             return
@@ -50,20 +52,26 @@ def prepare(
 ) -> Trainer:
     """Load the noise experts, put a LoRA on each, and wire the trainer."""
     store = ClipStore(data.index, data.items, device)
-    adapters = {expert: _adapter(settings, base, data, expert, device) for expert in data.experts}
+    parking = Parking(device, plan_memory(settings, base, data, device).both)
+    adapters, dtype = {}, pick_dtype(settings.dtype, device)
+    for expert in data.experts:
+        adapters[expert] = _adapter(settings, base, data, expert, dtype, parking.load_on)
+        parking.add({expert: adapters[expert]})
     objective = LoraObjective(
         adapters, settings.name, build.metadata_of(settings, base, data), settings.roi_weight,
         store.empty_text() if settings.caption_dropout else None, build.dropout_of(data),
     )
     trainer = build.make_trainer(settings, base, data, objective, store, "lapwan train-lora", ranks or Ranks())
+    trainer.plan.before_turn = parking.turn
     add_watchers(trainer, settings, base, data, device)
     return trainer
 
 
 def _adapter(
-    settings: TrainLoraSettings, base: Base, data: build.RunData, expert: NoiseExpert, device: torch.device
+    settings: TrainLoraSettings, base: Base, data: build.RunData, expert: NoiseExpert, dtype: torch.dtype,
+    device: torch.device,
 ) -> Adapter:
-    transformer = base.load(expert, pick_dtype(settings.dtype, device), device)
+    transformer = base.load(expert, dtype, device)
     if settings.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
     if (file := build.initial_loras(settings.init_lora, base).get(expert)) is not None:

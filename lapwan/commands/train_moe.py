@@ -24,6 +24,7 @@ from lapwan.train.checklist import checklist
 from lapwan.train.data import ClipStore
 from lapwan.train.describe import describe
 from lapwan.train.mixture_objective import MixtureObjective, MixtureWeights
+from lapwan.train.parking import Parking, plan_memory
 from lapwan.train.ranks import Ranks
 from lapwan.train.runfolder import claim_run, start_folder
 from lapwan.train.trainer import Trainer
@@ -44,6 +45,7 @@ def run(settings: TrainMoeSettings, options: RunOptions) -> None:
         _base_loras(settings, base)  # a wrong one is refused now rather than after the weights are loaded
         device = pick_device(device_name)
         plan = [*describe(settings, base, data), *_describe(settings, data, taxonomy)]
+        plan.append(plan_memory(settings, base, data, device).line)
         plan += check_watching(settings, base, data, labels_needed=True)
         print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
         if options.dry_run:
@@ -61,7 +63,8 @@ def prepare(
 ) -> Trainer:
     """Load the noise experts, put a fresh mixture on them, and wire the trainer."""
     store = ClipStore(data.index, data.items, device, len(taxonomy.families))
-    mixture, adapters = _assemble(settings, base, data, taxonomy, device)
+    parking = Parking(device, plan_memory(settings, base, data, device).both)
+    mixture, adapters = _assemble(settings, base, data, taxonomy, device, parking)
     first = next(iter(data.experts))
     metadata = build.provenance(settings, base, data, first)
     for key in ("lapwan.noise_expert", "lapwan.base_fingerprint", "modelspec.timestep_range"):
@@ -71,6 +74,7 @@ def prepare(
         store.empty_text() if settings.caption_dropout else None, build.dropout_of(data),
     )
     trainer = build.make_trainer(settings, base, data, objective, store, "lapwan train-moe", ranks or Ranks())
+    trainer.plan.before_turn = parking.turn
     bases = {e: LoraUse(path, state, settings.alpha_base) for e, (path, state) in _base_loras(settings, base).items()}
     add_watchers(trainer, settings, base, data, device, AdapterSet(mixture=mixture, mixture_base=bases))
     return trainer
@@ -85,9 +89,12 @@ def _check_labels(data: build.RunData, taxonomy: Taxonomy) -> None:
         if item.label_weights is not None and len(item.label_weights) != families:
             raise UserError(f"clip {item.id} has {len(item.label_weights)} label weights, taxonomy {taxonomy.name} has "
                             f"{families} families; label with --taxonomy {taxonomy.name}, or set taxonomy")
-    if data.index.families and tuple(data.index.families) != taxonomy.keys:
-        raise UserError(f"{data.index.folder} was labelled with families {', '.join(data.index.families)}; taxonomy "
-                        f"{taxonomy.name} has {', '.join(taxonomy.keys)}; set taxonomy, or label again")
+        if item.label is not None and item.label >= families:
+            raise UserError(f"clip {item.id} has label {item.label}, taxonomy {taxonomy.name} has {families} families; "
+                            f"label with --taxonomy {taxonomy.name}, or set taxonomy")
+    if data.index.taxonomy not in (None, taxonomy.name) and data.settings.data.labels is None:
+        raise UserError(f"{data.index.folder} was labelled with taxonomy {data.index.taxonomy}, the settings say "
+                        f"{taxonomy.name}; set taxonomy, or label and cache again")
 
 
 def _base_loras(settings: TrainMoeSettings, base: Base) -> dict[NoiseExpert, tuple[Path, LoraState]]:
@@ -117,7 +124,8 @@ def _describe(settings: TrainMoeSettings, data: build.RunData, taxonomy: Taxonom
 
 
 def _assemble(
-    settings: TrainMoeSettings, base: Base, data: build.RunData, taxonomy: Taxonomy, device: torch.device
+    settings: TrainMoeSettings, base: Base, data: build.RunData, taxonomy: Taxonomy, device: torch.device,
+    parking: Parking,
 ) -> tuple[Mixture, dict[NoiseExpert, Adapter]]:
     base_loras = _base_loras(settings, base)
     spec = MixtureSpec(
@@ -131,7 +139,8 @@ def _assemble(
             for expert, (path, state) in base_loras.items() if expert in data.experts
         },
     )
-    transformers = {e: base.load(e, pick_dtype(settings.dtype, device), device) for e in data.experts}
+    dtype = pick_dtype(settings.dtype, device)
+    transformers = {e: base.load(e, dtype, parking.load_on) for e in data.experts}
     states = {
         expert: {family: build.fresh_lora(transformers[expert], own, settings.seed, expert.value, family)
                  for family in taxonomy.keys}
@@ -147,6 +156,7 @@ def _assemble(
             transformer.enable_gradient_checkpointing()
         frozen = base_loras[expert][1] if expert in base_loras else None
         adapters[expert] = attach(transformer, mixture.groups(expert, frozen, trainable=True), gates_required=True)
+    parking.add(adapters)
     return mixture, adapters
 
 

@@ -133,6 +133,8 @@ class TrainSettings(Settings):
     roi_weight: float = Field(0.0, ge=0, description="Weight of the loss over the clips' regions; 0: off.")
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="Probability of training on the empty caption.")
     max_grad_norm: float = Field(1.0, gt=0)
+    memory: Literal["auto", "both", "one"] = Field(
+        "auto", description="Noise experts on the device: both, or one with the idle one parked in host memory.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     seed: Annotated[int, Flag("--seed")] = Field(42, description="Order, noise, sigma and initial weights.")
     save_every: Annotated[int, Flag("--save-every")] = Field(100, ge=1, description="Steps between checkpoints.")

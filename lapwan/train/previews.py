@@ -5,7 +5,7 @@ A noise expert that is not trained is loaded for the first preview and kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -63,16 +63,17 @@ class _InTraining(NoiseExperts):
 
     def __init__(
         self, base: Base, adapter_set: AdapterSet, device: torch.device, dtype: torch.dtype,
-        adapters: Mapping[NoiseExpert, Adapter],
+        adapters: Mapping[NoiseExpert, Adapter], before_turn: Callable[[NoiseExpert], None],
     ) -> None:
         super().__init__(base, adapter_set, device, dtype, memory="both")
-        self._training = dict(adapters)
+        self._training, self._before_turn = dict(adapters), before_turn
 
     def plan(self, num_frames: int, size: tuple[int, int]) -> None:
         """Training decided what stays on the device."""
 
     def transformer(self, expert: NoiseExpert) -> WanTransformer3DModel:
         if expert in self._training:
+            self._before_turn(expert)
             return cast("WanTransformer3DModel", self._training[expert].transformer)
         return super().transformer(expert)
 
@@ -90,9 +91,10 @@ class PreviewGenerator(Generator):
     def __init__(
         self, base: Base, adapter_set: AdapterSet, device: torch.device, dtype: torch.dtype,
         adapters: Mapping[NoiseExpert, Adapter], requests: Sequence[Request],
+        before_turn: Callable[[NoiseExpert], None],
     ) -> None:
         super().__init__(base, adapter_set, device, dtype)
-        self.experts = _InTraining(base, adapter_set, device, dtype, adapters)
+        self.experts = _InTraining(base, adapter_set, device, dtype, adapters, before_turn)
         for request in requests:
             self.text_features(request.prompt)
             if max(request.guidance.values()) > 1:

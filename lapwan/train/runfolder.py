@@ -19,7 +19,7 @@ PREVIEWS = "previews"
 # What may differ between a run and its resumption. Model and data are checked by what they hold, so that they may have
 # moved (`checkpoint.check_identity`); the rest changes no number that is trained.
 _FREE = ("output", "resume", "allow_changed", "model", "data", "device", "save_every", "keep_last", "keep_best",
-         "log_every", "sigma_bins", "watch", "validation", "preview", "health")
+         "log_every", "sigma_bins", "memory", "watch", "validation", "preview", "health")
 
 
 def claim_run(settings: TrainSettings, overwrite: bool) -> None:
@@ -83,4 +83,5 @@ def _remove_run(run: Any) -> None:
         shutil.rmtree(folder)
     for name in ("tensorboard", PREVIEWS):
         shutil.rmtree(run / name, ignore_errors=True)
-    (run / METRICS_FILE).unlink(missing_ok=True)
+    for path in (run / METRICS_FILE, *run.glob("settings_until_*.toml")):
+        path.unlink(missing_ok=True)

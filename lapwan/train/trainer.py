@@ -67,6 +67,7 @@ class Plan:
     identity: Mapping[str, str] = field(default_factory=dict)  # of clips and base: what a moved run is checked by
     changes_allowed: bool = False
     ranks: Ranks = field(default_factory=Ranks)
+    before_turn: Callable[[NoiseExpert], None] = lambda expert: None  # brings its weights to the device
 
 
 class Trainer:
@@ -201,6 +202,7 @@ class Trainer:
 
     def _optimiser_step(self, expert: NoiseExpert) -> dict[str, Tensor | float]:
         plan, track = self.plan, self.plan.tracks[expert]
+        plan.before_turn(expert)
         visits, after = track.order.batches(track.position, plan.accumulate)
         samples = sum(len(group) for group in visits)
         visits = plan.ranks.own(visits)

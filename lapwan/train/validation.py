@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,15 +43,16 @@ class Validation:
 
     def __init__(
         self, objective: Objective, rules: Mapping[NoiseExpert, SigmaRule], store: ClipStore, every: int, sigmas: int,
-        seed: int,
+        seed: int, before_turn: Callable[[NoiseExpert], None] = lambda expert: None,
     ) -> None:
-        self.every = every
+        self.every, self._before_turn = every, before_turn
         self._objective, self._rules, self._store, self._seed = objective, rules, store, seed
         self._u = [(i + 0.5) / sigmas for i in range(sigmas)]
 
     def look(self, step: int, board: Any) -> Seen:
         figures: dict[str, float] = {}
         for expert in self._rules:
+            self._before_turn(expert)
             for name, value in self.losses(expert).items():
                 figures[f"validation/{expert.value}/{name}"] = value
         means = [figures[f"validation/{expert.value}/loss"] for expert in self._rules]

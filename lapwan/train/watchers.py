@@ -63,11 +63,13 @@ def add_watchers(
         store = ClipStore(data.index, held_out(data.index, settings), device)
         rules = {e: track.rule for e, track in plan.tracks.items()}
         trainer.watchers["validation"] = Validation(
-            trainer.objective, rules, store, settings.validation.every, settings.validation.sigmas, settings.seed)
+            trainer.objective, rules, store, settings.validation.every, settings.validation.sigmas, settings.seed,
+            plan.before_turn)
     if settings.preview.every is not None and plan.ranks.first:
         console.detail("encoding the previews' prompts")
         requests = preview_requests(settings.preview, base.spec, data.items[0].bucket)
         dtype = pick_dtype(settings.dtype, device)
-        generator = PreviewGenerator(base, adapter_set or AdapterSet(), device, dtype, adapters, requests)
+        generator = PreviewGenerator(
+            base, adapter_set or AdapterSet(), device, dtype, adapters, requests, plan.before_turn)
         folder = settings.output / PREVIEWS
         trainer.watchers["preview"] = Previews(generator, requests, folder, settings.preview.every)

@@ -8,15 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cache_cases import write_random_cache
 from safetensors.torch import load_file
 from training_cases import backward, randomise
 
-from lapwan.commands import train_lora
+from lapwan.commands import train_lora, train_moe
+from lapwan.data.cachefile import load_index, write_index
 from lapwan.errors import Interrupted, UserError
 from lapwan.lora.formats import open_lora
 from lapwan.names import NoiseExpert
 from lapwan.settings.run import RunOptions
 from lapwan.settings.train_lora import TrainLoraSettings
+from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train.checkpoint import checkpoints
 from lapwan.train.order import SampleOrder
 from lapwan.train.turns import interleave
@@ -169,3 +172,15 @@ def test_weights_make_clips_likelier():
     order = SampleOrder(["a"] * 4, 1, 0, "high", weights=[0, 1, 1, 8])
     seen = [v.item for b in order.batches((0, 0), 4000)[0] for v in b]
     assert seen.count(0) == 0 and 0.75 < seen.count(3) / 4000 < 0.85
+
+
+def test_a_cache_labelled_by_another_taxonomy_is_refused(tmp_path, tiny_t2v):
+    cache = write_random_cache(tmp_path / "cache", tiny_t2v)
+    settings = TrainMoeSettings.model_validate(
+        {"model": "tiny", "output": tmp_path / "run", "data": {"cache": cache}, "steps": 1, "taxonomy": "cholec6"})
+    with pytest.raises(UserError, match="has 4 label weights, taxonomy cholec6 has 6 families"):
+        train_moe.run(settings, RunOptions(dry_run=True))
+    index = load_index(cache)
+    write_index(replace(index, taxonomy="mine"))
+    with pytest.raises(UserError, match="was labelled with taxonomy mine, the settings say surgical4"):
+        train_moe.run(settings.model_copy(update={"taxonomy": "surgical4"}), RunOptions(dry_run=True))

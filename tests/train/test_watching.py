@@ -286,3 +286,35 @@ def test_a_run_goes_on_in_another_folder_and_with_changed_settings_only_if_allow
     with pytest.raises(UserError, match="trained on other contents of: clips"):
         train_lora.run(settings(moved, steps=3, resume=True, data={"cache": clips}, optimiser={"lr": 5e-3},
                                 save_every=7), RunOptions())
+
+
+@pytest.mark.parametrize("kind", ["lora", "moe"])
+def test_one_noise_expert_at_a_time_trains_and_looks_the_same(kind, make_lora, make_moe, tmp_path, split_cache):
+    make = {"lora": make_lora, "moe": make_moe}[kind]
+    common = {"steps": 3, "optimiser": {"lr": 1e-2}, "data": {"cache": split_cache}, "ema_decay": 0.9,
+              "validation": {"every": 3, "sigmas": 1}, "preview": {**PREVIEW, "every": 3}}
+    runs = [fitted(make(output=tmp_path / memory, memory=memory, **common)) for memory in ("both", "one")]
+    assert all(torch.equal(p, runs[1].parameters[n]) for n, p in runs[0].parameters.items())
+    both, one = ([row.get("validation/mean") for row in rows(run)] for run in runs)
+    assert both == one and both[2] is not None
+    # the idle noise expert's weights lie in their host copy, and only they
+    parking = runs[1].plan.before_turn.__self__
+    parking.turn(HIGH)
+    for expert, copy in parking._copies.items():
+        waits = [tensor.data_ptr() == kept.data_ptr() for tensor, kept in zip(copy._tensors, copy._copies, strict=True)]
+        assert all(waits) if expert is LOW else not any(waits)
+
+
+def test_the_plan_of_memory_counts_weights_and_activations(t2v_cache):
+    from lapwan.train.parking import plan_memory
+
+    base = resolve_base("tiny")
+
+    def line(**changes):
+        settings = TrainLoraSettings.model_validate(
+            {"output": "run", "model": "tiny", "data": {"cache": t2v_cache}, "steps": 1, **changes})
+        return plan_memory(settings, base, read_data(settings, base), torch.device("cpu"))
+
+    assert line().both and "both noise experts stay on cpu (auto" in line().line
+    assert not line(memory="one").both and "one noise expert on cpu at a time (as asked" in line(memory="one").line
+    assert line(memory="one", experts=["high"]).both  # nothing to park
