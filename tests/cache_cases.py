@@ -42,5 +42,5 @@ def write_random_cache(folder: Path, spec: ModelSpec, clips: int = 4, labelled: 
     empty = torch.randn(1, spec.text_dim, generator=generator)
     write_prompts(folder / "lapwan_prompts.safetensors", empty, empty.clone(), {})
     write_index(CacheIndex(folder, tuple(items), task=spec.task, fps=16.0, text_dim=spec.text_dim,
-                           families=families if labelled else None))
+                           taxonomy="surgical4" if labelled else None))
     return folder

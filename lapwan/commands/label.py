@@ -21,7 +21,7 @@ from lapwan.settings.base import to_toml
 from lapwan.settings.label import LabelSettings
 from lapwan.settings.run import RunOptions
 
-_FIELDS = ("instrument_label", "instrument_name", "instrument_logits", "label_fallback")
+_FIELDS = ("instrument_label", "instrument_name", "instrument_logits", "instrument_taxonomy", "label_fallback")
 _MEBIBYTE = 1 << 20
 _CAPTION_SHOWN = 60
 _FILE_WIDTH = 200
@@ -100,20 +100,21 @@ def _label_all(
             report.add(clip.line, clip.caption, label)
             report.relabelled += "instrument_label" in clip.data
             data = clip.data if source == target else relocated(clip.data, source, target)
-            file.write(to_line(_labelled(data, label, settings.soft_labels)))
+            file.write(to_line(_labelled(data, label, settings.soft_labels, report.taxonomy.name)))
             if (now := clips.bytes_read // _MEBIBYTE) > done:
                 bar.advance(now - done, clips=report.clips)
                 done = now
         bar.advance(total - done, clips=report.clips)
 
 
-def _labelled(data: dict[str, Any], label: Label, soft: bool) -> dict[str, Any]:
+def _labelled(data: dict[str, Any], label: Label, soft: bool, taxonomy: str) -> dict[str, Any]:
     """The clip's own fields in their order, then the label; labels of an earlier run are replaced."""
     out = {key: value for key, value in data.items() if key not in _FIELDS}
     out["instrument_label"] = label.index
     out["instrument_name"] = label.name
     if soft:
         out["instrument_logits"] = rounded(label.weights)
+    out["instrument_taxonomy"] = taxonomy
     if label.fallback:
         out["label_fallback"] = True
     return out

@@ -63,7 +63,8 @@ def prepare(
 ) -> Trainer:
     """Load the noise experts, put a fresh mixture on them, and wire the trainer."""
     store = ClipStore(data.index, data.items, device, len(taxonomy.families))
-    parking = Parking(device, plan_memory(settings, base, data, device).both)
+    memory = plan_memory(settings, base, data, device)
+    parking = Parking(device, memory.both)
     mixture, adapters = _assemble(settings, base, data, taxonomy, device, parking)
     first = next(iter(data.experts))
     metadata = build.provenance(settings, base, data, first)
@@ -74,7 +75,7 @@ def prepare(
         store.empty_text() if settings.caption_dropout else None, build.dropout_of(data),
     )
     trainer = build.make_trainer(settings, base, data, objective, store, "lapwan train-moe", ranks or Ranks())
-    trainer.plan.before_turn = parking.turn
+    trainer.plan.before_turn, trainer.plan.memory = parking.turn, memory.line
     bases = {e: LoraUse(path, state, settings.alpha_base) for e, (path, state) in _base_loras(settings, base).items()}
     add_watchers(trainer, settings, base, data, device, AdapterSet(mixture=mixture, mixture_base=bases))
     return trainer

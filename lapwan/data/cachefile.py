@@ -71,7 +71,6 @@ class CacheIndex:
     text_encoder: str | None = None
     text_dim: int | None = None
     taxonomy: str | None = None
-    families: tuple[str, ...] | None = None
     dataset: str | None = None
     prompts: str | None = None
     pixels_per_second: float | None = None  # of the last encoding, for the next plan's estimate
@@ -124,7 +123,6 @@ def _parse_index(path: Path) -> CacheIndex:
             raise UserError(f"{path} has another format than this version of lapwan reads; cache again")
         known = {f.name for f in fields(CacheIndex)}
         items = tuple(_item(json.loads(line)) for line in lines[1:])
-        head["families"] = tuple(head["families"]) if head.get("families") else None
         return CacheIndex(path.parent, items, **{k: v for k, v in head.items() if k in known})
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path} is damaged ({error}); run lapwan cache again: files that are there are kept") from None

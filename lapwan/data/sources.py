@@ -106,7 +106,7 @@ def read_jsonl(path: Path) -> tuple[tuple[SourceClip, ...], tuple[Drop, ...], st
         except UserError as error:
             drops.append(Drop(where, str(error), Path(media).stem))
             continue
-        named = clip.data.get("taxonomy", clip.data.get("instrument_taxonomy"))
+        named = clip.data.get("instrument_taxonomy")
         taxonomy = taxonomy or (named if isinstance(named, str) else None)
         clips.append(_source_clip(path, clip, found, f"{where} ({media})"))
     if not clips and not drops:

@@ -51,7 +51,7 @@ def test_labels_are_added_after_what_was_there(clips: Path, label: Run, tmp_path
     out = tmp_path / "out" / "labels.jsonl"
     assert label(clips, "-o", out) == 0
     written = rows(out)
-    added = ["instrument_label", "instrument_name", "instrument_logits"]
+    added = ["instrument_label", "instrument_name", "instrument_logits", "instrument_taxonomy"]
     for clip, row in zip(CLIPS, written, strict=True):
         assert list(row)[: len(clip)] == list(clip)
         assert {key: row[key] for key in clip} == clip
