@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lapwan.commands.model import resolve
+from lapwan.commands.model import refuse_generation_only, resolve
 from lapwan.lora.assign import assign
 from lapwan.names import NoiseExpert
 from lapwan.settings.model_files import ModelFilesSettings
@@ -23,7 +23,10 @@ def resolve_base(
     if isinstance(model, str):
         return Base(resolve(model, task, generation))
     if isinstance(model, ModelFilesSettings):
-        return Base(_from_files(model))
+        made = _from_files(model)
+        if not generation:
+            refuse_generation_only(made, model.transformer)
+        return Base(made)
     spec = resolve(model.model, task, generation)
     requests = [(expert.value, path, model.multiplier) for expert, path in model.lora.items()]
     return Base(spec, assign(requests, spec.experts))

@@ -31,12 +31,20 @@ def resolve(model: str, task: Task | None = None, generation: bool = False) -> M
     else:
         folder = Path(model).expanduser()
         spec = read_spec(_from_hub(model) if not folder.exists() and _is_hub_id(folder, model) else folder)
-    if spec.task == "ti2v" and not generation:
-        raise UserError(f"model {model} is a TI2V-5B model, which lapwan only generates with; use T2V-A14B or I2V-A14B")
+    if not generation:
+        refuse_generation_only(spec, model)
     if task is not None and spec.task != task:
         wants = "takes an image (image-to-video)" if spec.task == "i2v" else "takes no image (text-to-video)"
         raise UserError(f"model {model} {wants}, but {task} was asked for")
     return spec
+
+
+def refuse_generation_only(spec: ModelSpec, model: object) -> None:
+    """Raises:
+        UserError: a TI2V-5B model, named as the user said it.
+    """
+    if spec.task == "ti2v":
+        raise UserError(f"model {model} is a TI2V-5B model, which lapwan only generates with; use T2V-A14B or I2V-A14B")
 
 
 def _is_hub_id(folder: Path, model: str) -> bool:

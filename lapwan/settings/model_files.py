@@ -12,12 +12,12 @@ from lapwan.settings.train import BaseModelSettings
 
 
 class ModelFilesSettings(Settings):
-    """`[model]` in TOML: either `high` and `low`, or one `transformer` (Wan2.1 T2V)."""
+    """`[model]` in TOML: either `high` and `low`, or one `transformer` (Wan2.1 T2V, TI2V-5B)."""
 
     high: Path | None = Field(default=None, description="High-noise transformer: a file, or a folder of shards.")
     low: Path | None = Field(default=None, description="Low-noise transformer.")
     transformer: Path | None = Field(default=None, description="The only transformer of a model without a boundary.")
-    vae: Path = Field(description="Wan2.1_VAE.pth or .safetensors.")
+    vae: Path = Field(description="Wan2.1_VAE.pth (TI2V-5B: Wan2.2_VAE.pth) or .safetensors.")
     text_encoder: Path = Field(description="models_t5_umt5-xxl-enc-bf16.pth or .safetensors.")
     tokenizer: Path = Field(description="Folder of umT5's tokenizer (google/umt5-xxl).")
     boundary: float | None = Field(default=None, gt=0, lt=1, description="Sigma; Wan2.2's own if not given.")

@@ -19,6 +19,8 @@ from lapwan.wan.original import has_original_names, load_transformer_files
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
+_ALIGNMENT = 64  # bytes
+
 
 def load_transformer(
     spec: ModelSpec, expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
@@ -40,7 +42,16 @@ def load_transformer(
     else:
         model = WanTransformer3DModel.from_pretrained(folder, dtype=dtype)
     model.requires_grad_(False)
-    return model.eval().to(device)
+    return _aligned(model.eval().to(device))
+
+
+def _aligned(model: WanTransformer3DModel) -> WanTransformer3DModel:
+    """Weights on a CPU where torch itself would have put them: products round by alignment, which in a mapped file
+    depends on the length of its header; so the same weights from another file would give other last bits."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def velocity(

@@ -1,6 +1,6 @@
 """Weights in the original release's layout into diffusers' and transformers' classes, tensor by tensor.
 
-`blocks.0.self_attn.q` transformers, `Wan2.1_VAE.pth`, `models_t5_umt5-xxl-enc-bf16.pth`.
+`blocks.0.self_attn.q` transformers, `Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, `models_t5_umt5-xxl-enc-bf16.pth`.
 
 Source: the key layouts of the official Wan2.2 release and of diffusers' and transformers' classes.
 """
@@ -19,6 +19,7 @@ from lapwan.errors import UserError
 from lapwan.lora.tensorfile import read_header
 from lapwan.lora.tensors import load
 from lapwan.names import tensor_to_diffusers
+from lapwan.wan import vae22
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -101,7 +102,7 @@ def load_transformer_files(
 
 
 def load_vae_file(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> AutoencoderKLWan:
-    """A VAE from `Wan2.1_VAE.pth` or a safetensors file with the same names (or diffusers')."""
+    """A VAE from `Wan2.1_VAE.pth`, `Wan2.2_VAE.pth` or a safetensors file with the same names (or diffusers')."""
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
@@ -109,9 +110,12 @@ def load_vae_file(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> 
     with init_empty_weights():
         vae = AutoencoderKLWan.from_config(dict(config))
     found = read_tensors(path)
-    if "encoder.conv1.weight" in found:
+    what = "Wan2.2's VAE" if config.get("is_residual") else "Wan2.1's VAE"
+    if config.get("is_residual"):
+        found = {vae22.tensor_to_diffusers(name): value for name, value in found.items()}
+    elif "encoder.conv1.weight" in found:
         found = convert_wan_vae_to_diffusers(found)
-    _fill(vae, ((name, value.to(dtype)) for name, value in found.items()), "Wan2.1's VAE", path)
+    _fill(vae, ((name, value.to(dtype)) for name, value in found.items()), what, path)
     return vae.eval()
 
 

@@ -15,13 +15,14 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_folder
 from lapwan.lora.tensorfile import read_header
 from lapwan.names import NoiseExpert, tensor_to_diffusers
+from lapwan.wan import vae22
 from lapwan.wan.folder import ORIGINAL, weight_files
 from lapwan.wan.original import read_tensors, t5_to_transformers
 
 _HEAD_DIM = 128  # of every released Wan transformer; a config.json beside the weights says otherwise
 _BOUNDARY = {16: 0.875, 36: 0.9}  # by input channels: T2V-A14B, I2V-A14B
 _SHIFT = {16: 12.0, 36: 5.0}
-_SHIFT_SINGLE = 5.0  # Wan2.1 T2V
+_SHIFT_SINGLE = 5.0  # Wan2.1 T2V, TI2V-5B
 
 
 def make_folder(
@@ -65,9 +66,16 @@ def _write(
     configs = {expert: transformer_config(found) for expert, found in files.items()}
     channels = next(iter(configs.values()))["in_channels"]
     two = len(files) == 2
+    if two and channels == vae22.CHANNELS:
+        raise UserError("high and low are TI2V-5B transformers; that model has only one: give it as transformer")
+    own_vae = vae_config(vae)
+    if (own_vae["z_dim"] == vae22.CHANNELS) != (channels == vae22.CHANNELS):
+        raise UserError(f"{vae} makes {own_vae['z_dim']} latent channels, the transformer takes {channels}: TI2V-5B "
+                        "goes with Wan2.2_VAE.pth, every other model with Wan2.1_VAE.pth")
     own = _SHIFT.get(channels, _SHIFT_SINGLE) if two else _SHIFT_SINGLE
     index: dict[str, Any] = {
-        "_class_name": "WanPipeline" if channels == 16 else "WanImageToVideoPipeline",
+        "_class_name": "WanImageToVideoPipeline" if channels == 36 else "WanPipeline",
+        "expand_timesteps": channels == vae22.CHANNELS,
         "boundary_ratio": (boundary or _BOUNDARY[channels]) if two else None,
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": ["diffusers", "WanTransformer3DModel"] if two else [None, None],
@@ -80,7 +88,7 @@ def _write(
             name = "diffusion_pytorch_model" + (f"-{number:05d}" if len(found) > 1 else "")
             (folder / expert.component / f"{name}.safetensors").symlink_to(file.resolve())
     for name, file, config in (
-        ("vae", vae, vae_config(vae)), ("text_encoder", text_encoder, text_config(text_encoder)),
+        ("vae", vae, own_vae), ("text_encoder", text_encoder, text_config(text_encoder)),
     ):
         _part(folder / name, config)
         (folder / name / f"{ORIGINAL}{file.suffix}").symlink_to(file.resolve())
@@ -116,9 +124,8 @@ def transformer_config(files: list[Path]) -> dict[str, Any]:
         out = shapes["proj_out.weight"][0] // (patch[0] * patch[1] * patch[2])
     except KeyError as error:
         raise UserError(f"{files[0]} is not a Wan transformer: it has no tensor {error}") from None
-    if channels not in _BOUNDARY:
-        raise UserError(f"{files[0]} has {channels} input channels; from separate files T2V (16) and I2V-A14B (36) "
-                        "run; for TI2V-5B give the folder in diffusers layout")
+    if channels not in (*_BOUNDARY, vae22.CHANNELS):
+        raise UserError(f"{files[0]} has {channels} input channels; T2V (16), I2V-A14B (36) and TI2V-5B (48) run")
     heads = dim // _HEAD_DIM
     beside = files[0].parent / "config.json"
     if beside.is_file():
@@ -138,19 +145,21 @@ def transformer_config(files: list[Path]) -> dict[str, Any]:
 
 
 def vae_config(path: Path) -> dict[str, Any]:
-    """Wan2.1's VAE; its latents' mean and std are the class's own defaults.
+    """Wan2.1's VAE, whose latents' mean and std are the class's own defaults, or Wan2.2's.
 
     Raises:
         UserError: another VAE.
     """
     found = read_tensors(path)
+    if (newer := vae22.config(found)) is not None:
+        return newer
     first = found.get("encoder.conv1.weight", found.get("encoder.conv_in.weight"))
     second = found.get("conv2.weight", found.get("post_quant_conv.weight"))
     if first is None or second is None:
         raise UserError(f"{path} is not Wan's VAE: it has no encoder.conv1.weight")
     if first.shape[1] != 3 or second.shape[0] != 16:
-        raise UserError(f"{path} has {second.shape[0]} latent channels: Wan2.2's 5B VAE is read from a diffusers "
-                        "folder only; A14B models use Wan2.1_VAE.pth")
+        raise UserError(f"{path} makes {second.shape[0]} latent channels from {first.shape[1]}; Wan2.1_VAE.pth makes "
+                        "16 from 3, Wan2.2_VAE.pth 48 from 12")
     return {"_class_name": "AutoencoderKLWan", "base_dim": first.shape[0], "z_dim": second.shape[0],
             "num_res_blocks": 2}
 
