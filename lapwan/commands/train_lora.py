@@ -52,7 +52,8 @@ def prepare(
 ) -> Trainer:
     """Load the noise experts, put a LoRA on each, and wire the trainer."""
     store = ClipStore(data.index, data.items, device)
-    parking = Parking(device, plan_memory(settings, base, data, device).both)
+    memory = plan_memory(settings, base, data, device)
+    parking = Parking(device, memory.both)
     adapters, dtype = {}, pick_dtype(settings.dtype, device)
     for expert in data.experts:
         adapters[expert] = _adapter(settings, base, data, expert, dtype, parking.load_on)
@@ -62,7 +63,7 @@ def prepare(
         store.empty_text() if settings.caption_dropout else None, build.dropout_of(data),
     )
     trainer = build.make_trainer(settings, base, data, objective, store, "lapwan train-lora", ranks or Ranks())
-    trainer.plan.before_turn = parking.turn
+    trainer.plan.before_turn, trainer.plan.memory = parking.turn, memory.line
     add_watchers(trainer, settings, base, data, device)
     return trainer
 

@@ -140,10 +140,16 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def own_steps(lines: Sequence[Mapping[str, Any]], label: str, step: int | None) -> float | None:
-    """A noise expert's own optimiser steps at the run's `step`: its lines so far; the run's step if it has no lines.
+    """A noise expert's own optimiser steps at the run's `step`: as its last line counts them, else its lines so far,
+    else the run's step.
 
-    Where only every k-th step is logged this is 1/k of the count; growth uses the quotient of two, in which k cancels.
+    Where only every k-th step is logged the lines are 1/k of the count; growth uses the quotient of two, in which k
+    cancels.
     """
+    counted = [line["own_step"] for line in lines if line.get("noise_expert") == label and "own_step" in line
+               and step is not None and line["step"] <= step]
+    if counted:
+        return float(max(counted))
     own = [line["step"] for line in lines if line.get("noise_expert") == label and isinstance(line.get("step"), int)]
     if step is None or not own:
         return step

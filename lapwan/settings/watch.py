@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lapwan.settings.base import Settings
+from lapwan.settings.base import Flag, Settings
 
 
 class WatchSettings(Settings):
@@ -49,8 +49,8 @@ class PreviewSettings(Settings):
 class HealthSettings(Settings):
     """The rules of `inspect-weights`, applied while training. Their thresholds are one run's experience."""
 
-    preset: Literal["motion", "character"] | None = Field(
-        None, description="motion: the high-noise expert must lead; character: the low one; absent: not judged.")
+    preset: Annotated[Literal["motion", "character"] | None, Flag("--preset")] = Field(
+        None, description="Judge the run: motion (the high-noise expert must lead) or character (the low one).")
     on_unhealthy: Literal["warn", "stop"] = Field("warn", description="stop: save the state and end the run.")
     after: int = Field(100, ge=1, description="Own steps each noise expert must have had before anything is judged.")
     patience: int = Field(2, ge=1, description="Looks in a row (watch.every) at which a rule must say stop.")

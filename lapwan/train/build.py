@@ -153,6 +153,12 @@ def dropout_of(data: RunData) -> dict[NoiseExpert, DropoutRates]:
     return {e: DropoutRates(**own.dropout.model_dump()) for e, own in data.experts.items()}
 
 
+def settings_hash(settings: TrainSettings) -> str:
+    """sha256 of the resolved settings without where they write: 64 hex digits, to tell which run made a file."""
+    plain = settings.model_dump(mode="json", exclude={"output", "resume", "allow_changed", "device", "memory"})
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 def provenance(settings: TrainSettings, base: Base, data: RunData, expert: NoiseExpert) -> dict[str, str]:
     """What an adapter file says of its making."""
     band = base.bands[expert]
@@ -163,6 +169,7 @@ def provenance(settings: TrainSettings, base: Base, data: RunData, expert: Noise
         "lapwan.base_fingerprint": base.fingerprint(expert),
         "lapwan.clips": str(len({item.id for item in data.items})),
         "lapwan.seed": str(settings.seed),
+        "lapwan.settings": settings_hash(settings),
         "modelspec.timestep_range": f"{1000 * band.low:g},{1000 * band.high:g}",
         "modelspec.title": f"{settings.name}_{expert.file_suffix}",
     }

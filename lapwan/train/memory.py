@@ -19,17 +19,18 @@ def memory_figures() -> dict[str, float]:
     return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
-def out_of_memory(error: Exception, run: Path, step: int, resume_command: str) -> UserError:
+def out_of_memory(error: Exception, run: Path, step: int, resume_command: str, plan: str) -> UserError:
     """The error to show: how much was there, and what to change, what helps most first."""
     peak = ""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         peak = (f" (peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of this process, {free / 2**30:.1f} of "
                 f"{total / 2**30:.1f} GiB free now)")
+    planned = f"; the plan was {plan}" if plan else ""
     said = str(error).splitlines()[0] if str(error) else "no detail"
     return UserError(
-        f"out of memory in step {step + 1}{peak}: {said}; the state of step {step} is saved in {run}. To change, what "
-        "helps most first: activation_checkpointing = true, batch_size = 1 with a larger accumulate, fewer blocks in "
-        "[targets], shorter or smaller clips in the cache, experts = [\"high\"] and then [\"low\"] in two runs; then "
-        f"{resume_command} --allow-changed"
+        f"out of memory in step {step + 1}{peak}: {said}{planned}; the state of step {step} is saved in {run}. "
+        "To change, what helps most first: memory = \"one\", activation_checkpointing = true, batch_size = 1 with a "
+        "larger accumulate, fewer blocks in [targets], shorter or smaller clips in the cache, experts = [\"high\"] and "
+        f"then [\"low\"] in two runs; then {resume_command} --allow-changed"
     )

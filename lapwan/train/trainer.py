@@ -67,6 +67,7 @@ class Plan:
     identity: Mapping[str, str] = field(default_factory=dict)  # of clips and base: what a moved run is checked by
     changes_allowed: bool = False
     ranks: Ranks = field(default_factory=Ranks)
+    memory: str = ""  # what was computed to be needed, for when it was not enough
     before_turn: Callable[[NoiseExpert], None] = lambda expert: None  # brings its weights to the device
 
 
@@ -174,7 +175,7 @@ class Trainer:
                 self.save()
         except torch.OutOfMemoryError as error:
             self.save()
-            raise out_of_memory(error, plan.run, self.step, plan.resume_command) from None
+            raise out_of_memory(error, plan.run, self.step, plan.resume_command, plan.memory) from None
         finally:
             if metrics is not None:
                 metrics.close()

@@ -254,8 +254,8 @@ def test_out_of_memory_says_what_to_change_and_saves(make_lora, tmp_path, monkey
         return load(indices)
 
     trainer.plan.load_batch = large
-    with pytest.raises(UserError, match=r"out of memory in step 4.*20.00 GiB.*the state of step 3 is saved.*"
-                                        r"activation_checkpointing = true.*--resume --allow-changed"):
+    with pytest.raises(UserError, match=r"out of memory in step 4.*20.00 GiB.*the plan was memory: both.*"
+                                        r"the state of step 3 is saved.*memory = .one., activation.*--allow-changed"):
         trainer.fit()
     again = make_lora(steps=4, output=tmp_path / "run")
     assert again.resume() and again.step == 3
