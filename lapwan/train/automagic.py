@@ -36,51 +36,64 @@ class Automagic(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Tensors of one shape go through together: a LoRA has hundreds, and a kernel for each would take longer."""
         for group in self.param_groups:
+            alike: dict[tuple[object, ...], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, group)
+                    key = parameter.shape, parameter.dtype, parameter.device, not self.state[parameter]
+                    alike.setdefault(key, []).append(parameter)
+            for (*_, first), parameters in alike.items():
+                self._step_alike(parameters, group, bool(first))
 
-    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        grad = parameter.grad
-        assert grad is not None
-        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        state = self.state[parameter]
-        first = not state
+    def _step_alike(self, parameters: list[Tensor], group: dict[str, Any], first: bool) -> None:
+        """Shapes: n tensors stacked in front of their own dimensions."""
+        states = [self.state[p] for p in parameters]
+        gradients = torch.stack([p.grad for p in parameters if p.grad is not None])
+        gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
         if first:
-            self._start(state, grad, group)
-        update = self._scaled(grad, state, group)
-        positive = update > 0
+            for state, gradient in zip(states, gradients, strict=True):
+                self._start(state, gradient, group)
+        updates = self._scaled(gradients, states, group)
+        positive = updates > 0
+        rates = torch.stack([state["lr"] for state in states])
         if not first:
-            bump, scale = group["bump"] * group["scale"], group["scale"]
-            agrees = (positive == state["positive"]).to(state["lr"].dtype)
-            state["lr"].add_(2 * agrees - 1, alpha=bump)
-            state["lr"].clamp_(group["min_lr"] * scale, group["max_lr"] * scale)
-        state["positive"] = positive
+            before = torch.stack([state["positive"] for state in states])
+            agrees = (positive == before).to(rates.dtype)
+            rates.add_(2 * agrees - 1, alpha=group["bump"] * group["scale"])
+            rates.clamp_(group["min_lr"] * group["scale"], group["max_lr"] * group["scale"])
+            _put(states, "lr", rates)
+        _put(states, "positive", positive)
         if group["weight_decay"]:
-            update = update + group["weight_decay"] * parameter
-        parameter.sub_((state["lr"] * update).to(parameter.dtype))
+            updates = updates + group["weight_decay"] * torch.stack(parameters)
+        moves = (rates * updates).to(parameters[0].dtype)
+        torch._foreach_sub_(parameters, list(moves.unbind()))
 
-    def _start(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> None:
-        state["lr"] = torch.full_like(grad, group["lr"] * group["scale"])
-        if grad.dim() >= 2:
-            state["row"] = grad.new_zeros(grad.shape[:-1])
-            state["column"] = grad.new_zeros(*grad.shape[:-2], grad.shape[-1])
+    def _start(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> None:
+        state["lr"] = torch.full_like(gradient, group["lr"] * group["scale"])
+        state["positive"] = torch.zeros_like(gradient, dtype=torch.bool)
+        if gradient.dim() >= 2:
+            state["row"] = gradient.new_zeros(gradient.shape[:-1])
+            state["column"] = gradient.new_zeros(*gradient.shape[:-2], gradient.shape[-1])
         else:
-            state["square"] = torch.zeros_like(grad)
+            state["square"] = torch.zeros_like(gradient)
 
-    def _scaled(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        square, keep = grad.square() + group["eps"], group["beta2"]
-        if grad.dim() >= 2:
-            state["row"].lerp_(square.mean(dim=-1), 1 - keep)
-            state["column"].lerp_(square.mean(dim=-2), 1 - keep)
-            rows = (state["row"] / state["row"].mean(dim=-1, keepdim=True)).rsqrt().unsqueeze(-1)
-            update = grad * rows * state["column"].rsqrt().unsqueeze(-2)
+    def _scaled(self, gradients: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        squares, new = gradients.square() + group["eps"], 1 - group["beta2"]
+        if gradients.dim() >= 3:
+            rows = torch.stack([state["row"] for state in states]).lerp_(squares.mean(dim=-1), new)
+            columns = torch.stack([state["column"] for state in states]).lerp_(squares.mean(dim=-2), new)
+            _put(states, "row", rows)
+            _put(states, "column", columns)
+            scale = (rows / rows.mean(dim=-1, keepdim=True)).rsqrt().unsqueeze(-1)
+            updates = gradients * scale * columns.rsqrt().unsqueeze(-2)
         else:
-            state["square"].lerp_(square, 1 - keep)
-            update = grad * state["square"].rsqrt()
-        size = update.square().mean().sqrt() / group["clip_threshold"]
-        clipped: Tensor = update / size.clamp_min(1.0)
+            means = torch.stack([state["square"] for state in states]).lerp_(squares, new)
+            _put(states, "square", means)
+            updates = gradients * means.rsqrt()
+        own = tuple(range(1, updates.dim()))
+        sizes = updates.square().mean(dim=own, keepdim=True).sqrt() / group["clip_threshold"]
+        clipped: Tensor = updates / sizes.clamp_min(1.0)
         return clipped
 
     def mean_lr(self) -> Tensor:
@@ -96,6 +109,11 @@ class Automagic(Optimizer):
         for state in self.state.values():  # the base class casts every tensor to the parameter's dtype
             if "positive" in state:
                 state["positive"] = state["positive"].bool()
+
+
+def _put(states: list[dict[str, Any]], key: str, stacked: Tensor) -> None:
+    """Each tensor's part of a stack back into its own state."""
+    torch._foreach_copy_([state[key] for state in states], list(stacked.unbind()))
 
 
 def expected_lr(settings: AutomagicSettings, agreement: float) -> float:

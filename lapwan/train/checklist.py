@@ -152,10 +152,13 @@ def _intervals(settings: TrainSettings, data: RunData) -> Finding:
     parts = [f"saves every {settings.save_every} ({-(-total // settings.save_every)} checkpoints)"]
     for name, every in (("validates", settings.validation.every), ("previews", settings.preview.every)):
         parts.append(f"{name} every {every}" if every else f"never {name}")
-    gaps = {name: n for name, n in (("save_every", settings.save_every), ("preview.every", settings.preview.every))
-            if n is not None and total >= 10 and n > total / 2}
     text = f"{total} steps: {', '.join(parts)}"
-    if gaps:
-        text += "; " + ", ".join(f"{name} = {n}" for name, n in gaps.items()) + " leaves nothing to go back to"
-    return Finding(not gaps, text)
+    long = total >= 10
+    rare = long and settings.save_every > total / 2
+    late = long and settings.preview.every is not None and settings.preview.every > total / 2
+    if rare:
+        text += f"; save_every = {settings.save_every} leaves nothing to go back to"
+    if late:
+        text += f"; preview.every = {settings.preview.every} shows little of how it came about"
+    return Finding(not (rare or late), text)
 

@@ -242,7 +242,7 @@ class Trainer:
             self.skipped += 1
             self._bad_in_a_row += 1
             console.warn(f"step {self.step + 1}: non-finite loss or gradient; update dropped")
-        return {"grad_norm": norm, "lr": current_lr(plan.optimisers[names[0]])}, stepped
+        return {"grad_norm": norm}, stepped
 
     def _follow_rules(
         self, expert: NoiseExpert, losses: Sequence[Tensor], sigmas: Sequence[Tensor]
@@ -296,8 +296,9 @@ class Trainer:
         band = plan.tracks[expert].rule.band
         own = {**logged.means, **logged.by_bin(band, plan.sigma_bins)}
         own |= {name: float(value) for name, value in figures.items()}
-        own |= {"own_step": plan.tracks[expert].steps, "seconds": seconds, "clips_per_second": clips_per_second,
-                **memory_figures()}
+        own["lr"] = float(current_lr(plan.optimisers[self.objective.stepped_by(expert)[0]]))
+        own |= {"own_step": plan.tracks[expert].steps, "skipped_steps": self.skipped, "seconds": seconds,
+                "clips_per_second": clips_per_second, **memory_figures()}
         metrics.write(self.step, expert.value, own, shared)
         metrics.histogram(f"sigma/{expert.file_suffix}", logged.sigmas, self.step)
         bar.advance(expert=expert.value, loss=own["loss"], lr=own["lr"])

@@ -54,14 +54,20 @@ def test_automagic_equals_a_plain_reference_in_fp64():
     grads = [trend * (n < 20) + torch.randn(5, 7, generator=generator, dtype=torch.float64) for n in range(40)]
     settings = AutomagicSettings(lr=3e-3, lr_bump=1e-3, min_lr=1e-3, max_lr=2e-2, weight_decay=0.1, clip_threshold=0.7)
     expected, rates = reference(weight.detach(), grads, settings)
-    optimiser = Automagic([{"params": [weight]}], settings)
+    # Others of the same shape, which go through the same kernels, and of another one, have no part in it.
+    beside = [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+              for shape in ((5, 7), (5, 7), (7, 5))]
+    optimiser = Automagic([{"params": [beside[0], weight, *beside[1:]]}], settings)
     for grad in grads:
         weight.grad = grad
+        for other in beside:
+            other.grad = torch.randn(other.shape, generator=generator, dtype=torch.float64)
         optimiser.step()
     torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(optimiser.state[weight]["lr"], rates, rtol=0, atol=1e-15)
     assert float(rates.min()) == 1e-3 < 2e-3 < float(rates.max())
-    assert float(optimiser.mean_lr()) == pytest.approx(float(rates.mean()))
+    every = torch.cat([optimiser.state[p]["lr"].flatten() for p in (weight, *beside)])
+    assert float(optimiser.mean_lr()) == pytest.approx(float(every.mean()))
 
 
 def test_the_lr_mask_is_fp32_under_bf16_weights_and_small_bumps_count():
