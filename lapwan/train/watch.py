@@ -51,6 +51,22 @@ class Seen:
     stop: str | None = None
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """A watcher of the first process, as the others see it: they wait for its word at the same steps."""
+
+    every: int
+
+    def look(self, step: int, board: Any) -> Seen:
+        return Seen({})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The first process has it."""
+
+
 class Watcher(Protocol):
     """Looks at the run in the first process, with the weights that would be saved."""
 

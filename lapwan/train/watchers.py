@@ -15,6 +15,7 @@ from lapwan.train.previews import PreviewGenerator, Previews, preview_requests
 from lapwan.train.runfolder import PREVIEWS
 from lapwan.train.trainer import Trainer
 from lapwan.train.validation import Validation, held_out, labelled
+from lapwan.train.watch import Elsewhere
 from lapwan.train.weights import WeightWatch
 from lapwan.wan.base import Base
 from lapwan.wan.device import pick_dtype
@@ -58,6 +59,11 @@ def add_watchers(
     def own_steps() -> dict[str, int]:
         return {e.value: track.steps for e, track in plan.tracks.items()}
 
+    if not plan.ranks.first:
+        wanted = {"weights": settings.watch.every, "validation": settings.validation.every,
+                  "preview": settings.preview.every}
+        trainer.watchers |= {name: Elsewhere(every) for name, every in wanted.items() if every is not None}
+        return
     trainer.watchers["weights"] = WeightWatch(adapters, rates, own_steps, settings.watch.every, settings.health)
     if settings.validation.every is not None:
         store = ClipStore(data.index, held_out(data.index, settings), device)
@@ -65,7 +71,7 @@ def add_watchers(
         trainer.watchers["validation"] = Validation(
             trainer.objective, rules, store, settings.validation.every, settings.validation.sigmas, settings.seed,
             plan.before_turn)
-    if settings.preview.every is not None and plan.ranks.first:
+    if settings.preview.every is not None:
         console.detail("encoding the previews' prompts")
         requests = preview_requests(settings.preview, base.spec, data.items[0].bucket)
         dtype = pick_dtype(settings.dtype, device)

@@ -25,13 +25,14 @@ from lapwan.train.ranks import Ranks, join_ranks
 
 SETTINGS = {"targets": {"last_blocks": 1, "ffn_last_blocks": 1}, "steps": 2, "turn": 1, "model": "tiny",
             "accumulate": 2, "optimiser": {"lr": 1e-2}, "caption_dropout": 0.3, "roi_weight": 1.0, "ema_decay": 0.9,
-            "dropout": {"rank": 0.2}, "max_norm": 0.5}
+            "dropout": {"rank": 0.2}, "max_norm": 0.5, "watch": {"every": 2}}
+PREVIEW = {"every": 3, "prompts": ["电凝钩切割组织"], "steps": 2, "size": [32, 32], "num_frames": 1, "guidance": 1.0}
 
 
 def trainer_of(kind: str, cache: Path, run: Path, ranks: Ranks):
     """In fp64 as far as diffusers computes in it: its norms and time embedding take fp32 on the way."""
     model = TrainLoraSettings if kind == "lora" else TrainMoeSettings
-    settings = model.model_validate({**SETTINGS, "output": run, "data": {"cache": cache}})
+    settings = model.model_validate({**SETTINGS, "output": run, "data": {"cache": cache}, "preview": PREVIEW})
     base = resolve_base("tiny")
     data = build.read_data(settings, base)
     cpu = torch.device("cpu")
@@ -91,10 +92,13 @@ def test_two_processes_take_the_steps_of_one(t2v_cache, tmp_path):
                      for run in (f"{kind}_alone", kind))
         for name in ours:
             torch.testing.assert_close(two[name], ours[name], rtol=0, atol=1e-10, msg=name)
+        assert [p.name for p in sorted((tmp_path / kind / "previews").iterdir())] == [
+            "step_000003_0.png", "step_000004_0.png"]
         lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
                  for run in (f"{kind}_alone", kind)]
         assert [row["noise_expert"] for row in lines[0]] == [row["noise_expert"] for row in lines[1]]
         for one, other in zip(*lines, strict=True):  # the log is of the whole step, not of one process's part
+            assert one.keys() == other.keys()
             for key in ("loss", "loss/diffusion", "grad_norm", "own_step"):
                 assert other[key] == pytest.approx(one[key], abs=1e-6), key
 
