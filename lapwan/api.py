@@ -62,7 +62,8 @@ class VideoGenerator:
     """A model with its adapters, loaded piece by piece when first needed and kept for the next video.
 
     Args:
-        model: 'tiny' (embedded; an image decides between its two tasks), or a model folder in diffusers layout.
+        model: 'tiny' (embedded; an image decides between its two tasks), a model folder in diffusers layout, a hub id,
+            or a mapping as `[model]` in TOML: separate files, or a base with LoRAs merged in memory.
         moe: a mixture of LoRA experts.
         loras: LoRA files, as a path, `"high=FILE:0.8"` or a LoraArgument.
         device: auto, cpu, cuda or cuda:N.
@@ -76,7 +77,7 @@ class VideoGenerator:
 
     def __init__(
         self,
-        model: str | Path = TINY,
+        model: str | Path | Mapping[str, Any] = TINY,
         *,
         moe: str | Path | None = None,
         loras: Sequence[str | Path | LoraArgument] = (),
@@ -85,7 +86,8 @@ class VideoGenerator:
         memory: Literal["auto", "both", "one"] = "auto",
     ) -> None:
         said: dict[str, Any] = {
-            "model": str(model), "moe": moe, "device": device, "dtype": dtype, "memory": memory,
+            "model": dict(model) if isinstance(model, Mapping) else str(model), "moe": moe, "device": device,
+            "dtype": dtype, "memory": memory,
             "lora": [lora if isinstance(lora, LoraArgument) else str(lora) for lora in loras],
         }
         self._start(load(ModelSettings, options=said, environment={}))
@@ -190,8 +192,9 @@ class VideoGenerator:
         except torch.OutOfMemoryError as error:
             height, width = prepared.request.size
             frames, said = prepared.request.num_frames, str(error).splitlines()[0]
-            raise UserError(f"the GPU's memory ran out at {height}x{width}, {frames} frames: use a smaller --size or "
-                            f"--num-frames, or --device cpu ({said})") from None
+            one = "" if prepared.model.memory == "one" else "--memory one, "
+            raise UserError(f"the GPU's memory ran out at {height}x{width}, {frames} frames: use {one}a smaller --size "
+                            f"or --num-frames, or --device cpu ({said})") from None
         model, own = _plain(prepared.model), _plain(prepared.settings)
         del model["memory"]  # where weights wait does not change the frames: repeated elsewhere it is decided anew
         return replace(video, settings={**model, **own})

@@ -67,8 +67,8 @@ def _prepare(generator: VideoGenerator, job: Job) -> Prepared:
 
 
 def _show_plan(prepared: Sequence[Prepared]) -> None:
-    for made in dict.fromkeys(_plan_line(made) for made in prepared):
-        console.log(made)
+    for line in dict.fromkeys(_plan_line(made) for made in prepared):
+        console.log(line)
     if len(prepared) > 1:
         console.log(f"{len(prepared)} videos")
 
@@ -91,7 +91,7 @@ def _make_all(
             if len(jobs) > 1:
                 console.log(f"video {len(videos) + 1} of {len(jobs)}: {made.request.prompt}")
             video = generator.make(made, preview)
-            path = video.save(job.output, overwrite=options.overwrite, crf=settings.crf or 18)
+            path = video.save(job.output, overwrite=options.overwrite, crf=settings.crf)
             console.results.print(str(path), markup=False)
             videos.append(video)
     except KeyboardInterrupt:

@@ -42,7 +42,7 @@ def run_interactive(settings: GenerateSettings, options: RunOptions) -> None:
                 claim_output(job.output, options.overwrite)
                 check_output(job.output, prepared.request.num_frames, prepared.request.size)
                 video = generator.make(prepared)
-                path = video.save(job.output, overwrite=options.overwrite, crf=settings.crf or 18)
+                path = video.save(job.output, overwrite=options.overwrite, crf=settings.crf)
             except UserError as error:
                 console.warn(f"not made: {error}")
                 continue

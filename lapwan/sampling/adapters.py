@@ -19,13 +19,12 @@ from lapwan.lora.assign import Assigned, assign
 from lapwan.lora.attach import Group
 from lapwan.lora.formats import LoraFile, open_lora
 from lapwan.lora.state import LoraState
-from lapwan.lora.tensorfile import read_header
 from lapwan.moe.file import read_mixture
 from lapwan.moe.mixture import Mixture
-from lapwan.names import NoiseExpert, tensor_to_diffusers
+from lapwan.names import NoiseExpert
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.wan.base import Base
-from lapwan.wan.folder import weight_files
+from lapwan.wan.folder import tensor_shapes, weight_files
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def read_adapters(base: Base, loras: Sequence[LoraArgument], moe: Path | None) -
     """
     assigned = assign([(lora.expert, lora.path, lora.strength) for lora in loras], base.spec.experts)
     for expert, files in assigned.items():
-        shapes = _shapes(base, expert)
+        shapes = tensor_shapes(weight_files(base.spec.component(expert)))
         for file, _ in files:
             _check_lora(file, base, expert, shapes)
     merged = Base(base.spec, {e: [*base.loras.get(e, ()), *assigned.get(e, ())] for e in base.spec.experts})
@@ -113,13 +112,6 @@ def _uses(assigned: Assigned) -> dict[NoiseExpert, list[LoraUse]]:
     return {
         expert: [LoraUse(file.path, file.read(), strength) for file, strength in files]
         for expert, files in assigned.items()
-    }
-
-
-def _shapes(base: Base, expert: NoiseExpert) -> dict[str, tuple[int, ...]]:
-    return {
-        tensor_to_diffusers(name): tuple(info.shape) for shard in weight_files(base.spec.component(expert))
-        for name, info in read_header(shard).tensors.items()
     }
 
 

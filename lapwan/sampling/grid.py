@@ -5,14 +5,14 @@ The solvers are diffusers' own. Their grids differ, and each is the one its user
     unipc    shift(linspace(1, 1/1000, N + 1)[:-1]), 0 appended, the first lowered by 1e-6, timesteps cut to integers
     euler    the same sigmas, timesteps 1000·sigma as floats
     dpmpp    shift(linspace(0.999, 0, N + 1)[:-1]), 0 appended, timesteps cut to integers
-How to add a sampler: a name in `SAMPLERS`, a case in `_scheduler`.
+How to add a sampler: a name in `SamplerName`, a case in `_scheduler`.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -22,7 +22,6 @@ from lapwan.names import NoiseExpert
 from lapwan.wan.folder import ModelSpec
 
 SamplerName = Literal["unipc", "euler", "dpmpp"]
-SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 _TRAIN_TIMESTEPS = 1000
 
 

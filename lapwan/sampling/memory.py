@@ -10,9 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lapwan.lora.tensorfile import read_header
-from lapwan.names import NoiseExpert, tensor_to_diffusers
-from lapwan.wan.folder import ModelSpec, original_file, weight_files
+from lapwan.names import NoiseExpert
+from lapwan.wan.folder import ModelSpec, original_file, tensor_shapes, weight_files
 
 Memory = Literal["auto", "both", "one"]
 
@@ -60,7 +59,8 @@ def describe(both: bool, asked: Memory, need: Need, free: int | None, device: to
 
 def weight_bytes(spec: ModelSpec, expert: NoiseExpert, dtype: torch.dtype) -> int:
     """A transformer's size in `dtype`, from the headers of its files."""
-    return dtype.itemsize * sum(math.prod(shape) for shape in _shapes(spec, expert).values())
+    shapes = tensor_shapes(weight_files(spec.component(expert)))
+    return dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
 
 
 def forward_bytes(spec: ModelSpec, dtype: torch.dtype, num_frames: int, size: tuple[int, int]) -> int:
@@ -68,7 +68,7 @@ def forward_bytes(spec: ModelSpec, dtype: torch.dtype, num_frames: int, size: tu
     _, frames, height, width = spec.latent_shape(num_frames, *size)
     patch = spec.pixel_multiple // spec.spatial_stride
     tokens = frames * (height // patch) * (width // patch)
-    features = _shapes(spec, spec.experts[0])["patch_embedding.weight"][0]
+    features = tensor_shapes(weight_files(spec.component(spec.experts[0])))["patch_embedding.weight"][0]
     return _VALUES_A_TOKEN * features * dtype.itemsize * tokens + _MARGIN
 
 
@@ -85,13 +85,6 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + unused
-
-
-def _shapes(spec: ModelSpec, expert: NoiseExpert) -> dict[str, tuple[int, ...]]:
-    return {
-        tensor_to_diffusers(name): tuple(info.shape) for file in weight_files(spec.component(expert))
-        for name, info in read_header(file).tensors.items()
-    }
 
 
 class HostCopy:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lapwan import __version__
 from lapwan.files import atomic_file, claim_output
 from lapwan.lora.tensorfile import read_header
-from lapwan.sampling.video import check_video_path, read_video_metadata, write_video
+from lapwan.sampling.video import DEFAULT_CRF, check_video_path, read_video_metadata, write_video
 
 LATENTS_SUFFIX = ".safetensors"
 
@@ -42,12 +42,12 @@ class Video:
             "facts": json.dumps(self.facts, ensure_ascii=False),
         }
 
-    def save(self, path: str | Path, overwrite: bool = False, crf: int = 18) -> Path:
+    def save(self, path: str | Path, overwrite: bool = False, crf: int | None = None) -> Path:
         """Write `.mp4`, `.gif`, `.webp`, `.png` (one frame), a folder of frames, or the latents as `.safetensors`,
         atomically; the path, absolute.
 
         Args:
-            crf: H.264 quality, 0 (best) to 51.
+            crf: H.264 quality, 0 (best) to 51; None is 18.
 
         Raises:
             UserError: the output exists and `overwrite` is False, or a path that is not written.
@@ -58,7 +58,7 @@ class Video:
             with atomic_file(target) as temporary:
                 save_file({"latents": self.latents}, temporary, metadata=self.metadata())
         else:
-            write_video(target, self.frames, self.fps, self.metadata(), crf)
+            write_video(target, self.frames, self.fps, self.metadata(), DEFAULT_CRF if crf is None else crf)
         return target
 
 

@@ -18,13 +18,14 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_file, atomic_folder
 
 SUFFIXES = (".mp4", ".png", ".gif", ".webp")
+DEFAULT_CRF = 18  # looks like the source
 _KEY = "comment"  # the one tag that MP4's ilst knows, that players show, and that PNG takes as a keyword
 _BT709 = 1  # ITU-T H.273: 1 = BT.709 for primaries, transfer and matrix
 _LIMITED = 1  # libavutil AVCOL_RANGE_MPEG: luma 16..235
 
 
 def write_video(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[str, str] | None = None,
-                crf: int = 18) -> None:
+                crf: int = DEFAULT_CRF) -> None:
     """Write frames as `.mp4`, `.gif`, `.webp`, `.png` (exactly one) or, without a suffix, a folder of PNG frames.
 
     MP4 is H.264 yuv420p, converted to and tagged as BT.709 limited range, so that 0 and 255 come back as they were.
@@ -36,7 +37,7 @@ def write_video(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[
         fps: frames a second; stored beside the frames of a folder.
         metadata: strings, stored as JSON in the MP4's `comment` tag, a PNG's `tEXt` chunk (a folder: its first frame),
             a GIF's comment or a WebP's XMP.
-        crf: H.264 quality, 0 (lossless luma) to 51; 18 looks like the source.
+        crf: H.264 quality, 0 (lossless luma) to 51.
 
     Raises:
         UserError: a suffix that is not written, several frames for a PNG, an odd size for MP4, no H.264 encoder.

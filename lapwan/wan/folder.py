@@ -6,13 +6,15 @@ How to add a model family: a row in `_FAMILY_DEFAULTS` and, if its channels diff
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lapwan.errors import UserError
 from lapwan.lora.fingerprint import checkpoint_fingerprint
-from lapwan.names import Band, NoiseExpert, bands
+from lapwan.lora.tensorfile import read_header
+from lapwan.names import Band, NoiseExpert, bands, tensor_to_diffusers
 
 Task = Literal["t2v", "i2v", "ti2v"]  # ti2v: TI2V-5B, with or without a first frame; generation only
 TEXT_LENGTH = 512  # tokens; Wan attends the zero rows after the text as well
@@ -121,6 +123,12 @@ def weight_files(folder: Path) -> list[Path]:
     if not files:
         raise UserError(f"no .safetensors weights in {folder}; is the download complete?")
     return files
+
+
+def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """Shape by name in diffusers' layout, of a transformer's files in any layout, from their headers."""
+    tensors = (pair for file in files for pair in read_header(file).tensors.items())
+    return {tensor_to_diffusers(name): tuple(info.shape) for name, info in tensors}
 
 
 def original_file(folder: Path) -> Path | None:

@@ -14,9 +14,9 @@ from typing import Any
 from lapwan.errors import UserError
 from lapwan.files import atomic_folder
 from lapwan.lora.tensorfile import read_header
-from lapwan.names import NoiseExpert, tensor_to_diffusers
+from lapwan.names import NoiseExpert
 from lapwan.wan import vae22
-from lapwan.wan.folder import ORIGINAL, weight_files
+from lapwan.wan.folder import ORIGINAL, tensor_shapes, weight_files
 from lapwan.wan.original import read_tensors, t5_to_transformers
 
 _HEAD_DIM = 128  # of every released Wan transformer; a config.json beside the weights says otherwise
@@ -111,7 +111,7 @@ def transformer_config(files: list[Path]) -> dict[str, Any]:
     Raises:
         UserError: not a Wan transformer, or one that is not run from files.
     """
-    shapes = {tensor_to_diffusers(n): i.shape for file in files for n, i in read_header(file).tensors.items()}
+    shapes = tensor_shapes(files)
     if any("img_emb" in name or "add_k_proj" in name or "k_img" in name for name in shapes):
         raise UserError(f"{files[0]} is a Wan2.1 image-to-video transformer, which needs an image encoder that lapwan "
                         "does not run; use Wan2.2 I2V-A14B")

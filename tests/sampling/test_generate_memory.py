@@ -161,3 +161,14 @@ def test_an_image_model_one_at_a_time(i2v, small) -> None:
     image = Image.new("RGB", (48, 32), (200, 60, 60))
     request = small(i2v, image=image, steps=4)
     assert torch.equal(Generator(i2v, memory="one").latents(request), Generator(i2v, memory="both").latents(request))
+
+
+@pytest.mark.parametrize(("memory", "advice"), [("both", "use --memory one, a smaller"), ("one", "use a smaller")])
+def test_running_out_of_gpu_memory_is_one_line(memory, advice, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines follow.")
+
+    monkeypatch.setattr("lapwan.sampling.generator.denoise", full)
+    with pytest.raises(UserError, match="memory ran out at 32x48, 5 frames: " + advice) as caught:
+        VideoGenerator("tiny", memory=memory).generate("x", num_frames=5, size=(32, 48), steps=2)
+    assert "\n" not in str(caught.value)

@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from sampling_cases import refused
 from transformers import UMT5Config, UMT5EncoderModel
 
+from lapwan import VideoGenerator
 from lapwan.commands.base import resolve_base
 from lapwan.errors import UserError
 from lapwan.names import to_original
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.request import Request, complete_guidance
+from lapwan.sampling.result import read_metadata
 from lapwan.settings.model_files import ModelFilesSettings
 from lapwan.tiny.tokenizer import make_tokenizer
 from lapwan.wan import vae22
@@ -187,6 +189,15 @@ def test_the_files_generate_what_the_folder_does(with_image, parts) -> None:
     )
     one, two = Generator(ours).generate(request), Generator(theirs).generate(request)
     assert torch.equal(one.latents, two.latents) and (one.frames == two.frames).all()
+
+
+def test_from_python_as_in_toml(parts, tmp_path) -> None:
+    files, folder = parts
+    said = {"num_frames": 5, "size": (32, 64), "steps": 2}
+    video = VideoGenerator(files.model_dump(exclude_none=True)).generate("电凝钩", **said)
+    assert (video.frames == VideoGenerator(folder).generate("电凝钩", **said).frames).all()
+    video.save(tmp_path / "a.mp4")
+    assert json.loads(read_metadata(tmp_path / "a.mp4")["settings"])["model"]["vae"] == str(files.vae)
 
 
 def test_what_does_not_fit_is_refused(parts, lapwan, tmp_path) -> None:

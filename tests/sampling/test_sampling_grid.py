@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from diffusers import UniPCMultistepScheduler
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
-from lapwan.sampling.grid import SAMPLERS, Grid, make_grid, shifted
+from lapwan.sampling.grid import Grid, SamplerName, make_grid, shifted
 from lapwan.wan.folder import ModelSpec
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
@@ -50,14 +51,14 @@ def test_dpmpp_shifts_once(t2v: ModelSpec) -> None:
     assert np.allclose(sigmas(make_grid(t2v, "dpmpp", 8)), shifted(np.linspace(0.999, 0, 9)[:-1], 12.0), atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", get_args(SamplerName))
 def test_flow_shift_overrides_the_checkpoint(sampler, t2v: ModelSpec) -> None:
     own, asked = sigmas(make_grid(t2v, sampler, 8)), sigmas(make_grid(t2v, sampler, 8, 3.0))
     assert (asked[1:] < own[1:]).all()
     assert np.allclose(sigmas(make_grid(t2v, sampler, 8, t2v.flow_shift)), own)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", get_args(SamplerName))
 @pytest.mark.parametrize("start", [1.0, 0.9])
 def test_every_sampler_solves_a_straight_path_exactly(sampler, start, t2v: ModelSpec) -> None:
     """With v = (x − x0) / σ, the exact velocity of one data point, any consistent solver ends at x0."""
