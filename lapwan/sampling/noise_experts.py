@@ -20,7 +20,7 @@ from lapwan.sampling.memory import (
     describe,
     forward_bytes,
     free_bytes,
-    keep_both,
+    keep_all,
     text_encoder_bytes,
     weight_bytes,
 )
@@ -41,8 +41,8 @@ class _Loaded:
 class NoiseExperts:
     """A noise expert is loaded when first asked for, so that one without steps is never read.
 
-    One at a time, the idle one waits in pinned host memory; where the device is the CPU itself it is released and
-    read again. Results do not depend on it.
+    One at a time (the text encoder counts), the idle one waits in pinned host memory; where the device is the CPU itself
+    it is released and read again. Results do not depend on it.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class NoiseExperts:
         self.base, self.adapters = base, adapters
         self.device, self.dtype, self.memory = device, dtype, memory
         self._loaded: dict[NoiseExpert, _Loaded] = {}
-        self._both = memory != "one"
+        self._together = memory != "one"
         self._told: str | None = None
 
     def use(self, base: Base, adapters: AdapterSet) -> None:
@@ -68,10 +68,8 @@ class NoiseExperts:
             one.adapter = self._attached(one.model, expert)
 
     def plan(self, num_frames: int, size: tuple[int, int]) -> None:
-        """Decide for a video whether both stay on the device; what is decided is logged when it changes."""
+        """Decide for a video what stays on the device; the decision is logged when it changes."""
         spec = self.base.spec
-        if len(spec.experts) < 2:
-            return
         weights = {e: weight_bytes(spec, e, self.dtype) + self._adapter_bytes(e) for e in spec.experts}
         need = Need(
             list(weights.values()), forward_bytes(spec, self.dtype, num_frames, size), text_encoder_bytes(spec)
@@ -79,9 +77,9 @@ class NoiseExperts:
         free = free_bytes(self.device)
         if free is not None:
             free += sum(weights[expert] for expert in self.resident())
-        self._both = keep_both(self.memory, need, free)
-        line = describe(self._both, self.memory, need, free, self.device)
-        tell = console.detail if free is None and self._both else console.log
+        self._together = keep_all(self.memory, need, free)
+        line = describe(self._together, self.memory, need, free, self.device)
+        tell = console.detail if free is None and self._together else console.log
         if self._told is None or self._told.split("(")[0] != line.split("(")[0]:
             tell(line)
         self._told = line
@@ -92,7 +90,7 @@ class NoiseExperts:
 
     def transformer(self, expert: NoiseExpert) -> WanTransformer3DModel:
         """A noise expert's transformer on the device, with its adapters attached."""
-        if not self._both:
+        if not self._together:
             self._park(besides=expert)
         if expert not in self._loaded:
             console.log(f"loading the {expert.value} noise expert")
@@ -112,8 +110,8 @@ class NoiseExperts:
         return nullcontext() if adapter is None else adapter.holder.scope(gates_1G)
 
     def make_room(self) -> None:
-        """Leave the device to the text encoder, unless both noise experts stay."""
-        if not self._both:
+        """Leave the device to the text encoder, unless everything stays."""
+        if not self._together:
             self._park(besides=None)
 
     def _park(self, besides: NoiseExpert | None) -> None:

@@ -189,6 +189,7 @@ def test_the_files_generate_what_the_folder_does(with_image, parts) -> None:
     )
     one, two = Generator(ours).generate(request), Generator(theirs).generate(request)
     assert torch.equal(one.latents, two.latents) and (one.frames == two.frames).all()
+    assert torch.equal(Generator(ours, memory="one").latents(request), one.latents)
 
 
 def test_from_python_as_in_toml(parts, tmp_path) -> None:
