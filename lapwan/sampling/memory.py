@@ -37,24 +37,25 @@ class Need:
         return max(self.forward, self.text_encoder)
 
 
-def keep_all(asked: Memory, need: Need, free: int | None) -> bool:
-    """True if every noise expert stays: as asked, else where Σ weights + max(forward, text encoder) ≤ free.
+def keep_both(asked: Memory, need: Need, free: int | None) -> bool:
+    """True if both noise experts (or the only one) stay: as asked, else where Σ weights + max(forward, text encoder) ≤ free.
 
     Args:
-        free: bytes the device could give, weights already there included; None on a CPU, where all stay.
+        free: bytes the device could give, weights already there included; None on a CPU, where both stay.
     """
     if asked != "auto":
         return asked == "both"
     return free is None or sum(need.weights) + need.beside <= free
 
 
-def describe(together: bool, asked: Memory, need: Need, free: int | None, device: torch.device) -> str:
+def describe(both: bool, asked: Memory, need: Need, free: int | None, device: torch.device) -> str:
     """The decision and its numbers, as one line."""
-    two = len(need.weights) > 1
-    if together:
-        what = f"{'both noise experts stay' if two else 'the transformer stays'} on {device}"
+    if len(need.weights) > 1:
+        what = f"both noise experts stay on {device}" if both else f"one noise expert on {device} at a time"
+    elif both:
+        what = f"the transformer stays on {device}"
     else:
-        what = f"one noise expert on {device} at a time" if two else f"the transformer leaves {device} to the text encoder"
+        what = f"the transformer leaves {device} to the text encoder"
     why = "as asked" if asked != "auto" else "auto"
     has = "" if free is None else f", {free / _GIB:.1f} GiB free"
     weights = " + ".join(f"{size / _GIB:.1f}" for size in need.weights)

@@ -20,7 +20,7 @@ from lapwan.sampling.memory import (
     describe,
     forward_bytes,
     free_bytes,
-    keep_all,
+    keep_both,
     text_encoder_bytes,
     weight_bytes,
 )
@@ -41,8 +41,8 @@ class _Loaded:
 class NoiseExperts:
     """A noise expert is loaded when first asked for, so that one without steps is never read.
 
-    One at a time (the text encoder counts), the idle one waits in pinned host memory; where the device is the CPU itself
-    it is released and read again. Results do not depend on it.
+    One at a time (the text encoder counts), the idle one waits in pinned host memory; on a CPU it is released and read
+    again. Results do not depend on it.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class NoiseExperts:
         free = free_bytes(self.device)
         if free is not None:
             free += sum(weights[expert] for expert in self.resident())
-        self._together = keep_all(self.memory, need, free)
+        self._together = keep_both(self.memory, need, free)
         line = describe(self._together, self.memory, need, free, self.device)
         tell = console.detail if free is None and self._together else console.log
         if self._told is None or self._told.split("(")[0] != line.split("(")[0]:

@@ -21,7 +21,7 @@ from lapwan.sampling.memory import (
     describe,
     forward_bytes,
     free_bytes,
-    keep_all,
+    keep_both,
     text_encoder_bytes,
     weight_bytes,
 )
@@ -38,12 +38,12 @@ A14B = Need([int(26.6 * GIB), int(26.6 * GIB)], 14 * GIB, 11 * GIB)
     ("both", 24, True), ("one", 139, False), ("one", None, False),
 ])
 def test_both_stay_where_weights_and_work_fit(asked, free, both) -> None:
-    assert keep_all(asked, A14B, None if free is None else free * GIB) is both
+    assert keep_both(asked, A14B, None if free is None else free * GIB) is both
 
 
 def test_the_text_encoder_counts_where_it_needs_more_than_a_forward_pass() -> None:
     small = Need([10, 10], forward=5, text_encoder=11)
-    assert not keep_all("auto", small, 30) and keep_all("auto", small, 31)
+    assert not keep_both("auto", small, 30) and keep_both("auto", small, 31)
 
 
 def test_the_line_says_the_numbers() -> None:
@@ -54,7 +54,7 @@ def test_the_line_says_the_numbers() -> None:
 
 def test_a_single_transformer_leaves_to_the_text_encoder_where_they_do_not_fit_together() -> None:
     ti2v = Need([10 * GIB], forward=4 * GIB, text_encoder=11 * GIB)
-    assert keep_all("auto", ti2v, 23 * GIB) and not keep_all("auto", ti2v, 15 * GIB)
+    assert keep_both("auto", ti2v, 23 * GIB) and not keep_both("auto", ti2v, 15 * GIB)
     assert "the transformer leaves cuda to the text encoder (auto: 10.0 GiB" in describe(
         False, "auto", ti2v, 15 * GIB, torch.device("cuda"))
 
