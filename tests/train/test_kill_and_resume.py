@@ -23,7 +23,8 @@ def start(command: str, run: Path, cache: Path, *more: str) -> subprocess.Popen[
         sys.executable, "-m", "lapwan", command, "--model", "tiny", "--cache", str(cache), "-o", str(run),
         "--steps", str(STEPS), "--save-every", "4", "--lr", "1e-2", "--device", "cpu",
         "--set", "targets.last_blocks=2", "--set", "targets.ffn_last_blocks=1", "--set", "turn=3",
-        "--set", "accumulate=2", "--set", "caption_dropout=0.2", "--set", "ema_decay=0.9", "--set", "dropout.rank=0.1", *more,
+        "--set", "accumulate=2", "--set", "caption_dropout=0.2", "--set", "ema_decay=0.9",
+        "--set", "dropout.rank=0.1", *more,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
