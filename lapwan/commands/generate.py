@@ -71,6 +71,8 @@ def _show_plan(prepared: Sequence[Prepared]) -> None:
         console.log(line)
     if len(prepared) > 1:
         console.log(f"{len(prepared)} videos")
+    first = prepared[0]
+    first.generator.experts.plan(first.request.num_frames, first.request.size)
 
 
 def _plan_line(made: Prepared) -> str:

@@ -38,7 +38,9 @@ class Need:
 
 
 def keep_both(asked: Memory, need: Need, free: int | None) -> bool:
-    """True if both noise experts (or the only one) stay: as asked, else where Σ weights + max(forward, text encoder) ≤ free.
+    """True if both noise experts (or the only one) stay: as asked, else where
+
+        Σ weights + max(forward, text encoder) ≤ free
 
     Args:
         free: bytes the device could give, weights already there included; None on a CPU, where both stay.

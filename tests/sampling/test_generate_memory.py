@@ -135,8 +135,12 @@ def test_one_transformer_at_a_time_on_the_device(t2v, small) -> None:
 
 
 def test_the_option_and_repeating_a_video_with_another(lapwan, tmp_path) -> None:
+    planned = generate(lapwan, "--memory", "one", "--dry-run")
+    assert planned.code == 0 and planned.err.count("memory: one noise expert on cpu at a time") == 1, planned.err
+    assert "memory" not in generate(lapwan, "--dry-run").err
     ran = generate(lapwan, "--memory", "one", output="a.mp4")
     assert ran.code == 0 and "memory: one noise expert on cpu at a time (as asked: " in ran.err, ran.err
+    assert ran.err.count("memory: ") == 1
     assert "memory" not in json.loads(read_metadata(tmp_path / "a.mp4")["settings"])
     for memory in ("both", "one"):
         again = lapwan("generate", "--from", "a.mp4", "--memory", memory, "-o", f"{memory}.mp4")
