@@ -27,7 +27,7 @@ from lapwan.sampling.image import (
     image_fingerprint,
     image_tensor,
 )
-from lapwan.sampling.memory import Memory
+from lapwan.sampling.memory import HostCopy, Memory
 from lapwan.sampling.noise_experts import NoiseExperts
 from lapwan.sampling.request import Request, check_request
 from lapwan.sampling.result import Video
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 class Generator:
     """A model with its adapters, ready for requests.
 
-    The text encoder waits on the CPU between prompts; `memory` as in `NoiseExperts`. `dtype` is the transformers'; VAE
-    and text features keep their own.
+    The text encoder waits in pinned host memory between prompts; `memory` as in `NoiseExperts`. `dtype` is the
+    transformers'; VAE and text features keep their own.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Generator:
         self.spec, self.device, self.dtype = base.spec, torch.device(device), dtype
         self.experts = NoiseExperts(base, adapters or AdapterSet(), self.device, dtype, memory)
         self._text: TextEncoder | None = None
+        self._text_host: HostCopy | None = None
         self._vae: AutoencoderKLWan | None = None
         self._features: dict[str, Tensor] = {}
 
@@ -81,10 +82,15 @@ class Generator:
             if self._text is None:
                 console.log("loading the text encoder")
                 self._text = load_text_encoder(self.spec)
+                if self.device.type != "cpu":
+                    model = self._text.model
+                    self._text_host = HostCopy((*model.parameters(), *model.buffers()), pinned=True)
             self.experts.make_room()
-            self._text.model.to(self.device)
+            if self._text_host is not None:
+                self._text_host.fetch(self.device)
             self._features[prompt] = encode_text(self._text, [prompt])[0]
-            self._text.model.to("cpu")
+            if self._text_host is not None:
+                self._text_host.park()
         return self._features[prompt]
 
     def vae(self) -> AutoencoderKLWan:

@@ -56,6 +56,8 @@ def test_one_at_a_time_parks_the_idle_one_in_pinned_memory(t2v, small) -> None:
     low, high = (one.experts._loaded[e].model for e in ("low", "high"))
     assert {p.device.type for p in low.parameters()} == {"cuda"}
     assert {(p.device.type, p.is_pinned()) for p in high.parameters()} == {("cpu", True)}
+    waiting = one._text.model.parameters()
+    assert {(p.device.type, p.is_pinned()) for p in waiting} == {("cpu", True)}
     assert {p.device.type for e in t2v.experts for p in both.experts.transformer(e).parameters()} == {"cuda"}
 
 
