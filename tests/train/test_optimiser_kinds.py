@@ -144,6 +144,22 @@ def test_missing_extras_and_schedules_without_effect_are_refused_before_weights_
         optimisers.check_optimiser(AutomagicSettings(), ScheduleSettings(name="cosine"))
 
 
+def test_allowed_changes_reach_a_resumed_optimiser_and_its_history_stays(make_lora, tmp_path):
+    bounds = {"type": "automagic", "lr_bump": 1e-3, "min_lr": 1e-3, "max_lr": 1e-2}
+    first = make_lora(output=tmp_path / "run", optimiser=bounds)
+    first.plan.run.mkdir()
+    first.fit()
+    again = make_lora(output=tmp_path / "run", optimiser={**bounds, "max_lr": 3e-2, "weight_decay": 0.5},
+                      allow_changed=True)
+    assert again.resume()
+    optimiser = again.plan.optimisers["high"]
+    assert (optimiser.param_groups[0]["max_lr"], optimiser.param_groups[0]["weight_decay"]) == (3e-2, 0.5)
+    state, was = (next(iter(o.state.values())) for o in (optimiser, first.plan.optimisers["high"]))
+    assert torch.equal(state["lr"], was["lr"]) and state["positive"].dtype == torch.bool
+    other = make_lora(output=tmp_path / "run", optimiser={"type": "adamw"}, allow_changed=True)
+    assert other.resume() and not other.plan.optimisers["high"].state  # another kind starts without a history
+
+
 KINDS = [
     ({"type": "adamw", "lr": 1e-2}, {"name": "polynomial", "warmup_steps": 1, "power": 2.0}),
     ({"type": "automagic", "lr_bump": 1e-3, "min_lr": 1e-3, "max_lr": 1e-2}, {}),

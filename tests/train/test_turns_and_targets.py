@@ -113,6 +113,20 @@ def test_dropout_is_keyed_scaled_and_off_without_keys(make_lora):
     assert values[0] == values[1] != values[2]
 
 
+def test_modules_drop_different_rows(make_lora):
+    adapter = make_lora(experts=["high"]).objective.adapters[HIGH]
+    first, second = adapter.layers["blocks.7.attn1.to_q"], adapter.layers["blocks.6.attn1.to_q"]
+    dropout = Dropout(DropoutRates(rank=0.5), adapter.layers)
+    masks = []
+    for layer in (first, second):
+        kept = []
+        for visit in range(8):
+            with dropout.scope(adapter.holder, [(0, "high", visit, "clip")]):
+                kept.append(adapter.holder.mask(layer, torch.ones(1, 1, 8)).flatten())
+        masks.append(torch.stack(kept))
+    assert not torch.equal(*masks) and not torch.equal(masks[0][0], masks[0][1])
+
+
 @pytest.mark.parametrize("rates", [DropoutRates(neuron=0.3), DropoutRates(rank=0.3), DropoutRates(module=0.3)])
 def test_what_is_kept_is_scaled_so_that_the_mean_stays(make_lora, rates):
     adapter = make_lora(experts=["high"]).objective.adapters[HIGH]

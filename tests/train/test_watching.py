@@ -121,6 +121,10 @@ def test_validation_is_the_same_at_every_look_until_the_weights_change(make_lora
     first = trainer.watchers["validation"].losses(HIGH)
     assert first == trainer.watchers["validation"].losses(HIGH)
     assert len([name for name in first if name.startswith("loss_at_sigma_")]) == 3
+    watcher = trainer.watchers["validation"]
+    noises = [watcher._draws(HIGH, watcher._store.batch([clip]), 0.5, place).noise_BCTHW
+              for clip, place in ((0, 0), (0, 1), (1, 0))]
+    assert not any(torch.equal(noises[0], other) for other in noises[1:])
     fitted(trainer)
     seen = [row["validation/high/loss"] for row in rows(trainer) if "validation/high/loss" in row]
     assert len(seen) == 4 and seen[0] != first["loss"]
