@@ -1,14 +1,17 @@
-"""The embedded model `tiny`: Wan2.2-shaped, in the exact folder layout of T2V-A14B and I2V-A14B, made from a seed.
+"""The embedded model `tiny`: Wan2.2-shaped, in the exact folder layout of T2V-A14B and I2V-A14B, from shipped weights.
 
-Both tasks share one set of weights: the I2V patch embedding's first 16 input channels are the T2V one's.
+Both tasks share one set of weights, pretrained by `lapwan.tiny.pretrain`: the high noise expert on sigma in [0.875, 1],
+the low one on [0, 0.9], so either task's boundary holds, half of the time without an image: the T2V patch embedding is
+the first 16 input channels of the I2V one. Stored in bf16, loaded as fp32.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
+from functools import cache
+from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +20,24 @@ from lapwan.names import NoiseExpert
 from lapwan.wan.folder import DEFAULTS_FILE, Task
 
 BOUNDARY: dict[Task, float] = {"t2v": 0.875, "i2v": 0.9}
-FLOW_SHIFT: dict[Task, float] = {"t2v": 12.0, "i2v": 5.0}
-SEED = 20220722
-DEFAULTS = {
-    "steps": 8, "guidance": {"high": 3.5, "low": 3.5}, "size": [64, 64], "num_frames": 17, "fps": 16,
+FLOW_SHIFT: dict[Task, float] = {"t2v": 5.0, "i2v": 5.0}
+DEFAULTS: dict[Task, dict[str, Any]] = {
+    "t2v": {"steps": 12, "guidance": {"high": 3.5, "low": 3.5}, "size": [96, 96], "num_frames": 17, "fps": 16},
+    "i2v": {"steps": 12, "guidance": {"high": 2.0, "low": 2.0}, "size": [96, 96], "num_frames": 17, "fps": 16},
 }
 TRANSFORMER = {
     "patch_size": (1, 2, 2), "num_attention_heads": 4, "attention_head_dim": 48, "out_channels": 16, "text_dim": 96,
     "freq_dim": 64, "ffn_dim": 768, "num_layers": 8, "rope_max_seq_len": 256, "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads", "eps": 1e-6,
 }
+# Few channels where the picture is large, many where it is small: a clip encodes in under a second on a CPU core.
 VAE = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 8, 8], "num_res_blocks": 2}
 TEXT = {
     "d_model": 96, "d_kv": 24, "d_ff": 192, "num_layers": 3, "num_heads": 4, "is_encoder_decoder": False,
     "use_cache": False,
 }
 VAE_FILE, TEXT_FILE, LATENTS_FILE = "vae.safetensors", "text_encoder.safetensors", "latents.json"
+WEIGHTS = Path(str(package_files("lapwan.tiny"))) / "weights"
 
 
 def expert_file(expert: NoiseExpert) -> str:
@@ -47,50 +52,63 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lapwan"
 
 
+@cache
+def _identity() -> str:
+    """Of everything a folder is made from: the weights, this file, the tokenizer."""
+    digest = hashlib.sha256()
+    parts = [*(WEIGHTS / expert_file(e) for e in NoiseExpert), *(WEIGHTS / n for n in (VAE_FILE, TEXT_FILE, LATENTS_FILE)),
+             Path(__file__), Path(__file__).with_name("tokenizer.py")]
+    for path in parts:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def tiny_folder(task: Task) -> Path:
-    """The embedded model's folder for `task`, made on first use (seconds) and kept under `cache_root()`.
+    """The embedded model's folder for `task`, made on first use (a second) and kept under `cache_root()`.
 
     The name carries a hash of what it is made from, so that a new version of lapwan never meets an old folder.
     """
-    recipe = json.dumps([SEED, TRANSFORMER, VAE, TEXT, DEFAULTS, task, BOUNDARY[task], FLOW_SHIFT[task]], default=list)
-    source = "".join(inspect.getsource(f) for f in (build, _transformer, _vae, _text_encoder))
-    name = hashlib.sha256((recipe + source).encode()).hexdigest()[:12]
-    folder = cache_root() / f"tiny-{task}-{name}"
+    folder = cache_root() / f"tiny-{task}-{_identity()}"
     if not (folder / "model_index.json").is_file():
         with files.atomic_folder(folder) as temporary:
             build(task, temporary)
     return folder
 
 
+def _read(name: str) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return {key: value.float() for key, value in load_file(WEIGHTS / name).items()}
+
+
 def _transformer(expert: NoiseExpert, task: Task) -> Any:
-    import torch
     from diffusers import WanTransformer3DModel
 
-    torch.manual_seed(SEED + list(NoiseExpert).index(expert))
-    model = WanTransformer3DModel(in_channels=36, **TRANSFORMER).eval()
-    if task == "i2v":
-        return model
-    text_to_video = WanTransformer3DModel(in_channels=16, **TRANSFORMER).eval()
-    state = model.state_dict()
-    state["patch_embedding.weight"] = state["patch_embedding.weight"][:, :16].clone()
-    text_to_video.load_state_dict(state)
-    return text_to_video
+    state = _read(expert_file(expert))
+    if task == "t2v":
+        state["patch_embedding.weight"] = state["patch_embedding.weight"][:, :16].clone()
+    model = WanTransformer3DModel(in_channels=state["patch_embedding.weight"].shape[1], **TRANSFORMER)
+    model.load_state_dict(state)
+    return model.eval()
 
 
 def _vae() -> Any:
-    import torch
     from diffusers import AutoencoderKLWan
 
-    torch.manual_seed(SEED + 10)
-    return AutoencoderKLWan(**VAE, latents_mean=[0.0] * 16, latents_std=[1.0] * 16).eval()
+    statistics = json.loads((WEIGHTS / LATENTS_FILE).read_text(encoding="utf-8"))
+    vae = AutoencoderKLWan(**VAE, **statistics)
+    vae.load_state_dict(_read(VAE_FILE))
+    return vae.eval()
 
 
 def _text_encoder(vocabulary: int) -> Any:
-    import torch
     from transformers import UMT5Config, UMT5EncoderModel
 
-    torch.manual_seed(SEED + 20)
-    return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **TEXT)).eval()  # eval: its dropout_rate is 0.1
+    model = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **TEXT))
+    state = _read(TEXT_FILE)
+    state["encoder.embed_tokens.weight"] = state["shared.weight"]  # one tensor under two names
+    model.load_state_dict(state)
+    return model.eval()  # its dropout_rate is 0.1
 
 
 def build(task: Task, folder: Path) -> None:
@@ -100,7 +118,7 @@ def build(task: Task, folder: Path) -> None:
 
     from lapwan.tiny.tokenizer import make_tokenizer
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # modules draw their first weights, which the shipped ones replace
         tokenizer = make_tokenizer()
         parts: dict[str, Any] = {
             "tokenizer": tokenizer,
@@ -116,6 +134,4 @@ def build(task: Task, folder: Path) -> None:
         **parts, scheduler=scheduler, boundary_ratio=BOUNDARY[task]
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
-    (folder / DEFAULTS_FILE).write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
-
-
+    (folder / DEFAULTS_FILE).write_text(json.dumps(DEFAULTS[task], indent=2) + "\n", encoding="utf-8")

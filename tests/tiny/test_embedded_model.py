@@ -1,0 +1,95 @@
+"""The embedded model as shipped: what loads is what was evaluated, in both layouts."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lapwan.names import NoiseExpert
+from lapwan.tiny.model import WEIGHTS, tiny_folder
+from lapwan.tiny.tokenizer import make_tokenizer
+from lapwan.wan.folder import ModelSpec
+
+SHIPPED = ("transformer", "transformer_2", "vae", "text_encoder", "evaluator")
+
+
+def test_readme_states_the_hash_of_every_file() -> None:
+    readme = (WEIGHTS / "README.md").read_text(encoding="utf-8")
+    stated = dict(re.findall(r"^\| `([\w.]+)` \|.*\| `([0-9a-f]{64})` \|$", readme, flags=re.MULTILINE))
+    assert {f"{name}.safetensors" for name in SHIPPED} | {"latents.json"} == set(stated)
+    for name, digest in stated.items():
+        assert hashlib.sha256((WEIGHTS / name).read_bytes()).hexdigest() == digest
+
+
+def test_all_weights_together_stay_under_thirty_megabytes() -> None:
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 30e6
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_what_loads_is_what_is_shipped(task: str, tiny_t2v: ModelSpec, tiny_i2v: ModelSpec) -> None:
+    spec = {"t2v": tiny_t2v, "i2v": tiny_i2v}[task]
+    for expert in NoiseExpert:
+        shipped = load_file(WEIGHTS / f"{expert.component}.safetensors")
+        folder = load_file(spec.component(expert) / "diffusion_pytorch_model.safetensors")
+        patch = shipped["patch_embedding.weight"]
+        shipped["patch_embedding.weight"] = patch[:, :16] if task == "t2v" else patch
+        assert patch.shape[1] == 36 and shipped.keys() == folder.keys()
+        for name, value in folder.items():
+            assert torch.equal(value, shipped[name].float()), name
+
+
+def test_both_pipelines_of_diffusers_open_it(tiny_t2v: ModelSpec, tiny_i2v: ModelSpec) -> None:
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    for spec, kind in ((tiny_t2v, WanPipeline), (tiny_i2v, WanImageToVideoPipeline)):
+        pipeline = kind.from_pretrained(spec.path)
+        assert pipeline.transformer.config.in_channels == spec.in_channels
+        assert pipeline.config.boundary_ratio == spec.boundary
+        assert max(pipeline.vae.config.latents_std) > 0.1  # measured, not left at the untrained 1.0
+        assert pipeline.vae.config.latents_std != [1.0] * 16
+
+
+def test_folder_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAPWAN_CACHE_DIR", str(tmp_path))
+    folder = tiny_folder("t2v")
+    marker = folder / "marker"
+    marker.touch()
+    assert tiny_folder("t2v") == folder and marker.exists()
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+
+
+def test_words_of_scenes_are_whole_pieces() -> None:
+    tokenizer = make_tokenizer()
+    for word in ("吸引管", "顺时针", "牵开", "积血", "小血管", "反复", "工具", "扫动"):
+        assert word in tokenizer.tokenize(word), word
+    assert tokenizer.tokenize("sweeps clockwise") == ["▁sweeps", "▁clockwise"]
+    assert tokenizer.decode(tokenizer("€ 你好 hook", add_special_tokens=False).input_ids) == "€ 你好 hook"
+
+
+def test_velocity_beats_knowing_nothing(tiny_t2v: ModelSpec) -> None:
+    """On a fresh scene: far below the error of the constant answer 0, by both noise experts in their own bands."""
+    from lapwan.losses.flow import noised, velocity_target
+    from lapwan.tiny.scenes import SceneSpec, render
+    from lapwan.wan.backbone import load_transformer, velocity
+    from lapwan.wan.text import encode_text, load_text_encoder, pad_text
+    from lapwan.wan.vae import encode, load_vae
+
+    scene = render(SceneSpec("hook", motion="stroke", seed=7, size=tiny_t2v.defaults.size))
+    pixels = torch.from_numpy(scene.frames_THWC).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        x0 = encode(load_vae(tiny_t2v), pixels)
+        text = pad_text(encode_text(load_text_encoder(tiny_t2v), [scene.caption]))
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+        target = velocity_target(x0, noise)
+        for expert, sigma in ((NoiseExpert.HIGH, 0.95), (NoiseExpert.LOW, 0.5)):
+            model = load_transformer(tiny_t2v, expert)
+            s = torch.tensor([sigma])
+            error = (velocity(model, noised(x0, noise, s), 1000 * s, text) - target).square().mean()
+            assert error < 0.4 * target.square().mean(), expert
+    assert np.isfinite(x0.numpy()).all() and 0.5 < x0.std() < 2.0
