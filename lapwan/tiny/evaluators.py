@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lapwan.tiny.instruments import INSTRUMENTS
 
-INPUT = 96  # pixels; other sizes are scaled
+INPUT = 96  # pixels; other squares are scaled
 GRID = 24  # cells of the map of where the tip is
 EVALUATOR_FILE = "evaluator.safetensors"
 
@@ -66,7 +66,14 @@ def place_of(logits_BN: Tensor) -> Tensor:
 
 
 def network_input(frames_THWC: np.ndarray) -> Tensor:
-    """uint8 frames -> [T, 3, 96, 96] in [-1, 1]."""
+    """uint8 frames -> [T, 3, 96, 96] in [-1, 1].
+
+    Raises:
+        ValueError: frames that are not square; squeezed instruments would be taken for others.
+    """
+    height, width = frames_THWC.shape[1:3]
+    if height != width:
+        raise ValueError(f"frames of {height}x{width}; the evaluators take square ones")
     pixels = torch.from_numpy(np.ascontiguousarray(frames_THWC)).permute(0, 3, 1, 2).float() / 127.5 - 1
     if pixels.shape[-2:] == (INPUT, INPUT):
         return pixels
