@@ -89,7 +89,7 @@ class Trainer:
         self.watchers: dict[str, Watcher] = {}
         self._logs = {expert: StepLog() for expert in plan.tracks}
         self._bad_in_a_row = 0
-        self._score: float | None = None
+        self._score: tuple[int, float | None] = (0, None)  # the last validation: step, mean loss
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint; False if there is none.
@@ -147,9 +147,9 @@ class Trainer:
                 return self.objective.save(folder, self.step)
 
         if self.plan.ranks.first:
-            keep = checkpoint.Keep(self.plan.keep_last, self.plan.keep_best, self._score)
+            score = self._score[1] if self._score[0] == self.step else None
+            keep = checkpoint.Keep(self.plan.keep_last, self.plan.keep_best, score)
             checkpoint.save(self.plan.run, self.step, adapters, self.parameters, self._rest(), keep)
-        self._score = None
 
     def fit(self) -> None:
         """Train to the end of the schedule.
@@ -276,7 +276,7 @@ class Trainer:
                     seen = watcher.look(self.step, metrics.board)
                     figures |= seen.figures
                     reason = reason or seen.stop
-            self._score = figures.get("validation/mean")
+            self._score = (self.step, figures.get("validation/mean"))
         return figures, self.plan.ranks.from_first(reason)
 
     def _write(
