@@ -56,9 +56,8 @@ def cache_root() -> Path:
 def _identity() -> str:
     """Of everything a folder is made from: the weights, this file, the tokenizer."""
     digest = hashlib.sha256()
-    parts = [*(WEIGHTS / expert_file(e) for e in NoiseExpert), *(WEIGHTS / n for n in (VAE_FILE, TEXT_FILE, LATENTS_FILE)),
-             Path(__file__), Path(__file__).with_name("tokenizer.py")]
-    for path in parts:
+    names = [*(expert_file(e) for e in NoiseExpert), VAE_FILE, TEXT_FILE, LATENTS_FILE]
+    for path in (*(WEIGHTS / name for name in names), Path(__file__), Path(__file__).with_name("tokenizer.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

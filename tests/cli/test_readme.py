@@ -99,7 +99,7 @@ def test_generating_runs_as_it_stands(toured) -> None:
 
 def test_the_python_runs_as_it_stands(toured) -> None:
     lines = run(["-c", block("Generating", "python")], toured).stdout.splitlines()
-    assert lines[0].startswith("(5, 64, 64, 3) ") and "must be 4N+1" in lines[1], lines
+    assert lines[0].startswith("(5, 96, 96, 3) ") and "must be 4N+1" in lines[1], lines
     assert lines[2] == "(0.0, 0.0, 0.0, 1.0)" and lines[3] in ("good", "warn", "stop") and len(lines) == 4, lines
     assert (toured / "python.mp4").is_file() and (toured / "both.safetensors").is_file()
 

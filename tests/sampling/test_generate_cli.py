@@ -30,7 +30,7 @@ def test_stdout_is_the_path_and_the_file_carries_its_settings(lapwan, tmp_path) 
     assert ran.out.strip() == str(tmp_path / "out.mp4")
     said = read_video_metadata(tmp_path / "out.mp4")
     settings, facts = json.loads(said["settings"]), json.loads(said["facts"])
-    assert settings["prompt"] == "电凝钩切割组织" and settings["size"] == [32, 48] and settings["flow_shift"] == 12.0
+    assert settings["prompt"] == "电凝钩切割组织" and settings["size"] == [32, 48] and settings["flow_shift"] == 5.0
     assert settings["negative_prompt"].startswith("色调艳丽")
     again = load(GenerateSettings, options=settings)
     assert again.guidance == {"high": 1.0, "low": 1.0}
@@ -46,7 +46,7 @@ def test_an_image_makes_tiny_an_image_to_video_model(lapwan, tmp_path) -> None:
 def test_the_size_follows_the_image(lapwan, tmp_path) -> None:
     Image.new("RGB", (200, 100)).save(tmp_path / "wide.png")
     ran = lapwan("generate", "--model", "tiny", "--prompt", "x", "--image", "wide.png", "-o", "a", "--dry-run")
-    assert "i2v at 32x80" in ran.err  # 64·64 pixels at 1:2, on multiples of 16
+    assert "i2v at 64x128" in ran.err  # 96·96 pixels at 1:2, on multiples of 16
 
 
 def test_one_frame_as_png(lapwan, tmp_path) -> None:

@@ -41,14 +41,14 @@ def test_unipc_is_the_checkpoints_own_grid(t2v: ModelSpec) -> None:
 
 
 def test_euler_shifts_once(t2v: ModelSpec) -> None:
-    expected = shifted(np.linspace(1, 1 / 1000, 9)[:-1], 12.0)
+    expected = shifted(np.linspace(1, 1 / 1000, 9)[:-1], t2v.flow_shift)
     grid = make_grid(t2v, "euler", 8)
     assert np.allclose(sigmas(grid), expected, atol=1e-6)
     assert np.allclose([float(s.timestep) for s in grid.steps], 1000 * expected, atol=1e-3)
 
 
 def test_dpmpp_shifts_once(t2v: ModelSpec) -> None:
-    assert np.allclose(sigmas(make_grid(t2v, "dpmpp", 8)), shifted(np.linspace(0.999, 0, 9)[:-1], 12.0), atol=1e-6)
+    assert np.allclose(sigmas(make_grid(t2v, "dpmpp", 8)), shifted(np.linspace(0.999, 0, 9)[:-1], t2v.flow_shift), atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", get_args(SamplerName))
