@@ -48,7 +48,8 @@ def test_euler_shifts_once(t2v: ModelSpec) -> None:
 
 
 def test_dpmpp_shifts_once(t2v: ModelSpec) -> None:
-    assert np.allclose(sigmas(make_grid(t2v, "dpmpp", 8)), shifted(np.linspace(0.999, 0, 9)[:-1], t2v.flow_shift), atol=1e-6)
+    expected = shifted(np.linspace(0.999, 0, 9)[:-1], t2v.flow_shift)
+    assert np.allclose(sigmas(make_grid(t2v, "dpmpp", 8)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", get_args(SamplerName))
