@@ -15,6 +15,6 @@ class DemoSettings(Settings):
 
     output: Annotated[Path, Flag("-o", metavar="DIR")] = Field(
         Path("lapwan-demo"), description="Folder for everything the demo makes.")
-    clips: Annotated[int, Flag()] = Field(32, ge=8, description="Synthetic clips to make.")
-    steps: Annotated[int, Flag()] = Field(60, ge=1, description="Optimiser steps of each noise expert, in each stage.")
+    clips: Annotated[int, Flag()] = Field(128, ge=8, description="Synthetic clips to make.")
+    steps: Annotated[int, Flag()] = Field(64, ge=1, description="Optimiser steps of each noise expert, in each stage.")
     seed: Annotated[int, Flag()] = Field(7, description="Of clips, training and videos.")
