@@ -150,6 +150,7 @@ def _videos(settings: DemoSettings, diary: _Diary, clips: Path) -> None:
             videos = {name: _read(out / "videos" / arm / f"{name}.mp4") for name in _PROMPTS}
             figures.append(f"{arm}: {_named(videos)} of {len(videos)} show the named instrument")
             _save(contact_sheet(list(videos.values()), 6, list(videos)), out / "videos" / f"{arm}.png")
+        figures.append("so few videos are an impression, not a measurement")
     with diary.stage("generate: image to video", out / "videos" / "image_to_video.mp4") as figures:
         clip = next(iter(read_clips(clips)))
         truth = _read(resolve_video(clip.data["video_path"], clips))
