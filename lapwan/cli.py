@@ -96,8 +96,10 @@ def _parameter(name: str, field: FlagField) -> inspect.Parameter:
         long = field.long_name
         short = [n for n in flag.names if not n.startswith("--")]
         if _holds(annotation, bool):
-            both = long if "/" in long else f"{long}/--no-{long[2:]}"
-            info = typer.Option(both, *short, help=_help(field), show_default=False)
+            # What is off by default needs no second name; a file's `true` is taken back by --set.
+            if "/" not in long and field.info.default is not False:
+                long = f"{long}/--no-{long[2:]}"
+            info = typer.Option(long, *short, help=_help(field), show_default=False)
             kind = bool | None
         else:
             info = typer.Option(long, *short, metavar=metavar, help=_help(field), show_default=False)

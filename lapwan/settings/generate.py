@@ -56,7 +56,8 @@ class ModelSettings(Settings):
         default=None, description="'tiny' (embedded), a model folder in diffusers layout, or a hub id fetched before."
     )
     lora: Annotated[tuple[LoraArgument, ...], Flag(metavar=LORA_METAVAR)] = Field(
-        default=(), description="A LoRA, repeatable; without high= or low= the file says its noise expert."
+        default=(), description="A LoRA, repeatable: FILE:0.8, or with its noise expert high=FILE, low=FILE, "
+        "both=FILE; otherwise the file says it."
     )
     moe: Annotated[Path | None, Flag(metavar="FILE")] = Field(
         default=None, description="A mixture of LoRA experts; the prompt chooses among them unless a hint does."
@@ -98,7 +99,7 @@ class VideoSettings(Settings):
     alpha_base: Annotated[float | None, Flag(metavar="NUMBER")] = Field(
         default=None, description="Strength of the base LoRA the mixture was trained over; 1 if not given."
     )
-    alpha_expert: Annotated[float | dict[str, float] | None, Flag(metavar="NUMBER|NAME=NUMBER,...")] = Field(
+    alpha_expert: Annotated[float | dict[str, float] | None, Flag(metavar="X|NAME=X,..")] = Field(
         default=None, description="Strength of the mixture's experts: 1.2, or hook=1.2,other=0.8; 1 if not given."
     )
     num_frames: Annotated[int | None, Flag(metavar="N")] = Field(

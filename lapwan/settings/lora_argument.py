@@ -14,7 +14,7 @@ from lapwan.settings.base import Settings
 
 Role = Literal["high", "low", "both"]
 ROLES: tuple[Role, ...] = ("high", "low", "both")
-LORA_METAVAR = "[high=|low=|both=]FILE[:STRENGTH]"
+LORA_METAVAR = "FILE[:STRENGTH]"
 
 
 class LoraArgument(Settings):

@@ -25,7 +25,8 @@ class MergeSettings(Settings):
     dit: Annotated[Path | None, Flag(metavar="FILE")] = Field(
         default=None, description="Merge into this one transformer: a .safetensors file, or a folder of shards.")
     lora: Annotated[tuple[LoraArgument, ...], Flag(metavar=LORA_METAVAR)] = Field(
-        default=(), description="A LoRA to merge; repeatable. Without --model and --dit the LoRAs become one LoRA.")
+        default=(), description="A LoRA to merge, repeatable: FILE:0.8, or high=FILE, low=FILE, both=FILE. "
+                                "Without --model and --dit the LoRAs become one LoRA.")
     moe: Annotated[Path | None, Flag(metavar="FILE")] = Field(
         default=None, description="A mixture: written as plain LoRAs at the mix that --mix gives.")
     mix: Annotated[str | None, Flag(metavar="NAME=W,...")] = Field(
