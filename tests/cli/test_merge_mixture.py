@@ -59,7 +59,7 @@ def test_delta_is_the_mix_times_the_mean_gate_over_the_sampling_steps(mixture, m
     code, out, _ = merge("--mix", "hook=0.7,suction=0.3", "-o", "flat.safetensors")
     assert code == 0
     for expert in NoiseExpert:
-        w_bar = float(mixture.timestep_gate(expert)(torch.tensor(inference_sigmas(mixture, expert))).mean())
+        w_bar = float(mixture.timestep_gate(expert)(torch.tensor(inference_sigmas(mixture, expert))).mean().detach())
         assert f"{expert.value} noise: w = {w_bar:.4f} (from " in out
         [(said, state)] = read_lora(tmp_path / f"flat_{expert.file_suffix}.safetensors").items()
         assert said is expert and state.metadata["lapwan.task"] == "t2v"

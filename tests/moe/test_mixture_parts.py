@@ -78,7 +78,7 @@ def test_the_timestep_gate_is_piecewise_linear_and_starts_stronger_at_low_sigma(
 def test_gates_are_alpha_base_then_w_times_mix_times_alpha(mixture):
     mix, alpha = torch.tensor([[0.7, 0.3, 0.0]]), torch.tensor([1.0, 2.0, 1.0])
     sigma = torch.tensor([0.4])
-    w = float(mixture.timestep_gate(NoiseExpert.LOW)(sigma))
+    w = float(mixture.timestep_gate(NoiseExpert.LOW)(sigma).detach())
     gates = mixture.gates(NoiseExpert.LOW, mix, sigma, alpha, alpha_base=0.6)
     torch.testing.assert_close(gates, torch.tensor([[0.6, 0.7 * w, 0.6 * w, 0.0]]))
     assert mixture.gates(NoiseExpert.LOW, mix, sigma).shape == (1, 3)

@@ -128,7 +128,7 @@ def test_gates_are_those_of_this_forward_not_of_the_last_one(make_moe):
         batch = trainer.plan.load_batch([0])
         trainer.objective.prepare(NoiseExpert.HIGH, [batch])
         with trainer.objective.loss(NoiseExpert.HIGH, batch, draws_for(trainer, NoiseExpert.HIGH, batch)) as loss:
-            losses.append(float(loss.total_B[0]))
+            losses.append(float(loss.total_B[0].detach()))
     assert losses[0] == losses[1] == losses[2]
 
 
