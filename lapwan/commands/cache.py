@@ -11,6 +11,7 @@ from lapwan.data.plan import Encoders
 from lapwan.data.report import drop_lines, plan_lines
 from lapwan.data.sources import Drop, Extraction, read_dataset
 from lapwan.errors import UserError
+from lapwan.files import write_text
 from lapwan.sampling.caching import Choices, Result, cache_set, plan_set
 from lapwan.sampling.shards import shard_of_environment
 from lapwan.settings.base import to_toml
@@ -19,6 +20,7 @@ from lapwan.settings.run import RunOptions
 from lapwan.wan.folder import TEXT_LENGTH, ModelSpec, check_frames, check_size
 from lapwan.wan.identity import text_dtype, text_identity, vae_identity
 
+SETTINGS_FILE = "lapwan_settings.toml"
 # What a dataset.toml says itself.
 _OF_DATASET = ("size", "num_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps",
                "buckets", "bucket_no_upscale")
@@ -63,7 +65,16 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[Drop]:
         drops += result.drops
         if shard_of_environment().main:
             _report(result)
+            _keep_settings(result.folder, settings)
     return drops
+
+
+def _keep_settings(folder: Path, settings: CacheSettings) -> None:
+    """Write the resolved settings beside the cache, unless they stand there already."""
+    text = to_toml(settings, "lapwan cache --config with this file makes this cache")
+    path = folder / SETTINGS_FILE
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def _report(result: Result) -> None:

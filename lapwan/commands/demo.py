@@ -66,6 +66,7 @@ def run(settings: DemoSettings, options: RunOptions) -> None:
     if options.dry_run:
         console.results.print(to_toml(settings), markup=False)
         return
+    files.write_text(out / "settings.toml", to_toml(settings, "lapwan demo --config with this file repeats the demo"))
     started = time.monotonic()
     diary = _Diary()
     clips = _prepare(settings, diary)

@@ -13,7 +13,7 @@ from lapwan.console import log, progress, results, warn
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
-from lapwan.files import claim_output
+from lapwan.files import claim_output, write_text
 from lapwan.lora import noise_expert
 from lapwan.lora.assign import Request, assign, assign_one, group, warn_mismatch
 from lapwan.lora.checkpoint_file import Advance
@@ -37,6 +37,11 @@ def run(settings: MergeSettings, options: RunOptions) -> None:
         results.print(to_toml(settings), markup=False)
     for line in merge(settings, options):
         results.print(line, markup=False)
+    if not options.dry_run:
+        output = settings.output
+        # Beside a model folder too: inside it stands what the base has and nothing else.
+        name = output.name if output.is_dir() else output.stem
+        write_text(output.with_name(f"{name}.settings.toml"), to_toml(settings, "lapwan merge --config with this file repeats the merge"))
 
 
 def merge(settings: MergeSettings, options: RunOptions) -> Iterator[str]:

@@ -65,7 +65,8 @@ def prepare(
     store = ClipStore(data.index, data.items, device, len(taxonomy.families))
     memory = plan_memory(settings, base, data, device)
     parking = Parking(device, memory.both)
-    mixture, adapters = _assemble(settings, base, data, taxonomy, device, parking)
+    base_loras = _base_loras(settings, base)
+    mixture, adapters = _assemble(settings, base, data, taxonomy, base_loras, device, parking)
     first = next(iter(data.experts))
     metadata = build.provenance(settings, base, data, first)
     for key in ("lapwan.noise_expert", "lapwan.base_fingerprint", "modelspec.timestep_range"):
@@ -76,7 +77,7 @@ def prepare(
     )
     trainer = build.make_trainer(settings, base, data, objective, store, "lapwan train-moe", ranks or Ranks())
     trainer.plan.before_turn, trainer.plan.memory = parking.turn, memory.line
-    bases = {e: LoraUse(path, state, settings.alpha_base) for e, (path, state) in _base_loras(settings, base).items()}
+    bases = {e: LoraUse(path, state, settings.alpha_base) for e, (path, state) in base_loras.items()}
     add_watchers(trainer, settings, base, data, device, AdapterSet(mixture=mixture, mixture_base=bases))
     return trainer
 
@@ -125,10 +126,9 @@ def _describe(settings: TrainMoeSettings, data: build.RunData, taxonomy: Taxonom
 
 
 def _assemble(
-    settings: TrainMoeSettings, base: Base, data: build.RunData, taxonomy: Taxonomy, device: torch.device,
-    parking: Parking,
+    settings: TrainMoeSettings, base: Base, data: build.RunData, taxonomy: Taxonomy,
+    base_loras: dict[NoiseExpert, tuple[Path, LoraState]], device: torch.device, parking: Parking,
 ) -> tuple[Mixture, dict[NoiseExpert, Adapter]]:
-    base_loras = _base_loras(settings, base)
     spec = MixtureSpec(
         families=taxonomy.keys, taxonomy=taxonomy.to_dict(), task=base.task, text_dim=base.text_dim,
         bands={expert: (base.bands[expert].low, base.bands[expert].high) for expert in data.experts},
