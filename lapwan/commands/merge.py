@@ -41,7 +41,8 @@ def run(settings: MergeSettings, options: RunOptions) -> None:
         output = settings.output
         # Beside a model folder too: inside it stands what the base has and nothing else.
         name = output.name if output.is_dir() else output.stem
-        write_text(output.with_name(f"{name}.settings.toml"), to_toml(settings, "lapwan merge --config with this file repeats the merge"))
+        text = to_toml(settings, "lapwan merge --config with this file repeats the merge")
+        write_text(output.with_name(f"{name}.settings.toml"), text)
 
 
 def merge(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
