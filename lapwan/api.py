@@ -240,6 +240,7 @@ def merge(
     multiplier: float = 1.0,
     rank: int | None = None,
     format: Literal["comfy", "musubi", "diffusers"] | None = None,
+    one_file: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """`lapwan merge`: LoRAs into a model folder (`model`), one transformer (`dit`), or one LoRA (neither); or a mixture
@@ -248,7 +249,7 @@ def merge(
     Args:
         loras: paths, `"high=FILE:0.8"` or LoraArguments.
         mix: as a hint is given, such as "hook=0.7,suction=0.3".
-        rank: resize the resulting LoRA by SVD; `format` its key layout.
+        rank: resize the resulting LoRA by SVD; `format` its key layout; `one_file` for both noise experts' in one.
 
     Raises:
         UserError: what does not fit together, before anything is written.
@@ -260,7 +261,7 @@ def merge(
         "output": output, "model": None if model is None else str(model), "dit": dit, "moe": moe, "mix": mix,
         "multiplier": multiplier,
         "lora": [lora if isinstance(lora, LoraArgument) else str(lora) for lora in loras], "rank": rank,
-        "format": format,
+        "format": format, "one_file": one_file,
     }
     settings = load(MergeSettings, options=_given(said), environment={})
     for line in command.merge(settings, RunOptions(overwrite=overwrite)):

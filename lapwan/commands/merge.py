@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,12 +18,13 @@ from lapwan.lora import noise_expert
 from lapwan.lora.assign import Request, assign, assign_one, group, warn_mismatch
 from lapwan.lora.checkpoint_file import Advance
 from lapwan.lora.combine import combine
-from lapwan.lora.formats import LoraFile, write_lora
+from lapwan.lora.formats import LoraFile, write_both, write_lora
 from lapwan.lora.merge import ComponentPlan, Given, plan_component, write_component
 from lapwan.lora.merge_folder import check_disk, folder_bytes, write_folder
 from lapwan.lora.state import LoraState
 from lapwan.moe.collapse import collapse, gate_spread, inference_sigmas
 from lapwan.moe.file import read_mixture
+from lapwan.moe.mixture import Mixture
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import to_toml
 from lapwan.settings.merge import MergeSettings
@@ -106,7 +107,7 @@ def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -
 
 def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
     groups = group(_requests(settings))
-    outputs = {expert: _lora_output(settings.output, expert, len(groups)) for expert in groups}
+    outputs = _lora_outputs(settings, list(groups))
     for output in outputs.values():
         _claim_file(output, [lora.path for lora in settings.lora], options)
     for expert, loras in groups.items():
@@ -114,22 +115,36 @@ def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
         log(f"{outputs[expert].name}: {parts}")
     if options.dry_run:
         return
-    for expert, loras in groups.items():
-        said = {} if expert is None else {noise_expert.KEY: expert.value}
-        yield from _write_sum(settings, [(lora.read(), strength) for lora, strength in loras], outputs[expert], said)
+    yield from _write_sums(settings, outputs, (
+        (expert, [(lora.read(), strength) for lora, strength in loras],
+         {} if expert is None else {noise_expert.KEY: expert.value})
+        for expert, loras in groups.items()
+    ))
 
 
-def _write_sum(
-    settings: MergeSettings, terms: Sequence[tuple[LoraState, float]], output: Path, metadata: dict[str, str]
+_Sum = tuple[NoiseExpert | None, Sequence[tuple[LoraState, float]], dict[str, str]]
+
+
+def _write_sums(
+    settings: MergeSettings, outputs: Mapping[NoiseExpert | None, Path], sums: Iterable[_Sum]
 ) -> Iterator[str]:
+    """Add up each noise expert's terms and write them: one after the other, or together where one file is wanted."""
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    state, energy = combine(terms, settings.rank, dtype)
-    if energy is not None:
-        yield (f"rank {settings.rank} keeps {energy.total:.4%} of the energy (squared norm); least in "
-               f"{energy.worst_path}: {energy.worst:.4%}")
-    state.metadata |= metadata
-    write_lora(output, state, settings.format or "comfy", dtype, settings.fold_alpha)
-    yield f"LoRA: {output}"
+    both: dict[NoiseExpert, LoraState] = {}
+    for expert, terms, metadata in sums:
+        state, energy = combine(terms, settings.rank, dtype)
+        if energy is not None:
+            yield (f"rank {settings.rank} keeps {energy.total:.4%} of the energy (squared norm); least in "
+                   f"{energy.worst_path}: {energy.worst:.4%}")
+        state.metadata |= metadata
+        if settings.one_file and expert is not None:
+            both[expert] = state
+            continue
+        write_lora(outputs[expert], state, settings.format or "comfy", dtype, settings.fold_alpha)
+        yield f"LoRA: {outputs[expert]}"
+    if both:
+        write_both(settings.output, both, dtype, settings.fold_alpha)
+        yield f"LoRA: {settings.output}"
 
 
 def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> Iterator[str]:
@@ -137,34 +152,54 @@ def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> I
     mixture = read_mixture(path)
     taxonomy = Taxonomy.from_dict(mixture.taxonomy, str(path))
     shares = resolve_hint(settings.mix or "", taxonomy)
-    outputs = {expert: _lora_output(settings.output, expert, len(mixture.experts)) for expert in mixture.experts}
+    outputs = _lora_outputs(settings, mixture.experts)
     for output in outputs.values():
         _claim_file(output, [path], options)
     log("mix: " + ", ".join(f"{f} {share:.2f}" for f, share in zip(mixture.families, shares, strict=True) if share))
     if mixture.base_lora:
         warn(f"{path} was trained over a base LoRA, which is not part of the mixture; use it beside these files")
-    for expert, output in outputs.items():
+    gates: dict[NoiseExpert, float] = {}
+    for expert in mixture.experts:
         sigmas = [settings.sigma] if settings.sigma is not None else inference_sigmas(mixture, expert)
         if not sigmas:
             raise UserError(f"none of the model's {mixture.spec.steps} sampling steps falls to the {expert.value} "
                             "noise expert; give --sigma")
         gate = gate_spread(mixture, expert, sigmas)
+        gates[expert] = gate.mean
         yield (f"{expert.value} noise: w = {gate.mean:.4f} (from {gate.lowest:.4f} to {gate.highest:.4f} over "
                f"{len(sigmas)} sigmas)")
-        if options.dry_run:
-            continue
-        said = {noise_expert.KEY: expert.value, "lapwan.task": mixture.spec.task}
-        if expert in mixture.spec.base:
-            said["lapwan.base_fingerprint"] = mixture.spec.base[expert]
-        state = collapse(mixture, expert, shares, gate.mean)
-        yield from _write_sum(settings, [(state, settings.multiplier)], output, said)
+    if options.dry_run:
+        return
+    yield from _write_sums(settings, outputs, (
+        (expert, [(collapse(mixture, expert, shares, gate), settings.multiplier)], _mixture_metadata(mixture, expert))
+        for expert, gate in gates.items()
+    ))
 
 
-def _lora_output(output: Path, expert: NoiseExpert | None, groups: int) -> Path:
-    """The output itself, or, where both noise experts are written, `{name}_high_noise.safetensors` and its twin."""
-    if groups == 1 or expert is None:
-        return output
-    return output.with_name(f"{output.stem}_{expert.file_suffix}{output.suffix}")
+def _mixture_metadata(mixture: Mixture, expert: NoiseExpert) -> dict[str, str]:
+    said = {noise_expert.KEY: expert.value, "lapwan.task": mixture.spec.task}
+    if expert in mixture.spec.base:
+        said["lapwan.base_fingerprint"] = mixture.spec.base[expert]
+    return said
+
+
+def _lora_outputs(
+    settings: MergeSettings, experts: Sequence[NoiseExpert | None]
+) -> dict[NoiseExpert | None, Path]:
+    """The output itself, or, where both noise experts are written apart, `{name}_high_noise.safetensors` and its twin.
+
+    Raises:
+        UserError: one file for both is wanted, and there are not both.
+    """
+    if settings.one_file and set(experts) != set(NoiseExpert):
+        have = ", ".join("one it does not say" if expert is None else expert.value for expert in experts)
+        raise UserError(f"--one-file needs a LoRA for each noise expert; these are for: {have}; give high=FILE and "
+                        "low=FILE, or leave it out")
+    output = settings.output
+    if settings.one_file or len(experts) == 1:
+        return dict.fromkeys(experts, output)
+    return {expert: output if expert is None else output.with_name(f"{output.stem}_{expert.file_suffix}{output.suffix}")
+            for expert in experts}
 
 
 def _claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> None:

@@ -15,7 +15,7 @@ from lapwan.train import build
 from lapwan.train.checklist import checklist
 from lapwan.train.data import ClipStore
 from lapwan.train.describe import describe
-from lapwan.train.lora_objective import LORA_GROUP, LoraObjective
+from lapwan.train.lora_objective import LORA_GROUP, LoraObjective, lora_names
 from lapwan.train.parking import Parking, plan_memory
 from lapwan.train.ranks import Ranks
 from lapwan.train.runfolder import claim_run, start_folder
@@ -43,8 +43,8 @@ def run(settings: TrainLoraSettings, options: RunOptions) -> None:
             start_folder(settings, options.overwrite)
         trainer = prepare(settings, base, data, device, ranks)
         if build.run_training(trainer, settings) and ranks.first:
-            for expert in data.experts:
-                console.results.print(str(settings.output / f"{settings.name}_{expert.file_suffix}.safetensors"))
+            for name in lora_names(settings.name, list(data.experts), settings.one_file):
+                console.results.print(str(settings.output / name))
 
 
 def prepare(
@@ -60,7 +60,7 @@ def prepare(
         parking.add({expert: adapters[expert]})
     objective = LoraObjective(
         adapters, settings.name, build.metadata_of(settings, base, data), settings.roi_weight,
-        store.empty_text() if settings.caption_dropout else None, build.dropout_of(data),
+        store.empty_text() if settings.caption_dropout else None, build.dropout_of(data), settings.one_file,
     )
     trainer = build.make_trainer(settings, base, data, objective, store, "lapwan train-lora", ranks or Ranks())
     trainer.plan.before_turn, trainer.plan.memory = parking.turn, memory.line

@@ -115,7 +115,7 @@ def _by_expert(file: TensorFile, parsed: dict[str, Key]) -> dict[NoiseExpert | N
         for expert in NoiseExpert:
             own = {n: k for n, k in parsed.items() if COMPONENT_EXPERTS[str(k.component)] is expert}
             if own:
-                metadata = {**file.metadata, noise_expert.KEY: expert.value}
+                metadata = {**noise_expert.own_metadata(file.metadata, expert), noise_expert.KEY: expert.value}
                 found[expert] = LoraFile(file.path, expert, "keys", _modules(file, own, config), metadata, layout)
         return found
     expert_said = noise_expert.from_metadata(file.metadata, file.path)
@@ -188,22 +188,55 @@ def write_lora(
     Raises:
         UserError: a path that is no Linear of Wan, or nothing to write.
     """
+    tensors, metadata = _named(path, state, layout, dtype, fold_alpha)
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def write_both(
+    path: Path, states: Mapping[NoiseExpert, LoraState], dtype: torch.dtype | None = None, fold_alpha: bool = False
+) -> None:
+    """Write both noise experts' LoRAs into one file, atomically: `diffusion_model.transformer_1.…` is the high-noise
+    expert's, `transformer_2` the low-noise one's.
+
+    Only comfy's names have such a form that is in use. Metadata that the two agree on stands once; what differs gets
+    the noise expert's name behind its key (`lapwan.base_fingerprint.high`), so that no tool takes one's for both.
+
+    Raises:
+        UserError: not two noise experts, or as `write_lora`.
+    """
+    if set(states) != set(NoiseExpert):
+        have = ", ".join(expert.value for expert in states) or "none"
+        raise UserError(f"cannot write {path} as one file for both noise experts: there are LoRAs for: {have}")
+    tensors: dict[str, torch.Tensor] = {}
+    metadata: dict[NoiseExpert, dict[str, str]] = {}
+    for expert in NoiseExpert:
+        component = noise_expert.WRITTEN_AS[expert]
+        own, metadata[expert] = _named(path, states[expert], "comfy", dtype, fold_alpha, component)
+        tensors |= own
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata=noise_expert.join_metadata(metadata))
+
+
+def _named(
+    path: Path, state: LoraState, layout: Layout, dtype: torch.dtype | None, fold_alpha: bool,
+    component: str | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors by their names in the file, metadata) of one noise expert's LoRA."""
     if not state.entries:
         raise UserError(f"cannot write {path}: the LoRA has no modules")
     written = LoraState({}, state.metadata)
     tensors: dict[str, torch.Tensor] = {}
     for module, entry in state.entries.items():
-        names = key_names(module, layout)
-        fold = fold_alpha or (layout == "comfy" and not module.startswith("blocks."))
+        names = key_names(module, layout, component)
+        fold = fold_alpha or (layout == "comfy" and component is None and not module.startswith("blocks."))
         own = _folded(entry, dtype) if fold and entry.scale != 1.0 else entry
         if not fold and layout != "diffusers":
             exact = torch.tensor(own.alpha, dtype=torch.float32).item() == own.alpha
             tensors[names["alpha"]] = torch.tensor(own.alpha, dtype=torch.float32 if exact else torch.float64)
         written.entries[module] = LoraEntry(_plain(own.down, dtype), _plain(own.up, dtype), own.alpha)
         tensors[names["down"]], tensors[names["up"]] = written.entries[module].down, written.entries[module].up
-    metadata = file_metadata(written, layout)
-    with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    return tensors, file_metadata(written, layout)
 
 
 def _folded(entry: LoraEntry, dtype: torch.dtype | None) -> LoraEntry:

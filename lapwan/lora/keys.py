@@ -150,15 +150,17 @@ def refuse_keys(path: object, keys: Sequence[str]) -> UserError:
                      "'diffusion_model.blocks.0.self_attn.q.lora_A.weight'")
 
 
-def key_names(path: str, layout: Layout) -> dict[Part, str]:
-    """The three names a module's tensors get in `layout`."""
+def key_names(path: str, layout: Layout, component: str | None = None) -> dict[Part, str]:
+    """The three names a module's tensors get in `layout`; `component` (comfy only) names the transformer in a file
+    that holds both noise experts."""
     original = to_original(path)
     if original is None:
         raise ValueError(f"not a Linear of a Wan transformer: {path}")
     if layout == "musubi":
         stem = "lora_unet_" + original.replace(".", "_")
         return {"down": f"{stem}.lora_down.weight", "up": f"{stem}.lora_up.weight", "alpha": f"{stem}.alpha"}
-    stem = f"diffusion_model.{original}" if layout == "comfy" else f"transformer.{path}"
+    named = f"{component}." if component else ""
+    stem = f"diffusion_model.{named}{original}" if layout == "comfy" else f"transformer.{path}"
     return {"down": f"{stem}.lora_A.weight", "up": f"{stem}.lora_B.weight", "alpha": f"{stem}.alpha"}
 
 

@@ -10,6 +10,8 @@ from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 
 KEY = "lapwan.noise_expert"
+# How a file for both noise experts names their transformers in its keys.
+WRITTEN_AS = {NoiseExpert.HIGH: "transformer_1", NoiseExpert.LOW: "transformer_2"}
 # A training range of timesteps (of 1000) that ends below this is the low expert's; one that starts above half is the
 # high expert's: Wan2.2's boundaries are 875 and 900, and people also train with overlap around them.
 _LOW_ENDS_BELOW = 960.0
@@ -45,3 +47,29 @@ def from_name(path: Path) -> NoiseExpert | None:
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", path.stem)
     said = {e for e in NoiseExpert for w in words if w.lower() in (e.value, f"{e.value}noise")}
     return said.pop() if len(said) == 1 else None
+
+
+def join_metadata(both: Mapping[NoiseExpert, Mapping[str, str]]) -> dict[str, str]:
+    """One file's metadata for both noise experts: what all agree on as it is, what differs as `{key}.{noise expert}`.
+
+    Which noise expert it is stands in the tensors' names.
+    """
+    found: dict[str, str] = {}
+    for expert, metadata in both.items():
+        for key, value in metadata.items():
+            shared = all(other.get(key) == value for other in both.values())
+            if key != KEY:
+                found[key if shared else f"{key}.{expert.value}"] = value
+    return found
+
+
+def own_metadata(metadata: Mapping[str, str], expert: NoiseExpert) -> dict[str, str]:
+    """The inverse of `join_metadata` for one noise expert."""
+    found: dict[str, str] = {}
+    for key, value in metadata.items():
+        stem, _, last = key.rpartition(".")
+        if last == expert.value:
+            found[stem] = value
+        elif last not in tuple(NoiseExpert):
+            found[key] = value
+    return found

@@ -45,6 +45,9 @@ class MergeSettings(Settings):
         default=None, description="Dtype of the resulting LoRA; the inputs' own unless said.")
     fold_alpha: Annotated[bool, Flag()] = Field(
         default=False, description="Multiply the scale into B instead of writing alpha, for tools that ignore alpha.")
+    one_file: Annotated[bool, Flag()] = Field(
+        default=False, description="Write both noise experts' LoRAs into one file (ai-toolkit's form of the comfy "
+                                   "layout) instead of two; ComfyUI, musubi and diffusers take two.")
     link: Annotated[bool, Flag()] = Field(
         default=True, description="Hard-link large files that do not change instead of copying them.")
     verify: Annotated[bool, Flag()] = Field(
@@ -67,10 +70,13 @@ class MergeSettings(Settings):
         elif not self.lora:
             raise ValueError("nothing to merge: give at least one --lora FILE, or --moe FILE")
         into_weights = self.model is not None or self.dit is not None
-        for name in ("rank", "format", "dtype", "fold_alpha"):
+        for name in ("rank", "format", "dtype", "fold_alpha", "one_file"):
             if into_weights and getattr(self, name):
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} is for a resulting LoRA; a merged model keeps its own layout and dtype")
+        if self.one_file and self.format not in (None, "comfy"):
+            raise ValueError(f"one_file is written in comfy layout; {self.format} has no such form: leave out --format "
+                             "or --one-file")
         if not into_weights and self.verify:
             raise ValueError("--verify is for a merged model")
         if not into_weights and self.output.suffix != ".safetensors":

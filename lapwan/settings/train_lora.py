@@ -16,6 +16,16 @@ class TrainLoraSettings(TrainSettings):
     init_lora: dict[NoiseExpert, Path] = Field(
         {}, description="LoRA to continue from by noise expert; modules, ranks and alpha are then the file's.")
 
+    one_file: bool = Field(
+        False, description="Save both noise experts' LoRAs as one file {name}.safetensors (ai-toolkit's form) instead "
+        "of two; ComfyUI, musubi and diffusers take two.")
+
+    @model_validator(mode="after")
+    def _both(self) -> TrainLoraSettings:
+        if self.one_file and len(self.experts) < 2:
+            raise ValueError(f"one_file is for both noise experts, but experts holds only '{self.experts[0].value}'")
+        return self
+
     @model_validator(mode="after")
     def _continued(self) -> TrainLoraSettings:
         for expert in self.init_lora:

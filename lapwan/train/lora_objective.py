@@ -12,7 +12,7 @@ from torch import Tensor
 from lapwan.data.batch import Batch
 from lapwan.lora.attach import Adapter
 from lapwan.lora.dropout import Dropout, DropoutRates
-from lapwan.lora.formats import write_lora
+from lapwan.lora.formats import write_both, write_lora
 from lapwan.names import NoiseExpert
 from lapwan.train.objective import Draws, Loss, ParameterGroup, Total, alone, flow_terms
 
@@ -30,8 +30,9 @@ class LoraObjective:
         roi_weight: float = 0.0,
         empty_text: Tensor | None = None,
         dropout: Mapping[NoiseExpert, DropoutRates] | None = None,
+        one_file: bool = False,
     ) -> None:
-        self.adapters, self._name, self._metadata = dict(adapters), name, metadata
+        self.adapters, self._name, self._metadata, self._one_file = dict(adapters), name, metadata, one_file
         self._roi_weight, self._empty_text = roi_weight, empty_text
         self._dropout = {e: Dropout((dropout or {}).get(e, DropoutRates()), a.layers) for e, a in adapters.items()}
         self.optimised = {
@@ -59,10 +60,20 @@ class LoraObjective:
         """There is none."""
 
     def save(self, folder: Path, step: int) -> list[Path]:
-        paths = []
-        for expert, adapter in self.adapters.items():
-            state = adapter.state(LORA_GROUP)
+        states = {expert: adapter.state(LORA_GROUP) for expert, adapter in self.adapters.items()}
+        for expert, state in states.items():
             state.metadata = {**self._metadata[expert], "lapwan.step": str(step)}
-            paths.append(folder / f"{self._name}_{expert.file_suffix}.safetensors")
-            write_lora(paths[-1], state)
+        paths = [folder / name for name in lora_names(self._name, list(states), self._one_file)]
+        if self._one_file:
+            write_both(paths[0], states)
+        else:
+            for path, state in zip(paths, states.values(), strict=True):
+                write_lora(path, state)
         return paths
+
+
+def lora_names(name: str, experts: Sequence[NoiseExpert], one_file: bool) -> list[str]:
+    """The files a run saves: one for each noise expert, or one for both."""
+    if one_file:
+        return [f"{name}.safetensors"]
+    return [f"{name}_{expert.file_suffix}.safetensors" for expert in experts]

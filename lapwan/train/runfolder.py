@@ -80,6 +80,8 @@ def start_folder(settings: TrainSettings, overwrite: bool) -> None:
 def _remove_run(run: Any) -> None:
     """Remove what a run writes and nothing else: the folder may hold the user's own files."""
     for _, folder in checkpoints(run):
+        for adapter in folder.glob("*.safetensors"):  # the run's own links to it, whatever it was named
+            (run / adapter.name).unlink(missing_ok=True)
         shutil.rmtree(folder)
     for name in ("tensorboard", PREVIEWS):
         shutil.rmtree(run / name, ignore_errors=True)

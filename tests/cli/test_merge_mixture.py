@@ -68,6 +68,16 @@ def test_delta_is_the_mix_times_the_mean_gate_over_the_sampling_steps(mixture, m
         torch.testing.assert_close(state.entries[PATH].delta(), want, rtol=1e-5, atol=1e-6)
 
 
+def test_one_file_holds_what_the_two_hold(mixture, merge, tmp_path):
+    for arguments in (("-o", "flat.safetensors"), ("-o", "both.safetensors", "--one-file")):
+        assert merge("--mix", "hook=0.7,suction=0.3", *arguments)[0] == 0
+    both = read_lora(tmp_path / "both.safetensors")
+    assert list(both) == list(NoiseExpert)
+    for expert, state in both.items():
+        [alone] = read_lora(tmp_path / f"flat_{expert.file_suffix}.safetensors").values()
+        assert state.fingerprint() == alone.fingerprint() and state.metadata == alone.metadata
+
+
 def test_at_one_sigma_it_is_what_the_mixture_does_there(mixture, merge, tiny_t2v, tmp_path):
     assert merge("--mix", "hook", "--sigma", "0.5", "-o", "flat.safetensors", "--format", "diffusers")[0] == 0
     expert = NoiseExpert.LOW

@@ -15,6 +15,7 @@ from lapwan.lora.dropout import Dropout, DropoutRates
 from lapwan.lora.formats import open_lora
 from lapwan.lora.targets import resolve_patterns
 from lapwan.names import NoiseExpert
+from lapwan.settings.train import BaseModelSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.train.build import RunData, read_data
 from lapwan.train.describe import describe
@@ -189,3 +190,37 @@ def test_a_lora_to_continue_from_brings_its_modules_ranks_and_alpha(make_lora, t
     assert len(second.objective.adapters[LOW].layers) > 1
     with pytest.raises(UserError, match="is for the high noise expert"):
         make_lora(output=tmp_path / "third", init_lora={"low": file})
+
+
+def test_both_loras_in_one_file_are_the_two_and_serve_wherever_they_do(make_lora, tmp_path):
+    apart, together = (make_lora(output=tmp_path / str(one), one_file=one, optimiser={"lr": 1e-2}, save_every=4)
+                       for one in (False, True))
+    for trainer in (apart, together):
+        trainer.plan.run.mkdir()
+        trainer.fit()
+    assert [p.name for p in sorted(together.plan.run.glob("*.safetensors"))] == ["lapwan.safetensors"]
+    assert (together.plan.run / "step_000004" / "lapwan.safetensors").is_file()
+    both = open_lora(together.plan.run / "lapwan.safetensors")
+    for expert in NoiseExpert:
+        [(_, file)] = open_lora(apart.plan.run / f"lapwan_{expert.file_suffix}.safetensors").items()
+        assert both[expert].fingerprint() == file.fingerprint()
+        ours, theirs = both[expert].metadata, file.metadata
+        # What was set differs, so the hash of it does; all else a file says of itself is the same.
+        assert {k: v for k, v in ours.items() if k != "lapwan.settings"} == {
+            k: v for k, v in theirs.items() if k != "lapwan.settings"}
+    base = resolve_base(BaseModelSettings(model="tiny", lora={e: together.plan.run / "lapwan.safetensors"
+                                                              for e in NoiseExpert}))
+    weight = dict(base.load(LOW).named_parameters())["blocks.7.attn1.to_q.weight"]
+    delta = together.objective.adapters[LOW].state("lora").entries["blocks.7.attn1.to_q"].delta()
+    plain = dict(resolve_base("tiny").load(LOW).named_parameters())["blocks.7.attn1.to_q.weight"]
+    torch.testing.assert_close(weight - plain, delta, rtol=0, atol=1e-6)
+    again = make_lora(output=tmp_path / "again", init_lora={e: together.plan.run / "lapwan.safetensors"
+                                                            for e in NoiseExpert})
+    name = "low.blocks.7.attn1.to_q.up"
+    assert torch.equal(again.parameters[name], together.parameters[name])
+
+
+def test_one_file_needs_both_noise_experts():
+    with pytest.raises(ValueError, match="one_file is for both noise experts, but experts holds only 'high'"):
+        TrainLoraSettings.model_validate({"output": "run", "data": {"cache": "c"}, "steps": 1, "one_file": True,
+                                          "experts": ["high"]})
