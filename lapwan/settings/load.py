@@ -96,14 +96,14 @@ def _from_environment(model: type[Settings], environment: Mapping[str, str]) -> 
     }
 
 
-def _sections(annotation: Any) -> list[type[Settings]]:
-    """The Settings classes an annotation may hold, through Optional and unions, not through lists."""
+def _sections(annotation: Any, lists: bool = False) -> list[type[Settings]]:
+    """The Settings classes an annotation may hold, through Optional and unions, and on request through lists."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [m for a in get_args(annotation) for m in _sections(a)]
+    if get_origin(annotation) in (Union, types.UnionType) or (lists and get_origin(annotation) in (list, tuple)):
+        return [m for a in get_args(annotation) for m in _sections(a, lists)]
     if get_origin(annotation) is not None and hasattr(annotation, "__metadata__"):
-        return _sections(get_args(annotation)[0])
+        return _sections(get_args(annotation)[0], lists)
     return []
 
 
@@ -176,11 +176,14 @@ def _real_key(model: type[Settings], location: tuple[int | str, ...]) -> tuple[s
         last = index == len(location) - 1
         if fields:
             key.append(str(part))
-            nested = [section for info in fields for section in _sections(info.annotation)]
+            nested = [section for info in fields for section in _sections(info.annotation, lists=True)]
             if not last:
                 owners = nested or owners
         elif isinstance(part, int):
             key[-1] = f"{key[-1]}[{part}]"
+        elif not last and (meant := [o for o in owners if "type" in o.model_fields
+                                     and o.model_fields["type"].default == part]):
+            owners = meant
         elif last:
             key.append(str(part))
     return ".".join(key), owners
