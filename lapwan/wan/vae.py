@@ -55,6 +55,12 @@ def normalise(vae: AutoencoderKLWan, raw_BCTHW: Tensor) -> Tensor:
     return (raw_BCTHW - _per_channel(mean, raw_BCTHW)) / _per_channel(std, raw_BCTHW)
 
 
+def denormalise(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
+    """`z * std + mean` per channel, in z's dtype, on z's device."""
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    return latents_BCTHW * _per_channel(std, latents_BCTHW) + _per_channel(mean, latents_BCTHW)
+
+
 def encode(vae: AutoencoderKLWan, pixels_BCTHW: Tensor) -> Tensor:
     """`(mode(encode(x)) - mean) / std`: pixels [B, 3, 4N+1, H, W] in [-1, 1] -> latents [B, C, N+1, H/8, W/8] in fp32.
 
@@ -70,8 +76,6 @@ def encode(vae: AutoencoderKLWan, pixels_BCTHW: Tensor) -> Tensor:
 
 def decode(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
     """`decode(z * std + mean)`: latents -> pixels [B, 3, T, H, W] clamped to [-1, 1], in fp32."""
-    latents = latents_BCTHW.to(device=vae.device, dtype=torch.float32)
-    mean, std = vae.config.latents_mean, vae.config.latents_std
-    raw = latents * _per_channel(std, latents) + _per_channel(mean, latents)
+    raw = denormalise(vae, latents_BCTHW.to(device=vae.device, dtype=torch.float32))
     pixels: Tensor = vae.decode(raw.to(vae.dtype)).sample.float()
     return pixels

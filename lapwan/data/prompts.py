@@ -1,0 +1,97 @@
+"""Prompts to align on, in the forms people have them, and the split into trained and held-out ones.
+
+    captions.json   [{"caption": "..."}, ...], or a list of strings
+    prompts.yaml    prompts: ["...", ...], or a list of strings
+    clips.jsonl     one object a line with a "caption"
+    anything else   text, one prompt a line
+How to add a form: a case in `read_prompts`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lapwan import keyed
+from lapwan.data.clips import read_clips
+from lapwan.data.text import PIECE
+from lapwan.errors import UserError
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file in its order, each once; white space around them goes.
+
+    Raises:
+        UserError: not readable, of another form, or without a single prompt.
+    """
+    match path.suffix.lower():
+        case ".jsonl":
+            found: Iterable[str] = [clip.caption for clip in read_clips(path)]
+        case ".json":
+            found = _captions(_json(path), path, "a list of objects with a \"caption\", or of strings")
+        case ".yaml" | ".yml":
+            found = _captions(_yaml(path), path, "`prompts:` with a list, or a list")
+        case _:
+            found = _text(path).splitlines()
+    prompts = list(dict.fromkeys(text for one in found if (text := one.strip())))
+    if not prompts:
+        raise UserError(f"{path} holds no prompt")
+    return prompts
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"cannot read {path}: {reason}; prompts are captions.json, prompts.yaml, clips.jsonl, or text "
+                        "with one a line") from None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def _yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(_text(path))
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {said}") from None
+
+
+def _captions(value: Any, path: Path, wanted: str) -> list[str]:
+    rows = value.get("prompts", value.get("captions")) if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected {wanted}")
+    texts = [row.get("caption", row.get("prompt")) if isinstance(row, dict) else row for row in rows]
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise UserError(f"{path}: entry {number} is {json.dumps(rows[number - 1], ensure_ascii=False)[:60]}; "
+                            f"expected {wanted}")
+    return texts
+
+
+def held_out(prompts: Sequence[str], count: int, seed: int) -> set[str]:
+    """`count` of the prompts, chosen by seed and text: other prompts in the file do not change a prompt's lot.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    if count >= len(distinct):
+        raise UserError(f"held_out.count = {count} of {len(distinct)} distinct prompts leaves none to train on; set it "
+                        f"to at most {len(distinct) - 1}")
+    return set(sorted(distinct, key=lambda text: (keyed.seed_of(seed, "held out", text), text))[:count])
+
+
+def holds_chinese(prompts: Iterable[str]) -> int:
+    """How many of the prompts hold Chinese (Japanese, Korean) characters."""
+    return sum(any(match.lastgroup == "han" for match in PIECE.finditer(prompt)) for prompt in prompts)
