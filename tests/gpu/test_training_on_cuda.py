@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from lapwan.commands import train_lora, train_moe
+from lapwan.settings.optimisers import AdamW8bitSettings, ScheduleSettings
 from lapwan.settings.run import RunOptions
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
+from lapwan.train.objective import ParameterGroup
+from lapwan.train.optimisers import make_optimiser, make_schedule, restore
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 EVERYTHING = {
@@ -61,3 +65,41 @@ def test_parking_changes_nothing_but_the_memory(t2v_cache, tmp_path):
     for name, tensor in found["both"][0].items():
         torch.testing.assert_close(found["one"][0][name], tensor, rtol=1e-4, atol=1e-6)
     assert found["one"][1] < 0.8 * found["both"][1]
+
+
+def test_8_bit_adamw_goes_on_from_its_state_bit_for_bit():
+    """Through the file a checkpoint is, with matrices large enough for 8 bits (4096 elements) and one that is not."""
+    pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a.down": (8, 1024), "a.up": (1024, 8), "b.down": (4, 64)}
+    start = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    gradients = [{n: torch.randn(s, generator=generator).cuda() for n, s in shapes.items()} for _ in range(6)]
+
+    def made():
+        weights = {name: torch.nn.Parameter(value.cuda()) for name, value in start.items()}
+        optimiser = make_optimiser(AdamW8bitSettings(lr=1e-2, lora_plus=2.0), [ParameterGroup(weights)])
+        return weights, optimiser, make_schedule(ScheduleSettings(name="cosine", warmup_steps=2), optimiser, 6)
+
+    def train(weights, optimiser, schedule, steps):
+        for own in steps:
+            for name, weight in weights.items():
+                weight.grad = own[name].clone()
+            optimiser.step()
+            schedule.step()
+
+    whole, part = made(), made()
+    train(*whole, gradients)
+    train(*part, gradients[:3])
+    file = io.BytesIO()
+    torch.save({"optimiser": part[1].state_dict(), "schedule": part[2].state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True, map_location="cpu")
+    again = made()
+    with torch.no_grad():
+        for name, weight in again[0].items():
+            weight.copy_(part[0][name])
+    restore(again[1], again[2], saved["optimiser"], saved["schedule"], ours=False)
+    train(*again, gradients[3:])
+    assert all(torch.equal(weight, again[0][name]) for name, weight in whole[0].items())
+    assert any(value.dtype == torch.uint8 for state in whole[1].state.values() for value in state.values()
+               if isinstance(value, torch.Tensor))

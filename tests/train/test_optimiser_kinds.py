@@ -1,18 +1,21 @@
-"""Optimisers: Automagic against its restatement, users' flat keys, predictions, LoRA+, resuming each bitwise."""
+"""Optimisers: Automagic against its restatement, users' flat keys, predictions, LoRA+, extras."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import pytest
 import torch
 
+from lapwan import cli
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
-from lapwan.settings.optimisers import AutomagicSettings, ScheduleSettings
+from lapwan.settings.optimisers import AdamW8bitSettings, AutomagicSettings, ScheduleSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.train import optimisers
 from lapwan.train.automagic import Automagic, expected_lr
+from lapwan.train.objective import ParameterGroup
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 BASE = {"output": "run", "data": {"cache": "cache"}, "steps": 1}
@@ -160,30 +163,19 @@ def test_allowed_changes_reach_a_resumed_optimiser_and_its_history_stays(make_lo
     assert other.resume() and not other.plan.optimisers["high"].state  # another kind starts without a history
 
 
-KINDS = [
-    ({"type": "adamw", "lr": 1e-2}, {"name": "polynomial", "warmup_steps": 1, "power": 2.0}),
-    ({"type": "automagic", "lr_bump": 1e-3, "min_lr": 1e-3, "max_lr": 1e-2}, {}),
-    ({"type": "prodigy", "weight_decay": 0.01}, {"name": "cosine_with_restarts", "cycles": 2}),
-]
+def test_8_bit_adamw_needs_a_gpu():
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(UserError, match=r"optimiser.type = 'adamw8bit' needs a GPU; set optimiser.type = 'adamw'"):
+        optimisers.make_optimiser(AdamW8bitSettings(), [ParameterGroup({"w": weight})])
 
 
-@pytest.mark.parametrize(("optimiser", "schedule"), KINDS, ids=lambda k: k.get("type", ""))
-def test_every_kind_resumes_bitwise(make_lora, tmp_path, optimiser, schedule):
-    if optimiser["type"] == "prodigy":
-        pytest.importorskip("prodigyopt")
-    common = {"optimiser": optimiser, "schedule": schedule, "steps": 3, "ema_decay": 0.9, "max_norm": 0.05,
-              "dropout": {"rank": 0.2, "neuron": 0.1, "module": 0.1}}
-    whole = make_lora(output=tmp_path / "whole", **common)
-    whole.plan.run.mkdir()
-    whole.fit()
-    part = make_lora(output=tmp_path / "part", **common)
-    part.plan.run.mkdir()
-    part.plan.schedule = part.plan.schedule[:4]
-    part.fit()
-    again = make_lora(output=tmp_path / "part", **common)
-    assert again.resume() and again.step == 4
-    again.fit()
-    assert all(torch.equal(p, again.parameters[n]) for n, p in whole.parameters.items())
-    assert all(torch.equal(m, again.ema.means[n]) for n, m in whole.ema.means.items())
-    moved = [float(p.abs().max()) for n, p in whole.parameters.items() if n.endswith(".up")]
-    assert max(moved) > 0
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed here")
+def test_8_bit_adamw_without_its_library_is_one_line_for_the_user(t2v_cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lapwan", "train-lora", "--model", "tiny", "--cache", str(t2v_cache), "-o",
+                                      str(tmp_path / "run"), "--steps", "1", "--set", "optimiser.type=adamw8bit"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and not (tmp_path / "run").exists()
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line == ("error: optimiser.type = 'adamw8bit' needs bitsandbytes, which is not installed; pip install "
+                    "'lapwan[adamw8bit]', or set optimiser.type = 'adamw'")
