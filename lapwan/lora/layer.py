@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lapwan.lora.linear import FrozenLinear, device_of
+
 
 class GateHolder:
     """Carries gates_BG to every layer of a transformer, over the forward *and* the backward pass.
@@ -60,11 +62,11 @@ class StackedLoraLinear(nn.Module):
     frozen_down_RI: Tensor
     frozen_up_OR: Tensor
 
-    def __init__(self, base: nn.Linear, groups: Sequence[LayerGroup], holder: GateHolder) -> None:
+    def __init__(self, base: nn.Linear | FrozenLinear, groups: Sequence[LayerGroup], holder: GateHolder) -> None:
         super().__init__()
         self.base = base
         self.holder = holder
-        device = base.weight.device
+        device = device_of(base)
         # Frozen rows first, so that one concatenation joins them with the trained ones.
         self.groups = sorted(groups, key=lambda group: group.trainable)
         frozen = [g for g in self.groups if not g.trainable]
@@ -86,7 +88,7 @@ class StackedLoraLinear(nn.Module):
         self.register_buffer("group_of_row_R", group_of_row.to(device), persistent=False)
         self.register_buffer("scale_R", scale.repeat_interleave(ranks).to(device), persistent=False)
 
-    def _row_scale(self, x: Tensor) -> Tensor:
+    def row_scale(self, x: Tensor) -> Tensor:
         """alpha/r of each row, times its sample's gate: [R], or [B, 1.., R]."""
         gates = self.holder.gates_BG
         if gates is None:
@@ -95,17 +97,18 @@ class StackedLoraLinear(nn.Module):
             return self.scale_R.to(x.dtype)
         if gates.shape[0] not in (1, x.shape[0]):
             raise RuntimeError(f"gates for {gates.shape[0]} samples met a batch of {x.shape[0]}")
-        scaled = gates[:, self.group_of_row_R] * self.scale_R.to(gates.dtype)
+        # A sum over columns and not an index: its backward is a plain sum, where an index's sorts or adds in any order.
+        columns = torch.arange(gates.shape[1], device=gates.device)
+        of_row_GR = (self.group_of_row_R == columns[:, None]) * self.scale_R.to(gates.dtype)
+        scaled = (gates[:, :, None] * of_row_GR).sum(dim=1)
         return scaled.to(x.dtype).view(gates.shape[0], *[1] * (x.dim() - 2), -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        down = torch.cat([self.frozen_down_RI, self.down_RI]) if len(self.frozen_down_RI) else self.down_RI
-        up = torch.cat([self.frozen_up_OR, self.up_OR], 1) if self.frozen_up_OR.shape[1] else self.up_OR
-        hidden = F.linear(x, down.to(x.dtype)) * self._row_scale(x)
-        if self.holder.mask is not None:
-            hidden = self.holder.mask(self, hidden)
-        y: Tensor = self.base(x)
-        return y + F.linear(hidden, up.to(x.dtype))
+        return project([self], x)[0]
+
+    def up(self) -> Tensor:
+        """[O, R], frozen rows first."""
+        return torch.cat([self.frozen_up_OR, self.up_OR], 1) if self.frozen_up_OR.shape[1] else self.up_OR
 
     def rows(self, column: int) -> tuple[Tensor, Tensor]:
         """(down, up) of one group, views into the stacked tensors."""
@@ -119,3 +122,32 @@ class StackedLoraLinear(nn.Module):
                 return self.frozen_down_RI[first : first + rank], self.frozen_up_OR[:, first : first + rank]
             start[group.trainable] += rank
         raise KeyError(column)
+
+
+def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """`[layer(x) for layer in layers]`, with one down-projection for all stacked layers among them (q, k and v).
+
+    Exactly their maths: the rows of the layers' A stand under each other, and each B takes its own part of A·x.
+    """
+    outputs = [layer.base(x) if isinstance(layer, StackedLoraLinear) else layer(x) for layer in layers]
+    stacked = [(at, layer) for at, layer in enumerate(layers) if isinstance(layer, StackedLoraLinear)]
+    if not stacked:
+        return outputs
+    parts = [part for _, layer in stacked for part in (layer.frozen_down_RI, layer.down_RI) if part.shape[0]]
+    scales = [layer.row_scale(x) for _, layer in stacked]
+    rows = [scale.shape[-1] for scale in scales]
+    down = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(x.dtype)
+    scale = torch.cat(scales, -1)
+    hidden = (F.linear(x, down) * scale).split(rows, dim=-1)
+    for (at, layer), part in zip(stacked, hidden, strict=True):
+        kept = part if layer.holder.mask is None else layer.holder.mask(layer, part)
+        outputs[at] = _plus_up(outputs[at], kept, layer.up().to(x.dtype))
+    return outputs
+
+
+def _plus_up(y: Tensor, hidden: Tensor, up_OR: Tensor) -> Tensor:
+    """y + up · hidden; in place where no graph needs y's old value."""
+    if torch.is_grad_enabled():
+        return y + F.linear(hidden, up_OR)
+    y.view(-1, y.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up_OR.t())
+    return y
