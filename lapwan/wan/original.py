@@ -59,7 +59,7 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], what: str, path: Path) -> None:
+def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], what: str, path: Path) -> None:
     """Put tensors under the model's parameters by name, each exactly once; the model was made without storage."""
     want = dict(model.named_parameters())
     for name, value in tensors:
@@ -97,7 +97,7 @@ def load_transformer_files(
                 value = load(header, stored)
                 yield name, value.to(torch.float32 if wide else dtype) if value.dtype in _FLOATS else value
 
-    _fill(model, tensors(), "a Wan transformer of this shape", files[0])
+    fill(model, tensors(), "a Wan transformer of this shape", files[0])
     return model.eval()
 
 
@@ -115,7 +115,7 @@ def load_vae_file(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> 
         found = {vae22.tensor_to_diffusers(name): value for name, value in found.items()}
     elif "encoder.conv1.weight" in found:
         found = convert_wan_vae_to_diffusers(found)
-    _fill(vae, ((name, value.to(dtype)) for name, value in found.items()), what, path)
+    fill(vae, ((name, value.to(dtype)) for name, value in found.items()), what, path)
     return vae.eval()
 
 
@@ -151,5 +151,5 @@ def load_text_file(config: Mapping[str, Any], path: Path, dtype: torch.dtype | N
     found = {t5_to_transformers(name): value for name, value in read_tensors(path).items()}
     if "shared.weight" in found:
         found["encoder.embed_tokens.weight"] = found["shared.weight"]  # the class names the one embedding twice
-    _fill(model, ((n, v if dtype is None else v.to(dtype)) for n, v in found.items()), "a umT5 encoder", path)
+    fill(model, ((n, v if dtype is None else v.to(dtype)) for n, v in found.items()), "a umT5 encoder", path)
     return model.eval()
