@@ -14,7 +14,7 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,15 +56,9 @@ class Term:
     multiplier: float
 
 
-def merged_rows(rows: Tensor, terms: Sequence[tuple[LoraEntry, float]], first: int = 0) -> Tensor:
-    """Rows [first, first + n) of W' for `rows` [n, in] of W: fp32 accumulation (fp64 for an fp64 W), one rounding."""
-    merged = rows.clone()
-    merge_rows_(merged, terms, first, torch.empty_like(merged, dtype=_wide(rows.dtype)))
-    return merged
-
-
 def merge_rows_(rows: Tensor, terms: Sequence[tuple[LoraEntry, float]], first: int, work: Tensor) -> None:
-    """`merged_rows` in place, with a workspace of the same shape in the accumulation's dtype."""
+    """Rows [first, first + n) of W become those of W', through a workspace of the same shape in the accumulation's
+    dtype: fp32, or fp64 for an fp64 W."""
     work.copy_(rows)
     for entry, multiplier in terms:
         up = entry.up[first : first + rows.shape[0]].to(work.dtype) * (multiplier * entry.scale)
@@ -73,12 +67,8 @@ def merge_rows_(rows: Tensor, terms: Sequence[tuple[LoraEntry, float]], first: i
 
 
 def _widened(entry: LoraEntry, dtype: torch.dtype) -> LoraEntry:
-    """Converted once, not at every tile."""
-    return LoraEntry(entry.down.to(dtype), entry.up.to(dtype), entry.alpha)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    """Converted once, not at every tile; a copy, since products round by alignment, and a file has any."""
+    return LoraEntry(entry.down.to(dtype, copy=True), entry.up.to(dtype, copy=True), entry.alpha)
 
 
 def check_mergeable(file: TensorFile, name: str) -> None:
@@ -157,12 +147,33 @@ def _header(source: TensorFile, metadata: Mapping[str, str]) -> bytes:
 def _merge_tensor(
     source: TensorFile, info: TensorInfo, terms: Sequence[Term], writer: int, shift: int, advance: Advance
 ) -> None:
-    """Merge one tensor by tiles of rows and write each in its place; two buffers serve all its tiles."""
+    """Merge one tensor and write each of its tiles in its place."""
+    for offset, view, _ in _merged_tiles(source, info, terms):
+        _write(writer, view, info.start + offset + shift)
+        advance(len(view))
+
+
+def merged_tensor(source: TensorFile, name: str, terms: Sequence[Term]) -> Tensor:
+    """W' of the tensor `name`, in memory: bit for bit what `rewrite` writes, in the file's own dtype.
+
+    Raises:
+        UserError: as `rewrite`.
+    """
+    check_mergeable(source, name)
+    info = source.tensors[name]
+    with one_thread():
+        return torch.cat([tile.clone() for *_, tile in _merged_tiles(source, info, terms)])
+
+
+def _merged_tiles(
+    source: TensorFile, info: TensorInfo, terms: Sequence[Term]
+) -> Iterator[tuple[int, memoryview, Tensor]]:
+    """(offset in the tensor, bytes, the same as rows) of W', tile by tile; two buffers serve all of them."""
     rows, columns = info.shape
     dtype, row_bytes = DTYPES[info.dtype], columns * ITEM_SIZE[info.dtype]
     step = max(1, min(rows, TILE_BYTES // (columns * 4)))
     buffer = memoryview(bytearray(step * row_bytes))
-    work = torch.empty(step, columns, dtype=_wide(dtype))
+    work = torch.empty(step, columns, dtype=torch.promote_types(dtype, torch.float32))
     read = [(_widened(term.module.entry(), work.dtype), term.multiplier) for term in terms]
     for first in range(0, rows, step):
         count = min(step, rows - first)
@@ -174,8 +185,7 @@ def _merge_tensor(
         if not torch.stack(torch.aminmax(tile)).isfinite().all():
             raise UserError(f"merging makes '{info.name}' non-finite (in {info.dtype}): the LoRA or the base holds "
                             "NaN or too large values; look at the LoRA with `lapwan inspect-weights`")
-        _write(writer, view, info.start + first * row_bytes + shift)
-        advance(len(view))
+        yield first * row_bytes, view, tile
 
 
 def _write(descriptor: int, data: memoryview, position: int) -> None:

@@ -92,22 +92,34 @@ def plan_component(paths: Sequence[Path], given: Sequence[Given], expert: NoiseE
         UserError: a module the transformer lacks (with the nearest it has), a shape that does not fit, a quantised
             weight, or a LoRA that is already merged.
     """
+    files, terms = plan_terms(paths, [(one.lora, one.multiplier) for one in given])
+    return ComponentPlan(expert, files, terms, tuple(given), _provenance(files, paths, given, expert))
+
+
+def plan_terms(
+    paths: Sequence[Path], given: Sequence[tuple[LoraFile, float]]
+) -> tuple[tuple[TensorFile, ...], tuple[dict[str, list[Term]], ...]]:
+    """The transformer's files, and for each what is added to which of its tensors; headers only.
+
+    Raises:
+        UserError: as `plan_component`, but for what is already merged.
+    """
     files = tuple(read_header(path) for path in paths)
     weights = linear_weights(files)
     terms: tuple[dict[str, list[Term]], ...] = tuple({} for _ in files)
-    for one in given:
-        for path, module in one.lora.modules.items():
+    for lora, multiplier in given:
+        for path, module in lora.modules.items():
             if path not in weights:
-                raise UserError(f"{one.lora.path}: module '{path}' is not in {paths[0].parent.name}/{paths[0].name}"
+                raise UserError(f"{lora.path}: module '{path}' is not in {paths[0].parent.name}/{paths[0].name}"
                                 f"{nearest(path, weights)}; the LoRA was made for another model")
             index, name = weights[path]
             shape = files[index].tensors[name].shape
             if shape != module.shape:
-                raise UserError(f"{one.lora.path}: module '{path}' changes a weight {list(module.shape)}, but "
+                raise UserError(f"{lora.path}: module '{path}' changes a weight {list(module.shape)}, but "
                                 f"{files[index].path.name} has {list(shape)}; the LoRA was made for another model")
             check_mergeable(files[index], name)
-            terms[index].setdefault(name, []).append(Term(module, one.multiplier))
-    return ComponentPlan(expert, files, terms, tuple(given), _provenance(files, paths, given, expert))
+            terms[index].setdefault(name, []).append(Term(module, multiplier))
+    return files, terms
 
 
 def _provenance(

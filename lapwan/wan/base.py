@@ -5,19 +5,22 @@ Both have a fingerprint for each noise expert, and a merge in memory has the one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from lapwan.errors import UserError, nearest
-from lapwan.lora.checkpoint_file import merged_rows
+from lapwan.lora.checkpoint_file import merged_tensor
 from lapwan.lora.fingerprint import merged_fingerprint
 from lapwan.lora.formats import LoraFile
+from lapwan.lora.merge import linear_weights, plan_terms
 from lapwan.names import Band, NoiseExpert
 from lapwan.wan.backbone import load_transformer
-from lapwan.wan.folder import ModelSpec, Task
+from lapwan.wan.folder import ModelSpec, Task, weight_files
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Base:
-    """`loras` are merged at load: W + Σ strength·ΔW, accumulated in fp32 and rounded once."""
+    """`loras` are merged at load: W + Σ strength·ΔW, accumulated in fp32 and rounded once, to the checkpoint's own dtype:
+    bit for bit what a merged folder holds."""
 
     spec: ModelSpec
     loras: Mapping[NoiseExpert, Sequence[tuple[LoraFile, float]]] = field(default_factory=dict)
@@ -58,18 +62,25 @@ class Base:
     def load(
         self, expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> WanTransformer3DModel:
-        """The frozen transformer of a noise expert, with the LoRAs in its weights."""
+        """The frozen transformer of a noise expert, with the LoRAs in its weights.
+
+        Raises:
+            UserError: a LoRA made for another model, or a merge that `lapwan merge` would refuse.
+        """
+        merged = self.merged_weights(expert)
         transformer = load_transformer(self.spec, expert, dtype, device)
-        given = [(file.read(), strength, file.path) for file, strength in self.loras.get(expert, ())]
-        weights = dict(transformer.named_parameters())
-        for module in dict.fromkeys(path for state, _, _ in given for path in state.entries):
-            weight = weights.get(f"{module}.weight")
-            holders = [(state.entries[module], strength, path) for state, strength, path in given
-                       if module in state.entries]
-            if weight is None or any(tuple(weight.shape) != entry.shape for entry, _, _ in holders):
-                raise UserError(f"{holders[0][2]} has module '{module}', which {self.spec.component(expert)} does not "
-                                f"have in that shape{nearest(module, (n.removesuffix('.weight') for n in weights))}; "
-                                "it was made for another model")
-            merged = merged_rows(weight.detach().cpu(), [(entry, strength) for entry, strength, _ in holders])
-            weight.data.copy_(merged)
+        for name, weight in merged.items():
+            transformer.get_parameter(name).data.copy_(weight())
         return transformer
+
+    def merged_weights(self, expert: NoiseExpert) -> dict[str, Callable[[], Tensor]]:
+        """Weights that the LoRAs change, by parameter name: each is read and merged when it is asked for."""
+        given = self.loras.get(expert, ())
+        if not given:
+            return {}
+        files, terms = plan_terms(weight_files(self.spec.component(expert)), given)
+        places = linear_weights(files)
+        return {
+            f"{path}.weight": partial(merged_tensor, files[index], name, terms[index][name])
+            for path, (index, name) in places.items() if name in terms[index]
+        }

@@ -1,0 +1,95 @@
+"""A base with LoRAs merged in memory is, bit for bit, the merged folder whose fingerprint it has."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lapwan.commands import merge as merge_command
+from lapwan.commands.base import resolve_base
+from lapwan.errors import UserError
+from lapwan.lora import checkpoint_file
+from lapwan.lora.formats import write_lora
+from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.names import NoiseExpert
+from lapwan.settings.load import load
+from lapwan.settings.merge import MergeSettings
+from lapwan.settings.run import RunOptions
+from lapwan.settings.train import BaseModelSettings
+from lapwan.wan.folder import ModelSpec, weight_files
+
+HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
+
+
+def stored_as(spec: ModelSpec, folder: Path, dtype: torch.dtype) -> Path:
+    """The model with its transformers' weights in another dtype, the low-noise one's in two shards."""
+    shutil.copytree(spec.path, folder, symlinks=False)
+    for expert in NoiseExpert:
+        (file,) = weight_files(folder / expert.component)
+        # bf16 values times a number that is none: full mantissas in fp32 and fp16
+        tensors = {name: (t.float() * 1.01).to(dtype).contiguous() for name, t in load_file(file).items()}
+        file.unlink()
+        if expert is HIGH:
+            save_file(tensors, file, metadata={"format": "pt"})
+            continue
+        names = sorted(tensors)
+        shards = {f"{file.stem}-0000{n + 1}-of-00002.safetensors": names[n::2] for n in range(2)}
+        for shard, own in shards.items():
+            save_file({name: tensors[name] for name in own}, file.with_name(shard), metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": {name: shard for shard, own in shards.items() for name in own}}
+        file.with_name(f"{file.name}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_loras(folder: Path, dtype: torch.dtype) -> dict[NoiseExpert, Path]:
+    """Two blocks of each noise expert, in sizes that do not vanish in the weights' own rounding."""
+    paths = {}
+    for n, expert in enumerate(NoiseExpert):
+        generator = torch.Generator().manual_seed(n)
+        state = LoraState({
+            f"blocks.{block}.attn1.{name}": LoraEntry(
+                torch.randn(5, 192, generator=generator).to(dtype),
+                0.02 * torch.randn(192, 5, generator=generator).to(dtype), 3.0)
+            for block in (1, 6) for name in ("to_q", "to_out.0")
+        }, {"lapwan.noise_expert": expert.value})
+        paths[expert] = folder / f"x_{expert.file_suffix}.safetensors"
+        write_lora(paths[expert], state)
+    return paths
+
+
+@pytest.mark.parametrize("lora", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_merged_in_memory_is_the_merged_folder(tmp_path, tiny_t2v, monkeypatch, stored, lora):
+    monkeypatch.setattr(checkpoint_file, "TILE_BYTES", 192 * 4 * 50)  # 192 rows in four tiles, the last one shorter
+    model, paths = stored_as(tiny_t2v, tmp_path / "model", stored), write_loras(tmp_path, lora)
+    said = {"model": str(model), "lora": [f"{e.value}={p}:0.7" for e, p in paths.items()],
+            "output": str(tmp_path / "merged")}
+    list(merge_command.merge(load(MergeSettings, options=said, environment={}), RunOptions()))
+    ours = resolve_base(BaseModelSettings(model=str(model), lora=paths, multiplier=0.7))
+    theirs, plain = resolve_base(str(tmp_path / "merged")), resolve_base(str(model))
+    for expert in NoiseExpert:
+        assert ours.fingerprint(expert) == theirs.fingerprint(expert) != plain.fingerprint(expert)
+        for dtype in (torch.float32, torch.bfloat16):
+            one, other, before = (dict(base.load(expert, dtype).named_parameters()) for base in (ours, theirs, plain))
+            assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in other)
+            moved = {name for name in one if not torch.equal(one[name], before[name])}
+            assert moved == {f"blocks.{b}.attn1.{n}.weight" for b in (1, 6) for n in ("to_q", "to_out.0")}
+
+
+def test_what_a_merge_refuses_a_base_refuses(tmp_path, tiny_t2v):
+    wrong = LoraState({"blocks.6.attn1.to_q": LoraEntry(torch.ones(2, 64), torch.ones(192, 2), 2.0)})
+    write_lora(tmp_path / "x.safetensors", wrong)
+    base = resolve_base(BaseModelSettings(model=str(tiny_t2v.path), lora={LOW: tmp_path / "x.safetensors"}))
+    with pytest.raises(UserError, match=r"'blocks.6.attn1.to_q' changes a weight \[192, 64\].*has \[192, 192\]"):
+        base.load(LOW)
+    base.load(HIGH)  # has none
+    wrong.entries["blocks.6.attn1.to_q"] = LoraEntry(torch.full((2, 192), float("nan")), torch.ones(192, 2), 2.0)
+    write_lora(tmp_path / "x.safetensors", wrong)
+    with pytest.raises(UserError, match=r"merging makes 'blocks.6.attn1.to_q.weight' non-finite"):
+        base_of = resolve_base(BaseModelSettings(model=str(tiny_t2v.path), lora={LOW: tmp_path / "x.safetensors"}))
+        base_of.load(LOW)
