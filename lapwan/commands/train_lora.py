@@ -35,7 +35,7 @@ def run(settings: TrainLoraSettings, options: RunOptions) -> None:
         continued = build.initial_loras(settings.init_lora, base)
         device = pick_device(device_name)
         plan = [*describe(settings, base, data, continued), plan_memory(settings, base, data, device).line]
-        plan += check_watching(settings, base, data, labels_needed=False)
+        plan += check_watching(settings, base, data)
         print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
         if options.dry_run:
             return
@@ -51,7 +51,7 @@ def prepare(
     settings: TrainLoraSettings, base: Base, data: build.RunData, device: torch.device, ranks: Ranks | None = None
 ) -> Trainer:
     """Load the noise experts, put a LoRA on each, and wire the trainer."""
-    store = ClipStore(data.index, data.items, device)
+    store = ClipStore(data.index, data.items, device, motion_regions=settings.roi_fallback == "motion")
     memory = plan_memory(settings, base, data, device)
     parking = Parking(device, memory.both)
     adapters, dtype = {}, pick_dtype(settings.dtype, device)

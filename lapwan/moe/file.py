@@ -1,7 +1,8 @@
 """The mixture's file: experts of both noise experts, router and timestep gates by module name; nothing of the base.
 
 Tensors: `{high|low}_noise.{module path}.{family}.lora_A.weight`, `.lora_B.weight`, `.alpha`;
-`{high|low}_noise.timestep_gate.values_K`; `router.*`. Metadata: `lapwan.format = mixture/1`, `lapwan.mixture` (JSON).
+`both_noise.{module path}…` once where both noise experts share their experts; `{high|low}_noise.timestep_gate.values_K`;
+`router.*`. Metadata: `lapwan.format = mixture/1`, `lapwan.mixture` (JSON).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lapwan.names import Band, NoiseExpert, split_block
 
 FORMAT = "mixture/1"
 _FORMAT_KEY, _SPEC_KEY = "lapwan.format", "lapwan.mixture"
+_SHARED = "both_noise"
 
 
 class BaseFacts(Protocol):
@@ -50,9 +52,12 @@ def write_mixture(path: Path, mixture: Mixture, metadata: Mapping[str, str] | No
     """Write a mixture atomically; all tensors in the dtype they are trained in."""
     tensors: dict[str, Tensor] = {}
     for expert, states in mixture.states.items():
+        if mixture.spec.shared_experts and expert is not mixture.experts[0]:
+            continue
+        side = _SHARED if mixture.spec.shared_experts else expert.file_suffix
         for family, state in states.items():
             for module, entry in state.entries.items():
-                prefix = f"{expert.file_suffix}.{module}.{family}"
+                prefix = f"{side}.{module}.{family}"
                 tensors[f"{prefix}.lora_A.weight"] = entry.down
                 tensors[f"{prefix}.lora_B.weight"] = entry.up
                 tensors[f"{prefix}.alpha"] = torch.tensor(entry.alpha, dtype=torch.float64)
@@ -156,7 +161,8 @@ def _take_experts(path: Path, mixture: Mixture, tensors: dict[str, Tensor], num_
     entries: dict[tuple[NoiseExpert, str, str], dict[str, Tensor]] = {}
     for name, value in tensors.items():
         side, _, rest = name.partition(".")
-        expert = next((e for e in mixture.experts if e.file_suffix == side), None)
+        sides = [_SHARED if mixture.spec.shared_experts else e.file_suffix for e in mixture.experts]
+        expert = mixture.experts[sides.index(side)] if side in sides else None
         suffix = next((s for s in (".lora_A.weight", ".lora_B.weight", ".alpha") if rest.endswith(s)), None)
         module, _, family = rest.removesuffix(suffix or "").rpartition(".")
         if expert is None or suffix is None or family not in mixture.families or split_block(module) is None:
@@ -175,7 +181,8 @@ def _take_experts(path: Path, mixture: Mixture, tensors: dict[str, Tensor], num_
             entry = LoraEntry(parts[".lora_A.weight"], parts[".lora_B.weight"], float(parts[".alpha"]))
         except ValueError as error:
             raise UserError(f"{path}: {expert.file_suffix}.{module}.{family}: rank mismatch: {error}") from None
-        mixture.states[expert][family].entries[module] = entry
+        for one in mixture.experts if mixture.spec.shared_experts else (expert,):
+            mixture.states[one][family].entries[module] = entry
     for expert, states in mixture.states.items():
         for family, state in states.items():
             if not state.entries:

@@ -30,7 +30,9 @@ class MixtureSpec:
     `taxonomy` is the whole taxonomy as a dict, so that hints and prompts mean at generation what labels meant in
     training. `bands` are the noise experts' sigma bands as [low, high]; `base` their base fingerprints;
     `base_lora` path and fingerprint of a frozen base LoRA, by noise expert, empty without one. `flow_shift` and
-    `steps` are the base model's own: the sigmas at which the mixture will mostly be used.
+    `steps` are the base model's own: the sigmas at which the mixture will mostly be used. `router_sigma`: the router
+    sees sigma too, and `gate_ema` smooths what it says over a video's denoising steps. `shared_experts`: both noise
+    experts carry the same LoRA experts.
     """
 
     families: tuple[str, ...]
@@ -46,6 +48,9 @@ class MixtureSpec:
     base_lora: Mapping[NoiseExpert, Mapping[str, str]] = field(default_factory=dict)
     flow_shift: float = 5.0
     steps: int = 40
+    router_sigma: bool = False
+    gate_ema: float = 0.0
+    shared_experts: bool = False
 
 
 class Mixture(nn.Module):
@@ -58,7 +63,8 @@ class Mixture(nn.Module):
         super().__init__()
         self.spec = spec
         self.states: dict[NoiseExpert, dict[str, LoraState]] = {e: dict(s) for e, s in states.items()}
-        self.router = make_router(spec.router, spec.text_dim, len(spec.families), spec.router_temperature)
+        self.router = make_router(
+            spec.router, spec.text_dim, len(spec.families), spec.router_temperature, spec.router_sigma)
         self.timestep_gates = nn.ModuleDict(
             {expert.value: TimestepGate(*band, knots=spec.knots) for expert, band in spec.bands.items()}
         )
@@ -92,10 +98,27 @@ class Mixture(nn.Module):
         """w(σ) of a noise expert."""
         return cast(TimestepGate, self.timestep_gates[expert.value])
 
-    def route(self, text: Sequence[Tensor], labels_BE: Tensor | None = None) -> Tensor:
-        """The router's probabilities before top-k: [B, E]. `text` is one [n, D] tensor a sample, unpadded."""
-        probabilities: Tensor = self.router(text, labels_BE)
+    def route(
+        self, text: Sequence[Tensor], labels_BE: Tensor | None = None, sigma_B: Tensor | None = None
+    ) -> Tensor:
+        """The router's probabilities before top-k: [B, E]. `text` is one [n, D] tensor a sample, unpadded.
+
+        Args:
+            sigma_B: needed where the router sees sigma (`spec.router_sigma`), else not looked at.
+        """
+        probabilities: Tensor = self.router(text, labels_BE, sigma_B)
         return probabilities
+
+    def along(self, text: Sequence[Tensor], labels_1E: Tensor | None, sigmas: Sequence[float]) -> list[Tensor]:
+        """ḡ_i = β·ḡ_{i−1} + (1 − β)·g_i with ḡ_0 = g_0: one video's mixes [1, E] over its denoising steps.
+
+        g_i is the selected mix at the i-th sigma and β `spec.gate_ema`: experts are handed over gradually.
+        """
+        found: list[Tensor] = []
+        for sigma in sigmas:
+            mix_1E = self.select(self.route(text, labels_1E, torch.tensor([sigma])))
+            found.append(torch.lerp(mix_1E, found[-1], self.spec.gate_ema) if found else mix_1E)
+        return found
 
     def select(self, probabilities_BE: Tensor) -> Tensor:
         """The mix g that acts: top-k of a learned router, the weights themselves of the rule router."""

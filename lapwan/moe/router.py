@@ -1,11 +1,12 @@
 """Routers: from what is known of a clip to a probability for each expert.
 
-Shapes: B samples, n tokens of a text, D text features, E experts.
-How to add a router: a class with `logits` and `kind`, a row in `make_router`, a settings member.
+Shapes: B samples, n tokens of a text, D text features, E experts, S sigma features.
+How to add a router: a class here, a case in `make_router`, a settings member.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 RouterKind = Literal["text", "label", "rule"]
 _WIDE, _NARROW = 512, 64  # the users' router: LayerNorm -> 512 -> 64 -> E
+_SIGMA_FEATURES = 8
 
 
 def masked_mean(text: Sequence[Tensor]) -> Tensor:
@@ -21,43 +23,67 @@ def masked_mean(text: Sequence[Tensor]) -> Tensor:
     return torch.stack([features.float().mean(dim=0) for features in text])
 
 
+def sigma_features(sigma_B: Tensor) -> Tensor:
+    """cos(π·k·σ), k = 1..8: smooth in σ, the same scale for all: [B] -> [B, S]."""
+    return torch.cos(math.pi * torch.arange(1, _SIGMA_FEATURES + 1).to(sigma_B) * sigma_B[:, None])
+
+
+class _SigmaInput(nn.Module):
+    """What sigma adds to a router's inner values: U·φ(σ), zero at the start; nothing for a router that is blind to it."""
+
+    def __init__(self, width: int, sees_sigma: bool) -> None:
+        super().__init__()
+        self.sees_sigma = sees_sigma
+        if sees_sigma:
+            self.weight = nn.Parameter(torch.zeros(width, _SIGMA_FEATURES))
+
+    def forward(self, inner_BN: Tensor, sigma_B: Tensor | None) -> Tensor:
+        if not self.sees_sigma:
+            return inner_BN
+        if sigma_B is None:
+            raise ValueError("this router sees sigma: route needs it")
+        return inner_BN + sigma_features(sigma_B.to(inner_BN)) @ self.weight.T
+
+
 class TextRouter(nn.Module):
     """p = softmax(MLP(LayerNorm(mean of the text features)) / T): learns the family from the prompt itself."""
 
-    def __init__(self, text_dim: int, experts: int, temperature: float = 1.0) -> None:
+    def __init__(self, text_dim: int, experts: int, temperature: float = 1.0, sigma: bool = False) -> None:
         super().__init__()
         self.text_dim, self.temperature = text_dim, temperature
         self.mlp = nn.Sequential(
             nn.LayerNorm(text_dim), nn.Linear(text_dim, _WIDE), nn.GELU(), nn.Linear(_WIDE, _NARROW), nn.GELU(),
             nn.Linear(_NARROW, experts),
         )
+        self.sigma = _SigmaInput(_WIDE, sigma)
 
-    def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None) -> Tensor:
+    def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None, sigma_B: Tensor | None = None) -> Tensor:
         means_BD = masked_mean(text).to(next(self.mlp.parameters()))
-        logits: Tensor = self.mlp(means_BD)
+        logits: Tensor = self.mlp[2:](self.sigma(self.mlp[:2](means_BD), sigma_B))
         return torch.softmax(logits / self.temperature, dim=-1)
 
 
 class LabelRouter(nn.Module):
     """p = softmax(W·label weights / T): learns from labels only, for captions in a language the encoder reads badly."""
 
-    def __init__(self, experts: int, temperature: float = 1.0) -> None:
+    def __init__(self, experts: int, temperature: float = 1.0, sigma: bool = False) -> None:
         super().__init__()
         self.temperature = temperature
         self.linear = nn.Linear(experts, experts)
         with torch.no_grad():  # starts near the rule: a family's own expert is the likeliest
             self.linear.weight.copy_(torch.eye(experts))
             self.linear.bias.zero_()
+        self.sigma = _SigmaInput(experts, sigma)
 
-    def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None) -> Tensor:
-        logits: Tensor = self.linear(_needed(labels_BE).to(self.linear.weight))
+    def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None, sigma_B: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.sigma(self.linear(_needed(labels_BE).to(self.linear.weight)), sigma_B)
         return torch.softmax(logits / self.temperature, dim=-1)
 
 
 class RuleRouter(nn.Module):
     """p = the label weights themselves: nothing to learn, no softmax, no top-k."""
 
-    def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None) -> Tensor:
+    def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None, sigma_B: Tensor | None = None) -> Tensor:
         return _needed(labels_BE).float()
 
 
@@ -67,13 +93,15 @@ def _needed(labels_BE: Tensor | None) -> Tensor:
     return labels_BE
 
 
-def make_router(kind: RouterKind, text_dim: int, experts: int, temperature: float = 1.0) -> nn.Module:
-    """The router of a kind; its weights come from torch's default generator."""
+def make_router(
+    kind: RouterKind, text_dim: int, experts: int, temperature: float = 1.0, sigma: bool = False
+) -> nn.Module:
+    """The router of a kind; its weights come from torch's default generator. `sigma`: the router sees sigma too."""
     match kind:
         case "text":
-            return TextRouter(text_dim, experts, temperature)
+            return TextRouter(text_dim, experts, temperature, sigma)
         case "label":
-            return LabelRouter(experts, temperature)
+            return LabelRouter(experts, temperature, sigma)
         case "rule":
             return RuleRouter()
 

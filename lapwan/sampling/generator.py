@@ -100,12 +100,14 @@ class Generator:
             self._vae = load_vae(self.spec, device=self.device)
         return self._vae
 
-    def route(self, request: Request) -> Mix | None:
-        """The mix of experts for a request; None without a mixture."""
+    def route(self, request: Request, grid: Grid | None = None) -> Mix | None:
+        """The mix of experts for a request; None without a mixture. `grid` None is the one the request asks for."""
         if self.adapters.mixture is None:
             return None
+        grid = grid or make_grid(self.spec, request.sampler, request.steps, request.flow_shift, request.start_sigma)
         return choose_mix(
-            self.adapters.mixture, request.prompt, request.hint, lambda: self.text_features(request.prompt)
+            self.adapters.mixture, request.prompt, request.hint, lambda: self.text_features(request.prompt),
+            [step.sigma for step in grid.steps],
         )
 
     def latents(self, request: Request) -> Tensor:
@@ -114,7 +116,8 @@ class Generator:
         Raises:
             UserError: what `check_request` refuses; latents that overflowed in `dtype`.
         """
-        return self._sample(request, self._begin(request), self.route(request))
+        grid = self._begin(request)
+        return self._sample(request, grid, self.route(request, grid))
 
     def generate(self, request: Request, preview: Path | None = None) -> Video:
         """One video.
@@ -126,7 +129,7 @@ class Generator:
             UserError: what `check_request` refuses; latents that overflowed in `dtype`.
         """
         grid = self._begin(request)
-        mix = self.route(request)
+        mix = self.route(request, grid)
         if mix is not None:
             console.log(f"gates by {mix.source}:\n" + "\n".join(f"  {line}" for line in mix.bars()))
         facts = self._facts(request, grid, mix)
@@ -204,7 +207,7 @@ class Generator:
     def _gates(self, request: Request, step: Step, mix: Mix | None) -> Tensor:
         mixture = self.adapters.mixture
         gates_1G = self.adapters.gates(
-            step.expert, step.sigma, None if mix is None else mix.mix_1E,
+            step.expert, step.sigma, None if mix is None else mix.at(step.sigma),
             1.0 if request.alpha_base is None else request.alpha_base,
             None if mixture is None else alpha_vector(mixture, request.alpha_expert),
         )

@@ -6,8 +6,8 @@ Shapes: E experts of the mixture (families of its taxonomy, in order); a leading
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -23,11 +23,19 @@ _BAR = 24  # characters of a full bar
 
 @dataclass(frozen=True)
 class Mix:
-    """g, the experts' shares for one video, and what decided them."""
+    """g, the experts' shares for one video, and what decided them.
+
+    Where the router sees sigma, `by_sigma` holds the mix of every denoising step and `mix_1E` their mean.
+    """
 
     families: tuple[str, ...]
     mix_1E: Tensor
     source: Literal["hint", "router", "rule"]
+    by_sigma: Mapping[float, Tensor] = field(default_factory=dict)
+
+    def at(self, sigma: float) -> Tensor:
+        """The mix of a denoising step: [1, E]."""
+        return self.by_sigma[sigma] if self.by_sigma else self.mix_1E
 
     def shares(self) -> dict[str, float]:
         """Share by family."""
@@ -40,20 +48,26 @@ class Mix:
         return [f"{name:<{width}}  {bars[name]:<{_BAR}}  {share:.2f}" for name, share in self.shares().items()]
 
 
-def choose_mix(mixture: Mixture, prompt: str, hint: str | None, features: Callable[[], Tensor]) -> Mix:
+def choose_mix(
+    mixture: Mixture, prompt: str, hint: str | None, features: Callable[[], Tensor], sigmas: Sequence[float] = ()
+) -> Mix:
     """The mix for a prompt: a hint's weights as they are (no softmax, no top-k), else the mixture's router.
 
     Args:
         features: gives the prompt's unpadded text features [n, D]; called only for a router that reads text.
+        sigmas: of the video's denoising steps, in order; needed for a router that sees sigma.
     """
     taxonomy = Taxonomy.from_dict(mixture.taxonomy)
     if hint is not None:
         return Mix(mixture.families, torch.tensor([resolve_hint(hint, taxonomy)]), "hint")
-    if mixture.spec.router == "text":
-        return Mix(mixture.families, mixture.select(mixture.route([features()])), "router")
-    labels_1E = torch.tensor([label_caption(prompt, taxonomy).weights])
+    reads_text = mixture.spec.router == "text"
+    text = [features()] if reads_text else []
+    labels_1E = None if reads_text else torch.tensor([label_caption(prompt, taxonomy).weights])
     source: Literal["router", "rule"] = "rule" if mixture.spec.router == "rule" else "router"
-    return Mix(mixture.families, mixture.select(mixture.route([], labels_1E)), source)
+    if not mixture.spec.router_sigma:
+        return Mix(mixture.families, mixture.select(mixture.route(text, labels_1E)), source)
+    along = dict(zip(sigmas, mixture.along(text, labels_1E, sigmas), strict=True))
+    return Mix(mixture.families, torch.stack(list(along.values())).mean(dim=0), source, along)
 
 
 def alpha_vector(mixture: Mixture, alpha: float | Mapping[str, float] | None) -> Tensor | None:

@@ -33,6 +33,9 @@ class DataSettings(Settings):
     labels: Annotated[Path | None, Flag("--labels", metavar="FILE")] = Field(
         None, description="labels.jsonl for caches that carry no labels.")
     split: str | None = Field("train", description="Train on clips of this split and on those without one.")
+    balance: float = Field(
+        0.0, ge=0, le=2, description="Clips are drawn by 1 / (clips of their family) to this power; 0: each once an "
+        "epoch, 1: families evenly.")
 
 
 class DropoutSettings(Settings):
@@ -131,6 +134,8 @@ class TrainSettings(Settings):
     high: dict[str, Any] = Field({}, description="What differs for the high-noise expert.")
     low: dict[str, Any] = Field({}, description="What differs for the low-noise expert.")
     roi_weight: float = Field(0.0, ge=0, description="Weight of the loss over the clips' regions; 0: off.")
+    roi_fallback: Literal["none", "motion"] = Field(
+        "none", description="Region of clips without one; motion: where the latents change most.")
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="Probability of training on the empty caption.")
     max_grad_norm: float = Field(1.0, gt=0)
     memory: Literal["auto", "both", "one"] = Field(

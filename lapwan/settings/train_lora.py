@@ -28,6 +28,8 @@ class TrainLoraSettings(TrainSettings):
 
     @model_validator(mode="after")
     def _continued(self) -> TrainLoraSettings:
+        if self.preview.hints:
+            raise ValueError("preview.hints chooses among a mixture's experts, and a plain LoRA has none; leave it out")
         for expert in self.init_lora:
             if expert not in self.experts:
                 raise ValueError(f"init_lora.{expert.value} is given, but experts does not hold '{expert.value}'")

@@ -30,6 +30,8 @@ class PreviewSettings(Settings):
 
     every: int | None = Field(None, ge=1, description="Steps of the run between two previews; absent: none.")
     prompts: tuple[str, ...] = ()
+    hints: tuple[str, ...] | Literal["families"] = Field(
+        (), description="train-moe: each prompt also with these hints; families: one of every family.")
     images: tuple[Path, ...] = Field((), description="First frame of each prompt, for image-to-video models.")
     steps: int | None = Field(None, ge=1, description="Sampling steps; absent: the model's own.")
     size: tuple[int, int] | None = Field(None, description="Height, width; absent: of the first clip.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from lapwan.names import Band, NoiseExpert
 from lapwan.settings.targets import TargetSettings
 from lapwan.settings.train import ExpertSettings, TrainSettings, split_evenly
 from lapwan.train.alpha import AlphaSchedule
-from lapwan.train.data import ClipStore, check_cache, training_items
+from lapwan.train.data import ClipStore, check_cache, sampling_weights, training_items
 from lapwan.train.normlimit import NormLimit
 from lapwan.train.objective import Objective, SigmaRule
 from lapwan.train.optimisers import make_optimiser, make_schedule
@@ -46,10 +46,11 @@ class RunData:
     items: list[CachedItem]
     experts: dict[NoiseExpert, ExpertSettings]
 
-    def orders(self, weights: Sequence[float] | None = None) -> dict[NoiseExpert, SampleOrder]:
+    def orders(self) -> dict[NoiseExpert, SampleOrder]:
         """Each noise expert's order of visits."""
         s = self.settings
         buckets = [item.bucket for item in self.items]
+        weights = sampling_weights(self.items, s.data.balance)
         return {e: SampleOrder(buckets, s.batch_size, s.seed, e.value, weights) for e in self.experts}
 
     @cached_property
@@ -86,6 +87,7 @@ def read_data(settings: TrainSettings, base: Base) -> RunData:
     index = load_index(settings.data.cache, settings.data.labels)
     items = training_items(index, settings.data.split)
     check_cache(index, base.spec, items)
+    sampling_weights(items, settings.data.balance)  # refuses clips without labels now, not at the first step
     per_epoch = SampleOrder([i.bucket for i in items], settings.batch_size, settings.seed, "").batches_per_epoch
     steps = max(1, math.ceil((settings.epochs or 1) * per_epoch / settings.accumulate))
     return RunData(settings, index, items, {e: settings.of(e, steps) for e in settings.experts})

@@ -11,6 +11,7 @@ from lapwan.console import warn
 from lapwan.data.batch import Batch, collate
 from lapwan.data.cachefile import CachedItem, CacheIndex, read_empty_text, read_item
 from lapwan.errors import UserError
+from lapwan.losses.motion import motion_region
 from lapwan.wan.folder import ModelSpec
 from lapwan.wan.identity import text_identity, vae_identity
 
@@ -21,9 +22,11 @@ class ClipStore:
     """The items a run trains on. Each is read once while the budget lasts, else at every use."""
 
     def __init__(
-        self, index: CacheIndex, items: Sequence[CachedItem], device: torch.device, families: int | None = None
+        self, index: CacheIndex, items: Sequence[CachedItem], device: torch.device, families: int | None = None,
+        motion_regions: bool = False,
     ) -> None:
         self.index, self.items, self._device = index, list(items), device
+        self._motion_regions = motion_regions  # for items without a region of their own
         self._families = families  # turns a hard label into weights; not needed for soft ones
         self._kept: dict[int, dict[str, Tensor | None]] = {}
         self._bytes = 0
@@ -44,6 +47,8 @@ class ClipStore:
         if index in self._kept:
             return self._kept[index]
         tensors = read_item(self.index.folder, self.items[index])
+        if self._motion_regions and tensors["roi"] is None and tensors["latents"] is not None:
+            tensors["roi"] = motion_region(tensors["latents"])
         size = sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)
         if self._bytes + size <= _MEMORY_BUDGET:
             self._bytes += size
@@ -93,3 +98,25 @@ def check_cache(index: CacheIndex, spec: ModelSpec, items: Sequence[CachedItem])
     if text is not None and text.shape[1] != spec.text_dim:
         raise UserError(f"{index.folder}: {items[0].text} has features of width {text.shape[1]}, the model takes "
                         f"{spec.text_dim}; cache with this model's text encoder")
+
+
+def family_of(item: CachedItem) -> int | None:
+    """The family that weighs most in an item's label; None without a label."""
+    if item.label_weights is not None:
+        return max(range(len(item.label_weights)), key=item.label_weights.__getitem__)
+    return item.label
+
+
+def sampling_weights(items: Sequence[CachedItem], power: float) -> list[float] | None:
+    """w_i ∝ n_f^(−power), n_f the items of i's family: 0 every item once an epoch (None), 1 all families evenly.
+
+    Raises:
+        UserError: an item without a label.
+    """
+    if power == 0:
+        return None
+    families = [family_of(item) for item in items]
+    if None in families:
+        raise UserError(f"data.balance = {power:g} draws clips by family, but clip {items[families.index(None)].id} has "
+                        'no label; run `lapwan label` before `lapwan cache`, or give labels = "labels.jsonl" in [data]')
+    return [float(families.count(family)) ** -power for family in families]

@@ -30,6 +30,8 @@ def describe(
     shapes = ", ".join(f"{f} frames {h}x{w}" for f, h, w in buckets[:4]) + (", ..." if len(buckets) > 4 else "")
     lines = [f"model {base.spec.path} ({base.task}), {clips} clips in {data.index.folder}: {shapes}",
              f"a step is {settings.accumulate} x {settings.batch_size} clips; {turns_line(data)}"]
+    if settings.roi_weight:
+        lines.append(region_line(settings, data))
     for expert, own in data.experts.items():
         check_optimiser(own.optimiser, own.schedule)
         file = (continued or {}).get(expert)
@@ -49,6 +51,15 @@ def describe(
     if len(data.experts) == 2:
         lines.append(ratio_line(*(data.experts[e].optimiser for e in (NoiseExpert.HIGH, NoiseExpert.LOW))))
     return lines
+
+
+def region_line(settings: TrainSettings, data: RunData) -> str:
+    """Where the region loss acts, and that it is off where nothing says a region."""
+    have, every = sum(item.roi is not None for item in data.items), len(data.items)
+    text = f"region loss weight {settings.roi_weight:g}: {have} of {every} clips have a region"
+    if have < every and settings.roi_fallback == "motion":
+        return f"{text}, the others take where they move (roi_fallback = \"motion\")"
+    return text if have else f"{text}, so it is off; roi_fallback = \"motion\" would take where clips move"
 
 
 def turns_line(data: RunData) -> str:

@@ -43,7 +43,9 @@ class LoraObjective:
     def stepped_by(self, expert: NoiseExpert) -> tuple[str, ...]:
         return (expert.value,)
 
-    def prepare(self, expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone) -> None:
+    def prepare(
+        self, expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
+    ) -> None:
         """Nothing of a plain LoRA's loss depends on the other batches of a step."""
 
     @contextmanager

@@ -115,11 +115,13 @@ def make_draws(
 class Loss:
     """Per-sample terms already weighted, whose mean over the step's samples is what is minimised.
 
-    `figures` are per-sample tensors to be averaged and logged under their tag, without gradient.
+    `figures` are per-sample tensors to be averaged and logged under their tag, without gradient; `sigma_B` where the
+    noise level to log is not the draw itself.
     """
 
     terms: dict[str, Tensor]
     figures: dict[str, Tensor] = field(default_factory=dict)
+    sigma_B: Tensor | None = None
 
     @property
     def total_B(self) -> Tensor:
@@ -157,10 +159,13 @@ class Objective(Protocol):
     def stepped_by(self, expert: NoiseExpert) -> tuple[str, ...]:
         """Names of the optimisers that step in a turn of `expert`."""
 
-    def prepare(self, expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone) -> None:
+    def prepare(
+        self, expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
+    ) -> None:
         """Look at all batches of an optimiser step before the first loss: statistics of the whole step. No gradient.
 
-        `total` adds a tensor up over the processes, which each hold a part of the step's batches.
+        `draws` are the batches' own; `total` adds a tensor up over the processes, which each hold a part of the step's
+        batches.
         """
 
     def loss(self, expert: NoiseExpert, batch: Batch, draws: Draws) -> AbstractContextManager[Loss]:

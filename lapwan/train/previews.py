@@ -5,8 +5,10 @@ A noise expert that is not trained is loaded for the first preview and kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor
 
 from lapwan import console
+from lapwan.data.labels import resolve_hint
+from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.lora.attach import Adapter
 from lapwan.names import NoiseExpert
@@ -33,13 +37,19 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 _COLUMNS = 6  # frames shown in TensorBoard
+_UNSAFE = re.compile(r"[^\w.-]+")
 
 
-def preview_requests(settings: PreviewSettings, spec: ModelSpec, bucket: tuple[int, int, int]) -> list[Request]:
-    """One request a prompt; size and length are the training clips' where nothing else is said.
+def preview_requests(
+    settings: PreviewSettings, spec: ModelSpec, bucket: tuple[int, int, int], taxonomy: Taxonomy | None = None
+) -> list[Request]:
+    """One request a prompt, and one more for each hint; size and length are the clips' where nothing else is said.
+
+    Args:
+        taxonomy: of the mixture that is trained, for hints.
 
     Raises:
-        UserError: what the model cannot make.
+        UserError: what the model cannot make, or a hint that means no family.
     """
     frames, height, width = bucket
     images = [open_image(path) for path in settings.images] or [None] * len(settings.prompts)
@@ -55,7 +65,11 @@ def preview_requests(settings: PreviewSettings, spec: ModelSpec, bucket: tuple[i
         if spec.task == "i2v" and request.image is None:
             raise UserError("previews of an image-to-video model need a first frame: set preview.images, one a prompt")
         check_request(spec, request)
-    return requests
+    hints = () if taxonomy is None else taxonomy.keys if settings.hints == "families" else settings.hints
+    for hint in hints:
+        assert taxonomy is not None
+        resolve_hint(hint, taxonomy)
+    return [one for request in requests for one in (request, *(replace(request, hint=hint) for hint in hints))]
 
 
 class _InTraining(NoiseExperts):
@@ -123,12 +137,15 @@ class Previews:
             mixture.to(device)
 
     def _sample(self, step: int, board: Any) -> Seen:
-        for index, request in enumerate(self._requests):
+        index = -1
+        for request in self._requests:
+            index += request.hint is None  # the same prompt's hints follow it
             video = self._generator.generate(request)
             suffix = "png" if len(video.frames) == 1 else "mp4"
-            path = video.save(self._folder / f"step_{step:06d}_{index}.{suffix}", overwrite=True)
+            name = f"{index}" if request.hint is None else f"{index}_{_UNSAFE.sub('_', request.hint)}"
+            path = video.save(self._folder / f"step_{step:06d}_{name}.{suffix}", overwrite=True)
             strip = np.asarray(contact_sheet([video.frames], _COLUMNS))
-            board.add_image(f"preview/{index}", strip, step, dataformats="HWC")
+            board.add_image(f"preview/{name}", strip, step, dataformats="HWC")
             console.detail(f"preview {path}")
         return Seen({})
 

@@ -22,7 +22,7 @@ from lapwan.train.ema import Ema
 from lapwan.train.interrupt import Stop, stop_requested
 from lapwan.train.memory import memory_figures, out_of_memory
 from lapwan.train.metrics import Metrics
-from lapwan.train.objective import Objective, SigmaRule, make_draws
+from lapwan.train.objective import Draws, Objective, SigmaRule, make_draws
 from lapwan.train.optimisers import current_lr, restore
 from lapwan.train.order import SampleOrder
 from lapwan.train.ranks import Ranks
@@ -69,6 +69,8 @@ class Plan:
     ranks: Ranks = field(default_factory=Ranks)
     memory: str = ""  # what was computed to be needed, for when it was not enough
     before_turn: Callable[[NoiseExpert], None] = lambda expert: None  # brings its weights to the device
+    # Gives a step's batches their clean latents where these are made (a rollout from the draws' noise), not read.
+    complete: Callable[[NoiseExpert, Sequence[Batch], Sequence[Draws]], list[Batch]] = lambda e, batches, d: [*batches]
 
 
 class Trainer:
@@ -90,6 +92,7 @@ class Trainer:
         self._logs = {expert: StepLog() for expert in plan.tracks}
         self._bad_in_a_row = 0
         self._score: tuple[int, float | None] = (0, None)  # the last validation: step, mean loss
+        self.finished: str | None = None  # why the run ends before its schedule, by no fault
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint; False if there is none.
@@ -164,7 +167,7 @@ class Trainer:
         saved = self.step if checkpoint.checkpoints(plan.run) else -1
         try:
             with stop_requested() as stop, console.progress("training", total, "step", done=self.step) as bar:
-                while self.step < total:
+                while self.step < total and self.finished is None:
                     reason = self._one_step(metrics, bar, stop)
                     if self.step % plan.save_every == 0 or self.step == total or reason:
                         self.save()
@@ -211,15 +214,17 @@ class Trainer:
         names = self.objective.stepped_by(expert)
         for name in names:
             plan.optimisers[name].zero_grad(set_to_none=True)
-        self.objective.prepare(expert, batches, plan.ranks.sum)
+        keys = [[(plan.seed, expert.value, visit.number, plan.item_ids[visit.item]) for visit in g] for g in visits]
+        drawn = [make_draws(batch, own, track.rule, plan.caption_dropout)
+                 for batch, own in zip(batches, keys, strict=True)]
+        batches = plan.complete(expert, batches, drawn)
+        self.objective.prepare(expert, batches, plan.ranks.sum, drawn)
         log, before = self._logs[expert], len(self._logs[expert].losses)
-        for batch, group in zip(batches, visits, strict=True):
-            keys = [(plan.seed, expert.value, visit.number, plan.item_ids[visit.item]) for visit in group]
-            draws = make_draws(batch, keys, track.rule, plan.caption_dropout)
+        for batch, draws in zip(batches, drawn, strict=True):
             with self.objective.loss(expert, batch, draws) as loss:
                 total_B = loss.total_B
                 torch.autograd.backward(total_B.sum() / samples)
-            log.add(loss, total_B, draws.sigma_B)
+            log.add(loss, total_B, draws.sigma_B if loss.sigma_B is None else loss.sigma_B)
         track.position, track.steps = after, track.steps + 1  # only now: a step that runs out of memory is not taken
         figures, stepped = self._update(names)
         if stepped:
@@ -269,15 +274,17 @@ class Trainer:
         if not due:
             return {}, None
         figures: dict[str, float] = {}
-        reason = None
+        reason, finished, score = None, None, None
         if metrics is not None:
             with self.as_saved():
                 for watcher in due:
                     seen = watcher.look(self.step, metrics.board)
                     figures |= seen.figures
-                    reason = reason or seen.stop
-            self._score = (self.step, figures.get("validation/mean"))
-        return figures, self.plan.ranks.from_first(reason)
+                    reason, finished = reason or seen.stop, finished or seen.finished
+                    score = score if seen.score is None else seen.score
+            self._score = (self.step, figures.get("validation/mean", score))
+        reason, self.finished = self.plan.ranks.from_first((reason, finished))
+        return figures, reason
 
     def _write(
         self, metrics: Metrics | None, expert: NoiseExpert, figures: Mapping[str, Tensor | float],

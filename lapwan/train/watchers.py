@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lapwan import console
+from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.settings.train import TrainSettings
@@ -21,8 +22,13 @@ from lapwan.wan.base import Base
 from lapwan.wan.device import pick_dtype
 
 
-def check_watching(settings: TrainSettings, base: Base, data: RunData, labels_needed: bool) -> list[str]:
+def check_watching(
+    settings: TrainSettings, base: Base, data: RunData, taxonomy: Taxonomy | None = None
+) -> list[str]:
     """Refuse, before any weights are loaded, what could not be watched; lines for the plan.
+
+    Args:
+        taxonomy: of the mixture that is trained: then held-out clips need labels, and previews take hints.
 
     Raises:
         UserError: no held-out clips, clips without labels, previews the model cannot make.
@@ -30,12 +36,12 @@ def check_watching(settings: TrainSettings, base: Base, data: RunData, labels_ne
     lines = []
     if settings.validation.every is not None:
         items = held_out(data.index, settings)
-        if labels_needed and not labelled(items):
+        if taxonomy is not None and not labelled(items):
             raise UserError("clips held out for validation have no label; run `lapwan label` before `lapwan cache`")
         lines.append(f"validation every {settings.validation.every} steps on {len(items)} clips x "
                      f"{settings.validation.sigmas} sigmas of each noise expert")
     if settings.preview.every is not None:
-        requests = preview_requests(settings.preview, base.spec, data.items[0].bucket)
+        requests = preview_requests(settings.preview, base.spec, data.items[0].bucket, taxonomy)
         r = requests[0]
         lines.append(f"previews every {settings.preview.every} steps: {len(requests)} videos of {r.num_frames} frames "
                      f"{r.size[0]}x{r.size[1]} in {r.steps} steps")
@@ -44,7 +50,7 @@ def check_watching(settings: TrainSettings, base: Base, data: RunData, labels_ne
 
 def add_watchers(
     trainer: Trainer, settings: TrainSettings, base: Base, data: RunData, device: torch.device,
-    adapter_set: AdapterSet | None = None,
+    adapter_set: AdapterSet | None = None, taxonomy: Taxonomy | None = None,
 ) -> None:
     """Give the trainer what looks at it; only the first process looks.
 
@@ -73,7 +79,7 @@ def add_watchers(
             plan.before_turn)
     if settings.preview.every is not None:
         console.detail("encoding the previews' prompts")
-        requests = preview_requests(settings.preview, base.spec, data.items[0].bucket)
+        requests = preview_requests(settings.preview, base.spec, data.items[0].bucket, taxonomy)
         dtype = pick_dtype(settings.dtype, device)
         generator = PreviewGenerator(
             base, adapter_set or AdapterSet(), device, dtype, adapters, requests, plan.before_turn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from itertools import combinations
 from typing import Any
 
 from lapwan import console
@@ -26,6 +27,19 @@ def trained_entries(adapter: Adapter) -> dict[str, dict[str, LoraEntry]]:
     layers = adapter.layers.values()
     columns = {group.column for layer in layers for group in layer.groups if group.trainable}
     return {name: adapter.state(name).entries for i, name in enumerate(adapter.group_names) if i in columns}
+
+
+def _of_experts(
+    label: str, experts: Mapping[str, Mapping[str, LoraEntry]], matrix: Mapping[str, Mapping[str, float | None]]
+) -> dict[str, float | None]:
+    """‖ΔW‖ of each expert of a mixture, and how much each two overlap."""
+    found: dict[str, float | None] = {
+        f"weights/{label}/delta_norm_of/{name}": summarise(measure(dict(own), spectrum=False)).delta_norm
+        for name, own in experts.items()
+    }
+    for a, b in combinations(matrix, 2):
+        found[f"weights/{label}/overlap/{a}-{b}"] = matrix[a][b]
+    return found
 
 
 class WeightWatch:
@@ -51,7 +65,10 @@ class WeightWatch:
                        for name, entries in own.items() for path, entry in entries.items()}
             figures[label] = summarise(measure(modules, spectrum=False))
         rates, steps = self._rates(), self._own_steps()
+        overlaps = {label: overlap(own) for label, own in groups.items() if len(own) > 1}
         found: dict[str, float | None] = {}
+        for label, matrix in overlaps.items():
+            found |= _of_experts(label, groups[label], matrix)
         for label, one in figures.items():
             found |= {f"weights/{label}/{name}": getattr(one, name) for name in (*RATIOS, "init_floor")}
         found |= {f"weights/ratio/{name}": value for name, value in ratios(figures, rates).items()}
@@ -62,8 +79,7 @@ class WeightWatch:
                 found[f"weights/{label}/growth_of_noise"] = grown[0][label]["sqrt_step"]
         reason = None
         if self._health.preset is not None and min(steps.values()) >= self._health.after:
-            overlaps = {label: overlap(own) for label, own in groups.items() if len(own) > 1} or None
-            verdict = judge(Evidence(PRESETS[self._health.preset], figures, rates, grown, step, overlaps))
+            verdict = judge(Evidence(PRESETS[self._health.preset], figures, rates, grown, step, overlaps or None))
             found["health/status"] = float(_LEVELS.index(verdict["status"]))
             reason = self._judge(verdict, step)
         self._before, self._steps_before, self._step_before = figures, steps, step

@@ -20,6 +20,7 @@ from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.train.build import read_data
 from lapwan.train.checklist import _bands, checklist
 from lapwan.train.checkpoint import checkpoints
+from lapwan.train.validation import fixed_draws
 from lapwan.train.watchers import check_watching
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
@@ -123,7 +124,8 @@ def test_validation_is_the_same_at_every_look_until_the_weights_change(make_lora
     assert first == trainer.watchers["validation"].losses(HIGH)
     assert len([name for name in first if name.startswith("loss_at_sigma_")]) == 3
     watcher = trainer.watchers["validation"]
-    noises = [watcher._draws(HIGH, watcher._store.batch([clip]), 0.5, place).noise_BCTHW
+    rule, key = watcher._rules[HIGH], (0, "validation")
+    noises = [fixed_draws(rule, watcher._store.batch([clip]), [0.5], key, place).noise_BCTHW
               for clip, place in ((0, 0), (0, 1), (1, 0))]
     assert not any(torch.equal(noises[0], other) for other in noises[1:])
     fitted(trainer)
@@ -153,7 +155,7 @@ def test_validation_without_held_out_clips_or_on_trained_ones_is_refused(t2v_cac
         settings = TrainLoraSettings.model_validate({
             "output": "run", "steps": 1, "model": "tiny", "data": {"cache": cache}, "validation": {"every": 1}, **more})
         with pytest.raises(UserError, match=message):
-            check_watching(settings, base, read_data(settings, base), labels_needed=False)
+            check_watching(settings, base, read_data(settings, base))
 
 
 def test_checkpoints_kept_are_the_newest_and_the_best(make_lora, split_cache, monkeypatch):

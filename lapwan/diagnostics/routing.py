@@ -1,0 +1,175 @@
+"""Is a router healthy? Sums over a window of clips, the users' thresholds on them, and the advice that goes with them.
+
+Shapes: B samples, E experts. Entropies in nats, natural logarithms. Thresholds were stated for four experts; those on
+usage scale with 1/E, the one on entropy with ln E.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_LOW_ENTROPY = 0.3 / math.log(4)  # of the largest possible
+_LEAST, _MOST = 0.2, 0.6  # of 1/E; of the way from 1/E to 1
+
+
+@dataclass(frozen=True)
+class RoutingTotals:
+    """Sums over clips in one flat fp64 vector, so that windows are differences and processes add up.
+
+    In order: clips, clips with a label, Σ entropy, Σ KL of labelled clips, usage [E], usage by family [E, E] and
+    confusion [E, E] (rows: the label's family, of labelled clips; columns: expert, or the router's choice).
+    """
+
+    flat: Tensor
+    experts: int
+
+    @staticmethod
+    def none(experts: int) -> RoutingTotals:
+        """Of no clip."""
+        return RoutingTotals(torch.zeros(4 + experts + 2 * experts * experts, dtype=torch.float64), experts)
+
+    @staticmethod
+    def of(
+        student_BE: Tensor, mix_BE: Tensor, label_BE: Tensor, labelled_B: Tensor, entropy_B: Tensor, kl_B: Tensor
+    ) -> RoutingTotals:
+        """Of these clips; `labelled_B` is 0 for clips whose label is only a fallback."""
+        experts = student_BE.shape[1]
+        family_BE = torch.nn.functional.one_hot(label_BE.argmax(dim=1), experts).to(mix_BE) * labelled_B[:, None]
+        chosen_BE = torch.nn.functional.one_hot(student_BE.argmax(dim=1), experts).to(mix_BE)
+        parts = [
+            labelled_B.new_tensor([len(labelled_B)]), labelled_B.sum().view(1), entropy_B.sum().view(1),
+            (kl_B * labelled_B).sum().view(1), mix_BE.sum(dim=0), (family_BE.T @ mix_BE).flatten(),
+            (family_BE.T @ chosen_BE).flatten(),
+        ]
+        return RoutingTotals(torch.cat(parts).double(), experts)
+
+    def __add__(self, other: RoutingTotals) -> RoutingTotals:
+        return RoutingTotals(self.flat + other.flat, self.experts)
+
+    def __sub__(self, other: RoutingTotals) -> RoutingTotals:
+        return RoutingTotals(self.flat - other.flat, self.experts)
+
+    @property
+    def clips(self) -> float:
+        """How many clips."""
+        return float(self.flat[0])
+
+    @property
+    def labelled(self) -> float:
+        """How many of them have a label that is no fallback."""
+        return float(self.flat[1])
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of the router before top-k."""
+        return float(self.flat[2]) / max(self.clips, 1.0)
+
+    @property
+    def teacher_kl(self) -> float | None:
+        """Mean KL(student ‖ teacher) of labelled clips."""
+        return float(self.flat[3]) / self.labelled if self.labelled else None
+
+    @property
+    def usage_E(self) -> Tensor:
+        """Mean share of each expert after top-k."""
+        return self.flat[4 : 4 + self.experts] / max(self.clips, 1.0)
+
+    def _square(self, start: int) -> Tensor:
+        return self.flat[start : start + self.experts**2].view(self.experts, self.experts)
+
+    @property
+    def usage_by_family_EE(self) -> Tensor:
+        """Mean mix of the clips of each family; rows of a family without clips are NaN."""
+        sums = self._square(4 + self.experts)
+        return sums / self.confusion_EE.sum(dim=1, keepdim=True)
+
+    @property
+    def confusion_EE(self) -> Tensor:
+        """Labelled clips by family (rows) and the router's first choice (columns)."""
+        return self._square(4 + self.experts + self.experts**2)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of labelled clips whose first choice is the label's family."""
+        return float(self.confusion_EE.trace()) / self.labelled if self.labelled else None
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """None: the users' own, scaled to the number of experts."""
+
+    entropy: float | None = None
+    least_usage: float | None = None
+    most_usage: float | None = None
+    teacher_kl: float = 1.0
+
+    def scaled(self, experts: int) -> tuple[float, float, float]:
+        """(entropy, least usage, most usage) for E experts: 0.3 nats, 5 % and 70 % for four."""
+        share = 1 / experts
+        return (
+            _LOW_ENTROPY * math.log(experts) if self.entropy is None else self.entropy,
+            _LEAST * share if self.least_usage is None else self.least_usage,
+            share + _MOST * (1 - share) if self.most_usage is None else self.most_usage,
+        )
+
+
+@dataclass(frozen=True)
+class RoutingFault:
+    """Something wrong with the routing: `kind` names it, `change` holds the settings that were advised, by key."""
+
+    kind: str
+    text: str
+    change: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        advice = ", ".join(f"{key} = {value:g}" for key, value in self.change.items())
+        return f"{self.text}; advice: " + (f"set {advice}, and " if advice else "") + "look at the label file"
+
+
+# What users were told to do, by settings key; a setting that is there already is not advised again.
+_ADVICE = {
+    "collapse": {"routing_loss.balance": 0.2, "routing_loss.entropy": 0.05, "routing_loss.teacher_kl": 2.0},
+    "usage": {"routing_loss.balance": 0.2, "data.balance": 1.0},
+    "divergence": {"routing_loss.teacher_kl": 2.0},
+}
+
+
+def judge_routing(
+    window: RoutingTotals, families: Sequence[str], thresholds: Thresholds, current: Mapping[str, float],
+    learned: bool = True,
+) -> list[RoutingFault]:
+    """What is wrong in a window: collapse, an expert used too much or hardly at all, a router far from its teacher.
+
+    Args:
+        current: the run's own values of the settings that may be advised.
+        learned: False for the rule router, which is as sure as the labels are: only its usage is judged.
+    """
+    if window.experts < 2 or not window.clips:
+        return []
+    entropy, least, most = thresholds.scaled(window.experts)
+
+    def warning(kind: str, advice: str, text: str) -> RoutingFault:
+        change = {key: value for key, value in _ADVICE[advice].items() if current.get(key, math.inf) < value}
+        return RoutingFault(kind, text, change)
+
+    found = []
+    if learned and window.entropy < entropy:
+        found.append(warning("collapse", "collapse", f"routing entropy {window.entropy:.2f} nats, below {entropy:.2f}: "
+                             "the router has collapsed"))
+    for family, share in zip(families, window.usage_E.tolist(), strict=True):
+        if share > most:
+            found.append(warning("overuse", "usage", f"expert '{family}' takes {share:.0%} of the gates, above "
+                                 f"{most:.0%}"))
+        elif share < least:
+            found.append(warning("underuse", "usage", f"expert '{family}' takes {share:.1%} of the gates, below "
+                                 f"{least:.1%}"))
+    kl = window.teacher_kl
+    if learned and kl is not None and kl > thresholds.teacher_kl:
+        found.append(warning("divergence", "divergence", f"KL to the teacher {kl:.2f} nats, above "
+                             f"{thresholds.teacher_kl:g}: the router has diverged from the labels"))
+    return found
