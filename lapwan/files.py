@@ -14,6 +14,13 @@ from lapwan.errors import UserError
 _TEMPORARY = ".lapwan-tmp-"
 
 
+def cache_root() -> Path:
+    """Where lapwan keeps what it can make again: $LAPWAN_CACHE_DIR, $XDG_CACHE_HOME/lapwan, or ~/.cache/lapwan."""
+    if own := os.environ.get("LAPWAN_CACHE_DIR"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lapwan"
+
+
 def _temporary(path: Path) -> Path:
     # The suffix stays last: writers such as PyAV choose the container by it.
     return path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")

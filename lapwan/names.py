@@ -27,6 +27,14 @@ class NoiseExpert(StrEnum):
         return f"{self.value}_noise"
 
 
+class Precision(StrEnum):
+    """A form of the frozen base's Linears with fewer bits than they are computed in: see `lapwan.wan.precision`."""
+
+    FP8 = "fp8"
+    INT8 = "int8"
+    NF4 = "nf4"
+
+
 @dataclass(frozen=True)
 class Band:
     """An interval of sigma in [0, 1] (1 = pure noise) that a noise expert serves."""

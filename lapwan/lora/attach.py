@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lapwan import keyed
 from lapwan.errors import UserError, nearest
 from lapwan.lora.layer import GateHolder, LayerGroup, StackedLoraLinear
+from lapwan.lora.linear import FrozenLinear
 from lapwan.lora.state import LoraEntry, LoraState
 
 
@@ -44,17 +45,17 @@ def initial_state(
     return LoraState(entries, {})
 
 
-def _linears(transformer: nn.Module) -> dict[str, nn.Linear]:
-    found = {}
+def _linears(transformer: nn.Module) -> dict[str, nn.Linear | FrozenLinear]:
+    found: dict[str, nn.Linear | FrozenLinear] = {}
     for name, module in transformer.named_modules():
         if isinstance(module, StackedLoraLinear):
             raise RuntimeError(f"the transformer already carries an adapter (at {name}); detach it first")
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | FrozenLinear):
             found[name] = module
     return found
 
 
-def _pick(linears: Mapping[str, nn.Linear], path: str) -> nn.Linear:
+def _pick(linears: Mapping[str, nn.Linear | FrozenLinear], path: str) -> nn.Linear | FrozenLinear:
     if path not in linears:
         raise UserError(f"the adapter has module '{path}', which this model does not{nearest(path, linears)}; "
                         "it was made for another model")

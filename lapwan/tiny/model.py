@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
 from lapwan import files
+from lapwan.files import cache_root
 from lapwan.names import NoiseExpert
 from lapwan.wan.folder import DEFAULTS_FILE, Task
 
@@ -43,13 +43,6 @@ WEIGHTS = Path(str(package_files("lapwan.tiny"))) / "weights"
 def expert_file(expert: NoiseExpert) -> str:
     """File of a noise expert's weights."""
     return f"{expert.component}.safetensors"
-
-
-def cache_root() -> Path:
-    """Where lapwan keeps what it can make again: $LAPWAN_CACHE_DIR, $XDG_CACHE_HOME/lapwan, or ~/.cache/lapwan."""
-    if own := os.environ.get("LAPWAN_CACHE_DIR"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lapwan"
 
 
 @cache

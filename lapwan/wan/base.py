@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +20,7 @@ from lapwan.lora.merge import linear_weights, plan_terms
 from lapwan.names import Band, NoiseExpert
 from lapwan.wan.backbone import load_transformer
 from lapwan.wan.folder import ModelSpec, Task, weight_files
+from lapwan.wan.quantised import Recipe, load_quantised_transformer
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Base:
-    """`loras` are merged at load: W + Σ strength·ΔW, accumulated in fp32 and rounded once, to the checkpoint's own dtype:
-    bit for bit what a merged folder holds."""
+    """`loras` are merged at load: W + Σ strength·ΔW, accumulated in fp32 and rounded once, to the checkpoint's own
+    dtype: bit for bit what a merged folder holds."""
 
     spec: ModelSpec
     loras: Mapping[NoiseExpert, Sequence[tuple[LoraFile, float]]] = field(default_factory=dict)
@@ -60,14 +60,21 @@ class Base:
         return merged_fingerprint(self.spec.fingerprint(expert), own)
 
     def load(
-        self, expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        self, expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+        recipe: Recipe | None = None,
     ) -> WanTransformer3DModel:
         """The frozen transformer of a noise expert, with the LoRAs in its weights.
+
+        Args:
+            recipe: quantises the blocks' Linears, after the merge.
 
         Raises:
             UserError: a LoRA made for another model, or a merge that `lapwan merge` would refuse.
         """
         merged = self.merged_weights(expert)
+        if recipe is not None:
+            return load_quantised_transformer(
+                self.spec, expert, recipe, self.fingerprint(expert), dtype, device, merged)
         transformer = load_transformer(self.spec, expert, dtype, device)
         for name, weight in merged.items():
             transformer.get_parameter(name).data.copy_(weight())
