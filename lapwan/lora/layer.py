@@ -32,7 +32,11 @@ class GateHolder:
 
     @contextmanager
     def scope(self, gates_BG: Tensor) -> Iterator[None]:
-        """Hold the gates (one row per sample, or a single row for all) until the block ends: backward goes inside."""
+        """Hold the gates until the block ends: backward goes inside.
+
+        One row for all, or one a sample; a batch of several copies of the samples (guidance's two sides) meets them
+        copy by copy.
+        """
         before, self.gates_BG = self.gates_BG, gates_BG
         try:
             yield
@@ -95,13 +99,15 @@ class StackedLoraLinear(nn.Module):
             if self.holder.required:
                 raise RuntimeError("a mixture's forward ran without gates: run it inside GateHolder.scope(gates)")
             return self.scale_R.to(x.dtype)
-        if gates.shape[0] not in (1, x.shape[0]):
+        if x.shape[0] % gates.shape[0]:
             raise RuntimeError(f"gates for {gates.shape[0]} samples met a batch of {x.shape[0]}")
         # A sum over columns and not an index: its backward is a plain sum, where an index's sorts or adds in any order.
         columns = torch.arange(gates.shape[1], device=gates.device)
         of_row_GR = (self.group_of_row_R == columns[:, None]) * self.scale_R.to(gates.dtype)
         scaled = (gates[:, :, None] * of_row_GR).sum(dim=1)
-        return scaled.to(x.dtype).view(gates.shape[0], *[1] * (x.dim() - 2), -1)
+        if gates.shape[0] not in (1, x.shape[0]):
+            scaled = scaled.repeat(x.shape[0] // gates.shape[0], 1)
+        return scaled.to(x.dtype).view(scaled.shape[0], *[1] * (x.dim() - 2), -1)
 
     def forward(self, x: Tensor) -> Tensor:
         return project([self], x)[0]
@@ -138,7 +144,7 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     rows = [scale.shape[-1] for scale in scales]
     down = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(x.dtype)
     scale = torch.cat(scales, -1)
-    hidden = (F.linear(x, down) * scale).split(rows, dim=-1)
+    hidden = torch.split(F.linear(x, down) * scale, rows, dim=-1)
     for (at, layer), part in zip(stacked, hidden, strict=True):
         kept = part if layer.holder.mask is None else layer.holder.mask(layer, part)
         outputs[at] = _plus_up(outputs[at], kept, layer.up().to(x.dtype))

@@ -16,6 +16,8 @@ from torch import Tensor
 from lapwan.names import NoiseExpert
 from lapwan.sampling.grid import Grid, Step
 from lapwan.wan.backbone import velocity
+from lapwan.wan.fastpath import Prompt
+from lapwan.wan.forward import TokenTimes
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -40,15 +42,22 @@ class Conditions:
             return x_BCTHW
         return torch.cat([self.first_BC1HW.to(x_BCTHW), x_BCTHW[:, :, 1:]], dim=2)
 
-    def timesteps(self, x_BCTHW: Tensor, timestep: Tensor, patch: tuple[int, int, int]) -> Tensor:
-        """[B]; with a clean first frame one a token [B, N], 0 on the first frame's."""
+    def timesteps(self, x_BCTHW: Tensor, timestep: Tensor, patch: tuple[int, int, int]) -> Tensor | TokenTimes:
+        """[B]; with a clean first frame 0 for the first frame's tokens, the timestep for all others."""
         batch, _, frames, height, width = x_BCTHW.shape
         if self.first_BC1HW is None:
             return timestep.to(x_BCTHW.device).expand(batch)
-        per_frame = timestep.to(x_BCTHW).expand(frames).clone()
-        per_frame[0] = 0.0
-        tokens = (height // patch[1]) * (width // patch[2])
-        return per_frame[:: patch[0]].repeat_interleave(tokens).expand(batch, -1)
+        values = torch.stack([torch.zeros((), device=x_BCTHW.device), timestep.to(x_BCTHW).reshape(())])
+        a_frame = (height // patch[1]) * (width // patch[2])
+        tokens = torch.arange((frames // patch[0]) * a_frame, device=x_BCTHW.device)
+        return TokenTimes(values.expand(batch, 2), (tokens >= a_frame).long())
+
+    def twice(self) -> Conditions:
+        """The text's and the negative prompt's side as a batch of two."""
+        if self.negative_BLD is None:
+            raise ValueError("guidance above 1 needs the negative prompt's text")
+        pair = [None if part is None else torch.cat([part, part]) for part in (self.image_BCTHW, self.first_BC1HW)]
+        return Conditions(torch.cat([self.text_BLD, self.negative_BLD]), None, *pair)
 
 
 @dataclass(frozen=True)
@@ -69,21 +78,64 @@ class Guidance:
 
 
 def guided_velocity(
-    transformer: WanTransformer3DModel, x_BCTHW: Tensor, timestep: Tensor, conditions: Conditions, guidance: float
+    transformer: WanTransformer3DModel, x_BCTHW: Tensor, timestep: Tensor, conditions: Conditions, guidance: float,
+    together: bool = True, prompts: Prompts | None = None,
 ) -> Tensor:
     """v = v_neg + g·(v_text − v_neg); for g ≤ 1 just v_text, with one evaluation. In fp32.
 
+    Args:
+        together: both sides in one batch, which reads the weights once; else one after the other, with half the memory.
+        prompts: the same text in a form that remembers (see `Prompts`); only without gradients.
+
     Source: Ho & Salimans, Classifier-Free Diffusion Guidance (arXiv 2207.12598).
     """
-    x_BCTHW = conditions.placed(x_BCTHW)
-    timesteps = conditions.timesteps(x_BCTHW, timestep, transformer.config.patch_size)
-    v = velocity(transformer, x_BCTHW, timesteps, conditions.text_BLD, conditions.image_BCTHW)
+    patch = transformer.config.patch_size
+
+    def evaluate(x: Tensor, given: Conditions, text: Tensor | Prompt) -> Tensor:
+        x = given.placed(x)
+        return velocity(transformer, x, given.timesteps(x, timestep, patch), text, given.image_BCTHW)
+
+    text: Tensor | Prompt = conditions.text_BLD if prompts is None else prompts.text
     if guidance <= 1.0:
-        return v
-    if conditions.negative_BLD is None:
-        raise ValueError("guidance above 1 needs the negative prompt's text")
-    negative = velocity(transformer, x_BCTHW, timesteps, conditions.negative_BLD, conditions.image_BCTHW)
+        return evaluate(x_BCTHW, conditions, text)
+    if together:
+        both = conditions.twice()
+        v, negative = evaluate(
+            torch.cat([x_BCTHW, x_BCTHW]), both, both.text_BLD if prompts is None else prompts.both()
+        ).chunk(2)
+    else:
+        if conditions.negative_BLD is None:
+            raise ValueError("guidance above 1 needs the negative prompt's text")
+        v = evaluate(x_BCTHW, conditions, text)
+        negative = evaluate(x_BCTHW, conditions, conditions.negative_BLD if prompts is None else prompts.negative())
     return negative + guidance * (v - negative)
+
+
+class Prompts:
+    """The texts of one generation, each remembering its cross-attention keys and values where they stay the same."""
+
+    def __init__(self, conditions: Conditions, together: bool) -> None:
+        self._both: Prompt | None = None
+        self._negative: Prompt | None = None
+        if conditions.negative_BLD is None:
+            self.text = Prompt(conditions.text_BLD)
+        elif together:
+            self._both = Prompt(torch.cat([conditions.text_BLD, conditions.negative_BLD]))
+            self.text = self._both.first(len(conditions.text_BLD))
+        else:
+            self.text, self._negative = Prompt(conditions.text_BLD), Prompt(conditions.negative_BLD)
+
+    def both(self) -> Prompt:
+        """Text and negative prompt as a batch."""
+        if self._both is None:
+            raise ValueError("guidance above 1 needs the negative prompt's text")
+        return self._both
+
+    def negative(self) -> Prompt:
+        """The negative prompt."""
+        if self._negative is None:
+            raise ValueError("guidance above 1 needs the negative prompt's text")
+        return self._negative
 
 
 Scope = Callable[[Step], AbstractContextManager[object]]
@@ -98,6 +150,7 @@ def denoise(
     transformer: Callable[[NoiseExpert], WanTransformer3DModel],
     scope: Scope,
     on_step: Callable[[Step, Tensor], None] = lambda step, x0: None,
+    together: bool = True,
 ) -> Tensor:
     """Run the grid from x at its first sigma to sigma 0.
 
@@ -106,11 +159,14 @@ def denoise(
             never loaded.
         scope: holds the adapters' gates of a step around its evaluations.
         on_step: called after each step with its estimate of the clean latents, x0 = x − σ·v.
+        together: guidance's two sides as one batch (see `guided_velocity`).
     """
+    prompts = Prompts(conditions, together)
+
     def evaluate(step: Step, x_BCTHW: Tensor) -> Tensor:
         model = transformer(step.expert)  # not held between steps: it may have to make room for the next
         with scope(step):
-            return guided_velocity(model, x_BCTHW, step.timestep, conditions, guidance.at(step))
+            return guided_velocity(model, x_BCTHW, step.timestep, conditions, guidance.at(step), together, prompts)
 
     for step in grid.steps:
         v = evaluate(step, x_BCTHW)

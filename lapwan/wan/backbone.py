@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
+from lapwan.wan.fastpath import Prompt
 from lapwan.wan.folder import ModelSpec, weight_files
+from lapwan.wan.forward import TokenTimes, predict
 from lapwan.wan.original import has_original_names, load_transformer_files
 
 if TYPE_CHECKING:
@@ -57,19 +59,20 @@ def _aligned(model: WanTransformer3DModel) -> WanTransformer3DModel:
 def velocity(
     transformer: WanTransformer3DModel,
     x_BCTHW: Tensor,
-    timestep_B: Tensor,
-    text_BLD: Tensor,
+    timestep: Tensor | TokenTimes,
+    text: Tensor | Prompt,
     condition_BCTHW: Tensor | None = None,
 ) -> Tensor:
     """v̂ = model([x | condition], timestep, text), in fp32 or the latents' wider dtype.
 
     Args:
-        timestep_B: 1000·sigma in training, the scheduler's own (integer for UniPC) in sampling; never in bf16.
+        timestep: 1000·sigma in training, the scheduler's own (integer for UniPC) in sampling; never in bf16. [B], one a
+            token [B, N], or a sequence's few distinct ones.
+        text: features [B, L, D], or a generation's prompt, which remembers what every step would compute again.
         condition_BCTHW: I2V's mask and image channels [B, 20, T, H, W], None for T2V.
     """
     dtype = transformer.patch_embedding.weight.dtype
     hidden = x_BCTHW if condition_BCTHW is None else torch.cat([x_BCTHW, condition_BCTHW.to(x_BCTHW)], dim=1)
-    out: Tensor = transformer(
-        hidden_states=hidden.to(dtype), timestep=timestep_B, encoder_hidden_states=text_BLD.to(dtype), return_dict=False
-    )[0]
+    given = text if isinstance(text, Prompt) else text.to(dtype)
+    out = predict(transformer, hidden.to(dtype), timestep, given)
     return out.to(torch.promote_types(x_BCTHW.dtype, torch.float32))

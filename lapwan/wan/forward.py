@@ -1,0 +1,139 @@
+"""The whole transformer: diffusers' modules and function, without what a run never needs.
+
+Blocks before the first trained one run without a graph, exactly: nothing before them can receive a gradient.
+Shapes: B samples, C latent channels, T, H, W latent frames, height, width, N tokens, L text tokens, D width, K rows of
+timesteps (1 where the whole sequence has one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lapwan.wan.block import Rope, block_forward, layer_norm, widened
+from lapwan.wan.fastpath import Checkpointing, FastPath, Prompt, Trained, look_at, path_of, run_checkpointed
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+
+@dataclass(frozen=True)
+class TokenTimes:
+    """A sequence with few distinct timesteps: their values [B, K], and which one each token has [N]."""
+
+    values_BK: Tensor
+    row_of_token_N: Tensor
+
+
+@dataclass(frozen=True)
+class _Time:
+    """Embedded timesteps: for the head [B, K, D], for the blocks [B, K, 6, D]; B and K may be 1 for all."""
+
+    rows_BKD: Tensor
+    modulation_BK6D: Tensor
+    row_of_token_N: Tensor | None
+
+
+def _embed_time(embedder: Any, timestep: Tensor | TokenTimes, dtype: torch.dtype) -> _Time:
+    """Only distinct rows: an expanded dimension (stride 0) is one row, without asking the device."""
+    row_of_token_N = None
+    if isinstance(timestep, TokenTimes):
+        values_BK, row_of_token_N = timestep.values_BK, timestep.row_of_token_N
+    else:
+        values_BK = timestep[:, None] if timestep.dim() == 1 else timestep
+    for dim in (0, 1):
+        if values_BK.stride(dim) == 0:
+            values_BK = values_BK.narrow(dim, 0, 1)
+    shape = values_BK.shape
+    sines = embedder.timesteps_proj(values_BK.flatten())
+    weight_dtype = embedder.time_embedder.linear_1.weight.dtype
+    rows = embedder.time_embedder(sines.to(weight_dtype)).to(dtype)
+    modulation = embedder.time_proj(embedder.act_fn(rows))
+    return _Time(rows.unflatten(0, shape), modulation.unflatten(0, shape).unflatten(-1, (6, -1)), row_of_token_N)
+
+
+def _patches(patch_embedding: nn.Conv3d, hidden_BCTHW: Tensor) -> Tensor:
+    """A convolution whose stride is its kernel, as a product over patches: [B, N, D]."""
+    t, h, w = patch_embedding.kernel_size
+    batch, channels, frames, height, width = hidden_BCTHW.shape
+    cut = hidden_BCTHW.reshape(batch, channels, frames // t, t, height // h, h, width // w, w)
+    rows = cut.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, -1, channels * t * h * w)
+    return F.linear(rows, patch_embedding.weight.flatten(1), patch_embedding.bias)
+
+
+def _head(transformer: WanTransformer3DModel, x_BND: Tensor, time: _Time, latents_BCTHW: Tensor) -> Tensor:
+    """Norm, modulation, projection, and the patches put together again."""
+    shift, scale = (transformer.scale_shift_table.unsqueeze(0) + time.rows_BKD.unsqueeze(2)).unbind(2)
+    if time.row_of_token_N is not None:
+        shift, scale = (part.index_select(1, time.row_of_token_N) for part in (shift, scale))
+    y = layer_norm(transformer.norm_out, widened(x_BND)) * (1 + scale) + shift
+    out = transformer.proj_out(y.to(x_BND.dtype))
+    t, h, w = transformer.config.patch_size
+    batch, _, frames, height, width = latents_BCTHW.shape
+    out = out.reshape(batch, frames // t, height // h, width // w, t, h, w, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    joined: Tensor = out.reshape(batch, -1, frames, height, width)
+    return joined
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """What every block takes besides the tokens."""
+
+    text_BLD: Tensor
+    prompt: Prompt | None
+    time: _Time
+    rope: Rope
+    checkpointing: Checkpointing
+
+
+def _run_block(path: FastPath, index: int, block: Any, x_BND: Tensor, given: _Stream, seen: Trained) -> Tensor:
+    # Dropout's masks are drawn in Python, by name: what compiles cannot hold them.
+    function = block_forward if seen.dropout else path.block
+
+    def run(x: Tensor, text_BLD: Tensor, modulation_BK6D: Tensor) -> Tensor:
+        if path.residency is not None:
+            path.residency.ready(index)
+        keys_values = None if given.prompt is None else given.prompt.keys_values(index, block)
+        out = function(
+            block, x, text_BLD if keys_values is None else None, keys_values, modulation_BK6D,
+            given.time.row_of_token_N, given.rope,
+        )
+        if path.residency is not None:
+            path.residency.done(index)
+        return out
+
+    kind: Checkpointing = given.checkpointing if seen.graph else "off"
+    return run_checkpointed(run, kind, function is not block_forward, x_BND, given.text_BLD, given.time.modulation_BK6D)
+
+
+def predict(
+    transformer: WanTransformer3DModel, hidden_BCTHW: Tensor, timestep: Tensor | TokenTimes, text: Tensor | Prompt
+) -> Tensor:
+    """What `transformer(hidden, timestep, text)` gives: [B, out channels, T, H, W] in the weights' dtype.
+
+    Args:
+        timestep: [B], [B, N], or a sequence's few distinct ones.
+        text: features [B, L, text width], or a generation's prompt.
+    """
+    path, embedder = path_of(transformer), transformer.condition_embedder
+    grad = torch.is_grad_enabled()
+    dtype = hidden_BCTHW.dtype
+    with torch.no_grad():  # a table of the size alone
+        rope = path.rope(transformer, hidden_BCTHW)
+    prompt = text if isinstance(text, Prompt) else None
+    words = text.embedded(transformer) if isinstance(text, Prompt) else embedder.text_embedder(text)
+    time = _embed_time(embedder, timestep, dtype)
+    x = _patches(transformer.patch_embedding, hidden_BCTHW)
+    checkpointing = path.checkpointing or ("block" if transformer.gradient_checkpointing else "off")
+    given = _Stream(words, prompt, time, rope, checkpointing)
+    started = grad and any(t.requires_grad for t in (x, words, time.modulation_BK6D))
+    for index, block in enumerate(transformer.blocks):
+        seen = look_at(block) if grad else Trained(False, False)
+        started = started or seen.graph
+        with torch.set_grad_enabled(started):
+            x = _run_block(path, index, block, x, given, Trained(started, seen.dropout))
+    return _head(transformer, x, time, hidden_BCTHW)
