@@ -103,4 +103,5 @@ def kept_elements(config: CLIPConfig) -> int:
     """Elements that one picture's graph keeps in the vision tower."""
     vision = config.vision_config
     tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-    return int(vision.num_hidden_layers * tokens * (6 * vision.hidden_size + vision.intermediate_size))
+    block = 6 * vision.hidden_size + vision.intermediate_size
+    return int(tokens * (vision.num_hidden_layers * block + 2 * vision.hidden_size))  # and the first norm

@@ -75,7 +75,7 @@ def _from_merges(path: Path) -> CLIPTokenizer:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             lines = file.read().splitlines()
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as CLIP's merges: {error}; give a tokenizer folder or {BPE_FILE}") from None
+        raise UserError(f"cannot read {path} as merges: {error}; give a tokenizer folder or {BPE_FILE}") from None
     pairs = [tuple(line.split(" ")) for line in lines[1:_MERGES + 1]]  # the first line is a title
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise UserError(f"{path} does not hold one merge a line; give a tokenizer folder or {BPE_FILE}")
