@@ -15,7 +15,7 @@ from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 from lapwan.settings.train import TrainSettings
 from lapwan.train.data import ClipStore
-from lapwan.train.objective import Draws, Objective, SigmaRule
+from lapwan.train.objective import Draws, Key, Objective, SigmaRule
 from lapwan.train.watch import Seen
 
 
@@ -36,6 +36,16 @@ def held_out(index: CacheIndex, settings: TrainSettings) -> list[CachedItem]:
                         "held out for validation; set data.split = \"train\"")
     step = max(1, len(items) // wanted.clips)
     return items[::step][: wanted.clips]
+
+
+def fixed_draws(rule: SigmaRule, batch: Batch, u: Sequence[float], key: Key, place: int) -> Draws:
+    """Sigma at given u in 0..1, noise keyed by (*key, clip, place): the same at every look and for every adapter, in
+    whatever batch. No dropout, and no weight on the loss."""
+    shape, device = batch.latents_BCTHW.shape[1:], batch.latents_BCTHW.device
+    noise = torch.stack([torch.randn(shape, generator=keyed.generator(*key, clip, place)) for clip in batch.ids])
+    sigma_B = rule.sigmas(torch.tensor(u, dtype=torch.float64), (shape[-2], shape[-1]))
+    return Draws(sigma_B.to(device), noise.to(device), torch.zeros(len(u), dtype=torch.bool),
+                 torch.ones_like(sigma_B).to(device))
 
 
 class Validation:
@@ -65,7 +75,7 @@ class Validation:
         for index in range(len(self._store.items)):
             batch = self._store.batch([index])
             for place, u in enumerate(self._u):
-                draws = self._draws(expert, batch, u, place)
+                draws = fixed_draws(self._rules[expert], batch, [u], (self._seed, "validation"), place)
                 with self._objective.loss(expert, batch, draws) as loss:
                     own = {n: values for n, values in loss.figures.items() if n.startswith("metrics/")}
                     flow_B = loss.figures["loss/diffusion"]
@@ -74,13 +84,6 @@ class Validation:
                     sums.setdefault(name, []).append(values)
         joined = {name: torch.cat(values) for name, values in sums.items()}
         return {name: float(values.mean()) for name, values in joined.items() if values.numel()}
-
-    def _draws(self, expert: NoiseExpert, batch: Batch, u: float, place: int) -> Draws:
-        shape, device = batch.latents_BCTHW.shape, batch.latents_BCTHW.device
-        generator = keyed.generator(self._seed, "validation", batch.ids[0], place)
-        sigma_B = self._rules[expert].sigmas(torch.tensor([u], dtype=torch.float64), (shape[-2], shape[-1]))
-        return Draws(sigma_B.to(device), torch.randn(shape, generator=generator).to(device),
-                     torch.zeros(1, dtype=torch.bool), torch.ones_like(sigma_B).to(device))
 
     def state_dict(self) -> dict[str, Any]:
         return {}

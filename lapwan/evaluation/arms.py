@@ -1,0 +1,108 @@
+"""What is compared: adapters on a base, and how a mixture's experts are chosen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lapwan import console
+from lapwan.data.taxonomy import Taxonomy
+from lapwan.errors import UserError
+from lapwan.evaluation.clips import EvalClip
+from lapwan.sampling.adapters import AdapterSet, read_adapters
+from lapwan.sampling.generator import lora_facts
+from lapwan.settings.lora_argument import LoraArgument
+from lapwan.wan.base import Base
+from lapwan.wan.identity import text_identity, vae_identity
+
+TRUTH, WRONG = "truth", "wrong"
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One entry of a comparison.
+
+    `hint`: None leaves the choice to the mixture's router; "truth" gives each clip's own label, "wrong" another
+    family, anything else is a hint as `generate` takes it.
+    """
+
+    name: str
+    base: Base
+    adapters: AdapterSet = field(default_factory=AdapterSet)
+    hint: str | None = None
+    alpha_base: float | None = None
+    alpha_expert: Any = None
+
+    @property
+    def routed(self) -> bool:
+        """Whether a mixture's router chooses."""
+        return self.adapters.mixture is not None and self.hint is None
+
+    def hint_for(self, clip: EvalClip) -> str | None:
+        """The hint for a clip's video; None without a mixture or with its router."""
+        mixture = self.adapters.mixture
+        if mixture is None or self.hint not in (TRUTH, WRONG):
+            return self.hint
+        taxonomy = Taxonomy.from_dict(mixture.taxonomy)
+        return clip.hint(taxonomy) if self.hint == TRUTH else clip.wrong_hint(taxonomy)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything that decides its videos, apart from clips and sampling."""
+        spec = self.base.spec
+        said = {
+            "base": {e.value: self.base.fingerprint(e) for e in spec.experts}, "task": spec.task,
+            "boundary": spec.boundary, "vae": vae_identity(spec), "text": text_identity(spec),
+            "loras": [{k: v for k, v in fact.items() if k != "file"} for fact in lora_facts(self.adapters)],
+            "mixture": self.adapters.mixture_fingerprint(), "hint": self.hint, "alpha_base": self.alpha_base,
+            "alpha_expert": self.alpha_expert,
+        }
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def make_arm(
+    name: str, base: Base, loras: Sequence[LoraArgument] = (), moe: Path | None = None, any_base: bool = False,
+    **choice: Any,
+) -> Arm:
+    """An arm from files, checked against the model's headers.
+
+    Args:
+        any_base: take a mixture that was trained on another base; what differs is a warning.
+        choice: `hint`, `alpha_base`, `alpha_expert`.
+
+    Raises:
+        UserError: what `read_adapters` refuses, or a hint without a mixture.
+    """
+    said = [key for key, value in choice.items() if value is not None]
+    if said and moe is None:
+        raise UserError(f"adapter '{name}': {said[0]} acts on a mixture; give it one with moe = FILE")
+    try:
+        if moe is not None and any_base:
+            base, adapters = _on_another_base(name, base, loras, moe)
+        else:
+            base, adapters = read_adapters(base, loras, moe)
+    except UserError as error:
+        raise UserError(f"adapter '{name}': {error}") from None
+    return Arm(name, base, adapters, **choice)
+
+
+def _on_another_base(name: str, base: Base, loras: Sequence[LoraArgument], moe: Path) -> tuple[Base, AdapterSet]:
+    from lapwan.moe.file import read_mixture
+
+    mixture = read_mixture(moe)
+    if mixture.base_lora:
+        raise UserError(f"{moe} needs the base LoRA it was trained over, which any_base does not look for; leave "
+                        "any_base out")
+    base, set_ = read_adapters(base, loras, None)
+    spec = mixture.spec
+    other = [e.value for e in base.spec.experts if spec.base.get(e) not in (None, base.fingerprint(e))]
+    if spec.task != base.task:
+        console.warn(f"adapter '{name}': {moe} was trained for {spec.task}; this model is {base.task}")
+    elif other:
+        console.warn(f"adapter '{name}': {moe} was trained on another base ({', '.join(other)} noise differs)")
+    return base, AdapterSet(set_.loras, mixture, moe)
