@@ -127,7 +127,7 @@ class SrpoSettings(Settings):
     memory: Literal["auto", "both", "one"] = Field(
         "auto", description="Noise experts on the device: both, or one with the idle one parked in host memory.")
     activation_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="Recompute the transformer's activations in the backward pass; auto: where they do not fit.")
+        "auto", description="Recompute the transformer's activations in the backward pass; auto: where needed.")
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     held_out: HeldOutSettings = HeldOutSettings()
     seed: Annotated[int, Flag("--seed")] = Field(42, description="Order, noise, sigma, words and initial weights.")

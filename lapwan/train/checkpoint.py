@@ -97,7 +97,17 @@ def check_identity(folder: Path, saved: Mapping[str, str], ours: Mapping[str, st
 
 
 def _link(source: Path, target: Path) -> None:
-    """Replace `target` by a hard link to `source` (a copy where the file system has none), in one rename."""
+    """Replace `target` by a hard link to `source` (a copy where the file system has none), in one rename.
+
+    A folder (a whole transformer) is linked file by file; of the old folder what is no longer there goes.
+    """
+    if source.is_dir():
+        target.mkdir(exist_ok=True)
+        for file in source.iterdir():
+            _link(file, target / file.name)
+        for old in {p.name for p in target.iterdir()} - {p.name for p in source.iterdir()}:
+            (target / old).unlink()
+        return
     temporary = target.with_name(f".lapwan-tmp-link-{target.name}")
     temporary.unlink(missing_ok=True)
     try:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Means by parameter name, in the parameters' dtype and on their device."""
+    """Means by parameter name, on the parameters' device; in fp32 at least: in bf16 small steps would be lost."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self._parameters, self._decay = parameters, decay
-        self.means: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
+        self.means: dict[str, Tensor] = {
+            n: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for n, p in parameters.items()
+        }
         self._updates: dict[str, int] = dict.fromkeys(parameters, 0)
 
     @torch.no_grad()
@@ -28,7 +30,8 @@ class Ema:
         for name in names:
             count = self._updates[name] = self._updates[name] + 1
             decay = min(self._decay, (1 + count) / (10 + count))
-            self.means[name].lerp_(self._parameters[name].detach(), 1 - decay)
+            mean = self.means[name]
+            mean.lerp_(self._parameters[name].detach().to(mean.dtype), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -52,7 +52,7 @@ class StepLog:
         for name, values in {**loss.figures, "loss": total_B.detach()}.items():
             self.sums[name] = self.sums.get(name, 0) + values.sum()
             self.counts[name] = self.counts.get(name, 0) + values.numel()
-        self.losses.append(loss.figures["loss/diffusion"])
+        self.losses.append(loss.figures.get("loss/diffusion", total_B.detach()))
         self.sigmas.append(sigma_B.detach())
 
     def plain(self) -> tuple[dict[str, tuple[float, int]], list[float], list[float]]:

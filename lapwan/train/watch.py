@@ -45,10 +45,16 @@ class Rule(Protocol):
 
 @dataclass
 class Seen:
-    """What a watcher found: figures to log, and a reason to stop the run if there is one."""
+    """What a watcher found: figures to log, and a reason to stop the run if there is one.
+
+    `stop` is a fault the user must hear of; `finished` ends the run as done, early. `score` (lower is better) is what
+    the best checkpoints are kept by.
+    """
 
     figures: dict[str, float]
     stop: str | None = None
+    finished: str | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
