@@ -1,0 +1,155 @@
+"""Streamed blocks give the bits of resident ones, in any order of use, and hold no more than their places."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lapwan.lora.attach import Group, attach, initial_state
+from lapwan.names import NoiseExpert, Precision
+from lapwan.wan.backbone import load_transformer, velocity
+from lapwan.wan.base import Base
+from lapwan.wan.fastpath import path_of
+from lapwan.wan.hostmemory import HostSpace
+from lapwan.wan.quantised import Recipe
+from lapwan.wan.stream import BlockRing, Residence, tensors_of
+
+CPU = torch.device("cpu")
+
+
+def inputs(spec, batch: int = 1):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(batch, *spec.latent_shape(5, 32, 48), generator=generator)
+    return x, torch.full((batch,), 700.0), torch.randn(batch, 512, spec.text_dim, generator=generator) * 0.3
+
+
+@pytest.fixture(params=[None, *Precision], ids=lambda p: p.value if p else "plain")
+def loaded(request, tiny_t2v, tmp_path, monkeypatch):
+    if request.param is None:
+        return tiny_t2v, load_transformer(tiny_t2v, NoiseExpert.LOW)
+    monkeypatch.setenv("LAPWAN_CACHE_DIR", str(tmp_path))
+    return tiny_t2v, Base(tiny_t2v).load(NoiseExpert.LOW, recipe=Recipe(request.param))
+
+
+@torch.no_grad()
+def test_streamed_is_resident_bit_for_bit(loaded) -> None:
+    spec, model = loaded
+    expected = [velocity(model, *inputs(spec, batch)) for batch in (1, 2)]
+    residence = Residence(model, (), CPU, range(8))
+    residence.fetch()
+    for _ in range(2):
+        assert torch.equal(velocity(model, *inputs(spec)), expected[0])
+    assert torch.equal(velocity(model, *inputs(spec, 2)), expected[1])
+    residence.park()
+    residence.fetch()
+    assert torch.equal(velocity(model, *inputs(spec)), expected[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("streamed", [(0,), (0, 1), (2, 3, 4), (1, 5, 7), tuple(range(7))])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_any_blocks_and_any_depth(streamed, depth, tiny_t2v) -> None:
+    model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
+    expected = velocity(model, *inputs(tiny_t2v))
+    path_of(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in streamed}, CPU, depth)
+    for _ in range(3):
+        assert torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
+
+
+def test_every_forward_copies_each_block_once(tiny_t2v) -> None:
+    model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
+    ring = BlockRing({i: tensors_of(model.blocks[i]) for i in range(8)}, CPU)
+    one = sum(-(-t.nbytes // 256) * 256 for t in tensors_of(model.blocks[0]))
+    assert ring.place_bytes == 2 * one and ring.copied_bytes == 0
+    path_of(model).residency = ring
+    with torch.no_grad():
+        for count in (1, 2, 3):
+            velocity(model, *inputs(tiny_t2v))
+            assert ring.copied_bytes == (8 * count + 2) * one  # and the first two of the next
+
+
+@torch.no_grad()
+def test_a_forward_cut_short_does_not_mix_up_the_next(tiny_t2v) -> None:
+    model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
+    expected = velocity(model, *inputs(tiny_t2v))
+    ring = path_of(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in range(6)}, CPU)
+    original = ring.done
+
+    def stop(index: int) -> None:
+        original(index)
+        if index == 3:
+            raise KeyboardInterrupt
+
+    ring.done = stop
+    with pytest.raises(KeyboardInterrupt):
+        velocity(model, *inputs(tiny_t2v))
+    ring.done = original
+    assert torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
+
+
+def test_a_block_that_is_not_there_yet_is_seen_if_it_were_used(tiny_t2v) -> None:
+    """The places are what computes: another number in a place changes the result, so equality above says something."""
+    model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
+    with torch.no_grad():
+        expected = velocity(model, *inputs(tiny_t2v))
+        ring = path_of(model).residency = BlockRing({0: tensors_of(model.blocks[0])}, CPU)
+        ring.start()
+        ring._places[0].memory.view(torch.float32)[:1000] += 1.0
+        assert not torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
+
+
+def test_training_over_a_streamed_prefix_has_the_resident_gradients(tiny_t2v) -> None:
+    gradients = []
+    for streamed in ((), range(6)):
+        model = load_transformer(tiny_t2v, NoiseExpert.LOW)
+        ranks = {f"blocks.{i}.attn1.to_{part}": 4 for i in (6, 7) for part in "qv"}
+        state = initial_state(model, ranks, None, 3)
+        for entry in state.entries.values():
+            entry.up.normal_(generator=torch.Generator().manual_seed(1))
+        adapter = attach(model, [Group("lora", state, trainable=True)])
+        if streamed:
+            Residence(model, adapter.own_tensors(), CPU, streamed).fetch()
+        for _ in range(2):
+            velocity(model, *inputs(tiny_t2v)).square().mean().backward()
+        gradients.append({name: p.grad for name, p in adapter.parameters().items()})
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0 and torch.equal(gradient, gradients[1][name]), name
+
+
+def test_adapters_rows_stay_while_their_block_streams(tiny_t2v) -> None:
+    model = load_transformer(tiny_t2v, NoiseExpert.LOW)
+    adapter = attach(model, [Group("lora", initial_state(model, {"blocks.2.attn1.to_q": 4}, None, 3), trainable=True)])
+    own = {name: p.data_ptr() for name, p in adapter.parameters().items()}
+    residence = Residence(model, adapter.own_tensors(), CPU, range(8))
+    residence.fetch()
+    with torch.no_grad():
+        velocity(model, *inputs(tiny_t2v))
+    residence.park()
+    assert own == {name: p.data_ptr() for name, p in adapter.parameters().items()}
+
+
+def test_host_space_is_cut_into_aligned_pieces() -> None:
+    space = HostSpace(pinned=False)
+    pieces = [space.take(size) for size in (3, 300, 256)]
+    assert [len(piece) for piece in pieces] == [3, 300, 256]
+    tensor = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    assert torch.equal(space.copy_of(tensor), tensor)
+
+
+def test_a_block_is_one_copy_as_far_as_its_memory_lies_together(tiny_t2v, monkeypatch) -> None:
+    model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
+    expected = velocity(model, *inputs(tiny_t2v)).detach()
+    block = sum(-(-t.nbytes // 256) * 256 for t in tensors_of(model.blocks[0]))
+    original = HostSpace.__init__
+
+    def in_chunks(self: HostSpace, pinned: bool) -> None:
+        original(self, pinned)
+        self._least = int(2.5 * block)
+
+    monkeypatch.setattr(HostSpace, "__init__", in_chunks)
+    ring = path_of(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in range(8)}, CPU)
+    runs = [len(ring._blocks[i].runs) for i in range(8)]
+    assert sum(runs) < 14 and max(runs) == 2 and min(runs) == 1
+    with torch.no_grad():
+        assert torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
+
