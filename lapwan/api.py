@@ -70,6 +70,7 @@ class VideoGenerator:
         dtype: of the transformers: auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16 or fp16.
         memory: both noise experts on the device, or one at a time with the idle one in pinned host memory; auto: both
             where they fit. The frames are the same.
+        compile: the transformers' blocks through torch.compile; auto: on a GPU where a video saves what it takes.
 
     Raises:
         UserError: what cannot be understood. Files are read and checked with the first video.
@@ -84,10 +85,11 @@ class VideoGenerator:
         device: str = "auto",
         dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
         memory: Literal["auto", "both", "one"] = "auto",
+        compile: Literal["auto", "on", "off"] = "auto",
     ) -> None:
         said: dict[str, Any] = {
             "model": dict(model) if isinstance(model, Mapping) else str(model), "moe": moe, "device": device,
-            "dtype": dtype, "memory": memory,
+            "dtype": dtype, "memory": memory, "compile": compile,
             "lora": [lora if isinstance(lora, LoraArgument) else str(lora) for lora in loras],
         }
         self._start(load(ModelSettings, options=said, environment={}))
@@ -225,7 +227,7 @@ class VideoGenerator:
         base, adapters = self._adapters[wanted]
         if key not in self._generators:
             dtype = pick_dtype(self.settings.dtype, self._device)
-            self._generators[key] = Generator(base, adapters, self._device, dtype, self.settings.memory)
+            self._generators[key] = Generator(base, adapters, self._device, dtype, self.settings.memory, self.settings.compile)
         return self._generators[key], base, adapters
 
 

@@ -135,7 +135,7 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 
     Exactly their maths: the rows of the layers' A stand under each other, and each B takes its own part of A·x.
     """
-    outputs = [layer.base(x) if isinstance(layer, StackedLoraLinear) else layer(x) for layer in layers]
+    outputs = _frozen([layer.base if isinstance(layer, StackedLoraLinear) else layer for layer in layers], x)
     stacked = [(at, layer) for at, layer in enumerate(layers) if isinstance(layer, StackedLoraLinear)]
     if not stacked:
         return outputs
@@ -149,6 +149,13 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         kept = part if layer.holder.mask is None else layer.holder.mask(layer, part)
         outputs[at] = _plus_up(outputs[at], kept, layer.up().to(x.dtype))
     return outputs
+
+
+def _frozen(bases: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    kind = type(bases[0])
+    if issubclass(kind, FrozenLinear) and all(type(base) is kind for base in bases):
+        return kind.together([base for base in bases if isinstance(base, FrozenLinear)], x)
+    return [base(x) for base in bases]
 
 
 def _plus_up(y: Tensor, hidden: Tensor, up_OR: Tensor) -> Tensor:

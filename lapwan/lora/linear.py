@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,11 @@ class FrozenLinear(nn.Module):
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
+
+    @classmethod
+    def together(cls, layers: Sequence[FrozenLinear], x: Tensor) -> list[Tensor]:
+        """`[layer(x) for layer in layers]` of this class: what a form computes of x alone may be computed once."""
+        return [layer(x) for layer in layers]
 
 
 def device_of(base: nn.Linear | FrozenLinear) -> torch.device:

@@ -34,6 +34,7 @@ from lapwan.sampling.result import Video
 from lapwan.sampling.routing import Mix, alpha_vector, choose_mix
 from lapwan.sampling.sheet import contact_sheet
 from lapwan.wan.base import Base
+from lapwan.wan.compiling import Compile
 from lapwan.wan.condition import image_condition
 from lapwan.wan.folder import ModelSpec
 from lapwan.wan.identity import text_identity, vae_identity
@@ -58,10 +59,11 @@ class Generator:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         memory: Memory = "auto",
+        compile: Compile = "auto",
     ) -> None:
         base = base if isinstance(base, Base) else Base(base)
         self.spec, self.device, self.dtype = base.spec, torch.device(device), dtype
-        self.experts = NoiseExperts(base, adapters or AdapterSet(), self.device, dtype, memory)
+        self.experts = NoiseExperts(base, adapters or AdapterSet(), self.device, dtype, memory, compile)
         self._text: TextEncoder | None = None
         self._text_host: HostCopy | None = None
         self._vae: AutoencoderKLWan | None = None
@@ -145,7 +147,11 @@ class Generator:
         """Refuse what cannot be made, settle what stays on the device, and make the grid."""
         check_request(self.spec, request)
         self.experts.plan(request.num_frames, request.size)
-        return make_grid(self.spec, request.sampler, request.steps, request.flow_shift, request.start_sigma)
+        grid = make_grid(self.spec, request.sampler, request.steps, request.flow_shift, request.start_sigma)
+        guidance = Guidance(request.guidance, request.guidance_interval)
+        work = {e: sum(1 + (guidance.at(s) > 1) for s in grid.steps if s.expert is e) for e in self.spec.experts}
+        self.experts.expect(work, self.spec.latent_shape(request.num_frames, *request.size)[1:])
+        return grid
 
     def _start(self, request: Request, grid: Grid) -> Tensor:
         """x at the grid's first sigma: noise, or x_σ = σ·ε + (1 − σ)·x0 of the video to start from."""
@@ -192,6 +198,7 @@ class Generator:
 
             start = self._start(request, grid)
             latents = denoise(grid, start, conditions, guidance, self.experts.transformer, scope, tell)
+        self.experts.compiling.tell()
         if not bool(torch.isfinite(latents).all()):
             raise UserError(f"the latents are not finite in {_name(self.dtype)}; use --dtype "
                             f"{'bf16' if self.dtype == torch.float16 else 'fp32'}")

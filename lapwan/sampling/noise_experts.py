@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from lapwan.sampling.memory import (
     weight_bytes,
 )
 from lapwan.wan.base import Base
+from lapwan.wan.compiling import Compile, CompileReport, compile_blocks, pays
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -46,13 +48,18 @@ class NoiseExperts:
     """
 
     def __init__(
-        self, base: Base, adapters: AdapterSet, device: torch.device, dtype: torch.dtype, memory: Memory = "auto"
+        self, base: Base, adapters: AdapterSet, device: torch.device, dtype: torch.dtype, memory: Memory = "auto",
+        compile: Compile = "auto",
     ) -> None:
         self.base, self.adapters = base, adapters
         self.device, self.dtype, self.memory = device, dtype, memory
         self._loaded: dict[NoiseExpert, _Loaded] = {}
         self._together = memory != "one"
         self._told: str | None = None
+        self._compile = compile
+        self._work: dict[NoiseExpert, int] = {}
+        self._latents_THW: tuple[int, ...] = (0, 0, 0)
+        self.compiling = CompileReport()
 
     def use(self, base: Base, adapters: AdapterSet) -> None:
         """Take other adapters on the same model; what is loaded stays, unless LoRAs are merged into its weights."""
@@ -84,6 +91,10 @@ class NoiseExperts:
             tell(line)
         self._told = line
 
+    def expect(self, evaluations: Mapping[NoiseExpert, int], latents_THW: tuple[int, ...]) -> None:
+        """What the next video will ask of each noise expert, which decides whether compiling its blocks pays."""
+        self._work, self._latents_THW = dict(evaluations), latents_THW
+
     def resident(self) -> tuple[NoiseExpert, ...]:
         """The noise experts on the device now."""
         return tuple(expert for expert, one in self._loaded.items() if not one.parked)
@@ -102,6 +113,8 @@ class NoiseExperts:
             one.host.fetch(self.device)
             _move(one.adapter, self.device)
             one.parked = False
+        auto = self._compile == "auto" and pays(one.model, self._latents_THW, self._work.get(expert, 0), training=False)
+        compile_blocks(one.model, auto or self._compile == "on")
         return one.model
 
     def scope(self, expert: NoiseExpert, gates_1G: Tensor) -> AbstractContextManager[object]:

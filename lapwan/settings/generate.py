@@ -71,6 +71,9 @@ class ModelSettings(Settings):
     memory: Annotated[Literal["auto", "both", "one"], Flag(metavar="auto|both|one")] = Field(
         default="auto", description="Both noise experts on the device, or one at a time; auto: both where they fit."
     )
+    compile: Annotated[Literal["auto", "on", "off"], Flag(metavar="auto|on|off")] = Field(
+        default="auto", description="Blocks through torch.compile; auto: on a GPU where a video saves what it takes."
+    )
 
 
 class VideoSettings(Settings):

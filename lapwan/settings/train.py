@@ -155,6 +155,8 @@ class TrainSettings(Settings):
     sigma_bins: int = Field(4, ge=1, description="Parts of a noise expert's band whose losses are logged apart.")
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     device: Annotated[str, Flag("--device")] = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="Blocks through torch.compile; auto: on a GPU, for runs that save more than it takes.")
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Of the frozen base; auto: bf16 on a GPU.")
 
     @model_validator(mode="before")

@@ -35,6 +35,7 @@ from lapwan.train.ranks import Ranks
 from lapwan.train.trainer import Plan, Track, Trainer
 from lapwan.train.turns import interleave, one_after_the_other
 from lapwan.wan.base import Base
+from lapwan.wan.compiling import CompileReport, compile_blocks, pays
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def dropout_of(data: RunData) -> dict[NoiseExpert, DropoutRates]:
 
 def settings_hash(settings: TrainSettings) -> str:
     """sha256 of the resolved settings without where they write: 64 hex digits, to tell which run made a file."""
-    plain = settings.model_dump(mode="json", exclude={"output", "resume", "allow_changed", "device", "memory"})
+    plain = settings.model_dump(mode="json", exclude={"output", "resume", "allow_changed", "device", "memory", "compile"})
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -210,6 +211,8 @@ def make_trainer(
         resume_command=f"{command} --resume", identity=data.identity(base), changes_allowed=settings.allow_changed,
         ranks=ranks,
     )
+    _compile(settings, base, data, objective)
+    plan.after_step = CompileReport().tell
     trainer = Trainer(plan, objective)
     limits = {e: own.max_norm for e, own in data.experts.items() if own.max_norm is not None}
     if limits:
@@ -222,6 +225,16 @@ def make_trainer(
                 expert, own.alpha_schedule, objective.adapters[expert], base.bands[expert], ups,
                 optimisers[expert.value], trainer.ema)
     return trainer
+
+
+def _compile(settings: TrainSettings, base: Base, data: RunData, objective: Objective) -> None:
+    """Each noise expert's blocks compiled, as asked, else where the run is long enough for it."""
+    largest = max((base.spec.latent_shape(*item.bucket)[1:] for item in data.items), key=math.prod)
+    for expert, adapter in objective.adapters.items():
+        evaluations = data.schedule.count(expert) * settings.accumulate * settings.batch_size
+        transformer: Any = adapter.transformer
+        auto = settings.compile == "auto" and pays(transformer, largest, evaluations, training=True)
+        compile_blocks(transformer, auto or settings.compile == "on")
 
 
 def run_training(trainer: Trainer, settings: TrainSettings) -> bool:

@@ -69,6 +69,7 @@ class Plan:
     ranks: Ranks = field(default_factory=Ranks)
     memory: str = ""  # what was computed to be needed, for when it was not enough
     before_turn: Callable[[NoiseExpert], None] = lambda expert: None  # brings its weights to the device
+    after_step: Callable[[], None] = lambda: None  # may say what the step took besides computing
     # Gives a step's batches their clean latents where these are made (a rollout from the draws' noise), not read.
     complete: Callable[[NoiseExpert, Sequence[Batch], Sequence[Draws]], list[Batch]] = lambda e, batches, d: [*batches]
 
@@ -188,6 +189,7 @@ class Trainer:
         plan, expert = self.plan, self.plan.schedule[self.step]
         started = time.monotonic()
         figures = self._optimiser_step(expert)
+        plan.after_step()
         self.step += 1
         seconds = time.monotonic() - started
         self._logs[expert].seconds += seconds

@@ -19,7 +19,7 @@ in `KINDS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -213,6 +213,14 @@ class Fp8Linear(QuantisedLinear):
     def multiply(self, x8_NI: Tensor, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
         """The product for an input that `quantise_fp8` has quantised: q, k and v share theirs. No gradient."""
         return _fp8_product(x8_NI, x_scale, self.codes, self.scale, self.bias, dtype)
+
+    @classmethod
+    def together(cls, layers: Sequence[FrozenLinear], x: Tensor) -> list[Tensor]:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return [layer(x) for layer in layers]
+        x8, x_scale = quantise_fp8(x.flatten(0, -2))
+        return [layer.multiply(x8, x_scale, x.dtype).unflatten(0, x.shape[:-1])
+                for layer in layers if isinstance(layer, Fp8Linear)]
 
 
 class Int8Linear(QuantisedLinear):
