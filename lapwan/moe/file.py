@@ -1,7 +1,7 @@
 """The mixture's file: experts of both noise experts, router and timestep gates by module name; nothing of the base.
 
 Tensors: `{high|low}_noise.{module path}.{family}.lora_A.weight`, `.lora_B.weight`, `.alpha`;
-`both_noise.{module path}…` once where both noise experts share their experts; `{high|low}_noise.timestep_gate.values_K`;
+`both_noise.{module path}…` once where the noise experts share their experts; `{high|low}_noise.timestep_gate.values_K`;
 `router.*`. Metadata: `lapwan.format = mixture/1`, `lapwan.mixture` (JSON).
 """
 

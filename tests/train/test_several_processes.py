@@ -26,13 +26,16 @@ from lapwan.train.ranks import Ranks, join_ranks
 SETTINGS = {"targets": {"last_blocks": 1, "ffn_last_blocks": 1}, "steps": 2, "turn": 1, "model": "tiny",
             "accumulate": 2, "optimiser": {"lr": 1e-2}, "caption_dropout": 0.3, "roi_weight": 1.0, "ema_decay": 0.9,
             "dropout": {"rank": 0.2}, "max_norm": 0.5, "watch": {"every": 2}}
+MIXTURE = {"router": {"sigma": True}, "expert_dropout": 0.3, "routing_loss": {"teacher_kl_end": 0.2},
+           "routing_watch": {"every": 4, "after": 0}, "roi_fallback": "motion", "shared_experts": True}
 PREVIEW = {"every": 3, "prompts": ["电凝钩切割组织"], "steps": 2, "size": [32, 32], "num_frames": 1, "guidance": 1.0}
 
 
 def trainer_of(kind: str, cache: Path, run: Path, ranks: Ranks):
     """In fp64 as far as diffusers computes in it: its norms and time embedding take fp32 on the way."""
     model = TrainLoraSettings if kind == "lora" else TrainMoeSettings
-    settings = model.model_validate({**SETTINGS, "output": run, "data": {"cache": cache}, "preview": PREVIEW})
+    own = {} if kind == "lora" else MIXTURE
+    settings = model.model_validate({**SETTINGS, **own, "output": run, "data": {"cache": cache}, "preview": PREVIEW})
     base = resolve_base("tiny")
     data = build.read_data(settings, base)
     cpu = torch.device("cpu")

@@ -38,8 +38,9 @@ def backward(trainer: Trainer, expert: NoiseExpert, indices: list[int], only: st
     for parameter in trainer.parameters.values():
         parameter.grad = None
     batch = trainer.plan.load_batch(indices)
-    trainer.objective.prepare(expert, [batch])
-    with trainer.objective.loss(expert, batch, draws_for(trainer, expert, batch)) as loss:
+    draws = draws_for(trainer, expert, batch)
+    trainer.objective.prepare(expert, [batch], draws=[draws])
+    with trainer.objective.loss(expert, batch, draws) as loss:
         total_B = loss.terms[only] if only else loss.total_B
         total_B.mean().backward()
     return {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}
