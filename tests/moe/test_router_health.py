@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lapwan.diagnostics.routing import RoutingTotals, Thresholds, judge_routing
+from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.losses import routing
 from lapwan.losses.motion import motion_region
-from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.moe.router import LabelRouter, TextRouter, sigma_features
 from lapwan.names import NoiseExpert
