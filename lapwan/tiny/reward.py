@@ -1,0 +1,123 @@
+"""A reward for pictures of the embedded model: the instrument seen, and light, colour, contrast and smoothness.
+
+Small enough for a CPU and differentiable, it lets preference alignment run for real: the caption's instrument comes
+from the label rule, the control words (`WORDS`, English and Chinese) name appearances, and a picture is read by the
+shipped evaluator and by four statistics. Both are vectors [c, a·(instrument − 1/4), b·appearance], made unit.
+Shapes: B pictures, N captions, D = 1 + 4 + 4.
+
+How to add a word: a row in `WORDS`; it must not be a word of the taxonomy, whose families it would otherwise name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lapwan.data.labels import label_caption
+from lapwan.data.taxonomy import load_taxonomy
+from lapwan.data.text import units
+from lapwan.rewards.base import EmbeddingCache
+from lapwan.rewards.pixels import to_square
+from lapwan.settings.reward import TinyRewardSettings
+from lapwan.tiny.evaluators import INPUT, load_evaluator
+from lapwan.tiny.instruments import INSTRUMENTS
+from lapwan.tiny.scenes import FAMILIES
+
+APPEARANCES = ("light", "colour", "contrast", "smooth")
+# What a word asks of light, colour, contrast and smoothness; a text's words add up, each appearance within -1..1.
+WORDS: dict[str, tuple[float, float, float, float]] = {
+    **dict.fromkeys(("bright", "well lit", "natural lighting", "明亮", "自然光"), (1, 0, 0, 0)),
+    **dict.fromkeys(("dark", "dim", "昏暗", "阴暗"), (-1, 0, 0, 0)),
+    **dict.fromkeys(("red", "vivid", "colourful", "colorful", "鲜红", "鲜艳"), (0, 1, 0, 0)),
+    **dict.fromkeys(("pale", "grey", "gray", "colourless", "colorless", "苍白", "灰白"), (0, -1, 0, 0)),
+    **dict.fromkeys(("detail", "detailed", "contrast", "细节", "对比"), (0, 0, 1, 0)),
+    **dict.fromkeys(("flat", "faded", "平淡", "模糊"), (0, 0, -1, 0)),
+    **dict.fromkeys(("smooth", "crisp", "平滑", "清晰"), (0, 0, 0, 1)),
+    **dict.fromkeys(("grainy", "noisy", "blotchy", "噪点", "粗糙"), (0, 0, 0, -1)),
+    **dict.fromkeys(("real", "realistic", "photo", "真实", "逼真"), (0, 1, 0, 1)),
+    **dict.fromkeys(("painting", "oil", "concept art", "anime", "油画", "绘画", "动漫"), (0, -1, 0, -1)),
+}
+_PHRASES = tuple((units(word), torch.tensor(wish)) for word, wish in WORDS.items())
+# The common part keeps the cosines of a text and its opposite close, as a large model's are: so R stays below the
+# hinge's 0.7 in both branches, whatever the picture, and there is always something to learn from.
+_COMMON, _INSTRUMENT, _APPEARANCE = 1.0, 0.8, 0.35
+_SOFTENING = 2.0  # of the evaluator's logits: it is trained to be sure, and a sure softmax has no gradient
+# Middle and half-width of each statistic over rendered scenes of both styles and stills of the untrained base:
+# mean of luma; mean of r − (g + b)/2; log of luma's deviation; log of luma's mean slope a pixel.
+_MIDDLE = (0.5, 0.1, -1.6, -2.2)
+_HALF_WIDTH = (0.2, 0.08, 0.3, -0.3)  # the steeper, the less smooth
+_LUMA = (0.299, 0.587, 0.114)
+
+
+class TinyReward:
+    """Cosines of what a caption asks for and what a picture shows; its usual score is the cosine itself."""
+
+    scale = 1.0
+    english_text = False
+
+    def __init__(self, name: str = "tiny") -> None:
+        self.name = name
+        self._net = copy.deepcopy(load_evaluator())  # the shared one stays on the CPU
+        self._cache = EmbeddingCache()
+        self._taxonomy = load_taxonomy("surgical4")
+        self._device = torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the network."""
+        self._net.to(device)
+        self._device = torch.device(device)
+        return self
+
+    def text(self, captions: Sequence[str]) -> Tensor:
+        """[N, D] fp32, unit norm; a caption without an instrument asks for none in particular."""
+        return self._cache.get(captions, self._encode).to(self._device)
+
+    def _encode(self, captions: list[str]) -> Tensor:
+        rows = [_joined(torch.ones(1), self._instrument(caption), _wishes(caption)) for caption in captions]
+        return F.normalize(torch.stack(rows), dim=-1)
+
+    def _instrument(self, caption: str) -> Tensor:
+        label = label_caption(caption, self._taxonomy)
+        if label.fallback:
+            return torch.zeros(len(INSTRUMENTS))
+        names = [family.names[0] for family in self._taxonomy.families]
+        return torch.tensor([label.weights[names.index(FAMILIES[name])] for name in INSTRUMENTS]) - 1 / len(INSTRUMENTS)
+
+    def image(self, pixels_BCHW: Tensor) -> Tensor:
+        """[B, D] fp32, unit norm, differentiable; of a picture that is not square the middle counts."""
+        square = to_square(pixels_BCHW.float(), INPUT, "crop")
+        seen = (self._net(square * 2 - 1)[0] / _SOFTENING).softmax(dim=1) - 1 / len(INSTRUMENTS)
+        return F.normalize(_joined(torch.ones_like(seen[:, :1]), seen, appearance(square)), dim=-1)
+
+
+def _joined(common: Tensor, instrument: Tensor, look: Tensor) -> Tensor:
+    return torch.cat([_COMMON * common, _INSTRUMENT * instrument, _APPEARANCE * look], dim=-1)
+
+
+def _wishes(caption: str) -> Tensor:
+    text = units(caption)
+    found = [wish for phrase, wish in _PHRASES
+             if any(text[i:i + len(phrase)] == phrase for i in range(len(text) - len(phrase) + 1))]
+    return torch.stack([torch.zeros(len(APPEARANCES)), *found]).sum(dim=0).clamp(-1, 1)
+
+
+def appearance(pixels_BCHW: Tensor) -> Tensor:
+    """[B, 4] in (−1, 1): tanh((statistic − middle) / half-width) of light, colour, contrast and smoothness."""
+    red, green, blue = pixels_BCHW.unbind(dim=1)
+    luma = (pixels_BCHW * pixels_BCHW.new_tensor(_LUMA).view(3, 1, 1)).sum(dim=1)
+    across, down = luma[:, 1:-1, 2:] - luma[:, 1:-1, :-2], luma[:, 2:, 1:-1] - luma[:, :-2, 1:-1]
+    slope = (across.square() + down.square() + 1e-6).sqrt().mean(dim=(1, 2))
+    deviation = (luma.flatten(1).var(dim=1) + 1e-6).sqrt()
+    found = torch.stack([luma.mean(dim=(1, 2)), (red - (green + blue) / 2).mean(dim=(1, 2)), deviation.log(),
+                         slope.log()], dim=1)
+    return torch.tanh((found - found.new_tensor(_MIDDLE)) / found.new_tensor(_HALF_WIDTH))
+
+
+def make_tiny_reward(settings: TinyRewardSettings, device: torch.device | str) -> TinyReward:
+    """For `rewards.build.build_rewards`, as `others = {"tiny": make_tiny_reward}`."""
+    return TinyReward(settings.label).to(device)
