@@ -46,6 +46,8 @@ COMMANDS: tuple[Command, ...] = (
              "lapwan merge --model MODEL --lora high=A.safetensors --lora low=B.safetensors -o OUT"),
     _command("train-moe", "TrainMoeSettings", "Stage 2: a mixture of instrument LoRA experts with a learned router.",
              "lapwan train-moe --model merged --cache cache --steps 1000 -o stage2"),
+    _command("srpo", "SrpoSettings", "Align a noise expert with what reward models prefer, from prompts alone.",
+             "lapwan srpo --prompts captions.json --reward hps=HPS_v2.1_compressed.pt --size 512x512 -o aligned"),
     _command("generate", "GenerateSettings", "A prompt (and an image) to a video, through both noise experts.",
              'lapwan generate --model tiny --prompt "电凝钩切割组织" -o out.mp4'),
     _command("inspect-weights", "InspectWeightsSettings", "Magnitudes, norms, ratios and a verdict of LoRA files.",

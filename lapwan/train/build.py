@@ -23,6 +23,8 @@ from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
 from lapwan.losses.sigmas import LogitNormal, Shifted, ShiftedBySize, SigmaSampler, Squeezed, Uniform
 from lapwan.losses.weighting import Weighting
 from lapwan.names import Band, NoiseExpert
+from lapwan.settings.base import Settings
+from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.targets import TargetSettings
 from lapwan.settings.train import ExpertSettings, TrainSettings, split_evenly
 from lapwan.train.alpha import AlphaSchedule
@@ -156,9 +158,10 @@ def dropout_of(data: RunData) -> dict[NoiseExpert, DropoutRates]:
     return {e: DropoutRates(**own.dropout.model_dump()) for e, own in data.experts.items()}
 
 
-def settings_hash(settings: TrainSettings) -> str:
+def settings_hash(settings: Settings) -> str:
     """sha256 of the resolved settings without where they write: 64 hex digits, to tell which run made a file."""
-    plain = settings.model_dump(mode="json", exclude={"output", "resume", "allow_changed", "device", "memory", "compile"})
+    free = {"output", "resume", "allow_changed", "device", "memory", "compile"}
+    plain = settings.model_dump(mode="json", exclude=free)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -237,7 +240,7 @@ def _compile(settings: TrainSettings, base: Base, data: RunData, objective: Obje
         compile_blocks(transformer, auto or settings.compile == "on")
 
 
-def run_training(trainer: Trainer, settings: TrainSettings) -> bool:
+def run_training(trainer: Trainer, settings: TrainSettings | SrpoSettings) -> bool:
     """Resume if asked, then train to the end. False if there was nothing left to do."""
     if settings.resume:
         if trainer.resume():

@@ -5,7 +5,8 @@
 `fp32`: w, m and v are fp32; a model in bf16 gets w rounded once after each step. Bytes a number: 2 + 2 (gradient) + 12.
 `bf16`: w is the model's own bf16 tensor, m and v are bf16 too; each result is computed in fp32 and rounded
 stochastically, up with the probability of the part cut off, so that its mean is the exact result and steps far below
-bf16's spacing still move the weights as they should. Bytes a number: 8 in all.
+bf16's spacing still move the weights as they should. Bytes a number: 8 in all. The few tensors that the model itself
+keeps in fp32 (norms, modulation) stay what they are.
 With `on_cpu`, what is kept (the fp32 copy, m and v) lies in host memory and the step is computed there.
 Source: Loshchilov & Hutter (arXiv 1711.05101); stochastic rounding: Gupta et al. (arXiv 1502.02551).
 """
@@ -49,9 +50,8 @@ class MasterAdamW(Optimizer):
         plain = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
         super().__init__([dict(group) for group in groups], plain)
         self.master, self._on_cpu, self._seed = master, on_cpu, seed
-        wrong = [p.dtype for g in self.param_groups for p in g["params"] if p.dtype != torch.bfloat16]
-        if master == "bf16" and wrong:
-            raise ValueError(f"bf16 masters are the model's own tensors, which must be bf16, not {wrong[0]}")
+        if master == "bf16" and all(p.dtype != torch.bfloat16 for g in self.param_groups for p in g["params"]):
+            raise ValueError("bf16 masters are the model's own tensors, but none of them is bf16")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -63,13 +63,17 @@ class MasterAdamW(Optimizer):
                 if parameter.grad is not None:
                     self._step_one(index, group, parameter)
 
+    def _exact(self, own: Tensor) -> bool:
+        return self.master == "fp32" or own.dtype != torch.bfloat16
+
     def _start(self, parameter: Tensor) -> dict[str, Any]:
         own = local(parameter.detach())
         home = torch.device("cpu") if self._on_cpu else own.device
-        dtype = torch.float32 if self.master == "fp32" else torch.bfloat16
+        exact = self._exact(own)
+        dtype = torch.float32 if exact else torch.bfloat16
         state: dict[str, Any] = {"step": 0}
         state |= {name: torch.zeros(own.shape, dtype=dtype, device=home) for name in ("exp_avg", "exp_avg_sq")}
-        if self.master == "fp32" and (own.dtype != torch.float32 or own.device != home):
+        if exact and (own.dtype != torch.float32 or own.device != home):
             state["master"] = own.to(home, torch.float32, copy=True)
         return state
 
@@ -82,7 +86,7 @@ class MasterAdamW(Optimizer):
         home = state["exp_avg"].device
         assert parameter.grad is not None
         gradient = local(parameter.grad.detach()).to(home, torch.float32)
-        exact = self.master == "fp32"
+        exact = self._exact(own)
         mean = state["exp_avg"] if exact else state["exp_avg"].float()
         square = state["exp_avg_sq"] if exact else state["exp_avg_sq"].float()
         weight = state.get("master", own) if exact else own.to(home, torch.float32)

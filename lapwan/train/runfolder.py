@@ -10,19 +10,20 @@ from lapwan import files
 from lapwan.console import warn
 from lapwan.errors import UserError
 from lapwan.settings.base import to_toml
+from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train import TrainSettings
 from lapwan.train.checkpoint import checkpoints
 from lapwan.train.metrics import METRICS_FILE
 
 SETTINGS_FILE = "settings.toml"
 PREVIEWS = "previews"
-# What may differ between a run and its resumption. Model and data are checked by what they hold, so that they may have
-# moved (`checkpoint.check_identity`); the rest changes no number that is trained.
+# What may differ between a run and its resumption. Model, data and prompts are checked by what they hold, so that they
+# may have moved (`checkpoint.check_identity`); the rest changes no number that is trained.
 _FREE = ("output", "resume", "allow_changed", "model", "data", "device", "save_every", "keep_last", "keep_best",
          "log_every", "sigma_bins", "memory", "compile", "watch", "validation", "preview", "health")
 
 
-def claim_run(settings: TrainSettings, overwrite: bool) -> None:
+def claim_run(settings: TrainSettings | SrpoSettings, overwrite: bool) -> None:
     """Check the run folder: new, or one to resume with the same settings.
 
     Raises:
@@ -41,7 +42,7 @@ def claim_run(settings: TrainSettings, overwrite: bool) -> None:
         warn(f"going on with other settings: {changed}")
 
 
-def changes(settings: TrainSettings) -> str:
+def changes(settings: TrainSettings | SrpoSettings) -> str:
     """What differs from the settings the run was made with, as `optimiser.lr: 0.0001 -> 0.001; ...`."""
     told = settings.output / SETTINGS_FILE
     before = _leaves(tomllib.loads(told.read_text(encoding="utf-8")))
@@ -57,7 +58,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def start_folder(settings: TrainSettings, overwrite: bool) -> None:
+def start_folder(settings: TrainSettings | SrpoSettings, overwrite: bool) -> None:
     """Make the run folder and write the resolved settings into it; an older run is removed under --overwrite.
 
     Settings changed at a resumption replace the old ones, which stay beside them under their step.

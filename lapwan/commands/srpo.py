@@ -1,0 +1,162 @@
+"""`lapwan srpo`: a noise expert aligned with what reward models prefer."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+
+import torch
+
+from lapwan import console
+from lapwan.commands.base import resolve_base
+from lapwan.commands.plan import one_voice, print_plan
+from lapwan.data.cachefile import load_index
+from lapwan.errors import UserError
+from lapwan.names import Band, NoiseExpert
+from lapwan.rewards.base import warn_chinese
+from lapwan.rewards.build import build_rewards, check_rewards
+from lapwan.settings.run import RunOptions
+from lapwan.settings.srpo import SrpoSettings
+from lapwan.train import srpo_build
+from lapwan.train.build import run_training, targets_of
+from lapwan.train.metrics import Metrics
+from lapwan.train.optimisers import check_optimiser, describe_optimiser
+from lapwan.train.rollout import RolloutRule, rollout_steps
+from lapwan.train.runfolder import claim_run, start_folder
+from lapwan.train.srpo_data import SrpoData, negative_needed, read_data
+from lapwan.train.srpo_memory import plan_memory
+from lapwan.train.srpo_watch import HeldOut
+from lapwan.train.trainer import Trainer
+from lapwan.wan.base import Base
+from lapwan.wan.device import pick_device
+from lapwan.wan.folder import Task, tensor_shapes, weight_files
+
+_CPU_FLOPS = 2e10  # a second and core, of a transformer in fp32: a rule of thumb
+_PATIENCE = 3600.0  # seconds a step may take on a CPU
+
+
+def run(settings: SrpoSettings, options: RunOptions) -> None:
+    """Check everything, then train; `--dry-run` stops after the checks."""
+    with one_voice(settings.device) as (ranks, device_name):
+        if ranks.first:
+            claim_run(settings, options.overwrite)
+        check_rewards(settings.rewards)
+        base = resolve_base(settings.model, _task(settings))
+        data = read_data(settings, base.spec)
+        device = pick_device(device_name)
+        experts = srpo_build.trained_experts(settings, base.spec)
+        own = srpo_build.intervals(settings, base.spec, experts)
+        check_optimiser(settings.optimiser, settings.schedule)
+        guidance = (settings.rollout.guidance, settings.held_out.guidance or 1.0)
+        negative_needed(data, guidance)
+        loaded = srpo_build.loaded_experts(settings, base.spec, experts)
+        memory = plan_memory(settings, base, experts, loaded, data.bucket, device, ranks.count)
+        print_plan(settings, [*describe(settings, base, data, own), memory.line,
+                              "what this run takes of a GPU:", *memory.table], options)
+        slow = too_slow(settings, base, data, device)
+        if options.dry_run:
+            if slow:
+                console.warn(slow)
+            return
+        if slow:
+            raise UserError(slow)
+        if ranks.first:
+            start_folder(settings, options.overwrite)
+        rewards = build_rewards(settings.rewards, device, _others())
+        if ranks.first:
+            warn_chinese(rewards, [*data.captions, *data.held_out])
+        trainer = srpo_build.prepare(settings, base, data, rewards, memory, device, ranks)
+        begin(trainer, settings)
+        if run_training(trainer, settings) and ranks.first:
+            if trainer.finished:
+                console.log(f"ended early at step {trainer.step}: {trainer.finished}")
+            for path in sorted((settings.output / f"step_{trainer.step:06d}").iterdir()):
+                if path.name != "state":
+                    console.results.print(str(settings.output / path.name))
+
+
+def _others() -> dict[str, object]:
+    from lapwan.tiny.reward import make_tiny_reward
+
+    return {"tiny": make_tiny_reward}
+
+
+def _task(settings: SrpoSettings) -> Task | None:
+    """A cache says which `tiny` is meant; prompts alone are text-to-video's."""
+    if settings.prompts.cache is None:
+        return None
+    task = load_index(settings.prompts.cache).task
+    return "i2v" if task == "i2v" else "t2v" if task == "t2v" else None
+
+
+def begin(trainer: Trainer, settings: SrpoSettings) -> None:
+    """A new run first looks at what the base makes of the held-out prompts; a resumed one has it in its state."""
+    from lapwan.train.checkpoint import checkpoints
+
+    watcher = trainer.watchers.get("held_out")
+    if isinstance(watcher, HeldOut) and not (settings.resume and checkpoints(settings.output)):
+        metrics = Metrics(settings.output, 0)
+        try:
+            watcher.begin(metrics.board)
+        finally:
+            metrics.close()
+
+
+def describe(
+    settings: SrpoSettings, base: Base, data: SrpoData, own: Mapping[NoiseExpert, Band]
+) -> list[str]:
+    """What `--dry-run` and the start of a run say."""
+    frames, height, width = data.bucket
+    what = "images" if frames == 1 else f"videos of {frames} frames"
+    lines = [
+        f"model {base.spec.path} ({base.task}), {len(set(data.captions))} prompts, {len(data.held_out)} held out; "
+        f"{what} of {height}x{width}",
+        f"a step is {settings.accumulate} x {settings.batch_size} samples, {settings.steps} steps; rewards "
+        + ", ".join(f"{one.label} {one.weight:g}" for one in settings.rewards),
+    ]
+    low, high = settings.sigma
+    for expert, band in own.items():
+        cut = "" if (band.low, band.high) == (low, high) else f" (asked: [{low:g}, {high:g}], cut to its band)"
+        lines.append(f"{expert.value} noise: sigma [{band.low:g}, {band.high:g}]{cut}, reach {settings.reach:g}, "
+                     f"{srpo_build.shares(settings, own)[expert]} steps; "
+                     + _trained_line(settings, base) + "; " + describe_optimiser(settings.optimiser, settings.schedule)
+                     + f"; masters {settings.master_weights}" + (" on the CPU" if settings.optimiser_on_cpu else ""))
+    p = settings.preference
+    lines.append(f"branches {p.branches}; discounts at the low and high end: denoise {p.discount_denoise[0]:g}, "
+                 f"{p.discount_denoise[1]:g}, inversion {p.discount_inversion[0]:g}, {p.discount_inversion[1]:g}")
+    if data.offline:
+        lines.append("offline: clean latents of the cache, no rollout")
+    else:
+        r = settings.rollout
+        steps, _ = rollout_steps(base.spec, RolloutRule(r.steps, r.guidance, r.flow_shift))
+        counts = ", ".join(f"{sum(s.expert is e for s in steps)} on the {e.value} noise expert"
+                           for e in base.spec.experts)
+        lines.append(f"rollout: {len(steps)} Euler steps ({counts}), guidance {r.guidance:g}")
+    if data.held_out:
+        lines.append(f"held-out prompts: {len(data.held_out)} sampled every {settings.held_out.every} steps, "
+                     f"{min(settings.held_out.images, len(data.held_out))} shown")
+    return lines
+
+
+def _trained_line(settings: SrpoSettings, base: Base) -> str:
+    if settings.train == "full":
+        return "all weights"
+    ranks = targets_of(settings.targets, base.num_layers)
+    return f"LoRA on {len(ranks)} modules of ranks {', '.join(map(str, sorted(set(ranks.values()))))}"
+
+
+def too_slow(settings: SrpoSettings, base: Base, data: SrpoData, device: torch.device) -> str | None:
+    """Why this cannot be done on a CPU, if a step would take hours there."""
+    if device.type != "cpu":
+        return None
+    shapes = tensor_shapes(weight_files(base.spec.component(base.spec.experts[0])))
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    seconds = srpo_build.flops(settings, base.spec, numbers, data.bucket) / (_CPU_FLOPS * (os.cpu_count() or 1))
+    if seconds < _PATIENCE:
+        return None
+    frames, height, width = data.bucket
+    return (f"no CUDA device, and a step of {settings.accumulate} x {settings.batch_size} samples of {frames} frames "
+            f"{height}x{width} on {numbers / 1e9:.1f} B parameters would take about {seconds / 3600:.0f} hours on this "
+            "CPU; use a machine with a GPU, model = \"tiny\", or a smaller size, accumulate and rollout.steps")
+
