@@ -29,7 +29,7 @@ def sigma_features(sigma_B: Tensor) -> Tensor:
 
 
 class _SigmaInput(nn.Module):
-    """What sigma adds to a router's inner values: U·φ(σ), zero at the start; nothing for a router that is blind to it."""
+    """What sigma adds to a router's inner values: U·φ(σ), zero at the start; nothing for a router blind to it."""
 
     def __init__(self, width: int, sees_sigma: bool) -> None:
         super().__init__()

@@ -117,6 +117,7 @@ def sampling_weights(items: Sequence[CachedItem], power: float) -> list[float] |
         return None
     families = [family_of(item) for item in items]
     if None in families:
-        raise UserError(f"data.balance = {power:g} draws clips by family, but clip {items[families.index(None)].id} has "
-                        'no label; run `lapwan label` before `lapwan cache`, or give labels = "labels.jsonl" in [data]')
+        first = items[families.index(None)].id
+        raise UserError(f"data.balance = {power:g} draws clips by family, but clip {first} has no label; "
+                        'run `lapwan label` before `lapwan cache`, or give labels = "labels.jsonl" in [data]')
     return [float(families.count(family)) ** -power for family in families]
