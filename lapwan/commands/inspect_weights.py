@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lapwan import files
 from lapwan.commands.model import resolve
 from lapwan.console import log, progress, results
-from lapwan.diagnostics import report
+from lapwan.diagnostics import gates, report
 from lapwan.diagnostics.figures import Figures, ModuleFigures, measure, summarise
 from lapwan.diagnostics.growth import growth, history
 from lapwan.diagnostics.mixture import MixtureSide, describe
@@ -91,16 +92,27 @@ def _document(settings: InspectWeightsSettings, points: list[Checkpoint], folder
     sides = {label: side for label, side in last.loras.items() if isinstance(side, MixtureSide)}
     mixture = {label: describe(side) for label, side in sides.items()} or None
     overlaps = {label: one["overlap"] for label, one in mixture.items()} if mixture else None
-    verdict = judge(Evidence(PRESETS[settings.preset], figures, rates, grown, last.step, overlaps))
+    routed = _routing(sides, lines, last.step)
+    verdict = judge(Evidence(PRESETS[settings.preset], figures, rates, grown, last.step, overlaps, routed))
     norms = _base_norms(settings.base, last) if settings.base else None
-    document = report.document(figures, modules, rates, grown, verdict, settings.by, mixture, norms)
+    document = report.document(figures, modules, rates, grown, verdict, settings.by, mixture, routed, norms)
     if settings.plot is not None:
-        image = picture([point.step for point in points], over_time, modules, PRESETS[settings.preset])
+        image = picture([point.step for point in points], over_time, modules, PRESETS[settings.preset], mixture, routed)
         with files.atomic_file(settings.plot) as temporary:
             image.save(temporary, format="PNG")
     if settings.json_file != _STDOUT:
         _tell(settings, document, figures, modules, f"step {last.step}" if last.step is not None else "")
     return document
+
+
+def _routing(
+    sides: Mapping[str, MixtureSide], lines: Sequence[Mapping[str, Any]], step: int | None
+) -> dict[str, Any] | None:
+    """A mixture's router, and how it routed over the run whose metrics these are; None for LoRAs."""
+    if not sides:
+        return None
+    mixture = next(iter(sides.values())).mixture  # one router serves both noise experts
+    return {"router": gates.router(mixture), "windows": gates.routing(lines, mixture.families, step)}
 
 
 def _base_norms(model: str, point: Checkpoint) -> dict[str, dict[str, float]]:
@@ -121,6 +133,18 @@ def _base_norms(model: str, point: Checkpoint) -> dict[str, dict[str, float]]:
     return found
 
 
+def _tell_routing(document: dict[str, Any]) -> None:
+    if (routed := document.get("routing")) is None:
+        return
+    for line in (*report.gate_lines(document["mixture"]), report.router_line(routed["router"])):
+        results.print(line, markup=False)
+    if (table := report.routing_table(routed)) is not None:
+        results.print(table)
+    if not routed["windows"]:
+        results.print("usage and entropy of the router: not in the file; give the run folder, whose metrics.jsonl has "
+                      "them", markup=False)
+
+
 def _tell(
     settings: InspectWeightsSettings, document: dict[str, Any], figures: dict[str, Figures],
     modules: dict[str, list[ModuleFigures]], title: str,
@@ -133,6 +157,7 @@ def _tell(
         results.print(f"lr, high / low: {rate:.4g}", markup=False)
     for label, described in document.get("mixture", {}).items():
         results.print(report.overlap_table(label, described))
+    _tell_routing(document)
     if settings.by != "expert":
         results.print(report.group_table(report.grouped(modules, settings.by), settings.by))
     if document["growth"]:

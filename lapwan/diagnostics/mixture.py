@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lapwan.diagnostics.figures import measure, summarise
+from lapwan.diagnostics.gates import effective, timestep_gate
 from lapwan.lora.state import LoraEntry
 from lapwan.lora.tensorfile import read_header
 from lapwan.moe.file import is_mixture, read_mixture
@@ -60,15 +61,12 @@ def open_mixture(path: Path) -> dict[str, MixtureSide]:
 def describe(side: MixtureSide) -> dict[str, Any]:
     """The `mixture` part of the JSON for one noise expert: families, overlap, timestep gate."""
     states = side.mixture.states[side.expert]
-    gate = side.mixture.timestep_gate(side.expert)
-    sigmas = torch.linspace(gate.low, gate.high, gate.knots)
-    with torch.no_grad():
-        strengths = gate(sigmas).tolist()
+    figures = {family: summarise(measure(state.entries)) for family, state in states.items()}
+    acting = effective(side.mixture, side.expert, figures)
     return {
-        "families": {family: asdict(summarise(measure(state.entries))) for family, state in states.items()},
+        "families": {family: asdict(one) | acting[family] for family, one in figures.items()},
         "overlap": overlap({family: state.entries for family, state in states.items()}),
-        "timestep_gate": {"sigma": sigmas.tolist(), "strength": strengths, "min": min(strengths),
-                          "mean": math.fsum(strengths) / len(strengths), "max": max(strengths)},
+        "timestep_gate": timestep_gate(side.mixture, side.expert),
     }
 
 

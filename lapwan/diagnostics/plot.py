@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -18,32 +19,43 @@ _COLOURS: dict[str, Colour] = {"high": (208, 72, 52), "low": (38, 98, 168), "fil
 _RATIO_COLOURS: dict[str, Colour] = {
     "mean|w|": (150, 150, 150), "mean|B|": (20, 130, 110), "update": (140, 70, 160),
 }
+_FAMILY_COLOURS: tuple[Colour, ...] = (
+    (208, 72, 52), (38, 98, 168), (20, 130, 110), (140, 70, 160), (196, 140, 20), (80, 80, 80), (0, 150, 200),
+    (160, 90, 60),
+)
+_ENTROPY = "entropy / ln E"
 _RATIO_NAMES = dict(zip(RATIOS, _RATIO_COLOURS, strict=True))
 
 
 def picture(
     steps: Sequence[int | None], history: Sequence[Mapping[str, Figures]],
-    modules: Mapping[str, Sequence[ModuleFigures]], preset: Preset,
+    modules: Mapping[str, Sequence[ModuleFigures]], preset: Preset, mixture: Mapping[str, Any] | None = None,
+    routing: Mapping[str, Any] | None = None,
 ) -> Image.Image:
-    """Line charts where there are two checkpoints or more, then a heat map of the last one's update by noise expert.
+    """Line charts where there are two checkpoints or more, for a mixture its gates and routing, then a heat map of the
+    last one's update by noise expert.
 
     Args:
         steps: of each checkpoint, oldest first.
         history: figures by label at each checkpoint.
         modules: the last checkpoint's modules by label.
+        mixture, routing: as in the JSON.
     """
     rows = _rows(modules)
     map_height = max(220, 120 + 12 * len(rows))
     charts = _CHART if len(steps) > 1 and None not in steps else 0
-    canvas = Canvas(_WIDTH, charts + map_height + 2 * _MARGIN)
+    gates = _CHART if mixture else 0
+    canvas = Canvas(_WIDTH, charts + gates + map_height + 2 * _MARGIN)
     if charts:
-        _charts(canvas, [float(step or 0) for step in steps], history, preset)
-    _maps(canvas, charts + _MARGIN, map_height, modules, rows)
+        _charts(canvas, [float(step or 0) for step in steps], history, None if mixture else preset)
+    if mixture:
+        _gates(canvas, charts, mixture, routing or {})
+    _maps(canvas, charts + gates + _MARGIN, map_height, modules, rows)
     return canvas.finish()
 
 
 def _charts(
-    canvas: Canvas, steps: Sequence[float], history: Sequence[Mapping[str, Figures]], preset: Preset
+    canvas: Canvas, steps: Sequence[float], history: Sequence[Mapping[str, Figures]], preset: Preset | None
 ) -> None:
     middle, bottom = _WIDTH / 2, _MARGIN + _CHART - 20
     labels = list(dict.fromkeys(label for figures in history for label in figures))
@@ -57,9 +69,33 @@ def _charts(
             if value is not None:
                 lines.setdefault(_RATIO_NAMES[key], []).append((step, value))
     if lines:
-        wanted = {"mean|B| wanted for motion": 2.0} if preset.leader == "high" else {"mean|B| wanted at most": 0.5}
+        wanted = {}
+        if preset is not None:  # not of a mixture, to which the rules for plain LoRAs do not apply
+            wanted = {"mean|B| wanted for motion": 2.0} if preset.leader == "high" else {"mean|B| wanted at most": 0.5}
         canvas.line_chart(Box(middle + 14, _MARGIN, _WIDTH - _MARGIN, bottom), "high / low", lines, _RATIO_COLOURS,
                           "step", wanted)
+
+
+def _gates(canvas: Canvas, top: float, mixture: Mapping[str, Any], routing: Mapping[str, Any]) -> None:
+    """w(σ) on the left; on the right each expert's usage, and the router's entropy over the largest possible."""
+    middle, bottom = _WIDTH / 2, top + _MARGIN + _CHART - 20
+    curves = {label: list(zip(one["timestep_gate"]["sigma"], one["timestep_gate"]["strength"], strict=True))
+              for label, one in mixture.items()}
+    canvas.line_chart(Box(_MARGIN, top + _MARGIN, middle - 14, bottom), "w(sigma): the timestep gates", curves,
+                      _COLOURS, "sigma")
+    windows = routing.get("windows") or []
+    if len(windows) < 2:
+        return
+    families = routing["router"]["families"]
+    colours = {family: _FAMILY_COLOURS[n % len(_FAMILY_COLOURS)] for n, family in enumerate(families)}
+    lines = {family: [(w["to_step"], w["usage"][family]) for w in windows if w["usage"][family] is not None]
+             for family in families}
+    largest = routing["router"]["largest_entropy"]
+    if largest > 0:
+        colours[_ENTROPY] = (150, 150, 150)
+        lines[_ENTROPY] = [(w["to_step"], w["entropy"] / largest) for w in windows if w["entropy"] is not None]
+    canvas.line_chart(Box(middle + 14, top + _MARGIN, _WIDTH - _MARGIN, bottom), "usage of the experts, after top-k",
+                      {name: points for name, points in lines.items() if points}, colours, "step")
 
 
 def _rows(modules: Mapping[str, Sequence[ModuleFigures]]) -> list[str]:

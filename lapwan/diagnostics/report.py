@@ -50,12 +50,13 @@ def grouped(modules: Mapping[str, Sequence[ModuleFigures]], by: By) -> dict[str,
 def document(
     figures: Mapping[str, Figures], modules: Mapping[str, Sequence[ModuleFigures]], rates: Mapping[str, float],
     growth: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], by: By,
-    mixture: Mapping[str, Any] | None = None, base_norms: Mapping[str, Mapping[str, float]] | None = None,
+    mixture: Mapping[str, Any] | None = None, routing: Mapping[str, Any] | None = None,
+    base_norms: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
     """The JSON of `inspect-weights`, format 1; an absent figure is null.
 
     Args:
-        mixture: what `diagnostics.mixture.describe` says, by label.
+        mixture: what `diagnostics.mixture.describe` says, by label; `routing`: its router, and windows of the run.
         base_norms: the base's weight norms by label and module; adds `relative_delta`, the update's norm over them.
     """
     result: dict[str, Any] = {
@@ -79,6 +80,8 @@ def document(
         result["experts"][label]["relative_delta"] = quotient(figures[label].delta_norm, base)
     if mixture is not None:
         result["mixture"] = dict(mixture)
+    if routing is not None:
+        result["routing"] = dict(routing)
     return result
 
 
@@ -122,15 +125,53 @@ def group_table(groups: Mapping[str, Mapping[str, Figures]], by: By) -> Table:
 
 def overlap_table(label: str, described: Mapping[str, Any]) -> Table:
     """A mixture's experts: their norm and how they overlap."""
-    gate, families = described["timestep_gate"], described["families"]
-    table = Table(title=f"{label}: experts; timestep gate {gate['min']:.3g} to {gate['max']:.3g}, mean "
-                        f"{gate['mean']:.3g}", title_justify="left", box=None, pad_edge=False)
-    for name in ("expert", "mean|B|", "update", *(f"overlap {family}" for family in families)):
+    families = described["families"]
+    table = Table(title=f"{label}: experts", title_justify="left", box=None, pad_edge=False)
+    for name in ("expert", "mean|B|", "update", "alpha / rank", "gated", *(f"overlap {family}" for family in families)):
         table.add_column(name, justify="left" if name == "expert" else "right", min_width=9)
     for family, one in families.items():
         row = described["overlap"][family]
-        table.add_row(family, shown(one["mean_abs_B"]), shown(one["delta_norm"]),
-                      *(f"{row[other]:+.2f}" if row[other] is not None else "-" for other in families))
+        cells = (shown(one[key]) for key in ("mean_abs_B", "delta_norm", "alpha_over_rank", "gated_norm"))
+        table.add_row(family, *cells, *(f"{row[other]:+.2f}" if row[other] is not None else "-" for other in families))
+    return table
+
+
+def gate_lines(mixture: Mapping[str, Any]) -> list[str]:
+    """w(σ) of each noise expert at its knots, and over the sampling steps."""
+    lines = []
+    for label, described in mixture.items():
+        gate = described["timestep_gate"]
+        knots = ", ".join(f"{w:.3g} at {sigma:.3g}" for sigma, w in zip(gate["sigma"], gate["strength"], strict=True))
+        lines.append(f"timestep gate of {label}, w(sigma): {knots}")
+        if (used := gate["sampling"]) is not None:
+            lines.append(f"  over its {used['steps']} sampling steps: mean {used['mean']:.3g}, {used['min']:.3g} to "
+                         f"{used['max']:.3g} (gated = mean x update)")
+    return lines
+
+
+def router_line(router: Mapping[str, Any]) -> str:
+    """The router in a line."""
+    learned = f", {router['parameters']} numbers, temperature {router['temperature']:g}" if router["parameters"] else ""
+    acts = "the labels themselves act" if router["kind"] == "rule" else f"the {router['top_k']} likeliest experts act"
+    return f"router: {router['kind']}{learned}; {acts}; largest entropy {router['largest_entropy']:.3f} nats"
+
+
+def routing_table(routing: Mapping[str, Any]) -> Table | None:
+    """Usage and entropy over the run, or a label router's answers; None where neither is known."""
+    router, windows = routing["router"], routing["windows"]
+    if not windows and not router["by_label"]:
+        return None
+    title = "routing over the run (usage after top-k)" if windows else "the router's answer to each label"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("steps" if windows else "label")
+    for name in (*router["families"], "entropy", *(("accuracy", "KL to teacher") if windows else ())):
+        table.add_column(name, justify="right")
+    for one in windows:
+        shares = (percent_of(one["usage"][family]) for family in router["families"])
+        table.add_row(f"{one['from_step']} - {one['to_step']}", *shares, shown(one["entropy"]),
+                      percent_of(one["accuracy"]), shown(one["teacher_kl"]))
+    for label, answer in {} if windows else router["by_label"].items():
+        table.add_row(label, *(percent_of(answer["mix"][f]) for f in router["families"]), shown(answer["entropy"]))
     return table
 
 
@@ -161,6 +202,11 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
 def shown(value: float | None) -> str:
     """Four digits; `-` for what is absent."""
     return "-" if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def percent_of(share: float | None) -> str:
+    """`25.0 %`."""
+    return "-" if share is None else f"{share:.1%}".replace("%", " %")
 
 
 def percent(value: float | None) -> str:

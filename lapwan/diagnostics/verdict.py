@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lapwan.diagnostics.figures import Figures
+from lapwan.diagnostics.gates import FEWEST_LINES
+from lapwan.diagnostics.routing import Thresholds
 
 Status = Literal["good", "warn", "stop"]
 PresetName = Literal["motion", "character"]
@@ -63,6 +65,7 @@ class Evidence:
     growth: Sequence[Mapping[str, Any]]
     step: int | None
     overlaps: Mapping[str, Mapping[str, Mapping[str, float | None]]] | None = None  # of a mixture, by label
+    routing: Mapping[str, Any] | None = None  # of a mixture: `router`, and `windows` of its run, the last one judged
 
     def lead(self, name: str) -> float | None:
         """The figure `name`, leader over follower."""
@@ -148,7 +151,8 @@ def _follower_grows_faster(seen: Evidence) -> Rule | None:
         return None
     value = follower / leader if leader > 0 else None
     status: Status = "stop" if value is None else _ORDER[(value > 1.1) + (value >= 1.3)]
-    action = f"stop and use step {last.get('from_step')}; {_more_for(preset)}" if status != "good" else "none"
+    action = "none" if status == "good" else (
+        f"stop and use a checkpoint of step {last.get('from_step')} or before; {_more_for(preset)}")
     return Rule(f"{preset.follower} grows faster than {preset.leader} (mean|B|, at each one's own steps)", value,
                 "<= 1.1, stop >= 1.3", status, f"{_EXPERIENCE}: at 1.3 motion was tamed", action)
 
@@ -192,8 +196,41 @@ def _overlap(seen: Evidence) -> Rule | None:
                 "look at the labels of their clips, lower the balance weight, or merge the two families")
 
 
+def _last_window(seen: Evidence) -> Mapping[str, Any] | None:
+    """The last window of a mixture's run, if it has lines enough to say something."""
+    windows = (seen.routing or {}).get("windows") or []
+    judged = bool(windows) and len(windows[-1]["usage"]) > 1 and windows[-1]["lines"] >= FEWEST_LINES
+    return windows[-1] if judged else None
+
+
+def _entropy(seen: Evidence) -> Rule | None:
+    window = _last_window(seen)
+    if window is None or window["entropy"] is None or (seen.routing or {})["router"]["kind"] == "rule":
+        return None
+    low = Thresholds().scaled(len(window["usage"]))[0]
+    return Rule("routing entropy, nats, over the last steps", window["entropy"], f">= {low:.2g}",
+                _grade(window["entropy"], low), "what users were told: below it the router has collapsed",
+                "raise routing_loss.entropy and routing_loss.balance, and look at the label file")
+
+
+def _usage(seen: Evidence) -> Rule | None:
+    """The expert furthest outside what is usual, of the least and the most used."""
+    window = _last_window(seen)
+    if window is None:
+        return None
+    shares = {family: share for family, share in window["usage"].items() if share is not None}
+    _, least, most = Thresholds().scaled(len(shares))
+    family = max(shares, key=shares.__getitem__)
+    if shares[family] <= most:
+        family = min(shares, key=shares.__getitem__)
+    value = shares[family]
+    return Rule(f"usage of '{family}' over the last steps", value, f"{least:.2g} to {most:.2g}",
+                "good" if least <= value <= most else "warn", "what users were told, scaled to the number of experts",
+                "raise routing_loss.balance or data.balance, and look at the label file")
+
+
 # What was learnt about plain LoRAs does not carry over to a mixture, whose experts act by gates.
-_MIXTURE_RULES = (_broken, _dead, _overlap)
+_MIXTURE_RULES = (_broken, _dead, _overlap, _entropy, _usage)
 _RULES = (_broken, _dead, _b_ratio, _delta_ratio, _legacy_ratio, _magnitude, _lr_ratio, _follower_grows_faster, _steps)
 
 
