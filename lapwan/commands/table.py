@@ -50,6 +50,8 @@ COMMANDS: tuple[Command, ...] = (
              "lapwan srpo --prompts captions.json --reward hps=HPS_v2.1_compressed.pt --size 512x512 -o aligned"),
     _command("generate", "GenerateSettings", "A prompt (and an image) to a video, through both noise experts.",
              'lapwan generate --model tiny --prompt "电凝钩切割组织" -o out.mp4'),
+    _command("evaluate", "EvaluateSettings", "Adapters compared on held-out clips at equal noise, with intervals.",
+             "lapwan evaluate --model merged --moe stage2/lapwan.safetensors --clips labels.jsonl -o evaluation"),
     _command("inspect-weights", "InspectWeightsSettings", "Magnitudes, norms, ratios and a verdict of LoRA files.",
              "lapwan inspect-weights run_high_noise.safetensors run_low_noise.safetensors --preset motion"),
     _command("demo", "DemoSettings", "The whole pipeline on the embedded model, with videos, reports and times.",

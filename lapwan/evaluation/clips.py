@@ -9,10 +9,11 @@ How to add a field: read it in `_clip`, use it in a scorer.
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,8 @@ from lapwan.data.taxonomy import Taxonomy
 from lapwan.data.video import BadClip, probe, source_times
 from lapwan.errors import UserError
 from lapwan.sampling.image import read_clip
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class EvalClip:
     weights: tuple[float, ...] = ()
     fallback: bool = False
     instrument: str | None = None
+    synthetic: bool = False  # one of the embedded model's own scenes, which its evaluators know
     video: Path | None = None
     tips_T2: np.ndarray | None = None
     roi: Sequence[dict[str, Any]] = ()
@@ -105,19 +109,27 @@ def read_eval_clips(
         have = ", ".join(sorted(str(s) for s in splits))
         raise UserError(f"{path} has no clips of split '{split}' (it has: {have}); set split, or hold some out with "
                         f'"split": "{split}"')
-    if count is not None and count < len(chosen):
-        chosen = [chosen[i * len(chosen) // count] for i in range(count)]
-    return [_clip(path, clip, taxonomy) for clip in chosen]
+    seen = Counter(str(clip.data.get("video_path")) for clip in chosen)
+    return [_clip(path, clip, taxonomy, seen[str(clip.data.get("video_path"))] > 1) for clip in spread(chosen, count)]
 
 
-def _clip(path: Path, clip: Clip, taxonomy: Taxonomy) -> EvalClip:
+def spread(every: Sequence[T], count: int | None) -> list[T]:
+    """At most `count` of them, evenly spaced."""
+    if count is None or count >= len(every):
+        return list(every)
+    return [every[i * len(every) // count] for i in range(count)]
+
+
+def _clip(path: Path, clip: Clip, taxonomy: Taxonomy, repeated: bool) -> EvalClip:
     data = clip.data
     named = data.get("video_path")
     weights, fallback = _weights(path, clip, taxonomy)
     tips = data.get("tip")
     return EvalClip(
-        id=str(named or f"line {clip.line}"), prompt=clip.caption, weights=weights, fallback=fallback,
-        instrument=data.get("instrument"), video=None if named is None else resolve_video(named, path),
+        id=f"{named or ''} line {clip.line}".strip() if repeated or not named else str(named),
+        prompt=clip.caption, weights=weights, fallback=fallback,
+        instrument=data.get("instrument"), synthetic=data.get("source") == "synthetic",
+        video=None if named is None else resolve_video(named, path),
         tips_T2=None if tips is None else _points(path, clip.line, tips), roi=tuple(data.get("roi") or ()),
     )
 

@@ -41,7 +41,11 @@ class VideoStore:
     def path(self, arm: Arm, clip: EvalClip, index: int) -> Path:
         """Where the video of a clip and seed lies."""
         name = f"{_plain(Path(clip.id).stem)[:40]}_{hashlib.sha256(clip.id.encode()).hexdigest()[:8]}_{index}.mp4"
-        return self.folder / _plain(arm.name) / name
+        return self.folder_of(arm) / name
+
+    def folder_of(self, arm: Arm) -> Path:
+        """Where an arm's videos lie."""
+        return self.folder / _plain(arm.name)
 
     def find(
         self, arm: Arm, clip: EvalClip, sampling: Sampling, index: int, names: Sequence[str]

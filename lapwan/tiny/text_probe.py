@@ -8,7 +8,7 @@ occurred with pictures in pretraining. Any instrument has any motion and target,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,8 +50,39 @@ def probe_captions(count: int, seed: int) -> list[tuple[str, int]]:
 
 
 def _pooled(features: Sequence[Tensor]) -> Tensor:
-    mean = torch.stack([rows.double().mean(dim=0) for rows in features])
-    return torch.cat([mean, torch.ones(len(mean), 1, dtype=torch.float64)], dim=1)
+    return torch.stack([rows.double().mean(dim=0) for rows in features])
+
+
+@dataclass(frozen=True)
+class Probe:
+    """W, and the mean and deviation of the features it was fitted on."""
+
+    weights: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def answers(self, features: Sequence[Tensor]) -> np.ndarray:
+        """[N] the class with the largest output."""
+        found: np.ndarray = (self._inputs(_pooled(features)) @ self.weights).argmax(dim=1).numpy()
+        return found
+
+    def _inputs(self, pooled_ND: Tensor) -> Tensor:
+        x = (pooled_ND - self.mean) / self.deviation
+        return torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
+
+
+def fit_probe(features: Sequence[Tensor], classes_N: Tensor, count: int) -> Probe:
+    """Ridge regression of one-hot classes on standardised mean-pooled features with a constant.
+
+    Args:
+        features: [n tokens, D] each.
+        classes_N: index of each one's class, of `count`.
+    """
+    pooled = _pooled(features)
+    probe = Probe(torch.empty(0), pooled.mean(dim=0), pooled.std(dim=0))
+    x, wanted = probe._inputs(pooled), torch.eye(count, dtype=torch.float64)[classes_N]
+    ridge = _RIDGE * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+    return replace(probe, weights=torch.linalg.solve(x.T @ x + ridge, x.T @ wanted))
 
 
 def probe_text(encode: Callable[[list[str]], Sequence[Tensor]], count: int = 1200, seed: int = 0) -> ProbeResult:
@@ -61,12 +92,10 @@ def probe_text(encode: Callable[[list[str]], Sequence[Tensor]], count: int = 120
         encode: captions to features [n tokens, D] each, as `lapwan.wan.text.encode_text` gives.
     """
     captions = probe_captions(count, seed)
-    held_out = torch.tensor([any(name in text for name in HELD_OUT_NAMES) for text, _ in captions])
-    named = torch.tensor([instrument for _, instrument in captions])
-    x = _pooled(encode([text for text, _ in captions]))
-    x = torch.cat([(x[:, :-1] - x[~held_out, :-1].mean(dim=0)) / x[~held_out, :-1].std(dim=0), x[:, -1:]], dim=1)
-    known, wanted = x[~held_out], torch.eye(len(INSTRUMENTS), dtype=torch.float64)[named[~held_out]]
-    ridge = _RIDGE * len(known) * torch.eye(x.shape[1], dtype=torch.float64)
-    weights = torch.linalg.solve(known.T @ known + ridge, known.T @ wanted)
-    right = ((x @ weights).argmax(dim=1) == named).double()
-    return ProbeResult(float(right[~held_out].mean()), float(right[held_out].mean()), count)
+    apart = np.array([any(name in text for name in HELD_OUT_NAMES) for text, _ in captions])
+    named = np.array([instrument for _, instrument in captions])
+    features = encode([text for text, _ in captions])
+    known = [rows for rows, held_out in zip(features, apart, strict=True) if not held_out]
+    probe = fit_probe(known, torch.from_numpy(named[~apart]), len(INSTRUMENTS))
+    right = probe.answers(features) == named
+    return ProbeResult(float(right[~apart].mean()), float(right[apart].mean()), count)

@@ -1,0 +1,172 @@
+"""Settings of `lapwan evaluate`.
+
+How to add a metric: a name in `METRICS`, a class in `lapwan.evaluation.scorers`, a case in its `metrics`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lapwan.names import NoiseExpert
+from lapwan.settings.base import Flag, Settings
+from lapwan.settings.generate import ModelSettings, number_or_named
+from lapwan.settings.lora_argument import LoraArgument
+from lapwan.settings.model_files import ModelChoice
+from lapwan.settings.reward import REWARD_METAVAR, Rewards
+
+METRICS = ("identity", "tip", "reference", "temporal", "reward")
+Metric = Literal["identity", "tip", "reference", "temporal", "reward"]
+
+
+class AdapterSettings(Settings):
+    """One entry of the comparison: LoRAs, a mixture and how its experts are chosen; a name alone is the base."""
+
+    name: str = Field(pattern=r"^[^/\\\n]+$", description="In tables, JSON and folders.")
+    model: ModelChoice | None = Field(None, description="Another base than the evaluation's own.")
+    lora: tuple[LoraArgument, ...] = Field((), description="FILE[:STRENGTH], high=FILE, low=FILE, both=FILE.")
+    moe: Path | None = Field(None, description="A mixture of LoRA experts.")
+    hint: str | None = Field(
+        None, description="Absent: the router chooses; truth: each clip's own label; wrong: another family; or a hint "
+        "as generate takes it.")
+    alpha_base: float | None = None
+    alpha_expert: float | dict[str, float] | None = None
+    any_base: bool = Field(False, description="Take a mixture of another base or task; what differs is a warning.")
+
+    @field_validator("alpha_expert", mode="before")
+    @classmethod
+    def _alpha_expert(cls, value: Any) -> Any:
+        return number_or_named(value, "hook=1.2,other=0.8")
+
+    @model_validator(mode="after")
+    def _of_a_mixture(self) -> AdapterSettings:
+        for name in ("hint", "alpha_base", "alpha_expert"):
+            if self.moe is None and getattr(self, name) is not None:
+                raise ValueError(f"adapter '{self.name}': {name} acts on a mixture; give it one with moe = FILE")
+        if self.any_base and self.moe is None:
+            raise ValueError(f"adapter '{self.name}': any_base is for a mixture; leave it out")
+        return self
+
+
+class LossSettings(Settings):
+    """Flow losses on cached clips."""
+
+    cache: Annotated[Path | None, Flag("--cache", metavar="DIR")] = Field(
+        None, description="Cache with held-out clips, for flow losses; absent: none are measured.")
+    labels: Path | None = Field(None, description="labels.jsonl for caches that carry no labels.")
+    count: int | None = Field(None, ge=1, description="At most so many clips, spread over the split; absent: all.")
+    bins: int = Field(4, ge=1, description="Equal bins of sigma in each noise expert's band.")
+    draws: int = Field(1, ge=1, description="Draws of sigma and noise in each bin, for each clip.")
+    batch_size: int = Field(4, ge=1, description="Clips at a time.")
+
+
+class VideoSettings(Settings):
+    """Videos generated for held-out clips; what is left out is the model's own."""
+
+    clips: Annotated[Path | None, Flag("--clips", metavar="FILE")] = Field(
+        None, description="Held-out clips to generate for (clips.jsonl or labels.jsonl); absent: no videos.")
+    count: Annotated[int | None, Flag("--count", metavar="N")] = Field(
+        None, ge=1, description="At most so many of the clips, spread over the split; absent: all.")
+    seeds: Annotated[int, Flag("--seeds", metavar="N")] = Field(1, ge=1, description="Videos a clip and adapter.")
+    batch_size: Annotated[int, Flag("--batch-size", metavar="N")] = Field(8, ge=1, description="Videos at a time.")
+    metrics: tuple[Metric, ...] | None = Field(
+        None, description=f"Of {', '.join(METRICS)}; absent: all that the clips allow.")
+    rewards: Annotated[Rewards | None, Flag("--reward", metavar=REWARD_METAVAR)] = Field(
+        None, description="Also score frames against prompts: clip=FOLDER, hps=FILE, pickscore=FOLDER.")
+    num_frames: int | None = Field(None, ge=1, description="4N+1.")
+    size: tuple[int, int] | None = Field(None, description="(height, width) in pixels, or HEIGHTxWIDTH.")
+    steps: Annotated[int | None, Flag("--steps", metavar="N")] = Field(
+        None, ge=1, description="Sampling steps; absent: the model's own.")
+    guidance: float | dict[NoiseExpert, float] | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    negative_prompt: str | None = None
+    flow_shift: float | None = Field(None, gt=0)
+    sampler: Literal["unipc", "euler", "dpmpp"] = "unipc"
+    sheet: int = Field(8, ge=0, description="Clips on the contact sheets; 0: no sheets.")
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        match = re.fullmatch(r"\s*(\d+)\s*[xX×*]\s*(\d+)\s*", value) if isinstance(value, str) else None
+        if isinstance(value, str) and match is None:
+            raise ValueError("HEIGHTxWIDTH in pixels, such as 480x832")
+        return value if match is None else (int(match[1]), int(match[2]))
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _guidance(cls, value: Any) -> Any:
+        return number_or_named(value, "high=4,low=3")
+
+    @model_validator(mode="after")
+    def _needs(self) -> VideoSettings:
+        if self.metrics is not None and "reward" in self.metrics and self.rewards is None:
+            raise ValueError("metrics holds 'reward', but no rewards are given; set rewards, such as clip=FOLDER")
+        return self
+
+
+class RoutingSettings(Settings):
+    """What a mixture's router answers on captions it has not seen."""
+
+    captions: Annotated[Path | None, Flag("--captions", metavar="FILE")] = Field(
+        None, description="Labelled captions for the router; absent: those of the clips, else of the cache.")
+    paraphrases: Annotated[Path | None, Flag("--paraphrases", metavar="FILE")] = Field(
+        None, description="A second file of labelled captions, such as paraphrases without any keyword.")
+    probe: bool = Field(
+        True, description="Beside it what a linear reader of the text features knows; embedded model only.")
+
+
+class IntervalSettings(Settings):
+    """Percentile intervals of a bootstrap over clips."""
+
+    samples: int = Field(10_000, ge=100, description="Resamples.")
+    level: float = Field(0.95, gt=0, lt=1)
+
+
+class EvaluateSettings(ModelSettings):
+    """Adapters compared on held-out clips at equal noise."""
+
+    adapters: tuple[AdapterSettings, ...] = Field(
+        (), description="What is compared, the first being what the others are held against; absent: the base, and "
+        "what --lora and --moe name.")
+    task: Annotated[Literal["t2v", "i2v"] | None, Flag(metavar="t2v|i2v")] = Field(
+        None, description="For model tiny, which serves both; absent: what the cache was made for, else t2v.")
+    output: Annotated[Path, Flag("-o", "--output", metavar="DIR")] = Field(
+        Path("evaluation"), description="Folder for evaluation.json, plot, sheets and videos.")
+    resume: Annotated[bool, Flag("--resume")] = Field(
+        False, description="Go on in a folder that exists: its finished videos are used where they still fit.")
+    split: Annotated[str, Flag("--split", metavar="NAME")] = Field(
+        "test", description="Clips of this split; all for every clip. Files without splits are taken whole.")
+    taxonomy: str = Field("surgical4", description="surgical4, cholec6 or a TOML file; a mixture brings its own.")
+    seed: Annotated[int, Flag("--seed", metavar="N")] = Field(0, ge=0, description="Of noise and intervals.")
+    loss: LossSettings = LossSettings()
+    videos: VideoSettings = VideoSettings()
+    routing: RoutingSettings = RoutingSettings()
+    interval: IntervalSettings = IntervalSettings()
+
+    @model_validator(mode="after")
+    def _compared(self) -> EvaluateSettings:
+        if self.adapters and (self.lora or self.moe is not None):
+            raise ValueError("lora and moe are given beside adapters; put them into an entry of adapters")
+        names = [re.sub(r"[^\w.=-]+", "_", adapter.name) for adapter in self.adapters]  # as their folders are called
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two adapters are called '{twice}'; give each its own name")
+        if not (self.loss.cache or self.videos.clips or self.routing.captions):
+            raise ValueError("nothing to measure: give --clips FILE (videos), --cache DIR (losses), or --captions FILE "
+                             "(routing)")
+        return self
+
+    def compared(self) -> tuple[AdapterSettings, ...]:
+        """The adapters; without any the base, and beside it what `lora` and `moe` name: a mixture by its router, with
+        the right hint and with a wrong one."""
+        if self.adapters:
+            return self.adapters
+        found = [AdapterSettings(name="base")]
+        if self.lora:
+            found.append(AdapterSettings(name="lora", lora=self.lora))
+        if self.moe is not None:
+            found += [AdapterSettings(name=name, lora=self.lora, moe=self.moe, hint=hint)
+                      for name, hint in (("router", None), ("hint", "truth"), ("wrong hint", "wrong"))]
+        return tuple(found)
