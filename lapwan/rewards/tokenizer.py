@@ -55,7 +55,8 @@ def load_tokenizer(place: Path, vocabulary: int, context: int) -> CLIPTokenizer:
             tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot read the tokenizer in {place}: {str(error).splitlines()[0]}") from None
-    if len(tokenizer) > vocabulary or not tokenizer.get_vocab().keys() >= {START, END}:
+    # The end mark is the last piece: there the text is read.
+    if len(tokenizer) != vocabulary or tokenizer.convert_tokens_to_ids(END) != vocabulary - 1:
         raise UserError(f"the tokenizer of {place} has {len(tokenizer):,} pieces, the model {vocabulary:,}; "
                         "they do not belong together: give a CLIP tokenizer")
     tokenizer.model_max_length = context
@@ -76,9 +77,16 @@ def _from_merges(path: Path) -> CLIPTokenizer:
             lines = file.read().splitlines()
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as merges: {error}; give a tokenizer folder or {BPE_FILE}") from None
-    pairs = [tuple(line.split(" ")) for line in lines[1:_MERGES + 1]]  # the first line is a title
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise UserError(f"{path} does not hold one merge a line; give a tokenizer folder or {BPE_FILE}")
     characters = _byte_characters()
-    pieces = [*characters, *(c + "</w>" for c in characters), *(a + b for a, b in pairs), START, END]
-    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=pairs)
+    ids = {piece: i for i, piece in enumerate([*characters, *(c + "</w>" for c in characters)])}
+    pairs = []
+    for line in lines[1:_MERGES + 1]:  # the first line is a title
+        first, _, second = line.partition(" ")
+        if first not in ids or second not in ids:
+            raise UserError(f"{path} is not CLIP's merges: '{line[:40]}' joins no known pieces; give a tokenizer "
+                            f"folder or {BPE_FILE}")
+        pairs.append((first, second))
+        ids.setdefault(first + second, len(ids))
+    for mark in (START, END):
+        ids[mark] = len(ids)
+    return CLIPTokenizer(vocab=ids, merges=pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -16,11 +17,14 @@ VOCABULARY = 512 + len(MERGES) + 2
 SMALL = Architecture(Tower(32, 2, 2), Tower(24, 3, 4), embed=16, patch=4, image=16, context=77, vocabulary=VOCABULARY)
 
 
-def write_merges(folder: Path) -> Path:
-    """open_clip's file, with few merges."""
+def write_merges(folder: Path, count: int = len(MERGES)) -> Path:
+    """open_clip's file, with few merges, or filled up to `count` with some that no text meets."""
     path = folder / BPE_FILE
+    letters = [chr(c) for c in range(0xA1, 0x144) if c != 0xAD]  # as CLIP writes bytes beyond ASCII
+    unused = (f"{a} {b}" for a, b in product(letters, letters + [c + "</w>" for c in letters]))
+    lines = ("bpe_simple_vocab_16e6.txt#version: 0.2", *MERGES, *islice(unused, count - len(MERGES)))
     with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.write("\n".join(("bpe_simple_vocab_16e6.txt#version: 0.2", *MERGES)) + "\n")
+        file.write("\n".join(lines) + "\n")
     return path
 
 

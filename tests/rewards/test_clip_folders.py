@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +129,10 @@ def test_a_wrong_tokenizer(folder, tmp_path):
     broken = tmp_path / "bpe.txt.gz"
     broken.write_bytes(b"no gzip")
     with pytest.raises(UserError, match="cannot read"):
+        load_tokenizer(broken, VOCABULARY, 77)
+    with gzip.open(broken, "wt") as file:
+        file.write("title\nthree words here\n")
+    with pytest.raises(UserError, match="joins no known pieces"):
         load_tokenizer(broken, VOCABULARY, 77)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer"):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from lapwan.errors import UserError
 from lapwan.rewards.base import score
-from lapwan.rewards.build import build_rewards, check_rewards
+from lapwan.rewards.build import build_rewards, check_rewards, reward_bytes
 from lapwan.rewards.clip import ClipReward
 from lapwan.rewards.open_clip import HPS_FILE, VIT_H_14, load_checkpoint, read_checkpoint
 from lapwan.rewards.tokenizer import load_tokenizer
@@ -72,6 +72,28 @@ def test_full_size_loads_strictly_and_agrees(tmp_path):
     torch.testing.assert_close(cosine(mine[1], text), torch.ones(2), rtol=0, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_memory_is_as_planned_and_bf16_near_fp32(tmp_path):
+    write_hps(tmp_path / HPS_FILE, VIT_H_14, torch.float16)
+    write_merges(tmp_path, 48_894)
+    pixels = torch.rand(4, 3, 512, 384, device="cuda")
+    found = {}
+    for dtype in ("bf16", "fp32"):
+        settings = (HpsSettings(path=tmp_path / HPS_FILE, dtype=dtype),)
+        before = torch.cuda.memory_allocated()
+        reward = build_rewards(settings, "cuda")["hps"]
+        image = reward.image(pixels.requires_grad_())
+        held = torch.cuda.memory_allocated() - before
+        assert held == pytest.approx(reward_bytes(settings, "cuda", images=4), rel=0.1)
+        (gradient,) = torch.autograd.grad((image @ reward.text(CAPTIONS).T).sum(), pixels)
+        found[dtype] = (image.detach() @ reward.text(CAPTIONS).T, gradient)
+        del reward, image
+    torch.testing.assert_close(found["bf16"][0], found["fp32"][0], rtol=0, atol=0.02)
+    both = torch.nn.functional.cosine_similarity(*(g.flatten() for _, g in found.values()), dim=0)
+    assert both > 0.9
+
+
 def test_a_tensor_too_many_or_too_few_or_of_another_shape(tmp_path):
     path, tensors = tmp_path / HPS_FILE, random_tensors(SMALL)
     for change, said in (
@@ -114,3 +136,8 @@ def test_without_a_tokenizer_it_says_what_to_give(tmp_path):
     torch.save({"state_dict": random_tensors(SMALL)}, path)
     with pytest.raises(UserError, match=r"no CLIP tokenizer in .*tokenizer.json.*merges.txt.*bpe_simple.*tokenizer = "):
         build_rewards((HpsSettings(path=path),), "cpu")
+
+
+def test_the_whole_vocabulary_has_clips_size(tmp_path):
+    tokenizer = load_tokenizer(write_merges(tmp_path, 48_894), VIT_H_14.vocabulary, 77)
+    assert tokenizer("a !").input_ids == [49406, 320, 256, 49407]
