@@ -1,0 +1,304 @@
+"""Every row of speed: forwards, training steps and videos of A14B shapes on random weights made on the device.
+
+    python tests/bench/bench_speed.py --smoke                       # two minutes: does it run, what do kernels take
+    python tests/bench/bench_speed.py --rows forward_256,moe8_256 --minutes 9 --out speed.json
+    python tests/bench/bench_speed.py --markdown speed.json > tests/bench/speed_DATE.md
+    python tests/bench/bench_speed.py --tiny --rows all             # the same code on a CPU in seconds
+
+Rows are written to --out one by one; a later call goes on with those that are missing (--again measures anew).
+What runs is lapwan's own forward, adapters, objectives and trainer step; one model at a time is in memory. Speed only:
+random weights say nothing of quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import speed_smoke
+from speed_measure import GIB, Results, forward_flops, markdown, measure, row_of, seconds_of, step_flops
+from speed_model import (
+    A14B,
+    EXPERT,
+    LATENTS,
+    SMALL,
+    inputs,
+    lora_trainer,
+    mixture_trainer,
+    random_model,
+    set_checkpointing,
+    step,
+)
+
+from lapwan.names import NoiseExpert
+from lapwan.sampling.denoise import Conditions, Guidance, denoise
+from lapwan.sampling.grid import Grid, Step
+from lapwan.wan.backbone import velocity
+from lapwan.wan.compiling import compile_blocks, compile_time
+from lapwan.wan.stream import Residence
+
+CONTEXT = 1.0  # GiB a process takes on a card beside what torch allocates
+
+
+class Bench:
+    """Holds the one model in memory; rows ask for theirs."""
+
+    def __init__(self, results: Results, device: torch.device, tiny: bool, seconds: float) -> None:
+        self.results, self.device, self.tiny, self.seconds = results, device, tiny, seconds
+        self._made: tuple[str, object] | None = None
+
+    def size(self, name: str) -> str:
+        return "small" if self.tiny else name
+
+    def model(self, kind: str):
+        """bf16, fp8 (all blocks) or mixed (fp8 but the last eight); compiled, unless tiny."""
+        if self._made is None or self._made[0] != kind:
+            self.drop()
+            config = SMALL if self.tiny else A14B
+            count = int(config["num_layers"])
+            quantised = {"bf16": 0, "fp8": count, "mixed": count - self.last}[kind]
+            model = random_model(self.device, config, range(quantised))
+            compile_blocks(model, not self.tiny)
+            self._made = kind, model
+        return self._made[1]
+
+    @property
+    def last(self) -> int:
+        return 2 if self.tiny else 8
+
+    def drop(self) -> None:
+        self._made = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def tokens(self, size: str) -> int:
+        t, h, w = LATENTS[self.size(size)]
+        return t * (h // 2) * (w // 2)
+
+
+def forward_row(name: str, kind: str, size: str, target: str) -> Callable[[Bench], None]:
+    def run(bench: Bench) -> None:
+        model = bench.model(kind)
+        x, t, text = inputs(model, bench.size(size))
+
+        def work() -> None:
+            with torch.no_grad():
+                velocity(model, x, t, text)
+
+        bench.results.add(measure(
+            name, work, forward_flops(model, bench.tokens(size)), bench.seconds, target=target,
+        ))
+    return run
+
+
+def step_row(
+    name: str, kind: str, size: str, target: str, last: int | None = 8, checkpointing: str | None = None,
+    mixture: bool = False,
+) -> Callable[[Bench], None]:
+    def run(bench: Bench) -> None:
+        model = bench.model(kind)
+        count = len(model.blocks) if last is None else bench.last
+        set_checkpointing(model, checkpointing)
+        make = mixture_trainer if mixture else lora_trainer
+        trainer, adapted = make(model, bench.size(size), count)
+        try:
+            bench.results.add(measure(
+                name, lambda: step(trainer), step_flops(model, bench.tokens(size), count), bench.seconds, warm=3,
+                target=target, note=f"checkpointing {checkpointing or 'off'}",
+            ))
+        finally:
+            adapted.off()
+            set_checkpointing(model, None)
+    return run
+
+
+def mixture_against_lora(name: str, kind: str, size: str) -> Callable[[Bench], None]:
+    """Steps of both in turn on one base; the ratio of each pair, and a 95 % interval of its mean by the pairs."""
+    def run(bench: Bench) -> None:
+        model, made = bench.model(kind), {}
+        for title, make in (("lora", lora_trainer), ("moe", mixture_trainer)):
+            made[title] = make(model, bench.size(size), bench.last)
+            made[title][1].off()
+        times: dict[str, list[float]] = {"lora": [], "moe": []}
+        pairs = 6 if bench.tiny else 60
+        for pair in range(pairs + 3):
+            for title in ("lora", "moe") if pair % 2 else ("moe", "lora"):
+                trainer, adapted = made[title]
+                adapted.on()
+                taken = seconds_of(lambda trainer=trainer: step(trainer))
+                adapted.off()
+                if pair >= 3:
+                    times[title].append(taken)
+        ratios = torch.tensor(times["moe"]) / torch.tensor(times["lora"])
+        half = 1.96 * float(ratios.std()) / len(ratios) ** 0.5
+        mean = float(ratios.mean())
+        note = f"moe / lora = {mean:.4f} ± {half:.4f} (95 %, {len(ratios)} pairs), medians " + ", ".join(
+            f"{title} {sorted(own)[len(own) // 2]:.4f} s" for title, own in times.items())
+        row = row_of(name, times["moe"], 0.0, 0.0, None, "≤ 1.03", note)
+        row.extra = {"ratio": mean, "half_interval": half}
+        bench.results.add(row)
+    return run
+
+
+class _Euler:
+    """The solver of the video rows: x += (σ' − σ)·v."""
+
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        self._sigmas, self._at = list(sigmas), 0
+
+    def step(self, v: torch.Tensor, timestep: torch.Tensor, x: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        self._at += 1
+        return (x + (self._sigmas[self._at] - self._sigmas[self._at - 1]) * v,)
+
+
+def video_row(
+    name: str, kind: str, size: str, target: str, cap: float | None = None, streamed: bool = False, steps: int = 40,
+) -> Callable[[Bench], None]:
+    """The denoising of a video with guidance, as `generate` does it, under the memory of a card of `cap` GiB."""
+    def run(bench: Bench) -> None:
+        model = bench.model(kind)
+        residence = None
+        if streamed:
+            residence = Residence(model, (), bench.device, range(len(model.blocks)))
+            residence.fetch()
+        x, _, text = inputs(model, bench.size(size))
+        conditions = Conditions(text, torch.randn_like(text))
+        sigmas = [1 - i / steps for i in range(steps + 1)]
+        points = tuple(Step(torch.tensor(1000 * s), s, EXPERT) for s in sigmas[:-1])
+
+        def work() -> None:
+            grid = Grid(_Euler(sigmas), points)
+            denoise(grid, x, conditions, Guidance({NoiseExpert.HIGH: 4.0}), lambda e: model, lambda s: nullcontext())
+
+        with _capped(bench.device, cap):
+            flops = 2 * steps * forward_flops(model, bench.tokens(size))
+            row = measure(name, work, flops, bench.seconds, least=2, warm=1, target=target)
+        bench.results.add(row)
+        if streamed:
+            residence.park()
+            bench.drop()
+    return run
+
+
+def capped_step_row(name: str, cap: float, target: str) -> Callable[[Bench], None]:
+    """Stage 2 with its fp8 prefix streamed through a ring, on a card of `cap` GiB."""
+    def run(bench: Bench) -> None:
+        model = bench.model("mixed")
+        trainer, adapted = mixture_trainer(model, bench.size("256"), bench.last)
+        residence = Residence(model, adapted.adapter.own_tensors(), bench.device, range(len(model.blocks) - bench.last))
+        residence.fetch()
+        with _capped(bench.device, cap):
+            flops = step_flops(model, bench.tokens("256"), bench.last)
+            row = measure(name, lambda: step(trainer), flops, bench.seconds, warm=3, target=target)
+        bench.results.add(row)
+        residence.park()
+        bench.drop()
+    return run
+
+
+class _capped:
+    """torch may take no more than a card of `cap` GiB would leave it."""
+
+    def __init__(self, device: torch.device, cap: float | None) -> None:
+        self._on = device.type == "cuda" and cap is not None
+        self._cap = cap or 0.0
+
+    def _set(self, fraction: float) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(fraction)
+
+    def __enter__(self) -> None:
+        if self._on:
+            self._set(min(1.0, (self._cap - CONTEXT) * GIB / torch.cuda.get_device_properties(0).total_memory))
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:
+            self._set(1.0)
+
+
+# In the order of how much each is worth measuring; rows of one model stand together.
+ROWS: dict[str, Callable[[Bench], None]] = {
+    "forward_256": forward_row("forward_256", "bf16", "256", "≤ 0.235"),
+    "lora8_256": step_row("lora8_256", "bf16", "256", "(fp8 row)"),
+    "moe8_256": step_row("moe8_256", "bf16", "256", "(fp8 row)", mixture=True),
+    "lora40_256": step_row("lora40_256", "bf16", "256", "≤ 0.62", last=None),
+    "lora40_256_block": step_row("lora40_256_block", "bf16", "256", "≤ 0.90 in 32 GiB", None, "block"),
+    "video_256": video_row("video_256", "bf16", "256", "≤ 19.5"),
+    "forward_480": forward_row("forward_480", "bf16", "480", "≤ 2.68"),
+    "lora8_480": step_row("lora8_480", "bf16", "480", "≤ 3.4"),
+    "lora40_480": step_row("lora40_480", "bf16", "480", "≤ 9.5", None, "block"),
+    "lora8_256_fp8": step_row("lora8_256_fp8", "mixed", "256", "≤ 0.245, ≤ 26 GiB"),
+    "moe8_256_fp8": step_row("moe8_256_fp8", "mixed", "256", "≤ 0.245", mixture=True),
+    "moe_against_lora": mixture_against_lora("moe_against_lora", "mixed", "256"),
+    "lora8_480_fp8": step_row("lora8_480_fp8", "mixed", "480", "≤ 3.4"),
+    "moe8_256_16gib": capped_step_row("moe8_256_16gib", 16, "≤ 0.40, ≤ 12 GiB"),
+    "forward_256_fp8": forward_row("forward_256_fp8", "fp8", "256", "≤ 0.155"),
+    "video_256_fp8": video_row("video_256_fp8", "fp8", "256", "≤ 13, ≤ 16 GiB", cap=16),
+    "forward_480_fp8": forward_row("forward_480_fp8", "fp8", "480", "≤ 2.20"),
+    "video_480_fp8_24gib": video_row("video_480_fp8_24gib", "fp8", "480", "fits 24 GiB", cap=24, steps=4),
+    "video_256_fp8_streamed": video_row(
+        "video_256_fp8_streamed", "fp8", "256", "≤ 1.15 × resident, ≤ 6 GiB", cap=7, streamed=True),
+}
+FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, KeyError, ImportError)
+
+
+def run_rows(names: Sequence[str], bench: Bench, minutes: float, again: bool) -> int:
+    """Rows one after the other until the time is over; a fault is told and the next row begins."""
+    started, faults = time.monotonic(), 0
+    for name in names:
+        if name in bench.results.rows and not again:
+            continue
+        left = 60 * minutes - (time.monotonic() - started)
+        if left < 20:
+            print(f"{name}: no time left")
+            continue
+        begin = time.monotonic()
+        try:
+            ROWS[name](bench)
+        except FAULTS:
+            faults += 1
+            print(f"{name} FAILED\n{traceback.format_exc(limit=-6)}", flush=True)
+            bench.drop()
+        taken = time.monotonic() - begin
+        print(f"    {name}: {taken:.0f} s in all, compiling so far {compile_time()[0]:.0f} s", flush=True)
+    return faults
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="all", help=f"comma-separated, of {', '.join(ROWS)}")
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--seconds", type=float, default=6, help="of repeats a row")
+    parser.add_argument("--out", type=Path, default=Path("speed.json"))
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.markdown:
+        print(markdown(Results(args.markdown).rows, "python tests/bench/bench_speed.py --rows all"), end="")
+        return
+    device = torch.device(args.device)
+    if args.smoke:
+        speed_smoke.run(device, args.tiny)
+        return
+    names = list(ROWS) if args.rows == "all" else args.rows.split(",")
+    if unknown := [name for name in names if name not in ROWS]:
+        parser.error(f"no row {', '.join(unknown)}")
+    bench = Bench(Results(args.out), device, args.tiny, 0.5 if args.tiny else args.seconds)
+    if faults := run_rows(names, bench, args.minutes, args.again):
+        sys.exit(f"{faults} rows failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Medians, spread, memory, clocks and useful operations of a row, in a JSON file that a later call goes on with."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from lapwan.wan.compiling import compile_time
+
+GIB = 2**30
+
+
+@dataclass
+class Row:
+    """One measured row; seconds are wall clock around work that ends with a synchronisation."""
+
+    name: str
+    median: float
+    low: float
+    high: float
+    count: int
+    peak_gib: float
+    reserved_gib: float
+    tflops: float | None = None  # useful ones a second
+    compile_seconds: float = 0.0
+    clock_mhz: int | None = None
+    target: str = ""
+    note: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def clock() -> int | None:
+    """MHz of the multiprocessors now."""
+    if not torch.cuda.is_available():
+        return None
+    said = subprocess.run(
+        ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"], capture_output=True, text=True,
+        check=False,
+    )
+    return int(said.stdout.split()[0]) if said.returncode == 0 and said.stdout.strip() else None
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    synchronise()
+    start = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def measure(
+    name: str, work: Callable[[], object], flops: float = 0.0, seconds: float = 8.0, least: int = 5, warm: int = 2,
+    target: str = "", note: str = "",
+) -> Row:
+    """The median of as many repeats as fit in `seconds` (at least `least`), after `warm` that are not counted."""
+    compiled = compile_time()[0]
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(warm):
+        seconds_of(work)
+    compiled = compile_time()[0] - compiled
+    times: list[float] = []
+    started = time.monotonic()
+    mhz = None
+    while len(times) < least or (time.monotonic() - started < seconds and len(times) < 200):
+        times.append(seconds_of(work))
+        mhz = mhz or clock()
+    return row_of(name, times, flops, compiled, mhz, target, note)
+
+
+def row_of(
+    name: str, times: list[float], flops: float, compiled: float, mhz: int | None, target: str, note: str
+) -> Row:
+    """A row from its times; low and high are the 10th and 90th percentile where there are ten, else the extremes."""
+    ordered, cuda = sorted(times), torch.cuda.is_available()
+    cut = len(ordered) // 10
+    median = statistics.median(ordered)
+    return Row(
+        name, median, ordered[cut], ordered[-1 - cut], len(times),
+        torch.cuda.max_memory_allocated() / GIB if cuda else 0.0,
+        torch.cuda.max_memory_reserved() / GIB if cuda else 0.0,
+        flops / median / 1e12 if flops else None, compiled, mhz, target, note,
+    )
+
+
+def forward_flops(model: WanTransformer3DModel, tokens: int, blocks: int | None = None, text: int = 512) -> float:
+    """2·multiply-adds of a forward through `blocks` blocks: Linears and attention; the rest is under 0.1 %."""
+    config = model.config
+    width, ffn = config.num_attention_heads * config.attention_head_dim, config.ffn_dim
+    count = config.num_layers if blocks is None else blocks
+    linears = 2 * tokens * (6 * width**2 + 2 * width * ffn) + 2 * text * 2 * width**2
+    attention = 4 * tokens * (tokens + text) * width
+    return float(count * (linears + attention))
+
+
+def step_flops(model: WanTransformer3DModel, tokens: int, last: int) -> float:
+    """A forward, and through the last blocks the gradients of inputs: Linears once more, attention twice."""
+    config = model.config
+    width = config.num_attention_heads * config.attention_head_dim
+    attention = last * 4 * tokens * (tokens + 512) * width
+    return forward_flops(model, tokens) + forward_flops(model, tokens, last) + attention
+
+
+class Results:
+    """Rows by name in a JSON file; a row that is there is not measured again unless asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            self.rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+    def add(self, row: Row) -> None:
+        self.rows[row.name] = asdict(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({"machine": machine(), "rows": self.rows}, indent=1), encoding="utf-8")
+        print(line(self.rows[row.name]), flush=True)
+
+
+def machine() -> dict[str, str]:
+    cuda = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if cuda else "none", "torch": torch.__version__,
+        "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version()),
+        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    flops = "" if row["tflops"] is None else f" {row['tflops']:6.0f} TFLOP/s"
+    said = f"{row['name']:<28} {row['median']:8.4f} s [{row['low']:.4f}, {row['high']:.4f}] n={row['count']:<3}"
+    return (f"{said} peak {row['peak_gib']:6.2f} GiB{flops} compile {row['compile_seconds']:5.1f} s "
+            f"{row['clock_mhz'] or '-'} MHz  target {row['target'] or '-'} {row['note']}")
+
+
+def markdown(rows: dict[str, dict[str, Any]], command: str) -> str:
+    """The results as a table, with machine, versions and command."""
+    told = machine()
+    head = [
+        f"# Speed on {told['gpu']}, {told['date']}", "",
+        f"torch {told['torch']}, CUDA {told['cuda']}, cuDNN {told['cudnn']}, Python {told['python']}. A14B shapes, "
+        "random weights, batch 1: speed only.", "", f"    {command}", "",
+        "Median of n, [10 %, 90 %] of the times (the extremes under ten); peak is of torch's allocator. Useful TFLOP/s "
+        "count Linears and attention, and in a step the gradients of the trained blocks' inputs.", "",
+        "| row | seconds | spread | n | peak GiB | TFLOP/s | compile s | MHz | to reach | note |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows.values():
+        flops = "" if row["tflops"] is None else f"{row['tflops']:.0f}"
+        head.append(
+            f"| {row['name']} | {row['median']:.4g} | {row['low']:.4g} – {row['high']:.4g} | {row['count']} | "
+            f"{row['peak_gib']:.1f} | {flops} | {row['compile_seconds']:.0f} | {row['clock_mhz'] or ''} | "
+            f"{row['target']} | {row['note']} |"
+        )
+    return "\n".join(head) + "\n"

@@ -1,0 +1,169 @@
+"""A14B-shaped transformers with random weights made on the device, and trainers of lapwan's own over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from lapwan.data.batch import Batch
+from lapwan.data.taxonomy import load_taxonomy
+from lapwan.lora.attach import Adapter, Group, attach, initial_state
+from lapwan.lora.state import LoraState
+from lapwan.lora.targets import TargetRule, resolve_targets
+from lapwan.moe.mixture import Mixture, MixtureSpec
+from lapwan.names import PROJECTIONS, Band, NoiseExpert, Precision
+from lapwan.settings.optimisers import AdamWSettings, ScheduleSettings
+from lapwan.train.lora_objective import LORA_GROUP, LoraObjective
+from lapwan.train.mixture_objective import MixtureObjective, MixtureWeights
+from lapwan.train.objective import Objective, SigmaRule
+from lapwan.train.optimisers import make_optimiser, make_schedule
+from lapwan.train.order import SampleOrder
+from lapwan.train.trainer import Plan, Track, Trainer
+from lapwan.wan.fastpath import path_of
+from lapwan.wan.quantised import fill, linears_of
+
+A14B = {
+    "patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16,
+    "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824, "num_layers": 40,
+}
+SMALL = {**A14B, "num_attention_heads": 4, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 256, "num_layers": 4}
+LATENTS = {"256": (21, 32, 32), "480": (21, 60, 104), "small": (3, 8, 8)}  # 81 frames at 256x256 and 480x832
+BAND = Band(0.875, 1.0)
+EXPERT = NoiseExpert.HIGH
+
+
+def _random(shape: tuple[int, ...], name: str, device: torch.device) -> Tensor:
+    if name.endswith(("norm_q.weight", "norm_k.weight", "norm2.weight")):
+        return torch.ones(shape, device=device, dtype=torch.bfloat16)
+    scale = 0.02 if len(shape) < 2 else math.prod(shape[1:]) ** -0.5
+    return torch.randn(shape, device=device, dtype=torch.bfloat16) * scale
+
+
+def random_model(
+    device: torch.device, config: dict[str, object] = A14B, quantised: Iterable[int] = (),
+    precision: Precision = Precision.FP8,
+) -> WanTransformer3DModel:
+    """Random weights in bf16 (fp32 where Wan keeps it), `quantised` blocks in a `precision`; made tensor by tensor."""
+    with init_empty_weights():  # buffers (the rope tables) are made for real
+        model = WanTransformer3DModel(**config)
+    wide = tuple(model._keep_in_fp32_modules)
+
+    def cast(name: str, stored: Tensor) -> Tensor:
+        return stored.to(torch.float32 if any(part in wide for part in name.split(".")) else torch.bfloat16)
+
+    torch.manual_seed(0)
+    source = {n: partial(_random, p.shape, n, device) for n, p in model.named_parameters()}
+    full = frozenset(range(len(model.blocks))) - frozenset(quantised)
+    fill(model, source, linears_of(model.blocks, "blocks", full), precision, cast, device, None)
+    model.requires_grad_(False)
+    return model.eval().to(device)
+
+
+def inputs(model: WanTransformer3DModel, size: str, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timestep and text features (512 rows, 60 of them words)."""
+    device, dim = model.patch_embedding.weight.device, model.config.text_dim
+    generator = torch.Generator(device).manual_seed(1)
+    x = torch.randn(batch, 16, *LATENTS[size], device=device, generator=generator)
+    text = torch.zeros(batch, 512, dim, device=device, dtype=torch.bfloat16)
+    text[:, :60] = torch.randn(batch, 60, dim, device=device, generator=generator)
+    return x, torch.full((batch,), 937.5, device=device), text
+
+
+class Adapted:
+    """An adapter that can be put on and taken off, so that two share one base."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.layers = dict(adapter.layers)
+
+    def off(self) -> None:
+        """Plain Linears again."""
+        self._set({path: layer.base for path, layer in self.layers.items()})
+
+    def on(self) -> None:
+        """The adapter's layers again."""
+        self._set(self.layers)
+
+    def _set(self, modules: dict[str, torch.nn.Module]) -> None:
+        for path, module in modules.items():
+            parent, _, leaf = path.rpartition(".")
+            setattr(self.adapter.transformer.get_submodule(parent), leaf, module)
+
+
+def targets(model: WanTransformer3DModel, last: int, rank: int) -> dict[str, int]:
+    """Every Linear of the last blocks."""
+    return resolve_targets([TargetRule(last, dict.fromkeys(PROJECTIONS, rank))], len(model.blocks))
+
+
+def _state(model: WanTransformer3DModel, last: int, rank: int, *key: str) -> LoraState:
+    state = initial_state(model, targets(model, last, rank), None, 0, *key)
+    for entry in state.entries.values():
+        entry.up.normal_(std=1e-3)  # a step of a run, not the first one
+    return state
+
+
+def lora_trainer(model: WanTransformer3DModel, size: str, last: int, rank: int = 16) -> tuple[Trainer, Adapted]:
+    """A plain LoRA on every Linear of the last blocks."""
+    adapter = attach(model, [Group(LORA_GROUP, _state(model, last, rank), True)])
+    objective = LoraObjective({EXPERT: adapter}, "bench", {EXPERT: {}}, roi_weight=3.0)
+    return _trainer(objective, model, size), Adapted(adapter)
+
+
+def mixture_trainer(model: WanTransformer3DModel, size: str, last: int, rank: int = 4) -> tuple[Trainer, Adapted]:
+    """Four experts on the same Linears with a text router and a timestep gate: stage 2 as train-moe builds it."""
+    taxonomy = load_taxonomy("surgical4")
+    spec = MixtureSpec(
+        families=taxonomy.keys, taxonomy=taxonomy.to_dict(), task="t2v", bands={EXPERT: (BAND.low, BAND.high)},
+        text_dim=model.config.text_dim,
+    )
+    mixture = Mixture(spec, {EXPERT: {family: _state(model, last, rank, family) for family in taxonomy.keys}})
+    mixture.to(model.patch_embedding.weight.device)
+    adapter = attach(model, mixture.groups(EXPERT, None, trainable=True), gates_required=True)
+    objective = MixtureObjective(mixture, {EXPERT: adapter}, MixtureWeights(), "bench", {})
+    return _trainer(objective, model, size), Adapted(adapter)
+
+
+def _batch(model: WanTransformer3DModel, size: str, clip: int) -> Batch:
+    device, dim = model.patch_embedding.weight.device, model.config.text_dim
+    generator = torch.Generator(device).manual_seed(clip)
+    shape = LATENTS[size]
+    roi = torch.zeros(1, *shape, device=device)
+    roi[..., : shape[1] // 2, : shape[2] // 2] = 1
+    return Batch(
+        ids=(f"clip{clip}",), latents_BCTHW=torch.randn(1, 16, *shape, device=device, generator=generator),
+        text=(torch.randn(60, dim, device=device, generator=generator).bfloat16(),), condition_BCTHW=None,
+        label_weights_BE=torch.tensor([[0.0, 0.65, 0.0, 0.35]], device=device),
+        fallback_B=torch.tensor([False], device=device), roi_BTHW=roi, has_roi_B=torch.tensor([True], device=device),
+    )
+
+
+def _trainer(objective: Objective, model: WanTransformer3DModel, size: str, clips: int = 8) -> Trainer:
+    batches = [_batch(model, size, clip) for clip in range(clips)]
+    optimisers = {n: make_optimiser(AdamWSettings(), groups) for n, groups in objective.optimised.items()}
+    load: Callable[[list[int]], Batch] = lambda indices: batches[indices[0]]  # noqa: E731
+    plan = Plan(
+        run=Path("unused"), schedule=[EXPERT] * 10_000,
+        tracks={EXPERT: Track(SampleOrder([0] * clips, 1, 0, "high"), SigmaRule(band=BAND))}, optimisers=optimisers,
+        lr_schedules={n: make_schedule(ScheduleSettings(), o, 10_000) for n, o in optimisers.items()},
+        load_batch=load, item_ids=[f"clip{i}" for i in range(clips)], seed=0,
+    )
+    return Trainer(plan, objective)
+
+
+def step(trainer: Trainer) -> None:
+    """One optimiser step, as `Trainer.fit` takes it, without writing metrics."""
+    trainer._optimiser_step(EXPERT)
+    trainer.step += 1
+    trainer._logs[EXPERT].__init__()
+
+
+def set_checkpointing(model: WanTransformer3DModel, kind: str | None) -> None:
+    """off, op or block; None: as the model says."""
+    path_of(model).checkpointing = kind  # type: ignore[assignment]
