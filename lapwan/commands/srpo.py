@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -25,7 +26,7 @@ from lapwan.train.optimisers import check_optimiser, describe_optimiser
 from lapwan.train.rollout import RolloutRule, rollout_steps
 from lapwan.train.runfolder import claim_run, start_folder
 from lapwan.train.srpo_data import SrpoData, negative_needed, read_data
-from lapwan.train.srpo_memory import plan_memory
+from lapwan.train.srpo_memory import SrpoMemory, plan_memory
 from lapwan.train.srpo_watch import HeldOut
 from lapwan.train.trainer import Trainer
 from lapwan.wan.base import Base
@@ -41,18 +42,10 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
     with one_voice(settings.device) as (ranks, device_name):
         if ranks.first:
             claim_run(settings, options.overwrite)
-        check_rewards(settings.rewards)
-        base = resolve_base(settings.model, _task(settings))
-        data = read_data(settings, base.spec)
         device = pick_device(device_name)
-        experts = srpo_build.trained_experts(settings, base.spec)
-        own = srpo_build.intervals(settings, base.spec, experts)
-        check_optimiser(settings.optimiser, settings.schedule)
-        guidance = (settings.rollout.guidance, settings.held_out.guidance or 1.0)
-        negative_needed(data, guidance)
-        loaded = srpo_build.loaded_experts(settings, base.spec, experts)
-        memory = plan_memory(settings, base, experts, loaded, data.bucket, device, ranks.count)
-        print_plan(settings, [*describe(settings, base, data, own), memory.line,
+        planned = plan(settings, device, ranks.count)
+        base, data, memory = planned.base, planned.data, planned.memory
+        print_plan(settings, [*describe(settings, base, data, planned.intervals), memory.line,
                               "what this run takes of a GPU:", *memory.table], options)
         slow = too_slow(settings, base, data, device)
         if options.dry_run:
@@ -74,6 +67,34 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
             for path in sorted((settings.output / f"step_{trainer.step:06d}").iterdir()):
                 if path.name != "state":
                     console.results.print(str(settings.output / path.name))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run is about, checked, before anything large is loaded."""
+
+    base: Base
+    data: SrpoData
+    intervals: dict[NoiseExpert, Band]
+    memory: SrpoMemory
+
+
+def plan(settings: SrpoSettings, device: torch.device, processes: int = 1) -> Planned:
+    """Read model folder, prompts and reward files, and settle the intervals and the memory.
+
+    Raises:
+        UserError: what cannot work, in one line.
+    """
+    check_rewards(settings.rewards)
+    check_optimiser(settings.optimiser, settings.schedule)
+    base = resolve_base(settings.model, _task(settings))
+    data = read_data(settings, base.spec)
+    experts = srpo_build.trained_experts(settings, base.spec)
+    own = srpo_build.intervals(settings, base.spec, experts)
+    negative_needed(data, (settings.rollout.guidance, settings.held_out.guidance or 1.0))
+    loaded = srpo_build.loaded_experts(settings, base.spec, experts)
+    memory = plan_memory(settings, base, experts, loaded, data.bucket, device, processes)
+    return Planned(base, data, own, memory)
 
 
 def _others() -> dict[str, object]:

@@ -71,6 +71,7 @@ class HeldOutSettings(Settings):
     """Prompts that are not trained on, sampled again and again from the same noise."""
 
     count: int = Field(16, ge=0, description="Prompts split off by seed; 0: none, and nothing below applies.")
+    seed: int | None = Field(None, description="Chooses them and their noise; absent: the run's.")
     every: int = Field(10, ge=1, description="Steps of the run between two looks.")
     images: int = Field(8, ge=0, description="Of them, so many are written to previews/ and TensorBoard.")
     size: tuple[int, int] | None = Field(None, description="Height, width; absent: as trained.")
@@ -205,3 +206,8 @@ class SrpoSettings(Settings):
             raise ValueError(f"keep_best needs a held-out look at every checkpoint: save_every = {self.save_every} "
                              f"must be a multiple of held_out.every = {self.held_out.every}")
         return self
+
+    @property
+    def held_out_seed(self) -> int:
+        """What the held-out prompts and their noise are chosen by."""
+        return self.seed if self.held_out.seed is None else self.held_out.seed

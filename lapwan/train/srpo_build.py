@@ -104,6 +104,19 @@ def preference_rule(settings: SrpoSettings, own: Mapping[NoiseExpert, Band]) -> 
     )
 
 
+@dataclass(frozen=True)
+class JudgedFrames:
+    """Latents to the frames that rewards look at; `rule` is all, first, or how many."""
+
+    vae: Any
+    rule: str | int
+
+    def __call__(self, latents_BCTHW: Tensor) -> Tensor:
+        stride = self.vae.config.scale_factor_temporal
+        frames = (latents_BCTHW.shape[2] - 1) * stride + 1
+        return decode_frames(self.vae, latents_BCTHW, frame_choice(frames, self.rule))
+
+
 @dataclass
 class Parts:
     """What a run is made of once it is loaded."""
@@ -147,11 +160,7 @@ def load_parts(
         if adapter is not None:
             parking.add({expert: adapter})
     vae = load_vae(base.spec, getattr(torch, settings.vae_dtype), device)
-    wanted = frame_choice(data.bucket[0], settings.preference.frames)
-
-    def frames(latents_BCTHW: Tensor) -> Tensor:
-        return decode_frames(vae, latents_BCTHW, wanted)
-
+    frames = JudgedFrames(vae, settings.preference.frames)
     return Parts(transformers, trained, parking, vae, Judges(rewards, reward_weights(settings.rewards), frames))
 
 
@@ -327,7 +336,7 @@ def _watch(
         objective, rollout, store.held_out(), parts.vae,
         HeldOutRule(wanted.every, wanted.images, wanted.patience,
                     spec.latent_shape(wanted.num_frames or frames, *size), spec.defaults.fps, settings.batch_size),
-        settings.output / PREVIEWS, settings.seed, parts.parking.turn)
+        settings.output / PREVIEWS, settings.held_out_seed, parts.parking.turn)
 
 
 def flops(settings: SrpoSettings, spec: ModelSpec, parameters: int, bucket: tuple[int, int, int]) -> float:

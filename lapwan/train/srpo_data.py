@@ -73,12 +73,15 @@ def read_data(settings: SrpoSettings, spec: ModelSpec) -> SrpoData:
         raise UserError("num_frames = 1 on an image-to-video model: its one frame is the image it is given, so nothing "
                         "is left to align; set num_frames to a video's (4N+1), or take a text-to-video model")
     rule = settings.held_out
+    if spec.task == "i2v" and (rule.size is not None or rule.num_frames is not None):
+        raise UserError("held_out.size and held_out.num_frames are for text-to-video models; an image-to-video model's "
+                        "held-out clips keep the size of their first frame")
     if settings.prompts.file is not None:
         if spec.task == "i2v":
             raise UserError("prompts.file with an image-to-video model: a rollout needs first frames; give "
                             "prompts.cache (--cache DIR), made by lapwan cache with --i2v")
         prompts = read_prompts(settings.prompts.file)
-        apart = held_out(prompts, rule.count, settings.seed)
+        apart = held_out(prompts, rule.count, settings.held_out_seed)
         return SrpoData(
             tuple(p for p in prompts if p not in apart), tuple(p for p in prompts if p in apart),
             (settings.num_frames, height, width), False, settings.prompts.negative,
@@ -102,7 +105,7 @@ def _from_cache(settings: SrpoSettings, spec: ModelSpec, size: tuple[int, int]) 
         if short < settings.num_frames:
             raise UserError(f"num_frames = {settings.num_frames}, but {index.folder} holds clips of {short} frames; "
                             f"set num_frames to at most {short}")
-    apart = held_out([item.caption for item in items], settings.held_out.count, settings.seed)
+    apart = held_out([item.caption for item in items], settings.held_out.count, settings.held_out_seed)
     kept = tuple(item for item in items if item.caption not in apart)
     first: dict[str, CachedItem] = {}
     for item in items:

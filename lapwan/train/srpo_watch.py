@@ -100,6 +100,16 @@ class HeldOut:
         margin = figures["held_out/margin"]
         return Seen(figures, finished=self._judge(margin, step), score=-margin)
 
+    @torch.no_grad()
+    def scores(self) -> dict[str, list[float]]:
+        """Every held-out prompt's figures with the weights as they are, in the prompts' order."""
+        return self._scores(self._sample())
+
+    @property
+    def base_scores(self) -> dict[str, list[float]]:
+        """The same of the base, once `begin` has looked."""
+        return self._base
+
     def _judge(self, margin: float, step: int) -> str | None:
         """Why to end now, if the margin has not risen often enough."""
         if self._best is None or margin > self._best[0]:
