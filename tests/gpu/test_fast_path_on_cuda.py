@@ -1,0 +1,82 @@
+"""The fast forward on a GPU: compiled as eager, nothing in it that waits for the device. `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lapwan.lora.attach import Adapter, Group, attach, initial_state
+from lapwan.lora.targets import TargetRule, resolve_targets
+from lapwan.names import PROJECTIONS, NoiseExpert
+from lapwan.sampling.denoise import Conditions, guided_velocity
+from lapwan.wan.backbone import load_transformer, velocity
+from lapwan.wan.compiling import compile_blocks, compile_time
+from lapwan.wan.fastpath import path_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def prepared(tiny_t2v, dtype: torch.dtype):
+    model = load_transformer(tiny_t2v, NoiseExpert.HIGH, dtype, "cuda")
+    ranks = resolve_targets([TargetRule(3, dict.fromkeys(PROJECTIONS, 4))], len(model.blocks))
+    groups = []
+    for column in range(2):
+        state = initial_state(model, ranks, None, column)
+        for entry in state.entries.values():
+            entry.up.normal_(std=0.05, generator=torch.Generator().manual_seed(column))
+        groups.append(Group(str(column), state, trainable=True))
+    adapter = attach(model, groups, gates_required=True)
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(2, 16, 5, 16, 16, device="cuda", generator=generator)
+    text = torch.randn(2, 512, 96, device="cuda", generator=generator)
+    return model, adapter, x, torch.tensor([950.0, 900.0], device="cuda"), text
+
+
+def gradients(model, adapter: Adapter, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
+    gates = torch.tensor([[0.7, 0.4], [0.2, 0.9]], device="cuda", requires_grad=True)
+    for parameter in adapter.parameters().values():
+        parameter.grad = None
+    with adapter.holder.scope(gates):
+        v = velocity(model, x, t, text)
+        v.square().mean().backward()
+    return [v.detach(), gates.grad, *(p.grad for p in adapter.parameters().values())]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("kind", ["off", "block"])
+def test_compiled_blocks_are_eager_ones(tiny_t2v, dtype, tolerance, kind):
+    model, adapter, *given = prepared(tiny_t2v, dtype)
+    path_of(model).checkpointing = kind
+    eager = gradients(model, adapter, *given)
+    compile_blocks(model)
+    compiled = gradients(model, adapter, *given)
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert float((ours - theirs).norm()) <= tolerance * float(theirs.norm())
+    graphs = compile_time()[1]
+    gradients(model, adapter, *given)
+    assert compile_time()[1] == graphs  # eight blocks, three structures, none compiled twice
+
+
+def test_a_step_and_a_guided_evaluation_wait_for_nothing(tiny_t2v):
+    model, adapter, x, t, text = prepared(tiny_t2v, torch.bfloat16)
+    gradients(model, adapter, x, t, text)  # what is made once, such as tables
+    mode = torch.cuda.get_sync_debug_mode()
+    step, gates = torch.tensor(700.0, device="cuda"), torch.ones(1, 2, device="cuda")
+    both = Conditions(text[:1], text[1:])
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        with adapter.holder.scope(gates):
+            velocity(model, x, t, text).square().mean().backward()
+            with torch.no_grad():
+                guided_velocity(model, x[:1], step, both, 3.0)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def test_guidance_in_one_batch_is_two_passes(tiny_t2v):
+    model, adapter, x, _, text = prepared(tiny_t2v, torch.float32)
+    both, step = Conditions(text[:1], text[1:]), torch.tensor(700.0)
+    with torch.no_grad(), adapter.holder.scope(torch.ones(1, 2, device="cuda")):
+        ours, theirs = (guided_velocity(model, x[:1], step, both, 3.0, together) for together in (True, False))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
