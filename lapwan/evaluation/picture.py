@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from PIL import Image
@@ -12,64 +13,69 @@ from lapwan.evaluation.report import SHARES, Interval, measured
 from lapwan.evaluation.routing import RoutingScores
 from lapwan.evaluation.study import Findings, Study
 
-_WIDTH, _MARGIN, _LINE, _HEAD, _AXIS, _NAMES = 900, 24, 22, 30, 34, 190
+_WIDTH, _MARGIN, _LINE, _HEAD, _AXIS, _NAMES = 1000, 24, 22, 36, 34, 170
 _COLOURS: tuple[Colour, ...] = (
     (120, 120, 120), (38, 98, 168), (208, 72, 52), (20, 130, 110), (140, 70, 160), (190, 140, 20))
 _MAP = 320  # height of a confusion map
 
 
 def picture(study: Study, found: Findings, interval: Interval) -> Image.Image:
-    """A panel for each metric, then a map for each router and set of captions."""
+    """For each metric the means and, at the right, the paired differences to the first arm; then a map for each router
+    and set of captions."""
     by_arm = {arm.name: measured(found, arm.name) for arm in study.arms}
+    first = study.arms[0].name
     metrics = list(dict.fromkeys(metric for own in by_arm.values() for metric in own))
-    panels = {
-        metric: {name: interval.of(own[metric]) for name, own in by_arm.items() if metric in own}
-        for metric in metrics
-    }
     maps = [(f"{name}: {which}", scores) for name, sets in found.routing.items() for which, scores in sets.items()]
-    heights = [_HEAD + _LINE * len(own) + _AXIS for own in panels.values()]
-    canvas = Canvas(_WIDTH, 2 * _MARGIN + sum(heights) + _MAP * ((len(maps) + 1) // 2))
-    top = float(_MARGIN)
+    height = _HEAD + _LINE * len(by_arm) + _AXIS
+    canvas = Canvas(_WIDTH, 2 * _MARGIN + height * len(metrics) + _MAP * ((len(maps) + 1) // 2))
     colours = {arm.name: _COLOURS[i % len(_COLOURS)] for i, arm in enumerate(study.arms)}
-    for (metric, own), height in zip(panels.items(), heights, strict=True):
+    top = float(_MARGIN)
+    middle = _NAMES + (_WIDTH - _NAMES) * 0.56
+    for metric in metrics:
+        own = {name: values[metric] for name, values in by_arm.items() if metric in values}
+        scale = 100.0 if metric in SHARES else 1.0
+        canvas.text(_MARGIN, top, f"{metric}, %" if metric in SHARES else metric, size=14)
+        for i, name in enumerate(own):
+            canvas.text(_MARGIN + _NAMES - 12, top + _HEAD + _LINE * (i + 0.5), name[:26], "rm", 12)
         mark = interval.of(found.ceiling[metric]).mean if metric in found.ceiling else None
-        _panel(canvas, top, metric, own, colours, mark)
+        box = Box(_MARGIN + _NAMES, top + _HEAD, middle, top + _HEAD + _LINE * len(own))
+        _dots(canvas, box, {n: interval.of(v) for n, v in own.items()}, colours, scale,
+              {} if mark is None else {"ceiling": mark})
+        if first in own and len(own) > 1:
+            gaps = {name: interval.between(values, own[first]) for name, values in own.items()}
+            box = Box(middle + 40, box.top, _WIDTH - _MARGIN - 10, box.bottom)
+            _dots(canvas, box, gaps, colours, scale, {f"difference to {first}": 0.0})
         top += height
     half = (_WIDTH - 2 * _MARGIN) / 2
     for i, (title, scores) in enumerate(maps):
-        left = _MARGIN + (i % 2) * half
-        _confusion(canvas, Box(left, top + (i // 2) * _MAP, left + half - 20, top + (i // 2 + 1) * _MAP - 10), title,
-                   scores)
+        left, up = _MARGIN + (i % 2) * half, top + (i // 2) * _MAP
+        _confusion(canvas, Box(left, up, left + half - 20, up + _MAP - 10), title, scores)
     return canvas.finish()
 
 
-def _panel(
-    canvas: Canvas, top: float, metric: str, own: Mapping[str, Estimate], colours: Mapping[str, Colour],
-    ceiling: float | None,
+def _dots(
+    canvas: Canvas, box: Box, own: Mapping[str, Estimate], colours: Mapping[str, Colour], scale: float,
+    levels: Mapping[str, float],
 ) -> None:
-    scale = 100.0 if metric in SHARES else 1.0
-    ends = [v * scale for e in own.values() for v in (e.mean, e.low, e.high) if v == v]  # NaN is not itself
-    if ceiling is not None:
-        ends.append(ceiling * scale)
-    marks = ticks(min(ends), max(ends))
-    left, right, bottom = _MARGIN + _NAMES, _WIDTH - _MARGIN - 20, top + _HEAD + _LINE * len(own)
+    """A dot and an interval a line, upright lines at named levels."""
+    ends = [v * scale for e in own.values() for v in (e.mean, e.low, e.high) if not math.isnan(v)]
+    ends += [value * scale for value in levels.values()]
+    marks = ticks(min(ends), max(ends), 4)
 
     def at(value: float) -> float:
-        return left + (value * scale - marks[0]) / (marks[-1] - marks[0]) * (right - left)
+        return box.left + (value * scale - marks[0]) / (marks[-1] - marks[0]) * (box.right - box.left)
 
-    canvas.text(_MARGIN, top, f"{metric}, %" if metric in SHARES else metric, size=14)
     for mark in marks:
-        canvas.line([(at(mark / scale), top + _HEAD - 6), (at(mark / scale), bottom)], GRID)
-        canvas.text(at(mark / scale), bottom + 4, number(mark), "ma", 11, FAINT)
-    if ceiling is not None:
-        canvas.line([(at(ceiling), top + _HEAD - 6), (at(ceiling), bottom)], FAINT)
-        canvas.text(at(ceiling), top + _HEAD - 8, "ceiling", "md", 11, FAINT)
+        canvas.line([(at(mark / scale), box.top - 6), (at(mark / scale), box.bottom)], GRID)
+        canvas.text(at(mark / scale), box.bottom + 4, number(mark), "ma", 11, FAINT)
+    for name, value in levels.items():
+        canvas.line([(at(value), box.top - 6), (at(value), box.bottom)], FAINT)
+        canvas.text(min(max(at(value), box.left + 40), box.right - 30), box.top - 8, name, "md", 11, FAINT)
     for i, (name, estimate) in enumerate(own.items()):
-        middle = top + _HEAD + _LINE * (i + 0.5)
-        canvas.text(left - 12, middle, name[:26], "rm", 12)
-        if estimate.low == estimate.low:
+        middle = box.top + _LINE * (i + 0.5)
+        if not math.isnan(estimate.low):
             canvas.line([(at(estimate.low), middle), (at(estimate.high), middle)], colours[name], 3)
-        if estimate.mean == estimate.mean:
+        if not math.isnan(estimate.mean):
             canvas.dot(at(estimate.mean), middle, colours[name], 5)
 
 

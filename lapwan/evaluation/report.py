@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -149,62 +148,48 @@ def tables(study: Study, found: Findings, interval: Interval) -> list[Table]:
     """Figures by adapter, differences to the first adapter, routing."""
     made = []
     if found.losses or found.scores:
-        made += [_figure_table(study, found, interval), _difference_table(study, found, interval)]
+        made.append(_figure_table(study, found, interval))
     made += [_routing_table(name, which, scores, found.probe) for name, sets in found.routing.items()
              for which, scores in sets.items()]
     return [table for table in made if table.row_count]
 
 
-def shown(metric: str, value: float, sign: bool = False) -> str:
-    """`62.5` of a share in percent, else three digits behind the point."""
+def shown(metric: str, value: float, sign: bool = False, digits: int = 3) -> str:
+    """`62.5` of a share in percent, else `digits` digits."""
     if np.isnan(value):
         return "-"
     plus = "+" if sign else ""
-    return f"{100 * value:{plus}.1f}" if metric in SHARES else f"{value:{plus}.4g}"
+    return f"{100 * value:{plus}.1f}" if metric in SHARES else f"{value:{plus}.{digits}g}"
 
 
 def told(metric: str, estimate: Estimate, sign: bool = False) -> str:
     """`62.5 [50.0, 75.0]`."""
-    write = partial(shown, metric, sign=sign)
+    mean = shown(metric, estimate.mean, sign)
     if np.isnan(estimate.low):
-        return write(estimate.mean)
-    return f"{write(estimate.mean)} [{write(estimate.low)}, {write(estimate.high)}]"
-
-
-def _title(metric: str) -> str:
-    return f"{metric} %" if metric in SHARES else metric
-
-
-def _percent(interval: Interval) -> str:
-    return f"{100 * interval.level:g} % interval"
+        return mean
+    return f"{mean} [{shown(metric, estimate.low, sign, 2)}, {shown(metric, estimate.high, sign, 2)}]"
 
 
 def _figure_table(study: Study, found: Findings, interval: Interval) -> Table:
+    """A row for each metric and adapter: its mean, and the paired difference to the first adapter."""
     by_arm = {arm.name: measured(found, arm.name) for arm in study.arms}
-    metrics = list(dict.fromkeys(metric for own in by_arm.values() for metric in own))
-    table = Table(title=f"mean [{_percent(interval)}]", title_justify="left", box=box.SIMPLE)
-    table.add_column("metric")
-    for name in by_arm:
-        table.add_column(name, justify="right")
-    if found.ceiling:
-        table.add_column("ceiling", justify="right")
-    for metric in metrics:
-        cells = [told(metric, interval.of(own[metric])) if metric in own else "" for own in by_arm.values()]
-        if found.ceiling:
-            cells.append(told(metric, interval.of(found.ceiling[metric])) if metric in found.ceiling else "")
-        table.add_row(_title(metric), *cells)
-    return table
-
-
-def _difference_table(study: Study, found: Findings, interval: Interval) -> Table:
     first = study.arms[0].name
-    table = Table(title=f"difference to {first}, same clips and noise [{_percent(interval)}]", title_justify="left",
-                  box=box.SIMPLE)
-    for column in ("adapter", "metric", "difference", ""):
-        table.add_column(column, justify="right" if column == "difference" else "left")
-    for a, b, metric, estimate in differences(found, interval):
-        if b == first:
-            table.add_row(a, _title(metric), told(metric, estimate, sign=True), "*" if estimate.excludes_zero else "")
+    table = Table(title=f"means and differences, each with its {100 * interval.level:g} % interval", box=box.SIMPLE,
+                  title_justify="left", padding=(0, 1, 0, 0))
+    for column in ("adapter", "mean", f"difference to {first}", ""):
+        table.add_column(column, justify="left" if column in ("adapter", "") else "right", no_wrap=True)
+    for metric in dict.fromkeys(metric for own in by_arm.values() for metric in own):
+        table.add_section()
+        table.add_row(f"{metric} %" if metric in SHARES else metric, style="bold")
+        for name, own in by_arm.items():
+            if metric not in own:
+                continue
+            gap = None if name == first or metric not in by_arm[first] else interval.between(
+                own[metric], by_arm[first][metric])
+            table.add_row(f"  {name}", told(metric, interval.of(own[metric])),
+                          "" if gap is None else told(metric, gap, sign=True), "*" if gap and gap.excludes_zero else "")
+        if metric in found.ceiling:
+            table.add_row("  (VAE's ceiling)", told(metric, interval.of(found.ceiling[metric])))
     return table
 
 
