@@ -78,6 +78,8 @@ def read_clip_config(folder: Path, what: str) -> CLIPConfig:
     from transformers import CLIPConfig
 
     file = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; give {what}, fetched with: hf download ID --local-dir FOLDER")
     if not file.is_file():
         raise UserError(f"{folder} is not a transformers folder (no config.json); give {what}")
     try:

@@ -117,6 +117,9 @@ def read_checkpoint(path: Path, architecture: Architecture = VIT_H_14) -> dict[s
     """
     if path.is_dir():
         path = path / HPS_FILE
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; rewards are never downloaded: hf download xswu/HPSv2 {HPS_FILE} "
+                        "--local-dir FOLDER")
     tensors = read_tensors(path)
     convolution, text = tensors.get("visual.conv1.weight"), tensors.get("text_projection")
     if convolution is None or text is None or convolution.dim() != 4:

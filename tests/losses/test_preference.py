@@ -141,6 +141,7 @@ def test_no_pair_of_sigmas_leaves_the_interval(draws, interval, share, dtype):
     for value in (sigma_e, star):
         assert ((value >= low - 1e-7) & (value <= high + 1e-7)).all()
     assert ((sigma_e > star) == denoise).all() and ((sigma_e - star).abs() <= reach + 1e-6).all()
+    torch.testing.assert_close((sigma_e - star).abs(), reach * (1 - u[:, 1]), rtol=0, atol=2e-7)
 
 
 def test_what_cannot_be_is_refused():

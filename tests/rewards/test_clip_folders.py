@@ -90,6 +90,7 @@ def test_a_folder_that_is_not_a_clip_model(folder, tmp_path):
             with pytest.raises(UserError, match=said):
                 look((PickScoreSettings(path=path, tokenizer=folder),))
 
+    refused("no folder .*PickScore_v1.*hf download", tmp_path / "none")
     refused("no config.json.*PickScore_v1", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     refused("type 't5', not 'clip'.*PickScore_v1", tmp_path)

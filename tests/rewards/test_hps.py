@@ -115,7 +115,8 @@ def _wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
     cut.write_bytes(small.read_bytes()[:9000])
     text.write_text("not weights")
     return {
-        "none": (folder / "none.pt", "no such file"), "folder": (folder, f"no such file.*{HPS_FILE}"),
+        "none": (folder / "none.pt", "no such file.*hf download xswu/HPSv2"),
+        "folder": (folder, f"no such file.*{HPS_FILE}"),
         "lora": (lora, "is not HPS v2.1.*visual.conv1.weight"), "keys": (keys, "no table of tensors|is not HPS v2.1"),
         "small": (small, r"vision width 32 and patch 4.*1280"), "cut": (cut, "cannot read"),
         "text": (text, "cannot read"),
