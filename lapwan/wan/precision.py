@@ -43,7 +43,9 @@ NF4_CODES = (
 
 @cache
 def fp8_in_hardware(device: torch.device) -> bool:
-    """Whether a device multiplies fp8 matrices (NVIDIA from compute capability 8.9 on)."""
+    """Whether a device multiplies fp8 matrices (NVIDIA from compute capability 8.9 on; shapes alone, too)."""
+    if device.type == "meta":
+        return True
     nvidia = device.type == "cuda" and torch.version.cuda is not None
     return nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
 
@@ -155,7 +157,7 @@ class _Nf4Product(torch.autograd.Function):
 
 
 class QuantisedLinear(FrozenLinear):
-    """Codes and scales; `from_weight` quantises, `empty` makes one to be filled from a file."""
+    """Codes and scales; `from_weight` quantises."""
 
     codes: Tensor
     scale: Tensor
@@ -183,6 +185,13 @@ class QuantisedLinear(FrozenLinear):
         rows = max(1, _TILE // weight_OI.shape[1])
         parts = [cls.quantise(weight_OI[first : first + rows]) for first in range(0, len(weight_OI), rows)]
         return cls(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), bias, weight_OI.shape[1])
+
+    @classmethod
+    def shaped(cls, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> QuantisedLinear:
+        """One without values, for what only asks for shapes."""
+        meta = torch.device("meta")
+        codes, scale = cls.quantise(torch.empty(out_features, in_features, device=meta))
+        return cls(codes, scale, torch.empty(out_features, device=meta, dtype=dtype) if bias else None, in_features)
 
     def _weight(self) -> tuple[Tensor, ...]:
         return self.codes, self.scale

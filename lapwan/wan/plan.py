@@ -1,0 +1,183 @@
+"""Where weights stay and what is computed again: every way allowed, its bytes and seconds, and the best that fits.
+
+    resident  Σ experts (or the largest, one at a time) of outer + blocks that stay + places of the ring
+    peak      resident + adapters + data + work of the largest phase + workspace
+    step      max(prefix, streamed bytes / bus) + trained blocks (forward, recomputation, backward) + swap
+
+All arithmetic, no torch: bytes in, a plan out. Units: bytes, seconds, flops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+GIB = 1 << 30
+WORKSPACE = 96 << 20  # of the matrix libraries, taken from torch's allocator
+SLACK, MARGIN = 0.04, 256 << 20  # what fits: predicted · 1.04 + 256 MiB for gaps between blocks
+PLACES = 2  # of a ring
+Checkpointing = Literal["off", "op", "block"]
+Asked = str | float
+
+
+@dataclass(frozen=True)
+class ExpertBytes:
+    """Of one noise expert: its blocks, what is outside of them, and the rows of its adapters with all that goes with
+    them (gradients, moments)."""
+
+    blocks: tuple[int, ...]
+    outer: int
+    adapters: int = 0
+
+    @property
+    def weights(self) -> int:
+        """All of the base."""
+        return self.outer + sum(self.blocks)
+
+    def staying(self, streamed: int) -> int:
+        """On the device while it works, with its first `streamed` blocks in a ring of two places."""
+        ring = min(PLACES, streamed) * max(self.blocks[:streamed], default=0)
+        return self.outer + sum(self.blocks[streamed:]) + ring
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Both noise experts on the device, or one at a time; the first `streamed` blocks in host memory."""
+
+    both: bool
+    streamed: int = 0
+
+
+def resident(experts: Sequence[ExpertBytes], placement: Placement) -> int:
+    """Base weights and adapters on the device while a noise expert works; adapters of both stay."""
+    each = [expert.staying(placement.streamed) for expert in experts]
+    return (sum(each) if placement.both else max(each)) + sum(expert.adapters for expert in experts)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of a device: flops a second of products in the computing dtype and in fp8, of attention, bytes a second of the
+    bus from host memory."""
+
+    product: float
+    product8: float
+    attention: float
+    bus: float
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one pass: products, products in fp8, attention."""
+
+    product: float = 0.0
+    product8: float = 0.0
+    attention: float = 0.0
+
+    def seconds(self, rates: Rates) -> float:
+        """At a device's rates."""
+        return self.product / rates.product + self.product8 / rates.product8 + self.attention / rates.attention
+
+    def times(self, factor: float) -> Flops:
+        """All of it `factor` times."""
+        return Flops(self.product * factor, self.product8 * factor, self.attention * factor)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run, with what it takes. `together`: guidance's two evaluations as one batch."""
+
+    placement: Placement
+    work: int
+    seconds: float
+    checkpointing: Checkpointing = "off"
+    micro_batch: int = 0
+    together: bool = True
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The way chosen, what it needs of the device (`peak`) and of the host, and why."""
+
+    way: Way
+    peak: int
+    host: int
+    free: int | None
+    asked: Asked
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def both(self) -> bool:
+        """Whether no noise expert ever leaves the device."""
+        return self.way.placement.both
+
+    @property
+    def streamed(self) -> range:
+        """Indices of the blocks that stream."""
+        return range(self.way.placement.streamed)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the prediction lies below what is free."""
+        return self.free is None or needs(self.peak) <= self.free
+
+
+def needs(peak: int) -> int:
+    """What must be free for a predicted peak."""
+    return int(peak * (1 + SLACK)) + MARGIN
+
+
+def choose(
+    experts: Sequence[ExpertBytes], ways: Iterable[Way], beside: int, free: int | None, asked: Asked,
+    phases: Mapping[str, int] | None = None,
+) -> MemoryPlan:
+    """The fastest way that fits; of equally fast ones the first. If none fits, the smallest.
+
+    Args:
+        beside: bytes that are there in every phase (data, workspace).
+        phases: other phases' bytes beside the weights that must be there with them (reading a prompt, decoding).
+    """
+    plans = [_plan(experts, way, beside, free, asked, phases or {}) for way in ways]
+    fitting = [plan for plan in plans if plan.fits]
+    if fitting:
+        return min(fitting, key=lambda plan: plan.way.seconds)
+    return min(plans, key=lambda plan: plan.peak)
+
+
+def _plan(
+    experts: Sequence[ExpertBytes], way: Way, beside: int, free: int | None, asked: Asked, phases: Mapping[str, int]
+) -> MemoryPlan:
+    weights, adapters = resident(experts, way.placement), sum(expert.adapters for expert in experts)
+    own = {"weights": weights - adapters, "adapters": adapters, "work": way.work, "beside": beside}
+    working = sum(own.values())
+    # In another phase a noise expert that is not kept for good has left.
+    elsewhere = {name: size + beside + (weights if way.placement.both else adapters) for name, size in phases.items()}
+    peak = max([working, *elsewhere.values()])
+    host = 0 if way.placement.both and not way.placement.streamed else sum(expert.weights for expert in experts)
+    return MemoryPlan(way, peak, host, free, asked, own)
+
+
+def placements(count: int, frozen_blocks: int, asked: Asked) -> list[Placement]:
+    """What may be tried, the quickest first: both, one at a time, and more and more blocks streamed.
+
+    Args:
+        count: noise experts; of a single one there is no other to make room for.
+        frozen_blocks: the first blocks, which nothing trains.
+        asked: auto or GiB: all; both, one, stream: that.
+    """
+    streams = [Placement(False, n) for n in range(1, frozen_blocks + 1)]
+    if asked == "both":
+        return [Placement(True)]
+    if asked == "one":
+        return [Placement(False)]
+    if asked == "stream":
+        return streams[-1:] or [Placement(False)]
+    return [Placement(True), *([Placement(False)]), *streams]
+
+
+def free_of(free: int | None, asked: Asked) -> int | None:
+    """What the plan may use: what is free, and no more than was asked for."""
+    if not isinstance(asked, float):
+        return free
+    limit = int(asked * GIB)
+    return limit if free is None else min(free, limit)
