@@ -138,8 +138,8 @@ class _Reader:
     def taxonomy(self, data: Mapping[str, Any]) -> Taxonomy:
         self._unknown(data, ("name", "description", "default", "ignore", "families"), "")
         tables = data.get("families")
-        if not isinstance(tables, list) or len(tables) < 2 or not all(isinstance(t, Mapping) for t in tables):
-            self._problems.append("'families' must be two or more tables, each written as [[families]]")
+        if not isinstance(tables, list) or not tables or not all(isinstance(t, Mapping) for t in tables):
+            self._problems.append("'families' must be one or more tables, each written as [[families]]")
             tables = []
         families = tuple(self._family(table, f"families[{i}]") for i, table in enumerate(tables))
         keys = [family.key for family in families]

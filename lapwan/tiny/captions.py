@@ -93,6 +93,24 @@ def caption_for(spec: SceneSpec, rng: np.random.Generator, english: float = ENGL
     return _english(spec, rng) if in_english else _chinese(spec, rng)
 
 
+def describe_deed(spec: SceneSpec, rng: np.random.Generator, english: float = 0.5) -> str:
+    """Motion, verb and target of the scene without the instrument's name; the verb may still be a keyword."""
+    if rng.uniform() < english:
+        does, doing = _EN_VERB[spec.instrument][int(rng.integers(len(_EN_VERB[spec.instrument])))]
+        target, move = _EN_TARGET[str(spec.target)], _english_move(_EN_MOTION, spec)
+        act = f"{does} the {target}"
+        if spec.instrument == "scissors":
+            move = _plural(move)
+        if _is_default(spec) and rng.uniform() < 0.5:
+            return _sentence(f"{doing} the {target}")
+        return _sentence(f"{act} and {move}" if spec.motion in _HOLDING else f"{move} and {act}")
+    act = _pick(rng, _ZH_VERB[spec.instrument]) + _pick(rng, _ZH_TARGET[str(spec.target)])
+    lifts_up = spec.motion == "lift" and spec.direction == "up"
+    move = _pick(rng, _ZH_LIFT_UP if lifts_up else _ZH_MOTION[str(spec.motion)]).format(
+        way=_ZH_WAY[str(spec.direction)])
+    return f"{act}并{move}" if spec.motion in _HOLDING else f"{move}{act}"
+
+
 def _is_default(spec: SceneSpec) -> bool:
     motion = paths.CHARACTERISTIC[spec.instrument][0]
     return spec.motion == motion and spec.direction == paths.MOTIONS[motion][0]

@@ -90,7 +90,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     ('key = "rest"', "", "'families[1].key' is required"),
     ('actions = ["切割"]', 'actions = "切割"', "families[0].actions = '切割': must be a list of strings"),
     ('actions = ["切割"]', 'actions = [" "]', "families[0].actions: empty phrase ' '"),
-    ("[[families]]\nkey = \"rest\"", "", "two or more tables"),
+    ("[[families]]\nkey = \"rest\"", "", "'rest' is no family; one of: hook"),
 ])
 def test_mistakes_are_named(tmp_path: Path, old: str, new: str, said: str) -> None:
     assert old in GOOD

@@ -1,0 +1,172 @@
+"""The rows of the comparison: what each does, what it waits for, in the order in which they matter.
+
+How to add an arm: a case in `work.arm_settings` and `work.arm_of`, and its name in `ARMS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lapwan import files
+from lapwan.comparison import work
+from lapwan.comparison.settings import ComparisonSettings, TaskName
+from lapwan.comparison.work import CONTINUED, MIXTURE, NONE, ROW, SAME_SIZE, Place
+
+ARMS = (MIXTURE, CONTINUED, SAME_SIZE)
+METRIC: dict[TaskName, str] = {"t2v": "identity", "i2v": "tip_accuracy"}
+CHOICES: dict[str, dict[str, Any]] = {"router": {}, "hint": {"hint": "truth"}, "wrong hint": {"hint": "wrong"}}
+
+
+# Which rows there are; what decides a row itself is in its name and arguments.
+_NOT_DECIDING = {"tasks", "lrs", "seeds", "alphas", "ablations", "ablation_seeds", "merged", "timing_steps"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One unit of work. `of` is the name of the training row whose result is used, where there is one.
+
+    `decided` (the sweeps a row's lr is chosen from) must be done before its arguments are known.
+    """
+
+    name: str
+    work: Callable[..., dict[str, Any]]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
+    of: str | None = None
+    decided: tuple[str, ...] = ()
+    alone: bool = False
+
+
+def folder_of(place: Place, name: str) -> Path:
+    """A row's folder."""
+    return place.root / "rows" / name
+
+
+def key_of(place: Place, row: Row, results: Mapping[str, Any]) -> str:
+    """Of all that decides a row: the settings, its arguments, and what it was made from."""
+    s, arguments = place.settings, row.arguments
+    said = [
+        s.model_dump(mode="json", exclude=_NOT_DECIDING), row.name, sorted((k, str(v)) for k, v in arguments.items()),
+        s.ablations.get(str(arguments.get("ablation"))), s.merged.get(str(arguments.get("taxonomy"))),
+        [results[name]["key"] for name in (*row.after, *row.decided) if name in results],
+    ]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def finished(place: Place, row: Row, results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A row's result if it is done, with these settings."""
+    try:
+        said = json.loads((folder_of(place, row.name) / ROW).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    found: dict[str, Any] = said
+    return found if found.get("key") == key_of(place, row, results) else None
+
+
+def keep(place: Place, row: Row, key: str, result: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Write a row's result, last of all it writes."""
+    said = {"key": key, "seconds": seconds, **result}
+    files.write_text(folder_of(place, row.name) / ROW, json.dumps(said) + "\n")
+    return said
+
+
+def all_rows(s: ComparisonSettings) -> list[Row]:
+    """Every row, what matters most first."""
+    rows = _data(s)
+    for task in s.tasks:
+        rows.append(Row(f"stage1 {task}", work.train_stage1, {"task": task}, (f"cache {task}",)))
+        rows += [_sweep(task, arm, lr, s.seeds[0]) for arm in ARMS for lr in s.lrs]
+        rows.append(_tested(task, NONE, None, "none", {}, (f"stage1 {task}",)))
+        for arm in ARMS:
+            rows += [_seeded(s, task, arm, seed) for seed in s.seeds[1:]]
+    for task in s.tasks:
+        for seed in s.seeds:
+            rows += _tests(s, task, seed)
+    task = s.tasks[0]
+    for name in s.ablations:
+        for seed in s.ablation_seeds:
+            trained = Row(f"train {task} {name} {seed}", work.train_arm,
+                          {"task": task, "arm": MIXTURE, "seed": seed, "ablation": name},
+                          (f"stage1 {task}", f"labels {_taxonomy_of(s.ablations[name])}"),
+                          decided=sweep_names(s, task, MIXTURE))
+            rows += [trained, _tested(task, MIXTURE, trained.name, f"{name} {seed}", {}),
+                     Row(f"routing {task} {name} {seed}", work.routing, {"task": task}, (trained.name,), trained.name)]
+    rows.append(Row("timing", work.timing, {}, (f"stage1 {task}",), alone=True))
+    return rows
+
+
+def _data(s: ComparisonSettings) -> list[Row]:
+    parts = ("train", "validation", "test")
+    rows = [Row(f"scenes {part}", work.scenes, {"part": part}) for part in parts]
+    used = dict.fromkeys([work.TAXONOMY, *map(_taxonomy_of, s.ablations.values())])
+    rows += [Row(f"labels {name}", work.labels, {"taxonomy": name}, ("scenes train",)) for name in used]
+    return rows + [Row(f"cache {task}", work.caches, {"task": task}, (f"labels {work.TAXONOMY}",)) for task in s.tasks]
+
+
+def _taxonomy_of(changes: Mapping[str, Any]) -> str:
+    return str(changes.get("taxonomy", work.TAXONOMY))
+
+
+def sweep_names(s: ComparisonSettings, task: TaskName, arm: str) -> tuple[str, ...]:
+    """The training rows that an arm's lr is chosen from."""
+    return tuple(f"sweep {task} {arm} {lr:g}" for lr in s.lrs)
+
+
+def _sweep(task: TaskName, arm: str, lr: float, seed: int) -> Row:
+    return Row(f"sweep {task} {arm} {lr:g}", work.train_arm, {"task": task, "arm": arm, "lr": lr, "seed": seed},
+               (f"stage1 {task}", "scenes validation"))
+
+
+def _seeded(s: ComparisonSettings, task: TaskName, arm: str, seed: int) -> Row:
+    return Row(f"train {task} {arm} {seed}", work.train_arm, {"task": task, "arm": arm, "seed": seed},
+               (f"stage1 {task}",), decided=sweep_names(s, task, arm))
+
+
+def trained_name(s: ComparisonSettings, task: TaskName, arm: str, seed: int, results: Mapping[str, Any]) -> str:
+    """The training row of an arm and seed: at the first seed, the sweep's best."""
+    if seed == s.seeds[0]:
+        return f"sweep {task} {arm} {best_lr(s, task, arm, results):g}"
+    return f"train {task} {arm} {seed}"
+
+
+def best_lr(s: ComparisonSettings, task: TaskName, arm: str, results: Mapping[str, Any]) -> float:
+    """The lr of the sweep with the best validation figure; of equals the smallest."""
+    def figure(lr: float) -> float:
+        value = results[f"sweep {task} {arm} {lr:g}"]["validation"][METRIC[task]]
+        return -1.0 if value is None else float(value)
+
+    return max(sorted(s.lrs), key=figure)
+
+
+def _tested(
+    task: TaskName, arm: str, of: str | None, name: str, choice: Mapping[str, Any], after: Sequence[str] = ()
+) -> Row:
+    needs = (*after, "scenes test", *(() if of is None else (of,)))
+    return Row(f"test {task} {name}", work.test_arm, {"task": task, "arm": arm, "choice": dict(choice)}, needs, of)
+
+
+def _tests(s: ComparisonSettings, task: TaskName, seed: int) -> list[Row]:
+    """An arm's row of the first seed is only known after the sweep: `of` then is the arm, looked up when it starts."""
+    rows = []
+    for arm, choices in ((MIXTURE, CHOICES), (CONTINUED, {"": {}}), (SAME_SIZE, {"": {}})):
+        chosen = dict(choices)
+        if arm == MIXTURE:
+            chosen |= {f"alpha {alpha:g}": {"alpha_expert": alpha} for alpha in s.alphas}
+        for label, choice in chosen.items():
+            rows.append(_of_seed(s, task, arm, seed, f"{f'{arm}, {label}' if label else arm} {seed}", choice))
+    own = _of_seed(s, task, MIXTURE, seed, f"{MIXTURE} {seed}", {})
+    return [*rows, Row(f"routing {task} {seed}", work.routing, {"task": task}, own.after, own.of, own.decided)]
+
+
+def _of_seed(
+    s: ComparisonSettings, task: TaskName, arm: str, seed: int, name: str, choice: Mapping[str, Any]
+) -> Row:
+    first = seed == s.seeds[0]
+    needs = ("scenes test",) if first else ("scenes test", f"train {task} {arm} {seed}")
+    return Row(f"test {task} {name}", work.test_arm, {"task": task, "arm": arm, "choice": dict(choice)}, needs,
+               f"first {arm}" if first else f"train {task} {arm} {seed}", sweep_names(s, task, arm))

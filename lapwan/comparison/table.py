@@ -1,0 +1,88 @@
+"""`result.md`: the comparison as tables that go into a README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_TITLES = {"t2v": "Text to video: the named instrument is seen",
+           "i2v": "Image to video: the tip within 5 % of the diagonal"}
+
+
+def markdown(found: Mapping[str, Any], command: str) -> str:
+    """Every table, then command and machine."""
+    parts = [_arms(task, one) for task, one in found["tasks"].items()]
+    parts += [_goals(found), _routing(found), _ablations(found)]
+    if (times := found.get("seconds_per_step")) is not None:
+        names = [name for name in times if name != "ratio"]
+        shown = ", ".join(f"{name} {1000 * times[name]:.1f} ms" for name in names)
+        parts.append(f"An optimiser step of one noise expert, alone on the machine: {shown}; ratio "
+                     f"{times['ratio']:.2f}.")
+    machine = found["machine"]
+    parts.append(f"`{command}`, on {machine['gpu'] or 'a CPU'} with {machine['cpus']} CPU cores, torch "
+                 f"{machine['torch']}. Intervals are 95 % bootstrap intervals over prompts and training seeds.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _percent(one: Mapping[str, Any] | None, sign: bool = False) -> str:
+    if one is None or one["mean"] is None:
+        return ""
+    mark = "+" if sign else ""
+    text = f"{100 * one['mean']:{mark}.1f} %"
+    return text if one["ci95"] is None else f"{text} [{100 * one['ci95'][0]:.1f}, {100 * one['ci95'][1]:.1f}]"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def _arms(task: str, one: Mapping[str, Any]) -> str:
+    metric, other = one["metric"], "tip_accuracy" if one["metric"] == "identity" else "identity"
+    chosen = {arm: f"{own['chosen']:g}" for arm, own in one["sweep"].items()}
+    against = {(d["a"], d["b"]): d for d in one["differences"]}
+    rows = []
+    for arm, scores in one["arms"].items():
+        lr = chosen.get(arm.partition(", ")[0] if arm.startswith("mixture") else arm, "")
+        same = against.get((arm, "plain, same size"))
+        rows.append([arm, lr, _percent(scores.get(metric)), _percent(same, sign=True),
+                     _percent(same["relative_error_reduction"]) if same else "",
+                     _percent(scores.get(other)) if task == "i2v" else ""])
+    header = ["arm", "lr", metric, "against plain, same size", "fewer errors", other if task == "i2v" else ""]
+    if task != "i2v":
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    text = f"**{_TITLES[task]}** ({one['prompts']} prompts, training seeds {one['training_seeds']})\n\n"
+    text += _table(header, rows)
+    if (wrong := one.get("wrong_hint")) is not None:
+        text += (f"\n\nThe instrument that a wrong hint names is seen in {_percent(wrong['seen_with_it'])} of the "
+                 f"videos with it, in {_percent(wrong['seen_with_the_router'])} without.")
+    sizes = ", ".join(f"{arm} {own['parameters']:,}" for arm, own in one["sweep"].items())
+    return text + (f"\n\nTrained numbers: {sizes}." if sizes else "")
+
+
+def _goals(found: Mapping[str, Any]) -> str:
+    rows = [[goal["goal"], f"{100 * goal['value']:.1f} %", f"above {100 * goal['wanted']:g} %",
+             "met" if goal["met"] else "missed"] for goal in found["goals"]]
+    return _table(["goal", "measured", "wanted", ""], rows) if rows else ""
+
+
+def _routing(found: Mapping[str, Any]) -> str:
+    parts = []
+    for kind, own in found["routing"].items():
+        families = own["families"]
+        parts.append(f"Routing accuracy, {kind}: {_percent(own['accuracy'])}; a linear probe {_percent(own['probe'])}; "
+                     f"entropy {own['entropy']:.2f} nats.")
+        rows = [[f"**{family}**", *map(str, row)] for family, row in zip(families, own["confusion"], strict=True)]
+        parts.append(_table(["label \\ router", *families], rows))
+    return "\n\n".join(parts)
+
+
+def _ablations(found: Mapping[str, Any]) -> str:
+    rows = []
+    for name, own in found["ablations"].items():
+        metric = next(key for key in own if key in ("identity", "tip_accuracy"))
+        accuracy = own["routing_accuracy"]
+        rows.append([name, _percent(own[metric]), _percent(own["minus_the_mixture"], sign=True),
+                     "" if accuracy is None else f"{100 * accuracy:.1f} %", "; ".join(own["routing_faults"])])
+    header = ["ablation", "identity", "against the mixture", "routing accuracy", "warned of"]
+    return _table(header, rows) if rows else ""

@@ -1,0 +1,354 @@
+"""What a row of the comparison does, in a worker process: scenes, labels, caches, training, videos, routing.
+
+Every row writes `row.json` into its folder last, with the settings that decide it: a row that has it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lapwan import console, files
+from lapwan.commands import cache, label, train_lora, train_moe
+from lapwan.commands.base import resolve_base
+from lapwan.comparison.captions import paraphrases
+from lapwan.comparison.settings import ComparisonSettings, TaskName
+from lapwan.data.labels import resolve_hint
+from lapwan.data.taxonomy import Taxonomy, load_taxonomy
+from lapwan.evaluation.arms import Arm, make_arm
+from lapwan.evaluation.clips import EvalClip, read_eval_clips
+from lapwan.evaluation.engine import Sampling, default_sampling, generate_and_score
+from lapwan.evaluation.routing import routing_scores
+from lapwan.evaluation.scorers import Made
+from lapwan.names import NoiseExpert
+from lapwan.sampling.batch import BatchGenerator
+from lapwan.sampling.request import complete_guidance
+from lapwan.settings.base import to_toml
+from lapwan.settings.cache import CacheSettings
+from lapwan.settings.label import LabelSettings
+from lapwan.settings.lora_argument import LoraArgument
+from lapwan.settings.run import RunOptions
+from lapwan.settings.train import BaseModelSettings, TrainSettings
+from lapwan.settings.train_lora import TrainLoraSettings
+from lapwan.settings.train_moe import TrainMoeSettings
+from lapwan.tiny.dataset import write_dataset
+from lapwan.tiny.evaluators import load_evaluator, network_input, place_of, tip_hits
+from lapwan.tiny.instruments import INSTRUMENTS
+from lapwan.tiny.text_probe import fit_probe
+from lapwan.train import build
+from lapwan.train.metrics import METRICS_FILE
+from lapwan.train.routing_watch import RoutingWatch
+from lapwan.train.trainer import Trainer
+from lapwan.wan.base import Base
+from lapwan.wan.device import pick_device
+from lapwan.wan.text import encode_text, load_text_encoder
+
+ROW = "row.json"
+TAXONOMY = "surgical4"
+MIXTURE, CONTINUED, SAME_SIZE, NONE = "mixture", "plain, continued", "plain, same size", "none"
+_NEVER = 10**9  # steps
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the comparison lives, and what it runs on."""
+
+    root: Path
+    settings: ComparisonSettings
+    device: str = "auto"
+
+    @property
+    def data(self) -> Path:
+        """Scenes, labels and caches."""
+        return self.root / "data"
+
+    def clips(self, part: str) -> Path:
+        """A part's clips."""
+        return self.data / part / "clips.jsonl"
+
+    def labels(self, taxonomy: str) -> Path:
+        """The training clips' labels in a taxonomy."""
+        return self.data / "train" / f"labels_{taxonomy}.jsonl"
+
+    def taxonomy(self, name: str) -> str:
+        """A taxonomy's name, or the file of one with merged families."""
+        return str(self.data / f"{name}.toml") if name in self.settings.merged else name
+
+    def cache(self, task: TaskName) -> Path:
+        """The training clips' cache for a task."""
+        return self.data / f"cache_{task}"
+
+    def stage1(self, task: TaskName) -> dict[NoiseExpert, Path]:
+        """Stage 1's LoRA files."""
+        folder = self.root / "rows" / f"stage1 {task}" / "run"
+        return {e: folder / f"lapwan_{e.file_suffix}.safetensors" for e in NoiseExpert}
+
+
+class Judge:
+    """`identity` and `seen_NAME`: which instrument is seen; `tip_accuracy`: as `evaluation.scorers` has it.
+
+    One pass of the network for both, on the comparison's own device.
+    """
+
+    names = ("identity", *(f"seen_{name}" for name in INSTRUMENTS), "tip_accuracy")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._net = device, load_evaluator().to(device)
+
+    @torch.no_grad()
+    def score(self, made: Made) -> Mapping[str, float]:
+        names, place = self._net(network_input(made.frames_THWC).to(self._device))
+        seen = INSTRUMENTS[int(names.log_softmax(dim=1).mean(dim=0).argmax())]
+        found = {f"seen_{name}": float(name == seen) for name in INSTRUMENTS}
+        found["identity"] = float(seen == made.clip.instrument)
+        truth = made.clip.tips_T2
+        found["tip_accuracy"] = float("nan")
+        if truth is not None and len(truth) >= len(made.frames_THWC):
+            hits = tip_hits(place_of(place).cpu().numpy(), truth[: len(made.frames_THWC)], made.shape.size)
+            found["tip_accuracy"] = float(hits.mean()) if len(hits) else float("nan")
+        return found
+
+
+def begin(threads: int) -> None:
+    """What a worker process starts with."""
+    torch.set_num_threads(threads)
+    console.set_level(console.QUIET)
+
+
+def scenes(place: Place, part: str) -> dict[str, Any]:
+    """Clips of a part; each part has its own seed."""
+    c = place.settings.clips
+    seed = c.seed * 10 + ("train", "validation", "test").index(part)
+    counts = {"train": c.train, "validation": c.validation, "test": c.test}
+    write_dataset(place.data / part, counts[part], seed, c.size, c.frames, test_share=0.0)
+    return {}
+
+
+def labels(place: Place, taxonomy: str) -> dict[str, Any]:
+    """Labels of the training clips in a taxonomy; one of merged families is written first."""
+    if (families := place.settings.merged.get(taxonomy)) is not None:
+        merged = merge_families(load_taxonomy(TAXONOMY), taxonomy, families)
+        files.write_text(Path(place.taxonomy(taxonomy)), taxonomy_toml(merged))
+    label.run(LabelSettings.model_validate({
+        "clips": place.clips("train"), "output": place.labels(taxonomy), "taxonomy": place.taxonomy(taxonomy),
+    }), RunOptions(overwrite=True))
+    return {}
+
+
+def caches(place: Place, task: TaskName) -> dict[str, Any]:
+    """Latents, conditions and text features of the training clips."""
+    c = place.settings.clips
+    cache.run(CacheSettings.model_validate({
+        "dataset": place.labels(TAXONOMY), "model": f"tiny-{task}", "output": place.cache(task), "device": place.device,
+        "size": f"{c.size[0]}x{c.size[1]}", "num_frames": (c.frames,), "i2v": task == "i2v",
+    }), RunOptions(overwrite=True))
+    return {}
+
+
+def merge_families(taxonomy: Taxonomy, name: str, families: Mapping[str, Sequence[str]]) -> Taxonomy:
+    """A taxonomy whose families are unions of another's; words that clash with nothing are kept as they are."""
+    tables = {table["key"]: table for table in taxonomy.to_dict()["families"]}
+    default = taxonomy.families[taxonomy.default].key
+    merged = []
+    for key, parts in families.items():
+        words = {role: list(dict.fromkeys(word for part in parts for word in tables[part][role]))
+                 for role in ("keywords", "actions", "aliases", "names_zh")}
+        words["actions"] = [word for word in words["actions"] if word not in words["keywords"]]
+        merged.append({"key": key, "names": [key.capitalize()], **words})
+    into = next(key for key, parts in families.items() if default in parts)
+    return Taxonomy.from_dict({"name": name, "default": into, "ignore": list(taxonomy.ignore), "families": merged})
+
+
+def taxonomy_toml(taxonomy: Taxonomy) -> str:
+    """A taxonomy as its file."""
+    import tomli_w
+
+    text: str = tomli_w.dumps(taxonomy.to_dict())
+    return text
+
+
+def train_stage1(place: Place, task: TaskName, folder: Path) -> dict[str, Any]:
+    """Stage 1: what every arm starts from."""
+    _trainer(_lora_settings(place, task, folder, f"tiny-{task}", place.settings.stage1)).fit()
+    return {}
+
+
+def train_arm(
+    place: Place, task: TaskName, folder: Path, arm: str, lr: float, seed: int, ablation: str | None = None
+) -> dict[str, Any]:
+    """Train one arm from the merged stage 1, then judge it on the validation prompts."""
+    settings = arm_settings(place, task, folder, arm, lr, seed, ablation)
+    trainer = _trainer(settings)
+    started = time.monotonic()
+    trainer.fit()
+    watch = trainer.watchers.get("routing")
+    faults = [str(fault) for fault in watch.faults] if isinstance(watch, RoutingWatch) else []
+    trained = sum(p.numel() for p in trainer.parameters.values())
+    del trainer
+    scores = judge(place, task, arm_of(place, task, folder, arm), "validation")
+    return {"validation": {name: float(np.nanmean(v)) if not np.isnan(v).all() else None for name, v in scores.items()},
+            "parameters": trained, "training_seconds": time.monotonic() - started, "routing_faults": faults}
+
+
+def arm_settings(
+    place: Place, task: TaskName, folder: Path, arm: str, lr: float, seed: int, ablation: str | None = None
+) -> TrainSettings:
+    """The run of an arm: what all share, then its own, then an ablation's."""
+    s = place.settings
+    stage1 = {e.value: str(path) for e, path in place.stage1(task).items()}
+    merged = {"model": f"tiny-{task}", "lora": stage1}
+    shared = {**s.train, "seed": seed, "optimiser": {**s.train.get("optimiser", {}), "lr": lr}}
+    if arm == CONTINUED:
+        return _lora_settings(place, task, folder, f"tiny-{task}", {**shared, **s.continued, "init_lora": stage1})
+    if arm == SAME_SIZE:
+        return _lora_settings(place, task, folder, merged, {**shared, **s.plain})
+    own = _over(s.mixture, s.ablations.get(ablation or "", {}))
+    name = str(own.pop("taxonomy", TAXONOMY))
+    own = _over({"router": {"lr_scale": s.router_lr / lr}}, own)
+    tree = _common(place, task, folder, merged, _over(shared, own))
+    tree |= {"taxonomy": place.taxonomy(name)}
+    tree["data"] = {**tree["data"], "labels": str(place.labels(name))}
+    return TrainMoeSettings.model_validate(tree)
+
+
+def _over(tree: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `tree`, section by section."""
+    found = dict(tree)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping) and key != "patterns"
+        found[key] = _over(found[key], value) if both else value
+    return found
+
+
+def _common(place: Place, task: TaskName, folder: Path, model: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    quiet = {"save_every": _NEVER, "log_every": 20, "watch": {"every": _NEVER}, "compile": "off", "memory": "both",
+             "dtype": place.settings.dtype, "device": place.device}
+    data = {"cache": str(place.cache(task)), **own.get("data", {})}
+    return {**quiet, **own, "data": data, "model": model, "output": str(folder / "run")}
+
+
+def _lora_settings(place: Place, task: TaskName, folder: Path, model: Any, own: Mapping[str, Any]) -> TrainLoraSettings:
+    return TrainLoraSettings.model_validate(_common(place, task, folder, model, own))
+
+
+def _trainer(settings: TrainSettings) -> Trainer:
+    """A trainer as the commands build it, in a fresh run folder."""
+    base = resolve_base(settings.model)
+    data, device = build.read_data(settings, base), pick_device(settings.device)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    (settings.output / METRICS_FILE).unlink(missing_ok=True)
+    files.write_text(settings.output / "settings.toml", to_toml(settings))
+    if isinstance(settings, TrainMoeSettings):
+        return train_moe.prepare(settings, base, data, load_taxonomy(settings.taxonomy), device)
+    assert isinstance(settings, TrainLoraSettings)
+    return train_lora.prepare(settings, base, data, device)
+
+
+def stage1_base(place: Place, task: TaskName) -> Base:
+    """The model with stage 1 merged in memory."""
+    return resolve_base(BaseModelSettings(model=f"tiny-{task}", lora=place.stage1(task)))
+
+
+def arm_of(place: Place, task: TaskName, folder: Path | None, arm: str, **choice: Any) -> Arm:
+    """A trained arm, ready to generate; `choice`: hint, alpha_expert."""
+    if arm == NONE or folder is None:
+        return Arm(NONE, stage1_base(place, task))
+    if arm == MIXTURE:
+        path = folder / "run" / "lapwan.safetensors"
+        return make_arm(arm, stage1_base(place, task), moe=path, **choice)
+    loras = [LoraArgument(expert=e, path=folder / "run" / f"lapwan_{e.file_suffix}.safetensors") for e in NoiseExpert]
+    return make_arm(arm, resolve_base(f"tiny-{task}") if arm == CONTINUED else stage1_base(place, task), loras)
+
+
+_generators: dict[TaskName, BatchGenerator] = {}  # of this worker process: text encoder and VAE are loaded once
+_judges: list[Judge] = []
+
+
+def judge(place: Place, task: TaskName, arm: Arm, part: str) -> dict[str, np.ndarray]:
+    """Every metric of every clip of a part: [P]."""
+    device = pick_device(place.device)
+    if task not in _generators:
+        dtype = torch.bfloat16 if place.settings.dtype == "bf16" else torch.float32
+        _generators[task] = BatchGenerator(arm.base, None, device, dtype, "both", "off")
+    if not _judges:
+        _judges.append(Judge(device))
+    clips = read_eval_clips(place.clips(part), load_taxonomy(TAXONOMY), split=None)
+    scores = generate_and_score(_generators[task], arm, clips, sampling_of(place, arm.base), _judges)
+    return {name: values[:, 0] for name, values in scores.items()}
+
+
+def sampling_of(place: Place, base: Base) -> Sampling:
+    """The model's own sampling, changed where the settings say so."""
+    s, c = place.settings.sampling, place.settings.clips
+    own = default_sampling(base.spec, seeds=1, seed=s.seed, batch_size=s.batch_size)
+    shape = replace(own.shape, frames=c.frames, size=c.size)
+    guidance = own.guidance if s.guidance is None else complete_guidance(base.spec, s.guidance)
+    return replace(own, shape=shape, steps=s.steps or own.steps, guidance=guidance)
+
+
+def test_arm(
+    place: Place, task: TaskName, folder: Path | None, arm: str, choice: Mapping[str, Any]
+) -> dict[str, Any]:
+    """An arm on the test prompts: every metric, clip by clip."""
+    scores = judge(place, task, arm_of(place, task, folder, arm, **choice), "test")
+    return {"scores": {name: [None if np.isnan(x) else float(x) for x in values] for name, values in scores.items()}}
+
+
+def routing(place: Place, task: TaskName, folder: Path) -> dict[str, Any]:
+    """The router on test captions and on captions without keywords, and a linear probe of the same features."""
+    arm = arm_of(place, task, folder, MIXTURE)
+    mixture = arm.adapters.mixture
+    assert mixture is not None
+    taxonomy = Taxonomy.from_dict(mixture.taxonomy)
+    encoder = load_text_encoder(arm.base.spec)
+    known = load_taxonomy(TAXONOMY)
+    train = read_eval_clips(place.clips("train"), known, split=None)
+    test = read_eval_clips(place.clips("test"), known, split=None)
+    c = place.settings.clips
+    sets = {"captions": [(clip.prompt, _named(clip)) for clip in test],
+            "without keywords": paraphrases(c.paraphrases, c.seed)}
+
+    def encoded(texts: Sequence[str]) -> list[torch.Tensor]:
+        return [features.cpu() for text in texts for features in encode_text(encoder, [text])]
+
+    def weights(instruments: Sequence[str]) -> list[tuple[float, ...]]:
+        return [resolve_hint(name, taxonomy) for name in instruments]
+
+    truth = torch.tensor(weights([_named(clip) for clip in train])).argmax(dim=1)
+    probe = fit_probe(encoded([clip.prompt for clip in train]), truth, len(taxonomy.families))
+    found: dict[str, Any] = {"families": list(taxonomy.keys)}
+    for name, pairs in sets.items():
+        features, labels_N = encoded([text for text, _ in pairs]), weights([instrument for _, instrument in pairs])
+        scores = routing_scores(mixture, features, labels_N)
+        right = probe.answers(features) == torch.tensor(labels_N).argmax(dim=1).numpy()
+        found[name] = {
+            "right": scores.right_N.tolist(), "probe": [float(x) for x in right],
+            "confusion": scores.confusion_EE.tolist(), "entropy": float(scores.entropy_N.mean()),
+        }
+    return found
+
+
+def _named(clip: EvalClip) -> str:
+    assert clip.instrument is not None
+    return clip.instrument
+
+
+def timing(place: Place, folder: Path) -> dict[str, Any]:
+    """Median seconds of an optimiser step, one run after the other, alone: plain LoRA of the same size, mixture."""
+    found: dict[str, Any] = {}
+    for arm in (SAME_SIZE, MIXTURE, SAME_SIZE, MIXTURE):  # twice, so that a warm-up shows
+        settings = arm_settings(place, place.settings.tasks[0], folder, arm, place.settings.lrs[0], 1)
+        settings = settings.model_copy(update={"steps": place.settings.timing_steps, "log_every": 1})
+        trainer = _trainer(settings)
+        trainer.fit()
+        rows = [json.loads(line) for line in (settings.output / METRICS_FILE).read_text().splitlines()]
+        found.setdefault(arm, []).append(statistics.median(row["seconds"] for row in rows[len(rows) // 3 :]))
+    return found
