@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lapwan import keyed
-from lapwan.data.batch import Batch
+from lapwan.data.batch import Batch, send
 from lapwan.lora.attach import Adapter
 from lapwan.losses import flow
 from lapwan.losses.sigmas import SigmaSampler, Uniform, draw_in_band, stratum_u
@@ -108,7 +108,7 @@ def make_draws(
     device, size = batch.latents_BCTHW.device, (shape[-2], shape[-1])
     sigma_B = rule.sigmas(u_B, size)
     weight_B = rule.weights(sigma_B, size)
-    return Draws(sigma_B.to(device), noise.to(device), dropped_B, weight_B.to(device), tuple(keys))
+    return Draws(send(sigma_B, device), send(noise, device), dropped_B, send(weight_B, device), tuple(keys))
 
 
 @dataclass

@@ -18,6 +18,7 @@ from lapwan.data.batch import Batch
 from lapwan.errors import Interrupted, UserError
 from lapwan.names import NoiseExpert
 from lapwan.train import checkpoint
+from lapwan.train.ahead import Ahead, StepData
 from lapwan.train.ema import Ema
 from lapwan.train.interrupt import Stop, stop_requested
 from lapwan.train.memory import memory_figures, out_of_memory
@@ -91,6 +92,7 @@ class Trainer:
         self.rules: dict[str, Rule] = {}
         self.watchers: dict[str, Watcher] = {}
         self._logs = {expert: StepLog() for expert in plan.tracks}
+        self._ahead = Ahead(self._make_data)
         self._bad_in_a_row = 0
         self._score: tuple[int, float | None] = (0, None)  # the last validation: step, mean loss
         self.finished: str | None = None  # why the run ends before its schedule, by no fault
@@ -206,28 +208,36 @@ class Trainer:
                                f"{plan.resume_command}")
         return None
 
-    def _optimiser_step(self, expert: NoiseExpert) -> dict[str, Tensor | float]:
+    def _make_data(self, expert: NoiseExpert, position: tuple[int, int]) -> StepData:
         plan, track = self.plan, self.plan.tracks[expert]
-        plan.before_turn(expert)
-        visits, after = track.order.batches(track.position, plan.accumulate)
+        visits, after = track.order.batches(position, plan.accumulate)
         samples = sum(len(group) for group in visits)
         visits = plan.ranks.own(visits)
         batches = [plan.load_batch([visit.item for visit in group]) for group in visits]
-        names = self.objective.stepped_by(expert)
-        for name in names:
-            plan.optimisers[name].zero_grad(set_to_none=True)
         keys = [[(plan.seed, expert.value, visit.number, plan.item_ids[visit.item]) for visit in g] for g in visits]
         drawn = [make_draws(batch, own, track.rule, plan.caption_dropout)
                  for batch, own in zip(batches, keys, strict=True)]
-        batches = plan.complete(expert, batches, drawn)
-        self.objective.prepare(expert, batches, plan.ranks.sum, drawn)
+        return StepData(batches, drawn, samples, after)
+
+    def _optimiser_step(self, expert: NoiseExpert) -> dict[str, Tensor | float]:
+        plan, track = self.plan, self.plan.tracks[expert]
+        plan.before_turn(expert)
+        data = self._ahead.take(expert, track.position)
+        names = self.objective.stepped_by(expert)
+        for name in names:
+            plan.optimisers[name].zero_grad(set_to_none=True)
+        batches = plan.complete(expert, data.batches, data.drawn)
+        self.objective.prepare(expert, batches, plan.ranks.sum, data.drawn)
         log, before = self._logs[expert], len(self._logs[expert].losses)
-        for batch, draws in zip(batches, drawn, strict=True):
+        for batch, draws in zip(batches, data.drawn, strict=True):
             with self.objective.loss(expert, batch, draws) as loss:
                 total_B = loss.total_B
-                torch.autograd.backward(total_B.sum() / samples)
+                torch.autograd.backward(total_B.sum() / data.samples)
             log.add(loss, total_B, draws.sigma_B if loss.sigma_B is None else loss.sigma_B)
-        track.position, track.steps = after, track.steps + 1  # only now: a step that runs out of memory is not taken
+        # Only now: a step that runs out of memory is not taken.
+        track.position, track.steps = data.after, track.steps + 1
+        for following in plan.schedule[self.step + 1 : self.step + 2]:  # while the device works on the backward
+            self._ahead.foresee(following, plan.tracks[following].position)
         figures, stepped = self._update(names)
         if stepped:
             figures |= self._follow_rules(expert, log.losses[before:], log.sigmas[before:])

@@ -1,7 +1,7 @@
 """Blocks through torch.compile: when it pays, and how long it took.
 
 One compiled function serves every block: blocks of one structure share a graph, whatever their weights. Structures are
-few (frozen, with adapters, with and without cached text), and each size of latents adds its own, since shapes are static.
+few (frozen, with adapters, with and without cached text); each size of latents adds its own, since shapes are static.
 """
 
 from __future__ import annotations

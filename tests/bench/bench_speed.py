@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,15 +89,22 @@ class Bench:
 def forward_row(name: str, kind: str, size: str, target: str) -> Callable[[Bench], None]:
     def run(bench: Bench) -> None:
         model = bench.model(kind)
-        x, t, text = inputs(model, bench.size(size))
-
-        def work() -> None:
-            with torch.no_grad():
-                velocity(model, x, t, text)
-
+        work = partial(torch.no_grad()(velocity), model, *inputs(model, bench.size(size)))
         bench.results.add(measure(
             name, work, forward_flops(model, bench.tokens(size)), bench.seconds, target=target,
         ))
+    return run
+
+
+def adapted_forward_row(name: str, kind: str, size: str) -> Callable[[Bench], None]:
+    """A forward with a LoRA in rank space on every Linear: what folding it into the weights would save."""
+    def run(bench: Bench) -> None:
+        model = bench.model(kind)
+        _, adapted = lora_trainer(model, bench.size(size), len(model.blocks), rank=32)
+        work = partial(torch.no_grad()(velocity), model, *inputs(model, bench.size(size)))
+        flops = forward_flops(model, bench.tokens(size))
+        bench.results.add(measure(name, work, flops, bench.seconds, note="rank 32 on all 400 Linears"))
+        adapted.off()
     return run
 
 
@@ -233,6 +241,7 @@ ROWS: dict[str, Callable[[Bench], None]] = {
     "lora40_256": step_row("lora40_256", "bf16", "256", "≤ 0.62", last=None),
     "lora40_256_block": step_row("lora40_256_block", "bf16", "256", "≤ 0.90 in 32 GiB", None, "block"),
     "video_256": video_row("video_256", "bf16", "256", "≤ 19.5"),
+    "forward_256_lora": adapted_forward_row("forward_256_lora", "bf16", "256"),
     "forward_480": forward_row("forward_480", "bf16", "480", "≤ 2.68"),
     "lora8_480": step_row("lora8_480", "bf16", "480", "≤ 3.4"),
     "lora40_480": step_row("lora40_480", "bf16", "480", "≤ 9.5", None, "block"),

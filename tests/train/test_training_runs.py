@@ -88,8 +88,8 @@ def test_a_non_finite_gradient_drops_the_step_and_many_in_a_row_stop_the_run_wit
     load = trainer.plan.load_batch
 
     def poisoned(indices):
-        batch = load(indices)
-        return batch if trainer.step < 2 else replace(batch, latents_BCTHW=batch.latents_BCTHW * 1e30)
+        batch = load(indices)  # a step's clips are loaded during the step before
+        return batch if trainer.step < 1 else replace(batch, latents_BCTHW=batch.latents_BCTHW * 1e30)
 
     trainer.plan.load_batch = poisoned
     with pytest.raises(UserError, match=r"5 steps in a row had a non-finite loss or gradient.*saved at step 7"):
