@@ -1,61 +1,57 @@
 """What preference alignment needs of a GPU's memory, part by part, and which measures make it fit.
 
-The backward pass runs reward → VAE → transformer, and while it does, all of this is there at once:
+The backward pass runs reward → VAE → transformer. While it does, this is there at once:
 
-    weights + training state + rewards (weights, graph) + VAE (weights, one frame's graph) + the transformer's graph
+    weights + training state + the transformer's graph + max(the rewards' graph, the VAE's work)
 
-The VAE's graph is counted, not guessed: its decoder runs once without data, and what autograd would keep is added up.
-The transformer's is `parking`'s figure a token and block. All in bytes.
+The transformer's graph and the VAE's work are not guessed: the code itself runs on tensors without values, and what is
+alive at once is added up (`wan.simulate`). All in bytes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from lapwan.errors import UserError
-from lapwan.names import NoiseExpert, split_block
+from lapwan.names import NoiseExpert
 from lapwan.rewards.build import reward_bytes
-from lapwan.sampling.memory import forward_bytes, free_bytes, weight_bytes
+from lapwan.sampling.memory import free_bytes
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.build import targets_of
 from lapwan.wan.base import Base
 from lapwan.wan.device import pick_dtype
-from lapwan.wan.folder import tensor_shapes, weight_files
-from lapwan.wan.vae_gradient import frame_choice
+from lapwan.wan.folder import ModelSpec, tensor_shapes, weight_files
+from lapwan.wan.shapes import Clip, ExpertShape, GroupShape
+from lapwan.wan.simulate import measure
+from lapwan.wan.vae_gradient import decode_frames, frame_choice
 
 _GIB, _GB = 1 << 30, 10**9
-_PLAIN, _CHECKPOINTED = 53, 2  # bytes a token and unit of width that a block's graph keeps, in bf16
 _CONTEXT = 3 * _GIB // 2  # what CUDA itself takes, and fragmentation
 GPUS = (24, 40, 80, 96, 141)  # GB
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes by what they are for. `moved` are the weights of noise experts that can wait in host memory."""
+    """Bytes by what they are for; `graphs` of the transformer, activations kept and recomputed."""
 
     weights: Mapping[NoiseExpert, int]
-    trained: frozenset[NoiseExpert]
     state: int
-    rewards: int
-    vae: int
-    graph: int
-    recomputed: int  # one block's graph, there at once where the others are recomputed
-    graph_checkpointed: int
+    models: int  # rewards and VAE themselves
+    judging: int  # the rewards' graph, or the VAE's work where that is more
+    graphs: Mapping[bool, int]
 
     def peak(self, both: bool, checkpointing: bool) -> int:
         """The most that is there at once, without CUDA's own."""
         weights = sum(self.weights.values()) if both else max(self.weights.values())
-        graph = self.graph_checkpointed + self.recomputed if checkpointing else self.graph
-        return weights + self.state + self.rewards + self.vae + graph
+        return weights + self.state + self.models + self.judging + self.graphs[checkpointing]
 
     def measures(self, movable: bool) -> Iterator[tuple[bool, bool]]:
         """(both on the device, checkpointing), what costs least first."""
@@ -145,9 +141,9 @@ def _show(size: int) -> str:
 
 def _detail(parts: Parts) -> str:
     weights = " + ".join(f"{size / _GIB:.1f}" for size in parts.weights.values())
-    return (f"weights {weights}, training state {parts.state / _GIB:.1f}, rewards {parts.rewards / _GIB:.1f}, VAE "
-            f"{parts.vae / _GIB:.1f}, activations {parts.graph / _GIB:.1f} kept or "
-            f"{(parts.graph_checkpointed + parts.recomputed) / _GIB:.1f} recomputed")
+    return (f"weights {weights}, training state {parts.state / _GIB:.1f}, rewards and VAE {parts.models / _GIB:.1f}, "
+            f"judging {parts.judging / _GIB:.1f}, activations {parts.graphs[False] / _GIB:.1f} kept or "
+            f"{parts.graphs[True] / _GIB:.1f} recomputed")
 
 
 def _hints(settings: SrpoSettings) -> str:
@@ -171,90 +167,75 @@ def parts_of(
 ) -> Parts:
     """The plan's numbers for transformers in `dtype`; a full fine-tune's weights and state are split on `processes`."""
     spec = base.spec
-    weights = {e: weight_bytes(spec, e, dtype) for e in loaded}
-    numbers, blocks = _trained(settings, base, experts)
-    state = int(numbers * state_bytes(settings, dtype))
+    weights = {e: ExpertShape(spec, e, dtype).bytes().weights for e in loaded}
+    state = int(_numbers(settings, base, experts) * state_bytes(settings, dtype))
     if settings.train == "full" and processes > 1:
         weights, state = {e: size // processes for e, size in weights.items()}, state // processes
     frames, height, width = bucket
     wanted = frame_choice(frames, settings.preference.frames)
-    rewards = reward_bytes(settings.rewards, "cuda", settings.batch_size * len(wanted))
-    vae = vae_bytes(spec.path / "vae", getattr(torch, settings.vae_dtype), settings.batch_size,
-                    spec.latent_shape(*bucket), tuple(wanted))
-    inner = tensor_shapes(weight_files(spec.component(spec.experts[0])))["patch_embedding.weight"][0]
-    _, t, h, w = spec.latent_shape(*bucket)
-    patch = spec.pixel_multiple // spec.spatial_stride
-    unit = settings.batch_size * t * (h // patch) * (w // patch) * inner * dtype.itemsize // 2
-    rollout = 0 if settings.rollout.offline else forward_bytes(spec, dtype, frames, (height, width)) - _GIB
-    graph = max(blocks * _PLAIN * unit, rollout)
-    return Parts(weights, frozenset(experts), state, rewards, vae, graph, _PLAIN * unit,
-                 max(blocks * _CHECKPOINTED * unit, rollout))
+    rewards = reward_bytes(settings.rewards, "cuda", 0)
+    graph = reward_bytes(settings.rewards, "cuda", settings.batch_size * len(wanted)) - rewards
+    vae, work = vae_bytes(spec.path / "vae", getattr(torch, settings.vae_dtype), settings.batch_size,
+                          spec.latent_shape(*bucket), tuple(wanted))
+    clip = Clip(settings.batch_size, frames, height, width)
+    graphs = {checkpointing: transformer_bytes(spec, experts[0], dtype, _ranks(settings, base), clip, checkpointing)
+              for checkpointing in (False, True)}
+    return Parts(weights, state, rewards + vae, max(graph, work), graphs)
+
+
+def _ranks(settings: SrpoSettings, base: Base) -> tuple[tuple[str, int], ...]:
+    """Rank by module; of a full fine-tune 1 everywhere: what its weights' gradients keep is what such a LoRA keeps."""
+    if settings.train == "lora":
+        return tuple(sorted(targets_of(settings.targets, base.num_layers).items()))
+    names = tensor_shapes(weight_files(base.spec.component(base.spec.experts[0])))
+    return tuple((n.removesuffix(".weight"), 1) for n, shape in sorted(names.items())
+                 if n.startswith("blocks.") and n.endswith(".weight") and len(shape) == 2)
+
+
+def transformer_bytes(
+    spec: ModelSpec, expert: NoiseExpert, dtype: torch.dtype, ranks: tuple[tuple[str, int], ...], clip: Clip,
+    checkpointing: bool,
+) -> int:
+    """What a forward with gradient and its backward take beside the weights, or an evaluation of a rollout if more."""
+    kind: Literal["block", "off"] = "block" if checkpointing else "off"
+    shape = ExpertShape(spec, expert, dtype, groups=[GroupShape(dict(ranks), True)])
+    return max(shape.training_work(clip, kind), shape.forward_work(clip))
 
 
 def state_bytes(settings: SrpoSettings, dtype: torch.dtype) -> int:
     """Bytes a trained number on the device, besides a full fine-tune's own weights: gradient, copies, moments, mean.
 
-    LoRA numbers are fp32 (or bf16 masters) and counted whole; they are not among the model's weights.
+    LoRA numbers are fp32 (or bf16 masters) and counted whole, without the gradient, which the transformer's work has.
     """
     bf16, full = settings.master_weights == "bf16", settings.train == "full"
-    own = 0 if full else (2 if bf16 else 4)
-    gradient = dtype.itemsize if full else (2 if bf16 else 4)
+    own = dtype.itemsize if full else (2 if bf16 else 4)  # full: the gradient
     copy = 0 if bf16 or not full or dtype == torch.float32 else 4
     moments = 2 * (2 if bf16 else 4)
     mean = 0 if settings.ema_decay is None else 4
-    return own + gradient + mean + (0 if settings.optimiser_on_cpu else copy + moments)
+    return own + mean + (0 if settings.optimiser_on_cpu else copy + moments)
 
 
-def _trained(settings: SrpoSettings, base: Base, experts: Sequence[NoiseExpert]) -> tuple[int, int]:
-    """(numbers that are trained, blocks from the first trained one on)."""
+def _numbers(settings: SrpoSettings, base: Base, experts: Sequence[NoiseExpert]) -> int:
+    """Numbers that are trained."""
     shapes = {e: tensor_shapes(weight_files(base.spec.component(e))) for e in experts}
     if settings.train == "full":
-        return sum(math.prod(s) for own in shapes.values() for s in own.values()), base.num_layers
+        return sum(math.prod(s) for own in shapes.values() for s in own.values())
     ranks = targets_of(settings.targets, base.num_layers)
-    first = min((place[0] for path in ranks if (place := split_block(path))), default=0)
-    numbers = sum(rank * sum(own[f"{path}.weight"]) for own in shapes.values() for path, rank in ranks.items())
-    return numbers, base.num_layers - first
-
-
-def saved_bytes(run: Callable[[], Tensor]) -> tuple[int, int]:
-    """(bytes autograd keeps of a forward, the largest tensor's), each storage once, from a run without data."""
-    storages: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    sizes = [storage.nbytes() for storage in storages.values()]
-    return sum(sizes), max(sizes, default=0)
+    return sum(rank * sum(own[f"{path}.weight"]) for own in shapes.values() for path, rank in ranks.items())
 
 
 @lru_cache(maxsize=16)
 def vae_bytes(
     folder: Path, dtype: torch.dtype, batch: int, latent_shape: tuple[int, int, int, int], wanted: tuple[int, ...]
-) -> int:
-    """The VAE's weights, and the graph of decoding one latent frame with what its neighbours left in its caches."""
+) -> tuple[int, int]:
+    """(the VAE's weights, what decoding the judged frames with their gradient takes beside them)."""
     from diffusers import AutoencoderKLWan
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(config).to(dtype).requires_grad_(False)
-        channels, _, height, width = latent_shape
-        one = torch.empty(batch, channels, 1, height, width, dtype=dtype, requires_grad=True)
-    if list(wanted) == [0]:
-        kept, largest = saved_bytes(lambda: vae.decoder(vae.post_quant_conv(one), first_chunk=True))
-        caches = 0
-    else:
-        cache: list[Any] = [None] * vae._cached_conv_counts["decoder"]
-        for _ in range(2):  # the second frame's convolutions have caches, and its pictures are four
-            vae.decoder(one.detach(), feat_cache=cache, feat_idx=[0], first_chunk=cache[0] is None)
-        kept, largest = saved_bytes(
-            lambda: vae.decoder(vae.post_quant_conv(one), feat_cache=list(cache), feat_idx=[0]))
-        latent_frames = -(-wanted[-1] // vae.config.scale_factor_temporal) + 1
-        caches = latent_frames * sum(c.nbytes for c in cache if isinstance(c, Tensor))
-    weights = sum(p.nbytes for p in vae.parameters())
-    return weights + kept + caches + 3 * largest  # gradients of a layer's input, output and convolution workspace
-
+        vae = AutoencoderKLWan.from_config(config).requires_grad_(False).eval()
+        for parameter in vae.parameters():
+            parameter.data = parameter.data.to(dtype)
+        latents = torch.empty(batch, *latent_shape, requires_grad=True)
+        work = measure(lambda: decode_frames(vae, latents, wanted).square().mean().backward()).peak
+    return sum(p.nbytes for p in vae.parameters()), work
