@@ -9,11 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from evaluation_cases import write_random_lora, write_random_mixture
 
 from lapwan.commands.table import COMMANDS
 from lapwan.errors import UserError
+from lapwan.lora.assign import assign
+from lapwan.names import NoiseExpert
 from lapwan.settings.base import flag_fields
 from lapwan.spellings import rewrite
+from lapwan.tiny.model import tiny_folder
+from lapwan.wan.base import Base
+from lapwan.wan.folder import read_spec
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
 
@@ -58,7 +64,8 @@ def test_every_example_passes_a_dry_run(example, example_inputs):
     command = re.search(r"lapwan (\S+) --config", example.read_text(encoding="utf-8"))
     assert command is not None, f"{example} does not say its command in a comment"
     done = subprocess.run(
-        [sys.executable, "-m", "lapwan", command[1], "--config", str(example), "--dry-run"], cwd=example_inputs,
+        [sys.executable, "-m", "lapwan", command[1], "--config", str(example), "--dry-run", "--overwrite"],
+        cwd=example_inputs,
         capture_output=True, text=True, timeout=120,
     )
     assert done.returncode == 0, done.stderr
@@ -67,12 +74,13 @@ def test_every_example_passes_a_dry_run(example, example_inputs):
 
 @pytest.fixture(scope="module")
 def example_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with what the examples expect: labelled clips and their cache, as the README makes them."""
+    """A working directory with what the examples expect: labelled clips, their cache, as the README makes them,
+    and adapters named as the two stages name them."""
     folder = tmp_path_factory.mktemp("examples")
     code = (
         "from pathlib import Path\n"
         "from lapwan.tiny.dataset import write_dataset\n"
-        "write_dataset(Path('clips'), clips=8, seed=1, size=(64, 64), frames=17)\n"
+        "write_dataset(Path('clips'), clips=8, seed=1, size=(64, 64), frames=17, test_share=0.5)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
     for arguments in (
@@ -81,6 +89,9 @@ def example_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "--num-frames", "5"),
     ):
         subprocess.run([sys.executable, "-m", "lapwan", *arguments], cwd=folder, check=True, capture_output=True)
+    loras = [tuple(text.split("=", 1)) for text in write_random_lora(folder / "stage1")]
+    merged = assign([(expert, Path(path), 1.0) for expert, path in loras], tuple(NoiseExpert))
+    write_random_mixture(folder / "stage2" / "lapwan.safetensors", Base(read_spec(tiny_folder("t2v")), merged))
     return folder
 
 

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from evaluation_cases import write_random_mixture
+
+from lapwan.sampling.batch import BatchGenerator
+from lapwan.tiny.dataset import write_dataset
+from lapwan.wan.base import Base
+from lapwan.wan.folder import ModelSpec
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four scenes of 32 x 32 pixels and 5 frames, one of each instrument."""
+    return write_dataset(tmp_path_factory.mktemp("held_out"), 4, 3, (32, 32), 5, test_share=1.0)
+
+
+@pytest.fixture(scope="session")
+def mixture_path(tmp_path_factory: pytest.TempPathFactory, tiny_t2v: ModelSpec) -> Path:
+    return write_random_mixture(tmp_path_factory.mktemp("mixtures") / "mixture.safetensors", Base(tiny_t2v))
+
+
+@pytest.fixture(scope="session")
+def t2v_generator(tiny_t2v: ModelSpec) -> BatchGenerator:
+    """Loaded once; tests give it the adapters they want."""
+    return BatchGenerator(Base(tiny_t2v))

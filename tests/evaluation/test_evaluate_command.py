@@ -1,0 +1,181 @@
+"""`lapwan evaluate` as it is typed: the JSON that scripts rely on, refusals, what a kill leaves, and what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from evaluation_cases import write_random_lora, write_random_mixture
+from PIL import Image
+
+from lapwan import cli
+from lapwan.data.cachefile import load_index
+from lapwan.settings.evaluate import EvaluateSettings
+from lapwan.settings.load import load
+from lapwan.wan.base import Base
+from lapwan.wan.folder import ModelSpec
+
+SMALL = ("--device", "cpu", "--steps", "2", "--set", "videos.size=[32, 32]", "--set", "videos.num_frames=5",
+         "--set", "videos.guidance=1", "--set", "interval.samples=200")
+
+
+@pytest.fixture
+def lapwan(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lapwan", "evaluate", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def estimate(value: dict) -> None:
+    assert value["ci95"] is None or value["ci95"][0] <= value["mean"] <= value["ci95"][1], value
+
+
+def test_the_json_holds_what_scripts_rely_on(lapwan, tmp_path, held_out, mixture_path, t2v_cache):
+    paraphrases = tmp_path / "paraphrases.jsonl"
+    lines = [{"caption": "把组织分开", "instrument_label": 0}, {"caption": "烧灼止血", "instrument": "hook"}]
+    paraphrases.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    code, out, err = lapwan(
+        "--moe", mixture_path, "--clips", held_out, "--cache", t2v_cache, "--split", "all", "-o", "out", *SMALL,
+        "--paraphrases", paraphrases, "--set", "loss.bins=2")
+    assert code == 0, err
+    said = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    names = ["base", "router", "hint", "wrong hint"]
+    assert said["adapters"] == names == list(said["loss"]) == list(said["generation"])
+    routing = said["routing"]
+    assert set(routing) >= {"accuracy", "confusion", "n", "families", "paraphrases", "probe"}
+    assert routing["n"] == 4 and sum(map(sum, routing["confusion"])) == 4 and routing["paraphrases"]["n"] == 2
+    assert set(routing["probe"]) == {"synthetic", "captions", "paraphrases"} and routing["probe"]["captions"] >= 0.75
+    for name in names:
+        for expert in ("high", "low"):
+            own = said["loss"][name][expert]
+            estimate(own)
+            assert own["mean"] > 0 and len(own["bins"]) == 2 and set(own["families"]) == {
+                "scissors", "hook", "suction", "other"}
+            assert own["roi"]["n"] == 2 and own["outside"]["mean"] > 0
+        assert set(said["generation"][name]) == {"identity", "temporal_consistency", "motion"}
+        estimate(said["generation"][name]["identity"])
+    pairs = {(d["a"], d["b"]) for d in said["differences"]}
+    assert len(pairs) == 6 and ("router", "base") in pairs and ("wrong hint", "hint") in pairs
+    for difference in said["differences"]:
+        estimate(difference)
+    gap = {(d["a"], d["b"], d["metric"]): d["mean"] for d in said["differences"]}
+    assert gap["hint", "base", "loss/low"] == pytest.approx(
+        said["loss"]["hint"]["low"]["mean"] - said["loss"]["base"]["low"]["mean"], abs=1e-9)
+    assert gap["wrong hint", "hint", "loss/low"] != 0
+    assert "difference to base" in out and "label \\ answer" in out and "evaluation.json" in out
+    for picture in ("evaluation.png", "sheet.png", "sheet_base.png", "sheet_wrong_hint.png"):
+        with Image.open(tmp_path / "out" / picture) as image:
+            assert min(image.size) > 40, picture
+    again = load(EvaluateSettings, config=tmp_path / "out" / "settings.toml", environment={})
+    assert again.moe == mixture_path and again.videos.guidance == 1
+    code, _, err = lapwan("--moe", mixture_path, "--clips", held_out, "-o", "out", *SMALL)
+    assert code == 2 and "output exists: out" in err
+
+
+def test_dry_run_says_the_plan_and_writes_nothing(lapwan, tmp_path, held_out, mixture_path):
+    code, out, err = lapwan("--moe", mixture_path, "--clips", held_out, "--seeds", "3", "--dry-run", *SMALL)
+    assert code == 0, err
+    assert "4 clips x 3 seeds = 12 an adapter" in err and "identity, temporal_consistency" in err
+    assert "seeds = 3" in out and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ((), "nothing to measure"),
+    (("--clips", "none.jsonl"), "cannot read none.jsonl"),
+    (("--cache", "none"), "no cache folder none"),
+    (("--clips", "{clips}", "--split", "dev"), "no clips of split 'dev' (it has: test)"),
+    (("--clips", "{clips}", "--moe", "none.safetensors"), "adapter 'router': no such file"),
+    (("--clips", "{clips}", "--steps", "0"), "--steps"),
+    (("--clips", "{clips}", "--set", 'videos.metrics=["tip"]'), "image-to-video only"),
+    (("--clips", "{clips}", "--set", 'videos.metrics=["reward"]'), "no rewards are given"),
+    (("--clips", "{clips}", "--set", 'videos.metrics=["taste"]'), "'identity', 'tip'"),
+    (("--clips", "{clips}", "--set", "videos.size=[32, 48]", "--set", 'videos.metrics=["identity"]'), "square"),
+    (("--clips", "{clips}", "--set", "videos.num_frames=6"), "4N+1"),
+    (("--clips", "{clips}", "--set", 'adapters=[{name="a", hint="truth"}]'), "hint acts on a mixture"),
+    (("--clips", "{clips}", "--set", 'adapters=[{name="a b"}, {name="a/b"}]'), "adapters[1].name"),
+    (("--clips", "{clips}", "--set", 'adapters=[{name="a b"}, {name="a*b"}]'), "two adapters are called"),
+    (("--clips", "{clips}", "--set", 'adapters=[{name="a"}, {name="b", model="tiny-i2v"}]'), "different tasks"),
+    (("--clips", "{clips}", "--reward", "clip=nowhere"), "nowhere"),
+])
+def test_bad_input_is_one_line(lapwan, tmp_path, held_out, arguments, message):
+    code, _, err = lapwan(*(str(held_out) if word == "{clips}" else word for word in arguments))
+    assert code == 2, err
+    lines = [line for line in err.strip().splitlines() if not line.startswith("warning")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mixture_of_another_task_needs_to_be_asked_for(lapwan, tmp_path, held_out, mixture_path):
+    adapters = f'adapters=[{{name="base"}}, {{name="moved", moe="{mixture_path}"%s}}]'
+    code, _, err = lapwan("--clips", held_out, "--task", "i2v", "--set", adapters % "", "--dry-run", *SMALL)
+    assert code == 2 and "was trained for t2v, the model is i2v" in err
+    code, _, err = lapwan("--clips", held_out, "--task", "i2v", "--set", adapters % ", any_base=true", "--dry-run",
+                          *SMALL)
+    assert code == 0 and "warning: adapter 'moved'" in err and "tip_accuracy" in err and "psnr" in err
+
+
+def test_killed_and_resumed_it_is_the_uninterrupted_one(tmp_path, held_out, tiny_t2v: ModelSpec):
+    """kill -9 between two batches; finished ones are not made again."""
+    mixture = write_random_mixture(tmp_path / "mixture.safetensors", Base(tiny_t2v))
+    loras = write_random_lora(tmp_path)
+    adapters = (f'adapters=[{{name="base"}}, {{name="lora", lora={loras}}}, {{name="moe", moe="{mixture}"}}]')
+
+    def start(out: str, *more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lapwan", "evaluate", "--clips", str(held_out), "-o", out, *SMALL,
+             "--steps", "6", "--batch-size", "2", "--set", adapters, "--set", "routing.probe=false", *more],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def kept() -> list[Path]:
+        return sorted((tmp_path / "killed" / "videos").rglob("*.json"))
+
+    victim = start("killed")
+    deadline = time.monotonic() + 120
+    while not kept() and time.monotonic() < deadline and victim.poll() is None:
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL and 0 < len(kept()) < 12
+    before = {path: path.stat().st_mtime_ns for path in kept()}
+    done, whole = start("killed", "--resume"), start("whole")
+    for process in (done, whole):
+        _, said = process.communicate(timeout=180)
+        assert process.returncode == 0, said
+    full = len(before) - len(before) % 2  # whole batches of two; half a batch is made again
+    assert sum(path.stat().st_mtime_ns == time_ for path, time_ in before.items()) >= full
+    ours, theirs = (json.loads((tmp_path / out / "evaluation.json").read_text()) for out in ("killed", "whole"))
+    assert ours == theirs
+
+
+def test_lora_and_moe_on_the_command_line_make_the_comparison(held_out):
+    settings = load(EvaluateSettings, environment={}, options={
+        "videos.clips": str(held_out), "lora": ["high=a.safetensors"], "moe": "m.safetensors"})
+    assert [(a.name, a.hint, bool(a.lora), bool(a.moe)) for a in settings.compared()] == [
+        ("base", None, False, False), ("lora", None, True, False), ("router", None, True, True),
+        ("hint", "truth", True, True), ("wrong hint", "wrong", True, True)]
+
+
+def test_the_cache_decides_which_tiny_is_meant(lapwan, tmp_path, t2v_cache):
+    assert load_index(t2v_cache).task == "t2v"
+    code, _, err = lapwan("--cache", t2v_cache, "--split", "all", "--dry-run")
+    assert code == 0 and "(t2v)" in err
+    code, _, err = lapwan("--cache", t2v_cache, "--split", "all", "--task", "i2v", "--dry-run")
+    assert code == 2 and "was cached for t2v, the model is i2v" in err
