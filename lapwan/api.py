@@ -35,6 +35,7 @@ from lapwan.settings.base import to_toml
 from lapwan.settings.generate import ModelSettings, VideoSettings
 from lapwan.settings.load import load
 from lapwan.settings.lora_argument import LoraArgument
+from lapwan.settings.memory import GenerateDtype, precision_of
 from lapwan.settings.run import RunOptions
 from lapwan.wan.base import Base
 from lapwan.wan.device import pick_device, pick_dtype
@@ -67,9 +68,11 @@ class VideoGenerator:
         moe: a mixture of LoRA experts.
         loras: LoRA files, as a path, `"high=FILE:0.8"` or a LoraArgument.
         device: auto, cpu, cuda or cuda:N.
-        dtype: of the transformers: auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16 or fp16.
-        memory: both noise experts on the device, or one at a time with the idle one in pinned host memory; auto: both
-            where they fit. The frames are the same.
+        dtype: of the transformers: auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16 or fp16; fp8, int8 and nf4 quantise
+            their blocks. `text_dtype`: of the text encoder, auto is as it is stored.
+        memory: both noise experts on the device, one at a time with the idle one in pinned host memory, or "stream":
+            blocks from host memory too; a number: the GiB to stay below; auto: what fits and is fastest. The frames
+            are the same.
         compile: the transformers' blocks through torch.compile; auto: on a GPU where a video saves what it takes.
 
     Raises:
@@ -83,13 +86,14 @@ class VideoGenerator:
         moe: str | Path | None = None,
         loras: Sequence[str | Path | LoraArgument] = (),
         device: str = "auto",
-        dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-        memory: Literal["auto", "both", "one"] = "auto",
+        dtype: GenerateDtype = "auto",
+        text_dtype: Literal["auto", "fp8", "int8"] = "auto",
+        memory: Literal["auto", "both", "one", "stream"] | float = "auto",
         compile: Literal["auto", "on", "off"] = "auto",
     ) -> None:
         said: dict[str, Any] = {
             "model": dict(model) if isinstance(model, Mapping) else str(model), "moe": moe, "device": device,
-            "dtype": dtype, "memory": memory, "compile": compile,
+            "dtype": dtype, "text_dtype": text_dtype, "memory": memory, "compile": compile,
             "lora": [lora if isinstance(lora, LoraArgument) else str(lora) for lora in loras],
         }
         self._start(load(ModelSettings, options=said, environment={}))
@@ -227,7 +231,10 @@ class VideoGenerator:
         base, adapters = self._adapters[wanted]
         if key not in self._generators:
             dtype = pick_dtype(self.settings.dtype, self._device)
-            self._generators[key] = Generator(base, adapters, self._device, dtype, self.settings.memory, self.settings.compile)
+            own = self.settings
+            self._generators[key] = Generator(
+                base, adapters, self._device, dtype, own.memory, own.compile, precision_of(own.dtype),
+                precision_of(own.text_dtype))
         return self._generators[key], base, adapters
 
 

@@ -35,6 +35,7 @@ from lapwan.rewards.build import build_rewards, check_rewards
 from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT, complete_guidance
 from lapwan.settings.base import to_toml
 from lapwan.settings.evaluate import EvaluateSettings
+from lapwan.settings.memory import precision_of
 from lapwan.settings.reward import RewardSettings
 from lapwan.settings.run import RunOptions
 from lapwan.settings.train import BaseModelSettings
@@ -67,7 +68,8 @@ def evaluate(settings: EvaluateSettings, options: RunOptions) -> dict[str, Any] 
     if options.overwrite and not settings.resume:
         shutil.rmtree(out / "videos", ignore_errors=True)
     files.write_text(out / "settings.toml", to_toml(settings, "lapwan evaluate --config with this file repeats it"))
-    store = VideoStore(out / "videos", str(study.machine.device.type), str(study.machine.dtype))
+    forms = [str(form) for form in (study.machine.precision, study.machine.text_precision) if form is not None]
+    store = VideoStore(out / "videos", str(study.machine.device.type), str(study.machine.dtype), *forms)
     try:
         found = run_study(study, store)
     except KeyboardInterrupt:
@@ -91,7 +93,9 @@ def prepare(settings: EvaluateSettings) -> Study:
     videos: dict[str, Any] = {} if settings.videos.clips is None else _videos(settings, arms, taxonomy, device)
     captions = _captions(settings, taxonomy, videos.get("clips", ()), items) if any(a.routed for a in arms) else {}
     return Study(
-        arms, taxonomy, Machine(device, pick_dtype(settings.dtype, device), settings.memory, settings.compile),
+        arms, taxonomy,
+        Machine(device, pick_dtype(settings.dtype, device), settings.memory, settings.compile,
+                precision_of(settings.dtype), precision_of(settings.text_dtype)),
         index=index, items=items, flow=FlowPlan(loss.bins, loss.draws, settings.seed, loss.batch_size),
         captions=captions, probe=settings.routing.probe and _is_tiny(arms[0].base.spec), **videos,
     )

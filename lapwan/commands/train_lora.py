@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from lapwan import console
 from lapwan.commands.base import resolve_base
@@ -16,13 +17,14 @@ from lapwan.train.checklist import checklist
 from lapwan.train.data import ClipStore
 from lapwan.train.describe import describe
 from lapwan.train.lora_objective import LORA_GROUP, LoraObjective, lora_names
-from lapwan.train.parking import Parking, plan_memory
+from lapwan.train.parking import Parking
+from lapwan.train.plan_memory import TrainingMemory, plan_training
 from lapwan.train.ranks import Ranks
 from lapwan.train.runfolder import claim_run, start_folder
 from lapwan.train.trainer import Trainer
 from lapwan.train.watchers import add_watchers, check_watching
 from lapwan.wan.base import Base
-from lapwan.wan.device import pick_device, pick_dtype
+from lapwan.wan.device import pick_device
 
 
 def run(settings: TrainLoraSettings, options: RunOptions) -> None:
@@ -34,47 +36,47 @@ def run(settings: TrainLoraSettings, options: RunOptions) -> None:
         data = build.read_data(settings, base)
         continued = build.initial_loras(settings.init_lora, base)
         device = pick_device(device_name)
-        plan = [*describe(settings, base, data, continued), plan_memory(settings, base, data, device).line]
+        memory = plan_training(settings, base, data, device, look=options.dry_run)
+        plan = [*describe(settings, base, data, continued), memory.line]
         plan += check_watching(settings, base, data)
         print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
         if options.dry_run:
             return
         if ranks.first:
             start_folder(settings, options.overwrite)
-        trainer = prepare(settings, base, data, device, ranks)
+        trainer = prepare(settings, base, data, device, ranks, memory)
         if build.run_training(trainer, settings) and ranks.first:
             for name in lora_names(settings.name, list(data.experts), settings.one_file):
                 console.results.print(str(settings.output / name))
 
 
 def prepare(
-    settings: TrainLoraSettings, base: Base, data: build.RunData, device: torch.device, ranks: Ranks | None = None
+    settings: TrainLoraSettings, base: Base, data: build.RunData, device: torch.device, ranks: Ranks | None = None,
+    memory: TrainingMemory | None = None,
 ) -> Trainer:
     """Load the noise experts, put a LoRA on each, and wire the trainer."""
-    store = ClipStore(data.index, data.items, device, motion_regions=settings.roi_fallback == "motion")
-    memory = plan_memory(settings, base, data, device)
-    parking = Parking(device, memory.both)
-    adapters, dtype = {}, pick_dtype(settings.dtype, device)
+    memory = memory or plan_training(settings, base, data, device)
+    store = ClipStore(data.index, data.items, device, motion_regions=settings.roi_fallback == "motion",
+                      keep_on_device=memory.keep_data)
+    parking = Parking(device, memory.both, memory.plan.streamed)
+    adapters = {}
     for expert in data.experts:
-        adapters[expert] = _adapter(settings, base, data, expert, dtype, parking.load_on)
+        transformer = memory.load(settings, base, expert, parking.load_on, device)
+        adapters[expert] = _adapter(settings, base, data, expert, transformer)
         parking.add({expert: adapters[expert]})
     objective = LoraObjective(
         adapters, settings.name, build.metadata_of(settings, base, data), settings.roi_weight,
         store.empty_text() if settings.caption_dropout else None, build.dropout_of(data), settings.one_file,
     )
     trainer = build.make_trainer(settings, base, data, objective, store, "lapwan train-lora", ranks or Ranks())
-    trainer.plan.before_turn, trainer.plan.memory = parking.turn, memory.line
+    memory.wire(trainer, parking)
     add_watchers(trainer, settings, base, data, device)
     return trainer
 
 
 def _adapter(
-    settings: TrainLoraSettings, base: Base, data: build.RunData, expert: NoiseExpert, dtype: torch.dtype,
-    device: torch.device,
+    settings: TrainLoraSettings, base: Base, data: build.RunData, expert: NoiseExpert, transformer: nn.Module
 ) -> Adapter:
-    transformer = base.load(expert, dtype, device)
-    if settings.activation_checkpointing:
-        transformer.enable_gradient_checkpointing()
     if (file := build.initial_loras(settings.init_lora, base).get(expert)) is not None:
         state = file.read()
         state.metadata = {}

@@ -15,9 +15,17 @@ from lapwan.train import build
 from lapwan.train.checklist import checklist
 from lapwan.train.data import ClipStore
 from lapwan.train.describe import describe
-from lapwan.train.mixture_build import assemble, base_loras, check_mixture, describe_mixture, weights_of
+from lapwan.train.mixture_build import (
+    assemble,
+    base_loras,
+    check_mixture,
+    describe_mixture,
+    plan_mixture,
+    weights_of,
+)
 from lapwan.train.mixture_objective import MixtureObjective
-from lapwan.train.parking import Parking, plan_memory
+from lapwan.train.parking import Parking
+from lapwan.train.plan_memory import TrainingMemory
 from lapwan.train.ranks import Ranks
 from lapwan.train.routing_watch import ExpertGradients, RoutingWatch
 from lapwan.train.runfolder import claim_run, start_folder
@@ -37,32 +45,33 @@ def run(settings: TrainMoeSettings, options: RunOptions) -> None:
         data = build.read_data(settings, base)
         taxonomy = load_taxonomy(settings.taxonomy)
         check_mixture(settings, base, data, taxonomy)
-        base_loras(settings, base)  # a wrong one is refused now rather than after the weights are loaded
+        frozen = base_loras(settings, base)  # a wrong one is refused now rather than after the weights are loaded
         device = pick_device(device_name)
         plan = [*describe(settings, base, data), *describe_mixture(settings, data, taxonomy)]
-        plan.append(plan_memory(settings, base, data, device).line)
+        memory = plan_mixture(settings, base, data, taxonomy, frozen, device, look=options.dry_run)
+        plan.append(memory.line)
         plan += check_watching(settings, base, data, taxonomy)
         print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
         if options.dry_run:
             return
         if ranks.first:
             start_folder(settings, options.overwrite)
-        trainer = prepare(settings, base, data, taxonomy, device, ranks)
+        trainer = prepare(settings, base, data, taxonomy, device, ranks, memory)
         if build.run_training(trainer, settings) and ranks.first:
             console.results.print(str(settings.output / f"{settings.name}.safetensors"))
 
 
 def prepare(
     settings: TrainMoeSettings, base: Base, data: build.RunData, taxonomy: Taxonomy, device: torch.device,
-    ranks: Ranks | None = None,
+    ranks: Ranks | None = None, memory: TrainingMemory | None = None,
 ) -> Trainer:
     """Load the noise experts, put a fresh mixture on them, and wire the trainer."""
-    families = len(taxonomy.families)
-    store = ClipStore(data.index, data.items, device, families, settings.roi_fallback == "motion")
-    memory = plan_memory(settings, base, data, device)
-    parking = Parking(device, memory.both)
-    frozen = base_loras(settings, base)
-    mixture, adapters = assemble(settings, base, data, taxonomy, frozen, device, parking)
+    families, frozen = len(taxonomy.families), base_loras(settings, base)
+    memory = memory or plan_mixture(settings, base, data, taxonomy, frozen, device)
+    store = ClipStore(
+        data.index, data.items, device, families, settings.roi_fallback == "motion", memory.keep_data)
+    parking = Parking(device, memory.both, memory.plan.streamed)
+    mixture, adapters = assemble(settings, base, data, taxonomy, frozen, device, parking, memory)
     first = next(iter(data.experts))
     metadata = build.provenance(settings, base, data, first)
     for key in ("lapwan.noise_expert", "lapwan.base_fingerprint", "modelspec.timestep_range"):
@@ -72,7 +81,7 @@ def prepare(
         store.empty_text() if settings.caption_dropout else None, build.dropout_of(data),
     )
     trainer = build.make_trainer(settings, base, data, objective, store, "lapwan train-moe", ranks or Ranks())
-    trainer.plan.before_turn, trainer.plan.memory = parking.turn, memory.line
+    memory.wire(trainer, parking)
     trainer.rules["expert_gradients"] = ExpertGradients(adapters, settings.routing_watch.every)
     bases = {e: LoraUse(path, state, settings.alpha_base) for e, (path, state) in frozen.items()}
     add_watchers(trainer, settings, base, data, device, AdapterSet(mixture=mixture, mixture_base=bases), taxonomy)

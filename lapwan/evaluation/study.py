@@ -20,7 +20,7 @@ from lapwan.evaluation.flow import FlowLosses, FlowPlan, flow_losses
 from lapwan.evaluation.routing import RoutingScores, routing_scores
 from lapwan.evaluation.scorers import Scorer
 from lapwan.evaluation.store import VideoStore
-from lapwan.names import NoiseExpert
+from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.batch import BatchGenerator
 from lapwan.sampling.memory import Memory
 from lapwan.tiny.instruments import INSTRUMENTS
@@ -38,6 +38,8 @@ class Machine:
     dtype: torch.dtype
     memory: Memory = "auto"
     compile: Compile = "auto"
+    precision: Precision | None = None
+    text_precision: Precision | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Generators:
         if self._current is None or self._current.spec.path != base.spec.path:
             self._current = None
             m = self._machine
-            self._current = BatchGenerator(base, None, m.device, m.dtype, m.memory, m.compile)
+            self._current = BatchGenerator(
+                base, None, m.device, m.dtype, m.memory, m.compile, m.precision, m.text_precision)
         return self._current
 
 

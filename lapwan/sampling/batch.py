@@ -45,6 +45,7 @@ class BatchGenerator(Generator):
         """
         try:
             latents = self.batch_latents(requests)
+            self.experts.make_room()
             with torch.no_grad():
                 parts = [decode(self.vae(), part) for part in torch.split(latents, _DECODED)]
         except torch.OutOfMemoryError as error:

@@ -17,6 +17,7 @@ from lapwan import __version__, console
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
 from lapwan.losses.flow import noised
+from lapwan.names import Precision
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.grid import Grid, Step, make_grid
@@ -27,7 +28,7 @@ from lapwan.sampling.image import (
     image_fingerprint,
     image_tensor,
 )
-from lapwan.sampling.memory import HostCopy, Memory
+from lapwan.sampling.memory import Memory
 from lapwan.sampling.noise_experts import NoiseExperts
 from lapwan.sampling.request import Request, check_request
 from lapwan.sampling.result import Video
@@ -38,6 +39,7 @@ from lapwan.wan.compiling import Compile
 from lapwan.wan.condition import image_condition
 from lapwan.wan.folder import ModelSpec
 from lapwan.wan.identity import text_identity, vae_identity
+from lapwan.wan.stream import Residence
 from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder, pad_text
 from lapwan.wan.vae import decode, encode, load_vae
 
@@ -49,7 +51,8 @@ class Generator:
     """A model with its adapters, ready for requests.
 
     The text encoder waits in pinned host memory between prompts; `memory` as in `NoiseExperts`. `dtype` is the
-    transformers'; VAE and text features keep their own.
+    transformers'; VAE and text features keep their own. `precision` quantises the transformers' blocks,
+    `text_precision` the text encoder.
     """
 
     def __init__(
@@ -60,12 +63,16 @@ class Generator:
         dtype: torch.dtype = torch.float32,
         memory: Memory = "auto",
         compile: Compile = "auto",
+        precision: Precision | None = None,
+        text_precision: Precision | None = None,
     ) -> None:
         base = base if isinstance(base, Base) else Base(base)
         self.spec, self.device, self.dtype = base.spec, torch.device(device), dtype
-        self.experts = NoiseExperts(base, adapters or AdapterSet(), self.device, dtype, memory, compile)
+        self.experts = NoiseExperts(
+            base, adapters or AdapterSet(), self.device, dtype, memory, compile, precision, text_precision)
+        self._text_precision = text_precision
         self._text: TextEncoder | None = None
-        self._text_host: HostCopy | None = None
+        self._text_host: Residence | None = None
         self._vae: AutoencoderKLWan | None = None
         self._features: dict[str, Tensor] = {}
 
@@ -82,18 +89,22 @@ class Generator:
         """umT5 features of a prompt, unpadded [n, D]; remembered."""
         if prompt not in self._features:
             if self._text is None:
-                console.log("loading the text encoder")
-                self._text = load_text_encoder(self.spec)
-                if self.device.type != "cpu":
-                    model = self._text.model
-                    self._text_host = HostCopy((*model.parameters(), *model.buffers()), pinned=True)
+                self._text = self._load_text()
             self.experts.make_room()
             if self._text_host is not None:
-                self._text_host.fetch(self.device)
+                self._text_host.fetch()
             self._features[prompt] = encode_text(self._text, [prompt])[0]
             if self._text_host is not None:
                 self._text_host.park()
         return self._features[prompt]
+
+    def _load_text(self) -> TextEncoder:
+        console.log("loading the text encoder")
+        encoder = load_text_encoder(self.spec, precision=self._text_precision)
+        if self.device.type != "cpu" or self.experts.text_streams:
+            blocks = range(len(encoder.model.encoder.block)) if self.experts.text_streams else ()
+            self._text_host = Residence(encoder.model, (), self.device, blocks, "encoder.block")
+        return encoder
 
     def vae(self) -> AutoencoderKLWan:
         """The VAE, in fp32."""
@@ -137,6 +148,7 @@ class Generator:
         facts = self._facts(request, grid, mix)
         latents = self._sample(request, grid, mix, preview)
         console.log("decoding")
+        self.experts.make_room()
         with torch.no_grad():
             pixels = decode(self.vae(), latents)
         frames = to_frames(pixels)
@@ -197,7 +209,8 @@ class Generator:
                     self._show(preview, x0_BCTHW)
 
             start = self._start(request, grid)
-            latents = denoise(grid, start, conditions, guidance, self.experts.transformer, scope, tell)
+            latents = denoise(grid, start, conditions, guidance, self.experts.transformer, scope, tell,
+                              self.experts.together)
         self.experts.compiling.tell()
         if not bool(torch.isfinite(latents).all()):
             raise UserError(f"the latents are not finite in {_name(self.dtype)}; use --dtype "
@@ -231,6 +244,9 @@ class Generator:
             "versions": {"lapwan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
             "device": str(self.device), "dtype": _name(self.dtype),
         }
+        for name, form in (("precision", self.experts.precision), ("text_precision", self._text_precision)):
+            if form is not None:
+                facts[name] = form.value
         if loras := lora_facts(self.adapters):
             facts["lora"] = loras
         for name, image in (("image", request.image), ("last_image", request.last_image)):

@@ -1,67 +1,32 @@
-"""Whether the noise experts stay on the device, or one thing at a time, and the host memory the idle ones wait in."""
+"""The memory plan of a generation: what stays on the device while it samples, reads prompts and decodes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
+from lapwan.lora.attach import Group
 from lapwan.names import NoiseExpert
-from lapwan.wan.folder import ModelSpec, original_file, tensor_shapes, weight_files
+from lapwan.wan.folder import ModelSpec, tensor_shapes, weight_files
+from lapwan.wan.hostmemory import HostCopy
+from lapwan.wan.plan import GIB, WORKSPACE, MemoryPlan, Rates, Way, choose, free_of, placements
+from lapwan.wan.quantised import Recipe
+from lapwan.wan.shapes import Clip, ExpertShape, GroupShape
 
-Memory = Literal["auto", "both", "one"]
+__all__ = ["HostCopy", "Memory", "describe", "forward_bytes", "free_bytes", "plan_generation", "weight_bytes"]
 
-_GIB = 1 << 30
-# Beside A14B's bf16 weights a forward takes 2.1 GiB at 256x256 and 10.4 GiB at 480x832 (81 frames, H200): at most 40
-# values of the transformer's width a token. The VAE's decoding takes less.
+Memory = Literal["auto", "both", "one", "stream"] | float
+
+# Beside A14B's bf16 weights diffusers' own forward takes 2.1 GiB at 256x256 and 10.4 GiB at 480x832 (81 frames, H200):
+# at most 40 values of the transformer's width a token.
 _VALUES_A_TOKEN = 40
-_MARGIN = _GIB  # CUDA's own buffers, fragmentation
-_CHUNK = _GIB  # of pinned memory: torch rounds every pinned allocation up to a power of two
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes: of the noise experts' weights with their adapters, of a forward pass, of the text encoder."""
-
-    weights: Sequence[int]
-    forward: int
-    text_encoder: int
-
-    @property
-    def beside(self) -> int:
-        """What must fit next to the weights: the forward pass, or the text encoder while a prompt is read."""
-        return max(self.forward, self.text_encoder)
-
-
-def keep_both(asked: Memory, need: Need, free: int | None) -> bool:
-    """True if both noise experts (or the only one) stay: as asked, else where
-
-        Σ weights + max(forward, text encoder) ≤ free
-
-    Args:
-        free: bytes the device could give, weights already there included; None on a CPU, where both stay.
-    """
-    if asked != "auto":
-        return asked == "both"
-    return free is None or sum(need.weights) + need.beside <= free
-
-
-def describe(both: bool, asked: Memory, need: Need, free: int | None, device: torch.device) -> str:
-    """The decision and its numbers, as one line."""
-    if len(need.weights) > 1:
-        what = f"both noise experts stay on {device}" if both else f"one noise expert on {device} at a time"
-    elif both:
-        what = f"the transformer stays on {device}"
-    else:
-        what = f"the transformer leaves {device} to the text encoder"
-    why = "as asked" if asked != "auto" else "auto"
-    has = "" if free is None else f", {free / _GIB:.1f} GiB free"
-    weights = " + ".join(f"{size / _GIB:.1f}" for size in need.weights)
-    return f"memory: {what} ({why}: {weights} GiB of weights, {need.beside / _GIB:.1f} GiB to work in{has})"
+# The VAE's decoding works frame by frame: measured on an H200 in fp32, 1.0 GiB at 256x256 and 4.7 at 480x832.
+_DECODED_BYTES = 12_600  # a pixel of one frame
+_VAE_BYTES = GIB // 2
 
 
 def weight_bytes(spec: ModelSpec, expert: NoiseExpert, dtype: torch.dtype) -> int:
@@ -71,19 +36,18 @@ def weight_bytes(spec: ModelSpec, expert: NoiseExpert, dtype: torch.dtype) -> in
 
 
 def forward_bytes(spec: ModelSpec, dtype: torch.dtype, num_frames: int, size: tuple[int, int]) -> int:
-    """What a forward pass takes beside the weights: 40 · width · itemsize · tokens, and a margin; `size` (H, W)."""
+    """An upper bound of what a forward pass takes beside the weights: 40 · width · itemsize · tokens, and a GiB."""
     _, frames, height, width = spec.latent_shape(num_frames, *size)
     patch = spec.pixel_multiple // spec.spatial_stride
     tokens = frames * (height // patch) * (width // patch)
     features = tensor_shapes(weight_files(spec.component(spec.experts[0])))["patch_embedding.weight"][0]
-    return _VALUES_A_TOKEN * features * dtype.itemsize * tokens + _MARGIN
+    return _VALUES_A_TOKEN * features * dtype.itemsize * tokens + GIB
 
 
-def text_encoder_bytes(spec: ModelSpec) -> int:
-    """The text encoder's size as it is stored, which is how it runs."""
-    folder = spec.path / "text_encoder"
-    original = original_file(folder)
-    return sum(file.stat().st_size for file in ([original] if original else weight_files(folder)))
+def decode_bytes(num_frames: int, size: tuple[int, int]) -> int:
+    """Of the VAE and its decoding: work by the frame's pixels, and the frames themselves in fp32, made and joined."""
+    pixels = size[0] * size[1]
+    return _VAE_BYTES + _DECODED_BYTES * pixels + 2 * 12 * num_frames * pixels
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -94,34 +58,76 @@ def free_bytes(device: torch.device) -> int | None:
     return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
-class HostCopy:
-    """Frozen tensors with a copy in host memory, made once: afterwards parking is free and fetching one copy.
+@dataclass(frozen=True)
+class Asking:
+    """A generation, as far as its memory goes. `batch` videos at once, `guided`: any step evaluates twice."""
 
-    The tensors keep their identity, so that adapters and modules that hold them see the move.
+    num_frames: int
+    size: tuple[int, int]
+    steps: int = 40
+    batch: int = 1
+    guided: bool = True
+
+
+def shapes_of(groups: Sequence[Group]) -> list[GroupShape]:
+    """The shapes of LoRAs that are attached without being trained."""
+    return [GroupShape({path: entry.down.shape[0] for path, entry in group.state.entries.items()}, False)
+            for group in groups]
+
+
+def plan_generation(
+    spec: ModelSpec, groups: Mapping[NoiseExpert, Sequence[Group]], dtype: torch.dtype, recipe: Recipe | None,
+    asking: Asking, memory: Memory, free: int | None, rates: Rates, text_bytes: int,
+) -> MemoryPlan:
+    """The quickest way that fits, of: both noise experts or one, more and more blocks streamed, guidance in one batch
+    or in two.
+
+    Args:
+        free: bytes the device could give, weights already there included; None on a CPU, where everything stays.
+        text_bytes: of the text encoder on the device.
     """
+    asked, free = memory, free_of(free, memory)
+    if free is None:
+        own = placements(len(spec.experts), spec.num_layers, "both" if asked == "auto" else asked)[0]
+        return MemoryPlan(Way(own, 0, 0.0), 0, 0, None, asked)
+    shapes = {e: ExpertShape(spec, e, dtype, recipe, shapes_of(groups.get(e, ()))) for e in spec.experts}
+    each = [shape.bytes() for shape in shapes.values()]
+    phases = {"text": text_bytes, "decode": decode_bytes(asking.num_frames, asking.size)}
+    ways = []
+    for together in (True, False) if asking.guided else (True,):
+        clip = Clip(asking.batch * (2 if asking.guided and together else 1), asking.num_frames, *asking.size)
+        work = max(shape.forward_work(clip) for shape in shapes.values())
+        first = next(iter(shapes.values()))
+        once = first.flops(clip, range(spec.num_layers)).seconds(rates)
+        passes = 2 if asking.guided and not together else 1
+        for place in placements(len(each), spec.num_layers, asked):
+            copied = max(sum(one.blocks[: place.streamed]) for one in each) / rates.bus
+            swaps = 0.0 if place.both else sum(one.weights for one in each) / rates.bus / asking.steps
+            # Together is a little quicker even where nothing streams: products with more rows.
+            seconds = passes * max(once * (1.0 if passes == 1 else 1.02), copied) + swaps
+            ways.append(Way(place, work, seconds, together=together))
+    return choose(each, ways, WORKSPACE, free, asked, phases)
 
-    def __init__(self, tensors: Iterable[Tensor], pinned: bool) -> None:
-        self._tensors = list(tensors)
-        self._copies: list[Tensor] = []
-        self._pinned = pinned
-        self._chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
-        for tensor in self._tensors:
-            self._copies.append(self._space(tensor).copy_(tensor.data))
 
-    def _space(self, tensor: Tensor) -> Tensor:
-        size = -(-tensor.nbytes // 64) * 64  # every dtype stays aligned
-        if self._used + size > len(self._chunk):
-            wanted = max(size, _CHUNK) if self._pinned else size
-            self._chunk, self._used = torch.empty(wanted, dtype=torch.uint8, pin_memory=self._pinned), 0
-        start, self._used = self._used, self._used + size
-        return self._chunk[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-
-    def park(self) -> None:
-        """Leave the device."""
-        for tensor, copy in zip(self._tensors, self._copies, strict=True):
-            tensor.data = copy
-
-    def fetch(self, device: torch.device) -> None:
-        """Return to the device, ordered before whatever the current stream does next."""
-        for tensor, copy in zip(self._tensors, self._copies, strict=True):
-            tensor.data = copy.to(device, non_blocking=True, copy=True)
+def describe(plan: MemoryPlan, device: torch.device, count: int) -> str:
+    """The decision and its numbers, as one line."""
+    place = plan.way.placement
+    if place.streamed:
+        what = f"{place.streamed} blocks of the noise expert at work stream from host memory to {device}"
+    elif count > 1:
+        what = f"both noise experts stay on {device}" if place.both else f"one noise expert on {device} at a time"
+    elif place.both:
+        what = f"the transformer stays on {device}"
+    else:
+        what = f"the transformer leaves {device} to the text encoder"
+    why = {"auto": "auto"}.get(str(plan.asked), "as asked")
+    if isinstance(plan.asked, float):
+        why = f"within {plan.asked:g} GiB"
+    if not plan.parts:
+        return f"memory: {what} ({why})"
+    own = ", ".join(f"{name} {size / GIB:.1f}" for name, size in plan.parts.items() if size >= GIB / 20)
+    has = "" if plan.free is None else f" of {plan.free / GIB:.1f}"
+    host = f", {plan.host / GIB:.1f} GiB of host memory" if plan.host else ""
+    alone = "" if plan.way.together else "; guidance in two passes"
+    return (f"memory: {what} ({why}): predicted peak {plan.peak / GIB:.1f}{has} GiB ({own}){host}; "
+            f"{plan.way.seconds:.2f} s a step predicted{alone}")

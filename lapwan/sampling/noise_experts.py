@@ -12,21 +12,16 @@ from torch import Tensor
 
 from lapwan import console
 from lapwan.lora.attach import Adapter, attach
-from lapwan.names import NoiseExpert
+from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.adapters import AdapterSet
-from lapwan.sampling.memory import (
-    HostCopy,
-    Memory,
-    Need,
-    describe,
-    forward_bytes,
-    free_bytes,
-    keep_both,
-    text_encoder_bytes,
-    weight_bytes,
-)
+from lapwan.sampling.memory import Asking, Memory, describe, free_bytes, plan_generation
 from lapwan.wan.base import Base
 from lapwan.wan.compiling import Compile, CompileReport, compile_blocks, pays
+from lapwan.wan.plan import GIB, MemoryPlan, Placement, Way, free_of, needs
+from lapwan.wan.quantised import Recipe
+from lapwan.wan.rates import rates_of
+from lapwan.wan.stream import Residence, tensors_of
+from lapwan.wan.text import text_encoder_bytes
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -36,25 +31,30 @@ if TYPE_CHECKING:
 class _Loaded:
     model: WanTransformer3DModel
     adapter: Adapter | None = None
-    host: HostCopy | None = None
+    host: Residence | None = None
     parked: bool = False
+    streamed: int = 0
 
 
 class NoiseExperts:
     """A noise expert is loaded when first asked for, so that one without steps is never read.
 
-    One at a time (the text encoder counts), the idle one waits in pinned host memory; on a CPU it is released and read
-    again. Results do not depend on it.
+    One at a time (the text encoder counts), the idle one waits in pinned host memory, and blocks of the one at work may
+    stream from there; on a CPU the idle one is released and read again. Results do not depend on it.
     """
 
     def __init__(
         self, base: Base, adapters: AdapterSet, device: torch.device, dtype: torch.dtype, memory: Memory = "auto",
-        compile: Compile = "auto",
+        compile: Compile = "auto", precision: Precision | None = None, text_precision: Precision | None = None,
     ) -> None:
         self.base, self.adapters = base, adapters
         self.device, self.dtype, self.memory = device, dtype, memory
+        self.precision, self._text_precision = precision, text_precision
         self._loaded: dict[NoiseExpert, _Loaded] = {}
-        self._together = memory != "one"
+        own = Placement(memory in ("auto", "both"), base.spec.num_layers if memory == "stream" else 0)
+        self._plan = MemoryPlan(Way(own, 0, 0.0), 0, 0, None, memory)
+        self._plans: dict[tuple[object, ...], MemoryPlan] = {}
+        self.text_streams = False
         self._told: str | None = None
         self._compile = compile
         self._work: dict[NoiseExpert, int] = {}
@@ -74,22 +74,51 @@ class NoiseExperts:
         for expert, one in self._loaded.items():
             one.adapter = self._attached(one.model, expert)
 
-    def plan(self, num_frames: int, size: tuple[int, int]) -> None:
+    @property
+    def together(self) -> bool:
+        """Whether guidance's two evaluations make one batch."""
+        return self._plan.way.together
+
+    def plan(
+        self, num_frames: int, size: tuple[int, int], steps: int = 40, guided: bool = True, batch: int = 1
+    ) -> MemoryPlan:
         """Decide for a video what stays on the device; the decision is logged when it changes."""
-        spec = self.base.spec
-        weights = {e: weight_bytes(spec, e, self.dtype) + self._adapter_bytes(e) for e in spec.experts}
-        need = Need(
-            list(weights.values()), forward_bytes(spec, self.dtype, num_frames, size), text_encoder_bytes(spec)
-        )
+        asking = Asking(num_frames, size, steps, batch, guided)
         free = free_bytes(self.device)
         if free is not None:
-            free += sum(weights[expert] for expert in self.resident())
-        self._together = keep_both(self.memory, need, free)
-        line = describe(self._together, self.memory, need, free, self.device)
-        tell = console.detail if free is None and self._together else console.log
+            free += self._here()
+        if isinstance(self.memory, float) and self.device.type == "cuda":
+            limit_memory(self.device, self.memory)
+        # What is free moves a little all the time: a plan holds as long as it fits.
+        key = (asking, id(self.adapters))
+        if key not in self._plans or (free is not None and needs(self._plans[key].peak) > free):
+            self._plans[key] = self._choose(asking, free)
+        self._plan = self._plans[key]
+        line = describe(self._plan, self.device, len(self.base.spec.experts))
+        tell = console.detail if free is None and self._plan.both else console.log
         if self._told is None or self._told.split("(")[0] != line.split("(")[0]:
             tell(line)
         self._told = line
+        return self._plan
+
+    def _choose(self, asking: Asking, free: int | None) -> MemoryPlan:
+        spec, limit = self.base.spec, free_of(free, self.memory)
+        whole = text_encoder_bytes(spec, self._text_precision)
+        self.text_streams = self.memory == "stream" or (limit is not None and needs(whole) > limit)
+        text = text_encoder_bytes(spec, self._text_precision, self.text_streams)
+        groups = {expert: self.adapters.groups(expert) for expert in spec.experts}
+        rates = rates_of(self.device, self.dtype) if limit is not None else None
+        return plan_generation(spec, groups, self.dtype, self._recipe(), asking, self.memory, free, rates, text)
+
+    def _recipe(self) -> Recipe | None:
+        return None if self.precision is None else Recipe(self.precision)
+
+    def _here(self) -> int:
+        """Bytes of loaded transformers on the device."""
+        models = [one.model for one in self._loaded.values()]
+        held = sum(t.nbytes for model in models for t in tensors_of(model) if t.device.type == self.device.type)
+        rings = [one.host.ring for one in self._loaded.values() if one.host is not None and one.host.here]
+        return held + sum(ring.place_bytes for ring in rings if ring is not None)
 
     def expect(self, evaluations: Mapping[NoiseExpert, int], latents_THW: tuple[int, ...]) -> None:
         """What the next video will ask of each noise expert, which decides whether compiling its blocks pays."""
@@ -101,21 +130,33 @@ class NoiseExperts:
 
     def transformer(self, expert: NoiseExpert) -> WanTransformer3DModel:
         """A noise expert's transformer on the device, with its adapters attached."""
-        if not self._together:
+        place = self._plan.way.placement
+        if not place.both:
             self._park(besides=expert)
+        if expert in self._loaded and self._loaded[expert].streamed != place.streamed:
+            del self._loaded[expert]  # another way than it was loaded for
         if expert not in self._loaded:
-            console.log(f"loading the {expert.value} noise expert")
-            model = self.base.load(expert, self.dtype, self.device)
-            self._loaded[expert] = _Loaded(model, self._attached(model, expert))
+            self._load(expert, place)
         one = self._loaded[expert]
         if one.parked:
             assert one.host is not None
-            one.host.fetch(self.device)
+            one.host.fetch()
             _move(one.adapter, self.device)
             one.parked = False
         auto = self._compile == "auto" and pays(one.model, self._latents_THW, self._work.get(expert, 0), training=False)
         compile_blocks(one.model, auto or self._compile == "on")
         return one.model
+
+    def _load(self, expert: NoiseExpert, place: Placement) -> None:
+        console.log(f"loading the {expert.value} noise expert")
+        # What comes and goes is read into host memory and stays there; quantising is the device's work all the same.
+        waits = place.streamed > 0 or (not place.both and self.device.type == "cuda")
+        home = torch.device("cpu") if waits else self.device
+        model = self.base.load(expert, self.dtype, home, self._recipe(), self.device)
+        one = self._loaded[expert] = _Loaded(model, self._attached(model, expert), streamed=place.streamed)
+        if waits:
+            own = () if one.adapter is None else one.adapter.own_tensors()
+            one.host, one.parked = Residence(model, own, self.device, range(place.streamed)), True
 
     def scope(self, expert: NoiseExpert, gates_1G: Tensor) -> AbstractContextManager[object]:
         """Hold the adapters' gates around evaluations of a loaded noise expert."""
@@ -123,23 +164,21 @@ class NoiseExperts:
         return nullcontext() if adapter is None else adapter.holder.scope(gates_1G)
 
     def make_room(self) -> None:
-        """Leave the device to the text encoder, unless everything stays."""
-        if not self._together:
+        """Leave the device to the text encoder or the decoder, unless everything stays."""
+        if not self._plan.both:
             self._park(besides=None)
 
     def _park(self, besides: NoiseExpert | None) -> None:
         for expert in self.resident():
             if expert is besides:
                 continue
-            if self.device.type == "cpu":
+            one = self._loaded[expert]
+            if one.host is None and self.device.type == "cpu":
                 del self._loaded[expert]
                 continue
-            one = self._loaded[expert]
             if one.host is None:
                 own = () if one.adapter is None else one.adapter.own_tensors()
-                rows = {id(tensor) for tensor in own}
-                every = (*one.model.parameters(), *one.model.buffers())
-                one.host = HostCopy((t for t in every if id(t) not in rows), self.device.type == "cuda")
+                one.host = Residence(one.model, own, self.device)
             one.host.park()
             _move(one.adapter, torch.device("cpu"))
             one.parked = True
@@ -148,13 +187,14 @@ class NoiseExperts:
         groups = self.adapters.groups(expert)
         return attach(model, groups, gates_required=True) if groups else None
 
-    def _adapter_bytes(self, expert: NoiseExpert) -> int:
-        """Stacked rows are kept in fp32."""
-        entries = (entry for group in self.adapters.groups(expert) for entry in group.state.entries.values())
-        return 4 * sum(entry.down.numel() + entry.up.numel() for entry in entries)
-
 
 def _move(adapter: Adapter | None, device: torch.device) -> None:
     """An adapter's rows are small and come and go with it: moved plainly."""
     for tensor in () if adapter is None else adapter.own_tensors():
         tensor.data = tensor.data.to(device)
+
+
+def limit_memory(device: torch.device, gib: float) -> None:
+    """Let torch take no more than this of the device: what was asked for is kept to."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)

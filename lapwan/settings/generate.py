@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import Flag, Settings
 from lapwan.settings.lora_argument import LORA_METAVAR, LoraArgument
+from lapwan.settings.memory import MEMORY_METAVAR, GenerateDtype, MemoryChoice
 from lapwan.settings.model_files import ModelChoice
 
 
@@ -65,11 +66,16 @@ class ModelSettings(Settings):
     device: Annotated[str, Flag(metavar="DEVICE")] = Field(
         default="auto", description="auto, cpu, cuda or cuda:N.", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
     )
-    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Flag(metavar="auto|fp32|bf16|fp16")] = Field(
-        default="auto", description="Of the transformers; auto is bf16 on a GPU, fp32 on a CPU."
+    dtype: Annotated[GenerateDtype, Flag(metavar="auto|fp32|bf16|fp16|fp8|int8|nf4")] = Field(
+        default="auto", description="Of the transformers; auto is bf16 on a GPU, fp32 on a CPU. fp8 is faster on new "
+        "GPUs, int8 and nf4 are for small ones; they quantise the blocks and compute the rest as auto does."
     )
-    memory: Annotated[Literal["auto", "both", "one"], Flag(metavar="auto|both|one")] = Field(
-        default="auto", description="Both noise experts on the device, or one at a time; auto: both where they fit."
+    text_dtype: Annotated[Literal["auto", "fp8", "int8"], Flag(metavar="auto|fp8|int8")] = Field(
+        default="auto", description="Of the text encoder; auto: as it is stored."
+    )
+    memory: Annotated[MemoryChoice, Flag(metavar=MEMORY_METAVAR)] = Field(
+        default="auto", description="Both noise experts on the device, one at a time, or their blocks streamed from "
+        "host memory; a number is the GiB to stay below; auto: what fits and is fastest."
     )
     compile: Annotated[Literal["auto", "on", "off"], Flag(metavar="auto|on|off")] = Field(
         default="auto", description="Blocks through torch.compile; auto: on a GPU where a video saves what it takes."

@@ -6,16 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from lapwan.errors import nearest
 from lapwan.names import NoiseExpert
 from lapwan.settings.alpha import AlphaScheduleSettings
 from lapwan.settings.base import Flag, Settings, submodel, union_members
+from lapwan.settings.memory import MEMORY_METAVAR, MemoryChoice, TrainDtype
 from lapwan.settings.optimisers import AdamWSettings, OptimiserSettings, ScheduleSettings, take_flat_keys
 from lapwan.settings.sigma import SigmaSettings, WeightingSettings, refuse_ddpm_weighting
 from lapwan.settings.targets import TargetSettings
 from lapwan.settings.watch import HealthSettings, PreviewSettings, ValidationSettings, WatchSettings
+
+
+def _checkpointing(value: Any) -> Any:
+    return {True: "block", False: "off", "true": "block", "false": "off"}.get(value, value) if isinstance(
+        value, bool | str) else value
 
 
 class BaseModelSettings(Settings):
@@ -138,9 +144,12 @@ class TrainSettings(Settings):
         "none", description="Region of clips without one; motion: where the latents change most.")
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="Probability of training on the empty caption.")
     max_grad_norm: float = Field(1.0, gt=0)
-    memory: Literal["auto", "both", "one"] = Field(
-        "auto", description="Noise experts on the device: both, or one with the idle one parked in host memory.")
-    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    memory: Annotated[MemoryChoice, Flag("--memory", metavar=MEMORY_METAVAR)] = Field(
+        "auto", description="Noise experts on the device: both, one with the idle one in host memory, or the frozen "
+        "blocks streamed from there too; a number is the GiB to stay below; auto: what fits and is fastest.")
+    activation_checkpointing: Annotated[Literal["auto", "off", "op", "block"], BeforeValidator(_checkpointing)] = Field(
+        "auto", description="What a backward computes again instead of keeping it: nothing, cheap operations, whole "
+        "blocks; auto: as little as memory allows. true is block, false is off.")
     seed: Annotated[int, Flag("--seed")] = Field(42, description="Order, noise, sigma and initial weights.")
     save_every: Annotated[int, Flag("--save-every")] = Field(100, ge=1, description="Steps between checkpoints.")
     keep_last: int | None = Field(None, ge=1, description="Newest checkpoints to keep; absent: all.")
@@ -157,7 +166,11 @@ class TrainSettings(Settings):
     device: Annotated[str, Flag("--device")] = Field("auto", description="auto, cpu, cuda or cuda:N.")
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="Blocks through torch.compile; auto: on a GPU, for runs that save more than it takes.")
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Of the frozen base; auto: bf16 on a GPU.")
+    dtype: Annotated[TrainDtype, Flag("--dtype", metavar="auto|fp32|bf16|fp8|int8|nf4")] = Field(
+        "auto", description="Of the frozen base; auto: bf16 on a GPU. fp8, int8 and nf4 (4 bits) quantise its blocks.")
+    trained_blocks: Literal["auto", "plain", "quantised"] = Field(
+        "auto", description="With a quantised dtype, the blocks something is trained in; auto: plain for fp8 where "
+        "they are at most half, else quantised.")
 
     @model_validator(mode="before")
     @classmethod

@@ -19,16 +19,20 @@ _MEMORY_BUDGET = 8 * 2**30  # bytes of cached tensors kept in RAM; a 256 x 256 x
 
 
 class ClipStore:
-    """The items a run trains on. Each is read once while the budget lasts, else at every use."""
+    """The items a run trains on. Each is read once while the budget lasts, else at every use.
+
+    With `keep_on_device` they stay there: nothing of a batch crosses the bus again.
+    """
 
     def __init__(
         self, index: CacheIndex, items: Sequence[CachedItem], device: torch.device, families: int | None = None,
-        motion_regions: bool = False,
+        motion_regions: bool = False, keep_on_device: bool = False,
     ) -> None:
         self.index, self.items, self._device = index, list(items), device
+        self._home = device if keep_on_device else torch.device("cpu")
         self._motion_regions = motion_regions  # for items without a region of their own
         self._families = families  # turns a hard label into weights; not needed for soft ones
-        self._kept: dict[int, dict[str, Tensor | None]] = {}
+        self._kept: dict[str, dict[str, Tensor | None]] = {}
         self._bytes = 0
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -44,16 +48,25 @@ class ClipStore:
         return read_empty_text(self.index).to(self._device)
 
     def _read(self, index: int) -> dict[str, Tensor | None]:
-        if index in self._kept:
-            return self._kept[index]
-        tensors = read_item(self.index.folder, self.items[index])
+        item = self.items[index]
+        if item.id in self._kept:
+            return self._kept[item.id]
+        tensors = read_item(self.index.folder, item)
         if self._motion_regions and tensors["roi"] is None and tensors["latents"] is not None:
             tensors["roi"] = motion_region(tensors["latents"])
         size = sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)
-        if self._bytes + size <= _MEMORY_BUDGET:
+        if self._bytes + size <= _MEMORY_BUDGET or self._home.type != "cpu":
             self._bytes += size
-            self._kept[index] = tensors
+            tensors = {name: None if t is None else t.to(self._home) for name, t in tensors.items()}
+            self._kept[item.id] = tensors
         return tensors
+
+
+def cached_bytes(index: CacheIndex, items: Sequence[CachedItem]) -> int:
+    """At most what the items take once read: latents are widened to fp32."""
+    latents, texts = {item.latents for item in items}, {item.text for item in items}
+    sizes = [2 * (index.folder / name).stat().st_size for name in latents]
+    return sum(sizes) + sum((index.folder / name).stat().st_size for name in texts)
 
 
 def training_items(index: CacheIndex, split: str | None) -> list[CachedItem]:

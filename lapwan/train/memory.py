@@ -19,6 +19,21 @@ def memory_figures() -> dict[str, float]:
     return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
+def start_peak() -> None:
+    """Count a GPU's peak from here on: loading has its own."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_line(predicted: int) -> str | None:
+    """The run's peak on a GPU against the plan's; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    real = torch.cuda.max_memory_allocated()
+    return (f"memory: peak {real / 2**30:.2f} GiB, predicted {predicted / 2**30:.2f} "
+            f"({100 * (predicted - real) / max(real, 1):+.1f} %)")
+
+
 def out_of_memory(error: Exception, run: Path, step: int, resume_command: str, plan: str) -> UserError:
     """The error to show: how much was there, and what to change, what helps most first."""
     peak = ""
@@ -30,7 +45,8 @@ def out_of_memory(error: Exception, run: Path, step: int, resume_command: str, p
     said = str(error).splitlines()[0] if str(error) else "no detail"
     return UserError(
         f"out of memory in step {step + 1}{peak}: {said}{planned}; the state of step {step} is saved in {run}. "
-        "To change, what helps most first: memory = \"one\", activation_checkpointing = true, batch_size = 1 with a "
-        "larger accumulate, fewer blocks in [targets], shorter or smaller clips in the cache, experts = [\"high\"] and "
-        f"then [\"low\"] in two runs; then {resume_command} --allow-changed"
+        "To change, what helps most first: memory = \"stream\", activation_checkpointing = \"block\", "
+        "dtype = \"fp8\" or \"nf4\", batch_size = 1 with a larger accumulate, fewer blocks in [targets], shorter or "
+        "smaller clips in the cache, experts = [\"high\"] and then [\"low\"] in two runs; then "
+        f"{resume_command} --allow-changed"
     )

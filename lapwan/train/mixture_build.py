@@ -23,8 +23,8 @@ from lapwan.train import build
 from lapwan.train.data import family_of
 from lapwan.train.mixture_objective import MixtureWeights
 from lapwan.train.parking import Parking
+from lapwan.train.plan_memory import TrainingMemory, plan_training
 from lapwan.wan.base import Base
-from lapwan.wan.device import pick_dtype
 
 ROUTER_LR_LIMIT = 5e-3  # above it routers were seen to diverge: 10 x 1e-4 is right, 10 x 2e-3 is not
 _IMBALANCE = 3.0  # largest family over smallest, from which it is worth a warning
@@ -104,6 +104,16 @@ def describe_mixture(settings: TrainMoeSettings, data: build.RunData, taxonomy: 
     return lines
 
 
+def plan_mixture(
+    settings: TrainMoeSettings, base: Base, data: build.RunData, taxonomy: Taxonomy, frozen: BaseLoras,
+    device: torch.device, look: bool = False,
+) -> TrainingMemory:
+    """The memory plan of a mixture: an expert a family on every target, and the LoRA beside them."""
+    beside = {expert: {path: entry.down.shape[0] for path, entry in state.entries.items()}
+              for expert, (_, state) in frozen.items()}
+    return plan_training(settings, base, data, device, len(taxonomy.families), beside, look)
+
+
 def router_lr(settings: TrainMoeSettings) -> float | None:
     """The largest lr the router can see; None where only the run can tell (Prodigy)."""
     optimiser = settings.optimiser
@@ -115,7 +125,7 @@ def router_lr(settings: TrainMoeSettings) -> float | None:
 
 def assemble(
     settings: TrainMoeSettings, base: Base, data: build.RunData, taxonomy: Taxonomy, frozen: BaseLoras,
-    device: torch.device, parking: Parking,
+    device: torch.device, parking: Parking, memory: TrainingMemory,
 ) -> tuple[Mixture, dict[NoiseExpert, Adapter]]:
     """Load the noise experts, and put the mixture's experts on them."""
     spec = MixtureSpec(
@@ -130,8 +140,7 @@ def assemble(
         },
         router_sigma=settings.router.sigma, gate_ema=settings.router.gate_ema, shared_experts=settings.shared_experts,
     )
-    dtype = pick_dtype(settings.dtype, device)
-    transformers = {e: base.load(e, dtype, parking.load_on) for e in data.experts}
+    transformers = {e: memory.load(settings, base, e, parking.load_on, device) for e in data.experts}
     given = {e: file.read() for e, file in build.initial_loras(settings.init_lora, base).items()}
     states = {
         expert: {family: _expert(settings, transformers[expert], own, expert, family, given.get(expert))
@@ -144,8 +153,6 @@ def assemble(
     mixture.to(device)
     adapters = {}
     for expert, transformer in transformers.items():
-        if settings.activation_checkpointing:
-            transformer.enable_gradient_checkpointing()
         own = frozen[expert][1] if expert in frozen else None
         adapters[expert] = attach(transformer, mixture.groups(expert, own, trainable=True), gates_required=True)
     if settings.shared_experts:

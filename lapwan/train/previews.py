@@ -32,6 +32,7 @@ from lapwan.settings.watch import PreviewSettings
 from lapwan.train.watch import Seen
 from lapwan.wan.base import Base
 from lapwan.wan.folder import ModelSpec
+from lapwan.wan.plan import MemoryPlan
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -82,8 +83,14 @@ class _InTraining(NoiseExperts):
         super().__init__(base, adapter_set, device, dtype, memory="both")
         self._training, self._before_turn = dict(adapters), before_turn
 
-    def plan(self, num_frames: int, size: tuple[int, int]) -> None:
+    def plan(
+        self, num_frames: int, size: tuple[int, int], steps: int = 40, guided: bool = True, batch: int = 1
+    ) -> MemoryPlan:
         """Training decided what stays on the device."""
+        return self._plan
+
+    def make_room(self) -> None:
+        """Nothing of a training leaves for a preview."""
 
     def transformer(self, expert: NoiseExpert) -> WanTransformer3DModel:
         if expert in self._training:

@@ -21,7 +21,7 @@ from lapwan.train import checkpoint
 from lapwan.train.ahead import Ahead, StepData
 from lapwan.train.ema import Ema
 from lapwan.train.interrupt import Stop, stop_requested
-from lapwan.train.memory import memory_figures, out_of_memory
+from lapwan.train.memory import memory_figures, out_of_memory, peak_line, start_peak
 from lapwan.train.metrics import Metrics
 from lapwan.train.objective import Draws, Objective, SigmaRule, make_draws
 from lapwan.train.optimisers import current_lr, restore
@@ -69,6 +69,8 @@ class Plan:
     changes_allowed: bool = False
     ranks: Ranks = field(default_factory=Ranks)
     memory: str = ""  # what was computed to be needed, for when it was not enough
+    predicted_peak: int = 0  # bytes on the device; 0: not predicted
+    micro_batch: int | None = None  # clips at a time where a batch does not fit whole: the same sums in more parts
     before_turn: Callable[[NoiseExpert], None] = lambda expert: None  # brings its weights to the device
     after_step: Callable[[], None] = lambda: None  # may say what the step took besides computing
     # Gives a step's batches their clean latents where these are made (a rollout from the draws' noise), not read.
@@ -167,6 +169,7 @@ class Trainer:
         """
         plan, total = self.plan, len(self.plan.schedule)
         metrics = Metrics(plan.run, self.step) if plan.ranks.first else None
+        start_peak()
         saved = self.step if checkpoint.checkpoints(plan.run) else -1
         try:
             with stop_requested() as stop, console.progress("training", total, "step", done=self.step) as bar:
@@ -179,6 +182,8 @@ class Trainer:
                         raise reason
             if saved != self.step:
                 self.save()
+            if plan.predicted_peak and (told := peak_line(plan.predicted_peak)):
+                console.log(told)
         except torch.OutOfMemoryError as error:
             self.save()
             raise out_of_memory(error, plan.run, self.step, plan.resume_command, plan.memory) from None
@@ -212,7 +217,8 @@ class Trainer:
         plan, track = self.plan, self.plan.tracks[expert]
         visits, after = track.order.batches(position, plan.accumulate)
         samples = sum(len(group) for group in visits)
-        visits = plan.ranks.own(visits)
+        size = plan.micro_batch or max(map(len, visits))
+        visits = [group[i : i + size] for group in plan.ranks.own(visits) for i in range(0, len(group), size)]
         batches = [plan.load_batch([visit.item for visit in group]) for group in visits]
         keys = [[(plan.seed, expert.value, visit.number, plan.item_ids[visit.item]) for visit in g] for g in visits]
         drawn = [make_draws(batch, own, track.rule, plan.caption_dropout)

@@ -61,12 +61,12 @@ class Base:
 
     def load(
         self, expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-        recipe: Recipe | None = None,
+        recipe: Recipe | None = None, work_on: str | torch.device | None = None,
     ) -> WanTransformer3DModel:
         """The frozen transformer of a noise expert, with the LoRAs in its weights.
 
         Args:
-            recipe: quantises the blocks' Linears, after the merge.
+            recipe: quantises the blocks' Linears, after the merge; `work_on` is where, `device` without one.
 
         Raises:
             UserError: a LoRA made for another model, or a merge that `lapwan merge` would refuse.
@@ -74,7 +74,7 @@ class Base:
         merged = self.merged_weights(expert)
         if recipe is not None:
             return load_quantised_transformer(
-                self.spec, expert, recipe, self.fingerprint(expert), dtype, device, merged)
+                self.spec, expert, recipe, self.fingerprint(expert), dtype, device, merged, work_on)
         transformer = load_transformer(self.spec, expert, dtype, device)
         for name, weight in merged.items():
             transformer.get_parameter(name).data.copy_(weight())

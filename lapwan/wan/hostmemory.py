@@ -50,7 +50,11 @@ class HostCopy:
     def __init__(self, tensors: Iterable[Tensor], pinned: bool) -> None:
         self._tensors = list(tensors)
         space = HostSpace(pinned)
-        self._copies = [space.copy_of(tensor) for tensor in self._tensors]
+        self._copies: list[Tensor] = []
+        for tensor in self._tensors:
+            self._copies.append(space.copy_of(tensor))
+            if pinned and tensor.device.type == "cpu":
+                tensor.data = self._copies[-1]  # at once: the weights are in host memory one time only
 
     def park(self) -> None:
         """Leave the device."""

@@ -60,12 +60,14 @@ def kept_folder(fingerprint: str, precision: Precision) -> Path:
 def fill(
     model: nn.Module, source: Mapping[str, Read], blocks: Iterable[Block], precision: Precision,
     cast: Callable[[str, Tensor], Tensor], device: torch.device | str, kept: Path | None,
+    work_on: torch.device | str | None = None,
 ) -> None:
     """Give every parameter of a model without storage its tensor, on `device`.
 
     Args:
         source: reads a tensor as stored, by parameter name.
         cast: name and stored tensor -> what a tensor that is not quantised becomes.
+        work_on: device that quantises; None: `device`. The bytes are the same.
         kept: folder of quantised blocks, read where it has one and added to where the disk has room; None: not kept.
     """
     left = dict(source)
@@ -78,7 +80,7 @@ def fill(
             read, biased = left.pop(f"{path}.weight"), f"{path}.bias"
             bias = cast(biased, left.pop(biased)()).to(device) if biased in left else None
             if stored is None:
-                layer = KINDS[precision].from_weight(read().to(device), bias)
+                layer = KINDS[precision].from_weight(read().to(work_on or device), bias).to(device)
             else:
                 layer = _take(stored, path, precision, bias, device)
             made |= {f"{path}.codes": layer.codes, f"{path}.scale": layer.scale}
@@ -142,6 +144,7 @@ def linears_of(blocks: nn.ModuleList, prefix: str, skip: frozenset[int] = frozen
 def load_quantised_transformer(
     spec: ModelSpec, expert: NoiseExpert, recipe: Recipe, fingerprint: str, dtype: torch.dtype,
     device: torch.device | str = "cpu", merged: Mapping[str, Read] | None = None,
+    work_on: torch.device | str | None = None,
 ) -> WanTransformer3DModel:
     """A noise expert's transformer with its blocks' Linears quantised from the weights as stored; the rest in `dtype`.
 
@@ -166,5 +169,5 @@ def load_quantised_transformer(
         tensor_to_diffusers(name): partial(load, file, name) for file in headers for name in file.tensors}
     blocks = linears_of(model.blocks, "blocks", recipe.full_blocks)
     kept = kept_folder(fingerprint, recipe.precision)
-    fill(model, {**source, **(merged or {})}, blocks, recipe.precision, cast, device, kept)
+    fill(model, {**source, **(merged or {})}, blocks, recipe.precision, cast, device, kept, work_on or device)
     return model.eval().to(device)

@@ -114,6 +114,15 @@ class ExpertShape:
         return ExpertBytes(tuple(of_kind[kind][0] for kind in self.kinds), outer,
                            sum(of_kind[kind][1] for kind in self.kinds))
 
+    @cached_property
+    def gradients(self) -> int:
+        """Bytes of the gradients of all that is trained."""
+        shapes = [(path, rank) for kind in self.kinds for own, trained in zip(kind.ranks, self._trainable, strict=True)
+                  if trained for path, rank in own]
+        inner = self._config["num_attention_heads"] * self._config["attention_head_dim"]
+        wide = inner + self._config["ffn_dim"]
+        return sum(4 * rank * (wide if path.startswith("ffn") else 2 * inner) for path, rank in shapes)
+
     def _inputs(self, clip: Clip) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         channels, *size = self.spec.latent_shape(clip.frames, clip.height, clip.width)
         extra = self.spec.in_channels - channels

@@ -165,26 +165,38 @@ def _to_host(tensors: list[Tensor], space: HostSpace) -> _Waiting:
     return _Waiting(tensors, copies, starts, runs, size)
 
 
+def by_hooks(blocks: nn.ModuleList, ring: BlockRing) -> None:
+    """Let a ring bring the weights of blocks that another model's own forward calls."""
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: ring.ready(index))
+        block.register_forward_hook(lambda *_, index=index: ring.done(index))
+
+
 class Residence:
     """One transformer's weights between host and device: what stays while it works, and the blocks that stream.
 
     Args:
         own: tensors that are left where they are (an adapter's rows).
         streamed: indices of blocks that pass through the ring.
+        blocks_name: of the model's blocks; those of another model than Wan's transformer bring themselves by hooks.
     """
 
     def __init__(
-        self, transformer: nn.Module, own: Iterable[Tensor], device: torch.device, streamed: Sequence[int] = ()
+        self, transformer: nn.Module, own: Iterable[Tensor], device: torch.device, streamed: Sequence[int] = (),
+        blocks_name: str = "blocks",
     ) -> None:
         self._device = device
         kept_out = {id(tensor) for tensor in own}
-        blocks = transformer.get_submodule("blocks")
+        blocks = transformer.get_submodule(blocks_name)
         assert isinstance(blocks, nn.ModuleList)
         by_block = {index: [t for t in tensors_of(blocks[index]) if id(t) not in kept_out] for index in streamed}
         self.ring = BlockRing(by_block, device) if by_block else None
         kept_out |= {id(tensor) for own_tensors in by_block.values() for tensor in own_tensors}
         self._rest = HostCopy((t for t in tensors_of(transformer) if id(t) not in kept_out), device.type == "cuda")
-        path_of(transformer).residency = self.ring
+        if blocks_name == "blocks":
+            path_of(transformer).residency = self.ring
+        elif self.ring is not None:
+            by_hooks(blocks, self.ring)
         self.here = False
 
     def park(self) -> None:

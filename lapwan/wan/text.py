@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lapwan.wan.folder import TEXT_LENGTH, original_file
-from lapwan.wan.original import load_text_file
+from lapwan.lora.tensorfile import read_header
+from lapwan.lora.tensors import load
+from lapwan.names import Precision
+from lapwan.wan.folder import TEXT_LENGTH, original_file, weight_files
+from lapwan.wan.identity import text_identity
+from lapwan.wan.original import load_text_file, read_tensors, t5_to_transformers
+from lapwan.wan.plan import PLACES
+from lapwan.wan.precision import KINDS
+from lapwan.wan.quantised import Read, fill, kept_folder, linears_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -40,15 +50,20 @@ def clean_prompt(text: str) -> str:
 
 
 def load_text_encoder(
-    spec: ModelSpec, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    spec: ModelSpec, dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
+    precision: Precision | None = None,
 ) -> TextEncoder:
-    """The model's umT5, frozen, in eval mode (it has dropout); `dtype` defaults to the one it is stored in."""
+    """The model's umT5, frozen, in eval mode (it has dropout); `dtype` defaults to the one it is stored in, `precision`
+    quantises its Linears."""
     from transformers import AutoTokenizer, UMT5EncoderModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # "Loading weights" of every part would tear our own progress lines apart
     folder = spec.path / "text_encoder"
-    if (original := original_file(folder)) is not None:
+    original = original_file(folder)
+    if precision is not None:
+        model = _load_quantised(spec, dtype, device, precision)
+    elif original is not None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = load_text_file(config, original, dtype)
     else:
@@ -58,6 +73,57 @@ def load_text_encoder(
     model.requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(spec.path / "tokenizer", local_files_only=True)
     return TextEncoder(model.eval().to(device), tokenizer)
+
+
+def _stored(folder: Path) -> dict[str, Read]:
+    """Reads each tensor, by its name in the class."""
+    if (original := original_file(folder)) is not None:
+        found = read_tensors(original)
+        return {t5_to_transformers(name): partial(found.__getitem__, name) for name in found}
+    headers = [read_header(file) for file in weight_files(folder)]
+    return {name: partial(load, file, name) for file in headers for name in file.tensors}
+
+
+def _load_quantised(
+    spec: ModelSpec, dtype: torch.dtype | None, device: torch.device | str, precision: Precision
+) -> UMT5EncoderModel:
+    from accelerate import init_empty_weights
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    folder = spec.path / "text_encoder"
+    with init_empty_weights():
+        model = UMT5EncoderModel(UMT5Config(**json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+    model.encoder.embed_tokens = model.shared  # one table under two names
+    source = _stored(folder)
+    source.pop("encoder.embed_tokens.weight", None)
+    blocks = linears_of(model.encoder.block, "encoder.block")
+    fill(model, source, blocks, precision, lambda name, stored: stored if dtype is None else stored.to(dtype), device,
+         kept_folder(f"text {text_identity(spec)}", precision))
+    return model
+
+
+def _sizes(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape and bytes of each tensor, without reading it."""
+    if (original := original_file(folder)) is not None and original.suffix != ".safetensors":
+        found = read_tensors(original)
+        return {t5_to_transformers(name): (tuple(t.shape), t.nbytes) for name, t in found.items()}
+    files = [original] if original is not None else weight_files(folder)
+    infos = [info for file in files for info in read_header(file).tensors.values()]
+    return {t5_to_transformers(info.name): (info.shape, info.size) for info in infos}
+
+
+def text_encoder_bytes(spec: ModelSpec, precision: Precision | None = None, streamed: bool = False) -> int:
+    """The text encoder on a device: all of it, or what lies outside its blocks and two of them."""
+    outer, blocks = 0, dict[str, int]()
+    for name, (shape, size) in _sizes(spec.path / "text_encoder").items():
+        if not name.startswith("encoder.block."):
+            outer += 0 if name == "encoder.embed_tokens.weight" else size
+            continue
+        number = name.split(".")[2]
+        if precision is not None and len(shape) == 2 and "relative" not in name:
+            size = int(math.prod(shape) * KINDS[precision].bits / 8)
+        blocks[number] = blocks.get(number, 0) + size
+    return outer + (PLACES * max(blocks.values(), default=0) if streamed else sum(blocks.values()))
 
 
 @torch.no_grad()

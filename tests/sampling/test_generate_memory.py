@@ -15,48 +15,75 @@ from lapwan import UserError, VideoGenerator
 from lapwan.lora.attach import Group, attach
 from lapwan.lora.formats import write_lora
 from lapwan.sampling.generator import Generator
-from lapwan.sampling.memory import (
-    HostCopy,
-    Need,
-    describe,
-    forward_bytes,
-    free_bytes,
-    keep_both,
-    text_encoder_bytes,
-    weight_bytes,
-)
+from lapwan.sampling.memory import Asking, describe, forward_bytes, free_bytes, plan_generation, weight_bytes
 from lapwan.sampling.result import read_metadata
 from lapwan.wan import base as lapwan_base
 from lapwan.wan.backbone import load_transformer
+from lapwan.wan.hostmemory import HostCopy
+from lapwan.wan.plan import Rates, needs
+from lapwan.wan.text import load_text_encoder, text_encoder_bytes
 
 GIB = 1 << 30
-A14B = Need([int(26.6 * GIB), int(26.6 * GIB)], 14 * GIB, 11 * GIB)
+RATES = Rates(600e12, 1000e12, 450e12, 50e9)
 
 
-@pytest.mark.parametrize(("asked", "free", "both"), [
-    ("auto", 139, True), ("auto", 79, True), ("auto", 67, False), ("auto", 47, False), ("auto", None, True),
-    ("both", 24, True), ("one", 139, False), ("one", None, False),
-])
-def test_both_stay_where_weights_and_work_fit(asked, free, both) -> None:
-    assert keep_both(asked, A14B, None if free is None else free * GIB) is both
+def planned(t2v, memory, free_mib, **asking):
+    """The embedded model at 17 x 96 x 96 on a device with this much memory."""
+    free = None if free_mib is None else int(free_mib * 2**20)
+    given = Asking(17, (96, 96), **asking)
+    return plan_generation(t2v, {}, torch.float32, None, given, memory, free, RATES, text_bytes=0)
 
 
-def test_the_text_encoder_counts_where_it_needs_more_than_a_forward_pass() -> None:
-    small = Need([10, 10], forward=5, text_encoder=11)
-    assert not keep_both("auto", small, 30) and keep_both("auto", small, 31)
+def test_the_plan_takes_the_quickest_that_fits(t2v, monkeypatch) -> None:
+    monkeypatch.setattr("lapwan.wan.plan.MARGIN", 0)
+    monkeypatch.setattr("lapwan.sampling.memory.WORKSPACE", 0)
+    monkeypatch.setattr("lapwan.sampling.memory.decode_bytes", lambda *_: 0)
+    weights = weight_bytes(t2v, t2v.experts[0], torch.float32) / 2**20
+    assert planned(t2v, "auto", None).both
+    free = 4 * weights + 500
+    last = planned(t2v, "auto", free)
+    assert last.both and last.way.together
+    ways = []
+    while last.fits:
+        assert needs(last.peak) <= free * 2**20
+        ways.append((last.both, len(last.streamed), last.way.together))
+        free = last.peak / 2**20 - 0.1  # a little less than it takes
+        last = planned(t2v, "auto", free)
+    assert ways[0] == (True, 0, True) and (False, 0, True) in ways
+    assert any(streamed for _, streamed, _ in ways) and any(not together for *_, together in ways)
+    assert ways[-1][1] == 8  # of 8 blocks, when nothing else fits
+    assert planned(t2v, "stream", 10_000).way.seconds >= planned(t2v, "both", 10_000).way.seconds
 
 
-def test_the_line_says_the_numbers() -> None:
-    line = describe(False, "auto", A14B, 47 * GIB, torch.device("cuda:0"))
-    assert line == ("memory: one noise expert on cuda:0 at a time (auto: 26.6 + 26.6 GiB of weights, 14.0 GiB to work "
-                    "in, 47.0 GiB free)")
+@pytest.mark.parametrize(("memory", "both", "streamed"), [("both", True, 0), ("one", False, 0), ("stream", False, 8)])
+def test_what_is_asked_for_is_done(memory, both, streamed, t2v) -> None:
+    for free in (None, 1, 100_000):
+        plan = planned(t2v, memory, free)
+        assert (plan.both, len(plan.streamed)) == (both, streamed)
+        assert plan.fits is (free != 1)
 
 
-def test_a_single_transformer_leaves_to_the_text_encoder_where_they_do_not_fit_together() -> None:
-    ti2v = Need([10 * GIB], forward=4 * GIB, text_encoder=11 * GIB)
-    assert keep_both("auto", ti2v, 23 * GIB) and not keep_both("auto", ti2v, 15 * GIB)
-    assert "the transformer leaves cuda to the text encoder (auto: 10.0 GiB" in describe(
-        False, "auto", ti2v, 15 * GIB, torch.device("cuda"))
+def test_a_number_is_the_most_it_may_take(t2v) -> None:
+    assert planned(t2v, 50.0, 100_000).both
+    capped = planned(t2v, 0.8, 100_000)
+    assert capped.peak < 0.8 * GIB and capped.free == int(0.8 * GIB)
+    assert planned(t2v, 50.0, 900).free == 900 << 20
+
+
+def test_reading_the_prompt_counts_where_it_needs_more_than_sampling(t2v) -> None:
+    plan = plan_generation(t2v, {}, torch.float32, None, Asking(17, (96, 96)), "auto", 8 * GIB, RATES, 7 * GIB)
+    assert plan.peak >= 7 * GIB and plan.fits
+
+
+def test_the_line_says_the_numbers(t2v) -> None:
+    line = describe(planned(t2v, "one", 1000), torch.device("cuda:0"), 2)
+    assert line.startswith("memory: one noise expert on cuda:0 at a time (as asked): predicted peak ")
+    assert " of 1.0 GiB (" in line and "s a step predicted" in line
+    assert describe(planned(t2v, "auto", None), torch.device("cpu"), 2) == (
+        "memory: both noise experts stay on cpu (auto)")
+    assert "8 blocks of the noise expert at work stream from host memory to cuda" in describe(
+        planned(t2v, "stream", 1000), torch.device("cuda"), 2)
+    assert "(within 0.8 GiB)" in describe(planned(t2v, 0.8, 1000), torch.device("cuda"), 2)
 
 
 def test_sizes_are_read_from_headers(t2v) -> None:
@@ -66,7 +93,8 @@ def test_sizes_are_read_from_headers(t2v) -> None:
     assert weight_bytes(t2v, t2v.experts[1], torch.bfloat16) == 2 * elements
     # 5 frames of 32x48: 2 latent frames of 2 x 3 tokens.
     assert forward_bytes(t2v, torch.bfloat16, 5, (32, 48)) == 40 * 192 * 2 * 12 + GIB
-    assert text_encoder_bytes(t2v) == (t2v.path / "text_encoder" / "model.safetensors").stat().st_size
+    assert text_encoder_bytes(t2v) == sum(
+        p.nbytes for p in load_text_encoder(t2v).model.parameters())
     assert free_bytes(torch.device("cpu")) is None
 
 
@@ -106,11 +134,11 @@ def test_one_at_a_time_gives_the_same_bits(t2v, small, mixture_file, tmp_path, m
     original = lapwan_base.load_transformer
     monkeypatch.setattr(lapwan_base, "load_transformer", lambda *a: loads.append(a[1].value) or original(*a))
     made = {}
-    for memory in ("both", "one"):
+    for memory in ("both", "one", "stream"):
         generator = VideoGenerator("tiny", memory=memory, **given)
         made[memory] = [generator.generate(prompt, **said) for prompt in ("电凝钩切割组织", "剪刀剪断组织")]
-    assert loads == ["high", "low"] + 2 * ["high", "low"]
-    for both, one in zip(made["both"], made["one"], strict=True):
+    assert loads == ["high", "low"] + 2 * ["high", "low"] + ["high", "low"]
+    for both, one in zip(2 * made["both"], made["one"] + made["stream"], strict=True):
         assert torch.equal(both.latents, one.latents) and (both.frames == one.frames).all()
         assert both.settings == one.settings and both.facts == one.facts
         assert "memory" not in one.settings
@@ -139,7 +167,7 @@ def test_the_option_and_repeating_a_video_with_another(lapwan, tmp_path) -> None
     assert planned.code == 0 and planned.err.count("memory: one noise expert on cpu at a time") == 1, planned.err
     assert "memory" not in generate(lapwan, "--dry-run").err
     ran = generate(lapwan, "--memory", "one", output="a.mp4")
-    assert ran.code == 0 and "memory: one noise expert on cpu at a time (as asked: " in ran.err, ran.err
+    assert ran.code == 0 and "memory: one noise expert on cpu at a time (as asked)" in ran.err, ran.err
     assert ran.err.count("memory: ") == 1
     assert "memory" not in json.loads(read_metadata(tmp_path / "a.mp4")["settings"])
     for memory in ("both", "one"):

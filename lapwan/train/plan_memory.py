@@ -1,0 +1,198 @@
+"""The memory plan of a training run: what stays, what streams, what is computed again, how batches are cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lapwan.names import NoiseExpert, Precision, split_block
+from lapwan.sampling.memory import free_bytes
+from lapwan.settings.memory import precision_of
+from lapwan.settings.train import TrainSettings
+from lapwan.train.build import RunData, targets_of
+from lapwan.train.data import cached_bytes
+from lapwan.train.parking import Parking
+from lapwan.train.trainer import Trainer
+from lapwan.wan.base import Base
+from lapwan.wan.device import pick_dtype
+from lapwan.wan.fastpath import path_of
+from lapwan.wan.plan import (
+    GIB,
+    WORKSPACE,
+    Checkpointing,
+    ExpertBytes,
+    MemoryPlan,
+    Placement,
+    Rates,
+    Way,
+    choose,
+    free_of,
+    needs,
+    placements,
+)
+from lapwan.wan.quantised import Recipe
+from lapwan.wan.rates import rates_of
+from lapwan.wan.shapes import Clip, ExpertShape, GroupShape
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+_NUMBERS = 3  # fp32 numbers kept for a trained one: itself and two moments
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """The plan, what quantises each noise expert, whether the clips stay on the device, and the line that says it."""
+
+    plan: MemoryPlan
+    recipes: Mapping[NoiseExpert, Recipe | None]
+    keep_data: bool
+    line: str
+
+    @property
+    def both(self) -> bool:
+        """Whether no noise expert ever leaves the device."""
+        return self.plan.both
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """What a backward computes again."""
+        return self.plan.way.checkpointing
+
+    def load(
+        self, settings: TrainSettings, base: Base, expert: NoiseExpert, home: torch.device, device: torch.device
+    ) -> WanTransformer3DModel:
+        """A noise expert as planned, on `home`; quantising is `device`'s work."""
+        transformer = base.load(expert, pick_dtype(settings.dtype, device), home, self.recipes[expert], device)
+        path_of(transformer).checkpointing = self.checkpointing
+        return transformer
+
+    def wire(self, trainer: Trainer, parking: Parking) -> None:
+        """What the trainer does of the plan, and tells of it."""
+        trainer.plan.before_turn, trainer.plan.memory = parking.turn, self.line
+        trainer.plan.micro_batch, trainer.plan.predicted_peak = self.micro_batch, self.plan.peak
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Clips at a time where a batch does not fit whole."""
+        return self.plan.way.micro_batch or None
+
+
+Groups = Mapping[NoiseExpert, Sequence[GroupShape]]
+
+
+def recipe_of(settings: TrainSettings, base: Base, trained: set[int]) -> Recipe | None:
+    """How a noise expert's base is quantised; `trained` are the blocks something is trained in.
+
+    By itself, a real fp8 base keeps trained blocks plain where they are at most half: their backward is no faster in
+    fp8, and what is trained then sees its own block unrounded.
+    """
+    precision = precision_of(settings.dtype)
+    if precision is None:
+        return None
+    few = precision is Precision.FP8 and 2 * len(trained) <= base.num_layers
+    plain = settings.trained_blocks == "plain" or (settings.trained_blocks == "auto" and few)
+    return Recipe(precision, frozenset(trained) if plain else frozenset())
+
+
+def plan_training(
+    settings: TrainSettings, base: Base, data: RunData, device: torch.device, copies: int = 1,
+    frozen: Mapping[NoiseExpert, Mapping[str, int]] | None = None, look: bool = False,
+) -> TrainingMemory:
+    """Decide from the model's shapes, the largest clips, and what the device has free.
+
+    Args:
+        copies: LoRAs on each target: a mixture's experts.
+        frozen: ranks of a LoRA beside them that is not trained.
+        look: predict also where nothing hangs on it (a CPU), for a plan that is only shown.
+    """
+    dtype, asked = pick_dtype(settings.dtype, device), settings.memory
+    groups, recipes = {}, {}
+    for expert, own in data.experts.items():
+        ranks = targets_of(own.targets, base.num_layers)
+        beside = (frozen or {}).get(expert)
+        groups[expert] = [*([GroupShape(beside, False)] if beside else []), *([GroupShape(ranks, True)] * copies)]
+        recipes[expert] = recipe_of(settings, base, {p[0] for path in ranks if (p := split_block(path)) is not None})
+    free = free_of(free_bytes(device), asked)
+    if free is None and not look:
+        plan = _without_numbers(settings, base, groups)
+        return TrainingMemory(plan, recipes, True, _line(plan, device, len(groups), settings.batch_size))
+    shapes = {e: ExpertShape(base.spec, e, dtype, recipes[e], groups[e], copies > 1) for e in groups}
+    each = [shape.bytes(_NUMBERS + (settings.ema_decay is not None)) for shape in shapes.values()]
+    clip = max((item.bucket for item in data.items), key=math.prod)
+    ways = list(_ways(settings, list(shapes.values()), each, clip, rates_of(device, dtype)))
+    idle = sum(shape.gradients for shape in shapes.values()) - max(shape.gradients for shape in shapes.values())
+    plan = choose(each, ways, WORKSPACE + idle, free, asked)
+    held = cached_bytes(data.index, data.items)
+    keep = free is None or needs(plan.peak + held) <= free
+    return TrainingMemory(plan, recipes, keep, _line(plan, device, len(groups), settings.batch_size))
+
+
+def _without_numbers(settings: TrainSettings, base: Base, groups: Groups) -> MemoryPlan:
+    prefix = _prefix(groups, base.num_layers)
+    [place, *_] = placements(len(groups), prefix, "both" if settings.memory == "auto" else settings.memory)
+    kind: Checkpointing = "off" if settings.activation_checkpointing == "auto" else settings.activation_checkpointing
+    return MemoryPlan(Way(_possible(place, len(groups)), 0, 0.0, kind), 0, 0, None, settings.memory)
+
+
+def _prefix(groups: Groups, num_layers: int) -> int:
+    """Blocks before the first one something is trained in, for every noise expert."""
+    paths = [path for own in groups.values() for group in own if group.trainable for path in group.ranks]
+    return min((place[0] if (place := split_block(path)) else 0 for path in paths), default=num_layers)
+
+
+def _possible(place: Placement, count: int) -> Placement:
+    """A single noise expert has no other to make room for."""
+    return Placement(True) if count == 1 and not place.streamed else place
+
+
+def _ways(
+    settings: TrainSettings, shapes: Sequence[ExpertShape], each: Sequence[ExpertBytes], bucket: tuple[int, int, int],
+    rates: Rates,
+) -> list[Way]:
+    asked = settings.activation_checkpointing
+    kinds: list[Checkpointing] = ["off", "op", "block"] if asked == "auto" else [asked]
+    prefix = min(shape.first_trained for shape in shapes)
+    places = list(dict.fromkeys(_possible(p, len(each)) for p in placements(len(each), prefix, settings.memory)))
+    ways = []
+    micro = settings.batch_size
+    while micro:
+        clip, parts = Clip(micro, *bucket), math.ceil(settings.batch_size / micro)
+        for kind in kinds:
+            work = max(shape.training_work(clip, kind) for shape in shapes)
+            before, own = shapes[0].step_flops(clip, kind)
+            for place in places:
+                copied = max(sum(one.blocks[: place.streamed]) for one in each) / rates.bus
+                swap = 0.0 if place.both else sum(one.weights for one in each) / rates.bus / settings.turn / 2
+                seconds = parts * settings.accumulate * (max(before.seconds(rates), copied) + own.seconds(rates)) + swap
+                whole = micro == settings.batch_size
+                ways.append(Way(place, work, seconds, kind, 0 if whole else micro))
+        micro //= 2
+    return ways
+
+
+def _line(plan: MemoryPlan, device: torch.device, count: int, batch_size: int) -> str:
+    place, way = plan.way.placement, plan.way
+    what = "everything stays" if count == 1 else "both noise experts stay"
+    if place.streamed:
+        what = f"the first {place.streamed} blocks stream from host memory"
+    elif not place.both:
+        what = "one noise expert at a time"
+    details = [f"{what} on {device}" if not place.streamed else f"{what} to {device}"]
+    if way.checkpointing != "off":
+        details.append({"op": "cheap operations", "block": "whole blocks"}[way.checkpointing] + " are computed again")
+    if way.micro_batch:
+        details.append(f"a batch of {batch_size} runs as {way.micro_batch} at a time, with the same result")
+    line = "memory: " + "; ".join(details)
+    if plan.parts:
+        own = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.parts.items())
+        has = "" if plan.free is None else f" of {plan.free / GIB:.1f}"
+        host = f", {plan.host / GIB:.1f} GiB of host memory" if plan.host else ""
+        line += f"; predicted peak {plan.peak / GIB:.2f}{has} GiB ({own}){host}, {way.seconds:.3g} s a step"
+    if not plan.fits:
+        line += "; THIS DOES NOT FIT"
+    return line
