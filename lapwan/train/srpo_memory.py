@@ -74,20 +74,21 @@ class SrpoMemory:
 
 def plan_memory(
     settings: SrpoSettings, base: Base, experts: Sequence[NoiseExpert], loaded: Sequence[NoiseExpert],
-    bucket: tuple[int, int, int], device: torch.device, processes: int = 1,
+    bucket: tuple[int, int, int], device: torch.device, processes: int = 1, free: int | None = None,
 ) -> SrpoMemory:
     """Decide from shapes and from what the device has free.
 
     Args:
         experts: the trained noise experts; `loaded`: all that take part.
         bucket: (frames, height, width) of what is trained.
+        free: bytes to make do with; absent: what the device has.
 
     Raises:
         UserError: not even with every measure does it fit.
     """
     parts = parts_of(settings, base, experts, loaded, bucket, pick_dtype(settings.dtype, _gpu(device)), processes)
     movable = settings.memory != "both" and settings.train == "lora"
-    free = free_bytes(device)
+    free = free_bytes(device) if free is None or device.type == "cpu" else free
     allowed = [way for way in parts.measures(movable) if _asked(settings, way, len(loaded))]
     table = tuple(_row(size, parts, allowed) for size in GPUS)
     if free is None:
