@@ -13,7 +13,7 @@ import lapwan
 
 ROOT = Path(lapwan.__file__).parent
 TIERS = [
-    {"errors", "names", "files", "console", "keyed"},
+    {"errors", "names", "files", "console", "keyed", "processes"},
     {"settings", "spellings"}, {"lora", "losses"}, {"moe"}, {"wan", "data", "rewards"}, {"sampling"}, {"diagnostics"},
     {"train"}, {"tiny"}, {"evaluation"}, {"commands", "api"}, {"comparison"}, {"cli"},
 ]

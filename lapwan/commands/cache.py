@@ -12,8 +12,8 @@ from lapwan.data.report import drop_lines, plan_lines
 from lapwan.data.sources import Drop, Extraction, read_dataset
 from lapwan.errors import UserError
 from lapwan.files import write_text
+from lapwan.processes import launched
 from lapwan.sampling.caching import Choices, Result, cache_set, plan_set
-from lapwan.sampling.shards import shard_of_environment
 from lapwan.settings.base import to_toml
 from lapwan.settings.cache import CacheSettings
 from lapwan.settings.run import RunOptions
@@ -28,19 +28,19 @@ _OF_DATASET = ("size", "num_frames", "frame_extraction", "frame_stride", "frame_
 
 def run(settings: CacheSettings, options: RunOptions) -> None:
     """Cache a dataset, or only look at the cache that is there (--verify, --preview without --dataset)."""
-    shard = shard_of_environment()
-    if not shard.main:
+    processes = launched()
+    if not processes.first:
         console.set_level(console.QUIET)
     if options.dry_run:
         console.results.print(to_toml(settings), markup=False, end="")
     drops = _cache(settings, options) if settings.dataset is not None else []
-    if not options.dry_run and shard.main:
+    if not options.dry_run and processes.first:
         if settings.verify:
             _verify(settings)
         if settings.preview:
             _preview(settings)
-    shard.close()
-    if drops and not settings.skip_bad and not options.dry_run and shard.main:
+    processes.close()
+    if drops and not settings.skip_bad and not options.dry_run and processes.first:
         for line in drop_lines(drops):
             console.log(line.strip())
         first = f": {drops[0].where}: {drops[0].reason}" if len(drops) == 1 else ", listed above"
@@ -61,9 +61,9 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[Drop]:
             for line in plan_lines(plan, before.pixels_per_second if before else None):
                 console.results.print(line, markup=False)
             continue
-        result = cache_set(cache, encoders, spec, choices, shard_of_environment())
+        result = cache_set(cache, encoders, spec, choices, launched())
         drops += result.drops
-        if shard_of_environment().main:
+        if launched().first:
             _report(result)
             _keep_settings(result.folder, settings)
     return drops

@@ -14,7 +14,7 @@ from lapwan.data.plan import Encoders, Plan, index_items, index_path, make_plan
 from lapwan.data.report import plan_lines, write_report
 from lapwan.data.sources import CacheSet, Drop
 from lapwan.errors import Interrupted, UserError
-from lapwan.sampling.shards import Shard
+from lapwan.processes import Processes
 from lapwan.wan.folder import ModelSpec
 
 
@@ -64,7 +64,7 @@ def plan_set(cache: CacheSet, encoders: Encoders, choices: Choices) -> tuple[Pla
     return make_plan(cache, encoders, known, choices.latents, choices.text), before
 
 
-def cache_set(cache: CacheSet, encoders: Encoders, spec: ModelSpec, choices: Choices, shard: Shard) -> Result:
+def cache_set(cache: CacheSet, encoders: Encoders, spec: ModelSpec, choices: Choices, processes: Processes) -> Result:
     """Plan, encode what is missing or stale, write the index.
 
     While it works the index lists only items whose files are all right, so that a kill leaves nothing wrong to use.
@@ -72,12 +72,12 @@ def cache_set(cache: CacheSet, encoders: Encoders, spec: ModelSpec, choices: Cho
     Raises:
         UserError: the folder is another dataset's, or the disk is full.
     """
-    with folder_lock(cache.folder) if shard.main else contextlib.nullcontext():
-        shard.barrier()  # nobody plans before the folder is ours
+    with folder_lock(cache.folder) if processes.first else contextlib.nullcontext():
+        processes.barrier()  # nobody plans before the folder is ours
         plan, before = plan_set(cache, encoders, choices)
-        shard.barrier()  # and nobody writes before all have planned
+        processes.barrier()  # and nobody writes before all have planned
         try:
-            return _carry_out(plan, before, spec, choices, shard)
+            return _carry_out(plan, before, spec, choices, processes)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; what is cached in {cache.folder} stays: "
                               "run the same command again to go on") from None
@@ -86,35 +86,37 @@ def cache_set(cache: CacheSet, encoders: Encoders, spec: ModelSpec, choices: Cho
                             "make room and run the same command again to go on") from None
 
 
-def _carry_out(plan: Plan, before: CacheIndex | None, spec: ModelSpec, choices: Choices, shard: Shard) -> Result:
+def _carry_out(
+    plan: Plan, before: CacheIndex | None, spec: ModelSpec, choices: Choices, processes: Processes
+) -> Result:
     result = Result(plan.folder, len(plan.items), list(plan.drops))
     index = _index(plan, {}, before.pixels_per_second if before else None)
     done: dict[str, Recipe] = {}
     if not plan.done and plan.items:
-        for line in plan_lines(plan, index.pixels_per_second) if shard.main else ():
+        for line in plan_lines(plan, index.pixels_per_second) if processes.first else ():
             console.log(line)
-        if shard.main:
+        if processes.first:
             write_index(index)
-        result, done, speed = _encode(plan, spec, choices, shard, result)
+        result, done, speed = _encode(plan, spec, choices, processes, result)
         index = replace(index, items=index_items(plan, done), pixels_per_second=speed or index.pixels_per_second,
                         prompts=_prompts(plan))
-    if shard.main and (index != before):
+    if processes.first and (index != before):
         write_index(index)
-    if shard.main:
+    if processes.first:
         write_report(plan, index.items, result.drops)
-    pruned = _prune(plan) if choices.prune and shard.main else 0
+    pruned = _prune(plan) if choices.prune and processes.first else 0
     return replace(result, items=len(index.items), pruned=pruned)
 
 
 def _encode(
-    plan: Plan, spec: ModelSpec, choices: Choices, shard: Shard, result: Result
+    plan: Plan, spec: ModelSpec, choices: Choices, processes: Processes, result: Result
 ) -> tuple[Result, dict[str, Recipe], float | None]:
     from lapwan.sampling.encode import carry_out, how_to
 
-    ours = _share(plan, shard)
+    ours = _share(plan, processes)
     outcome = carry_out(ours, spec, how_to(choices.device, choices.workers, choices.batch, choices.vae_dtype, ours,
-                                           shard.local))
-    outcomes = shard.gather(outcome)
+                                           processes.local))
+    outcomes = processes.gather(outcome)
     done = {name: recipe for one in outcomes for name, recipe in one.written.items()}
     speeds = [one.pixels / one.seconds.latents for one in outcomes if one.seconds.latents > 0 and one.pixels]
     seconds = {key: max(vars(one.seconds)[key] for one in outcomes) for key in vars(outcome.seconds)}
@@ -129,18 +131,18 @@ def _encode(
     )
 
 
-def _share(plan: Plan, shard: Shard) -> Plan:
+def _share(plan: Plan, processes: Processes) -> Plan:
     """This process's part of the work. Captions go by their text, so that each is encoded once."""
-    if shard.world == 1:
+    if processes.count == 1:
         return plan
     by_size = sorted(plan.latents_todo.items(), key=lambda pair: (len(pair[1][0].indices), pair[1][0].crop.bucket))
-    captions = set(shard.take(sorted({wanted.clip.caption for wanted, _ in plan.text_todo.values()})))
+    captions = set(processes.own(sorted({wanted.clip.caption for wanted, _ in plan.text_todo.values()})))
     return replace(
         plan,
-        latents_todo=dict(shard.take(by_size)),
-        roi_todo=dict(shard.take(plan.roi_todo.items())),
+        latents_todo=dict(processes.own(by_size)),
+        roi_todo=dict(processes.own(plan.roi_todo.items())),
         text_todo={name: todo for name, todo in plan.text_todo.items() if todo[0].clip.caption in captions},
-        prompts_todo=plan.prompts_todo if shard.main else None,
+        prompts_todo=plan.prompts_todo if processes.first else None,
     )
 
 

@@ -7,34 +7,17 @@ reduced numbers, so that all processes take them alike.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lapwan.errors import UserError
-
-_PATIENCE = timedelta(hours=2)  # the others wait while the first process validates, samples or saves
+from lapwan.processes import Processes, launched
 
 
-class Ranks:
-    """This process among the run's; alone by default."""
-
-    def __init__(self, rank: int = 0, count: int = 1) -> None:
-        self.rank, self.count = rank, count
-
-    @property
-    def first(self) -> bool:
-        """True in the one process that writes files and talks."""
-        return self.rank == 0
-
-    def own(self, batches: Sequence[Any]) -> list[Any]:
-        """This process's part of a step's batches."""
-        return list(batches[self.rank :: self.count])
+class Ranks(Processes):
+    """The processes of a training run: what they add up."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Element-wise sum over the processes."""
@@ -60,31 +43,6 @@ class Ranks:
         for parameter, has, gradient in zip(parameters, held.tolist(), gradients, strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if has else None
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of ranks."""
-        if self.count == 1:
-            return [value]
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found
-
-    def from_first(self, value: Any) -> Any:
-        """The first process's value, everywhere."""
-        if self.count == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def any(self, flag: bool) -> bool:
-        """True everywhere if it is true anywhere."""
-        return flag if self.count == 1 else any(self.gather(flag))
-
-    def close(self) -> None:
-        """Leave the group."""
-        if self.count > 1:
-            dist.destroy_process_group()
-
 
 def join_ranks(device: str) -> tuple[Ranks, str]:
     """The processes of this run, and this one's device; the launcher's environment says both.
@@ -92,17 +50,13 @@ def join_ranks(device: str) -> tuple[Ranks, str]:
     Raises:
         UserError: a launcher's environment that is not complete.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count <= 1:
+    found = launched()
+    if found.count == 1:
         return Ranks(), device
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(f"WORLD_SIZE = {count}, but {', '.join(missing)} is not set; start with torchrun or "
-                        "accelerate, or unset WORLD_SIZE")
     gpu = device in ("auto", "cuda") and torch.cuda.is_available()
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else device
+    own = f"cuda:{found.local}" if gpu else device
     if gpu:
         torch.cuda.set_device(own)
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
-    return Ranks(int(os.environ["RANK"]), count), own
+    ranks = Ranks(found.rank, found.count, found.local)
+    ranks.join("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    return ranks, own

@@ -27,8 +27,8 @@ from cache_clips import write_jsonl
 
 from lapwan.commands.cache import encoders_of, extraction_of
 from lapwan.data.sources import read_dataset
+from lapwan.processes import Processes
 from lapwan.sampling.caching import Choices, cache_set
-from lapwan.sampling.shards import Shard
 from lapwan.settings.cache import CacheSettings
 from lapwan.tiny.model import tiny_folder
 from lapwan.wan.device import pick_device
@@ -106,7 +106,7 @@ def ours(dataset: Path, spec, settings: CacheSettings, out: Path, condition: boo
     (cache,) = read_dataset(dataset, out, extraction_of(settings, spec))
     begun = time.perf_counter()
     result = cache_set(cache, encoders, spec, Choices(text=False, device=settings.device, vae_dtype=settings.vae_dtype),
-                       Shard())
+                       Processes())
     return result.seconds | {"total": time.perf_counter() - begun, "latents written": result.latents}
 
 
