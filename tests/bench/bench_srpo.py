@@ -3,7 +3,7 @@
     python tests/bench/bench_srpo.py [--cap 80] [--out srpo.json] [--cases 1x4,4x1] [--parked] [--tiny]
 
 Both noise experts have A14B's shapes and random weights made on the device, the VAE and the reward (ViT-H-14, as HPS
-v2.1 is) their full size; the run is the command's own: rollout of 25 steps, three optimiser steps, checkpoint. A case is
+v2.1 is) their full size; the run is the command's: rollouts of 25 steps, three optimiser steps, checkpoint. A case is
 batch x accumulate. Reported: seconds a step and what a rollout and a gradient take, the peak, and what the plan said.
 `--tiny` is the same on small shapes, for a CPU. Random weights say nothing of quality.
 """

@@ -1,6 +1,6 @@
 """Does preference alignment raise what it should and leave the rest? On the embedded model, against a fixed criterion.
 
-    python tests/bench/srpo_proof.py --work DIR [--device cuda] [--modes online,offline] [--seeds 1,2,3] [--prepare]
+    python tests/bench/srpo_proof.py --work DIR [--device cuda] [--modes online,offline] [--seeds 1,2,3] [--parallel]
 
 `srpo_criterion.toml` says what must hold and was there first. Settings: `examples/tiny/srpo.toml`; offline the same
 with the clips' own latents. What is done stays in DIR (clips, caches, runs, a JSON a run), so a second call goes on;
@@ -58,9 +58,9 @@ def prepare(work: Path, flow_clips: int) -> None:
         prompts.write_text("\n".join(list(dict.fromkeys(texts))[:PROMPTS]) + "\n", encoding="utf-8")
     for name, count, seed in (("train", TRAIN_CLIPS, 21), ("flow", flow_clips, 22)):
         clips = work / f"{name}_clips" / "clips.jsonl"
-        if not clips.is_file():
-            write_dataset(clips.parent, count, seed, (96, 96), 17, test_share=0.0)
         if not (work / f"{name}_cache" / "lapwan_index.jsonl").is_file():
+            if not clips.is_file():
+                write_dataset(clips.parent, count, seed, (96, 96), 17, test_share=0.0)
             subprocess.run([sys.executable, "-m", "lapwan", "cache", "--dataset", str(clips), "--model", "tiny", "-o",
                             str(work / f"{name}_cache"), "--size", "96x96", "--num-frames", "17", "--workers", "0"],
                            check=True)
@@ -173,20 +173,33 @@ def main() -> None:
     parser.add_argument("--modes", default=None)
     parser.add_argument("--seeds", default=None)
     parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--parallel", action="store_true", help="every run in a process of its own, all at once")
+    parser.add_argument("--quiet", action="store_true", help="runs only: no picture, no summary")
     asked = parser.parse_args()
     criterion = tomllib.loads((HERE / "srpo_criterion.toml").read_text(encoding="utf-8"))
     prepare(asked.work, criterion["flow_clips"])
     if asked.prepare:
         return
     seeds = [int(s) for s in asked.seeds.split(",")] if asked.seeds else criterion["seeds"]
+    modes = asked.modes.split(",") if asked.modes else criterion["modes"]
+    if asked.parallel:
+        own = [sys.executable, __file__, "--work", str(asked.work), "--device", asked.device]
+        running = [subprocess.Popen([*own, "--modes", mode, "--seeds", str(seed), "--quiet"])
+                   for mode in modes for seed in seeds]
+        if any([process.wait() for process in running]):
+            sys.exit("a run failed; see above")
     results = []
-    for mode in asked.modes.split(",") if asked.modes else criterion["modes"]:
+    for mode in modes:
         runs = []
         for seed in seeds:
             runs.append(run(asked.work, mode, seed, asked.device))
             print(json.dumps(judge(runs, criterion)), flush=True)
+        if asked.quiet:
+            continue
         picture(asked.work, mode, seeds[0], runs[0]["updates"])
         results.append(judge(runs, criterion))
+    if asked.quiet:
+        return
     text = json.dumps({"criterion": criterion, "results": results}, indent=1)
     (asked.work / "srpo_proof.json").write_text(text, encoding="utf-8")
     print(text)
