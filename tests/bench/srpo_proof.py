@@ -33,6 +33,7 @@ from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.dataset import plan as plan_scenes
 from lapwan.tiny.dataset import write_dataset
+from lapwan.tiny.model import tiny_folder
 from lapwan.tiny.reward import make_tiny_reward
 from lapwan.train import srpo_build
 from lapwan.train.build import run_training
@@ -51,6 +52,7 @@ PROMPTS, TRAIN_CLIPS, SIGMAS, SHOWN = 400, 224, 4, 8
 def prepare(work: Path, flow_clips: int) -> None:
     """Prompts, clips and their caches, each made once."""
     work.mkdir(parents=True, exist_ok=True)
+    tiny_folder("t2v")  # made once, before several processes look for it
     prompts = work / "prompts.txt"
     if not prompts.is_file():
         scenes = plan_scenes(4 * PROMPTS, 7, (96, 96), 17, 16.0)
@@ -186,7 +188,7 @@ def main() -> None:
         own = [sys.executable, __file__, "--work", str(asked.work), "--device", asked.device]
         running = [subprocess.Popen([*own, "--modes", mode, "--seeds", str(seed), "--quiet"])
                    for mode in modes for seed in seeds]
-        if any([process.wait() for process in running]):
+        if max(process.wait() for process in running):
             sys.exit("a run failed; see above")
     results = []
     for mode in modes:
