@@ -45,8 +45,9 @@ def _normalised_heads(attention: Any, norm: Any, x_BND: Tensor) -> Tensor:
     return torch.unflatten(normed, -1, (attention.heads, -1))
 
 
-def _attend(q_BNHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(q_BNHd.transpose(1, 2), k_BLHd.transpose(1, 2), v_BLHd.transpose(1, 2))
+def _attend(q_BNHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, bias: Tensor | None = None) -> Tensor:
+    out = F.scaled_dot_product_attention(
+        q_BNHd.transpose(1, 2), k_BLHd.transpose(1, 2), v_BLHd.transpose(1, 2), attn_mask=bias)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -65,10 +66,10 @@ def text_keys_values(attention: Any, text_BLD: Tensor) -> KeysValues:
     return _normalised_heads(attention, attention.norm_k, k), torch.unflatten(v, -1, (attention.heads, -1))
 
 
-def cross_attention(attention: Any, y_BND: Tensor, keys_values: KeysValues) -> Tensor:
-    """Attention over the text."""
+def cross_attention(attention: Any, y_BND: Tensor, keys_values: KeysValues, bias: Tensor | None = None) -> Tensor:
+    """Attention over the text; `bias` is added to the logits (see `short_text`)."""
     q = _normalised_heads(attention, attention.norm_q, attention.to_q(y_BND))
-    out: Tensor = attention.to_out[0](_attend(q, *keys_values))
+    out: Tensor = attention.to_out[0](_attend(q, *keys_values, bias))
     return out
 
 
@@ -80,7 +81,7 @@ def feed_forward(ffn: Any, y_BND: Tensor) -> Tensor:
 
 def block_forward(
     block: Any, x_BND: Tensor, text_BLD: Tensor | None, keys_values: KeysValues | None, modulation_BK6D: Tensor,
-    row_of_token_N: Tensor | None, rope: Rope,
+    row_of_token_N: Tensor | None, rope: Rope, text_bias: Tensor | None = None,
 ) -> Tensor:
     """One block.
 
@@ -88,6 +89,7 @@ def block_forward(
         block: diffusers' WanTransformerBlock, whose Linears may be any module that maps [..., I] to [..., O].
         text_BLD: embedded text; or None, with `keys_values` of this block.
         row_of_token_N: each token's row of the modulation; None: all take the only one, or K = N.
+        text_bias: [B, 1, 1, L], added to the text's logits.
     """
     dtype = x_BND.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -105,7 +107,7 @@ def block_forward(
     if keys_values is None:
         assert text_BLD is not None
         keys_values = text_keys_values(block.attn2, text_BLD)
-    x_BND = x_BND + cross_attention(block.attn2, y, keys_values)
+    x_BND = x_BND + cross_attention(block.attn2, y, keys_values, text_bias)
 
     y = layer_norm(block.norm3, x_BND.to(wide)) * (1 + of_tokens(scale2)) + of_tokens(shift2)
     return (x_BND.to(wide) + feed_forward(block.ffn, y.to(dtype)).to(wide) * of_tokens(gate2)).to(dtype)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lapwan.lora.layer import StackedLoraLinear
 from lapwan.wan.block import KeysValues, Rope, block_forward, text_keys_values
+from lapwan.wan.short_text import fold
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -74,7 +75,9 @@ class Prompt:
     """
 
     def __init__(self, text_BLD: Tensor, whole: Prompt | None = None) -> None:
-        self.text_BLD = text_BLD
+        self.text_BLD, self.bias = (text_BLD, None) if whole is not None else fold(text_BLD)
+        if whole is not None and whole.bias is not None:
+            self.bias = whole.bias[: len(text_BLD)]
         self._whole = whole  # this one is the first samples of
         self._owner: Callable[[], nn.Module | None] = lambda: None
         self._embedded: Tensor | None = None

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lapwan.wan.block import Rope, block_forward, layer_norm, widened
 from lapwan.wan.fastpath import Checkpointing, FastPath, Prompt, Trained, look_at, path_of, run_checkpointed
+from lapwan.wan.short_text import fold
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -84,6 +85,7 @@ class _Stream:
     """What every block takes besides the tokens."""
 
     text_BLD: Tensor
+    text_bias: Tensor | None
     prompt: Prompt | None
     time: _Time
     rope: Rope
@@ -100,7 +102,7 @@ def _run_block(path: FastPath, index: int, block: Any, x_BND: Tensor, given: _St
         keys_values = None if given.prompt is None else given.prompt.keys_values(index, block)
         out = function(
             block, x, text_BLD if keys_values is None else None, keys_values, modulation_BK6D,
-            given.time.row_of_token_N, given.rope,
+            given.time.row_of_token_N, given.rope, given.text_bias,
         )
         if path.residency is not None:
             path.residency.done(index)
@@ -125,14 +127,19 @@ def predict(
     with torch.no_grad():  # a table of the size alone
         rope = path.rope(transformer, hidden_BCTHW)
     prompt = text if isinstance(text, Prompt) else None
-    words = text.embedded(transformer) if isinstance(text, Prompt) else embedder.text_embedder(text)
+    every = [look_at(block) if grad else Trained(False, False) for block in transformer.blocks]
+    if isinstance(text, Prompt):
+        words, bias = text.embedded(transformer), text.bias
+    else:
+        # Dropout draws for each row of the text, so there they all stay.
+        short, bias = (text, None) if any(seen.dropout for seen in every) else fold(text)
+        words = embedder.text_embedder(short)
     time = _embed_time(embedder, timestep, dtype)
     x = _patches(transformer.patch_embedding, hidden_BCTHW)
     checkpointing = path.checkpointing or ("block" if transformer.gradient_checkpointing else "off")
-    given = _Stream(words, prompt, time, rope, checkpointing)
+    given = _Stream(words, bias, prompt, time, rope, checkpointing)
     started = grad and any(t.requires_grad for t in (x, words, time.modulation_BK6D))
-    for index, block in enumerate(transformer.blocks):
-        seen = look_at(block) if grad else Trained(False, False)
+    for index, (block, seen) in enumerate(zip(transformer.blocks, every, strict=True)):
         started = started or seen.graph
         with torch.set_grad_enabled(started):
             x = _run_block(path, index, block, x, given, Trained(started, seen.dropout))

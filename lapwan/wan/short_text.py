@@ -1,0 +1,35 @@
+"""Attention over a padded text as attention over its words and one row of padding: the same numbers, fewer rows.
+
+Wan attends 512 rows without a mask, and the rows after the text are all zeros: one key k₀ and value v₀, w times.
+    softmax over w equal logits ℓ₀:  w·exp(ℓ₀) = exp(ℓ₀ + log w)
+So r rows of padding with log(w / r) added to their logits do what w rows did. On a CPU and with short videos the text's
+rows are most of the work; on a GPU a bias would cost the fast attention more than it saves.
+Shapes: B samples, L rows of text, D features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fold(text_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The text without most of its padding, and what to add to the logits [B, 1, 1, L']; None where nothing is folded.
+
+    Only plain tensors on a CPU are folded (how long a text is cannot be seen in one without values), and not in bf16,
+    which would round the logarithm by a hundredth.
+    """
+    if type(text_BLD) is not Tensor or text_BLD.device.type != "cpu" or text_BLD.requires_grad:
+        return text_BLD, None
+    if text_BLD.dtype not in (torch.float32, torch.float64):
+        return text_BLD, None
+    rows = text_BLD.shape[1]
+    said_BL = text_BLD.ne(0).any(dim=2)
+    words_B = torch.where(said_BL, torch.arange(1, rows + 1), 0).amax(dim=1)
+    kept = int(words_B.max()) + 1
+    if kept > 3 * rows // 4:
+        return text_BLD, None
+    padding_B = (rows - words_B).double() / (kept - words_B)
+    is_padding_BL = torch.arange(kept) >= words_B[:, None]
+    bias_BL = torch.where(is_padding_BL, padding_B.log()[:, None], 0.0)
+    return text_BLD[:, :kept], bias_BL[:, None, None].to(text_BLD.dtype)

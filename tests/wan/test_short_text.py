@@ -1,0 +1,60 @@
+"""Folding the padding of a text changes nothing: against all 512 rows, in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lapwan.names import NoiseExpert
+from lapwan.wan import fastpath, forward
+from lapwan.wan.backbone import load_transformer, velocity
+from lapwan.wan.fastpath import Prompt
+from lapwan.wan.short_text import fold
+from lapwan.wan.text import pad_text
+
+
+def texts(*lengths: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return pad_text([torch.randn(n, 96, generator=generator, dtype=torch.float64) for n in lengths])
+
+
+@pytest.fixture(scope="module")
+def transformer(tiny_t2v):
+    model = load_transformer(tiny_t2v, NoiseExpert.LOW).double()
+    model.rope.double()
+    return model
+
+
+def test_the_velocity_is_that_of_all_rows(transformer, monkeypatch):
+    text, x = texts(3, 0, 17), torch.randn(3, 16, 2, 4, 4, dtype=torch.float64)
+    timestep = torch.tensor([100.0, 500.0, 900.0], dtype=torch.float64)
+    with torch.no_grad():
+        folded = velocity(transformer, x, timestep, text)
+        kept = velocity(transformer, x, timestep, Prompt(text))
+        first = velocity(transformer, x[:2], timestep[:2], Prompt(text).first(2))
+        for module in (forward, fastpath):
+            monkeypatch.setattr(module, "fold", lambda text: (text, None))
+        whole = velocity(transformer, x, timestep, text)
+    scale = whole.abs().max()
+    assert (folded - whole).abs().max() < 1e-10 * scale and (kept - whole).abs().max() < 1e-10 * scale
+    assert (first - whole[:2]).abs().max() < 1e-10 * scale
+
+
+def test_what_is_kept_and_what_is_not_folded():
+    short, bias = fold(texts(3, 0, 17))
+    assert short.shape == (3, 18, 96) and bias is not None and bias.shape == (3, 1, 1, 18)
+    assert bias[0, 0, 0, :3].eq(0).all() and bias[2, 0, 0, 17].exp() == pytest.approx(512 - 17)
+    assert bias[:, 0, 0].exp().sum(dim=1).tolist() == pytest.approx([512.0] * 3)
+    for text in (texts(500), texts(3).bfloat16(), texts(3).requires_grad_(), texts(3).to("meta")):
+        same, none = fold(text)
+        assert same is text and none is None
+
+
+def test_dropout_keeps_all_rows(transformer, monkeypatch):
+    """Its masks are drawn for each row."""
+    seen = []
+    monkeypatch.setattr(forward, "fold", lambda text: seen.append(text) or (text, None))
+    real = forward.look_at
+    monkeypatch.setattr(forward, "look_at", lambda block: fastpath.Trained(real(block).graph, True))
+    velocity(transformer, torch.randn(1, 16, 2, 4, 4, dtype=torch.float64), torch.tensor([5.0]), texts(3))
+    assert not seen
