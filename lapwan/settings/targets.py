@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,8 +12,43 @@ from lapwan.settings.base import Settings
 Blocks = Annotated[int, Field(ge=1)]
 
 
+_RANKS = ("q", "k", "v", "o", "ffn_in")
+
+
+def target_words(value: Any) -> Any:
+    """Short forms as the fields they stand for: `"last_8"` or `"all"` (attention and both FFN linears of those blocks),
+    and in a table `recipe` (the same) and `rank` (of every projection that has none of its own).
+
+    Raises:
+        ValueError: no recipe of that name, or patterns beside it.
+    """
+    tree = {"recipe": value} if isinstance(value, str) else value
+    if not isinstance(tree, dict) or not {"recipe", "rank"} & tree.keys():
+        return value
+    tree = dict(tree)
+    recipe, rank = tree.pop("recipe", None), tree.pop("rank", None)
+    if tree.get("patterns"):
+        word = "recipe" if recipe is not None else "rank"
+        raise ValueError(f"{word} and patterns both say what is trained; patterns carry their own ranks: leave {word} "
+                         "out")
+    words: dict[str, Any] = {}
+    if recipe is not None:
+        found = re.fullmatch(r"all|last_([1-9]\d*)", str(recipe))
+        if found is None:
+            raise ValueError(f"targets = '{recipe}' is no recipe; write 'last_8' (or another number), 'all', or a "
+                             "table of ranks and blocks")
+        blocks = int(found[1]) if found[1] else "all"
+        words = {"patterns": {}, "last_blocks": blocks, "ffn_last_blocks": blocks, "ffn_out": 4}
+    if rank is not None:
+        words |= dict.fromkeys((*_RANKS, "ffn_out") if recipe is not None else _RANKS, rank)
+    return words | tree
+
+
 class TargetSettings(Settings):
-    """The users' recipe: ranks for the last blocks' attention, and for the FFN of fewer blocks; rank 0 leaves out."""
+    """The users' recipe: ranks for the last blocks' attention, and for the FFN of fewer blocks; rank 0 leaves out.
+
+    `targets = "last_8"` and `targets = "all"` are short forms, see `target_words`.
+    """
 
     patterns: dict[str, int] = Field(
         {}, description='Instead of the recipe: rank by pattern, such as {"blocks.*.self_attn.*" = 16}; a later one '
@@ -28,6 +64,11 @@ class TargetSettings(Settings):
         3, description="FFN of the last n blocks; \"all\" for every block.")
     ffn_in: int = Field(4, ge=0, description="Rank of the first FFN linear.")
     ffn_out: int = Field(0, ge=0, description="Rank of the second FFN linear.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        return target_words(value)
 
     @model_validator(mode="after")
     def _ranks(self) -> TargetSettings:

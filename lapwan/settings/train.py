@@ -15,7 +15,7 @@ from lapwan.settings.base import Flag, Settings, submodel, union_members
 from lapwan.settings.memory import MEMORY_METAVAR, MemoryChoice, TrainDtype
 from lapwan.settings.optimisers import AdamWSettings, OptimiserSettings, ScheduleSettings, take_flat_keys
 from lapwan.settings.sigma import SigmaSettings, WeightingSettings, refuse_ddpm_weighting
-from lapwan.settings.targets import TargetSettings
+from lapwan.settings.targets import TargetSettings, target_words
 from lapwan.settings.watch import HealthSettings, PreviewSettings, ValidationSettings, WatchSettings
 
 
@@ -216,6 +216,11 @@ class TrainSettings(Settings):
     def _override(self, expert: NoiseExpert) -> dict[str, Any]:
         return self.high if expert is NoiseExpert.HIGH else self.low
 
+    def _expanded(self, expert: NoiseExpert) -> dict[str, Any]:
+        """The override with its short forms written out, so that they win over what is shared."""
+        own = self._override(expert)
+        return own | {"targets": target_words(own["targets"])} if "targets" in own else own
+
     def of(self, expert: NoiseExpert, steps: int) -> ExpertSettings:
         """A noise expert's own settings: the shared ones with `[high]` or `[low]` laid over them.
 
@@ -226,7 +231,7 @@ class TrainSettings(Settings):
         plain = {k: v.model_dump() if isinstance(v, Settings) else v for k, v in shared.items()}
         plain["steps"] = self._steps_of(expert, self.steps or steps)
         try:
-            return ExpertSettings.model_validate(_overlay(plain, self._override(expert)))
+            return ExpertSettings.model_validate(_overlay(plain, self._expanded(expert)))
         except ValidationError as error:
             first = error.errors()[0]
             tags = {"adamw", "adamw8bit", "automagic", "prodigy"}

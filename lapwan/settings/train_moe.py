@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import Settings
-from lapwan.settings.targets import TargetSettings
+from lapwan.settings.targets import TargetSettings, target_words
 from lapwan.settings.train import TrainSettings
 
 
@@ -124,7 +124,7 @@ class TrainMoeSettings(TrainSettings):
         """
         own = self.expert_targets.get(family, {})
         try:
-            return TargetSettings.model_validate({**shared.model_dump(), **own})
+            return TargetSettings.model_validate({**shared.model_dump(), **target_words(own)})
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(["expert_targets", family, *map(str, first["loc"])])

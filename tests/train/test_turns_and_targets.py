@@ -17,7 +17,7 @@ from lapwan.lora.targets import resolve_patterns
 from lapwan.names import NoiseExpert
 from lapwan.settings.train import BaseModelSettings
 from lapwan.settings.train_lora import TrainLoraSettings
-from lapwan.train.build import RunData, read_data
+from lapwan.train.build import RunData, read_data, targets_of
 from lapwan.train.describe import describe
 from lapwan.train.turns import interleave
 
@@ -69,6 +69,32 @@ def test_patterns_name_modules_in_either_layout_and_later_ones_win():
     assert found["blocks.5.attn1.to_q"] == 16 and found["blocks.5.attn1.to_k"] == 4
     assert "blocks.0.attn1.to_q" not in found and found["blocks.7.ffn.net.2"] == 8 and len(found) == 31
     assert next(iter(found)).startswith("blocks.0") and list(found)[-1] == "blocks.7.ffn.net.2"
+
+
+@pytest.mark.parametrize(("shared", "low", "modules", "ranks"), [
+    ("last_2", {}, 20, {4, 8}),  # ten Linears of two blocks: q 8, the others 4
+    ("all", {}, 80, {4, 8}),
+    ({"recipe": "last_3", "rank": 16, "q": 32}, {}, 30, {16, 32}),
+    ({"rank": 6, "last_blocks": 2, "ffn_last_blocks": 1}, {}, 17, {6}),
+    ({"rank": 6}, {"recipe": "last_1"}, 10, {4, 6}),  # where a recipe says nothing, what is shared holds
+    ({"patterns": {"*.self_attn.q": 2}}, "last_1", 10, {4, 8}),
+    ("all", {"rank": 2, "ffn_out": 0}, 72, {2}),
+])
+def test_recipes_and_one_rank_for_all(t2v_cache, shared, low, modules, ranks):
+    _, data = data_of(t2v_cache, steps=1, targets=shared, low={"targets": low})
+    found = targets_of(data.experts[LOW].targets, 8)
+    assert (len(found), set(found.values())) == (modules, ranks)
+
+
+@pytest.mark.parametrize(("targets", "message"), [
+    ("last8", "targets = 'last8' is no recipe; write 'last_8'"),
+    ({"recipe": "last_0"}, "is no recipe"),
+    ({"recipe": "all", "patterns": {"*": 4}}, "recipe and patterns both say what is trained"),
+    ({"rank": 4, "patterns": {"*": 4}}, "rank and patterns both say what is trained"),
+])
+def test_recipes_that_are_none_are_refused(targets, message):
+    with pytest.raises(ValueError, match=message):
+        TrainLoraSettings.model_validate({"output": "run", "data": {"cache": "c"}, "steps": 1, "targets": targets})
 
 
 def test_a_pattern_that_matches_nothing_lists_near_matches():
