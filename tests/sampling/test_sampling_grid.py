@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -14,6 +13,7 @@ from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.grid import Grid, SamplerName, make_grid, shifted
+from lapwan.wan.backbone import load_transformer
 from lapwan.wan.folder import ModelSpec
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
@@ -93,26 +93,26 @@ def test_guidance_acts_per_noise_expert_and_inside_its_interval(t2v: ModelSpec) 
     assert [inside.at(s) > 1 for s in grid.steps] == [0.5 <= s.sigma <= 0.95 for s in grid.steps]
 
 
-def test_guided_steps_evaluate_twice_and_others_once(t2v: ModelSpec) -> None:
-    calls: list[float] = []
+@pytest.mark.parametrize("together", [True, False])
+def test_guided_steps_evaluate_twice_and_others_once(together, t2v: ModelSpec) -> None:
+    """Against Euler steps by hand with diffusers' own forward: x += (σ' − σ)·(v_neg + g·(v_text − v_neg))."""
+    models = {expert: load_transformer(t2v, expert) for expert in t2v.experts}
+    generator = torch.Generator().manual_seed(0)
+    text, negative = (torch.randn(1, 12, t2v.text_dim, generator=generator) for _ in range(2))
+    x = start = torch.randn(1, 16, 2, 4, 6, generator=generator)
+    grid, strength = make_grid(t2v, "euler", 4), {HIGH: 1.0, LOW: 3.0}
+    sigmas_to = [step.sigma for step in grid.steps[1:]] + [0.0]
+    for step, after in zip(grid.steps, sigmas_to, strict=True):
+        with torch.no_grad():
+            v, v_negative = (models[step.expert](x, step.timestep[None], side, return_dict=False)[0]
+                             for side in (text, negative))
+        x = x + (after - step.sigma) * (v_negative + strength[step.expert] * (v - v_negative))
 
-    class Constant(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.patch_embedding = torch.nn.Linear(1, 1)
-            self.config = SimpleNamespace(patch_size=(1, 2, 2))
-
-        def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict):
-            calls.append(float(timestep[0]))
-            return (encoder_hidden_states.mean() * torch.ones_like(hidden_states),)
-
-    grid = make_grid(t2v, "euler", 6)
-    conditions = Conditions(torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 1.0))
-    x = torch.zeros(1, 1, 1, 2, 2)
-    model = Constant()
-    out = denoise(grid, x, conditions, Guidance({HIGH: 1.0, LOW: 3.0}), lambda e: model,
-                  lambda step: contextlib.nullcontext())
-    assert len(calls) == grid.count(HIGH) + 2 * grid.count(LOW)
-    # x_end = −Σ v·Δσ with v = 2 (high) and 1 + 3·(2 − 1) = 4 (low)
-    turn = next(s.sigma for s in grid.steps if s.expert is LOW)
-    assert out.mean().item() == pytest.approx(-(2 * (grid.steps[0].sigma - turn) + 4 * turn), rel=1e-5)
+    rows: list[int] = []
+    for model in models.values():
+        model.proj_out.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    out = denoise(grid, start, Conditions(text, negative), Guidance(strength), models.__getitem__,
+                  lambda step: contextlib.nullcontext(), together=together)
+    guided = [2] if together else [1, 1]
+    assert rows == [1] * grid.count(HIGH) + guided * grid.count(LOW) and 0 < grid.count(LOW) < 4
+    assert (out - x).abs().max() < 1e-5
