@@ -13,7 +13,7 @@ from lapwan.lora.attach import Group
 from lapwan.names import NoiseExpert
 from lapwan.wan.folder import ModelSpec, tensor_shapes, weight_files
 from lapwan.wan.hostmemory import HostCopy
-from lapwan.wan.plan import GIB, WORKSPACE, MemoryPlan, Rates, Way, choose, free_of, placements
+from lapwan.wan.plan import COMPILED, GIB, WORKSPACE, MemoryPlan, Rates, Way, choose, free_of, placements
 from lapwan.wan.quantised import Recipe
 from lapwan.wan.shapes import Clip, ExpertShape, GroupShape
 
@@ -67,6 +67,7 @@ class Asking:
     steps: int = 40
     batch: int = 1
     guided: bool = True
+    compiled: bool = False
 
 
 def shapes_of(groups: Sequence[Group]) -> list[GroupShape]:
@@ -97,6 +98,7 @@ def plan_generation(
     for together in (True, False) if asking.guided else (True,):
         clip = Clip(asking.batch * (2 if asking.guided and together else 1), asking.num_frames, *asking.size)
         work = max(shape.forward_work(clip) for shape in shapes.values())
+        work = int(work * COMPILED["forward"]) if asking.compiled else work
         first = next(iter(shapes.values()))
         once = first.flops(clip, range(spec.num_layers)).seconds(rates)
         passes = 2 if asking.guided and not together else 1

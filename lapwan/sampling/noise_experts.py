@@ -16,10 +16,11 @@ from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.memory import Asking, Memory, describe, free_bytes, plan_generation
 from lapwan.wan.base import Base
-from lapwan.wan.compiling import Compile, CompileReport, compile_blocks, pays
+from lapwan.wan.compiling import Compile, CompileReport, compile_blocks, pays, worth
 from lapwan.wan.plan import GIB, MemoryPlan, Placement, Way, free_of, needs
 from lapwan.wan.quantised import Recipe
 from lapwan.wan.rates import rates_of
+from lapwan.wan.shapes import tokens_of, width_of
 from lapwan.wan.stream import Residence, tensors_of
 from lapwan.wan.text import text_encoder_bytes
 
@@ -83,7 +84,7 @@ class NoiseExperts:
         self, num_frames: int, size: tuple[int, int], steps: int = 40, guided: bool = True, batch: int = 1
     ) -> MemoryPlan:
         """Decide for a video what stays on the device; the decision is logged when it changes."""
-        asking = Asking(num_frames, size, steps, batch, guided)
+        asking = Asking(num_frames, size, steps, batch, guided, self._compiles(num_frames, size, steps))
         free = free_bytes(self.device)
         if free is not None:
             free += self._here()
@@ -109,6 +110,13 @@ class NoiseExperts:
         groups = {expert: self.adapters.groups(expert) for expert in spec.experts}
         rates = rates_of(self.device, self.dtype) if limit is not None else None
         return plan_generation(spec, groups, self.dtype, self._recipe(), asking, self.memory, free, rates, text)
+
+    def _compiles(self, num_frames: int, size: tuple[int, int], steps: int) -> bool:
+        spec = self.base.spec
+        if self._compile != "auto" or self.device.type != "cuda":
+            return self._compile == "on"
+        tokens = tokens_of(spec, (num_frames, *size))
+        return worth(width_of(spec), tokens, steps // len(spec.experts), training=False)
 
     def _recipe(self) -> Recipe | None:
         return None if self.precision is None else Recipe(self.precision)

@@ -18,9 +18,11 @@ from lapwan.train.data import cached_bytes
 from lapwan.train.parking import Parking
 from lapwan.train.trainer import Trainer
 from lapwan.wan.base import Base
+from lapwan.wan.compiling import worth
 from lapwan.wan.device import pick_dtype
 from lapwan.wan.fastpath import path_of
 from lapwan.wan.plan import (
+    COMPILED,
     GIB,
     WORKSPACE,
     Checkpointing,
@@ -36,7 +38,7 @@ from lapwan.wan.plan import (
 )
 from lapwan.wan.quantised import Recipe
 from lapwan.wan.rates import rates_of
-from lapwan.wan.shapes import Clip, ExpertShape, GroupShape
+from lapwan.wan.shapes import Clip, ExpertShape, GroupShape, tokens_of, width_of
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -124,12 +126,24 @@ def plan_training(
     shapes = {e: ExpertShape(base.spec, e, dtype, recipes[e], groups[e], copies > 1) for e in groups}
     each = [shape.bytes(_NUMBERS + (settings.ema_decay is not None)) for shape in shapes.values()]
     clip = max((item.bucket for item in data.items), key=math.prod)
-    ways = list(_ways(settings, list(shapes.values()), each, clip, rates_of(device, dtype)))
+    compiled = _compiles(settings, base, data, clip, device)
+    ways = list(_ways(settings, list(shapes.values()), each, clip, rates_of(device, dtype), compiled))
     idle = sum(shape.gradients for shape in shapes.values()) - max(shape.gradients for shape in shapes.values())
     plan = choose(each, ways, WORKSPACE + idle, free, asked)
     held = cached_bytes(data.index, data.items)
     keep = free is None or needs(plan.peak + held) <= free
     return TrainingMemory(plan, recipes, keep, _line(plan, device, len(groups), settings.batch_size))
+
+
+def _compiles(
+    settings: TrainSettings, base: Base, data: RunData, bucket: tuple[int, int, int], device: torch.device
+) -> bool:
+    """Whether the blocks will be compiled: as asked, else where the run is long enough."""
+    if settings.compile != "auto" or device.type != "cuda":
+        return settings.compile == "on"
+    evaluations = min(data.schedule.count(expert) for expert in data.experts)
+    tokens = tokens_of(base.spec, bucket)
+    return worth(width_of(base.spec), tokens, evaluations * settings.accumulate * settings.batch_size, training=True)
 
 
 def _without_numbers(settings: TrainSettings, base: Base, groups: Groups) -> MemoryPlan:
@@ -152,7 +166,7 @@ def _possible(place: Placement, count: int) -> Placement:
 
 def _ways(
     settings: TrainSettings, shapes: Sequence[ExpertShape], each: Sequence[ExpertBytes], bucket: tuple[int, int, int],
-    rates: Rates,
+    rates: Rates, compiled: bool,
 ) -> list[Way]:
     asked = settings.activation_checkpointing
     kinds: list[Checkpointing] = ["off", "op", "block"] if asked == "auto" else [asked]
@@ -164,6 +178,7 @@ def _ways(
         clip, parts = Clip(micro, *bucket), math.ceil(settings.batch_size / micro)
         for kind in kinds:
             work = max(shape.training_work(clip, kind) for shape in shapes)
+            work = int(work * COMPILED[kind]) if compiled else work
             before, own = shapes[0].step_flops(clip, kind)
             for place in places:
                 copied = max(sum(one.blocks[: place.streamed]) for one in each) / rates.bus

@@ -36,11 +36,16 @@ _EVALUATION_SAVES, _STEP_SAVES = 14e-6 / 5120, 37e-6 / 5120
 def pays(transformer: WanTransformer3DModel, latents_THW: Sequence[int], times: int, training: bool) -> bool:
     """Whether `times` evaluations (or training steps) at this size save more than compiling takes; never on a CPU."""
     weight = transformer.patch_embedding.weight
-    if weight.device.type != "cuda":
+    # Of a noise expert that waits in host memory, only what is trained is there.
+    if not any(p.device.type == "cuda" for p in transformer.parameters()):
         return False
     tokens = math.prod(latents_THW) // math.prod(transformer.config.patch_size)
-    saved = times * tokens * weight.shape[0] * (_STEP_SAVES if training else _EVALUATION_SAVES)
-    return bool(saved > _COLD_SECONDS)
+    return worth(weight.shape[0], tokens, times, training)
+
+
+def worth(width: int, tokens: int, times: int, training: bool) -> bool:
+    """The same from numbers alone, for a GPU."""
+    return times * tokens * width * (_STEP_SAVES if training else _EVALUATION_SAVES) > _COLD_SECONDS
 
 
 class _Clock:

@@ -55,6 +55,24 @@ class Clip:
     width: int
 
 
+def _config_of(spec: ModelSpec, expert: NoiseExpert) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((spec.component(expert) / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
+def width_of(spec: ModelSpec) -> int:
+    """D of its transformers."""
+    config = _config_of(spec, spec.experts[0])
+    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+
+def tokens_of(spec: ModelSpec, bucket: tuple[int, int, int]) -> int:
+    """N of a clip of (frames, height, width) in pixels."""
+    _, frames, height, width = spec.latent_shape(*bucket)
+    patch = spec.pixel_multiple // spec.spatial_stride
+    return frames * (height // patch) * (width // patch)
+
+
 @dataclass(frozen=True)
 class _Kind:
     """What tells a block from another: whether it is quantised, and the ranks of each group in it."""
@@ -71,7 +89,7 @@ class ExpertShape:
         groups: Sequence[GroupShape] = (), gated: bool = False,
     ) -> None:
         self.spec, self._dtype, self._recipe = spec, dtype, recipe
-        self._config = json.loads((spec.component(expert) / "config.json").read_text(encoding="utf-8"))
+        self._config = _config_of(spec, expert)
         self._trainable, self._gated = [group.trainable for group in groups], gated
         self.kinds = [self._kind(index, groups) for index in range(spec.num_layers)]
         trained = [any(r and t for r, t in zip(kind.ranks, self._trainable, strict=True)) for kind in self.kinds]
@@ -174,9 +192,7 @@ class ExpertShape:
 
     def flops(self, clip: Clip, blocks: Sequence[int]) -> Flops:
         """Of the forward of some blocks, adapters left out; multiply and add are two."""
-        _, frames, height, width = self.spec.latent_shape(clip.frames, clip.height, clip.width)
-        _, patch_h, patch_w = self._config["patch_size"]
-        each = frames * (height // patch_h) * (width // patch_w)
+        each = tokens_of(self.spec, (clip.frames, clip.height, clip.width))
         inner = self._config["num_attention_heads"] * self._config["attention_head_dim"]
         tokens, text = clip.batch * each, clip.batch * TEXT_LENGTH
         of_tokens = inner * (6 * inner + 2 * self._config["ffn_dim"])
