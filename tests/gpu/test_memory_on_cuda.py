@@ -1,0 +1,189 @@
+"""Precision, streaming, parking and the plan on a GPU: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import bench_plan
+
+from lapwan import cli
+from lapwan.lora.attach import Group, attach, initial_state
+from lapwan.names import Precision
+from lapwan.wan.backbone import velocity
+from lapwan.wan.fastpath import path_of
+from lapwan.wan.precision import KINDS, Fp8Linear, fp8_in_hardware
+from lapwan.wan.quantised import fill, linears_of
+from lapwan.wan.stream import Residence
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CUDA = torch.device("cuda")
+
+
+def model(precision: Precision | None = None, layers: int = 6, home: torch.device = CUDA):
+    """Random weights of width 1536, in bf16, the same at every call."""
+    from accelerate import init_empty_weights
+    from diffusers import WanTransformer3DModel
+
+    with init_empty_weights():
+        made = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, text_dim=64, freq_dim=64,
+                                     ffn_dim=4096, num_layers=layers)
+    generator = torch.Generator(CUDA).manual_seed(0)
+
+    def weight(name: str, shape: torch.Size) -> torch.Tensor:
+        scale = 0.02 if len(shape) < 2 else shape[1:].numel() ** -0.5
+        return torch.randn(shape, generator=generator, device=CUDA) * scale
+
+    values = {n: weight(n, p.shape).bfloat16() for n, p in made.named_parameters()}
+    source = {n: lambda v=v: v for n, v in values.items()}
+    blocks = [] if precision is None else linears_of(made.blocks, "blocks")
+    fill(made, source, blocks, precision or Precision.FP8, lambda name, stored: stored, home, None, CUDA)
+    return made.requires_grad_(False).eval().to(home)
+
+
+def inputs(batch: int = 1):
+    generator = torch.Generator(CUDA).manual_seed(1)
+    x = torch.randn(batch, 16, 9, 32, 32, device=CUDA, generator=generator)
+    return x, torch.full((batch,), 700.0, device=CUDA), torch.randn(batch, 512, 64, device=CUDA, generator=generator)
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_quantising_gives_the_same_bytes_on_both_devices(precision) -> None:
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    here, there = (KINDS[precision].from_weight(weight.to(d), None) for d in (CUDA, torch.device("cpu")))
+    assert torch.equal(here.codes.cpu().view(torch.uint8), there.codes.view(torch.uint8))
+    assert torch.equal(here.scale.cpu(), there.scale)
+    assert torch.equal(here.weight_as(torch.bfloat16).cpu(), there.weight_as(torch.bfloat16))
+
+
+@pytest.mark.skipif(not fp8_in_hardware(CUDA), reason="no fp8 here")
+@pytest.mark.parametrize("rows", [1, 17, 5376])
+def test_fp8_in_hardware_is_its_emulation_up_to_accumulation(rows) -> None:
+    generator = torch.Generator().manual_seed(0)
+    made = Fp8Linear.from_weight(torch.randn(1536, 5120, generator=generator) / 70, torch.randn(1536).bfloat16())
+    x = torch.randn(2, rows, 5120, generator=generator).bfloat16()
+    emulated = made(x.float())
+    hardware = made.to(CUDA)(x.to(CUDA))
+    assert hardware.dtype == torch.bfloat16 and hardware.shape == emulated.shape
+    error = (hardware.float().cpu() - emulated).norm() / emulated.norm()
+    assert error < 4e-3  # bf16's rounding of the output is 1.7e-3; fast accumulation adds less
+    x8, scale = made.quantise_input(x.to(CUDA).flatten(0, 1))
+    assert torch.equal(x8.cpu().view(torch.uint8), made.quantise_input(x.flatten(0, 1))[0].view(torch.uint8))
+    given = x.to(CUDA).requires_grad_()
+    made(given).sum().backward()
+    expected = torch.ones(2 * rows, 1536, device=CUDA, dtype=torch.bfloat16) @ made.weight_as(torch.bfloat16)
+    torch.testing.assert_close(given.grad.flatten(0, 1), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", [None, *Precision])
+def test_streamed_is_resident_bit_for_bit_whatever_overlaps(precision) -> None:
+    resident = model(precision)
+    expected = velocity(resident, *inputs())
+    twice = velocity(resident, *inputs(2))
+    del resident
+    streamed = model(precision, home=torch.device("cpu"))
+    home = Residence(streamed, (), CUDA, range(6))
+    home.fetch()
+    for _ in range(20):  # a place that is filled too early would show sooner or later
+        assert torch.equal(velocity(streamed, *inputs()), expected)
+    assert torch.equal(velocity(streamed, *inputs(2)), twice)
+    home.park()
+    torch.randn(1 << 28, device=CUDA)  # what has the memory now must not be written to
+    home.fetch()
+    assert torch.equal(velocity(streamed, *inputs()), expected)
+
+
+@torch.no_grad()
+def test_a_ring_holds_two_blocks() -> None:
+    streamed = model(home=torch.device("cpu"), layers=10)
+    home = Residence(streamed, (), CUDA, range(10))
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    home.fetch()
+    block = sum(-(-p.nbytes // 256) * 256 for p in streamed.blocks[0].parameters())
+    outer = sum(p.nbytes for n, p in streamed.named_parameters() if not n.startswith("blocks."))
+    held = torch.cuda.memory_allocated() - before
+    assert 2 * block <= held <= 2 * block + outer + (4 << 20)
+    home.park()
+    assert torch.cuda.memory_allocated() - before < 4 << 20
+
+
+def test_training_over_a_streamed_prefix_has_the_resident_gradients() -> None:
+    found = []
+    for streamed in (False, True):
+        made = model(home=torch.device("cpu") if streamed else CUDA)
+        state = initial_state(made, {f"blocks.{i}.attn1.to_q": 8 for i in (4, 5)}, None, 3)
+        for entry in state.entries.values():
+            entry.up.normal_(generator=torch.Generator().manual_seed(1))
+        adapter = attach(made, [Group("lora", state, trainable=True)])
+        if streamed:
+            home = Residence(made, adapter.own_tensors(), CUDA, range(4))
+            for tensor in adapter.own_tensors():
+                tensor.data = tensor.data.to(CUDA)
+            home.fetch()
+        path_of(made).checkpointing = "block"
+        for _ in range(3):
+            velocity(made, *inputs()).square().mean().backward()
+        found.append([p.grad for p in adapter.parameters().values()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-9)  # attention's backward adds in any order
+
+
+@pytest.fixture
+def lapwan(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAPWAN_CACHE_DIR", str(tmp_path / "cache"))
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["lapwan", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert stop.code in (0, None)
+
+    return run
+
+
+def test_a_video_is_the_same_wherever_its_weights_wait(lapwan, tmp_path) -> None:
+    common = ("--model", "tiny", "--prompt", "电凝钩切割组织", "--size", "64x64", "--num-frames", "9", "--steps", "4",
+              "--compile", "off")
+    for dtype in ("bf16", "fp8", "nf4"):
+        made = []
+        for memory in ("both", "one", "stream"):
+            out = f"{dtype}-{memory}.safetensors"
+            lapwan("generate", *common, "--dtype", dtype, "--memory", memory, "-o", out)
+            made.append(load_file(tmp_path / out)["latents"])
+        assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "nf4"])
+def test_both_stages_train_on_a_quantised_base(dtype, lapwan, t2v_cache, tmp_path) -> None:
+    small = ("--cache", t2v_cache, "--dtype", dtype, "--steps", "3", "--set", "targets.last_blocks=2",
+             "--set", "targets.ffn_last_blocks=1")
+    for command in ("train-lora", "train-moe"):
+        losses = {}
+        for memory in ("both", "stream"):
+            run = f"{command}-{memory}"
+            lapwan(command, *small, "--memory", memory, "-o", run)
+            rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+            losses[memory] = [row["loss"] for row in rows]
+        assert losses["both"] == pytest.approx(losses["stream"], rel=1e-3)
+
+
+@pytest.mark.parametrize("row", ["lora_bf16", "lora_all_block", "stream", "fp8_last", "nf4_all", "video_bf16"])
+def test_the_predicted_peak_is_within_a_tenth(row, tmp_path_factory, monkeypatch) -> None:
+    work = tmp_path_factory.getbasetemp() / "plan"
+    monkeypatch.setenv("LAPWAN_CACHE_DIR", str(work / "cache"))
+    bench = bench_plan.Bench(work, tiny=False)
+    torch.cuda.empty_cache()
+    found = bench_plan.ROWS[row](bench)
+    assert abs(found["error_percent"]) < 10, found
