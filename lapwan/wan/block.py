@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lapwan.lora.layer import project
+from lapwan.wan import kernels
+from lapwan.wan.precision import Fp8Linear, fp8_in_hardware
 
 Rope = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
@@ -75,7 +77,16 @@ def cross_attention(attention: Any, y_BND: Tensor, keys_values: KeysValues, bias
 
 def feed_forward(ffn: Any, y_BND: Tensor) -> Tensor:
     """W2 · gelu(W1 · y), gelu by its tanh approximation."""
-    out: Tensor = ffn.net[2](F.gelu(ffn.net[0].proj(y_BND), approximate="tanh"))
+    first, second = ffn.net[0].proj, ffn.net[2]
+    out: Tensor
+    if kernels.serves(y_BND) and kernels.plain_linear(first):
+        hidden = kernels.linear_gelu(y_BND.flatten(0, -2), first.weight, first.bias)
+        out = second(torch.unflatten(hidden, 0, y_BND.shape[:-1]))
+    elif kernels.serves(y_BND) and isinstance(second, Fp8Linear) and fp8_in_hardware(y_BND.device):
+        codes, scale = kernels.gelu_quantise(first(y_BND).flatten(0, -2))
+        out = torch.unflatten(second.multiply(codes, scale, y_BND.dtype), 0, y_BND.shape[:-1])
+    else:
+        out = second(F.gelu(first(y_BND), approximate="tanh"))
     return out
 
 

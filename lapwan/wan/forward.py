@@ -127,19 +127,20 @@ def predict(
     with torch.no_grad():  # a table of the size alone
         rope = path.rope(transformer, hidden_BCTHW)
     prompt = text if isinstance(text, Prompt) else None
-    every = [look_at(block) if grad else Trained(False, False) for block in transformer.blocks]
     if isinstance(text, Prompt):
         words, bias = text.embedded(transformer), text.bias
     else:
         # Dropout draws for each row of the text, so there they all stay.
-        short, bias = (text, None) if any(seen.dropout for seen in every) else fold(text)
+        whole = grad and text.device.type == "cpu" and any(look_at(block).dropout for block in transformer.blocks)
+        short, bias = (text, None) if whole else fold(text)
         words = embedder.text_embedder(short)
     time = _embed_time(embedder, timestep, dtype)
     x = _patches(transformer.patch_embedding, hidden_BCTHW)
     checkpointing = path.checkpointing or ("block" if transformer.gradient_checkpointing else "off")
     given = _Stream(words, bias, prompt, time, rope, checkpointing)
     started = grad and any(t.requires_grad for t in (x, words, time.modulation_BK6D))
-    for index, (block, seen) in enumerate(zip(transformer.blocks, every, strict=True)):
+    for index, block in enumerate(transformer.blocks):
+        seen = look_at(block) if grad else Trained(False, False)  # here, where a device has work meanwhile
         started = started or seen.graph
         with torch.set_grad_enabled(started):
             x = _run_block(path, index, block, x, given, Trained(started, seen.dropout))

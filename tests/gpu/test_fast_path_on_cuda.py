@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lapwan.lora.attach import Adapter, Group, attach, initial_state
 from lapwan.lora.targets import TargetRule, resolve_targets
-from lapwan.names import PROJECTIONS, NoiseExpert
+from lapwan.names import PROJECTIONS, NoiseExpert, Precision
 from lapwan.sampling.denoise import Conditions, guided_velocity
+from lapwan.wan import kernels
 from lapwan.wan.backbone import load_transformer, velocity
+from lapwan.wan.base import Base
 from lapwan.wan.compiling import compile_blocks, compile_time
 from lapwan.wan.fastpath import path_of
+from lapwan.wan.quantised import Recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -80,3 +84,39 @@ def test_guidance_in_one_batch_is_two_passes(tiny_t2v):
     with torch.no_grad(), adapter.holder.scope(torch.ones(1, 2, device="cuda")):
         ours, theirs = (guided_velocity(model, x[:1], step, both, 3.0, together) for together in (True, False))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [768, 13824])
+def test_our_kernels_are_torchs_operations(columns):
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(300, columns, device="cuda", generator=generator).bfloat16()
+    x[7] = 0
+    exact = F.gelu(x.float(), approximate="tanh")
+    codes, scale = kernels.gelu_quantise(x)
+    torch.testing.assert_close(scale.squeeze(1)[:7], exact.abs().amax(dim=1)[:7] / 448, rtol=1e-5, atol=0)
+    back = codes.float() * scale
+    # Half a step of e4m3: 1/16 of a number, or of the smallest normal one.
+    assert bool(((back - exact).abs() <= exact.abs() / 15.9 + scale * 2**-10).all())
+    assert bool((codes[7].float() == 0).all()) and float(scale[7]) == 1.0
+    weight = torch.randn(512, columns, device="cuda", generator=generator).bfloat16() * columns**-0.5
+    bias = torch.randn(512, device="cuda", generator=generator).bfloat16()
+    wanted = F.gelu(F.linear(x.float(), weight.float(), bias.float()), approximate="tanh")
+    torch.testing.assert_close(kernels.linear_gelu(x, weight, bias).float(), wanted, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", [None, Precision.FP8])
+def test_a_forward_with_our_kernels_is_one_without(tiny_t2v, monkeypatch, precision):
+    if precision is None:
+        model = load_transformer(tiny_t2v, NoiseExpert.HIGH, torch.bfloat16, "cuda")
+    else:
+        model = Base(tiny_t2v).load(NoiseExpert.HIGH, torch.bfloat16, "cuda", Recipe(precision))
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(2, 16, 5, 16, 16, device="cuda", generator=generator)
+    text = torch.randn(2, 512, 96, device="cuda", generator=generator)
+    found = []
+    for enabled in (False, True):
+        monkeypatch.setattr(kernels, "ENABLED", enabled)
+        with torch.no_grad():
+            found.append(velocity(model, x, torch.tensor([950.0, 900.0], device="cuda"), text))
+    assert float((found[0] - found[1]).norm()) <= 3e-2 * float(found[0].norm())
+    assert not torch.equal(*found)  # the kernels took part

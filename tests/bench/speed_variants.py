@@ -1,0 +1,113 @@
+"""Which options of the compiler make a block fastest: all in turn on the same block, so that heat falls on all.
+
+    python tests/bench/speed_variants.py [--tiny]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers import WanTransformer3DModel
+from speed_measure import seconds_of
+from speed_model import A14B, LATENTS, SMALL, inputs, lora_trainer, mixture_trainer, random_model, step
+from speed_smoke import FAULTS, show
+
+from lapwan.wan import kernels
+from lapwan.wan.backbone import velocity
+from lapwan.wan.block import block_forward
+from lapwan.wan.compiling import compiled_block
+from lapwan.wan.fastpath import path_of
+
+MULTI, DESCENT = {"triton.multi_kernel": 1}, {"coordinate_descent_tuning": True}
+# Options of the compiler, and whether our own kernels take part.
+OPTIONS: dict[str, tuple[dict[str, object], bool]] = {
+    "plain": ({}, False), "kernels": ({}, True), "multi": (MULTI, False), "multi_kernels": (MULTI, True),
+    "descent_kernels": (DESCENT, True),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    function: Callable[..., torch.Tensor]
+    kernels: bool
+
+    def use(self, model: WanTransformer3DModel) -> None:
+        path_of(model).block, kernels.ENABLED = self.function, self.kernels
+
+
+def variants(tiny: bool) -> dict[str, Variant]:
+    """Compiled functions by name; on a CPU the plain function under each name."""
+    if not tiny:
+        compiled_block()  # sets the cache and the limits
+    made = {}
+    for name, (options, own) in OPTIONS.items():
+        function = block_forward if tiny else torch.compile(
+            block_forward, dynamic=False, fullgraph=True, options=options or None)
+        made[name] = Variant(function, own)
+    return made
+
+
+def in_turn(
+    title: str, model: WanTransformer3DModel, made: dict[str, Variant], work: Callable[[], object], rounds: int = 8,
+    repeats: int = 3,
+) -> None:
+    times: dict[str, list[float]] = {}
+    for name, variant in made.items():
+        variant.use(model)
+        start = time.monotonic()
+        try:
+            work()
+            work()
+        except FAULTS:
+            print(f"   {name} FAILED {traceback.format_exc(limit=-3)[-1500:]}", flush=True)
+            continue
+        times[name] = []
+        print(f"   {title} {name}: first calls {time.monotonic() - start:.1f} s", flush=True)
+    for _ in range(rounds):
+        for name, own in times.items():
+            made[name].use(model)
+            work()
+            own += [seconds_of(work) for _ in range(repeats)]
+    base = statistics.median(times.get("plain", [1.0]))
+    for name, own in times.items():
+        middle = statistics.median(own)
+        print(f"   {title} {name}: {1e3 * middle:.2f} ms [{1e3 * min(own):.2f}, {1e3 * max(own):.2f}], "
+              f"{100 * (middle / base - 1):+.1f} %", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    tiny = parser.parse_args().tiny
+    device = torch.device("cpu" if tiny else "cuda")
+    size, blocks = ("small", 4) if tiny else ("256", 8)
+    made = variants(tiny)
+    for kind in ("bf16", "fp8"):
+        config = {**(SMALL if tiny else A14B), "num_layers": blocks}
+        model = random_model(device, config, range(blocks) if kind == "fp8" else ())
+        work = partial(torch.no_grad()(velocity), model, *inputs(model, size))
+        in_turn(f"{kind} forward {LATENTS[size]}", model, made, work)
+        if not tiny:
+            for name in ("kernels", "multi_kernels"):
+                made[name].use(model)
+                show(f"{kind} forward {name}", work, 14)
+        if kind == "bf16":
+            for title, make in (("lora", lora_trainer), ("moe", mixture_trainer)):
+                trainer, adapted = make(model, size, 4)
+                own = {name: made[name] for name in ("plain", "kernels", "multi_kernels")}
+                in_turn(f"{title} step", model, own, partial(step, trainer), rounds=5)
+                adapted.off()
+        del model
+        if not tiny:
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
