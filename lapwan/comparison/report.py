@@ -11,8 +11,7 @@ import torch
 
 from lapwan import __version__
 from lapwan.comparison.rows import ARMS, METRIC, best_lr, sweep_names
-from lapwan.comparison.settings import ComparisonSettings, TaskName
-from lapwan.comparison.work import CONTINUED, MIXTURE, NONE, SAME_SIZE
+from lapwan.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, ComparisonSettings, TaskName
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.evaluation.bootstrap import Estimate, bootstrap, paired_bootstrap
 from lapwan.tiny.instruments import INSTRUMENTS

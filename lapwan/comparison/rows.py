@@ -14,8 +14,8 @@ from typing import Any
 
 from lapwan import files
 from lapwan.comparison import work
-from lapwan.comparison.settings import ComparisonSettings, TaskName
-from lapwan.comparison.work import CONTINUED, MIXTURE, NONE, ROW, SAME_SIZE, Place
+from lapwan.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, ComparisonSettings, TaskName
+from lapwan.comparison.work import ROW, Place
 
 ARMS = (MIXTURE, CONTINUED, SAME_SIZE)
 METRIC: dict[TaskName, str] = {"t2v": "identity", "i2v": "tip_accuracy"}
@@ -88,14 +88,16 @@ def all_rows(s: ComparisonSettings) -> list[Row]:
         for seed in s.seeds:
             rows += _tests(s, task, seed)
     task = s.tasks[0]
-    for name in s.ablations:
+    for name, changes in s.ablations.items():
+        arm = str(changes.get("arm", MIXTURE))
         for seed in s.ablation_seeds:
             trained = Row(f"train {task} {name} {seed}", work.train_arm,
-                          {"task": task, "arm": MIXTURE, "seed": seed, "ablation": name},
-                          (f"stage1 {task}", f"labels {_taxonomy_of(s.ablations[name])}"),
-                          decided=sweep_names(s, task, MIXTURE))
-            rows += [trained, _tested(task, MIXTURE, trained.name, f"{name} {seed}", {}),
-                     Row(f"routing {task} {name} {seed}", work.routing, {"task": task}, (trained.name,), trained.name)]
+                          {"task": task, "arm": arm, "seed": seed, "ablation": name},
+                          (f"stage1 {task}", f"labels {_taxonomy_of(changes)}"), decided=sweep_names(s, task, arm))
+            rows += [trained, _tested(task, arm, trained.name, f"{name} {seed}", {})]
+            if arm == MIXTURE:
+                rows.append(Row(f"routing {task} {name} {seed}", work.routing, {"task": task}, (trained.name,),
+                                trained.name))
     rows.append(Row("timing", work.timing, {}, (f"stage1 {task}",), alone=True))
     return rows
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from lapwan.settings.base import Settings
 
 TaskName = Literal["t2v", "i2v"]
+MIXTURE, CONTINUED, SAME_SIZE, NONE = "mixture", "plain, continued", "plain, same size", "none"
 
 
 class ClipCounts(Settings):
@@ -47,7 +48,8 @@ class ComparisonSettings(Settings):
     lrs: tuple[float, ...] = Field(min_length=1, description="The sweep, the same for every arm; chosen on validation.")
     seeds: tuple[int, ...] = Field(min_length=1, description="Training seeds; the sweep runs at the first.")
     alphas: tuple[float, ...] = Field((0.5, 1.25, 1.5), description="alpha_expert besides 0 and 1.")
-    ablations: dict[str, dict[str, Any]] = Field({}, description="train-moe settings that differ, by name.")
+    ablations: dict[str, dict[str, Any]] = Field(
+        {}, description="Settings that differ, by name; of the mixture unless `arm` says another.")
     ablation_seeds: tuple[int, ...] = ()
     merged: dict[str, dict[str, tuple[str, ...]]] = Field(
         {}, description="Taxonomies of merged families for ablations: name, then family = [families of surgical4].")
@@ -59,4 +61,8 @@ class ComparisonSettings(Settings):
         if extra := set(self.ablation_seeds) - set(self.seeds):
             raise ValueError(f"ablation_seeds holds {sorted(extra)}, which are not in seeds: there is no mixture to "
                              "hold them against")
+        for name, changes in self.ablations.items():
+            if changes.get("arm", MIXTURE) not in (MIXTURE, SAME_SIZE):
+                raise ValueError(f"ablations.\"{name}\".arm = {changes['arm']!r}: must be \"{MIXTURE}\" or "
+                                 f"\"{SAME_SIZE}\"")
         return self

@@ -20,7 +20,8 @@ from lapwan import console, files
 from lapwan.commands import cache, label, train_lora, train_moe
 from lapwan.commands.base import resolve_base
 from lapwan.comparison.captions import paraphrases
-from lapwan.comparison.settings import ComparisonSettings, TaskName
+from lapwan.comparison.families import merge_families, taxonomy_toml
+from lapwan.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, ComparisonSettings, TaskName
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm
@@ -53,7 +54,6 @@ from lapwan.wan.text import encode_text, load_text_encoder
 
 ROW = "row.json"
 TAXONOMY = "surgical4"
-MIXTURE, CONTINUED, SAME_SIZE, NONE = "mixture", "plain, continued", "plain, same size", "none"
 _NEVER = 10**9  # steps
 
 
@@ -153,28 +153,6 @@ def caches(place: Place, task: TaskName) -> dict[str, Any]:
     return {}
 
 
-def merge_families(taxonomy: Taxonomy, name: str, families: Mapping[str, Sequence[str]]) -> Taxonomy:
-    """A taxonomy whose families are unions of another's; words that clash with nothing are kept as they are."""
-    tables = {table["key"]: table for table in taxonomy.to_dict()["families"]}
-    default = taxonomy.families[taxonomy.default].key
-    merged = []
-    for key, parts in families.items():
-        words = {role: list(dict.fromkeys(word for part in parts for word in tables[part][role]))
-                 for role in ("keywords", "actions", "aliases", "names_zh")}
-        words["actions"] = [word for word in words["actions"] if word not in words["keywords"]]
-        merged.append({"key": key, "names": [key.capitalize()], **words})
-    into = next(key for key, parts in families.items() if default in parts)
-    return Taxonomy.from_dict({"name": name, "default": into, "ignore": list(taxonomy.ignore), "families": merged})
-
-
-def taxonomy_toml(taxonomy: Taxonomy) -> str:
-    """A taxonomy as its file."""
-    import tomli_w
-
-    text: str = tomli_w.dumps(taxonomy.to_dict())
-    return text
-
-
 def train_stage1(place: Place, task: TaskName, folder: Path) -> dict[str, Any]:
     """Stage 1: what every arm starts from."""
     _trainer(_lora_settings(place, task, folder, f"tiny-{task}", place.settings.stage1)).fit()
@@ -208,9 +186,10 @@ def arm_settings(
     shared = {**s.train, "seed": seed, "optimiser": {**s.train.get("optimiser", {}), "lr": lr}}
     if arm == CONTINUED:
         return _lora_settings(place, task, folder, f"tiny-{task}", {**shared, **s.continued, "init_lora": stage1})
+    changes = {key: value for key, value in s.ablations.get(ablation or "", {}).items() if key != "arm"}
     if arm == SAME_SIZE:
-        return _lora_settings(place, task, folder, merged, {**shared, **s.plain})
-    own = _over(s.mixture, s.ablations.get(ablation or "", {}))
+        return _lora_settings(place, task, folder, merged, _over({**shared, **s.plain}, changes))
+    own = _over(s.mixture, changes)
     name = str(own.pop("taxonomy", TAXONOMY))
     own = _over({"router": {"lr_scale": s.router_lr / lr}}, own)
     tree = _common(place, task, folder, merged, _over(shared, own))

@@ -10,11 +10,12 @@ import pytest
 
 from lapwan.comparison.__main__ import main
 from lapwan.comparison.captions import paraphrases
+from lapwan.comparison.families import merge_families, taxonomy_toml
 from lapwan.comparison.report import Results, error_reduction, summarise
 from lapwan.comparison.rows import all_rows, best_lr
-from lapwan.comparison.settings import ComparisonSettings
+from lapwan.comparison.settings import MIXTURE, SAME_SIZE, ComparisonSettings
 from lapwan.comparison.table import markdown
-from lapwan.comparison.work import MIXTURE, SAME_SIZE, Place, arm_settings, merge_families, taxonomy_toml
+from lapwan.comparison.work import Place, arm_settings
 from lapwan.data.labels import label_caption
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.settings.load import load
@@ -90,6 +91,9 @@ def test_the_published_settings_are_fair(tmp_path):
     assert runs[MIXTURE].router.lr_scale == pytest.approx(settings.router_lr / 2e-3)
     changed = arm_settings(place, "t2v", tmp_path, MIXTURE, 2e-3, 1, "no teacher")
     assert changed.routing_loss.teacher_kl == 0.0 and changed.router == runs[MIXTURE].router
+    longer = {arm: arm_settings(place, "t2v", tmp_path, arm, 2e-3, 1, name).steps for arm, name in
+              ((MIXTURE, "twice the steps"), (SAME_SIZE, "plain, same size, twice the steps"))}
+    assert set(longer.values()) == {2 * runs[MIXTURE].steps}
 
 
 def test_an_arms_lr_is_the_best_of_its_sweep_on_validation():
