@@ -157,7 +157,7 @@ def _videos(
     check_rewards(own.rewards or ())
     loaders = {one.label: partial(_reward, one, device) for one in own.rewards or ()}
     scorers = make_scorers(own.metrics, clips, spec.task, shape, loaders, device)
-    bounded = [s for s in scorers if isinstance(s, _BOUNDED)] if all(clip.video for clip in clips) else []
+    bounded = [s for s in scorers if isinstance(s, _BOUNDED) and own.ceiling and all(clip.video for clip in clips)]
     return {"clips": clips, "sampling": sampling, "scorers": scorers, "bounded": bounded}
 
 

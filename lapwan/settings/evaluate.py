@@ -85,6 +85,8 @@ class VideoSettings(Settings):
     negative_prompt: str | None = None
     flow_shift: float | None = Field(None, gt=0)
     sampler: Literal["unipc", "euler", "dpmpp"] = "unipc"
+    ceiling: bool = Field(
+        True, description="Also what the VAE's reconstructions of the clips themselves reach: no video can do better.")
     sheet: int = Field(8, ge=0, description="Clips on the contact sheets; 0: no sheets.")
 
     @field_validator("size", mode="before")
