@@ -90,7 +90,8 @@ def main() -> None:
     adapters = train(work, given.device, [name for name in given.only.split(",") if name])
     batch = 8 if given.device == "cpu" else 96
     call("evaluate", model="tiny", adapters=adapters, output=str(work / "evaluation"), device=given.device,
-         dtype="fp32", videos__ceiling=False, routing__probe=False, videos__clips=str(work / "held_out" / "clips.jsonl"), videos__batch_size=batch,
+         dtype="fp32", videos__ceiling=False, routing__probe=False,
+         videos__clips=str(work / "held_out" / "clips.jsonl"), videos__batch_size=batch,
          videos__steps=given.steps, videos__metrics=["identity"])
 
 
