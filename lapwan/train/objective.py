@@ -24,7 +24,6 @@ from lapwan.losses.sigmas import SigmaSampler, Uniform, draw_in_band, stratum_u
 from lapwan.losses.weighting import Weighting
 from lapwan.names import Band, NoiseExpert
 from lapwan.wan.backbone import velocity
-from lapwan.wan.text import pad_text
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -197,16 +196,19 @@ def flow_terms(
         if empty_text is None:
             raise ValueError("caption dropout needs the empty prompt's features")
         text[index] = empty_text
+    # Asked before the forward, when the device is idle: after it, the answer would wait for all of it.
+    present = [] if batch.roi_BTHW is None else (batch.roi_BTHW.flatten(1).sum(dim=1) > 0).tolist()
     v = velocity(
         transformer, flow.noised(x0, noise, draws.sigma_B), 1000.0 * draws.sigma_B.float(),
-        pad_text(text).to(x0.device), batch.condition_BCTHW,
+        [one.to(x0.device) for one in text], batch.condition_BCTHW,
     )
     error = flow.squared_error(v, flow.velocity_target(x0, noise))
     plain = flow.flow_loss(error)
     weight_B = draws.weight_B.to(plain.dtype)
     loss = Loss({"loss/diffusion": weight_B * plain}, {"loss/diffusion": plain.detach()})
     if roi_weight and batch.roi_BTHW is not None:
-        region, present = flow.roi_loss(error, batch.roi_BTHW)
+        region, _ = flow.roi_loss(error, batch.roi_BTHW)
         loss.terms["loss/roi"] = roi_weight * weight_B * region
-        loss.figures["loss/roi"] = region.detach()[present]
+        seen = [one for one, there in zip(region.detach(), present, strict=True) if there]
+        loss.figures["loss/roi"] = torch.stack(seen) if seen else region.detach()[:0]
     return loss

@@ -6,6 +6,7 @@ Shapes: B samples, C latent channels, T latent frames, H, W latent height and wi
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,7 +61,7 @@ def velocity(
     transformer: WanTransformer3DModel,
     x_BCTHW: Tensor,
     timestep: Tensor | TokenTimes,
-    text: Tensor | Prompt,
+    text: Tensor | Sequence[Tensor] | Prompt,
     condition_BCTHW: Tensor | None = None,
 ) -> Tensor:
     """v̂ = model([x | condition], timestep, text), in fp32 or the latents' wider dtype.
@@ -68,11 +69,16 @@ def velocity(
     Args:
         timestep: 1000·sigma in training, the scheduler's own (integer for UniPC) in sampling; never in bf16. [B], one a
             token [B, N], or a sequence's few distinct ones.
-        text: features [B, L, D], or a generation's prompt, which remembers what every step would compute again.
+        text: features [B, L, D]; those of each sample without padding; or a generation's prompt, which remembers what
+            every step would compute again.
         condition_BCTHW: I2V's mask and image channels [B, 20, T, H, W], None for T2V.
     """
     dtype = transformer.patch_embedding.weight.dtype
     hidden = x_BCTHW if condition_BCTHW is None else torch.cat([x_BCTHW, condition_BCTHW.to(x_BCTHW)], dim=1)
-    given = text if isinstance(text, Prompt) else text.to(dtype)
+    given: Tensor | Sequence[Tensor] | Prompt
+    if isinstance(text, Prompt):
+        given = text
+    else:
+        given = text.to(dtype) if isinstance(text, Tensor) else [one.to(dtype) for one in text]
     out = predict(transformer, hidden.to(dtype), timestep, given)
     return out.to(torch.promote_types(x_BCTHW.dtype, torch.float32))

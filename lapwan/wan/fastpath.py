@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lapwan.lora.layer import StackedLoraLinear
 from lapwan.wan.block import KeysValues, Rope, block_forward, text_keys_values
-from lapwan.wan.short_text import fold
+from lapwan.wan.short_text import cut, fold, repeat_last
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -76,8 +76,11 @@ class Prompt:
 
     def __init__(self, text_BLD: Tensor, whole: Prompt | None = None) -> None:
         self.text_BLD, self.bias = (text_BLD, None) if whole is not None else fold(text_BLD)
-        if whole is not None and whole.bias is not None:
-            self.bias = whole.bias[: len(text_BLD)]
+        self.stands = 1  # as often stands the last row
+        if whole is not None:
+            self.bias, self.stands = None if whole.bias is None else whole.bias[: len(text_BLD)], whole.stands
+        elif self.bias is None:
+            self.text_BLD, self.stands = cut(text_BLD)
         self._whole = whole  # this one is the first samples of
         self._owner: Callable[[], nn.Module | None] = lambda: None
         self._embedded: Tensor | None = None
@@ -108,7 +111,8 @@ class Prompt:
         if index not in self._kept:
             assert self._embedded is not None
             self._kept[index] = text_keys_values(block.attn2, self._embedded)
-        return self._kept[index]
+        k, v = self._kept[index]
+        return repeat_last(k, self.stands), repeat_last(v, self.stands)
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,9 @@ def _op_contexts() -> Any:
     return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
 
 
-def run_checkpointed(run: Callable[..., Tensor], kind: Checkpointing, compiled: bool, *tensors: Tensor) -> Tensor:
+def run_checkpointed(
+    run: Callable[..., Tensor], kind: Checkpointing, compiled: bool, *tensors: Tensor | None
+) -> Tensor:
     """`run(*tensors)`: with "block" its input alone is kept for the backward, with "op" also products and attention.
 
     A compiled block already recomputes what is cheap, so "op" leaves it as it is.

@@ -7,16 +7,20 @@ timesteps (1 where the whole sequence has one).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lapwan.wan.block import Rope, block_forward, layer_norm, widened
+from lapwan.wan.block import KeysValues, Rope, block_forward, layer_norm, text_keys_values, widened
 from lapwan.wan.fastpath import Checkpointing, FastPath, Prompt, Trained, look_at, path_of, run_checkpointed
-from lapwan.wan.short_text import fold
+from lapwan.wan.folder import TEXT_LENGTH
+from lapwan.wan.short_text import fold, repeat_last
+from lapwan.wan.text import pad_text
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -81,11 +85,45 @@ def _head(transformer: WanTransformer3DModel, x_BND: Tensor, time: _Time, latent
 
 
 @dataclass(frozen=True)
+class _Words:
+    """Embedded text: the last row stands `stands` times, `bias` is added to the rows' logits."""
+
+    rows_BMD: Tensor
+    bias: Tensor | None
+    stands: int
+
+    @cached_property
+    def all_BLD(self) -> Tensor:
+        """Every row."""
+        return repeat_last(self.rows_BMD, self.stands)
+
+    def keys_values(self, attention: Any) -> KeysValues:
+        """A block's keys and values of every row, each computed once."""
+        k, v = text_keys_values(attention, self.rows_BMD)
+        return repeat_last(k, self.stands), repeat_last(v, self.stands)
+
+
+def _words(transformer: WanTransformer3DModel, text: Tensor | Sequence[Tensor] | Prompt) -> _Words:
+    embedder = transformer.condition_embedder.text_embedder
+    if isinstance(text, Prompt):
+        return _Words(text.embedded(transformer), text.bias, text.stands)
+    if not isinstance(text, Tensor):
+        longest = max(len(one) for one in text)
+        if text[0].device.type != "cpu" and longest < TEXT_LENGTH:
+            return _Words(embedder(pad_text(text, longest + 1)), None, TEXT_LENGTH - longest)
+        text = pad_text(text)
+    # Dropout draws for each row of the text, so there they all stay. (Only a CPU's text is ever folded.)
+    asked = torch.is_grad_enabled() and text.device.type == "cpu"
+    whole = asked and any(look_at(block).dropout for block in transformer.blocks)
+    short, bias = (text, None) if whole else fold(text)
+    return _Words(embedder(short), bias, 1)
+
+
+@dataclass(frozen=True)
 class _Stream:
     """What every block takes besides the tokens."""
 
-    text_BLD: Tensor
-    text_bias: Tensor | None
+    words: _Words
     prompt: Prompt | None
     time: _Time
     rope: Rope
@@ -96,49 +134,49 @@ def _run_block(path: FastPath, index: int, block: Any, x_BND: Tensor, given: _St
     # Dropout's masks are drawn in Python, by name: what compiles cannot hold them.
     function = block_forward if seen.dropout else path.block
 
-    def run(x: Tensor, text_BLD: Tensor, modulation_BK6D: Tensor) -> Tensor:
+    words = given.words
+
+    def run(x: Tensor, text_BLD: Tensor | None, modulation_BK6D: Tensor) -> Tensor:
         if path.residency is not None:
             path.residency.ready(index)
         keys_values = None if given.prompt is None else given.prompt.keys_values(index, block)
+        if keys_values is None and text_BLD is None:
+            keys_values = words.keys_values(block.attn2)
         out = function(
             block, x, text_BLD if keys_values is None else None, keys_values, modulation_BK6D,
-            given.time.row_of_token_N, given.rope, given.text_bias,
+            given.time.row_of_token_N, given.rope, words.bias,
         )
         if path.residency is not None:
             path.residency.done(index)
         return out
 
     kind: Checkpointing = given.checkpointing if seen.graph else "off"
-    return run_checkpointed(run, kind, function is not block_forward, x_BND, given.text_BLD, given.time.modulation_BK6D)
+    # Without a graph each row's keys are computed once; with one the block does it, and may compute it again.
+    text = None if words.stands > 1 and not torch.is_grad_enabled() else words.all_BLD
+    return run_checkpointed(run, kind, function is not block_forward, x_BND, text, given.time.modulation_BK6D)
 
 
 def predict(
-    transformer: WanTransformer3DModel, hidden_BCTHW: Tensor, timestep: Tensor | TokenTimes, text: Tensor | Prompt
+    transformer: WanTransformer3DModel, hidden_BCTHW: Tensor, timestep: Tensor | TokenTimes,
+    text: Tensor | Sequence[Tensor] | Prompt,
 ) -> Tensor:
     """What `transformer(hidden, timestep, text)` gives: [B, out channels, T, H, W] in the weights' dtype.
 
     Args:
         timestep: [B], [B, N], or a sequence's few distinct ones.
-        text: features [B, L, text width], or a generation's prompt.
+        text: features [B, L, text width], those of each sample without padding, or a generation's prompt.
     """
     path, embedder = path_of(transformer), transformer.condition_embedder
     grad = torch.is_grad_enabled()
     dtype = hidden_BCTHW.dtype
     with torch.no_grad():  # a table of the size alone
         rope = path.rope(transformer, hidden_BCTHW)
-    prompt = text if isinstance(text, Prompt) else None
-    if isinstance(text, Prompt):
-        words, bias = text.embedded(transformer), text.bias
-    else:
-        # Dropout draws for each row of the text, so there they all stay.
-        whole = grad and text.device.type == "cpu" and any(look_at(block).dropout for block in transformer.blocks)
-        short, bias = (text, None) if whole else fold(text)
-        words = embedder.text_embedder(short)
+    words = _words(transformer, text)
     time = _embed_time(embedder, timestep, dtype)
     x = _patches(transformer.patch_embedding, hidden_BCTHW)
     checkpointing = path.checkpointing or ("block" if transformer.gradient_checkpointing else "off")
-    given = _Stream(words, bias, prompt, time, rope, checkpointing)
-    started = grad and any(t.requires_grad for t in (x, words, time.modulation_BK6D))
+    given = _Stream(words, text if isinstance(text, Prompt) else None, time, rope, checkpointing)
+    started = grad and any(t.requires_grad for t in (x, words.rows_BMD, time.modulation_BK6D))
     for index, block in enumerate(transformer.blocks):
         seen = look_at(block) if grad else Trained(False, False)  # here, where a device has work meanwhile
         started = started or seen.graph

@@ -2,8 +2,9 @@
 
 Wan attends 512 rows without a mask, and the rows after the text are all zeros: one key k₀ and value v₀, w times.
     softmax over w equal logits ℓ₀:  w·exp(ℓ₀) = exp(ℓ₀ + log w)
-So r rows of padding with log(w / r) added to their logits do what w rows did. On a CPU and with short videos the text's
-rows are most of the work; on a GPU a bias would cost the fast attention more than it saves.
+So r rows of padding with log(w / r) added to their logits do what w rows did (`fold`). On a CPU and with short videos
+the text's rows are most of the work; on a GPU a bias would cost the fast attention more than it saves. There the keys
+and values of one row of padding are computed and stand as often as there is padding (`cut`, `repeat_last`).
 Shapes: B samples, L rows of text, D features.
 """
 
@@ -33,3 +34,21 @@ def fold(text_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
     is_padding_BL = torch.arange(kept) >= words_B[:, None]
     bias_BL = torch.where(is_padding_BL, padding_B.log()[:, None], 0.0)
     return text_BLD[:, :kept], bias_BL[:, None, None].to(text_BLD.dtype)
+
+
+def cut(text_BLD: Tensor) -> tuple[Tensor, int]:
+    """The text up to its first row of padding, and how often that row stands; waits for the device."""
+    if type(text_BLD) is not Tensor or text_BLD.is_meta:
+        return text_BLD, 1
+    rows = text_BLD.shape[1]
+    said_L = text_BLD.ne(0).any(dim=2).any(dim=0)
+    words = int(torch.where(said_L, torch.arange(1, rows + 1, device=text_BLD.device), 0).amax())
+    return (text_BLD, 1) if words >= rows else (text_BLD[:, : words + 1], rows - words)
+
+
+def repeat_last(x: Tensor, times: int) -> Tensor:
+    """[B, M, ...] -> [B, M - 1 + times, ...]: the last row as often as it stands."""
+    if times == 1:
+        return x
+    last = x[:, -1:].expand(-1, times, *x.shape[2:])
+    return torch.cat([x[:, :-1], last], dim=1)

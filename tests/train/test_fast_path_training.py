@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lapwan.wan.text import pad_text
+
 
 def through_diffusers(transformer, x_BCTHW: Tensor, timestep: Tensor, text: Tensor, condition: Tensor | None) -> Tensor:
     """The velocity by diffusers' forward: every block in the graph, nothing shared, nothing kept."""
     hidden = x_BCTHW if condition is None else torch.cat([x_BCTHW, condition], dim=1)
-    hidden = hidden.detach().requires_grad_()
-    return transformer(hidden_states=hidden, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+    hidden, padded = hidden.detach().requires_grad_(), pad_text(text)
+    return transformer(hidden_states=hidden, timestep=timestep, encoder_hidden_states=padded, return_dict=False)[0]
 
 
 @pytest.mark.parametrize("stage", ["lora", "moe"])

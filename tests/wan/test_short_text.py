@@ -40,6 +40,30 @@ def test_the_velocity_is_that_of_all_rows(transformer, monkeypatch):
     assert (first - whole[:2]).abs().max() < 1e-10 * scale
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_rows_of_padding_computed_once_are_all_of_them(transformer, monkeypatch, grad):
+    """As on a GPU: keys and values of the words and of one row of padding, that one as often as there is padding."""
+    for module in (forward, fastpath):
+        monkeypatch.setattr(module, "fold", lambda text: (text, None))
+    text, x = texts(3, 0, 17), torch.randn(3, 16, 2, 4, 4, dtype=torch.float64)
+    timestep, calls = torch.tensor([100.0, 500.0, 900.0], dtype=torch.float64), []
+    for block in transformer.blocks:
+        block.attn2.to_k.register_forward_hook(lambda module, given, out: calls.append(given[0].shape[1]))
+    with torch.set_grad_enabled(grad):
+        whole = velocity(transformer, x, timestep, text)
+        calls.clear()
+        words = forward._words
+        monkeypatch.setattr(forward, "_words", lambda model, text: words(model, text) if isinstance(text, Prompt)
+                            else forward._Words(model.condition_embedder.text_embedder(text[:, :18]), None, 512 - 17))
+        once = velocity(transformer, x, timestep, text)
+    with torch.no_grad():
+        kept = velocity(transformer, x, timestep, Prompt(text))
+    assert set(calls) == {18}
+    scale = whole.abs().max()
+    assert (once - whole).abs().max() < 1e-10 * scale and (kept - whole).abs().max() < 1e-10 * scale
+    assert Prompt(texts(512)).stands == 1 and Prompt(texts(511)).stands == 1
+
+
 def test_what_is_kept_and_what_is_not_folded():
     short, bias = fold(texts(3, 0, 17))
     assert short.shape == (3, 18, 96) and bias is not None and bias.shape == (3, 1, 1, 18)
