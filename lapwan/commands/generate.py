@@ -72,8 +72,7 @@ def _show_plan(prepared: Sequence[Prepared]) -> None:
     if len(prepared) > 1:
         console.log(f"{len(prepared)} videos")
     first = prepared[0]
-    first.generator.experts.plan(
-        first.request.num_frames, first.request.size, first.request.steps, max(first.request.guidance.values()) > 1)
+    first.generator.begin(first.request)
 
 
 def _plan_line(made: Prepared) -> str:

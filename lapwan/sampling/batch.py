@@ -58,7 +58,7 @@ class BatchGenerator(Generator):
         first = requests[0] if requests else None
         if first is None or any(_shared(request) != _shared(first) for request in requests):
             raise ValueError("a batch needs requests of one size, grid and guidance")
-        grid = self._begin(first)
+        grid = self.begin(first, len(requests))
         for request in requests[1:]:
             check_request(self.spec, request)
         mixes = [self.route(request, grid) for request in requests]

@@ -37,6 +37,7 @@ from lapwan.sampling.sheet import contact_sheet
 from lapwan.wan.base import Base
 from lapwan.wan.compiling import Compile
 from lapwan.wan.condition import image_condition
+from lapwan.wan.device import hardware
 from lapwan.wan.folder import ModelSpec
 from lapwan.wan.identity import text_identity, vae_identity
 from lapwan.wan.stream import Residence
@@ -129,7 +130,7 @@ class Generator:
         Raises:
             UserError: what `check_request` refuses; latents that overflowed in `dtype`.
         """
-        grid = self._begin(request)
+        grid = self.begin(request)
         return self._sample(request, grid, self.route(request, grid))
 
     def generate(self, request: Request, preview: Path | None = None) -> Video:
@@ -141,12 +142,13 @@ class Generator:
         Raises:
             UserError: what `check_request` refuses; latents that overflowed in `dtype`.
         """
-        grid = self._begin(request)
+        grid = self.begin(request)
         mix = self.route(request, grid)
         if mix is not None:
             console.log(f"gates by {mix.source}:\n" + "\n".join(f"  {line}" for line in mix.bars()))
         facts = self._facts(request, grid, mix)
         latents = self._sample(request, grid, mix, preview)
+        facts["compiled"] = [e.value for e in self.spec.experts if e in self.experts.compiled]
         console.log("decoding")
         self.experts.make_room()
         with torch.no_grad():
@@ -155,12 +157,16 @@ class Generator:
         facts["frames"] = frames_fingerprint(frames)
         return Video(frames, request.fps, latents.cpu().contiguous(), facts=facts)
 
-    def _begin(self, request: Request) -> Grid:
-        """Refuse what cannot be made, settle what stays on the device, and make the grid."""
+    def begin(self, request: Request, videos: int = 1) -> Grid:
+        """Refuse what cannot be made, settle what stays on the device for so many at once, and make the grid.
+
+        Raises:
+            UserError: what `check_request` refuses.
+        """
         check_request(self.spec, request)
-        self.experts.plan(request.num_frames, request.size)
         grid = make_grid(self.spec, request.sampler, request.steps, request.flow_shift, request.start_sigma)
         guidance = Guidance(request.guidance, request.guidance_interval)
+        self.experts.plan(request.num_frames, request.size, len(grid.steps), guidance.needed(grid), videos)
         work = {e: sum(1 + (guidance.at(s) > 1) for s in grid.steps if s.expert is e) for e in self.spec.experts}
         self.experts.expect(work, self.spec.latent_shape(request.num_frames, *request.size)[1:])
         return grid
@@ -242,8 +248,10 @@ class Generator:
             "vae": vae_identity(self.spec), "text_encoder": text_identity(self.spec),
             "steps": {e.value: grid.count(e) for e in self.spec.experts},
             "versions": {"lapwan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
-            "device": str(self.device), "dtype": _name(self.dtype),
+            "device": str(self.device), "dtype": _name(self.dtype), "hardware": hardware(self.device),
         }
+        if Guidance(request.guidance, request.guidance_interval).needed(grid):
+            facts["guidance"] = "one batch" if self.experts.together else "two passes"
         for name, form in (("precision", self.experts.precision), ("text_precision", self._text_precision)):
             if form is not None:
                 facts[name] = form.value

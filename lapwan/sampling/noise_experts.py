@@ -61,6 +61,7 @@ class NoiseExperts:
         self._work: dict[NoiseExpert, int] = {}
         self._latents_THW: tuple[int, ...] = (0, 0, 0)
         self.compiling = CompileReport()
+        self.compiled: set[NoiseExpert] = set()  # by the video at work
 
     def use(self, base: Base, adapters: AdapterSet) -> None:
         """Take other adapters on the same model; what is loaded stays, unless LoRAs are merged into its weights."""
@@ -74,6 +75,8 @@ class NoiseExperts:
         self.base, self.adapters = base, adapters
         for expert, one in self._loaded.items():
             one.adapter = self._attached(one.model, expert)
+            if not one.parked:  # rows are made where a weight is: in host memory, where its block streams
+                _move(one.adapter, self.device)
 
     @property
     def together(self) -> bool:
@@ -131,6 +134,7 @@ class NoiseExperts:
     def expect(self, evaluations: Mapping[NoiseExpert, int], latents_THW: tuple[int, ...]) -> None:
         """What the next video will ask of each noise expert, which decides whether compiling its blocks pays."""
         self._work, self._latents_THW = dict(evaluations), latents_THW
+        self.compiled.clear()
 
     def resident(self) -> tuple[NoiseExpert, ...]:
         """The noise experts on the device now."""
@@ -152,7 +156,9 @@ class NoiseExperts:
             _move(one.adapter, self.device)
             one.parked = False
         auto = self._compile == "auto" and pays(one.model, self._latents_THW, self._work.get(expert, 0), training=False)
-        compile_blocks(one.model, auto or self._compile == "on")
+        compiles = auto or self._compile == "on"
+        compile_blocks(one.model, compiles)
+        self.compiled.update({expert} if compiles else ())
         return one.model
 
     def _load(self, expert: NoiseExpert, place: Placement) -> None:

@@ -24,6 +24,7 @@ class Record:
     overridden: tuple[str, ...]
 
 
+_HASH = 64  # hex digits of a fingerprint
 _NO_CONTENT = ("from_video", "output", "sheet", "preview", "crf", "memory")  # options that leave the frames as they are
 
 
@@ -68,17 +69,34 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         "text_encoder": "the text encoder has changed", "lora": "the LoRAs have changed",
         "image": "the image has changed", "last_image": "the last image has changed",
         "video": "the video to start from has changed",
-        "mixture": "the mixture has changed", "device": "the device is another", "dtype": "the precision is another",
+        "mixture": "the mixture has changed", "device": "the device is another", "hardware": "the machine is another",
+        "dtype": "the precision is another", "precision": "the quantisation is another",
+        "text_precision": "the text encoder's quantisation is another",
+        "compiled": "what is compiled is another", "guidance": "guidance's batch is another",
     }
     for key, text in said.items():
         if before.get(key) != now.get(key):
-            yield f"{text} ({_short(before.get(key))} -> {_short(now.get(key))})"
+            yield f"{text} ({_difference(before.get(key), now.get(key))})"
     for name, version in dict(now.get("versions", {})).items():
         old = before.get("versions", {}).get(name)
         if old != version:
             yield f"{name} has changed ({old} -> {version})"
 
 
+def _difference(before: Any, now: Any) -> str:
+    """Only what differs: keys of a mapping, items of a list."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
+        return ", ".join(f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}" for key in keys)
+    if isinstance(before, list) and isinstance(now, list):
+        before, now = [one for one in before if one not in now], [one for one in now if one not in before]
+    return f"{_short(before)} -> {_short(now)}"
+
+
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    if isinstance(value, list):
+        return "; ".join(_short(one) for one in value) or "none"
+    if isinstance(value, Mapping):
+        return " ".join(_short(one) for one in value.values())
+    text = "none" if value is None else str(value)
+    return f"{text[:12]}..." if len(text) == _HASH and set(text) <= set("0123456789abcdef") else text

@@ -33,3 +33,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto`: bf16 on a GPU, fp32 on a CPU; or `fp32`, `bf16`, `fp16`."""
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return named.get(name, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def hardware(device: torch.device) -> str:
+    """What decides how sums round: the GPU's name; a CPU's vector instructions and torch's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{torch.backends.cpu.get_cpu_capability()}, {threads} thread{'' if threads == 1 else 's'}"

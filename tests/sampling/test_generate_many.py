@@ -319,3 +319,28 @@ def test_the_example_of_a_prompts_file(lapwan) -> None:
     file = Path(__file__).parents[2] / "examples/prompts.jsonl"
     ran = lapwan("generate", "--model", "tiny", "--prompts", str(file), "-o", "videos", "--dry-run")
     assert ran.code == 0 and "4 videos" in ran.err
+
+
+def test_what_rounds_is_recorded_and_said_when_it_changes(lapwan, tmp_path) -> None:
+    """A picture of other bits says what was otherwise: here its record is given other facts."""
+    made = generate(lapwan, "--guidance", "3", "--dtype", "int8", "--num-frames", "1", output="a.png")
+    assert made.code == 0, made.err
+    stored = read_video_metadata(tmp_path / "a.png")
+    facts = json.loads(stored["facts"])
+    assert facts["precision"] == "int8" and facts["guidance"] == "one batch" and facts["compiled"] == []
+    assert facts["hardware"].endswith("1 thread") and json.loads(stored["settings"])["compile"] == "auto"
+
+    facts |= {"frames": "0", "compiled": ["low"], "guidance": "two passes", "hardware": "a slide rule"}
+    facts["model"] = {**facts["model"], "low": "f" * 64}
+    facts["lora"] = [{"noise_expert": "high", "file": "x.safetensors", "strength": 0.5, "fingerprint": "e" * 64}]
+    del facts["precision"]
+    write_video(tmp_path / "b.png", np.zeros((1, 32, 48, 3), np.uint8), 16, {**stored, "facts": json.dumps(facts)})
+    again = lapwan("generate", "--from", "b.png", "-o", "c.png")
+    low = json.loads(stored["facts"])["model"]["low"]
+    for words in (
+        f"the transformers have changed (low: ffffffffffff... -> {low[:12]}...)",
+        "the LoRAs have changed (high x.safetensors 0.5 eeeeeeeeeeee... -> none)",
+        "the machine is another (a slide rule -> ", "the quantisation is another (none -> int8)",
+        "what is compiled is another (low -> none)", "guidance's batch is another (two passes -> one batch)",
+    ):
+        assert f"warning: {words}" in again.err, again.err
