@@ -303,3 +303,31 @@ def test_what_does_not_fit_the_taxonomy_is_refused(tmp_path, t2v_cache, change, 
     base = resolve_base("tiny")
     with pytest.raises(UserError, match=message):
         check_mixture(settings, base, build.read_data(settings, base), load_taxonomy("surgical4"))
+
+
+def test_temperature_knots_decay_and_lr_scales_are_what_the_settings_say(make_moe):
+    trainer = make_moe(**ONE_BLOCK, router={"temperature": 0.5, "lr_scale": 3.0}, optimiser={"lr": 1e-3},
+                       timestep_gate={"knots": 5, "lr_scale": 2.0}, routing_loss={"usage_decay": 0.5})
+    mixture, plan = trainer.objective.mixture, trainer.plan
+    assert mixture.timestep_gate(HIGH).values_K.shape == (5,)
+    batch = plan.load_batch([0])
+    sharp = mixture.route(batch.text)
+    mixture.router.temperature = 1.0
+    torch.testing.assert_close(sharp, torch.softmax(2.0 * mixture.route(batch.text).log(), dim=-1))
+    mixture.router.temperature = 0.5
+    assert [group["lr"] for group in plan.optimisers["router"].param_groups] == [pytest.approx(3e-3)]
+    assert sorted(group["lr"] for group in plan.optimisers["high"].param_groups) == pytest.approx([1e-3, 2e-3])
+    trainer.objective.prepare(HIGH, [batch])
+    used = mixture.select(mixture.route(batch.text))[0].double()
+    torch.testing.assert_close(trainer.objective.usage_E, 0.5 * 0.25 + 0.5 * used.detach(), rtol=0, atol=1e-7)
+
+
+def test_thresholds_and_windows_are_what_the_settings_say(make_moe):
+    watched = {"every": 6, "after": 0, "entropy": 5.0, "least_usage": 0.9, "most_usage": 0.95, "teacher_kl": 1e-3}
+    trainer = make_moe(**ONE_BLOCK, steps=6, turn=1, batch_size=2, routing_watch=watched)
+    trainer.plan.run.mkdir()
+    trainer.fit()  # windows of 12 clips are too small to judge four experts by, so the second look judges 24
+    kinds = [fault.kind for fault in trainer.watchers["routing"].faults]
+    assert kinds == ["collapse", *["underuse"] * 4, "divergence"]
+    rows = [json.loads(line) for line in (trainer.plan.run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "routing/clips" in row] == [12] and rows[-1]["routing/faults"] == 6
