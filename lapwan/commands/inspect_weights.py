@@ -87,7 +87,7 @@ def _document(settings: InspectWeightsSettings, points: list[Checkpoint], folder
     lines = metrics(folder)
     over_time = [*history(points[:-1]), figures]
     grown = growth(points, over_time, lines)
-    rates = learning_rates(lines, last.step) | stated_rates(last)
+    rates = stated_rates(last) | learning_rates(lines, last.step)  # what was, over what was planned
     rates |= {expert.value: rate for expert, rate in (settings.lr or {}).items()}
     sides = {label: side for label, side in last.loras.items() if isinstance(side, MixtureSide)}
     mixture = {label: describe(side) for label, side in sides.items()} or None

@@ -19,7 +19,7 @@ from lapwan.lora.threads import one_thread
 _WORKERS = 2
 
 # Of one training run only: a sum or a resized LoRA has neither its step nor its fingerprint.
-_OWN_KEYS = ("lapwan.fingerprint", "lapwan.step")
+_OWN_KEYS = ("lapwan.fingerprint", "lapwan.step", "ss_steps")
 
 
 @dataclass(frozen=True)

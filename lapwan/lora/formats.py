@@ -5,6 +5,7 @@ The names of tensors are in `keys`, scales outside tensors in `scales`, the nois
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -258,6 +259,7 @@ def file_metadata(state: LoraState, layout: Layout) -> dict[str, str]:
     metadata.setdefault("format", "pt")
     metadata.setdefault("modelspec.architecture", "wan2.2/lora")
     ranks, alphas = state.ranks(), {path: entry.alpha for path, entry in state.entries.items()}
+    metadata["lapwan.ranks"], metadata["lapwan.alphas"] = (_counted(values) for values in (ranks, alphas))
     metadata["ss_network_dim"] = str(Counter(ranks.values()).most_common(1)[0][0])
     metadata["ss_network_alpha"] = str(Counter(alphas.values()).most_common(1)[0][0])
     metadata.setdefault("ss_network_module", "networks.lora_wan")
@@ -268,6 +270,11 @@ def file_metadata(state: LoraState, layout: Layout) -> dict[str, str]:
     if layout == "diffusers":
         metadata[ADAPTER_METADATA] = adapter_metadata(ranks, alphas)
     return metadata
+
+
+def _counted(values: Mapping[str, float]) -> str:
+    """How many modules have each value, as `{"8": 16, "4": 51}`; each module's own is in its tensors."""
+    return json.dumps({f"{value:g}": count for value, count in Counter(values.values()).most_common()})
 
 
 def stated_boundary(metadata: Mapping[str, str]) -> float | None:

@@ -31,7 +31,7 @@ from lapwan.train.alpha import AlphaSchedule
 from lapwan.train.data import ClipStore, check_cache, sampling_weights, training_items
 from lapwan.train.normlimit import NormLimit
 from lapwan.train.objective import Objective, SigmaRule
-from lapwan.train.optimisers import make_optimiser, make_schedule
+from lapwan.train.optimisers import make_optimiser, make_schedule, predicted_lr
 from lapwan.train.order import SampleOrder
 from lapwan.train.ranks import Ranks
 from lapwan.train.trainer import Plan, Track, Trainer
@@ -167,15 +167,26 @@ def settings_hash(settings: Settings) -> str:
 
 def provenance(settings: TrainSettings, base: Base, data: RunData, expert: NoiseExpert) -> dict[str, str]:
     """What an adapter file says of its making."""
-    band = base.bands[expert]
+    band, own = base.bands[expert], data.experts[expert]
+    rate = predicted_lr(own.optimiser)
     return {
         "lapwan.noise_expert": expert.value,
         "lapwan.task": base.task,
         "lapwan.boundary": "" if base.spec.boundary is None else repr(base.spec.boundary),
         "lapwan.base_fingerprint": base.fingerprint(expert),
         "lapwan.clips": str(len({item.id for item in data.items})),
+        "lapwan.items": str(len(data.items)),
         "lapwan.seed": str(settings.seed),
         "lapwan.settings": settings_hash(settings),
+        # What other tools show of a file.
+        "ss_base_model_version": "wan2.1" if base.task == "t2v" and base.spec.boundary is None else "wan2.2",
+        "ss_output_name": settings.name,
+        "ss_seed": str(settings.seed),
+        "ss_num_train_items": str(len(data.items)),
+        "ss_max_train_steps": str(data.schedule.count(expert)),
+        "ss_optimizer": own.optimiser.type,
+        "ss_lr_scheduler": own.schedule.name,
+        **({} if rate is None else {"ss_learning_rate": f"{rate:g}"}),
         "modelspec.timestep_range": f"{1000 * band.low:g},{1000 * band.high:g}",
         "modelspec.title": f"{settings.name}_{expert.file_suffix}",
     }

@@ -64,7 +64,7 @@ class LoraObjective:
     def save(self, folder: Path, step: int) -> list[Path]:
         states = {expert: adapter.state(LORA_GROUP) for expert, adapter in self.adapters.items()}
         for expert, state in states.items():
-            state.metadata = {**self._metadata[expert], "lapwan.step": str(step)}
+            state.metadata = {**self._metadata[expert], "lapwan.step": str(step), "ss_steps": str(step)}
         paths = [folder / name for name in lora_names(self._name, list(states), self._one_file)]
         if self._one_file:
             write_both(paths[0], states)

@@ -80,6 +80,13 @@ def test_the_newest_adapter_files_are_links_to_the_last_checkpoint(make_lora):
         assert said is expert and file.said_by == "metadata"
         assert file.metadata["lapwan.step"] == "4" and file.metadata["lapwan.task"] == "t2v"
         assert len(file.metadata["lapwan.base_fingerprint"]) == 64
+        said = file.metadata
+        assert (said["lapwan.clips"], said["lapwan.items"], said["ss_steps"], said["ss_seed"]) == ("4", "4", "4", "42")
+        ranks = list(file.read().ranks().values())
+        assert json.loads(said["lapwan.ranks"]) == {str(r): ranks.count(r) for r in set(ranks)}
+        assert json.loads(said["lapwan.alphas"]) == json.loads(said["lapwan.ranks"])  # alpha = rank where none is said
+        assert (said["ss_optimizer"], said["ss_learning_rate"], said["ss_max_train_steps"]) == ("adamw", "0.0001", "2")
+        assert said["ss_network_dim"] == str(max(set(ranks), key=ranks.count)) and len(said["lapwan.settings"]) == 64
 
 
 def test_a_non_finite_gradient_drops_the_step_and_many_in_a_row_stop_the_run_with_its_state(make_lora):
