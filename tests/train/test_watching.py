@@ -263,7 +263,7 @@ def test_out_of_memory_says_what_to_change_and_saves(make_lora, tmp_path, monkey
 
     trainer.plan.load_batch = large
     with pytest.raises(UserError, match=r"out of memory in step 4.*20.00 GiB.*the plan was memory: both.*"
-                                        r"the state of step 3 is saved.*memory = .one., activation.*--allow-changed"):
+                                        r"the state of step 3 is saved.*memory = .stream., act.*--allow-changed"):
         trainer.fit()
     again = make_lora(steps=4, output=tmp_path / "run")
     assert again.resume() and again.step == 3
@@ -308,21 +308,7 @@ def test_one_noise_expert_at_a_time_trains_and_looks_the_same(kind, make_lora, m
     # the idle noise expert's weights lie in their host copy, and only they
     parking = runs[1].plan.before_turn.__self__
     parking.turn(HIGH)
-    for expert, copy in parking._copies.items():
+    for expert, home in parking._homes.items():
+        copy = home._rest
         waits = [tensor.data_ptr() == kept.data_ptr() for tensor, kept in zip(copy._tensors, copy._copies, strict=True)]
         assert all(waits) if expert is LOW else not any(waits)
-
-
-def test_the_plan_of_memory_counts_weights_and_activations(t2v_cache):
-    from lapwan.train.parking import plan_memory
-
-    base = resolve_base("tiny")
-
-    def line(**changes):
-        settings = TrainLoraSettings.model_validate(
-            {"output": "run", "model": "tiny", "data": {"cache": t2v_cache}, "steps": 1, **changes})
-        return plan_memory(settings, base, read_data(settings, base), torch.device("cpu"))
-
-    assert line().both and "both noise experts stay on cpu (auto" in line().line
-    assert not line(memory="one").both and "one noise expert on cpu at a time (as asked" in line(memory="one").line
-    assert line(memory="one", experts=["high"]).both  # nothing to park

@@ -1,0 +1,186 @@
+"""Training on quantised and streamed bases, in micro-batches, with recomputation: the plan's line and the numbers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from lapwan.commands import train_lora, train_moe
+from lapwan.commands.base import resolve_base
+from lapwan.errors import UserError
+from lapwan.lora.linear import FrozenLinear
+from lapwan.names import NoiseExpert
+from lapwan.settings.load import load
+from lapwan.settings.run import RunOptions
+from lapwan.settings.train_lora import TrainLoraSettings
+from lapwan.settings.train_moe import TrainMoeSettings
+from lapwan.train import build, plan_memory
+from lapwan.train.parking import Parking
+from lapwan.train.plan_memory import plan_training
+from lapwan.wan.fastpath import path_of
+
+CPU = torch.device("cpu")
+HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
+LR = {"optimiser": {"lr": 5e-3}}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """The embedded model's folder stays where it is; quantised blocks go elsewhere."""
+    monkeypatch.setattr("lapwan.wan.quantised.cache_root", lambda: tmp_path / "cache")
+
+
+def fitted(trainer):
+    trainer.plan.run.mkdir(exist_ok=True)
+    trainer.fit()
+    return trainer
+
+
+def losses(trainer) -> list[float]:
+    rows = (trainer.plan.run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["loss"] for row in rows]
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(p, b.parameters[n]) for n, p in a.parameters.items())
+
+
+@pytest.mark.parametrize("kind", ["lora", "moe"])
+def test_both_stages_learn_on_a_quantised_base_as_on_the_plain_one(kind, make_lora, make_moe, tmp_path):
+    """The same clips, noise and sigmas: the losses stay within what rounding the base does to it, step by step."""
+    make = {"lora": make_lora, "moe": make_moe}[kind]
+    found = {dtype: losses(fitted(make(output=tmp_path / dtype, dtype=dtype, steps=6, **LR)))
+             for dtype in ("fp32", "fp8", "int8", "nf4")}
+    for dtype, bound in (("fp8", 0.02), ("int8", 0.01), ("nf4", 0.1)):
+        assert found[dtype] == pytest.approx(found["fp32"], rel=bound), dtype
+        assert found[dtype] != found["fp32"]
+
+
+@pytest.mark.parametrize(("dtype", "trained_blocks", "quantised"), [
+    ("fp8", "auto", range(6)), ("fp8", "quantised", range(8)), ("int8", "auto", range(8)), ("nf4", "auto", range(8)),
+    ("nf4", "plain", range(6)), ("auto", "auto", ()),
+])
+def test_which_blocks_are_quantised(dtype, trained_blocks, quantised, make_lora):
+    trainer = make_lora(dtype=dtype, trained_blocks=trained_blocks)
+    for adapter in trainer.objective.adapters.values():
+        for index, block in enumerate(adapter.transformer.blocks):
+            inside = any(isinstance(m, FrozenLinear) for m in block.modules())
+            assert inside is (index in quantised), index
+
+
+def test_fp8_under_more_than_half_of_the_blocks_quantises_all_of_them(make_lora):
+    trainer = make_lora(dtype="fp8", targets={"last_blocks": 5, "ffn_last_blocks": 5})
+    transformer = trainer.objective.adapters[HIGH].transformer
+    assert all(any(isinstance(m, FrozenLinear) for m in block.modules()) for block in transformer.blocks)
+
+
+@pytest.mark.parametrize("kind", ["lora", "moe"])
+@pytest.mark.parametrize("dtype", ["fp32", "nf4"])
+def test_a_streamed_prefix_trains_to_the_same_bits(kind, dtype, make_lora, make_moe, tmp_path):
+    make = {"lora": make_lora, "moe": make_moe}[kind]
+    runs = {memory: fitted(make(output=tmp_path / memory, memory=memory, dtype=dtype, steps=3, **LR))
+            for memory in ("both", "one", "stream")}
+    assert same(runs["both"], runs["one"]) and same(runs["both"], runs["stream"])
+    parking = runs["stream"].plan.before_turn.__self__
+    assert isinstance(parking, Parking) and not parking.both
+    rings = [home.ring for home in parking._homes.values()]
+    assert len(rings) == 2 and all(ring is not None and ring.copied_bytes > 0 for ring in rings)
+    waits = parking._homes[HIGH if parking._here is LOW else LOW]
+    assert not waits.here and not waits.ring._places
+
+
+def test_recomputation_and_micro_batches_change_nothing(make_lora, tmp_path):
+    plain = fitted(make_lora(output=tmp_path / "plain", batch_size=2, steps=3, activation_checkpointing="off", **LR))
+    for kind in ("op", "block"):
+        other = fitted(make_lora(output=tmp_path / kind, batch_size=2, steps=3, activation_checkpointing=kind, **LR))
+        assert path_of(other.objective.adapters[HIGH].transformer).checkpointing == kind
+        assert same(plain, other)
+    small = make_lora(output=tmp_path / "micro", batch_size=2, steps=3, **LR)
+    small.plan.micro_batch = 1
+    fitted(small)
+    assert losses(small) == pytest.approx(losses(plain), rel=1e-5)
+    assert not same(plain, small)  # sums in another order, so it did run in parts
+
+
+@pytest.fixture
+def planned(t2v_cache):
+    base = resolve_base("tiny")
+
+    def make(look: bool = False, **changes):
+        settings = TrainLoraSettings.model_validate(
+            {"output": "run", "model": "tiny", "data": {"cache": t2v_cache}, "steps": 1, **changes})
+        return plan_training(settings, base, build.read_data(settings, base), CPU, look=look)
+
+    return make
+
+
+def test_a_cpu_keeps_everything_unless_told(planned):
+    plan = planned()
+    assert plan.both and plan.line == "memory: both noise experts stay on cpu" and plan.checkpointing == "off"
+    assert not planned(memory="one").both and "one noise expert at a time on cpu" in planned(memory="one").line
+    assert planned(memory="one", experts=["high"]).both  # nothing to park
+    assert planned(activation_checkpointing=True).checkpointing == "block"
+    assert planned(activation_checkpointing=False).checkpointing == "off"
+    streamed = planned(memory="stream", targets={"last_blocks": 2, "ffn_last_blocks": 1})
+    assert len(streamed.plan.streamed) == 6 and "first 6 blocks stream from host memory to cpu" in streamed.line
+
+
+def test_less_and_less_memory(planned, monkeypatch):
+    """First one at a time or streaming or recomputing, whatever costs least; at last smaller parts of a batch."""
+    monkeypatch.setattr("lapwan.wan.plan.MARGIN", 0)
+    monkeypatch.setattr("lapwan.train.plan_memory.WORKSPACE", 0)
+    original, found = plan_memory._ways, []
+    monkeypatch.setattr(plan_memory, "_ways", lambda *given: found or found.extend(original(*given)) or found)
+    settings = {"targets": {"last_blocks": 2, "ffn_last_blocks": 1}, "batch_size": 2}
+    plan = planned(look=True, memory=64.0, **settings)
+    seen, free = [], 64.0
+    while plan.plan.fits:
+        assert plan.plan.peak * 1.04 <= free * 2**30
+        way = plan.plan.way
+        seen.append((way.placement.both, way.placement.streamed, way.checkpointing, way.micro_batch))
+        free = plan.plan.peak / 2**30 - 1e-4
+        plan = planned(memory=free, **settings)
+    assert seen[0] == (True, 0, "off", 0)
+    assert any(not both for both, *_ in seen) and any(streamed for _, streamed, *_ in seen)
+    assert any(kind == "block" for *_, kind, _ in seen) and seen[-1][-1] == 1
+    assert "THIS DOES NOT FIT" in plan.line
+    monkeypatch.setattr(plan_memory, "_ways", original)
+    first, second = (planned(look=True, memory=64.0, dtype=d, **settings).plan.peak for d in ("fp32", "nf4"))
+    assert second < 0.7 * first
+
+
+def test_a_dry_run_predicts_and_a_run_is_planned_once(t2v_cache, tmp_path, monkeypatch, capsys):
+    calls = itertools.count()
+    for module, cls in ((train_lora, TrainLoraSettings), (train_moe, TrainMoeSettings)):
+        where = "lapwan.commands.train_lora" if module is train_lora else "lapwan.train.mixture_build"
+        monkeypatch.setattr(f"{where}.plan_training", lambda *a, **k: (next(calls), plan_training(*a, **k))[1])
+        settings = cls.model_validate({
+            "output": tmp_path / cls.__name__, "model": "tiny", "data": {"cache": t2v_cache}, "steps": 1,
+            "targets": {"last_blocks": 2, "ffn_last_blocks": 1}})
+        module.run(settings, RunOptions(dry_run=True))
+        told = capsys.readouterr().err
+        assert "predicted peak" in told and "s a step" in told and "GiB (weights" in told
+        before = next(calls)
+        module.run(settings, RunOptions())
+        assert next(calls) == before + 2
+
+
+@pytest.mark.parametrize(("said", "message"), [
+    ({"memory": "all"}, "'all' is not understood; write auto, both, one, stream, or the GiB to stay below"),
+    ({"memory": "-3"}, "'-3' is not understood"), ({"memory": "0"}, "'0' is not understood"),
+    ({"dtype": "fp4"}, "fp4"), ({"activation_checkpointing": "some"}, "some"),
+])
+def test_what_is_not_understood_is_one_line(said, message, t2v_cache):
+    with pytest.raises(UserError, match=message) as caught:
+        load(TrainLoraSettings, options={"output": "run", "data.cache": str(t2v_cache), "steps": "1", **said},
+             environment={})
+    assert "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.parametrize(("said", "meant"), [("16", 16.0), ("16 GiB", 16.0), ("7.5g", 7.5), ("stream", "stream")])
+def test_spellings_of_memory(said, meant, t2v_cache):
+    assert TrainLoraSettings.model_validate(
+        {"output": "run", "data": {"cache": t2v_cache}, "steps": 1, "memory": said}).memory == meant

@@ -1,0 +1,157 @@
+"""The plan's arithmetic against closed forms, and the simulated memory against counting by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lapwan.lora.attach import Group, attach, initial_state
+from lapwan.names import NoiseExpert, Precision
+from lapwan.wan.backbone import load_transformer
+from lapwan.wan.base import Base
+from lapwan.wan.plan import (
+    GIB,
+    ExpertBytes,
+    Flops,
+    Placement,
+    Rates,
+    Way,
+    choose,
+    free_of,
+    needs,
+    placements,
+    resident,
+)
+from lapwan.wan.quantised import Recipe
+from lapwan.wan.shapes import Clip, ExpertShape, GroupShape, tokens_of, width_of
+from lapwan.wan.simulate import measure
+from lapwan.wan.stream import tensors_of
+
+HIGH = ExpertBytes((10, 20, 30, 40), 5, 3)
+LOW = ExpertBytes((10, 10, 10, 10), 7, 1)
+
+
+@pytest.mark.parametrize(("placement", "expected"), [
+    (Placement(True), 105 + 47 + 4), (Placement(False), 105 + 4),
+    (Placement(False, 1), 5 + 20 + 30 + 40 + 10 + 4), (Placement(False, 2), 5 + 30 + 40 + 2 * 20 + 4),
+    (Placement(False, 4), 5 + 2 * 40 + 4),
+])
+def test_what_is_resident(placement, expected) -> None:
+    assert resident([HIGH, LOW], placement) == expected
+
+
+def test_the_quickest_that_fits_and_else_the_smallest() -> None:
+    ways = [Way(Placement(True), 100, 1.0), Way(Placement(False), 100, 1.5), Way(Placement(False), 10, 1.2, "block"),
+            Way(Placement(False, 4), 10, 9.0, "block")]
+    peaks = [156 + 100 + 2, 109 + 100 + 2, 109 + 10 + 2, 89 + 10 + 2]
+    for way, peak in zip(ways, peaks, strict=True):
+        assert choose([HIGH, LOW], [way], 2, None, "auto").peak == peak
+    def with_free(peak: int) -> Way:
+        return choose([HIGH, LOW], ways, 2, needs(peak), "auto").way
+
+    assert [with_free(peak) for peak in peaks] == [ways[0], ways[2], ways[2], ways[3]]
+    tight = choose([HIGH, LOW], ways, 2, 0, "auto")
+    assert tight.way is ways[3] and not tight.fits
+    assert choose([HIGH, LOW], ways, 2, 0, "auto").host == 105 + 47
+    assert choose([HIGH, LOW], ways[:1], 2, None, "auto").host == 0
+
+
+def test_another_phase_may_be_the_largest() -> None:
+    ways = [Way(Placement(True), 1, 1.0), Way(Placement(False), 1, 2.0)]
+    both, one = (choose([HIGH, LOW], [way], 2, None, "auto", {"text": 1000}) for way in ways)
+    assert both.peak == 156 + 1000 + 2 and one.peak == 4 + 1000 + 2
+
+
+def test_what_is_tried_and_what_may_be_used() -> None:
+    assert placements(2, 2, "auto") == [Placement(True), Placement(False), Placement(False, 1), Placement(False, 2)]
+    assert placements(2, 2, 16.0) == placements(2, 2, "auto")
+    assert [placements(2, 3, asked) for asked in ("both", "one", "stream")] == [
+        [Placement(True)], [Placement(False)], [Placement(False, 3)]]
+    assert placements(2, 0, "stream") == [Placement(False)]
+    assert free_of(None, "auto") is None and free_of(3 * GIB, 2.0) == 2 * GIB and free_of(GIB, 2.0) == GIB
+    assert free_of(None, 0.5) == GIB // 2 and free_of(7, "one") == 7
+
+
+def test_seconds_are_flops_over_rates() -> None:
+    rates = Rates(product=10.0, product8=20.0, attention=5.0, bus=1.0)
+    assert Flops(10, 20, 5).seconds(rates) == 3.0 and Flops(1, 2, 3).times(2) == Flops(2, 4, 6)
+
+
+@pytest.mark.parametrize("precision", [None, *Precision])
+def test_bytes_from_shapes_are_those_of_the_loaded_model(precision, tiny_t2v, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("LAPWAN_CACHE_DIR", str(tmp_path))
+    recipe = None if precision is None else Recipe(precision, frozenset({7}))
+    ranks = {"blocks.6.attn1.to_q": 4, "blocks.7.attn1.to_q": 4, "blocks.7.ffn.net.2": 8}
+    base = Base(tiny_t2v)
+    model = base.load(NoiseExpert.HIGH, torch.bfloat16, recipe=recipe)
+    plain = {id(t) for t in tensors_of(model)}
+    state = initial_state(load_transformer(tiny_t2v, NoiseExpert.HIGH), ranks, None, 0)
+    adapter = attach(model, [Group("a", state, True)])
+    shape = ExpertShape(tiny_t2v, NoiseExpert.HIGH, torch.bfloat16, recipe, [GroupShape(ranks, True)])
+    sizes = shape.bytes(numbers=3)
+    assert sizes.blocks == tuple(sum(t.nbytes for t in tensors_of(b) if id(t) in plain) for b in model.blocks)
+    # The rope tables are made in another shape on a device without values; what is stored is the same.
+    stored = sum(p.nbytes for p in model.parameters() if id(p) in plain) + sum(
+        b.nbytes for n, b in model.named_buffers() if id(b) in plain)
+    assert sizes.weights == stored
+    own = adapter.own_tensors()
+    assert sizes.adapters == sum(t.nbytes * (3 if t.requires_grad else 1) for t in own)
+    assert shape.gradients == sum(p.nbytes for p in adapter.parameters().values())
+    assert shape.first_trained == 6
+
+
+def test_the_simulation_counts_what_lives() -> None:
+    """x -> W1 x -> relu -> W2: by hand, in units of a tensor of 1024 fp32 numbers."""
+    unit = 4096
+    layers = nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU(), nn.Linear(32, 32, bias=False)).to("meta")
+    x = torch.empty(32, 32, device="meta")
+    layers.requires_grad_(False)
+    with torch.no_grad():
+        assert measure(lambda: layers(x)).peak == 2 * unit  # input and output of the layer at work
+    layers[0].weight.requires_grad_()
+    # Forward: h, relu(h) (kept), y, and the loss; backward: dy, then d relu(h), dh, and W1's gradient is what is left.
+    work = measure(lambda: layers(x).sum().backward())
+    assert work.left == unit + 512 or work.left == unit
+    assert 3 * unit <= work.peak <= 4 * unit + 4 * 512
+
+
+def test_attention_is_counted_without_its_products(tiny_t2v) -> None:
+    """From N tokens to 4N the work grows fourfold, not sixteenfold."""
+    shape = ExpertShape(tiny_t2v, NoiseExpert.HIGH, torch.float32)
+    small, large = (shape.forward_work(Clip(1, 17, size, size)) for size in (256, 512))
+    assert 3.5 < large / small < 4.2
+    assert tokens_of(tiny_t2v, (17, 64, 64)) == 5 * 16 and width_of(tiny_t2v) == 192
+
+
+def test_work_grows_by_trained_block_and_shrinks_with_recomputation(tiny_t2v) -> None:
+    def work(blocks, checkpointing="off", batch=1) -> int:
+        ranks = {f"blocks.{i}.{name}": 4 for i in blocks for name in ("attn1.to_q", "ffn.net.2")}
+        shape = ExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
+        return shape.training_work(Clip(batch, 9, 64, 64), checkpointing)
+
+    of = {n: work(range(8 - n, 8)) for n in (2, 3, 6)}
+    assert of[6] - of[3] == pytest.approx(3 * (of[3] - of[2]), rel=1e-9)  # equal blocks add equally
+    assert work(range(8), "block") < 0.5 * work(range(8), "off")
+    assert 1.8 < work(range(4, 8), batch=2) / work(range(4, 8)) < 2.1
+
+
+def test_one_of_each_kind_stands_for_all(tiny_t2v) -> None:
+    """What is simulated on a few blocks is what simulating all of them gives."""
+    ranks = {f"blocks.{i}.attn1.to_q": 4 for i in range(3, 8)} | {f"blocks.{i}.ffn.net.2": 4 for i in range(5, 8)}
+    shape = ExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
+    clip = Clip(1, 9, 64, 64)
+    for checkpointing in ("off", "block"):
+        assert shape.training_work(clip, checkpointing) == pytest.approx(
+            shape._step(shape.kinds, clip, checkpointing), rel=0.02)
+
+
+def test_flops_of_a_known_model(tiny_t2v) -> None:
+    """8 blocks of width 192 and 768: products 2·(N·(6·192² + 2·192·768) + 512·2·192²), attention 4·192·N·(N + 512)."""
+    shape = ExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32)
+    tokens = 5 * 36
+    found = shape.flops(Clip(1, 17, 96, 96), range(8))
+    assert found.product == 8 * 2 * (tokens * (6 * 192**2 + 2 * 192 * 768) + 512 * 2 * 192**2)
+    assert found.attention == 8 * 4 * 192 * tokens * (tokens + 512) and found.product8 == 0
+    eight = ExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, Recipe(Precision.FP8, frozenset({6, 7})))
+    assert eight.flops(Clip(1, 17, 96, 96), range(8)).product8 == found.product * 6 / 8
