@@ -24,7 +24,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from bench_speed import FAULTS
 from speed_measure import Results, forward_flops, measure, step_flops
-from speed_model import A14B, LATENTS, SMALL, inputs, lora_trainer, random_model, set_checkpointing, step, targets
+from speed_model import (
+    A14B,
+    LATENTS,
+    SMALL,
+    inputs,
+    lora_trainer,
+    random_model,
+    set_checkpointing,
+    spoken,
+    step,
+    targets,
+)
 
 from lapwan.wan.backbone import velocity
 from lapwan.wan.compiling import compile_blocks
@@ -50,7 +61,7 @@ def forward(results: Results, model: WanTransformer3DModel, size: str, tiny: boo
     title, size = size, "small" if tiny else size
     flops = forward_flops(model, _tokens(size))
     compile_blocks(model, not tiny)
-    ours = partial(torch.no_grad()(velocity), model, *inputs(model, size))
+    ours = partial(torch.no_grad()(velocity), model, *spoken(model, size))
     run = torch.no_grad()(_theirs(model, size))
     results.add(measure(f"forward_{title}_ours_first", ours, flops, seconds))
     results.add(measure(f"forward_{title}_diffusers", run, flops, seconds))

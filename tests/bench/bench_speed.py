@@ -37,6 +37,7 @@ from speed_model import (
     mixture_trainer,
     random_model,
     set_checkpointing,
+    spoken,
     step,
 )
 
@@ -89,7 +90,7 @@ class Bench:
 def forward_row(name: str, kind: str, size: str, target: str) -> Callable[[Bench], None]:
     def run(bench: Bench) -> None:
         model = bench.model(kind)
-        work = partial(torch.no_grad()(velocity), model, *inputs(model, bench.size(size)))
+        work = partial(torch.no_grad()(velocity), model, *spoken(model, bench.size(size)))
         bench.results.add(measure(
             name, work, forward_flops(model, bench.tokens(size)), bench.seconds, target=target,
         ))
@@ -101,7 +102,7 @@ def adapted_forward_row(name: str, kind: str, size: str) -> Callable[[Bench], No
     def run(bench: Bench) -> None:
         model = bench.model(kind)
         _, adapted = lora_trainer(model, bench.size(size), len(model.blocks), rank=32)
-        work = partial(torch.no_grad()(velocity), model, *inputs(model, bench.size(size)))
+        work = partial(torch.no_grad()(velocity), model, *spoken(model, bench.size(size)))
         flops = forward_flops(model, bench.tokens(size))
         bench.results.add(measure(name, work, flops, bench.seconds, note="rank 32 on all 400 Linears"))
         adapted.off()

@@ -35,6 +35,7 @@ A14B = {
 }
 SMALL = {**A14B, "num_attention_heads": 4, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 256, "num_layers": 4}
 LATENTS = {"256": (21, 32, 32), "480": (21, 60, 104), "small": (3, 8, 8)}  # 81 frames at 256x256 and 480x832
+WORDS = 60  # rows of a caption
 BAND = Band(0.875, 1.0)
 EXPERT = NoiseExpert.HIGH
 
@@ -67,13 +68,19 @@ def random_model(
 
 
 def inputs(model: WanTransformer3DModel, size: str, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, timestep and text features (512 rows, 60 of them words)."""
+    """Latents, timestep and text features (512 rows, `WORDS` of them not zero)."""
     device, dim = model.patch_embedding.weight.device, model.config.text_dim
     generator = torch.Generator(device).manual_seed(1)
     x = torch.randn(batch, 16, *LATENTS[size], device=device, generator=generator)
     text = torch.zeros(batch, 512, dim, device=device, dtype=torch.bfloat16)
-    text[:, :60] = torch.randn(batch, 60, dim, device=device, generator=generator)
+    text[:, :WORDS] = torch.randn(batch, WORDS, dim, device=device, generator=generator)
     return x, torch.full((batch,), 937.5, device=device), text
+
+
+def spoken(model: WanTransformer3DModel, size: str, batch: int = 1) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The same with the texts as training has them, without their padding."""
+    x, t, text = inputs(model, size, batch)
+    return x, t, [one[:WORDS] for one in text]
 
 
 class Adapted:
@@ -138,7 +145,7 @@ def _batch(model: WanTransformer3DModel, size: str, clip: int) -> Batch:
     roi[..., : shape[1] // 2, : shape[2] // 2] = 1
     return Batch(
         ids=(f"clip{clip}",), latents_BCTHW=torch.randn(1, 16, *shape, device=device, generator=generator),
-        text=(torch.randn(60, dim, device=device, generator=generator).bfloat16(),), condition_BCTHW=None,
+        text=(torch.randn(WORDS, dim, device=device, generator=generator).bfloat16(),), condition_BCTHW=None,
         label_weights_BE=torch.tensor([[0.0, 0.65, 0.0, 0.35]], device=device),
         fallback_B=torch.tensor([False], device=device), roi_BTHW=roi, has_roi_B=torch.tensor([True], device=device),
     )

@@ -15,11 +15,11 @@ from speed_model import (
     A14B,
     LATENTS,
     SMALL,
-    inputs,
     lora_trainer,
     mixture_trainer,
     random_model,
     set_checkpointing,
+    spoken,
     step,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -89,7 +89,7 @@ def forwards(device: torch.device, tiny: bool, fp8: bool) -> None:
     config = {**(SMALL if tiny else A14B), "num_layers": BLOCKS}
     model = random_model(device, config, range(BLOCKS) if fp8 else ())
     for size in ("small",) if tiny else ("256", "480"):
-        given = inputs(model, size)
+        given = spoken(model, size)
         work = partial(torch.no_grad()(velocity), model, *given)
         tokens = LATENTS[size][0] * LATENTS[size][1] * LATENTS[size][2] // 4
         flops, outs = forward_flops(model, tokens), {}

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from diffusers import WanTransformer3DModel
 from speed_measure import seconds_of
-from speed_model import A14B, LATENTS, SMALL, inputs, lora_trainer, mixture_trainer, random_model, step
+from speed_model import A14B, LATENTS, SMALL, lora_trainer, mixture_trainer, random_model, spoken, step
 from speed_smoke import FAULTS, show
 
 from lapwan.wan import kernels
@@ -92,7 +92,7 @@ def main() -> None:
     for kind in ("bf16", "fp8"):
         config = {**(SMALL if tiny else A14B), "num_layers": blocks}
         model = random_model(device, config, range(blocks) if kind == "fp8" else ())
-        work = partial(torch.no_grad()(velocity), model, *inputs(model, size))
+        work = partial(torch.no_grad()(velocity), model, *spoken(model, size))
         in_turn(f"{kind} forward {LATENTS[size]}", model, made, work)
         if not tiny:
             for name in ("kernels", "multi_kernels"):
