@@ -159,7 +159,10 @@ def _tell(
         results.print(report.overlap_table(label, described))
     _tell_routing(document)
     if settings.by != "expert":
-        results.print(report.group_table(report.grouped(modules, settings.by), settings.by))
+        for table in report.group_tables(report.grouped(modules, settings.by), settings.by):
+            results.print(table)
+        results.print("update: its norm; largest, stable, effect.: largest singular value, stable and effective rank; "
+                      "dead, bad: modules with B = 0, and non-finite ones", markup=False)
     if document["growth"]:
         results.print(report.growth_table(document["growth"]))
     for line in report.verdict_lines(document["verdict"]):

@@ -66,7 +66,7 @@ def _charts(
     lines: dict[str, list[tuple[float, float]]] = {}
     for step, figures in zip(steps, history, strict=True):
         for key, value in ratios(figures, {}).items():
-            if value is not None:
+            if value is not None and key in _RATIO_NAMES:
                 lines.setdefault(_RATIO_NAMES[key], []).append((step, value))
     if lines:
         wanted = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from lapwan.diagnostics.verdict import quotient
 
 FORMAT = 1
 RATIOS = ("legacy_mean_abs", "mean_abs_B", "delta_norm")
+_MORE_RATIOS = ("mean_abs_A", "spectral_norm_max", "stable_rank_mean", "effective_rank_mean")
 By = Literal["expert", "block", "projection"]
 _SIZES = {
     "modules": "modules", "parameters": "parameters", "rank": "rank (most frequent)",
@@ -26,12 +27,17 @@ _ROWS = {
     "spectral_norm_max": "largest singular value", "stable_rank_mean": "stable rank, mean",
     "effective_rank_mean": "effective rank, mean",
 }
+# Of a table with many rows.
+_SHORT = {
+    "legacy_mean_abs": "mean|w|", "init_floor": "floor", "mean_abs_B": "mean|B|", "delta_norm": "update",
+    "spectral_norm_max": "largest", "stable_rank_mean": "stable", "effective_rank_mean": "effect.",
+}
 
 
 def ratios(figures: Mapping[str, Figures], rates: Mapping[str, float]) -> dict[str, float | None]:
     """high / low of each figure and of lr; None where one is absent."""
     found: dict[str, float | None] = {}
-    for name in RATIOS:
+    for name in (*RATIOS, *_MORE_RATIOS):
         values = [getattr(figures[label], name) if label in figures else None for label in ("high", "low")]
         found[name] = quotient(*values)
     found["lr"] = quotient(rates.get("high"), rates.get("low"))
@@ -103,23 +109,33 @@ def figure_table(title: str, figures: Mapping[str, Figures]) -> Table:
     return table
 
 
-def group_table(groups: Mapping[str, Mapping[str, Figures]], by: By) -> Table:
-    """By block or projection: the figures of every noise expert side by side, and their ratio."""
+def group_tables(groups: Mapping[str, Mapping[str, Figures]], by: By) -> list[Table]:
+    """By block or projection: a table of all figures for each noise expert, and one of high / low."""
     labels = list(dict.fromkeys(label for own in groups.values() for label in own))
-    two = {"high", "low"} <= set(labels)
-    names = {"mean_abs_B": "mean|B|", "delta_norm": "update"} | ({} if two else {"stable_rank_mean": "stable rank"})
-    table = Table(box=None, pad_edge=False)
+    tables = []
+    for label in labels:
+        table = _narrow(label, by, groups, [*_SHORT.values(), "dead", "bad"])
+        for group, own in groups.items():
+            if (one := own.get(label)) is not None:
+                cells = (brief(getattr(one, key)) for key in _SHORT)
+                table.add_row(group, *cells, str(one.dead_modules), str(one.nonfinite_modules))
+        tables.append(table)
+    if {"high", "low"} <= set(labels):
+        compared = [key for key in _SHORT if key != "init_floor"]
+        table = _narrow("high / low", by, groups, [_SHORT[key] for key in compared])
+        for group, own in groups.items():
+            quotients = ratios(own, {})
+            table.add_row(group, *(brief(quotients[key]) for key in compared))
+        tables.append(table)
+    return tables
+
+
+def _narrow(title: str, by: By, groups: Iterable[str], columns: Sequence[str]) -> Table:
+    """Fits 80 columns with nine figures."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(by, min_width=max((len(group) for group in groups), default=0))
-    for name in names.values():
-        for column in [f"{name} {label}" for label in labels] + ([f"{name} high / low"] if two else []):
-            table.add_column(column, justify="right", min_width=9)
-    for group, own in groups.items():
-        quotients = ratios(own, {})
-        cells: list[str] = []
-        for key in names:
-            cells += [shown(getattr(own[label], key) if label in own else None) for label in labels]
-            cells += [shown(quotients[key])] if two else []
-        table.add_row(group, *cells)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -202,6 +218,11 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
 def shown(value: float | None) -> str:
     """Four digits; `-` for what is absent."""
     return "-" if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def brief(value: float | None) -> str:
+    """Three digits."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3g}"
 
 
 def percent_of(share: float | None) -> str:
