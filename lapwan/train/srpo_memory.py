@@ -28,7 +28,7 @@ from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.build import targets_of
 from lapwan.wan.base import Base
 from lapwan.wan.device import pick_dtype
-from lapwan.wan.folder import ModelSpec, tensor_shapes, weight_files
+from lapwan.wan.folder import read_spec, tensor_shapes, weight_files
 from lapwan.wan.shapes import Clip, ExpertShape, GroupShape
 from lapwan.wan.simulate import measure
 from lapwan.wan.vae_gradient import decode_frames, frame_choice
@@ -179,8 +179,8 @@ def parts_of(
     vae, work = vae_bytes(spec.path / "vae", getattr(torch, settings.vae_dtype), settings.batch_size,
                           spec.latent_shape(*bucket), tuple(wanted))
     clip = Clip(settings.batch_size, frames, height, width)
-    graphs = {checkpointing: transformer_bytes(spec, experts[0], dtype, _ranks(settings, base), clip, checkpointing)
-              for checkpointing in (False, True)}
+    ranks = _ranks(settings, base)
+    graphs = {kept: transformer_bytes(spec.path, experts[0], dtype, ranks, clip, kept) for kept in (False, True)}
     return Parts(weights, state, rewards + vae, max(graph, work), graphs)
 
 
@@ -193,13 +193,14 @@ def _ranks(settings: SrpoSettings, base: Base) -> tuple[tuple[str, int], ...]:
                  if n.startswith("blocks.") and n.endswith(".weight") and len(shape) == 2)
 
 
+@lru_cache(maxsize=32)
 def transformer_bytes(
-    spec: ModelSpec, expert: NoiseExpert, dtype: torch.dtype, ranks: tuple[tuple[str, int], ...], clip: Clip,
+    folder: Path, expert: NoiseExpert, dtype: torch.dtype, ranks: tuple[tuple[str, int], ...], clip: Clip,
     checkpointing: bool,
 ) -> int:
     """What a forward with gradient and its backward take beside the weights, or an evaluation of a rollout if more."""
     kind: Literal["block", "off"] = "block" if checkpointing else "off"
-    shape = ExpertShape(spec, expert, dtype, groups=[GroupShape(dict(ranks), True)])
+    shape = ExpertShape(read_spec(folder), expert, dtype, groups=[GroupShape(dict(ranks), True)])
     return max(shape.training_work(clip, kind), shape.forward_work(clip))
 
 
