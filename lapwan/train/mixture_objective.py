@@ -114,7 +114,8 @@ class MixtureObjective:
         self, expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
     ) -> None:
         """Mean entropy and usage of the whole step, so that its loss does not depend on how it is cut into batches."""
-        w, own = self.weights, draws or [None] * len(batches)
+        w = self.weights
+        own: Sequence[Draws | None] = draws or [None] * len(batches)
         with torch.no_grad():
             student_BE = torch.cat([self._route(b, d) for b, d in zip(batches, own, strict=True)]).double()
             label_BE = torch.cat([_labels(b) for b in batches]).double()

@@ -37,7 +37,7 @@ class RoutingWatch:
 
     def look(self, step: int, board: Any) -> Seen:
         window = self._objective.totals - self._before
-        figures = {**self._gates(board, step)}
+        figures = self._gates(board, step)
         if window.clips < _CLIPS_PER_EXPERT * window.experts:
             return Seen(figures)
         self._before = self._objective.totals
@@ -67,7 +67,8 @@ class RoutingWatch:
 
     def _gates(self, board: Any, step: int) -> dict[str, float]:
         """w(σ) at its knots: as figures, and as one picture for TensorBoard."""
-        figures, lines = {}, {}
+        figures: dict[str, float] = {}
+        lines: dict[str, list[tuple[float, float]]] = {}
         for expert in self._objective.adapters:
             gate = self._objective.mixture.timestep_gate(expert)
             sigmas = torch.linspace(gate.low, gate.high, gate.knots)
