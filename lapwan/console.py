@@ -12,10 +12,21 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
 _SECONDS_BETWEEN_LINES = 15.0
+_SPEED_OVER = 600.0  # seconds: a step of a large model may take a minute
 
 _level = NORMAL
 _busy = False  # something shows its progress
@@ -59,6 +70,21 @@ class _SilentBar:
         """Nothing to show."""
 
 
+def speed(rate: float, unit: str) -> str:
+    """`3.20 step/s`; what takes more than a second the other way round: `12.5 s/step`."""
+    return f"{rate:.2f} {unit}/s" if rate >= 1.0 or rate <= 0.0 else f"{1.0 / rate:.3g} s/{unit}"
+
+
+class _SpeedColumn(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        rate = task.finished_speed or task.speed
+        return Text("" if rate is None else speed(rate, self._unit))
+
+
 class _RichBar:
     def __init__(self, progress: Progress, task: object) -> None:
         self._progress, self._task = progress, task
@@ -83,7 +109,7 @@ class _LineBar:
         rate = (self._done - self._start_done) / max(now - self._start, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
         eta = "" if finished else f", {left:.0f} s left"
-        log(f"{self._title}: {self._done:g}/{self._total:g} {self._unit}, {rate:.2f} {self._unit}/s{eta} "
+        log(f"{self._title}: {self._done:g}/{self._total:g} {self._unit}, {speed(rate, self._unit)}{eta} "
             f"{_figures(figures)}".rstrip())
 
 
@@ -115,6 +141,7 @@ def _bar(title: str, total: float, unit: str, done: float) -> Iterator[Bar]:
         yield _LineBar(title, total, done, unit)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-               TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, console=log_console, transient=False) as bar:
+               _SpeedColumn(unit), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(),
+               TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, console=log_console, transient=False, speed_estimate_period=_SPEED_OVER) as bar:
         yield _RichBar(bar, bar.add_task(title, total=total, completed=int(done), figures=""))

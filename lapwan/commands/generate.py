@@ -79,7 +79,8 @@ def _plan_line(made: Prepared) -> str:
     request, spec = made.request, made.generator.spec
     grid = make_grid(spec, request.sampler, request.steps, request.flow_shift, request.start_sigma)
     height, width = request.size
-    return f"{spec.task} at {height}x{width}, {request.num_frames} frames at {request.fps} fps; {grid}"
+    length = "one frame" if request.num_frames == 1 else f"{request.num_frames} frames at {request.fps} fps"
+    return f"{spec.task} at {height}x{width}, {length}; {grid}"
 
 
 def _make_all(
@@ -111,7 +112,9 @@ def _beside(output: Path, count: int, name: str, suffix: str) -> Path:
 
 
 def _captions(jobs: Sequence[Job]) -> list[str]:
-    return [job.caption or str(job.settings.prompt or "") for job in jobs]
+    """What a grid varies; else the file's name with its prompt, where there are several."""
+    names = [f"{job.output.stem}: " if len(jobs) > 1 else "" for job in jobs]
+    return [job.caption or f"{name}{job.settings.prompt or ''}" for name, job in zip(names, jobs, strict=True)]
 
 
 def _scale(videos: Sequence[Video]) -> int:

@@ -10,7 +10,7 @@ from lapwan import console
 from lapwan.api import VideoGenerator
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import claim_output, is_temporary
-from lapwan.sampling.jobs import line_job
+from lapwan.sampling.jobs import UNNAMED, Job, line_jobs
 from lapwan.sampling.result import check_output
 from lapwan.settings.base import to_toml
 from lapwan.settings.generate import GenerateSettings
@@ -20,7 +20,7 @@ _ASK = "prompt (or a JSON object with options; an empty line ends)> "
 
 
 def run_interactive(settings: GenerateSettings, options: RunOptions) -> None:
-    """Make a video for each line of stdin into the output folder; a bad line is answered and the next one read.
+    """Make the videos of each line of stdin into the output folder; a bad line is answered and the next one read.
 
     Raises:
         UserError: no output folder, or options that belong to other ways of asking.
@@ -30,26 +30,32 @@ def run_interactive(settings: GenerateSettings, options: RunOptions) -> None:
         raise UserError("--interactive writes 001.mp4, 002.mp4, ... into a folder; give it as --output DIR")
     if settings.prompt is not None or settings.prompts is not None or settings.from_video is not None or settings.grid:
         raise UserError("--interactive reads its prompts from you; leave --prompt, --prompts, --from and --grid out")
-    generator, made = VideoGenerator.from_settings(settings), 0
+    if settings.sheet:
+        raise UserError("--sheet is made of videos that are known before; leave it out with --interactive")
+    generator = VideoGenerator.from_settings(settings)
     if options.dry_run:
         console.results.print(to_toml(settings), markup=False)
         return
+    made: list[Path] = []
     try:
         for line in _lines():
             try:
-                job = line_job(settings, line, _next(folder))
-                prepared = generator.prepare(job.settings)
-                claim_output(job.output, options.overwrite)
-                check_output(job.output, prepared.request.num_frames, prepared.request.size)
-                video = generator.make(prepared)
-                path = video.save(job.output, overwrite=options.overwrite, crf=settings.crf)
+                for job in line_jobs(settings, line, folder):
+                    made.append(_make(generator, job, settings, options))
+                    console.results.print(str(made[-1]), markup=False)
             except UserError as error:
                 console.warn(f"not made: {error}")
-                continue
-            made += 1
-            console.results.print(str(path), markup=False)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {made} finished videos are whole in {folder}") from None
+        raise Interrupted(f"interrupted; {len(made)} finished videos are whole in {folder}") from None
+
+
+def _make(generator: VideoGenerator, job: Job, settings: GenerateSettings, options: RunOptions) -> Path:
+    output = _next(job.output.parent) if job.output.name == UNNAMED else job.output
+    prepared = generator.prepare(job.settings)
+    claim_output(output, options.overwrite)
+    check_output(output, prepared.request.num_frames, prepared.request.size)
+    video = generator.make(prepared, job.output.parent / "preview.png" if settings.preview else None)
+    return video.save(output, overwrite=options.overwrite, crf=settings.crf)
 
 
 def _lines() -> Iterator[str]:

@@ -121,7 +121,7 @@ def _spec(said: dict[str, Any]) -> MixtureSpec:
 
 def _check_base(path: Path, spec: MixtureSpec, base: BaseFacts) -> None:
     if spec.task != base.task:
-        raise UserError(f"{path} was trained for {spec.task}, the model is {base.task}; use a {spec.task} model")
+        raise UserError(f"{path} was trained for {spec.task}, the model is {base.task}; use one for {spec.task}")
     if spec.text_dim != base.text_dim:
         raise UserError(f"{path}: its router reads text features of width {spec.text_dim}, the model's are "
                         f"{base.text_dim}; use the model it was trained on")

@@ -48,7 +48,9 @@ class Grid:
     def __str__(self) -> str:
         experts = list(dict.fromkeys(step.expert for step in self.steps))
         parts = ", ".join(f"{self.count(e)} on the {e.value} noise expert" for e in experts)
-        return f"{len(self.steps)} steps from sigma {self.steps[0].sigma:.4f} to {self.steps[-1].sigma:.4f}: {parts}"
+        count = len(self.steps)
+        return (f"{count} step{'' if count == 1 else 's'} from sigma {self.steps[0].sigma:.4f} to "
+                f"{self.steps[-1].sigma:.4f}: {parts}")
 
 
 def shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:

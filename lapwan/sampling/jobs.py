@@ -24,6 +24,8 @@ GRID_OPTIONS = _ADAPTERS + tuple(
     name for name in VideoSettings.model_fields if name not in ("image", "last_image", "video", "size", "num_frames")
 )
 
+UNNAMED = "*"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -49,7 +51,8 @@ def check_options(settings: GenerateSettings) -> Path:
         raise UserError("--prompt and --prompts are both given; the file's lines have their own prompts: leave one out")
     if settings.prompts is None and settings.prompt is None:
         raise UserError("nothing to make: give --prompt TEXT, --prompts FILE (JSON lines), or --from VIDEO")
-    if settings.crf is not None and settings.output.suffix not in ("", ".mp4"):
+    many = settings.prompts is not None or settings.videos > 1 or bool(settings.grid)
+    if settings.crf is not None and settings.output.suffix != ".mp4" and (settings.output.suffix or not many):
         raise UserError(f"--crf is the quality of an .mp4; {settings.output} is none: leave it out")
     if settings.grid and settings.prompts is not None:
         raise UserError("--grid compares one prompt; leave --prompts out")
@@ -80,8 +83,10 @@ def make_jobs(settings: GenerateSettings) -> list[Job]:
     return _placed(settings, found)
 
 
-def line_job(settings: GenerateSettings, line: str, output: Path) -> Job:
-    """One video from a line that somebody typed: a prompt, or a JSON object as in a prompts file.
+def line_jobs(settings: GenerateSettings, line: str, folder: Path) -> list[Job]:
+    """The videos of a line that somebody typed: a prompt, or a JSON object as in a prompts file.
+
+    One that the line does not name is called `UNNAMED`: its number is known when its turn comes.
 
     Raises:
         UserError: broken JSON, or an option that is not understood.
@@ -90,9 +95,14 @@ def line_job(settings: GenerateSettings, line: str, output: Path) -> Job:
     if line.startswith("{"):
         own = _line_object(line, "this line")
     checked = _checked(LineSettings, {**_said(settings), **own}, "this line")
-    tree = {name: getattr(checked, name) for name in checked.model_fields_set if name != "output"}
-    named = output if checked.output is None else output.parent / checked.output
-    return Job(VideoSettings(**tree), settings, named)
+    video = VideoSettings(**{name: getattr(checked, name) for name in checked.model_fields_set if name != "output"})
+    named, found = folder / (checked.output or UNNAMED), []
+    for extra in range(settings.videos):
+        seeded = video.model_copy(update={"seed": video.seed + extra})
+        several = settings.videos > 1 and checked.output is not None
+        output = named.with_stem(f"{named.stem}_seed={seeded.seed}") if several else named
+        found.append(Job(seeded, settings, output))
+    return found
 
 
 def _said(settings: GenerateSettings) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from lapwan import console
 
 _GAP, _MARGIN = 2, 6  # pixels
 _GROUND, _INK = (24, 24, 28), (235, 235, 235)
@@ -97,9 +100,16 @@ def _font(size: int) -> tuple[ImageFont.ImageFont | ImageFont.FreeTypeFont, bool
     return ImageFont.load_default(size), False
 
 
+@functools.cache
+def _say_font() -> None:
+    console.warn("captions are drawn without their Chinese characters: no such font was found; install one "
+                 "(apt install fonts-noto-cjk)")
+
+
 def _drawable(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, can_cjk: bool, width: int) -> str:
-    """The part of `text` that the font can draw, cut at `width` pixels."""
-    if not can_cjk:
+    """The part of `text` that the font can draw, cut at `width` pixels; says once what is missing."""
+    if not can_cjk and not text.isascii():
+        _say_font()
         text = "".join(c if c.isascii() else " " for c in text)
     text = " ".join(text.split())
     if not text or font.getlength(text) <= width:

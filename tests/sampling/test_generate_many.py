@@ -154,7 +154,8 @@ def test_crf_is_the_quality_of_an_mp4(lapwan, tmp_path) -> None:
     assert generate(lapwan, "--crf", "45", output="coarse.mp4").code == 0
     fine, own, coarse = ((tmp_path / f"{name}.mp4").stat().st_size for name in ("fine", "own", "coarse"))
     assert fine > 1.2 * own > 1.2 * coarse
-    refused(generate(lapwan, "--crf", "10", output="a.gif"), "--crf is the quality of an .mp4")
+    for other in ("a.gif", "frames"):
+        refused(generate(lapwan, "--crf", "10", output=other), "--crf is the quality of an .mp4")
 
 
 @pytest.mark.parametrize(("text", "words"), [
@@ -290,6 +291,17 @@ def test_interactive_keeps_the_model_and_survives_a_bad_line(lapwan, tmp_path, m
     dry = lapwan("generate", "--model", "tiny", "--interactive", "-o", "dry", "--dry-run")
     assert dry.code == 0 and "interactive = true" in dry.out and not (tmp_path / "dry").exists()
     refused(lapwan("generate", "--model", "tiny", "--interactive", "-o", "a.mp4"), "give it as --output DIR")
+
+
+def test_interactive_makes_several_videos_of_a_line_with_previews(lapwan, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO('hook\n{"prompt": "x", "seed": 5, "output": "x.gif"}\n'))
+    ran = lapwan("generate", "--model", "tiny", "--interactive", "-o", "chat", "--videos", "2", "--preview", *SMALL)
+    assert ran.code == 0, ran.err
+    names = ["001.mp4", "002.mp4", "x_seed=5.gif", "x_seed=6.gif"]
+    assert [Path(line).name for line in ran.out.splitlines()] == names
+    seeds = [json.loads(read_video_metadata(tmp_path / "chat" / name)["settings"])["seed"] for name in names]
+    assert seeds == [42, 43, 5, 6] and (tmp_path / "chat/preview.png").is_file()
+    refused(lapwan("generate", "--model", "tiny", "--interactive", "-o", "chat", "--sheet"), "leave it out")
 
 
 def test_merging_and_inspecting_from_python(t2v, mixture_file, tmp_path, capsys) -> None:

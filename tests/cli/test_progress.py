@@ -1,0 +1,38 @@
+"""What long work tells of itself: on a terminal and in a file."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from lapwan import console
+
+
+@pytest.mark.parametrize(("rate", "text"), [(3.2, "3.20 step/s"), (1.0, "1.00 step/s"), (0.08, "12.5 s/step")])
+def test_what_takes_more_than_a_second_is_counted_in_seconds(rate: float, text: str) -> None:
+    assert console.speed(rate, "step") == text
+
+
+def test_a_terminal_shows_phase_speed_time_left_and_figures(monkeypatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", written)
+    monkeypatch.setattr(console, "log_console", Console(file=written, force_terminal=True, width=140))
+    with console.progress("sampling", 4) as bar:
+        for _ in range(3):
+            time.sleep(0.02)
+            bar.advance(1, expert="high", sigma=0.75)
+    last = [line for line in written.getvalue().splitlines() if "sampling" in line][-1]
+    for part in ("sampling", "3/4", "step/s", "<", "expert=high", "sigma=0.75"):
+        assert part in last, last
+
+
+def test_a_file_gets_the_last_line(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(console, "log_console", Console(stderr=True, soft_wrap=True, highlight=False))
+    with console.progress("latents", 2, "clip") as bar:
+        bar.advance(2)
+    said = capsys.readouterr().err
+    assert said.startswith("latents: 2/2 clip, ") and "clip/s" in said
