@@ -54,7 +54,7 @@ class NoiseExperts:
         self._loaded: dict[NoiseExpert, _Loaded] = {}
         own = Placement(memory in ("auto", "both"), base.spec.num_layers if memory == "stream" else 0)
         self._plan = MemoryPlan(Way(own, 0, 0.0), 0, 0, None, memory)
-        self._plans: dict[tuple[object, ...], MemoryPlan] = {}
+        self._plans: dict[Asking, MemoryPlan] = {}
         self.text_streams = False
         self._told: str | None = None
         self._compile = compile
@@ -73,6 +73,7 @@ class NoiseExperts:
         if base.loras != self.base.loras:
             self._loaded.clear()
         self.base, self.adapters = base, adapters
+        self._plans.clear()
         for expert, one in self._loaded.items():
             one.adapter = self._attached(one.model, expert)
             if not one.parked:  # rows are made where a weight is: in host memory, where its block streams
@@ -94,10 +95,9 @@ class NoiseExperts:
         if isinstance(self.memory, float) and self.device.type == "cuda":
             limit_memory(self.device, self.memory)
         # What is free moves a little all the time: a plan holds as long as it fits.
-        key = (asking, id(self.adapters))
-        if key not in self._plans or (free is not None and needs(self._plans[key].peak) > free):
-            self._plans[key] = self._choose(asking, free)
-        self._plan = self._plans[key]
+        if asking not in self._plans or (free is not None and needs(self._plans[asking].peak) > free):
+            self._plans[asking] = self._choose(asking, free)
+        self._plan = self._plans[asking]
         line = describe(self._plan, self.device, len(self.base.spec.experts))
         tell = console.detail if free is None and self._plan.both else console.log
         if self._told is None or self._told.split("(")[0] != line.split("(")[0]:

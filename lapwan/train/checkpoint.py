@@ -12,13 +12,15 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lapwan import files
 from lapwan.console import warn
@@ -46,19 +48,85 @@ class Keep:
 def save(run: Path, step: int, write_adapters: Callable[[Path], list[Path]], parameters: Mapping[str, nn.Parameter],
          rest: dict[str, Any], keep: Keep) -> Path:
     """Write checkpoint `step`, link the run's adapter files to it, drop the checkpoints that need not stay."""
+    return begin(run, step, write_adapters, parameters, rest, keep)()
+
+
+def begin(run: Path, step: int, write_adapters: Callable[[Path], list[Path]], parameters: Mapping[str, nn.Parameter],
+          rest: dict[str, Any], keep: Keep) -> Callable[[], Path]:
+    """Take down all that changes with the next step; what is returned does the rest, on any thread.
+
+    That rest (the state's files, waiting for the disk, the rename) is most of a checkpoint's time. Until the rename the
+    checkpoint does not exist, so a kill in between leaves the older ones.
+    """
     folder = run / f"step_{step:06d}"
-    with files.atomic_folder(folder) as temporary:
+    with ExitStack() as stack:
+        temporary = stack.enter_context(files.atomic_folder(folder))
         adapters = write_adapters(temporary)
-        state = temporary / "state"
-        state.mkdir()
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, state / _TRAINED)
-        torch.save(rest, state / _REST)
-        if keep.score is not None:
-            (state / _SCORE).write_text(json.dumps({"validation": keep.score}), encoding="utf-8")
-    for adapter in adapters:
-        _link(folder / adapter.name, run / adapter.name)
-    _prune(run, keep)
-    return folder
+        trained = {name: _taken(p).contiguous() for name, p in parameters.items()}
+        rest = _taken_tree(rest)
+        whole = stack.pop_all()
+
+    def finish() -> Path:
+        with whole:
+            state = temporary / "state"
+            state.mkdir()
+            save_file(trained, state / _TRAINED)
+            torch.save(rest, state / _REST)
+            if keep.score is not None:
+                (state / _SCORE).write_text(json.dumps({"validation": keep.score}), encoding="utf-8")
+        for adapter in adapters:
+            _link(folder / adapter.name, run / adapter.name)
+        _prune(run, keep)
+        return folder
+
+    return finish
+
+
+def _taken(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _taken_tree(tree: Any) -> Any:
+    """Plain containers with every tensor copied to host memory; the same tensor in two places stays one."""
+    seen: dict[int, Tensor] = {}
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return seen.setdefault(id(value), _taken(value)) if id(value) not in seen else seen[id(value)]
+        if isinstance(value, dict):
+            return type(value)((key, take(one)) for key, one in value.items())
+        if isinstance(value, list | tuple):
+            return type(value)(take(one) for one in value)
+        return value
+
+    return take(tree)
+
+
+class Writer:
+    """One checkpoint at a time is written beside the training."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._last: Future[Path] | None = None
+
+    def start(self, finish: Callable[[], Path]) -> None:
+        """Write while the training goes on; waits for the checkpoint before.
+
+        Raises:
+            OSError: that one could not be written.
+        """
+        self.wait()
+        self._last = self._pool.submit(finish)
+
+    def wait(self) -> None:
+        """Until what was started is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
 def _prune(run: Path, keep: Keep) -> None:

@@ -95,6 +95,7 @@ class Trainer:
         self.watchers: dict[str, Watcher] = {}
         self._logs = {expert: StepLog() for expert in plan.tracks}
         self._ahead = Ahead(self._make_data)
+        self._writer = checkpoint.Writer()
         self._bad_in_a_row = 0
         self._score: tuple[int, float | None] = (0, None)  # the last validation: step, mean loss
         self.finished: str | None = None  # why the run ends before its schedule, by no fault
@@ -148,8 +149,8 @@ class Trainer:
         """The weights that are saved: the running mean where it is on."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, from the first process."""
+    def save(self, wait: bool = True) -> None:
+        """Write a checkpoint of this step, from the first process; without `wait`, while the next steps run."""
         def adapters(folder: Path) -> list[Path]:
             with self.as_saved():
                 return self.objective.save(folder, self.step)
@@ -157,7 +158,11 @@ class Trainer:
         if self.plan.ranks.first:
             score = self._score[1] if self._score[0] == self.step else None
             keep = checkpoint.Keep(self.plan.keep_last, self.plan.keep_best, score)
-            checkpoint.save(self.plan.run, self.step, adapters, self.parameters, self._rest(), keep)
+            self._writer.wait()  # one at a time: it may drop older ones
+            finish = checkpoint.begin(self.plan.run, self.step, adapters, self.parameters, self._rest(), keep)
+            self._writer.start(finish)
+            if wait:
+                self._writer.wait()
 
     def fit(self) -> None:
         """Train to the end of the schedule.
@@ -176,18 +181,20 @@ class Trainer:
                 while self.step < total and self.finished is None:
                     reason = self._one_step(metrics, bar, stop)
                     if self.step % plan.save_every == 0 or self.step == total or reason:
-                        self.save()
+                        self.save(wait=reason is not None)
                         saved = self.step
                     if reason:
                         raise reason
             if saved != self.step:
                 self.save()
+            self._writer.wait()
             if plan.predicted_peak and (told := peak_line(plan.predicted_peak)):
                 console.log(told)
         except torch.OutOfMemoryError as error:
             self.save()
             raise out_of_memory(error, plan.run, self.step, plan.resume_command, plan.memory) from None
         finally:
+            self._writer.wait()
             if metrics is not None:
                 metrics.close()
 
@@ -240,10 +247,10 @@ class Trainer:
                 total_B = loss.total_B
                 torch.autograd.backward(total_B.sum() / data.samples)
             log.add(loss, total_B, draws.sigma_B if loss.sigma_B is None else loss.sigma_B)
-        # Only now: a step that runs out of memory is not taken.
-        track.position, track.steps = data.after, track.steps + 1
         for following in plan.schedule[self.step + 1 : self.step + 2]:  # while the device works on the backward
-            self._ahead.foresee(following, plan.tracks[following].position)
+            self._ahead.foresee(following, data.after if following is expert else plan.tracks[following].position)
+        # Only now: a step that runs out of memory, here or while the next one's clips are read, is not taken.
+        track.position, track.steps = data.after, track.steps + 1
         figures, stepped = self._update(names)
         if stepped:
             figures |= self._follow_rules(expert, log.losses[before:], log.sigmas[before:])

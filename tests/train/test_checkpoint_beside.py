@@ -1,0 +1,94 @@
+"""A checkpoint is taken down at its step and written beside the next ones: whole, of its own step, one at a time."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from lapwan.train import checkpoint
+from lapwan.train.checkpoint import Keep, Writer, begin, checkpoints, load
+
+
+def parts():
+    parameters = {"a": nn.Parameter(torch.arange(4.0))}
+    moments = torch.ones(4)
+    return parameters, {"optimisers": {"o": {"state": {0: {"m": moments, "same": [moments]}}}}, "step": (1, 2)}, moments
+
+
+def adapters(folder):
+    (folder / "x.safetensors").write_bytes(b"x")
+    return [folder / "x.safetensors"]
+
+
+def test_what_changes_afterwards_is_not_in_it(tmp_path) -> None:
+    parameters, rest, moments = parts()
+    finish = begin(tmp_path, 3, adapters, parameters, rest, Keep())
+    assert checkpoints(tmp_path) == [] and not (tmp_path / "x.safetensors").exists()
+    with torch.no_grad():
+        parameters["a"].add_(1)
+        moments.zero_()
+    assert finish() == tmp_path / "step_000003" and (tmp_path / "x.safetensors").exists()
+    other = {"a": nn.Parameter(torch.zeros(4))}
+    found = load(tmp_path / "step_000003", other)
+    assert torch.equal(other["a"], torch.arange(4.0)) and found["step"] == (1, 2)
+    state = found["optimisers"]["o"]["state"][0]
+    assert torch.equal(state["m"], torch.ones(4)) and state["m"] is state["same"][0]
+
+
+def test_what_fails_leaves_nothing_and_is_told(tmp_path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    writer = Writer()
+    parameters, rest, _ = parts()
+    writer.start(begin(tmp_path, 3, adapters, parameters, rest, Keep()))
+    with pytest.raises(OSError, match="No space left"):
+        writer.wait()
+    writer.wait()  # told once
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_at_a_time(tmp_path) -> None:
+    writer, running, most, lock = Writer(), [0], [0], threading.Lock()
+
+    def work() -> None:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        threading.Event().wait(0.01)
+        with lock:
+            running[0] -= 1
+
+    for _ in range(5):
+        writer.start(work)
+    writer.wait()
+    assert most == [1] and running == [0]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(make_lora, tmp_path, monkeypatch) -> None:
+    """Checkpoint 2 cannot be finished before step 3 has been taken; that of the end is there when `fit` returns."""
+    trainer = make_lora(output=tmp_path / "run", save_every=2, steps=3)
+    trainer.plan.run.mkdir()
+    taken, original, step = threading.Event(), checkpoint.save_file, trainer._one_step
+
+    def slow(tensors, path) -> None:
+        if "step_000002" in str(path):
+            assert taken.wait(60)
+        original(tensors, path)
+
+    def tell(*arguments):
+        if trainer.step == 2:
+            assert not checkpoints(trainer.plan.run)
+        reason = step(*arguments)
+        if trainer.step == 3:
+            taken.set()
+        return reason
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    monkeypatch.setattr(trainer, "_one_step", tell)
+    trainer.fit()
+    assert [number for number, _ in checkpoints(trainer.plan.run)] == [2, 4, 6]
