@@ -101,9 +101,9 @@ def _prepare(settings: DemoSettings, diary: _Diary) -> None:
     with diary.stage("clips: synthetic laparoscopic scenes", out / "clips") as figures:
         shape = defaults.size, defaults.num_frames
         clips = write_dataset(out / "clips", settings.clips, settings.seed, *shape)
-        # Others to evaluate on, without the captions that training has seen; a third is left out by that.
+        # Others to evaluate on, without the captions that training has seen.
         others = write_dataset(
-            out / "held_out", 2 * settings.prompts, settings.seed + _HELD_OUT, *shape, test_share=1.0)
+            out / "held_out", settings.prompts, settings.seed + _HELD_OUT, *shape, test_share=1.0)
         seen = {clip.caption for clip in read_clips(clips)}
         unseen = [clip.data for clip in read_clips(others) if clip.caption not in seen]
         files.write_text(others, "".join(to_line(data) for data in unseen))
