@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lapwan.data.cachefile import CachedItem, read_item
 from lapwan.diagnostics.report import shown
 from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
+from lapwan.errors import UserError
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.train import TrainSettings
 from lapwan.train.build import RunData
@@ -61,13 +62,22 @@ def _captions(settings: TrainSettings, clips: Sequence[CachedItem]) -> Finding:
 
 
 def _frames(data: RunData, clips: Sequence[CachedItem]) -> list[Finding]:
-    """Unreadable, non-finite or still clips, from the cached latents."""
+    """Non-finite or still clips, from the cached latents.
+
+    Raises:
+        UserError: clips that cannot be read: the run would end at the first of them.
+    """
     step = max(1, -(-len(clips) // _READ))
     chosen = clips[::step]
     broken, still, partly = [], [], []
+    unreadable: list[tuple[str, UserError]] = []
     for clip in chosen:
-        latents = read_item(data.index.folder, clip)["latents"]
-        assert latents is not None  # read_item raises a UserError for a file that cannot be read
+        try:
+            latents = read_item(data.index.folder, clip)["latents"]
+        except UserError as error:
+            unreadable.append((clip.id, error))
+            continue
+        assert latents is not None
         if not bool(latents.isfinite().all()):
             broken.append(clip.id)
             continue
@@ -79,6 +89,10 @@ def _frames(data: RunData, clips: Sequence[CachedItem]) -> list[Finding]:
             still.append(clip.id)
         elif count:
             partly.append(clip.id)
+    if unreadable:
+        names = ", ".join(name for name, _ in unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
+        raise UserError(f"{len(unreadable)} of {len(chosen)} clips looked at cannot be read: {names}; cache them "
+                        f"again; the first: {unreadable[0][1]}")
     text = (f"frames: {len(chosen)} of {len(clips)} clips read, {len(broken)} with non-finite latents, {len(still)} "
             f"that do not move, {len(partly)} with repeated frames")
     named = (broken + still + partly)[:3]
@@ -153,12 +167,17 @@ def _intervals(settings: TrainSettings, data: RunData) -> Finding:
     for name, every in (("validates", settings.validation.every), ("previews", settings.preview.every)):
         parts.append(f"{name} every {every}" if every else f"never {name}")
     text = f"{total} steps: {', '.join(parts)}"
+    if settings.health.preset is not None:
+        text += f" (one run's experience, for {settings.health.preset}: save and look every 100)"
     long = total >= 10
     rare = long and settings.save_every > total / 2
     late = long and settings.preview.every is not None and settings.preview.every > total / 2
+    blind = long and settings.health.preset == "motion" and settings.preview.every is None
+    if blind:
+        text += "; without previews nobody sees whether motion is being tamed"
     if rare:
         text += f"; save_every = {settings.save_every} leaves nothing to go back to"
     if late:
         text += f"; preview.every = {settings.preview.every} shows little of how it came about"
-    return Finding(not (rare or late), text)
+    return Finding(not (rare or late or blind), text)
 

@@ -219,13 +219,16 @@ def test_the_checklist_says_what_it_found(t2v_cache):
     found = checked(cache, health={"preset": "motion"}, high={"optimiser": {"lr": 4e-4}})
     assert found["captions"].startswith("check LOOK captions: 0 of 4 name a motion")
     assert found["frames"].startswith("check ok   frames: 4 of 4 clips read, 0 with non-finite")
-    assert "check ok   LR, high / low: 4 (wanted for motion: 3 to 6" in found["LR"]
+    assert "check ok   LR, high / low: 4 (wanted for motion: 3 to 5 (4 advised)" in found["LR"]
     assert ": 2000 (wanted for motion: 1800 to 2200; one run's experience)" in found["steps"]
     spec = resolve_base("tiny").spec
     assert f"boundary {spec.boundary:g}, samples with shift {spec.flow_shift:g}" in found["model"]
     assert "bands: high [0.875, 1], low [0, 0.875]: apart" in found["bands"]
     assert "length: 5 frames (0.31 to 0.31 s); below 17 frames" in found["length"]
-    assert "2000 steps: saves every 100 (20 checkpoints), never validates, never previews" in found["2000"]
+    assert "LOOK 2000 steps: saves every 100 (20 checkpoints), never validates, never previews (one" in found["2000"]
+    assert "without previews nobody sees" in found["2000"]
+    seen = checked(cache, health={"preset": "motion"}, preview=PREVIEW)
+    assert seen["2000"].startswith("check ok ") and "previews every 4" in seen["2000"]
     bad = checked(cache, health={"preset": "motion"}, steps=100, save_every=150)
     assert "LOOK LR, high / low: 1 " in bad["LR"] and "LOOK steps" in bad["steps"]
     assert "LOOK 200 steps" in bad["200"] and "save_every = 150 leaves nothing to go back to" in bad["200"]
@@ -244,6 +247,16 @@ def test_the_checklist_sees_motion_words_and_still_or_broken_clips(tmp_path, t2v
     assert "captions: 2 of 3 name a motion" in found["captions"] and "'A red wall.'" in found["captions"]
     assert "LOOK frames: 3 of 3 clips read, 1 with non-finite latents, 1 that do not move" in found["frames"]
     assert "clip2, clip1" in found["frames"]
+
+
+def test_clips_that_cannot_be_read_are_named_before_the_start(tmp_path, t2v_cache):
+    cache = edited_cache(t2v_cache, tmp_path / "cache", lambda items: items)
+    for name in ("clip1", "clip3"):
+        file = cache / f"{name}_wan.safetensors"
+        file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"2 of 4 clips looked at cannot be read: clip1, clip3; .*clip1_wan.safetensors "
+                                        r"is cut short"):
+        checked(cache)
 
 
 def test_inverted_and_shared_bands_are_seen():
