@@ -12,15 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from lapwan import console
 from lapwan.commands.base import resolve_base
 from lapwan.commands.model import TINY
 from lapwan.errors import UserError
+from lapwan.names import NoiseExpert
 from lapwan.sampling.adapters import AdapterSet, read_adapters
 from lapwan.sampling.generator import Generator
-from lapwan.sampling.image import open_image, read_clip
+from lapwan.sampling.image import as_picture, open_image, read_clip
 from lapwan.sampling.request import (
     DEFAULT_START_SIGMA,
     OFFICIAL_NEGATIVE_PROMPT,
@@ -119,8 +121,8 @@ class VideoGenerator:
         self,
         prompt: str,
         *,
-        image: str | Path | Image.Image | None = None,
-        last_image: str | Path | Image.Image | None = None,
+        image: str | Path | Image.Image | np.ndarray | None = None,
+        last_image: str | Path | Image.Image | np.ndarray | None = None,
         video: str | Path | None = None,
         start_sigma: float | None = None,
         negative_prompt: str | None = None,
@@ -134,18 +136,21 @@ class VideoGenerator:
         guidance_interval: tuple[float, float] | None = None,
         flow_shift: float | None = None,
         sampler: Literal["unipc", "euler", "dpmpp"] = "unipc",
+        reuse: float | Mapping[str, float] | None = None,
         seed: int = 42,
     ) -> Video:
         """One video; what is left out is the model's own.
 
         Args:
-            image: first frame for an image-to-video model; `last_image` its last frame.
+            image: first frame for an image-to-video model, a file, a picture, or uint8 RGB [H, W, 3] such as another
+                video's `frames[-1]`; `last_image` its last frame.
             video: start from this video at noise `start_sigma` instead of from noise alone.
             negative_prompt: None is Wan's official one, "" none.
             instrument_hint: the mixture's expert: a family, an alias, or a mix such as "hook:0.7,suction:0.3".
             alpha_expert: strength of the mixture's experts, one number or by family; `alpha_base` of its base LoRA.
             size: (height, width) in pixels.
             guidance: one number, or {"high": 4, "low": 3}; 1 is none.
+            reuse: relative error of the velocity that a step may make by keeping the last one's blocks; None: none.
 
         Raises:
             UserError: anything the model, the files or the numbers do not allow, before weights are loaded.
@@ -154,7 +159,7 @@ class VideoGenerator:
         pictures = {}
         for name in ("image", "last_image"):
             if said[name] is not None and not isinstance(said[name], str | Path):
-                pictures[name] = said.pop(name)
+                pictures[name] = as_picture(said.pop(name), name)
         prepared = self.prepare(load(VideoSettings, options=_given(said), environment={}), **pictures)
         return self.make(prepared)
 
@@ -334,7 +339,17 @@ def _request(
         hint=settings.instrument_hint,
         alpha_base=settings.alpha_base,
         alpha_expert=settings.alpha_expert,
+        reuse=_by_expert(spec, settings.reuse),
     )
+
+
+def _by_expert(spec: ModelSpec, asked: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:
+    if asked is None or isinstance(asked, float):
+        return {} if asked is None else dict.fromkeys(spec.experts, asked)
+    for expert in asked:
+        if expert not in spec.experts:
+            raise UserError(f"reuse is given for the {expert.value} noise expert, which {spec.path} lacks")
+    return dict(asked)
 
 
 def _filled(settings: VideoSettings, spec: ModelSpec, request: Request) -> VideoSettings:

@@ -18,6 +18,7 @@ from lapwan.sampling.grid import Grid, Step
 from lapwan.wan.backbone import velocity
 from lapwan.wan.fastpath import Prompt
 from lapwan.wan.forward import TokenTimes
+from lapwan.wan.reuse import Reuse
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -79,21 +80,23 @@ class Guidance:
 
 def guided_velocity(
     transformer: WanTransformer3DModel, x_BCTHW: Tensor, timestep: Tensor, conditions: Conditions, guidance: float,
-    together: bool = True, prompts: Prompts | None = None,
+    together: bool = True, prompts: Prompts | None = None, reuse: Reuse | None = None,
 ) -> Tensor:
     """v = v_neg + g·(v_text − v_neg); for g ≤ 1 just v_text, with one evaluation. In fp32.
 
     Args:
         together: both sides in one batch, which reads the weights once; else one after the other, with half the memory.
         prompts: the same text in a form that remembers (see `Prompts`); only without gradients.
+        reuse: the noise expert's, which may spare most of an evaluation, approximately.
 
     Source: Ho & Salimans, Classifier-Free Diffusion Guidance (arXiv 2207.12598).
     """
     patch = transformer.config.patch_size
 
-    def evaluate(x: Tensor, given: Conditions, text: Tensor | Prompt) -> Tensor:
+    def evaluate(x: Tensor, given: Conditions, text: Tensor | Prompt, side: str = "text") -> Tensor:
         x = given.placed(x)
-        return velocity(transformer, x, given.timesteps(x, timestep, patch), text, given.image_BCTHW)
+        kept = None if reuse is None else reuse.side(side)
+        return velocity(transformer, x, given.timesteps(x, timestep, patch), text, given.image_BCTHW, kept)
 
     text: Tensor | Prompt = conditions.text_BLD if prompts is None else prompts.text
     if guidance <= 1.0:
@@ -101,13 +104,14 @@ def guided_velocity(
     if together:
         both = conditions.twice()
         v, negative = evaluate(
-            torch.cat([x_BCTHW, x_BCTHW]), both, both.text_BLD if prompts is None else prompts.both()
+            torch.cat([x_BCTHW, x_BCTHW]), both, both.text_BLD if prompts is None else prompts.both(), "both"
         ).chunk(2)
     else:
         if conditions.negative_BLD is None:
             raise ValueError("guidance above 1 needs the negative prompt's text")
         v = evaluate(x_BCTHW, conditions, text)
-        negative = evaluate(x_BCTHW, conditions, conditions.negative_BLD if prompts is None else prompts.negative())
+        against = conditions.negative_BLD if prompts is None else prompts.negative()
+        negative = evaluate(x_BCTHW, conditions, against, "negative")
     return negative + guidance * (v - negative)
 
 
@@ -151,6 +155,7 @@ def denoise(
     scope: Scope,
     on_step: Callable[[Step, Tensor], None] = lambda step, x0: None,
     together: bool = True,
+    reuse: Mapping[NoiseExpert, Reuse] | None = None,
 ) -> Tensor:
     """Run the grid from x at its first sigma to sigma 0.
 
@@ -160,13 +165,17 @@ def denoise(
         scope: holds the adapters' gates of a step around its evaluations.
         on_step: called after each step with its estimate of the clean latents, x0 = x − σ·v.
         together: guidance's two sides as one batch (see `guided_velocity`).
+        reuse: of each noise expert whose steps may keep what earlier ones computed.
     """
     prompts = Prompts(conditions, together)
 
     def evaluate(step: Step, x_BCTHW: Tensor) -> Tensor:
         model = transformer(step.expert)  # not held between steps: it may have to make room for the next
         with scope(step):
-            return guided_velocity(model, x_BCTHW, step.timestep, conditions, guidance.at(step), together, prompts)
+            return guided_velocity(
+                model, x_BCTHW, step.timestep, conditions, guidance.at(step), together, prompts,
+                None if reuse is None else reuse.get(step.expert),
+            )
 
     for step in grid.steps:
         v = evaluate(step, x_BCTHW)

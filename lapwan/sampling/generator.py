@@ -40,6 +40,7 @@ from lapwan.wan.condition import image_condition
 from lapwan.wan.device import hardware
 from lapwan.wan.folder import ModelSpec
 from lapwan.wan.identity import text_identity, vae_identity
+from lapwan.wan.reuse import Reuse
 from lapwan.wan.stream import Residence
 from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder, pad_text
 from lapwan.wan.vae import decode, encode, load_vae
@@ -215,8 +216,11 @@ class Generator:
                     self._show(preview, x0_BCTHW)
 
             start = self._start(request, grid)
+            reuse = {expert: Reuse(tolerance) for expert, tolerance in request.reuse.items()}
             latents = denoise(grid, start, conditions, guidance, self.experts.transformer, scope, tell,
-                              self.experts.together)
+                              self.experts.together, reuse)
+        for expert, own in reuse.items():
+            console.log(f"{expert.value} noise expert: {own}")
         self.experts.compiling.tell()
         if not bool(torch.isfinite(latents).all()):
             raise UserError(f"the latents are not finite in {_name(self.dtype)}; use --dtype "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lapwan.errors import UserError
@@ -35,7 +35,8 @@ class Request:
 
     `flow_shift` None is the model's; `image` is the first frame, of any size, `last_image` the last;
     `video_THWC` uint8 frames to start from, noised to `start_sigma`; `hint` a family, alias or mix of the mixture's
-    taxonomy; `alpha_expert` one number or one by family; `guidance_interval` the sigmas (low, high) that are guided.
+    taxonomy; `alpha_expert` one number or one by family; `guidance_interval` the sigmas (low, high) that are guided;
+    `reuse` the error a step may make by keeping an earlier step's blocks, by noise expert (absent: none).
     """
 
     prompt: str
@@ -56,6 +57,7 @@ class Request:
     alpha_base: float | None = None
     alpha_expert: float | Mapping[str, float] | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    reuse: Mapping[NoiseExpert, float] = field(default_factory=dict)
 
 
 def complete_guidance(spec: ModelSpec, asked: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:

@@ -18,6 +18,7 @@ from lapwan.wan.fastpath import Prompt
 from lapwan.wan.folder import ModelSpec, weight_files
 from lapwan.wan.forward import TokenTimes, predict
 from lapwan.wan.original import has_original_names, load_transformer_files
+from lapwan.wan.reuse import Side
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -63,6 +64,7 @@ def velocity(
     timestep: Tensor | TokenTimes,
     text: Tensor | Sequence[Tensor] | Prompt,
     condition_BCTHW: Tensor | None = None,
+    reuse: Side | None = None,
 ) -> Tensor:
     """v̂ = model([x | condition], timestep, text), in fp32 or the latents' wider dtype.
 
@@ -72,6 +74,7 @@ def velocity(
         text: features [B, L, D]; those of each sample without padding; or a generation's prompt, which remembers what
             every step would compute again.
         condition_BCTHW: I2V's mask and image channels [B, 20, T, H, W], None for T2V.
+        reuse: lets a generation's step keep what an earlier one computed.
     """
     dtype = transformer.patch_embedding.weight.dtype
     hidden = x_BCTHW if condition_BCTHW is None else torch.cat([x_BCTHW, condition_BCTHW.to(x_BCTHW)], dim=1)
@@ -80,5 +83,5 @@ def velocity(
         given = text
     else:
         given = text.to(dtype) if isinstance(text, Tensor) else [one.to(dtype) for one in text]
-    out = predict(transformer, hidden.to(dtype), timestep, given)
+    out = predict(transformer, hidden.to(dtype), timestep, given, reuse)
     return out.to(torch.promote_types(x_BCTHW.dtype, torch.float32))

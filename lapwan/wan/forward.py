@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lapwan.wan.block import KeysValues, Rope, block_forward, layer_norm, text_keys_values, widened
 from lapwan.wan.fastpath import Checkpointing, FastPath, Prompt, Trained, look_at, path_of, run_checkpointed
 from lapwan.wan.folder import TEXT_LENGTH
+from lapwan.wan.reuse import Side
 from lapwan.wan.short_text import fold, repeat_last
 from lapwan.wan.text import pad_text
 
@@ -158,15 +159,20 @@ def _run_block(path: FastPath, index: int, block: Any, x_BND: Tensor, given: _St
 
 def predict(
     transformer: WanTransformer3DModel, hidden_BCTHW: Tensor, timestep: Tensor | TokenTimes,
-    text: Tensor | Sequence[Tensor] | Prompt,
+    text: Tensor | Sequence[Tensor] | Prompt, reuse: Side | None = None,
 ) -> Tensor:
     """What `transformer(hidden, timestep, text)` gives: [B, out channels, T, H, W] in the weights' dtype.
 
     Args:
         timestep: [B], [B, N], or a sequence's few distinct ones.
         text: features [B, L, text width], those of each sample without padding, or a generation's prompt.
+        reuse: may spare all blocks but the first (see `reuse`); without gradients.
     """
     path, embedder = path_of(transformer), transformer.condition_embedder
+    if path.modules and not isinstance(text, Prompt):
+        features = (text if isinstance(text, Tensor) else pad_text(text)).to(hidden_BCTHW.dtype)
+        whole: Tensor = transformer(hidden_BCTHW, timestep, features, return_dict=False)[0]
+        return whole
     grad = torch.is_grad_enabled()
     dtype = hidden_BCTHW.dtype
     with torch.no_grad():  # a table of the size alone
@@ -177,9 +183,16 @@ def predict(
     checkpointing = path.checkpointing or ("block" if transformer.gradient_checkpointing else "off")
     given = _Stream(words, text if isinstance(text, Prompt) else None, time, rope, checkpointing)
     started = grad and any(t.requires_grad for t in (x, words.rows_BMD, time.modulation_BK6D))
+    x_in, x_first = x, x
     for index, block in enumerate(transformer.blocks):
+        if reuse is not None and index == 1:
+            x_first = x
+            if (kept := reuse.end(x_in, x)) is not None:
+                return _head(transformer, kept, time, hidden_BCTHW)
         seen = look_at(block) if grad else Trained(False, False)  # here, where a device has work meanwhile
         started = started or seen.graph
         with torch.set_grad_enabled(started):
             x = _run_block(path, index, block, x, given, Trained(started, seen.dropout))
+    if reuse is not None:
+        reuse.computed(x_first, x, lambda end: _head(transformer, end, time, hidden_BCTHW))
     return _head(transformer, x, time, hidden_BCTHW)
