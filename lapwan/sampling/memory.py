@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Literal
 import torch
 
 from lapwan.lora.attach import Group
+from lapwan.lora.tensorfile import read_header
 from lapwan.names import NoiseExpert
-from lapwan.wan.folder import ModelSpec, tensor_shapes, weight_files
+from lapwan.wan.folder import ModelSpec, original_file, tensor_shapes, weight_files
 from lapwan.wan.hostmemory import HostCopy
 from lapwan.wan.plan import COMPILED, GIB, WORKSPACE, MemoryPlan, Rates, Way, choose, free_of, placements
 from lapwan.wan.quantised import Recipe
@@ -25,8 +27,8 @@ Memory = Literal["auto", "both", "one", "stream"] | float
 # at most 40 values of the transformer's width a token.
 _VALUES_A_TOKEN = 40
 # The VAE's decoding works frame by frame: measured on an H200 in fp32, 1.0 GiB at 256x256 and 4.7 at 480x832.
-_DECODED_BYTES = 12_600  # a pixel of one frame
-_VAE_BYTES = GIB // 2
+_DECODED_BYTES = 12_600  # a pixel of one frame, at Wan2.1's decoder width
+_DECODER_WIDTH = 96
 
 
 def weight_bytes(spec: ModelSpec, expert: NoiseExpert, dtype: torch.dtype) -> int:
@@ -44,10 +46,16 @@ def forward_bytes(spec: ModelSpec, dtype: torch.dtype, num_frames: int, size: tu
     return _VALUES_A_TOKEN * features * dtype.itemsize * tokens + GIB
 
 
-def decode_bytes(num_frames: int, size: tuple[int, int]) -> int:
-    """Of the VAE and its decoding: work by the frame's pixels, and the frames themselves in fp32, made and joined."""
-    pixels = size[0] * size[1]
-    return _VAE_BYTES + _DECODED_BYTES * pixels + 2 * 12 * num_frames * pixels
+def decode_bytes(spec: ModelSpec, num_frames: int, size: tuple[int, int]) -> int:
+    """Of the VAE in fp32 and its decoding: work by the frame's pixels and the decoder's width, and the frames
+    themselves, made and joined."""
+    folder, pixels = spec.path / "vae", size[0] * size[1]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    width = config.get("decoder_base_dim") or config.get("base_dim") or _DECODER_WIDTH
+    original = original_file(folder)
+    weights = original.stat().st_size if original is not None else sum(
+        4 * math.prod(info.shape) for file in weight_files(folder) for info in read_header(file).tensors.values())
+    return weights + _DECODED_BYTES * pixels * int(width) // _DECODER_WIDTH + 2 * 12 * num_frames * pixels
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -93,7 +101,7 @@ def plan_generation(
         return MemoryPlan(Way(own, 0, 0.0), 0, 0, None, asked)
     shapes = {e: ExpertShape(spec, e, dtype, recipe, shapes_of(groups.get(e, ()))) for e in spec.experts}
     each = [shape.bytes() for shape in shapes.values()]
-    phases = {"text": text_bytes, "decode": decode_bytes(asking.num_frames, asking.size)}
+    phases = {"text": text_bytes, "decode": decode_bytes(spec, asking.num_frames, asking.size)}
     ways = []
     for together in (True, False) if asking.guided else (True,):
         clip = Clip(asking.batch * (2 if asking.guided and together else 1), asking.num_frames, *asking.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -61,12 +62,16 @@ class NoiseExperts:
         self._work: dict[NoiseExpert, int] = {}
         self._latents_THW: tuple[int, ...] = (0, 0, 0)
         self.compiling = CompileReport()
+        self._coming: dict[NoiseExpert, Future[_Loaded]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self.compiled: set[NoiseExpert] = set()  # by the video at work
 
     def use(self, base: Base, adapters: AdapterSet) -> None:
         """Take other adapters on the same model; what is loaded stays, unless LoRAs are merged into its weights."""
         if adapters is self.adapters:
             return
+        for expert in list(self._coming):
+            self._loaded[expert] = self._coming.pop(expert).result()
         for one in self._loaded.values():
             if one.adapter is not None:
                 one.adapter.detach()
@@ -99,7 +104,7 @@ class NoiseExperts:
             self._plans[asking] = self._choose(asking, free)
         self._plan = self._plans[asking]
         line = describe(self._plan, self.device, len(self.base.spec.experts))
-        tell = console.detail if free is None and self._plan.both else console.log
+        tell = console.detail if self._plan.both and not self._plan.parts else console.log
         if self._told is None or self._told.split("(")[0] != line.split("(")[0]:
             tell(line)
         self._told = line
@@ -145,10 +150,15 @@ class NoiseExperts:
         place = self._plan.way.placement
         if not place.both:
             self._park(besides=expert)
+        if expert in self._coming:
+            self._loaded[expert] = self._coming.pop(expert).result()
         if expert in self._loaded and self._loaded[expert].streamed != place.streamed:
             del self._loaded[expert]  # another way than it was loaded for
         if expert not in self._loaded:
-            self._load(expert, place)
+            console.log(f"loading the {expert.value} noise expert")
+            self._loaded[expert] = self._load(expert, place)
+        if self._waits(place):
+            self._foresee(expert, place)
         one = self._loaded[expert]
         if one.parked:
             assert one.host is not None
@@ -161,16 +171,26 @@ class NoiseExperts:
         self.compiled.update({expert} if compiles else ())
         return one.model
 
-    def _load(self, expert: NoiseExpert, place: Placement) -> None:
-        console.log(f"loading the {expert.value} noise expert")
+    def _waits(self, place: Placement) -> bool:
+        """Whether noise experts live in host memory and come to the device for their steps."""
+        return place.streamed > 0 or (not place.both and self.device.type == "cuda")
+
+    def _load(self, expert: NoiseExpert, place: Placement) -> _Loaded:
         # What comes and goes is read into host memory and stays there; quantising is the device's work all the same.
-        waits = place.streamed > 0 or (not place.both and self.device.type == "cuda")
-        home = torch.device("cpu") if waits else self.device
+        home = torch.device("cpu") if self._waits(place) else self.device
         model = self.base.load(expert, self.dtype, home, self._recipe(), self.device)
-        one = self._loaded[expert] = _Loaded(model, self._attached(model, expert), streamed=place.streamed)
-        if waits:
+        one = _Loaded(model, self._attached(model, expert), streamed=place.streamed)
+        if self._waits(place):
             own = () if one.adapter is None else one.adapter.own_tensors()
             one.host, one.parked = Residence(model, own, self.device, range(place.streamed)), True
+        return one
+
+    def _foresee(self, expert: NoiseExpert, place: Placement) -> None:
+        """Read the other noise expert while this one samples, where host memory is its place in any case."""
+        for other, evaluations in self._work.items():
+            if evaluations and other is not expert and other not in self._loaded and other not in self._coming:
+                console.log(f"reading the {other.value} noise expert beside it")
+                self._coming[other] = self._reader.submit(self._load, other, place)
 
     def scope(self, expert: NoiseExpert, gates_1G: Tensor) -> AbstractContextManager[object]:
         """Hold the adapters' gates around evaluations of a loaded noise expert."""
