@@ -40,11 +40,15 @@ class Residency(Protocol):
 
 @dataclass(eq=False)
 class FastPath:
-    """One transformer's way. `checkpointing` None: blocks, where diffusers' own switch is on."""
+    """One transformer's way. `checkpointing` None: blocks, where diffusers' own switch is on.
+
+    `modules`: by diffusers' own forward, since sharding puts weights together where a module is called.
+    """
 
     block: BlockFunction = block_forward
     residency: Residency | None = None
     checkpointing: Checkpointing | None = None
+    modules: bool = False
     ropes: dict[tuple[Any, ...], Rope] = field(default_factory=dict)
 
     def rope(self, transformer: WanTransformer3DModel, latents_BCTHW: Tensor) -> Rope:
@@ -135,15 +139,27 @@ def look_at(block: nn.Module) -> Trained:
 
 
 _aten = torch.ops.aten
-_KEPT = frozenset({
-    _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten._scaled_mm.default,
+_ATTENTION = frozenset({
     _aten._scaled_dot_product_flash_attention.default, _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default, _aten._scaled_dot_product_flash_attention_for_cpu.default,
 })
 
 
+_FACTORS = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten._scaled_mm.default: 0}
+
+
+def _worth_keeping(operation: Any, args: tuple[Any, ...]) -> bool:
+    """Attention, and products that cost more than their result takes: not a low-rank one, nor the feed-forward's last,
+    whose result no backward needs."""
+    if operation not in _FACTORS:
+        return operation in _ATTENTION
+    left, right = args[_FACTORS[operation]], args[_FACTORS[operation] + 1]
+    inner, outer = left.shape[-1], right.shape[-1]
+    return bool(outer <= 8 * inner <= 16 * outer)
+
+
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if _worth_keeping(operation, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _op_contexts() -> Any:
@@ -153,7 +169,7 @@ def _op_contexts() -> Any:
 def run_checkpointed(
     run: Callable[..., Tensor], kind: Checkpointing, compiled: bool, *tensors: Tensor | None
 ) -> Tensor:
-    """`run(*tensors)`: with "block" its input alone is kept for the backward, with "op" also products and attention.
+    """`run(*tensors)`: with "block" its input alone is kept for the backward, with "op" attention and products too.
 
     A compiled block already recomputes what is cheap, so "op" leaves it as it is.
     """
