@@ -21,6 +21,7 @@ TEXT = README.read_text(encoding="utf-8")
 SMALL = {
     "cache": {"--size": "32x32", "--num-frames": "5"},
     "generate": {"--size": "32x32", "--num-frames": "5", "--steps": "3"},
+    "evaluate": {"--count": "1", "--steps": "2"},
 }
 # What the Chinese section leaves to the reader.
 PLACES = {
@@ -72,7 +73,7 @@ def toured(tmp_path_factory) -> Path:
     """The folder that the tour leaves behind."""
     folder = tmp_path_factory.mktemp("tour")
     code = ("from pathlib import Path\nfrom lapwan.tiny.dataset import write_dataset\n"
-            "write_dataset(Path('clips'), clips=8, seed=1, size=(64, 64), frames=17)\n")
+            "write_dataset(Path('clips'), clips=8, seed=1, size=(64, 64), frames=17, test_share=0.5)\n")
     run(["-c", code], folder)
     (folder / "examples").symlink_to(README.parent / "examples")
     for words in shown("A tour"):
@@ -82,9 +83,11 @@ def toured(tmp_path_factory) -> Path:
 
 def test_the_tour_runs_as_it_stands(toured) -> None:
     assert [words[0] for words in shown("A tour")] == [
-        "label", "cache", "train-lora", "inspect-weights", "merge", "train-moe", "generate", "generate"]
+        "label", "cache", "train-lora", "inspect-weights", "merge", "train-moe", "generate", "generate",
+        "evaluate"]
     assert (toured / "hook.mp4").stat().st_size > 0 and (toured / "suction.mp4").stat().st_size > 0
     assert (toured / "merged" / "model_index.json").is_file()
+    assert (toured / "evaluation" / "evaluation.json").is_file()
 
 
 def test_generating_runs_as_it_stands(toured) -> None:
@@ -113,7 +116,8 @@ def test_the_commands_in_the_text_pass_their_checks(toured) -> None:
     """They are the tour's again, or take an example's settings: `--dry-run` checks all but the work."""
     (toured / "clips" / "labels.jsonl").write_bytes((toured / "labels.jsonl").read_bytes())
     commands = inline()
-    assert {words[0] for words in commands} == {"label", "cache", "train-lora", "merge", "train-moe", "generate"}
+    assert {words[0] for words in commands} == {
+        "label", "cache", "train-lora", "merge", "train-moe", "generate", "evaluate"}
     for words in commands:
         words = [PLACES.get(word, word) for word in words]
         run(["-m", "lapwan", *words, "--dry-run", "--overwrite"], toured)
