@@ -1,8 +1,8 @@
 """Held-out clips to generate for: prompt, family, reference video, and what is known of each frame.
 
 A line of clips.jsonl needs `caption`; used besides where given: `video_path`, `split`, `instrument_logits` or
-`instrument_label` (as `lapwan label` writes them), `roi` (boxes by frame), `instrument` and `tip` ([x, y] in 0..1 for
-every frame at the clip's own rate, as the embedded scenes carry them).
+`instrument_label` (as `lapwan label` writes them), `roi` (boxes by frame) or `mask_path`, `instrument` and
+`tip` ([x, y] in 0..1 for every frame at the clip's own rate, as the embedded scenes carry them).
 How to add a field: read it in `_clip`, use it in a scorer.
 """
 
@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from lapwan.data.buckets import centre_crop
+from lapwan.data.buckets import Crop, centre_crop
 from lapwan.data.clips import Clip, read_clips, resolve_video
 from lapwan.data.labels import label_caption, resolve_hint
 from lapwan.data.roi import box_masks, boxes_at
 from lapwan.data.sources import label_fields
 from lapwan.data.taxonomy import Taxonomy
-from lapwan.data.video import BadClip, probe, source_times
+from lapwan.data.video import BadClip, probe, read_frames, source_times
 from lapwan.errors import UserError
 from lapwan.sampling.image import read_clip
 
@@ -53,6 +53,7 @@ class EvalClip:
     video: Path | None = None
     tips_T2: np.ndarray | None = None
     roi: Sequence[dict[str, Any]] = ()
+    mask: Path | None = None
     _first: dict[tuple[int, int], Image.Image] = field(default_factory=dict, repr=False)
 
     def frames(self, shape: VideoShape) -> np.ndarray:
@@ -68,18 +69,30 @@ class EvalClip:
         return self._first[shape.size]
 
     def regions(self, shape: VideoShape) -> np.ndarray | None:
-        """[T, H, W] in 0..1: the part of each pixel inside the clip's boxes, cut as its frames; None without any."""
-        if not self.roi or self.video is None:
+        """[T, H, W] in 0..1: the part of each pixel inside the clip's mask or boxes; None without them."""
+        if self.video is None or not (self.roi or self.mask):
             return None
         try:
             facts = probe(self.video, shape.fps)
-            times = source_times(self.video, facts, shape.fps, None)
+            crop = centre_crop(facts.width, facts.height, (shape.size[1], shape.size[0]))
+            if self.mask is not None:
+                masks = self._masks(self.mask, shape, crop)
+            else:
+                times = source_times(self.video, facts, shape.fps, None)
+                wanted = [max(0, bisect.bisect_right(times, i / shape.fps + facts.late) - 1)
+                          for i in range(shape.frames)]
+                masks = box_masks(boxes_at(self.roi, wanted), crop)
         except BadClip as error:
             raise UserError(f"{self.video}: {error}") from None
-        wanted = [max(0, bisect.bisect_right(times, i / shape.fps + facts.late) - 1) for i in range(shape.frames)]
-        crop = centre_crop(facts.width, facts.height, (shape.size[1], shape.size[0]))
-        masks = box_masks(boxes_at(self.roi, wanted), crop)
         return masks if masks.any() else None
+
+    @staticmethod
+    def _masks(mask: Path, shape: VideoShape, crop: Crop) -> np.ndarray:
+        """White is inside; one picture holds for every frame."""
+        facts = probe(mask, shape.fps)
+        pixels = read_frames(mask, [0] if facts.is_image else range(shape.frames), crop, shape.fps, facts)
+        white = (pixels.mean(axis=-1) > 127.5).astype(np.float32)
+        return np.repeat(white, shape.frames, axis=0) if facts.is_image else white
 
     def hint(self, taxonomy: Taxonomy) -> str:
         """The clip's own label as a hint."""
@@ -124,13 +137,14 @@ def _clip(path: Path, clip: Clip, taxonomy: Taxonomy, repeated: bool) -> EvalCli
     data = clip.data
     named = data.get("video_path")
     weights, fallback = _weights(path, clip, taxonomy)
-    tips = data.get("tip")
+    tips, mask = data.get("tip"), data.get("mask_path")
     return EvalClip(
         id=f"{named or ''} line {clip.line}".strip() if repeated or not named else str(named),
         prompt=clip.caption, weights=weights, fallback=fallback,
         instrument=data.get("instrument"), synthetic=data.get("source") == "synthetic",
         video=None if named is None else resolve_video(named, path),
         tips_T2=None if tips is None else _points(path, clip.line, tips), roi=tuple(data.get("roi") or ()),
+        mask=None if mask is None else resolve_video(mask, path),
     )
 
 

@@ -88,9 +88,9 @@ class VideoStore:
 
 def _content(clip: EvalClip) -> list[object]:
     """What stands for the reference video: its size and time of change; its tip and boxes."""
-    facts = clip.video.stat() if clip.video is not None else None
+    files_ = [path.stat() for path in (clip.video, clip.mask) if path is not None]
     tips = None if clip.tips_T2 is None else clip.tips_T2.tolist()
-    return [None if facts is None else [facts.st_size, facts.st_mtime_ns], tips, list(clip.roi)]
+    return [[[facts.st_size, facts.st_mtime_ns] for facts in files_], tips, list(clip.roi)]
 
 
 def _plain(name: str) -> str:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from lapwan.data.taxonomy import load_taxonomy
 from lapwan.evaluation import pixels
-from lapwan.evaluation.clips import EvalClip, VideoShape
-from lapwan.evaluation.scorers import Made, Temporal
+from lapwan.evaluation.clips import EvalClip, VideoShape, read_eval_clips
+from lapwan.evaluation.metrics import RewardScore
+from lapwan.evaluation.scorers import Made, Reference, Temporal
+from lapwan.settings.reward import TinyRewardSettings
+from lapwan.tiny.dataset import write_dataset
+from lapwan.tiny.reward import make_tiny_reward
+from lapwan.tiny.scenes import SceneSpec, render
 
 
 def grey(value: int, frames: int = 2, size: int = 24) -> np.ndarray:
@@ -43,3 +53,43 @@ def test_a_still_video_is_perfectly_consistent_and_does_not_move():
     blinking = np.concatenate([grey(50, 1), grey(90, 1), grey(50, 1)])
     found = Temporal().score(Made(blinking, made.clip, made.shape))
     assert found["motion"] == 40.0 and found["temporal_consistency"] < 0.95
+
+
+@pytest.fixture(scope="module")
+def scene_clip(tmp_path_factory) -> EvalClip:
+    path = write_dataset(tmp_path_factory.mktemp("scene"), 1, 5, (48, 48), 5)
+    return read_eval_clips(path, load_taxonomy("surgical4"), None)[0]
+
+
+def test_a_clip_against_itself_and_with_its_region_damaged(scene_clip):
+    shape = VideoShape(5, (48, 48), 16)
+    truth, region = scene_clip.frames(shape), scene_clip.regions(shape)
+    assert region.shape == (5, 48, 48) and 0 < region.mean() < 0.5
+    boxes = [entry["box"] for entry in scene_clip.roi]
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes]
+    assert region.mean(axis=(1, 2)) == pytest.approx(areas, abs=1e-3)
+    same = Reference().score(Made(truth, scene_clip, shape))
+    assert same["psnr"] == same["roi_psnr"] == pixels.PSNR_CAP and same["roi_ssim"] == pytest.approx(1.0)
+    damaged = np.where(region[..., None] > 0.5, 255 - truth, truth)
+    found = Reference().score(Made(damaged, scene_clip, shape))
+    assert found["roi_psnr"] < found["psnr"] < 40 and found["roi_ssim"] < found["ssim"] < 1
+
+
+def test_a_mask_is_a_region_too(scene_clip, tmp_path):
+    white = np.zeros((48, 48, 3), np.uint8)
+    white[:, :12] = 255
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    region = replace(scene_clip, mask=tmp_path / "mask.png").regions(VideoShape(5, (48, 48), 16))
+    assert region.shape == (5, 48, 48) and region[:, :, :12].all() and not region[:, :, 12:].any()
+
+
+def test_a_reward_scores_frames_against_the_prompt(scene_clip):
+    """The embedded model's own reward: the clip's instrument above another one."""
+    device = torch.device("cpu")
+    scorer = RewardScore("tiny", lambda: make_tiny_reward(TinyRewardSettings(), device), device)
+    shape = VideoShape(5, (96, 96), 16)
+    frames = render(SceneSpec("suction", seed=8, size=(96, 96), frames=5)).frames_THWC
+    scores = {text: scorer.score(Made(frames, EvalClip("a", text), shape)) for text in ("吸引清理术野", "剪刀剪断组织")}
+    assert scores["吸引清理术野"]["tiny_score"] > scores["剪刀剪断组织"]["tiny_score"]
+    assert 0.5 < scores["吸引清理术野"]["tiny_steadiness"] <= 1 + 1e-6
+    assert scorer.names == ("tiny_score", "tiny_steadiness")
