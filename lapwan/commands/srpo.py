@@ -116,12 +116,16 @@ def begin(trainer: Trainer, settings: SrpoSettings) -> None:
     from lapwan.train.checkpoint import checkpoints
 
     watcher = trainer.watchers.get("held_out")
-    if isinstance(watcher, HeldOut) and not (settings.resume and checkpoints(settings.output)):
-        metrics = Metrics(settings.output, 0)
-        try:
-            watcher.begin(metrics.board)
-        finally:
-            metrics.close()
+    if not isinstance(watcher, HeldOut) or (settings.resume and checkpoints(settings.output)):
+        return
+    if not trainer.plan.ranks.first:
+        watcher.begin(None)
+        return
+    metrics = Metrics(settings.output, 0)
+    try:
+        watcher.begin(metrics.board)
+    finally:
+        metrics.close()
 
 
 def describe(

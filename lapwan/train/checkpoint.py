@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lapwan import files
 from lapwan.console import warn
 from lapwan.errors import UserError
+from lapwan.train.sharding import local, part_like
 
 _NAME = re.compile(r"^step_(\d+)$")
 _TRAINED, _REST, _SCORE = "trained.safetensors", "rest.pt", "score.json"
@@ -207,5 +208,5 @@ def load(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]
             if parameter.shape != trained[name].shape:
                 raise UserError(f"cannot resume from {folder}: '{name}' has shape {list(trained[name].shape)}, this "
                                 f"run's {list(parameter.shape)}; was a rank changed?")
-            parameter.copy_(trained[name])
+            local(parameter).copy_(part_like(trained[name], parameter))
     return rest

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lapwan import keyed
 from lapwan.settings.optimisers import AdamWSettings
+from lapwan.train.sharding import as_part, local, part_like
 
 Master = Literal["fp32", "bf16"]
 
@@ -32,13 +33,6 @@ def rounded(x: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
     bits = (x.contiguous().view(torch.int32) + noise) & -(1 << 16)
     return bits.view(torch.float32).to(torch.bfloat16)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; a plain tensor itself."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class MasterAdamW(Optimizer):
@@ -104,13 +98,25 @@ class MasterAdamW(Optimizer):
         state["exp_avg"].copy_(rounded(mean, generator))
         state["exp_avg_sq"].copy_(rounded(square, generator))
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; states of a sharded parameter are sharded tensors, to be put together before they are saved."""
+        found: dict[str, Any] = super().state_dict()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        found["state"] = {
+            index: {name: as_part(value, parameters[index]) if isinstance(value, Tensor) else value
+                    for name, value in own.items()}
+            for index, own in found["state"].items()
+        }
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As saved, dtype and all: torch's own would cast the fp32 copy to the parameter's bf16."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, saved in state_dict["state"].items():
             parameter = parameters[index]
-            home = torch.device("cpu") if self._on_cpu else parameter.device
+            home = torch.device("cpu") if self._on_cpu else local(parameter).device
             self.state[parameter] = {
-                name: value.to(home, copy=True) if isinstance(value, Tensor) else value for name, value in saved.items()
+                name: part_like(value, parameter).to(home, copy=True) if isinstance(value, Tensor) else value
+                for name, value in saved.items()
             }

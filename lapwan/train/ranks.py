@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lapwan.processes import Processes, launched
+from lapwan.train.sharding import is_sharded, local
 
 
 class Ranks(Processes):
@@ -31,6 +32,8 @@ class Ranks(Processes):
 
         A gradient that no process has stays None; one that only some have counts as 0 in the others.
         """
+        if self.count > 1:
+            parameters = [p for p in parameters if not is_sharded(p)]  # those are summed already
         if self.count == 1 or not parameters:
             return
         present = [float(p.grad is not None) for p in parameters]
@@ -42,6 +45,20 @@ class Ranks(Processes):
         held, *gradients = torch.split(bucket, [len(parameters), *(p.numel() for p in parameters)])
         for parameter, has, gradient in zip(parameters, held.tolist(), gradients, strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if has else None
+
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+        """Scale the gradients to a norm of at most `limit`; their norm before, over all parts of what is sharded."""
+        if self.count == 1 or not any(is_sharded(p) for p in parameters):
+            return nn.utils.clip_grad_norm_(parameters, limit)
+        found = [(p.grad, is_sharded(p)) for p in parameters if p.grad is not None]
+        split = [local(gradient).float().square().sum() for gradient, apart in found if apart]
+        plain = [gradient.float().square().sum() for gradient, apart in found if not apart]
+        norm = (self.sum(torch.stack(split).sum()) + sum(plain)).sqrt()
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for gradient, _ in found:
+            local(gradient).mul_(factor)
+        return norm
 
 
 def join_ranks(device: str) -> tuple[Ranks, str]:

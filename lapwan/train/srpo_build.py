@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +12,13 @@ from torch import Tensor
 from lapwan import console
 from lapwan.errors import UserError
 from lapwan.lora.attach import Group, attach, initial_state
-from lapwan.lora.formats import write_lora
 from lapwan.names import Band, NoiseExpert
 from lapwan.rewards.base import Reward
 from lapwan.settings.optimisers import AdamWSettings
 from lapwan.settings.reward import reward_weights
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.watch import HealthSettings
-from lapwan.train.build import settings_hash, targets_of
+from lapwan.train.build import targets_of
 from lapwan.train.lora_objective import LORA_GROUP
 from lapwan.train.master import MasterAdamW
 from lapwan.train.objective import ParameterGroup, SigmaRule
@@ -30,10 +28,12 @@ from lapwan.train.parking import Parking
 from lapwan.train.ranks import Ranks
 from lapwan.train.rollout import Rollout, RolloutRule
 from lapwan.train.runfolder import PREVIEWS
+from lapwan.train.sharding import shard
 from lapwan.train.srpo_data import FEATURES_FILE, PromptStore, SrpoData, TextFeatures
 from lapwan.train.srpo_memory import SrpoMemory
 from lapwan.train.srpo_objective import Judges, PreferenceRule, SrpoObjective, Trained
 from lapwan.train.srpo_watch import FullWeightWatch, HeldOut, HeldOutRule
+from lapwan.train.srpo_writer import Writer
 from lapwan.train.trainer import Plan, Track, Trainer
 from lapwan.train.turns import interleave
 from lapwan.train.watch import Elsewhere
@@ -136,7 +136,7 @@ def loaded_experts(settings: SrpoSettings, spec: ModelSpec, experts: Sequence[No
 
 def load_parts(
     settings: SrpoSettings, base: Base, experts: Sequence[NoiseExpert], data: SrpoData, memory: SrpoMemory,
-    rewards: Mapping[str, Reward], device: torch.device,
+    rewards: Mapping[str, Reward], device: torch.device, processes: int = 1,
 ) -> Parts:
     """Load the noise experts, put LoRAs on the trained ones or let their weights be trained, and the judges.
 
@@ -147,14 +147,19 @@ def load_parts(
     if settings.train == "full" and settings.master_weights == "bf16" and dtype != torch.bfloat16:
         raise UserError("master_weights = \"bf16\" updates the model's own tensors, but dtype makes them fp32; set "
                         "dtype = \"bf16\", or master_weights = \"fp32\"")
+    sharded = settings.train == "full" and processes > 1
     parking = Parking(device, memory.both)
     transformers, trained = {}, {}
     for expert in loaded_experts(settings, base.spec, experts):
         console.log(f"loading the {expert.value} noise expert")
-        model = transformers[expert] = base.load(expert, dtype, parking.load_on)
+        model = transformers[expert] = base.load(expert, dtype, torch.device("cpu") if sharded else parking.load_on)
         if expert in experts:
             if memory.checkpointing:
                 model.enable_gradient_checkpointing()
+            model.requires_grad_(settings.train == "full")
+        if sharded:
+            shard(model, processes, device)
+        if expert in experts:
             trained[expert] = _trained(settings, model, expert)
         adapter = trained[expert].adapter if expert in trained else attach(model, [])
         if adapter is not None:
@@ -166,7 +171,6 @@ def load_parts(
 
 def _trained(settings: SrpoSettings, model: Any, expert: NoiseExpert) -> Trained:
     if settings.train == "full":
-        model.requires_grad_(True)
         return Trained(model, dict(model.named_parameters()))
     ranks = targets_of(settings.targets, len(model.blocks))
     state = initial_state(model, ranks, settings.alpha, settings.seed, expert.value)
@@ -176,41 +180,6 @@ def _trained(settings: SrpoSettings, model: Any, expert: NoiseExpert) -> Trained
         for parameter in parameters.values():
             parameter.data = parameter.data.bfloat16()
     return Trained(model, parameters, adapter)
-
-
-class Writer:
-    """Writes what is trained: a LoRA file a noise expert, or a transformer folder."""
-
-    def __init__(self, settings: SrpoSettings, base: Base, data: SrpoData, trained: Mapping[NoiseExpert, Trained],
-                 own: Mapping[NoiseExpert, Band]) -> None:
-        self._settings, self._base, self._trained, self._own = settings, base, trained, own
-        self._prompts = len(data.captions)
-
-    def __call__(self, folder: Path, step: int) -> list[Path]:
-        paths = []
-        for expert, one in self._trained.items():
-            if one.adapter is None:
-                path = folder / expert.component
-                one.transformer.save_pretrained(path, safe_serialization=True)
-            else:
-                path = folder / f"{self._settings.name}_{expert.file_suffix}.safetensors"
-                state = one.adapter.state(LORA_GROUP)
-                state.metadata = {**self._metadata(expert), "lapwan.step": str(step)}
-                write_lora(path, state)
-            paths.append(path)
-        return paths
-
-    def _metadata(self, expert: NoiseExpert) -> dict[str, str]:
-        band, base = self._own[expert], self._base
-        return {
-            "lapwan.noise_expert": expert.value, "lapwan.task": base.task,
-            "lapwan.boundary": "" if base.spec.boundary is None else repr(base.spec.boundary),
-            "lapwan.base_fingerprint": base.fingerprint(expert), "lapwan.prompts": str(self._prompts),
-            "lapwan.rewards": ", ".join(reward_weights(self._settings.rewards)),
-            "lapwan.seed": str(self._settings.seed), "lapwan.settings": settings_hash(self._settings),
-            "modelspec.timestep_range": f"{1000 * band.low:g},{1000 * band.high:g}",
-            "modelspec.title": f"{self._settings.name}_{expert.file_suffix}",
-        }
 
 
 def optimisers_of(settings: SrpoSettings, objective: SrpoObjective) -> dict[str, torch.optim.Optimizer]:
@@ -252,12 +221,16 @@ def prepare(
     experts = trained_experts(settings, spec)
     own = intervals(settings, spec, experts)
     store = PromptStore(data, spec, encode_prompts(settings, data, spec, device, ranks), device)
-    parts = load_parts(settings, base, experts, data, memory, rewards, device)
-    rule = preference_rule(settings, own)
-    objective = SrpoObjective(parts.trained, parts.judges, rule,
-                              Writer(settings, base, data, parts.trained, own))
+    if settings.train == "full" and ranks.count > 1 and settings.ema_decay is not None:
+        raise UserError("ema_decay with a full fine-tune on several processes would keep a second copy in parts, which "
+                        "is not there; leave ema_decay out")
+    parts = load_parts(settings, base, experts, data, memory, rewards, device, ranks.count)
+    writer = Writer(settings, base, data, parts.trained, own)
+    objective = SrpoObjective(parts.trained, parts.judges, preference_rule(settings, own), writer)
     trainer = Trainer(_plan(settings, base, data, objective, store, ranks, own), objective)
     trainer.plan.before_turn, trainer.plan.memory = parts.parking.turn, memory.line
+    trainer.plan.before_save = writer.gather
+    trainer.plan.look_everywhere = settings.train == "full" and ranks.count > 1
     if not data.offline:
         trainer.plan.complete = _rollout(settings, spec, parts, store)
     _watch(trainer, objective, settings, base, data, parts, store)
@@ -313,7 +286,7 @@ def _watch(
 ) -> None:
     """Held-out prompts and figures of the weights, in the first process."""
     plan, wanted, spec = trainer.plan, settings.held_out, base.spec
-    if not plan.ranks.first:
+    if not plan.ranks.first and not plan.look_everywhere:
         trainer.watchers["weights"] = Elsewhere(wanted.every)
         if data.held_out:
             trainer.watchers["held_out"] = Elsewhere(wanted.every)

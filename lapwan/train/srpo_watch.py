@@ -27,6 +27,7 @@ from lapwan.sampling.generator import to_frames
 from lapwan.sampling.result import Video
 from lapwan.sampling.sheet import contact_sheet
 from lapwan.train.rollout import Rollout
+from lapwan.train.sharding import whole
 from lapwan.train.srpo_objective import SrpoObjective, worded
 from lapwan.train.watch import Seen
 from lapwan.wan.text import pad_text
@@ -209,13 +210,13 @@ class FullWeightWatch:
         figures: dict[str, float] = {}
         for expert, one in self._objective.trained.items():
             base = dict(self._load_base(expert).named_parameters())
-            moved, whole = 0.0, 0.0
+            moved, size = 0.0, 0.0
             for name, parameter in one.parameters.items():
                 start = base[name].double()
-                moved += float((whole_tensor(parameter).to("cpu").double() - start).square().sum())
-                whole += float(start.square().sum())
+                moved += float((whole(parameter).detach().to("cpu").double() - start).square().sum())
+                size += float(start.square().sum())
             figures[f"weights/{expert.value}/delta_norm"] = moved**0.5
-            figures[f"weights/{expert.value}/delta_share"] = (moved / max(whole, 1e-30)) ** 0.5
+            figures[f"weights/{expert.value}/delta_share"] = (moved / max(size, 1e-30)) ** 0.5
         return Seen(figures)
 
     def state_dict(self) -> dict[str, Any]:
@@ -223,11 +224,3 @@ class FullWeightWatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """There is none."""
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together (by all processes at once); a plain tensor itself."""
-    from torch.distributed.tensor import DTensor
-
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -27,6 +27,7 @@ from lapwan.train.objective import Draws, Objective, SigmaRule, make_draws
 from lapwan.train.optimisers import current_lr, restore
 from lapwan.train.order import SampleOrder
 from lapwan.train.ranks import Ranks
+from lapwan.train.sharding import whole
 from lapwan.train.steplog import StepLog, join
 from lapwan.train.watch import Rule, StepSeen, Watcher
 
@@ -73,6 +74,8 @@ class Plan:
     micro_batch: int | None = None  # clips at a time where a batch does not fit whole: the same sums in more parts
     before_turn: Callable[[NoiseExpert], None] = lambda expert: None  # brings its weights to the device
     after_step: Callable[[], None] = lambda: None  # may say what the step took besides computing
+    look_everywhere: bool = False  # watchers look in every process: sharded weights answer only when all ask
+    before_save: Callable[[], None] = lambda: None  # in every process, before the first one writes
     # Gives a step's batches their clean latents where these are made (a rollout from the draws' noise), not read.
     complete: Callable[[NoiseExpert, Sequence[Batch], Sequence[Draws]], list[Batch]] = lambda e, batches, d: [*batches]
 
@@ -155,11 +158,13 @@ class Trainer:
             with self.as_saved():
                 return self.objective.save(folder, self.step)
 
+        self.plan.before_save()
+        parameters, rest = whole(self.parameters), whole(self._rest())
         if self.plan.ranks.first:
             score = self._score[1] if self._score[0] == self.step else None
             keep = checkpoint.Keep(self.plan.keep_last, self.plan.keep_best, score)
             self._writer.wait()  # one at a time: it may drop older ones
-            finish = checkpoint.begin(self.plan.run, self.step, adapters, self.parameters, self._rest(), keep)
+            finish = checkpoint.begin(self.plan.run, self.step, adapters, parameters, rest, keep)
             self._writer.start(finish)
             if wait:
                 self._writer.wait()
@@ -261,7 +266,7 @@ class Trainer:
         plan = self.plan
         parameters = [p for name in names for group in plan.optimisers[name].param_groups for p in group["params"]]
         plan.ranks.sum_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
+        norm = plan.ranks.clip(parameters, plan.max_grad_norm)
         stepped = bool(torch.isfinite(norm))
         if stepped:
             self._bad_in_a_row = 0
@@ -300,10 +305,10 @@ class Trainer:
             return {}, None
         figures: dict[str, float] = {}
         reason, finished, score = None, None, None
-        if metrics is not None:
+        if metrics is not None or self.plan.look_everywhere:
             with self.as_saved():
                 for watcher in due:
-                    seen = watcher.look(self.step, metrics.board)
+                    seen = watcher.look(self.step, None if metrics is None else metrics.board)
                     figures |= seen.figures
                     reason, finished = reason or seen.stop, finished or seen.finished
                     score = score if seen.score is None else seen.score
