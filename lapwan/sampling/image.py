@@ -38,6 +38,22 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"cannot read {path} as an image: {error}") from None
 
 
+def as_picture(image: Image.Image | np.ndarray, name: str) -> Image.Image:
+    """A picture in RGB, from one of any mode or from uint8 [H, W, 3].
+
+    Raises:
+        UserError: an array of another kind; `name` says which option it is.
+    """
+    from PIL import Image
+
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise UserError(f"{name} is an array {image.dtype} {list(image.shape)}; give a file, a PIL image, or RGB as "
+                            "uint8 [height, width, 3]")
+        return Image.fromarray(image)
+    return image.convert("RGB")
+
+
 def image_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """[1, 3, H, W] in [-1, 1]: scaled until the tighter side fits, then cut in the centre (no stretching).
 
