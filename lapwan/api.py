@@ -75,6 +75,7 @@ class VideoGenerator:
         memory: both noise experts on the device, one at a time with the idle one in pinned host memory, or "stream":
             blocks from host memory too; a number: the GiB to stay below; auto: what fits and is fastest. The frames
             are the same.
+        fold: the LoRAs go into the weights in memory, rounded as `merge` does, instead of acting beside them.
         compile: the transformers' blocks through torch.compile; auto: on a GPU where a video saves what it takes.
 
     Raises:
@@ -92,10 +93,11 @@ class VideoGenerator:
         text_dtype: Literal["auto", "fp8", "int8"] = "auto",
         memory: Literal["auto", "both", "one", "stream"] | float = "auto",
         compile: Literal["auto", "on", "off"] = "auto",
+        fold: bool = False,
     ) -> None:
         said: dict[str, Any] = {
             "model": dict(model) if isinstance(model, Mapping) else str(model), "moe": moe, "device": device,
-            "dtype": dtype, "text_dtype": text_dtype, "memory": memory, "compile": compile,
+            "dtype": dtype, "text_dtype": text_dtype, "memory": memory, "compile": compile, "fold": fold,
             "lora": [lora if isinstance(lora, LoraArgument) else str(lora) for lora in loras],
         }
         self._start(load(ModelSettings, options=said, environment={}))
@@ -228,11 +230,11 @@ class VideoGenerator:
         model = self.settings.model
         assert model is not None
         key = task if model == TINY else None
-        wanted = key, str(chosen.lora), chosen.moe
+        wanted = key, f"{chosen.lora} {chosen.fold}", chosen.moe
         if wanted not in self._adapters:
             if key not in self._bases:
                 self._bases[key] = resolve_base(model, key, generation=True)
-            self._adapters[wanted] = read_adapters(self._bases[key], chosen.lora, chosen.moe)
+            self._adapters[wanted] = read_adapters(self._bases[key], chosen.lora, chosen.moe, chosen.fold)
         base, adapters = self._adapters[wanted]
         if key not in self._generators:
             dtype = pick_dtype(self.settings.dtype, self._device)

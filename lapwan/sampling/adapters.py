@@ -79,8 +79,14 @@ class AdapterSet:
         return torch.cat([strengths, own], dim=1)
 
 
-def read_adapters(base: Base, loras: Sequence[LoraArgument], moe: Path | None) -> tuple[Base, AdapterSet]:
+def read_adapters(
+    base: Base, loras: Sequence[LoraArgument], moe: Path | None, fold: bool = False
+) -> tuple[Base, AdapterSet]:
     """Read and check every adapter against the model's headers, before its weights are loaded.
+
+    Args:
+        fold: LoRAs go into the base's weights when these are loaded, W + Σ strength·ΔW rounded once to their dtype, as
+            `lapwan merge` does; else they act beside them, exactly.
 
     Returns:
         The base, and the adapters on it. Where a mixture was trained on this base with exactly these LoRAs merged in
@@ -97,7 +103,10 @@ def read_adapters(base: Base, loras: Sequence[LoraArgument], moe: Path | None) -
             _check_lora(file, base, expert, shapes)
     merged = Base(base.spec, {e: [*base.loras.get(e, ()), *assigned.get(e, ())] for e in base.spec.experts})
     if moe is None:
-        return base, AdapterSet(_uses(assigned))
+        return (merged, AdapterSet()) if fold else (base, AdapterSet(_uses(assigned)))
+    if fold:
+        raise UserError(f"--fold puts LoRAs into the weights once; the gates of the mixture {moe} change from step to "
+                        "step and need what they act on beside them; leave --fold out")
     recorded = read_mixture(moe).spec.base
     if assigned and recorded and all(merged.fingerprint(e) == print_ for e, print_ in recorded.items()):
         mixture, uses, base = read_mixture(moe, merged), {}, merged

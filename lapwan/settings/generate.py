@@ -60,6 +60,10 @@ class ModelSettings(Settings):
         default=(), description="A LoRA, repeatable: FILE:0.8, or with its noise expert high=FILE, low=FILE, "
         "both=FILE; otherwise the file says it."
     )
+    fold: Annotated[bool, Flag()] = Field(
+        default=False, description="LoRAs go into the weights in memory, rounded as lapwan merge does, instead of "
+        "acting beside them: each step is shorter, loading longer."
+    )
     moe: Annotated[Path | None, Flag(metavar="FILE")] = Field(
         default=None, description="A mixture of LoRA experts; the prompt chooses among them unless a hint does."
     )

@@ -44,15 +44,16 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def clock() -> int | None:
-    """MHz of the multiprocessors now."""
+def clock(work: Callable[[], object]) -> int | None:
+    """MHz of the multiprocessors while `work` repeats: asked of nvidia-smi, whose answer takes a moment."""
     if not torch.cuda.is_available():
         return None
-    said = subprocess.run(
-        ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"], capture_output=True, text=True,
-        check=False,
-    )
-    return int(said.stdout.split()[0]) if said.returncode == 0 and said.stdout.strip() else None
+    asked = subprocess.Popen(
+        ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"], stdout=subprocess.PIPE, text=True)
+    while asked.poll() is None:
+        work()
+    said, _ = asked.communicate()
+    return int(said.split()[0]) if asked.returncode == 0 and said.strip() else None
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -76,11 +77,12 @@ def measure(
     compiled = compile_time()[0] - compiled
     times: list[float] = []
     started = time.monotonic()
-    mhz = None
     while len(times) < least or (time.monotonic() - started < seconds and len(times) < 200):
         times.append(seconds_of(work))
-        mhz = mhz or clock()
-    return row_of(name, times, flops, compiled, mhz, target, note)
+    early = statistics.median(times[:5])
+    row = row_of(name, times, flops, compiled, clock(work), target, note)
+    row.extra = {"median_of_first_five": early}
+    return row
 
 
 def row_of(
