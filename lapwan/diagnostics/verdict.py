@@ -137,7 +137,7 @@ def _lr_ratio(seen: Evidence) -> Rule | None:
     value = quotient(seen.rates.get(preset.leader), seen.rates.get(preset.follower))
     if value is None:
         return None
-    return Rule(f"LR, {preset.leader} / {preset.follower}", value, "3 to 5 (4 advised), warn beyond 3 to 6",
+    return Rule(f"LR, {preset.leader} / {preset.follower}", value, "3 to 5 (4 advised), 6 at most",
                 "good" if 3 <= value <= 6 else "warn", _EXPERIENCE,
                 "set both LR bounds so that their midpoints have this ratio; the bumps do not decide it")
 
