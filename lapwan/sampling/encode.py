@@ -24,10 +24,13 @@ from lapwan.data.roi import region
 from lapwan.data.sources import Drop
 from lapwan.data.video import BadClip
 from lapwan.errors import UserError
+from lapwan.sampling.memory import free_bytes
 from lapwan.wan.condition import encode_condition, with_mask
 from lapwan.wan.device import pick_device
 from lapwan.wan.folder import ModelSpec
-from lapwan.wan.text import encode_text, load_text_encoder
+from lapwan.wan.plan import GIB, needs
+from lapwan.wan.stream import Residence
+from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder, text_encoder_bytes
 from lapwan.wan.vae import channels_last, encode, load_vae
 
 _BATCH_PIXELS = 480 * 832 * 81  # one full-size clip: smaller ones share a batch up to this
@@ -242,12 +245,23 @@ def _write(plan: Plan, wanted: Wanted, latents: Tensor, condition: Tensor | None
     outcome.seconds.write += time.perf_counter() - started
 
 
+def _text_encoder(spec: ModelSpec, device: torch.device) -> TextEncoder:
+    """On the device; where that does not hold it, its blocks stream from host memory, with the same features."""
+    free = free_bytes(device)
+    if free is None or needs(text_encoder_bytes(spec)) <= free:
+        return load_text_encoder(spec, device=device)
+    console.log(f"the text encoder streams to {device}, whose {free / GIB:.1f} GiB do not hold it")
+    encoder = load_text_encoder(spec)
+    Residence(encoder.model, (), device, range(len(encoder.model.encoder.block)), "encoder.block").fetch()
+    return encoder
+
+
 def _encode_texts(plan: Plan, spec: ModelSpec, how: How, outcome: Outcome) -> None:
     """Each distinct caption once, sorted by length so that a batch pads little."""
     started = time.perf_counter()
     encoders = plan.encoders
     dtype = getattr(torch, encoders.text_dtype)
-    encoder = load_text_encoder(spec, device=how.device)
+    encoder = _text_encoder(spec, how.device)
     files: dict[str, list[tuple[str, Wanted]]] = {}
     for name, (wanted, _) in plan.text_todo.items():
         files.setdefault(wanted.clip.caption, []).append((name, wanted))
