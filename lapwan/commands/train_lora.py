@@ -36,7 +36,7 @@ def run(settings: TrainLoraSettings, options: RunOptions) -> None:
         data = build.read_data(settings, base)
         continued = build.initial_loras(settings.init_lora, base)
         device = pick_device(device_name)
-        memory = plan_training(settings, base, data, device, look=options.dry_run)
+        memory = plan_lora(settings, base, data, device, look=options.dry_run)
         plan = [*describe(settings, base, data, continued), memory.line]
         plan += check_watching(settings, base, data)
         print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
@@ -55,7 +55,7 @@ def prepare(
     memory: TrainingMemory | None = None,
 ) -> Trainer:
     """Load the noise experts, put a LoRA on each, and wire the trainer."""
-    memory = memory or plan_training(settings, base, data, device)
+    memory = memory or plan_lora(settings, base, data, device)
     store = ClipStore(data.index, data.items, device, motion_regions=settings.roi_fallback == "motion",
                       keep_on_device=memory.keep_data)
     parking = Parking(device, memory.both, memory.plan.streamed)
@@ -72,6 +72,15 @@ def prepare(
     memory.wire(trainer, parking)
     add_watchers(trainer, settings, base, data, device)
     return trainer
+
+
+def plan_lora(
+    settings: TrainLoraSettings, base: Base, data: build.RunData, device: torch.device, look: bool = False
+) -> TrainingMemory:
+    """The memory plan; a LoRA that is gone on with brings its own modules and ranks."""
+    given = build.initial_loras(settings.init_lora, base)
+    ranks = {expert: [{path: module.rank for path, module in file.modules.items()}] for expert, file in given.items()}
+    return plan_training(settings, base, data, device, ranks, look=look)
 
 
 def _adapter(

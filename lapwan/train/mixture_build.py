@@ -111,7 +111,12 @@ def plan_mixture(
     """The memory plan of a mixture: an expert a family on every target, and the LoRA beside them."""
     beside = {expert: {path: entry.down.shape[0] for path, entry in state.entries.items()}
               for expert, (_, state) in frozen.items()}
-    return plan_training(settings, base, data, device, len(taxonomy.families), beside, look)
+    ranks = {
+        expert: [build.targets_of(settings.targets_for(family, own.targets), base.num_layers)
+                 for family in taxonomy.keys]
+        for expert, own in data.experts.items()
+    }
+    return plan_training(settings, base, data, device, ranks, beside, look)
 
 
 def router_lr(settings: TrainMoeSettings) -> float | None:

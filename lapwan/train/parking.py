@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from lapwan.lora.attach import Adapter
+from lapwan.lora.layer import StackedLoraLinear
 from lapwan.names import NoiseExpert
 from lapwan.wan.stream import Residence
 
@@ -35,6 +37,11 @@ class Parking:
         if self.both:
             return
         for expert, adapter in adapters.items():
+            blocks = adapter.transformer.get_submodule("blocks")
+            assert isinstance(blocks, nn.ModuleList)
+            # A backward needs the weights after their place has gone to another block.
+            if any(_needs_graph(blocks[index]) for index in self._streamed):
+                raise RuntimeError("a block that something is trained in cannot stream")
             own = adapter.own_tensors()
             home = self._homes[expert] = Residence(adapter.transformer, own, self.device, self._streamed)
             home.park()
@@ -50,3 +57,9 @@ class Parking:
                 home.park()
         self._homes[expert].fetch()
         self._here = expert
+
+
+def _needs_graph(block: nn.Module) -> bool:
+    """Something in it is trained, or gated by what is."""
+    gated = any(isinstance(m, StackedLoraLinear) and m.holder.required for m in block.modules())
+    return gated or any(p.requires_grad for p in block.parameters())

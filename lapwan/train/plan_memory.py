@@ -85,6 +85,7 @@ class TrainingMemory:
 
 
 Groups = Mapping[NoiseExpert, Sequence[GroupShape]]
+Ranks = Mapping[str, int]  # by module path
 
 
 def recipe_of(settings: TrainSettings, base: Base, trained: set[int]) -> Recipe | None:
@@ -102,28 +103,32 @@ def recipe_of(settings: TrainSettings, base: Base, trained: set[int]) -> Recipe 
 
 
 def plan_training(
-    settings: TrainSettings, base: Base, data: RunData, device: torch.device, copies: int = 1,
-    frozen: Mapping[NoiseExpert, Mapping[str, int]] | None = None, look: bool = False,
+    settings: TrainSettings, base: Base, data: RunData, device: torch.device,
+    trained: Mapping[NoiseExpert, Sequence[Ranks]] | None = None, frozen: Mapping[NoiseExpert, Ranks] | None = None,
+    look: bool = False,
 ) -> TrainingMemory:
     """Decide from the model's shapes, the largest clips, and what the device has free.
 
     Args:
-        copies: LoRAs on each target: a mixture's experts.
-        frozen: ranks of a LoRA beside them that is not trained.
+        trained: what is trained on each noise expert where that is not one LoRA on its targets: a mixture's experts.
+        frozen: a LoRA beside it that is not trained.
         look: predict also where nothing hangs on it (a CPU), for a plan that is only shown.
     """
     dtype, asked = pick_dtype(settings.dtype, device), settings.memory
-    groups, recipes = {}, {}
+    groups: dict[NoiseExpert, list[GroupShape]] = {}
+    recipes = {}
     for expert, own in data.experts.items():
-        ranks = targets_of(own.targets, base.num_layers)
+        each_ranks = (trained or {}).get(expert) or [targets_of(own.targets, base.num_layers)]
         beside = (frozen or {}).get(expert)
-        groups[expert] = [*([GroupShape(beside, False)] if beside else []), *([GroupShape(ranks, True)] * copies)]
-        recipes[expert] = recipe_of(settings, base, {p[0] for path in ranks if (p := split_block(path)) is not None})
+        groups[expert] = [GroupShape(beside, False)] if beside else []
+        groups[expert] += [GroupShape(ranks, True) for ranks in each_ranks]
+        blocks = {place[0] for ranks in each_ranks for path in ranks if (place := split_block(path)) is not None}
+        recipes[expert] = recipe_of(settings, base, blocks)
     free = free_of(free_bytes(device), asked)
     if free is None and not look:
         plan = _without_numbers(settings, base, groups)
         return TrainingMemory(plan, recipes, True, _line(plan, device, len(groups), settings.batch_size))
-    shapes = {e: ExpertShape(base.spec, e, dtype, recipes[e], groups[e], copies > 1) for e in groups}
+    shapes = {e: ExpertShape(base.spec, e, dtype, recipes[e], own, len(own) > 1) for e, own in groups.items()}
     each = [shape.bytes(_NUMBERS + (settings.ema_decay is not None)) for shape in shapes.values()]
     clip = max((item.bucket for item in data.items), key=math.prod)
     compiled = _compiles(settings, base, data, clip, device)
@@ -154,8 +159,9 @@ def _without_numbers(settings: TrainSettings, base: Base, groups: Groups) -> Mem
 
 
 def _prefix(groups: Groups, num_layers: int) -> int:
-    """Blocks before the first one something is trained in, for every noise expert."""
-    paths = [path for own in groups.values() for group in own if group.trainable for path in group.ranks]
+    """Blocks before the first one that needs a graph (something in it is trained, or gated), for every noise expert."""
+    paths = [path for own in groups.values() for group in own if group.trainable or len(own) > 1
+             for path in group.ranks]
     return min((place[0] if (place := split_block(path)) else 0 for path in paths), default=num_layers)
 
 

@@ -92,7 +92,9 @@ class ExpertShape:
         self._config = _config_of(spec, expert)
         self._trainable, self._gated = [group.trainable for group in groups], gated
         self.kinds = [self._kind(index, groups) for index in range(spec.num_layers)]
-        trained = [any(r and t for r, t in zip(kind.ranks, self._trainable, strict=True)) for kind in self.kinds]
+        # Gates carry gradient into every adapter they act on, a frozen one too.
+        trained = [any(r and (t or gated) for r, t in zip(kind.ranks, self._trainable, strict=True))
+                   for kind in self.kinds]
         self.first_trained = trained.index(True) if True in trained else len(trained)
 
     def _kind(self, index: int, groups: Sequence[GroupShape]) -> _Kind:

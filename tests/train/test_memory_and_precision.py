@@ -184,3 +184,33 @@ def test_what_is_not_understood_is_one_line(said, message, t2v_cache):
 def test_spellings_of_memory(said, meant, t2v_cache):
     assert TrainLoraSettings.model_validate(
         {"output": "run", "data": {"cache": t2v_cache}, "steps": 1, "memory": said}).memory == meant
+
+
+def test_a_lora_that_is_gone_on_with_says_which_blocks_are_trained(make_lora, tmp_path):
+    """Its modules lie before the targets: they neither stream nor are they quantised."""
+    early = fitted(make_lora(output=tmp_path / "early", targets={"patterns": {"blocks.2.self_attn.q": 4}}, steps=1))
+    files = {e: early.plan.run / f"lapwan_{e.file_suffix}.safetensors" for e in (HIGH, LOW)}
+    said = {"init_lora": {e.value: path for e, path in files.items()}, "steps": 2, **LR}
+    runs = [fitted(make_lora(output=tmp_path / memory, memory=memory, **said)) for memory in ("both", "stream")]
+    assert same(*runs)
+    parking = runs[1].plan.before_turn.__self__
+    assert list(parking._streamed) == [0, 1]
+    quantised = make_lora(output=tmp_path / "fp8", dtype="fp8", **said).objective.adapters[HIGH].transformer
+    inside = [any(isinstance(m, FrozenLinear) for m in block.modules()) for block in quantised.blocks]
+    assert [i for i, found in enumerate(inside) if not found] == [2]
+
+
+def test_a_trained_block_is_not_streamed(make_lora):
+    adapter = make_lora().objective.adapters[HIGH]
+    with pytest.raises(RuntimeError, match="cannot stream"):
+        Parking(CPU, False, range(8)).add({HIGH: adapter})
+
+
+def test_a_frozen_lora_beside_a_mixture_needs_its_blocks_too(make_lora, make_moe, tmp_path):
+    """The gates carry gradient through it, so its blocks do not stream; and the result is the resident one."""
+    early = fitted(make_lora(output=tmp_path / "early", targets={"patterns": {"blocks.3.self_attn.q": 4}}, steps=1))
+    base = {e.value: early.plan.run / f"lapwan_{e.file_suffix}.safetensors" for e in (HIGH, LOW)}
+    runs = [fitted(make_moe(output=tmp_path / memory, memory=memory, base_lora=base, steps=2, **LR))
+            for memory in ("both", "stream")]
+    assert same(*runs)
+    assert list(runs[1].plan.before_turn.__self__._streamed) == [0, 1, 2]
