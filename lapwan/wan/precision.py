@@ -20,7 +20,6 @@ in `KINDS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -41,7 +40,6 @@ NF4_CODES = (
 )
 
 
-@cache
 def fp8_in_hardware(device: torch.device) -> bool:
     """Whether a device multiplies fp8 matrices (NVIDIA from compute capability 8.9 on; shapes alone, too)."""
     if device.type == "meta":

@@ -106,13 +106,13 @@ def lora_step(
     def ours(when: str) -> None:
         set_checkpointing(model, kind)
         trainer, adapted = lora_trainer(model, size, last)
-        results.add(measure(f"{name}_ours_{when}", lambda: step(trainer), flops, seconds, warm=3, note=kind))
+        results.add(measure(f"{name}_ours_{when}", lambda: step(trainer), flops, seconds, note=kind))
         adapted.off()
 
     ours("first")
     if kind == "block":
         model.enable_gradient_checkpointing()
-    results.add(measure(f"{name}_diffusers_peft", _peft_step(model, size, last), flops, seconds, warm=3, note=kind))
+    results.add(measure(f"{name}_diffusers_peft", _peft_step(model, size, last), flops, seconds, note=kind))
     model.disable_gradient_checkpointing()
     model.unload_lora()
     model.requires_grad_(False)
@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="forward_256,lora8_256,lora40_256,forward_480,lora40_480")
     parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--out", type=Path, default=Path("peers.json"))
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -121,7 +122,7 @@ def step_row(
         trainer, adapted = make(model, bench.size(size), count)
         try:
             bench.results.add(measure(
-                name, lambda: step(trainer), step_flops(model, bench.tokens(size), count), bench.seconds, warm=3,
+                name, lambda: step(trainer), step_flops(model, bench.tokens(size), count), bench.seconds,
                 target=target, note=f"checkpointing {checkpointing or 'off'}",
             ))
         finally:
@@ -234,8 +235,32 @@ class _capped:
             self._set(1.0)
 
 
+def ceiling_row(name: str, kind: str) -> Callable[[Bench], None]:
+    """What the card sustains, seconds on end and on random data: the rate a row is to be held against."""
+    def run(bench: Bench) -> None:
+        n = 512 if bench.tiny else 8192
+        made = [torch.randn(n, n, device=bench.device).bfloat16() for _ in range(2)]
+        if kind == "attention":
+            tokens = bench.tokens("256")
+            q, k, v = (torch.randn(1, 40, tokens, 128, device=bench.device).bfloat16() for _ in range(3))
+            work, flops = partial(F.scaled_dot_product_attention, q, k, v), 4.0 * tokens**2 * 5120
+        elif kind == "fp8":
+            x, w = (one.to(torch.float8_e4m3fn) for one in made)
+            ones = torch.ones(n, 1, device=bench.device)
+            work, flops = partial(torch._scaled_mm, x, w.t(), scale_a=ones, scale_b=ones.t(), use_fast_accum=True,
+                                  out_dtype=torch.bfloat16), 2.0 * n**3
+        else:
+            work, flops = partial(F.linear, *made), 2.0 * n**3
+        times = 1 if bench.tiny else 200  # a call without a wait inside, as long as a forward
+        row = measure(name, lambda: [work() for _ in range(times)], times * flops, bench.seconds, note=f"{times} times")
+        bench.results.add(row)
+    return run
+
+
 # In the order of how much each is worth measuring; rows of one model stand together.
 ROWS: dict[str, Callable[[Bench], None]] = {
+    "ceiling_bf16": ceiling_row("ceiling_bf16", "bf16"),
+    "ceiling_attention": ceiling_row("ceiling_attention", "attention"),
     "forward_256": forward_row("forward_256", "bf16", "256", "≤ 0.235"),
     "lora8_256": step_row("lora8_256", "bf16", "256", "(fp8 row)"),
     "moe8_256": step_row("moe8_256", "bf16", "256", "(fp8 row)", mixture=True),
@@ -251,6 +276,7 @@ ROWS: dict[str, Callable[[Bench], None]] = {
     "moe_against_lora": mixture_against_lora("moe_against_lora", "mixed", "256"),
     "lora8_480_fp8": step_row("lora8_480_fp8", "mixed", "480", "≤ 3.4"),
     "moe8_256_16gib": capped_step_row("moe8_256_16gib", 16, "≤ 0.40, ≤ 12 GiB"),
+    "ceiling_fp8": ceiling_row("ceiling_fp8", "fp8"),
     "forward_256_fp8": forward_row("forward_256_fp8", "fp8", "256", "≤ 0.155"),
     "video_256_fp8": video_row("video_256_fp8", "fp8", "256", "≤ 13, ≤ 16 GiB", cap=16),
     "forward_480_fp8": forward_row("forward_480_fp8", "fp8", "480", "≤ 2.20"),
@@ -287,7 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="all", help=f"comma-separated, of {', '.join(ROWS)}")
     parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--seconds", type=float, default=6, help="of repeats a row")
+    parser.add_argument("--seconds", type=float, default=4, help="of repeats a row")
     parser.add_argument("--out", type=Path, default=Path("speed.json"))
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--tiny", action="store_true")

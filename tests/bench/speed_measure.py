@@ -65,7 +65,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def measure(
-    name: str, work: Callable[[], object], flops: float = 0.0, seconds: float = 8.0, least: int = 5, warm: int = 2,
+    name: str, work: Callable[[], object], flops: float = 0.0, seconds: float = 8.0, least: int = 3, warm: int = 2,
     target: str = "", note: str = "",
 ) -> Row:
     """The median of as many repeats as fit in `seconds` (at least `least`), after `warm` that are not counted."""
