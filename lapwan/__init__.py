@@ -12,10 +12,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lapwan.api import Video, VideoGenerator, inspect_weights, merge
+    from lapwan.api import Video, VideoGenerator
     from lapwan.data.labels import label_caption
     from lapwan.data.taxonomy import load_taxonomy
     from lapwan.errors import UserError
+    from lapwan.weights import inspect_weights, merge
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,8 +26,8 @@ __all__ = [
 _WHERE = {
     "UserError": "lapwan.errors",
     "Video": "lapwan.api",
-    "inspect_weights": "lapwan.api",
-    "merge": "lapwan.api",
+    "inspect_weights": "lapwan.weights",
+    "merge": "lapwan.weights",
     "VideoGenerator": "lapwan.api",
     "label_caption": "lapwan.data.labels",
     "load_taxonomy": "lapwan.data.taxonomy",

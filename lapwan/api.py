@@ -35,10 +35,9 @@ from lapwan.sampling.result import Video
 from lapwan.sampling.routing import alpha_vector, choose_mix
 from lapwan.settings.base import to_toml
 from lapwan.settings.generate import ModelSettings, VideoSettings
-from lapwan.settings.load import load
+from lapwan.settings.load import given, load
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.settings.memory import GenerateDtype, precision_of
-from lapwan.settings.run import RunOptions
 from lapwan.wan.base import Base
 from lapwan.wan.device import pick_device, pick_dtype
 from lapwan.wan.folder import ModelSpec, Task
@@ -46,7 +45,7 @@ from lapwan.wan.folder import ModelSpec, Task
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Prepared", "Video", "VideoGenerator", "inspect_weights", "merge"]
+__all__ = ["Prepared", "Video", "VideoGenerator"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +136,7 @@ class VideoGenerator:
         guidance: float | Mapping[str, float] | None = None,
         guidance_interval: tuple[float, float] | None = None,
         flow_shift: float | None = None,
+        boundary: float | None = None,
         sampler: Literal["unipc", "euler", "dpmpp"] = "unipc",
         reuse: float | Mapping[str, float] | None = None,
         seed: int = 42,
@@ -152,6 +152,7 @@ class VideoGenerator:
             alpha_expert: strength of the mixture's experts, one number or by family; `alpha_base` of its base LoRA.
             size: (height, width) in pixels.
             guidance: one number, or {"high": 4, "low": 3}; 1 is none.
+            boundary: sigma from which on the high noise expert serves.
             reuse: relative error of the velocity that a step may make by keeping the last one's blocks; None: none.
 
         Raises:
@@ -162,7 +163,7 @@ class VideoGenerator:
         for name in ("image", "last_image"):
             if said[name] is not None and not isinstance(said[name], str | Path):
                 pictures[name] = as_picture(said.pop(name), name)
-        prepared = self.prepare(load(VideoSettings, options=_given(said), environment={}), **pictures)
+        prepared = self.prepare(load(VideoSettings, options=given(said), environment={}), **pictures)
         return self.make(prepared)
 
     def prepare(
@@ -245,69 +246,6 @@ class VideoGenerator:
         return self._generators[key], base, adapters
 
 
-def merge(
-    output: str | Path,
-    *,
-    loras: Sequence[str | Path | LoraArgument] = (),
-    model: str | Path | None = None,
-    dit: str | Path | None = None,
-    moe: str | Path | None = None,
-    mix: str | None = None,
-    multiplier: float = 1.0,
-    rank: int | None = None,
-    format: Literal["comfy", "musubi", "diffusers"] | None = None,
-    one_file: bool = False,
-    overwrite: bool = False,
-) -> Path:
-    """`lapwan merge`: LoRAs into a model folder (`model`), one transformer (`dit`), or one LoRA (neither); or a mixture
-    (`moe`) at one `mix` into plain LoRAs. Prints nothing; the log goes to stderr.
-
-    Args:
-        loras: paths, `"high=FILE:0.8"` or LoraArguments.
-        mix: as a hint is given, such as "hook=0.7,suction=0.3".
-        rank: resize the resulting LoRA by SVD; `format` its key layout; `one_file` for both noise experts' in one.
-
-    Raises:
-        UserError: what does not fit together, before anything is written.
-    """
-    from lapwan.commands import merge as command
-    from lapwan.settings.merge import MergeSettings
-
-    said: dict[str, Any] = {
-        "output": output, "model": None if model is None else str(model), "dit": dit, "moe": moe, "mix": mix,
-        "multiplier": multiplier,
-        "lora": [lora if isinstance(lora, LoraArgument) else str(lora) for lora in loras], "rank": rank,
-        "format": format, "one_file": one_file,
-    }
-    settings = load(MergeSettings, options=_given(said), environment={})
-    for line in command.merge(settings, RunOptions(overwrite=overwrite)):
-        console.detail(line)
-    return Path(output)
-
-
-def inspect_weights(
-    *files: str | Path,
-    preset: Literal["motion", "character"] = "motion",
-    by: Literal["expert", "block", "projection"] = "expert",
-    base: str | Path | None = None,
-) -> dict[str, Any]:
-    """`lapwan inspect-weights`: the document that `--json` writes, of HIGH and LOW files, one file, or a run folder.
-
-    Raises:
-        UserError: files that are missing, no LoRA, or not a pair.
-    """
-    from lapwan.commands.inspect_weights import inspect
-    from lapwan.settings.inspect_weights import InspectWeightsSettings
-
-    said: dict[str, Any] = {"files": [str(file) for file in files], "preset": preset, "by": by}
-    said["base"] = None if base is None else str(base)
-    return inspect(load(InspectWeightsSettings, options=_given(said), environment={}))
-
-
-def _given(said: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: dict(v) if isinstance(v, Mapping) else v for name, v in said.items() if v is not None}
-
-
 def _plain(settings: ModelSettings | VideoSettings) -> dict[str, Any]:
     """As TOML says it: absolute paths, nothing that is absent."""
     plain = tomllib.loads(to_toml(settings))
@@ -336,6 +274,7 @@ def _request(
         guidance_interval=settings.guidance_interval or (0.0, 1.0),
         fps=spec.defaults.fps,
         flow_shift=settings.flow_shift,
+        boundary=settings.boundary,
         sampler=settings.sampler,
         seed=settings.seed,
         hint=settings.instrument_hint,
@@ -360,5 +299,6 @@ def _filled(settings: VideoSettings, spec: ModelSpec, request: Request) -> Video
         "num_frames": request.num_frames, "size": request.size, "steps": request.steps,
         "guidance": dict(request.guidance), "negative_prompt": request.negative_prompt,
         "flow_shift": spec.flow_shift if request.flow_shift is None else request.flow_shift,
+        "boundary": spec.boundary if request.boundary is None else request.boundary,
         "start_sigma": request.start_sigma if settings.video is not None else None,
     })

@@ -15,7 +15,7 @@ ROOT = Path(lapwan.__file__).parent
 TIERS = [
     {"errors", "names", "files", "console", "keyed", "processes"},
     {"settings", "spellings"}, {"lora", "losses"}, {"moe"}, {"wan", "data", "rewards"}, {"sampling"}, {"diagnostics"},
-    {"train"}, {"tiny"}, {"evaluation"}, {"commands", "api"}, {"comparison"}, {"cli"},
+    {"train"}, {"tiny"}, {"evaluation"}, {"commands", "api", "weights"}, {"comparison"}, {"cli"},
 ]
 TIER_OF = {name: index for index, names in enumerate(TIERS) for name in names}
 # Within one tier: settings and the low-rank packages do not know each other.

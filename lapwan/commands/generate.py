@@ -10,9 +10,9 @@ from lapwan.api import Prepared, VideoGenerator
 from lapwan.commands.generate_interactive import run_interactive
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import atomic_file, claim_output
-from lapwan.sampling.grid import make_grid
 from lapwan.sampling.jobs import Job, check_options, make_jobs
 from lapwan.sampling.repeat import compare, stored
+from lapwan.sampling.request import grid_of
 from lapwan.sampling.result import Video, check_output
 from lapwan.sampling.sheet import contact_sheet, side_by_side
 from lapwan.sampling.video import write_video
@@ -77,7 +77,7 @@ def _show_plan(prepared: Sequence[Prepared]) -> None:
 
 def _plan_line(made: Prepared) -> str:
     request, spec = made.request, made.generator.spec
-    grid = make_grid(spec, request.sampler, request.steps, request.flow_shift, request.start_sigma)
+    grid = grid_of(spec, request)
     height, width = request.size
     length = "one frame" if request.num_frames == 1 else f"{request.num_frames} frames at {request.fps} fps"
     return f"{spec.task} at {height}x{width}, {length}; {grid}"

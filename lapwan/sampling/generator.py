@@ -20,7 +20,7 @@ from lapwan.losses.flow import noised
 from lapwan.names import Precision
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
-from lapwan.sampling.grid import Grid, Step, make_grid
+from lapwan.sampling.grid import Grid, Step
 from lapwan.sampling.image import (
     clip_tensor,
     first_last_condition,
@@ -30,7 +30,7 @@ from lapwan.sampling.image import (
 )
 from lapwan.sampling.memory import Memory
 from lapwan.sampling.noise_experts import NoiseExperts
-from lapwan.sampling.request import Request, check_request
+from lapwan.sampling.request import Request, check_request, grid_of
 from lapwan.sampling.result import Video
 from lapwan.sampling.routing import Mix, alpha_vector, choose_mix
 from lapwan.sampling.sheet import contact_sheet
@@ -119,7 +119,7 @@ class Generator:
         """The mix of experts for a request; None without a mixture. `grid` None is the one the request asks for."""
         if self.adapters.mixture is None:
             return None
-        grid = grid or make_grid(self.spec, request.sampler, request.steps, request.flow_shift, request.start_sigma)
+        grid = grid or grid_of(self.spec, request)
         return choose_mix(
             self.adapters.mixture, request.prompt, request.hint, lambda: self.text_features(request.prompt),
             [step.sigma for step in grid.steps],
@@ -165,7 +165,7 @@ class Generator:
             UserError: what `check_request` refuses.
         """
         check_request(self.spec, request)
-        grid = make_grid(self.spec, request.sampler, request.steps, request.flow_shift, request.start_sigma)
+        grid = grid_of(self.spec, request)
         guidance = Guidance(request.guidance, request.guidance_interval)
         self.experts.plan(request.num_frames, request.size, len(grid.steps), guidance.needed(grid), videos)
         work = {e: sum(1 + (guidance.at(s) > 1) for s in grid.steps if s.expert is e) for e in self.spec.experts}

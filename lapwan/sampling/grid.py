@@ -89,24 +89,27 @@ def _scheduler(spec: ModelSpec, sampler: SamplerName, steps: int, shift: float) 
 
 
 def make_grid(
-    spec: ModelSpec, sampler: SamplerName, steps: int, flow_shift: float | None = None, start: float = 1.0
+    spec: ModelSpec, sampler: SamplerName, steps: int, flow_shift: float | None = None, start: float = 1.0,
+    boundary: float | None = None,
 ) -> Grid:
     """The grid of a generation.
 
     Args:
         flow_shift: None takes the checkpoint's.
+        boundary: sigma from which on the high noise expert serves; None takes the model's.
         start: begin at the first sigma of the grid that is not above this (video-to-video); 1 begins at pure noise.
 
     Raises:
         UserError: no step is left below `start`.
     """
     scheduler = _scheduler(spec, sampler, steps, spec.flow_shift if flow_shift is None else flow_shift)
-    boundary = None if spec.boundary is None else spec.boundary * _TRAIN_TIMESTEPS
+    sigma = spec.boundary if boundary is None else boundary
+    border = None if sigma is None else sigma * _TRAIN_TIMESTEPS
     found = []
-    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):  # sigmas ends with 0
+    for timestep, level in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):  # sigmas ends with 0
         # By timestep, after the shift, as diffusers' pipelines decide: for integer boundaries the same as by sigma.
-        high = boundary is None or float(timestep) >= boundary
-        found.append(Step(timestep, float(sigma), NoiseExpert.HIGH if high else NoiseExpert.LOW))
+        high = border is None or float(timestep) >= border
+        found.append(Step(timestep, float(level), NoiseExpert.HIGH if high else NoiseExpert.LOW))
     first = 0 if start >= 1.0 else next((i for i, step in enumerate(found) if step.sigma <= start), len(found))
     if first == len(found):
         raise UserError(f"start sigma {start:g} lies below the grid's last, {found[-1].sigma:.4f}; "

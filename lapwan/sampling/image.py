@@ -48,8 +48,8 @@ def as_picture(image: Image.Image | np.ndarray, name: str) -> Image.Image:
 
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UserError(f"{name} is an array {image.dtype} {list(image.shape)}; give a file, a PIL image, or RGB as "
-                            "uint8 [height, width, 3]")
+            raise UserError(f"{name} is an array {image.dtype} {list(image.shape)}; give a file, a PIL image, or RGB "
+                            "as uint8 [height, width, 3]")
         return Image.fromarray(image)
     return image.convert("RGB")
 

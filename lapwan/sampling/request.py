@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
-from lapwan.sampling.grid import SamplerName
+from lapwan.sampling.grid import Grid, SamplerName, make_grid
 from lapwan.wan.folder import ModelSpec, check_frames, check_size
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ OFFICIAL_NEGATIVE_PROMPT = (
 class Request:
     """One video. `guidance` by noise expert, 1 = none; `size` (height, width) in pixels.
 
-    `flow_shift` None is the model's; `image` is the first frame, of any size, `last_image` the last;
+    `flow_shift` and `boundary` (sigma from which on the high noise expert serves) None are the model's; `image` is the
+    first frame, of any size, `last_image` the last;
     `video_THWC` uint8 frames to start from, noised to `start_sigma`; `hint` a family, alias or mix of the mixture's
     taxonomy; `alpha_expert` one number or one by family; `guidance_interval` the sigmas (low, high) that are guided;
     `reuse` the error a step may make by keeping an earlier step's blocks, by noise expert (absent: none).
@@ -51,6 +52,7 @@ class Request:
     video_THWC: np.ndarray | None = None
     start_sigma: float = 1.0
     flow_shift: float | None = None
+    boundary: float | None = None
     sampler: SamplerName = "unipc"
     seed: int = 42
     hint: str | None = None
@@ -58,6 +60,16 @@ class Request:
     alpha_expert: float | Mapping[str, float] | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     reuse: Mapping[NoiseExpert, float] = field(default_factory=dict)
+
+
+def grid_of(spec: ModelSpec, request: Request) -> Grid:
+    """The noise levels of a request, with the solver.
+
+    Raises:
+        UserError: no step is left below the sigma to start from.
+    """
+    return make_grid(
+        spec, request.sampler, request.steps, request.flow_shift, request.start_sigma, request.boundary)
 
 
 def complete_guidance(spec: ModelSpec, asked: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:
@@ -112,3 +124,5 @@ def check_request(spec: ModelSpec, request: Request) -> None:
         raise UserError(f"steps = {request.steps}: must be 1 or more")
     if request.flow_shift is not None and not (math.isfinite(request.flow_shift) and request.flow_shift > 0):
         raise UserError(f"flow shift = {request.flow_shift:g}: must be above 0")
+    if request.boundary is not None and len(spec.experts) < 2:
+        raise UserError(f"{spec.path} has one transformer for all noise; leave --boundary out")

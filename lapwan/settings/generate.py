@@ -133,6 +133,10 @@ class VideoSettings(Settings):
     flow_shift: Annotated[float | None, Flag(metavar="S")] = Field(
         default=None, gt=0, description="More steps at high noise the larger it is; the checkpoint's own by default."
     )
+    boundary: Annotated[float | None, Flag(metavar="SIGMA")] = Field(
+        default=None, gt=0, lt=1, description="The high noise expert serves from this sigma on, the low one below; the "
+        "model's own by default."
+    )
     sampler: Annotated[Literal["unipc", "euler", "dpmpp"], Flag(metavar="unipc|euler|dpmpp")] = Field(
         default="unipc", description="Solver."
     )

@@ -60,6 +60,11 @@ def load(
         raise UserError(_explain(error, model, config, text, places)) from None
 
 
+def given(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a Python function as options: what is None was not said."""
+    return {name: dict(v) if isinstance(v, Mapping) else v for name, v in said.items() if v is not None}
+
+
 def _read(config: Path) -> str:
     try:
         return config.read_text(encoding="utf-8")

@@ -83,6 +83,9 @@ def test_dry_run_loads_nothing_and_prints_the_resolved_settings(lapwan, tmp_path
     ran = generate(lapwan, "--dry-run")
     assert ran.code == 0 and not (tmp_path / "a").exists()
     assert "2 on the high noise expert, 1 on the low noise expert" in ran.err
+    assert "boundary = 0.875\n" in ran.out
+    moved = generate(lapwan, "--dry-run", "--boundary", "0.5")
+    assert "3 on the high noise expert" in moved.err and "boundary = 0.5\n" in moved.out
     (tmp_path / "again.toml").write_text(ran.out, encoding="utf-8")
     again = lapwan("generate", "--config", "again.toml", "--dry-run")
     assert again.out == ran.out
@@ -94,6 +97,7 @@ def test_dry_run_loads_nothing_and_prints_the_resolved_settings(lapwan, tmp_path
     (("--size", "480"), ("--size", "'480'", "HEIGHTxWIDTH")),
     (("--guidance", "0.5"), ("guidance 0.5", "must be 1 (none) or more")),
     (("--guidance", "high=4,lo=3"), ("'lo' is no noise expert",)),
+    (("--boundary", "1.5"), ("--boundary", "less than 1")),
     (("--steps", "0"), ("steps = '0'", "greater than or equal to 1")),
     (("--sampler", "ddim"), ("'ddim'", "'unipc', 'euler' or 'dpmpp'")),
     (("--instrument-hint", "hook"), ("--instrument-hint acts on a mixture; give one with --moe",)),

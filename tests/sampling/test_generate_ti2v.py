@@ -101,6 +101,7 @@ def test_it_is_for_generation_only(ti2v) -> None:
 def test_sizes_are_multiples_of_32(lapwan, ti2v, tmp_path) -> None:
     command = ("generate", "--model", str(ti2v.path), "--prompt", "x", "-o", "a", "--num-frames", "5", "--steps", "2")
     refused(lapwan(*command, "--size", "48x64"), "multiples of 32")
+    refused(lapwan(*command, "--size", "32x64", "--boundary", "0.5"), "one transformer for all noise")
     assert lapwan(*command, "--size", "32x64").code == 0
     Image.new("RGB", (64, 32)).save(tmp_path / "first.png")
     refused(lapwan(*command, "--size", "32x64", "--image", "first.png", "--last-image", "first.png", "--overwrite"),

@@ -84,6 +84,12 @@ def test_without_a_boundary_one_transformer_serves_all(t2v: ModelSpec) -> None:
     assert make_grid(spec, "unipc", 5).count(HIGH) == 5
 
 
+def test_the_boundary_may_be_another(t2v: ModelSpec) -> None:
+    own, other = make_grid(t2v, "unipc", 20), make_grid(t2v, "unipc", 20, boundary=0.6)
+    assert [step.expert for step in other.steps] == [HIGH if step.sigma >= 0.6 else LOW for step in other.steps]
+    assert (sigmas(own) == sigmas(other)).all() and other.count(HIGH) > own.count(HIGH) > 0 < other.count(LOW)
+
+
 def test_guidance_acts_per_noise_expert_and_inside_its_interval(t2v: ModelSpec) -> None:
     grid = make_grid(t2v, "unipc", 8)
     guidance = Guidance({HIGH: 1.0, LOW: 4.0})
