@@ -51,7 +51,7 @@ def whole(tree: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     if isinstance(tree, DTensor):
-        return tree.detach().full_tensor().cpu()
+        return tree.detach().full_tensor().to("cpu", copy=True)  # a copy waits for what is still under way
     if isinstance(tree, Mapping):
         return {key: whole(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -41,7 +40,7 @@ class Writer:
         for expert, one in self._trained.items():
             if one.adapter is None:
                 path = folder / expert.component
-                one.transformer.save_pretrained(path, safe_serialization=True, **self._state(expert))
+                self._write_transformer(path, expert)
             else:
                 path = folder / f"{self._settings.name}_{expert.file_suffix}.safetensors"
                 state = one.adapter.state(LORA_GROUP)
@@ -50,9 +49,16 @@ class Writer:
             paths.append(path)
         return paths
 
-    def _state(self, expert: NoiseExpert) -> dict[str, Any]:
-        gathered = self._gathered.get(expert)
-        return {} if gathered is None else {"state_dict": gathered}
+    def _write_transformer(self, path: Path, expert: NoiseExpert) -> None:
+        """A component's folder as diffusers writes it: its config, and the weights in files of at most 10 GB."""
+        from huggingface_hub import save_torch_state_dict
+
+        transformer = self._trained[expert].transformer
+        path.mkdir(parents=True)
+        transformer.save_config(path)
+        state = self._gathered.get(expert) or dict(transformer.state_dict())
+        save_torch_state_dict(state, path, filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+                              max_shard_size="10GB", metadata={"format": "pt"})
 
     def _metadata(self, expert: NoiseExpert) -> dict[str, str]:
         band, base = self._own[expert], self._base
