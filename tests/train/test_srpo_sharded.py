@@ -1,0 +1,144 @@
+"""A full fine-tune under FSDP2: two processes' gradients, steps and checkpoints are one's."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_srpo_objective import PlainReward, settings_for
+
+from lapwan.commands import srpo
+from lapwan.errors import UserError
+from lapwan.names import NoiseExpert
+from lapwan.settings.srpo import SrpoSettings
+from lapwan.train import srpo_build
+from lapwan.train.ranks import Ranks, join_ranks
+from lapwan.train.sharding import is_sharded, whole
+from lapwan.wan.base import Base
+from lapwan.wan.fastpath import path_of
+
+LOW = NoiseExpert.LOW
+SETTINGS = {"train": "full", "steps": 2, "optimiser": {"lr": 1e-4}, "activation_checkpointing": True,
+            "held_out": {"count": 1, "every": 2, "images": 1}, "max_grad_norm": 1e-3}
+
+
+@dataclass(frozen=True)
+class WideBase(Base):
+    """The noise experts in fp64, by diffusers' own forward in either case: sums may differ in their order only."""
+
+    def load(self, expert: NoiseExpert, *_: Any, **__: Any) -> Any:
+        model = super().load(expert).double()
+        path_of(model).modules = True
+        return model
+
+
+def trainer_of(settings: SrpoSettings, ranks: Ranks, device: torch.device) -> Any:
+    planned = srpo.plan(settings, torch.device("cpu"))
+    base = WideBase(planned.base.spec)
+    if ranks.first:
+        settings.output.mkdir(exist_ok=True)
+    ranks.any(False)
+    return srpo_build.prepare(settings, base, planned.data, {"tiny": PlainReward()}, planned.memory, device, ranks)
+
+
+def gradients(trainer: Any) -> dict[str, torch.Tensor]:
+    """Of a step, before they are clipped: by name, put together."""
+    found: dict[str, torch.Tensor] = {}
+    clip = trainer.plan.ranks.clip
+
+    def seen(parameters: Any, limit: float) -> torch.Tensor:
+        found.update({n: whole(p.grad).clone().cpu() for n, p in trainer.parameters.items() if p.grad is not None})
+        return clip(parameters, limit)
+
+    trainer.plan.ranks.clip = seen
+    trainer._optimiser_step(LOW)
+    trainer.plan.ranks.clip = clip
+    return found
+
+
+def sharing(folder: Path, name: str, ranks: Ranks, device: torch.device) -> None:
+    settings = settings_for(folder, output=folder / name, **SETTINGS)
+    more = gradients(trainer_of(settings, ranks, device))
+    trainer = trainer_of(settings, ranks, device)
+    parted = [n for n, p in trainer.parameters.items() if is_sharded(p)]
+    assert bool(parted) == (ranks.count > 1)
+    srpo.begin(trainer, settings)
+    trainer.fit()
+    weights = {n: p.detach().clone() for n, p in whole(dict(trainer.parameters)).items()}
+    ranks.any(False)  # the first has written the checkpoint before anybody reads it
+    again = trainer_of(settings.model_copy(update={"resume": True}), ranks, device)
+    assert again.resume() and again.step == 2
+    for key, value in whole(dict(again.parameters)).items():
+        assert torch.equal(value.cpu(), weights[key].cpu()), key
+    state = whole(again._rest())["optimisers"]["low"]["state"]
+    kept = whole(torch.load(folder / name / "step_000002" / "state" / "rest.pt", weights_only=True))
+    for index, one in kept["optimisers"]["low"]["state"].items():
+        assert all(torch.equal(value, state[index][k].cpu()) for k, value in one.items() if k != "step")
+    if ranks.first:
+        torch.save(more, folder / f"{name}_gradients.pt")
+
+
+def work(rank: int, port: int, folder: Path, device: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    ranks, own = join_ranks(device)
+    sharing(folder, "two", ranks, torch.device(own))
+    ranks.close()
+
+
+def compare(folder: Path, device: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings_for(folder)  # writes the prompts
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, port, folder, device)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    sharing(folder, "one", Ranks(), torch.device(device))
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 0
+    ours, theirs = (torch.load(folder / f"{name}_gradients.pt") for name in ("one", "two"))
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    for name, gradient in ours.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(theirs[name], gradient, rtol=0, atol=1e-9 * scale + 1e-18, msg=name)
+    files = [folder / name / "transformer_2" / "diffusion_pytorch_model.safetensors" for name in ("one", "two")]
+    one, two = map(load_file, files)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-7, msg=name)
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    compare(tmp_path, "cpu")
+
+
+@pytest.mark.gpu
+def test_two_gpus_have_the_gradients_of_one(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    compare(tmp_path, "cuda")
+
+
+def test_a_running_mean_in_parts_is_refused(tmp_path):
+    settings = settings_for(tmp_path, train="full", ema_decay=0.9)
+    planned = srpo.plan(settings, torch.device("cpu"))
+    with pytest.raises(UserError, match="ema_decay with a full fine-tune on several processes"):
+        srpo_build.prepare(settings, planned.base, planned.data, {}, planned.memory, torch.device("cpu"), Quiet(0, 2))
+
+
+class Quiet(Ranks):
+    """The first of two processes, the other of which never asks."""
+
+    def any(self, flag: bool) -> bool:
+        return flag
