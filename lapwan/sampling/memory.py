@@ -86,17 +86,18 @@ def shapes_of(groups: Sequence[Group]) -> list[GroupShape]:
 
 def plan_generation(
     spec: ModelSpec, groups: Mapping[NoiseExpert, Sequence[Group]], dtype: torch.dtype, recipe: Recipe | None,
-    asking: Asking, memory: Memory, free: int | None, rates: Rates, text_bytes: int,
+    asking: Asking, memory: Memory, free: int | None, rates: Rates | None, text_bytes: int,
 ) -> MemoryPlan:
     """The quickest way that fits, of: both noise experts or one, more and more blocks streamed, guidance in one batch
     or in two.
 
     Args:
         free: bytes the device could give, weights already there included; None on a CPU, where everything stays.
+        rates: None where nothing is free to be planned with.
         text_bytes: of the text encoder on the device.
     """
     asked, free = memory, free_of(free, memory)
-    if free is None:
+    if free is None or rates is None:
         own = placements(len(spec.experts), spec.num_layers, "both" if asked == "auto" else asked)[0]
         return MemoryPlan(Way(own, 0, 0.0), 0, 0, None, asked)
     shapes = {e: ExpertShape(spec, e, dtype, recipe, shapes_of(groups.get(e, ()))) for e in spec.experts}

@@ -69,7 +69,7 @@ def quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantise_nf4(rows_OI: Tensor) -> tuple[Tensor, Tensor]:
     """[O, I] -> (uint8 [O, I/2], the even place in the high half; bf16 scale [O, J])."""
-    groups_OJG = rows_OI.float().unflatten(-1, (-1, _GROUP))
+    groups_OJG = torch.unflatten(rows_OI.float(), -1, (-1, _GROUP))
     scale = _scale_of(groups_OJG, 1.0).to(torch.bfloat16)
     codes = torch.tensor(NF4_CODES, device=rows_OI.device)
     edges = (codes[1:] + codes[:-1]) / 2
@@ -105,7 +105,7 @@ def _fp8_product(x8_NI: Tensor, x_scale: Tensor, w8_OI: Tensor, w_scale: Tensor,
 
 def _fp8_forward(x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor) -> Tensor:
     x8, x_scale = quantise_fp8(x.flatten(0, -2))
-    return _fp8_product(x8, x_scale, codes, scale, bias, x.dtype).unflatten(0, x.shape[:-1])
+    return torch.unflatten(_fp8_product(x8, x_scale, codes, scale, bias, x.dtype), 0, x.shape[:-1])
 
 
 def _int8_forward(x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class _Fp8Product(torch.autograd.Function):
         return _fp8_forward(x, bias, codes, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad @ _codes_weight(grad.dtype, *ctx.saved_tensors), None, None, None
 
 
@@ -139,7 +139,7 @@ class _Int8Product(torch.autograd.Function):
         return _int8_forward(x, bias, codes, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad @ _codes_weight(grad.dtype, *ctx.saved_tensors), None, None, None
 
 
@@ -150,7 +150,7 @@ class _Nf4Product(torch.autograd.Function):
         return _nf4_forward(x, bias, packed, scale, pairs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad @ _nf4_weight(grad.dtype, *ctx.saved_tensors), None, None, None, None
 
 
@@ -200,7 +200,7 @@ class QuantisedLinear(FrozenLinear):
     def forward(self, x: Tensor) -> Tensor:
         kind = type(self)
         if torch.is_grad_enabled() and x.requires_grad:
-            y: Tensor = kind.with_gradient.apply(x, self.bias, *self._weight())
+            y: Tensor = kind.with_gradient.apply(x, self.bias, *self._weight())  # type: ignore[no-untyped-call]
             return y
         return kind.product(x, self.bias, *self._weight())
 
@@ -226,7 +226,7 @@ class Fp8Linear(QuantisedLinear):
         if torch.is_grad_enabled() and x.requires_grad:
             return [layer(x) for layer in layers]
         x8, x_scale = quantise_fp8(x.flatten(0, -2))
-        return [layer.multiply(x8, x_scale, x.dtype).unflatten(0, x.shape[:-1])
+        return [torch.unflatten(layer.multiply(x8, x_scale, x.dtype), 0, x.shape[:-1])
                 for layer in layers if isinstance(layer, Fp8Linear)]
 
 

@@ -190,7 +190,7 @@ class ExpertShape:
         inputs = self._inputs(clip)
         path_of(model).checkpointing = checkpointing
         with self._gates(adapter, clip, True):
-            return measure(lambda: (velocity(model, *inputs) - inputs[0]).square().mean().backward()).peak
+            return measure(lambda: torch.autograd.backward((velocity(model, *inputs) - inputs[0]).square().mean())).peak
 
     def flops(self, clip: Clip, blocks: Sequence[int]) -> Flops:
         """Of the forward of some blocks, adapters left out; multiply and add are two."""

@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 _ROUND = 512  # bytes: CUDA's allocations are multiples of this
 
 
-class _Live(TorchDispatchMode):
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of storages made while it is on, now and at most."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
 

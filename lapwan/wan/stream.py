@@ -82,7 +82,7 @@ class BlockRing:
         size = self.place_bytes // self._depth
         self._places = [_Place(torch.empty(size, dtype=torch.uint8, device=self._device)) for _ in range(self._depth)]
         if self._cuda:
-            self._stream = self._stream or torch.cuda.Stream(self._device)
+            self._stream = self._stream or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(self._device))  # who had this memory before is done
         self._next = 0
         for place in self._places:
@@ -155,7 +155,7 @@ def _to_host(tensors: list[Tensor], space: HostSpace) -> _Waiting:
         copies.append(space.copy_of(tensor))
         tensor.data = copies[-1]  # at once: a block is never in memory twice
         starts.append(size)
-        first, length = copies[-1].storage_offset() * tensor.itemsize, aligned(tensor.nbytes)
+        first, length = int(copies[-1].storage_offset()) * tensor.itemsize, aligned(tensor.nbytes)
         last = runs[-1] if runs else None
         if last is not None and last.chunk is space.chunk and last.first + last.size == first:
             runs[-1] = _Run(last.chunk, last.first, last.start, last.size + length)
