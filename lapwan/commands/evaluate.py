@@ -60,6 +60,9 @@ def evaluate(settings: EvaluateSettings, options: RunOptions) -> dict[str, Any] 
     """The document that is written as evaluation.json; None under `--dry-run`."""
     out = settings.output
     if not settings.resume:
+        if (out / "videos").is_dir() and not options.overwrite:
+            raise UserError(f"output exists: {out}; pass --resume to go on with it (finished videos that still fit are "
+                            "used), --overwrite to start over, or choose another path")
         files.claim_output(out, options.overwrite)
     study = prepare(settings)
     print_plan(settings, _plan(settings, study), options)

@@ -86,7 +86,7 @@ def test_the_json_holds_what_scripts_rely_on(lapwan, tmp_path, held_out, mixture
     again = load(EvaluateSettings, config=tmp_path / "out" / "settings.toml", environment={})
     assert again.moe == mixture_path and again.videos.guidance == 1
     code, _, err = lapwan("--moe", mixture_path, "--clips", held_out, "-o", "out", *SMALL)
-    assert code == 2 and "output exists: out" in err
+    assert code == 2 and "output exists: out; pass --resume" in err
 
 
 def test_dry_run_says_the_plan_and_writes_nothing(lapwan, tmp_path, held_out, mixture_path):
