@@ -18,7 +18,8 @@ from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.memory import Asking, Memory, describe, free_bytes, plan_generation
 from lapwan.wan.base import Base
 from lapwan.wan.compiling import Compile, CompileReport, compile_blocks, pays, worth
-from lapwan.wan.plan import GIB, MemoryPlan, Placement, Way, free_of, needs
+from lapwan.wan.device import limit_memory
+from lapwan.wan.plan import MemoryPlan, Placement, Way, free_of, needs
 from lapwan.wan.quantised import Recipe
 from lapwan.wan.rates import rates_of
 from lapwan.wan.shapes import tokens_of, width_of
@@ -226,9 +227,3 @@ def _move(adapter: Adapter | None, device: torch.device) -> None:
     """An adapter's rows are small and come and go with it: moved plainly."""
     for tensor in () if adapter is None else adapter.own_tensors():
         tensor.data = tensor.data.to(device)
-
-
-def limit_memory(device: torch.device, gib: float) -> None:
-    """Let torch take no more than this of the device: what was asked for is kept to."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)

@@ -19,7 +19,7 @@ from lapwan.train.parking import Parking
 from lapwan.train.trainer import Trainer
 from lapwan.wan.base import Base
 from lapwan.wan.compiling import worth
-from lapwan.wan.device import pick_dtype
+from lapwan.wan.device import limit_memory, pick_dtype
 from lapwan.wan.fastpath import path_of
 from lapwan.wan.plan import (
     COMPILED,
@@ -68,7 +68,9 @@ class TrainingMemory:
     def load(
         self, settings: TrainSettings, base: Base, expert: NoiseExpert, home: torch.device, device: torch.device
     ) -> WanTransformer3DModel:
-        """A noise expert as planned, on `home`; quantising is `device`'s work."""
+        """A noise expert as planned, on `home`; quantising is `device`'s work. A cap in GiB holds from here on."""
+        if isinstance(settings.memory, float):
+            limit_memory(device, settings.memory)
         transformer = base.load(expert, pick_dtype(settings.dtype, device), home, self.recipes[expert], device)
         path_of(transformer).checkpointing = self.checkpointing
         return transformer
