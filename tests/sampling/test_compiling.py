@@ -1,0 +1,75 @@
+"""When blocks are compiled, without compiling any."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lapwan.names import NoiseExpert
+from lapwan.sampling.generator import Generator
+from lapwan.wan import compiling
+from lapwan.wan.backbone import load_transformer
+from lapwan.wan.block import block_forward
+from lapwan.wan.compiling import CompileReport, compile_blocks, compiled_block, pays, worth
+from lapwan.wan.fastpath import path_of
+
+A14B = 5120
+
+
+def test_it_pays_from_about_150_steps_or_a_video_at_480p_on():
+    assert worth(A14B, 5376, 200, training=True) and not worth(A14B, 5376, 100, training=True)
+    assert worth(A14B, 32760, 80, training=False) and not worth(A14B, 5376, 80, training=False)
+    assert not worth(192, 200, 10_000, training=True)  # the embedded model
+
+
+def test_never_by_itself_on_a_cpu(tiny_t2v):
+    assert not pays(load_transformer(tiny_t2v, NoiseExpert.HIGH), (21, 60, 104), 10**9, training=True)
+
+
+@pytest.mark.parametrize("mode", ["on", "off", "auto"])
+def test_training_does_as_told(mode, tiny_t2v, t2v_cache, tmp_path):
+    from lapwan.commands import train_lora
+    from lapwan.commands.base import resolve_base
+    from lapwan.settings.train_lora import TrainLoraSettings
+    from lapwan.train import build
+
+    settings = TrainLoraSettings.model_validate({
+        "model": "tiny", "output": tmp_path / "run", "data": {"cache": t2v_cache}, "steps": 1, "compile": mode,
+        "targets": {"last_blocks": 1, "ffn_last_blocks": 1}})
+    base = resolve_base("tiny")
+    trainer = train_lora.prepare(settings, base, build.read_data(settings, base), torch.device("cpu"))
+    for adapter in trainer.objective.adapters.values():
+        assert path_of(adapter.transformer).block is (compiled_block() if mode == "on" else block_forward)
+
+
+@pytest.mark.parametrize("mode", ["on", "off", "auto"])
+def test_generation_does_as_told(mode, tiny_t2v, small, monkeypatch):
+    seen = []
+    monkeypatch.setattr(compiling, "_COMPILED", [lambda *given: (seen.append(1), block_forward(*given))[1]])
+    Generator(tiny_t2v, compile=mode).latents(small(tiny_t2v, steps=1))
+    assert bool(seen) is (mode == "on")
+
+
+def test_it_says_how_long_it_took_once(monkeypatch, capsys):
+    clock = compiling._Clock()
+    monkeypatch.setattr(compiling, "_CLOCK", clock)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
+    report = CompileReport()
+    report.tell()
+    clock.begin(None)
+    clock.begin(None)  # one inside another is one
+    clock.end(None)
+    clock.end(None)
+    report.tell()
+    report.tell()
+    said = capsys.readouterr().err
+    assert said.count("compiled 1 kinds of block in") == 1 and "/somewhere" in said
+
+
+def test_one_function_serves_all(tiny_t2v):
+    models = [load_transformer(tiny_t2v, expert) for expert in NoiseExpert]
+    for model in models:
+        compile_blocks(model)
+    assert path_of(models[0]).block is path_of(models[1]).block is compiled_block()
+    compile_blocks(models[0], False)
+    assert path_of(models[0]).block is block_forward
