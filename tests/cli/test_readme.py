@@ -53,7 +53,7 @@ def inline() -> list[list[str]]:
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, capture_output=True, text=True, encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
+        input="电凝钩切割组织\n", env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
     )
     assert done.returncode == 0, f"{words}\n{done.stderr}"
     return done
@@ -96,7 +96,7 @@ def test_generating_runs_as_it_stands(toured) -> None:
         said[words[-1]] = run(["-m", "lapwan", *small(words)], toured).stderr
     assert "the frames are identical to those of hook.mp4" in said["again.mp4"], said["again.mp4"]
     names = ["first.png", "from_image.mp4", "loras.mp4", "dpmpp.mp4", "videos/sheet.png", "videos/grasper.mp4",
-             "alphas_grid.mp4", "alphas_sheet.png", "again.mp4"]
+             "alphas_grid.mp4", "alphas_sheet.png", "again.mp4", "restyled.mp4", "session/001.mp4"]
     assert [name for name in names if not (toured / name).is_file()] == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from sampling_cases import random_lora
 
 from lapwan import VideoGenerator
 from lapwan.lora.formats import write_lora
+from lapwan.names import Precision
+from lapwan.sampling.adapters import AdapterSet, LoraUse
 from lapwan.sampling.generator import Generator
 
 pytestmark = [
@@ -71,3 +75,38 @@ def test_memory_is_decided_from_what_the_gpu_has_free(t2v, small, capsys) -> Non
 def test_fp16_runs(t2v, small) -> None:
     latents = Generator(t2v, device="cuda", dtype=torch.float16).latents(small(t2v, guidance=3.0))
     assert torch.isfinite(latents).all() and latents.dtype == torch.float32
+
+
+def test_other_adapters_while_blocks_stream(t2v, small) -> None:
+    """Their rows are made beside host memory's weights and must follow to the device."""
+    request, sets = small(t2v), {}
+    for name in ("a", "b"):
+        state = random_lora(ord(name))
+        sets[name] = AdapterSet({e: [LoraUse(Path(name), state, 1.0)] for e in t2v.experts})
+    one = Generator(t2v, sets["a"], device="cuda", dtype=torch.bfloat16, memory="stream")
+    one.latents(request)
+    one.use(one.experts.base, sets["b"])
+    fresh = Generator(t2v, sets["b"], device="cuda", dtype=torch.bfloat16, memory="both")
+    assert (one.latents(request) - fresh.latents(request)).abs().max() < 1e-2
+
+
+def test_every_start_and_a_preview(t2v, i2v, small, tmp_path) -> None:
+    """What is made on the host meets the device: a video to start from, both images, stills while sampling."""
+    clip = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), dtype=np.uint8)
+    picture = Image.fromarray(clip[0])
+    there = Generator(t2v, device="cuda", dtype=torch.bfloat16)
+    video = there.generate(small(t2v, video_THWC=clip, start_sigma=0.95, steps=4), tmp_path / "preview.png")
+    assert video.frames.shape == clip.shape and (tmp_path / "preview.png").is_file()
+    assert torch.cuda.get_device_name() == video.facts["hardware"]
+    both = Generator(i2v, device="cuda", dtype=torch.bfloat16, memory="one")
+    assert both.generate(small(i2v, image=picture, last_image=picture, guidance=2.0)).frames.shape == clip.shape
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_quantised_blocks_with_loras_and_guidance(precision, t2v, small) -> None:
+    adapters = AdapterSet({e: [LoraUse(Path("a"), random_lora(1), 0.5)] for e in t2v.experts})
+    plain, quantised = (
+        Generator(t2v, adapters, "cuda", torch.bfloat16, precision=form).latents(small(t2v, guidance=3.0))
+        for form in (None, precision)
+    )
+    assert 0 < (plain - quantised).norm() / plain.norm() < 0.5
