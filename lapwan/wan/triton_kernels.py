@@ -19,7 +19,7 @@ def _gelu_quantise(x_ptr, codes_ptr, scale_ptr, columns, BLOCK: tl.constexpr):  
     y = x * tl.sigmoid(2.0 * z)
     amax = tl.max(tl.abs(y), axis=0)
     scale = tl.where(amax > 0, amax / 448.0, 1.0)
-    codes = tl.minimum(tl.maximum(y / scale, -448.0), 448.0).to(tl.float8e4nv)
+    codes = tl.minimum(tl.maximum(y * (1.0 / scale), -448.0), 448.0).to(tl.float8e4nv)  # a division each is slower
     tl.store(codes_ptr + row * columns + at, codes, mask=inside)
     tl.store(scale_ptr + row, scale)
 
