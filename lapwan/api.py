@@ -221,7 +221,7 @@ class VideoGenerator:
         alpha_vector(mixture, request.alpha_expert)
         if request.hint is not None:
             choose_mix(mixture, request.prompt, request.hint, lambda: torch.empty(0))
-        if request.alpha_base is not None and not mixture.base_lora and not self._warned:
+        if request.alpha_base not in (None, 1.0) and not mixture.base_lora and not self._warned:
             self._warned = True
             alpha = f"alpha-base {request.alpha_base:g}"
             console.warn(f"{alpha} has no effect: this mixture was trained without a base LoRA")

@@ -10,7 +10,7 @@ from lapwan import console
 from lapwan.api import VideoGenerator
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import claim_output, is_temporary
-from lapwan.sampling.jobs import UNNAMED, Job, line_jobs
+from lapwan.sampling.jobs import UNNAMED, Job, line_jobs, suffix_of
 from lapwan.sampling.result import check_output
 from lapwan.settings.base import to_toml
 from lapwan.settings.generate import GenerateSettings
@@ -50,7 +50,7 @@ def run_interactive(settings: GenerateSettings, options: RunOptions) -> None:
 
 
 def _make(generator: VideoGenerator, job: Job, settings: GenerateSettings, options: RunOptions) -> Path:
-    output = _next(job.output.parent) if job.output.name == UNNAMED else job.output
+    output = _next(job.output.parent, suffix_of(job.settings)) if job.output.name == UNNAMED else job.output
     prepared = generator.prepare(job.settings)
     claim_output(output, options.overwrite)
     check_output(output, prepared.request.num_frames, prepared.request.size)
@@ -71,6 +71,7 @@ def _lines() -> Iterator[str]:
             return
 
 
-def _next(folder: Path) -> Path:
-    taken = [int(file.stem) for file in folder.glob("*.mp4") if file.stem.isdigit() and not is_temporary(file)]
-    return folder / f"{max(taken, default=0) + 1:03d}.mp4"
+def _next(folder: Path, suffix: str) -> Path:
+    files = [file for kind in ("*.mp4", "*.png") for file in folder.glob(kind) if not is_temporary(file)]
+    taken = [int(file.stem) for file in files if file.stem.isdigit()]
+    return folder / f"{max(taken, default=0) + 1:03d}{suffix}"

@@ -105,6 +105,11 @@ def line_jobs(settings: GenerateSettings, line: str, folder: Path) -> list[Job]:
     return found
 
 
+def suffix_of(video: VideoSettings) -> str:
+    """Of a video in a folder of many: one frame is an image."""
+    return ".png" if video.num_frames == 1 else ".mp4"
+
+
 def _said(settings: GenerateSettings) -> dict[str, Any]:
     """The video options given on the command line or in TOML."""
     return {name: getattr(settings, name) for name in VideoSettings.model_fields if name in settings.model_fields_set}
@@ -190,7 +195,8 @@ def _placed(settings: GenerateSettings, found: list[Job]) -> list[Job]:
             if own[job.place, job.output] > 1:
                 path = path.with_name(f"{path.stem}_{label}{path.suffix}")
         else:
-            path = folder / (f"{output.stem}_{label}{output.suffix}" if output.suffix else f"{label}.mp4")
+            unnamed = f"{label}{suffix_of(job.settings)}"
+            path = folder / (f"{output.stem}_{label}{output.suffix}" if output.suffix else unnamed)
         if path in owners:
             raise UserError(f"{job.place}: output {path} is also that of {owners[path]}; give each its own")
         owners[path] = job.place

@@ -149,9 +149,9 @@ class VideoSettings(Settings):
     )
 
     def moe_options(self) -> list[str]:
-        """Names of the options given that act on a mixture only."""
+        """Names of the options given that act on a mixture only; a strength of 1 is that without any option."""
         names = ("instrument_hint", "alpha_base", "alpha_expert")
-        return [name for name in names if getattr(self, name) is not None]
+        return [name for name in names if getattr(self, name) not in (None, 1.0)]
 
     @field_validator("size", mode="before")
     @classmethod

@@ -277,6 +277,15 @@ def test_interactive_keeps_the_model_and_survives_a_bad_line(lapwan, tmp_path, m
     refused(lapwan("generate", "--model", "tiny", "--interactive", "-o", "a.mp4"), "give it as --output DIR")
 
 
+def test_one_frame_of_many_is_an_image(lapwan, tmp_path, monkeypatch) -> None:
+    still = ("--num-frames", "1", "--size", "32x48", "--steps", "1", "--guidance", "1")
+    ran = lapwan("generate", "--model", "tiny", "--prompt", "x", "--videos", "2", "-o", "stills", *still)
+    assert [Path(line).name for line in ran.out.splitlines()] == ["001_seed=42.png", "002_seed=43.png"], ran.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO('x\n{"prompt": "x", "num_frames": 5}\n'))
+    ran = lapwan("generate", "--model", "tiny", "--interactive", "-o", "chat", *still)
+    assert [Path(line).name for line in ran.out.splitlines()] == ["001.png", "002.mp4"], ran.err
+
+
 def test_interactive_makes_several_videos_of_a_line_with_previews(lapwan, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO('hook\n{"prompt": "x", "seed": 5, "output": "x.gif"}\n'))
     ran = lapwan("generate", "--model", "tiny", "--interactive", "-o", "chat", "--videos", "2", "--preview", *SMALL)

@@ -15,6 +15,7 @@ import lapwan as lapwan_package
 from lapwan import UserError, VideoGenerator
 from lapwan.lora.formats import write_lora
 from lapwan.sampling.image import image_fingerprint
+from lapwan.settings.generate import VideoSettings
 
 
 def test_from_python(tmp_path, mixture_file) -> None:
@@ -32,6 +33,14 @@ def test_from_python(tmp_path, mixture_file) -> None:
     picture = Image.new("RGB", (48, 32), (200, 30, 30))
     from_image = VideoGenerator("tiny").generate("x", image=picture, **small)
     assert "image" in from_image.facts and "image" not in from_image.settings
+
+
+def test_strengths_of_one_may_be_said_without_a_mixture(mixture_file, capsys) -> None:
+    VideoGenerator("tiny").prepare(VideoSettings(prompt="x", alpha_base=1.0, alpha_expert=1.0))
+    VideoGenerator("tiny", moe=mixture_file).prepare(VideoSettings(prompt="x", alpha_base=1.0))
+    assert "has no effect" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="--alpha-base acts on a mixture"):
+        VideoGenerator("tiny").prepare(VideoSettings(prompt="x", alpha_base=0.5))
 
 
 def test_importing_lapwan_needs_no_torch() -> None:
