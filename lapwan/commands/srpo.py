@@ -16,7 +16,7 @@ from lapwan.data.cachefile import load_index
 from lapwan.errors import UserError
 from lapwan.names import Band, NoiseExpert
 from lapwan.rewards.base import warn_chinese
-from lapwan.rewards.build import build_rewards, check_rewards
+from lapwan.rewards.build import Maker, build_rewards, check_rewards
 from lapwan.settings.run import RunOptions
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train import srpo_build
@@ -97,7 +97,7 @@ def plan(settings: SrpoSettings, device: torch.device, processes: int = 1) -> Pl
     return Planned(base, data, own, memory)
 
 
-def _others() -> dict[str, object]:
+def _others() -> dict[str, Maker]:
     from lapwan.tiny.reward import make_tiny_reward
 
     return {"tiny": make_tiny_reward}

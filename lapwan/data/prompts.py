@@ -71,7 +71,7 @@ def _captions(value: Any, path: Path, wanted: str) -> list[str]:
     rows = value.get("prompts", value.get("captions")) if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected {wanted}")
-    texts = [row.get("caption", row.get("prompt")) if isinstance(row, dict) else row for row in rows]
+    texts: list[Any] = [row.get("caption", row.get("prompt")) if isinstance(row, dict) else row for row in rows]
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise UserError(f"{path}: entry {number} is {json.dumps(rows[number - 1], ensure_ascii=False)[:60]}; "

@@ -48,10 +48,9 @@ def shard(transformer: WanTransformer3DModel, processes: int, device: torch.devi
 
 def whole(tree: Any) -> Any:
     """Plain containers with every sharded tensor put together in host memory; all processes must call it alike."""
-    from torch.distributed.tensor import DTensor
-
-    if isinstance(tree, DTensor):
-        return tree.detach().full_tensor().to("cpu", copy=True)  # a copy waits for what is still under way
+    if isinstance(tree, Tensor) and is_sharded(tree):
+        part: Any = tree.detach()
+        return part.full_tensor().to("cpu", copy=True)  # a copy waits for what is still under way
     if isinstance(tree, Mapping):
         return {key: whole(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -84,7 +83,9 @@ def as_part(value: Tensor, parameter: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; a plain tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -239,5 +239,5 @@ def vae_bytes(
         for parameter in vae.parameters():
             parameter.data = parameter.data.to(dtype)
         latents = torch.empty(batch, *latent_shape, requires_grad=True)
-        work = measure(lambda: decode_frames(vae, latents, wanted).square().mean().backward()).peak
+        work = measure(lambda: torch.autograd.backward(decode_frames(vae, latents, wanted).square().mean())).peak
     return sum(p.nbytes for p in vae.parameters()), work

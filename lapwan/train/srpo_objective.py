@@ -30,7 +30,6 @@ from lapwan.names import Band, NoiseExpert
 from lapwan.train.objective import Draws, Loss, ParameterGroup, Total, alone
 from lapwan.train.steplog import bin_of
 from lapwan.wan.backbone import velocity
-from lapwan.wan.text import pad_text
 
 if TYPE_CHECKING:
     from lapwan.lora.attach import Adapter
@@ -79,7 +78,7 @@ class Judges:
         pixels_BN3HW = (self.decode(latents_BCTHW) + 1) / 2
         batch, frames = pixels_BN3HW.shape[:2]
         flat = pixels_BN3HW.flatten(0, 1)
-        return {name: reward.image(flat).unflatten(0, (batch, frames)).mean(dim=1)
+        return {name: reward.image(flat).view(batch, frames, -1).mean(dim=1)
                 for name, reward in self.rewards.items()}
 
 
@@ -138,7 +137,7 @@ class SrpoObjective:
         x0 = batch.latents_BCTHW.to(torch.promote_types(batch.latents_BCTHW.dtype, torch.float32))
         noise = draws.noise_BCTHW.to(x0)
         x = flow.noised(x0, noise, picked.sigma_e_B).detach()
-        text = pad_text(batch.text).to(x0.device)
+        text = [one.to(x0.device) for one in batch.text]
         v = self.velocity(expert, x, picked.sigma_e_B, text, batch.condition_BCTHW)
         estimate = preference.recover(x, noise, v, picked.sigma_e_B, picked.sigma_star_B)
         seen = self._judge(self.judges.embed(estimate), picked)
@@ -155,14 +154,16 @@ class SrpoObjective:
         yield loss
 
     def velocity(
-        self, expert: NoiseExpert, x_BCTHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, condition: Tensor | None = None
+        self, expert: NoiseExpert, x_BCTHW: Tensor, sigma_B: Tensor, text: Sequence[Tensor],
+        condition: Tensor | None = None,
     ) -> Tensor:
-        """v̂ of what is trained at (x, 1000·σ)."""
+        """v̂ of what is trained at (x, 1000·σ) for each sample's text features [n, D]."""
         timestep_B = (1000.0 * sigma_B).float().to(x_BCTHW.device)
-        return velocity(self.trained[expert].transformer, x_BCTHW, timestep_B, text_BLD, condition)
+        return velocity(self.trained[expert].transformer, x_BCTHW, timestep_B, text, condition)
 
     def base_velocity(
-        self, expert: NoiseExpert, x_BCTHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, condition: Tensor | None = None
+        self, expert: NoiseExpert, x_BCTHW: Tensor, sigma_B: Tensor, text: Sequence[Tensor],
+        condition: Tensor | None = None,
     ) -> Tensor:
         """v̂ without the LoRA: its gate at 0."""
         adapter = self.trained[expert].adapter
@@ -170,7 +171,7 @@ class SrpoObjective:
             raise ValueError("the base's velocity needs a LoRA to leave out")
         gates = torch.zeros(1, len(adapter.group_names), device=x_BCTHW.device)
         with adapter.holder.scope(gates):
-            return self.velocity(expert, x_BCTHW, sigma_B, text_BLD, condition)
+            return self.velocity(expert, x_BCTHW, sigma_B, text, condition)
 
     def pick(self, expert: NoiseExpert, batch: Batch, draws: Draws) -> _Picked:
         """Branch, sigmas and words of every sample, by its key."""

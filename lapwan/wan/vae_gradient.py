@@ -70,9 +70,17 @@ def _stages(decoder: Any) -> Iterator[Stage]:
     yield lambda x, kept, place, first: _causal(decoder.conv_in, x, kept, place)
     yield lambda x, kept, place, first: decoder.mid_block(x, feat_cache=kept, feat_idx=place)
     for block in decoder.up_blocks:
-        yield lambda x, kept, place, first, block=block: block(x, feat_cache=kept, feat_idx=place, first_chunk=first)
+        yield _upward(block)
     yield lambda x, kept, place, first: _causal(
         decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)), kept, place)
+
+
+def _upward(block: Any) -> Stage:
+    def run(x_BCTHW: Tensor, kept: Kept, place: list[int], first: bool) -> Tensor:
+        out: Tensor = block(x_BCTHW, feat_cache=kept, feat_idx=place, first_chunk=first)
+        return out
+
+    return run
 
 
 def _causal(convolution: Any, x_BCTHW: Tensor, kept: Kept, place: list[int]) -> Tensor:
