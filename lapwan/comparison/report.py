@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from lapwan import __version__
 from lapwan.comparison.rows import ARMS, METRIC, best_lr, sweep_names
@@ -86,7 +84,7 @@ def error_reduction(a_PS: np.ndarray, b_PS: np.ndarray, seed: int = 0) -> Estima
 def summarise(results: Results) -> dict[str, Any]:
     """Everything that is there, as JSON; what is missing is left out."""
     s = results.settings
-    found: dict[str, Any] = {"format": 1, "goals": [], "tasks": {}, "lapwan": __version__, "machine": machine()}
+    found: dict[str, Any] = {"format": 1, "goals": [], "tasks": {}, "lapwan": __version__, "machine": _machine(results)}
     for task in s.tasks:
         found["tasks"][task] = _task(results, task, found["goals"])
     found["routing"] = _routing(results, found["goals"])
@@ -95,6 +93,12 @@ def summarise(results: Results) -> dict[str, Any]:
         times = {arm: min(results.rows["timing"][arm]) for arm in (SAME_SIZE, MIXTURE)}
         found["seconds_per_step"] = {**times, "ratio": times[MIXTURE] / times[SAME_SIZE]}
     return found
+
+
+def _machine(results: Results) -> dict[str, Any]:
+    """Where the trainings ran; the report may be made elsewhere."""
+    said = [row["machine"] for name, row in results.rows.items() if name.startswith("sweep") and "machine" in row]
+    return said[0] if said else {}
 
 
 def _task(results: Results, task: TaskName, goals: list[dict[str, Any]]) -> dict[str, Any]:
@@ -179,12 +183,3 @@ def _ablations(results: Results) -> dict[str, Any]:
                        "minus_the_mixture": paired_bootstrap(own, same, crossed=True).as_json(),
                        "routing_accuracy": float(np.mean(accuracy)) if accuracy else None, "routing_faults": faults}
     return found
-
-
-def machine() -> dict[str, Any]:
-    """What it ran on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"gpu": gpu, "cpus": torch.multiprocessing.cpu_count(), "python": platform.python_version(),
-            "torch": torch.__version__}
-
-

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import platform
 import time
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any
+
+import torch
 
 from lapwan import console
 from lapwan.comparison import work
@@ -91,4 +95,10 @@ def _work(place: Place, row: Row, arguments: Mapping[str, Any]) -> tuple[dict[st
     """In a worker process."""
     began = time.monotonic()
     folder_of(place, row.name).mkdir(parents=True, exist_ok=True)
-    return row.work(place, **arguments), time.monotonic() - began
+    return {**row.work(place, **arguments), "machine": machine()}, time.monotonic() - began
+
+
+def machine() -> dict[str, Any]:
+    """What a row ran on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"gpu": gpu, "cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}

@@ -18,9 +18,10 @@ def markdown(found: Mapping[str, Any], command: str) -> str:
         shown = ", ".join(f"{name} {1000 * times[name]:.1f} ms" for name in names)
         parts.append(f"An optimiser step of one noise expert, alone on the machine: {shown}; ratio "
                      f"{times['ratio']:.2f}.")
-    machine = found["machine"]
-    parts.append(f"`{command}`, on {machine['gpu'] or 'a CPU'} with {machine['cpus']} CPU cores, torch "
-                 f"{machine['torch']}. Intervals are 95 % bootstrap intervals over prompts and training seeds.")
+    where = ""
+    if machine := found["machine"]:
+        where = f", on {machine['gpu'] or 'a CPU'} with {machine['cpus']} CPU cores, torch {machine['torch']}"
+    parts.append(f"`{command}`{where}. Intervals are 95 % bootstrap intervals over prompts and training seeds.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
