@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lapwan.data.batch import send
 from lapwan.names import NoiseExpert
 from lapwan.sampling.grid import Grid, Step
 from lapwan.wan.backbone import velocity
@@ -47,8 +48,9 @@ class Conditions:
         """[B]; with a clean first frame 0 for the first frame's tokens, the timestep for all others."""
         batch, _, frames, height, width = x_BCTHW.shape
         if self.first_BC1HW is None:
-            return timestep.to(x_BCTHW.device).expand(batch)
-        values = torch.stack([torch.zeros((), device=x_BCTHW.device), timestep.to(x_BCTHW).reshape(())])
+            return send(timestep, x_BCTHW.device).expand(batch)
+        now = send(timestep.to(x_BCTHW.dtype), x_BCTHW.device).reshape(())
+        values = torch.stack([torch.zeros((), device=x_BCTHW.device), now])
         a_frame = (height // patch[1]) * (width // patch[2])
         tokens = torch.arange((frames // patch[0]) * a_frame, device=x_BCTHW.device)
         return TokenTimes(values.expand(batch, 2), (tokens >= a_frame).long())

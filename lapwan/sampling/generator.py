@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lapwan import __version__, console
+from lapwan.data.batch import send
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
 from lapwan.losses.flow import noised
@@ -241,7 +242,7 @@ class Generator:
             1.0 if request.alpha_base is None else request.alpha_base,
             None if mixture is None else alpha_vector(mixture, request.alpha_expert),
         )
-        return gates_1G.to(self.device)
+        return send(gates_1G, self.device)  # without waiting for the step before
 
     def _facts(self, request: Request, grid: Grid, mix: Mix | None) -> dict[str, Any]:
         """What the settings name only by path: identities, the gates that acted, versions."""
