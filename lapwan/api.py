@@ -137,6 +137,7 @@ class VideoGenerator:
         guidance_interval: tuple[float, float] | None = None,
         flow_shift: float | None = None,
         boundary: float | None = None,
+        sigmas: Sequence[float] | None = None,
         sampler: Literal["unipc", "euler", "dpmpp"] = "unipc",
         reuse: float | Mapping[str, float] | None = None,
         seed: int = 42,
@@ -153,6 +154,7 @@ class VideoGenerator:
             size: (height, width) in pixels.
             guidance: one number, or {"high": 4, "low": 3}; 1 is none.
             boundary: sigma from which on the high noise expert serves.
+            sigmas: own noise levels, falling from at most 1, instead of `steps` and `flow_shift`.
             reuse: relative error of the velocity that a step may make by keeping the last one's blocks; None: none.
 
         Raises:
@@ -269,12 +271,13 @@ def _request(
         start_sigma=(start or DEFAULT_START_SIGMA) if settings.video is not None else 1.0,
         num_frames=settings.num_frames or spec.defaults.num_frames,
         size=settings.size or default_size(spec, image),
-        steps=settings.steps or spec.defaults.steps,
+        steps=settings.steps or len(settings.sigmas or ()) or spec.defaults.steps,
         guidance=complete_guidance(spec, settings.guidance),
         guidance_interval=settings.guidance_interval or (0.0, 1.0),
         fps=spec.defaults.fps,
         flow_shift=settings.flow_shift,
         boundary=settings.boundary,
+        sigmas=settings.sigmas,
         sampler=settings.sampler,
         seed=settings.seed,
         hint=settings.instrument_hint,
@@ -298,7 +301,7 @@ def _filled(settings: VideoSettings, spec: ModelSpec, request: Request) -> Video
     return own.model_copy(update={
         "num_frames": request.num_frames, "size": request.size, "steps": request.steps,
         "guidance": dict(request.guidance), "negative_prompt": request.negative_prompt,
-        "flow_shift": spec.flow_shift if request.flow_shift is None else request.flow_shift,
+        "flow_shift": request.flow_shift or (spec.flow_shift if request.sigmas is None else None),
         "boundary": spec.boundary if request.boundary is None else request.boundary,
         "start_sigma": request.start_sigma if settings.video is not None else None,
     })

@@ -5,16 +5,19 @@ The solvers are diffusers' own. Their grids differ, and each is the one its user
     unipc    shift(linspace(1, 1/1000, N + 1)[:-1]), 0 appended, the first lowered by 1e-6, timesteps cut to integers
     euler    the same sigmas, timesteps 1000·sigma as floats
     dpmpp    shift(linspace(0.999, 0, N + 1)[:-1]), 0 appended, timesteps cut to integers
+Given sigmas take the grid's place, with timesteps 1000·sigma as the solver has them.
 How to add a sampler: a name in `SamplerName`, a case in `_scheduler`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lapwan.errors import UserError
@@ -88,21 +91,33 @@ def _scheduler(spec: ModelSpec, sampler: SamplerName, steps: int, shift: float) 
     return scheduler
 
 
+def _replace(scheduler: Any, sigmas: Sequence[float]) -> None:
+    """Other noise levels in a scheduler that has been set to as many. The multistep solvers work with log((1 − σ)/σ)
+    and integer timesteps."""
+    floats = scheduler.timesteps.is_floating_point()
+    levels = torch.tensor([*sigmas, 0.0], dtype=scheduler.sigmas.dtype)
+    scheduler.timesteps = (_TRAIN_TIMESTEPS * levels[:-1]).to(scheduler.timesteps.dtype)
+    scheduler.sigmas = levels if floats else levels.clamp(max=1 - 1e-6)
+
+
 def make_grid(
     spec: ModelSpec, sampler: SamplerName, steps: int, flow_shift: float | None = None, start: float = 1.0,
-    boundary: float | None = None,
+    boundary: float | None = None, sigmas: Sequence[float] | None = None,
 ) -> Grid:
     """The grid of a generation.
 
     Args:
         flow_shift: None takes the checkpoint's.
         boundary: sigma from which on the high noise expert serves; None takes the model's.
+        sigmas: own noise levels, falling, `steps` of them; None: the solver's grid.
         start: begin at the first sigma of the grid that is not above this (video-to-video); 1 begins at pure noise.
 
     Raises:
         UserError: no step is left below `start`.
     """
     scheduler = _scheduler(spec, sampler, steps, spec.flow_shift if flow_shift is None else flow_shift)
+    if sigmas is not None:
+        _replace(scheduler, sigmas)
     sigma = spec.boundary if boundary is None else boundary
     border = None if sigma is None else sigma * _TRAIN_TIMESTEPS
     found = []

@@ -34,7 +34,7 @@ class Request:
     """One video. `guidance` by noise expert, 1 = none; `size` (height, width) in pixels.
 
     `flow_shift` and `boundary` (sigma from which on the high noise expert serves) None are the model's; `image` is the
-    first frame, of any size, `last_image` the last;
+    first frame, of any size, `last_image` the last; `sigmas` are instead of the sampler's own grid of `steps`;
     `video_THWC` uint8 frames to start from, noised to `start_sigma`; `hint` a family, alias or mix of the mixture's
     taxonomy; `alpha_expert` one number or one by family; `guidance_interval` the sigmas (low, high) that are guided;
     `reuse` the error a step may make by keeping an earlier step's blocks, by noise expert (absent: none).
@@ -53,6 +53,7 @@ class Request:
     start_sigma: float = 1.0
     flow_shift: float | None = None
     boundary: float | None = None
+    sigmas: tuple[float, ...] | None = None
     sampler: SamplerName = "unipc"
     seed: int = 42
     hint: str | None = None
@@ -69,7 +70,8 @@ def grid_of(spec: ModelSpec, request: Request) -> Grid:
         UserError: no step is left below the sigma to start from.
     """
     return make_grid(
-        spec, request.sampler, request.steps, request.flow_shift, request.start_sigma, request.boundary)
+        spec, request.sampler, request.steps, request.flow_shift, request.start_sigma, request.boundary,
+        request.sigmas)
 
 
 def complete_guidance(spec: ModelSpec, asked: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:
@@ -126,3 +128,7 @@ def check_request(spec: ModelSpec, request: Request) -> None:
         raise UserError(f"flow shift = {request.flow_shift:g}: must be above 0")
     if request.boundary is not None and len(spec.experts) < 2:
         raise UserError(f"{spec.path} has one transformer for all noise; leave --boundary out")
+    if request.sigmas is not None and len(request.sigmas) != request.steps:
+        raise UserError(f"{len(request.sigmas)} sigmas are given and {request.steps} steps; leave --steps out")
+    if request.sigmas is not None and request.flow_shift is not None:
+        raise UserError("--sigmas are the noise levels themselves; leave --flow-shift out")

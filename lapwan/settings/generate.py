@@ -6,6 +6,7 @@ How to add an option of a video: a field of `VideoSettings` with a Flag, its use
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -140,6 +141,9 @@ class VideoSettings(Settings):
     sampler: Annotated[Literal["unipc", "euler", "dpmpp"], Flag(metavar="unipc|euler|dpmpp")] = Field(
         default="unipc", description="Solver."
     )
+    sigmas: Annotated[tuple[float, ...] | None, Flag(metavar="S,S,...")] = Field(
+        default=None, description="Own noise levels, falling from at most 1, instead of --steps and --flow-shift."
+    )
     reuse: Annotated[float | dict[NoiseExpert, float] | None, Flag(metavar="E|high=E,low=E")] = Field(
         default=None, description="Approximate: a step keeps the last one's blocks where the velocity's relative error "
         "is foreseen under E, such as 0.05."
@@ -178,6 +182,20 @@ class VideoSettings(Settings):
     def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         if value is not None and not 0 <= value[0] < value[1] <= 1:
             raise ValueError("two sigmas LOW,HIGH with 0 <= LOW < HIGH <= 1")
+        return value
+
+    @field_validator("sigmas", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return re.split(r"[,，]", value) if isinstance(value, str) else value
+
+    @field_validator("sigmas")
+    @classmethod
+    def _falling(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        falls = value is None or (bool(value) and value[0] <= 1 and value[-1] > 0 and all(
+            before > after for before, after in itertools.pairwise(value)))
+        if not falls:
+            raise ValueError("numbers falling from at most 1 and above 0, such as 1,0.94,0.83,0.62")
         return value
 
     @field_validator("guidance", mode="before")

@@ -12,6 +12,7 @@ from sampling_cases import frames, generate, random_lora, refused
 
 from lapwan.lora.formats import write_lora
 from lapwan.sampling.generator import Generator
+from lapwan.sampling.grid import make_grid
 from lapwan.sampling.video import read_video_metadata
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.load import load
@@ -97,6 +98,9 @@ def test_dry_run_loads_nothing_and_prints_the_resolved_settings(lapwan, tmp_path
     (("--size", "480"), ("--size", "'480'", "HEIGHTxWIDTH")),
     (("--guidance", "0.5"), ("guidance 0.5", "must be 1 (none) or more")),
     (("--guidance", "high=4,lo=3"), ("'lo' is no noise expert",)),
+    (("--sigmas", "1,0.5,0.7"), ("--sigmas", "'1,0.5,0.7'", "falling from at most 1")),
+    (("--sigmas", "1,0.5"), ("2 sigmas are given and 3 steps; leave --steps out",)),
+    (("--sigmas", "1,0.7,0.5", "--flow-shift", "3"), ("leave --flow-shift out",)),
     (("--boundary", "1.5"), ("--boundary", "less than 1")),
     (("--steps", "0"), ("steps = '0'", "greater than or equal to 1")),
     (("--sampler", "ddim"), ("'ddim'", "'unipc', 'euler' or 'dpmpp'")),
@@ -173,3 +177,16 @@ def test_a_distilled_lora_of_four_steps_needs_no_negative_prompt(lapwan, tmp_pat
     monkeypatch.setattr(Generator, "text_features", features)
     ran = generate(lapwan, "--lora", "both=fast.safetensors", "--steps", "4", "--guidance", "1", "--sampler", "euler")
     assert ran.code == 0 and set(prompts) == {"电凝钩切割组织"}
+
+
+def test_own_sigmas_are_the_grid_and_come_back(lapwan, tmp_path, t2v) -> None:
+    """SMALL asks for 3 steps; so many are listed."""
+    own = make_grid(t2v, "unipc", 3)
+    listed = ",".join(f"{step.sigma:.9f}" for step in own.steps)
+    assert generate(lapwan, "--num-frames", "1", output="a.png").code == 0
+    assert generate(lapwan, "--num-frames", "1", "--sigmas", listed, output="b.png").code == 0
+    one, two = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("a.png", "b.png"))
+    assert np.abs(one - two).max() <= 1
+    assert "flow_shift" not in json.loads(read_video_metadata(tmp_path / "b.png")["settings"])
+    again = lapwan("generate", "--from", "b.png", "-o", "c.png")
+    assert "identical" in again.err, again.err

@@ -17,6 +17,7 @@ from lapwan.wan.backbone import load_transformer
 from lapwan.wan.folder import ModelSpec
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
+OWN = (1.0, 0.95, 0.86, 0.6, 0.31)
 
 
 def sigmas(grid: Grid) -> np.ndarray:
@@ -60,11 +61,14 @@ def test_flow_shift_overrides_the_checkpoint(sampler, t2v: ModelSpec) -> None:
 
 
 @pytest.mark.parametrize("sampler", get_args(SamplerName))
-@pytest.mark.parametrize("start", [1.0, 0.9])
-def test_every_sampler_solves_a_straight_path_exactly(sampler, start, t2v: ModelSpec) -> None:
+@pytest.mark.parametrize(("start", "own"), [(1.0, None), (0.9, None), (1.0, OWN), (0.9, OWN)])
+def test_every_sampler_solves_a_straight_path_exactly(sampler, start, own, t2v: ModelSpec) -> None:
     """With v = (x − x0) / σ, the exact velocity of one data point, any consistent solver ends at x0."""
     x0 = torch.linspace(-1, 1, 16).view(1, 1, 1, 4, 4)
-    grid = make_grid(t2v, sampler, 8, start=start)
+    grid = make_grid(t2v, sampler, 8 if own is None else len(own), start=start, sigmas=own)
+    if own is not None:
+        assert sigmas(grid) == pytest.approx([level for level in own if level <= start], abs=2e-6)
+        assert [float(s.timestep) for s in grid.steps] == pytest.approx([1000 * s.sigma for s in grid.steps], abs=1)
     first = grid.steps[0].sigma
     assert first <= start
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
