@@ -87,6 +87,7 @@ def shapes_of(groups: Sequence[Group]) -> list[GroupShape]:
 def plan_generation(
     spec: ModelSpec, groups: Mapping[NoiseExpert, Sequence[Group]], dtype: torch.dtype, recipe: Recipe | None,
     asking: Asking, memory: Memory, free: int | None, rates: Rates | None, text_bytes: int,
+    host_free: int | None = None,
 ) -> MemoryPlan:
     """The quickest way that fits, of: both noise experts or one, more and more blocks streamed, guidance in one batch
     or in two.
@@ -117,7 +118,7 @@ def plan_generation(
             # Together is a little quicker even where nothing streams: products with more rows.
             seconds = passes * max(once * (1.0 if passes == 1 else 1.02), copied) + swaps
             ways.append(Way(place, work, seconds, together=together))
-    return choose(each, ways, WORKSPACE, free, asked, phases)
+    return choose(each, ways, WORKSPACE, free, asked, phases, host_free)
 
 
 def describe(plan: MemoryPlan, device: torch.device, count: int) -> str:
@@ -138,7 +139,6 @@ def describe(plan: MemoryPlan, device: torch.device, count: int) -> str:
         return f"memory: {what} ({why})"
     own = ", ".join(f"{name} {size / GIB:.1f}" for name, size in plan.parts.items() if size >= GIB / 20)
     has = "" if plan.free is None else f" of {plan.free / GIB:.1f}"
-    host = f", {plan.host / GIB:.1f} GiB of host memory" if plan.host else ""
     alone = "" if plan.way.together else "; guidance in two passes"
-    return (f"memory: {what} ({why}): predicted peak {plan.peak / GIB:.1f}{has} GiB ({own}){host}; "
+    return (f"memory: {what} ({why}): predicted peak {plan.peak / GIB:.1f}{has} GiB ({own}){plan.host_words}; "
             f"{plan.way.seconds:.2f} s a step predicted{alone}")

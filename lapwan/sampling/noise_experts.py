@@ -19,7 +19,7 @@ from lapwan.sampling.memory import Asking, Memory, describe, free_bytes, plan_ge
 from lapwan.wan.base import Base
 from lapwan.wan.compiling import Compile, CompileReport, compile_blocks, pays, worth
 from lapwan.wan.device import limit_memory
-from lapwan.wan.plan import MemoryPlan, Placement, Way, free_of, needs
+from lapwan.wan.plan import MemoryPlan, Placement, Way, free_of, host_memory, needs
 from lapwan.wan.quantised import Recipe
 from lapwan.wan.rates import rates_of
 from lapwan.wan.shapes import tokens_of, width_of
@@ -118,7 +118,15 @@ class NoiseExperts:
         text = text_encoder_bytes(spec, self._text_precision, self.text_streams)
         groups = {expert: self.adapters.groups(expert) for expert in spec.experts}
         rates = rates_of(self.device, self.dtype) if limit is not None else None
-        return plan_generation(spec, groups, self.dtype, self._recipe(), asking, self.memory, free, rates, text)
+        return plan_generation(spec, groups, self.dtype, self._recipe(), asking, self.memory, free, rates, text,
+                               self._host_free())
+
+    def _host_free(self) -> int | None:
+        """What the host could give, weights that wait there already included."""
+        free = host_memory()
+        models = [one.model for one in self._loaded.values() if one.host is not None]
+        held = sum(t.nbytes for model in models for t in tensors_of(model))
+        return None if free is None else free + held
 
     def _compiles(self, num_frames: int, size: tuple[int, int], steps: int) -> bool:
         spec = self.base.spec

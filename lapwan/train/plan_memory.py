@@ -33,6 +33,7 @@ from lapwan.wan.plan import (
     Way,
     choose,
     free_of,
+    host_memory,
     needs,
     placements,
 )
@@ -136,7 +137,7 @@ def plan_training(
     compiled = _compiles(settings, base, data, clip, device)
     ways = list(_ways(settings, list(shapes.values()), each, clip, rates_of(device, dtype), compiled))
     idle = sum(shape.gradients for shape in shapes.values()) - max(shape.gradients for shape in shapes.values())
-    plan = choose(each, ways, WORKSPACE + idle, free, asked)
+    plan = choose(each, ways, WORKSPACE + idle, free, asked, host_free=host_memory())
     held = cached_bytes(data.index, data.items)
     keep = free is None or needs(plan.peak + held) <= free
     return TrainingMemory(plan, recipes, keep, _line(plan, device, len(groups), settings.batch_size))
@@ -214,8 +215,7 @@ def _line(plan: MemoryPlan, device: torch.device, count: int, batch_size: int) -
     if plan.parts:
         own = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.parts.items())
         has = "" if plan.free is None else f" of {plan.free / GIB:.1f}"
-        host = f", {plan.host / GIB:.1f} GiB of host memory" if plan.host else ""
-        line += f"; predicted peak {plan.peak / GIB:.2f}{has} GiB ({own}){host}, {way.seconds:.3g} s a step"
+        line += f"; predicted peak {plan.peak / GIB:.2f}{has} GiB ({own}){plan.host_words}, {way.seconds:.3g} s a step"
     if not plan.fits:
         line += "; THIS DOES NOT FIT"
     return line

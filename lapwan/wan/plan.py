@@ -9,8 +9,10 @@ All arithmetic, no torch: bytes in, a plan out. Units: bytes, seconds, flops.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 GIB = 1 << 30
@@ -105,6 +107,7 @@ class MemoryPlan:
     free: int | None
     asked: Asked
     parts: Mapping[str, int] = field(default_factory=dict)
+    host_free: int | None = None
 
     @property
     def both(self) -> bool:
@@ -117,6 +120,20 @@ class MemoryPlan:
         return range(self.way.placement.streamed)
 
     @property
+    def fits_host(self) -> bool:
+        """Whether the host holds what waits there."""
+        return self.host_free is None or self.host <= self.host_free
+
+    @property
+    def host_words(self) -> str:
+        """What of the host's memory it takes, for the line that tells the plan."""
+        if not self.host:
+            return ""
+        lacking = "" if self.fits_host or self.host_free is None else (
+            f", WHICH HAS ONLY {self.host_free / GIB:.1f} GiB available")
+        return f", {self.host / GIB:.1f} GiB of host memory{lacking}"
+
+    @property
     def fits(self) -> bool:
         """Whether the prediction lies below what is free."""
         return self.free is None or needs(self.peak) <= self.free
@@ -127,6 +144,15 @@ class MemoryPlan:
 COMPILED: Mapping[str, float] = {"forward": 0.9, "off": 0.86, "op": 0.86, "block": 0.8}
 
 
+def host_memory() -> int | None:
+    """Bytes the host could still give, as Linux says; None elsewhere."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+    return None if found is None else 1024 * int(found[1])
+
+
 def needs(peak: int) -> int:
     """What must be free for a predicted peak."""
     return int(peak * (1 + SLACK)) + MARGIN
@@ -134,16 +160,19 @@ def needs(peak: int) -> int:
 
 def choose(
     experts: Sequence[ExpertBytes], ways: Iterable[Way], beside: int, free: int | None, asked: Asked,
-    phases: Mapping[str, int] | None = None,
+    phases: Mapping[str, int] | None = None, host_free: int | None = None,
 ) -> MemoryPlan:
-    """The fastest way that fits; of equally fast ones the first. If none fits, the smallest.
+    """The fastest way that fits the device and the host; of equally fast ones the first. If none does, the fastest that
+    fits the device; if none does, the smallest there.
 
     Args:
         beside: bytes that are there in every phase (data, workspace).
         phases: other phases' bytes beside the weights that must be there with them (reading a prompt, decoding).
+        host_free: host memory for what waits there; None: not known.
     """
-    plans = [_plan(experts, way, beside, free, asked, phases or {}) for way in ways]
+    plans = [replace(_plan(experts, way, beside, free, asked, phases or {}), host_free=host_free) for way in ways]
     fitting = [plan for plan in plans if plan.fits]
+    fitting = [plan for plan in fitting if plan.fits_host] or fitting
     if fitting:
         return min(fitting, key=lambda plan: plan.way.seconds)
     return min(plans, key=lambda plan: plan.peak)

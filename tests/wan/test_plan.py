@@ -19,6 +19,7 @@ from lapwan.wan.plan import (
     Way,
     choose,
     free_of,
+    host_memory,
     needs,
     placements,
     resident,
@@ -55,6 +56,20 @@ def test_the_quickest_that_fits_and_else_the_smallest() -> None:
     assert tight.way is ways[3] and not tight.fits
     assert choose([HIGH, LOW], ways, 2, 0, "auto").host == 105 + 47
     assert choose([HIGH, LOW], ways[:1], 2, None, "auto").host == 0
+
+
+def test_the_host_counts_as_far_as_there_is_a_choice() -> None:
+    ways = [Way(Placement(False), 100, 1.0), Way(Placement(True), 100, 1.5), Way(Placement(False, 4), 10, 9.0)]
+
+    def chosen(free: int, host: int | None) -> Way:
+        return choose([HIGH, LOW], ways, 2, free, "auto", host_free=host).way
+
+    assert [chosen(needs(258), host) for host in (None, 152, 151)] == [ways[0], ways[0], ways[1]]
+    assert chosen(needs(211), 151) is ways[0]  # nothing else fits the device
+    line = choose([HIGH, LOW], ways[:1], 2, None, "auto", host_free=GIB).host_words
+    assert line == ", 0.0 GiB of host memory"
+    assert "WHICH HAS ONLY 0.0 GiB" in choose([HIGH, LOW], ways[:1], 2, None, "auto", host_free=1).host_words
+    assert host_memory() is None or host_memory() > 1 << 20
 
 
 def test_another_phase_may_be_the_largest() -> None:
