@@ -36,7 +36,7 @@ def run_rows(place: Place, processes: int, seconds: float | None = None) -> tupl
     try:
         while todo or running:
             in_time = seconds is None or time.monotonic() - began < seconds
-            todo = _start(place, pool, todo, running, results, processes) if in_time else todo
+            todo = _start(place, pool, todo, running, results, processes if in_time else 0)
             if not running:
                 break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -62,13 +62,13 @@ def _start(
     waiting: list[Row] = []
     for row in todo:
         ready = all(name in results for name in (*row.after, *row.decided))
+        if ready and (kept := finished(place, row, results)) is not None:
+            results[row.name] = kept
+            continue
         if not ready or len(running) >= processes or (row.alone and (running or len(waiting))):
             waiting.append(row)
             continue
         key = key_of(place, row, results)
-        if (kept := finished(place, row, results)) is not None:
-            results[row.name] = kept
-            continue
         arguments = _arguments(place, row, results)
         running[pool.submit(_work, place, row, arguments)] = (row, key)
     # A result taken up may have let an earlier row go.
