@@ -257,6 +257,7 @@ def file_metadata(state: LoraState, layout: Layout) -> dict[str, str]:
     metadata[FORMAT_KEY] = FORMAT
     metadata[FINGERPRINT_KEY] = state.fingerprint()
     metadata.setdefault("format", "pt")
+    metadata.setdefault("modelspec.sai_model_spec", "1.0.0")
     metadata.setdefault("modelspec.architecture", "wan2.2/lora")
     ranks, alphas = state.ranks(), {path: entry.alpha for path, entry in state.entries.items()}
     metadata["lapwan.ranks"], metadata["lapwan.alphas"] = (_counted(values) for values in (ranks, alphas))

@@ -280,6 +280,21 @@ def test_the_json_has_the_keys_scripts_rely_on(tmp_path, capsys):
     assert set(document["verdict"]["rules"][0]) == {"rule", "value", "threshold", "status", "source", "action"}
 
 
+def test_the_lr_ratio_is_what_was_logged_else_what_the_files_state_and_what_is_said_goes_first(tmp_path, capsys):
+    high, low = (save_pair(tmp_path, 0.009, 0.005)[n] for n in (0, 1))
+    for path, rate in ((high, "4e-4"), (low, "1e-4")):
+        (state,) = open_lora(path).values()
+        state = state.read()
+        state.metadata |= {"ss_learning_rate": rate, "lapwan.step": "10"}
+        write_lora(path, state)
+    assert inspect(high, low, capsys=capsys)["ratios"]["lr"] == pytest.approx(4.0)
+    lines = [{"step": 10, "noise_expert": "high", "lr": 3e-4}, {"step": 9, "noise_expert": "low", "lr": 2e-4},
+             {"step": 11, "noise_expert": "low", "lr": 9e-9}]  # after the files were saved
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert inspect(high, low, capsys=capsys)["ratios"]["lr"] == pytest.approx(1.5)
+    assert inspect(high, low, capsys=capsys, lr="high=1e-3,low=1e-4")["ratios"]["lr"] == pytest.approx(10.0)
+
+
 def test_mistakes_are_answered(tmp_path, capsys):
     high, low = save_pair(tmp_path, 0.005, 0.004)
     with pytest.raises(UserError, match=r"is for the low noise expert .*not for the high"):
