@@ -2,7 +2,7 @@
 
     python tests/bench/bench_speed.py --smoke                       # two minutes: does it run, what do kernels take
     python tests/bench/bench_speed.py --rows forward_256,moe8_256 --minutes 9 --out speed.json
-    python tests/bench/bench_speed.py --markdown speed.json > tests/bench/speed_DATE.md
+    python tests/bench/bench_speed.py --markdown speed.json peers.json > tests/bench/speed_DATE.md
     python tests/bench/bench_speed.py --tiny --rows all             # the same code on a CPU in seconds
 
 Rows are written to --out one by one; a later call goes on with those that are missing (--again measures anew).
@@ -322,11 +322,11 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--markdown", type=Path, nargs="+", metavar="JSON")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.markdown:
-        print(markdown(Results(args.markdown).rows, "python tests/bench/bench_speed.py --rows all"), end="")
+        print(markdown([Results(path) for path in args.markdown], "python tests/bench/bench_speed.py --rows all"), end="")
         return
     device = torch.device(args.device)
     if args.smoke:

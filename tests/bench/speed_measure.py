@@ -7,7 +7,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,15 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
+        self.machine = machine()
         if path.is_file():
-            self.rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            found = json.loads(path.read_text(encoding="utf-8"))
+            self.rows, self.machine = found["rows"], found["machine"]
 
     def add(self, row: Row) -> None:
         self.rows[row.name] = asdict(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({"machine": machine(), "rows": self.rows}, indent=1), encoding="utf-8")
+        self.path.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1), encoding="utf-8")
         print(line(self.rows[row.name]), flush=True)
 
 
@@ -151,9 +153,9 @@ def line(row: dict[str, Any]) -> str:
             f"{row['clock_mhz'] or '-'} MHz  target {row['target'] or '-'} {row['note']}")
 
 
-def markdown(rows: dict[str, dict[str, Any]], command: str) -> str:
+def markdown(found: Sequence[Results], command: str) -> str:
     """The results as a table, with machine, versions and command."""
-    told = machine()
+    told, rows = found[0].machine, [row for one in found for row in one.rows.values()]
     head = [
         f"# Speed on {told['gpu']}, {told['date']}", "",
         f"torch {told['torch']}, CUDA {told['cuda']}, cuDNN {told['cudnn']}, Python {told['python']}. A14B shapes, "
@@ -163,7 +165,7 @@ def markdown(rows: dict[str, dict[str, Any]], command: str) -> str:
         "| row | seconds | spread | n | peak GiB | TFLOP/s | compile s | MHz | to reach | note |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows.values():
+    for row in rows:
         flops = "" if row["tflops"] is None else f"{row['tflops']:.0f}"
         head.append(
             f"| {row['name']} | {row['median']:.4g} | {row['low']:.4g} – {row['high']:.4g} | {row['count']} | "

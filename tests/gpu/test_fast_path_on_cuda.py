@@ -66,7 +66,7 @@ def test_a_step_and_a_guided_evaluation_wait_for_nothing(tiny_t2v):
     model, adapter, x, t, text = prepared(tiny_t2v, torch.bfloat16)
     gradients(model, adapter, x, t, text)  # what is made once, such as tables
     mode = torch.cuda.get_sync_debug_mode()
-    step, gates = torch.tensor(700.0, device="cuda"), torch.ones(1, 2, device="cuda")
+    step, gates = torch.tensor(700.0), torch.ones(1, 2, device="cuda")
     both = Conditions(text[:1], text[1:])
     try:
         torch.cuda.set_sync_debug_mode("error")
