@@ -67,7 +67,7 @@ def make_jobs(settings: GenerateSettings) -> list[Job]:
     """
     said = _said(settings)
     lines = [("", said, None)] if settings.prompts is None else list(_lines(settings.prompts, said))
-    axes = [_axis(text) for text in settings.grid]
+    axes = _axes(settings)
     found: list[Job] = []
     for place, tree, own in lines:
         for values in itertools.product(*(axis[1] for axis in axes)):
@@ -162,6 +162,17 @@ def _lines(path: Path, said: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
         yield place, tree, checked.output
     if empty:
         raise UserError(f"{path} holds no prompts; write one JSON object a line")
+
+
+def _axes(settings: GenerateSettings) -> list[tuple[str, list[str]]]:
+    axes = [_axis(text) for text in settings.grid]
+    names = [name for name, _ in axes]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--grid varies '{name}' twice; give all its values at once: --grid {name}=A,B,...")
+    if "seed" in names and settings.videos > 1:
+        raise UserError("--grid seed=... and --videos both count seeds; leave one out")
+    return axes
 
 
 def _axis(text: str) -> tuple[str, list[str]]:

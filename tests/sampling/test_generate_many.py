@@ -164,6 +164,8 @@ def test_crf_is_the_quality_of_an_mp4(lapwan, tmp_path) -> None:
 ])
 def test_bad_grids(text, words, lapwan, no_weights) -> None:
     refused(generate(lapwan, "--grid", text), *words)
+    refused(generate(lapwan, "--grid", "seed=1,2", "--grid", "seed=3"), "--grid varies 'seed' twice")
+    refused(generate(lapwan, "--grid", "seed=1,2", "--videos", "2"), "both count seeds")
 
 
 def test_from_repeats_bitwise_or_says_what_changed(lapwan, mixture_file, tmp_path) -> None:
