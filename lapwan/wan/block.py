@@ -35,6 +35,14 @@ def layer_norm(module: Any, x_wide: Tensor) -> Tensor:
     return F.layer_norm(x_wide, (x_wide.shape[-1],), weight, bias, module.eps)
 
 
+def modulated(module: Any, x_wide: Tensor, scale_BKD: Tensor, shift_BKD: Tensor) -> Tensor:
+    """norm(x)·(1 + scale) + shift, in one kernel where all tokens share a row of modulation."""
+    if scale_BKD.shape[:2] == (1, 1) and module.weight is None:
+        width = (x_wide.shape[-1],)
+        return F.layer_norm(x_wide, width, (1 + scale_BKD).flatten(), shift_BKD.flatten(), module.eps)
+    return layer_norm(module, x_wide) * (1 + scale_BKD) + shift_BKD
+
+
 def rotate(x_BNHd: Tensor, rope: Rope) -> Tensor:
     """(a, b) -> (a·cos − b·sin, b·cos + a·sin) on neighbouring pairs, as x·C + swapped(x)·S with tables [N, 1, d]."""
     cos, signed_sin = rope
@@ -111,7 +119,7 @@ def block_forward(
     table = block.scale_shift_table.unsqueeze(0) + modulation_BK6D.to(wide)
     shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
 
-    y = layer_norm(block.norm1, x_BND.to(wide)) * (1 + of_tokens(scale1)) + of_tokens(shift1)
+    y = modulated(block.norm1, x_BND.to(wide), of_tokens(scale1), of_tokens(shift1))
     x_BND = (x_BND.to(wide) + self_attention(block.attn1, y.to(dtype), rope) * of_tokens(gate1)).to(dtype)
 
     y = x_BND if isinstance(block.norm2, torch.nn.Identity) else layer_norm(block.norm2, x_BND.to(wide)).to(dtype)
@@ -120,5 +128,5 @@ def block_forward(
         keys_values = text_keys_values(block.attn2, text_BLD)
     x_BND = x_BND + cross_attention(block.attn2, y, keys_values, text_bias)
 
-    y = layer_norm(block.norm3, x_BND.to(wide)) * (1 + of_tokens(scale2)) + of_tokens(shift2)
+    y = modulated(block.norm3, x_BND.to(wide), of_tokens(scale2), of_tokens(shift2))
     return (x_BND.to(wide) + feed_forward(block.ffn, y.to(dtype)).to(wide) * of_tokens(gate2)).to(dtype)

@@ -326,7 +326,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.markdown:
-        print(markdown([Results(path) for path in args.markdown], "python tests/bench/bench_speed.py --rows all"), end="")
+        found = [Results(path) for path in args.markdown]
+        print(markdown(found, "python tests/bench/bench_speed.py --rows all"), end="")
         return
     device = torch.device(args.device)
     if args.smoke:
