@@ -21,9 +21,9 @@ def precision_of(dtype: str) -> Precision | None:
 
 
 def _memory(value: Any) -> Any:
-    if not isinstance(value, str) or value in MEMORY_WORDS:
+    if value in MEMORY_WORDS:
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:g|gb|gib)?\s*", value, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:g|gb|gib)?\s*", str(value), re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise ValueError(f"'{value}' is not understood; write {', '.join(MEMORY_WORDS)}, or the GiB to stay below, "
                          "such as 16")

@@ -180,7 +180,13 @@ def test_what_is_not_understood_is_one_line(said, message, t2v_cache):
     assert "\n" not in str(caught.value).strip()
 
 
-@pytest.mark.parametrize(("said", "meant"), [("16", 16.0), ("16 GiB", 16.0), ("7.5g", 7.5), ("stream", "stream")])
+@pytest.mark.parametrize("number", [0, -1, -0.5, True, 0.0])
+def test_a_cap_is_above_zero(number, t2v_cache):
+    with pytest.raises(ValueError, match="is not understood"):
+        TrainLoraSettings.model_validate({"output": "run", "data": {"cache": t2v_cache}, "steps": 1, "memory": number})
+
+
+@pytest.mark.parametrize(("said", "meant"), [(12, 12.0), (0.5, 0.5), ("16", 16.0), ("16 GiB", 16.0), ("7.5g", 7.5), ("stream", "stream")])
 def test_spellings_of_memory(said, meant, t2v_cache):
     assert TrainLoraSettings.model_validate(
         {"output": "run", "data": {"cache": t2v_cache}, "steps": 1, "memory": said}).memory == meant
