@@ -98,6 +98,22 @@ def forward_row(name: str, kind: str, size: str, target: str) -> Callable[[Bench
     return run
 
 
+def peer_row(name: str, size: str) -> Callable[[Bench], None]:
+    """diffusers' own forward over the same weights, eager and with its `compile_repeated_blocks`."""
+    def run(bench: Bench) -> None:
+        model = bench.model("bf16")
+        x, t, text = inputs(model, bench.size(size))
+        work = partial(torch.no_grad()(model), x.bfloat16(), t, text, return_dict=False)
+        flops = forward_flops(model, bench.tokens(size))
+        bench.results.add(measure(f"{name}_eager", work, flops, bench.seconds))
+        if not bench.tiny:
+            model.compile_repeated_blocks(fullgraph=True)
+            bench.results.add(measure(name, work, flops, bench.seconds, note="compile_repeated_blocks"))
+            for block in model.blocks:
+                block._compiled_call_impl = None
+    return run
+
+
 def adapted_forward_row(name: str, kind: str, size: str) -> Callable[[Bench], None]:
     """A forward with a LoRA in rank space on every Linear: what folding it into the weights would save."""
     def run(bench: Bench) -> None:
@@ -139,7 +155,7 @@ def mixture_against_lora(name: str, kind: str, size: str) -> Callable[[Bench], N
             made[title] = make(model, bench.size(size), bench.last)
             made[title][1].off()
         times: dict[str, list[float]] = {"lora": [], "moe": []}
-        pairs = 6 if bench.tiny else 36
+        pairs = 6 if bench.tiny else 26
         for pair in range(pairs + 3):
             for title in ("lora", "moe") if pair % 2 else ("moe", "lora"):
                 trainer, adapted = made[title]
@@ -271,6 +287,8 @@ ROWS: dict[str, Callable[[Bench], None]] = {
     "lora40_256": step_row("lora40_256", "bf16", "256", "≤ 0.62", last=None),
     "lora40_256_block": step_row("lora40_256_block", "bf16", "256", "≤ 0.90 in 32 GiB", None, "block"),
     "video_256": video_row("video_256", "bf16", "256", "≤ 19.5"),
+    "diffusers_256": peer_row("diffusers_256", "256"),
+    "diffusers_480": peer_row("diffusers_480", "480"),
     "forward_256_lora": adapted_forward_row("forward_256_lora", "bf16", "256"),
     "forward_480": forward_row("forward_480", "bf16", "480", "≤ 2.68"),
     "lora8_480": step_row("lora8_480", "bf16", "480", "≤ 3.4"),
