@@ -93,14 +93,24 @@ def claim_output(path: Path, overwrite: bool) -> None:
     """Refuse an output that exists unless `overwrite`; an empty folder counts as absent.
 
     Raises:
-        UserError: the output exists, or its parent is a file.
+        UserError: the output exists, its parent is a file, or nothing can be written there: known before the work.
     """
     for parent in path.parents:
         if parent.exists():
             if not parent.is_dir():
                 raise UserError(f"cannot write {path}: {parent} is a file, not a folder; choose another output")
+            _try_writing(path, parent)
             break
     if path.is_dir() and not any(path.iterdir()):
         return
     if (path.exists() or path.is_symlink()) and not overwrite:
         raise UserError(f"output exists: {path}; choose another path or pass --overwrite")
+
+
+def _try_writing(path: Path, folder: Path) -> None:
+    probe = _temporary(folder / "probe")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {folder}: {error.strerror}; choose another output") from None

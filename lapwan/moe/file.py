@@ -95,6 +95,8 @@ def read_mixture(path: Path, base: BaseFacts | None = None) -> Mixture:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], MixtureSpec]:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the .safetensors in it that train-moe wrote")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lapwan import __version__
+from lapwan.errors import UserError
 from lapwan.files import atomic_file, claim_output
 from lapwan.lora.tensorfile import read_header
 from lapwan.sampling.video import DEFAULT_CRF, check_video_path, read_video_metadata, write_video
@@ -50,15 +52,18 @@ class Video:
             crf: H.264 quality, 0 (best) to 51; None is 18.
 
         Raises:
-            UserError: the output exists and `overwrite` is False, or a path that is not written.
+            UserError: the output exists and `overwrite` is False, a path that is not written, or a full disk.
         """
         target = Path(path).expanduser().absolute()
         claim_output(target, overwrite)
-        if target.suffix == LATENTS_SUFFIX:
-            with atomic_file(target) as temporary:
-                save_file({"latents": self.latents}, temporary, metadata=self.metadata())
-        else:
-            write_video(target, self.frames, self.fps, self.metadata(), DEFAULT_CRF if crf is None else crf)
+        try:
+            if target.suffix == LATENTS_SUFFIX:
+                with atomic_file(target) as temporary:
+                    save_file({"latents": self.latents}, temporary, metadata=self.metadata())
+            else:
+                write_video(target, self.frames, self.fps, self.metadata(), DEFAULT_CRF if crf is None else crf)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write {target}: {error}") from None
         return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,6 +126,12 @@ def test_bad_paths(lapwan, tmp_path, no_weights) -> None:
     refused(generate(lapwan, model="nowhere"), "nowhere", "'tiny'")
     (tmp_path / "not.png").write_text("text")
     refused(generate(lapwan, "--image", "not.png"), "cannot read not.png as an image")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no files, whoever asks")
+def test_an_output_that_cannot_be_written_is_said_before_the_work(lapwan, no_weights) -> None:
+    refused(generate(lapwan, output="/proc/a.mp4"), "cannot write /proc/a.mp4", "choose another output")
+    refused(generate(lapwan, "--videos", "2", output="/proc/many"), "cannot write /proc/many")
 
 
 def test_image_and_model_must_agree(lapwan, tmp_path, i2v, t2v, no_weights) -> None:

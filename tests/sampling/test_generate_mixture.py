@@ -144,6 +144,8 @@ def test_a_mixture_and_a_lora_are_not_taken_for_each_other(t2v, mixture_file, tm
         read_adapters(Base(t2v), [LoraArgument(path=mixture_file)], None)
     with pytest.raises(UserError, match="if it is a LoRA, pass it with --lora"):
         read_adapters(Base(t2v), (), lora)
+    with pytest.raises(UserError, match=r"is a folder; give the .safetensors in it that train-moe wrote"):
+        read_adapters(Base(t2v), (), tmp_path)
 
 
 def test_a_mixture_of_another_base_is_refused(i2v, t2v, mixture_file) -> None:

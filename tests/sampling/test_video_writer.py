@@ -8,9 +8,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lapwan.errors import UserError
+from lapwan.sampling.result import Video
 from lapwan.sampling.sheet import contact_sheet
 from lapwan.sampling.video import read_video_metadata, write_video
 
@@ -180,3 +182,19 @@ def test_sheet_captions_need_no_system_font() -> None:
     assert captioned.height > plain.height
     with pytest.raises(ValueError, match="1 captions for 2 videos"):
         contact_sheet([video, video], columns=2, captions=["one"])
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.webp", "frames", "v.safetensors"])
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    """A limit on a file's size stands for the disk's."""
+    resource = pytest.importorskip("resource")
+    noise = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    video = Video(noise, 16, torch.zeros(1, 16, 2, 64, 64))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*: ."):
+            video.save(tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
