@@ -1,0 +1,59 @@
+"""Evaluation on a GPU: batches are their videos one at a time, and losses are those of the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import write_random_mixture
+
+from lapwan.data.cachefile import load_index
+from lapwan.evaluation.arms import make_arm
+from lapwan.evaluation.clips import EvalClip, VideoShape
+from lapwan.evaluation.engine import default_sampling, generate_and_score, request_for
+from lapwan.evaluation.flow import FlowPlan, flow_losses
+from lapwan.evaluation.scorers import Temporal
+from lapwan.sampling.batch import BatchGenerator
+from lapwan.train.data import ClipStore
+from lapwan.wan.base import Base
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+PROMPTS = ("电凝钩切割组织", "剪刀剪断血管", "吸引清理术野", "抓钳抓取标本袋", "吸引器从左侧进入，清理积液")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory, tiny_t2v):
+    return write_random_mixture(tmp_path_factory.mktemp("mixture") / "mixture.safetensors", Base(tiny_t2v))
+
+
+def test_a_batch_is_its_videos_one_at_a_time(tiny_t2v, mixture):
+    base = Base(tiny_t2v)
+    weights = np.eye(4)[[1, 0, 2, 3, 2]]
+    clips = [EvalClip(text, text, tuple(own)) for text, own in zip(PROMPTS, weights.tolist(), strict=True)]
+    generator = BatchGenerator(base, None, "cuda", torch.float32)
+    sampling = replace(default_sampling(tiny_t2v), shape=VideoShape(9, (64, 64), 16), steps=6)
+    for hint in (None, "truth", "wrong"):
+        arm = make_arm("moe", base, moe=mixture, hint=hint)
+        generator.use(arm.base, arm.adapters)
+        requests = [request_for(tiny_t2v, arm, clip, sampling, 0) for clip in clips]
+        together = generator.batch_latents(requests)
+        alone = torch.cat([generator.latents(request) for request in requests])
+        assert together.is_cuda and (together - alone).abs().max() < 1e-3 * alone.abs().max(), hint
+    found = generate_and_score(generator, arm, clips, replace(sampling, batch_size=3), [Temporal()])
+    assert found["motion"].shape == (5, 1) and not np.isnan(found["motion"]).any()
+
+
+def test_flow_losses_are_those_of_the_cpu(tiny_t2v, mixture, t2v_cache):
+    base, index = Base(tiny_t2v), load_index(t2v_cache)
+    arm = make_arm("moe", base, moe=mixture, hint="truth")
+    here, there = (
+        flow_losses(BatchGenerator(base, None, device, torch.float32), arm,
+                    ClipStore(index, index.items, torch.device(device), 4), FlowPlan(bins=2, batch_size=2))
+        for device in ("cpu", "cuda"))
+    for expert, own in here.items():
+        for name in ("sigma_PK", "whole_PK", "roi_PK", "outside_PK"):
+            ours, theirs = getattr(own, name), getattr(there[expert], name)
+            assert np.allclose(ours, theirs, rtol=2e-3, equal_nan=True), (expert, name)
