@@ -48,25 +48,24 @@ def trainer_of(settings: SrpoSettings, ranks: Ranks, device: torch.device) -> An
     return srpo_build.prepare(settings, base, planned.data, {"tiny": PlainReward()}, planned.memory, device, ranks)
 
 
-def gradients(trainer: Any) -> dict[str, torch.Tensor]:
-    """Of a step, before they are clipped: by name, put together."""
+def keep_gradients(trainer: Any) -> dict[str, torch.Tensor]:
+    """Will hold those of the first step, before they are clipped: by name, put together."""
     found: dict[str, torch.Tensor] = {}
     clip = trainer.plan.ranks.clip
 
     def seen(parameters: Any, limit: float) -> torch.Tensor:
-        found.update({n: whole(p.grad).clone().cpu() for n, p in trainer.parameters.items() if p.grad is not None})
+        if not found:
+            found.update({n: whole(p.grad).clone().cpu() for n, p in trainer.parameters.items() if p.grad is not None})
         return clip(parameters, limit)
 
     trainer.plan.ranks.clip = seen
-    trainer._optimiser_step(LOW)
-    trainer.plan.ranks.clip = clip
     return found
 
 
 def sharing(folder: Path, name: str, ranks: Ranks, device: torch.device) -> None:
     settings = settings_for(folder, output=folder / name, **SETTINGS)
-    more = gradients(trainer_of(settings, ranks, device))
     trainer = trainer_of(settings, ranks, device)
+    more = keep_gradients(trainer)
     parted = [n for n, p in trainer.parameters.items() if is_sharded(p)]
     assert bool(parted) == (ranks.count > 1)
     srpo.begin(trainer, settings)
