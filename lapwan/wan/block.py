@@ -83,6 +83,10 @@ def cross_attention(attention: Any, y_BND: Tensor, keys_values: KeysValues, bias
     return out
 
 
+def _multiplies_fp8(module: Any, device: torch.device) -> bool:
+    return isinstance(module, Fp8Linear) and fp8_in_hardware(device)
+
+
 def feed_forward(ffn: Any, y_BND: Tensor) -> Tensor:
     """W2 · gelu(W1 · y), gelu by its tanh approximation."""
     first, second = ffn.net[0].proj, ffn.net[2]
@@ -90,7 +94,7 @@ def feed_forward(ffn: Any, y_BND: Tensor) -> Tensor:
     if kernels.serves(y_BND) and kernels.plain_linear(first):
         hidden = kernels.linear_gelu(y_BND.flatten(0, -2), first.weight, first.bias)
         out = second(torch.unflatten(hidden, 0, y_BND.shape[:-1]))
-    elif kernels.serves(y_BND) and isinstance(second, Fp8Linear) and fp8_in_hardware(y_BND.device):
+    elif kernels.serves(y_BND) and kernels.HAS_TRITON and _multiplies_fp8(second, y_BND.device):
         codes, scale = kernels.gelu_quantise(first(y_BND).flatten(0, -2))
         out = torch.unflatten(second.multiply(codes, scale, y_BND.dtype), 0, y_BND.shape[:-1])
     else:

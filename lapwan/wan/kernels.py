@@ -8,11 +8,14 @@ Shapes: N tokens, I in features, O out features.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 ENABLED = True  # off in tests, to compare
+HAS_TRITON = find_spec("triton") is not None  # comes with torch's CUDA builds, but not on every system
 
 
 @torch.library.custom_op("lapwan::linear_gelu", mutates_args=())
