@@ -113,7 +113,7 @@ def _beside(output: Path, count: int, name: str, suffix: str) -> Path:
 
 def _captions(jobs: Sequence[Job]) -> list[str]:
     """What a grid varies; else the file's name with its prompt, where there are several."""
-    names = [f"{job.output.stem}: " if len(jobs) > 1 else "" for job in jobs]
+    names = [f"{job.output.stem} " if len(jobs) > 1 else "" for job in jobs]
     return [job.caption or f"{name}{job.settings.prompt or ''}" for name, job in zip(names, jobs, strict=True)]
 
 
