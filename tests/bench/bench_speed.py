@@ -17,265 +17,27 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import speed_smoke
-from speed_measure import GIB, Results, forward_flops, markdown, measure, row_of, seconds_of, step_flops
-from speed_model import (
-    A14B,
-    EXPERT,
-    LATENTS,
-    SMALL,
-    inputs,
-    lora_trainer,
-    mixture_trainer,
-    random_model,
-    set_checkpointing,
-    spoken,
-    step,
+from speed_measure import Results, markdown
+from speed_rows import (
+    Bench,
+    adapted_forward_row,
+    capped_step_row,
+    ceiling_row,
+    forward_row,
+    mixture_against_lora,
+    peer_row,
+    step_row,
+    video_row,
 )
 
-from lapwan.names import NoiseExpert
-from lapwan.sampling.denoise import Conditions, Guidance, denoise
-from lapwan.sampling.grid import Grid, Step
-from lapwan.wan.backbone import velocity
-from lapwan.wan.compiling import compile_blocks, compile_time
-from lapwan.wan.stream import Residence
-
-CONTEXT = 1.0  # GiB a process takes on a card beside what torch allocates
-
-
-class Bench:
-    """Holds the one model in memory; rows ask for theirs."""
-
-    def __init__(self, results: Results, device: torch.device, tiny: bool, seconds: float) -> None:
-        self.results, self.device, self.tiny, self.seconds = results, device, tiny, seconds
-        self._made: tuple[str, object] | None = None
-
-    def size(self, name: str) -> str:
-        return "small" if self.tiny else name
-
-    def model(self, kind: str):
-        """bf16, fp8 (all blocks) or mixed (fp8 but the last eight); compiled, unless tiny."""
-        if self._made is None or self._made[0] != kind:
-            self.drop()
-            config = SMALL if self.tiny else A14B
-            count = int(config["num_layers"])
-            quantised = {"bf16": 0, "fp8": count, "mixed": count - self.last}[kind]
-            model = random_model(self.device, config, range(quantised))
-            compile_blocks(model, not self.tiny)
-            self._made = kind, model
-        return self._made[1]
-
-    @property
-    def last(self) -> int:
-        return 2 if self.tiny else 8
-
-    def drop(self) -> None:
-        self._made = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def tokens(self, size: str) -> int:
-        t, h, w = LATENTS[self.size(size)]
-        return t * (h // 2) * (w // 2)
-
-
-def forward_row(name: str, kind: str, size: str, target: str) -> Callable[[Bench], None]:
-    def run(bench: Bench) -> None:
-        model = bench.model(kind)
-        work = partial(torch.no_grad()(velocity), model, *spoken(model, bench.size(size)))
-        bench.results.add(measure(
-            name, work, forward_flops(model, bench.tokens(size)), bench.seconds, target=target,
-        ))
-    return run
-
-
-def peer_row(name: str, size: str) -> Callable[[Bench], None]:
-    """diffusers' own forward over the same weights, eager and with its `compile_repeated_blocks`."""
-    def run(bench: Bench) -> None:
-        model = bench.model("bf16")
-        x, t, text = inputs(model, bench.size(size))
-        work = partial(torch.no_grad()(model), x.bfloat16(), t, text, return_dict=False)
-        flops = forward_flops(model, bench.tokens(size))
-        bench.results.add(measure(f"{name}_eager", work, flops, bench.seconds))
-        if not bench.tiny:
-            model.compile_repeated_blocks(fullgraph=True)
-            bench.results.add(measure(name, work, flops, bench.seconds, note="compile_repeated_blocks"))
-            for block in model.blocks:
-                block._compiled_call_impl = None
-    return run
-
-
-def adapted_forward_row(name: str, kind: str, size: str) -> Callable[[Bench], None]:
-    """A forward with a LoRA in rank space on every Linear: what folding it into the weights would save."""
-    def run(bench: Bench) -> None:
-        model = bench.model(kind)
-        _, adapted = lora_trainer(model, bench.size(size), len(model.blocks), rank=32)
-        work = partial(torch.no_grad()(velocity), model, *spoken(model, bench.size(size)))
-        flops = forward_flops(model, bench.tokens(size))
-        bench.results.add(measure(name, work, flops, bench.seconds, note="rank 32 on all 400 Linears"))
-        adapted.off()
-    return run
-
-
-def step_row(
-    name: str, kind: str, size: str, target: str, last: int | None = 8, checkpointing: str | None = None,
-    mixture: bool = False,
-) -> Callable[[Bench], None]:
-    def run(bench: Bench) -> None:
-        model = bench.model(kind)
-        count = len(model.blocks) if last is None else bench.last
-        set_checkpointing(model, checkpointing)
-        make = mixture_trainer if mixture else lora_trainer
-        trainer, adapted = make(model, bench.size(size), count)
-        try:
-            bench.results.add(measure(
-                name, lambda: step(trainer), step_flops(model, bench.tokens(size), count), bench.seconds,
-                target=target, note=f"checkpointing {checkpointing or 'off'}",
-            ))
-        finally:
-            adapted.off()
-            set_checkpointing(model, None)
-    return run
-
-
-def mixture_against_lora(name: str, kind: str, size: str) -> Callable[[Bench], None]:
-    """Steps of both in turn on one base; the ratio of each pair, and a 95 % interval of its mean by the pairs."""
-    def run(bench: Bench) -> None:
-        model, made = bench.model(kind), {}
-        for title, make in (("lora", lora_trainer), ("moe", mixture_trainer)):
-            made[title] = make(model, bench.size(size), bench.last)
-            made[title][1].off()
-        times: dict[str, list[float]] = {"lora": [], "moe": []}
-        pairs = 6 if bench.tiny else 26
-        for pair in range(pairs + 3):
-            for title in ("lora", "moe") if pair % 2 else ("moe", "lora"):
-                trainer, adapted = made[title]
-                adapted.on()
-                taken = seconds_of(lambda trainer=trainer: step(trainer))
-                adapted.off()
-                if pair >= 3:
-                    times[title].append(taken)
-        ratios = torch.tensor(times["moe"]) / torch.tensor(times["lora"])
-        half = 1.96 * float(ratios.std()) / len(ratios) ** 0.5
-        mean = float(ratios.mean())
-        note = f"moe / lora = {mean:.4f} ± {half:.4f} (95 %, {len(ratios)} pairs), medians " + ", ".join(
-            f"{title} {sorted(own)[len(own) // 2]:.4f} s" for title, own in times.items())
-        row = row_of(name, times["moe"], 0.0, 0.0, None, "≤ 1.03", note)
-        row.extra = {"ratio": mean, "half_interval": half}
-        bench.results.add(row)
-    return run
-
-
-class _Euler:
-    """The solver of the video rows: x += (σ' − σ)·v."""
-
-    def __init__(self, sigmas: Sequence[float]) -> None:
-        self._sigmas, self._at = list(sigmas), 0
-
-    def step(self, v: torch.Tensor, timestep: torch.Tensor, x: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
-        self._at += 1
-        return (x + (self._sigmas[self._at] - self._sigmas[self._at - 1]) * v,)
-
-
-def video_row(
-    name: str, kind: str, size: str, target: str, cap: float | None = None, streamed: bool = False, steps: int = 40,
-) -> Callable[[Bench], None]:
-    """The denoising of a video with guidance, as `generate` does it, under the memory of a card of `cap` GiB.
-
-    Two steps go before; a video is 2 · `steps` evaluations, so one is measured where it takes longer than a row may.
-    """
-    def run(bench: Bench) -> None:
-        model = bench.model(kind)
-        residence = None
-        if streamed:
-            residence = Residence(model, (), bench.device, range(len(model.blocks)))
-            residence.fetch()
-        x, _, text = inputs(model, bench.size(size))
-        conditions = Conditions(text, torch.randn_like(text))
-        sigmas = [1 - i / steps for i in range(steps + 1)]
-        points = tuple(Step(torch.tensor(1000 * s), s, EXPERT) for s in sigmas[:-1])
-
-        def work(first: int = steps) -> None:
-            grid = Grid(_Euler(sigmas), points[:first])
-            denoise(grid, x, conditions, Guidance({NoiseExpert.HIGH: 4.0}), lambda e: model, lambda s: nullcontext())
-
-        with _capped(bench.device, cap):
-            flops = 2 * steps * forward_flops(model, bench.tokens(size))
-            work(2)
-            row = measure(name, work, flops, bench.seconds, least=1, warm=0, target=target, note=f"{steps} steps")
-        bench.results.add(row)
-        if streamed:
-            residence.park()
-            bench.drop()
-    return run
-
-
-def capped_step_row(name: str, cap: float, target: str) -> Callable[[Bench], None]:
-    """Stage 2 with its fp8 prefix streamed through a ring, on a card of `cap` GiB."""
-    def run(bench: Bench) -> None:
-        model = bench.model("mixed")
-        trainer, adapted = mixture_trainer(model, bench.size("256"), bench.last)
-        residence = Residence(model, adapted.adapter.own_tensors(), bench.device, range(len(model.blocks) - bench.last))
-        residence.fetch()
-        with _capped(bench.device, cap):
-            flops = step_flops(model, bench.tokens("256"), bench.last)
-            row = measure(name, lambda: step(trainer), flops, bench.seconds, warm=3, target=target)
-        bench.results.add(row)
-        residence.park()
-        bench.drop()
-    return run
-
-
-class _capped:
-    """torch may take no more than a card of `cap` GiB would leave it."""
-
-    def __init__(self, device: torch.device, cap: float | None) -> None:
-        self._on = device.type == "cuda" and cap is not None
-        self._cap = cap or 0.0
-
-    def _set(self, fraction: float) -> None:
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(fraction)
-
-    def __enter__(self) -> None:
-        if self._on:
-            self._set(min(1.0, (self._cap - CONTEXT) * GIB / torch.cuda.get_device_properties(0).total_memory))
-
-    def __exit__(self, *_: object) -> None:
-        if self._on:
-            self._set(1.0)
-
-
-def ceiling_row(name: str, kind: str) -> Callable[[Bench], None]:
-    """What the card sustains, seconds on end and on random data: the rate a row is to be held against."""
-    def run(bench: Bench) -> None:
-        n = 512 if bench.tiny else 8192
-        made = [torch.randn(n, n, device=bench.device).bfloat16() for _ in range(2)]
-        if kind == "attention":
-            tokens = bench.tokens("256")
-            q, k, v = (torch.randn(1, 40, tokens, 128, device=bench.device).bfloat16() for _ in range(3))
-            work, flops = partial(F.scaled_dot_product_attention, q, k, v), 4.0 * tokens**2 * 5120
-        elif kind == "fp8":
-            x, w = (one.to(torch.float8_e4m3fn) for one in made)
-            ones = torch.ones(n, 1, device=bench.device)
-            work, flops = partial(torch._scaled_mm, x, w.t(), scale_a=ones, scale_b=ones.t(), use_fast_accum=True,
-                                  out_dtype=torch.bfloat16), 2.0 * n**3
-        else:
-            work, flops = partial(F.linear, *made), 2.0 * n**3
-        times = 1 if bench.tiny else 200  # a call without a wait inside, as long as a forward
-        row = measure(name, lambda: [work() for _ in range(times)], times * flops, bench.seconds, note=f"{times} times")
-        bench.results.add(row)
-    return run
-
+from lapwan.wan.compiling import compile_time
 
 # In the order of how much each is worth measuring; rows of one model stand together.
 ROWS: dict[str, Callable[[Bench], None]] = {
