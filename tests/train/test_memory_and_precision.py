@@ -21,6 +21,7 @@ from lapwan.train import build, plan_memory
 from lapwan.train.parking import Parking
 from lapwan.train.plan_memory import plan_training
 from lapwan.wan.fastpath import path_of
+from lapwan.wan.shapes import ExpertShape
 
 CPU = torch.device("cpu")
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
@@ -132,8 +133,12 @@ def test_less_and_less_memory(planned, monkeypatch):
     """First one at a time or streaming or recomputing, whatever costs least; at last smaller parts of a batch."""
     monkeypatch.setattr("lapwan.wan.plan.MARGIN", 0)
     monkeypatch.setattr("lapwan.train.plan_memory.WORKSPACE", 0)
-    original, found = plan_memory._ways, []
+    # Every plan here is of one model and one batch: look at them once.
+    original, made, found = plan_memory._ways, {}, []
     monkeypatch.setattr(plan_memory, "_ways", lambda *given: found or found.extend(original(*given)) or found)
+    sizes = ExpertShape.bytes
+    monkeypatch.setattr(ExpertShape, "bytes", lambda shape, numbers: made.get(numbers) or made.setdefault(
+        numbers, sizes(shape, numbers)))
     settings = {"targets": {"last_blocks": 2, "ffn_last_blocks": 1}, "batch_size": 2}
     plan = planned(look=True, memory=64.0, **settings)
     seen, free = [], 64.0
@@ -148,6 +153,7 @@ def test_less_and_less_memory(planned, monkeypatch):
     assert any(kind == "block" for *_, kind, _ in seen) and seen[-1][-1] == 1
     assert "THIS DOES NOT FIT" in plan.line
     monkeypatch.setattr(plan_memory, "_ways", original)
+    monkeypatch.setattr(ExpertShape, "bytes", sizes)
     first, second = (planned(look=True, memory=64.0, dtype=d, **settings).plan.peak for d in ("fp32", "nf4"))
     assert second < 0.7 * first
 
@@ -186,7 +192,9 @@ def test_a_cap_is_above_zero(number, t2v_cache):
         TrainLoraSettings.model_validate({"output": "run", "data": {"cache": t2v_cache}, "steps": 1, "memory": number})
 
 
-@pytest.mark.parametrize(("said", "meant"), [(12, 12.0), (0.5, 0.5), ("16", 16.0), ("16 GiB", 16.0), ("7.5g", 7.5), ("stream", "stream")])
+@pytest.mark.parametrize(("said", "meant"), [
+    (12, 12.0), (0.5, 0.5), ("16", 16.0), ("16 GiB", 16.0), ("7.5g", 7.5), ("stream", "stream"),
+])
 def test_spellings_of_memory(said, meant, t2v_cache):
     assert TrainLoraSettings.model_validate(
         {"output": "run", "data": {"cache": t2v_cache}, "steps": 1, "memory": said}).memory == meant
