@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import Flag, Settings
 from lapwan.settings.cache import NEGATIVE_PROMPT
+from lapwan.settings.memory import TrainDtype, precision_of
 from lapwan.settings.optimisers import AdamWSettings, OptimiserSettings, ScheduleSettings
 from lapwan.settings.reward import REWARD_METAVAR, Rewards
 from lapwan.settings.targets import TargetSettings
@@ -141,7 +142,8 @@ class SrpoSettings(Settings):
     sigma_bins: int = Field(4, ge=1, description="Parts of the trained interval whose figures are logged apart.")
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     device: Annotated[str, Flag("--device")] = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Of the transformers; auto: bf16 on a GPU.")
+    dtype: Annotated[TrainDtype, Flag("--dtype", metavar="auto|fp32|bf16|fp8|int8|nf4")] = Field(
+        "auto", description="Of the transformers; auto: bf16 on a GPU. fp8, int8 and nf4 quantise a LoRA's base.")
 
     @model_validator(mode="before")
     @classmethod
@@ -198,6 +200,9 @@ class SrpoSettings(Settings):
                              ("optimiser_on_cpu = true", self.optimiser_on_cpu)):
             if wanted and self.optimiser.type != "adamw":
                 raise ValueError(f"{name} is made for optimiser.type = 'adamw', not '{self.optimiser.type}'")
+        if self.train == "full" and precision_of(self.dtype) is not None:
+            raise ValueError(f"dtype = '{self.dtype}' is for a base that stays frozen, but train = \"full\" trains it; "
+                             "set dtype = \"bf16\", or train = \"lora\"")
         if self.train == "full" and self.optimiser.type != "adamw":
             raise ValueError(f"a full fine-tune takes optimiser.type = 'adamw', not '{self.optimiser.type}'")
         if self.held_out.patience is not None and not self.held_out.count:

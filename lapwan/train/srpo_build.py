@@ -30,7 +30,7 @@ from lapwan.train.rollout import Rollout, RolloutRule
 from lapwan.train.runfolder import PREVIEWS
 from lapwan.train.sharding import shard
 from lapwan.train.srpo_data import FEATURES_FILE, PromptStore, SrpoData, TextFeatures
-from lapwan.train.srpo_memory import SrpoMemory
+from lapwan.train.srpo_memory import SrpoMemory, recipe_of
 from lapwan.train.srpo_objective import Judges, PreferenceRule, SrpoObjective, Trained
 from lapwan.train.srpo_watch import FullWeightWatch, HeldOut, HeldOutRule
 from lapwan.train.srpo_writer import Writer
@@ -152,7 +152,8 @@ def load_parts(
     transformers, trained = {}, {}
     for expert in loaded_experts(settings, base.spec, experts):
         console.log(f"loading the {expert.value} noise expert")
-        model = transformers[expert] = base.load(expert, dtype, torch.device("cpu") if sharded else parking.load_on)
+        home = torch.device("cpu") if sharded else parking.load_on
+        model = transformers[expert] = base.load(expert, dtype, home, recipe_of(settings), device)
         if expert in experts:
             if memory.checkpointing:
                 model.enable_gradient_checkpointing()

@@ -24,11 +24,13 @@ from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 from lapwan.rewards.build import reward_bytes
 from lapwan.sampling.memory import free_bytes
+from lapwan.settings.memory import precision_of
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.build import targets_of
 from lapwan.wan.base import Base
 from lapwan.wan.device import pick_dtype
 from lapwan.wan.folder import read_spec, tensor_shapes, weight_files
+from lapwan.wan.quantised import Recipe
 from lapwan.wan.shapes import Clip, ExpertShape, GroupShape
 from lapwan.wan.simulate import measure
 from lapwan.wan.vae_gradient import decode_frames, frame_choice
@@ -155,6 +157,8 @@ def _hints(settings: SrpoSettings) -> str:
         hints.append("set master_weights = \"bf16\"")
     if settings.train == "full":
         hints.append("train = \"lora\", or start with accelerate launch on several GPUs")
+    if settings.train == "lora" and precision_of(settings.dtype) is None:
+        hints.append("set dtype = \"nf4\" (or fp8, int8)")
     if settings.memory == "both":
         hints.append("set memory = \"auto\"")
     if settings.activation_checkpointing is False:
@@ -168,7 +172,8 @@ def parts_of(
 ) -> Parts:
     """The plan's numbers for transformers in `dtype`; a full fine-tune's weights and state are split on `processes`."""
     spec = base.spec
-    weights = {e: ExpertShape(spec, e, dtype).bytes().weights for e in loaded}
+    recipe = recipe_of(settings)
+    weights = {e: ExpertShape(spec, e, dtype, recipe).bytes().weights for e in loaded}
     state = int(_numbers(settings, base, experts) * state_bytes(settings, dtype))
     if settings.train == "full" and processes > 1:
         weights, state = {e: size // processes for e, size in weights.items()}, state // processes
@@ -180,8 +185,15 @@ def parts_of(
                           spec.latent_shape(*bucket), tuple(wanted))
     clip = Clip(settings.batch_size, frames, height, width)
     ranks = _ranks(settings, base)
-    graphs = {kept: transformer_bytes(spec.path, experts[0], dtype, ranks, clip, kept) for kept in (False, True)}
+    graphs = {kept: transformer_bytes(spec.path, experts[0], dtype, recipe, ranks, clip, kept)
+              for kept in (False, True)}
     return Parts(weights, state, rewards + vae, max(graph, work), graphs)
+
+
+def recipe_of(settings: SrpoSettings) -> Recipe | None:
+    """How a LoRA's frozen base is quantised, all its blocks alike; None for a plain dtype."""
+    precision = precision_of(settings.dtype)
+    return None if precision is None else Recipe(precision)
 
 
 def _ranks(settings: SrpoSettings, base: Base) -> tuple[tuple[str, int], ...]:
@@ -195,12 +207,12 @@ def _ranks(settings: SrpoSettings, base: Base) -> tuple[tuple[str, int], ...]:
 
 @lru_cache(maxsize=32)
 def transformer_bytes(
-    folder: Path, expert: NoiseExpert, dtype: torch.dtype, ranks: tuple[tuple[str, int], ...], clip: Clip,
-    checkpointing: bool,
+    folder: Path, expert: NoiseExpert, dtype: torch.dtype, recipe: Recipe | None, ranks: tuple[tuple[str, int], ...],
+    clip: Clip, checkpointing: bool,
 ) -> int:
     """What a forward with gradient and its backward take beside the weights, or an evaluation of a rollout if more."""
     kind: Literal["block", "off"] = "block" if checkpointing else "off"
-    shape = ExpertShape(read_spec(folder), expert, dtype, groups=[GroupShape(dict(ranks), True)])
+    shape = ExpertShape(read_spec(folder), expert, dtype, recipe, [GroupShape(dict(ranks), True)])
     return max(shape.training_work(clip, kind), shape.forward_work(clip))
 
 

@@ -62,8 +62,8 @@ class Stub(SrpoObjective):
         self.estimates.append(latents_BCTHW)
         return torch.tanh(latents_BCTHW[:, :3, 0]).unsqueeze(1)
 
-    def velocity(self, expert: NoiseExpert, x: Tensor, sigma_B: Tensor, text: Tensor, condition: Any = None) -> Tensor:
-        self.seen.append((x, sigma_B, text))
+    def velocity(self, expert: NoiseExpert, x: Tensor, sigma_B: Tensor, text: Any, condition: Any = None) -> Tensor:
+        self.seen.append((x, sigma_B, *text))
         return self.truth + self.shift
 
 
@@ -181,8 +181,8 @@ def randomise(trainer: Any) -> None:
 
 @pytest.mark.parametrize("changes", [
     {}, {"train": "full"}, {"experts": "both", "num_frames": 5, "preference": {"frames": 2}}, {"kl_weight": 1.0},
-    {"activation_checkpointing": True},
-], ids=["lora", "full", "both video", "kl", "checkpointing"])
+    {"activation_checkpointing": True}, {"dtype": "nf4"},
+], ids=["lora", "full", "both video", "kl", "checkpointing", "nf4"])
 def test_the_gradient_reaches_every_trained_tensor(make, changes):
     trainer = make(**changes)
     randomise(trainer)

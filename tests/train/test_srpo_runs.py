@@ -230,6 +230,7 @@ def test_what_cannot_be_aligned_is_one_line(tmp_path, changes, said):
     ({"sigma": (0.9, 0.8)}, "bounds must satisfy"), ({"rollout": {"offline": True}}, "set prompts.cache"),
     ({"train": "full", "kl_weight": 1.0}, "a full fine-tune overwrites"),
     ({"master_weights": "bf16", "optimiser": {"type": "automagic"}}, "is made for optimiser.type = 'adamw'"),
+    ({"train": "full", "dtype": "fp8"}, "is for a base that stays frozen"),
     ({"prompts": {}}, "give exactly one of prompts.file"),
     ({"held_out": {"count": 0, "patience": 2}}, "needs held-out prompts"),
     ({"experts": "transformer_3"}, "transformer_3"), ({"rewards": []}, "no reward"),
