@@ -30,7 +30,6 @@ from lapwan.train.rollout import Rollout
 from lapwan.train.sharding import whole
 from lapwan.train.srpo_objective import SrpoObjective, worded
 from lapwan.train.watch import Seen
-from lapwan.wan.text import pad_text
 from lapwan.wan.vae import decode
 
 if TYPE_CHECKING:
@@ -147,7 +146,7 @@ class HeldOut:
         for row, batch in enumerate(batches):
             one = slice(row, row + 1)
             rows.append(self._objective.velocity(
-                expert, x_BCTHW[one], sigma_B[one], pad_text(batch.text).to(x_BCTHW.device), batch.condition_BCTHW))
+                expert, x_BCTHW[one], sigma_B[one], batch.text, batch.condition_BCTHW))
         return torch.cat(rows)
 
     def _scores(self, latents: Sequence[Tensor]) -> dict[str, list[float]]:
