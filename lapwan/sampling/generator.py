@@ -5,6 +5,7 @@ Shapes: B samples (1 here), C channels, T frames, H height, W width, L text toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -268,10 +269,16 @@ class Generator:
         if request.video_THWC is not None:
             facts["video"] = frames_fingerprint(request.video_THWC)
         if mix is not None:
-            gates = {f"{s.sigma:.4f}": self._gates(request, s, mix)[0].tolist() for s in grid.steps}
+            columns = {e: [group.name for group in self.adapters.groups(e)] for e in self.spec.experts}
+            gates = {f"{s.sigma:.4f}": _named(columns[s.expert], self._gates(request, s, mix)[0]) for s in grid.steps}
             facts["mixture"] = self.adapters.mixture_fingerprint()
-            facts["moe"] = {"by": mix.source, "mix": mix.shares(), "gates": gates}
+            facts["moe"] = {"by": mix.source, "mix": _named(mix.families, mix.mix_1E[0]), "gates": gates}
         return facts
+
+
+def _named(names: Sequence[str], values_G: Tensor) -> dict[str, float]:
+    """Six digits say what acted; fp32's last ones are noise to a reader."""
+    return {name: round(value, 6) for name, value in zip(names, values_G.tolist(), strict=True)}
 
 
 def _name(dtype: torch.dtype) -> str:

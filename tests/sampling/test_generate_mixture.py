@@ -52,6 +52,8 @@ def test_a_hint_forces_its_expert(t2v, mixture_file, small) -> None:
     video = Generator(t2v, adapters).generate(small(t2v, hint="hook"))
     assert video.facts["moe"]["mix"] == {"scissors": 0.0, "hook": 1.0, "suction": 0.0, "other": 0.0}
     assert video.facts["moe"]["by"] == "hint"
+    for gates in video.facts["moe"]["gates"].values():  # w(σ)·g by name
+        assert list(gates) == list(video.facts["moe"]["mix"]) and gates["hook"] > 0 == gates["suction"]
     for states in mixture.states.values():  # the other experts do not matter at all
         for family in ("scissors", "suction", "other"):
             for entry in states[family].entries.values():

@@ -55,7 +55,7 @@ def test_a_router_that_sees_sigma_gives_each_step_its_own_gates(t2v, small) -> N
     features = [generator.text_features(request.prompt)]
     for (sigma, own), want in zip(mix.by_sigma.items(), mixture.along(features, None, list(mix.by_sigma)), strict=True):
         assert torch.equal(own, want) and torch.equal(mix.at(sigma), own)
-    rows = [torch.tensor(row) for row in video.facts["moe"]["gates"].values()]
+    rows = [torch.tensor(list(row.values())) for row in video.facts["moe"]["gates"].values()]
     shares = [row / row.sum() for row in rows]
     assert len(sigmas) == 3 and not torch.allclose(shares[0], shares[-1], atol=1e-3)
     hinted = generator.route(dataclasses.replace(request, hint="hook"))
