@@ -110,3 +110,12 @@ def test_quantised_blocks_with_loras_and_guidance(precision, t2v, small) -> None
         for form in (None, precision)
     )
     assert 0 < (plain - quantised).norm() / plain.norm() < 0.5
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_another_gpu_than_the_first(dtype) -> None:
+    small = {"num_frames": 5, "size": (32, 48), "steps": 2, "guidance": 3.0}
+    first, second = (VideoGenerator("tiny", device=f"cuda:{i}", dtype=dtype).generate("x", **small) for i in (0, 1))
+    torch.cuda.set_device(0)
+    assert np.abs(first.frames.astype(int) - second.frames).max() <= 1
