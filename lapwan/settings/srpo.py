@@ -142,6 +142,8 @@ class SrpoSettings(Settings):
     sigma_bins: int = Field(4, ge=1, description="Parts of the trained interval whose figures are logged apart.")
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     device: Annotated[str, Flag("--device")] = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="Blocks through torch.compile; auto: on a GPU, for runs that save more than it takes.")
     dtype: Annotated[TrainDtype, Flag("--dtype", metavar="auto|fp32|bf16|fp8|int8|nf4")] = Field(
         "auto", description="Of the transformers; auto: bf16 on a GPU. fp8, int8 and nf4 quantise a LoRA's base.")
 

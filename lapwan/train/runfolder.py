@@ -20,7 +20,7 @@ PREVIEWS = "previews"
 # What may differ between a run and its resumption. Model, data and prompts are checked by what they hold, so that they
 # may have moved (`checkpoint.check_identity`); the rest changes no number that is trained.
 _FREE = ("output", "resume", "allow_changed", "model", "data", "device", "save_every", "keep_last", "keep_best",
-         "log_every", "sigma_bins", "memory", "compile", "watch", "validation", "preview", "health")
+         "log_every", "sigma_bins", "memory", "compile", "watch", "validation", "preview", "health", "prompts")
 
 
 def claim_run(settings: TrainSettings | SrpoSettings, overwrite: bool) -> None:

@@ -26,7 +26,7 @@ from lapwan.train.optimisers import current_lr, make_optimiser, make_schedule
 from lapwan.train.order import SampleOrder
 from lapwan.train.parking import Parking
 from lapwan.train.ranks import Ranks
-from lapwan.train.rollout import Rollout, RolloutRule
+from lapwan.train.rollout import Rollout, RolloutRule, rollout_steps
 from lapwan.train.runfolder import PREVIEWS
 from lapwan.train.sharding import shard
 from lapwan.train.srpo_data import FEATURES_FILE, PromptStore, SrpoData, TextFeatures
@@ -39,6 +39,7 @@ from lapwan.train.turns import interleave
 from lapwan.train.watch import Elsewhere
 from lapwan.train.weights import WeightWatch
 from lapwan.wan.base import Base
+from lapwan.wan.compiling import compile_blocks, pays
 from lapwan.wan.device import pick_dtype
 from lapwan.wan.folder import ModelSpec
 from lapwan.wan.vae import load_vae
@@ -147,7 +148,7 @@ def load_parts(
     if settings.train == "full" and settings.master_weights == "bf16" and dtype != torch.bfloat16:
         raise UserError("master_weights = \"bf16\" updates the model's own tensors, but dtype makes them fp32; set "
                         "dtype = \"bf16\", or master_weights = \"fp32\"")
-    sharded = settings.train == "full" and processes > 1
+    sharded, spec = settings.train == "full" and processes > 1, base.spec
     parking = Parking(device, memory.both)
     transformers, trained = {}, {}
     for expert in loaded_experts(settings, base.spec, experts):
@@ -165,6 +166,10 @@ def load_parts(
         adapter = trained[expert].adapter if expert in trained else attach(model, [])
         if adapter is not None:
             parking.add({expert: adapter})
+        if not sharded:
+            auto = settings.compile == "auto" and pays(
+                model, spec.latent_shape(*data.bucket)[1:], evaluations(settings, spec, expert), training=False)
+            compile_blocks(model, auto or settings.compile == "on")
     vae = load_vae(base.spec, getattr(torch, settings.vae_dtype), device)
     frames = JudgedFrames(vae, settings.preference.frames)
     return Parts(transformers, trained, parking, vae, Judges(rewards, reward_weights(settings.rewards), frames))
@@ -204,6 +209,16 @@ def _by_factor(groups: Sequence[ParameterGroup], optimiser: AdamWSettings) -> li
         parts += [{"params": own, "lr": optimiser.lr * group.lr_scale * factor}
                   for own, factor in ((rest, 1.0), (up, ratio)) if own]
     return parts
+
+
+def evaluations(settings: SrpoSettings, spec: ModelSpec, expert: NoiseExpert) -> int:
+    """How many samples' velocities the run's rollouts ask of a noise expert."""
+    own = settings.rollout
+    if own.offline:
+        return 0
+    steps, _ = rollout_steps(spec, RolloutRule(own.steps, own.guidance, own.flow_shift))
+    share = sum(step.expert is expert for step in steps) * (2 if own.guidance > 1 else 1)
+    return share * settings.steps * settings.accumulate * settings.batch_size
 
 
 def prepare(

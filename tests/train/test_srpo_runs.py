@@ -29,6 +29,7 @@ from lapwan.train import srpo_build
 from lapwan.train.build import run_training
 from lapwan.train.checkpoint import checkpoints
 from lapwan.train.ranks import Ranks, join_ranks
+from lapwan.train.runfolder import claim_run, start_folder
 from lapwan.train.srpo_objective import Judges
 
 LOW = NoiseExpert.LOW
@@ -157,6 +158,22 @@ def test_a_new_lora_belongs_to_its_noise_expert_and_says_how_it_was_made(tmp_pat
             told = file.metadata()
         assert told["lapwan.noise_expert"] == expert.value and told["modelspec.timestep_range"] == band
         assert told["lapwan.rewards"] == "tiny" and told["lapwan.step"] == "4"
+
+
+def test_prompts_may_move_but_not_change(tmp_path):
+    settings = settings_for(tmp_path, steps=1)
+    start_folder(settings, overwrite=False)
+    run_training(prepared(settings), settings)
+    moved = (tmp_path / "prompts.txt").rename(tmp_path / "elsewhere.txt")
+    plain = {**settings.model_dump(exclude_unset=True), "resume": True, "prompts": {"file": moved}}
+    again = SrpoSettings.model_validate(plain)
+    claim_run(again, overwrite=False)
+    assert prepared(again).resume()
+    moved.write_text(moved.read_text(encoding="utf-8") + "a new prompt\n", encoding="utf-8")
+    with pytest.raises(UserError, match="other contents of: prompts"):
+        prepared(again).resume()
+    with pytest.raises(UserError, match=r"cannot resume .* with other settings .reach"):
+        claim_run(SrpoSettings.model_validate({**plain, "reach": 0.01}), overwrite=False)
 
 
 PARTS = {"steps": 2, "optimiser": {"lr": 1e-2}, "held_out": {"count": 1, "every": 1, "images": 1}}
