@@ -51,8 +51,9 @@ class Grid:
     def __str__(self) -> str:
         experts = list(dict.fromkeys(step.expert for step in self.steps))
         parts = ", ".join(f"{self.count(e)} on the {e.value} noise expert" for e in experts)
-        count = len(self.steps)
-        return (f"{count} step{'' if count == 1 else 's'} from sigma {self.steps[0].sigma:.4f} to "
+        if len(self.steps) == 1:
+            return f"1 step at sigma {self.steps[0].sigma:.4f}: {parts}"
+        return (f"{len(self.steps)} steps from sigma {self.steps[0].sigma:.4f} to "
                 f"{self.steps[-1].sigma:.4f}: {parts}")
 
 
