@@ -95,8 +95,9 @@ def plan_memory(
     table = tuple(_row(size, parts, allowed) for size in GPUS)
     if free is None:
         checkpointing = settings.activation_checkpointing is True
-        return SrpoMemory(True, checkpointing, parts.peak(True, checkpointing),
-                          f"memory: everything stays on {device}", table)
+        both = settings.memory != "one" or len(loaded) < 2
+        kept = "everything stays" if both else "one noise expert at a time, as asked,"
+        return SrpoMemory(both, checkpointing, parts.peak(both, checkpointing), f"memory: {kept} on {device}", table)
     fitting = next((way for way in allowed if parts.peak(*way) + _CONTEXT <= free), None)
     if fitting is None:
         least = min(parts.peak(*way) for way in allowed)

@@ -160,6 +160,18 @@ def test_a_new_lora_belongs_to_its_noise_expert_and_says_how_it_was_made(tmp_pat
         assert told["lapwan.rewards"] == "tiny" and told["lapwan.step"] == "4"
 
 
+def test_one_noise_expert_at_a_time_changes_no_bit(tmp_path):
+    found = []
+    for memory in ("both", "one"):
+        settings = settings_for(tmp_path, output=tmp_path / memory, memory=memory, experts="both", steps=3,
+                                held_out={"count": 1, "every": 2, "images": 0})
+        trainer = prepared(settings)
+        srpo.begin(trainer, settings)
+        run_training(trainer, settings)
+        found.append({name: p.detach().clone() for name, p in trainer.parameters.items()})
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_prompts_may_move_but_not_change(tmp_path):
     settings = settings_for(tmp_path, steps=1)
     start_folder(settings, overwrite=False)
