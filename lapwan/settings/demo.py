@@ -18,6 +18,6 @@ class DemoSettings(Settings):
     clips: Annotated[int, Flag()] = Field(128, ge=8, description="Synthetic clips to make.")
     steps: Annotated[int, Flag()] = Field(160, ge=1, description="Optimiser steps of each noise expert, in each stage.")
     prompts: Annotated[int, Flag()] = Field(
-        24, ge=2, description="Held-out prompts that base, stage 1 and stage 2 each make a video of; half as many "
+        16, ge=2, description="Held-out prompts that base, stage 1 and stage 2 each make a video of; half as many "
         "first frames.")
     seed: Annotated[int, Flag()] = Field(7, description="Of clips, training and videos.")
