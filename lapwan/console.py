@@ -22,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
@@ -76,13 +77,15 @@ def speed(rate: float, unit: str) -> str:
 
 
 class _SpeedColumn(ProgressColumn):
+    """The unit, and the speed as soon as there is one."""
+
     def __init__(self, unit: str) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self._unit = unit
 
     def render(self, task: Task) -> Text:
         rate = task.finished_speed or task.speed
-        return Text("" if rate is None else speed(rate, self._unit))
+        return Text(self._unit if rate is None else speed(rate, self._unit))
 
 
 class _RichBar:
@@ -140,8 +143,7 @@ def _bar(title: str, total: float, unit: str, done: float) -> Iterator[Bar]:
     if not (sys.stderr.isatty() and _level >= NORMAL):
         yield _LineBar(title, total, done, unit)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-               _SpeedColumn(unit), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(),
-               TextColumn("{task.fields[figures]}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _SpeedColumn(unit),
+               TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, console=log_console, transient=False, speed_estimate_period=_SPEED_OVER) as bar:
         yield _RichBar(bar, bar.add_task(title, total=total, completed=int(done), figures=""))

@@ -46,7 +46,7 @@ def run_interactive(settings: GenerateSettings, options: RunOptions) -> None:
             except UserError as error:
                 console.warn(f"not made: {error}")
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {len(made)} finished videos are whole in {folder}") from None
+        raise Interrupted(f"interrupted; finished and whole in {folder}: {len(made)}") from None
 
 
 def _make(generator: VideoGenerator, job: Job, settings: GenerateSettings, options: RunOptions) -> Path:
