@@ -100,16 +100,19 @@ class _LineBar:
     def __init__(self, title: str, total: float, done: float, unit: str) -> None:
         self._title, self._total, self._done, self._unit = title, total, done, unit
         self._start_done = done
+        self._first: tuple[float, float] | None = None
         self._start = self._last = time.monotonic()
 
     def advance(self, amount: float = 1, **figures: object) -> None:
         self._done += amount
         now = time.monotonic()
         finished = self._done >= self._total
+        first, since = self._first or (self._start_done, self._start)
+        self._first = self._first or (self._done, now)  # what is loaded or compiled for it says nothing of the next
         if _level < NORMAL or not (finished or now - self._last >= _SECONDS_BETWEEN_LINES):
             return
         self._last = now
-        rate = (self._done - self._start_done) / max(now - self._start, 1e-9)
+        rate = (self._done - first) / max(now - since, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
         eta = "" if finished else f", {left:.0f} s left"
         log(f"{self._title}: {self._done:g}/{self._total:g} {self._unit}, {speed(rate, self._unit)}{eta} "

@@ -37,3 +37,15 @@ def test_a_file_gets_the_last_line(monkeypatch, capsys) -> None:
         bar.advance(2)
     said = capsys.readouterr().err
     assert said.startswith("latents: 2/2 clip, ") and "clip/s" in said
+
+
+def test_the_first_steps_loading_is_not_counted(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(console, "log_console", Console(stderr=True, soft_wrap=True, highlight=False))
+    clock = iter([0.0, 60.0, 62.0, 64.0])  # made, then each step: the first loads
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.progress("sampling", 3) as bar:
+        for _ in range(3):
+            bar.advance(1)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "sampling: 1/3 step, 60 s/step, 120 s left"
+    assert last == "sampling: 3/3 step, 2 s/step"
