@@ -328,3 +328,6 @@ def test_what_rounds_is_recorded_and_said_when_it_changes(lapwan, tmp_path) -> N
         "what is compiled is another (low -> none)", "guidance's batch is another (two passes -> one batch)",
     ):
         assert f"warning: {words}" in again.err, again.err
+    older = {name: value for name, value in facts.items() if name not in ("hardware", "compiled", "guidance")}
+    write_video(tmp_path / "d.png", np.zeros((1, 32, 48, 3), np.uint8), 16, {**stored, "facts": json.dumps(older)})
+    assert "machine is another" not in lapwan("generate", "--from", "d.png", "-o", "e.png").err
