@@ -113,8 +113,8 @@ def _arms(settings: EvaluateSettings, task: Task | None) -> list[Arm]:
             named = model.model if isinstance(model, BaseModelSettings) else model
             bases[repr(model)] = resolve_base(model, task if named == TINY else None, generation=True)
         made.append(make_arm(
-            own.name, bases[repr(model)], own.lora, own.moe, own.any_base, hint=own.hint, alpha_base=own.alpha_base,
-            alpha_expert=own.alpha_expert))
+            own.name, bases[repr(model)], own.lora, own.moe, own.any_base, settings.fold, hint=own.hint,
+            alpha_base=own.alpha_base, alpha_expert=own.alpha_expert))
     tasks = {arm.base.task for arm in made}
     if len(tasks) > 1:
         told = ", ".join(f"{arm.name} {arm.base.task}" for arm in made)

@@ -67,12 +67,13 @@ class Arm:
 
 def make_arm(
     name: str, base: Base, loras: Sequence[LoraArgument] = (), moe: Path | None = None, any_base: bool = False,
-    **choice: Any,
+    fold: bool = False, **choice: Any,
 ) -> Arm:
     """An arm from files, checked against the model's headers.
 
     Args:
         any_base: take a mixture that was trained on another base; what differs is a warning.
+        fold: LoRAs go into the weights, as `read_adapters` says.
         choice: `hint`, `alpha_base`, `alpha_expert`.
 
     Raises:
@@ -85,7 +86,7 @@ def make_arm(
         if moe is not None and any_base:
             base, adapters = _on_another_base(name, base, loras, moe)
         else:
-            base, adapters = read_adapters(base, loras, moe)
+            base, adapters = read_adapters(base, loras, moe, fold)
     except UserError as error:
         raise UserError(f"adapter '{name}': {error}") from None
     return Arm(name, base, adapters, **choice)

@@ -200,3 +200,15 @@ def test_routing_counts_labels_by_row_and_answers_by_column(arms, t2v_generator,
 
 def test_spread_takes_evenly_and_all_when_few():
     assert spread(list(range(10)), 4) == [0, 2, 5, 7] and spread([1, 2], 5) == [1, 2] and spread([1, 2], None) == [1, 2]
+
+
+def test_folded_loras_are_the_same_adapter_in_the_weights(t2v_generator, tiny_t2v, tmp_path, t2v_cache):
+    loras = [LoraArgument.model_validate(text) for text in write_random_lora(tmp_path)]
+    beside = make_arm("beside", Base(tiny_t2v), loras)
+    folded = make_arm("folded", Base(tiny_t2v), loras, fold=True)
+    assert not folded.adapters.loras and folded.base.loras and folded.fingerprint != beside.fingerprint
+    ours, theirs = (_losses(t2v_generator, arm, t2v_cache) for arm in (beside, folded))
+    plain = _losses(t2v_generator, Arm("none", Base(tiny_t2v)), t2v_cache)
+    for expert in (HIGH, LOW):
+        assert np.allclose(ours[expert].whole_PK, theirs[expert].whole_PK, rtol=1e-3)
+        assert not np.allclose(ours[expert].whole_PK, plain[expert].whole_PK, rtol=1e-2)
