@@ -75,7 +75,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         "compiled": "what is compiled is another", "guidance": "guidance's batch is another",
     }
     for key, text in said.items():
-        unknown = key in ("hardware", "compiled", "guidance") and key not in before  # a record from before they were kept
+        unknown = key in ("hardware", "compiled", "guidance") and key not in before  # an older record
         if before.get(key) != now.get(key) and not unknown:
             yield f"{text} ({_difference(before.get(key), now.get(key))})"
     for name, version in dict(now.get("versions", {})).items():
