@@ -69,7 +69,7 @@ def collate(
     latents = torch.stack([_tensor(tensors["latents"]) for _, tensors in pairs])
     weights = [label_weights(item, families) for item in items]
     rois = [tensors["roi"] for _, tensors in pairs]
-    shape = latents.shape[2:]
+    nowhere = torch.zeros(latents.shape[2:], device=latents.device)  # cached clips may already be on a GPU
     has_roi = any(roi is not None for roi in rois)
     return Batch(
         ids=tuple(item.id for item in items),
@@ -78,7 +78,7 @@ def collate(
         condition_BCTHW=_all_or_none([tensors["condition"] for _, tensors in pairs], "condition", items),
         label_weights_BE=_all_or_none(weights, "label", items),
         fallback_B=torch.tensor([item.fallback for item in items]),
-        roi_BTHW=torch.stack([torch.zeros(shape) if r is None else r.float() for r in rois]) if has_roi else None,
+        roi_BTHW=torch.stack([nowhere if r is None else r.float() for r in rois]) if has_roi else None,
         has_roi_B=torch.tensor([roi is not None for roi in rois]),
         captions=tuple(item.caption for item in items),
     )

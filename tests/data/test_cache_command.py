@@ -130,6 +130,14 @@ def test_batch_of_items(i2v_cache):
     assert read_empty_text(index).shape == (1, 96)
 
 
+def test_clips_kept_on_another_device_are_a_batch_there(i2v_cache):
+    """Some with a region, some without: what stands for the missing one is on the same device."""
+    index = load_index(i2v_cache)
+    kept = [(item, {name: None if tensor is None else tensor.to("meta") for name, tensor in
+                    read_item(i2v_cache, item).items()}) for item in index.items]
+    assert collate(kept).roi_BTHW.device.type == "meta"
+
+
 def test_a_second_run_does_nothing_and_says_so(i2v_cache, labelled, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in i2v_cache.glob("*.safetensors")}
     cache(labelled, i2v_cache, "tiny-i2v")
