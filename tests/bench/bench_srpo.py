@@ -11,6 +11,7 @@ batch x accumulate. Reported: seconds a step and what a rollout and a gradient t
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import shutil
@@ -210,6 +211,7 @@ def main() -> None:
         write_features(work / "features.safetensors", Base(read_spec(work / "model")), config["text_dim"])
         for case in cases:
             results.append(run(work, case, cap, asked.tiny, device))
+            gc.collect()  # trainer and rollout know each other: the last case's models go only now
             print(json.dumps(results[-1]), flush=True)
             if asked.out is not None:
                 asked.out.write_text(json.dumps(results, indent=1), encoding="utf-8")

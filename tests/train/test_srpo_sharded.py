@@ -33,8 +33,8 @@ SETTINGS = {"train": "full", "steps": 2, "optimiser": {"lr": 1e-4}, "activation_
 class WideBase(Base):
     """The noise experts in fp64, by diffusers' own forward in either case: sums may differ in their order only."""
 
-    def load(self, expert: NoiseExpert, *_: Any, **__: Any) -> Any:
-        model = super().load(expert).double()
+    def load(self, expert: NoiseExpert, dtype: Any = None, device: Any = "cpu", *_: Any, **__: Any) -> Any:
+        model = super().load(expert).double().to(device)
         path_of(model).modules = True
         return model
 
