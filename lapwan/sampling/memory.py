@@ -15,7 +15,18 @@ from lapwan.lora.tensorfile import read_header
 from lapwan.names import NoiseExpert
 from lapwan.wan.folder import ModelSpec, original_file, tensor_shapes, weight_files
 from lapwan.wan.hostmemory import HostCopy
-from lapwan.wan.plan import COMPILED, GIB, WORKSPACE, MemoryPlan, Rates, Way, choose, free_of, placements
+from lapwan.wan.plan import (
+    COMPILED,
+    EVALUATION_SECONDS,
+    GIB,
+    WORKSPACE,
+    MemoryPlan,
+    Rates,
+    Way,
+    choose,
+    free_of,
+    placements,
+)
 from lapwan.wan.quantised import Recipe
 from lapwan.wan.shapes import Clip, ExpertShape, GroupShape
 
@@ -110,7 +121,7 @@ def plan_generation(
         work = max(shape.forward_work(clip) for shape in shapes.values())
         work = int(work * COMPILED["forward"]) if asking.compiled else work
         first = next(iter(shapes.values()))
-        once = first.flops(clip, range(spec.num_layers)).seconds(rates)
+        once = first.flops(clip, range(spec.num_layers)).seconds(rates) * EVALUATION_SECONDS[asking.compiled]
         passes = 2 if asking.guided and not together else 1
         for place in placements(len(each), spec.num_layers, asked):
             copied = max(sum(one.blocks[: place.streamed]) for one in each) / rates.bus

@@ -24,6 +24,7 @@ from lapwan.wan.fastpath import path_of
 from lapwan.wan.plan import (
     COMPILED,
     GIB,
+    STEP_SECONDS,
     WORKSPACE,
     Checkpointing,
     ExpertBytes,
@@ -192,7 +193,9 @@ def _ways(
             for place in places:
                 copied = max(sum(one.blocks[: place.streamed]) for one in each) / rates.bus
                 swap = 0.0 if place.both else sum(one.weights for one in each) / rates.bus / settings.turn / 2
-                seconds = parts * settings.accumulate * (max(before.seconds(rates), copied) + own.seconds(rates)) + swap
+                slower = STEP_SECONDS[compiled]
+                once = max(slower * before.seconds(rates), copied) + slower * own.seconds(rates)
+                seconds = parts * settings.accumulate * once + swap
                 whole = micro == settings.batch_size
                 ways.append(Way(place, work, seconds, kind, 0 if whole else micro))
         micro //= 2

@@ -40,7 +40,7 @@ def gelu_quantise(x_NK: Tensor) -> tuple[Tensor, Tensor]:
         return triton_kernels.gelu_quantise(x_NK.contiguous())
     y = F.gelu(x_NK.float(), approximate="tanh")
     amax = y.abs().amax(dim=-1, keepdim=True)
-    scale = torch.where(amax > 0, amax / 448.0, torch.ones_like(amax))
+    scale = torch.where(amax > 0, amax * (1.0 / 448.0), torch.ones_like(amax))
     return (y / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
 
 

@@ -144,6 +144,12 @@ class MemoryPlan:
 COMPILED: Mapping[str, float] = {"forward": 0.9, "off": 0.86, "op": 0.86, "block": 0.8}
 
 
+# Seconds of a training step, and of an evaluation, over those of its products and attention, measured on an H200 with
+# a LoRA: one by one, and compiled.
+STEP_SECONDS: Mapping[bool, float] = {False: 1.55, True: 1.25}
+EVALUATION_SECONDS: Mapping[bool, float] = {False: 1.3, True: 1.0}
+
+
 def host_memory() -> int | None:
     """Bytes the host could still give, as Linux says; None elsewhere."""
     meminfo = Path("/proc/meminfo")

@@ -49,9 +49,12 @@ def fp8_in_hardware(device: torch.device) -> bool:
 
 
 def _scale_of(rows: Tensor, top: float) -> Tensor:
-    """amax / top of the last dimension in fp32, kept as a dimension; 1 where all is zero."""
+    """amax / top of the last dimension in fp32, kept as a dimension; 1 where all is zero.
+
+    As a product with 1 / top: a GPU divides by a number that way, a CPU does not, and both shall give the same bytes.
+    """
     amax = rows.abs().amax(dim=-1, keepdim=True).float()
-    return torch.where(amax > 0, amax / top, torch.ones_like(amax))
+    return torch.where(amax > 0, amax * (1.0 / top), torch.ones_like(amax))
 
 
 def quantise_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:

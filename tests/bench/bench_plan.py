@@ -98,6 +98,7 @@ class Bench:
     def __init__(self, work: Path, tiny: bool) -> None:
         self.work, self.tiny = work, tiny
         self.device = torch.device("cuda" if torch.cuda.is_available() and not tiny else "cpu")
+        self.before = 0  # bytes that somebody else in this process holds
         self.model = work / "model"
         if not self.model.exists():
             work.mkdir(parents=True, exist_ok=True)
@@ -112,6 +113,7 @@ class Bench:
 
     def train(self, size: str, moe: bool = False, **settings: Any) -> dict[str, Any]:
         size = "small" if self.tiny else size
+        self._look()
         run = Path(tempfile.mkdtemp(dir=self.work))
         given = {"model": str(self.model), "output": run / "run", "data": {"cache": self.cache(size)}, "steps": 3,
                  "compile": "off", "experts": ["high"], "save_every": 1000, "device": str(self.device), **settings}
@@ -152,6 +154,7 @@ class Bench:
 
     def generate(self, size: str, **options: Any) -> dict[str, Any]:
         frames, height, width = SIZES["small" if self.tiny else size]
+        self._look()
         generator = VideoGenerator(str(self.model), device=str(self.device), compile="off", **options)
         said = {"num_frames": frames, "size": (height, width), "steps": 2, "guidance": 3.0, "negative_prompt": "x"}
         generator.generate("a", **said)  # loads
@@ -163,8 +166,12 @@ class Bench:
         plan = own.experts._plan
         return self._row(plan, own.experts._told or "", 0.0, 0.0, (time.perf_counter() - started) / 2)
 
+    def _look(self) -> None:
+        gc.collect()
+        self.before = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+
     def _row(self, plan: Any, line: str, planned: float, loaded: float, seconds: float) -> dict[str, Any]:
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        peak = torch.cuda.max_memory_allocated() - self.before if self.device.type == "cuda" else 0
         return {"predicted_gib": plan.peak / GIB, "measured_gib": peak / GIB,
                 "error_percent": 100 * (plan.peak - peak) / peak if peak else None, "plan_seconds": planned,
                 "load_seconds": loaded, "predicted_step": plan.way.seconds, "measured_step": seconds,

@@ -135,7 +135,7 @@ def test_training_over_a_streamed_prefix_has_the_resident_gradients() -> None:
             velocity(made, *inputs()).square().mean().backward()
         found.append([p.grad for p in adapter.parameters().values()])
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-9)  # attention's backward adds in any order
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()  # attention's backward adds in any order
 
 
 @pytest.fixture
@@ -184,6 +184,7 @@ def test_the_predicted_peak_is_within_a_tenth(row, tmp_path_factory, monkeypatch
     work = tmp_path_factory.getbasetemp() / "plan"
     monkeypatch.setenv("LAPWAN_CACHE_DIR", str(work / "cache"))
     bench = bench_plan.Bench(work, tiny=False)
+    gc.collect()
     torch.cuda.empty_cache()
     found = bench_plan.ROWS[row](bench)
     assert abs(found["error_percent"]) < 10, found
