@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lapwan.commands.model import refuse_generation_only, resolve
+from lapwan.files import cache_root
 from lapwan.lora.assign import assign
 from lapwan.names import NoiseExpert
 from lapwan.settings.model_files import ModelFilesSettings
@@ -33,8 +34,6 @@ def resolve_base(
 
 
 def _from_files(files: ModelFilesSettings) -> ModelSpec:
-    from lapwan.tiny.model import cache_root
-
     given = {NoiseExpert.HIGH: files.high or files.transformer, NoiseExpert.LOW: files.low}
     transformers = {expert: path for expert, path in given.items() if path is not None}
     return read_spec(make_folder(
