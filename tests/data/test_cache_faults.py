@@ -19,7 +19,7 @@ from lapwan.errors import UserError
 from lapwan.files import is_temporary
 from lapwan.lora.tensorfile import read_header
 
-CLIPS = 12
+CLIPS = 48  # enough work that a signal arrives in the middle of it on a busy machine
 
 
 @pytest.fixture(scope="module")

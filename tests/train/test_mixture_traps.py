@@ -313,7 +313,7 @@ def test_a_frozen_base_lora_acts_with_alpha_base_and_stays_as_it_was(make_lora, 
         batch = trainer.plan.load_batch([0])
         trainer.objective.prepare(NoiseExpert.LOW, [batch])
         with trainer.objective.loss(NoiseExpert.LOW, batch, draws_for(trainer, NoiseExpert.LOW, batch)) as loss:
-            outputs.append(float(loss.terms["loss/diffusion"][0]))
+            outputs.append(float(loss.terms["loss/diffusion"][0].detach()))
             loss.total_B.sum().backward()
         assert torch.equal(layer.frozen_up_OR, frozen)
         assert trainer.objective.mixture.base_lora[NoiseExpert.LOW]["path"] == str(files[NoiseExpert.LOW])
