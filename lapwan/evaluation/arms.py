@@ -83,7 +83,7 @@ def make_arm(
     if said and moe is None:
         raise UserError(f"adapter '{name}': {said[0]} acts on a mixture; give it one with moe = FILE")
     try:
-        if moe is not None and any_base:
+        if moe is not None and any_base and not fold:  # with fold: refused below
             base, adapters = _on_another_base(name, base, loras, moe)
         else:
             base, adapters = read_adapters(base, loras, moe, fold)

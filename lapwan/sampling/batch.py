@@ -69,13 +69,12 @@ class BatchGenerator(Generator):
 
         def scope(step: Step) -> AbstractContextManager[object]:
             rows = [self._gates(request, step, mix) for request, mix in zip(requests, mixes, strict=True)]
-            sides = 2 if guidance.at(step) > 1.0 else 1  # guided: the texts' rows, then the negative prompts'
-            return self.experts.scope(step.expert, torch.cat(rows * sides))
+            return self.experts.scope(step.expert, torch.cat(rows))  # a guided batch repeats them by itself
 
         with console.progress("sampling", len(grid.steps)) as bar:
             latents = denoise(grid, start, conditions, guidance, self.experts.transformer, scope,
                               lambda step, x0: bar.advance(1, expert=step.expert.value, sigma=step.sigma),
-                              together=True)
+                              together=self.experts.together)
         if not bool(torch.isfinite(latents).all()):
             raise UserError(f"the latents are not finite in {str(self.dtype).removeprefix('torch.')}; use --dtype "
                             f"{'bf16' if self.dtype == torch.float16 else 'fp32'}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lapwan.lora.layer import StackedLoraLinear
 from lapwan.wan.block import KeysValues, Rope, block_forward, layer_norm, text_keys_values, widened
 from lapwan.wan.fastpath import Checkpointing, FastPath, Prompt, Trained, look_at, path_of, run_checkpointed
 from lapwan.wan.folder import TEXT_LENGTH
@@ -51,12 +52,16 @@ def _embed_time(embedder: Any, timestep: Tensor | TokenTimes, dtype: torch.dtype
         values_BK, row_of_token_N = timestep.values_BK, timestep.row_of_token_N
     else:
         values_BK = timestep[:, None] if timestep.dim() == 1 else timestep
-    for dim in (0, 1):
+    first, second = embedder.time_embedder.linear_1, embedder.time_embedder.linear_2
+    # An adapter on a time layer has gates by sample, so every sample keeps its row.
+    adapted = any(isinstance(layer, StackedLoraLinear) for layer in (first, second, embedder.time_proj))
+    for dim in (1,) if adapted else (0, 1):
         if values_BK.stride(dim) == 0:
             values_BK = values_BK.narrow(dim, 0, 1)
     shape = values_BK.shape
     sines = embedder.timesteps_proj(values_BK.flatten())
-    weight_dtype = embedder.time_embedder.linear_1.weight.dtype
+    plain: Any = first.base if isinstance(first, StackedLoraLinear) else first
+    weight_dtype = plain.weight.dtype
     rows = embedder.time_embedder(sines.to(weight_dtype)).to(dtype)
     modulation = embedder.time_proj(embedder.act_fn(rows))
     return _Time(rows.unflatten(0, shape), modulation.unflatten(0, shape).unflatten(-1, (6, -1)), row_of_token_N)

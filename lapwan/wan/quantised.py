@@ -125,12 +125,15 @@ def _stored(file: Path, paths: Iterable[str]) -> TensorFile | None:
 
 
 def _keep(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    if shutil.disk_usage(file.parent).free < size + _ROOM:
-        return
-    with atomic_file(file) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(file.parent).free < size + _ROOM:
+            return
+        with atomic_file(file) as temporary:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    except OSError as error:  # keeping spares the next run some work; this run needs none of it
+        console.detail(f"{file} is not kept: {error}")
 
 
 def linears_of(blocks: nn.ModuleList, prefix: str, skip: frozenset[int] = frozenset()) -> Iterator[Block]:

@@ -270,3 +270,24 @@ def test_compiled_blocks_are_eager_ones(model, monkeypatch, tmp_path):
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-6 + 1e-4 * float(gradient.abs().max()))
     assert compile_time()[1] >= 3  # without a graph, the first with one, the others
+
+
+@pytest.mark.parametrize("path", ["time_embedder.linear_1", "time_embedder.linear_2", "time_proj"])
+def test_adapters_on_the_time_layers_act_for_each_sample(model, path):
+    """Samples of one timestep share a row of the time embedding, but not with different gates."""
+    path = f"condition_embedder.{path}"
+    base = model.get_submodule(path)
+    generator = torch.Generator().manual_seed(3)
+    down = torch.randn(2, base.in_features, generator=generator).double() * 0.1
+    up = torch.randn(base.out_features, 2, generator=generator).double() * 0.1
+    x, _, text = given(model)
+    timestep = torch.tensor(700.0).expand(2)
+    before = velocity(model, x, timestep, text)
+    adapter = attach(model, [Group("a", LoraState({path: LoraEntry(down, up, 2.0)}, {}), False)], gates_required=True)
+    with adapter.holder.scope(torch.tensor([[0.0], [1.0]], dtype=torch.float64)):
+        both = velocity(model, x, timestep, text)
+    with adapter.holder.scope(torch.ones(1, 1, dtype=torch.float64)):
+        second = velocity(model, x[1:], timestep[1:], text[1:])
+    torch.testing.assert_close(both[0], before[0], **EXACT)
+    torch.testing.assert_close(both[1:], second, **EXACT)
+    assert (both[1] - before[1]).abs().max() > 1e-4
