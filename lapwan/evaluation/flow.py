@@ -7,6 +7,7 @@ Shapes: P clips, K draws of a clip (bin by bin), B samples, T latent frames, H, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,8 +72,9 @@ def flow_losses(
     """
     generator.use(arm.base, arm.adapters)
     clips = [clip_of(item, _families(arm)) for item in store.items]
-    frames, height, width = max(item.bucket for item in store.items)
-    generator.experts.plan(frames, (height, width))
+    frames, height, width = max((item.bucket for item in store.items), key=math.prod)
+    generator.experts.plan(frames, (height, width), guided=False, batch=plan.batch_size)
+    generator.experts.expect({}, (0, 0, 0))  # no video is being made: what the last one asked for decides nothing here
     found = {}
     for expert in arm.base.spec.experts:
         table = np.full((4, len(clips), plan.bins * plan.draws), np.nan)
