@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lapwan import console
-from lapwan.data.text import PIECE
+from lapwan.data.prompts import holds_chinese
 
 
 class Reward(Protocol):
@@ -78,7 +78,7 @@ def score(reward: Reward, pixels_BCHW: Tensor, captions: Sequence[str]) -> Tenso
 def warn_chinese(rewards: Mapping[str, Reward], captions: Iterable[str]) -> None:
     """Say once where captions are Chinese and a reward reads English only: it would judge by noise."""
     texts = list(captions)
-    count = sum(any(m.lastgroup == "han" for m in PIECE.finditer(text)) for text in texts)
+    count = holds_chinese(texts)
     english = [name for name, reward in rewards.items() if reward.english_text]
     if count and english:
         console.warn(f"{count} of {len(texts)} captions hold Chinese, but the text encoder of {', '.join(english)} "

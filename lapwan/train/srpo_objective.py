@@ -141,9 +141,8 @@ class SrpoObjective:
         v = self.velocity(expert, x, picked.sigma_e_B, text, batch.condition_BCTHW)
         estimate = preference.recover(x, noise, v, picked.sigma_e_B, picked.sigma_star_B)
         seen = self._judge(self.judges.embed(estimate), picked)
-        per_reward = {name: preference.hinge(one.relative_B, self.rule.margin) for name, one in seen.items()}
-        loss = Loss({"loss/preference": preference.weighted(per_reward, self.judges.weights)},
-                    sigma_B=picked.sigma_star_B)
+        preferred = preference.preference_loss(seen, self.judges.weights, self.rule.margin)
+        loss = Loss({"loss/preference": preferred}, sigma_B=picked.sigma_star_B)
         if self.rule.kl_weight:
             with torch.no_grad():
                 base = self.base_velocity(expert, x, picked.sigma_e_B, text, batch.condition_BCTHW)
