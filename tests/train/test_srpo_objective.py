@@ -151,7 +151,8 @@ def test_both_sigmas_stay_in_the_interval_and_near_each_other(interval):
 
 def settings_for(tmp_path: Path, **changes: Any) -> SrpoSettings:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("剪刀剪断血管\n电凝钩切割组织\n吸引器清理积血\n抓钳夹住胆囊\n", encoding="utf-8")
+    if not prompts.exists():  # written once: processes that share the folder would read it half written
+        prompts.write_text("剪刀剪断血管\n电凝钩切割组织\n吸引器清理积血\n抓钳夹住胆囊\n", encoding="utf-8")
     plain: dict[str, Any] = {
         "output": tmp_path / "run", "prompts": {"file": prompts}, "rewards": "tiny", "size": (32, 32), "steps": 2,
         "accumulate": 2, "held_out": {"count": 0}, "rollout": {"steps": 2}, "device": "cpu",
