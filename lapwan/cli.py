@@ -34,9 +34,14 @@ app = typer.Typer(
 )
 
 
+_NO_VALUE = ""  # as a metavar: a flag takes none, and Typer would write <bool> behind it
+
+
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", metavar=_NO_VALUE, help="Print the version and stop.", is_eager=True)
+    ] = False,
 ) -> None:
     """Fine-tune, specialise, align and diagnose Wan2.2 video models."""
     if version:
@@ -44,27 +49,22 @@ def root(
         raise typer.Exit
 
 
+def _common(name: str, kind: Any, default: Any, *flags: str, help: str, metavar: str = _NO_VALUE) -> inspect.Parameter:
+    option = typer.Option(*flags, metavar=metavar, help=help, rich_help_panel="Every command")
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
+
+
 _COMMON = (
-    inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="Settings as TOML.", rich_help_panel="Every command")
-    ]),
-    inspect.Parameter("sets", inspect.Parameter.KEYWORD_ONLY, default=[], annotation=Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="One setting, as section.key=value; repeatable.",
-                                rich_help_panel="Every command")
-    ]),
-    inspect.Parameter("dry_run", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the resolved settings and the plan, stop.",
-                           rich_help_panel="Every command")
-    ]),
-    inspect.Parameter("overwrite", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output that exists.", rich_help_panel="Every command")
-    ]),
-    inspect.Parameter("verbose", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[
-        bool, typer.Option("-v", "--verbose", help="Say more on stderr.", rich_help_panel="Every command")
-    ]),
-    inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[
-        bool, typer.Option("-q", "--quiet", help="Only warnings and errors on stderr.", rich_help_panel="Every command")
-    ]),
+    _common("config", Path | None, None, "--config", metavar="FILE", help="Settings as TOML."),
+    _common("sets", list[str], [], "--set", metavar="KEY=VALUE",
+            help="One setting, as section.key=value; repeatable."),
+    _common("dry_run", bool, False, "--dry-run", help="Check everything, print the resolved settings and the plan, "
+                                                      "stop."),
+    _common("overwrite", bool, False, "--overwrite", help="Replace an output that exists."),
+    _common("verbose", bool, False, "-v", "--verbose", help="Say more on stderr."),
+    _common("quiet", bool, False, "-q", "--quiet", help="Only warnings and errors on stderr."),
 )
 
 
@@ -100,7 +100,7 @@ def _parameter(name: str, field: FlagField) -> inspect.Parameter:
             # What is off by default needs no second name; a file's `true` is taken back by --set.
             if "/" not in long and field.info.default is not False:
                 long = f"{long}/--no-{long[2:]}"
-            info = typer.Option(long, *short, help=_help(field), show_default=False)
+            info = typer.Option(long, *short, metavar=_NO_VALUE, help=_help(field), show_default=False)
             kind = bool | None
         else:
             info = typer.Option(long, *short, metavar=metavar, help=_help(field), show_default=False)
