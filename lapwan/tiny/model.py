@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -103,6 +105,20 @@ def _text_encoder(vocabulary: int) -> Any:
     return model.eval()  # its dropout_rate is 0.1
 
 
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without transformers' bar for a second's work, which would stand before an error's one line."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def build(task: Task, folder: Path) -> None:
     """Write the model for `task` into `folder` through diffusers' own pipeline class."""
     import torch
@@ -125,5 +141,6 @@ def build(task: Task, folder: Path) -> None:
     pipeline = (WanImageToVideoPipeline if task == "i2v" else WanPipeline)(
         **parts, scheduler=scheduler, boundary_ratio=BOUNDARY[task]
     )
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    with _no_bar():
+        pipeline.save_pretrained(folder, safe_serialization=True)
     (folder / DEFAULTS_FILE).write_text(json.dumps(DEFAULTS[task], indent=2) + "\n", encoding="utf-8")

@@ -55,9 +55,15 @@ def test_both_pipelines_of_diffusers_open_it(tiny_t2v: ModelSpec, tiny_i2v: Mode
         assert pipeline.vae.config.latents_std != [1.0] * 16
 
 
-def test_folder_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_made_once_in_silence_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
     monkeypatch.setenv("LAPWAN_CACHE_DIR", str(tmp_path))
+    logging.enable_progress_bar()
     folder = tiny_folder("t2v")
+    assert capsys.readouterr().err == "" and logging.is_progress_bar_enabled()
     marker = folder / "marker"
     marker.touch()
     assert tiny_folder("t2v") == folder and marker.exists()
