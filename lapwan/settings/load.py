@@ -15,8 +15,9 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from lapwan.errors import UserError, nearest
+from lapwan.errors import UserError
 from lapwan.settings.base import Settings, flag_fields
+from lapwan.settings.short_forms import partner, suggestion, takes
 
 S = TypeVar("S", bound=Settings)
 _PREFIX = "LAPWAN_"
@@ -132,6 +133,17 @@ def _put(tree: dict[str, Any], key: str, value: Any, place: str, places: dict[st
         node = child
     node[leaf] = value
     places[key] = place
+    if (other := partner(key)) is not None:  # a weaker source's, under its other name
+        _drop(tree, other)
+
+
+def _drop(tree: dict[str, Any], key: str) -> None:
+    *sections, leaf = key.split(".")
+    node: Any = tree
+    for section in sections:
+        node = node.get(section) if isinstance(node, dict) else None
+    if isinstance(node, dict):
+        node.pop(leaf, None)
 
 
 def _explain(
@@ -143,7 +155,7 @@ def _explain(
         key, owners = _real_key(model, item["loc"])
         place = next((places[k] for k in (key, *_parents(key)) if k in places), None)
         if place is None and config is not None and item["type"] != "missing":
-            place = f"{config}{_line_of(text, key)}"
+            place = f"{config}{_line_of(text, key) or _line_of(text, partner(key) or key)}"
         elif place is None:
             place = str(config) if config is not None else "settings"
         problems.append(f"{place}: {_message(item, key, location[-1] if location else '', owners)}")
@@ -154,8 +166,8 @@ def _explain(
 
 def _message(item: Any, key: str, leaf: str, owners: list[type[Settings]]) -> str:
     if item["type"] == "extra_forbidden":
-        known = [name for owner in owners for name in owner.model_fields]
-        guess = nearest(leaf, known)
+        known = takes(name for owner in owners for name in owner.model_fields)
+        guess = suggestion(leaf, known)
         allowed = "" if guess else f"; known here: {', '.join(sorted(known))}"
         return f"unknown key '{key}'{guess}{allowed}"
     if item["type"] == "missing":

@@ -13,6 +13,7 @@ from lapwan.settings.cache import NEGATIVE_PROMPT
 from lapwan.settings.memory import TrainDtype, precision_of
 from lapwan.settings.optimisers import AdamWSettings, OptimiserSettings, ScheduleSettings
 from lapwan.settings.reward import REWARD_METAVAR, Rewards
+from lapwan.settings.short_forms import spell_out
 from lapwan.settings.targets import TargetSettings
 from lapwan.settings.train import BaseModelSettings
 
@@ -152,6 +153,7 @@ class SrpoSettings(Settings):
     def _lr_by_kind(cls, value: Any) -> Any:
         """Without an optimiser of the user's: the lr that suits a LoRA or all weights."""
         if isinstance(value, dict):
+            value = spell_out(value)
             own = value.get("optimiser") or {}
             if isinstance(own, dict) and own.get("type", "adamw") == "adamw":
                 lr = LR.get(str(value.get("train", "lora")), LR["lora"])

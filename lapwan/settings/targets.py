@@ -15,9 +15,12 @@ Blocks = Annotated[int, Field(ge=1)]
 _RANKS = ("q", "k", "v", "o", "ffn_in")
 
 
-def target_words(value: Any) -> Any:
+def target_words(value: Any, both_ffn: bool = False) -> Any:
     """Short forms as the fields they stand for: `"last_8"` or `"all"` (attention and both FFN linears of those blocks),
     and in a table `recipe` (the same) and `rank` (of every projection that has none of its own).
+
+    Args:
+        both_ffn: `rank` without a recipe is the second FFN linear's too: what it is laid over trains that one.
 
     Raises:
         ValueError: no recipe of that name, or patterns beside it.
@@ -40,7 +43,7 @@ def target_words(value: Any) -> Any:
         blocks = int(found[1]) if found[1] else "all"
         words = {"patterns": {}, "last_blocks": blocks, "ffn_last_blocks": blocks, "ffn_out": 4}
     if rank is not None:
-        words |= dict.fromkeys((*_RANKS, "ffn_out") if recipe is not None else _RANKS, rank)
+        words |= dict.fromkeys((*_RANKS, "ffn_out") if recipe is not None or both_ffn else _RANKS, rank)
     return words | tree
 
 
@@ -74,4 +77,17 @@ class TargetSettings(Settings):
     def _ranks(self) -> TargetSettings:
         if bad := [f"'{pattern}' = {rank}" for pattern, rank in self.patterns.items() if rank < 0]:
             raise ValueError(f"a rank must be 0 or more, not {', '.join(bad)}")
+        fields = type(self).model_fields
+        beside = [name for name in fields if name != "patterns" and getattr(self, name) != fields[name].default]
+        if self.patterns and beside:
+            raise ValueError(f"patterns carry their own ranks and blocks, {beside[0]} = {getattr(self, beside[0])!r} "
+                             "would do nothing beside them; leave one out")
         return self
+
+
+def lay_over(shared: TargetSettings, own: Any) -> Any:
+    """`shared` with what differs for one noise expert or family; patterns of its own stand instead of it all."""
+    words = target_words(own, both_ffn=shared.ffn_out > 0)
+    if not isinstance(words, dict) or words.get("patterns"):
+        return words
+    return {**shared.model_dump(), **words}

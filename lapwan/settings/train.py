@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from lapwan.errors import nearest
 from lapwan.names import NoiseExpert
 from lapwan.settings.alpha import AlphaScheduleSettings
 from lapwan.settings.base import Flag, Settings, submodel, union_members
 from lapwan.settings.memory import MEMORY_METAVAR, MemoryChoice, TrainDtype
 from lapwan.settings.optimisers import AdamWSettings, OptimiserSettings, ScheduleSettings, take_flat_keys
+from lapwan.settings.short_forms import spell_out, suggestion, takes
 from lapwan.settings.sigma import SigmaSettings, WeightingSettings, refuse_ddpm_weighting
-from lapwan.settings.targets import TargetSettings, target_words
+from lapwan.settings.targets import TargetSettings, lay_over
 from lapwan.settings.watch import HealthSettings, PreviewSettings, ValidationSettings, WatchSettings
 
 
@@ -178,7 +178,7 @@ class TrainSettings(Settings):
         if not isinstance(value, dict):
             return value
         refuse_ddpm_weighting(value)
-        return take_flat_keys(value)
+        return take_flat_keys(spell_out(value))
 
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
@@ -216,11 +216,6 @@ class TrainSettings(Settings):
     def _override(self, expert: NoiseExpert) -> dict[str, Any]:
         return self.high if expert is NoiseExpert.HIGH else self.low
 
-    def _expanded(self, expert: NoiseExpert) -> dict[str, Any]:
-        """The override with its short forms written out, so that they win over what is shared."""
-        own = self._override(expert)
-        return own | {"targets": target_words(own["targets"])} if "targets" in own else own
-
     def of(self, expert: NoiseExpert, steps: int) -> ExpertSettings:
         """A noise expert's own settings: the shared ones with `[high]` or `[low]` laid over them.
 
@@ -230,16 +225,19 @@ class TrainSettings(Settings):
         shared = {key: getattr(self, key) for key in _SHARED}
         plain = {k: v.model_dump() if isinstance(v, Settings) else v for k, v in shared.items()}
         plain["steps"] = self._steps_of(expert, self.steps or steps)
+        own = dict(self._override(expert))
+        if "targets" in own:
+            plain["targets"] = lay_over(self.targets, own.pop("targets"))
         try:
-            return ExpertSettings.model_validate(_overlay(plain, self._expanded(expert)))
+            return ExpertSettings.model_validate(_overlay(plain, own))
         except ValidationError as error:
             first = error.errors()[0]
             tags = {"adamw", "adamw8bit", "automagic", "prodigy"}
             key = ".".join([expert.value, *(str(part) for part in first["loc"] if part not in tags)])
             if first["type"] == "extra_forbidden":
-                known = list(dict.fromkeys(_known_at(first["loc"])))
+                known = takes(_known_at(first["loc"]))
                 section = key.rpartition(".")[0]
-                guess = nearest(key.rpartition(".")[2], known) or f"; [{section}] takes {', '.join(known)}"
+                guess = suggestion(key.rpartition(".")[2], known) or f"; [{section}] takes {', '.join(known)}"
                 raise ValueError(f"unknown key '{key}'{guess}") from None
             shown = "" if isinstance(first["input"], dict | Settings) else f" = {first['input']!r}"
             raise ValueError(f"{key}{shown}: {first['msg'].removeprefix('Value error, ')}") from None
@@ -273,7 +271,7 @@ def _overlay(tree: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(tree)
     for key, value in over.items():
         below = merged.get(key)
-        if not (isinstance(below, dict) and isinstance(value, Mapping)) or key == "patterns":
+        if not (isinstance(below, dict) and isinstance(value, Mapping)):
             merged[key] = value
         elif value.get("type", below.get("type")) != below.get("type"):
             merged[key] = dict(value)

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import Settings
-from lapwan.settings.targets import TargetSettings, target_words
+from lapwan.settings.targets import TargetSettings, lay_over
 from lapwan.settings.train import TrainSettings
 
 
@@ -122,9 +122,8 @@ class TrainMoeSettings(TrainSettings):
         Raises:
             ValueError: an unknown key or a wrong rank.
         """
-        own = self.expert_targets.get(family, {})
         try:
-            return TargetSettings.model_validate({**shared.model_dump(), **target_words(own)})
+            return TargetSettings.model_validate(lay_over(shared, self.expert_targets.get(family, {})))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(["expert_targets", family, *map(str, first["loc"])])

@@ -70,7 +70,7 @@ def test_a_bad_environment_value_names_its_variable(toml):
 @pytest.mark.parametrize(("text", "message"), [
     ("output = =\n", r"is not valid TOML: .*line 1"),
     ('output = "r"\nsteps = 1\n', r"'data' is required"),
-    (GOOD + "[high]\nranks = 3\n", r"unknown key 'high.ranks'; \[high\] takes steps, start, stop, targets"),
+    (GOOD + "[high]\nxyz = 3\n", r"unknown key 'high.xyz'; \[high\] takes steps, start, stop, targets"),
     (GOOD.replace("steps", "epochs = 1\nsteps"), "give exactly one of steps, epochs and"),
     (GOOD.replace("steps", 'experts = ["high"]\nsteps') + "[low]\nsteps = 3\n", r"\[low\] is set, but experts"),
 ])
