@@ -138,7 +138,7 @@ def _lr_ratio(seen: Evidence) -> Rule | None:
     if value is None:
         return None
     return Rule(f"LR, {preset.leader} / {preset.follower}", value, "3 to 5 (4 advised), 6 at most",
-                "good" if 3 <= value <= 6 else "warn", _EXPERIENCE,
+                "good" if 3 <= round(value, 6) <= 6 else "warn", _EXPERIENCE,  # 3e-4 / 1e-4 is 2.9999999999999996
                 "set both LR bounds so that their midpoints have this ratio; the bumps do not decide it")
 
 
