@@ -20,6 +20,7 @@ from lapwan.commands.base import resolve_base
 from lapwan.commands.model import TINY
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
+from lapwan.processes import Processes
 from lapwan.sampling.adapters import AdapterSet, read_adapters
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.image import as_picture, open_image, read_clip
@@ -101,21 +102,24 @@ class VideoGenerator:
         }
         self._start(load(ModelSettings, options=said, environment={}))
 
-    def _start(self, settings: ModelSettings) -> None:
+    def _start(self, settings: ModelSettings, device: str | None = None, processes: Processes | None = None) -> None:
         if settings.model is None:
             raise UserError("--model is required: 'tiny', or a model folder in diffusers layout")
         self.settings = settings
-        self._device = pick_device(settings.device)
+        self._device, self._processes = pick_device(device or settings.device), processes
         self._generators: dict[Task | None, Generator] = {}
         self._warned = False
         self._bases: dict[Task | None, Base] = {}
         self._adapters: dict[tuple[Task | None, str, Path | None], tuple[Base, AdapterSet]] = {}
 
     @classmethod
-    def from_settings(cls, settings: ModelSettings) -> VideoGenerator:
-        """The same from checked settings."""
+    def from_settings(
+        cls, settings: ModelSettings, device: str | None = None, processes: Processes | None = None
+    ) -> VideoGenerator:
+        """The same from checked settings; several `processes`, each on its own `device`, make every video together."""
         made = cls.__new__(cls)
-        made._start(ModelSettings(**{name: getattr(settings, name) for name in ModelSettings.model_fields}))
+        own = ModelSettings(**{name: getattr(settings, name) for name in ModelSettings.model_fields})
+        made._start(own, device, processes)
         return made
 
     def generate(
@@ -244,7 +248,7 @@ class VideoGenerator:
             own = self.settings
             self._generators[key] = Generator(
                 base, adapters, self._device, dtype, own.memory, own.compile, precision_of(own.dtype),
-                precision_of(own.text_dtype))
+                precision_of(own.text_dtype), self._processes)
         return self._generators[key], base, adapters
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from lapwan import console
 from lapwan.api import Prepared, VideoGenerator
 from lapwan.commands.generate_interactive import run_interactive
+from lapwan.commands.plan import one_voice
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import atomic_file, claim_output
 from lapwan.sampling.jobs import Job, check_options, make_jobs
@@ -19,6 +20,7 @@ from lapwan.sampling.video import write_video
 from lapwan.settings.base import to_toml
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.run import RunOptions
+from lapwan.train.ranks import Ranks
 
 _SHEET_COLUMNS, _GRID_COLUMNS = 6, 4
 _SEEN_WIDTH = 256  # pixels: room for a caption
@@ -26,15 +28,23 @@ _SEEN_WIDTH = 256  # pixels: room for a caption
 
 def run(settings: GenerateSettings, options: RunOptions) -> None:
     """Check every video against headers, then load, sample and write one after the other."""
-    if settings.interactive:
-        run_interactive(settings, options)
-        return
+    with one_voice(settings.device) as (ranks, device):
+        if not settings.interactive:
+            _run(settings, options, ranks, device)
+        elif ranks.count > 1:
+            raise UserError(f"--interactive reads from one terminal; {ranks.count} processes were started: start one, "
+                            "or give the prompts as --prompts FILE")
+        else:
+            run_interactive(settings, options)
+
+
+def _run(settings: GenerateSettings, options: RunOptions, ranks: Ranks, device: str) -> None:
     record = None
     if settings.from_video is not None:
         record, settings = stored(settings.from_video, settings)
     output = check_options(settings)
     jobs = make_jobs(settings)
-    generator = VideoGenerator.from_settings(settings)
+    generator = VideoGenerator.from_settings(settings, device, ranks)
     prepared = [_prepare(generator, job) for job in jobs]
     sheet = _beside(output, len(jobs), "sheet", ".png") if settings.sheet or settings.grid else None
     together = _beside(output, len(jobs), "grid", ".mp4") if settings.grid else None
@@ -44,13 +54,17 @@ def run(settings: GenerateSettings, options: RunOptions) -> None:
     for path in (sheet, together):
         if path is not None:
             claim_output(path, options.overwrite)
-    _show_plan(prepared)
+    _show_plan(prepared, ranks)
+    if options.dry_run and not ranks.first:
+        return
     if options.dry_run:
         own = prepared[0].settings if len(jobs) == 1 else settings
         filled = settings.model_copy(update={name: getattr(own, name) for name in type(own).model_fields})
         console.results.print(to_toml(filled), markup=False)
         return
-    videos = _make_all(generator, jobs, prepared, settings, options)
+    videos = _make_all(generator, jobs, prepared, settings, options, ranks)
+    if not ranks.first:
+        return
     if sheet is not None:
         _write_sheet(sheet, jobs, videos)
     if together is not None:
@@ -66,11 +80,13 @@ def _prepare(generator: VideoGenerator, job: Job) -> Prepared:
         raise UserError(f"{job.place}: {error}" if job.place else str(error)) from None
 
 
-def _show_plan(prepared: Sequence[Prepared]) -> None:
+def _show_plan(prepared: Sequence[Prepared], ranks: Ranks) -> None:
     for line in dict.fromkeys(_plan_line(made) for made in prepared):
         console.log(line)
     if len(prepared) > 1:
         console.log(f"{len(prepared)} videos")
+    if ranks.count > 1:
+        console.log(f"{ranks.count} processes share the tokens of each video")
     first = prepared[0]
     first.generator.begin(first.request)
 
@@ -85,17 +101,20 @@ def _plan_line(made: Prepared) -> str:
 
 def _make_all(
     generator: VideoGenerator, jobs: Sequence[Job], prepared: Sequence[Prepared], settings: GenerateSettings,
-    options: RunOptions,
+    options: RunOptions, ranks: Ranks,
 ) -> list[Video]:
     videos: list[Video] = []
-    preview = _beside(settings.output, len(jobs), "preview", ".png") if settings.preview and settings.output else None
+    preview = None
+    if settings.preview and settings.output is not None and ranks.first:
+        preview = _beside(settings.output, len(jobs), "preview", ".png")
     try:
         for job, made in zip(jobs, prepared, strict=True):
             if len(jobs) > 1:
                 console.log(f"video {len(videos) + 1} of {len(jobs)}: {made.request.prompt}")
             video = generator.make(made, preview)
-            path = video.save(job.output, overwrite=options.overwrite, crf=settings.crf)
-            console.results.print(str(path), markup=False)
+            if ranks.first:
+                path = video.save(job.output, overwrite=options.overwrite, crf=settings.crf)
+                console.results.print(str(path), markup=False)
             videos.append(video)
     except KeyboardInterrupt:
         whole = ", ".join(str(job.output) for job in jobs[: len(videos)]) or "none"

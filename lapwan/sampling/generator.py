@@ -20,6 +20,7 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_file
 from lapwan.losses.flow import noised
 from lapwan.names import Precision
+from lapwan.processes import Processes
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.grid import Grid, Step
@@ -56,7 +57,8 @@ class Generator:
 
     The text encoder waits in pinned host memory between prompts; `memory` as in `NoiseExperts`. `dtype` is the
     transformers'; VAE and text features keep their own. `precision` quantises the transformers' blocks,
-    `text_precision` the text encoder.
+    `text_precision` the text encoder. Several `processes` make each video together: the first reads the prompts, all
+    share the tokens, and each ends with the whole video.
     """
 
     def __init__(
@@ -69,11 +71,12 @@ class Generator:
         compile: Compile = "auto",
         precision: Precision | None = None,
         text_precision: Precision | None = None,
+        processes: Processes | None = None,
     ) -> None:
         base = base if isinstance(base, Base) else Base(base)
         self.spec, self.device, self.dtype = base.spec, torch.device(device), dtype
         self.experts = NoiseExperts(
-            base, adapters or AdapterSet(), self.device, dtype, memory, compile, precision, text_precision)
+            base, adapters or AdapterSet(), self.device, dtype, memory, compile, precision, text_precision, processes)
         self._text_precision = text_precision
         self._text: TextEncoder | None = None
         self._text_host: Residence | None = None
@@ -92,15 +95,24 @@ class Generator:
     def text_features(self, prompt: str) -> Tensor:
         """umT5 features of a prompt, unpadded [n, D]; remembered."""
         if prompt not in self._features:
-            if self._text is None:
-                self._text = self._load_text()
-            self.experts.make_room()
-            if self._text_host is not None:
-                self._text_host.fetch()
-            self._features[prompt] = encode_text(self._text, [prompt])[0]
-            if self._text_host is not None:
-                self._text_host.park()
+            processes = self.experts.processes
+            own = self._encoded(prompt) if processes.first else None
+            if processes.count > 1:
+                own = processes.from_first(None if own is None else own.cpu())
+            assert own is not None
+            self._features[prompt] = own.to(self.device)
         return self._features[prompt]
+
+    def _encoded(self, prompt: str) -> Tensor:
+        if self._text is None:
+            self._text = self._load_text()
+        self.experts.make_room()
+        if self._text_host is not None:
+            self._text_host.fetch()
+        features = encode_text(self._text, [prompt])[0]
+        if self._text_host is not None:
+            self._text_host.park()
+        return features
 
     def _load_text(self) -> TextEncoder:
         console.log("loading the text encoder")
@@ -256,6 +268,8 @@ class Generator:
             "versions": {"lapwan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
             "device": str(self.device), "dtype": _name(self.dtype), "hardware": hardware(self.device),
         }
+        if self.experts.processes.count > 1:
+            facts["processes"] = self.experts.processes.count
         if Guidance(request.guidance, request.guidance_interval).needed(grid):
             facts["guidance"] = "one batch" if self.experts.together else "two passes"
         for name, form in (("precision", self.experts.precision), ("text_precision", self._text_precision)):

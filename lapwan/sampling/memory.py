@@ -79,7 +79,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class Asking:
-    """A generation, as far as its memory goes. `batch` videos at once, `guided`: any step evaluates twice."""
+    """A generation, as far as its memory goes. `batch` videos at once, `guided`: any step evaluates twice, `processes`
+    share each sequence's tokens."""
 
     num_frames: int
     size: tuple[int, int]
@@ -87,6 +88,7 @@ class Asking:
     batch: int = 1
     guided: bool = True
     compiled: bool = False
+    processes: int = 1
 
 
 def shapes_of(groups: Sequence[Group]) -> list[GroupShape]:
@@ -118,10 +120,11 @@ def plan_generation(
     ways = []
     for together in (True, False) if asking.guided else (True,):
         clip = Clip(asking.batch * (2 if asking.guided and together else 1), asking.num_frames, *asking.size)
-        work = max(shape.forward_work(clip) for shape in shapes.values())
+        work = max(shape.forward_work(clip, asking.processes) for shape in shapes.values())
         work = int(work * COMPILED["forward"]) if asking.compiled else work
         first = next(iter(shapes.values()))
-        once = first.flops(clip, range(spec.num_layers)).seconds(rates) * EVALUATION_SECONDS[asking.compiled]
+        own = first.flops(clip, range(spec.num_layers)).times(1 / asking.processes)
+        once = own.seconds(rates) * EVALUATION_SECONDS[asking.compiled]
         passes = 2 if asking.guided and not together else 1
         for place in placements(len(each), spec.num_layers, asked):
             copied = max(sum(one.blocks[: place.streamed]) for one in each) / rates.bus

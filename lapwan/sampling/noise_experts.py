@@ -14,15 +14,18 @@ from torch import Tensor
 from lapwan import console
 from lapwan.lora.attach import Adapter, attach
 from lapwan.names import NoiseExpert, Precision
+from lapwan.processes import Processes
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.memory import Asking, Memory, describe, free_bytes, plan_generation
 from lapwan.wan.base import Base
 from lapwan.wan.compiling import Compile, CompileReport, compile_blocks, pays, worth
 from lapwan.wan.device import limit_memory
+from lapwan.wan.fastpath import path_of
 from lapwan.wan.plan import MemoryPlan, Placement, Way, free_of, host_memory, needs
 from lapwan.wan.quantised import Recipe
 from lapwan.wan.rates import rates_of
-from lapwan.wan.shapes import tokens_of, width_of
+from lapwan.wan.shapes import heads_of, tokens_of, width_of
+from lapwan.wan.spread import Spread, check_heads
 from lapwan.wan.stream import Residence, tensors_of
 from lapwan.wan.text import text_encoder_bytes
 
@@ -44,12 +47,16 @@ class NoiseExperts:
 
     One at a time (the text encoder counts), the idle one waits in pinned host memory, and blocks of the one at work may
     stream from there; on a CPU the idle one is released and read again. Results do not depend on it.
+    Several `processes` share the tokens of each video, each with the whole weights; they decide alike.
     """
 
     def __init__(
         self, base: Base, adapters: AdapterSet, device: torch.device, dtype: torch.dtype, memory: Memory = "auto",
         compile: Compile = "auto", precision: Precision | None = None, text_precision: Precision | None = None,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
+        check_heads(heads_of(base.spec), self.processes.count)
         self.base, self.adapters = base, adapters
         self.device, self.dtype, self.memory = device, dtype, memory
         self.precision, self._text_precision = precision, text_precision
@@ -94,10 +101,11 @@ class NoiseExperts:
         self, num_frames: int, size: tuple[int, int], steps: int = 40, guided: bool = True, batch: int = 1
     ) -> MemoryPlan:
         """Decide for a video what stays on the device; the decision is logged when it changes."""
-        asking = Asking(num_frames, size, steps, batch, guided, self._compiles(num_frames, size, steps))
+        asking = Asking(num_frames, size, steps, batch, guided, self._compiles(num_frames, size, steps),
+                        self.processes.count)
         free = free_bytes(self.device)
         if free is not None:
-            free += self._here()
+            free = min(self.processes.gather(free + self._here()))
         if isinstance(self.memory, float) and self.device.type == "cuda":
             limit_memory(self.device, self.memory)
         # What is free moves a little all the time: a plan holds as long as it fits.
@@ -117,23 +125,26 @@ class NoiseExperts:
         self.text_streams = self.memory == "stream" or (limit is not None and needs(whole) > limit)
         text = text_encoder_bytes(spec, self._text_precision, self.text_streams)
         groups = {expert: self.adapters.groups(expert) for expert in spec.experts}
-        rates = rates_of(self.device, self.dtype) if limit is not None else None
+        rates = self.processes.from_first(rates_of(self.device, self.dtype)) if limit is not None else None
         return plan_generation(spec, groups, self.dtype, self._recipe(), asking, self.memory, free, rates, text,
                                self._host_free())
 
     def _host_free(self) -> int | None:
-        """What the host could give, weights that wait there already included."""
+        """What the host could give this process, weights that wait there already included."""
         free = host_memory()
         models = [one.model for one in self._loaded.values() if one.host is not None]
         held = sum(t.nbytes for model in models for t in tensors_of(model))
-        return None if free is None else free + held
+        if free is None:
+            return None
+        return min(self.processes.gather(free // self.processes.count + held))
 
     def _compiles(self, num_frames: int, size: tuple[int, int], steps: int) -> bool:
         spec = self.base.spec
         if self._compile != "auto" or self.device.type != "cuda":
             return self._compile == "on"
         tokens = tokens_of(spec, (num_frames, *size))
-        return worth(width_of(spec), tokens, steps // len(spec.experts), training=False)
+        own = tokens // self.processes.count
+        return worth(width_of(spec), own, steps // len(spec.experts), training=False)
 
     def _recipe(self) -> Recipe | None:
         return None if self.precision is None else Recipe(self.precision)
@@ -174,7 +185,8 @@ class NoiseExperts:
             one.host.fetch()
             _move(one.adapter, self.device)
             one.parked = False
-        auto = self._compile == "auto" and pays(one.model, self._latents_THW, self._work.get(expert, 0), training=False)
+        times = self._work.get(expert, 0) // self.processes.count  # each has that share of the tokens
+        auto = self._compile == "auto" and pays(one.model, self._latents_THW, times, training=False)
         compiles = auto or self._compile == "on"
         compile_blocks(one.model, compiles)
         self.compiled.update({expert} if compiles else ())
@@ -188,6 +200,8 @@ class NoiseExperts:
         # What comes and goes is read into host memory and stays there; quantising is the device's work all the same.
         home = torch.device("cpu") if self._waits(place) else self.device
         model = self.base.load(expert, self.dtype, home, self._recipe(), self.device)
+        if self.processes.count > 1:
+            path_of(model).spread = Spread(self.processes.rank, self.processes.count)
         one = _Loaded(model, self._attached(model, expert), streamed=place.streamed)
         if self._waits(place):
             own = () if one.adapter is None else one.adapter.own_tensors()

@@ -73,6 +73,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         "dtype": "the precision is another", "precision": "the quantisation is another",
         "text_precision": "the text encoder's quantisation is another",
         "compiled": "what is compiled is another", "guidance": "guidance's batch is another",
+        "processes": "the number of processes is another",
     }
     for key, text in said.items():
         unknown = key in ("hardware", "compiled", "guidance") and key not in before  # an older record

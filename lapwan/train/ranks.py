@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lapwan.errors import UserError
 from lapwan.processes import Processes, launched
 from lapwan.train.sharding import is_sharded, local
 
@@ -65,12 +66,18 @@ def join_ranks(device: str) -> tuple[Ranks, str]:
     """The processes of this run, and this one's device; the launcher's environment says both.
 
     Raises:
-        UserError: a launcher's environment that is not complete.
+        UserError: a launcher's environment that is not complete, or processes that have not a GPU each.
     """
     found = launched()
     if found.count == 1:
         return Ranks(), device
+    if device.startswith("cuda:"):
+        raise UserError(f"device = '{device}' with {found.count} processes: each takes a GPU of its own; use auto, "
+                        "cuda or cpu")
     gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+    if gpu and found.local >= torch.cuda.device_count():
+        raise UserError(f"process {found.local + 1} of this machine has no GPU: it has {torch.cuda.device_count()}; "
+                        "start as many processes, or use --device cpu")
     own = f"cuda:{found.local}" if gpu else device
     if gpu:
         torch.cuda.set_device(own)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lapwan.lora.layer import project
 from lapwan.wan import kernels
 from lapwan.wan.precision import Fp8Linear, fp8_in_hardware
+from lapwan.wan.spread import Split
 
 Rope = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
@@ -61,12 +62,19 @@ def _attend(q_BNHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, bias: Tensor | None 
     return out.transpose(1, 2).flatten(2)
 
 
-def self_attention(attention: Any, y_BND: Tensor, rope: Rope) -> Tensor:
-    """Attention of the latents' tokens over themselves."""
+def self_attention(attention: Any, y_BND: Tensor, rope: Rope, split: Split | None = None) -> Tensor:
+    """Attention of the latents' tokens over themselves; over those of all processes where they are `split`."""
     q, k, v = project([attention.to_q, attention.to_k, attention.to_v], y_BND)
     q = rotate(_normalised_heads(attention, attention.norm_q, q), rope)
     k = rotate(_normalised_heads(attention, attention.norm_k, k), rope)
-    out: Tensor = attention.to_out[0](_attend(q, k, torch.unflatten(v, -1, (attention.heads, -1))))
+    v = torch.unflatten(v, -1, (attention.heads, -1))
+    if split is None:
+        attended = _attend(q, k, v)
+    else:
+        # All three in one exchange. Back from `_attend`'s [B, N, h·d].
+        q, k, v = split.to_heads(torch.cat([q, k, v])).chunk(3)
+        attended = split.to_tokens(torch.unflatten(_attend(q, k, v), -1, (q.shape[2], -1))).flatten(2)
+    out: Tensor = attention.to_out[0](attended)
     return out
 
 
@@ -104,7 +112,7 @@ def feed_forward(ffn: Any, y_BND: Tensor) -> Tensor:
 
 def block_forward(
     block: Any, x_BND: Tensor, text_BLD: Tensor | None, keys_values: KeysValues | None, modulation_BK6D: Tensor,
-    row_of_token_N: Tensor | None, rope: Rope, text_bias: Tensor | None = None,
+    row_of_token_N: Tensor | None, rope: Rope, text_bias: Tensor | None = None, split: Split | None = None,
 ) -> Tensor:
     """One block.
 
@@ -113,6 +121,7 @@ def block_forward(
         text_BLD: embedded text; or None, with `keys_values` of this block.
         row_of_token_N: each token's row of the modulation; None: all take the only one, or K = N.
         text_bias: [B, 1, 1, L], added to the text's logits.
+        split: the tokens, with their rope and rows of modulation, are this process's part of a sequence.
     """
     dtype = x_BND.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -124,7 +133,7 @@ def block_forward(
     shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
 
     y = modulated(block.norm1, x_BND.to(wide), of_tokens(scale1), of_tokens(shift1))
-    x_BND = (x_BND.to(wide) + self_attention(block.attn1, y.to(dtype), rope) * of_tokens(gate1)).to(dtype)
+    x_BND = (x_BND.to(wide) + self_attention(block.attn1, y.to(dtype), rope, split) * of_tokens(gate1)).to(dtype)
 
     y = x_BND if isinstance(block.norm2, torch.nn.Identity) else layer_norm(block.norm2, x_BND.to(wide)).to(dtype)
     if keys_values is None:

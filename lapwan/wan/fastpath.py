@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from lapwan.lora.layer import StackedLoraLinear
 from lapwan.wan.block import KeysValues, Rope, block_forward, text_keys_values
 from lapwan.wan.short_text import cut, fold, repeat_last
+from lapwan.wan.spread import Spread
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -42,13 +43,15 @@ class Residency(Protocol):
 class FastPath:
     """One transformer's way. `checkpointing` None: blocks, where diffusers' own switch is on.
 
-    `modules`: by diffusers' own forward, since sharding puts weights together where a module is called.
+    `modules`: by diffusers' own forward, since sharding puts weights together where a module is called. `spread`: the
+    processes that share a sequence's tokens.
     """
 
     block: BlockFunction = block_forward
     residency: Residency | None = None
     checkpointing: Checkpointing | None = None
     modules: bool = False
+    spread: Spread | None = None
     ropes: dict[tuple[Any, ...], Rope] = field(default_factory=dict)
 
     def rope(self, transformer: WanTransformer3DModel, latents_BCTHW: Tensor) -> Rope:

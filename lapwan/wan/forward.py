@@ -8,7 +8,7 @@ timesteps (1 where the whole sequence has one).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from lapwan.wan.fastpath import Checkpointing, FastPath, Prompt, Trained, look_a
 from lapwan.wan.folder import TEXT_LENGTH
 from lapwan.wan.reuse import Side
 from lapwan.wan.short_text import fold, repeat_last
+from lapwan.wan.spread import Split
 from lapwan.wan.text import pad_text
 
 if TYPE_CHECKING:
@@ -43,6 +44,14 @@ class _Time:
     rows_BKD: Tensor
     modulation_BK6D: Tensor
     row_of_token_N: Tensor | None
+
+    def of(self, own: slice) -> _Time:
+        """For a part of the tokens."""
+        if self.row_of_token_N is not None:
+            return replace(self, row_of_token_N=self.row_of_token_N[own])
+        if self.rows_BKD.shape[1] == 1:
+            return self
+        return replace(self, rows_BKD=self.rows_BKD[:, own], modulation_BK6D=self.modulation_BK6D[:, own])
 
 
 def _embed_time(embedder: Any, timestep: Tensor | TokenTimes, dtype: torch.dtype) -> _Time:
@@ -76,13 +85,16 @@ def _patches(patch_embedding: nn.Conv3d, hidden_BCTHW: Tensor) -> Tensor:
     return F.linear(rows, patch_embedding.weight.flatten(1), patch_embedding.bias)
 
 
-def _head(transformer: WanTransformer3DModel, x_BND: Tensor, time: _Time, latents_BCTHW: Tensor) -> Tensor:
-    """Norm, modulation, projection, and the patches put together again."""
+def _head(
+    transformer: WanTransformer3DModel, x_BND: Tensor, time: _Time, latents_BCTHW: Tensor, split: Split | None
+) -> Tensor:
+    """Norm, modulation, projection, and the patches put together again: those of all processes."""
     shift, scale = (transformer.scale_shift_table.unsqueeze(0) + time.rows_BKD.unsqueeze(2)).unbind(2)
     if time.row_of_token_N is not None:
         shift, scale = (part.index_select(1, time.row_of_token_N) for part in (shift, scale))
     y = layer_norm(transformer.norm_out, widened(x_BND)) * (1 + scale) + shift
     out = transformer.proj_out(y.to(x_BND.dtype))
+    out = out if split is None else split.gather(out)
     t, h, w = transformer.config.patch_size
     batch, _, frames, height, width = latents_BCTHW.shape
     out = out.reshape(batch, frames // t, height // h, width // w, t, h, w, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
@@ -134,6 +146,7 @@ class _Stream:
     time: _Time
     rope: Rope
     checkpointing: Checkpointing
+    split: Split | None
 
 
 def _run_block(path: FastPath, index: int, block: Any, x_BND: Tensor, given: _Stream, seen: Trained) -> Tensor:
@@ -150,7 +163,7 @@ def _run_block(path: FastPath, index: int, block: Any, x_BND: Tensor, given: _St
             keys_values = words.keys_values(block.attn2)
         out = function(
             block, x, text_BLD if keys_values is None else None, keys_values, modulation_BK6D,
-            given.time.row_of_token_N, given.rope, words.bias,
+            given.time.row_of_token_N, given.rope, words.bias, given.split,
         )
         if path.residency is not None:
             path.residency.done(index)
@@ -185,19 +198,22 @@ def predict(
     words = _words(transformer, text)
     time = _embed_time(embedder, timestep, dtype)
     x = _patches(transformer.patch_embedding, hidden_BCTHW)
+    split = None if path.spread is None else path.spread.split(x.shape[1])
+    if split is not None:
+        x, time, rope = x[:, split.own], time.of(split.own), (rope[0][split.own], rope[1][split.own])
     checkpointing = path.checkpointing or ("block" if transformer.gradient_checkpointing else "off")
-    given = _Stream(words, text if isinstance(text, Prompt) else None, time, rope, checkpointing)
+    given = _Stream(words, text if isinstance(text, Prompt) else None, time, rope, checkpointing, split)
     started = grad and any(t.requires_grad for t in (x, words.rows_BMD, time.modulation_BK6D))
     x_in, x_first = x, x
     for index, block in enumerate(transformer.blocks):
         if reuse is not None and index == 1:
             x_first = x
-            if (kept := reuse.end(x_in, x)) is not None:
-                return _head(transformer, kept, time, hidden_BCTHW)
+            if (kept := reuse.end(x_in, x, split)) is not None:
+                return _head(transformer, kept, time, hidden_BCTHW, split)
         seen = look_at(block) if grad else Trained(False, False)  # here, where a device has work meanwhile
         started = started or seen.graph
         with torch.set_grad_enabled(started):
             x = _run_block(path, index, block, x, given, Trained(started, seen.dropout))
     if reuse is not None:
-        reuse.computed(x_first, x, lambda end: _head(transformer, end, time, hidden_BCTHW))
-    return _head(transformer, x, time, hidden_BCTHW)
+        reuse.computed(x_first, x, lambda end: _head(transformer, end, time, hidden_BCTHW, split), split)
+    return _head(transformer, x, time, hidden_BCTHW, split)

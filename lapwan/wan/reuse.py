@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lapwan.wan.spread import Split
+
 
 @dataclass
 class _Kept:
@@ -60,13 +62,13 @@ class Side:
     reuse: Reuse
     kept: _Kept
 
-    def end(self, x_in: Tensor, x_first: Tensor) -> Tensor | None:
-        """x_end if R may be kept, else None; waits for the device."""
+    def end(self, x_in: Tensor, x_first: Tensor, split: Split | None = None) -> Tensor | None:
+        """x_end if R may be kept, else None, alike in all processes that share the tokens; waits for the device."""
         kept, first = self.kept, x_first - x_in
         if kept.first is None or kept.rest is None or kept.first.shape != first.shape:
             kept.first, kept.rest, kept.ratio = first, None, None
             return None
-        kept.change = _relative(first - kept.first, kept.first)
+        kept.change = _relative(first - kept.first, kept.first, split)
         foreseen = None if kept.ratio is None else kept.ratio * kept.change
         if foreseen is not None and foreseen <= self.reuse.tolerance:
             self.reuse.foreseen.append(foreseen)
@@ -74,16 +76,21 @@ class Side:
         kept.first = first
         return None
 
-    def computed(self, x_first: Tensor, x_end: Tensor, head: Callable[[Tensor], Tensor]) -> None:
+    def computed(
+        self, x_first: Tensor, x_end: Tensor, head: Callable[[Tensor], Tensor], split: Split | None = None
+    ) -> None:
         """A step went through all blocks; `head` makes a velocity of their end."""
         kept = self.kept
         if kept.rest is not None:
             v = head(x_end)
-            error = _relative(v - head(x_first + kept.rest), v)
+            error = _relative(v - head(x_first + kept.rest), v, split)
             self.reuse.errors.append(error)
             kept.ratio = error / max(kept.change, 1e-12)
         kept.rest = x_end - x_first
 
 
-def _relative(x: Tensor, whole: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x.float()) / torch.linalg.vector_norm(whole.float()).clamp_min(1e-30))
+def _relative(x: Tensor, whole: Tensor, split: Split | None) -> float:
+    norms = torch.stack([torch.linalg.vector_norm(each.float()) for each in (x, whole)])
+    if split is not None:  # also of what every process has whole, so that all take the same number
+        norms = split.sum(norms.square()).sqrt()
+    return float(norms[0] / norms[1].clamp_min(1e-30))

@@ -26,6 +26,7 @@ from lapwan.wan.plan import Checkpointing, ExpertBytes, Flops
 from lapwan.wan.precision import KINDS
 from lapwan.wan.quantised import Recipe, linears_of
 from lapwan.wan.simulate import measure
+from lapwan.wan.spread import Spread
 from lapwan.wan.stream import tensors_of
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ def width_of(spec: ModelSpec) -> int:
     """D of its transformers."""
     config = _config_of(spec, spec.experts[0])
     return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+
+def heads_of(spec: ModelSpec) -> int:
+    """Heads of attention of its transformers."""
+    return int(_config_of(spec, spec.experts[0])["num_attention_heads"])
 
 
 def tokens_of(spec: ModelSpec, bucket: tuple[int, int, int]) -> int:
@@ -157,9 +163,10 @@ class ExpertShape:
         gates = torch.empty(clip.batch, len(self._trainable), device=_META, requires_grad=trained and self._gated)
         return adapter.holder.scope(gates)
 
-    def forward_work(self, clip: Clip) -> int:
-        """The most one evaluation without gradients takes beside the weights."""
+    def forward_work(self, clip: Clip, processes: int = 1) -> int:
+        """The most one evaluation without gradients takes beside the weights, in each process that shares it."""
         model, adapter = self._model(self._distinct)
+        path_of(model).spread = Spread(0, processes) if processes > 1 else None
         inputs = self._inputs(clip)
         with self._gates(adapter, clip, False), torch.no_grad():
             return measure(lambda: velocity(model, *inputs)).peak
