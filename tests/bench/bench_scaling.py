@@ -1,10 +1,11 @@
-"""What a second process adds: steps of one process alone, then of all of them with the gradients' all-reduce.
+"""What a second process adds: one process alone, then all of them together, in turn on one model a process.
 
     torchrun --nproc-per-node 2 tests/bench/bench_scaling.py --out scaling.json
     torchrun --nproc-per-node 2 tests/bench/bench_scaling.py --tiny        # the same code on a CPU
 
-A batch of one a process, and lapwan's own all-reduce of one bucket; the model is made once a process. Rows are printed
-and written one by one. Scaling = processes · median alone / median together; alone, the others wait.
+Steps: a batch of one a process, and lapwan's own all-reduce of one bucket; scaling = processes · alone / together.
+Shared forwards: the processes share one video's tokens; scaling = alone / together. Alone, the others wait. Medians.
+Rows are written to --out one by one, and those that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -14,58 +15,98 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from diffusers import WanTransformer3DModel
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from speed_measure import machine, seconds_of
-from speed_model import A14B, SMALL, lora_trainer, mixture_trainer, random_model, step
+from speed_model import A14B, SMALL, lora_trainer, mixture_trainer, random_model, spoken, step
 
 from lapwan.train.ranks import Ranks, join_ranks
-from lapwan.wan.compiling import compile_blocks
+from lapwan.wan.backbone import velocity
+from lapwan.wan.compiling import compile_blocks, compile_time
+from lapwan.wan.fastpath import path_of
+from lapwan.wan.spread import Spread
+
+Row = dict[str, float]
+
+
+def in_turn(ranks: Ranks, repeats: int, work: Callable[[bool], Callable[[], object]]) -> Row:
+    """Medians of `work(together)`: of the first process alone, then of all."""
+    medians: dict[bool, float] = {}
+    for together in (False, True):
+        run, times = work(together), []
+        if together or ranks.first:
+            for _ in range(3):
+                run()
+        dist.barrier()
+        if together or ranks.first:
+            times = [seconds_of(run) for _ in range(repeats)]
+        dist.barrier()
+        medians[together] = statistics.median(times) if times else 0.0
+    return {"processes": ranks.count, "alone": medians[False], "together": medians[True], "repeats": repeats,
+            "compile_seconds": compile_time()[0]}
+
+
+def steps(mixture: bool, model: WanTransformer3DModel, ranks: Ranks, repeats: int, tiny: bool) -> Row:
+    trainer, adapted = (mixture_trainer if mixture else lora_trainer)(model, *(("small", 2) if tiny else ("256", 8)))
+
+    def work(together: bool) -> Callable[[], object]:
+        trainer.plan.ranks = ranks if together else Ranks()
+        trainer.plan.accumulate = ranks.count if together else 1
+        trainer._ahead.__init__(trainer._make_data)
+        return lambda: step(trainer)
+
+    row = in_turn(ranks, repeats, work)
+    adapted.off()
+    return {**row, "scaling": ranks.count * row["alone"] / max(row["together"], 1e-9)}
+
+
+def shared(size: str, model: WanTransformer3DModel, ranks: Ranks, repeats: int, tiny: bool) -> Row:
+    run = partial(torch.no_grad()(velocity), model, *spoken(model, "small" if tiny else size))
+
+    def work(together: bool) -> Callable[[], object]:
+        path_of(model).spread = Spread(ranks.rank, ranks.count) if together else None
+        return run
+
+    row = in_turn(ranks, repeats, work)
+    path_of(model).spread = None
+    return {**row, "scaling": row["alone"] / max(row["together"], 1e-9)}
+
+
+ROWS: dict[str, Callable[..., Row]] = {
+    "lora8_256_fp8": partial(steps, False), "moe8_256_fp8": partial(steps, True),
+    "forward_480_shared": partial(shared, "480"), "forward_256_shared": partial(shared, "256"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--out", type=Path, default=Path("scaling.json"))
     args = parser.parse_args()
     began = time.monotonic()
     ranks, name = join_ranks("cpu" if args.tiny else "auto")
-    config, size, last = (SMALL, "small", 2) if args.tiny else (A14B, "256", 8)
+    found = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if ranks.first and args.out.is_file() else {}
+    wanted = ranks.from_first([row for row in args.rows.split(",") if row not in found])
+    config, last = (SMALL, 2) if args.tiny else (A14B, 8)
     model = random_model(torch.device(name), config, range(int(config["num_layers"]) - last))
     compile_blocks(model, not args.tiny)
-    rows: dict[str, object] = {}
-    for title, make in (("lora8_256_fp8", lora_trainer), ("moe8_256_fp8", mixture_trainer)):
-        trainer, adapted = make(model, size, last)
-        medians = {}
-        for together in (False, True):
-            trainer.plan.ranks = ranks if together else Ranks()
-            trainer.plan.accumulate = ranks.count if together else 1
-            trainer._ahead.__init__(trainer._make_data)
-            times = []
-            if together or ranks.first:
-                for _ in range(3):
-                    step(trainer)
-            dist.barrier()
-            if together or ranks.first:
-                times = [seconds_of(lambda trainer=trainer: step(trainer)) for _ in range(args.steps)]
-            dist.barrier()
-            medians[together] = statistics.median(times) if times else 0.0
-        adapted.off()
+    for title in wanted:
+        row = ROWS[title](model, ranks, args.steps, args.tiny)
         if ranks.first:
-            scaling = ranks.count * medians[False] / medians[True]
-            rows[title] = {
-                "processes": ranks.count, "alone": medians[False], "together": medians[True], "scaling": scaling,
-                "steps": args.steps,
-            }
-            args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1), encoding="utf-8")
-            print(f"{title}: alone {medians[False]:.4f} s, {ranks.count} processes {medians[True]:.4f} s, scaling "
-                  f"{scaling:.3f} ({time.monotonic() - began:.0f} s in all)", flush=True)
+            found[title] = row
+            args.out.write_text(json.dumps({"machine": machine(), "rows": found}, indent=1), encoding="utf-8")
+            print(f"{title}: alone {row['alone']:.4f} s, {ranks.count} processes {row['together']:.4f} s, scaling "
+                  f"{row['scaling']:.3f} ({time.monotonic() - began:.0f} s in all)", flush=True)
     dist.destroy_process_group()
 
 

@@ -5,7 +5,8 @@
 Both noise experts have A14B's shapes and random weights made on the device, the VAE and the reward (ViT-H-14, as HPS
 v2.1 is) their full size; the run is the command's: rollouts of 25 steps, three optimiser steps, checkpoint. A case is
 batch x accumulate. Reported: seconds a step and what a rollout and a gradient take, the peak, and what the plan said.
-`--tiny` is the same on small shapes, for a CPU. Random weights say nothing of quality.
+Cases that --out has are not run again. `--tiny` is the same on small shapes, for a CPU. Random weights say nothing of
+quality.
 """
 
 from __future__ import annotations
@@ -176,7 +177,8 @@ def run(work: Path, case: Case, cap: int, tiny: bool, device: torch.device) -> d
     run_training(trainer, settings)
     rows = [json.loads(line) for line in (settings.output / "metrics.jsonl").read_text().splitlines()]
     found: dict[str, Any] = {
-        "case": f"{case.batch}x{case.accumulate}", "memory": planned.line, "table": list(planned.table),
+        "case": f"{case.batch}x{case.accumulate}", "asked": case.memory, "memory": planned.line,
+        "table": list(planned.table),
         "load_seconds": loaded, "step_seconds": [row["seconds"] for row in rows], "loss": [row["loss"] for row in rows],
         "grad_norm": [row["grad_norm"] for row in rows], "planned_gib": planned.peak / GIB,
     }
@@ -203,6 +205,10 @@ def main() -> None:
     if asked.parked:
         cases.append(Case(cases[0].batch, cases[0].accumulate, "one"))
     results = []
+    if asked.out is not None and asked.out.is_file():
+        results = json.loads(asked.out.read_text(encoding="utf-8"))
+    known = {(row["case"], row.get("asked", "auto")) for row in results}
+    cases = [case for case in cases if (f"{case.batch}x{case.accumulate}", case.memory) not in known]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")

@@ -67,6 +67,9 @@ class Bench:
 
     def drop(self) -> None:
         self._made = None
+        self.free()
+
+    def free(self) -> None:
         gc.collect()  # adapters and transformers hold each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -118,20 +121,31 @@ def step_row(
     name: str, kind: str, size: str, target: str, last: int | None = 8, checkpointing: str | None = None,
     mixture: bool = False,
 ) -> Callable[[Bench], None]:
-    def run(bench: Bench) -> None:
+    """Without recomputation if none is named; a card that does not hold that recomputes blocks, and the row says so."""
+    def attempt(bench: Bench, way: str) -> None:
         model = bench.model(kind)
         count = len(model.blocks) if last is None else bench.last
-        set_checkpointing(model, checkpointing)
+        set_checkpointing(model, way)
         make = mixture_trainer if mixture else lora_trainer
         trainer, adapted = make(model, bench.size(size), count)
         try:
             bench.results.add(measure(
                 name, lambda: step(trainer), step_flops(model, bench.tokens(size), count), bench.seconds,
-                target=target, note=f"checkpointing {checkpointing or 'off'}",
+                target=target, note=f"checkpointing {way}",
             ))
         finally:
             adapted.off()
             set_checkpointing(model, None)
+
+    def run(bench: Bench) -> None:
+        for way in (checkpointing,) if checkpointing else ("off", "block"):
+            try:
+                return attempt(bench, way)
+            except torch.OutOfMemoryError as error:
+                if way == "block":
+                    raise
+                print(f"{name}: {str(error).splitlines()[0][:120]}; recomputing blocks instead", flush=True)
+            bench.free()
     return run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def test_the_still_encoding_is_bitwise_the_plain_one():
 def test_a_clip_too_large_for_the_memory_is_one_line(dataset, tmp_path):
     from lapwan.errors import UserError
 
+    gc.collect()
+    torch.cuda.empty_cache()  # what torch holds from other tests it would give without asking the device
     torch.cuda.set_per_process_memory_fraction(0.001)  # 140 MB of an H200
     try:
         with pytest.raises(UserError, match="does not hold the VAE on 45 frames of 512x512"):
