@@ -66,7 +66,7 @@ ROWS: dict[str, Callable[[Bench], None]] = {
     "forward_480_fp8": forward_row("forward_480_fp8", "fp8", "480", "≤ 2.20"),
     "video_480_fp8_24gib": video_row("video_480_fp8_24gib", "fp8", "480", "fits 24 GiB", cap=24, steps=4),
     "video_256_fp8_streamed": video_row(
-        "video_256_fp8_streamed", "fp8", "256", "≤ 1.15 × resident, ≤ 6 GiB", cap=7, streamed=True),
+        "video_256_fp8_streamed", "fp8", "256", "≤ 1.15 × resident, ≤ 6 GiB", cap=7, memory="stream"),
 }
 FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, KeyError, ImportError)
 

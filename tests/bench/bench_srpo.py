@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import shutil
 import sys
 import tempfile
@@ -30,14 +29,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from speed_model import A14B, SMALL, random_model
+from speed_model import A14B, SMALL, random_model, shape_folder
 
 from lapwan import keyed
 from lapwan.names import NoiseExpert
 from lapwan.rewards.clip import ClipReward
 from lapwan.rewards.open_clip import VIT_H_14, Architecture, Tower
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.tiny.model import tiny_folder
 from lapwan.train import srpo_build
 from lapwan.train.build import run_training
 from lapwan.train.objective import make_draws
@@ -71,36 +69,14 @@ class RandomReward(ClipReward):
 
 
 def make_folder(folder: Path, config: dict[str, Any]) -> None:
-    """The embedded model's folder with another VAE and transformers that are headers over holes."""
-    from accelerate import init_empty_weights
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    """Shapes alone for the transformers; with A14B's, a VAE of its size."""
+    from diffusers import AutoencoderKLWan
 
-    shutil.copytree(tiny_folder("t2v"), folder)
-    for expert in NoiseExpert:
-        own = folder / expert.component
-        shutil.rmtree(own)
-        with init_empty_weights():
-            model = WanTransformer3DModel(**config)
-        model.save_config(own)
-        _sparse(own / "diffusion_pytorch_model.safetensors", {n: tuple(p.shape) for n, p in model.named_parameters()})
+    shape_folder(folder, config)
     if config is A14B:
         shutil.rmtree(folder / "vae")
         torch.manual_seed(0)
         AutoencoderKLWan().save_pretrained(folder / "vae")
-
-
-def _sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A safetensors file in bf16 whose data is a hole: its header is read, its numbers never."""
-    at, header = 0, {}
-    for name, shape in shapes.items():
-        size = 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + at)
 
 
 def write_features(path: Path, base: Base, width: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from lapwan.lora.targets import TargetRule, resolve_targets
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.names import PROJECTIONS, Band, NoiseExpert, Precision
 from lapwan.settings.optimisers import AdamWSettings, ScheduleSettings
+from lapwan.tiny.model import tiny_folder
 from lapwan.train.lora_objective import LORA_GROUP, LoraObjective
 from lapwan.train.mixture_objective import MixtureObjective, MixtureWeights
 from lapwan.train.objective import Objective, SigmaRule
@@ -35,6 +38,7 @@ A14B = {
 }
 SMALL = {**A14B, "num_attention_heads": 4, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 256, "num_layers": 4}
 LATENTS = {"256": (21, 32, 32), "480": (21, 60, 104), "small": (3, 8, 8)}  # 81 frames at 256x256 and 480x832
+PIXELS = {"256": (81, 256, 256), "480": (81, 480, 832), "small": (9, 64, 64)}
 WORDS = 60  # rows of a caption
 BAND = Band(0.875, 1.0)
 EXPERT = NoiseExpert.HIGH
@@ -65,6 +69,32 @@ def random_model(
     fill(model, source, linears_of(model.blocks, "blocks", full), precision, cast, device, None)
     model.requires_grad_(False)
     return model.eval().to(device)
+
+
+def shape_folder(folder: Path, config: dict[str, object]) -> None:
+    """The embedded model's folder with other transformers in it, headers over holes: for what only asks for shapes."""
+    shutil.copytree(tiny_folder("t2v"), folder)
+    for expert in NoiseExpert:
+        own = folder / expert.component
+        shutil.rmtree(own)
+        with init_empty_weights():
+            model = WanTransformer3DModel(**config)
+        model.save_config(own)
+        _sparse(own / "diffusion_pytorch_model.safetensors", {n: tuple(p.shape) for n, p in model.named_parameters()})
+
+
+def _sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file in bf16 whose data is a hole: its header is read, its numbers never."""
+    at, header = 0, {}
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
 
 
 def inputs(model: WanTransformer3DModel, size: str, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:

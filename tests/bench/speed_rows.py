@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -19,21 +20,28 @@ from speed_model import (
     A14B,
     EXPERT,
     LATENTS,
+    PIXELS,
     SMALL,
     inputs,
     lora_trainer,
     mixture_trainer,
     random_model,
     set_checkpointing,
+    shape_folder,
     spoken,
     step,
 )
 
-from lapwan.names import NoiseExpert
+from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.grid import Grid, Step
+from lapwan.sampling.memory import Asking, plan_generation
 from lapwan.wan.backbone import velocity
 from lapwan.wan.compiling import compile_blocks
+from lapwan.wan.folder import read_spec
+from lapwan.wan.plan import MemoryPlan
+from lapwan.wan.quantised import Recipe
+from lapwan.wan.rates import rates_of
 from lapwan.wan.stream import Residence
 
 CONTEXT = 1.0  # GiB a process takes on a card beside what torch allocates
@@ -73,6 +81,16 @@ class Bench:
         gc.collect()  # adapters and transformers hold each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def plan(self, kind: str, size: str, steps: int, free_gib: float, memory: str) -> MemoryPlan:
+        """What `generate` would decide for the denoising of a video with so much free."""
+        frames, height, width = PIXELS[self.size(size)]
+        with tempfile.TemporaryDirectory() as folder:
+            shape_folder(Path(folder) / "model", SMALL if self.tiny else A14B)
+            return plan_generation(
+                read_spec(Path(folder) / "model"), {}, torch.bfloat16, Recipe(Precision.FP8) if kind == "fp8" else None,
+                Asking(frames, (height, width), steps, compiled=not self.tiny), memory, int(free_gib * GIB),
+                rates_of(self.device, torch.bfloat16), 0)
 
     def tokens(self, size: str) -> int:
         t, h, w = LATENTS[self.size(size)]
@@ -189,17 +207,18 @@ class _Euler:
 
 
 def video_row(
-    name: str, kind: str, size: str, target: str, cap: float | None = None, streamed: bool = False, steps: int = 40,
+    name: str, kind: str, size: str, target: str, cap: float | None = None, memory: str = "auto", steps: int = 40,
 ) -> Callable[[Bench], None]:
-    """The denoising of a video with guidance, as `generate` does it, under the memory of a card of `cap` GiB.
+    """The denoising of a video with guidance, as `generate` plans and does it, under the memory of a card of `cap` GiB.
 
     Two steps go before; a video is 2 · `steps` evaluations, so one is measured where it takes longer than a row may.
     """
     def run(bench: Bench) -> None:
+        plan = None if cap is None else bench.plan(kind, size, steps, cap - CONTEXT, memory)
+        streamed = range(0) if plan is None else plan.streamed
         model = bench.model(kind)
-        residence = None
-        if streamed:
-            residence = Residence(model, (), bench.device, range(len(model.blocks)))
+        residence = Residence(model, (), bench.device, streamed) if streamed else None
+        if residence is not None:
             residence.fetch()
         x, _, text = inputs(model, bench.size(size))
         conditions = Conditions(text, torch.randn_like(text))
@@ -208,14 +227,20 @@ def video_row(
 
         def work(first: int = steps) -> None:
             grid = Grid(_Euler(sigmas), points[:first])
-            denoise(grid, x, conditions, Guidance({NoiseExpert.HIGH: 4.0}), lambda e: model, lambda s: nullcontext())
+            denoise(grid, x, conditions, Guidance({NoiseExpert.HIGH: 4.0}), lambda e: model, lambda s: nullcontext(),
+                    together=plan is None or plan.way.together)
 
         with _capped(bench.device, cap):
             flops = 2 * steps * forward_flops(model, bench.tokens(size))
             work(2)
             row = measure(name, work, flops, bench.seconds, least=1, warm=0, target=target, note=f"{steps} steps")
+        if plan is not None:
+            batches = "one batch" if plan.way.together else "two"
+            row.note += (f", {len(streamed)} blocks streamed, guidance in {batches}, predicted "
+                         f"{plan.peak / GIB:.2f} GiB, {steps * plan.way.seconds:.1f} s")
+            row.extra |= {"predicted_gib": plan.peak / GIB, "predicted_seconds": steps * plan.way.seconds}
         bench.results.add(row)
-        if streamed:
+        if residence is not None:
             residence.park()
             bench.drop()
     return run
