@@ -21,6 +21,7 @@ from lapwan.train.parking import Parking
 from lapwan.train.plan_memory import TrainingMemory, plan_training
 from lapwan.train.ranks import Ranks
 from lapwan.train.runfolder import claim_run, start_folder
+from lapwan.train.tokens import divided
 from lapwan.train.trainer import Trainer
 from lapwan.train.watchers import add_watchers, check_watching
 from lapwan.wan.base import Base
@@ -33,10 +34,11 @@ def run(settings: TrainLoraSettings, options: RunOptions) -> None:
         if ranks.first:
             claim_run(settings, options.overwrite)
         base = resolve_base(settings.model, index_task(settings.data))
+        ranks = divided(settings, base, ranks)
         data = build.read_data(settings, base)
         continued = build.initial_loras(settings.init_lora, base)
         device = pick_device(device_name)
-        memory = plan_lora(settings, base, data, device, look=options.dry_run)
+        memory = ranks.alike(plan_lora(settings, base, data, device, options.dry_run, ranks.copies))
         plan = [*describe(settings, base, data, continued), memory.line]
         plan += check_watching(settings, base, data)
         print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
@@ -75,12 +77,13 @@ def prepare(
 
 
 def plan_lora(
-    settings: TrainLoraSettings, base: Base, data: build.RunData, device: torch.device, look: bool = False
+    settings: TrainLoraSettings, base: Base, data: build.RunData, device: torch.device, look: bool = False,
+    processes: int = 1,
 ) -> TrainingMemory:
     """The memory plan; a LoRA that is gone on with brings its own modules and ranks."""
     given = build.initial_loras(settings.init_lora, base)
     ranks = {expert: [{path: module.rank for path, module in file.modules.items()}] for expert, file in given.items()}
-    return plan_training(settings, base, data, device, ranks, look=look)
+    return plan_training(settings, base, data, device, ranks, look=look, processes=processes)
 
 
 def _adapter(

@@ -29,6 +29,7 @@ from lapwan.train.plan_memory import TrainingMemory
 from lapwan.train.ranks import Ranks
 from lapwan.train.routing_watch import ExpertGradients, RoutingWatch
 from lapwan.train.runfolder import claim_run, start_folder
+from lapwan.train.tokens import divided
 from lapwan.train.trainer import Trainer
 from lapwan.train.watch import Elsewhere
 from lapwan.train.watchers import add_watchers, check_watching
@@ -42,13 +43,15 @@ def run(settings: TrainMoeSettings, options: RunOptions) -> None:
         if ranks.first:
             claim_run(settings, options.overwrite)
         base = resolve_base(settings.model, index_task(settings.data))
+        ranks = divided(settings, base, ranks)
         data = build.read_data(settings, base)
         taxonomy = load_taxonomy(settings.taxonomy)
         check_mixture(settings, base, data, taxonomy)
         frozen = base_loras(settings, base)  # a wrong one is refused now rather than after the weights are loaded
         device = pick_device(device_name)
         plan = [*describe(settings, base, data), *describe_mixture(settings, data, taxonomy)]
-        memory = plan_mixture(settings, base, data, taxonomy, frozen, device, look=options.dry_run)
+        memory = ranks.alike(
+            plan_mixture(settings, base, data, taxonomy, frozen, device, options.dry_run, ranks.copies))
         plan.append(memory.line)
         plan += check_watching(settings, base, data, taxonomy)
         print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)

@@ -123,8 +123,8 @@ def plan_generation(
         work = max(shape.forward_work(clip, asking.processes) for shape in shapes.values())
         work = int(work * COMPILED["forward"]) if asking.compiled else work
         first = next(iter(shapes.values()))
-        own = first.flops(clip, range(spec.num_layers)).times(1 / asking.processes)
-        once = own.seconds(rates) * EVALUATION_SECONDS[asking.compiled]
+        flops = first.flops(clip, range(spec.num_layers)).times(1 / asking.processes)
+        once = flops.seconds(rates) * EVALUATION_SECONDS[asking.compiled]
         passes = 2 if asking.guided and not together else 1
         for place in placements(len(each), spec.num_layers, asked):
             copied = max(sum(one.blocks[: place.streamed]) for one in each) / rates.bus

@@ -119,6 +119,9 @@ class TrainSettings(Settings):
         None, gt=0, description="Instead of steps: passes of each noise expert over the clips.")
     batch_size: Annotated[int, Flag("--batch-size")] = Field(1, ge=1, description="Clips at a time.")
     accumulate: int = Field(1, ge=1, description="Batches an optimiser step.")
+    divide: Literal["batches", "tokens"] = Field(
+        "batches", description="What several processes share of a step: its batches, or every clip's tokens, for clips "
+        "too long for one GPU.")
     turn: int = Field(10, ge=1, description="Steps one noise expert takes before the other's turn.")
     shares: dict[NoiseExpert, float] = Field(
         {}, description="Share of all steps by noise expert, such as {high = 0.7, low = 0.3}; absent: equal.")

@@ -34,6 +34,7 @@ from lapwan.train.objective import Objective, SigmaRule
 from lapwan.train.optimisers import make_optimiser, make_schedule, predicted_lr
 from lapwan.train.order import SampleOrder
 from lapwan.train.ranks import Ranks
+from lapwan.train.tokens import SharedClips, share
 from lapwan.train.trainer import Plan, Track, Trainer
 from lapwan.train.turns import interleave, one_after_the_other
 from lapwan.wan.base import Base
@@ -201,9 +202,10 @@ def make_trainer(
     Raises:
         UserError: fewer batches a step than processes.
     """
-    if settings.accumulate % ranks.count:
+    if settings.accumulate % ranks.count and not isinstance(ranks, SharedClips):
         raise UserError(f"accumulate = {settings.accumulate} batches a step cannot be dealt out evenly to "
-                        f"{ranks.count} processes; set it to a multiple of {ranks.count}")
+                        f"{ranks.count} processes; set it to a multiple of {ranks.count}, or divide = "
+                        "\"tokens\"")
     optimisers, schedules = {}, {}
     for name, groups in objective.optimised.items():
         # What both noise experts share is stepped in every turn, at the shared settings.
@@ -225,7 +227,9 @@ def make_trainer(
         resume_command=f"{command} --resume", identity=data.identity(base), changes_allowed=settings.allow_changed,
         ranks=ranks,
     )
-    _compile(settings, base, data, objective)
+    if isinstance(ranks, SharedClips):
+        plan.alone = share([adapter.transformer for adapter in objective.adapters.values()], ranks)
+    _compile(settings, base, data, objective, ranks)
     plan.after_step = CompileReport().tell
     trainer = Trainer(plan, objective)
     limits = {e: own.max_norm for e, own in data.experts.items() if own.max_norm is not None}
@@ -241,11 +245,11 @@ def make_trainer(
     return trainer
 
 
-def _compile(settings: TrainSettings, base: Base, data: RunData, objective: Objective) -> None:
+def _compile(settings: TrainSettings, base: Base, data: RunData, objective: Objective, ranks: Ranks) -> None:
     """Each noise expert's blocks compiled, as asked, else where the run is long enough for it."""
     largest = max((base.spec.latent_shape(*item.bucket)[1:] for item in data.items), key=math.prod)
     for expert, adapter in objective.adapters.items():
-        evaluations = data.schedule.count(expert) * settings.accumulate * settings.batch_size
+        evaluations = data.schedule.count(expert) * settings.accumulate * settings.batch_size // ranks.copies
         transformer: Any = adapter.transformer
         auto = settings.compile == "auto" and pays(transformer, largest, evaluations, training=True)
         compile_blocks(transformer, auto or settings.compile == "on")

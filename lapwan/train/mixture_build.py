@@ -106,7 +106,7 @@ def describe_mixture(settings: TrainMoeSettings, data: build.RunData, taxonomy: 
 
 def plan_mixture(
     settings: TrainMoeSettings, base: Base, data: build.RunData, taxonomy: Taxonomy, frozen: BaseLoras,
-    device: torch.device, look: bool = False,
+    device: torch.device, look: bool = False, processes: int = 1,
 ) -> TrainingMemory:
     """The memory plan of a mixture: an expert a family on every target, and the LoRA beside them."""
     beside = {expert: {path: entry.down.shape[0] for path, entry in state.entries.items()}
@@ -116,7 +116,7 @@ def plan_mixture(
                  for family in taxonomy.keys]
         for expert, own in data.experts.items()
     }
-    return plan_training(settings, base, data, device, ranks, beside, look)
+    return plan_training(settings, base, data, device, ranks, beside, look, processes)
 
 
 def router_lr(settings: TrainMoeSettings) -> float | None:

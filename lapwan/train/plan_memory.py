@@ -109,7 +109,7 @@ def recipe_of(settings: TrainSettings, base: Base, trained: set[int]) -> Recipe 
 def plan_training(
     settings: TrainSettings, base: Base, data: RunData, device: torch.device,
     trained: Mapping[NoiseExpert, Sequence[Ranks]] | None = None, frozen: Mapping[NoiseExpert, Ranks] | None = None,
-    look: bool = False,
+    look: bool = False, processes: int = 1,
 ) -> TrainingMemory:
     """Decide from the model's shapes, the largest clips, and what the device has free.
 
@@ -117,6 +117,7 @@ def plan_training(
         trained: what is trained on each noise expert where that is not one LoRA on its targets: a mixture's experts.
         frozen: a LoRA beside it that is not trained.
         look: predict also where nothing hangs on it (a CPU), for a plan that is only shown.
+        processes: share each clip's tokens.
     """
     dtype, asked = pick_dtype(settings.dtype, device), settings.memory
     groups: dict[NoiseExpert, list[GroupShape]] = {}
@@ -135,8 +136,8 @@ def plan_training(
     shapes = {e: ExpertShape(base.spec, e, dtype, recipes[e], own, len(own) > 1) for e, own in groups.items()}
     each = [shape.bytes(_NUMBERS + (settings.ema_decay is not None)) for shape in shapes.values()]
     clip = max((item.bucket for item in data.items), key=math.prod)
-    compiled = _compiles(settings, base, data, clip, device)
-    ways = list(_ways(settings, list(shapes.values()), each, clip, rates_of(device, dtype), compiled))
+    compiled = _compiles(settings, base, data, clip, device, processes)
+    ways = list(_ways(settings, list(shapes.values()), each, clip, rates_of(device, dtype), compiled, processes))
     idle = sum(shape.gradients for shape in shapes.values()) - max(shape.gradients for shape in shapes.values())
     plan = choose(each, ways, WORKSPACE + idle, free, asked, host_free=host_memory())
     held = cached_bytes(data.index, data.items)
@@ -145,13 +146,14 @@ def plan_training(
 
 
 def _compiles(
-    settings: TrainSettings, base: Base, data: RunData, bucket: tuple[int, int, int], device: torch.device
+    settings: TrainSettings, base: Base, data: RunData, bucket: tuple[int, int, int], device: torch.device,
+    processes: int,
 ) -> bool:
     """Whether the blocks will be compiled: as asked, else where the run is long enough."""
     if settings.compile != "auto" or device.type != "cuda":
         return settings.compile == "on"
     evaluations = min(data.schedule.count(expert) for expert in data.experts)
-    tokens = tokens_of(base.spec, bucket)
+    tokens = tokens_of(base.spec, bucket) // processes
     return worth(width_of(base.spec), tokens, evaluations * settings.accumulate * settings.batch_size, training=True)
 
 
@@ -176,7 +178,7 @@ def _possible(place: Placement, count: int) -> Placement:
 
 def _ways(
     settings: TrainSettings, shapes: Sequence[ExpertShape], each: Sequence[ExpertBytes], bucket: tuple[int, int, int],
-    rates: Rates, compiled: bool,
+    rates: Rates, compiled: bool, processes: int,
 ) -> list[Way]:
     asked = settings.activation_checkpointing
     kinds: list[Checkpointing] = ["off", "op", "block"] if asked == "auto" else [asked]
@@ -187,9 +189,9 @@ def _ways(
     while micro:
         clip, parts = Clip(micro, *bucket), math.ceil(settings.batch_size / micro)
         for kind in kinds:
-            work = max(shape.training_work(clip, kind) for shape in shapes)
+            work = max(shape.training_work(clip, kind, processes) for shape in shapes)
             work = int(work * COMPILED[kind]) if compiled else work
-            before, own = shapes[0].step_flops(clip, kind)
+            before, own = (part.times(1 / processes) for part in shapes[0].step_flops(clip, kind))
             for place in places:
                 copied = max(sum(one.blocks[: place.streamed]) for one in each) / rates.bus
                 swap = 0.0 if place.both else sum(one.weights for one in each) / rates.bus / settings.turn / 2

@@ -14,12 +14,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lapwan.errors import UserError
-from lapwan.processes import Processes, launched
+from lapwan.processes import Processes, T, launched
 from lapwan.train.sharding import is_sharded, local
 
 
 class Ranks(Processes):
     """The processes of a training run: what they add up."""
+
+    @property
+    def copies(self) -> int:
+        """Processes that take the same loss."""
+        return 1
+
+    def figures(self, value: T) -> list[T]:
+        """What the processes saw of a step, each clip once."""
+        return self.gather(value)
+
+    def alike(self, value: T) -> T:
+        """A decision that processes with the same work must take alike."""
+        return value
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Element-wise sum over the processes."""

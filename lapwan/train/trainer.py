@@ -75,6 +75,7 @@ class Plan:
     before_turn: Callable[[NoiseExpert], None] = lambda expert: None  # brings its weights to the device
     after_step: Callable[[], None] = lambda: None  # may say what the step took besides computing
     look_everywhere: bool = False  # watchers look in every process: sharded weights answer only when all ask
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext  # one process asks transformers that several share
     before_save: Callable[[], None] = lambda: None  # in every process, before the first one writes
     # Gives a step's batches their clean latents where these are made (a rollout from the draws' noise), not read.
     complete: Callable[[NoiseExpert, Sequence[Batch], Sequence[Draws]], list[Batch]] = lambda e, batches, d: [*batches]
@@ -250,7 +251,7 @@ class Trainer:
         for batch, draws in zip(batches, data.drawn, strict=True):
             with self.objective.loss(expert, batch, draws) as loss:
                 total_B = loss.total_B
-                torch.autograd.backward(total_B.sum() / data.samples)
+                torch.autograd.backward(total_B.sum() / (data.samples * plan.ranks.copies))
             log.add(loss, total_B, draws.sigma_B if loss.sigma_B is None else loss.sigma_B)
         for following in plan.schedule[self.step + 1 : self.step + 2]:  # while the device works on the backward
             self._ahead.foresee(following, data.after if following is expert else plan.tracks[following].position)
@@ -286,7 +287,7 @@ class Trainer:
         own = self.plan.tracks[expert].steps
         seen = StepSeen(self.step + 1, own, expert)
         if any(rule.needs_losses for rule in self.rules.values()):
-            parts = self.plan.ranks.gather((torch.cat(list(losses)).tolist(), torch.cat(list(sigmas)).tolist()))
+            parts = self.plan.ranks.figures((torch.cat(list(losses)).tolist(), torch.cat(list(sigmas)).tolist()))
             seen = StepSeen(seen.step, own, expert, tuple(x for part in parts for x in part[0]),
                             tuple(x for part in parts for x in part[1]))
         figures: dict[str, Tensor | float] = {}
@@ -306,7 +307,7 @@ class Trainer:
         figures: dict[str, float] = {}
         reason, finished, score = None, None, None
         if metrics is not None or self.plan.look_everywhere:
-            with self.as_saved():
+            with self.as_saved(), self.plan.alone():
                 for watcher in due:
                     seen = watcher.look(self.step, None if metrics is None else metrics.board)
                     figures |= seen.figures
@@ -325,7 +326,7 @@ class Trainer:
         if quiet and not plan.ranks.from_first(bool(shared)):
             bar.advance()
             return
-        logged = join(plan.ranks.gather(self._logs[expert].plain()))
+        logged = join(plan.ranks.figures(self._logs[expert].plain()))
         clips_per_second = len(logged.sigmas) / max(self._logs[expert].seconds, 1e-9)
         self._logs[expert] = StepLog()
         if metrics is None:

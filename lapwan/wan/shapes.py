@@ -171,20 +171,20 @@ class ExpertShape:
         with self._gates(adapter, clip, False), torch.no_grad():
             return measure(lambda: velocity(model, *inputs)).peak
 
-    def training_work(self, clip: Clip, checkpointing: Checkpointing) -> int:
+    def training_work(self, clip: Clip, checkpointing: Checkpointing, processes: int = 1) -> int:
         """The most a forward and backward take beside the weights, gradients of what is trained included.
 
         From a third block of a kind on each adds the same: it is simulated for two and for three.
         """
         trained = self.kinds[self.first_trained :]
         if not trained:
-            return self.forward_work(clip)
+            return self.forward_work(clip, processes)
         prefix = list(dict.fromkeys(self.kinds[: self.first_trained]))
         counts = {kind: min(2, trained.count(kind)) for kind in dict.fromkeys(trained)}
 
         def peak(of: Mapping[_Kind, int]) -> int:
             return self._step([*prefix, *(kind for kind, count in of.items() for _ in range(count))], clip,
-                              checkpointing)
+                              checkpointing, processes)
 
         first = total = peak(counts)
         for kind in counts:
@@ -192,8 +192,9 @@ class ExpertShape:
                 total += left * (peak({**counts, kind: counts[kind] + 1}) - first)
         return total
 
-    def _step(self, kinds: Sequence[_Kind], clip: Clip, checkpointing: Checkpointing) -> int:
+    def _step(self, kinds: Sequence[_Kind], clip: Clip, checkpointing: Checkpointing, processes: int = 1) -> int:
         model, adapter = self._model(kinds)
+        path_of(model).spread = Spread(0, processes) if processes > 1 else None
         inputs = self._inputs(clip)
         path_of(model).checkpointing = checkpointing
         with self._gates(adapter, clip, True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,19 +34,19 @@ def _exchanged(sent: Tensor, sizes: Sequence[int], own: Sequence[int]) -> Tensor
 
 
 @torch.library.custom_op("lapwan::to_heads", mutates_args=())
-def _to_heads(x_BnHd: Tensor, tokens: Sequence[int]) -> Tensor:
+def _to_heads(x_BnHd: Tensor, tokens: Sequence[int], rank: int) -> Tensor:
     batch, own, heads, width = x_BnHd.shape
     count = len(tokens)
     few = heads // count
     sent = torch.unflatten(x_BnHd, 2, (count, few)).permute(2, 0, 1, 3, 4).contiguous().flatten()
     sizes = [batch * n * few * width for n in tokens]
     came = _exchanged(sent, sizes, [batch * own * few * width] * count)
-    parts = [part.view(batch, n, few, width) for part, n in zip(came.split(sizes), tokens, strict=True)]
+    parts = [part.view(batch, n, few, width) for part, n in zip(torch.split(came, sizes), tokens, strict=True)]
     return torch.cat(parts, 1)
 
 
 @_to_heads.register_fake
-def _(x_BnHd: Tensor, tokens: Sequence[int]) -> Tensor:
+def _(x_BnHd: Tensor, tokens: Sequence[int], rank: int) -> Tensor:
     batch, _, heads, width = x_BnHd.shape
     return x_BnHd.new_empty(batch, sum(tokens), heads // len(tokens), width)
 
@@ -54,7 +55,7 @@ def _(x_BnHd: Tensor, tokens: Sequence[int]) -> Tensor:
 def _to_tokens(x_BNhd: Tensor, tokens: Sequence[int], rank: int) -> Tensor:
     batch, _, few, width = x_BNhd.shape
     count, own = len(tokens), tokens[rank]
-    sent = torch.cat([part.reshape(-1) for part in x_BNhd.split(list(tokens), 1)])
+    sent = torch.cat([part.reshape(-1) for part in torch.split(x_BNhd, list(tokens), 1)])
     each = batch * own * few * width
     came = _exchanged(sent, [each] * count, [batch * n * few * width for n in tokens])
     return came.view(count, batch, own, few, width).permute(1, 2, 0, 3, 4).reshape(batch, own, count * few, width)
@@ -64,6 +65,17 @@ def _to_tokens(x_BNhd: Tensor, tokens: Sequence[int], rank: int) -> Tensor:
 def _(x_BNhd: Tensor, tokens: Sequence[int], rank: int) -> Tensor:
     batch, _, few, width = x_BNhd.shape
     return x_BNhd.new_empty(batch, tokens[rank], few * len(tokens), width)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.tokens, ctx.rank = inputs
+
+
+# An exchange only moves numbers, so the gradient moves back.
+_to_heads.register_autograd(lambda ctx, grad: (_to_tokens(grad, ctx.tokens, ctx.rank), None, None),
+                            setup_context=_remember)
+_to_tokens.register_autograd(lambda ctx, grad: (_to_heads(grad, ctx.tokens, ctx.rank), None, None),
+                             setup_context=_remember)
 
 
 @dataclass(frozen=True)
@@ -81,11 +93,13 @@ class Split:
 
     def to_heads(self, x_BnHd: Tensor) -> Tensor:
         """All tokens of this process's share of the heads."""
-        return torch.ops.lapwan.to_heads(x_BnHd, self.tokens)
+        out: Tensor = _to_heads(x_BnHd, self.tokens, self.rank)
+        return out
 
     def to_tokens(self, x_BNhd: Tensor) -> Tensor:
         """All heads of this process's tokens."""
-        return torch.ops.lapwan.to_tokens(x_BNhd, self.tokens, self.rank)
+        out: Tensor = _to_tokens(x_BNhd, self.tokens, self.rank)
+        return out
 
     def gather(self, x_BnC: Tensor) -> Tensor:
         """All tokens, in every process."""
@@ -103,7 +117,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Spread:
-    """The processes that share a sequence. For use without gradients."""
+    """The processes that share a sequence.
+
+    A gradient that one of them finds is the part its own tokens contribute, of the sum of all processes' losses.
+    """
 
     rank: int
     count: int

@@ -30,7 +30,7 @@ from lapwan.wan.fastpath import Prompt, path_of
 from lapwan.wan.folder import read_spec
 from lapwan.wan.forward import TokenTimes
 from lapwan.wan.reuse import Reuse
-from lapwan.wan.shapes import Clip, ExpertShape
+from lapwan.wan.shapes import Clip, ExpertShape, GroupShape
 from lapwan.wan.spread import Spread
 
 ODD, EVEN = (3, 6, 6), (3, 6, 8)  # 27 and 36 tokens
@@ -182,3 +182,7 @@ def test_a_share_of_the_tokens_takes_about_that_share_of_the_memory():
     shape = ExpertShape(read_spec(tiny_folder("t2v")), NoiseExpert.HIGH, torch.bfloat16)
     one, two = (shape.forward_work(Clip(2, 81, 256, 256), count) for count in (1, 2))
     assert 0.45 * one < two < 0.6 * one
+    trained = [GroupShape({f"blocks.{i}.attn1.to_q": 4 for i in (6, 7)}, True)]
+    shape = ExpertShape(read_spec(tiny_folder("t2v")), NoiseExpert.HIGH, torch.bfloat16, groups=trained)
+    one, two = (shape.training_work(Clip(2, 81, 256, 256), "off", count) for count in (1, 2))
+    assert 0.45 * one < two < 0.65 * one
