@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 tests/bench/bench_scaling.py --tiny        # the same code on a CPU
 
 Steps: a batch of one a process, and lapwan's own all-reduce of one bucket; scaling = processes · alone / together.
-Shared forwards: the processes share one video's tokens; scaling = alone / together. Alone, the others wait. Medians.
+Shared rows: the processes share one video's tokens; scaling = alone / together. Alone, the others wait. Medians.
 Rows are written to --out one by one, and those that are there are not measured again.
 """
 
@@ -26,9 +26,10 @@ from diffusers import WanTransformer3DModel
 sys.path.insert(0, str(Path(__file__).parent))
 
 from speed_measure import machine, seconds_of
-from speed_model import A14B, SMALL, lora_trainer, mixture_trainer, random_model, spoken, step
+from speed_model import A14B, SMALL, lora_trainer, mixture_trainer, random_model, set_checkpointing, spoken, step
 
 from lapwan.train.ranks import Ranks, join_ranks
+from lapwan.train.tokens import SharedClips
 from lapwan.wan.backbone import velocity
 from lapwan.wan.compiling import compile_blocks, compile_time
 from lapwan.wan.fastpath import path_of
@@ -56,6 +57,7 @@ def in_turn(ranks: Ranks, repeats: int, work: Callable[[bool], Callable[[], obje
 
 def steps(mixture: bool, model: WanTransformer3DModel, ranks: Ranks, repeats: int, tiny: bool) -> Row:
     trainer, adapted = (mixture_trainer if mixture else lora_trainer)(model, *(("small", 2) if tiny else ("256", 8)))
+    set_checkpointing(model, "off")
 
     def work(together: bool) -> Callable[[], object]:
         trainer.plan.ranks = ranks if together else Ranks()
@@ -68,6 +70,23 @@ def steps(mixture: bool, model: WanTransformer3DModel, ranks: Ranks, repeats: in
     return {**row, "scaling": ranks.count * row["alone"] / max(row["together"], 1e-9)}
 
 
+def shared_steps(model: WanTransformer3DModel, ranks: Ranks, repeats: int, tiny: bool) -> Row:
+    """Of one clip at 480p, recomputing blocks."""
+    trainer, adapted = lora_trainer(model, *(("small", 2) if tiny else ("480", 8)))
+    set_checkpointing(model, "block")
+
+    def work(together: bool) -> Callable[[], object]:
+        trainer.plan.ranks = SharedClips(ranks.rank, ranks.count) if together else Ranks()
+        path_of(model).spread = Spread(ranks.rank, ranks.count) if together else None
+        trainer._ahead.__init__(trainer._make_data)
+        return lambda: step(trainer)
+
+    row = in_turn(ranks, max(3, repeats // 3), work)
+    adapted.off()
+    path_of(model).spread = None
+    return {**row, "scaling": row["alone"] / max(row["together"], 1e-9)}
+
+
 def shared(size: str, model: WanTransformer3DModel, ranks: Ranks, repeats: int, tiny: bool) -> Row:
     run = partial(torch.no_grad()(velocity), model, *spoken(model, "small" if tiny else size))
 
@@ -75,14 +94,15 @@ def shared(size: str, model: WanTransformer3DModel, ranks: Ranks, repeats: int, 
         path_of(model).spread = Spread(ranks.rank, ranks.count) if together else None
         return run
 
-    row = in_turn(ranks, repeats, work)
+    row = in_turn(ranks, max(3, repeats // 2), work)
     path_of(model).spread = None
     return {**row, "scaling": row["alone"] / max(row["together"], 1e-9)}
 
 
 ROWS: dict[str, Callable[..., Row]] = {
     "lora8_256_fp8": partial(steps, False), "moe8_256_fp8": partial(steps, True),
-    "forward_480_shared": partial(shared, "480"), "forward_256_shared": partial(shared, "256"),
+    "forward_480_shared": partial(shared, "480"), "lora8_480_shared": shared_steps,
+    "forward_256_shared": partial(shared, "256"),
 }
 
 
