@@ -22,7 +22,7 @@ from lapwan.errors import Interrupted, UserError
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.clips import EvalClip, VideoShape, read_eval_clips, spread
 from lapwan.evaluation.engine import Sampling, request_for
-from lapwan.evaluation.flow import FlowPlan, clip_of
+from lapwan.evaluation.flow import FlowPlan, check_labels, clip_of
 from lapwan.evaluation.metrics import make_scorers
 from lapwan.evaluation.picture import picture
 from lapwan.evaluation.report import Interval, document, tables
@@ -138,7 +138,10 @@ def _items(settings: EvaluateSettings, index: CacheIndex, arms: Sequence[Arm]) -
                         f"{', '.join(sorted(map(str, splits)))}); set split, or hold some out")
     for base in {id(arm.base): arm.base for arm in arms}.values():
         check_cache(index, base.spec, items)
-    return spread(items, settings.loss.count)
+    items = spread(items, settings.loss.count)
+    for arm in arms:
+        check_labels(arm, items, index.folder)
+    return items
 
 
 def _videos(

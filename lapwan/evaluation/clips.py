@@ -99,9 +99,10 @@ class EvalClip:
         return ",".join(f"{key}:{w:.6g}" for key, w in zip(taxonomy.keys, self.weights, strict=True) if w > 0)
 
     def wrong_hint(self, taxonomy: Taxonomy) -> str:
-        """A family that is not the clip's: the next one in the taxonomy's order, the same for every adapter."""
-        own = max(range(len(self.weights)), key=self.weights.__getitem__)
-        return taxonomy.keys[(own + 1) % len(self.weights)]
+        """A family that is not the clip's: of those with the least weight the next one in the taxonomy's order."""
+        own, count = max(range(len(self.weights)), key=self.weights.__getitem__), len(self.weights)
+        others = [(own + step) % count for step in range(1, count)]
+        return taxonomy.keys[min(others, key=self.weights.__getitem__, default=own)]
 
 
 def read_eval_clips(

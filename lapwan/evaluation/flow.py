@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ import torch
 from lapwan import keyed
 from lapwan.data.batch import Batch
 from lapwan.data.cachefile import CachedItem
-from lapwan.evaluation.arms import Arm
+from lapwan.errors import UserError
+from lapwan.evaluation.arms import TRUTH, WRONG, Arm
 from lapwan.evaluation.clips import EvalClip
 from lapwan.losses.sigmas import Uniform
 from lapwan.names import NoiseExpert
@@ -26,6 +28,9 @@ from lapwan.sampling.routing import alpha_vector, choose_mix
 from lapwan.train.data import ClipStore
 from lapwan.train.objective import Draws, SigmaRule, flow_terms
 from lapwan.train.validation import fixed_draws
+
+# Of a region that covers nearly all, the difference above is rounding: 1e-7 of the whole over the share left outside.
+_LEAST_OUTSIDE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class FlowPlan:
 
 @dataclass(frozen=True)
 class FlowLosses:
-    """One noise expert's losses: `whole_PK`, `roi_PK` and `outside_PK` (NaN without a region), at `sigma_PK`.
+    """One noise expert's losses: `whole_PK`, `roi_PK` and `outside_PK` (NaN where there is none), at `sigma_PK`.
 
     Draw k lies in bin k // draws.
     """
@@ -57,6 +62,26 @@ def clip_of(item: CachedItem, families: int) -> EvalClip:
     if not weights and item.label is not None:
         weights = tuple(float(i == item.label) for i in range(families))
     return EvalClip(item.id, item.caption, weights, item.fallback)
+
+
+def check_labels(arm: Arm, items: Sequence[CachedItem], place: Path) -> None:
+    """Whether a mixture's hints and router can be held against the labels of a cache in folder `place`.
+
+    Raises:
+        UserError: labels of other families than the mixture's, or none where a hint is made of them.
+    """
+    families = _families(arm)
+    if not families:
+        return
+    for item in items:
+        clip = clip_of(item, families)
+        if clip.weights and (len(clip.weights) != families or not any(clip.weights)):
+            said = f"{len(clip.weights)} weights" if item.label_weights else f"number {item.label}"
+            raise UserError(f"{place}: the label of '{item.id}' ({said}) is not of the {families} families of adapter "
+                            f"'{arm.name}'; give labels of its taxonomy: loss.labels=FILE")
+        if not clip.weights and arm.hint in (TRUTH, WRONG):
+            raise UserError(f"{place}: '{item.id}' has no label, of which adapter '{arm.name}' makes its hint "
+                            f"({arm.hint}); give labels: loss.labels=FILE, or adapters without such a hint")
 
 
 @torch.no_grad()
@@ -126,7 +151,9 @@ def _losses(
         mass_B = batch.roi_BTHW.flatten(1).double().sum(dim=1).cpu()
         present, cells = mass_B > 0, float(batch.roi_BTHW[0].numel())
         inside_B[present] = loss.figures["loss/roi"].double().cpu()
-        outside_B = (cells * whole_B - mass_B * inside_B) / (cells - mass_B)
+        rest_B = cells - mass_B
+        outside_B = (cells * whole_B - mass_B * inside_B) / rest_B
+        outside_B[rest_B < _LEAST_OUTSIDE * cells] = torch.nan
     found: np.ndarray = torch.stack([draws.sigma_B.double().cpu(), whole_B, inside_B, outside_B]).numpy()
     return found
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cache_cases import write_random_cache
 from evaluation_cases import write_random_lora, write_random_mixture
 from PIL import Image
 
@@ -163,6 +164,20 @@ def test_killed_and_resumed_it_is_the_uninterrupted_one(tmp_path, held_out, tiny
     assert sum(path.stat().st_mtime_ns == time_ for path, time_ in before.items()) >= full
     ours, theirs = (json.loads((tmp_path / out / "evaluation.json").read_text()) for out in ("killed", "whole"))
     assert ours == theirs
+
+
+@pytest.mark.parametrize(("families", "labelled", "adapters", "message"), [
+    (4, False, "", "'clip0' has no label, of which adapter 'hint' makes its hint (truth); give labels"),
+    (6, True, "", "(6 weights) is not of the 4 families of adapter 'router'"),
+    (4, False, 'adapters=[{name="by router", moe="%s"}]', None),
+])
+def test_labels_that_a_mixture_needs_are_missed_before_the_work(lapwan, tmp_path, tiny_t2v, mixture_path, families,
+                                                                labelled, adapters, message):
+    cache = write_random_cache(tmp_path / "cache", tiny_t2v, 6, labelled, families=tuple("abcdef"[:families]))
+    chosen = ("--set", adapters % mixture_path) if adapters else ("--moe", mixture_path)
+    code, _, err = lapwan("--cache", cache, "--split", "all", *chosen, "--dry-run")
+    assert code == (0 if message is None else 2), err
+    assert message is None or (err.startswith("error: ") and err.count("\n") == 1 and message in err)
 
 
 def test_lora_and_moe_on_the_command_line_make_the_comparison(held_out):

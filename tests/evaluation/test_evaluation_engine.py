@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cache_cases import write_random_cache
 from evaluation_cases import write_random_lora
 
 from lapwan.data.cachefile import load_index
+from lapwan.data.layout import write_roi
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.bootstrap import paired_bootstrap
@@ -108,6 +110,11 @@ def test_the_wrong_hint_is_another_family_and_changes_the_video(t2v_generator, a
     assert len({values.tobytes() for values in found.values()}) == 4
 
 
+def test_the_wrong_hint_of_a_clip_with_two_instruments_is_neither():
+    for weights, wrong in (((0.6, 0.4, 0.0, 0.0), 2), ((0.0, 0.0, 0.4, 0.6), 0), ((0.4, 0.3, 0.2, 0.1), 3)):
+        assert EvalClip("a", "b", weights).wrong_hint(TAXONOMY) == TAXONOMY.keys[wrong]
+
+
 def _losses(generator, arm, cache, **plan):
     index = load_index(cache)
     store = ClipStore(index, index.items, torch.device("cpu"), 4)
@@ -148,6 +155,15 @@ def test_a_flow_loss_is_the_mean_error_over_the_region_and_over_the_rest(t2v_gen
     assert found.whole_PK[2, 1] == pytest.approx(float(error.mean()), rel=1e-5)
     assert found.roi_PK[2, 1] == pytest.approx(float((error * mask).sum() / mask.sum()), rel=1e-5)
     assert found.outside_PK[2, 1] == pytest.approx(float((error * (1 - mask)).sum() / (1 - mask).sum()), rel=1e-4)
+
+
+def test_a_region_that_covers_everything_leaves_no_outside(t2v_generator, arms, tiny_t2v, tmp_path):
+    """Rounding over nothing would be any number."""
+    cache = write_random_cache(tmp_path, tiny_t2v, 1)
+    _, time, height, width = tiny_t2v.latent_shape(5, 32, 32)
+    write_roi(cache / "clip0_lapwan_roi.safetensors", np.ones((time, height, width), np.float32), {})
+    found = _losses(t2v_generator, arms["none"], cache)[HIGH]
+    assert np.isnan(found.outside_PK).all() and np.allclose(found.roi_PK, found.whole_PK, rtol=1e-5)
 
 
 def test_finished_videos_are_used_again_unless_what_decides_them_changed(t2v_generator, arms, clips, tmp_path,
