@@ -161,9 +161,14 @@ def _videos(
     for arm in arms:
         request_for(arm.base.spec, arm, clips[0], sampling, 0)
     check_rewards(own.rewards or ())
+    if spec.task == "i2v":
+        for clip in clips:
+            clip.first_frame(shape)  # read now, kept: one that cannot be read is found before the work
     loaders = {one.label: partial(_reward, one, device) for one in own.rewards or ()}
     scorers = make_scorers(own.metrics, clips, spec.task, shape, loaders, device)
-    bounded = [s for s in scorers if isinstance(s, _BOUNDED) and own.ceiling and all(clip.video for clip in clips)]
+    bounded = [s for s in scorers if isinstance(s, _BOUNDED) and own.ceiling]
+    if any(clip.lacking(shape) for clip in clips):
+        bounded = []
     return {"clips": clips, "sampling": sampling, "scorers": scorers, "bounded": bounded}
 
 

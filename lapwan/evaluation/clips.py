@@ -62,6 +62,19 @@ class EvalClip:
             raise UserError(f"clip '{self.id}' has no video_path, which its first frame and its reference need")
         return read_clip(self.video, shape.frames, shape.size, shape.fps)
 
+    def lacking(self, shape: VideoShape) -> str | None:
+        """Why the reference video cannot stand beside one of `shape`, from its header; None if it can."""
+        if self.video is None:
+            return f"clip '{self.id}' has no video_path, which it needs"
+        try:
+            count = probe(self.video, shape.fps).count_at(shape.fps)
+        except BadClip as error:
+            return f"{self.video}: {error}"
+        if count < shape.frames:
+            return (f"clip '{self.id}' has {count} frames at {shape.fps} fps, {shape.frames} are made; set "
+                    "videos.num_frames to fewer")
+        return None
+
     def first_frame(self, shape: VideoShape) -> Image.Image:
         """The reference video's first frame; kept."""
         if shape.size not in self._first:

@@ -58,7 +58,7 @@ def make_scorers(
     """
     refusals = {
         "identity": _no_identity(clips, shape), "tip": _no_tip(clips, task, shape),
-        "reference": None if all(clip.video for clip in clips) else _without(clips, "video_path"),
+        "reference": next((why for clip in clips if (why := clip.lacking(shape)) is not None), None),
         "temporal": None, "reward": None if rewards else "no rewards are given; set rewards, such as clip=FOLDER",
     }
     if asked is None:
@@ -82,12 +82,6 @@ def make_scorers(
     return found
 
 
-def _without(clips: Sequence[EvalClip], field: str) -> str:
-    attribute = {"video_path": "video", "tip": "tips_T2"}[field]
-    first = next(clip for clip in clips if getattr(clip, attribute) is None)
-    return f"clip '{first.id}' has no {field}, which it needs"
-
-
 def _no_identity(clips: Sequence[EvalClip], shape: VideoShape) -> str | None:
     """Why the instrument cannot be judged; None if it can."""
     foreign = next((clip for clip in clips if not clip.synthetic or clip.instrument not in INSTRUMENTS), None)
@@ -105,7 +99,8 @@ def _no_tip(clips: Sequence[EvalClip], task: Task, shape: VideoShape) -> str | N
     if (why := _no_identity(clips, shape)) is not None:
         return why
     if any(clip.tips_T2 is None for clip in clips):
-        return _without(clips, "tip")
+        first = next(clip for clip in clips if clip.tips_T2 is None)
+        return f"clip '{first.id}' has no tip, which it needs"
     short = next((clip for clip in clips if clip.tips_T2 is not None and len(clip.tips_T2) < shape.frames), None)
     if short is not None and short.tips_T2 is not None:
         return f"clip '{short.id}' says its tip in {len(short.tips_T2)} frames, {shape.frames} are made"

@@ -21,7 +21,7 @@ def side_by_side_sheet(study: Study, store: VideoStore, count: int) -> Image.Ima
     rows: list[np.ndarray] = []
     captions: list[str] = []
     for clip in spread(study.clips, count):
-        if clip.video is not None:
+        if clip.lacking(shape) is None:
             rows.append(clip.frames(shape))
             captions.append(f"clip: {clip.prompt}")
         for arm in study.arms:

@@ -180,6 +180,20 @@ def test_labels_that_a_mixture_needs_are_missed_before_the_work(lapwan, tmp_path
     assert message is None or (err.startswith("error: ") and err.count("\n") == 1 and message in err)
 
 
+def test_a_clip_shorter_than_the_videos_is_no_reference(lapwan, tmp_path, held_out):
+    """Text to video needs no clip: hours of work must not end at the sheet. Five frames are there, nine are made."""
+    longer = [*SMALL, "--set", "videos.num_frames=9", "--set", "videos.count=2"]
+    code, _, err = lapwan("--clips", held_out, "-o", "out", *longer)
+    assert code == 0, err
+    said = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    assert set(said["generation"]["base"]) == {"identity", "temporal_consistency", "motion"} and said["ceiling"] == {}
+    for task, metric in (("i2v", "reference"), ("i2v", "tip")):
+        code, _, err = lapwan("--clips", held_out, "--task", task, "--set", f'videos.metrics=["{metric}"]', *longer)
+        assert code == 2 and err.startswith(f"error: metric '{metric}'") and "5 frames" in err and "9 are made" in err
+    code, _, err = lapwan("--clips", held_out, "--task", "i2v", *longer, "--dry-run")
+    assert code == 0 and "metrics: identity, temporal_consistency, motion" in err
+
+
 def test_lora_and_moe_on_the_command_line_make_the_comparison(held_out):
     settings = load(EvaluateSettings, environment={}, options={
         "videos.clips": str(held_out), "lora": ["high=a.safetensors"], "moe": "m.safetensors"})
