@@ -72,7 +72,8 @@ def evaluate(settings: EvaluateSettings, options: RunOptions) -> dict[str, Any] 
         shutil.rmtree(out / "videos", ignore_errors=True)
     files.write_text(out / "settings.toml", to_toml(settings, "lapwan evaluate --config with this file repeats it"))
     forms = [str(form) for form in (study.machine.precision, study.machine.text_precision) if form is not None]
-    store = VideoStore(out / "videos", str(study.machine.device.type), str(study.machine.dtype), *forms)
+    rewards = [_reward_identity(one) for one in settings.videos.rewards or ()]
+    store = VideoStore(out / "videos", str(study.machine.device.type), str(study.machine.dtype), *forms, *rewards)
     try:
         found = run_study(study, store)
     except KeyboardInterrupt:
@@ -160,10 +161,10 @@ def _videos(
     check_size(*shape.size, spec.pixel_multiple)
     for arm in arms:
         request_for(arm.base.spec, arm, clips[0], sampling, 0)
-    check_rewards(own.rewards or ())
     if spec.task == "i2v":
         for clip in clips:
             clip.first_frame(shape)  # read now, kept: one that cannot be read is found before the work
+    check_rewards(own.rewards or ())
     loaders = {one.label: partial(_reward, one, device) for one in own.rewards or ()}
     scorers = make_scorers(own.metrics, clips, spec.task, shape, loaders, device)
     bounded = [s for s in scorers if isinstance(s, _BOUNDED) and own.ceiling]
@@ -174,6 +175,15 @@ def _videos(
 
 def _reward(one: RewardSettings, device: torch.device) -> Reward:
     return build_rewards((one,), device, {"tiny": make_tiny_reward})[one.label]
+
+
+def _reward_identity(one: RewardSettings) -> str:
+    """Its settings with size and time of its files: scores of other weights are not those of a finished video."""
+    said = one.model_dump(mode="json", exclude={"weight"})
+    place = getattr(one, "path", None)  # the tiny one has none
+    found = sorted(place.iterdir()) if place is not None and place.is_dir() else [place] if place is not None else []
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found if path.is_file()]
+    return json.dumps([said, facts], sort_keys=True)
 
 
 def _captions(

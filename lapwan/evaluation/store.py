@@ -31,8 +31,7 @@ class VideoStore:
     """A folder of videos by arm.
 
     Args:
-        device: and `dtype`, `weights`: what else decides the pixels or scores (the machine's kind, the precision, the
-            reward weights' identity).
+        decides: what else decides the pixels or scores: the machine's kind, the precision, the rewards' weights.
     """
 
     def __init__(self, folder: Path, *decides: str) -> None:

@@ -1,6 +1,7 @@
 """Settings of `lapwan evaluate`.
 
-How to add a metric: a name in `METRICS`, a class in `lapwan.evaluation.scorers`, a case in its `metrics`.
+How to add a metric: a name in `METRICS`, a class in `lapwan.evaluation.scorers`, a case in
+`lapwan.evaluation.metrics.make_scorers`.
 """
 
 from __future__ import annotations

@@ -16,9 +16,11 @@ from evaluation_cases import write_random_lora, write_random_mixture
 from PIL import Image
 
 from lapwan import cli
+from lapwan.commands.evaluate import _reward_identity
 from lapwan.data.cachefile import load_index
 from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.load import load
+from lapwan.settings.reward import ClipSettings
 from lapwan.wan.base import Base
 from lapwan.wan.folder import ModelSpec
 
@@ -192,6 +194,17 @@ def test_a_clip_shorter_than_the_videos_is_no_reference(lapwan, tmp_path, held_o
         assert code == 2 and err.startswith(f"error: metric '{metric}'") and "5 frames" in err and "9 are made" in err
     code, _, err = lapwan("--clips", held_out, "--task", "i2v", *longer, "--dry-run")
     assert code == 0 and "metrics: identity, temporal_consistency, motion" in err
+
+
+def test_scores_of_other_reward_weights_are_not_those_of_a_finished_video(tmp_path):
+    for folder, content in (("a", b"1"), ("b", b"22")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_bytes(content)
+    told = [_reward_identity(ClipSettings(path=tmp_path / name, weight=weight))
+            for name, weight in (("a", 1.0), ("a", 0.5), ("b", 1.0))]
+    assert told[0] == told[1] != told[2]
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"333")
+    assert _reward_identity(ClipSettings(path=tmp_path / "a")) != told[0]
 
 
 def test_lora_and_moe_on_the_command_line_make_the_comparison(held_out):
