@@ -110,7 +110,7 @@ def _drawable(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, can
     """The part of `text` that the font can draw, cut at `width` pixels; says once what is missing."""
     if not can_cjk and not text.isascii():
         _say_font()
-        text = "".join(c if c.isascii() else " " for c in text)
+        text = "".join(c if c.isascii() else " " for c in text).rstrip(" :;,")
     text = " ".join(text.split())
     if not text or font.getlength(text) <= width:
         return text
