@@ -94,8 +94,8 @@ def _wanted(
     wanted = [NoiseExpert(role)] if role is not None else [expert for expert in files if expert is not None]
     for expert in wanted:
         if expert not in experts:
-            raise UserError(f"{path} is for the {expert} noise expert; what it was given for has only: "
-                            f"{', '.join(experts)}")
+            raise UserError(f"{path} is for the {expert} noise expert, but the model or file given here is the "
+                            f"{' and '.join(experts)} one alone; give a LoRA for that, or both=FILE for any")
     return wanted
 
 
