@@ -76,8 +76,12 @@ class RoutingTotals:
 
     @property
     def usage_E(self) -> Tensor:
-        """Mean share of each expert after top-k."""
-        return self.flat[4 : 4 + self.experts] / max(self.clips, 1.0)
+        """Each expert's share of all gates after top-k; they sum to 1.
+
+        The single gate of k = 1 is not renormalised: divided by clips, an unsure router's experts would seem unused.
+        """
+        sums_E = self.flat[4 : 4 + self.experts]
+        return sums_E / sums_E.sum().clamp_min(1e-30)
 
     def _square(self, start: int) -> Tensor:
         return self.flat[start : start + self.experts**2].view(self.experts, self.experts)

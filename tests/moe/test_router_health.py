@@ -12,7 +12,7 @@ from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.losses import routing
 from lapwan.losses.motion import motion_region
 from lapwan.moe.mixture import Mixture, MixtureSpec
-from lapwan.moe.router import LabelRouter, TextRouter, sigma_features
+from lapwan.moe.router import LabelRouter, TextRouter, select_top_k, sigma_features
 from lapwan.names import NoiseExpert
 
 FAMILIES = ("a", "b", "c", "d")
@@ -111,6 +111,19 @@ def test_the_users_thresholds_scale_with_the_number_of_experts(experts, entropy,
 def test_a_healthy_window_is_not_warned_about():
     labels = torch.eye(4, dtype=torch.float64).repeat(5, 1)
     assert judge_routing(totals_of(routing.teacher(labels, 0.35), labels), FAMILIES, Thresholds(), {}) == []
+
+
+def test_with_one_acting_expert_usage_is_a_share_of_the_gates_however_unsure_the_router():
+    families = tuple("abcdef")
+    labels = torch.eye(6, dtype=torch.float64).repeat(5, 1)
+    unsure = torch.softmax(0.1 * labels, dim=-1)  # every expert acts on its sixth of the clips, with a gate of 0.18
+    even = totals_of(unsure, labels, mix=select_top_k(unsure, 1))
+    torch.testing.assert_close(even.usage_E, torch.full((6,), 1 / 6, dtype=torch.float64))
+    assert judge_routing(even, families, Thresholds(teacher_kl=9.0), {}) == []
+    assert float(routing.balance(even.usage_E, unsure).mean()) == pytest.approx(0.0)
+    one = torch.softmax(1.0 * labels[:1], dim=-1).expand(30, 6)  # the same expert everywhere, with a gate of 0.35
+    faults = judge_routing(totals_of(one, labels, mix=select_top_k(one, 1)), families, Thresholds(teacher_kl=9.0), {})
+    assert "expert 'a' takes 100% of the gates" in str(faults[0])
 
 
 def test_collapse_overuse_underuse_and_divergence_are_told_with_the_users_advice():
