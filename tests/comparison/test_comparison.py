@@ -155,6 +155,31 @@ def test_figures_differences_and_goals_follow_from_the_rows():
     assert "50.0 % [0.0, 100.0]" in markdown(found, "command")
 
 
+def written(figure, sign=""):
+    """Mean and interval as the README writes them, in %."""
+    mean, low, high = (f"{100 * x:{sign}.1f}" for x in (figure["mean"], *figure["ci95"]))
+    return f"{mean}{'' if sign else ' %'} [{low}, {high}]".replace("-", "−")
+
+
+def test_the_readmes_tables_are_the_published_results():
+    readme = (CONFIG.parents[2] / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## The comparison")[1].split("\n## ")[0]
+    first, longer = (json.loads((CONFIG.parent / name).read_text(encoding="utf-8"))
+                     for name in ("result.json", "result_192_steps.json"))
+    wanted = []
+    for found in (first, longer):
+        task = found["tasks"]["t2v"]
+        wanted += [written(own["identity"]) for arm, own in task["arms"].items() if "alpha" not in arm]
+        wanted += [written(pair, "+") for pair in task["differences"] if pair["a"] == "mixture, router"
+                   and (found is first or pair["b"] != "none")]
+    wanted += [f"{100 * own['identity']['mean']:.1f} %" for arm, own in first["tasks"]["t2v"]["arms"].items()]
+    for own in first["routing"].values():
+        wanted += [written(own["accuracy"]), f"probe {100 * own['probe']['mean']:.3g} %"]
+    assert [figure for figure in wanted if figure not in section] == [] and len(wanted) > 30
+    met = {goal["goal"] for goal in first["goals"] if goal["met"]}
+    assert len(met) == 4 and section.count("| met |") == 3 and section.count("| missed |") == 3  # wrong hint twice
+
+
 def test_paraphrases_hold_no_keyword_and_every_instrument():
     found = paraphrases(40, seed=3)
     assert [instrument for _, instrument in found[:4]] == list(INSTRUMENTS)
