@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-RouterKind = Literal["text", "label", "rule"]
-_WIDE, _NARROW = 512, 64  # the users' router: LayerNorm -> 512 -> 64 -> E
+RouterKind = Literal["text", "linear", "label", "rule"]
+READS_TEXT = ("text", "linear")
+_HIDDEN = (512, 64)  # the users' router: LayerNorm -> 512 -> 64 -> E
 _SIGMA_FEATURES = 8
 
 
@@ -46,16 +48,23 @@ class _SigmaInput(nn.Module):
 
 
 class TextRouter(nn.Module):
-    """p = softmax(MLP(LayerNorm(mean of the text features)) / T): learns the family from the prompt itself."""
+    """p = softmax(MLP(LayerNorm(mean of the text features)) / T): learns the family from the prompt itself.
 
-    def __init__(self, text_dim: int, experts: int, temperature: float = 1.0, sigma: bool = False) -> None:
+    Without hidden layers, softmax((W·LayerNorm(mean) + b) / T): little to overfit where captions are few.
+    """
+
+    def __init__(
+        self, text_dim: int, experts: int, temperature: float = 1.0, sigma: bool = False,
+        hidden: Sequence[int] = _HIDDEN,
+    ) -> None:
         super().__init__()
         self.text_dim, self.temperature = text_dim, temperature
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(text_dim), nn.Linear(text_dim, _WIDE), nn.GELU(), nn.Linear(_WIDE, _NARROW), nn.GELU(),
-            nn.Linear(_NARROW, experts),
-        )
-        self.sigma = _SigmaInput(_WIDE, sigma)
+        widths = (text_dim, *hidden, experts)
+        layers: list[nn.Module] = [nn.LayerNorm(text_dim)]
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.sigma = _SigmaInput(widths[1], sigma)
 
     def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None, sigma_B: Tensor | None = None) -> Tensor:
         means_BD = masked_mean(text).to(next(self.mlp.parameters()))
@@ -100,6 +109,8 @@ def make_router(
     match kind:
         case "text":
             return TextRouter(text_dim, experts, temperature, sigma)
+        case "linear":
+            return TextRouter(text_dim, experts, temperature, sigma, hidden=())
         case "label":
             return LabelRouter(experts, temperature, sigma)
         case "rule":

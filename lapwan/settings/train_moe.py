@@ -16,8 +16,9 @@ from lapwan.settings.train import TrainSettings
 class RouterSettings(Settings):
     """From a clip's text (or label) to a probability for each expert."""
 
-    kind: Literal["text", "label", "rule"] = Field(
-        "text", description="text: learns from text features; label: learns from labels; rule: labels themselves.")
+    kind: Literal["text", "linear", "label", "rule"] = Field(
+        "text", description="text: learns from text features; linear: the same without hidden layers, for few "
+        "captions; label: learns from labels; rule: labels themselves.")
     temperature: float = Field(1.0, gt=0, description="Of the router's softmax.")
     top_k: int = Field(2, ge=1, description="Experts that act on a clip.")
     lr_scale: float = Field(10.0, gt=0, description="The router's lr over the experts'.")

@@ -26,7 +26,7 @@ from lapwan.train.parking import Parking
 from lapwan.train.plan_memory import TrainingMemory, plan_training
 from lapwan.wan.base import Base
 
-ROUTER_LR_LIMIT = 5e-3  # above it routers were seen to diverge: 10 x 1e-4 is right, 10 x 2e-3 is not
+ROUTER_LR_LIMIT = 5e-3  # above it text routers were seen to diverge: 10 x 1e-4 is right, 10 x 2e-3 is not
 _IMBALANCE = 3.0  # largest family over smallest, from which it is worth a warning
 
 BaseLoras = Mapping[NoiseExpert, tuple[Path, LoraState]]
@@ -98,7 +98,8 @@ def describe_mixture(settings: TrainMoeSettings, data: build.RunData, taxonomy: 
         f", top {settings.router.top_k}, teacher temperature {settings.routing_loss.teacher_temperature:g}")
     region = "" if settings.roi_weight else "; region loss off (roi_weight = 0)"
     lines.append(f"router {settings.router.kind}{' with sigma' if settings.router.sigma else ''}{learns}{region}")
-    if (rate := router_lr(settings)) is not None and rate > ROUTER_LR_LIMIT and settings.router.kind != "rule":
+    steep = settings.router.kind not in ("rule", "linear")
+    if steep and (rate := router_lr(settings)) is not None and rate > ROUTER_LR_LIMIT:
         console.warn(f"the router's lr is lr x router.lr_scale = {rate:g}, above {ROUTER_LR_LIMIT:g}, where routers "
                      f"were seen to diverge; set router.lr_scale = {settings.router.lr_scale * 1e-3 / rate:.2g} or so")
     return lines

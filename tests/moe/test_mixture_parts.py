@@ -7,6 +7,7 @@ import torch
 
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.moe.collapse import collapse, gate_spread
+from lapwan.moe.file import read_mixture, write_mixture
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.moe.router import RuleRouter, TextRouter, masked_mean, select_top_k
 from lapwan.moe.timestep_gate import TimestepGate
@@ -60,6 +61,19 @@ def test_text_routing_sees_tokens_not_padding():
     for index, one in enumerate(text):
         torch.testing.assert_close(router([one], None)[0], together[index])
     torch.testing.assert_close(masked_mean(text)[0], text[0].mean(0))
+
+
+def test_the_linear_router_is_one_layer_over_normalised_means(tmp_path, mixture):
+    """softmax((W·(m − mean m) / sd m + b) / T); its file brings the same router back."""
+    made = Mixture(MixtureSpec(**{**vars(mixture.spec), "router": "linear", "router_temperature": 0.7}), mixture.states)
+    text = [torch.randn(2, made.spec.text_dim), torch.randn(5, made.spec.text_dim)]
+    m = torch.stack([one.mean(0) for one in text]).double()
+    normal = (m - m.mean(1, keepdim=True)) / (m.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    layer = made.router.mlp[1]
+    logits = normal @ layer.weight.double().T + layer.bias.double()
+    torch.testing.assert_close(made.route(text, None).double(), (logits / 0.7).softmax(-1), rtol=0, atol=1e-6)
+    write_mixture(tmp_path / "m.safetensors", made)
+    assert torch.equal(read_mixture(tmp_path / "m.safetensors").route(text, None), made.route(text, None))
 
 
 def test_the_timestep_gate_is_piecewise_linear_and_starts_stronger_at_low_sigma():

@@ -12,7 +12,7 @@ from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.losses import routing
 from lapwan.losses.motion import motion_region
 from lapwan.moe.mixture import Mixture, MixtureSpec
-from lapwan.moe.router import LabelRouter, TextRouter, select_top_k, sigma_features
+from lapwan.moe.router import make_router, select_top_k, sigma_features
 from lapwan.names import NoiseExpert
 
 FAMILIES = ("a", "b", "c", "d")
@@ -34,11 +34,11 @@ def test_sigma_features_are_cosines_of_one_scale():
     torch.testing.assert_close(found[2, :3], torch.tensor([-1.0, 1.0, -1.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("kind", ["text", "label"])
+@pytest.mark.parametrize("kind", ["text", "linear", "label"])
 def test_a_router_sees_sigma_only_where_asked_and_starts_as_if_it_did_not(kind):
     def made(sigma: bool):
         torch.manual_seed(1)
-        return TextRouter(6, 4, sigma=sigma) if kind == "text" else LabelRouter(4, sigma=sigma)
+        return make_router(kind, 6, 4, sigma=sigma)
 
     text, labels, sigma = [torch.randn(3, 6)], torch.tensor([[0.0, 1.0, 0.0, 0.0]]), torch.tensor([0.3])
     blind, seeing = made(False), made(True)

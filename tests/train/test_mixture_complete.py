@@ -242,11 +242,12 @@ def test_the_plan_says_that_the_region_loss_is_off(tmp_path, t2v_cache, capsys):
         assert "0 of 4 clips have a region" in err.replace("\n", " ") and said in " ".join(err.split())
 
 
-@pytest.mark.parametrize(("lr", "scale", "warned"), [(1e-4, 10.0, False), (2e-3, 10.0, True), (2e-3, 0.5, False)])
-def test_a_router_that_learns_too_fast_is_warned_about(make_moe, capsys, t2v_cache, tmp_path, lr, scale, warned):
+@pytest.mark.parametrize(("lr", "scale", "kind", "warned"), [
+    (1e-4, 10.0, "text", False), (2e-3, 10.0, "text", True), (2e-3, 0.5, "text", False), (2e-3, 10.0, "linear", False)])
+def test_a_router_that_learns_too_fast_is_warned_about(make_moe, capsys, t2v_cache, tmp_path, lr, scale, kind, warned):
     settings = TrainMoeSettings.model_validate({
         "output": tmp_path / "r", "steps": 1, "data": {"cache": t2v_cache}, "optimiser": {"lr": lr},
-        "router": {"lr_scale": scale}})
+        "router": {"lr_scale": scale, "kind": kind}})
     describe_mixture(settings, build.read_data(settings, resolve_base("tiny")), load_taxonomy("surgical4"))
     assert ("lr x router.lr_scale = 0.02, above 0.005" in " ".join(capsys.readouterr().err.split())) is warned
 
