@@ -1,12 +1,16 @@
-"""Several processes on one piece of work (accelerate launch, torchrun): who takes what, and waiting for each other.
+"""Several processes on one piece of work (accelerate launch, torchrun): who takes what, and waiting for each other;
+and workers of one process.
 
 Importing this loads no torch; only more than one process needs it.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from typing import TypeVar
 
@@ -93,3 +97,13 @@ def launched() -> Processes:
         raise UserError(f"WORLD_SIZE = {count}, but {', '.join(missing)} is not set; start with torchrun or "
                         "accelerate, or unset WORLD_SIZE")
     return Processes(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Fresh processes for plain functions; spawned, since a fork of what holds CUDA or torch threads is not safe."""
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_leave_ctrl_c)
+
+
+def _leave_ctrl_c() -> None:
+    """Ctrl-C reaches the whole process group; ending in order is the main process's matter."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

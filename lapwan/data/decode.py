@@ -5,12 +5,10 @@ A job decodes one clip once for several of its windows. Workers import no torch.
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 from lapwan.data.buckets import Crop
 from lapwan.data.plan import Wanted
 from lapwan.data.video import BadClip, VideoFacts, read_frames
+from lapwan.processes import worker_pool
 
 _FRAMES_PER_JOB = 256  # bounds what one job holds: frames of the union of its windows
 _BYTES_AHEAD = 2 * 2**30  # decoded frames that may wait for the encoder
@@ -104,7 +103,7 @@ class Decoder:
         self._left = deque(jobs)
         self._workers = min(workers, len(jobs))
         self._waiting: deque[tuple[Job, Future[list[Decoded]]]] = deque()
-        self._pool = _pool(self._workers) if self._workers else None
+        self._pool = worker_pool(self._workers) if self._workers else None
         largest = max((job.bytes for job in jobs), default=1)
         self._ahead = max(self._workers, min(2 * self._workers, _BYTES_AHEAD // largest))
         self._fill()
@@ -140,22 +139,12 @@ class Decoder:
         self._left.extendleft(reversed([other for other, _ in self._waiting]))
         self._waiting.clear()
         decoded = _alone(job)
-        self._pool = _pool(self._workers)
+        self._pool = worker_pool(self._workers)
         return decoded
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # spawn: a fork of a process that holds CUDA or torch threads is not safe.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
-
-
-def _quiet() -> None:
-    """Ctrl-C reaches the whole process group; ending in order is the main process's matter."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _alone(job: Job) -> list[Decoded]:
-    pool = _pool(1)
+    pool = worker_pool(1)
     try:
         return pool.submit(run_job, job).result()
     except BrokenProcessPool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from lapwan.console import progress
 from lapwan.files import write_text
+from lapwan.processes import worker_pool
 from lapwan.sampling.video import write_video
 from lapwan.tiny import motion as paths
 from lapwan.tiny.instruments import INSTRUMENTS
@@ -21,7 +23,7 @@ _CRF = 12  # finer than the default: an instrument's head is only a few dozen pi
 
 def write_dataset(folder: Path, clips: int, seed: int, size: tuple[int, int] = (64, 64), frames: int = 17,
                   fps: float = 16.0, style: str = "surgical", weights: Mapping[str, float] | None = None,
-                  test_share: float = 0.1) -> Path:
+                  test_share: float = 0.1, workers: int = 1) -> Path:
     """Render `clips` scenes into `folder/clips/*.mp4`, describe them in `folder/clips.jsonl` and return its path.
 
     Every line has `video_path` (relative to the file), `caption`, `duration` (seconds), `source`, `split` (train or
@@ -33,18 +35,35 @@ def write_dataset(folder: Path, clips: int, seed: int, size: tuple[int, int] = (
         size: height, width in pixels, both even.
         weights: relative number of clips of each instrument; without it the same number of each.
         test_share: of the clips, 0..1.
+        workers: processes that render; 1: this one.
     """
+    work = [(folder, f"clips/scene_{style}_{seed}_{index:05d}.mp4", spec, split)
+            for index, (spec, split) in enumerate(plan(clips, seed, size, frames, fps, style, weights, test_share))]
     lines = []
-    with progress("scenes", clips, "clip") as bar:
-        for index, (spec, split) in enumerate(plan(clips, seed, size, frames, fps, style, weights, test_share)):
-            scene = render(spec)
-            name = f"clips/scene_{style}_{seed}_{index:05d}.mp4"
-            write_video(folder / name, scene.frames_THWC, fps, {"caption": scene.caption, "seed": str(spec.seed)}, _CRF)
-            lines.append(json.dumps(_record(name, scene, split), ensure_ascii=False))
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress("scenes", clips, "clip"))
+        each: Iterator[str]
+        if workers > 1:
+            pool = worker_pool(workers)
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            each = pool.map(_write_clip, work)
+        else:
+            each = map(_write_clip, work)
+        for line in each:
+            lines.append(line)
             bar.advance()
     path = folder / "clips.jsonl"
     write_text(path, "".join(line + "\n" for line in lines))
     return path
+
+
+def _write_clip(work: tuple[Path, str, SceneSpec, str]) -> str:
+    """Render one clip; its line of `clips.jsonl`."""
+    folder, name, spec, split = work
+    scene = render(spec)
+    note = {"caption": scene.caption, "seed": str(spec.seed)}
+    write_video(folder / name, scene.frames_THWC, spec.fps, note, _CRF)
+    return json.dumps(_record(name, scene, split), ensure_ascii=False)
 
 
 def plan(clips: int, seed: int, size: tuple[int, int], frames: int, fps: float, style: str = "surgical",

@@ -58,7 +58,7 @@ def make_optimiser(settings: OptimiserSettings, groups: Sequence[ParameterGroup]
     plain: dict[str, Any] = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
     match settings:
         case AdamWSettings():
-            return torch.optim.AdamW(parameters, **plain, fused=cuda)
+            return torch.optim.AdamW(parameters, **plain, fused=True)
         case AdamW8bitSettings():
             if not cuda:
                 raise UserError("optimiser.type = 'adamw8bit' needs a GPU; set optimiser.type = 'adamw'")

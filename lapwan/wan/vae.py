@@ -6,10 +6,12 @@ Shapes: B batch, C channels, T frames (pixels: 4N+1, latents: N+1), H height, W 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lapwan.wan.folder import original_file
 from lapwan.wan.original import load_vae_file
@@ -33,7 +35,28 @@ def load_vae(
     else:
         vae = AutoencoderKLWan.from_pretrained(folder, dtype=dtype, local_files_only=True)
     vae.requires_grad_(False)
+    quick_norms(vae)
     return vae.eval().to(device)
+
+
+def quick_norms(vae: nn.Module) -> None:
+    """Let the VAE's norms reduce over channels as a plain sum on a CPU, up to rounding the same numbers.
+
+    torch's vector norm over a dimension that does not lie together takes a CPU ten times as long as x²'s sum, 40 % of
+    decoding on the embedded model.
+    """
+    for module in vae.modules():
+        if type(module).__name__ == "WanRMS_norm" and module.channel_first:
+            module.forward = partial(_channel_norm, module, module.forward)  # type: ignore[method-assign]
+
+
+def _channel_norm(module: Any, plain: Callable[[Tensor], Tensor], x_BC: Tensor) -> Tensor:
+    """x / max(‖x‖, 1e-12) · √C · γ + bias over dimension 1."""
+    if x_BC.device.type != "cpu" or x_BC.dtype.itemsize < 4:  # narrow dtypes would square in few digits
+        return plain(x_BC)
+    inverse = torch.rsqrt(x_BC.square().sum(dim=1, keepdim=True).clamp_min(1e-24))
+    normed: Tensor = x_BC * inverse * module.scale * module.gamma + module.bias
+    return normed
 
 
 def channels_last(vae: AutoencoderKLWan) -> None:

@@ -329,7 +329,8 @@ def test_dataset_is_what_its_lines_say(tmp_path: Path) -> None:
 
 
 def test_dataset_repeats_itself(tmp_path: Path) -> None:
-    written = [write_dataset(tmp_path / name, clips=4, seed=1, size=(32, 32), frames=5) for name in ("a", "b")]
+    written = [write_dataset(tmp_path / name, clips=4, seed=1, size=(32, 32), frames=5, workers=workers)
+               for name, workers in (("a", 1), ("b", 2))]
     assert written[0].read_bytes() == written[1].read_bytes()
     clips = [sorted(p.parent.glob("clips/*.mp4")) for p in written]
     assert [c.read_bytes() for c in clips[0]] == [c.read_bytes() for c in clips[1]]

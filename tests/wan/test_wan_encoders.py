@@ -109,3 +109,27 @@ def test_the_still_encoding_is_bitwise_the_plain_one_and_spares_work(i2v, frames
     assert done <= all_of_them
     if frames == 45:
         assert done < 0.75 * all_of_them  # 12 chunks: the full-size layers settle after a few
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_norm_over_channels_is_diffusers_with_its_gradient(i2v, dtype):
+    """On a CPU by another sum (not in bf16, whose squares are too coarse); zeros stay zeros."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+
+    module = WanRMS_norm(6, images=False).to(dtype)
+    torch.nn.init.normal_(module.gamma)
+    found = []
+    for quick in (False, True):
+        x = torch.randn(2, 6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+        x[0, :, 0] = 0
+        x.requires_grad_()
+        if quick:
+            vae.quick_norms(module)
+        out = module(x)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)).sum().backward()
+        assert not out[0, :, 0].any()
+        found.append((out.detach(), x.grad[1], module.gamma.grad.clone()))
+        module.gamma.grad = None
+    exact = dtype == torch.bfloat16  # the same road
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if exact else 1e-12)
