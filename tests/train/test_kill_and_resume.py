@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from two_processes import PATIENCE
 
 from lapwan.train.checkpoint import checkpoints
 
@@ -42,18 +43,18 @@ def test_resume_after_kill_9_is_bitwise_the_uninterrupted_run(command, tmp_path,
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     reference = start(command, whole, t2v_cache, *OWN[command])
     victim = start(command, killed, t2v_cache, *OWN[command])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not checkpoints(killed) and time.monotonic() < deadline and victim.poll() is None:
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    assert victim.returncode == -signal.SIGKILL
-    _, said = reference.communicate(timeout=180)
+    _, said = victim.communicate()
+    assert victim.returncode == -signal.SIGKILL, said
+    _, said = reference.communicate(timeout=PATIENCE)
     assert reference.returncode == 0, said
     done = [step for step, _ in checkpoints(killed)]
     assert done and done[-1] < 2 * STEPS, "the process was to die in the middle"
     again = start(command, killed, t2v_cache, "--resume", *OWN[command])
-    _, said = again.communicate(timeout=180)
+    _, said = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0 and f"at step {done[-1]} of {2 * STEPS}" in said, said
     files = sorted(path.name for path in whole.glob("*.safetensors"))
     assert files == (["lapwan.safetensors"] if command == "train-moe" else

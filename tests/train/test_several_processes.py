@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_cases import randomise
+from two_processes import two_processes
 
 from lapwan.commands import train_lora, train_moe
 from lapwan.commands.base import resolve_base
@@ -53,10 +51,8 @@ def trainer_of(kind: str, cache: Path, run: Path, ranks: Ranks):
     return trainer
 
 
-def work(rank: int, port: int, cache: Path, folder: Path) -> None:
+def work(rank: int, cache: Path, folder: Path) -> None:
     """One of two processes: both kinds of run, then the gradients of one more step."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks, _ = join_ranks("cpu")
     for name in ("lora", "moe", "lora_tokens", "moe_tokens"):
         kind, _, shares = name.partition("_")
@@ -73,21 +69,12 @@ def work(rank: int, port: int, cache: Path, folder: Path) -> None:
 
 
 def test_two_processes_take_the_steps_of_one(t2v_cache, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, port, t2v_cache, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    alone = {kind: trainer_of(kind, t2v_cache, tmp_path / f"{kind}_alone", Ranks()) for kind in ("lora", "moe")}
-    for trainer in alone.values():
-        trainer.plan.run.mkdir()
-        trainer.fit()
-        trainer._optimiser_step(NoiseExpert.LOW)
-    for process in processes:
-        process.join(150)
-        assert process.exitcode == 0
+    with two_processes(work, t2v_cache, tmp_path):
+        alone = {kind: trainer_of(kind, t2v_cache, tmp_path / f"{kind}_alone", Ranks()) for kind in ("lora", "moe")}
+        for trainer in alone.values():
+            trainer.plan.run.mkdir()
+            trainer.fit()
+            trainer._optimiser_step(NoiseExpert.LOW)
     for kind, shares in itertools.product(("lora", "moe"), ("", "_tokens")):
         trainer, name = alone[kind], kind + shares
         # Gates are fp32: of a part of the tokens their gradient has its own rounding, which Adam's first steps, as

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_srpo_objective import PlainReward, randomise, settings_for
+from two_processes import PATIENCE, two_processes
 
 from lapwan.cli import app
 from lapwan.commands import srpo
@@ -62,18 +61,18 @@ def test_resume_after_kill_9_is_bitwise_the_uninterrupted_run(tmp_path):
             "--set", "master_weights=bf16", "--set", "kl_weight=0.1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     reference, victim = start(whole, prompts, *more), start(killed, prompts, *more)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not checkpoints(killed) and time.monotonic() < deadline and victim.poll() is None:
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    assert victim.returncode == -signal.SIGKILL
-    _, said = reference.communicate(timeout=180)
+    _, said = victim.communicate()
+    assert victim.returncode == -signal.SIGKILL, said
+    _, said = reference.communicate(timeout=PATIENCE)
     assert reference.returncode == 0, said
     done = [step for step, _ in checkpoints(killed)]
     assert done and done[-1] < 4, "the process was to die in the middle"
     again = start(killed, prompts, *more, "--resume")
-    out, said = again.communicate(timeout=180)
+    out, said = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0 and f"at step {done[-1]} of 4" in said, said
     assert out.strip() == str(killed / "lapwan_low_noise.safetensors")
     for name in ("lapwan_low_noise.safetensors", "step_000004/state/trained.safetensors"):
@@ -205,27 +204,16 @@ def sharing(folder: Path, name: str, ranks: Ranks) -> Any:
     return trainer
 
 
-def work(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def work(rank: int, folder: Path) -> None:
     ranks, _ = join_ranks("cpu")
     sharing(folder, "two", ranks)
     ranks.close()
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     settings_for(tmp_path)  # writes the prompts
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, port, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    sharing(tmp_path, "one", Ranks())
-    for process in processes:
-        process.join(150)
-        assert process.exitcode == 0
+    with two_processes(work, tmp_path):
+        sharing(tmp_path, "one", Ranks())
     ours, theirs = (load_file(tmp_path / run / "step_000002" / "state" / "trained.safetensors")
                     for run in ("one", "two"))
     assert ours.keys() == theirs.keys()
@@ -285,7 +273,7 @@ def test_a_model_too_large_for_a_cpu_is_refused_but_planned(tmp_path):
 
 def test_dry_run_prints_the_memory_of_this_configuration_by_gpu(tmp_path):
     done = subprocess.run(command(tmp_path / "run", prompts_file(tmp_path), "--dry-run"), capture_output=True,
-                          text=True, timeout=120)
+                          text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     for text in ("sigma [0.7, 0.874999] (asked: [0.7, 0.95], cut to its band)", "   24 GB: ", "  141 GB: ",
                  "rollout: 2 Euler steps", "4 prompts, 2 held out", "dry run"):

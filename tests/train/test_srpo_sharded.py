@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_srpo_objective import PlainReward, settings_for
+from two_processes import two_processes
 
 from lapwan.commands import srpo
 from lapwan.errors import UserError
@@ -84,28 +82,16 @@ def sharing(folder: Path, name: str, ranks: Ranks, device: torch.device) -> None
         torch.save(more, folder / f"{name}_gradients.pt")
 
 
-def work(rank: int, port: int, folder: Path, device: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+def work(rank: int, folder: Path, device: str) -> None:
     ranks, own = join_ranks(device)
     sharing(folder, "two", ranks, torch.device(own))
     ranks.close()
 
 
 def compare(folder: Path, device: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     settings_for(folder)  # writes the prompts
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, port, folder, device)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    sharing(folder, "one", Ranks(), torch.device(device))
-    for process in processes:
-        process.join(240)
-        assert process.exitcode == 0
+    with two_processes(work, folder, device):
+        sharing(folder, "one", Ranks(), torch.device(device))
     ours, theirs = (torch.load(folder / f"{name}_gradients.pt") for name in ("one", "two"))
     assert ours.keys() == theirs.keys() and len(ours) > 100
     for name, gradient in ours.items():

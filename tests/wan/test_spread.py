@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.hooks.context_parallel import apply_context_parallel
 from safetensors.torch import load_file
 from torch import Tensor
+from two_processes import two_processes
 
 from lapwan.commands import generate
 from lapwan.errors import UserError
@@ -103,11 +101,8 @@ def settings_for(output: Path, device: str = "cpu") -> GenerateSettings:
         "output": output, "videos": 2, "device": device, "dtype": "fp32", "sheet": True})
 
 
-def work(rank: int, port: int, folder: Path, device: str) -> None:
+def work(rank: int, folder: Path, device: str) -> None:
     """One of two processes."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
     join_ranks(device)
     if device == "cpu":
         torch.save(ours(rank, 2), folder / f"ours_{rank}.pt")
@@ -130,17 +125,8 @@ def against_diffusers(rank: int) -> None:
 
 
 def videos_of_one_and_two(folder: Path, device: str, atol: float) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, port, folder, device)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    generate.run(settings_for(folder / "one.safetensors", device), RunOptions())
-    for process in processes:
-        process.join(150)
-        assert process.exitcode == 0
+    with two_processes(work, folder, device):
+        generate.run(settings_for(folder / "one.safetensors", device), RunOptions())
     for seed in (42, 43):
         alone, shared = (load_file(next(folder.glob(f"{name}_*seed={seed}.safetensors")))["latents"]
                          for name in ("one", "two"))
