@@ -172,6 +172,11 @@ def _message(item: Any, key: str, leaf: str, owners: list[type[Settings]]) -> st
         return f"unknown key '{key}'{guess}{allowed}"
     if item["type"] == "missing":
         return f"'{key}' is required"
+    if item["type"] == "tuple_type":
+        return f"{key} = {item.get('input')!r}: must be a list, such as [a, b]"
+    if item["type"] == "too_short":
+        context = item["ctx"]
+        return f"{key}: must hold at least {context['min_length']}, has {context['actual_length']}"
     said = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     verb = "" if said != item["msg"] and not item["msg"].startswith("Input") else "must be "
     value = item.get("input")

@@ -46,7 +46,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: load(header, name) for name in header.tensors}
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except pickle.UnpicklingError:  # torch's own words advise to execute what the file holds
+        raise UserError(f"cannot read {path} as weights: it is no file of tensors that torch.save wrote, or holds more "
+                        "than plain tensors (nothing in it is executed); is it the right file?") from None
+    except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"cannot read {path} as weights: {str(error).splitlines()[0]}") from None
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
