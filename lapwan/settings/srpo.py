@@ -23,6 +23,16 @@ _EXPERTS = {
 }
 
 
+def _pixels(value: Any) -> Any:
+    """A height and a width, also as HEIGHTxWIDTH."""
+    if isinstance(value, str):
+        parts = value.lower().replace("×", "x").split("x")
+        if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+            raise ValueError("must be HEIGHTxWIDTH, such as 512x512")
+        return tuple(int(part) for part in parts)
+    return value
+
+
 class PromptSettings(Settings):
     """Captions to train on: a file of them, or the clips of a cache."""
 
@@ -39,6 +49,11 @@ class PromptSettings(Settings):
     def _one(self) -> PromptSettings:
         if (self.file is None) == (self.cache is None):
             raise ValueError("give exactly one of prompts.file (--prompts FILE) and prompts.cache (--cache DIR)")
+        if self.cache is not None:
+            for name, unset in (("features", None), ("negative", NEGATIVE_PROMPT)):
+                if getattr(self, name) != unset:
+                    raise ValueError(f"prompts.{name} is for prompts.file; a cache holds its own text features, of its "
+                                     f"own negative prompt too: leave prompts.{name} out")
         return self
 
 
@@ -82,6 +97,8 @@ class HeldOutSettings(Settings):
     guidance: float | None = Field(None, ge=1, description="Absent: the rollout's.")
     patience: int | None = Field(
         None, ge=1, description="End the run when the margin has not risen for so many looks; absent: never.")
+
+    _size = field_validator("size", mode="before")(_pixels)
 
 
 class SrpoSettings(Settings):
@@ -165,19 +182,14 @@ class SrpoSettings(Settings):
     def _experts(cls, value: Any) -> Any:
         names = value.split(",") if isinstance(value, str) else value
         if isinstance(names, list | tuple):
-            found = [one for name in names for one in _EXPERTS.get(str(name).strip(), (name,))]
-            return tuple(dict.fromkeys(found))
+            names = [name.value if isinstance(name, NoiseExpert) else str(name).strip() for name in names]
+            if unknown := [name for name in names if name not in _EXPERTS]:
+                raise ValueError(f"'{unknown[0]}' is no noise expert; give low (transformer_2), high (transformer) or "
+                                 "both")
+            return tuple(dict.fromkeys(one for name in names for one in _EXPERTS[name]))
         return value
 
-    @field_validator("size", mode="before")
-    @classmethod
-    def _size(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            parts = value.lower().replace("×", "x").split("x")
-            if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
-                raise ValueError("must be HEIGHTxWIDTH, such as 512x512")
-            return tuple(int(part) for part in parts)
-        return value
+    _size = field_validator("size", mode="before")(_pixels)
 
     @field_validator("sigma", mode="before")
     @classmethod
@@ -209,6 +221,10 @@ class SrpoSettings(Settings):
                              "set dtype = \"bf16\", or train = \"lora\"")
         if self.train == "full" and self.optimiser.type != "adamw":
             raise ValueError(f"a full fine-tune takes optimiser.type = 'adamw', not '{self.optimiser.type}'")
+        frames = self.preference.frames
+        if isinstance(frames, int) and frames > self.num_frames:
+            raise ValueError(f"preference.frames = {frames}, but num_frames = {self.num_frames} has no more than "
+                             f"{self.num_frames} to judge; set it to at most that, or to \"all\" or \"first\"")
         if self.held_out.patience is not None and not self.held_out.count:
             raise ValueError("held_out.patience needs held-out prompts: set held_out.count above 0")
         if self.keep_best is not None and (not self.held_out.count or self.save_every % self.held_out.every):

@@ -22,6 +22,7 @@ from lapwan.data.batch import Batch
 from lapwan.data.cachefile import CachedItem, CacheIndex, load_index, read_prompt
 from lapwan.data.prompts import held_out, read_prompts
 from lapwan.errors import UserError
+from lapwan.lora.tensorfile import read_header
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.data import ClipStore, check_cache, training_items
 from lapwan.wan.folder import ModelSpec
@@ -76,6 +77,13 @@ def read_data(settings: SrpoSettings, spec: ModelSpec) -> SrpoData:
     if spec.task == "i2v" and (rule.size is not None or rule.num_frames is not None):
         raise UserError("held_out.size and held_out.num_frames are for text-to-video models; an image-to-video model's "
                         "held-out clips keep the size of their first frame")
+    if rule.count and (rule.size is not None or rule.num_frames is not None):
+        try:
+            spec.latent_shape(rule.num_frames or settings.num_frames, *(rule.size or (height, width)))
+        except UserError as error:
+            raise UserError(f"held_out: {error}") from None
+    if settings.prompts.features is not None:
+        TextFeatures(settings.prompts.features).encoder()  # refuses another program's file before anything is loaded
     if settings.prompts.file is not None:
         if spec.task == "i2v":
             raise UserError("prompts.file with an image-to-video model: a rollout needs first frames; give "
@@ -127,17 +135,30 @@ class TextFeatures:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def encoder(self) -> str | None:
+        """Which text encoder the file's features are of; None if there is no file yet.
+
+        Raises:
+            UserError: a file of something else, which writing would destroy.
+        """
+        if not self.path.exists():
+            return None
+        found = read_header(self.path).metadata.get(_ENCODER)
+        if found is None:
+            raise UserError(f"{self.path} holds no text features of lapwan's; set prompts.features to a file that it "
+                            "wrote or may write, or leave it out")
+        return found
+
     def ensure(self, prompts: Sequence[str], spec: ModelSpec, device: torch.device) -> None:
         """Encode what the file lacks; the text encoder is loaded only then, and leaves."""
         from lapwan.wan.text import encode_text, load_text_encoder
 
         encoder_id, have = text_identity(spec), {}
-        if self.path.is_file():
+        if (found := self.encoder()) == encoder_id:
             with safe_open(self.path, "pt") as file:
-                if file.metadata().get(_ENCODER) == encoder_id:
-                    have = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
-                else:
-                    console.warn(f"{self.path} is of another text encoder; its prompts are encoded again")
+                have = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
+        elif found is not None:
+            console.warn(f"{self.path} is of another text encoder; its prompts are encoded again")
         missing = [p for p in dict.fromkeys(prompts) if _hash(p) not in have]
         if not missing:
             return

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_srpo_objective import PlainReward, randomise, settings_for
 from two_processes import PATIENCE, two_processes
 
@@ -234,6 +234,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     ({"model": "tiny-i2v"}, "num_frames = 1 on an image-to-video model"),
     ({"model": "tiny-i2v", "num_frames": 5}, "needs first frames"),
     ({"held_out": {"count": 4}}, "leaves none to train on"),
+    ({"held_out": {"count": 1, "num_frames": 4}}, "held_out: frames = 4: must be 4N+1"),
+    ({"held_out": {"count": 1, "size": "50x32"}}, "held_out: size 50x32"),
     ({"rewards": [{"type": "hps", "path": "nowhere.pt"}]}, "nowhere.pt"),
     ({"rewards": [{"type": "clip", "path": "."}]}, "."),
 ])
@@ -250,11 +252,24 @@ def test_what_cannot_be_aligned_is_one_line(tmp_path, changes, said):
     ({"train": "full", "dtype": "fp8"}, "is for a base that stays frozen"),
     ({"prompts": {}}, "give exactly one of prompts.file"),
     ({"held_out": {"count": 0, "patience": 2}}, "needs held-out prompts"),
-    ({"experts": "transformer_3"}, "transformer_3"), ({"rewards": []}, "no reward"),
+    ({"experts": "transformer_3"}, "'transformer_3' is no noise expert; give low"), ({"rewards": []}, "no reward"),
+    ({"num_frames": 5, "preference": {"frames": 6}}, "num_frames = 5 has no more than 5 to judge"),
+    ({"prompts": {"cache": "c", "negative": "blurred"}}, "prompts.negative is for prompts.file"),
 ])
 def test_settings_that_contradict_themselves(tmp_path, changes, said):
     with pytest.raises(ValueError, match=said):
         settings_for(tmp_path, **changes)
+
+
+def test_a_file_of_something_else_is_not_taken_for_text_features_and_stays(tmp_path):
+    lora = tmp_path / "lora.safetensors"
+    save_file({"a": torch.zeros(2)}, lora)
+    before = lora.read_bytes()
+    settings = settings_for(tmp_path)
+    prompts = settings.prompts.model_copy(update={"features": lora})
+    with pytest.raises(UserError, match="holds no text features of lapwan's"):
+        srpo.plan(settings.model_copy(update={"prompts": prompts}), CPU)
+    assert lora.read_bytes() == before
 
 
 def test_bf16_masters_of_fp32_weights_are_refused(tmp_path):
