@@ -4,6 +4,9 @@ The backward pass runs reward → VAE → transformer. While it does, this is th
 
     weights + training state + the transformer's graph + max(the rewards' graph, the VAE's work)
 
+Without gradients are rollouts, with guidance on both sides at once, and looks at held-out prompts, which may be larger
+than what is trained: where one of them takes more than the graphs, it takes their place.
+
 The transformer's graph and the VAE's work are not guessed: the code itself runs on tensors without values, and what is
 alive at once is added up (`wan.simulate`). All in bytes.
 """
@@ -16,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -35,6 +38,9 @@ from lapwan.wan.shapes import Clip, ExpertShape, GroupShape
 from lapwan.wan.simulate import measure
 from lapwan.wan.vae_gradient import decode_frames, frame_choice
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
 _GIB, _GB = 1 << 30, 10**9
 _CONTEXT = 3 * _GIB // 2  # what CUDA itself takes, and fragmentation
 GPUS = (24, 40, 80, 96, 141)  # GB
@@ -49,11 +55,12 @@ class Parts:
     models: int  # rewards and VAE themselves
     judging: int  # the rewards' graph, or the VAE's work where that is more
     graphs: Mapping[bool, int]
+    sampling: int = 0  # the most that a rollout or a look at held-out prompts takes
 
     def peak(self, both: bool, checkpointing: bool) -> int:
         """The most that is there at once, without CUDA's own."""
         weights = sum(self.weights.values()) if both else max(self.weights.values())
-        return weights + self.state + self.models + self.judging + self.graphs[checkpointing]
+        return weights + self.state + self.models + max(self.judging + self.graphs[checkpointing], self.sampling)
 
     def measures(self, movable: bool) -> Iterator[tuple[bool, bool]]:
         """(both on the device, checkpointing), what costs least first."""
@@ -147,7 +154,7 @@ def _detail(parts: Parts) -> str:
     weights = " + ".join(f"{size / _GIB:.1f}" for size in parts.weights.values())
     return (f"weights {weights}, training state {parts.state / _GIB:.1f}, rewards and VAE {parts.models / _GIB:.1f}, "
             f"judging {parts.judging / _GIB:.1f}, activations {parts.graphs[False] / _GIB:.1f} kept or "
-            f"{parts.graphs[True] / _GIB:.1f} recomputed")
+            f"{parts.graphs[True] / _GIB:.1f} recomputed, or sampling {parts.sampling / _GIB:.1f}")
 
 
 def _hints(settings: SrpoSettings) -> str:
@@ -188,7 +195,28 @@ def parts_of(
     ranks = _ranks(settings, base)
     graphs = {kept: transformer_bytes(spec.path, experts[0], dtype, recipe, ranks, clip, kept)
               for kept in (False, True)}
-    return Parts(weights, state, rewards + vae, max(graph, work), graphs)
+    return Parts(weights, state, rewards + vae, max(graph, work), graphs,
+                 sampling_bytes(settings, base, experts[0], bucket, dtype))
+
+
+def sampling_bytes(
+    settings: SrpoSettings, base: Base, expert: NoiseExpert, bucket: tuple[int, int, int], dtype: torch.dtype
+) -> int:
+    """The most that rollouts and looks at held-out prompts take beside what stays; no gradients."""
+    spec, held, own = base.spec, settings.held_out, settings.rollout
+    shape = ExpertShape(spec, expert, dtype, recipe_of(settings), [GroupShape(dict(_ranks(settings, base)), True)])
+
+    def evaluation(of: tuple[int, int, int], guidance: float) -> int:
+        return shape.forward_work(Clip(settings.batch_size * (2 if guidance > 1 else 1), *of))
+
+    found = [] if own.offline else [evaluation(bucket, own.guidance)]
+    if held.count:
+        shown = (held.num_frames or bucket[0], *(held.size or bucket[1:]))
+        found.append(evaluation(shown, held.guidance or own.guidance))
+        if shown != (1, *bucket[1:]):  # a still of the trained size is less than the same with its gradient
+            found.append(decoding_bytes(spec.path / "vae", getattr(torch, settings.vae_dtype),
+                                        spec.latent_shape(*shown)))
+    return max(found, default=0)
 
 
 def recipe_of(settings: SrpoSettings) -> Recipe | None:
@@ -244,6 +272,24 @@ def vae_bytes(
     folder: Path, dtype: torch.dtype, batch: int, latent_shape: tuple[int, int, int, int], wanted: tuple[int, ...]
 ) -> tuple[int, int]:
     """(the VAE's weights, what decoding the judged frames with their gradient takes beside them)."""
+    vae = _empty_vae(folder, dtype)
+    with torch.device("meta"):
+        latents = torch.empty(batch, *latent_shape, requires_grad=True)
+        work = measure(lambda: torch.autograd.backward(decode_frames(vae, latents, wanted).square().mean())).peak
+    return sum(p.nbytes for p in vae.parameters()), work
+
+
+@lru_cache(maxsize=16)
+def decoding_bytes(folder: Path, dtype: torch.dtype, latent_shape: tuple[int, int, int, int]) -> int:
+    """What decoding all frames of one clip takes beside the VAE's weights, without gradients."""
+    vae = _empty_vae(folder, dtype)
+    frames = (latent_shape[1] - 1) * vae.config.scale_factor_temporal + 1
+    with torch.device("meta"), torch.no_grad():
+        latents = torch.empty(1, *latent_shape)
+        return measure(lambda: decode_frames(vae, latents, range(frames))).peak
+
+
+def _empty_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKLWan:
     from diffusers import AutoencoderKLWan
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -251,6 +297,4 @@ def vae_bytes(
         vae = AutoencoderKLWan.from_config(config).requires_grad_(False).eval()
         for parameter in vae.parameters():
             parameter.data = parameter.data.to(dtype)
-        latents = torch.empty(batch, *latent_shape, requires_grad=True)
-        work = measure(lambda: torch.autograd.backward(decode_frames(vae, latents, wanted).square().mean())).peak
-    return sum(p.nbytes for p in vae.parameters()), work
+    return vae

@@ -309,6 +309,8 @@ def test_the_plan_counts_what_each_measure_saves(tmp_path):
 
     assert peak(both=False) < peak() and peak(checkpointing=True) < peak()
     assert peak(batch_size=2) > peak() and peak(vae_dtype="bfloat16") < peak()
+    looks = [peak(held_out={"count": 1, **shown}) for shown in ({}, {"size": (512, 512)}, {"num_frames": 17})]
+    assert looks[0] == peak() < looks[2] < looks[1]  # a look may take more than a step
     full = {"train": "full", "dtype": "bf16"}
     numbers = sum(p.numel() for p in base.load(LOW).parameters())
     assert peak(**full) - peak(**full, master_weights="bf16") == 8 * numbers  # 2 + 12 bytes against 2 + 4
