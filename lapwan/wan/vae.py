@@ -47,7 +47,7 @@ def quick_norms(vae: nn.Module) -> None:
     """
     for module in vae.modules():
         if type(module).__name__ == "WanRMS_norm" and module.channel_first:
-            module.forward = partial(_channel_norm, module, module.forward)  # type: ignore[method-assign]
+            module.forward = partial(_channel_norm, module, module.forward)
 
 
 def _channel_norm(module: Any, plain: Callable[[Tensor], Tensor], x_BC: Tensor) -> Tensor:
