@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,6 +54,20 @@ class FlagField:
         """`--num-frames`: the flag's own long name, or the field's."""
         own = [name for name in self.flag.names if name.startswith("--")]
         return own[0] if own else "--" + self.key.rsplit(".", 1)[-1].replace("_", "-")
+
+
+def height_width(value: Any) -> Any:
+    """(height, width) of the text `480x832`; what is no text as it is.
+
+    Raises:
+        ValueError: another text.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+)\s*[xX×*]\s*(\d+)\s*", value)
+    if match is None:
+        raise ValueError("must be HEIGHTxWIDTH in pixels, such as 480x832")
+    return int(match[1]), int(match[2])
 
 
 def submodel(annotation: Any) -> type[Settings] | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lapwan.settings.base import Flag, Settings
+from lapwan.settings.base import Flag, Settings, height_width
 
 # The negative prompt of Wan's official shared configuration.
 NEGATIVE_PROMPT = (
@@ -61,15 +61,7 @@ class CacheSettings(Settings):
         0, ge=0, description="Decode N cached clips into lapwan_preview.png; without --dataset do only that.")
     skip_bad: Annotated[bool, Flag()] = Field(False, description="Bad clips are listed, but are no error.")
 
-    @field_validator("size", mode="before")
-    @classmethod
-    def _size(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            parts = value.lower().replace("×", "x").split("x")
-            if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
-                raise ValueError("must be HEIGHTxWIDTH, such as 480x832")
-            return tuple(int(part) for part in parts)
-        return value
+    _size = field_validator("size", mode="before")(height_width)
 
     @field_validator("num_frames", mode="before")
     @classmethod

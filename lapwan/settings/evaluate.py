@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lapwan.names import NoiseExpert
-from lapwan.settings.base import Flag, Settings
+from lapwan.settings.base import Flag, Settings, height_width
 from lapwan.settings.generate import ModelSettings, number_or_named
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.settings.model_files import ModelChoice
@@ -90,13 +90,7 @@ class VideoSettings(Settings):
         True, description="Also what the VAE's reconstructions of the clips themselves reach: no video can do better.")
     sheet: int = Field(8, ge=0, description="Clips on the contact sheets; 0: no sheets.")
 
-    @field_validator("size", mode="before")
-    @classmethod
-    def _size(cls, value: Any) -> Any:
-        match = re.fullmatch(r"\s*(\d+)\s*[xX×*]\s*(\d+)\s*", value) if isinstance(value, str) else None
-        if isinstance(value, str) and match is None:
-            raise ValueError("HEIGHTxWIDTH in pixels, such as 480x832")
-        return value if match is None else (int(match[1]), int(match[2]))
+    _size = field_validator("size", mode="before")(height_width)
 
     @field_validator("guidance", mode="before")
     @classmethod

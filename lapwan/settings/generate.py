@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from lapwan.names import NoiseExpert
-from lapwan.settings.base import Flag, Settings
+from lapwan.settings.base import Flag, Settings, height_width
 from lapwan.settings.lora_argument import LORA_METAVAR, LoraArgument
 from lapwan.settings.memory import MEMORY_METAVAR, GenerateDtype, MemoryChoice
 from lapwan.settings.model_files import ModelChoice
@@ -157,15 +157,7 @@ class VideoSettings(Settings):
         names = ("instrument_hint", "alpha_base", "alpha_expert")
         return [name for name in names if getattr(self, name) not in (None, 1.0)]
 
-    @field_validator("size", mode="before")
-    @classmethod
-    def _size(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        match = re.fullmatch(r"\s*(\d+)\s*[xX×*]\s*(\d+)\s*", value)
-        if match is None:
-            raise ValueError("HEIGHTxWIDTH in pixels, such as 480x832")
-        return int(match[1]), int(match[2])
+    _size = field_validator("size", mode="before")(height_width)
 
     @field_validator("guidance_interval", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lapwan.names import NoiseExpert
-from lapwan.settings.base import Flag, Settings
+from lapwan.settings.base import Flag, Settings, height_width
 from lapwan.settings.cache import NEGATIVE_PROMPT
 from lapwan.settings.memory import TrainDtype, precision_of
 from lapwan.settings.optimisers import AdamWSettings, OptimiserSettings, ScheduleSettings
@@ -21,16 +21,6 @@ LR = {"lora": 1e-4, "full": 5e-6}
 _EXPERTS = {
     "transformer": ("high",), "transformer_2": ("low",), "high": ("high",), "low": ("low",), "both": ("high", "low"),
 }
-
-
-def _pixels(value: Any) -> Any:
-    """A height and a width, also as HEIGHTxWIDTH."""
-    if isinstance(value, str):
-        parts = value.lower().replace("×", "x").split("x")
-        if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
-            raise ValueError("must be HEIGHTxWIDTH, such as 512x512")
-        return tuple(int(part) for part in parts)
-    return value
 
 
 class PromptSettings(Settings):
@@ -98,7 +88,7 @@ class HeldOutSettings(Settings):
     patience: int | None = Field(
         None, ge=1, description="End the run when the margin has not risen for so many looks; absent: never.")
 
-    _size = field_validator("size", mode="before")(_pixels)
+    _size = field_validator("size", mode="before")(height_width)
 
 
 class SrpoSettings(Settings):
@@ -189,7 +179,7 @@ class SrpoSettings(Settings):
             return tuple(dict.fromkeys(one for name in names for one in _EXPERTS[name]))
         return value
 
-    _size = field_validator("size", mode="before")(_pixels)
+    _size = field_validator("size", mode="before")(height_width)
 
     @field_validator("sigma", mode="before")
     @classmethod

@@ -34,6 +34,8 @@ class Row:
     tflops: float | None = None  # useful ones a second
     compile_seconds: float = 0.0
     clock_mhz: int | None = None
+    watts: float | None = None
+    power_capped: bool | None = None  # the driver holds the clock down to stay under the card's power limit
     target: str = ""
     note: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -44,16 +46,20 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def clock(work: Callable[[], object]) -> int | None:
-    """MHz of the multiprocessors while `work` repeats: asked of nvidia-smi, whose answer takes a moment."""
+def asked_while(work: Callable[[], object]) -> dict[str, Any]:
+    """Clock, power and whether power limits the clock while `work` repeats: nvidia-smi's answer takes a moment."""
     if not torch.cuda.is_available():
-        return None
+        return {}
+    fields = "clocks.sm,power.draw,clocks_event_reasons.active"
     asked = subprocess.Popen(
-        ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"], stdout=subprocess.PIPE, text=True)
+        ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"], stdout=subprocess.PIPE, text=True)
     while asked.poll() is None:
         work()
-    said, _ = asked.communicate()
-    return int(said.split()[0]) if asked.returncode == 0 and said.strip() else None
+    said = [part.strip() for part in asked.communicate()[0].splitlines()[0].split(",")]
+    if asked.returncode != 0 or len(said) != 3:
+        print("nvidia-smi:", said)
+        return {}
+    return {"clock_mhz": int(said[0]), "watts": float(said[1]), "power_capped": bool(int(said[2], 16) & 4)}
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -80,14 +86,14 @@ def measure(
     while len(times) < least or (time.monotonic() - started < seconds and len(times) < 200):
         times.append(seconds_of(work))
     early = statistics.median(times[:5])
-    mhz = clock(work) if early < 5 else None  # nvidia-smi's answer is not worth another video
-    row = row_of(name, times, flops, compiled, mhz, target, note)
+    card = asked_while(work) if early < 5 else {}  # nvidia-smi's answer is not worth another video
+    row = row_of(name, times, flops, compiled, card, target, note)
     row.extra = {"median_of_first_five": early}
     return row
 
 
 def row_of(
-    name: str, times: list[float], flops: float, compiled: float, mhz: int | None, target: str, note: str
+    name: str, times: list[float], flops: float, compiled: float, card: dict[str, Any], target: str, note: str
 ) -> Row:
     """A row from its times; low and high are the 10th and 90th percentile where there are ten, else the extremes."""
     ordered, cuda = sorted(times), torch.cuda.is_available()
@@ -97,7 +103,7 @@ def row_of(
         name, median, ordered[cut], ordered[-1 - cut], len(times),
         torch.cuda.max_memory_allocated() / GIB if cuda else 0.0,
         torch.cuda.max_memory_reserved() / GIB if cuda else 0.0,
-        flops / median / 1e12 if flops else None, compiled, mhz, target, note,
+        flops / median / 1e12 if flops else None, compiled, **card, target=target, note=note,
     )
 
 
@@ -150,7 +156,7 @@ def line(row: dict[str, Any]) -> str:
     flops = "" if row["tflops"] is None else f" {row['tflops']:6.0f} TFLOP/s"
     said = f"{row['name']:<28} {row['median']:8.4f} s [{row['low']:.4f}, {row['high']:.4f}] n={row['count']:<3}"
     return (f"{said} peak {row['peak_gib']:6.2f} GiB{flops} compile {row['compile_seconds']:5.1f} s "
-            f"{row['clock_mhz'] or '-'} MHz  target {row['target'] or '-'} {row['note']}")
+            f"{row['clock_mhz'] or '-'} MHz {row.get('watts') or '-'} W  target {row['target'] or '-'} {row['note']}")
 
 
 def markdown(found: Sequence[Results], command: str) -> str:
@@ -160,16 +166,20 @@ def markdown(found: Sequence[Results], command: str) -> str:
         f"# Speed on {told['gpu']}, {told['date']}", "",
         f"torch {told['torch']}, CUDA {told['cuda']}, cuDNN {told['cudnn']}, Python {told['python']}. A14B shapes, "
         "random weights, batch 1: speed only.", "", f"    {command}", "",
-        "Median of n, [10 %, 90 %] of the times (the extremes under ten); peak is of torch's allocator. Useful TFLOP/s "
+        "Median of n, [10 %, 90 %] of the times (the extremes under ten); peak is of torch's allocator; MHz and W "
+        "are nvidia-smi's while the row runs, (capped) where power holds the clock down. Useful TFLOP/s "
         "count Linears and attention, and in a step the gradients of the trained blocks' inputs.", "",
-        "| row | seconds | spread | n | peak GiB | TFLOP/s | compile s | MHz | to reach | note |",
+        "| row | seconds | spread | n | peak GiB | TFLOP/s | compile s | MHz, W | to reach | note |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         flops = "" if row["tflops"] is None else f"{row['tflops']:.0f}"
+        card = f"{row['clock_mhz']}, {row['watts']:.0f}" if row["clock_mhz"] else ""
+        if row["power_capped"]:
+            card += " (capped)"
         head.append(
             f"| {row['name']} | {row['median']:.4g} | {row['low']:.4g} – {row['high']:.4g} | {row['count']} | "
-            f"{row['peak_gib']:.1f} | {flops} | {row['compile_seconds']:.0f} | {row['clock_mhz'] or ''} | "
+            f"{row['peak_gib']:.1f} | {flops} | {row['compile_seconds']:.0f} | {card} | "
             f"{row['target']} | {row['note']} |"
         )
     return "\n".join(head) + "\n"

@@ -189,7 +189,7 @@ def mixture_against_lora(name: str, kind: str, size: str) -> Callable[[Bench], N
         mean = float(ratios.mean())
         note = f"moe / lora = {mean:.4f} ± {half:.4f} (95 %, {len(ratios)} pairs), medians " + ", ".join(
             f"{title} {sorted(own)[len(own) // 2]:.4f} s" for title, own in times.items())
-        row = row_of(name, times["moe"], 0.0, 0.0, None, "≤ 1.03", note)
+        row = row_of(name, times["moe"], 0.0, 0.0, {}, "≤ 1.03", note)
         row.extra = {"ratio": mean, "half_interval": half}
         bench.results.add(row)
     return run
