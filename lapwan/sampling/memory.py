@@ -16,7 +16,7 @@ from lapwan.names import NoiseExpert
 from lapwan.wan.folder import ModelSpec, original_file, tensor_shapes, weight_files
 from lapwan.wan.hostmemory import HostCopy
 from lapwan.wan.plan import (
-    COMPILED,
+    COMPILED_EVALUATION,
     EVALUATION_SECONDS,
     GIB,
     WORKSPACE,
@@ -40,6 +40,7 @@ _VALUES_A_TOKEN = 40
 # The VAE's decoding works frame by frame: measured on an H200 in fp32, 1.0 GiB at 256x256 and 4.7 at 480x832.
 _DECODED_BYTES = 12_600  # a pixel of one frame, at Wan2.1's decoder width
 _DECODER_WIDTH = 96
+_WORDS = 128  # rows of a text whose keys and values are kept: Wan's negative prompt has 126
 
 
 def weight_bytes(spec: ModelSpec, expert: NoiseExpert, dtype: torch.dtype) -> int:
@@ -121,8 +122,10 @@ def plan_generation(
     for together in (True, False) if asking.guided else (True,):
         clip = Clip(asking.batch * (2 if asking.guided and together else 1), asking.num_frames, *asking.size)
         work = max(shape.forward_work(clip, asking.processes) for shape in shapes.values())
-        work = int(work * COMPILED["forward"]) if asking.compiled else work
+        if asking.compiled:
+            work = int(work * COMPILED_EVALUATION.get(None if recipe is None else recipe.precision, 1.0))
         first = next(iter(shapes.values()))
+        work += first.text_bytes(clip.batch * _WORDS)
         flops = first.flops(clip, range(spec.num_layers)).times(1 / asking.processes)
         once = flops.seconds(rates) * EVALUATION_SECONDS[asking.compiled]
         passes = 2 if asking.guided and not together else 1

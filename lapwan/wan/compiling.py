@@ -6,19 +6,20 @@ few (frozen, with adapters, with and without cached text); each size of latents 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lapwan import console
 from lapwan.files import cache_root
 from lapwan.wan.block import block_forward
-from lapwan.wan.fastpath import path_of
+from lapwan.wan.fastpath import BlockFunction, path_of, selective_block
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -67,11 +68,11 @@ class _Clock:
 
 
 _CLOCK = _Clock()
-_COMPILED: list[Callable[..., Tensor]] = []
+_COMPILED: dict[str, BlockFunction] = {}
 
 
-def compiled_block() -> Callable[..., Tensor]:
-    """`block_forward` compiled: one function for all transformers of the process, made once."""
+def compiled_block(selective: bool = False) -> BlockFunction:
+    """`block_forward` compiled, or `selective_block`: one function for all transformers of the process, made once."""
     if not _COMPILED:
         import torch._dynamo as dynamo
         from torch._dynamo.callback import callback_handler
@@ -81,13 +82,18 @@ def compiled_block() -> Callable[..., Tensor]:
         dynamo.config.accumulated_recompile_limit = max(dynamo.config.accumulated_recompile_limit, 4 * _GRAPHS)
         callback_handler.register_start_callback(_CLOCK.begin)
         callback_handler.register_end_callback(_CLOCK.end)
-        _COMPILED.append(torch.compile(block_forward, dynamic=False, fullgraph=True))
-    return _COMPILED[0]
+        # It asks not to work in place where operations are chosen for recomputation: nothing in a block does.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+        for name, function in (("block", block_forward), ("selective", selective_block)):
+            _COMPILED[name] = torch.compile(function, dynamic=False, fullgraph=True)
+    return _COMPILED["selective" if selective else "block"]
 
 
 def compile_blocks(transformer: nn.Module, on: bool = True) -> None:
     """Run this transformer's blocks compiled (or not) from now on. Nothing is compiled before their first use."""
-    path_of(transformer).block = compiled_block() if on else block_forward
+    path = path_of(transformer)
+    path.block = compiled_block() if on else block_forward
+    path.selective = compiled_block(selective=True) if on else None
 
 
 def compile_time() -> tuple[float, int]:

@@ -43,11 +43,13 @@ class Residency(Protocol):
 class FastPath:
     """One transformer's way. `checkpointing` None: blocks, where diffusers' own switch is on.
 
-    `modules`: by diffusers' own forward, since sharding puts weights together where a module is called. `spread`: the
-    processes that share a sequence's tokens.
+    `selective`: the block that itself keeps no more than "op" says, for compiled ones. `modules`: by diffusers' own
+    forward, since sharding puts weights together where a module is called. `spread`: the processes that share a
+    sequence's tokens.
     """
 
     block: BlockFunction = block_forward
+    selective: BlockFunction | None = None
     residency: Residency | None = None
     checkpointing: Checkpointing | None = None
     modules: bool = False
@@ -169,19 +171,23 @@ def _op_contexts() -> Any:
     return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
 
 
-def run_checkpointed(
-    run: Callable[..., Tensor], kind: Checkpointing, compiled: bool, *tensors: Tensor | None
-) -> Tensor:
-    """`run(*tensors)`: with "block" its input alone is kept for the backward, with "op" attention and products too.
-
-    A compiled block already recomputes what is cheap, so "op" leaves it as it is.
-    """
+def run_checkpointed(run: Callable[..., Tensor], kind: Checkpointing, *tensors: Tensor | None) -> Tensor:
+    """`run(*tensors)`: with "block" its input alone is kept for the backward, with "op" attention and products too."""
     # Nothing in a block draws from a global generator (dropout's masks are keyed), so none needs restoring.
     whole = partial(checkpoint, run, *tensors, use_reentrant=False, preserve_rng_state=False)
     if kind == "block":
         out: Tensor = whole()
-    elif kind == "op" and not compiled:
+    elif kind == "op":
         out = whole(context_fn=_op_contexts)
     else:
         out = run(*tensors)
     return out
+
+
+def selective_block(block: Any, *given: Any) -> Tensor:
+    """`block_forward` that keeps what "op" keeps: once compiled, a block cannot be told so from outside."""
+
+    def run(*inputs: Any) -> Tensor:
+        return block_forward(block, *inputs)
+
+    return run_checkpointed(run, "op", *given)

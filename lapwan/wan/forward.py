@@ -152,7 +152,9 @@ class _Stream:
 def _run_block(path: FastPath, index: int, block: Any, x_BND: Tensor, given: _Stream, seen: Trained) -> Tensor:
     # Dropout's masks are drawn in Python, by name: what compiles cannot hold them.
     function = block_forward if seen.dropout else path.block
-
+    kind: Checkpointing = given.checkpointing if seen.graph else "off"
+    if kind == "op" and path.selective is not None and not seen.dropout:
+        function, kind = path.selective, "off"
     words = given.words
 
     def run(x: Tensor, text_BLD: Tensor | None, modulation_BK6D: Tensor) -> Tensor:
@@ -169,10 +171,9 @@ def _run_block(path: FastPath, index: int, block: Any, x_BND: Tensor, given: _St
             path.residency.done(index)
         return out
 
-    kind: Checkpointing = given.checkpointing if seen.graph else "off"
     # Without a graph each row's keys are computed once; with one the block does it, and may compute it again.
     text = None if words.stands > 1 and not torch.is_grad_enabled() else words.all_BLD
-    return run_checkpointed(run, kind, function is not block_forward, x_BND, text, given.time.modulation_BK6D)
+    return run_checkpointed(run, kind, x_BND, text, given.time.modulation_BK6D)
 
 
 def predict(
@@ -204,9 +205,10 @@ def predict(
     checkpointing = path.checkpointing or ("block" if transformer.gradient_checkpointing else "off")
     given = _Stream(words, text if isinstance(text, Prompt) else None, time, rope, checkpointing, split)
     started = grad and any(t.requires_grad for t in (x, words.rows_BMD, time.modulation_BK6D))
-    x_in, x_first = x, x
+    x_in = x_first = None if reuse is None else x  # no longer than they are asked for
     for index, block in enumerate(transformer.blocks):
         if reuse is not None and index == 1:
+            assert x_in is not None
             x_first = x
             if (kept := reuse.end(x_in, x, split)) is not None:
                 return _head(transformer, kept, time, hidden_BCTHW, split)
@@ -215,5 +217,6 @@ def predict(
         with torch.set_grad_enabled(started):
             x = _run_block(path, index, block, x, given, Trained(started, seen.dropout))
     if reuse is not None:
+        assert x_first is not None
         reuse.computed(x_first, x, lambda end: _head(transformer, end, time, hidden_BCTHW, split), split)
     return _head(transformer, x, time, hidden_BCTHW, split)

@@ -163,6 +163,11 @@ class ExpertShape:
         gates = torch.empty(clip.batch, len(self._trainable), device=_META, requires_grad=trained and self._gated)
         return adapter.holder.scope(gates)
 
+    def text_bytes(self, rows: int) -> int:
+        """Of every block's keys and values of `rows` rows of text."""
+        inner = int(self._config["num_attention_heads"]) * int(self._config["attention_head_dim"])
+        return 2 * rows * inner * self._dtype.itemsize * len(self.kinds)
+
     def forward_work(self, clip: Clip, processes: int = 1) -> int:
         """The most one evaluation without gradients takes beside the weights, in each process that shares it."""
         model, adapter = self._model(self._distinct)

@@ -48,7 +48,7 @@ def gradients(model, adapter: Adapter, x: Tensor, t: Tensor, text: Tensor) -> li
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("kind", ["off", "block"])
+@pytest.mark.parametrize("kind", ["off", "op", "block"])
 def test_compiled_blocks_are_eager_ones(tiny_t2v, dtype, tolerance, kind):
     model, adapter, *given = prepared(tiny_t2v, dtype)
     path_of(model).checkpointing = kind

@@ -45,7 +45,8 @@ def test_training_does_as_told(mode, tiny_t2v, t2v_cache, tmp_path):
 @pytest.mark.parametrize("mode", ["on", "off", "auto"])
 def test_generation_does_as_told(mode, tiny_t2v, small, monkeypatch):
     seen = []
-    monkeypatch.setattr(compiling, "_COMPILED", [lambda *given: (seen.append(1), block_forward(*given))[1]])
+    monkeypatch.setitem(compiling._COMPILED, "block", lambda *given: (seen.append(1), block_forward(*given))[1])
+    monkeypatch.setitem(compiling._COMPILED, "selective", None)
     Generator(tiny_t2v, compile=mode).latents(small(tiny_t2v, steps=1))
     assert bool(seen) is (mode == "on")
 

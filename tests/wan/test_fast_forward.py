@@ -18,7 +18,7 @@ from lapwan.sampling.denoise import Conditions, guided_velocity
 from lapwan.tiny.model import TRANSFORMER
 from lapwan.wan.backbone import load_transformer, velocity
 from lapwan.wan.block import block_forward
-from lapwan.wan.fastpath import Prompt, path_of
+from lapwan.wan.fastpath import Prompt, path_of, selective_block
 from lapwan.wan.forward import TokenTimes
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -253,8 +253,36 @@ def test_the_second_step_of_a_prompt_computes_no_text_keys(model):
     assert len(calls) == BLOCKS
 
 
+def kept_bytes(model: WanTransformer3DModel, adapter: Adapter) -> int:
+    """Of what a forward keeps for its backward, weights left out."""
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x, t, text = given(model)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), adapter.holder.scope(GATES):
+        v = velocity(model, x, t, text)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    del v
+    return sum(size for place, size in kept.items() if place not in weights)
+
+
+def test_a_compiled_block_keeps_what_it_is_told(model):
+    """Through torch.compile's own partition into forward and backward, without its code generation."""
+    adapter, path = adapted(model), path_of(model)
+    plain, all_kept = gradients(model, adapter)[1], kept_bytes(model, adapter)
+    path.block, path.selective = (torch.compile(function, backend="aot_eager_decomp_partition", dynamic=False)
+                                  for function in (block_forward, selective_block))
+    path.checkpointing = "op"
+    equal(gradients(model, adapter)[1], plain)
+    assert kept_bytes(model, adapter) < 0.75 * all_kept  # by itself a compiled block keeps more than 0.8
+
+
 @pytest.mark.slow  # a C++ compiler at work for a minute
-def test_compiled_blocks_are_eager_ones(model, monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", ["off", "op"])
+def test_compiled_blocks_are_eager_ones(model, kind, monkeypatch, tmp_path):
     from lapwan.wan.compiling import compile_blocks, compile_time
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -262,6 +290,7 @@ def test_compiled_blocks_are_eager_ones(model, monkeypatch, tmp_path):
     for layer in adapter.layers.values():
         layer.float()
     found = []
+    path_of(model).checkpointing = kind
     for compiled in (False, True):
         compile_blocks(model, compiled)
         found.append(gradients(model, adapter))
