@@ -39,34 +39,39 @@ from speed_rows import (
 
 from lapwan.wan.compiling import compile_time
 
-# In the order of how much each is worth measuring; rows of one model stand together.
+# Rows of one model stand together; what takes longest comes last.
 ROWS: dict[str, Callable[[Bench], None]] = {
     "ceiling_bf16": ceiling_row("ceiling_bf16", "bf16"),
-    "ceiling_attention": ceiling_row("ceiling_attention", "attention"),
-    "forward_256": forward_row("forward_256", "bf16", "256", "≤ 0.235"),
-    "lora8_256": step_row("lora8_256", "bf16", "256", "(fp8 row)"),
-    "moe8_256": step_row("moe8_256", "bf16", "256", "(fp8 row)", mixture=True),
-    "lora40_256": step_row("lora40_256", "bf16", "256", "≤ 0.62", last=None),
-    "lora40_256_block": step_row("lora40_256_block", "bf16", "256", "≤ 0.90 in 32 GiB", None, "block"),
-    "video_256": video_row("video_256", "bf16", "256", "≤ 19.5"),
-    "diffusers_256": peer_row("diffusers_256", "256"),
-    "diffusers_480": peer_row("diffusers_480", "480"),
-    "forward_256_lora": adapted_forward_row("forward_256_lora", "bf16", "256"),
-    "forward_480": forward_row("forward_480", "bf16", "480", "≤ 2.68"),
-    "lora8_480": step_row("lora8_480", "bf16", "480", "≤ 3.4"),
-    "lora40_480": step_row("lora40_480", "bf16", "480", "≤ 9.5", None, "block"),
+    "ceiling_fp8": ceiling_row("ceiling_fp8", "fp8"),
+    **{(name := f"ceiling_attention_{size}{'_backward' if back else ''}"):
+       ceiling_row(name, "attention backward" if back else "attention", size)
+       for size in ("256", "480") for back in (False, True)},
+    "moe8_256_16gib": capped_step_row("moe8_256_16gib", 16, "≤ 0.40"),
+    "moe8_256_12gib": capped_step_row("moe8_256_12gib", 16, "≤ 0.40, ≤ 12 GiB", memory=12),
     "lora8_256_fp8": step_row("lora8_256_fp8", "mixed", "256", "≤ 0.245, ≤ 26 GiB"),
+    "lora8_256_fp8_op": step_row("lora8_256_fp8_op", "mixed", "256", "", checkpointing="op"),
     "moe8_256_fp8": step_row("moe8_256_fp8", "mixed", "256", "≤ 0.245", mixture=True),
     "moe_against_lora": mixture_against_lora("moe_against_lora", "mixed", "256"),
     "lora8_480_fp8": step_row("lora8_480_fp8", "mixed", "480", "≤ 3.4"),
-    "moe8_256_16gib": capped_step_row("moe8_256_16gib", 16, "≤ 0.40, ≤ 12 GiB"),
-    "ceiling_fp8": ceiling_row("ceiling_fp8", "fp8"),
     "forward_256_fp8": forward_row("forward_256_fp8", "fp8", "256", "≤ 0.155"),
     "video_256_fp8": video_row("video_256_fp8", "fp8", "256", "≤ 13, ≤ 16 GiB", cap=16),
     "forward_480_fp8": forward_row("forward_480_fp8", "fp8", "480", "≤ 2.20"),
-    "video_480_fp8_24gib": video_row("video_480_fp8_24gib", "fp8", "480", "fits 24 GiB", cap=24, steps=4),
+    "video_480_fp8_24gib": video_row("video_480_fp8_24gib", "fp8", "480", "fits 24 GiB", cap=24, steps=3),
     "video_256_fp8_streamed": video_row(
         "video_256_fp8_streamed", "fp8", "256", "≤ 1.15 × resident, ≤ 6 GiB", cap=7, memory="stream"),
+    "forward_256": forward_row("forward_256", "bf16", "256", "≤ 0.235"),
+    "forward_480": forward_row("forward_480", "bf16", "480", "≤ 2.68"),
+    "lora40_256": step_row("lora40_256", "bf16", "256", "≤ 0.62", last=None),
+    "lora40_256_op": step_row("lora40_256_op", "bf16", "256", "", None, "op"),
+    "lora40_256_block": step_row("lora40_256_block", "bf16", "256", "≤ 0.90 in 32 GiB", None, "block"),
+    "video_256": video_row("video_256", "bf16", "256", "≤ 19.5"),
+    "lora40_480": step_row("lora40_480", "bf16", "480", "≤ 9.5", None, "block"),
+    "lora8_256": step_row("lora8_256", "bf16", "256", "(fp8 row)"),
+    "moe8_256": step_row("moe8_256", "bf16", "256", "(fp8 row)", mixture=True),
+    "lora8_480": step_row("lora8_480", "bf16", "480", "(fp8 row)"),
+    "forward_256_lora": adapted_forward_row("forward_256_lora", "bf16", "256"),
+    "diffusers_256": peer_row("diffusers_256", "256"),
+    "diffusers_480": peer_row("diffusers_480", "480"),
 }
 FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, KeyError, ImportError)
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from torch.profiler import ProfilerActivity, profile
 
 from lapwan.wan.compiling import compile_time
+from lapwan.wan.precision import Fp8Linear
 
 GIB = 2**30
 
@@ -32,6 +34,8 @@ class Row:
     peak_gib: float
     reserved_gib: float
     tflops: float | None = None  # useful ones a second
+    flops: dict[str, float] = field(default_factory=dict)  # by kind, of one call
+    kernels_ms: dict[str, float] = field(default_factory=dict)  # by kind, of one call, by torch's profiler
     compile_seconds: float = 0.0
     clock_mhz: int | None = None
     watts: float | None = None
@@ -62,6 +66,30 @@ def asked_while(work: Callable[[], object]) -> dict[str, Any]:
     return {"clock_mhz": int(said[0]), "watts": float(said[1]), "power_capped": bool(int(said[2], 16) & 4)}
 
 
+KINDS = {  # of kernels, by words in their names; what has none is pointwise, norms and reductions
+    "copies": ("memcpy", "memset"),
+    "attention backward": ("sdpa", "flash", "fmha", "attention"),
+    "attention": ("sdpa", "flash", "fmha", "attention"),
+    "products": ("nvjet", "gemm", "cutlass", "cublas", "xmma"),
+}
+
+
+def kernel_times(work: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of one call by kind of kernel, and of the whole call by the wall clock (profiled)."""
+    if not torch.cuda.is_available():
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        wall = seconds_of(work)
+    found = {"wall": 1e3 * wall}
+    for event in seen.key_averages():
+        name = event.key.lower()
+        back = any(word in name for word in ("bwd", "backward", "dgrad", "wgrad", "dkdv", "_dq"))
+        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)
+                     and (back or kind != "attention backward")), "the rest")
+        found[kind] = found.get(kind, 0.0) + event.self_device_time_total / 1e3
+    return {kind: round(taken, 3) for kind, taken in found.items()}
+
+
 def seconds_of(work: Callable[[], object]) -> float:
     synchronise()
     start = time.perf_counter()
@@ -71,8 +99,8 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def measure(
-    name: str, work: Callable[[], object], flops: float = 0.0, seconds: float = 8.0, least: int = 3, warm: int = 2,
-    target: str = "", note: str = "",
+    name: str, work: Callable[[], object], flops: Flops | None = None, seconds: float = 8.0, least: int = 3,
+    warm: int = 2, target: str = "", note: str = "",
 ) -> Row:
     """The median of as many repeats as fit in `seconds` (at least `least`), after `warm` that are not counted."""
     compiled = compile_time()[0]
@@ -88,12 +116,13 @@ def measure(
     early = statistics.median(times[:5])
     card = asked_while(work) if early < 5 else {}  # nvidia-smi's answer is not worth another video
     row = row_of(name, times, flops, compiled, card, target, note)
+    row.kernels_ms = kernel_times(work) if early < 5 else {}
     row.extra = {"median_of_first_five": early}
     return row
 
 
 def row_of(
-    name: str, times: list[float], flops: float, compiled: float, card: dict[str, Any], target: str, note: str
+    name: str, times: list[float], flops: Flops | None, compiled: float, card: dict[str, Any], target: str, note: str
 ) -> Row:
     """A row from its times; low and high are the 10th and 90th percentile where there are ten, else the extremes."""
     ordered, cuda = sorted(times), torch.cuda.is_available()
@@ -103,26 +132,53 @@ def row_of(
         name, median, ordered[cut], ordered[-1 - cut], len(times),
         torch.cuda.max_memory_allocated() / GIB if cuda else 0.0,
         torch.cuda.max_memory_reserved() / GIB if cuda else 0.0,
-        flops / median / 1e12 if flops else None, compiled, **card, target=target, note=note,
+        flops.total / median / 1e12 if flops else None, asdict(flops) if flops else {}, compile_seconds=compiled,
+        **card, target=target, note=note,
     )
 
 
-def forward_flops(model: WanTransformer3DModel, tokens: int, blocks: int | None = None, text: int = 512) -> float:
-    """2·multiply-adds of a forward through `blocks` blocks: Linears and attention; the rest is under 0.1 %."""
+@dataclass(frozen=True)
+class Flops:
+    """2·multiply-adds by the unit's rate: products in bf16 and in fp8, attention forward and backward."""
+
+    product: float = 0.0
+    product8: float = 0.0
+    attention: float = 0.0
+    backward: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.product + self.product8 + self.attention + self.backward
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(*(mine + theirs for mine, theirs in zip(self._all, other._all, strict=True)))
+
+    def times(self, factor: float) -> Flops:
+        return Flops(*(factor * one for one in self._all))
+
+    @property
+    def _all(self) -> tuple[float, ...]:
+        return self.product, self.product8, self.attention, self.backward
+
+
+def forward_flops(model: WanTransformer3DModel, tokens: int, text: int = 512) -> Flops:
+    """Of a forward: Linears and attention; the rest is under 0.1 %."""
     config = model.config
     width, ffn = config.num_attention_heads * config.attention_head_dim, config.ffn_dim
-    count = config.num_layers if blocks is None else blocks
-    linears = 2 * tokens * (6 * width**2 + 2 * width * ffn) + 2 * text * 2 * width**2
-    attention = 4 * tokens * (tokens + text) * width
-    return float(count * (linears + attention))
+    eight = sum(isinstance(block.ffn.net[2], Fp8Linear) for block in model.blocks)
+    linears = float(2 * tokens * (6 * width**2 + 2 * width * ffn) + 2 * text * 2 * width**2)
+    attention = float(config.num_layers * 4 * tokens * (tokens + text) * width)
+    return Flops((config.num_layers - eight) * linears, eight * linears, attention)
 
 
-def step_flops(model: WanTransformer3DModel, tokens: int, last: int) -> float:
-    """A forward, and through the last blocks the gradients of inputs: Linears once more, attention twice."""
-    config = model.config
-    width = config.num_attention_heads * config.attention_head_dim
-    attention = last * 4 * tokens * (tokens + 512) * width
-    return forward_flops(model, tokens) + forward_flops(model, tokens, last) + attention
+def step_flops(model: WanTransformer3DModel, tokens: int, last: int) -> Flops:
+    """A forward, and through the last blocks the gradients of inputs: Linears once more, attention's twice.
+
+    What is computed again does not count, nor do the two and a half times that fused attention takes for its gradients.
+    """
+    whole, share = forward_flops(model, tokens), last / model.config.num_layers
+    each = (whole.product + whole.product8) / model.config.num_layers
+    return whole + Flops(product=each * last, backward=2 * whole.attention * share)
 
 
 class Results:
@@ -159,27 +215,49 @@ def line(row: dict[str, Any]) -> str:
             f"{row['clock_mhz'] or '-'} MHz {row.get('watts') or '-'} W  target {row['target'] or '-'} {row['note']}")
 
 
+CEILINGS = {"product": "ceiling_bf16", "product8": "ceiling_fp8", "attention": "ceiling_attention_{}",
+            "backward": "ceiling_attention_{}_backward"}
+
+
+def bound(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> float | None:
+    """Seconds of its products and attention at what this card sustained for each alone; None without those rows."""
+    size, found = "480" if "480" in row["name"] else "256", 0.0
+    for kind, flops in row.get("flops", {}).items():
+        ceiling = rows.get(CEILINGS[kind].format(size))
+        if flops and ceiling is None:
+            return None
+        found += flops / (1e12 * ceiling["tflops"]) if flops and ceiling else 0.0
+    return found or None
+
+
 def markdown(found: Sequence[Results], command: str) -> str:
     """The results as a table, with machine, versions and command."""
-    told, rows = found[0].machine, [row for one in found for row in one.rows.values()]
+    told, rows = found[0].machine, {name: row for one in found for name, row in one.rows.items()}
     head = [
         f"# Speed on {told['gpu']}, {told['date']}", "",
         f"torch {told['torch']}, CUDA {told['cuda']}, cuDNN {told['cudnn']}, Python {told['python']}. A14B shapes, "
         "random weights, batch 1: speed only.", "", f"    {command}", "",
         "Median of n, [10 %, 90 %] of the times (the extremes under ten); peak is of torch's allocator; MHz and W "
         "are nvidia-smi's while the row runs, (capped) where power holds the clock down. Useful TFLOP/s "
-        "count Linears and attention, and in a step the gradients of the trained blocks' inputs.", "",
-        "| row | seconds | spread | n | peak GiB | TFLOP/s | compile s | MHz, W | to reach | note |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "count Linears and attention, and in a step the gradients of the trained blocks' inputs. Of the bound: those "
+        "at the rates of the ceiling rows, over the time. Kernels: products / attention / its backward / the rest, of "
+        "one profiled call.", "",
+        "| row | seconds | to reach | of the bound | spread | n | peak GiB | TFLOP/s | kernels ms | MHz, W | "
+        "compile s | note |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in rows.values():
         flops = "" if row["tflops"] is None else f"{row['tflops']:.0f}"
         card = f"{row['clock_mhz']}, {row['watts']:.0f}" if row["clock_mhz"] else ""
-        if row["power_capped"]:
-            card += " (capped)"
+        card += " (capped)" if row["power_capped"] else ""
+        least = None if row["name"].startswith("ceiling") else bound(row, rows)
+        share = "" if least is None else f"{100 * least / row['median']:.0f} %"
+        parts = ("products", "attention", "attention backward", "the rest")
+        kernels = " / ".join(f"{row['kernels_ms'].get(part, 0.0):.0f}" for part in parts) if row["kernels_ms"] else ""
         head.append(
-            f"| {row['name']} | {row['median']:.4g} | {row['low']:.4g} – {row['high']:.4g} | {row['count']} | "
-            f"{row['peak_gib']:.1f} | {flops} | {row['compile_seconds']:.0f} | {card} | "
-            f"{row['target']} | {row['note']} |"
+            f"| {row['name']} | {row['median']:.4g} | {row['target']} | {share} | "
+            f"{row['low']:.4g} – {row['high']:.4g} | {row['count']} | "
+            f"{row['peak_gib']:.1f} | {flops} | {kernels} | {card} | {row['compile_seconds']:.0f} | "
+            f"{row['note']} |"
         )
     return "\n".join(head) + "\n"

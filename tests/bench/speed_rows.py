@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from speed_measure import GIB, Results, forward_flops, measure, row_of, seconds_of, step_flops
+from bench_plan import write_cache
+from speed_measure import GIB, Flops, Results, forward_flops, measure, row_of, seconds_of, step_flops
 from speed_model import (
     A14B,
     EXPERT,
@@ -30,13 +32,18 @@ from speed_model import (
     shape_folder,
     spoken,
     step,
+    targets,
 )
 
 from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.grid import Grid, Step
 from lapwan.sampling.memory import Asking, plan_generation
+from lapwan.settings.train_moe import TrainMoeSettings
+from lapwan.train.build import read_data
+from lapwan.train.plan_memory import plan_training
 from lapwan.wan.backbone import velocity
+from lapwan.wan.base import Base
 from lapwan.wan.compiling import compile_blocks
 from lapwan.wan.folder import read_spec
 from lapwan.wan.plan import MemoryPlan
@@ -44,6 +51,7 @@ from lapwan.wan.quantised import Recipe
 from lapwan.wan.rates import rates_of
 from lapwan.wan.stream import Residence
 
+NEGATIVE_WORDS = 126  # of Wan's own negative prompt
 CONTEXT = 1.0  # GiB a process takes on a card beside what torch allocates
 
 
@@ -91,6 +99,20 @@ class Bench:
                 read_spec(Path(folder) / "model"), {}, torch.bfloat16, Recipe(Precision.FP8) if kind == "fp8" else None,
                 Asking(frames, (height, width), steps, compiled=not self.tiny), memory, int(free_gib * GIB),
                 rates_of(self.device, torch.bfloat16), 0)
+
+    def step_plan(self, model: WanTransformer3DModel, limit: float) -> MemoryPlan:
+        """What `train-moe` would decide for one noise expert, its base in fp8, below `limit` GiB."""
+        with tempfile.TemporaryDirectory() as made:
+            folder, cache = Path(made) / "model", Path(made) / "clips"
+            shape_folder(folder, SMALL if self.tiny else A14B)
+            write_cache(cache, folder, self.size("256"))
+            settings = TrainMoeSettings.model_validate({
+                "model": str(folder), "output": "unused", "data": {"cache": cache}, "steps": 10, "dtype": "fp8",
+                "experts": [EXPERT], "memory": limit, "compile": "off" if self.tiny else "on"})
+            base = Base(read_spec(folder))
+            trained = [targets(model, self.last, 4)] * 4
+            return plan_training(settings, base, read_data(settings, base), self.device, {EXPERT: trained},
+                                 look=True).plan
 
     def tokens(self, size: str) -> int:
         t, h, w = LATENTS[self.size(size)]
@@ -189,7 +211,7 @@ def mixture_against_lora(name: str, kind: str, size: str) -> Callable[[Bench], N
         mean = float(ratios.mean())
         note = f"moe / lora = {mean:.4f} ± {half:.4f} (95 %, {len(ratios)} pairs), medians " + ", ".join(
             f"{title} {sorted(own)[len(own) // 2]:.4f} s" for title, own in times.items())
-        row = row_of(name, times["moe"], 0.0, 0.0, {}, "≤ 1.03", note)
+        row = row_of(name, times["moe"], None, 0.0, {}, "≤ 1.03", note)
         row.extra = {"ratio": mean, "half_interval": half}
         bench.results.add(row)
     return run
@@ -221,7 +243,9 @@ def video_row(
         if residence is not None:
             residence.fetch()
         x, _, text = inputs(model, bench.size(size))
-        conditions = Conditions(text, torch.randn_like(text))
+        negative = torch.zeros_like(text)
+        negative[:, :NEGATIVE_WORDS] = torch.randn_like(negative[:, :NEGATIVE_WORDS])
+        conditions = Conditions(text, negative)
         sigmas = [1 - i / steps for i in range(steps + 1)]
         points = tuple(Step(torch.tensor(1000 * s), s, EXPERT) for s in sigmas[:-1])
 
@@ -231,7 +255,7 @@ def video_row(
                     together=plan is None or plan.way.together)
 
         with _capped(bench.device, cap):
-            flops = 2 * steps * forward_flops(model, bench.tokens(size))
+            flops = forward_flops(model, bench.tokens(size)).times(2 * steps)
             work(2)
             row = measure(name, work, flops, bench.seconds, least=1, warm=0, target=target, note=f"{steps} steps")
         if plan is not None:
@@ -246,17 +270,22 @@ def video_row(
     return run
 
 
-def capped_step_row(name: str, cap: float, target: str) -> Callable[[Bench], None]:
-    """Stage 2 with its fp8 prefix streamed through a ring, on a card of `cap` GiB."""
+def capped_step_row(name: str, cap: float, target: str, memory: str | float = "auto") -> Callable[[Bench], None]:
+    """Stage 2 on an fp8 base as `train-moe` plans it, on a card of `cap` GiB."""
     def run(bench: Bench) -> None:
         model = bench.model("mixed")
-        set_checkpointing(model, "block")  # the activations of eight blocks alone are 8 GiB
+        limit = cap - CONTEXT if memory == "auto" else float(memory)
+        plan = bench.step_plan(model, limit)
+        set_checkpointing(model, plan.way.checkpointing)
         trainer, adapted = mixture_trainer(model, bench.size("256"), bench.last)
-        residence = Residence(model, adapted.adapter.own_tensors(), bench.device, range(len(model.blocks) - bench.last))
+        residence = Residence(model, adapted.adapter.own_tensors(), bench.device, plan.streamed)
         residence.fetch()
+        note = (f"asked for {limit:g} GiB: {len(plan.streamed)} blocks streamed, recomputing "
+                f"{plan.way.checkpointing}, predicted {plan.peak / GIB:.2f} GiB, {plan.way.seconds:.3f} s")
         with _capped(bench.device, cap):
             flops = step_flops(model, bench.tokens("256"), bench.last)
-            row = measure(name, lambda: step(trainer), flops, bench.seconds, target=target, note="recomputing blocks")
+            row = measure(name, lambda: step(trainer), flops, bench.seconds, target=target, note=note)
+        row.extra |= {"predicted_gib": plan.peak / GIB, "predicted_seconds": plan.way.seconds}
         bench.results.add(row)
         residence.park()
         bench.drop()
@@ -283,23 +312,32 @@ class _capped:
             self._set(1.0)
 
 
-def ceiling_row(name: str, kind: str) -> Callable[[Bench], None]:
+def ceiling_row(name: str, kind: str, size: str = "256") -> Callable[[Bench], None]:
     """What the card sustains, seconds on end and on random data: the rate a row is to be held against."""
     def run(bench: Bench) -> None:
         n = 512 if bench.tiny else 8192
         made = [torch.randn(n, n, device=bench.device).bfloat16() for _ in range(2)]
-        if kind == "attention":
-            tokens = bench.tokens("256")
-            q, k, v = (torch.randn(1, 40, tokens, 128, device=bench.device).bfloat16() for _ in range(3))
-            work, flops = partial(F.scaled_dot_product_attention, q, k, v), 4.0 * tokens**2 * 5120
+        times = 1 if bench.tiny else 200  # a call without a wait inside, as long as a forward
+        if kind.startswith("attention"):
+            tokens, back = bench.tokens(bench.size(size)), kind == "attention backward"
+            heads = 4 if bench.tiny else 40
+            q, k, v = (torch.randn(1, heads, tokens, 128, device=bench.device).bfloat16().requires_grad_(back)
+                       for _ in range(3))
+            attend = partial(F.scaled_dot_product_attention, q, k, v)
+            work, flops = attend, Flops(attention=4.0 * tokens**2 * heads * 128)
+            times = max(1, times * 5376**2 // tokens**2 // 2) if not bench.tiny else 1
+            if back:
+                out, grad = attend(), torch.randn_like(q)
+                work = partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True)
+                flops = Flops(backward=2 * flops.attention)
         elif kind == "fp8":
             x, w = (one.to(torch.float8_e4m3fn) for one in made)
             ones = torch.ones(n, 1, device=bench.device)
             work, flops = partial(torch._scaled_mm, x, w.t(), scale_a=ones, scale_b=ones.t(), use_fast_accum=True,
-                                  out_dtype=torch.bfloat16), 2.0 * n**3
+                                  out_dtype=torch.bfloat16), Flops(product8=2.0 * n**3)
         else:
-            work, flops = partial(F.linear, *made), 2.0 * n**3
-        times = 1 if bench.tiny else 200  # a call without a wait inside, as long as a forward
-        row = measure(name, lambda: [work() for _ in range(times)], times * flops, bench.seconds, note=f"{times} times")
+            work, flops = partial(F.linear, *made), Flops(product=2.0 * n**3)
+        row = measure(name, lambda: [work() for _ in range(times)], flops.times(times), bench.seconds,
+                      note=f"{times} times")
         bench.results.add(row)
     return run
