@@ -83,9 +83,11 @@ def kernel_times(work: Callable[[], object]) -> dict[str, float]:
     found = {"wall": 1e3 * wall}
     for event in seen.key_averages():
         name = event.key.lower()
-        back = any(word in name for word in ("bwd", "backward", "dgrad", "wgrad", "dkdv", "_dq"))
-        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)
-                     and (back or kind != "attention backward")), "the rest")
+        back = any(word in name for word in ("bprop", "bwd", "backward"))
+        kind = "the rest"
+        if not name.startswith("triton"):  # those are named by all they fuse
+            kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)
+                         and (back or kind != "attention backward")), kind)
         found[kind] = found.get(kind, 0.0) + event.self_device_time_total / 1e3
     return {kind: round(taken, 3) for kind, taken in found.items()}
 
