@@ -24,6 +24,7 @@ from lapwan.wan.fastpath import path_of
 from lapwan.wan.plan import (
     COMPILED,
     GIB,
+    OP_SECONDS,
     STEP_SECONDS,
     WORKSPACE,
     Checkpointing,
@@ -62,11 +63,6 @@ class TrainingMemory:
         """Whether no noise expert ever leaves the device."""
         return self.plan.both
 
-    @property
-    def checkpointing(self) -> Checkpointing:
-        """What a backward computes again."""
-        return self.plan.way.checkpointing
-
     def load(
         self, settings: TrainSettings, base: Base, expert: NoiseExpert, home: torch.device, device: torch.device
     ) -> WanTransformer3DModel:
@@ -74,7 +70,8 @@ class TrainingMemory:
         if isinstance(settings.memory, float):
             limit_memory(device, settings.memory)
         transformer = base.load(expert, pick_dtype(settings.dtype, device), home, self.recipes[expert], device)
-        path_of(transformer).checkpointing = self.checkpointing
+        path, way = path_of(transformer), self.plan.way
+        path.checkpointing, path.whole_blocks = way.checkpointing, way.whole_blocks
         return transformer
 
     def wire(self, trainer: Trainer, parking: Parking) -> None:
@@ -180,28 +177,54 @@ def _ways(
     settings: TrainSettings, shapes: Sequence[ExpertShape], each: Sequence[ExpertBytes], bucket: tuple[int, int, int],
     rates: Rates, compiled: bool, processes: int,
 ) -> list[Way]:
-    asked = settings.activation_checkpointing
-    kinds: list[Checkpointing] = ["off", "op", "block"] if asked == "auto" else [asked]
     prefix = min(shape.first_trained for shape in shapes)
     places = list(dict.fromkeys(_possible(p, len(each)) for p in placements(len(each), prefix, settings.memory)))
-    ways = []
-    micro = settings.batch_size
+    slower, ways, micro = STEP_SECONDS[compiled], [], settings.batch_size
     while micro:
         clip, parts = Clip(micro, *bucket), math.ceil(settings.batch_size / micro)
-        for kind in kinds:
-            work = max(shape.training_work(clip, kind, processes) for shape in shapes)
-            work = int(work * COMPILED[kind]) if compiled else work
-            before, own = (part.times(1 / processes) for part in shapes[0].step_flops(clip, kind))
+        for again in _recomputations(settings, shapes, clip, compiled, processes):
+            before, own = (part.times(1 / processes).seconds(rates) for part in shapes[0].step_flops(clip, again.share))
             for place in places:
                 copied = max(sum(one.blocks[: place.streamed]) for one in each) / rates.bus
                 swap = 0.0 if place.both else sum(one.weights for one in each) / rates.bus / settings.turn / 2
-                slower = STEP_SECONDS[compiled]
-                once = max(slower * before.seconds(rates), copied) + slower * own.seconds(rates)
+                once = max(slower * before, copied) + slower * own * again.slower
                 seconds = parts * settings.accumulate * once + swap
-                whole = micro == settings.batch_size
-                ways.append(Way(place, work, seconds, kind, 0 if whole else micro))
+                ways.append(Way(place, again.work, seconds, again.kind, again.whole_blocks,
+                                0 if micro == settings.batch_size else micro))
         micro //= 2
     return ways
+
+
+@dataclass(frozen=True)
+class _Recomputation:
+    """What a backward computes again, and what that takes: work beside the weights, the share of the trained blocks'
+    forward, and the time of what is cheap."""
+
+    kind: Checkpointing
+    whole_blocks: int
+    work: int
+    share: float
+    slower: float = 1.0
+
+
+def _recomputations(
+    settings: TrainSettings, shapes: Sequence[ExpertShape], clip: Clip, compiled: bool, processes: int
+) -> list[_Recomputation]:
+    """What was asked for; else nothing, cheap operations, and of either the first trained blocks whole, up to all."""
+    asked = settings.activation_checkpointing
+    kinds: list[Checkpointing] = ["off", "op", "block"] if asked == "auto" else [asked]
+    works = {kind: [shape.training_work(clip, kind, processes).times(COMPILED[kind] if compiled else 1.0)
+                    for shape in shapes] for kind in kinds}
+    most = max(len(work.each) for work in works[kinds[0]])
+    found = []
+    for kind, own in works.items():
+        for whole in range(most if asked == "auto" and kind != "block" else 1):
+            work = max(one.with_whole(all_whole, whole)
+                       for one, all_whole in zip(own, works.get("block", own), strict=True))
+            share = 1.0 if kind == "block" else whole / most if most else 0.0
+            cheap = 1.0 + (OP_SECONDS - 1.0) * (1.0 - share) if kind == "op" else 1.0
+            found.append(_Recomputation(kind, whole, work, share, cheap))
+    return found
 
 
 def _line(plan: MemoryPlan, device: torch.device, count: int, batch_size: int) -> str:
@@ -212,8 +235,13 @@ def _line(plan: MemoryPlan, device: torch.device, count: int, batch_size: int) -
     elif not place.both:
         what = "one noise expert at a time"
     details = [f"{what} on {device}" if not place.streamed else f"{what} to {device}"]
-    if way.checkpointing != "off":
-        details.append({"op": "cheap operations", "block": "whole blocks"}[way.checkpointing] + " are computed again")
+    if way.checkpointing == "block":
+        details.append("whole blocks are computed again")
+    elif way.whole_blocks:
+        cheap = " whole, of the others cheap operations" if way.checkpointing == "op" else ""
+        details.append(f"the first {way.whole_blocks} trained blocks are computed again{cheap}")
+    elif way.checkpointing == "op":
+        details.append("cheap operations are computed again")
     if way.micro_batch:
         details.append(f"a batch of {batch_size} runs as {way.micro_batch} at a time, with the same result")
     line = "memory: " + "; ".join(details)

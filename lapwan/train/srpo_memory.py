@@ -242,7 +242,7 @@ def transformer_bytes(
     """What a forward with gradient and its backward take beside the weights, or an evaluation of a rollout if more."""
     kind: Literal["block", "off"] = "block" if checkpointing else "off"
     shape = ExpertShape(read_spec(folder), expert, dtype, recipe, [GroupShape(dict(ranks), True)])
-    return max(shape.training_work(clip, kind), shape.forward_work(clip))
+    return max(shape.training_work(clip, kind).total, shape.forward_work(clip))
 
 
 def state_bytes(settings: SrpoSettings, dtype: torch.dtype) -> int:

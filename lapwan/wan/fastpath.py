@@ -43,6 +43,7 @@ class Residency(Protocol):
 class FastPath:
     """One transformer's way. `checkpointing` None: blocks, where diffusers' own switch is on.
 
+    `whole_blocks`: the first blocks with a graph that are recomputed whole, whatever `checkpointing` says.
     `selective`: the block that itself keeps no more than "op" says, for compiled ones. `modules`: by diffusers' own
     forward, since sharding puts weights together where a module is called. `spread`: the processes that share a
     sequence's tokens.
@@ -52,6 +53,7 @@ class FastPath:
     selective: BlockFunction | None = None
     residency: Residency | None = None
     checkpointing: Checkpointing | None = None
+    whole_blocks: int = 0
     modules: bool = False
     spread: Spread | None = None
     ropes: dict[tuple[Any, ...], Rope] = field(default_factory=dict)

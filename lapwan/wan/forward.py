@@ -145,15 +145,15 @@ class _Stream:
     prompt: Prompt | None
     time: _Time
     rope: Rope
-    checkpointing: Checkpointing
     split: Split | None
 
 
-def _run_block(path: FastPath, index: int, block: Any, x_BND: Tensor, given: _Stream, seen: Trained) -> Tensor:
+def _run_block(
+    path: FastPath, index: int, block: Any, x_BND: Tensor, given: _Stream, dropout: bool, kind: Checkpointing
+) -> Tensor:
     # Dropout's masks are drawn in Python, by name: what compiles cannot hold them.
-    function = block_forward if seen.dropout else path.block
-    kind: Checkpointing = given.checkpointing if seen.graph else "off"
-    if kind == "op" and path.selective is not None and not seen.dropout:
+    function = block_forward if dropout else path.block
+    if kind == "op" and path.selective is not None and not dropout:
         function, kind = path.selective, "off"
     words = given.words
 
@@ -203,8 +203,8 @@ def predict(
     if split is not None:
         x, time, rope = x[:, split.own], time.of(split.own), (rope[0][split.own], rope[1][split.own])
     checkpointing = path.checkpointing or ("block" if transformer.gradient_checkpointing else "off")
-    given = _Stream(words, text if isinstance(text, Prompt) else None, time, rope, checkpointing, split)
-    started = grad and any(t.requires_grad for t in (x, words.rows_BMD, time.modulation_BK6D))
+    given = _Stream(words, text if isinstance(text, Prompt) else None, time, rope, split)
+    graphs, started = 0, grad and any(t.requires_grad for t in (x, words.rows_BMD, time.modulation_BK6D))
     x_in = x_first = None if reuse is None else x  # no longer than they are asked for
     for index, block in enumerate(transformer.blocks):
         if reuse is not None and index == 1:
@@ -214,8 +214,10 @@ def predict(
                 return _head(transformer, kept, time, hidden_BCTHW, split)
         seen = look_at(block) if grad else Trained(False, False)  # here, where a device has work meanwhile
         started = started or seen.graph
+        kind: Checkpointing = "off" if not started else "block" if graphs < path.whole_blocks else checkpointing
         with torch.set_grad_enabled(started):
-            x = _run_block(path, index, block, x, given, Trained(started, seen.dropout))
+            x = _run_block(path, index, block, x, given, seen.dropout, kind)
+        graphs += started
     if reuse is not None:
         assert x_first is not None
         reuse.computed(x_first, x, lambda end: _head(transformer, end, time, hidden_BCTHW, split), split)

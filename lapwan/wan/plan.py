@@ -19,7 +19,7 @@ from lapwan.names import Precision
 
 GIB = 1 << 30
 WORKSPACE = 96 << 20  # of the matrix libraries, taken from torch's allocator
-SLACK, MARGIN = 0.04, 256 << 20  # what fits: predicted · 1.04 + 256 MiB for gaps between blocks
+SLACK, MARGIN = 0.06, 256 << 20  # what fits: predicted · 1.06 + 256 MiB for gaps between blocks
 PLACES = 2  # of a ring
 Checkpointing = Literal["off", "op", "block"]
 Asked = str | float
@@ -89,12 +89,14 @@ class Flops:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run, with what it takes. `together`: guidance's two evaluations as one batch."""
+    """One way to run, with what it takes. `whole_blocks`: the first trained blocks that are computed again whole,
+    whatever `checkpointing` says of the others. `together`: guidance's two evaluations as one batch."""
 
     placement: Placement
     work: int
     seconds: float
     checkpointing: Checkpointing = "off"
+    whole_blocks: int = 0
     micro_batch: int = 0
     together: bool = True
 
@@ -144,13 +146,14 @@ class MemoryPlan:
 # What compiled blocks take of the memory that the same operations take one by one, measured on an H200 with 5 and 40
 # blocks at 256x256 and 480x832: they fuse, and their backward computes again what is cheap. Of a step by what it
 # recomputes, of an evaluation by the base's precision (unmeasured ones that unpack their weights: without a saving).
-COMPILED: Mapping[Checkpointing, float] = {"off": 0.8, "op": 0.9, "block": 0.77}
+COMPILED: Mapping[Checkpointing, float] = {"off": 0.79, "op": 0.97, "block": 0.75}
 COMPILED_EVALUATION: Mapping[Precision | None, float] = {None: 0.5, Precision.FP8: 0.4}
 
 
 # Seconds of a training step, and of an evaluation, over those of its products and attention, measured on an H200 with
 # a LoRA: one by one, and compiled.
 STEP_SECONDS: Mapping[bool, float] = {False: 1.55, True: 1.25}
+OP_SECONDS = 1.06  # of the trained blocks, cheap operations computed again, over nothing computed again
 EVALUATION_SECONDS: Mapping[bool, float] = {False: 1.3, True: 1.0}
 
 

@@ -80,6 +80,38 @@ def tokens_of(spec: ModelSpec, bucket: tuple[int, int, int]) -> int:
 
 
 @dataclass(frozen=True)
+class StepWork:
+    """Bytes a training step takes beside the weights: `base`, and what each trained block adds, in their order.
+
+    `first_whole`: what the first one adds instead where it is computed again whole. (Kept, it takes less than others:
+    nothing before it receives a gradient.)
+    """
+
+    base: int
+    each: tuple[int, ...] = ()
+    first_whole: int = 0
+
+    @property
+    def total(self) -> int:
+        """With every block."""
+        return self.base + sum(self.each)
+
+    def times(self, factor: float) -> StepWork:
+        """All of it `factor` times."""
+        each = tuple(int(one * factor) for one in self.each)
+        return StepWork(int(self.base * factor), each, int(self.first_whole * factor))
+
+    def with_whole(self, whole: StepWork, count: int) -> int:
+        """Where the first `count` trained blocks are computed again whole, as in `whole`.
+
+        They are the last of the backward: by then the others have let go of what they kept.
+        """
+        if count == 0:
+            return self.total
+        return max(self.base + sum(self.each[count:]) + self.first_whole + sum(whole.each[1:count]), whole.total)
+
+
+@dataclass(frozen=True)
 class _Kind:
     """What tells a block from another: whether it is quantised, and the ranks of each group in it."""
 
@@ -176,32 +208,35 @@ class ExpertShape:
         with self._gates(adapter, clip, False), torch.no_grad():
             return measure(lambda: velocity(model, *inputs)).peak
 
-    def training_work(self, clip: Clip, checkpointing: Checkpointing, processes: int = 1) -> int:
+    def training_work(self, clip: Clip, checkpointing: Checkpointing, processes: int = 1) -> StepWork:
         """The most a forward and backward take beside the weights, gradients of what is trained included.
 
         From a third block of a kind on each adds the same: it is simulated for two and for three.
         """
         trained = self.kinds[self.first_trained :]
         if not trained:
-            return self.forward_work(clip, processes)
+            return StepWork(self.forward_work(clip, processes))
         prefix = list(dict.fromkeys(self.kinds[: self.first_trained]))
         counts = {kind: min(2, trained.count(kind)) for kind in dict.fromkeys(trained)}
 
-        def peak(of: Mapping[_Kind, int]) -> int:
+        def peak(of: Mapping[_Kind, int], whole_blocks: int = 0) -> int:
             return self._step([*prefix, *(kind for kind, count in of.items() for _ in range(count))], clip,
-                              checkpointing, processes)
+                              checkpointing, processes, whole_blocks)
 
-        first = total = peak(counts)
-        for kind in counts:
-            if (left := trained.count(kind) - counts[kind]) > 0:
-                total += left * (peak({**counts, kind: counts[kind] + 1}) - first)
-        return total
+        first = peak(counts)
+        more = {kind: peak({**counts, kind: count + 1}) - first for kind, count in counts.items()}
+        base = first - sum(count * more[kind] for kind, count in counts.items())
+        first_whole = 0 if checkpointing == "block" else peak(counts, 1) - first + more[trained[0]]
+        return StepWork(base, tuple(more[kind] for kind in trained), first_whole)
 
-    def _step(self, kinds: Sequence[_Kind], clip: Clip, checkpointing: Checkpointing, processes: int = 1) -> int:
+    def _step(
+        self, kinds: Sequence[_Kind], clip: Clip, checkpointing: Checkpointing, processes: int = 1,
+        whole_blocks: int = 0,
+    ) -> int:
         model, adapter = self._model(kinds)
         path_of(model).spread = Spread(0, processes) if processes > 1 else None
         inputs = self._inputs(clip)
-        path_of(model).checkpointing = checkpointing
+        path_of(model).checkpointing, path_of(model).whole_blocks = checkpointing, whole_blocks
         with self._gates(adapter, clip, True):
             return measure(lambda: torch.autograd.backward((velocity(model, *inputs) - inputs[0]).square().mean())).peak
 
@@ -217,17 +252,17 @@ class ExpertShape:
         in_eight = sum(eight and self.kinds[index].quantised for index in blocks)
         return Flops(product * (len(blocks) - in_eight), product * in_eight, attention * len(blocks))
 
-    def step_flops(self, clip: Clip, checkpointing: Checkpointing) -> tuple[Flops, Flops]:
+    def step_flops(self, clip: Clip, again: float) -> tuple[Flops, Flops]:
         """Of a training step: the blocks before the first trained one, and the rest with backward and recomputation.
 
-        The gradient of an input is one product as large as the forward's, in the computing dtype.
+        Of the rest a share `again` is computed twice. The gradient of an input is one product as large as the
+        forward's, in the computing dtype.
         """
         count = len(self.kinds)
         prefix, rest = self.flops(clip, range(self.first_trained)), self.flops(clip, range(self.first_trained, count))
-        forwards = 2.0 if checkpointing == "block" else 1.0
         backward = Flops(rest.product + rest.product8, 0.0, rest.attention * _BACKWARD)
-        again = rest.times(forwards)
-        return prefix, Flops(again.product + backward.product, again.product8, again.attention + backward.attention)
+        own = rest.times(1.0 + again)
+        return prefix, Flops(own.product + backward.product, own.product8, own.attention + backward.attention)
 
 
 def _shape_model(config: Mapping[str, Any], dtype: torch.dtype, recipe: Recipe | None) -> WanTransformer3DModel:

@@ -28,11 +28,11 @@ from speed_measure import Results, markdown
 from speed_rows import (
     Bench,
     adapted_forward_row,
-    capped_step_row,
     ceiling_row,
     forward_row,
     mixture_against_lora,
     peer_row,
+    planned_step_row,
     step_row,
     video_row,
 )
@@ -46,8 +46,9 @@ ROWS: dict[str, Callable[[Bench], None]] = {
     **{(name := f"ceiling_attention_{size}{'_backward' if back else ''}"):
        ceiling_row(name, "attention backward" if back else "attention", size)
        for size in ("256", "480") for back in (False, True)},
-    "moe8_256_16gib": capped_step_row("moe8_256_16gib", 16, "≤ 0.40"),
-    "moe8_256_12gib": capped_step_row("moe8_256_12gib", 16, "≤ 0.40, ≤ 12 GiB", memory=12),
+    "moe8_256_16gib": planned_step_row("moe8_256_16gib", "mixed", "256", "≤ 0.40", mixture=True, cap=16),
+    "moe8_256_12gib": planned_step_row(
+        "moe8_256_12gib", "mixed", "256", "≤ 0.40, ≤ 12 GiB", mixture=True, cap=16, memory=12),
     "lora8_256_fp8": step_row("lora8_256_fp8", "mixed", "256", "≤ 0.245, ≤ 26 GiB"),
     "lora8_256_fp8_op": step_row("lora8_256_fp8_op", "mixed", "256", "", checkpointing="op"),
     "moe8_256_fp8": step_row("moe8_256_fp8", "mixed", "256", "≤ 0.245", mixture=True),
@@ -65,7 +66,9 @@ ROWS: dict[str, Callable[[Bench], None]] = {
     "lora40_256_op": step_row("lora40_256_op", "bf16", "256", "", None, "op"),
     "lora40_256_block": step_row("lora40_256_block", "bf16", "256", "≤ 0.90 in 32 GiB", None, "block"),
     "video_256": video_row("video_256", "bf16", "256", "≤ 19.5"),
-    "lora40_480": step_row("lora40_480", "bf16", "480", "≤ 9.5", None, "block"),
+    "lora40_256_32gib": planned_step_row("lora40_256_32gib", "bf16", "256", "≤ 0.90 in 32 GiB", None, cap=33),
+    "lora40_480_block": step_row("lora40_480_block", "bf16", "480", "", None, "block"),
+    "lora40_480": planned_step_row("lora40_480", "bf16", "480", "≤ 9.5", None),
     "lora8_256": step_row("lora8_256", "bf16", "256", "(fp8 row)"),
     "moe8_256": step_row("moe8_256", "bf16", "256", "(fp8 row)", mixture=True),
     "lora8_480": step_row("lora8_480", "bf16", "480", "(fp8 row)"),

@@ -201,6 +201,6 @@ def step(trainer: Trainer) -> None:
     trainer._logs[EXPERT].__init__()
 
 
-def set_checkpointing(model: WanTransformer3DModel, kind: str | None) -> None:
-    """off, op or block; None: as the model says."""
-    path_of(model).checkpointing = kind  # type: ignore[assignment]
+def set_checkpointing(model: WanTransformer3DModel, kind: str | None, whole_blocks: int = 0) -> None:
+    """off, op or block; None: as the model says. The first trained blocks may be recomputed whole."""
+    path_of(model).checkpointing, path_of(model).whole_blocks = kind, whole_blocks  # type: ignore[assignment]

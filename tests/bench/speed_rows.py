@@ -38,8 +38,8 @@ from speed_model import (
 from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.grid import Grid, Step
-from lapwan.sampling.memory import Asking, plan_generation
-from lapwan.settings.train_moe import TrainMoeSettings
+from lapwan.sampling.memory import Asking, free_bytes, plan_generation
+from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.train.build import read_data
 from lapwan.train.plan_memory import plan_training
 from lapwan.wan.backbone import velocity
@@ -47,9 +47,10 @@ from lapwan.wan.base import Base
 from lapwan.wan.compiling import compile_blocks
 from lapwan.wan.folder import read_spec
 from lapwan.wan.plan import MemoryPlan
+from lapwan.wan.precision import Fp8Linear
 from lapwan.wan.quantised import Recipe
 from lapwan.wan.rates import rates_of
-from lapwan.wan.stream import Residence
+from lapwan.wan.stream import Residence, tensors_of
 
 NEGATIVE_WORDS = 126  # of Wan's own negative prompt
 CONTEXT = 1.0  # GiB a process takes on a card beside what torch allocates
@@ -100,19 +101,25 @@ class Bench:
                 Asking(frames, (height, width), steps, compiled=not self.tiny), memory, int(free_gib * GIB),
                 rates_of(self.device, torch.bfloat16), 0)
 
-    def step_plan(self, model: WanTransformer3DModel, limit: float) -> MemoryPlan:
-        """What `train-moe` would decide for one noise expert, its base in fp8, below `limit` GiB."""
+    def step_plan(self, model: WanTransformer3DModel, size: str, last: int, limit: float | None) -> MemoryPlan:
+        """What train-lora would decide for one noise expert, below `limit` GiB or with what is free besides it.
+
+        Stage 2's four experts of rank 4 take what a LoRA of rank 16 takes.
+        """
         with tempfile.TemporaryDirectory() as made:
             folder, cache = Path(made) / "model", Path(made) / "clips"
             shape_folder(folder, SMALL if self.tiny else A14B)
-            write_cache(cache, folder, self.size("256"))
-            settings = TrainMoeSettings.model_validate({
-                "model": str(folder), "output": "unused", "data": {"cache": cache}, "steps": 10, "dtype": "fp8",
-                "experts": [EXPERT], "memory": limit, "compile": "off" if self.tiny else "on"})
+            write_cache(cache, folder, self.size(size))
+            fp8 = any(isinstance(block.ffn.net[2], Fp8Linear) for block in model.blocks)
+            if limit is None and self.device.type == "cuda":
+                limit = (sum(t.nbytes for t in tensors_of(model)) + (free_bytes(self.device) or 0)) / GIB
+            settings = TrainLoraSettings.model_validate({
+                "model": str(folder), "output": "unused", "data": {"cache": cache}, "steps": 10,
+                "dtype": "fp8" if fp8 else "auto", "experts": [EXPERT], "memory": limit or "auto",
+                "compile": "off" if self.tiny else "on"})
             base = Base(read_spec(folder))
-            trained = [targets(model, self.last, 4)] * 4
-            return plan_training(settings, base, read_data(settings, base), self.device, {EXPERT: trained},
-                                 look=True).plan
+            return plan_training(settings, base, read_data(settings, base), self.device,
+                                 {EXPERT: [targets(model, last, 16)]}, look=True).plan
 
     def tokens(self, size: str) -> int:
         t, h, w = LATENTS[self.size(size)]
@@ -163,6 +170,7 @@ def step_row(
 ) -> Callable[[Bench], None]:
     """Without recomputation if none is named; a card that does not hold that recomputes blocks, and the row says so."""
     def attempt(bench: Bench, way: str) -> None:
+        bench.free()  # of the trainer of a row before
         model = bench.model(kind)
         count = len(model.blocks) if last is None else bench.last
         set_checkpointing(model, way)
@@ -270,20 +278,26 @@ def video_row(
     return run
 
 
-def capped_step_row(name: str, cap: float, target: str, memory: str | float = "auto") -> Callable[[Bench], None]:
-    """Stage 2 on an fp8 base as `train-moe` plans it, on a card of `cap` GiB."""
+def planned_step_row(
+    name: str, kind: str, size: str, target: str, last: int | None = 8, mixture: bool = False,
+    cap: float | None = None, memory: float | None = None,
+) -> Callable[[Bench], None]:
+    """A step as lapwan plans it: on a card of `cap` GiB (absent: this one), below `memory` GiB where that is asked."""
     def run(bench: Bench) -> None:
-        model = bench.model("mixed")
-        limit = cap - CONTEXT if memory == "auto" else float(memory)
-        plan = bench.step_plan(model, limit)
-        set_checkpointing(model, plan.way.checkpointing)
-        trainer, adapted = mixture_trainer(model, bench.size("256"), bench.last)
+        bench.free()
+        model = bench.model(kind)
+        count = len(model.blocks) if last is None else bench.last
+        limit = memory if memory is not None or cap is None else cap - CONTEXT
+        plan = bench.step_plan(model, size, count, limit)
+        set_checkpointing(model, plan.way.checkpointing, plan.way.whole_blocks)
+        trainer, adapted = (mixture_trainer if mixture else lora_trainer)(model, bench.size(size), count)
         residence = Residence(model, adapted.adapter.own_tensors(), bench.device, plan.streamed)
         residence.fetch()
-        note = (f"asked for {limit:g} GiB: {len(plan.streamed)} blocks streamed, recomputing "
-                f"{plan.way.checkpointing}, predicted {plan.peak / GIB:.2f} GiB, {plan.way.seconds:.3f} s")
+        asked = "" if limit is None else f"asked for {limit:g} GiB: "
+        note = (f"{asked}{len(plan.streamed)} blocks streamed, recomputing {plan.way.checkpointing} and "
+                f"{plan.way.whole_blocks} blocks, predicted {plan.peak / GIB:.2f} GiB, {plan.way.seconds:.3g} s")
         with _capped(bench.device, cap):
-            flops = step_flops(model, bench.tokens("256"), bench.last)
+            flops = step_flops(model, bench.tokens(size), count)
             row = measure(name, lambda: step(trainer), flops, bench.seconds, target=target, note=note)
         row.extra |= {"predicted_gib": plan.peak / GIB, "predicted_seconds": plan.way.seconds}
         bench.results.add(row)

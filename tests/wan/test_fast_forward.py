@@ -175,11 +175,11 @@ def test_layers_that_share_an_input_are_each_layer_alone(model):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["op", "block"])
-def test_recomputation_has_the_gradients_of_keeping(model, kind):
+@pytest.mark.parametrize(("kind", "whole"), [("op", 0), ("block", 0), ("off", 1), ("op", 1)])
+def test_recomputation_has_the_gradients_of_keeping(model, kind, whole):
     adapter = adapted(model)
     v, plain = gradients(model, adapter)
-    path_of(model).checkpointing = kind
+    path_of(model).checkpointing, path_of(model).whole_blocks = kind, whole
     calls: list[int] = []
 
     class Count:
@@ -195,7 +195,7 @@ def test_recomputation_has_the_gradients_of_keeping(model, kind):
     equal(plain, recomputed)
     forward = [index for index in range(BLOCKS) for _ in range(2)]
     assert calls[: len(forward)] == forward  # the weights are asked for block by block, and again in the backward
-    assert set(calls[len(forward) :]) == set(range(FIRST, BLOCKS))
+    assert set(calls[len(forward) :]) == set(range(FIRST, BLOCKS if kind != "off" else FIRST + whole))
 
 
 def test_diffusers_own_switch_is_heard(model):

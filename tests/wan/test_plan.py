@@ -143,7 +143,7 @@ def test_work_grows_by_trained_block_and_shrinks_with_recomputation(tiny_t2v) ->
     def work(blocks, checkpointing="off", batch=1) -> int:
         ranks = {f"blocks.{i}.{name}": 4 for i in blocks for name in ("attn1.to_q", "ffn.net.2")}
         shape = ExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
-        return shape.training_work(Clip(batch, 9, 64, 64), checkpointing)
+        return shape.training_work(Clip(batch, 9, 64, 64), checkpointing).total
 
     of = {n: work(range(8 - n, 8)) for n in (2, 3, 6)}
     assert of[6] - of[3] == pytest.approx(3 * (of[3] - of[2]), rel=1e-9)  # equal blocks add equally
@@ -157,8 +157,21 @@ def test_one_of_each_kind_stands_for_all(tiny_t2v) -> None:
     shape = ExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
     clip = Clip(1, 9, 64, 64)
     for checkpointing in ("off", "block"):
-        assert shape.training_work(clip, checkpointing) == pytest.approx(
+        assert shape.training_work(clip, checkpointing).total == pytest.approx(
             shape._step(shape.kinds, clip, checkpointing), rel=0.02)
+
+
+def test_the_first_trained_blocks_recomputed_whole_lie_between(tiny_t2v) -> None:
+    """What is put together of both kinds is what simulating the mixture gives."""
+    ranks = {f"blocks.{i}.{name}": 4 for i in range(1, 8) for name in ("attn1.to_q", "ffn.net.2")}
+    shape = ExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
+    clip = Clip(1, 17, 256, 256)
+    off, block = (shape.training_work(clip, kind) for kind in ("off", "block"))
+    assert len(off.each) == len(block.each) == 7
+    works = [off.with_whole(block, count) for count in range(8)]
+    assert works[0] == off.total and works[7] == block.total
+    for count in (2, 5):
+        assert works[count] == pytest.approx(shape._step(shape.kinds, clip, "off", whole_blocks=count), rel=0.02)
 
 
 def test_flops_of_a_known_model(tiny_t2v) -> None:
