@@ -16,7 +16,6 @@ from lapwan.names import NoiseExpert
 from lapwan.wan.folder import ModelSpec, original_file, tensor_shapes, weight_files
 from lapwan.wan.hostmemory import HostCopy
 from lapwan.wan.plan import (
-    COMPILED_EVALUATION,
     EVALUATION_SECONDS,
     GIB,
     WORKSPACE,
@@ -122,8 +121,6 @@ def plan_generation(
     for together in (True, False) if asking.guided else (True,):
         clip = Clip(asking.batch * (2 if asking.guided and together else 1), asking.num_frames, *asking.size)
         work = max(shape.forward_work(clip, asking.processes) for shape in shapes.values())
-        if asking.compiled:
-            work = int(work * COMPILED_EVALUATION.get(None if recipe is None else recipe.precision, 1.0))
         first = next(iter(shapes.values()))
         work += first.text_bytes(clip.batch * _WORDS)
         flops = first.flops(clip, range(spec.num_layers)).times(1 / asking.processes)

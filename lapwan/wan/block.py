@@ -2,7 +2,7 @@
 
 What differs from theirs: q, k and v share one down-projection of their adapters, cross-attention takes keys and values
 computed before, modulation comes as a few rows and each token's row, rope as two tables without a gather, and what
-computes in fp32 computes in the latents' wider dtype where that is wider.
+computes in fp32 computes in the latents' wider dtype where that is wider. Without a graph on a GPU: `fused_block`.
 Shapes: B samples, N tokens, D width, H heads, d head width, L text tokens, K rows of modulation (1, or as many as the
 sequence has timesteps).
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lapwan.lora.layer import project
-from lapwan.wan import kernels
-from lapwan.wan.precision import Fp8Linear, fp8_in_hardware
+from lapwan.wan import fused_block
+from lapwan.wan.block_parts import attend, attend_tokens, feed_forward
 from lapwan.wan.spread import Split
 
 Rope = tuple[Tensor, Tensor]
@@ -56,25 +56,13 @@ def _normalised_heads(attention: Any, norm: Any, x_BND: Tensor) -> Tensor:
     return torch.unflatten(normed, -1, (attention.heads, -1))
 
 
-def _attend(q_BNHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, bias: Tensor | None = None) -> Tensor:
-    out = F.scaled_dot_product_attention(
-        q_BNHd.transpose(1, 2), k_BLHd.transpose(1, 2), v_BLHd.transpose(1, 2), attn_mask=bias)
-    return out.transpose(1, 2).flatten(2)
-
-
 def self_attention(attention: Any, y_BND: Tensor, rope: Rope, split: Split | None = None) -> Tensor:
     """Attention of the latents' tokens over themselves; over those of all processes where they are `split`."""
     q, k, v = project([attention.to_q, attention.to_k, attention.to_v], y_BND)
     q = rotate(_normalised_heads(attention, attention.norm_q, q), rope)
     k = rotate(_normalised_heads(attention, attention.norm_k, k), rope)
     v = torch.unflatten(v, -1, (attention.heads, -1))
-    if split is None:
-        attended = _attend(q, k, v)
-    else:
-        # All three in one exchange. Back from `_attend`'s [B, N, h·d].
-        q, k, v = split.to_heads(torch.cat([q, k, v])).chunk(3)
-        attended = split.to_tokens(torch.unflatten(_attend(q, k, v), -1, (q.shape[2], -1))).flatten(2)
-    out: Tensor = attention.to_out[0](attended)
+    out: Tensor = attention.to_out[0](attend_tokens(q, k, v, split))
     return out
 
 
@@ -87,26 +75,7 @@ def text_keys_values(attention: Any, text_BLD: Tensor) -> KeysValues:
 def cross_attention(attention: Any, y_BND: Tensor, keys_values: KeysValues, bias: Tensor | None = None) -> Tensor:
     """Attention over the text; `bias` is added to the logits (see `short_text`)."""
     q = _normalised_heads(attention, attention.norm_q, attention.to_q(y_BND))
-    out: Tensor = attention.to_out[0](_attend(q, *keys_values, bias))
-    return out
-
-
-def _multiplies_fp8(module: Any, device: torch.device) -> bool:
-    return isinstance(module, Fp8Linear) and fp8_in_hardware(device)
-
-
-def feed_forward(ffn: Any, y_BND: Tensor) -> Tensor:
-    """W2 · gelu(W1 · y), gelu by its tanh approximation."""
-    first, second = ffn.net[0].proj, ffn.net[2]
-    out: Tensor
-    if kernels.serves(y_BND) and kernels.plain_linear(first):
-        hidden = kernels.linear_gelu(y_BND.flatten(0, -2), first.weight, first.bias)
-        out = second(torch.unflatten(hidden, 0, y_BND.shape[:-1]))
-    elif kernels.serves(y_BND) and kernels.HAS_TRITON and _multiplies_fp8(second, y_BND.device):
-        codes, scale = kernels.gelu_quantise(first(y_BND).flatten(0, -2))
-        out = torch.unflatten(second.multiply(codes, scale, y_BND.dtype), 0, y_BND.shape[:-1])
-    else:
-        out = second(F.gelu(first(y_BND), approximate="tanh"))
+    out: Tensor = attention.to_out[0](attend(q, *keys_values, bias))
     return out
 
 
@@ -126,19 +95,22 @@ def block_forward(
     dtype = x_BND.dtype
     wide = torch.promote_types(dtype, torch.float32)
 
+    table = block.scale_shift_table.unsqueeze(0) + modulation_BK6D.to(wide)
+    if keys_values is None:
+        assert text_BLD is not None
+        keys_values = text_keys_values(block.attn2, text_BLD)
+    if row_of_token_N is None and fused_block.serves(block, x_BND, table):
+        return fused_block.forward(block, x_BND, keys_values, table, rope, text_bias, split)
+
     def of_tokens(part_BKD: Tensor) -> Tensor:
         return part_BKD if row_of_token_N is None else part_BKD.index_select(1, row_of_token_N)
 
-    table = block.scale_shift_table.unsqueeze(0) + modulation_BK6D.to(wide)
     shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
 
     y = modulated(block.norm1, x_BND.to(wide), of_tokens(scale1), of_tokens(shift1))
     x_BND = (x_BND.to(wide) + self_attention(block.attn1, y.to(dtype), rope, split) * of_tokens(gate1)).to(dtype)
 
     y = x_BND if isinstance(block.norm2, torch.nn.Identity) else layer_norm(block.norm2, x_BND.to(wide)).to(dtype)
-    if keys_values is None:
-        assert text_BLD is not None
-        keys_values = text_keys_values(block.attn2, text_BLD)
     x_BND = x_BND + cross_attention(block.attn2, y, keys_values, text_bias)
 
     y = modulated(block.norm3, x_BND.to(wide), of_tokens(scale2), of_tokens(shift2))

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lapwan.names import Precision
-
 GIB = 1 << 30
 WORKSPACE = 96 << 20  # of the matrix libraries, taken from torch's allocator
 SLACK, MARGIN = 0.06, 256 << 20  # what fits: predicted · 1.06 + 256 MiB for gaps between blocks
@@ -144,10 +142,9 @@ class MemoryPlan:
 
 
 # What compiled blocks take of the memory that the same operations take one by one, measured on an H200 with 5 and 40
-# blocks at 256x256 and 480x832: they fuse, and their backward computes again what is cheap. Of a step by what it
-# recomputes, of an evaluation by the base's precision (unmeasured ones that unpack their weights: without a saving).
+# blocks at 256x256 and 480x832: they fuse, and their backward computes again what is cheap. By what a step recomputes;
+# an evaluation takes the same either way, since its norms and residuals are kernels of their own.
 COMPILED: Mapping[Checkpointing, float] = {"off": 0.79, "op": 0.97, "block": 0.75}
-COMPILED_EVALUATION: Mapping[Precision | None, float] = {None: 0.5, Precision.FP8: 0.4}
 
 
 # Seconds of a training step, and of an evaluation, over those of its products and attention, measured on an H200 with

@@ -126,13 +126,15 @@ class Bench:
         return t * (h // 2) * (w // 2)
 
 
-def forward_row(name: str, kind: str, size: str, target: str) -> Callable[[Bench], None]:
+def forward_row(name: str, kind: str, size: str, target: str = "", compiled: bool = True) -> Callable[[Bench], None]:
     def run(bench: Bench) -> None:
         model = bench.model(kind)
+        compile_blocks(model, compiled and not bench.tiny)
         work = partial(torch.no_grad()(velocity), model, *spoken(model, bench.size(size)))
         bench.results.add(measure(
             name, work, forward_flops(model, bench.tokens(size)), bench.seconds, target=target,
         ))
+        compile_blocks(model, not bench.tiny)
     return run
 
 

@@ -104,6 +104,39 @@ def test_our_kernels_are_torchs_operations(columns):
     torch.testing.assert_close(kernels.linear_gelu(x, weight, bias).float(), wanted, rtol=1e-2, atol=1e-2)
 
 
+def alike(ours: Tensor, theirs: Tensor) -> None:
+    """To a step of bf16; e4m3 codes to a neighbour, and that seldom."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    if ours.dtype == torch.float8_e4m3fn:
+        apart = (ours.cpu().view(torch.int8).int() - theirs.view(torch.int8).int()).abs()
+        assert int(apart.max()) <= 1 and float(apart.float().mean()) < 0.02
+    else:
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("columns", [768, 5120])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_norms_and_rope_are_torchs_operations(columns, rows):
+    """The kernels against what a CPU computes for the same operation."""
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    generator, tokens = torch.Generator().manual_seed(0), 34
+    x, out = (random(tokens, columns).bfloat16() for _ in range(2))
+    mul, add, gate = (random(rows, columns) for _ in range(3))
+    angles = random(tokens // 2, 128)
+    cos, sin = angles.cos(), angles.sin() * torch.tensor([-1.0, 1.0]).repeat(64)
+    cases = [(kernels.add_norm, (x, *before, mul, add, 1e-6, eight))
+             for before in ((None, None), (out, None), (out, gate)) for eight in (False, True)]
+    cases += [(kernels.rms_rotate, (x, mul[0].bfloat16(), *tables, 1e-6)) for tables in ((None, None), (cos, sin))]
+    cases += [(kernels.quantise_rows, (x,)), (kernels.add_gated, (x, out, gate))]
+    for operation, given in cases:
+        found = [operation(*(v.to(device) if isinstance(v, Tensor) else v for v in given))
+                 for device in ("cuda", "cpu")]
+        for ours, theirs in zip(*([one] if isinstance(one, Tensor) else one for one in found), strict=True):
+            alike(ours, theirs)
+
+
 @pytest.mark.parametrize("precision", [None, Precision.FP8])
 def test_a_forward_with_our_kernels_is_one_without(tiny_t2v, monkeypatch, precision):
     if precision is None:

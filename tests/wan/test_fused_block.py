@@ -1,0 +1,103 @@
+"""The block in our kernels is the plain block: through the kernels' torch forms (fp64), and they are Triton's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from lapwan.names import Precision
+from lapwan.tiny.model import TRANSFORMER
+from lapwan.wan import fused_block, kernels
+from lapwan.wan.backbone import velocity
+from lapwan.wan.precision import KINDS
+from lapwan.wan.quantised import fill, linears_of
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Switch the kernels on where there is no GPU: their torch forms run. Gives the number of blocks that went so."""
+    calls: list[int] = []
+    forward = fused_block.forward
+
+    def use(on: bool) -> list[int]:
+        monkeypatch.setattr(kernels, "serves", lambda x: on and not torch.is_grad_enabled())
+        monkeypatch.setattr(kernels, "HAS_TRITON", True)
+        monkeypatch.setattr(fused_block, "forward", lambda *given: (calls.append(1), forward(*given))[1])
+        return calls
+
+    return use
+
+
+def made(dtype: torch.dtype) -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(in_channels=16, **{**TRANSFORMER, "num_layers": 3}).to(dtype).eval()
+    for block in model.blocks:  # as trained: neither ones nor zeros
+        for name in ("norm2.weight", "norm2.bias", "attn1.norm_q.weight", "attn1.norm_k.weight", "attn2.norm_q.weight"):
+            block.get_parameter(name).data.normal_(1.0, 0.3)
+    return model.requires_grad_(False)
+
+
+def given(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 16, 3, 6, 8, generator=generator).to(dtype)
+    return x, torch.tensor([900.0, 312.5]), torch.randn(2, 12, TRANSFORMER["text_dim"], generator=generator).to(dtype)
+
+
+def both(model: WanTransformer3DModel, fused, *inputs: Tensor) -> list[Tensor]:
+    found = []
+    for on in (False, True):
+        calls = fused(on)
+        with torch.no_grad():
+            found.append(velocity(model, *inputs))
+        assert len(calls) == (3 if on else 0)
+    return found
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_it_is_the_plain_block(fused, alike):
+    """With a timestep for each sample, and with one row of modulation for both."""
+    x, t, text = given(torch.float64)
+    t = torch.tensor(700.0).expand(2) if alike else t
+    plain, ours = both(made(torch.float64), fused, x, t, text)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
+
+
+def test_a_step_with_a_graph_and_tokens_of_their_own_time_go_the_plain_way(fused):
+    model = made(torch.float32)
+    x, _, text = given(torch.float32)
+    calls = fused(True)
+    velocity(model, x.requires_grad_(), torch.full((2,), 700.0), text).sum().backward()
+    with torch.no_grad():
+        velocity(model, x, torch.full((2, 3 * 3 * 4), 700.0), text)
+    assert not calls
+
+
+def test_in_fp8_it_rounds_where_the_plain_block_does(fused, monkeypatch):
+    """Codes are handed from kernel to product; off a GPU the product is fp8's emulation."""
+    monkeypatch.setattr("lapwan.wan.block_parts.fp8_in_hardware", lambda device: True)
+    model = made(torch.float32)
+    source = {n: lambda p=p: p.data.clone() for n, p in model.named_parameters()}
+    fill(model, source, linears_of(model.blocks, "blocks"), Precision.FP8, lambda name, stored: stored,
+         torch.device("cpu"), None)
+    assert isinstance(model.blocks[0].ffn.net[2], KINDS[Precision.FP8])
+    exact = made(torch.float32)
+    inputs = given(torch.float32)
+    plain, ours = both(model, fused, *inputs)
+    with torch.no_grad():
+        fused(False)
+        without = velocity(exact, *inputs)
+    assert float((ours - plain).norm()) < 0.3 * float((plain - without).norm())
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with torch's CUDA builds")
+def test_the_kernels_are_their_torch_forms():
+    program = Path(__file__).with_name("triton_parity.py")
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip() == "alike", done.stderr[-2000:]
