@@ -59,10 +59,9 @@ def normed(
     eight = multiplies_fp8(layers, x_BND.device)
     out_ND = None if out_BND is None else out_BND.flatten(0, 1)
     found = kernels.add_norm(x_BND.flatten(0, 1), out_ND, gate_RD, mul_RD, add_RD, eps, eight)
-    h_BND = x_BND if out_BND is None else found.pop(0).view(x_BND.shape)
-    if eight:
-        return h_BND, Rows(None, (found[0], found[1]), x_BND.shape)
-    return h_BND, Rows(found[0], None, x_BND.shape)
+    h_BND = x_BND if out_BND is None else found[0].view(x_BND.shape)
+    codes = (found[-2], found[-1]) if eight else None
+    return h_BND, Rows(None if eight else found[-1], codes, x_BND.shape)
 
 
 def rms_heads(attention: Any, norm: Any, x_BND: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:

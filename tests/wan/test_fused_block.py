@@ -16,6 +16,8 @@ from lapwan.names import Precision
 from lapwan.tiny.model import TRANSFORMER
 from lapwan.wan import fused_block, kernels
 from lapwan.wan.backbone import velocity
+from lapwan.wan.block import block_forward
+from lapwan.wan.fastpath import path_of
 from lapwan.wan.precision import KINDS
 from lapwan.wan.quantised import fill, linears_of
 
@@ -67,6 +69,18 @@ def test_it_is_the_plain_block(fused, alike):
     t = torch.tensor(700.0).expand(2) if alike else t
     plain, ours = both(made(torch.float64), fused, x, t, text)
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
+
+
+def test_the_compiler_takes_it_whole(fused):
+    """Its lists of outputs and optional arguments, without generating code."""
+    model, inputs = made(torch.float32), given(torch.float32)
+    calls = fused(True)
+    path = path_of(model)
+    with torch.no_grad():
+        plain = velocity(model, *inputs)
+        path.block = torch.compile(block_forward, backend="aot_eager", dynamic=False, fullgraph=True)
+        assert torch.equal(velocity(model, *inputs), plain)
+    assert calls
 
 
 def test_a_step_with_a_graph_and_tokens_of_their_own_time_go_the_plain_way(fused):
