@@ -17,6 +17,7 @@ from triton.testing import do_bench
 
 from lapwan.wan import triton_kernels as ours
 
+
 def cases(tokens: int) -> dict[str, tuple[int, Callable[[int], object]]]:
     """Of each kernel: bytes, and a launch with so many warps."""
     x, out, wide = (torch.randn(tokens, width, device="cuda").bfloat16() for width in (5120, 5120, 13824))
