@@ -16,7 +16,6 @@ from lapwan.names import NoiseExpert
 from lapwan.wan.folder import ModelSpec, original_file, tensor_shapes, weight_files
 from lapwan.wan.hostmemory import HostCopy
 from lapwan.wan.plan import (
-    EVALUATION_SECONDS,
     GIB,
     WORKSPACE,
     MemoryPlan,
@@ -87,7 +86,6 @@ class Asking:
     steps: int = 40
     batch: int = 1
     guided: bool = True
-    compiled: bool = False
     processes: int = 1
 
 
@@ -124,7 +122,7 @@ def plan_generation(
         first = next(iter(shapes.values()))
         work += first.text_bytes(clip.batch * _WORDS)
         flops = first.flops(clip, range(spec.num_layers)).times(1 / asking.processes)
-        once = flops.seconds(rates) * EVALUATION_SECONDS[asking.compiled]
+        once = flops.seconds(rates)
         passes = 2 if asking.guided and not together else 1
         for place in placements(len(each), spec.num_layers, asked):
             copied = max(sum(one.blocks[: place.streamed]) for one in each) / rates.bus

@@ -18,13 +18,13 @@ from lapwan.processes import Processes
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.memory import Asking, Memory, describe, free_bytes, plan_generation
 from lapwan.wan.base import Base
-from lapwan.wan.compiling import Compile, CompileReport, compile_blocks, pays, worth
+from lapwan.wan.compiling import Compile, CompileReport, compile_blocks, pays
 from lapwan.wan.device import limit_memory
 from lapwan.wan.fastpath import path_of
 from lapwan.wan.plan import MemoryPlan, Placement, Way, free_of, host_memory, needs
 from lapwan.wan.quantised import Recipe
 from lapwan.wan.rates import rates_of
-from lapwan.wan.shapes import heads_of, tokens_of, width_of
+from lapwan.wan.shapes import heads_of
 from lapwan.wan.spread import Spread, check_heads
 from lapwan.wan.stream import Residence, tensors_of
 from lapwan.wan.text import text_encoder_bytes
@@ -101,8 +101,7 @@ class NoiseExperts:
         self, num_frames: int, size: tuple[int, int], steps: int = 40, guided: bool = True, batch: int = 1
     ) -> MemoryPlan:
         """Decide for a video what stays on the device; the decision is logged when it changes."""
-        asking = Asking(num_frames, size, steps, batch, guided, self._compiles(num_frames, size, steps),
-                        self.processes.count)
+        asking = Asking(num_frames, size, steps, batch, guided, self.processes.count)
         free = free_bytes(self.device)
         if free is not None:
             free = min(self.processes.gather(free + self._here()))
@@ -137,14 +136,6 @@ class NoiseExperts:
         if free is None:
             return None
         return min(self.processes.gather(free // self.processes.count + held))
-
-    def _compiles(self, num_frames: int, size: tuple[int, int], steps: int) -> bool:
-        spec = self.base.spec
-        if self._compile != "auto" or self.device.type != "cuda":
-            return self._compile == "on"
-        tokens = tokens_of(spec, (num_frames, *size))
-        own = tokens // self.processes.count
-        return worth(width_of(spec), own, steps // len(spec.experts), training=False)
 
     def _recipe(self) -> Recipe | None:
         return None if self.precision is None else Recipe(self.precision)

@@ -98,7 +98,7 @@ class Bench:
             shape_folder(Path(folder) / "model", SMALL if self.tiny else A14B)
             return plan_generation(
                 read_spec(Path(folder) / "model"), {}, torch.bfloat16, Recipe(Precision.FP8) if kind == "fp8" else None,
-                Asking(frames, (height, width), steps, compiled=not self.tiny), memory, int(free_gib * GIB),
+                Asking(frames, (height, width), steps), memory, int(free_gib * GIB),
                 rates_of(self.device, torch.bfloat16), 0)
 
     def step_plan(self, model: WanTransformer3DModel, size: str, last: int, limit: float | None) -> MemoryPlan:

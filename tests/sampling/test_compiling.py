@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lapwan.names import NoiseExpert
 from lapwan.sampling.generator import Generator
-from lapwan.wan import compiling
+from lapwan.wan import compiling, kernels
 from lapwan.wan.backbone import load_transformer
 from lapwan.wan.block import block_forward
 from lapwan.wan.compiling import CompileReport, compile_blocks, compiled_block, pays, worth
@@ -24,6 +26,21 @@ def test_it_pays_from_about_150_steps_or_a_video_at_480p_on():
 
 def test_never_by_itself_on_a_cpu(tiny_t2v):
     assert not pays(load_transformer(tiny_t2v, NoiseExpert.HIGH), (21, 60, 104), 10**9, training=True)
+
+
+def test_an_evaluation_by_our_kernels_is_not_compiled_by_itself(monkeypatch):
+    def on_a_gpu(dtype: torch.dtype) -> SimpleNamespace:
+        weight = torch.empty(A14B, 16, device="meta", dtype=dtype)
+        return SimpleNamespace(patch_embedding=SimpleNamespace(weight=weight),
+                               parameters=lambda: [SimpleNamespace(device=torch.device("cuda"))],
+                               config=SimpleNamespace(patch_size=(1, 2, 2)))
+
+    for has_triton in (True, False):
+        monkeypatch.setattr(kernels, "HAS_TRITON", has_triton)
+        size, times = (21, 60, 104), 80
+        assert pays(on_a_gpu(torch.bfloat16), size, times, training=False) is not has_triton
+        assert pays(on_a_gpu(torch.float32), size, times, training=False)
+        assert pays(on_a_gpu(torch.bfloat16), size, times, training=True)
 
 
 @pytest.mark.parametrize("mode", ["on", "off", "auto"])

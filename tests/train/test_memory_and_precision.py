@@ -143,7 +143,7 @@ def test_less_and_less_memory(planned, monkeypatch):
     plan = planned(look=True, memory=64.0, **settings)
     seen, free = [], 64.0
     while plan.plan.fits:
-        assert plan.plan.peak * 1.06 <= free * 2**30
+        assert plan.plan.peak * 1.08 <= free * 2**30
         way = plan.plan.way
         seen.append((way.placement.both, way.placement.streamed, way.checkpointing, way.whole_blocks,
                      way.micro_batch))
