@@ -30,8 +30,8 @@ Compile = Literal["auto", "on", "off"]
 # Beyond torch's own 8: a run may visit many buckets, each with a frozen, a trained and a sampling structure.
 _GRAPHS = 128
 # Measured on an H200 at A14B's width: compiled blocks save 14 µs a token and evaluation where our kernels do not serve,
-# 20 µs a token in a step of a LoRA on the last eight. Without a cache compiling took 3 s for a forward there, 12 to 17 s
-# for a step.
+# 20 µs a token in a step of a LoRA on the last eight. Without a cache compiling took 3 s for a forward there, 12 to
+# 17 s for a step.
 _COLD_SECONDS = 15.0
 _EVALUATION_SAVES, _STEP_SAVES = 14e-6 / 5120, 20e-6 / 5120
 
