@@ -167,7 +167,7 @@ def test_one_gpu_named_for_all_is_refused(monkeypatch):
 def test_a_share_of_the_tokens_takes_about_that_share_of_the_memory():
     shape = ExpertShape(read_spec(tiny_folder("t2v")), NoiseExpert.HIGH, torch.bfloat16)
     one, two = (shape.forward_work(Clip(2, 81, 256, 256), count) for count in (1, 2))
-    assert 0.45 * one < two < 0.85 * one  # the exchange holds q, k and v four times: as they are, joined, sent, received
+    assert 0.45 * one < two < 0.85 * one  # its exchange holds q, k and v four times: plain, joined, sent, received
     trained = [GroupShape({f"blocks.{i}.attn1.to_q": 4 for i in (6, 7)}, True)]
     shape = ExpertShape(read_spec(tiny_folder("t2v")), NoiseExpert.HIGH, torch.bfloat16, groups=trained)
     one, two = (shape.training_work(Clip(2, 81, 256, 256), "off", count).total for count in (1, 2))
