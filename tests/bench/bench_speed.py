@@ -24,11 +24,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import speed_smoke
+from speed_ceilings import ceiling_row
 from speed_measure import Results, markdown
 from speed_rows import (
     Bench,
     adapted_forward_row,
-    ceiling_row,
     forward_row,
     mixture_against_lora,
     peer_row,
