@@ -218,7 +218,7 @@ def _recomputations(
     most = max(len(work.each) for work in works[kinds[0]])
     found = []
     for kind, own in works.items():
-        for whole in range(most if asked == "auto" and kind != "block" else 1):
+        for whole in range(max(1, most) if asked == "auto" and kind != "block" else 1):
             work = max(one.with_whole(all_whole, whole)
                        for one, all_whole in zip(own, works.get("block", own), strict=True))
             share = 1.0 if kind == "block" else whole / most if most else 0.0

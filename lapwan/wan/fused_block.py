@@ -71,8 +71,6 @@ def rms_heads(attention: Any, norm: Any, x_BND: Tensor, rope: tuple[Tensor, Tens
     return torch.unflatten(y.view(x_BND.shape), -1, (attention.heads, -1))
 
 
-
-
 def _through_out(attention: Any, attended_BND: Tensor) -> Tensor:
     last = [attention.to_out[0]]
     [out] = rows_of(attended_BND, last).through(last, attended_BND.dtype)
