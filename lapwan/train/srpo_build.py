@@ -167,8 +167,11 @@ def load_parts(
         if adapter is not None:
             parking.add({expert: adapter})
         if not sharded:
-            auto = settings.compile == "auto" and pays(
-                model, spec.latent_shape(*data.bucket)[1:], evaluations(settings, spec, expert), training=False)
+            size = spec.latent_shape(*data.bucket)[1:]
+            steps = settings.steps * settings.accumulate * settings.batch_size
+            auto = settings.compile == "auto" and (
+                pays(model, size, evaluations(settings, spec, expert), training=False)
+                or (expert in experts and pays(model, size, steps, training=True)))
             compile_blocks(model, auto or settings.compile == "on")
     vae = load_vae(base.spec, getattr(torch, settings.vae_dtype), device)
     frames = JudgedFrames(vae, settings.preference.frames)
