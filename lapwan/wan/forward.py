@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lapwan.lora.layer import StackedLoraLinear
+from lapwan.wan import kernels
 from lapwan.wan.block import KeysValues, Rope, block_forward, layer_norm, text_keys_values, widened
 from lapwan.wan.fastpath import Checkpointing, FastPath, Prompt, Trained, look_at, path_of, run_checkpointed
 from lapwan.wan.folder import TEXT_LENGTH
@@ -192,6 +193,7 @@ def predict(
         features = (text if isinstance(text, Tensor) else pad_text(text)).to(hidden_BCTHW.dtype)
         whole: Tensor = transformer(hidden_BCTHW, timestep, features, return_dict=False)[0]
         return whole
+    kernels.prepare(hidden_BCTHW.device)
     grad = torch.is_grad_enabled()
     dtype = hidden_BCTHW.dtype
     with torch.no_grad():  # a table of the size alone

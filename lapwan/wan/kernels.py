@@ -15,8 +15,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lapwan import console
+
 ENABLED = True  # off in tests, to compare
 HAS_TRITON = find_spec("triton") is not None  # comes with torch's CUDA builds, but not on every system
+_TRIED: set[str] = set()
+
+
+def prepare(device: torch.device) -> None:
+    """Try Triton once on a GPU: it needs a C compiler there, and a GPU that it knows. Else torch's operations run."""
+    global HAS_TRITON
+    if device.type != "cuda" or not HAS_TRITON or device.type in _TRIED:
+        return
+    _TRIED.add(device.type)
+    try:
+        from lapwan.wan import triton_kernels
+
+        row = torch.zeros(1, 16, device=device, dtype=torch.bfloat16)
+        triton_kernels.add_gated(row, row, row)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # noqa: BLE001 - whatever a machine lacks
+        HAS_TRITON = False
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        console.log(f"Triton cannot build kernels here ({said}); torch's own operations run instead, more slowly")
 
 
 def _quantised(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 
+from lapwan.wan import kernels
 from lapwan.wan.plan import Rates
 from lapwan.wan.precision import fp8_in_hardware
 
@@ -34,6 +35,7 @@ def _seconds(run: object, device: torch.device, repeats: int) -> float:
 @cache
 def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
     """A device's rates in `dtype`."""
+    kernels.prepare(device)  # a plan is of what will run
     size = _SIZE[device.type]
     a = torch.randn(size, size, device=device, dtype=dtype)
     product = _SHARE * 2.0 * size**3 / _seconds(lambda: a @ a, device, 5)

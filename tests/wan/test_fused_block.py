@@ -110,6 +110,16 @@ def test_in_fp8_it_rounds_where_the_plain_block_does(fused, monkeypatch):
     assert float((ours - plain).norm()) < 0.3 * float((plain - without).norm())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here Triton may work")
+def test_without_a_compiler_torchs_operations_run(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "HAS_TRITON", True)
+    monkeypatch.setattr(kernels, "_TRIED", set())
+    for _ in range(2):
+        kernels.prepare(torch.device("cuda"))
+    assert not kernels.HAS_TRITON
+    assert capsys.readouterr().err.count("Triton cannot build kernels here (") == 1
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with torch's CUDA builds")
 def test_the_kernels_are_their_torch_forms():
     program = Path(__file__).with_name("triton_parity.py")
