@@ -19,6 +19,7 @@ from lapwan.lora.attach import Adapter, Group, attach
 from lapwan.lora.linear import FrozenLinear
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.names import NoiseExpert, Precision
+from lapwan.wan import kernels
 from lapwan.wan.backbone import velocity
 from lapwan.wan.fastpath import path_of
 from lapwan.wan.folder import TEXT_LENGTH, ModelSpec
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _META = torch.device("meta")
 # fp32 numbers kept for a trained one: itself and two moments (its gradient is part of the work).
 _TRAINED_NUMBERS = 3
+_SIMULATED: dict[tuple[Any, ...], StepWork] = {}
 _BACKWARD = 2.5  # attention's backward over its forward, as fused kernels do it
 
 
@@ -211,8 +213,18 @@ class ExpertShape:
     def training_work(self, clip: Clip, checkpointing: Checkpointing, processes: int = 1) -> StepWork:
         """The most a forward and backward take beside the weights, gradients of what is trained included.
 
-        From a third block of a kind on each adds the same: it is simulated for two and for three.
+        From a third block of a kind on each adds the same: it is simulated for two and for three. Both noise experts
+        are often of one shape: what has been simulated in this process is not simulated again.
         """
+        spec = self.spec
+        key = (json.dumps(self._config, sort_keys=True), self._dtype, self._recipe, tuple(self.kinds),
+               tuple(self._trainable), self._gated, spec.latent_shape(clip.frames, clip.height, clip.width),
+               spec.in_channels, spec.text_dim, clip.batch, checkpointing, processes, kernels.HAS_TRITON)
+        if key not in _SIMULATED:
+            _SIMULATED[key] = self._training_work(clip, checkpointing, processes)
+        return _SIMULATED[key]
+
+    def _training_work(self, clip: Clip, checkpointing: Checkpointing, processes: int) -> StepWork:
         trained = self.kinds[self.first_trained :]
         if not trained:
             return StepWork(self.forward_work(clip, processes))
