@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lapwan.lora.layer import project
 from lapwan.wan import fused_block
 from lapwan.wan.block_parts import attend, attend_tokens, feed_forward
+from lapwan.wan.kernels import rotate
 from lapwan.wan.spread import Split
 
 Rope = tuple[Tensor, Tensor]
@@ -42,13 +43,6 @@ def modulated(module: Any, x_wide: Tensor, scale_BKD: Tensor, shift_BKD: Tensor)
         width = (x_wide.shape[-1],)
         return F.layer_norm(x_wide, width, (1 + scale_BKD).flatten(), shift_BKD.flatten(), module.eps)
     return layer_norm(module, x_wide) * (1 + scale_BKD) + shift_BKD
-
-
-def rotate(x_BNHd: Tensor, rope: Rope) -> Tensor:
-    """(a, b) -> (a·cos − b·sin, b·cos + a·sin) on neighbouring pairs, as x·C + swapped(x)·S with tables [N, 1, d]."""
-    cos, signed_sin = rope
-    swapped = torch.unflatten(x_BNHd, -1, (-1, 2)).flip(-1).flatten(-2)
-    return (x_BNHd * cos + swapped * signed_sin).to(x_BNHd.dtype)
 
 
 def _normalised_heads(attention: Any, norm: Any, x_BND: Tensor) -> Tensor:

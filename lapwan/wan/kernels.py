@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lapwan import console
+from lapwan.wan.precision import quantise_fp8
 
 ENABLED = True  # off in tests, to compare
 HAS_TRITON = find_spec("triton") is not None  # comes with torch's CUDA builds, but not on every system
-_TRIED: set[str] = set()
+_TRIED = False
 
 
 def prepare(device: torch.device) -> None:
     """Try Triton once on a GPU: it needs a C compiler there, and a GPU that it knows. Else torch's operations run."""
-    global HAS_TRITON
-    if device.type != "cuda" or not HAS_TRITON or device.type in _TRIED:
+    global HAS_TRITON, _TRIED
+    if device.type != "cuda" or not HAS_TRITON or _TRIED:
         return
-    _TRIED.add(device.type)
+    _TRIED = True
     try:
         from lapwan.wan import triton_kernels
 
@@ -40,13 +41,8 @@ def prepare(device: torch.device) -> None:
         console.log(f"Triton cannot build kernels here ({said}); torch's own operations run instead, more slowly")
 
 
-def _quantised(y: Tensor) -> tuple[Tensor, Tensor]:
-    amax = y.abs().amax(dim=-1, keepdim=True).float()
-    scale = torch.where(amax > 0, amax * (1.0 / 448.0), torch.ones_like(amax))
-    return (y.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
-
-
-def _empty_codes(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+def empty_codes(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the e4m3 codes of x and their scales [N, 1]."""
     return x_ND.new_empty(x_ND.shape, dtype=torch.float8_e4m3fn), x_ND.new_empty((len(x_ND), 1), dtype=torch.float32)
 
 
@@ -70,12 +66,12 @@ def gelu_quantise(x_NK: Tensor) -> tuple[Tensor, Tensor]:
         from lapwan.wan import triton_kernels
 
         return triton_kernels.gelu_quantise(x_NK.contiguous())
-    return _quantised(F.gelu(x_NK.float(), approximate="tanh"))
+    return quantise_fp8(F.gelu(x_NK.float(), approximate="tanh"))
 
 
 @gelu_quantise.register_fake
 def _(x_NK: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_codes(x_NK)
+    return empty_codes(x_NK)
 
 
 def _of_samples(rows_RD: Tensor, tokens: int) -> Tensor:
@@ -102,7 +98,7 @@ def add_norm(
         h = (x_ND.to(wide) + gated).to(x_ND.dtype)
     normed = F.layer_norm(h.to(wide), h.shape[-1:], eps=eps)
     y = (normed * _of_samples(mul_RD, tokens) + _of_samples(add_RD, tokens)).to(h.dtype)
-    return [*([] if out_ND is None else [h]), *(_quantised(y) if eight else [y])]
+    return [*([] if out_ND is None else [h]), *(quantise_fp8(y) if eight else [y])]
 
 
 @add_norm.register_fake
@@ -111,7 +107,7 @@ def _(x_ND: Tensor, out_ND: Tensor | None, gate_RD: Tensor | None, mul_RD: Tenso
     found = [] if out_ND is None else [x_ND.new_empty(x_ND.shape)]
     if not eight:
         return [*found, x_ND.new_empty(x_ND.shape)]
-    return [*found, *_empty_codes(x_ND)]
+    return [*found, *empty_codes(x_ND)]
 
 
 @torch.library.custom_op("lapwan::add_gated", mutates_args=())
@@ -137,12 +133,19 @@ def quantise_rows(x_ND: Tensor) -> tuple[Tensor, Tensor]:
         from lapwan.wan import triton_kernels
 
         return triton_kernels.quantise_rows(x_ND.contiguous())
-    return _quantised(x_ND)
+    return quantise_fp8(x_ND)
 
 
 @quantise_rows.register_fake
 def _(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_codes(x_ND)
+    return empty_codes(x_ND)
+
+
+def rotate(x_BNHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """(a, b) -> (a·cos − b·sin, b·cos + a·sin) on neighbouring pairs, as x·C + swapped(x)·S with tables [N, 1, d]."""
+    cos, signed_sin = rope
+    swapped = torch.unflatten(x_BNHd, -1, (-1, 2)).flip(-1).flatten(-2)
+    return (x_BNHd * cos + swapped * signed_sin).to(x_BNHd.dtype)
 
 
 @torch.library.custom_op("lapwan::rms_rotate", mutates_args=())
@@ -160,10 +163,8 @@ def rms_rotate(
     y = F.rms_norm(x_ND, x_ND.shape[-1:], weight_D.to(x_ND.dtype), eps)
     if cos_Nd is None or signed_sin_Nd is None:
         return y
-    samples, heads = len(x_ND) // len(cos_Nd), x_ND.shape[-1] // cos_Nd.shape[-1]
-    cos, sin = (table.repeat(samples, heads) for table in (cos_Nd, signed_sin_Nd))
-    swapped = torch.unflatten(y, -1, (-1, 2)).flip(-1).flatten(-2)
-    return (y * cos + swapped * sin).to(x_ND.dtype)
+    heads_BNHd = y.view(-1, len(cos_Nd), x_ND.shape[-1] // cos_Nd.shape[-1], cos_Nd.shape[-1])
+    return rotate(heads_BNHd, (cos_Nd.unsqueeze(1), signed_sin_Nd.unsqueeze(1))).view(x_ND.shape)
 
 
 @rms_rotate.register_fake

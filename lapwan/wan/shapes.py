@@ -137,6 +137,11 @@ class ExpertShape:
                    for kind in self.kinds]
         self.first_trained = trained.index(True) if True in trained else len(trained)
 
+    @property
+    def _inner(self) -> int:
+        """D."""
+        return int(self._config["num_attention_heads"]) * int(self._config["attention_head_dim"])
+
     def _kind(self, index: int, groups: Sequence[GroupShape]) -> _Kind:
         begin = f"blocks.{index}."
         ranks = tuple(tuple(sorted((path.removeprefix(begin), rank) for path, rank in group.ranks.items()
@@ -179,7 +184,7 @@ class ExpertShape:
         """Bytes of the gradients of all that is trained."""
         shapes = [(path, rank) for kind in self.kinds for own, trained in zip(kind.ranks, self._trainable, strict=True)
                   if trained for path, rank in own]
-        inner = self._config["num_attention_heads"] * self._config["attention_head_dim"]
+        inner = self._inner
         wide = inner + self._config["ffn_dim"]
         return sum(4 * rank * (wide if path.startswith("ffn") else 2 * inner) for path, rank in shapes)
 
@@ -199,8 +204,7 @@ class ExpertShape:
 
     def text_bytes(self, rows: int) -> int:
         """Of every block's keys and values of `rows` rows of text."""
-        inner = int(self._config["num_attention_heads"]) * int(self._config["attention_head_dim"])
-        return 2 * rows * inner * self._dtype.itemsize * len(self.kinds)
+        return 2 * rows * self._inner * self._dtype.itemsize * len(self.kinds)
 
     def forward_work(self, clip: Clip, processes: int = 1) -> int:
         """The most one evaluation without gradients takes beside the weights, in each process that shares it."""
@@ -255,7 +259,7 @@ class ExpertShape:
     def flops(self, clip: Clip, blocks: Sequence[int]) -> Flops:
         """Of the forward of some blocks, adapters left out; multiply and add are two."""
         each = tokens_of(self.spec, (clip.frames, clip.height, clip.width))
-        inner = self._config["num_attention_heads"] * self._config["attention_head_dim"]
+        inner = self._inner
         tokens, text = clip.batch * each, clip.batch * TEXT_LENGTH
         of_tokens = inner * (6 * inner + 2 * self._config["ffn_dim"])
         product = 2.0 * (tokens * of_tokens + text * 2 * inner * inner)

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lapwan.wan.kernels import empty_codes
+
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _store_codes(y, codes_ptr, scale_ptr, row, at, inside, columns: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -32,8 +34,7 @@ def _gelu_quantise(x_ptr, codes_ptr, scale_ptr, columns: tl.constexpr, BLOCK: tl
 def gelu_quantise(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     """A row a program, read once: e4m3 codes [N, K] and scales [N, 1] of gelu(x)."""
     rows, columns = x_NK.shape
-    codes = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x_NK.device)
-    scale = torch.empty((rows, 1), dtype=torch.float32, device=x_NK.device)
+    codes, scale = empty_codes(x_NK)
     block = triton.next_power_of_2(columns)
     _gelu_quantise[(rows,)](x_NK, codes, scale, columns, BLOCK=block, num_warps=16 if block > 8192 else 8)
     return codes, scale
@@ -78,8 +79,7 @@ def add_norm(
     gate_RD = None if gate_RD is None else gate_RD.float().contiguous()
     out_ND = None if out_ND is None else out_ND.contiguous()
     h = x_ND if out_ND is None else torch.empty_like(x_ND)
-    y = torch.empty((rows, columns), dtype=torch.float8_e4m3fn if eight else x_ND.dtype, device=x_ND.device)
-    scale = torch.empty((rows, 1), dtype=torch.float32, device=x_ND.device) if eight else y
+    y, scale = empty_codes(x_ND) if eight else (torch.empty_like(x_ND),) * 2
     samples = max(len(mul_RD), 1 if gate_RD is None else len(gate_RD))
     block = triton.next_power_of_2(columns)
     _add_norm[(rows,)](
@@ -129,8 +129,7 @@ def _quantise_rows(x_ptr, codes_ptr, scale_ptr, columns: tl.constexpr, BLOCK: tl
 def quantise_rows(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     """`kernels.quantise_rows`, a row a program."""
     rows, columns = x_ND.shape
-    codes = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x_ND.device)
-    scale = torch.empty((rows, 1), dtype=torch.float32, device=x_ND.device)
+    codes, scale = empty_codes(x_ND)
     _quantise_rows[(rows,)](x_ND, codes, scale, columns, BLOCK=triton.next_power_of_2(columns), num_warps=8)
     return codes, scale
 

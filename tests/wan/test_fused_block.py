@@ -113,7 +113,7 @@ def test_in_fp8_it_rounds_where_the_plain_block_does(fused, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here Triton may work")
 def test_without_a_compiler_torchs_operations_run(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "HAS_TRITON", True)
-    monkeypatch.setattr(kernels, "_TRIED", set())
+    monkeypatch.setattr(kernels, "_TRIED", False)
     for _ in range(2):
         kernels.prepare(torch.device("cuda"))
     assert not kernels.HAS_TRITON
