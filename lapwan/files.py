@@ -31,6 +31,18 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(_TEMPORARY)
 
 
+def inside(folder: Path, name: object, named_by: Path) -> Path:
+    """The path of a file that another file names, such as a shard of an index: a plain name inside `folder`.
+
+    Raises:
+        UserError: not a plain name. A name such as `../model.safetensors` would read or replace files elsewhere.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
+        raise UserError(f"{named_by} names the file {name!r}; allowed are plain file names inside {folder}, without a "
+                        "folder: correct it, or download the file again")
+    return folder / name
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file or a directory entry to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -95,7 +95,8 @@ def load_index(folder: Path, labels: Path | None = None, empty: bool = False) ->
         empty: a cache without a single finished item is no error.
 
     Raises:
-        UserError: no cache there, a damaged index, a missing file, or labels that do not fit the items.
+        UserError: no cache there, a damaged index or one that names files elsewhere, a missing file, or labels that
+            do not fit the items.
     """
     if not folder.is_dir():
         raise UserError(f"no cache folder {folder}; make one with lapwan cache")
@@ -123,6 +124,10 @@ def _parse_index(path: Path) -> CacheIndex:
             raise UserError(f"{path} has another format than this version of lapwan reads; cache again")
         known = {f.name for f in fields(CacheIndex)}
         items = tuple(_item(json.loads(line)) for line in lines[1:])
+        names = [name for item in items for name in (item.latents, item.text, item.roi)] + [head.get("prompts")]
+        for name in names:
+            if name is not None:
+                files.inside(path.parent, name, path)
         return CacheIndex(path.parent, items, **{k: v for k, v in head.items() if k in known})
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path} is damaged ({error}); run lapwan cache again: files that are there are kept") from None

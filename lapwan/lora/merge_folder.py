@@ -86,6 +86,7 @@ def write_folder(
             _carry(folder / path, temporary / path, link)
         for plan in plans:
             targets = [temporary / file.path.relative_to(folder) for file in plan.files]
+            assert all(target.resolve().is_relative_to(temporary.resolve()) for target in targets), targets
             write_component(plan, targets, advance, verify)
 
 

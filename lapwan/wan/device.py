@@ -10,7 +10,8 @@ from lapwan.errors import UserError
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto` (a GPU if there is one; of several, the one of this process's `local_rank`), `cpu`, `cuda` or `cuda:N`.
 
-    A GPU that is named becomes the current one: kernels of our own, as Triton's all, run on that.
+    A GPU always comes with its index, `cuda` as the current one's: torch's memory limits and statistics refuse a
+    device without. It becomes the current one: Triton's kernels run on that.
 
     Raises:
         UserError: not a device, or a GPU that is not there.
@@ -28,7 +29,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device = '{name}': this machine has {torch.cuda.device_count()} CUDA devices that torch "
                         f"{torch.__version__} can use; use --device cpu, or install a CUDA build of torch")
-    if device.type == "cuda" and device.index is not None:
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lapwan.errors import UserError
+from lapwan.files import inside
 from lapwan.lora.fingerprint import checkpoint_fingerprint
 from lapwan.lora.tensorfile import read_header
 from lapwan.names import Band, NoiseExpert, bands, tensor_to_diffusers
@@ -111,10 +112,13 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a component: one, or the shards its index names.
 
     Raises:
-        UserError: none there, or a shard of the index is missing.
+        UserError: none there, a shard of the index is missing, or its name leads out of the folder.
     """
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        files = sorted({folder / name for name in _json(index)["weight_map"].values()})
+        weight_map = _json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no weight_map (tensor name -> file name); download it again")
+        files = sorted({inside(folder, name, index) for name in weight_map.values()})
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UserError(f"{index} names files that are missing: {', '.join(missing)}; copy the folder again")
