@@ -45,7 +45,7 @@ def test_generate(memory, lapwan, tmp_path) -> None:
 def test_preference_alignment(lapwan, tmp_path) -> None:
     (tmp_path / "prompts.txt").write_text("剪刀剪断血管\n电凝钩切割组织\n", encoding="utf-8")
     lapwan("srpo", "--prompts", tmp_path / "prompts.txt", "--reward", "tiny", "--size", "32x32", "--steps", "1",
-           "--memory", "one", "-o", tmp_path / "run")
+           "--set", "memory=one", "--set", "held_out.count=1", "-o", tmp_path / "run")
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
