@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 from lapwan import console
-from lapwan.commands.base import resolve_base
-from lapwan.commands.model import TINY
+from lapwan.distributed import Processes
 from lapwan.errors import UserError
+from lapwan.models.base import Base
+from lapwan.models.device import pick_device, pick_dtype
+from lapwan.models.resolve import TINY, resolve_base
+from lapwan.models.spec import ModelSpec, Task
 from lapwan.names import NoiseExpert
-from lapwan.processes import Processes
 from lapwan.sampling.adapters import AdapterSet, read_adapters
 from lapwan.sampling.generator import Generator
-from lapwan.sampling.image import as_picture, open_image, read_clip
 from lapwan.sampling.request import (
     DEFAULT_START_SIGMA,
     OFFICIAL_NEGATIVE_PROMPT,
@@ -34,14 +35,12 @@ from lapwan.sampling.request import (
 )
 from lapwan.sampling.result import Video
 from lapwan.sampling.routing import alpha_vector, choose_mix
+from lapwan.sampling.start_image import as_picture, open_image, read_clip
 from lapwan.settings.base import to_toml
 from lapwan.settings.generate import ModelSettings, VideoSettings
 from lapwan.settings.load import given, load
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.settings.memory import GenerateDtype, precision_of
-from lapwan.wan.base import Base
-from lapwan.wan.device import pick_device, pick_dtype
-from lapwan.wan.folder import ModelSpec, Task
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -17,12 +17,11 @@ from typing import Annotated, Any, NoReturn, get_args, get_origin
 import typer
 
 from lapwan import __version__, console
+from lapwan.cli_aliases import rewrite
 from lapwan.commands.table import COMMANDS, Command
 from lapwan.errors import Interrupted, UserError
-from lapwan.settings.base import FlagField, Settings, flag_fields
+from lapwan.settings.base import FlagField, RunOptions, Settings, flag_fields
 from lapwan.settings.load import load
-from lapwan.settings.run import RunOptions
-from lapwan.spellings import rewrite
 
 app = typer.Typer(
     name="lapwan",

@@ -28,7 +28,7 @@ class NoiseExpert(StrEnum):
 
 
 class Precision(StrEnum):
-    """A form of the frozen base's Linears with fewer bits than they are computed in: see `lapwan.wan.precision`."""
+    """Forms of the frozen base's Linears in fewer bits than they are computed in: see `lapwan.wan.quantise`."""
 
     FP8 = "fp8"
     INT8 = "int8"

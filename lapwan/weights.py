@@ -12,11 +12,11 @@ from typing import Any, Literal
 from lapwan import console
 from lapwan.commands import merge as command
 from lapwan.commands.inspect_weights import inspect
+from lapwan.settings.base import RunOptions
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.load import given, load
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.settings.merge import MergeSettings
-from lapwan.settings.run import RunOptions
 
 
 def merge(

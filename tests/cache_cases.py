@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from lapwan.data.cachefile import CachedItem, CacheIndex, write_index
-from lapwan.data.layout import recipe_fingerprint, write_latents, write_prompts, write_roi, write_text_features
-from lapwan.wan.folder import ModelSpec
+from lapwan.caching.index import CachedItem, CacheIndex, write_index
+from lapwan.caching.layout import recipe_fingerprint, write_latents, write_prompts, write_roi, write_text_features
+from lapwan.models.spec import ModelSpec
 
 FAMILIES = ("scissors", "hook", "suction", "other")
 

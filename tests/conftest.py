@@ -13,8 +13,8 @@ import pytest
 import torch
 from cache_cases import write_random_cache
 
+from lapwan.models.spec import ModelSpec, read_spec
 from lapwan.tiny.model import tiny_folder
-from lapwan.wan.folder import ModelSpec, read_spec
 
 torch.set_num_threads(1)
 

@@ -9,10 +9,10 @@ import torch
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.lora.formats import write_lora
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.moe.file import write_mixture
+from lapwan.models.base import Base
 from lapwan.moe.mixture import Mixture, MixtureSpec
+from lapwan.moe.mixture_file import write_mixture
 from lapwan.names import NoiseExpert
-from lapwan.wan.base import Base
 
 _MODULES = {"blocks.2.attn1.to_v": (192, 192), "blocks.7.attn2.to_q": (192, 192), "blocks.5.ffn.net.0.proj": (768, 192)}
 

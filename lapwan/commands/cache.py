@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from lapwan import console
-from lapwan.commands.model import resolve
+from lapwan.caching.cache_folder import Choices, Result, cache_set, plan_set
+from lapwan.caching.plan import Encoders
+from lapwan.caching.report import drop_lines, plan_lines
 from lapwan.data.buckets import Buckets
-from lapwan.data.plan import Encoders
-from lapwan.data.report import drop_lines, plan_lines
-from lapwan.data.sources import Drop, Extraction, read_dataset
+from lapwan.data.dataset import Drop, Extraction, read_dataset
+from lapwan.distributed import launched
 from lapwan.errors import UserError
 from lapwan.files import write_text
-from lapwan.processes import launched
-from lapwan.sampling.caching import Choices, Result, cache_set, plan_set
-from lapwan.settings.base import to_toml
+from lapwan.models.fingerprints import text_dtype, text_identity, vae_identity
+from lapwan.models.resolve import resolve
+from lapwan.models.spec import TEXT_LENGTH, ModelSpec, check_frames, check_size
+from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.cache import CacheSettings
-from lapwan.settings.run import RunOptions
-from lapwan.wan.folder import TEXT_LENGTH, ModelSpec, check_frames, check_size
-from lapwan.wan.identity import text_dtype, text_identity, vae_identity
 
 SETTINGS_FILE = "lapwan_settings.toml"
 # What a dataset.toml says itself.
@@ -135,7 +134,7 @@ def encoders_of(settings: CacheSettings, spec: ModelSpec) -> Encoders:
 
 
 def _verify(settings: CacheSettings) -> None:
-    from lapwan.data.verify import verify_folder
+    from lapwan.caching.verify import verify_folder
 
     folder = _folder(settings, "--verify")
     count, problems = verify_folder(folder)
@@ -148,7 +147,7 @@ def _verify(settings: CacheSettings) -> None:
 
 
 def _preview(settings: CacheSettings) -> None:
-    from lapwan.sampling.preview import write_preview
+    from lapwan.caching.preview import write_preview
 
     if settings.model is None:
         raise UserError("--preview decodes with the model's VAE; add --model MODEL")

@@ -18,17 +18,16 @@ from rich.table import Table
 from lapwan import console, files
 from lapwan.commands.table import COMMANDS
 from lapwan.data.clips import read_clips, to_line
+from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.result import read_metadata
-from lapwan.settings.base import flag_fields, to_toml
+from lapwan.settings.base import RunOptions, flag_fields, to_toml
 from lapwan.settings.demo import DemoSettings
 from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.load import load
-from lapwan.settings.run import RunOptions
 from lapwan.tiny.dataset import write_dataset
 from lapwan.tiny.model import tiny_folder
 from lapwan.train.metrics import METRICS_FILE
-from lapwan.wan.folder import read_spec
 
 # A small model takes a larger step than the default for the 14B one; rank 2 leaves the four experts something to add.
 _TRAINING = {"batch_size": "2", "optimiser.lr": "3.3e-3", "roi_weight": "3", "targets.patterns": '{"blocks.*" = 2}'}

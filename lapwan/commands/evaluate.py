@@ -13,39 +13,35 @@ import torch
 from PIL import Image
 
 from lapwan import console, files
-from lapwan.commands.base import resolve_base
-from lapwan.commands.model import TINY
+from lapwan.caching.index import CachedItem, CacheIndex, load_index
 from lapwan.commands.plan import print_plan
-from lapwan.data.cachefile import CachedItem, CacheIndex, load_index
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.errors import Interrupted, UserError
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.clips import EvalClip, VideoShape, read_eval_clips, spread
 from lapwan.evaluation.engine import Sampling, request_for
 from lapwan.evaluation.flow import FlowPlan, check_labels, clip_of
-from lapwan.evaluation.metrics import make_scorers
-from lapwan.evaluation.picture import picture
-from lapwan.evaluation.report import Interval, document, tables
-from lapwan.evaluation.scorers import Identity, Reference, TipAccuracy, names_of
-from lapwan.evaluation.sheets import arm_sheet, side_by_side_sheet
+from lapwan.evaluation.metrics import Identity, Reference, TipAccuracy, make_scorers, names_of
+from lapwan.evaluation.plots import arm_sheet, picture, side_by_side_sheet
 from lapwan.evaluation.store import VideoStore
 from lapwan.evaluation.study import Findings, Machine, Study, check_taxonomies, run_study
+from lapwan.evaluation.tables import Interval, document, tables
+from lapwan.models.base import Base
+from lapwan.models.device import pick_device, pick_dtype
+from lapwan.models.fingerprints import vae_identity
+from lapwan.models.resolve import TINY, resolve_base
+from lapwan.models.spec import ModelSpec, Task, check_frames, check_size, read_spec
 from lapwan.rewards.base import Reward
 from lapwan.rewards.build import build_rewards, check_rewards
 from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT, complete_guidance
-from lapwan.settings.base import to_toml
+from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.memory import precision_of
-from lapwan.settings.reward import RewardSettings
-from lapwan.settings.run import RunOptions
+from lapwan.settings.rewards import RewardSettings
 from lapwan.settings.train import BaseModelSettings
 from lapwan.tiny.model import tiny_folder
 from lapwan.tiny.reward import make_tiny_reward
-from lapwan.train.data import check_cache
-from lapwan.wan.base import Base
-from lapwan.wan.device import pick_device, pick_dtype
-from lapwan.wan.folder import ModelSpec, Task, check_frames, check_size, read_spec
-from lapwan.wan.identity import vae_identity
+from lapwan.train.clip_store import check_cache
 
 JSON_FILE = "evaluation.json"
 _BOUNDED = (Identity, TipAccuracy, Reference)  # what a reconstruction of the clip itself can be asked

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lapwan import files
-from lapwan.commands.model import resolve
 from lapwan.console import log, progress, results
-from lapwan.diagnostics import gates, report
-from lapwan.diagnostics.figures import Figures, ModuleFigures, measure, summarise
+from lapwan.diagnostics import gates, tables
 from lapwan.diagnostics.growth import growth, history
+from lapwan.diagnostics.lora_figures import Figures, ModuleFigures, measure, summarise, weight_norms
 from lapwan.diagnostics.mixture import MixtureSide, describe
 from lapwan.diagnostics.plot import picture
-from lapwan.diagnostics.relative import weight_norms
 from lapwan.diagnostics.run_folder import (
     METRICS,
     UNSAID,
@@ -29,11 +27,11 @@ from lapwan.diagnostics.run_folder import (
 )
 from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
 from lapwan.errors import UserError
+from lapwan.models.resolve import resolve
+from lapwan.models.spec import weight_files
 from lapwan.names import NoiseExpert
-from lapwan.settings.base import to_toml
+from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.inspect_weights import InspectWeightsSettings
-from lapwan.settings.run import RunOptions
-from lapwan.wan.folder import weight_files
 
 _STDOUT = "-"
 
@@ -95,7 +93,7 @@ def _document(settings: InspectWeightsSettings, points: list[Checkpoint], folder
     routed = _routing(sides, lines, last.step)
     verdict = judge(Evidence(PRESETS[settings.preset], figures, rates, grown, last.step, overlaps, routed))
     norms = _base_norms(settings.base, last) if settings.base else None
-    document = report.document(figures, modules, rates, grown, verdict, settings.by, mixture, routed, norms)
+    document = tables.document(figures, modules, rates, grown, verdict, settings.by, mixture, routed, norms)
     if settings.plot is not None:
         image = picture([point.step for point in points], over_time, modules, PRESETS[settings.preset], mixture, routed)
         with files.atomic_file(settings.plot) as temporary:
@@ -136,9 +134,9 @@ def _base_norms(model: str, point: Checkpoint) -> dict[str, dict[str, float]]:
 def _tell_routing(document: dict[str, Any]) -> None:
     if (routed := document.get("routing")) is None:
         return
-    for line in (*report.gate_lines(document["mixture"]), report.router_line(routed["router"])):
+    for line in (*tables.gate_lines(document["mixture"]), tables.router_line(routed["router"])):
         results.print(line, markup=False)
-    if (table := report.routing_table(routed)) is not None:
+    if (table := tables.routing_table(routed)) is not None:
         results.print(table)
     if not routed["windows"]:
         results.print("usage and entropy of the router: not in the file; give the run folder, whose metrics.jsonl has "
@@ -149,21 +147,21 @@ def _tell(
     settings: InspectWeightsSettings, document: dict[str, Any], figures: dict[str, Figures],
     modules: dict[str, list[ModuleFigures]], title: str,
 ) -> None:
-    results.print(report.figure_table(title, figures))
+    results.print(tables.figure_table(title, figures))
     for label, one in document["experts"].items():
         if "relative_delta" in one:
-            results.print(f"update / weights of the base, {label}: {report.shown(one['relative_delta'])}", markup=False)
+            results.print(f"update / weights of the base, {label}: {tables.shown(one['relative_delta'])}", markup=False)
     if rate := document["ratios"]["lr"]:
         results.print(f"lr, high / low: {rate:.4g}", markup=False)
     for label, described in document.get("mixture", {}).items():
-        results.print(report.overlap_table(label, described))
+        results.print(tables.overlap_table(label, described))
     _tell_routing(document)
     if settings.by != "expert":
-        for table in report.group_tables(report.grouped(modules, settings.by), settings.by):
+        for table in tables.group_tables(tables.grouped(modules, settings.by), settings.by):
             results.print(table)
         results.print("update: its norm; largest, stable, effect.: largest singular value, stable and effective rank; "
                       "dead, bad: modules with B = 0, and non-finite ones", markup=False)
     if document["growth"]:
-        results.print(report.growth_table(document["growth"]))
-    for line in report.verdict_lines(document["verdict"]):
+        results.print(tables.growth_table(document["growth"]))
+    for line in tables.verdict_lines(document["verdict"]):
         results.print(line, markup=False)

@@ -12,14 +12,13 @@ from rich.table import Table
 
 from lapwan import console
 from lapwan.data.clips import ClipFile, read_clips, relocated, to_line
-from lapwan.data.labelreport import LabelReport
+from lapwan.data.label_report import LabelReport
 from lapwan.data.labels import Label, Resolver, rounded
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, claim_output, write_text
-from lapwan.settings.base import to_toml
+from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.label import LabelSettings
-from lapwan.settings.run import RunOptions
 
 _FIELDS = ("instrument_label", "instrument_name", "instrument_logits", "instrument_taxonomy", "label_fallback")
 _MEBIBYTE = 1 << 20

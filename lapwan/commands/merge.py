@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lapwan.commands.model import resolve
+from lapwan.checkpoints.rewrite import Advance
 from lapwan.console import log, progress, results, warn
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy
@@ -16,20 +16,19 @@ from lapwan.errors import UserError
 from lapwan.files import claim_output, write_text
 from lapwan.lora import noise_expert
 from lapwan.lora.assign import Request, assign, assign_one, group, warn_mismatch
-from lapwan.lora.checkpoint_file import Advance
 from lapwan.lora.combine import combine
 from lapwan.lora.formats import LoraFile, write_both, write_lora
 from lapwan.lora.merge import ComponentPlan, Given, plan_component, write_component
-from lapwan.lora.merge_folder import check_disk, folder_bytes, write_folder
 from lapwan.lora.state import LoraState
-from lapwan.moe.collapse import collapse, gate_spread, inference_sigmas
-from lapwan.moe.file import read_mixture
+from lapwan.models.merge_folder import check_disk, folder_bytes, write_folder
+from lapwan.models.resolve import resolve
+from lapwan.models.spec import weight_files
 from lapwan.moe.mixture import Mixture
+from lapwan.moe.mixture_file import read_mixture
+from lapwan.moe.to_lora import collapse, gate_spread, inference_sigmas
 from lapwan.names import NoiseExpert
-from lapwan.settings.base import to_toml
+from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.merge import MergeSettings
-from lapwan.settings.run import RunOptions
-from lapwan.wan.folder import weight_files
 
 
 def run(settings: MergeSettings, options: RunOptions) -> None:

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lapwan import console
-from lapwan.data.cachefile import load_index
-from lapwan.settings.base import Settings, to_toml
-from lapwan.settings.run import RunOptions
+from lapwan.caching.index import load_index
+from lapwan.models.spec import Task
+from lapwan.settings.base import RunOptions, Settings, to_toml
 from lapwan.settings.train import DataSettings
-from lapwan.train.ranks import Ranks, join_ranks
-from lapwan.wan.folder import Task
+from lapwan.train.parallel import Ranks, join_ranks
 
 
 def index_task(data: DataSettings) -> Task | None:

@@ -10,28 +10,28 @@ from dataclasses import dataclass
 import torch
 
 from lapwan import console
-from lapwan.commands.base import resolve_base
+from lapwan.caching.index import load_index
 from lapwan.commands.plan import one_voice, print_plan
-from lapwan.data.cachefile import load_index
 from lapwan.errors import UserError
+from lapwan.memory.srpo import SrpoMemory, plan_memory
+from lapwan.models.base import Base
+from lapwan.models.device import pick_device
+from lapwan.models.resolve import resolve_base
+from lapwan.models.spec import Task, tensor_shapes, weight_files
 from lapwan.names import Band, NoiseExpert
 from lapwan.rewards.base import warn_chinese
 from lapwan.rewards.build import Maker, build_rewards, check_rewards
-from lapwan.settings.run import RunOptions
+from lapwan.settings.base import RunOptions
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.train import srpo_build
-from lapwan.train.build import run_training, targets_of
 from lapwan.train.metrics import Metrics
-from lapwan.train.optimisers import check_optimiser, describe_optimiser
-from lapwan.train.rollout import RolloutRule, rollout_steps
-from lapwan.train.runfolder import claim_run, start_folder
-from lapwan.train.srpo_data import SrpoData, negative_needed, read_data
-from lapwan.train.srpo_memory import SrpoMemory, plan_memory
-from lapwan.train.srpo_watch import HeldOut
+from lapwan.train.optimizers import check_optimiser, describe_optimiser
+from lapwan.train.recipe import run_training, targets_of
+from lapwan.train.run_folder import claim_run, start_folder
+from lapwan.train.srpo import recipe
+from lapwan.train.srpo.data import SrpoData, negative_needed, read_data
+from lapwan.train.srpo.held_out import HeldOut
+from lapwan.train.srpo.rollout import RolloutRule, rollout_steps
 from lapwan.train.trainer import Trainer
-from lapwan.wan.base import Base
-from lapwan.wan.device import pick_device
-from lapwan.wan.folder import Task, tensor_shapes, weight_files
 
 _CPU_FLOPS = 2e10  # a second and core, of a transformer in fp32: a rule of thumb
 _PATIENCE = 3600.0  # seconds a step may take on a CPU
@@ -59,7 +59,7 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
         rewards = build_rewards(settings.rewards, device, _others())
         if ranks.first:
             warn_chinese(rewards, [*data.captions, *data.held_out])
-        trainer = srpo_build.prepare(settings, base, data, rewards, memory, device, ranks)
+        trainer = recipe.prepare(settings, base, data, rewards, memory, device, ranks)
         begin(trainer, settings)
         if run_training(trainer, settings) and ranks.first:
             if trainer.finished:
@@ -89,10 +89,10 @@ def plan(settings: SrpoSettings, device: torch.device, processes: int = 1) -> Pl
     check_optimiser(settings.optimiser, settings.schedule)
     base = resolve_base(settings.model, _task(settings))
     data = read_data(settings, base.spec)
-    experts = srpo_build.trained_experts(settings, base.spec)
-    own = srpo_build.intervals(settings, base.spec, experts)
+    experts = recipe.trained_experts(settings, base.spec)
+    own = recipe.intervals(settings, base.spec, experts)
     negative_needed(data, (settings.rollout.guidance, settings.held_out.guidance or 1.0))
-    loaded = srpo_build.loaded_experts(settings, base.spec, experts)
+    loaded = recipe.loaded_experts(settings, base.spec, experts)
     memory = plan_memory(settings, base, experts, loaded, data.bucket, device, processes)
     return Planned(base, data, own, memory)
 
@@ -144,7 +144,7 @@ def describe(
     for expert, band in own.items():
         cut = "" if (band.low, band.high) == (low, high) else f" (asked: [{low:g}, {high:g}], cut to its band)"
         lines.append(f"{expert.value} noise: sigma [{band.low:g}, {band.high:g}]{cut}, reach {settings.reach:g}, "
-                     f"{srpo_build.shares(settings, own)[expert]} steps; "
+                     f"{recipe.shares(settings, own)[expert]} steps; "
                      + _trained_line(settings, base) + "; " + describe_optimiser(settings.optimiser, settings.schedule)
                      + f"; masters {settings.master_weights}" + (" on the CPU" if settings.optimiser_on_cpu else ""))
     p = settings.preference
@@ -177,7 +177,7 @@ def too_slow(settings: SrpoSettings, base: Base, data: SrpoData, device: torch.d
         return None
     shapes = tensor_shapes(weight_files(base.spec.component(base.spec.experts[0])))
     numbers = sum(math.prod(shape) for shape in shapes.values())
-    seconds = srpo_build.flops(settings, base.spec, numbers, data.bucket) / (_CPU_FLOPS * (os.cpu_count() or 1))
+    seconds = recipe.flops(settings, base.spec, numbers, data.bucket) / (_CPU_FLOPS * (os.cpu_count() or 1))
     if seconds < _PATIENCE:
         return None
     frames, height, width = data.bucket

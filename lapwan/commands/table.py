@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
-from lapwan.settings.base import Settings
-from lapwan.settings.run import RunOptions
+from lapwan.settings.base import RunOptions, Settings
 
 
 @dataclass(frozen=True)

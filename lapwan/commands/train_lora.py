@@ -6,26 +6,25 @@ import torch
 from torch import nn
 
 from lapwan import console
-from lapwan.commands.base import resolve_base
 from lapwan.commands.plan import index_task, one_voice, print_plan
 from lapwan.lora.attach import Adapter, Group, attach
+from lapwan.memory.offload import Parking
+from lapwan.memory.training import TrainingMemory, plan_training
+from lapwan.models.base import Base
+from lapwan.models.device import pick_device
+from lapwan.models.resolve import resolve_base
 from lapwan.names import NoiseExpert
-from lapwan.settings.run import RunOptions
+from lapwan.settings.base import RunOptions
 from lapwan.settings.train_lora import TrainLoraSettings
-from lapwan.train import build
-from lapwan.train.checklist import checklist
-from lapwan.train.data import ClipStore
-from lapwan.train.describe import describe
-from lapwan.train.lora_objective import LORA_GROUP, LoraObjective, lora_names
-from lapwan.train.parking import Parking
-from lapwan.train.plan_memory import TrainingMemory, plan_training
-from lapwan.train.ranks import Ranks
-from lapwan.train.runfolder import claim_run, start_folder
-from lapwan.train.tokens import divided
+from lapwan.train import recipe
+from lapwan.train.callbacks.build import add_watchers, check_watching
+from lapwan.train.checklist import checklist, describe
+from lapwan.train.clip_store import ClipStore
+from lapwan.train.context_parallel import divided
+from lapwan.train.lora.objective import LORA_GROUP, LoraObjective, lora_names
+from lapwan.train.parallel import Ranks
+from lapwan.train.run_folder import claim_run, start_folder
 from lapwan.train.trainer import Trainer
-from lapwan.train.watchers import add_watchers, check_watching
-from lapwan.wan.base import Base
-from lapwan.wan.device import pick_device
 
 
 def run(settings: TrainLoraSettings, options: RunOptions) -> None:
@@ -35,8 +34,8 @@ def run(settings: TrainLoraSettings, options: RunOptions) -> None:
             claim_run(settings, options.overwrite)
         base = resolve_base(settings.model, index_task(settings.data))
         ranks = divided(settings, base, ranks)
-        data = build.read_data(settings, base)
-        continued = build.initial_loras(settings.init_lora, base)
+        data = recipe.read_data(settings, base)
+        continued = recipe.initial_loras(settings.init_lora, base)
         device = pick_device(device_name)
         memory = ranks.alike(plan_lora(settings, base, data, device, options.dry_run, ranks.copies))
         plan = [*describe(settings, base, data, continued), memory.line]
@@ -47,13 +46,13 @@ def run(settings: TrainLoraSettings, options: RunOptions) -> None:
         if ranks.first:
             start_folder(settings, options.overwrite)
         trainer = prepare(settings, base, data, device, ranks, memory)
-        if build.run_training(trainer, settings) and ranks.first:
+        if recipe.run_training(trainer, settings) and ranks.first:
             for name in lora_names(settings.name, list(data.experts), settings.one_file):
                 console.results.print(str(settings.output / name))
 
 
 def prepare(
-    settings: TrainLoraSettings, base: Base, data: build.RunData, device: torch.device, ranks: Ranks | None = None,
+    settings: TrainLoraSettings, base: Base, data: recipe.RunData, device: torch.device, ranks: Ranks | None = None,
     memory: TrainingMemory | None = None,
 ) -> Trainer:
     """Load the noise experts, put a LoRA on each, and wire the trainer."""
@@ -67,31 +66,31 @@ def prepare(
         adapters[expert] = _adapter(settings, base, data, expert, transformer)
         parking.add({expert: adapters[expert]})
     objective = LoraObjective(
-        adapters, settings.name, build.metadata_of(settings, base, data), settings.roi_weight,
-        store.empty_text() if settings.caption_dropout else None, build.dropout_of(data), settings.one_file,
+        adapters, settings.name, recipe.metadata_of(settings, base, data), settings.roi_weight,
+        store.empty_text() if settings.caption_dropout else None, recipe.dropout_of(data), settings.one_file,
     )
-    trainer = build.make_trainer(settings, base, data, objective, store, "lapwan train-lora", ranks or Ranks())
+    trainer = recipe.make_trainer(settings, base, data, objective, store, "lapwan train-lora", ranks or Ranks())
     memory.wire(trainer, parking)
     add_watchers(trainer, settings, base, data, device)
     return trainer
 
 
 def plan_lora(
-    settings: TrainLoraSettings, base: Base, data: build.RunData, device: torch.device, look: bool = False,
+    settings: TrainLoraSettings, base: Base, data: recipe.RunData, device: torch.device, look: bool = False,
     processes: int = 1,
 ) -> TrainingMemory:
     """The memory plan; a LoRA that is gone on with brings its own modules and ranks."""
-    given = build.initial_loras(settings.init_lora, base)
+    given = recipe.initial_loras(settings.init_lora, base)
     ranks = {expert: [{path: module.rank for path, module in file.modules.items()}] for expert, file in given.items()}
     return plan_training(settings, base, data, device, ranks, look=look, processes=processes)
 
 
 def _adapter(
-    settings: TrainLoraSettings, base: Base, data: build.RunData, expert: NoiseExpert, transformer: nn.Module
+    settings: TrainLoraSettings, base: Base, data: recipe.RunData, expert: NoiseExpert, transformer: nn.Module
 ) -> Adapter:
-    if (file := build.initial_loras(settings.init_lora, base).get(expert)) is not None:
+    if (file := recipe.initial_loras(settings.init_lora, base).get(expert)) is not None:
         state = file.read()
         state.metadata = {}
     else:
-        state = build.fresh_lora(transformer, data.experts[expert], settings.seed, expert.value)
+        state = recipe.fresh_lora(transformer, data.experts[expert], settings.seed, expert.value)
     return attach(transformer, [Group(LORA_GROUP, state, trainable=True)])

@@ -5,36 +5,28 @@ from __future__ import annotations
 import torch
 
 from lapwan import console
-from lapwan.commands.base import resolve_base
 from lapwan.commands.plan import index_task, one_voice, print_plan
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
+from lapwan.memory.offload import Parking
+from lapwan.memory.training import TrainingMemory
+from lapwan.models.base import Base
+from lapwan.models.device import pick_device
+from lapwan.models.resolve import resolve_base
 from lapwan.sampling.adapters import AdapterSet, LoraUse
-from lapwan.settings.run import RunOptions
+from lapwan.settings.base import RunOptions
 from lapwan.settings.train_moe import TrainMoeSettings
-from lapwan.train import build
-from lapwan.train.checklist import checklist
-from lapwan.train.data import ClipStore
-from lapwan.train.describe import describe
-from lapwan.train.mixture_build import (
-    assemble,
-    base_loras,
-    check_mixture,
-    describe_mixture,
-    plan_mixture,
-    weights_of,
-)
-from lapwan.train.mixture_objective import MixtureObjective
-from lapwan.train.parking import Parking
-from lapwan.train.plan_memory import TrainingMemory
-from lapwan.train.ranks import Ranks
-from lapwan.train.routing_watch import ExpertGradients, RoutingWatch
-from lapwan.train.runfolder import claim_run, start_folder
-from lapwan.train.tokens import divided
+from lapwan.train import recipe
+from lapwan.train.callbacks.base import Elsewhere
+from lapwan.train.callbacks.build import add_watchers, check_watching
+from lapwan.train.callbacks.routing import ExpertGradients, RoutingWatch
+from lapwan.train.checklist import checklist, describe
+from lapwan.train.clip_store import ClipStore
+from lapwan.train.context_parallel import divided
+from lapwan.train.moe.objective import MixtureObjective
+from lapwan.train.moe.recipe import assemble, base_loras, check_mixture, describe_mixture, plan_mixture, weights_of
+from lapwan.train.parallel import Ranks
+from lapwan.train.run_folder import claim_run, start_folder
 from lapwan.train.trainer import Trainer
-from lapwan.train.watch import Elsewhere
-from lapwan.train.watchers import add_watchers, check_watching
-from lapwan.wan.base import Base
-from lapwan.wan.device import pick_device
 
 
 def run(settings: TrainMoeSettings, options: RunOptions) -> None:
@@ -44,7 +36,7 @@ def run(settings: TrainMoeSettings, options: RunOptions) -> None:
             claim_run(settings, options.overwrite)
         base = resolve_base(settings.model, index_task(settings.data))
         ranks = divided(settings, base, ranks)
-        data = build.read_data(settings, base)
+        data = recipe.read_data(settings, base)
         taxonomy = load_taxonomy(settings.taxonomy)
         check_mixture(settings, base, data, taxonomy)
         frozen = base_loras(settings, base)  # a wrong one is refused now rather than after the weights are loaded
@@ -60,12 +52,12 @@ def run(settings: TrainMoeSettings, options: RunOptions) -> None:
         if ranks.first:
             start_folder(settings, options.overwrite)
         trainer = prepare(settings, base, data, taxonomy, device, ranks, memory)
-        if build.run_training(trainer, settings) and ranks.first:
+        if recipe.run_training(trainer, settings) and ranks.first:
             console.results.print(str(settings.output / f"{settings.name}.safetensors"))
 
 
 def prepare(
-    settings: TrainMoeSettings, base: Base, data: build.RunData, taxonomy: Taxonomy, device: torch.device,
+    settings: TrainMoeSettings, base: Base, data: recipe.RunData, taxonomy: Taxonomy, device: torch.device,
     ranks: Ranks | None = None, memory: TrainingMemory | None = None,
 ) -> Trainer:
     """Load the noise experts, put a fresh mixture on them, and wire the trainer."""
@@ -76,14 +68,14 @@ def prepare(
     parking = Parking(device, memory.both, memory.plan.streamed)
     mixture, adapters = assemble(settings, base, data, taxonomy, frozen, device, parking, memory)
     first = next(iter(data.experts))
-    metadata = build.provenance(settings, base, data, first)
+    metadata = recipe.provenance(settings, base, data, first)
     for key in ("lapwan.noise_expert", "lapwan.base_fingerprint", "modelspec.timestep_range"):
         metadata.pop(key)  # a mixture is for both; its spec holds the fingerprints
     objective = MixtureObjective(
         mixture, adapters, weights_of(settings, len(data.schedule)), settings.name, metadata,
-        store.empty_text() if settings.caption_dropout else None, build.dropout_of(data),
+        store.empty_text() if settings.caption_dropout else None, recipe.dropout_of(data),
     )
-    trainer = build.make_trainer(settings, base, data, objective, store, "lapwan train-moe", ranks or Ranks())
+    trainer = recipe.make_trainer(settings, base, data, objective, store, "lapwan train-moe", ranks or Ranks())
     memory.wire(trainer, parking)
     trainer.rules["expert_gradients"] = ExpertGradients(adapters, settings.routing_watch.every)
     bases = {e: LoraUse(path, state, settings.alpha_base) for e, (path, state) in frozen.items()}

@@ -18,7 +18,6 @@ import torch
 
 from lapwan import console, files
 from lapwan.commands import cache, label, train_lora, train_moe
-from lapwan.commands.base import resolve_base
 from lapwan.comparison.captions import paraphrases
 from lapwan.comparison.families import merge_families, taxonomy_toml
 from lapwan.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, ComparisonSettings, TaskName
@@ -27,16 +26,18 @@ from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.clips import EvalClip, read_eval_clips
 from lapwan.evaluation.engine import Sampling, default_sampling, generate_and_score
+from lapwan.evaluation.metrics import Made
 from lapwan.evaluation.routing import routing_scores
-from lapwan.evaluation.scorers import Made
+from lapwan.models.base import Base
+from lapwan.models.device import pick_device
+from lapwan.models.resolve import resolve_base
 from lapwan.names import NoiseExpert
 from lapwan.sampling.batch import BatchGenerator
 from lapwan.sampling.request import complete_guidance
-from lapwan.settings.base import to_toml
+from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.cache import CacheSettings
 from lapwan.settings.label import LabelSettings
 from lapwan.settings.lora_argument import LoraArgument
-from lapwan.settings.run import RunOptions
 from lapwan.settings.train import BaseModelSettings, TrainSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
@@ -44,12 +45,10 @@ from lapwan.tiny.dataset import write_dataset
 from lapwan.tiny.evaluators import load_evaluator, network_input, place_of, tip_hits
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.text_probe import fit_probe
-from lapwan.train import build
+from lapwan.train import recipe
+from lapwan.train.callbacks.routing import RoutingWatch
 from lapwan.train.metrics import METRICS_FILE
-from lapwan.train.routing_watch import RoutingWatch
 from lapwan.train.trainer import Trainer
-from lapwan.wan.base import Base
-from lapwan.wan.device import pick_device
 from lapwan.wan.text import encode_text, load_text_encoder
 
 ROW = "row.json"
@@ -221,7 +220,7 @@ def _lora_settings(place: Place, task: TaskName, folder: Path, model: Any, own: 
 def _trainer(settings: TrainSettings) -> Trainer:
     """A trainer as the commands build it, in a fresh run folder."""
     base = resolve_base(settings.model)
-    data, device = build.read_data(settings, base), pick_device(settings.device)
+    data, device = recipe.read_data(settings, base), pick_device(settings.device)
     settings.output.mkdir(parents=True, exist_ok=True)
     (settings.output / METRICS_FILE).unlink(missing_ok=True)
     files.write_text(settings.output / "settings.toml", to_toml(settings))

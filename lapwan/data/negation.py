@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
 
-from lapwan.data.matching import Found, Matcher, Split
-from lapwan.data.text import units
+from lapwan.data.caption_text import Found, Matcher, Split, units
 
 
 class _Part(Flag):

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lapwan import keyed
+from lapwan import rng
+from lapwan.data.caption_text import PIECE
 from lapwan.data.clips import read_clips
-from lapwan.data.text import PIECE
 from lapwan.errors import UserError
 
 
@@ -89,7 +89,7 @@ def held_out(prompts: Sequence[str], count: int, seed: int) -> set[str]:
     if count >= len(distinct):
         raise UserError(f"held_out.count = {count} of {len(distinct)} distinct prompts leaves none to train on; set it "
                         f"to at most {len(distinct) - 1}")
-    return set(sorted(distinct, key=lambda text: (keyed.seed_of(seed, "held out", text), text))[:count])
+    return set(sorted(distinct, key=lambda text: (rng.seed_of(seed, "held out", text), text))[:count])
 
 
 def holds_chinese(prompts: Iterable[str]) -> int:

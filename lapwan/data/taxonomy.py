@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lapwan.data.text import units
+from lapwan.data.caption_text import units
 from lapwan.errors import UserError, nearest
 
 _SHIPPED = Path(__file__).parent / "taxonomies"

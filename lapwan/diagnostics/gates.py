@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from lapwan.diagnostics.figures import Figures
+from lapwan.diagnostics.lora_figures import Figures
 from lapwan.losses.routing import entropy
-from lapwan.moe.collapse import gate_spread, inference_sigmas
 from lapwan.moe.mixture import Mixture
+from lapwan.moe.to_lora import gate_spread, inference_sigmas
 from lapwan.names import NoiseExpert
 
 _USAGE = "metrics/expert_usage_"

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from lapwan.diagnostics.figures import measure, summarise
+from lapwan.checkpoints.container import read_header
 from lapwan.diagnostics.gates import effective, timestep_gate
+from lapwan.diagnostics.lora_figures import measure, summarise
 from lapwan.lora.state import LoraEntry
-from lapwan.lora.tensorfile import read_header
-from lapwan.moe.file import is_mixture, read_mixture
 from lapwan.moe.mixture import Mixture
+from lapwan.moe.mixture_file import is_mixture, read_mixture
 from lapwan.names import NoiseExpert
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from PIL import Image
 
-from lapwan.diagnostics.canvas import Box, Canvas, Colour
-from lapwan.diagnostics.figures import Figures, ModuleFigures
-from lapwan.diagnostics.report import RATIOS, ratios
+from lapwan.diagnostics.lora_figures import Figures, ModuleFigures
+from lapwan.diagnostics.tables import RATIOS, ratios
 from lapwan.diagnostics.verdict import Preset
 from lapwan.names import PROJECTIONS
+from lapwan.report.canvas import Box, Canvas, Colour
 
 _WIDTH, _CHART, _MARGIN, _BAR = 1100, 320, 28, 90
 _COLOURS: dict[str, Colour] = {"high": (208, 72, 52), "low": (38, 98, 168), "file": (80, 80, 80)}

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lapwan.diagnostics.figures import Figures
 from lapwan.diagnostics.gates import FEWEST_LINES
+from lapwan.diagnostics.lora_figures import Figures
 from lapwan.diagnostics.routing import Thresholds
 
 Status = Literal["good", "warn", "stop"]

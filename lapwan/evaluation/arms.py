@@ -14,11 +14,11 @@ from lapwan import console
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.evaluation.clips import EvalClip
+from lapwan.models.base import Base
+from lapwan.models.fingerprints import text_identity, vae_identity
 from lapwan.sampling.adapters import AdapterSet, read_adapters
 from lapwan.sampling.generator import lora_facts
 from lapwan.settings.lora_argument import LoraArgument
-from lapwan.wan.base import Base
-from lapwan.wan.identity import text_identity, vae_identity
 
 TRUTH, WRONG = "truth", "wrong"
 
@@ -93,7 +93,7 @@ def make_arm(
 
 
 def _on_another_base(name: str, base: Base, loras: Sequence[LoraArgument], moe: Path) -> tuple[Base, AdapterSet]:
-    from lapwan.moe.file import read_mixture
+    from lapwan.moe.mixture_file import read_mixture
 
     mixture = read_mixture(moe)
     if mixture.base_lora:

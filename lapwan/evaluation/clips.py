@@ -20,13 +20,13 @@ from PIL import Image
 
 from lapwan.data.buckets import Crop, centre_crop
 from lapwan.data.clips import Clip, read_clips, resolve_video
+from lapwan.data.dataset import label_fields
 from lapwan.data.labels import label_caption, resolve_hint
-from lapwan.data.roi import box_masks, boxes_at
-from lapwan.data.sources import label_fields
+from lapwan.data.regions import box_masks, boxes_at
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.data.video import BadClip, probe, read_frames, source_times
 from lapwan.errors import UserError
-from lapwan.sampling.image import read_clip
+from lapwan.sampling.start_image import read_clip
 
 T = TypeVar("T")
 

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lapwan import console, keyed
+from lapwan import console, rng
 from lapwan.evaluation.arms import Arm
 from lapwan.evaluation.clips import EvalClip, VideoShape
-from lapwan.evaluation.scorers import Made, Scorer, names_of
+from lapwan.evaluation.metrics import Made, Scorer, names_of
 from lapwan.evaluation.store import VideoStore
+from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.batch import BatchGenerator
 from lapwan.sampling.generator import to_frames
-from lapwan.sampling.grid import SamplerName
-from lapwan.sampling.image import clip_tensor
 from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT, Request, check_request, complete_guidance
-from lapwan.wan.folder import ModelSpec
+from lapwan.sampling.sigma_grid import SamplerName
+from lapwan.sampling.start_image import clip_tensor
 from lapwan.wan.vae import decode, encode
 
 Scores = Mapping[str, np.ndarray]  # [P, S] by metric, NaN where it has no value
@@ -65,7 +65,7 @@ def request_for(spec: ModelSpec, arm: Arm, clip: EvalClip, sampling: Sampling, i
         prompt=clip.prompt, num_frames=shape.frames, size=shape.size, steps=sampling.steps, guidance=sampling.guidance,
         fps=shape.fps, negative_prompt=sampling.negative_prompt,
         image=clip.first_frame(shape) if spec.task == "i2v" else None, flow_shift=sampling.flow_shift,
-        sampler=sampling.sampler, seed=keyed.seed_of(sampling.seed, "evaluate", clip.id, index),
+        sampler=sampling.sampler, seed=rng.seed_of(sampling.seed, "evaluate", clip.id, index),
         hint=arm.hint_for(clip), alpha_base=arm.alpha_base, alpha_expert=arm.alpha_expert,
         guidance_interval=sampling.guidance_interval,
     )

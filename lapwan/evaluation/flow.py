@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lapwan import keyed
-from lapwan.data.batch import Batch
-from lapwan.data.cachefile import CachedItem
+from lapwan import rng
+from lapwan.caching.batch import Batch
+from lapwan.caching.index import CachedItem
 from lapwan.errors import UserError
 from lapwan.evaluation.arms import TRUTH, WRONG, Arm
 from lapwan.evaluation.clips import EvalClip
@@ -25,9 +25,9 @@ from lapwan.losses.sigmas import Uniform
 from lapwan.names import NoiseExpert
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.routing import alpha_vector, choose_mix
-from lapwan.train.data import ClipStore
+from lapwan.train.callbacks.validation import fixed_draws
+from lapwan.train.clip_store import ClipStore
 from lapwan.train.objective import Draws, SigmaRule, flow_terms
-from lapwan.train.validation import fixed_draws
 
 # Of a region that covers nearly all, the difference above is rounding: 1e-7 of the whole over the share left outside.
 _LEAST_OUTSIDE = 1e-4
@@ -130,7 +130,7 @@ def _places(plan: FlowPlan, expert: NoiseExpert, batch: Batch, place: int) -> li
     """u of each clip's draw, somewhere in its bin."""
     found = []
     for clip in batch.ids:
-        own = torch.rand((), dtype=torch.float64, generator=keyed.generator(
+        own = torch.rand((), dtype=torch.float64, generator=rng.generator(
             plan.seed, "evaluate", clip, expert.value, place, "sigma"))
         found.append((place // plan.draws + float(own)) / plan.bins)
     return found

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lapwan import console
-from lapwan.data.cachefile import CachedItem, CacheIndex
+from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
@@ -17,17 +17,17 @@ from lapwan.evaluation.arms import Arm
 from lapwan.evaluation.clips import EvalClip
 from lapwan.evaluation.engine import Sampling, Scores, ceilings, generate_and_score
 from lapwan.evaluation.flow import FlowLosses, FlowPlan, flow_losses
+from lapwan.evaluation.metrics import Scorer
 from lapwan.evaluation.routing import RoutingScores, routing_scores
-from lapwan.evaluation.scorers import Scorer
 from lapwan.evaluation.store import VideoStore
+from lapwan.memory.generation import Memory
+from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.batch import BatchGenerator
-from lapwan.sampling.memory import Memory
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.text_probe import Probe, fit_probe, probe_captions, probe_text
-from lapwan.train.data import ClipStore
-from lapwan.wan.base import Base
-from lapwan.wan.compiling import Compile
+from lapwan.train.clip_store import ClipStore
+from lapwan.wan.transformer.compile import Compile
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from lapwan import keyed
+from lapwan import rng
 from lapwan.errors import UserError, nearest
-from lapwan.lora.layer import GateHolder, LayerGroup, StackedLoraLinear
-from lapwan.lora.linear import FrozenLinear
+from lapwan.lora.layer import FrozenLinear, GateHolder, LayerGroup, StackedLoraLinear
 from lapwan.lora.state import LoraEntry, LoraState
 
 
@@ -37,7 +36,7 @@ def initial_state(
     for path, rank in ranks.items():
         base = _pick(linears, path)
         bound = 1.0 / math.sqrt(base.in_features)
-        draws = torch.rand(rank, base.in_features, generator=keyed.generator(*key, path, "down"))
+        draws = torch.rand(rank, base.in_features, generator=rng.generator(*key, path, "down"))
         entries[path] = LoraEntry(
             down=(2 * draws - 1) * bound, up=torch.zeros(base.out_features, rank),
             alpha=float(rank if alpha is None else alpha),
@@ -144,3 +143,12 @@ def attach(transformer: nn.Module, groups: Sequence[Group], gates_required: bool
     for path, layer in layers.items():
         _replace(transformer, path, layer)
     return Adapter(transformer, groups, layers, holder)
+
+@torch.no_grad()
+def set_alpha(adapter: Adapter, alpha: float) -> None:
+    """Give every trained group this alpha; B stays, so ΔW changes in proportion."""
+    for layer in adapter.layers.values():
+        layer.groups = [replace(g, alpha=alpha) if g.trainable else g for g in layer.groups]
+        scale = torch.tensor([g.alpha / g.down_RI.shape[0] for g in layer.groups], dtype=torch.float64)
+        ranks = torch.tensor([g.down_RI.shape[0] for g in layer.groups])
+        layer.scale_R.copy_(scale.repeat_interleave(ranks))

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from lapwan.console import progress
+from lapwan.distributed import one_thread
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.lora.threads import one_thread
 
 _WORKERS = 2
 

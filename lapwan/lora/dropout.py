@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lapwan import keyed
+from lapwan import rng
 from lapwan.lora.layer import GateHolder, StackedLoraLinear
 
 Key = tuple[int | str, ...]
@@ -65,13 +65,13 @@ class Dropout:
         rates, rows = self.rates, like_NR.shape[-1]
         factor = torch.ones(rows)
         if rates.module:
-            factor = factor * _kept(torch.rand(1, generator=keyed.generator(*key, "module dropout")), rates.module)
+            factor = factor * _kept(torch.rand(1, generator=rng.generator(*key, "module dropout")), rates.module)
         if rates.rank:
-            factor = factor * _kept(torch.rand(rows, generator=keyed.generator(*key, "rank dropout")), rates.rank)
+            factor = factor * _kept(torch.rand(rows, generator=rng.generator(*key, "rank dropout")), rates.rank)
         factor = factor.view(*[1] * (like_NR.dim() - 1), rows).to(like_NR)
         if rates.neuron:
             # One number a token and row: drawn where it is used, since a CPU would take longer than the step.
-            generator = torch.Generator(like_NR.device).manual_seed(keyed.seed_of(*key, "neuron dropout"))
+            generator = torch.Generator(like_NR.device).manual_seed(rng.seed_of(*key, "neuron dropout"))
             drawn = torch.rand(like_NR.shape, generator=generator, device=like_NR.device)
             factor = factor * _kept(drawn, rates.neuron).to(like_NR)
         return factor.expand(like_NR.shape)

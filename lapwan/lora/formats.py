@@ -14,14 +14,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from lapwan.checkpoints.container import TensorFile, read_header
+from lapwan.checkpoints.lora_keys import (
+    COMPONENT_EXPERTS,
+    Key,
+    Layout,
+    key_names,
+    looks_like_lora,
+    parse_key,
+    refuse_keys,
+)
+from lapwan.checkpoints.tensors import load
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
 from lapwan.lora import noise_expert
-from lapwan.lora.keys import COMPONENT_EXPERTS, Key, Layout, key_names, looks_like_lora, parse_key, refuse_keys
 from lapwan.lora.scales import ADAPTER_METADATA, AdapterConfig, adapter_config, adapter_metadata
 from lapwan.lora.state import LoraEntry, LoraState, entries_fingerprint
-from lapwan.lora.tensorfile import TensorFile, read_header
-from lapwan.lora.tensors import load
 from lapwan.names import NoiseExpert
 
 FORMAT_KEY, FORMAT = "lapwan.format", "lora/1"

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lapwan.checkpoints.container import TensorFile, read_header
+from lapwan.checkpoints.fingerprints import FINGERPRINT_KEY, checkpoint_fingerprint, merged_fingerprint
+from lapwan.checkpoints.lora_keys import canonical_path
+from lapwan.checkpoints.rewrite import Advance, Term, check_mergeable, rewrite
 from lapwan.console import log
 from lapwan.errors import UserError, nearest
-from lapwan.lora.checkpoint_file import Advance, Term, check_mergeable, rewrite
-from lapwan.lora.fingerprint import FINGERPRINT_KEY, checkpoint_fingerprint, merged_fingerprint
 from lapwan.lora.formats import LoraFile
-from lapwan.lora.keys import canonical_path
-from lapwan.lora.tensorfile import TensorFile, read_header
-from lapwan.lora.verify import verify as verify_file
+from lapwan.lora.merge_verify import verify as verify_file
 from lapwan.names import NoiseExpert
 
 MERGED_KEY, BASE_KEY = "lapwan.merged", "lapwan.base_fingerprint"
@@ -162,7 +162,7 @@ def write_component(plan: ComponentPlan, targets: Sequence[Path], advance: Advan
     """Write each file of the plan to its target, atomically, one after the other.
 
     Args:
-        verify: read every file back before it gets its name (see `lapwan.lora.verify`).
+        verify: read every file back before it gets its name (see `lapwan.lora.merge_verify`).
     """
     for file, terms, target in zip(plan.files, plan.terms, targets, strict=True):
         metadata = {"format": "pt", **file.metadata, **plan.provenance}

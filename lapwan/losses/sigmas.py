@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -154,3 +154,37 @@ def shares_of_bins(sampler: SigmaSampler, low: float, high: float, bins: int) ->
     edges = [low + (high - low) * i / bins for i in range(bins + 1)]
     whole = share_of_band(sampler, low, high)
     return [share_of_band(sampler, a, b) / whole for a, b in pairwise(edges)]
+
+WeightingKind = Literal["none", "x0", "min_snr", "cosmap"]
+_GRID = 4096  # draws over which the mean is taken
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Which weight; `gamma` is min_snr's cap."""
+
+    kind: WeightingKind = "none"
+    gamma: float = 5.0
+
+    def raw(self, sigma_B: Tensor) -> Tensor:
+        """The weight of ‖v̂ − v‖² before it is brought to mean 1.
+
+        none: 1. x0: σ², which is the loss of the clean latents. min_snr: σ²·min(SNR, γ), the same with its weight
+        capped (Hang et al., arXiv 2303.09556). cosmap: 2 / (π·(1 − 2σ + 2σ²)) (Esser et al., arXiv 2403.03206).
+        """
+        match self.kind:
+            case "none":
+                return torch.ones_like(sigma_B)
+            case "x0":
+                return sigma_B.square()
+            case "min_snr":
+                return torch.minimum((1 - sigma_B).square(), self.gamma * sigma_B.square())
+            case "cosmap":
+                return 2 / (math.pi * (1 - 2 * sigma_B + 2 * sigma_B.square()))
+
+    def over(self, sampler: SigmaSampler, low: float, high: float) -> float:
+        """What brings the mean over the sampler's draws in [low, high] to 1."""
+        if self.kind == "none":
+            return 1.0
+        u = (torch.arange(_GRID, dtype=torch.float64) + 0.5) / _GRID
+        return 1.0 / float(self.raw(draw_in_band(sampler, u, low, high)).mean())

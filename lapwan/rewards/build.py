@@ -9,10 +9,9 @@ import torch
 
 from lapwan.errors import UserError
 from lapwan.rewards.base import Reward
-from lapwan.rewards.clip import ClipReward, load_clip_folder, read_clip_config
+from lapwan.rewards.clip import ClipReward, find_tokenizer, load_clip_folder, load_tokenizer, read_clip_config
 from lapwan.rewards.open_clip import VIT_H_14, load_checkpoint, read_checkpoint
-from lapwan.rewards.tokenizer import find_tokenizer, load_tokenizer
-from lapwan.settings.reward import ClipSettings, HpsSettings, PickScoreSettings, RewardSettings
+from lapwan.settings.rewards import ClipSettings, HpsSettings, PickScoreSettings, RewardSettings
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig

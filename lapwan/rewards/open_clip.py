@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lapwan.errors import UserError
-from lapwan.wan.original import fill, read_tensors
+from lapwan.models.original_layout import fill, read_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel

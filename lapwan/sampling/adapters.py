@@ -19,12 +19,12 @@ from lapwan.lora.assign import Assigned, assign
 from lapwan.lora.attach import Group
 from lapwan.lora.formats import LoraFile, open_lora
 from lapwan.lora.state import LoraState
-from lapwan.moe.file import read_mixture
+from lapwan.models.base import Base
+from lapwan.models.spec import tensor_shapes, weight_files
 from lapwan.moe.mixture import Mixture
+from lapwan.moe.mixture_file import read_mixture
 from lapwan.names import NoiseExpert
 from lapwan.settings.lora_argument import LoraArgument
-from lapwan.wan.base import Base
-from lapwan.wan.folder import tensor_shapes, weight_files
 
 
 @dataclass(frozen=True)

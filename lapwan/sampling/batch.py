@@ -20,9 +20,9 @@ from lapwan import console
 from lapwan.errors import UserError
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.generator import Generator, to_frames
-from lapwan.sampling.grid import Step
-from lapwan.sampling.image import image_fingerprint
 from lapwan.sampling.request import Request, check_request
+from lapwan.sampling.sigma_grid import Step
+from lapwan.sampling.start_image import image_fingerprint
 from lapwan.wan.vae import decode
 
 _KEPT = 512  # image conditions in host memory: the same first frames come back with every adapter

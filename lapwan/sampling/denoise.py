@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lapwan.data.batch import send
+from lapwan.caching.batch import send
 from lapwan.names import NoiseExpert
-from lapwan.sampling.grid import Grid, Step
+from lapwan.sampling.sigma_grid import Grid, Step
 from lapwan.wan.backbone import velocity
-from lapwan.wan.fastpath import Prompt
-from lapwan.wan.forward import TokenTimes
-from lapwan.wan.reuse import Reuse
+from lapwan.wan.transformer.first_block_cache import Reuse
+from lapwan.wan.transformer.forward import TokenTimes
+from lapwan.wan.transformer.options import Prompt
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel

@@ -15,37 +15,37 @@ import torch
 from torch import Tensor
 
 from lapwan import __version__, console
-from lapwan.data.batch import send
+from lapwan.caching.batch import send
+from lapwan.distributed import Processes
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
 from lapwan.losses.flow import noised
+from lapwan.memory.generation import Memory
+from lapwan.memory.streaming import Residence
+from lapwan.models.base import Base
+from lapwan.models.device import hardware
+from lapwan.models.fingerprints import text_identity, vae_identity
+from lapwan.models.spec import ModelSpec
 from lapwan.names import Precision
-from lapwan.processes import Processes
+from lapwan.report.contact_sheet import contact_sheet
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
-from lapwan.sampling.grid import Grid, Step
-from lapwan.sampling.image import (
+from lapwan.sampling.noise_experts import NoiseExperts
+from lapwan.sampling.request import Request, check_request, grid_of
+from lapwan.sampling.result import Video
+from lapwan.sampling.routing import Mix, alpha_vector, choose_mix
+from lapwan.sampling.sigma_grid import Grid, Step
+from lapwan.sampling.start_image import (
     clip_tensor,
     first_last_condition,
     frames_fingerprint,
     image_fingerprint,
     image_tensor,
 )
-from lapwan.sampling.memory import Memory
-from lapwan.sampling.noise_experts import NoiseExperts
-from lapwan.sampling.request import Request, check_request, grid_of
-from lapwan.sampling.result import Video
-from lapwan.sampling.routing import Mix, alpha_vector, choose_mix
-from lapwan.sampling.sheet import contact_sheet
-from lapwan.wan.base import Base
-from lapwan.wan.compiling import Compile
-from lapwan.wan.condition import image_condition
-from lapwan.wan.device import hardware
-from lapwan.wan.folder import ModelSpec
-from lapwan.wan.identity import text_identity, vae_identity
-from lapwan.wan.reuse import Reuse
-from lapwan.wan.stream import Residence
+from lapwan.wan.image_condition import image_condition
 from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder, pad_text
+from lapwan.wan.transformer.compile import Compile
+from lapwan.wan.transformer.first_block_cache import Reuse
 from lapwan.wan.vae import decode, encode, load_vae
 
 if TYPE_CHECKING:

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from lapwan import console
+from lapwan.distributed import Processes
 from lapwan.lora.attach import Adapter, attach
+from lapwan.memory.generation import Asking, Memory, describe, free_bytes, plan_generation
+from lapwan.memory.plan import MemoryPlan, Placement, Way, free_of, host_memory, needs
+from lapwan.memory.shapes import heads_of
+from lapwan.memory.streaming import Residence, tensors_of
+from lapwan.memory.throughput import rates_of
+from lapwan.models.base import Base
+from lapwan.models.device import limit_memory
 from lapwan.names import NoiseExpert, Precision
-from lapwan.processes import Processes
 from lapwan.sampling.adapters import AdapterSet
-from lapwan.sampling.memory import Asking, Memory, describe, free_bytes, plan_generation
-from lapwan.wan.base import Base
-from lapwan.wan.compiling import Compile, CompileReport, compile_blocks, pays
-from lapwan.wan.device import limit_memory
-from lapwan.wan.fastpath import path_of
-from lapwan.wan.plan import MemoryPlan, Placement, Way, free_of, host_memory, needs
-from lapwan.wan.quantised import Recipe
-from lapwan.wan.rates import rates_of
-from lapwan.wan.shapes import heads_of
-from lapwan.wan.spread import Spread, check_heads
-from lapwan.wan.stream import Residence, tensors_of
+from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.text import text_encoder_bytes
+from lapwan.wan.transformer.compile import Compile, CompileReport, compile_blocks, pays
+from lapwan.wan.transformer.context_parallel import Spread, check_heads
+from lapwan.wan.transformer.options import path_of
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lapwan.errors import UserError
+from lapwan.models.spec import ModelSpec, check_frames, check_size
 from lapwan.names import NoiseExpert
-from lapwan.sampling.grid import Grid, SamplerName, make_grid
-from lapwan.wan.folder import ModelSpec, check_frames, check_size
+from lapwan.sampling.sigma_grid import Grid, SamplerName, make_grid
 
 if TYPE_CHECKING:
     import numpy as np

@@ -120,3 +120,14 @@ def to_toml(settings: Settings, header: str = "") -> str:
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     text: str = tomli_w.dumps(_plain(settings))
     return comment + text
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options every command has; they are not written into the resolved settings.
+
+    `dry_run`: check everything that can be checked without the work, print the resolved settings and the plan.
+    `overwrite`: replace an existing output.
+    """
+
+    dry_run: bool = False
+    overwrite: bool = False

@@ -1,6 +1,6 @@
 """Settings of `lapwan evaluate`.
 
-How to add a metric: a name in `METRICS`, a class in `lapwan.evaluation.scorers`, a case in
+How to add a metric: a name in `METRICS`, a class in `lapwan.evaluation.metrics`, a case in
 `lapwan.evaluation.metrics.make_scorers`.
 """
 
@@ -16,8 +16,8 @@ from lapwan.names import NoiseExpert
 from lapwan.settings.base import Flag, Settings, height_width
 from lapwan.settings.generate import ModelSettings, number_or_named
 from lapwan.settings.lora_argument import LoraArgument
-from lapwan.settings.model_files import ModelChoice
-from lapwan.settings.reward import REWARD_METAVAR, Rewards
+from lapwan.settings.model import ModelChoice
+from lapwan.settings.rewards import REWARD_METAVAR, Rewards
 
 METRICS = ("identity", "tip", "reference", "temporal", "reward")
 Metric = Literal["identity", "tip", "reference", "temporal", "reward"]

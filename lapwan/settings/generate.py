@@ -17,7 +17,7 @@ from lapwan.names import NoiseExpert
 from lapwan.settings.base import Flag, Settings, height_width
 from lapwan.settings.lora_argument import LORA_METAVAR, LoraArgument
 from lapwan.settings.memory import MEMORY_METAVAR, GenerateDtype, MemoryChoice
-from lapwan.settings.model_files import ModelChoice
+from lapwan.settings.model import ModelChoice
 
 
 def parse_numbers(text: str, names: str) -> dict[str, float]:

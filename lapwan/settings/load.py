@@ -16,8 +16,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from lapwan.errors import UserError
+from lapwan.settings.aliases import partner, suggestion, takes
 from lapwan.settings.base import Settings, flag_fields
-from lapwan.settings.short_forms import partner, suggestion, takes
 
 S = TypeVar("S", bound=Settings)
 _PREFIX = "LAPWAN_"

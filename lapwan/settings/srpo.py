@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lapwan.names import NoiseExpert
+from lapwan.settings.aliases import spell_out
 from lapwan.settings.base import Flag, Settings, height_width
 from lapwan.settings.cache import NEGATIVE_PROMPT
 from lapwan.settings.memory import TrainDtype, precision_of
-from lapwan.settings.optimisers import AdamWSettings, OptimiserSettings, ScheduleSettings
-from lapwan.settings.reward import REWARD_METAVAR, Rewards
-from lapwan.settings.short_forms import spell_out
+from lapwan.settings.optimizers import AdamWSettings, OptimiserSettings, ScheduleSettings
+from lapwan.settings.rewards import REWARD_METAVAR, Rewards
 from lapwan.settings.targets import TargetSettings
 from lapwan.settings.train import BaseModelSettings
 

@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from lapwan.names import NoiseExpert
-from lapwan.settings.alpha import AlphaScheduleSettings
+from lapwan.settings.aliases import spell_out, suggestion, takes
+from lapwan.settings.alpha_schedule import AlphaScheduleSettings
 from lapwan.settings.base import Flag, Settings, submodel, union_members
+from lapwan.settings.callbacks import HealthSettings, PreviewSettings, ValidationSettings, WatchSettings
 from lapwan.settings.memory import MEMORY_METAVAR, MemoryChoice, TrainDtype
-from lapwan.settings.optimisers import AdamWSettings, OptimiserSettings, ScheduleSettings, take_flat_keys
-from lapwan.settings.short_forms import spell_out, suggestion, takes
+from lapwan.settings.optimizers import AdamWSettings, OptimiserSettings, ScheduleSettings, take_flat_keys
 from lapwan.settings.sigma import SigmaSettings, WeightingSettings, refuse_ddpm_weighting
 from lapwan.settings.targets import TargetSettings, lay_over
-from lapwan.settings.watch import HealthSettings, PreviewSettings, ValidationSettings, WatchSettings
 
 
 def _checkpointing(value: Any) -> Any:

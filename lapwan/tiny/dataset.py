@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from lapwan.console import progress
+from lapwan.distributed import worker_pool
 from lapwan.files import write_text
-from lapwan.processes import worker_pool
 from lapwan.sampling.video import write_video
 from lapwan.tiny import motion as paths
 from lapwan.tiny.instruments import INSTRUMENTS

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lapwan.data.caption_text import units
 from lapwan.data.labels import label_caption
 from lapwan.data.taxonomy import load_taxonomy
-from lapwan.data.text import units
 from lapwan.rewards.base import EmbeddingCache
 from lapwan.rewards.pixels import to_square
-from lapwan.settings.reward import TinyRewardSettings
+from lapwan.settings.rewards import TinyRewardSettings
 from lapwan.tiny.evaluators import INPUT, load_evaluator
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import FAMILIES

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lapwan.tiny import instruments, targets, tissue
+from lapwan.tiny import instruments, surgery, tissue
 from lapwan.tiny import motion as paths
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.drawing import Canvas
@@ -58,8 +58,8 @@ class SceneSpec:
             object.__setattr__(self, "direction", paths.MOTIONS[str(self.motion)][0])
         _known(f"direction of {self.motion}", self.direction, paths.MOTIONS[str(self.motion)])
         if self.target is None:
-            object.__setattr__(self, "target", targets.TARGETS[self.instrument][0])
-        _known("target", self.target, targets.TARGET_NAMES)
+            object.__setattr__(self, "target", surgery.TARGETS[self.instrument][0])
+        _known("target", self.target, surgery.TARGET_NAMES)
         if self.frames < 1 or min(self.size) < 16 or self.fps <= 0:
             raise ValueError(f"a scene needs frames >= 1, a size of at least 16x16 and fps > 0, got {self.frames} "
                              f"frames of {self.size[0]}x{self.size[1]} at {self.fps}")
@@ -97,7 +97,7 @@ def sample_spec(rng: np.random.Generator, instrument: str, motion: str | None = 
     drawn = {
         "side": str(rng.choice(list(paths.SIDES))),
         "direction": directions[0] if rng.uniform() < 0.4 else str(rng.choice(directions)),
-        "target": str(rng.choice(targets.TARGETS[instrument])),
+        "target": str(rng.choice(surgery.TARGETS[instrument])),
         "seed": int(rng.integers(2**31)),
     }
     return replace(SceneSpec(instrument, motion=motion), **{**drawn, **fixed})  # type: ignore[arg-type]
@@ -185,23 +185,23 @@ class _Stage:
         self._ground.paint(seconds)
         work = self._work(pose, s, self._ground.displacement(seconds))
         burning = self._surgical and spec.instrument == "hook" and 0.0 < paths.engaged(self._motion, s) < 1.0
-        targets.draw(canvas, str(spec.target), work, targets.surgical_tone if self._surgical else targets.neutral_tone)
+        surgery.draw(canvas, str(spec.target), work, surgery.surgical_tone if self._surgical else surgery.neutral_tone)
         if self._surgical and spec.instrument == "hook" and self._motion != "pull":
-            targets.scorch(canvas, self._trail(index))
+            surgery.scorch(canvas, self._trail(index))
         if self._surgical:
             self._ground.glint(seconds)
             if spec.instrument == "suction" and spec.target in ("blood", "fluid"):
                 colour = (124.0, 6.0, 14.0) if spec.target == "blood" else (168.0, 158.0, 40.0)
-                targets.droplets(canvas, pose.tip, work.anchor, 1.7 * s, colour)
+                surgery.droplets(canvas, pose.tip, work.anchor, 1.7 * s, colour)
         if with_instrument:
             palette = instruments.SURGICAL if self._surgical else instruments.NEUTRAL
             instruments.draw(canvas, spec.instrument, pose, palette)
         if burning:
-            targets.spark(canvas, pose.tip, float(self._flicker[index]))
-            targets.smoke(canvas, work.anchor, paths.engaged(self._motion, s), self._drift)
+            surgery.spark(canvas, pose.tip, float(self._flicker[index]))
+            surgery.smoke(canvas, work.anchor, paths.engaged(self._motion, s), self._drift)
         self._ground.see_through_scope()
 
-    def _work(self, pose: Pose, s: float, displacement: np.ndarray) -> targets.Work:
+    def _work(self, pose: Pose, s: float, displacement: np.ndarray) -> surgery.Work:
         spec, motion = self._spec, self._motion
         progress = paths.engaged(motion, s)
         anchor = self._anchor + displacement
@@ -213,7 +213,7 @@ class _Stage:
             # A hook lifts before it burns through; a stroke parts the target when it passes its middle.
             late = {"pull": 0.70, "stroke": 0.35}.get(motion, 0.0)
             cut = max(0.0, (progress - late) / (1.0 - late))
-        return targets.Work(anchor, pose.tip, self._poses[0].axis, self._heading, self._begin + displacement, pull,
+        return surgery.Work(anchor, pose.tip, self._poses[0].axis, self._heading, self._begin + displacement, pull,
                             progress, cut, self._shape)
 
     def _trail(self, index: int) -> np.ndarray:

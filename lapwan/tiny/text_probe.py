@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lapwan.tiny import motion as paths
-from lapwan.tiny import targets
+from lapwan.tiny import surgery
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import SceneSpec
@@ -43,7 +43,7 @@ def probe_captions(count: int, seed: int) -> list[tuple[str, int]]:
         motion = str(rng.choice(list(paths.MOTIONS)))
         spec = SceneSpec(
             INSTRUMENTS[instrument], side=str(rng.choice(list(paths.SIDES))), motion=motion,
-            direction=str(rng.choice(paths.MOTIONS[motion])), target=str(rng.choice(targets.TARGET_NAMES)),
+            direction=str(rng.choice(paths.MOTIONS[motion])), target=str(rng.choice(surgery.TARGET_NAMES)),
         )
         found.append((caption_for(spec, rng), instrument))
     return found

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lapwan.settings.optimisers import AutomagicSettings
+from lapwan.settings.optimizers import AutomagicSettings
 
 
 class Automagic(Optimizer):

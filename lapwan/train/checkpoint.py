@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lapwan import files
 from lapwan.console import warn
 from lapwan.errors import UserError
-from lapwan.train.sharding import local, part_like
+from lapwan.train.parallel import local, part_like
 
 _NAME = re.compile(r"^step_(\d+)$")
 _TRAINED, _REST, _SCORE = "trained.safetensors", "rest.pt", "score.json"

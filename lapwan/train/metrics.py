@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lapwan import files
+from lapwan.names import Band
+from lapwan.train.objective import Loss
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -64,3 +70,63 @@ def _step(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return 2**63  # a line cut short by a kill
+
+@dataclass
+class Logged:
+    """Means of figures, and every sample's flow loss with its sigma."""
+
+    means: dict[str, float]
+    losses: list[float]
+    sigmas: list[float]
+
+    def by_bin(self, band: Band, bins: int) -> dict[str, float]:
+        """Mean flow loss of each equal part of the band that was drawn, as `loss_at_sigma/0.900-0.925`."""
+        width = (band.high - band.low) / bins
+        groups: dict[int, list[float]] = {}
+        for loss, sigma in zip(self.losses, self.sigmas, strict=True):
+            groups.setdefault(bin_of(sigma, band, bins), []).append(loss)
+        return {
+            f"loss_at_sigma/{band.low + i * width:.3f}-{band.low + (i + 1) * width:.3f}": sum(own) / len(own)
+            for i, own in sorted(groups.items())
+        }
+
+
+def bin_of(sigma: float, band: Band, bins: int) -> int:
+    """The equal part of the band that sigma lies in."""
+    return min(bins - 1, max(0, int((sigma - band.low) / (band.high - band.low) * bins)))
+
+
+@dataclass
+class StepLog:
+    """Sums, counts and samples of one noise expert's steps."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    sigmas: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, loss: Loss, total_B: Tensor, sigma_B: Tensor) -> None:
+        """One batch."""
+        for name, values in {**loss.figures, "loss": total_B.detach()}.items():
+            self.sums[name] = self.sums.get(name, 0) + values.sum()
+            self.counts[name] = self.counts.get(name, 0) + values.numel()
+        self.losses.append(loss.figures.get("loss/diffusion", total_B.detach()))
+        self.sigmas.append(sigma_B.detach())
+
+    def plain(self) -> tuple[dict[str, tuple[float, int]], list[float], list[float]]:
+        """All of it as plain numbers, which waits for the device."""
+        sums = {name: (float(total), self.counts[name]) for name, total in self.sums.items()}
+        losses = torch.cat(self.losses).tolist() if self.losses else []
+        return sums, losses, torch.cat(self.sigmas).tolist() if self.sigmas else []
+
+
+def join(parts: Sequence[tuple[dict[str, tuple[float, int]], list[float], list[float]]]) -> Logged:
+    """The processes' logs as one."""
+    totals: dict[str, tuple[float, int]] = {}
+    for sums, _, _ in parts:
+        for name, (total, count) in sums.items():
+            before = totals.get(name, (0.0, 0))
+            totals[name] = (before[0] + total, before[1] + count)
+    means = {name: total / count for name, (total, count) in totals.items() if count}
+    return Logged(means, [x for _, losses, _ in parts for x in losses], [x for *_, sigmas in parts for x in sigmas])

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lapwan import keyed
-from lapwan.data.batch import Batch, send
+from lapwan import rng
+from lapwan.caching.batch import Batch, send
 from lapwan.lora.attach import Adapter
 from lapwan.losses import flow
-from lapwan.losses.sigmas import SigmaSampler, Uniform, draw_in_band, stratum_u
-from lapwan.losses.weighting import Weighting
+from lapwan.losses.sigmas import SigmaSampler, Uniform, Weighting, draw_in_band, stratum_u
 from lapwan.names import Band, NoiseExpert
 from lapwan.wan.backbone import velocity
 
@@ -79,7 +78,7 @@ def _tokens(latent_size: tuple[int, int]) -> int:
 
 @lru_cache(maxsize=8)
 def _strata_order(seed: int | str, stream: int | str, block: int, strata: int) -> list[int]:
-    order: list[int] = torch.randperm(strata, generator=keyed.generator(seed, stream, block, "strata")).tolist()
+    order: list[int] = torch.randperm(strata, generator=rng.generator(seed, stream, block, "strata")).tolist()
     return order
 
 
@@ -93,7 +92,7 @@ def make_draws(
     """
 
     def uniform(key: Key, purpose: str) -> float:
-        return float(torch.rand((), dtype=torch.float64, generator=keyed.generator(*key, purpose)))
+        return float(torch.rand((), dtype=torch.float64, generator=rng.generator(*key, purpose)))
 
     def stratified(key: Key) -> float:
         seed, stream, number = key[0], key[1], int(key[2])
@@ -102,7 +101,7 @@ def make_draws(
 
     shape = batch.latents_BCTHW.shape[1:]
     u_B = torch.tensor([stratified(key) for key in keys], dtype=torch.float64)
-    noise = torch.stack([torch.randn(shape, generator=keyed.generator(*key, "noise")) for key in keys])
+    noise = torch.stack([torch.randn(shape, generator=rng.generator(*key, "noise")) for key in keys])
     dropped_B = torch.tensor([uniform(key, "caption dropout") < caption_dropout for key in keys])
     device, size = batch.latents_BCTHW.device, (shape[-2], shape[-1])
     sigma_B = rule.sigmas(u_B, size)

@@ -14,22 +14,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lapwan import console
-from lapwan.data.batch import Batch
+from lapwan.caching.batch import Batch
 from lapwan.errors import Interrupted, UserError
+from lapwan.memory.out_of_memory import memory_figures, out_of_memory, peak_line, start_peak
 from lapwan.names import NoiseExpert
 from lapwan.train import checkpoint
-from lapwan.train.ahead import Ahead, StepData
+from lapwan.train.callbacks.base import Rule, StepSeen, Watcher
 from lapwan.train.ema import Ema
 from lapwan.train.interrupt import Stop, stop_requested
-from lapwan.train.memory import memory_figures, out_of_memory, peak_line, start_peak
-from lapwan.train.metrics import Metrics
+from lapwan.train.metrics import Metrics, StepLog, join
 from lapwan.train.objective import Draws, Objective, SigmaRule, make_draws
-from lapwan.train.optimisers import current_lr, restore
-from lapwan.train.order import SampleOrder
-from lapwan.train.ranks import Ranks
-from lapwan.train.sharding import whole
-from lapwan.train.steplog import StepLog, join
-from lapwan.train.watch import Rule, StepSeen, Watcher
+from lapwan.train.optimizers import current_lr, restore
+from lapwan.train.parallel import Ranks, whole
+from lapwan.train.prefetch import Ahead, StepData
+from lapwan.train.schedule import SampleOrder
 
 _BAD_STEPS_BEFORE_STOP = 5
 

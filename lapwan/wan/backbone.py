@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from lapwan.errors import UserError
+from lapwan.models.original_layout import has_original_names, load_transformer_files
+from lapwan.models.spec import ModelSpec, weight_files
 from lapwan.names import NoiseExpert
-from lapwan.wan.fastpath import Prompt
-from lapwan.wan.folder import ModelSpec, weight_files
-from lapwan.wan.forward import TokenTimes, predict
-from lapwan.wan.original import has_original_names, load_transformer_files
-from lapwan.wan.reuse import Side
+from lapwan.wan.transformer.first_block_cache import Side
+from lapwan.wan.transformer.forward import TokenTimes, predict
+from lapwan.wan.transformer.options import Prompt
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel

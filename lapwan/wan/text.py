@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lapwan.lora.tensorfile import read_header
-from lapwan.lora.tensors import load
+from lapwan.checkpoints.container import read_header
+from lapwan.checkpoints.tensors import load
+from lapwan.memory.plan import PLACES
+from lapwan.models.fingerprints import text_identity
+from lapwan.models.original_layout import load_text_file, read_tensors, t5_to_transformers
+from lapwan.models.spec import TEXT_LENGTH, original_file, weight_files
 from lapwan.names import Precision
-from lapwan.wan.folder import TEXT_LENGTH, original_file, weight_files
-from lapwan.wan.identity import text_identity
-from lapwan.wan.original import load_text_file, read_tensors, t5_to_transformers
-from lapwan.wan.plan import PLACES
-from lapwan.wan.precision import KINDS
-from lapwan.wan.quantised import Read, fill, kept_folder, linears_of
+from lapwan.wan.quantise.linears import KINDS
+from lapwan.wan.quantise.load import Read, fill, kept_folder, linears_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-    from lapwan.wan.folder import ModelSpec
+    from lapwan.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lapwan.wan.folder import original_file
-from lapwan.wan.original import load_vae_file
+from lapwan.models.original_layout import load_vae_file
+from lapwan.models.spec import original_file
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-    from lapwan.wan.folder import ModelSpec
+    from lapwan.models.spec import ModelSpec
 
 
 def load_vae(

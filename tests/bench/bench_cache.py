@@ -25,14 +25,14 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from cache_clips import write_jsonl
 
+from lapwan.caching.cache_folder import Choices, cache_set
 from lapwan.commands.cache import encoders_of, extraction_of
-from lapwan.data.sources import read_dataset
-from lapwan.processes import Processes
-from lapwan.sampling.caching import Choices, cache_set
+from lapwan.data.dataset import read_dataset
+from lapwan.distributed import Processes
+from lapwan.models.device import pick_device
+from lapwan.models.spec import read_spec
 from lapwan.settings.cache import CacheSettings
 from lapwan.tiny.model import tiny_folder
-from lapwan.wan.device import pick_device
-from lapwan.wan.folder import read_spec
 from lapwan.wan.vae import load_vae, normalise
 
 

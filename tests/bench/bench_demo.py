@@ -16,8 +16,8 @@ from typing import Any
 from lapwan.commands.table import COMMANDS
 from lapwan.data.clips import read_clips, to_line
 from lapwan.files import write_text
+from lapwan.settings.base import RunOptions
 from lapwan.settings.load import load
-from lapwan.settings.run import RunOptions
 from lapwan.tiny.dataset import write_dataset
 
 RANK_2 = {"targets.patterns": {"blocks.*": 2}}

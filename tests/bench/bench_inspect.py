@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "diagnostics"))
 
 from large_pair import write_pair
 
-from lapwan.diagnostics.figures import measure, summarise
+from lapwan.diagnostics.lora_figures import measure, summarise
 from lapwan.lora.formats import open_lora
 
 

@@ -15,7 +15,7 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from lapwan.wan import triton_kernels as ours
+from lapwan.wan.transformer import triton_kernels as ours
 
 
 def cases(tokens: int) -> dict[str, tuple[int, Callable[[int], object]]]:

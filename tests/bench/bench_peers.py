@@ -40,7 +40,7 @@ from speed_model import (
 )
 
 from lapwan.wan.backbone import velocity
-from lapwan.wan.compiling import compile_blocks
+from lapwan.wan.transformer.compile import compile_blocks
 
 
 def _tokens(size: str) -> int:

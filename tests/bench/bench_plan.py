@@ -29,19 +29,19 @@ import torch
 from safetensors.torch import save_file
 
 from lapwan.api import VideoGenerator
+from lapwan.caching.index import CachedItem, CacheIndex, write_index
+from lapwan.caching.layout import recipe_fingerprint, write_latents, write_prompts, write_text_features
 from lapwan.commands import train_lora, train_moe
-from lapwan.data.cachefile import CachedItem, CacheIndex, write_index
-from lapwan.data.layout import recipe_fingerprint, write_latents, write_prompts, write_text_features
 from lapwan.data.taxonomy import load_taxonomy
+from lapwan.memory.training import plan_training
+from lapwan.models.base import Base
+from lapwan.models.spec import read_spec
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.model import tiny_folder
-from lapwan.train import build
-from lapwan.train.mixture_build import base_loras, plan_mixture
-from lapwan.train.plan_memory import plan_training
-from lapwan.train.runfolder import start_folder
-from lapwan.wan.base import Base
-from lapwan.wan.folder import read_spec
+from lapwan.train import recipe
+from lapwan.train.moe.recipe import base_loras, plan_mixture
+from lapwan.train.run_folder import start_folder
 
 GIB = 1 << 30
 A14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "freq_dim": 256}
@@ -126,7 +126,7 @@ class Bench:
         settings = (TrainMoeSettings if moe else TrainLoraSettings).model_validate(given)
         start_folder(settings, False)
         base = Base(read_spec(self.model))
-        data = build.read_data(settings, base)
+        data = recipe.read_data(settings, base)
         started = time.perf_counter()
         if moe:
             taxonomy = load_taxonomy("surgical4")

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 
 from lapwan.commands.table import COMMANDS
+from lapwan.models.base import Base
+from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert, Precision
+from lapwan.settings.base import RunOptions
 from lapwan.settings.load import load
-from lapwan.settings.run import RunOptions
 from lapwan.tiny.dataset import write_dataset
 from lapwan.tiny.model import tiny_folder
 from lapwan.wan.backbone import load_transformer
-from lapwan.wan.base import Base
-from lapwan.wan.folder import read_spec
-from lapwan.wan.quantised import Recipe
+from lapwan.wan.quantise.load import Recipe
 
 SMALL = {"targets.last_blocks": "4", "targets.ffn_last_blocks": "4", "validation.clips": "4", "validation.sigmas": "2"}
 

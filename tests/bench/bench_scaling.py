@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from speed_measure import machine, seconds_of
 from speed_model import A14B, SMALL, lora_trainer, mixture_trainer, random_model, set_checkpointing, spoken, step
 
-from lapwan.train.ranks import Ranks, join_ranks
-from lapwan.train.tokens import SharedClips
+from lapwan.train.context_parallel import SharedClips
+from lapwan.train.parallel import Ranks, join_ranks
 from lapwan.wan.backbone import velocity
-from lapwan.wan.compiling import compile_blocks, compile_time
-from lapwan.wan.fastpath import path_of
-from lapwan.wan.spread import Spread
+from lapwan.wan.transformer.compile import compile_blocks, compile_time
+from lapwan.wan.transformer.context_parallel import Spread
+from lapwan.wan.transformer.options import path_of
 
 Row = dict[str, float]
 

@@ -37,7 +37,7 @@ from speed_rows import (
     video_row,
 )
 
-from lapwan.wan.compiling import compile_time
+from lapwan.wan.transformer.compile import compile_time
 
 # Rows of one model stand together; what takes longest comes last.
 ROWS: dict[str, Callable[[Bench], None]] = {

@@ -31,19 +31,19 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 from speed_model import A14B, SMALL, random_model, shape_folder
 
-from lapwan import keyed
+from lapwan import rng
+from lapwan.memory.srpo import plan_memory
+from lapwan.models.base import Base
+from lapwan.models.fingerprints import text_identity
+from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert
 from lapwan.rewards.clip import ClipReward
 from lapwan.rewards.open_clip import VIT_H_14, Architecture, Tower
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.train import srpo_build
-from lapwan.train.build import run_training
 from lapwan.train.objective import make_draws
-from lapwan.train.srpo_data import _ENCODER, _hash, read_data
-from lapwan.train.srpo_memory import plan_memory
-from lapwan.wan.base import Base
-from lapwan.wan.folder import read_spec
-from lapwan.wan.identity import text_identity
+from lapwan.train.recipe import run_training
+from lapwan.train.srpo import recipe
+from lapwan.train.srpo.data import _ENCODER, _hash, read_data
 
 GIB = 2**30
 PROMPTS = [f"a photograph of instrument number {i} on a table" for i in range(24)]
@@ -64,7 +64,7 @@ class RandomReward(ClipReward):
 
     def text(self, captions: Sequence[str]) -> Tensor:
         size = self._model.config.projection_dim
-        rows = [F.normalize(torch.randn(size, generator=keyed.generator("text", one)), dim=-1) for one in captions]
+        rows = [F.normalize(torch.randn(size, generator=rng.generator("text", one)), dim=-1) for one in captions]
         return torch.stack(rows).to(self._model.device)
 
 
@@ -82,7 +82,7 @@ def make_folder(folder: Path, config: dict[str, Any]) -> None:
 def write_features(path: Path, base: Base, width: int) -> None:
     """Text features at random, under the names the run looks for: no text encoder is loaded."""
     prompts = [*PROMPTS, "", SrpoSettings.model_fields["prompts"].annotation.model_fields["negative"].default]
-    tensors = {_hash(p): torch.randn(40, width, generator=keyed.generator("features", p)).bfloat16() for p in prompts}
+    tensors = {_hash(p): torch.randn(40, width, generator=rng.generator("features", p)).bfloat16() for p in prompts}
     save_file(tensors, path, metadata={_ENCODER: text_identity(base.spec)})
 
 
@@ -136,7 +136,7 @@ def run(work: Path, case: Case, cap: int, tiny: bool, device: torch.device) -> d
     settings = settings_of(work, case, tiny, str(device))
     base = RandomBase(read_spec(work / "model"))
     data = read_data(settings, base.spec)
-    experts = srpo_build.trained_experts(settings, base.spec)
+    experts = recipe.trained_experts(settings, base.spec)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -149,7 +149,7 @@ def run(work: Path, case: Case, cap: int, tiny: bool, device: torch.device) -> d
     rewards = {"hps": RandomReward("hps", model, None, "pad", 1.0)}
     settings.output.mkdir()
     loaded, trainer = seconds_of(
-        lambda: srpo_build.prepare(settings, base, data, rewards, planned, device), device)
+        lambda: recipe.prepare(settings, base, data, rewards, planned, device), device)
     run_training(trainer, settings)
     rows = [json.loads(line) for line in (settings.output / "metrics.jsonl").read_text().splitlines()]
     found: dict[str, Any] = {

@@ -16,8 +16,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch.profiler import ProfilerActivity, profile
 
-from lapwan.wan.compiling import compile_time
-from lapwan.wan.precision import Fp8Linear
+from lapwan.wan.quantise.linears import Fp8Linear
+from lapwan.wan.transformer.compile import compile_time
 
 GIB = 2**30
 

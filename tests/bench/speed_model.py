@@ -14,23 +14,23 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from lapwan.data.batch import Batch
+from lapwan.caching.batch import Batch
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.lora.attach import Adapter, Group, attach, initial_state
 from lapwan.lora.state import LoraState
 from lapwan.lora.targets import TargetRule, resolve_targets
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.names import PROJECTIONS, Band, NoiseExpert, Precision
-from lapwan.settings.optimisers import AdamWSettings, ScheduleSettings
+from lapwan.settings.optimizers import AdamWSettings, ScheduleSettings
 from lapwan.tiny.model import tiny_folder
-from lapwan.train.lora_objective import LORA_GROUP, LoraObjective
-from lapwan.train.mixture_objective import MixtureObjective, MixtureWeights
+from lapwan.train.lora.objective import LORA_GROUP, LoraObjective
+from lapwan.train.moe.objective import MixtureObjective, MixtureWeights
 from lapwan.train.objective import Objective, SigmaRule
-from lapwan.train.optimisers import make_optimiser, make_schedule
-from lapwan.train.order import SampleOrder
+from lapwan.train.optimizers import make_optimiser, make_schedule
+from lapwan.train.schedule import SampleOrder
 from lapwan.train.trainer import Plan, Track, Trainer
-from lapwan.wan.fastpath import path_of
-from lapwan.wan.quantised import fill, linears_of
+from lapwan.wan.quantise.load import fill, linears_of
+from lapwan.wan.transformer.options import path_of
 
 A14B = {
     "patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16,

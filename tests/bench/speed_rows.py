@@ -34,22 +34,22 @@ from speed_model import (
     targets,
 )
 
+from lapwan.memory.generation import Asking, free_bytes, plan_generation
+from lapwan.memory.plan import MemoryPlan
+from lapwan.memory.streaming import Residence, tensors_of
+from lapwan.memory.throughput import rates_of
+from lapwan.memory.training import plan_training
+from lapwan.models.base import Base
+from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
-from lapwan.sampling.grid import Grid, Step
-from lapwan.sampling.memory import Asking, free_bytes, plan_generation
+from lapwan.sampling.sigma_grid import Grid, Step
 from lapwan.settings.train_lora import TrainLoraSettings
-from lapwan.train.build import read_data
-from lapwan.train.plan_memory import plan_training
+from lapwan.train.recipe import read_data
 from lapwan.wan.backbone import velocity
-from lapwan.wan.base import Base
-from lapwan.wan.compiling import compile_blocks
-from lapwan.wan.folder import read_spec
-from lapwan.wan.plan import MemoryPlan
-from lapwan.wan.precision import Fp8Linear
-from lapwan.wan.quantised import Recipe
-from lapwan.wan.rates import rates_of
-from lapwan.wan.stream import Residence, tensors_of
+from lapwan.wan.quantise.linears import Fp8Linear
+from lapwan.wan.quantise.load import Recipe
+from lapwan.wan.transformer.compile import compile_blocks
 
 NEGATIVE_WORDS = 126  # of Wan's own negative prompt
 CONTEXT = 1.0  # GiB a process takes on a card beside what torch allocates

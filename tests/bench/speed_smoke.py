@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from lapwan.wan.backbone import velocity
-from lapwan.wan.compiling import compile_blocks, compile_time
+from lapwan.wan.transformer.compile import compile_blocks, compile_time
 
 FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, KeyError, ImportError)
 BLOCKS = 8

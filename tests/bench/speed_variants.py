@@ -22,11 +22,11 @@ from speed_measure import seconds_of
 from speed_model import A14B, LATENTS, SMALL, lora_trainer, mixture_trainer, random_model, spoken, step
 from speed_smoke import FAULTS, show
 
-from lapwan.wan import kernels
 from lapwan.wan.backbone import velocity
-from lapwan.wan.block import block_forward
-from lapwan.wan.compiling import compiled_block
-from lapwan.wan.fastpath import path_of
+from lapwan.wan.transformer import kernels
+from lapwan.wan.transformer.block import block_forward
+from lapwan.wan.transformer.compile import compiled_block
+from lapwan.wan.transformer.options import path_of
 
 MULTI, DESCENT = {"triton.multi_kernel": 1}, {"coordinate_descent_tuning": True}
 # Options of the compiler, and whether our own kernels take part.

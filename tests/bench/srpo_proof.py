@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lapwan.caching.index import load_index
 from lapwan.commands.srpo import begin, plan
-from lapwan.data.cachefile import load_index
 from lapwan.evaluation.bootstrap import bootstrap
 from lapwan.losses.sigmas import Uniform
 from lapwan.names import NoiseExpert
@@ -35,14 +35,14 @@ from lapwan.tiny.dataset import plan as plan_scenes
 from lapwan.tiny.dataset import write_dataset
 from lapwan.tiny.model import tiny_folder
 from lapwan.tiny.reward import make_tiny_reward
-from lapwan.train import srpo_build
-from lapwan.train.build import run_training
-from lapwan.train.data import ClipStore
+from lapwan.train.callbacks.validation import fixed_draws
+from lapwan.train.clip_store import ClipStore
 from lapwan.train.objective import SigmaRule, flow_terms
-from lapwan.train.runfolder import start_folder
-from lapwan.train.srpo_watch import HeldOut
+from lapwan.train.recipe import run_training
+from lapwan.train.run_folder import start_folder
+from lapwan.train.srpo import recipe
+from lapwan.train.srpo.held_out import HeldOut
 from lapwan.train.trainer import Trainer
-from lapwan.train.validation import fixed_draws
 
 HERE = Path(__file__).parent
 SETTINGS = HERE.parents[1] / "examples" / "tiny" / "srpo.toml"
@@ -111,7 +111,7 @@ def run(work: Path, mode: str, seed: int, device_name: str) -> dict[str, Any]:
     start_folder(settings, overwrite=False)
     rewards = build_rewards(settings.rewards, device, {"tiny": make_tiny_reward})
     started = time.monotonic()
-    trainer = srpo_build.prepare(settings, planned.base, planned.data, rewards, planned.memory, device)
+    trainer = recipe.prepare(settings, planned.base, planned.data, rewards, planned.memory, device)
     begin(trainer, settings)
     run_training(trainer, settings)
     seconds = time.monotonic() - started

@@ -14,11 +14,11 @@ import torch
 from lapwan import cli
 from lapwan.lora.formats import write_lora
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.moe.file import write_mixture
+from lapwan.models.spec import ModelSpec
 from lapwan.moe.mixture import Mixture, MixtureSpec
+from lapwan.moe.mixture_file import write_mixture
 from lapwan.names import NoiseExpert
 from lapwan.tiny.dataset import write_dataset
-from lapwan.wan.folder import ModelSpec
 
 Run = Callable[..., str]
 

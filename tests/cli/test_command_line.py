@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from evaluation_cases import write_random_lora, write_random_mixture
 
+from lapwan.cli_aliases import rewrite
 from lapwan.commands.table import COMMANDS
 from lapwan.errors import UserError
 from lapwan.lora.assign import assign
+from lapwan.models.base import Base
+from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import flag_fields
-from lapwan.spellings import rewrite
 from lapwan.tiny.model import tiny_folder
-from lapwan.wan.base import Base
-from lapwan.wan.folder import read_spec
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
 

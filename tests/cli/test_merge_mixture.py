@@ -12,11 +12,11 @@ from lapwan.data.taxonomy import load_taxonomy
 from lapwan.lora.attach import attach
 from lapwan.lora.formats import read_lora
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.moe.collapse import inference_sigmas
-from lapwan.moe.file import write_mixture
 from lapwan.moe.mixture import Mixture, MixtureSpec
+from lapwan.moe.mixture_file import write_mixture
+from lapwan.moe.to_lora import inference_sigmas
 from lapwan.names import NoiseExpert
-from lapwan.sampling.grid import make_grid
+from lapwan.sampling.sigma_grid import make_grid
 from lapwan.wan.backbone import load_transformer, velocity
 
 PATH = "blocks.7.attn1.to_q"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lapwan.commands.model import resolve
 from lapwan.errors import UserError
+from lapwan.models.resolve import resolve
 from lapwan.tiny.model import tiny_folder
 
 

@@ -49,8 +49,8 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 def cache_tiny(dataset: Path | None, output: Path, overwrite: bool = False, **settings: object) -> Path:
     """Run `lapwan cache` in this process on the embedded model, 9 frames of 32x48; gives the folder back."""
     from lapwan.commands.cache import run
+    from lapwan.settings.base import RunOptions
     from lapwan.settings.cache import CacheSettings
-    from lapwan.settings.run import RunOptions
 
     chosen = {"model": "tiny-t2v", "device": "cpu"} | settings
     if dataset is not None and dataset.suffix == ".jsonl":

@@ -10,10 +10,9 @@ import pytest
 from cache_clips import cache_tiny, make_video, write_jsonl
 from PIL import Image
 
-from lapwan.data.cachefile import load_index, read_item
-from lapwan.data.musubi_dataset import read_musubi_dataset
+from lapwan.caching.index import load_index, read_item
+from lapwan.data.musubi_dataset import UNSUPPORTED, read_entries, read_musubi_dataset
 from lapwan.errors import UserError
-from lapwan.settings.dataset import UNSUPPORTED, read_entries
 
 
 @pytest.fixture

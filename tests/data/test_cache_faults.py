@@ -14,10 +14,10 @@ import pytest
 import torch
 from cache_clips import cache_tiny, make_video, write_jsonl
 
-from lapwan.data.cachefile import load_index, read_item
+from lapwan.caching.index import load_index, read_item
+from lapwan.checkpoints.container import read_header
 from lapwan.errors import UserError
 from lapwan.files import is_temporary
-from lapwan.lora.tensorfile import read_header
 
 CLIPS = 12
 
@@ -166,7 +166,7 @@ def test_a_read_only_folder_is_one_line(dataset, tmp_path):
 
 def test_a_decoder_that_dies_takes_only_its_clip(dataset, tmp_path):
     """A worker killed from outside: its clip is tried again alone, and the rest goes on."""
-    from lapwan.data import decode as decoding
+    from lapwan.caching import decoder as decoding
     from lapwan.data.buckets import centre_crop
     from lapwan.data.video import probe
 

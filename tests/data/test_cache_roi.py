@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lapwan.data.buckets import centre_crop
-from lapwan.data.roi import box_masks, boxes_at, region, to_latent
+from lapwan.data.regions import box_masks, boxes_at, region, to_latent
 from lapwan.data.video import BadClip, probe
 
 fractions = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted)

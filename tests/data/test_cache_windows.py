@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapwan.data.buckets import Buckets, centre_crop
-from lapwan.data.windows import Window, windows
+from lapwan.data.buckets import Buckets, Window, centre_crop, windows
 
 counts = st.integers(1, 400)
 targets = st.lists(st.integers(1, 130), min_size=1, max_size=4)

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lapwan.data.labels import Resolver, resolve_hint, rounded
-from lapwan.data.segment import Segmenter
+from lapwan.data.caption_text import units
+from lapwan.data.labels import Resolver, Segmenter, resolve_hint, rounded
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
-from lapwan.data.text import units
 from lapwan.errors import UserError
 
 # Characters of instrument words; none occurs in the fillers, so a keyword arises only where the test puts one.

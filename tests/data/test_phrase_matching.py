@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lapwan.data.matching import Matcher, Split
+from lapwan.data.caption_text import Matcher, Split
 
 
 def find(phrases: str, text: str, taken: tuple[tuple[int, int], ...] = ()) -> list[tuple[int, str]]:

@@ -13,12 +13,12 @@ from PIL import Image
 
 from lapwan.commands.inspect_weights import run
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.moe.file import write_mixture
 from lapwan.moe.mixture import Mixture, MixtureSpec
+from lapwan.moe.mixture_file import write_mixture
 from lapwan.names import NoiseExpert
+from lapwan.settings.base import RunOptions
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.load import load
-from lapwan.settings.run import RunOptions
 
 FAMILIES = ("scissors", "hook", "other")
 

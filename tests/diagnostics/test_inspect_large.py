@@ -15,7 +15,7 @@ _CHILD = """
 import re, sys
 from pathlib import Path
 import torch
-from lapwan.diagnostics.figures import measure, summarise
+from lapwan.diagnostics.lora_figures import measure, summarise
 from lapwan.lora.formats import open_lora
 def peak():
     return int(re.search("VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -10,17 +10,17 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from lapwan.commands.inspect_weights import run
-from lapwan.commands.model import resolve
 from lapwan.diagnostics.mixture import overlap
 from lapwan.errors import UserError
 from lapwan.lora.formats import write_lora
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.moe.file import write_mixture
+from lapwan.models.resolve import resolve
 from lapwan.moe.mixture import Mixture, MixtureSpec
+from lapwan.moe.mixture_file import write_mixture
 from lapwan.names import NoiseExpert
+from lapwan.settings.base import RunOptions
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.load import load
-from lapwan.settings.run import RunOptions
 
 FAMILIES = ("scissors", "hook", "other")
 

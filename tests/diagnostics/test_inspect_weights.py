@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from lapwan.commands.inspect_weights import run
-from lapwan.diagnostics.figures import inner, measure, summarise
 from lapwan.diagnostics.growth import update_cosine
+from lapwan.diagnostics.lora_figures import inner, measure, summarise
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, write_lora
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.names import PROJECTIONS
+from lapwan.settings.base import RunOptions
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.load import load
-from lapwan.settings.run import RunOptions
 
 # In and out features of Wan-14B's block Linears, and the floor they give at B = 0.
 WIDTH, FFN = 5120, 13824

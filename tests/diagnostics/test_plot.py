@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lapwan.commands.inspect_weights import run
-from lapwan.diagnostics.canvas import Box, Canvas, ramp, ticks
-from lapwan.diagnostics.figures import ModuleFigures, summarise
+from lapwan.diagnostics.lora_figures import ModuleFigures, summarise
 from lapwan.diagnostics.plot import picture
 from lapwan.diagnostics.verdict import PRESETS
 from lapwan.errors import UserError
 from lapwan.lora.formats import write_lora
 from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.report.canvas import Box, Canvas, ramp, ticks
+from lapwan.settings.base import RunOptions
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.load import load
-from lapwan.settings.run import RunOptions
 
 GREY = (240, 240, 240)
 

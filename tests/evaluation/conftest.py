@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from evaluation_cases import write_random_mixture
 
+from lapwan.models.base import Base
+from lapwan.models.spec import ModelSpec
 from lapwan.sampling.batch import BatchGenerator
 from lapwan.tiny.dataset import write_dataset
-from lapwan.wan.base import Base
-from lapwan.wan.folder import ModelSpec
 
 
 @pytest.fixture(scope="session")

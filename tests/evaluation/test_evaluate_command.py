@@ -16,13 +16,13 @@ from evaluation_cases import write_random_lora, write_random_mixture
 from PIL import Image
 
 from lapwan import cli
+from lapwan.caching.index import load_index
 from lapwan.commands.evaluate import _reward_identity
-from lapwan.data.cachefile import load_index
+from lapwan.models.base import Base
+from lapwan.models.spec import ModelSpec
 from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.load import load
-from lapwan.settings.reward import ClipSettings
-from lapwan.wan.base import Base
-from lapwan.wan.folder import ModelSpec
+from lapwan.settings.rewards import ClipSettings
 
 SMALL = ("--device", "cpu", "--steps", "2", "--set", "videos.size=[32, 32]", "--set", "videos.num_frames=5",
          "--set", "videos.guidance=1", "--set", "interval.samples=200")

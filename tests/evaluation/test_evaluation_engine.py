@@ -10,28 +10,28 @@ import torch
 from cache_cases import write_random_cache
 from evaluation_cases import write_random_lora
 
-from lapwan.data.cachefile import load_index
-from lapwan.data.layout import write_roi
+from lapwan.caching.index import load_index
+from lapwan.caching.layout import write_roi
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.bootstrap import paired_bootstrap
 from lapwan.evaluation.clips import EvalClip, VideoShape, read_eval_clips, spread
 from lapwan.evaluation.engine import Sampling, default_sampling, generate_and_score, request_for
 from lapwan.evaluation.flow import FlowPlan, flow_losses
+from lapwan.evaluation.metrics import Identity, Temporal
 from lapwan.evaluation.routing import routing_scores
-from lapwan.evaluation.scorers import Identity, Temporal
 from lapwan.evaluation.store import VideoStore
 from lapwan.losses import flow
 from lapwan.losses.sigmas import Uniform
+from lapwan.models.base import Base
 from lapwan.names import NoiseExpert
 from lapwan.sampling.batch import BatchGenerator
 from lapwan.sampling.request import complete_guidance
 from lapwan.settings.lora_argument import LoraArgument
-from lapwan.train.data import ClipStore
+from lapwan.train.callbacks.validation import fixed_draws
+from lapwan.train.clip_store import ClipStore
 from lapwan.train.objective import SigmaRule
-from lapwan.train.validation import fixed_draws
 from lapwan.wan.backbone import velocity
-from lapwan.wan.base import Base
 from lapwan.wan.text import pad_text
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW

@@ -12,9 +12,8 @@ from PIL import Image
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.evaluation import pixels
 from lapwan.evaluation.clips import EvalClip, VideoShape, read_eval_clips
-from lapwan.evaluation.metrics import RewardScore
-from lapwan.evaluation.scorers import Made, Reference, Temporal
-from lapwan.settings.reward import TinyRewardSettings
+from lapwan.evaluation.metrics import Made, Reference, RewardScore, Temporal
+from lapwan.settings.rewards import TinyRewardSettings
 from lapwan.tiny.dataset import write_dataset
 from lapwan.tiny.reward import make_tiny_reward
 from lapwan.tiny.scenes import SceneSpec, render

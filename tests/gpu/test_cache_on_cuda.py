@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from cache_clips import cache_tiny, make_video, write_jsonl
 
-from lapwan.data.cachefile import load_index, read_item
+from lapwan.caching.index import load_index, read_item
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -39,10 +39,9 @@ def test_files_agree_with_the_cpu(dataset, tmp_path, vae_dtype, error):
 
 
 def test_the_still_encoding_is_bitwise_the_plain_one():
+    from lapwan.models.spec import read_spec
     from lapwan.tiny.model import tiny_folder
-    from lapwan.wan.condition import condition_video
-    from lapwan.wan.folder import read_spec
-    from lapwan.wan.still import encode_still
+    from lapwan.wan.image_condition import condition_video, encode_still
     from lapwan.wan.vae import channels_last, load_vae
 
     vae = load_vae(read_spec(tiny_folder("i2v")), device="cuda")

@@ -50,7 +50,7 @@ def test_preference_alignment(lapwan, tmp_path) -> None:
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
 def test_the_device_has_an_index(device) -> None:
-    from lapwan.wan.device import limit_memory, pick_device
+    from lapwan.models.device import limit_memory, pick_device
 
     chosen = pick_device(device)
     assert chosen == torch.device("cuda:0")

@@ -9,15 +9,15 @@ import pytest
 import torch
 from evaluation_cases import write_random_mixture
 
-from lapwan.data.cachefile import load_index
+from lapwan.caching.index import load_index
 from lapwan.evaluation.arms import make_arm
 from lapwan.evaluation.clips import EvalClip, VideoShape
 from lapwan.evaluation.engine import default_sampling, generate_and_score, request_for
 from lapwan.evaluation.flow import FlowPlan, flow_losses
-from lapwan.evaluation.scorers import Temporal
+from lapwan.evaluation.metrics import Temporal
+from lapwan.models.base import Base
 from lapwan.sampling.batch import BatchGenerator
-from lapwan.train.data import ClipStore
-from lapwan.wan.base import Base
+from lapwan.train.clip_store import ClipStore
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 from lapwan.lora.attach import Adapter, Group, attach, initial_state
 from lapwan.lora.targets import TargetRule, resolve_targets
+from lapwan.models.base import Base
 from lapwan.names import PROJECTIONS, NoiseExpert, Precision
 from lapwan.sampling.denoise import Conditions, guided_velocity
-from lapwan.wan import kernels
 from lapwan.wan.backbone import load_transformer, velocity
-from lapwan.wan.base import Base
-from lapwan.wan.compiling import compile_blocks, compile_time
-from lapwan.wan.fastpath import path_of
-from lapwan.wan.quantised import Recipe
+from lapwan.wan.quantise.load import Recipe
+from lapwan.wan.transformer import kernels
+from lapwan.wan.transformer.compile import compile_blocks, compile_time
+from lapwan.wan.transformer.options import path_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -16,12 +16,12 @@ import bench_plan
 
 from lapwan import cli
 from lapwan.lora.attach import Group, attach, initial_state
+from lapwan.memory.streaming import Residence
 from lapwan.names import Precision
 from lapwan.wan.backbone import velocity
-from lapwan.wan.fastpath import path_of
-from lapwan.wan.precision import KINDS, Fp8Linear, fp8_in_hardware
-from lapwan.wan.quantised import fill, linears_of
-from lapwan.wan.stream import Residence
+from lapwan.wan.quantise.linears import KINDS, Fp8Linear, fp8_in_hardware
+from lapwan.wan.quantise.load import fill, linears_of
+from lapwan.wan.transformer.options import path_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")

@@ -49,9 +49,9 @@ def test_both_stages_and_a_video(lapwan, t2v_cache, tmp_path):
 @pytest.mark.parametrize("expert", list(NoiseExpert))
 def test_recomputation_on_autograds_threads_meets_the_gates_of_its_forward(expert, t2v_cache, tmp_path):
     from lapwan.commands import train_moe
-    from lapwan.commands.base import resolve_base
+    from lapwan.models.resolve import resolve_base
     from lapwan.settings.train_moe import TrainMoeSettings
-    from lapwan.train import build
+    from lapwan.train import recipe
     from lapwan.train.objective import make_draws
 
     grads = []
@@ -61,7 +61,7 @@ def test_recomputation_on_autograds_threads_meets_the_gates_of_its_forward(exper
             "activation_checkpointing": recompute, "router": {"top_k": 4},
             "targets": {"last_blocks": 2, "ffn_last_blocks": 1}})
         base = resolve_base("tiny")
-        data = build.read_data(settings, base)
+        data = recipe.read_data(settings, base)
         trainer = train_moe.prepare(settings, base, data, load_taxonomy("surgical4"), torch.device("cuda"))
         with torch.no_grad():
             for name, parameter in trainer.parameters.items():

@@ -12,8 +12,8 @@ from lapwan.commands import srpo
 from lapwan.rewards.build import build_rewards
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.reward import make_tiny_reward
-from lapwan.train import srpo_build
-from lapwan.train.build import run_training
+from lapwan.train.recipe import run_training
+from lapwan.train.srpo import recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -30,7 +30,7 @@ def trained(folder: Path, name: str, **changes: Any) -> Any:
     planned = srpo.plan(settings, device)
     settings.output.mkdir(exist_ok=True)
     rewards = build_rewards(settings.rewards, device, {"tiny": make_tiny_reward})
-    trainer = srpo_build.prepare(settings, planned.base, planned.data, rewards, planned.memory, device)
+    trainer = recipe.prepare(settings, planned.base, planned.data, rewards, planned.memory, device)
     srpo.begin(trainer, settings)
     run_training(trainer, settings)
     return trainer

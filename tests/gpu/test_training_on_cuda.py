@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from lapwan.commands import train_lora, train_moe
-from lapwan.settings.optimisers import AdamW8bitSettings, ScheduleSettings
-from lapwan.settings.run import RunOptions
+from lapwan.settings.base import RunOptions
+from lapwan.settings.optimizers import AdamW8bitSettings, ScheduleSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train.objective import ParameterGroup
-from lapwan.train.optimisers import make_optimiser, make_schedule, restore
+from lapwan.train.optimizers import make_optimiser, make_schedule, restore
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 EVERYTHING = {

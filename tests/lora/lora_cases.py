@@ -11,9 +11,9 @@ from diffusers import WanTransformer3DModel
 from lapwan.commands.merge import run
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.names import PROJECTIONS
+from lapwan.settings.base import RunOptions
 from lapwan.settings.load import load
 from lapwan.settings.merge import MergeSettings
-from lapwan.settings.run import RunOptions
 
 BLOCKS = 3
 HIDDEN, FFN, TEXT = 24, 40, 16

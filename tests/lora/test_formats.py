@@ -13,10 +13,10 @@ from lora_cases import random_state, shapes
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lapwan.checkpoints.fingerprints import merged_fingerprint
+from lapwan.checkpoints.lora_keys import LAYOUTS, key_names, parse_key
 from lapwan.errors import UserError
-from lapwan.lora.fingerprint import merged_fingerprint
 from lapwan.lora.formats import open_lora, read_lora, write_lora
-from lapwan.lora.keys import LAYOUTS, key_names, parse_key
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.names import OUTER_MODULES, PROJECTIONS, NoiseExpert
 

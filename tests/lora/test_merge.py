@@ -14,18 +14,18 @@ from lora_cases import BLOCKS, make_transformer, merge, random_state, shapes, ve
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lapwan.commands.model import resolve
+from lapwan.checkpoints import rewrite
+from lapwan.checkpoints.container import TensorFile, read_header
+from lapwan.checkpoints.fingerprints import checkpoint_fingerprint, merged_fingerprint
+from lapwan.checkpoints.rewrite import Term
 from lapwan.errors import UserError
-from lapwan.lora import checkpoint_file
 from lapwan.lora.assign import assign
-from lapwan.lora.checkpoint_file import Term
-from lapwan.lora.fingerprint import checkpoint_fingerprint, merged_fingerprint
 from lapwan.lora.formats import read_lora, write_lora
-from lapwan.lora.tensorfile import TensorFile, read_header
-from lapwan.lora.verify import verify
+from lapwan.lora.merge_verify import verify
+from lapwan.models.base import Base
+from lapwan.models.resolve import resolve
+from lapwan.models.spec import read_spec, weight_files
 from lapwan.names import NoiseExpert, to_original
-from lapwan.wan.base import Base
-from lapwan.wan.folder import read_spec, weight_files
 
 
 def add(transformer: WanTransformer3DModel, state, multiplier: float = 1.0) -> WanTransformer3DModel:
@@ -106,8 +106,8 @@ def test_merged_folder_keeps_every_other_file_and_says_where_it_comes_from(tmp_p
 
 
 def test_untouched_bytes_are_identical_and_touched_ones_rounded_once(tmp_path, transformers, monkeypatch):
-    monkeypatch.setattr(checkpoint_file, "TILE_BYTES", 5 * 24 * 4)  # tiles of 5 rows: 24 and 40 rows end in a part
-    monkeypatch.setattr(checkpoint_file, "_COPY_BYTES", 100)
+    monkeypatch.setattr(rewrite, "TILE_BYTES", 5 * 24 * 4)  # tiles of 5 rows: 24 and 40 rows end in a part
+    monkeypatch.setattr(rewrite, "_COPY_BYTES", 100)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         weights = {k: v.to(dtype).clone() for k, v in transformers[NoiseExpert.HIGH].state_dict().items()}
         save_file(weights, tmp_path / "dit.safetensors", metadata={"format": "pt", "kept": "yes"})
@@ -214,8 +214,8 @@ def test_verify_accepts_a_right_merge_and_not_a_wrong_one(tmp_path, transformers
         with pytest.raises(UserError, match=re.escape(name)):
             verify(only, read_header(tmp_path / "bad.safetensors"), terms, lambda _: None)
 
-    original = checkpoint_file.merge_rows_
-    monkeypatch.setattr(checkpoint_file, "merge_rows_", lambda rows, *rest: (original(rows, *rest), rows.mul_(1.02)))
+    original = rewrite.merge_rows_
+    monkeypatch.setattr(rewrite, "merge_rows_", lambda rows, *rest: (original(rows, *rest), rows.mul_(1.02)))
     with pytest.raises(UserError, match="is not base \\+ LoRA when read back"):
         merge(output=tmp_path / "wrong.safetensors", **asked)
     assert not (tmp_path / "wrong.safetensors").exists()
@@ -228,7 +228,7 @@ def files_below(folder: Path) -> set[str]:
 @pytest.mark.parametrize("form", ["model", "dit"])
 def test_an_interrupted_merge_leaves_nothing(tmp_path, model_folder, pair, monkeypatch, form):
     before = files_below(tmp_path)
-    original = checkpoint_file.merge_rows_
+    original = rewrite.merge_rows_
     calls = 0
 
     def interrupted(*arguments, **named):
@@ -238,7 +238,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path, model_folder, pair, monke
             raise KeyboardInterrupt
         return original(*arguments, **named)
 
-    monkeypatch.setattr(checkpoint_file, "merge_rows_", interrupted)
+    monkeypatch.setattr(rewrite, "merge_rows_", interrupted)
     lora = [f"high={pair[NoiseExpert.HIGH]}"]
     with pytest.raises(KeyboardInterrupt):
         if form == "model":

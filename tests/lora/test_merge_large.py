@@ -14,9 +14,9 @@ import pytest
 import torch
 from lora_cases import random_state
 
+from lapwan.checkpoints.container import read_header
+from lapwan.checkpoints.tensors import load
 from lapwan.lora.formats import write_lora
-from lapwan.lora.tensorfile import read_header
-from lapwan.lora.tensors import load
 from lapwan.names import PROJECTIONS
 
 WIDTH, FFN, BLOCKS = 5120, 13824, 6
@@ -28,7 +28,7 @@ import torch
 from lapwan.commands.merge import run
 from lapwan.settings.load import load
 from lapwan.settings.merge import MergeSettings
-from lapwan.settings.run import RunOptions
+from lapwan.settings.base import RunOptions
 def peak():  # not ru_maxrss, which a child inherits from its parent
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 torch.randn(64, 64) @ torch.randn(64, 64)

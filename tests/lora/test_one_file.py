@@ -16,10 +16,10 @@ from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, read_lora, write_both
 from lapwan.lora.state import LoraState
 from lapwan.names import OUTER_MODULES, NoiseExpert
+from lapwan.settings.base import RunOptions
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.load import load
 from lapwan.settings.merge import MergeSettings
-from lapwan.settings.run import RunOptions
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 OUTER = {path: (10, 6) for path in OUTER_MODULES.values() if path != "patch_embedding"}

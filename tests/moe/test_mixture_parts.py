@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.moe.collapse import collapse, gate_spread
-from lapwan.moe.file import read_mixture, write_mixture
 from lapwan.moe.mixture import Mixture, MixtureSpec
+from lapwan.moe.mixture_file import read_mixture, write_mixture
 from lapwan.moe.router import RuleRouter, TextRouter, masked_mean, select_top_k
 from lapwan.moe.timestep_gate import TimestepGate
+from lapwan.moe.to_lora import collapse, gate_spread
 from lapwan.names import NoiseExpert
 
 FAMILIES = ("a", "b", "c")

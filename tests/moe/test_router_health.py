@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
+from lapwan.data.regions import motion_region
 from lapwan.diagnostics.routing import RoutingTotals, Thresholds, judge_routing
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.losses import routing
-from lapwan.losses.motion import motion_region
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.moe.router import make_router, select_top_k, sigma_features
 from lapwan.names import NoiseExpert
@@ -69,7 +69,7 @@ def test_gates_along_a_video_are_a_running_mean_of_what_the_router_says():
 def test_shared_experts_are_stored_once_and_read_into_both(tmp_path):
     from safetensors import safe_open
 
-    from lapwan.moe.file import read_mixture, write_mixture
+    from lapwan.moe.mixture_file import read_mixture, write_mixture
     spec = MixtureSpec(FAMILIES, {}, "t2v", BANDS, 6, shared_experts=True)
     one = {f: LoraState({"blocks.0.attn1.to_q": LoraEntry(torch.randn(r, 5), torch.randn(4, r), 1.0)}, {})
            for r, f in enumerate(FAMILIES, 1)}

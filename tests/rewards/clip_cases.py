@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lapwan.rewards.clip import BPE_FILE
 from lapwan.rewards.open_clip import Architecture, Tower
-from lapwan.rewards.tokenizer import BPE_FILE
 
 MERGES = ("t h", "th e</w>", "h o", "o k</w>", "r e", "re d</w>")
 VOCABULARY = 512 + len(MERGES) + 2

@@ -16,10 +16,9 @@ from lapwan import console
 from lapwan.errors import UserError
 from lapwan.rewards.base import EmbeddingCache, score, warn_chinese
 from lapwan.rewards.build import build_rewards, check_rewards, kept_elements, reward_bytes
-from lapwan.rewards.clip import ClipReward
+from lapwan.rewards.clip import ClipReward, find_tokenizer, load_tokenizer
 from lapwan.rewards.open_clip import Tower
-from lapwan.rewards.tokenizer import find_tokenizer, load_tokenizer
-from lapwan.settings.reward import ClipSettings, HpsSettings, PickScoreSettings, TinyRewardSettings
+from lapwan.settings.rewards import ClipSettings, HpsSettings, PickScoreSettings, TinyRewardSettings
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 from lapwan.errors import UserError
 from lapwan.rewards.base import score
 from lapwan.rewards.build import build_rewards, check_rewards, reward_bytes
-from lapwan.rewards.clip import ClipReward
+from lapwan.rewards.clip import ClipReward, load_tokenizer
 from lapwan.rewards.open_clip import HPS_FILE, VIT_H_14, load_checkpoint, read_checkpoint
-from lapwan.rewards.tokenizer import load_tokenizer
-from lapwan.settings.reward import HpsSettings
+from lapwan.settings.rewards import HpsSettings
 
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)

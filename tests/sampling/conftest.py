@@ -8,10 +8,10 @@ import pytest
 from sampling_cases import Ran, random_mixture
 
 from lapwan import cli
-from lapwan.moe.file import write_mixture
+from lapwan.models.spec import ModelSpec, read_spec
+from lapwan.moe.mixture_file import write_mixture
 from lapwan.sampling.request import Request, complete_guidance
 from lapwan.tiny.model import tiny_folder
-from lapwan.wan.folder import ModelSpec, read_spec
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +72,6 @@ def no_weights(monkeypatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("lapwan.wan.base.load_transformer", refuse)
+    monkeypatch.setattr("lapwan.models.base.load_transformer", refuse)
     monkeypatch.setattr("lapwan.sampling.generator.load_text_encoder", refuse)
     monkeypatch.setattr("lapwan.sampling.generator.load_vae", refuse)

@@ -11,8 +11,8 @@ from PIL import Image
 
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.models.spec import ModelSpec
 from lapwan.moe.mixture import Mixture, MixtureSpec
-from lapwan.wan.folder import ModelSpec
 
 SMALL = ("--num-frames", "5", "--size", "32x48", "--steps", "3", "--guidance", "1")
 MODULES = {

@@ -9,11 +9,11 @@ import torch
 
 from lapwan.names import NoiseExpert
 from lapwan.sampling.generator import Generator
-from lapwan.wan import compiling, kernels
 from lapwan.wan.backbone import load_transformer
-from lapwan.wan.block import block_forward
-from lapwan.wan.compiling import CompileReport, compile_blocks, compiled_block, pays, worth
-from lapwan.wan.fastpath import path_of
+from lapwan.wan.transformer import compile, kernels
+from lapwan.wan.transformer.block import block_forward
+from lapwan.wan.transformer.compile import CompileReport, compile_blocks, compiled_block, pays, worth
+from lapwan.wan.transformer.options import path_of
 
 A14B = 5120
 
@@ -46,15 +46,15 @@ def test_an_evaluation_by_our_kernels_is_not_compiled_by_itself(monkeypatch):
 @pytest.mark.parametrize("mode", ["on", "off", "auto"])
 def test_training_does_as_told(mode, tiny_t2v, t2v_cache, tmp_path):
     from lapwan.commands import train_lora
-    from lapwan.commands.base import resolve_base
+    from lapwan.models.resolve import resolve_base
     from lapwan.settings.train_lora import TrainLoraSettings
-    from lapwan.train import build
+    from lapwan.train import recipe
 
     settings = TrainLoraSettings.model_validate({
         "model": "tiny", "output": tmp_path / "run", "data": {"cache": t2v_cache}, "steps": 1, "compile": mode,
         "targets": {"last_blocks": 1, "ffn_last_blocks": 1}})
     base = resolve_base("tiny")
-    trainer = train_lora.prepare(settings, base, build.read_data(settings, base), torch.device("cpu"))
+    trainer = train_lora.prepare(settings, base, recipe.read_data(settings, base), torch.device("cpu"))
     for adapter in trainer.objective.adapters.values():
         assert path_of(adapter.transformer).block is (compiled_block() if mode == "on" else block_forward)
 
@@ -62,15 +62,15 @@ def test_training_does_as_told(mode, tiny_t2v, t2v_cache, tmp_path):
 @pytest.mark.parametrize("mode", ["on", "off", "auto"])
 def test_generation_does_as_told(mode, tiny_t2v, small, monkeypatch):
     seen = []
-    monkeypatch.setitem(compiling._COMPILED, "block", lambda *given: (seen.append(1), block_forward(*given))[1])
-    monkeypatch.setitem(compiling._COMPILED, "selective", None)
+    monkeypatch.setitem(compile._COMPILED, "block", lambda *given: (seen.append(1), block_forward(*given))[1])
+    monkeypatch.setitem(compile._COMPILED, "selective", None)
     Generator(tiny_t2v, compile=mode).latents(small(tiny_t2v, steps=1))
     assert bool(seen) is (mode == "on")
 
 
 def test_it_says_how_long_it_took_once(monkeypatch, capsys):
-    clock = compiling._Clock()
-    monkeypatch.setattr(compiling, "_CLOCK", clock)
+    clock = compile._Clock()
+    monkeypatch.setattr(compile, "_CLOCK", clock)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
     report = CompileReport()
     report.tell()

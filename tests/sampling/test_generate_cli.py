@@ -13,7 +13,7 @@ from sampling_cases import frames, generate, random_lora, refused
 
 from lapwan.lora.formats import write_lora
 from lapwan.sampling.generator import Generator
-from lapwan.sampling.grid import make_grid
+from lapwan.sampling.sigma_grid import make_grid
 from lapwan.sampling.video import read_video_metadata
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.load import load

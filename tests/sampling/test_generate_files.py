@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from sampling_cases import SMALL, frames, refused
 from transformers import UMT5EncoderModel
 
-from lapwan.commands.base import resolve_base
+from lapwan.models.fingerprints import text_identity, vae_identity
+from lapwan.models.original_layout import t5_to_transformers
+from lapwan.models.resolve import resolve_base
+from lapwan.models.separate_files import transformer_config
+from lapwan.models.spec import ModelSpec, read_spec
 from lapwan.names import NoiseExpert, to_original
 from lapwan.sampling.generator import Generator
-from lapwan.settings.model_files import ModelFilesSettings
+from lapwan.settings.model import ModelFilesSettings
 from lapwan.wan.backbone import load_transformer
-from lapwan.wan.folder import ModelSpec, read_spec
-from lapwan.wan.identity import text_identity, vae_identity
-from lapwan.wan.original import t5_to_transformers
-from lapwan.wan.separate import transformer_config
 from lapwan.wan.vae import decode
 
 

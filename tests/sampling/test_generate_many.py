@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from sampling_cases import SMALL, frames, generate, random_lora, refused
 
 from lapwan.lora.formats import write_lora
+from lapwan.models import base as lapwan_base
 from lapwan.sampling.generator import Generator, to_frames
-from lapwan.sampling.image import clip_tensor, read_clip
 from lapwan.sampling.result import read_metadata
+from lapwan.sampling.start_image import clip_tensor, read_clip
 from lapwan.sampling.video import read_video_metadata, write_video
-from lapwan.wan import base as lapwan_base
 from lapwan.wan.vae import decode, encode, load_vae
 
 

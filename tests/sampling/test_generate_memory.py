@@ -14,13 +14,13 @@ from torch import nn
 from lapwan import UserError, VideoGenerator
 from lapwan.lora.attach import Group, attach
 from lapwan.lora.formats import write_lora
+from lapwan.memory.generation import Asking, describe, forward_bytes, free_bytes, plan_generation, weight_bytes
+from lapwan.memory.plan import Rates, needs
+from lapwan.memory.streaming import HostCopy
+from lapwan.models import base as lapwan_base
 from lapwan.sampling.generator import Generator
-from lapwan.sampling.memory import Asking, describe, forward_bytes, free_bytes, plan_generation, weight_bytes
 from lapwan.sampling.result import read_metadata
-from lapwan.wan import base as lapwan_base
 from lapwan.wan.backbone import load_transformer
-from lapwan.wan.hostmemory import HostCopy
-from lapwan.wan.plan import Rates, needs
 from lapwan.wan.text import load_text_encoder, text_encoder_bytes
 
 GIB = 1 << 30
@@ -35,9 +35,9 @@ def planned(t2v, memory, free_mib, **asking):
 
 
 def test_the_plan_takes_the_quickest_that_fits(t2v, monkeypatch) -> None:
-    monkeypatch.setattr("lapwan.wan.plan.MARGIN", 0)
-    monkeypatch.setattr("lapwan.sampling.memory.WORKSPACE", 0)
-    monkeypatch.setattr("lapwan.sampling.memory.decode_bytes", lambda *_: 0)
+    monkeypatch.setattr("lapwan.memory.plan.MARGIN", 0)
+    monkeypatch.setattr("lapwan.memory.generation.WORKSPACE", 0)
+    monkeypatch.setattr("lapwan.memory.generation.decode_bytes", lambda *_: 0)
     weights = weight_bytes(t2v, t2v.experts[0], torch.float32) / 2**20
     assert planned(t2v, "auto", None).both
     free = 4 * weights + 500

@@ -13,15 +13,15 @@ from sampling_cases import frames, generate, random_lora, random_mixture
 from lapwan.errors import UserError
 from lapwan.lora.assign import assign
 from lapwan.lora.formats import write_lora
-from lapwan.moe.file import read_mixture, write_mixture
+from lapwan.models.base import Base
+from lapwan.models.spec import ModelSpec
 from lapwan.moe.mixture import Mixture
+from lapwan.moe.mixture_file import read_mixture, write_mixture
 from lapwan.names import NoiseExpert
 from lapwan.sampling.adapters import read_adapters
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.routing import alpha_vector, choose_mix
 from lapwan.settings.lora_argument import LoraArgument
-from lapwan.wan.base import Base
-from lapwan.wan.folder import ModelSpec
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 

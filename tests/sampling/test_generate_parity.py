@@ -12,14 +12,14 @@ from PIL import Image
 from sampling_cases import random_lora
 
 from lapwan.lora.formats import write_lora
+from lapwan.models.base import Base
+from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.adapters import read_adapters
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.request import Request, complete_guidance
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.wan.backbone import load_transformer, velocity
-from lapwan.wan.base import Base
-from lapwan.wan.folder import ModelSpec
 from lapwan.wan.vae import decode
 
 PROMPT, NEGATIVE, SIZE, FRAMES, STEPS, SEED = "电凝钩切割血管。A hook cuts.", "模糊，静态", (48, 64), 9, 6, 7

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from sampling_cases import generate, refused
 
 from lapwan import VideoGenerator
-from lapwan.lora.linear import FrozenLinear
+from lapwan.lora.layer import FrozenLinear
+from lapwan.memory.streaming import Residence
 from lapwan.names import Precision
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.result import read_metadata
-from lapwan.wan.stream import Residence
 from lapwan.wan.text import encode_text, load_text_encoder, text_encoder_bytes
 
 PROMPTS = ["电凝钩切割组织", "scissors cut the cystic duct, smoke"]
@@ -22,7 +22,7 @@ PROMPTS = ["电凝钩切割组织", "scissors cut the cystic duct, smoke"]
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("lapwan.wan.quantised.cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr("lapwan.wan.quantise.load.cache_root", lambda: tmp_path / "cache")
 
 
 @pytest.mark.parametrize(("dtype", "cosine"), [("fp8", 0.98), ("int8", 0.999), ("nf4", 0.9)])

@@ -14,7 +14,7 @@ from sampling_cases import random_lora
 import lapwan as lapwan_package
 from lapwan import UserError, VideoGenerator
 from lapwan.lora.formats import write_lora
-from lapwan.sampling.image import image_fingerprint
+from lapwan.sampling.start_image import image_fingerprint
 from lapwan.settings.generate import VideoSettings
 
 

@@ -19,12 +19,12 @@ from PIL import Image
 from sampling_cases import refused
 from transformers import UMT5Config, UMT5EncoderModel
 
-from lapwan.commands.model import resolve
 from lapwan.errors import UserError
+from lapwan.models.resolve import resolve
+from lapwan.models.spec import ModelSpec, read_spec
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.request import Request, complete_guidance
-from lapwan.tiny.tokenizer import make_tokenizer
-from lapwan.wan.folder import ModelSpec, read_spec
+from lapwan.tiny.model import make_tokenizer
 from lapwan.wan.vae import decode
 
 SIZE, FRAMES, STEPS = (64, 96), 9, 6

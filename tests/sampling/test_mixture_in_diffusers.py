@@ -8,7 +8,7 @@ import torch
 from diffusers import WanPipeline
 from sampling_cases import random_mixture
 
-from lapwan.moe.file import write_mixture
+from lapwan.moe.mixture_file import write_mixture
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.generator import Generator
 

@@ -9,7 +9,7 @@ from sampling_cases import generate, refused
 from lapwan.names import NoiseExpert
 from lapwan.sampling.generator import Generator
 from lapwan.wan.backbone import load_transformer, velocity
-from lapwan.wan.reuse import Reuse
+from lapwan.wan.transformer.first_block_cache import Reuse
 
 
 def given(tiny_t2v):

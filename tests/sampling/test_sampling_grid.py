@@ -10,11 +10,11 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from lapwan.errors import UserError
+from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
-from lapwan.sampling.grid import Grid, SamplerName, make_grid, shifted
+from lapwan.sampling.sigma_grid import Grid, SamplerName, make_grid, shifted
 from lapwan.wan.backbone import load_transformer
-from lapwan.wan.folder import ModelSpec
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 OWN = (1.0, 0.95, 0.86, 0.6, 0.31)

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from lapwan.errors import UserError
+from lapwan.report.contact_sheet import contact_sheet
 from lapwan.sampling.result import Video
-from lapwan.sampling.sheet import contact_sheet
 from lapwan.sampling.video import read_video_metadata, write_video
 
 METADATA = {"prompt": "抓钳抓取标本袋", "seed": "42"}

@@ -10,7 +10,7 @@ import pytest
 from lapwan.errors import UserError
 from lapwan.settings.base import Flag, Settings, to_toml
 from lapwan.settings.load import load
-from lapwan.settings.reward import HpsSettings, PickScoreSettings, Rewards, TinyRewardSettings, reward_weights
+from lapwan.settings.rewards import HpsSettings, PickScoreSettings, Rewards, TinyRewardSettings, reward_weights
 
 
 class Holder(Settings):

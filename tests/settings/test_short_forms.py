@@ -9,9 +9,9 @@ import pytest
 
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
+from lapwan.settings.aliases import ELSEWHERE, takes
 from lapwan.settings.base import to_toml
 from lapwan.settings.load import load
-from lapwan.settings.short_forms import ELSEWHERE, takes
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings

@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
-from lapwan.tiny.model import WEIGHTS, tiny_folder
-from lapwan.tiny.tokenizer import make_tokenizer
-from lapwan.wan.folder import ModelSpec
+from lapwan.tiny.model import WEIGHTS, make_tokenizer, tiny_folder
 
 SHIPPED = ("transformer", "transformer_2", "vae", "text_encoder", "evaluator")
 

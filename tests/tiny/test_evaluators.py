@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from lapwan.models.spec import ModelSpec
 from lapwan.tiny.evaluators import evaluate_identity, locate_tip, tip_hits
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import Scene, SceneSpec, render
 from lapwan.tiny.text_probe import probe_text
-from lapwan.wan.folder import ModelSpec
 from lapwan.wan.text import encode_text, load_text_encoder
 from lapwan.wan.vae import decode, encode, load_vae
 

@@ -11,14 +11,7 @@ import torch
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.model import TRANSFORMER
-from lapwan.tiny.pretrain.corpus import (
-    FIRST_SEED,
-    HELD_OUT_PAIRS,
-    MARKER,
-    Clips,
-    is_held_out,
-    sample,
-)
+from lapwan.tiny.pretrain.corpus import FIRST_SEED, HELD_OUT_PAIRS, MARKER, Clips, is_held_out, sample
 from lapwan.tiny.pretrain.training import Average, box_mask, cosine
 from lapwan.tiny.pretrain.transformer_forward import predict, rope_tables, text_and_bias
 from lapwan.tiny.pretrain.vae import new_vae

@@ -20,7 +20,7 @@ from lapwan.tiny.captions import caption_for
 from lapwan.tiny.dataset import plan, write_dataset
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import FAMILIES, STYLES, SceneSpec, render, sample_spec
-from lapwan.tiny.targets import TARGETS
+from lapwan.tiny.surgery import TARGETS
 
 PAIRS = [(instrument, motion) for instrument in INSTRUMENTS for motion in paths.CHARACTERISTIC[instrument]]
 SMALL = {"size": (64, 64), "frames": 9}

@@ -13,7 +13,7 @@ from lapwan.data.taxonomy import load_taxonomy
 from lapwan.losses.preference import MARGIN, relative_preference
 from lapwan.rewards.base import score
 from lapwan.rewards.build import build_rewards
-from lapwan.settings.reward import TinyRewardSettings
+from lapwan.settings.rewards import TinyRewardSettings
 from lapwan.tiny.evaluators import load_evaluator
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.reward import WORDS, TinyReward, make_tiny_reward

@@ -11,7 +11,7 @@ from training_cases import randomise
 from lapwan.lora.formats import open_lora
 from lapwan.names import NoiseExpert
 from lapwan.settings.train_lora import TrainLoraSettings
-from lapwan.train.trend import Observation, plain_slope, trend
+from lapwan.train.callbacks.alpha_schedule import Observation, plain_slope, trend
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lapwan.settings.optimisers import AdamWSettings
-from lapwan.train.master import MasterAdamW, rounded
+from lapwan.settings.optimizers import AdamWSettings
+from lapwan.train.master_weights import MasterAdamW, rounded
 
 SETTINGS = AdamWSettings(lr=1e-2, weight_decay=0.1)
 

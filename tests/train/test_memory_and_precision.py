@@ -9,19 +9,20 @@ import pytest
 import torch
 
 from lapwan.commands import train_lora, train_moe
-from lapwan.commands.base import resolve_base
 from lapwan.errors import UserError
-from lapwan.lora.linear import FrozenLinear
+from lapwan.lora.layer import FrozenLinear
+from lapwan.memory import training
+from lapwan.memory.offload import Parking
+from lapwan.memory.shapes import ExpertShape
+from lapwan.memory.training import plan_training
+from lapwan.models.resolve import resolve_base
 from lapwan.names import NoiseExpert
+from lapwan.settings.base import RunOptions
 from lapwan.settings.load import load
-from lapwan.settings.run import RunOptions
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
-from lapwan.train import build, plan_memory
-from lapwan.train.parking import Parking
-from lapwan.train.plan_memory import plan_training
-from lapwan.wan.fastpath import path_of
-from lapwan.wan.shapes import ExpertShape
+from lapwan.train import recipe
+from lapwan.wan.transformer.options import path_of
 
 CPU = torch.device("cpu")
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
@@ -31,7 +32,7 @@ LR = {"optimiser": {"lr": 5e-3}}
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     """The embedded model's folder stays where it is; quantised blocks go elsewhere."""
-    monkeypatch.setattr("lapwan.wan.quantised.cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr("lapwan.wan.quantise.load.cache_root", lambda: tmp_path / "cache")
 
 
 def fitted(trainer):
@@ -113,7 +114,7 @@ def planned(t2v_cache):
     def make(look: bool = False, **changes):
         settings = TrainLoraSettings.model_validate(
             {"output": "run", "model": "tiny", "data": {"cache": t2v_cache}, "steps": 1, **changes})
-        return plan_training(settings, base, build.read_data(settings, base), CPU, look=look)
+        return plan_training(settings, base, recipe.read_data(settings, base), CPU, look=look)
 
     return make
 
@@ -131,11 +132,11 @@ def test_a_cpu_keeps_everything_unless_told(planned):
 
 def test_less_and_less_memory(planned, monkeypatch):
     """First one at a time or streaming or recomputing, whatever costs least; at last smaller parts of a batch."""
-    monkeypatch.setattr("lapwan.wan.plan.MARGIN", 0)
-    monkeypatch.setattr("lapwan.train.plan_memory.WORKSPACE", 0)
+    monkeypatch.setattr("lapwan.memory.plan.MARGIN", 0)
+    monkeypatch.setattr("lapwan.memory.training.WORKSPACE", 0)
     # Every plan here is of one model and one batch: look at them once.
-    original, made, found = plan_memory._ways, {}, []
-    monkeypatch.setattr(plan_memory, "_ways", lambda *given: found or found.extend(original(*given)) or found)
+    original, made, found = training._ways, {}, []
+    monkeypatch.setattr(training, "_ways", lambda *given: found or found.extend(original(*given)) or found)
     sizes = ExpertShape.bytes
     monkeypatch.setattr(ExpertShape, "bytes", lambda shape, numbers: made.get(numbers) or made.setdefault(
         numbers, sizes(shape, numbers)))
@@ -154,7 +155,7 @@ def test_less_and_less_memory(planned, monkeypatch):
     assert any(kind == "op" for *_, kind, _, _ in seen) and any(whole for *_, whole, _ in seen)
     assert seen[-1][-1] == 1
     assert "THIS DOES NOT FIT" in plan.line
-    monkeypatch.setattr(plan_memory, "_ways", original)
+    monkeypatch.setattr(training, "_ways", original)
     monkeypatch.setattr(ExpertShape, "bytes", sizes)
     first, second = (planned(look=True, memory=64.0, dtype=d, **settings).plan.peak for d in ("fp32", "nf4"))
     assert second < 0.7 * first
@@ -163,7 +164,7 @@ def test_less_and_less_memory(planned, monkeypatch):
 def test_a_dry_run_predicts_and_a_run_is_planned_once(t2v_cache, tmp_path, monkeypatch, capsys):
     calls = itertools.count()
     for module, cls in ((train_lora, TrainLoraSettings), (train_moe, TrainMoeSettings)):
-        where = "lapwan.commands.train_lora" if module is train_lora else "lapwan.train.mixture_build"
+        where = "lapwan.commands.train_lora" if module is train_lora else "lapwan.train.moe.recipe"
         monkeypatch.setattr(f"{where}.plan_training", lambda *a, **k: (next(calls), plan_training(*a, **k))[1])
         settings = cls.model_validate({
             "output": tmp_path / cls.__name__, "model": "tiny", "data": {"cache": t2v_cache}, "steps": 1,

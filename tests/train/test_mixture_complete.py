@@ -14,16 +14,16 @@ from pydantic import ValidationError
 from training_cases import backward, draws_for, edited_cache, randomise
 
 from lapwan.commands import train_moe
-from lapwan.commands.base import resolve_base
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.errors import UserError
 from lapwan.lora.formats import read_lora
-from lapwan.moe.file import read_mixture
+from lapwan.models.resolve import resolve_base
+from lapwan.moe.mixture_file import read_mixture
 from lapwan.names import NoiseExpert
 from lapwan.settings.train_moe import TrainMoeSettings
-from lapwan.train import build
-from lapwan.train.mixture_build import check_mixture, describe_mixture
-from lapwan.train.mixture_objective import MixtureWeights
+from lapwan.train import recipe
+from lapwan.train.moe.objective import MixtureWeights
+from lapwan.train.moe.recipe import check_mixture, describe_mixture
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 ONE_BLOCK = {"targets": {"last_blocks": 1, "ffn_last_blocks": 1}}
@@ -139,7 +139,7 @@ def test_a_lora_that_is_merged_already_is_no_start(make_lora, tmp_path, t2v_cach
         "data": {"cache": t2v_cache}})
     base = resolve_base(settings.model)
     with pytest.raises(UserError, match=r"init_lora.high = .* is merged into the model already"):
-        check_mixture(settings, base, build.read_data(settings, base), load_taxonomy("surgical4"))
+        check_mixture(settings, base, recipe.read_data(settings, base), load_taxonomy("surgical4"))
 
 
 def test_expert_dropout_keeps_a_clips_sum_and_never_takes_the_last_expert(make_moe):
@@ -210,7 +210,7 @@ def test_balanced_sampling_draws_families_evenly_and_says_how_uneven_they_are(
             assert drawn == pytest.approx(share, abs=0.05)
     settings = TrainMoeSettings.model_validate(
         {"output": tmp_path / "r", "steps": 1, "data": {"cache": cache}, "optimiser": {"lr": 2e-3}})
-    data = build.read_data(settings, resolve_base("tiny"))
+    data = recipe.read_data(settings, resolve_base("tiny"))
     with caplog.at_level(logging.WARNING):
         lines = describe_mixture(settings, data, load_taxonomy("surgical4"))
     assert "scissors 9 clips, hook 1 clips, suction 0 clips, other 0 clips; imbalance inf" in lines[0]
@@ -232,7 +232,7 @@ def test_a_region_from_motion_stands_in_only_where_there_is_none(make_moe, make_
 
 
 def test_the_plan_says_that_the_region_loss_is_off(tmp_path, t2v_cache, capsys):
-    from lapwan.settings.run import RunOptions
+    from lapwan.settings.base import RunOptions
     cache = edited_cache(t2v_cache, tmp_path / "bare", lambda items: [replace(item, roi=None) for item in items])
     for fallback, said in (("none", "so it is off"), ("motion", "take where they move")):
         settings = TrainMoeSettings.model_validate({
@@ -248,7 +248,7 @@ def test_a_router_that_learns_too_fast_is_warned_about(make_moe, capsys, t2v_cac
     settings = TrainMoeSettings.model_validate({
         "output": tmp_path / "r", "steps": 1, "data": {"cache": t2v_cache}, "optimiser": {"lr": lr},
         "router": {"lr_scale": scale, "kind": kind}})
-    describe_mixture(settings, build.read_data(settings, resolve_base("tiny")), load_taxonomy("surgical4"))
+    describe_mixture(settings, recipe.read_data(settings, resolve_base("tiny")), load_taxonomy("surgical4"))
     assert ("lr x router.lr_scale = 0.02, above 0.005" in " ".join(capsys.readouterr().err.split())) is warned
 
 
@@ -303,7 +303,7 @@ def test_what_does_not_fit_the_taxonomy_is_refused(tmp_path, t2v_cache, change, 
         {"output": tmp_path / "run", "steps": 1, "data": {"cache": t2v_cache}, **change})
     base = resolve_base("tiny")
     with pytest.raises(UserError, match=message):
-        check_mixture(settings, base, build.read_data(settings, base), load_taxonomy("surgical4"))
+        check_mixture(settings, base, recipe.read_data(settings, base), load_taxonomy("surgical4"))
 
 
 def test_temperature_knots_decay_and_lr_scales_are_what_the_settings_say(make_moe):

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_cases import backward, draws_for, randomise
 
-from lapwan.commands.base import resolve_base
-from lapwan.data.cachefile import load_index, write_index
+from lapwan.caching.index import load_index, write_index
 from lapwan.errors import UserError
 from lapwan.lora.attach import attach
 from lapwan.lora.layer import StackedLoraLinear
-from lapwan.moe.file import read_mixture
+from lapwan.models.resolve import resolve_base
+from lapwan.moe.mixture_file import read_mixture
 from lapwan.names import NoiseExpert, split_block
 from lapwan.wan.backbone import load_transformer, velocity
 

@@ -11,9 +11,9 @@ import torch
 from lapwan import cli
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
-from lapwan.settings.optimisers import AdamW8bitSettings, AutomagicSettings, ScheduleSettings
+from lapwan.settings.optimizers import AdamW8bitSettings, AutomagicSettings, ScheduleSettings
 from lapwan.settings.train_lora import TrainLoraSettings
-from lapwan.train import optimisers
+from lapwan.train import optimizers
 from lapwan.train.automagic import Automagic, expected_lr
 from lapwan.train.objective import ParameterGroup
 
@@ -101,7 +101,7 @@ def test_predicted_ratios_of_the_users_block_and_a_simulated_walk():
     assert (low.lr_bump, low.min_lr, low.max_lr, low.weight_decay) == (5e-6, 5e-6, 1e-4, 1e-4)
     ratios = [expected_lr(high, p) / expected_lr(low, p) for p in (0.47, 0.50, 0.53)]
     assert [round(ratio, 2) for ratio in ratios] == [4.40, 4.95, 5.22]
-    assert "4.40 at sign agreement 0.47, 4.95 at sign agreement 0.50, 5.22 at" in optimisers.ratio_line(high, low)
+    assert "4.40 at sign agreement 0.47, 4.95 at sign agreement 0.50, 5.22 at" in optimizers.ratio_line(high, low)
     assert expected_lr(high, 0.53) / high.max_lr == pytest.approx(0.74, abs=0.005)
     assert expected_lr(high, 0.486) == pytest.approx(2.0e-4, rel=0.03)
     up = torch.rand(3000, 4000, generator=torch.Generator().manual_seed(1)) < 0.53
@@ -142,9 +142,9 @@ def test_missing_extras_and_schedules_without_effect_are_refused_before_weights_
     for kind, library in (("prodigy", "prodigyopt"), ("adamw8bit", "bitsandbytes")):
         own = TrainLoraSettings.model_validate({**BASE, "optimiser": {"type": kind}}).of(HIGH, 1)
         with pytest.raises(UserError, match=rf"needs {library}, which is not installed; pip .*lapwan\[{kind}\]"):
-            optimisers.check_optimiser(own.optimiser, own.schedule)
+            optimizers.check_optimiser(own.optimiser, own.schedule)
     with pytest.raises(UserError, match="has no effect on automagic"):
-        optimisers.check_optimiser(AutomagicSettings(), ScheduleSettings(name="cosine"))
+        optimizers.check_optimiser(AutomagicSettings(), ScheduleSettings(name="cosine"))
 
 
 def test_allowed_changes_reach_a_resumed_optimiser_and_its_history_stays(make_lora, tmp_path):
@@ -166,7 +166,7 @@ def test_allowed_changes_reach_a_resumed_optimiser_and_its_history_stays(make_lo
 def test_8_bit_adamw_needs_a_gpu():
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(UserError, match=r"optimiser.type = 'adamw8bit' needs a GPU; set optimiser.type = 'adamw'"):
-        optimisers.make_optimiser(AdamW8bitSettings(), [ParameterGroup({"w": weight})])
+        optimizers.make_optimiser(AdamW8bitSettings(), [ParameterGroup({"w": weight})])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed here")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lapwan.settings.base import union_members
-from lapwan.settings.optimisers import OptimiserSettings, ScheduleSettings
+from lapwan.settings.optimizers import OptimiserSettings, ScheduleSettings
 from lapwan.settings.sigma import SigmaSettings, WeightingSettings
 
 AUTOMAGIC = {"type": "automagic", "lr_bump": 1e-3, "min_lr": 1e-3, "max_lr": 1e-2}

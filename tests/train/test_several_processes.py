@@ -13,15 +13,15 @@ from training_cases import randomise
 from two_processes import two_processes
 
 from lapwan.commands import train_lora, train_moe
-from lapwan.commands.base import resolve_base
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.errors import UserError
+from lapwan.models.resolve import resolve_base
 from lapwan.names import NoiseExpert
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
-from lapwan.train import build
-from lapwan.train.ranks import Ranks, join_ranks
-from lapwan.train.tokens import SharedClips, divided
+from lapwan.train import recipe
+from lapwan.train.context_parallel import SharedClips, divided
+from lapwan.train.parallel import Ranks, join_ranks
 
 SETTINGS = {"targets": {"last_blocks": 1, "ffn_last_blocks": 1}, "steps": 2, "turn": 1, "model": "tiny",
             "accumulate": 2, "optimiser": {"lr": 1e-2}, "caption_dropout": 0.3, "roi_weight": 1.0, "ema_decay": 0.9,
@@ -37,7 +37,7 @@ def trainer_of(kind: str, cache: Path, run: Path, ranks: Ranks):
     own = {} if kind == "lora" else MIXTURE
     settings = model.model_validate({**SETTINGS, **own, "output": run, "data": {"cache": cache}, "preview": PREVIEW})
     base = resolve_base("tiny")
-    data = build.read_data(settings, base)
+    data = recipe.read_data(settings, base)
     cpu = torch.device("cpu")
     if kind == "lora":
         trainer = train_lora.prepare(settings, base, data, cpu, ranks)
@@ -106,7 +106,7 @@ def test_batches_that_cannot_be_dealt_out_are_refused(t2v_cache, tmp_path):
         {**SETTINGS, "accumulate": 3, "output": tmp_path / "run", "data": {"cache": t2v_cache}})
     base = resolve_base("tiny")
     with pytest.raises(UserError, match="accumulate = 3 batches a step cannot be dealt out evenly to 2 processes"):
-        train_lora.prepare(settings, base, build.read_data(settings, base), torch.device("cpu"), Ranks(0, 2))
+        train_lora.prepare(settings, base, recipe.read_data(settings, base), torch.device("cpu"), Ranks(0, 2))
 
 
 def test_tokens_are_shared_where_that_can_be_exact(t2v_cache, tmp_path):

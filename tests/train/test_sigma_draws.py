@@ -9,12 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapwan.losses.sigmas import LogitNormal, Shifted, ShiftedBySize, Squeezed, Uniform, draw_in_band, shift_for_tokens
-from lapwan.losses.weighting import Weighting
+from lapwan.losses.sigmas import (
+    LogitNormal,
+    Shifted,
+    ShiftedBySize,
+    Squeezed,
+    Uniform,
+    Weighting,
+    draw_in_band,
+    shift_for_tokens,
+)
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.train_lora import TrainLoraSettings
-from lapwan.train.build import sigma_rule
 from lapwan.train.objective import SigmaRule, make_draws
+from lapwan.train.recipe import sigma_rule
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 U = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000

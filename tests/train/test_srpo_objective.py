@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lapwan import keyed
+from lapwan import rng
+from lapwan.caching.batch import Batch
 from lapwan.commands.srpo import plan
-from lapwan.data.batch import Batch
 from lapwan.losses import flow
+from lapwan.models.spec import ModelSpec
 from lapwan.names import Band, NoiseExpert
-from lapwan.settings.reward import TinyRewardSettings
+from lapwan.settings.rewards import TinyRewardSettings
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.reward import make_tiny_reward
-from lapwan.train import srpo_build
 from lapwan.train.objective import Draws, SigmaRule, make_draws
-from lapwan.train.rollout import Rollout, RolloutRule
-from lapwan.train.srpo_objective import Judges, PreferenceRule, SrpoObjective, Trained
-from lapwan.wan.folder import ModelSpec
+from lapwan.train.srpo import recipe
+from lapwan.train.srpo.objective import Judges, PreferenceRule, SrpoObjective, Trained
+from lapwan.train.srpo.rollout import Rollout, RolloutRule
 
 LOW = NoiseExpert.LOW
 BAND = Band(0.7, 0.874999)
@@ -39,7 +39,7 @@ class PlainReward:
 
     def text(self, captions: Sequence[str]) -> Tensor:
         self.asked += captions
-        rows = [torch.randn(3, generator=keyed.generator("text", one), dtype=F64) for one in captions]
+        rows = [torch.randn(3, generator=rng.generator("text", one), dtype=F64) for one in captions]
         return nn.functional.normalize(torch.stack(rows), dim=-1)
 
     def image(self, pixels_BCHW: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def make(tmp_path: Path) -> Callable[..., Any]:
         planned = plan(settings, torch.device("cpu"))
         settings.output.mkdir(exist_ok=True)
         rewards = {"tiny": make_tiny_reward(TinyRewardSettings(), "cpu")}
-        return srpo_build.prepare(settings, planned.base, planned.data, rewards, planned.memory, torch.device("cpu"))
+        return recipe.prepare(settings, planned.base, planned.data, rewards, planned.memory, torch.device("cpu"))
     return made
 
 

@@ -24,12 +24,12 @@ from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.model import tiny_folder
-from lapwan.train import srpo_build
-from lapwan.train.build import run_training
 from lapwan.train.checkpoint import checkpoints
-from lapwan.train.ranks import Ranks, join_ranks
-from lapwan.train.runfolder import claim_run, start_folder
-from lapwan.train.srpo_objective import Judges
+from lapwan.train.parallel import Ranks, join_ranks
+from lapwan.train.recipe import run_training
+from lapwan.train.run_folder import claim_run, start_folder
+from lapwan.train.srpo import recipe
+from lapwan.train.srpo.objective import Judges
 
 LOW = NoiseExpert.LOW
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def prepared(settings: SrpoSettings, ranks: Ranks | None = None) -> Any:
     planned = srpo.plan(settings, CPU)
     settings.output.mkdir(exist_ok=True)
     rewards = {"tiny": PlainReward()}
-    return srpo_build.prepare(settings, planned.base, planned.data, rewards, planned.memory, CPU, ranks)
+    return recipe.prepare(settings, planned.base, planned.data, rewards, planned.memory, CPU, ranks)
 
 
 def offline_settings(tmp_path: Path, cache: Path, **changes: Any) -> SrpoSettings:
@@ -297,8 +297,8 @@ def test_dry_run_prints_the_memory_of_this_configuration_by_gpu(tmp_path):
 
 
 def test_the_plan_counts_what_each_measure_saves(tmp_path):
-    from lapwan.commands.base import resolve_base
-    from lapwan.train.srpo_memory import parts_of
+    from lapwan.memory.srpo import parts_of
+    from lapwan.models.resolve import resolve_base
 
     base, cuda = resolve_base("tiny"), torch.bfloat16
 
@@ -319,8 +319,8 @@ def test_the_plan_counts_what_each_measure_saves(tmp_path):
 
 
 def test_a_gpu_too_small_is_one_line_with_what_to_change(tmp_path):
-    from lapwan.commands.base import resolve_base
-    from lapwan.train.srpo_memory import plan_memory
+    from lapwan.memory.srpo import plan_memory
+    from lapwan.models.resolve import resolve_base
 
     settings, base = settings_for(tmp_path), resolve_base("tiny")
     with pytest.raises(UserError) as error:

@@ -14,13 +14,12 @@ from two_processes import two_processes
 
 from lapwan.commands import srpo
 from lapwan.errors import UserError
+from lapwan.models.base import Base
 from lapwan.names import NoiseExpert
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.train import srpo_build
-from lapwan.train.ranks import Ranks, join_ranks
-from lapwan.train.sharding import is_sharded, whole
-from lapwan.wan.base import Base
-from lapwan.wan.fastpath import path_of
+from lapwan.train.parallel import Ranks, is_sharded, join_ranks, whole
+from lapwan.train.srpo import recipe
+from lapwan.wan.transformer.options import path_of
 
 LOW = NoiseExpert.LOW
 SETTINGS = {"train": "full", "steps": 2, "optimiser": {"lr": 1e-4}, "activation_checkpointing": True,
@@ -43,7 +42,7 @@ def trainer_of(settings: SrpoSettings, ranks: Ranks, device: torch.device) -> An
     if ranks.first:
         settings.output.mkdir(exist_ok=True)
     ranks.any(False)
-    return srpo_build.prepare(settings, base, planned.data, {"tiny": PlainReward()}, planned.memory, device, ranks)
+    return recipe.prepare(settings, base, planned.data, {"tiny": PlainReward()}, planned.memory, device, ranks)
 
 
 def keep_gradients(trainer: Any) -> dict[str, torch.Tensor]:
@@ -119,7 +118,7 @@ def test_a_running_mean_in_parts_is_refused(tmp_path):
     settings = settings_for(tmp_path, train="full", ema_decay=0.9)
     planned = srpo.plan(settings, torch.device("cpu"))
     with pytest.raises(UserError, match="ema_decay with a full fine-tune on several processes"):
-        srpo_build.prepare(settings, planned.base, planned.data, {}, planned.memory, torch.device("cpu"), Quiet(0, 2))
+        recipe.prepare(settings, planned.base, planned.data, {}, planned.memory, torch.device("cpu"), Quiet(0, 2))
 
 
 class Quiet(Ranks):

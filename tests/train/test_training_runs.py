@@ -12,17 +12,16 @@ from cache_cases import write_random_cache
 from safetensors.torch import load_file
 from training_cases import backward, randomise
 
+from lapwan.caching.index import load_index, write_index
 from lapwan.commands import train_lora, train_moe
-from lapwan.data.cachefile import load_index, write_index
 from lapwan.errors import Interrupted, UserError
 from lapwan.lora.formats import open_lora
 from lapwan.names import NoiseExpert
-from lapwan.settings.run import RunOptions
+from lapwan.settings.base import RunOptions
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train.checkpoint import checkpoints
-from lapwan.train.order import SampleOrder
-from lapwan.train.turns import interleave
+from lapwan.train.schedule import SampleOrder, interleave
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 

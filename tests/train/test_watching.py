@@ -10,18 +10,18 @@ import torch
 from training_cases import edited_cache
 
 from lapwan.commands import train_lora
-from lapwan.commands.base import resolve_base
-from lapwan.diagnostics.figures import measure, summarise
+from lapwan.diagnostics.lora_figures import measure, summarise
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora
+from lapwan.models.resolve import resolve_base
 from lapwan.names import Band, NoiseExpert, bands
 from lapwan.sampling.video import read_video_metadata
 from lapwan.settings.train_lora import TrainLoraSettings
-from lapwan.train.build import read_data
+from lapwan.train.callbacks.build import check_watching
+from lapwan.train.callbacks.validation import fixed_draws
 from lapwan.train.checklist import _bands, checklist
 from lapwan.train.checkpoint import checkpoints
-from lapwan.train.validation import fixed_draws
-from lapwan.train.watchers import check_watching
+from lapwan.train.recipe import read_data
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 
@@ -193,7 +193,7 @@ def test_a_preview_is_what_generate_makes_of_the_saved_files(make_lora):
     from lapwan.sampling.adapters import read_adapters
     from lapwan.sampling.generator import Generator
     from lapwan.settings.lora_argument import LoraArgument
-    from lapwan.train.previews import preview_requests
+    from lapwan.train.callbacks.previews import preview_requests
 
     trainer = fitted(make_lora(steps=2, optimiser={"lr": 1e-2}, preview=PREVIEW, ema_decay=0.5))
     base = resolve_base("tiny")
@@ -235,7 +235,7 @@ def test_the_checklist_says_what_it_found(t2v_cache):
 
 
 def test_the_checklist_sees_motion_words_and_still_or_broken_clips(tmp_path, t2v_cache):
-    from lapwan.data.layout import write_latents
+    from lapwan.caching.layout import write_latents
 
     captions = ("电凝钩切割组织", "The grasper retracts the gallbladder.", "A red wall.")
     cache = edited_cache(t2v_cache, tmp_path / "cache", lambda items: [
@@ -286,7 +286,7 @@ def test_out_of_memory_says_what_to_change_and_saves(make_lora, tmp_path, monkey
 
 
 def test_a_run_goes_on_in_another_folder_and_with_changed_settings_only_if_allowed(make_lora, t2v_cache, tmp_path):
-    from lapwan.settings.run import RunOptions
+    from lapwan.settings.base import RunOptions
 
     def settings(run, **changes):
         return TrainLoraSettings.model_validate({

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lapwan.data.batch import Batch
-from lapwan.data.cachefile import CachedItem, load_index, write_index
+from lapwan.caching.batch import Batch
+from lapwan.caching.index import CachedItem, load_index, write_index
 from lapwan.losses.sigmas import Uniform
 from lapwan.names import NoiseExpert
 from lapwan.train.objective import Draws, SigmaRule, make_draws

@@ -10,18 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lapwan.checkpoints import rewrite
 from lapwan.commands import merge as merge_command
-from lapwan.commands.base import resolve_base
 from lapwan.errors import UserError
-from lapwan.lora import checkpoint_file
 from lapwan.lora.formats import write_lora
 from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.models.resolve import resolve_base
+from lapwan.models.spec import ModelSpec, weight_files
 from lapwan.names import NoiseExpert
+from lapwan.settings.base import RunOptions
 from lapwan.settings.load import load
 from lapwan.settings.merge import MergeSettings
-from lapwan.settings.run import RunOptions
 from lapwan.settings.train import BaseModelSettings
-from lapwan.wan.folder import ModelSpec, weight_files
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 
@@ -65,7 +65,7 @@ def write_loras(folder: Path, dtype: torch.dtype) -> dict[NoiseExpert, Path]:
 @pytest.mark.parametrize("lora", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 def test_merged_in_memory_is_the_merged_folder(tmp_path, tiny_t2v, monkeypatch, stored, lora):
-    monkeypatch.setattr(checkpoint_file, "TILE_BYTES", 192 * 4 * 50)  # 192 rows in four tiles, the last one shorter
+    monkeypatch.setattr(rewrite, "TILE_BYTES", 192 * 4 * 50)  # 192 rows in four tiles, the last one shorter
     model, paths = stored_as(tiny_t2v, tmp_path / "model", stored), write_loras(tmp_path, lora)
     said = {"model": str(model), "lora": [f"{e.value}={p}:0.7" for e, p in paths.items()],
             "output": str(tmp_path / "merged")}

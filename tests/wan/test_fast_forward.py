@@ -17,9 +17,9 @@ from lapwan.names import NoiseExpert
 from lapwan.sampling.denoise import Conditions, guided_velocity
 from lapwan.tiny.model import TRANSFORMER
 from lapwan.wan.backbone import load_transformer, velocity
-from lapwan.wan.block import block_forward
-from lapwan.wan.fastpath import Prompt, path_of, selective_block
-from lapwan.wan.forward import TokenTimes
+from lapwan.wan.transformer.block import block_forward
+from lapwan.wan.transformer.forward import TokenTimes
+from lapwan.wan.transformer.options import Prompt, path_of, selective_block
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 BLOCKS, FIRST = 4, 2
@@ -283,7 +283,7 @@ def test_a_compiled_block_keeps_what_it_is_told(model):
 @pytest.mark.slow  # a C++ compiler at work for a minute
 @pytest.mark.parametrize("kind", ["off", "op"])
 def test_compiled_blocks_are_eager_ones(model, kind, monkeypatch, tmp_path):
-    from lapwan.wan.compiling import compile_blocks, compile_time
+    from lapwan.wan.transformer.compile import compile_blocks, compile_time
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     adapter = adapted(model.float())

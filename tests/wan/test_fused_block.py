@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lapwan.names import Precision
 from lapwan.tiny.model import TRANSFORMER
-from lapwan.wan import fused_block, kernels
 from lapwan.wan.backbone import velocity
-from lapwan.wan.block import block_forward
-from lapwan.wan.fastpath import path_of
-from lapwan.wan.precision import KINDS
-from lapwan.wan.quantised import fill, linears_of
+from lapwan.wan.quantise.linears import KINDS
+from lapwan.wan.quantise.load import fill, linears_of
+from lapwan.wan.transformer import fused_block, kernels
+from lapwan.wan.transformer.block import block_forward
+from lapwan.wan.transformer.options import path_of
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_step_with_a_graph_and_tokens_of_their_own_time_go_the_plain_way(fused
 
 def test_in_fp8_it_rounds_where_the_plain_block_does(fused, monkeypatch):
     """Codes are handed from kernel to product; off a GPU the product is fp8's emulation."""
-    monkeypatch.setattr("lapwan.wan.block_parts.fp8_in_hardware", lambda device: True)
+    monkeypatch.setattr("lapwan.wan.transformer.attention.fp8_in_hardware", lambda device: True)
     model = made(torch.float32)
     source = {n: lambda p=p: p.data.clone() for n, p in model.named_parameters()}
     fill(model, source, linears_of(model.blocks, "blocks"), Precision.FP8, lambda name, stored: stored,

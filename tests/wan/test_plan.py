@@ -7,10 +7,7 @@ import torch
 from torch import nn
 
 from lapwan.lora.attach import Group, attach, initial_state
-from lapwan.names import NoiseExpert, Precision
-from lapwan.wan.backbone import load_transformer
-from lapwan.wan.base import Base
-from lapwan.wan.plan import (
+from lapwan.memory.plan import (
     GIB,
     ExpertBytes,
     Flops,
@@ -24,10 +21,13 @@ from lapwan.wan.plan import (
     placements,
     resident,
 )
-from lapwan.wan.quantised import Recipe
-from lapwan.wan.shapes import Clip, ExpertShape, GroupShape, tokens_of, width_of
-from lapwan.wan.simulate import measure
-from lapwan.wan.stream import tensors_of
+from lapwan.memory.shapes import Clip, ExpertShape, GroupShape, tokens_of, width_of
+from lapwan.memory.streaming import tensors_of
+from lapwan.memory.trace import measure
+from lapwan.models.base import Base
+from lapwan.names import NoiseExpert, Precision
+from lapwan.wan.backbone import load_transformer
+from lapwan.wan.quantise.load import Recipe
 
 HIGH = ExpertBytes((10, 20, 30, 40), 5, 3)
 LOW = ExpertBytes((10, 10, 10, 10), 7, 1)

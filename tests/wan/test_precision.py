@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from lapwan.lora.attach import Group, attach, initial_state
+from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.backbone import load_transformer, velocity
-from lapwan.wan.base import Base
-from lapwan.wan.precision import KINDS, NF4_CODES, Fp8Linear, quantise_fp8
-from lapwan.wan.quantised import Recipe, kept_folder
+from lapwan.wan.quantise.linears import KINDS, NF4_CODES, Fp8Linear, quantise_fp8
+from lapwan.wan.quantise.load import Recipe, kept_folder
 
 ALL = list(Precision)
 
@@ -84,7 +84,7 @@ def test_the_largest_of_a_row_survives(precision) -> None:
 def test_tiles_of_rows_give_the_same_bytes(monkeypatch) -> None:
     for precision in ALL:
         whole = layer(precision)[2]
-        monkeypatch.setattr("lapwan.wan.precision._TILE", 5 * 128)
+        monkeypatch.setattr("lapwan.wan.quantise.linears._TILE", 5 * 128)
         tiled = layer(precision)[2]
         monkeypatch.undo()
         assert torch.equal(whole.codes.view(torch.uint8), tiled.codes.view(torch.uint8))
@@ -230,7 +230,7 @@ def test_a_damaged_kept_block_is_made_again_and_a_kill_leaves_none(tiny_t2v, cac
 
 def test_other_weights_another_form_or_another_version_is_another_folder(monkeypatch) -> None:
     names = {kept_folder(f, p) for f in ("a", "b") for p in ALL}
-    monkeypatch.setattr("lapwan.wan.quantised.RECIPE_VERSION", 99)
+    monkeypatch.setattr("lapwan.wan.quantise.load.RECIPE_VERSION", 99)
     assert len(names | {kept_folder("a", p) for p in ALL}) == 9
 
 
@@ -239,9 +239,9 @@ MEASURE = """
 import gc, json, sys
 from pathlib import Path
 from lapwan.names import NoiseExpert, Precision
-from lapwan.wan.base import Base
-from lapwan.wan.folder import ModelSpec
-from lapwan.wan.quantised import Recipe
+from lapwan.models.base import Base
+from lapwan.models.spec import ModelSpec
+from lapwan.wan.quantise.load import Recipe
 
 spec = ModelSpec.__new__(ModelSpec)
 object.__setattr__(spec, "path", Path(sys.argv[1]))

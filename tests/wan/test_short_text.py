@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lapwan.names import NoiseExpert
-from lapwan.wan import fastpath, forward
 from lapwan.wan.backbone import load_transformer, velocity
-from lapwan.wan.fastpath import Prompt
-from lapwan.wan.short_text import fold
 from lapwan.wan.text import pad_text
+from lapwan.wan.transformer import forward, options
+from lapwan.wan.transformer.options import Prompt
+from lapwan.wan.transformer.text_padding import fold
 
 
 def texts(*lengths: int) -> torch.Tensor:
@@ -32,7 +32,7 @@ def test_the_velocity_is_that_of_all_rows(transformer, monkeypatch):
         folded = velocity(transformer, x, timestep, text)
         kept = velocity(transformer, x, timestep, Prompt(text))
         first = velocity(transformer, x[:2], timestep[:2], Prompt(text).first(2))
-        for module in (forward, fastpath):
+        for module in (forward, options):
             monkeypatch.setattr(module, "fold", lambda text: (text, None))
         whole = velocity(transformer, x, timestep, text)
     scale = whole.abs().max()
@@ -43,7 +43,7 @@ def test_the_velocity_is_that_of_all_rows(transformer, monkeypatch):
 @pytest.mark.parametrize("grad", [False, True])
 def test_rows_of_padding_computed_once_are_all_of_them(transformer, monkeypatch, grad):
     """As on a GPU: keys and values of the words and of one row of padding, that one as often as there is padding."""
-    for module in (forward, fastpath):
+    for module in (forward, options):
         monkeypatch.setattr(module, "fold", lambda text: (text, None))
     text, x = texts(3, 0, 17), torch.randn(3, 16, 2, 4, 4, dtype=torch.float64)
     timestep, calls = torch.tensor([100.0, 500.0, 900.0], dtype=torch.float64), []
@@ -79,6 +79,6 @@ def test_dropout_keeps_all_rows(transformer, monkeypatch):
     seen = []
     monkeypatch.setattr(forward, "fold", lambda text: seen.append(text) or (text, None))
     real = forward.look_at
-    monkeypatch.setattr(forward, "look_at", lambda block: fastpath.Trained(real(block).graph, True))
+    monkeypatch.setattr(forward, "look_at", lambda block: options.Trained(real(block).graph, True))
     velocity(transformer, torch.randn(1, 16, 2, 4, 4, dtype=torch.float64), torch.tensor([5.0]), texts(3))
     assert not seen

@@ -13,23 +13,23 @@ from torch import Tensor
 from two_processes import two_processes
 
 from lapwan.commands import generate
+from lapwan.distributed import Processes
 from lapwan.errors import UserError
 from lapwan.lora.attach import Group, attach
 from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.memory.shapes import Clip, ExpertShape, GroupShape
+from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert
-from lapwan.processes import Processes
 from lapwan.sampling.generator import Generator
+from lapwan.settings.base import RunOptions
 from lapwan.settings.generate import GenerateSettings
-from lapwan.settings.run import RunOptions
 from lapwan.tiny.model import TRANSFORMER, tiny_folder
-from lapwan.train.ranks import join_ranks
+from lapwan.train.parallel import join_ranks
 from lapwan.wan.backbone import velocity
-from lapwan.wan.fastpath import Prompt, path_of
-from lapwan.wan.folder import read_spec
-from lapwan.wan.forward import TokenTimes
-from lapwan.wan.reuse import Reuse
-from lapwan.wan.shapes import Clip, ExpertShape, GroupShape
-from lapwan.wan.spread import Spread
+from lapwan.wan.transformer.context_parallel import Spread
+from lapwan.wan.transformer.first_block_cache import Reuse
+from lapwan.wan.transformer.forward import TokenTimes
+from lapwan.wan.transformer.options import Prompt, path_of
 
 ODD, EVEN = (3, 6, 6), (3, 6, 8)  # 27 and 36 tokens
 

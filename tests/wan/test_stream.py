@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from lapwan.lora.attach import Group, attach, initial_state
+from lapwan.memory.streaming import BlockRing, HostSpace, Residence, tensors_of
+from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.backbone import load_transformer, velocity
-from lapwan.wan.base import Base
-from lapwan.wan.fastpath import path_of
-from lapwan.wan.hostmemory import HostSpace
-from lapwan.wan.quantised import Recipe
-from lapwan.wan.stream import BlockRing, Residence, tensors_of
+from lapwan.wan.quantise.load import Recipe
+from lapwan.wan.transformer.options import path_of
 
 CPU = torch.device("cpu")
 

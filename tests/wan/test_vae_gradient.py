@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lapwan.wan.folder import ModelSpec
-from lapwan.wan.simulate import measure
+from lapwan.memory.trace import measure
+from lapwan.models.spec import ModelSpec
 from lapwan.wan.vae import denormalise, load_vae
 from lapwan.wan.vae_gradient import decode_frames, decode_stills, frame_choice
 

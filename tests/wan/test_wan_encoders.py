@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lapwan.models.spec import read_spec
 from lapwan.tiny.model import tiny_folder
-from lapwan.wan import condition, text, vae
-from lapwan.wan.folder import read_spec
+from lapwan.wan import image_condition, text, vae
 
 PROMPTS = [
     "抓钳抓取标本袋。", "the hook  dissects &amp;amp; burns\n the gallbladder", "", "电凝钩切割血管，吸引清理术野 " * 5,
@@ -66,7 +66,7 @@ def test_condition_equals_prepare_latents(i2v, pipeline, frames):
         _, expected = pipeline.prepare_latents(
             image, 1, 16, 32, 48, frames, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0)
         )
-        condition_BCTHW = condition.image_condition(ours, image, frames)
+        condition_BCTHW = image_condition.image_condition(ours, image, frames)
     assert condition_BCTHW.shape == (1, 20, (frames - 1) // 4 + 1, 4, 6)
     torch.testing.assert_close(condition_BCTHW, expected, atol=1e-5, rtol=0)
 
@@ -98,12 +98,12 @@ def test_prompt_cleaning():
 
 @pytest.mark.parametrize("frames", [1, 5, 9, 45])
 def test_the_still_encoding_is_bitwise_the_plain_one_and_spares_work(i2v, frames):
-    from lapwan.wan.still import encode_still
+    from lapwan.wan.image_condition import encode_still
 
     ours = vae.load_vae(i2v)
     image = torch.rand(2, 3, 16, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
     with torch.no_grad():
-        plain = ours.encode(condition.condition_video(image, frames)).latent_dist.mode()
+        plain = ours.encode(image_condition.condition_video(image, frames)).latent_dist.mode()
         still, done, all_of_them = encode_still(ours, image, frames)
     assert torch.equal(still, plain)
     assert done <= all_of_them

@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from lapwan.wan import kernels, triton_kernels
+from lapwan.wan.transformer import kernels, triton_kernels
 
 GENERATOR = torch.Generator().manual_seed(0)
 

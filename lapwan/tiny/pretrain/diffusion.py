@@ -27,7 +27,7 @@ from lapwan.tiny.pretrain.training import Average, box_mask, cosine, set_lr
 from lapwan.tiny.pretrain.transformer_forward import block_forward, predict, rope_tables, text_and_bias
 from lapwan.tiny.pretrain.vae import to_pixels
 from lapwan.tiny.pretrain.vae_forward import moments
-from lapwan.wan.condition import condition_video, with_mask
+from lapwan.wan.image_condition import condition_video, with_mask
 from lapwan.wan.text import clean_prompt
 from lapwan.wan.vae import normalise
 
@@ -40,7 +40,7 @@ class TokenTable:
     """Captions as ids and mask [n, TOKENS]."""
 
     def __init__(self) -> None:
-        from lapwan.tiny.tokenizer import make_tokenizer
+        from lapwan.tiny.model import make_tokenizer
 
         self._tokenizer = make_tokenizer()
         self.size = len(self._tokenizer)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lapwan.wan.folder import TEXT_LENGTH
+from lapwan.models.spec import TEXT_LENGTH
 
 _NEVER = -60.0  # a logit so low that the row has no weight
 Block = Callable[[Any, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]

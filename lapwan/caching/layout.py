@@ -1,0 +1,198 @@
+"""Cache files on disk, byte by byte as musubi-tuner lays them out, plus what lapwan adds beside them.
+
+- `{stem}_{start:05d}-{frames:03d}_{W:04d}x{H:04d}_wan.safetensors` (an image: without the frames part):
+  `latents_{T}x{H}x{W}_{dtype}` [16, T, H, W]; I2V also `latents_image_{T}x{H}x{W}_{dtype}` [4 mask + 16, T, H, W].
+- `{stem}_wan_te.safetensors`: `varlen_t5_{dtype}` [n tokens, D], not padded.
+- `..._lapwan_roi.safetensors` in place of `_wan` (ours): `roi_{T}x{H}x{W}_float32` [T, H, W].
+- `lapwan_prompts.safetensors` (ours): `empty_{dtype}`, `negative_{dtype}` [n, D].
+
+`{W}x{H}` of a name and `width`, `height` of the metadata are the *original* frame size. Extra tensors would enter
+musubi's batch and stray `*_wan.safetensors` are deleted by it, so ours carry another ending; extra metadata is ignored.
+Our metadata: `lapwan.recipe`, what a file was made from as JSON, so that a stale file is known and can say why.
+Source: musubi-tuner's dataset documentation and cache files.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lapwan.checkpoints.container import TensorFile, read_header
+from lapwan.data.buckets import Window
+from lapwan.errors import UserError
+from lapwan.files import atomic_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECIPE_KEY = "lapwan.recipe"
+PROMPTS_FILE = "lapwan_prompts.safetensors"
+LATENTS_END, TEXT_END, ROI_END = "_wan.safetensors", "_wan_te.safetensors", "_lapwan_roi.safetensors"
+_FORMAT = {"architecture": "wan", "format_version": "1.0.1"}
+_NAME = re.compile(r"(?P<stem>.+?)(?:_(?P<start>\d{5,})-(?P<frames>\d{3,}))?_(?P<width>\d{4,})x(?P<height>\d{4,})"
+                   + re.escape(LATENTS_END), re.DOTALL)
+
+Recipe = Mapping[str, Any]
+
+
+def latents_name(stem: str, window: Window | None, width: int, height: int) -> str:
+    """`width`, `height` are the original frame's; `window` None is an image."""
+    part = "" if window is None else f"_{window.start:05d}-{window.frames:03d}"
+    return f"{stem}{part}_{width:04d}x{height:04d}{LATENTS_END}"
+
+
+def text_name(stem: str) -> str:
+    """The text file shared by all windows of a clip."""
+    return f"{stem}{TEXT_END}"
+
+
+def roi_name(latents: str) -> str:
+    """The ROI file beside a latents file."""
+    return latents.removesuffix(LATENTS_END) + ROI_END
+
+
+@dataclass(frozen=True)
+class LatentsName:
+    """What a latents file's name says."""
+
+    stem: str
+    window: Window | None
+    width: int
+    height: int
+
+
+def parse_latents_name(name: str) -> LatentsName | None:
+    """The inverse of `latents_name`; None for any other file."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    window = None if match["start"] is None else Window(int(match["start"]), int(match["frames"]))
+    return LatentsName(match["stem"], window, int(match["width"]), int(match["height"]))
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """Canonical JSON."""
+    return json.dumps(recipe, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """16 hex digits over the canonical recipe."""
+    return hashlib.sha256(recipe_text(recipe).encode()).hexdigest()[:16]
+
+
+def read_recipe(file: TensorFile) -> dict[str, Any] | None:
+    """What a cache file was made from; None for one that lapwan did not make."""
+    text = file.metadata.get(RECIPE_KEY)
+    if text is None:
+        return None
+    try:
+        recipe = json.loads(text)
+    except ValueError:
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")  # musubi's spelling: bfloat16, float32
+
+
+def _latents_key(kind: str, tensor: Tensor) -> str:
+    return f"{kind}_{'x'.join(str(n) for n in tensor.shape[-3:])}_{_dtype_name(tensor)}"
+
+
+def write_latents(
+    path: Path, latents_CTHW: Tensor, condition_CTHW: Tensor | None, size: tuple[int, int], frames: int | None,
+    recipe: Recipe,
+) -> None:
+    """Write a latents file; `size` is the original (width, height), `frames` None for an image."""
+    tensors = {_latents_key("latents", latents_CTHW): latents_CTHW}
+    if condition_CTHW is not None:
+        tensors[_latents_key("latents_image", condition_CTHW)] = condition_CTHW
+    metadata = {**_FORMAT, "width": str(size[0]), "height": str(size[1]), RECIPE_KEY: recipe_text(recipe)}
+    if frames is not None:
+        metadata["frame_count"] = str(frames)
+    _save(path, tensors, metadata)
+
+
+def write_text_features(path: Path, features_ND: Tensor, caption: str, recipe: Recipe) -> None:
+    """Write a text file."""
+    metadata = {**_FORMAT, "caption1": caption, RECIPE_KEY: recipe_text(recipe)}
+    _save(path, {f"varlen_t5_{_dtype_name(features_ND)}": features_ND}, metadata)
+
+
+def write_prompts(path: Path, empty_ND: Tensor, negative_ND: Tensor, recipe: Recipe) -> None:
+    """Write the features of the empty and of the negative prompt."""
+    _save(path, {f"empty_{_dtype_name(empty_ND)}": empty_ND, f"negative_{_dtype_name(negative_ND)}": negative_ND},
+          {RECIPE_KEY: recipe_text(recipe)})
+
+
+def write_roi(path: Path, roi_THW: Any, recipe: Recipe) -> None:
+    """Write a region mask, a float32 numpy array [T, H, W] in [0, 1]. Needs no torch."""
+    from safetensors.numpy import save_file
+
+    key = f"roi_{'x'.join(str(n) for n in roi_THW.shape)}_float32"
+    metadata = {RECIPE_KEY: recipe_text(recipe)}
+    _atomically(path, lambda temporary: save_file({key: roi_THW}, temporary, metadata))
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    _atomically(path, lambda temporary: save_file(stored, temporary, metadata))
+
+
+def _atomically(path: Path, save: Callable[[Path], None]) -> None:
+    """Raises OSError, whatever the writer calls a full disk."""
+    from safetensors import SafetensorError
+
+    with atomic_file(path) as temporary:
+        try:
+            save(temporary)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from None
+        _share(temporary)
+
+
+def _share(path: Path) -> None:
+    """The permissions any other new file gets: safetensors makes its files readable by their owner only."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def find_tensor(file: TensorFile, kind: str, required: bool = True) -> str | None:
+    """The key of tensor `kind` (`latents`, `latents_image`, `varlen_t5`, `roi`, ...) whatever its shape and dtype.
+
+    Raises:
+        UserError: none, though `required`.
+    """
+    pattern = re.compile(re.escape(kind) + r"(_\d+x\d+x\d+)?_[a-z0-9]+")
+    found = [key for key in file.tensors if pattern.fullmatch(key)]
+    if kind == "latents":
+        found = [key for key in found if not key.startswith("latents_image")]
+    if len(found) == 1:
+        return found[0]
+    if not found and not required:
+        return None
+    raise UserError(f"{file.path}: {'no' if not found else 'more than one'} '{kind}' tensor; is it a Wan cache file? "
+                    "Delete it and cache again")
+
+
+def open_cache_file(path: Path) -> TensorFile:
+    """`read_header` with what to do about a damaged cache file.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        return read_header(path)
+    except UserError as error:
+        raise UserError(f"{str(error).split(';')[0]}; run lapwan cache again") from None

@@ -1,0 +1,85 @@
+"""Reading every file of a cache again: whole, of the right shapes, finite, and what the index says. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lapwan import console
+from lapwan.caching.index import CachedItem, CacheIndex, load_index
+from lapwan.caching.layout import PROMPTS_FILE, find_tensor, open_cache_file, read_recipe, recipe_fingerprint
+from lapwan.checkpoints.container import TensorFile
+from lapwan.errors import UserError
+
+# safetensors dtype -> (unsigned type of its size, the exponent bits that are all 1 in infinities and NaN)
+_EXPONENT = {
+    "F64": (np.uint64, 0x7FF0 << 48), "F32": (np.uint32, 0x7F80_0000), "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+}
+
+
+def verify_folder(folder: Path) -> tuple[int, list[str]]:
+    """(files read, a line for each that is wrong).
+
+    Raises:
+        UserError: the folder has no usable index.
+    """
+    index = load_index(folder)
+    checks: dict[str, tuple[str, CachedItem | None]] = {}
+    for cached in index.items:
+        checks[cached.latents] = ("latents", cached)
+        checks[cached.text] = ("text", cached)
+        if cached.roi is not None:
+            checks[cached.roi] = ("roi", cached)
+    if (folder / PROMPTS_FILE).is_file():
+        checks[PROMPTS_FILE] = ("prompts", None)
+    problems: list[str] = []
+    with console.progress("verify", len(checks), "file") as bar:
+        for name, (kind, item) in checks.items():
+            try:
+                reason = _wrong(open_cache_file(folder / name), kind, item, index)
+            except UserError as error:
+                reason = str(error).removeprefix(f"{folder / name} ").split("; ")[0]
+            if reason:
+                problems.append(f"{name}: {reason}")
+            bar.advance()
+    return len(checks), problems
+
+
+def _wrong(file: TensorFile, kind: str, item: CachedItem | None, index: CacheIndex) -> str | None:
+    for name in file.tensors:
+        if not finite(file, name):
+            return f"tensor {name} holds infinities or NaN"
+    if item is None:
+        return None
+    recipe = read_recipe(file)
+    if recipe is not None and recipe_fingerprint(recipe) != item.fingerprints.get(kind):
+        return "made from something else than the index says"
+    if kind == "text":
+        shape = file.tensors[str(find_tensor(file, "varlen_t5"))].shape
+        if file.metadata.get("caption1") != item.caption:
+            return "made from another caption than the index says"
+        return None if len(shape) == 2 and index.text_dim in (None, shape[1]) else f"features {list(shape)}"
+    return _wrong_shape(file, kind, item)
+
+
+def _wrong_shape(file: TensorFile, kind: str, item: CachedItem) -> str | None:
+    """Latent frames are (frames - 1) / 4 + 1; height and width shrink alike."""
+    kinds = [("roi", 3)] if kind == "roi" else [("latents", 4), *([("latents_image", 4)] if item.condition else [])]
+    for name, rank in kinds:
+        shape = file.tensors[str(find_tensor(file, name))].shape
+        frames, height, width = shape[-3:] if len(shape) == rank else (0, 0, 0)
+        if (frames - 1) * 4 + 1 != item.frames or height * item.width != width * item.height:
+            return f"{name} {list(shape)} do not fit {item.frames} frames of {item.height}x{item.width}"
+    return None
+
+
+def finite(file: TensorFile, name: str) -> bool:
+    """Whether no element of a floating-point tensor has all its exponent bits set."""
+    kind = _EXPONENT.get(file.tensors[name].dtype)
+    if kind is None:
+        return True
+    bits = np.frombuffer(file.read(name), dtype=kind[0])
+    mask = np.array(kind[1], dtype=kind[0])
+    return not bool(((bits & mask) == mask).any())

@@ -1,0 +1,253 @@
+"""Numbers about one LoRA: magnitudes, norms and spectra, module by module, without ever forming B A.
+
+    ‖s·BA‖²_F = s² · Σ (A Aᵀ) ∘ (Bᵀ B)                                   r x r Gram matrices in fp64
+    σ(s·BA)²  = s² · eigenvalues of G^½ (A Aᵀ) G^½,  G = Bᵀ B
+    stable rank = ‖ΔW‖²_F / σ_1²;   effective rank = exp(−Σ p_i ln p_i), p_i = σ_i / Σ σ   (Roy & Vetterli 2007)
+    ⟨B_1 A_1, B_2 A_2⟩ = Σ (A_1 A_2ᵀ) ∘ (B_1ᵀ B_2)
+
+Singular values come out to about 1e-8 of the largest, since they are roots of fp64 eigenvalues: far below what any of
+these figures shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, read_header
+from lapwan.checkpoints.rewrite import Entry
+from lapwan.checkpoints.tensors import DTYPES
+from lapwan.distributed import one_thread
+from lapwan.errors import UserError
+from lapwan.lora.merge import linear_weights
+from lapwan.lora.state import LoraEntry
+from lapwan.names import OUTER_MODULES, split_block
+
+_OUTER = {diffusers: original for original, diffusers in OUTER_MODULES.items()}
+_WORKERS = 2
+
+
+@dataclass(frozen=True)
+class ModuleFigures:
+    """One module. `sum_abs_*` are Σ|w| over its elements; spectrum figures are NaN for a dead or non-finite module."""
+
+    path: str
+    rank: int
+    elements_a: int
+    elements_b: int
+    sum_abs_a: float
+    sum_abs_b: float
+    floor_sum: float
+    delta_norm: float
+    spectral_norm: float
+    stable_rank: float
+    effective_rank: float
+    finite: bool
+
+    @property
+    def dead(self) -> bool:
+        """ΔW is exactly zero: nothing was learnt here."""
+        return self.finite and self.delta_norm == 0.0
+
+    @property
+    def block(self) -> str:
+        """`7`, or `outer` for a module outside the blocks."""
+        found = _place(self.path)
+        return str(found[0]) if found else "outer"
+
+    @property
+    def projection(self) -> str:
+        """`self_attn.q`, as users name it."""
+        found = _place(self.path)
+        return found[1] if found else _OUTER.get(self.path, self.path)
+
+
+def _place(path: str) -> tuple[int, str] | None:
+    """(block, projection) of a module, or of a mixture's `{module}.{family}`."""
+    return split_block(path) or split_block(path.rpartition(".")[0])
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A group of modules: a noise expert, a block or a projection. None where a figure does not exist.
+
+    `legacy_mean_abs` is mean|w| over all elements of A and B, no alpha: the users' "weight magnitude".
+    `init_floor` is what it is at B = 0 and a Kaiming-uniform A (mean|A| = 1 / (2·√in)), from the group's own shapes.
+    """
+
+    modules: int
+    parameters: int
+    rank: int | None
+    legacy_mean_abs: float | None
+    init_floor: float | None
+    mean_abs_A: float | None
+    mean_abs_B: float | None
+    delta_norm: float | None
+    spectral_norm_max: float | None
+    stable_rank_mean: float | None
+    effective_rank_mean: float | None
+    nonfinite_modules: int
+    dead_modules: int
+
+    @property
+    def net_mean_abs(self) -> float | None:
+        """`legacy_mean_abs` less the floor: what training added."""
+        if self.legacy_mean_abs is None or self.init_floor is None:
+            return None
+        return self.legacy_mean_abs - self.init_floor
+
+
+class _Grams:
+    """A Aᵀ and s²·Bᵀ B of all modules of one rank, in two blocks made beforehand.
+
+    Small tensors that outlive the large temporaries around them would leave holes in the heap that nothing fits:
+    measured, 600 MB for a rank-32 pair.
+    """
+
+    def __init__(self, count: int, rank: int) -> None:
+        self.a = torch.zeros(count, rank, rank, dtype=torch.float64)
+        self.b = torch.zeros(count, rank, rank, dtype=torch.float64)
+        self.indices: list[int] = []
+
+    def spectra(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """(σ_1, stable rank, effective rank) of the modules in `rows`."""
+        values, vectors = torch.linalg.eigh(self.b[rows])
+        half = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # G = half halfᵀ, so σ² = eig(halfᵀ A Aᵀ half)
+        squares = torch.linalg.eigvalsh(half.mT @ self.a[rows] @ half).clamp_min(0)
+        sigma = squares.sqrt()
+        share = sigma / sigma.sum(-1, keepdim=True)
+        entropy = -torch.special.xlogy(share, share).sum(-1)
+        return sigma[:, -1], squares.sum(-1) / squares[:, -1], entropy.exp()
+
+
+def measure(modules: Mapping[str, Entry], spectrum: bool = True) -> list[ModuleFigures]:
+    """Figures of every module; at most two are in memory at a time. `spectrum=False` leaves the eigenvalues out."""
+    by_rank: dict[int, _Grams] = {}
+    ranks = [module.rank for module in modules.values()]
+    for rank in set(ranks):
+        by_rank[rank] = _Grams(ranks.count(rank), rank)
+    jobs: list[tuple[str, Entry, Tensor, Tensor]] = []
+    for index, (path, module) in enumerate(modules.items()):
+        grams = by_rank[module.rank]
+        row = len(grams.indices)
+        grams.indices.append(index)
+        jobs.append((path, module, grams.a[row], grams.b[row]))
+    with one_thread(), ThreadPoolExecutor(_WORKERS) as pool:  # one module is read while another is computed
+        figures = list(pool.map(lambda job: _measure(*job), jobs))
+    for grams in by_rank.values() if spectrum else ():
+        rows = [r for r, i in enumerate(grams.indices) if figures[i].finite and not figures[i].dead]
+        if rows:
+            for row, top, stable, effective in zip(rows, *(part.tolist() for part in grams.spectra(rows)), strict=True):
+                index = grams.indices[row]
+                figures[index] = replace(
+                    figures[index], spectral_norm=top, stable_rank=stable, effective_rank=effective)
+    return figures
+
+
+def _measure(path: str, module: Entry, gram_a: Tensor, gram_b: Tensor) -> ModuleFigures:
+    entry = module.entry()
+    down, up = entry.down.double(), entry.up.double()
+    torch.mm(down, down.T, out=gram_a)
+    torch.mm(up.T, up, out=gram_b)
+    gram_b *= entry.scale**2
+    square = torch.dot(gram_a.view(-1), gram_b.view(-1)).item()
+    sum_a, sum_b = down.abs_().sum().item(), up.abs_().sum().item()
+    finite = math.isfinite(square) and math.isfinite(sum_a) and math.isfinite(sum_b)
+    return ModuleFigures(
+        path=path, rank=entry.rank, elements_a=down.numel(), elements_b=up.numel(), sum_abs_a=sum_a, sum_abs_b=sum_b,
+        floor_sum=down.numel() / (2.0 * math.sqrt(down.shape[1])),
+        # A sum of products that cancel may end a rounding below zero.
+        delta_norm=math.sqrt(max(square, 0.0)) if finite else math.nan,
+        spectral_norm=math.nan, stable_rank=math.nan, effective_rank=math.nan, finite=finite,
+    )
+
+
+def summarise(modules: Iterable[ModuleFigures]) -> Figures:
+    """The group's figures; a non-finite module counts in `nonfinite_modules` and in nothing else but the sizes."""
+    every = list(modules)
+    good = [m for m in every if m.finite]
+    live = [m for m in good if not m.dead and not math.isnan(m.spectral_norm)]
+    count_a, count_b = sum(m.elements_a for m in good), sum(m.elements_b for m in good)
+    sum_a, sum_b = math.fsum(m.sum_abs_a for m in good), math.fsum(m.sum_abs_b for m in good)
+    ranks = [m.rank for m in every]
+    return Figures(
+        modules=len(every),
+        parameters=sum(m.elements_a + m.elements_b for m in every),
+        rank=max(set(ranks), key=ranks.count) if ranks else None,
+        legacy_mean_abs=_ratio(sum_a + sum_b, count_a + count_b),
+        init_floor=_ratio(math.fsum(m.floor_sum for m in good), count_a + count_b),
+        mean_abs_A=_ratio(sum_a, count_a),
+        mean_abs_B=_ratio(sum_b, count_b),
+        delta_norm=math.sqrt(math.fsum(m.delta_norm**2 for m in good)) if good else None,
+        spectral_norm_max=max((m.spectral_norm for m in live), default=None),
+        stable_rank_mean=_mean([m.stable_rank for m in live]),
+        effective_rank_mean=_mean([m.effective_rank for m in live]),
+        nonfinite_modules=len(every) - len(good),
+        dead_modules=sum(m.dead for m in every),
+    )
+
+
+def group_by(modules: Iterable[ModuleFigures], key: Callable[[ModuleFigures], str]) -> dict[str, list[ModuleFigures]]:
+    """Modules by block or projection, in the order they come."""
+    groups: dict[str, list[ModuleFigures]] = {}
+    for module in modules:
+        groups.setdefault(key(module), []).append(module)
+    return groups
+
+
+def inner(first: LoraEntry, second: LoraEntry) -> float:
+    """⟨ΔW_1, ΔW_2⟩ (Frobenius) of two updates of one Linear, in fp64; ranks may differ."""
+    across_a = first.down.double() @ second.down.double().T
+    across_b = first.up.double().T @ second.up.double()
+    return (across_a * across_b).sum().item() * first.scale * second.scale
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+_TILE = 1 << 20  # elements, in fp64: a sum of squares in fp32 is off in the sixth digit
+
+
+def weight_norms(
+    files: Sequence[Path], paths: Iterable[str], advance: Callable[[int], None] = lambda _: None
+) -> dict[str, float]:
+    """‖W‖_F of the Linears `paths` of a transformer, streamed by tiles of rows.
+
+    Raises:
+        UserError: a module that the transformer lacks.
+    """
+    headers = [read_header(path) for path in files]
+    weights = linear_weights(headers)
+    wanted = list(paths)
+    for path in wanted:
+        if path not in weights:
+            raise UserError(f"--base {files[0].parent}: no module '{path}'; the LoRA was made for another model")
+    with one_thread(), ThreadPoolExecutor(2) as pool:
+        norms = pool.map(lambda path: _norm(headers[weights[path][0]], weights[path][1]), wanted)
+        found: dict[str, float] = {}
+        for path, norm in zip(wanted, norms, strict=True):
+            found[path] = norm
+            advance(1)
+        return found
+
+
+def _norm(file: TensorFile, name: str) -> float:
+    info = file.tensors[name]
+    if info.dtype not in ("F64", "F32", "F16", "BF16"):
+        raise UserError(f"{file.path}: '{name}' is {info.dtype}; norms need an unquantised model")
+    item, squares = ITEM_SIZE[info.dtype], []
+    for offset in range(0, info.size, _TILE * item):
+        raw = file.read(name, offset, min(_TILE * item, info.size - offset))
+        tile = torch.frombuffer(raw, dtype=DTYPES[info.dtype]).double()
+        squares.append(torch.dot(tile, tile).item())
+    return math.sqrt(math.fsum(squares))

@@ -1,0 +1,93 @@
+"""What an adapter sits on: a model folder, or a model folder with LoRAs merged into it in memory.
+
+Both have a fingerprint for each noise expert, and a merge in memory has the one of the merged folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lapwan.checkpoints.fingerprints import merged_fingerprint
+from lapwan.checkpoints.rewrite import merged_tensor
+from lapwan.lora.formats import LoraFile
+from lapwan.lora.merge import linear_weights, plan_terms
+from lapwan.models.spec import ModelSpec, Task, weight_files
+from lapwan.names import Band, NoiseExpert
+from lapwan.wan.backbone import load_transformer
+from lapwan.wan.quantise.load import Recipe, load_quantised_transformer
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+
+@dataclass(frozen=True)
+class Base:
+    """`loras` are merged at load: W + Σ strength·ΔW, accumulated in fp32 and rounded once, to the checkpoint's own
+    dtype: bit for bit what a merged folder holds."""
+
+    spec: ModelSpec
+    loras: Mapping[NoiseExpert, Sequence[tuple[LoraFile, float]]] = field(default_factory=dict)
+
+    @property
+    def task(self) -> Task:
+        """t2v or i2v."""
+        return self.spec.task
+
+    @property
+    def bands(self) -> Mapping[NoiseExpert, Band]:
+        """Sigma band by noise expert."""
+        return self.spec.bands
+
+    @property
+    def text_dim(self) -> int:
+        """Width of the text features."""
+        return self.spec.text_dim
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of a transformer."""
+        return self.spec.num_layers
+
+    def fingerprint(self, expert: NoiseExpert) -> str:
+        """Identity of a noise expert's weights with its LoRAs."""
+        own = [(file.fingerprint(), strength) for file, strength in self.loras.get(expert, ())]
+        return merged_fingerprint(self.spec.fingerprint(expert), own)
+
+    def load(
+        self, expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+        recipe: Recipe | None = None, work_on: str | torch.device | None = None,
+    ) -> WanTransformer3DModel:
+        """The frozen transformer of a noise expert, with the LoRAs in its weights.
+
+        Args:
+            recipe: quantises the blocks' Linears, after the merge; `work_on` is where, `device` without one.
+
+        Raises:
+            UserError: a LoRA made for another model, or a merge that `lapwan merge` would refuse.
+        """
+        merged = self.merged_weights(expert)
+        if recipe is not None:
+            return load_quantised_transformer(
+                self.spec, expert, recipe, self.fingerprint(expert), dtype, device, merged, work_on)
+        transformer = load_transformer(self.spec, expert, dtype, device)
+        for name, weight in merged.items():
+            transformer.get_parameter(name).data.copy_(weight())
+        return transformer
+
+    def merged_weights(self, expert: NoiseExpert) -> dict[str, Callable[[], Tensor]]:
+        """Weights that the LoRAs change, by parameter name: each is read and merged when it is asked for."""
+        given = self.loras.get(expert, ())
+        if not given:
+            return {}
+        files, terms = plan_terms(weight_files(self.spec.component(expert)), given)
+        places = linear_weights(files)
+        return {
+            f"{path}.weight": partial(merged_tensor, files[index], name, terms[index][name])
+            for path, (index, name) in places.items() if name in terms[index]
+        }

@@ -1,0 +1,65 @@
+"""Identities of the VAE and of the text encoder, read without torch: what cached features depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lapwan.checkpoints.container import read_header
+from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
+from lapwan.errors import UserError
+from lapwan.models.spec import ModelSpec, original_file, weight_files
+
+_PIECES, _PIECE = 64, 1 << 16  # of a .pth file, sampled
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def vae_identity(spec: ModelSpec) -> str:
+    """16 hex digits over the VAE's weights and the mean and std that normalise its latents."""
+    folder = spec.path / "vae"
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = json.dumps([config.get("latents_mean"), config.get("latents_std")])
+    return _digest(_weights(folder), settings)
+
+
+def text_identity(spec: ModelSpec) -> str:
+    """16 hex digits over the text encoder's weights and its tokenizer.
+
+    Raises:
+        UserError: the folder has no tokenizer.
+    """
+    folder = spec.path / "tokenizer"
+    for name in ("tokenizer.json", "spiece.model"):
+        if (folder / name).is_file():
+            vocabulary = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            return _digest(_weights(spec.path / "text_encoder"), vocabulary)
+    raise UserError(f"no tokenizer.json in {folder}; is {spec.path} a complete model folder?")
+
+
+def text_dtype(spec: ModelSpec) -> str:
+    """The dtype the text encoder is stored, and by default run, in: `float32`, `bfloat16` or `float16`."""
+    header = read_header(weight_files(spec.path / "text_encoder")[0])
+    dtypes = {info.dtype for info in header.tensors.values()}
+    return _DTYPES["F32" if "F32" in dtypes else sorted(dtypes)[0]]
+
+
+def _weights(folder: Path) -> str:
+    """Fingerprint of a component's weights; of a .pth, sha256 over its size and 64 KiB pieces spread over it."""
+    original = original_file(folder)
+    if original is None:
+        return checkpoint_fingerprint(weight_files(folder))
+    if original.suffix == ".safetensors":
+        return checkpoint_fingerprint([original])
+    size = original.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with original.open("rb") as file:
+        for piece in range(_PIECES):
+            file.seek(max(0, size - _PIECE) * piece // (_PIECES - 1))
+            digest.update(file.read(_PIECE))
+    return digest.hexdigest()
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,184 @@
+"""Separate files as a folder in diffusers layout: configs worked out from the tensors' shapes, weights as links.
+
+Nothing is converted on the disk: `original.load_*` rename the tensors while they are loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lapwan.checkpoints.container import read_header
+from lapwan.errors import UserError
+from lapwan.files import atomic_folder
+from lapwan.models import wan22_vae
+from lapwan.models.original_layout import read_tensors, t5_to_transformers
+from lapwan.models.spec import ORIGINAL, tensor_shapes, weight_files
+from lapwan.names import NoiseExpert
+
+_HEAD_DIM = 128  # of every released Wan transformer; a config.json beside the weights says otherwise
+_BOUNDARY = {16: 0.875, 36: 0.9}  # by input channels: T2V-A14B, I2V-A14B
+_SHIFT = {16: 12.0, 36: 5.0}
+_SHIFT_SINGLE = 5.0  # Wan2.1 T2V, TI2V-5B
+
+
+def make_folder(
+    root: Path, transformers: Mapping[NoiseExpert, Path], vae: Path, text_encoder: Path, tokenizer: Path,
+    boundary: float | None, flow_shift: float | None,
+) -> Path:
+    """A folder under `root` that `read_spec` reads, named by the files' paths, sizes and times; kept once made.
+
+    Raises:
+        UserError: a file that is missing, unreadable or of a model that cannot be run so.
+    """
+    files = {e: _transformer_files(path) for e, path in transformers.items()}
+    for path in (vae, text_encoder):
+        if not path.is_file():
+            raise UserError(f"no such file: {path}")
+    if not (tokenizer / "tokenizer_config.json").is_file():
+        raise UserError(f"{tokenizer} is not a tokenizer folder: it has no tokenizer_config.json")
+    stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
+             for f in (*(f for found in files.values() for f in found), vae, text_encoder, tokenizer)]
+    key = json.dumps([[e.value for e in files], stamp, boundary, flow_shift])
+    folder = root / f"files-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if not (folder / "model_index.json").is_file():
+        with atomic_folder(folder) as temporary:
+            _write(temporary, files, vae, text_encoder, tokenizer, boundary, flow_shift)
+    return folder
+
+
+def _transformer_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return weight_files(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: a transformer is a .safetensors file or a folder of them")
+    read_header(path)
+    return [path]
+
+
+def _write(
+    folder: Path, files: Mapping[NoiseExpert, list[Path]], vae: Path, text_encoder: Path, tokenizer: Path,
+    boundary: float | None, flow_shift: float | None,
+) -> None:
+    configs = {expert: transformer_config(found) for expert, found in files.items()}
+    channels = next(iter(configs.values()))["in_channels"]
+    two = len(files) == 2
+    if two and channels == wan22_vae.CHANNELS:
+        raise UserError("high and low are TI2V-5B transformers; that model has only one: give it as transformer")
+    own_vae = vae_config(vae)
+    if (own_vae["z_dim"] == wan22_vae.CHANNELS) != (channels == wan22_vae.CHANNELS):
+        raise UserError(f"{vae} makes {own_vae['z_dim']} latent channels, the transformer takes {channels}: TI2V-5B "
+                        "goes with Wan2.2_VAE.pth, every other model with Wan2.1_VAE.pth")
+    own = _SHIFT.get(channels, _SHIFT_SINGLE) if two else _SHIFT_SINGLE
+    index: dict[str, Any] = {
+        "_class_name": "WanImageToVideoPipeline" if channels == 36 else "WanPipeline",
+        "expand_timesteps": channels == wan22_vae.CHANNELS,
+        "boundary_ratio": (boundary or _BOUNDARY[channels]) if two else None,
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"] if two else [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"], "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    }
+    for expert, found in files.items():
+        _part(folder / expert.component, configs[expert])
+        for number, file in enumerate(found, 1):
+            name = "diffusion_pytorch_model" + (f"-{number:05d}" if len(found) > 1 else "")
+            (folder / expert.component / f"{name}.safetensors").symlink_to(file.resolve())
+    for name, file, config in (
+        ("vae", vae, own_vae), ("text_encoder", text_encoder, text_config(text_encoder)),
+    ):
+        _part(folder / name, config)
+        (folder / name / f"{ORIGINAL}{file.suffix}").symlink_to(file.resolve())
+    (folder / "tokenizer").symlink_to(tokenizer.resolve(), target_is_directory=True)
+    _part(folder / "scheduler", {
+        "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+        "num_train_timesteps": 1000, "flow_shift": flow_shift or own,
+    }, "scheduler_config.json")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _part(folder: Path, config: Mapping[str, Any], name: str = "config.json") -> None:
+    folder.mkdir()
+    (folder / name).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def transformer_config(files: list[Path]) -> dict[str, Any]:
+    """A WanTransformer3DModel's config from tensor shapes; heads from the release's config.json where it lies beside.
+
+    Raises:
+        UserError: not a Wan transformer, or one that is not run from files.
+    """
+    shapes = tensor_shapes(files)
+    if any("img_emb" in name or "add_k_proj" in name or "k_img" in name for name in shapes):
+        raise UserError(f"{files[0]} is a Wan2.1 image-to-video transformer, which needs an image encoder that lapwan "
+                        "does not run; use Wan2.2 I2V-A14B")
+    try:
+        dim, channels = shapes["patch_embedding.weight"][:2]
+        ffn = shapes["blocks.0.ffn.net.0.proj.weight"][0]
+        text = shapes["condition_embedder.text_embedder.linear_1.weight"][1]
+        freq = shapes["condition_embedder.time_embedder.linear_1.weight"][1]
+        patch = tuple(shapes["patch_embedding.weight"][2:])
+        out = shapes["proj_out.weight"][0] // (patch[0] * patch[1] * patch[2])
+    except KeyError as error:
+        raise UserError(f"{files[0]} is not a Wan transformer: it has no tensor {error}") from None
+    if channels not in (*_BOUNDARY, wan22_vae.CHANNELS):
+        raise UserError(f"{files[0]} has {channels} input channels; T2V (16), I2V-A14B (36) and TI2V-5B (48) run")
+    heads = dim // _HEAD_DIM
+    beside = files[0].parent / "config.json"
+    if beside.is_file():
+        said = json.loads(beside.read_text(encoding="utf-8"))
+        heads = int(said.get("num_heads") or said.get("num_attention_heads") or heads)
+    if heads < 1 or dim % heads:
+        raise UserError(f"{files[0]}: width {dim} does not divide into heads of {_HEAD_DIM}; put the model's "
+                        "config.json beside it")
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    return {
+        "_class_name": "WanTransformer3DModel", "patch_size": list(patch), "num_attention_heads": heads,
+        "attention_head_dim": dim // heads, "in_channels": channels, "out_channels": out, "text_dim": text,
+        "freq_dim": freq, "ffn_dim": ffn, "num_layers": len(blocks),
+        "cross_attn_norm": "blocks.0.norm2.weight" in shapes, "qk_norm": "rms_norm_across_heads", "eps": 1e-6,
+        "rope_max_seq_len": 1024,
+    }
+
+
+def vae_config(path: Path) -> dict[str, Any]:
+    """Wan2.1's VAE, whose latents' mean and std are the class's own defaults, or Wan2.2's.
+
+    Raises:
+        UserError: another VAE.
+    """
+    found = read_tensors(path)
+    if (newer := wan22_vae.config(found)) is not None:
+        return newer
+    first = found.get("encoder.conv1.weight", found.get("encoder.conv_in.weight"))
+    second = found.get("conv2.weight", found.get("post_quant_conv.weight"))
+    if first is None or second is None:
+        raise UserError(f"{path} is not Wan's VAE: it has no encoder.conv1.weight")
+    if first.shape[1] != 3 or second.shape[0] != 16:
+        raise UserError(f"{path} makes {second.shape[0]} latent channels from {first.shape[1]}; Wan2.1_VAE.pth makes "
+                        "16 from 3, Wan2.2_VAE.pth 48 from 12")
+    return {"_class_name": "AutoencoderKLWan", "base_dim": first.shape[0], "z_dim": second.shape[0],
+            "num_res_blocks": 2}
+
+
+def text_config(path: Path) -> dict[str, Any]:
+    """A umT5 encoder's config from tensor shapes.
+
+    Raises:
+        UserError: not a umT5 encoder.
+    """
+    shapes = {t5_to_transformers(name): value.shape for name, value in read_tensors(path).items()}
+    block = "encoder.block.0.layer."
+    try:
+        vocabulary, width = shapes["shared.weight"]
+        buckets, heads = shapes[f"{block}0.SelfAttention.relative_attention_bias.weight"]
+        inner, hidden = shapes[f"{block}0.SelfAttention.q.weight"][0], shapes[f"{block}1.DenseReluDense.wi_0.weight"][0]
+    except KeyError as error:
+        raise UserError(f"{path} is not a umT5 encoder: it has no tensor {error}") from None
+    layers = len({name.split(".")[2] for name in shapes if name.startswith("encoder.block.")})
+    return {"vocab_size": vocabulary, "d_model": width, "d_kv": inner // heads, "d_ff": hidden, "num_layers": layers,
+            "num_heads": heads, "relative_attention_num_buckets": buckets, "is_encoder_decoder": False,
+            "use_cache": False}

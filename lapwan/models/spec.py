@@ -1,0 +1,231 @@
+"""What a diffusers folder says of its model: task, noise experts, boundary, channels, strides, shift. No torch.
+
+How to add a model family: a row in `_FAMILY_DEFAULTS` and, if its channels differ, a case in `_task_of`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lapwan.checkpoints.container import read_header
+from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
+from lapwan.errors import UserError
+from lapwan.files import inside
+from lapwan.names import Band, NoiseExpert, bands, tensor_to_diffusers
+
+Task = Literal["t2v", "i2v", "ti2v"]  # ti2v: TI2V-5B, with or without a first frame; generation only
+TEXT_LENGTH = 512  # tokens; Wan attends the zero rows after the text as well
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a model was made to be sampled with; `guidance` per noise expert, `size` is (height, width) in pixels."""
+
+    steps: int
+    guidance: dict[NoiseExpert, float]
+    size: tuple[int, int]
+    num_frames: int
+    fps: int
+
+
+_FAMILY_DEFAULTS: dict[str, Defaults] = {
+    "t2v-2.1": Defaults(50, {NoiseExpert.HIGH: 5.0}, (480, 832), 81, 16),
+    "ti2v": Defaults(50, {NoiseExpert.HIGH: 5.0}, (704, 1280), 121, 24),
+    "t2v": Defaults(40, {NoiseExpert.HIGH: 4.0, NoiseExpert.LOW: 3.0}, (480, 832), 81, 16),
+    "i2v": Defaults(40, {NoiseExpert.HIGH: 3.5, NoiseExpert.LOW: 3.5}, (480, 832), 81, 16),
+}
+ORIGINAL = "original"  # the name of a link to weights in the original layout: original.pth, original.safetensors
+DEFAULTS_FILE = "lapwan.json"  # optional, in the model folder: a model's own defaults (the embedded model has one)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model folder, read and checked.
+
+    `boundary` is a sigma; `pixel_multiple` is what height and width must divide by; `spatial_stride` and
+    `temporal_stride` are the VAE's; `latent_channels` its z_dim.
+    """
+
+    path: Path
+    task: Task
+    experts: tuple[NoiseExpert, ...]
+    boundary: float | None
+    in_channels: int
+    latent_channels: int
+    num_layers: int
+    text_dim: int
+    flow_shift: float
+    temporal_stride: int
+    spatial_stride: int
+    pixel_multiple: int
+    defaults: Defaults
+
+    @property
+    def bands(self) -> dict[NoiseExpert, Band]:
+        """Sigma band by noise expert."""
+        return bands(self.boundary)
+
+    def component(self, expert: NoiseExpert) -> Path:
+        """The folder of a noise expert's transformer."""
+        return self.path / expert.component
+
+    def fingerprint(self, expert: NoiseExpert) -> str:
+        """Identity of a noise expert's weights; a merged folder carries base and LoRA in it."""
+        return checkpoint_fingerprint(weight_files(self.component(expert)))
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(channels, latent frames, latent height, latent width) of a clip of `frames` pixels frames.
+
+        Raises:
+            UserError: frames not 4N+1, or a size that the VAE and the patches do not divide.
+        """
+        check_frames(frames, self.temporal_stride)
+        check_size(height, width, self.pixel_multiple)
+        stride = self.spatial_stride
+        return self.latent_channels, (frames - 1) // self.temporal_stride + 1, height // stride, width // stride
+
+
+def check_frames(frames: int, stride: int = 4) -> None:
+    """Refuse a frame count that is not stride·N + 1."""
+    if frames < 1 or (frames - 1) % stride:
+        below = max(1, (frames - 1) // stride * stride + 1)
+        raise UserError(
+            f"frames = {frames}: must be {stride}N+1 (1, {stride + 1}, {2 * stride + 1}, ...); "
+            f"the nearest are {below} and {below + stride}"
+        )
+
+
+def check_size(height: int, width: int, multiple: int = 16) -> None:
+    """Refuse a size in pixels that the patches do not divide."""
+    if height < multiple or width < multiple or height % multiple or width % multiple:
+        near = [max(multiple, round(n / multiple) * multiple) for n in (height, width)]
+        raise UserError(
+            f"size {height}x{width} (height x width): both must be multiples of {multiple}; try {near[0]}x{near[1]}"
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component: one, or the shards its index names.
+
+    Raises:
+        UserError: none there, a shard of the index is missing, or its name leads out of the folder.
+    """
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        weight_map = _json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no weight_map (tensor name -> file name); download it again")
+        files = sorted({inside(folder, name, index) for name in weight_map.values()})
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise UserError(f"{index} names files that are missing: {', '.join(missing)}; copy the folder again")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"no .safetensors weights in {folder}; is the download complete?")
+    return files
+
+
+def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """Shape by name in diffusers' layout, of a transformer's files in any layout, from their headers."""
+    tensors = (pair for file in files for pair in read_header(file).tensors.items())
+    return {tensor_to_diffusers(name): tuple(info.shape) for name, info in tensors}
+
+
+def original_file(folder: Path) -> Path | None:
+    """A VAE's or text encoder's weights in the original layout, where `separate.make_folder` linked them."""
+    return next(iter(sorted(folder.glob(f"{ORIGINAL}.*"))), None)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; is {path.parent} a complete model folder in diffusers layout?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def _present(index: dict[str, Any], name: str) -> bool:
+    entry = index.get(name)
+    return isinstance(entry, list) and any(part is not None for part in entry)
+
+
+def _task_of(in_channels: int, latent_channels: int, temporal_stride: int, per_token: bool, path: Path) -> Task:
+    if per_token and in_channels == latent_channels:
+        return "ti2v"
+    if in_channels == latent_channels == 16:
+        return "t2v"
+    if in_channels == 2 * latent_channels + temporal_stride:  # latent | mask | condition
+        return "i2v"
+    raise UserError(
+        f"{path}: a transformer with {in_channels} input channels over a VAE of {latent_channels} is not supported; "
+        "Wan2.2 T2V-A14B (16 over 16), I2V-A14B (36 over 16) and TI2V-5B (48 over 48) are"
+    )
+
+
+def _experts(folder: Path, index: dict[str, Any], boundary: float | None) -> tuple[NoiseExpert, ...]:
+    two = _present(index, "transformer_2")
+    if boundary is not None and not two:
+        raise UserError(
+            f"{folder} has a boundary_ratio ({boundary}) but no transformer_2: the low-noise expert is missing; "
+            "download the whole model, or remove boundary_ratio from model_index.json for a single transformer"
+        )
+    if boundary is None and two:
+        raise UserError(
+            f"{folder} has a transformer_2 but no boundary_ratio in model_index.json: where one noise expert hands "
+            "over to the other is unknown; add it (Wan2.2 T2V-A14B 0.875, I2V-A14B 0.9)"
+        )
+    return (NoiseExpert.HIGH, NoiseExpert.LOW) if two else (NoiseExpert.HIGH,)
+
+
+def _defaults(folder: Path, task: Task, boundary: float | None) -> Defaults:
+    base = _FAMILY_DEFAULTS["t2v-2.1" if task == "t2v" and boundary is None else task]
+    file = folder / DEFAULTS_FILE
+    if not file.is_file():
+        return base
+    own = _json(file)
+    guidance = {NoiseExpert(k): float(v) for k, v in own.get("guidance", {}).items()} or base.guidance
+    height, width = own.get("size", base.size)
+    return Defaults(int(own.get("steps", base.steps)), guidance, (int(height), int(width)),
+                    int(own.get("num_frames", base.num_frames)), int(own.get("fps", base.fps)))
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """Read and check a model folder in diffusers layout.
+
+    Raises:
+        UserError: no such folder, an incomplete one, or a model that lapwan does not know.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no model folder {folder}; MODEL is 'tiny', 'tiny-t2v', 'tiny-i2v' or a diffusers folder")
+    index = _json(folder / "model_index.json")
+    boundary = index.get("boundary_ratio")
+    experts = _experts(folder, index, boundary)
+    transformers = {expert: _json(folder / expert.component / "config.json") for expert in experts}
+    main = transformers[experts[0]]
+    for expert, config in transformers.items():
+        for key in ("in_channels", "num_layers", "num_attention_heads", "attention_head_dim"):
+            if config.get(key) != main.get(key):
+                raise UserError(f"{folder}: {expert.component}'s {key} is {config.get(key)}, the other "
+                                f"noise expert's is {main.get(key)}; the two do not belong together")
+    if main.get("image_dim") is not None:
+        raise UserError(f"{folder} is a Wan2.1 image-to-video model, which needs an image encoder that lapwan does not "
+                        "run; use Wan2.2 I2V-A14B")
+    vae = _json(folder / "vae" / "config.json")
+    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    temporal, spatial = int(vae.get("scale_factor_temporal") or 4), int(vae.get("scale_factor_spatial") or 8)
+    task = _task_of(int(main["in_channels"]), int(vae["z_dim"]), temporal, bool(index.get("expand_timesteps")), folder)
+    return ModelSpec(
+        path=folder, task=task, experts=experts, boundary=None if boundary is None else float(boundary),
+        in_channels=int(main["in_channels"]), latent_channels=int(vae["z_dim"]), num_layers=int(main["num_layers"]),
+        text_dim=int(main["text_dim"]), flow_shift=float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0),
+        temporal_stride=temporal, spatial_stride=spatial, pixel_multiple=spatial * int(main["patch_size"][1]),
+        defaults=_defaults(folder, task, boundary),
+    )

@@ -1,0 +1,134 @@
+"""The noise levels a video is sampled at, which noise expert serves each, and the solver between them.
+
+The solvers are diffusers' own. Their grids differ, and each is the one its users know (s: flow shift, N steps):
+    shift(t) = s·t / (1 + (s − 1)·t)
+    unipc    shift(linspace(1, 1/1000, N + 1)[:-1]), 0 appended, the first lowered by 1e-6, timesteps cut to integers
+    euler    the same sigmas, timesteps 1000·sigma as floats
+    dpmpp    shift(linspace(0.999, 0, N + 1)[:-1]), 0 appended, timesteps cut to integers
+Given sigmas take the grid's place, with timesteps 1000·sigma as the solver has them.
+How to add a sampler: a name in `SamplerName`, a case in `_scheduler`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lapwan.errors import UserError
+from lapwan.models.spec import ModelSpec
+from lapwan.names import NoiseExpert
+
+SamplerName = Literal["unipc", "euler", "dpmpp"]
+_TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation point: `timestep` is the scheduler's own (0-d tensor), `sigma` its noise level."""
+
+    timestep: Tensor
+    sigma: float
+    expert: NoiseExpert
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A scheduler ready to run once, and its steps in order. Make a new one for every video: solvers keep history."""
+
+    scheduler: Any
+    steps: tuple[Step, ...]
+
+    def count(self, expert: NoiseExpert) -> int:
+        """How many of the steps a noise expert serves."""
+        return sum(step.expert is expert for step in self.steps)
+
+    def __str__(self) -> str:
+        experts = list(dict.fromkeys(step.expert for step in self.steps))
+        parts = ", ".join(f"{self.count(e)} on the {e.value} noise expert" for e in experts)
+        if len(self.steps) == 1:
+            return f"1 step at sigma {self.steps[0].sigma:.4f}: {parts}"
+        return (f"{len(self.steps)} steps from sigma {self.steps[0].sigma:.4f} to "
+                f"{self.steps[-1].sigma:.4f}: {parts}")
+
+
+def shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    """s·t / (1 + (s − 1)·t): a larger shift spends more steps at high noise."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def _scheduler(spec: ModelSpec, sampler: SamplerName, steps: int, shift: float) -> Any:
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        UniPCMultistepScheduler,
+    )
+
+    flow: dict[str, Any] = {
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": _TRAIN_TIMESTEPS,
+        "flow_shift": shift,
+    }
+    match sampler:
+        case "unipc":
+            file = spec.path / "scheduler" / "scheduler_config.json"
+            own = json.loads(file.read_text(encoding="utf-8"))
+            if own.get("_class_name") != "UniPCMultistepScheduler":
+                own = {}  # another class's options mean other things
+            scheduler = UniPCMultistepScheduler.from_config({**own, **flow})
+            scheduler.set_timesteps(steps)
+        case "euler":
+            # Shift 1 here: it would shift the sigmas handed over again, and its own sigma_min twice.
+            scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=_TRAIN_TIMESTEPS, shift=1.0)
+            plain = np.linspace(1, 1 / _TRAIN_TIMESTEPS, steps + 1)[:-1]
+            scheduler.set_timesteps(sigmas=shifted(plain, shift).tolist())
+        case "dpmpp":
+            scheduler = DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, **flow)
+            scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def _replace(scheduler: Any, sigmas: Sequence[float]) -> None:
+    """Other noise levels in a scheduler that has been set to as many. The multistep solvers work with log((1 − σ)/σ)
+    and integer timesteps."""
+    floats = scheduler.timesteps.is_floating_point()
+    levels = torch.tensor([*sigmas, 0.0], dtype=scheduler.sigmas.dtype)
+    scheduler.timesteps = (_TRAIN_TIMESTEPS * levels[:-1]).to(scheduler.timesteps.dtype)
+    scheduler.sigmas = levels if floats else levels.clamp(max=1 - 1e-6)
+
+
+def make_grid(
+    spec: ModelSpec, sampler: SamplerName, steps: int, flow_shift: float | None = None, start: float = 1.0,
+    boundary: float | None = None, sigmas: Sequence[float] | None = None,
+) -> Grid:
+    """The grid of a generation.
+
+    Args:
+        flow_shift: None takes the checkpoint's.
+        boundary: sigma from which on the high noise expert serves; None takes the model's.
+        sigmas: own noise levels, falling, `steps` of them; None: the solver's grid.
+        start: begin at the first sigma of the grid that is not above this (video-to-video); 1 begins at pure noise.
+
+    Raises:
+        UserError: no step is left below `start`.
+    """
+    scheduler = _scheduler(spec, sampler, steps, spec.flow_shift if flow_shift is None else flow_shift)
+    if sigmas is not None:
+        _replace(scheduler, sigmas)
+    sigma = spec.boundary if boundary is None else boundary
+    border = None if sigma is None else sigma * _TRAIN_TIMESTEPS
+    found = []
+    for timestep, level in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):  # sigmas ends with 0
+        # By timestep, after the shift, as diffusers' pipelines decide: for integer boundaries the same as by sigma.
+        high = border is None or float(timestep) >= border
+        found.append(Step(timestep, float(level), NoiseExpert.HIGH if high else NoiseExpert.LOW))
+    first = 0 if start >= 1.0 else next((i for i, step in enumerate(found) if step.sigma <= start), len(found))
+    if first == len(found):
+        raise UserError(f"start sigma {start:g} lies below the grid's last, {found[-1].sigma:.4f}; "
+                        "start higher or take more steps")
+    scheduler.set_begin_index(first)
+    return Grid(scheduler, tuple(found[first:]))

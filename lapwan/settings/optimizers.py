@@ -1,0 +1,130 @@
+"""Optimisers and their lr schedules.
+
+How to add an optimiser: a class here, in `OptimiserSettings`, and a case in `lapwan.train.optimizers.make_optimiser`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from lapwan.settings.base import Flag, Settings
+
+
+class _Optimiser(Settings):
+    lora_plus: float = Field(1.0, gt=0, description="LoRA+: lr of B over lr of A (arXiv 2402.12354); 1: the same.")
+
+
+class AdamWSettings(_Optimiser):
+    """AdamW. Source: Loshchilov & Hutter (arXiv 1711.05101)."""
+
+    type: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Flag("--lr")] = Field(1e-4, gt=0, description="Learning rate.")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class AdamW8bitSettings(_Optimiser):
+    """AdamW with its state in 8 bits, from bitsandbytes (an extra; on a GPU)."""
+
+    type: Literal["adamw8bit"] = "adamw8bit"
+    lr: Annotated[float, Flag("--lr")] = Field(1e-4, gt=0, description="Learning rate.")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class AutomagicSettings(_Optimiser):
+    """Every element has its own lr, raised or lowered by `lr_bump` a step as its updates agree in sign or not."""
+
+    type: Literal["automagic"] = "automagic"
+    lr: Annotated[float | None, Flag("--lr")] = Field(
+        None, gt=0, description="Where every element's lr starts; absent: min_lr.")
+    lr_bump: float = Field(5e-6, gt=0)
+    min_lr: float = Field(5e-6, gt=0)
+    max_lr: float = Field(1e-4, gt=0)
+    beta2: float = Field(0.999, gt=0, lt=1)
+    eps: float = Field(1e-30, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    clip_threshold: float = Field(1.0, gt=0, description="Root mean square an update is clipped to.")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> AutomagicSettings:
+        if self.min_lr > self.max_lr:
+            raise ValueError(f"min_lr = {self.min_lr:g} is above max_lr = {self.max_lr:g}")
+        if self.lr is not None and not self.min_lr <= self.lr <= self.max_lr:
+            raise ValueError(f"lr = {self.lr:g} must lie in [min_lr, max_lr] = [{self.min_lr:g}, {self.max_lr:g}]")
+        return self
+
+    @property
+    def start_lr(self) -> float:
+        """The lr every element starts with."""
+        return self.min_lr if self.lr is None else self.lr
+
+
+class ProdigySettings(Settings):
+    """Prodigy finds its own step size, one for all (an extra). Source: Mishchenko & Defazio (arXiv 2306.06101)."""
+
+    lora_plus: ClassVar[float] = 1.0  # one step size: B cannot have another
+
+    type: Literal["prodigy"] = "prodigy"
+    lr: Annotated[float, Flag("--lr")] = Field(1.0, gt=0, description="Multiplies the step size it finds.")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    d0: float = Field(1e-6, gt=0, description="First guess of the step size.")
+    d_coef: float = Field(1.0, gt=0)
+
+
+def _type(value: Any) -> str:
+    return str(value.get("type", "adamw") if isinstance(value, dict) else getattr(value, "type", "adamw"))
+
+
+OptimiserSettings = Annotated[
+    Annotated[AdamWSettings, Tag("adamw")] | Annotated[AdamW8bitSettings, Tag("adamw8bit")]
+    | Annotated[AutomagicSettings, Tag("automagic")] | Annotated[ProdigySettings, Tag("prodigy")],
+    Discriminator(_type),
+]
+
+
+class ScheduleSettings(Settings):
+    """The lr over the steps of each noise expert; names are diffusers'."""
+
+    name: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        "constant_with_warmup")
+    warmup_steps: int = Field(0, ge=0)
+    cycles: int = Field(1, ge=1, description="Of cosine_with_restarts.")
+    power: float = Field(1.0, gt=0, description="Of polynomial.")
+
+    @property
+    def changes(self) -> bool:
+        """False where the lr stays what it is."""
+        return self.warmup_steps > 0 or not self.name.startswith("constant")
+
+
+_USERS_KEYS = ("lr_bump", "min_lr", "max_lr")
+
+
+def take_flat_keys(tree: dict[str, Any]) -> dict[str, Any]:
+    """Move `high_noise_lr_bump`, `low_noise_max_lr` and so on, at the top or in [optimiser], to [high.optimiser] and
+    [low.optimiser], and make the optimiser automagic if none is named."""
+    tree = dict(tree)
+    optimiser = dict(tree["optimiser"]) if isinstance(tree.get("optimiser"), dict) else {}
+    found = False
+    for side in ("high", "low"):
+        for key in _USERS_KEYS:
+            flat = f"{side}_noise_{key}"
+            for holder in (tree, optimiser):
+                if flat in holder:
+                    found = True
+                    over = dict(tree.get(side) or {})
+                    over["optimiser"] = {**(over.get("optimiser") or {}), key: holder.pop(flat)}
+                    tree[side] = over
+    if found:
+        for key in ("beta2", "weight_decay", "clip_threshold"):  # as they stand beside the flat keys
+            if key in tree:
+                optimiser[key] = tree.pop(key)
+        tree["optimiser"] = {"type": "automagic", **optimiser}
+    return tree

@@ -1,0 +1,87 @@
+"""Which watchers a run gets, from its settings."""
+
+from __future__ import annotations
+
+import torch
+
+from lapwan import console
+from lapwan.data.taxonomy import Taxonomy
+from lapwan.errors import UserError
+from lapwan.models.base import Base
+from lapwan.models.device import pick_dtype
+from lapwan.sampling.adapters import AdapterSet
+from lapwan.settings.train import TrainSettings
+from lapwan.train.callbacks.base import Elsewhere
+from lapwan.train.callbacks.previews import PreviewGenerator, Previews, preview_requests
+from lapwan.train.callbacks.validation import Validation, held_out, labelled
+from lapwan.train.callbacks.weight_figures import WeightWatch
+from lapwan.train.clip_store import ClipStore
+from lapwan.train.optimizers import current_lr
+from lapwan.train.recipe import RunData
+from lapwan.train.run_folder import PREVIEWS
+from lapwan.train.trainer import Trainer
+
+
+def check_watching(
+    settings: TrainSettings, base: Base, data: RunData, taxonomy: Taxonomy | None = None
+) -> list[str]:
+    """Refuse, before any weights are loaded, what could not be watched; lines for the plan.
+
+    Args:
+        taxonomy: of the mixture that is trained: then held-out clips need labels, and previews take hints.
+
+    Raises:
+        UserError: no held-out clips, clips without labels, previews the model cannot make.
+    """
+    lines = []
+    if settings.validation.every is not None:
+        items = held_out(data.index, settings)
+        if taxonomy is not None and not labelled(items):
+            raise UserError("clips held out for validation have no label; run `lapwan label` before `lapwan cache`")
+        lines.append(f"validation every {settings.validation.every} steps on {len(items)} clips x "
+                     f"{settings.validation.sigmas} sigmas of each noise expert")
+    if settings.preview.every is not None:
+        requests = preview_requests(settings.preview, base.spec, data.items[0].bucket, taxonomy)
+        r = requests[0]
+        lines.append(f"previews every {settings.preview.every} steps: {len(requests)} videos of {r.num_frames} frames "
+                     f"{r.size[0]}x{r.size[1]} in {r.steps} steps")
+    return lines
+
+
+def add_watchers(
+    trainer: Trainer, settings: TrainSettings, base: Base, data: RunData, device: torch.device,
+    adapter_set: AdapterSet | None = None, taxonomy: Taxonomy | None = None,
+) -> None:
+    """Give the trainer what looks at it; only the first process looks.
+
+    Args:
+        adapter_set: for previews of a mixture: the mixture and its base LoRAs, as its gates need them.
+    """
+    plan, adapters = trainer.plan, trainer.objective.adapters
+
+    def rates() -> dict[str, float]:
+        return {e.value: float(current_lr(plan.optimisers[e.value])) for e in adapters}
+
+    def own_steps() -> dict[str, int]:
+        return {e.value: track.steps for e, track in plan.tracks.items()}
+
+    if not plan.ranks.first:
+        wanted = {"weights": settings.watch.every, "validation": settings.validation.every,
+                  "preview": settings.preview.every}
+        trainer.watchers |= {name: Elsewhere(every) for name, every in wanted.items() if every is not None}
+        return
+    trainer.watchers["weights"] = WeightWatch(adapters, rates, own_steps, settings.watch.every, settings.health)
+    if settings.validation.every is not None:
+        store = ClipStore(data.index, held_out(data.index, settings), device)
+        rules = {e: track.rule for e, track in plan.tracks.items()}
+        trainer.watchers["validation"] = Validation(
+            trainer.objective, rules, store, settings.validation.every, settings.validation.sigmas, settings.seed,
+            plan.before_turn)
+    if settings.preview.every is not None:
+        console.detail("encoding the previews' prompts")
+        requests = preview_requests(settings.preview, base.spec, data.items[0].bucket, taxonomy)
+        dtype = pick_dtype(settings.dtype, device)
+        generator = PreviewGenerator(
+            base, adapter_set or AdapterSet(), device, dtype, adapters, requests, plan.before_turn)
+        folder = settings.output / PREVIEWS
+        trainer.watchers["preview"] = Previews(generator, requests, folder, settings.preview.every)

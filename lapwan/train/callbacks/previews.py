@@ -1,0 +1,163 @@
+"""Previews: videos sampled through both noise experts, high then low, with the weights as they are now.
+
+A noise expert that is not trained is loaded for the first preview and kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lapwan import console
+from lapwan.data.labels import resolve_hint
+from lapwan.data.taxonomy import Taxonomy
+from lapwan.errors import UserError
+from lapwan.lora.attach import Adapter
+from lapwan.memory.plan import MemoryPlan
+from lapwan.models.base import Base
+from lapwan.models.spec import ModelSpec
+from lapwan.names import NoiseExpert
+from lapwan.report.contact_sheet import contact_sheet
+from lapwan.sampling.adapters import AdapterSet
+from lapwan.sampling.generator import Generator
+from lapwan.sampling.noise_experts import NoiseExperts
+from lapwan.sampling.request import Request, check_request, complete_guidance
+from lapwan.sampling.start_image import open_image
+from lapwan.settings.callbacks import PreviewSettings
+from lapwan.train.callbacks.base import Seen
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+_COLUMNS = 6  # frames shown in TensorBoard
+_UNSAFE = re.compile(r"[^\w.-]+")
+
+
+def preview_requests(
+    settings: PreviewSettings, spec: ModelSpec, bucket: tuple[int, int, int], taxonomy: Taxonomy | None = None
+) -> list[Request]:
+    """One request a prompt, and one more for each hint; size and length are the clips' where nothing else is said.
+
+    Args:
+        taxonomy: of the mixture that is trained, for hints.
+
+    Raises:
+        UserError: what the model cannot make, or a hint that means no family.
+    """
+    frames, height, width = bucket
+    images = [open_image(path) for path in settings.images] or [None] * len(settings.prompts)
+    requests = [
+        Request(
+            prompt, settings.num_frames or frames, settings.size or (height, width),
+            settings.steps or spec.defaults.steps, complete_guidance(spec, settings.guidance), spec.defaults.fps,
+            image=image, seed=settings.seed,
+        )
+        for prompt, image in zip(settings.prompts, images, strict=True)
+    ]
+    for request in requests:
+        if spec.task == "i2v" and request.image is None:
+            raise UserError("previews of an image-to-video model need a first frame: set preview.images, one a prompt")
+        check_request(spec, request)
+    hints = () if taxonomy is None else taxonomy.keys if settings.hints == "families" else settings.hints
+    for hint in hints:
+        assert taxonomy is not None
+        resolve_hint(hint, taxonomy)
+    return [one for request in requests for one in (request, *(replace(request, hint=hint) for hint in hints))]
+
+
+class _InTraining(NoiseExperts):
+    """Transformers that are in training, with their adapters on them; another noise expert is loaded and kept."""
+
+    def __init__(
+        self, base: Base, adapter_set: AdapterSet, device: torch.device, dtype: torch.dtype,
+        adapters: Mapping[NoiseExpert, Adapter], before_turn: Callable[[NoiseExpert], None],
+    ) -> None:
+        super().__init__(base, adapter_set, device, dtype, memory="both")
+        self._training, self._before_turn = dict(adapters), before_turn
+
+    def plan(
+        self, num_frames: int, size: tuple[int, int], steps: int = 40, guided: bool = True, batch: int = 1
+    ) -> MemoryPlan:
+        """Training decided what stays on the device."""
+        return self._plan
+
+    def make_room(self) -> None:
+        """Nothing of a training leaves for a preview."""
+
+    def transformer(self, expert: NoiseExpert) -> WanTransformer3DModel:
+        if expert in self._training:
+            self._before_turn(expert)
+            return cast("WanTransformer3DModel", self._training[expert].transformer)
+        return super().transformer(expert)
+
+    def scope(self, expert: NoiseExpert, gates_1G: Tensor) -> AbstractContextManager[object]:
+        """A mixture's gates; a plain LoRA in training acts with gate 1."""
+        if expert not in self._training:
+            return super().scope(expert, gates_1G)
+        holder = self._training[expert].holder
+        return holder.scope(gates_1G) if holder.required else nullcontext()
+
+
+class PreviewGenerator(Generator):
+    """A generator over the transformers in training, whose text encoder leaves once all prompts are encoded."""
+
+    def __init__(
+        self, base: Base, adapter_set: AdapterSet, device: torch.device, dtype: torch.dtype,
+        adapters: Mapping[NoiseExpert, Adapter], requests: Sequence[Request],
+        before_turn: Callable[[NoiseExpert], None],
+    ) -> None:
+        super().__init__(base, adapter_set, device, dtype)
+        self.experts = _InTraining(base, adapter_set, device, dtype, adapters, before_turn)
+        for request in requests:
+            self.text_features(request.prompt)
+            if max(request.guidance.values()) > 1:
+                self.text_features(request.negative_prompt)
+        self._text = None
+
+
+class Previews:
+    """A watcher: an MP4 (a PNG for one frame) for each prompt in `previews/`, a strip of frames in TensorBoard."""
+
+    def __init__(self, generator: Generator, requests: Sequence[Request], folder: Path, every: int) -> None:
+        self.every = every
+        self._generator, self._requests, self._folder = generator, list(requests), folder
+
+    @torch.no_grad()
+    def look(self, step: int, board: Any) -> Seen:
+        mixture = self._generator.adapters.mixture
+        if mixture is None:
+            return self._sample(step, board)
+        # A generation routes on the CPU; moving there and back keeps the parameters, bit for bit.
+        device = next(mixture.parameters()).device
+        mixture.to("cpu")
+        try:
+            return self._sample(step, board)
+        finally:
+            mixture.to(device)
+
+    def _sample(self, step: int, board: Any) -> Seen:
+        index = -1
+        for request in self._requests:
+            index += request.hint is None  # the same prompt's hints follow it
+            video = self._generator.generate(request)
+            suffix = "png" if len(video.frames) == 1 else "mp4"
+            name = f"{index}" if request.hint is None else f"{index}_{_UNSAFE.sub('_', request.hint)}"
+            path = video.save(self._folder / f"step_{step:06d}_{name}.{suffix}", overwrite=True)
+            strip = np.asarray(contact_sheet([video.frames], _COLUMNS))
+            board.add_image(f"preview/{name}", strip, step, dataformats="HWC")
+            console.detail(f"preview {path}")
+        return Seen({})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """There is none: every preview starts from its own seed."""

@@ -1,0 +1,81 @@
+"""Stage 1: a plain LoRA on each noise expert, trained with flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lapwan.caching.batch import Batch
+from lapwan.lora.attach import Adapter
+from lapwan.lora.dropout import Dropout, DropoutRates
+from lapwan.lora.formats import write_both, write_lora
+from lapwan.names import NoiseExpert
+from lapwan.train.objective import Draws, Loss, ParameterGroup, Total, alone, flow_terms
+
+LORA_GROUP = "lora"
+
+
+class LoraObjective:
+    """One adapter a noise expert; each is stepped in its own turns only."""
+
+    def __init__(
+        self,
+        adapters: Mapping[NoiseExpert, Adapter],
+        name: str,
+        metadata: Mapping[NoiseExpert, Mapping[str, str]],
+        roi_weight: float = 0.0,
+        empty_text: Tensor | None = None,
+        dropout: Mapping[NoiseExpert, DropoutRates] | None = None,
+        one_file: bool = False,
+    ) -> None:
+        self.adapters, self._name, self._metadata, self._one_file = dict(adapters), name, metadata, one_file
+        self._roi_weight, self._empty_text = roi_weight, empty_text
+        self._dropout = {e: Dropout((dropout or {}).get(e, DropoutRates()), a.layers) for e, a in adapters.items()}
+        self.optimised = {
+            expert.value: [ParameterGroup({f"{expert.value}.{n}": p for n, p in adapter.parameters().items()})]
+            for expert, adapter in self.adapters.items()
+        }
+
+    def stepped_by(self, expert: NoiseExpert) -> tuple[str, ...]:
+        return (expert.value,)
+
+    def prepare(
+        self, expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
+    ) -> None:
+        """Nothing of a plain LoRA's loss depends on the other batches of a step."""
+
+    @contextmanager
+    def loss(self, expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:
+        """Forward, then (in the caller's block) backward, under the same dropout."""
+        adapter = self.adapters[expert]
+        with self._dropout[expert].scope(adapter.holder, draws.keys):
+            yield flow_terms(adapter.transformer, batch, draws, self._roi_weight, self._empty_text)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """There is none."""
+
+    def save(self, folder: Path, step: int) -> list[Path]:
+        states = {expert: adapter.state(LORA_GROUP) for expert, adapter in self.adapters.items()}
+        for expert, state in states.items():
+            state.metadata = {**self._metadata[expert], "lapwan.step": str(step), "ss_steps": str(step)}
+        paths = [folder / name for name in lora_names(self._name, list(states), self._one_file)]
+        if self._one_file:
+            write_both(paths[0], states)
+        else:
+            for path, state in zip(paths, states.values(), strict=True):
+                write_lora(path, state)
+        return paths
+
+
+def lora_names(name: str, experts: Sequence[NoiseExpert], one_file: bool) -> list[str]:
+    """The files a run saves: one for each noise expert, or one for both."""
+    if one_file:
+        return [f"{name}.safetensors"]
+    return [f"{name}_{expert.file_suffix}.safetensors" for expert in experts]

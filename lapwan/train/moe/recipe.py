@@ -1,0 +1,223 @@
+"""A fresh mixture on a model's noise experts, from the settings of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from lapwan import console, rng
+from lapwan.data.taxonomy import Taxonomy
+from lapwan.errors import UserError, nearest
+from lapwan.lora.assign import assign
+from lapwan.lora.attach import Adapter, attach
+from lapwan.lora.combine import resize
+from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.memory.offload import Parking
+from lapwan.memory.training import TrainingMemory, plan_training
+from lapwan.models.base import Base
+from lapwan.moe.mixture import Mixture, MixtureSpec
+from lapwan.names import NoiseExpert
+from lapwan.settings.optimizers import AutomagicSettings, ProdigySettings
+from lapwan.settings.train import ExpertSettings
+from lapwan.settings.train_moe import TrainMoeSettings
+from lapwan.train import recipe
+from lapwan.train.clip_store import family_of
+from lapwan.train.moe.objective import MixtureWeights
+
+ROUTER_LR_LIMIT = 5e-3  # above it text routers were seen to diverge: 10 x 1e-4 is right, 10 x 2e-3 is not
+_IMBALANCE = 3.0  # largest family over smallest, from which it is worth a warning
+
+BaseLoras = Mapping[NoiseExpert, tuple[Path, LoraState]]
+
+
+def check_mixture(settings: TrainMoeSettings, base: Base, data: recipe.RunData, taxonomy: Taxonomy) -> None:
+    """Refuse what cannot be trained, before any weights are loaded.
+
+    Raises:
+        UserError: labels of another taxonomy, more experts to act than there are, an unknown family, a LoRA that the
+            base has already.
+    """
+    _check_labels(data, taxonomy)
+    experts = len(taxonomy.families)
+    if settings.router.top_k > experts:
+        raise UserError(f"router.top_k = {settings.router.top_k}, but taxonomy {taxonomy.name} has {experts} families; "
+                        f"set router.top_k = {experts} or less")
+    for family in settings.expert_targets:
+        if family not in taxonomy.keys:
+            raise UserError(f"expert_targets.{family} is no family of {taxonomy.name}{nearest(family, taxonomy.keys)}; "
+                            f"it has {', '.join(taxonomy.keys)}")
+    for expert, file in recipe.initial_loras(settings.init_lora, base).items():
+        merged = {lora.fingerprint() for lora, _ in base.loras.get(expert, ())}
+        if file.fingerprint() in merged:
+            raise UserError(f"init_lora.{expert.value} = {file.path} is merged into the model already, and would act "
+                            "twice; leave init_lora out, or train on the model without it")
+
+
+def _check_labels(data: recipe.RunData, taxonomy: Taxonomy) -> None:
+    families = len(taxonomy.families)
+    for item in data.items:
+        if item.label_weights is None and item.label is None:
+            raise UserError(f"clip {item.id} in {data.index.folder} has no label; run `lapwan label` before "
+                            '`lapwan cache`, or give labels = "labels.jsonl" in [data]')
+        if item.label_weights is not None and len(item.label_weights) != families:
+            raise UserError(f"clip {item.id} has {len(item.label_weights)} label weights, taxonomy {taxonomy.name} has "
+                            f"{families} families; label with --taxonomy {taxonomy.name}, or set taxonomy")
+        if item.label is not None and item.label >= families:
+            raise UserError(f"clip {item.id} has label {item.label}, taxonomy {taxonomy.name} has {families} families; "
+                            f"label with --taxonomy {taxonomy.name}, or set taxonomy")
+    if data.index.taxonomy not in (None, taxonomy.name) and data.settings.data.labels is None:
+        raise UserError(f"{data.index.folder} was labelled with taxonomy {data.index.taxonomy}, the settings say "
+                        f"{taxonomy.name}; set taxonomy, or label and cache again")
+
+
+def base_loras(settings: TrainMoeSettings, base: Base) -> dict[NoiseExpert, tuple[Path, LoraState]]:
+    """The frozen LoRAs beside the experts, read."""
+    requests = [(expert.value, path, 1.0) for expert, path in settings.base_lora.items()]
+    found = {}
+    for expert, [(file, _)] in assign(requests, base.spec.experts).items():
+        found[expert] = (file.path.absolute(), file.read())
+    return found
+
+
+def describe_mixture(settings: TrainMoeSettings, data: recipe.RunData, taxonomy: Taxonomy) -> list[str]:
+    """Lines of the plan: experts and their clips, router, region loss."""
+    counts = dict.fromkeys(taxonomy.keys, 0)
+    for item in data.items:
+        counts[taxonomy.keys[family_of(item) or 0]] += 1
+    least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    ratio = counts[most] / counts[least] if counts[least] else float("inf")
+    lines = [f"{len(counts)} experts{' for both noise experts' if settings.shared_experts else ''}: "
+             + ", ".join(f"{family} {n} clips" for family, n in counts.items())
+             + f"; imbalance {ratio:.3g}, drawn by clips of a family to the power -{settings.data.balance:g}"]
+    if ratio >= _IMBALANCE and settings.data.balance < 1:
+        console.warn(f"{most} has {counts[most]} clips, {least} {counts[least]}: experts of rare families learn little "
+                     "and the router learns to leave them out; set data.balance = 1 to draw families evenly")
+    learns = "" if settings.router.kind == "rule" else (
+        f", top {settings.router.top_k}, teacher temperature {settings.routing_loss.teacher_temperature:g}")
+    region = "" if settings.roi_weight else "; region loss off (roi_weight = 0)"
+    lines.append(f"router {settings.router.kind}{' with sigma' if settings.router.sigma else ''}{learns}{region}")
+    steep = settings.router.kind not in ("rule", "linear")
+    if steep and (rate := router_lr(settings)) is not None and rate > ROUTER_LR_LIMIT:
+        console.warn(f"the router's lr is lr x router.lr_scale = {rate:g}, above {ROUTER_LR_LIMIT:g}, where routers "
+                     f"were seen to diverge; set router.lr_scale = {settings.router.lr_scale * 1e-3 / rate:.2g} or so")
+    return lines
+
+
+def plan_mixture(
+    settings: TrainMoeSettings, base: Base, data: recipe.RunData, taxonomy: Taxonomy, frozen: BaseLoras,
+    device: torch.device, look: bool = False, processes: int = 1,
+) -> TrainingMemory:
+    """The memory plan of a mixture: an expert a family on every target, and the LoRA beside them."""
+    beside = {expert: {path: entry.down.shape[0] for path, entry in state.entries.items()}
+              for expert, (_, state) in frozen.items()}
+    ranks = {
+        expert: [recipe.targets_of(settings.targets_for(family, own.targets), base.num_layers)
+                 for family in taxonomy.keys]
+        for expert, own in data.experts.items()
+    }
+    return plan_training(settings, base, data, device, ranks, beside, look, processes)
+
+
+def router_lr(settings: TrainMoeSettings) -> float | None:
+    """The largest lr the router can see; None where only the run can tell (Prodigy)."""
+    optimiser = settings.optimiser
+    if isinstance(optimiser, ProdigySettings):
+        return None
+    lr = optimiser.max_lr if isinstance(optimiser, AutomagicSettings) else optimiser.lr
+    return lr * settings.router.lr_scale
+
+
+def assemble(
+    settings: TrainMoeSettings, base: Base, data: recipe.RunData, taxonomy: Taxonomy, frozen: BaseLoras,
+    device: torch.device, parking: Parking, memory: TrainingMemory,
+) -> tuple[Mixture, dict[NoiseExpert, Adapter]]:
+    """Load the noise experts, and put the mixture's experts on them."""
+    spec = MixtureSpec(
+        families=taxonomy.keys, taxonomy=taxonomy.to_dict(), task=base.task, text_dim=base.text_dim,
+        bands={expert: (base.bands[expert].low, base.bands[expert].high) for expert in data.experts},
+        router=settings.router.kind, router_temperature=settings.router.temperature, top_k=settings.router.top_k,
+        knots=settings.timestep_gate.knots, flow_shift=base.spec.flow_shift, steps=base.spec.defaults.steps,
+        base={expert: base.fingerprint(expert) for expert in data.experts},
+        base_lora={
+            expert: {"path": str(path), "fingerprint": state.fingerprint()}
+            for expert, (path, state) in frozen.items() if expert in data.experts
+        },
+        router_sigma=settings.router.sigma, gate_ema=settings.router.gate_ema, shared_experts=settings.shared_experts,
+    )
+    transformers = {e: memory.load(settings, base, e, parking.load_on, device) for e in data.experts}
+    given = {e: file.read() for e, file in recipe.initial_loras(settings.init_lora, base).items()}
+    states = {
+        expert: {family: _expert(settings, transformers[expert], own, expert, family, given.get(expert))
+                 for family in taxonomy.keys}
+        for expert, own in data.experts.items()
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.seed_of(settings.seed, "router"))
+        mixture = Mixture(spec, states)
+    mixture.to(device)
+    adapters = {}
+    for expert, transformer in transformers.items():
+        own = frozen[expert][1] if expert in frozen else None
+        adapters[expert] = attach(transformer, mixture.groups(expert, own, trainable=True), gates_required=True)
+    if settings.shared_experts:
+        _share(adapters)
+    parking.add(adapters)
+    return mixture, adapters
+
+
+def _expert(
+    settings: TrainMoeSettings, transformer: torch.nn.Module, own: ExpertSettings, expert: NoiseExpert, family: str,
+    given: LoraState | None,
+) -> LoraState:
+    targets = settings.targets_for(family, own.targets)
+    # Shared experts start from one draw, whichever noise expert they are attached to first.
+    side = "shared" if settings.shared_experts else expert.value
+    fresh = recipe.fresh_lora(transformer, own.model_copy(update={"targets": targets}), settings.seed, side, family)
+    return fresh if given is None else started_from(fresh, given)
+
+
+def started_from(fresh: LoraState, given: LoraState) -> LoraState:
+    """`given` at the modules and ranks of `fresh`: the same ΔW, as far as a lower rank holds it.
+
+    A larger rank takes `given`'s own A and B and keeps fresh rows of A (with B = 0) for the rest; a smaller one its
+    largest singular values. Modules that only `given` has are left out, with a warning.
+    """
+    lost = [path for path in given.entries if path not in fresh.entries]
+    if lost:
+        console.warn(f"init_lora has {len(lost)} modules that the experts do not (such as {lost[0]}); what it changes "
+                     "there is left out: widen [targets] to keep it")
+    entries = {}
+    for path, new in fresh.entries.items():
+        old = given.entries.get(path)
+        if old is None:
+            entries[path] = new
+            continue
+        if old.rank > new.rank:
+            old = resize(LoraState({path: old}), new.rank)[0].entries[path]
+        down = torch.cat([old.down.to(new.down), new.down[old.rank :]])
+        up = new.up.clone()
+        up[:, : old.rank] = old.up.to(new.up) * (old.scale / new.scale)
+        entries[path] = LoraEntry(down, up, new.alpha)
+    return LoraState(entries, dict(fresh.metadata))
+
+
+def _share(adapters: Mapping[NoiseExpert, Adapter]) -> None:
+    """Let every adapter's trained rows be the first one's: the same parameters, not copies."""
+    first, *others = adapters.values()
+    for other in others:
+        for path, layer in other.layers.items():
+            layer.down_RI, layer.up_OR = first.layers[path].down_RI, first.layers[path].up_OR
+
+
+def weights_of(settings: TrainMoeSettings, steps: int) -> MixtureWeights:
+    """The objective's numbers for a run of so many steps."""
+    loss = settings.routing_loss
+    return MixtureWeights(
+        roi=settings.roi_weight, entropy=loss.entropy, balance=loss.balance, teacher_kl=loss.teacher_kl,
+        teacher_kl_end=loss.teacher_kl_end, steps=steps, teacher_temperature=loss.teacher_temperature,
+        entropy_floor=loss.entropy_floor, usage_decay=loss.usage_decay, alpha_base=settings.alpha_base,
+        router_lr_scale=settings.router.lr_scale, gate_lr_scale=settings.timestep_gate.lr_scale,
+        expert_dropout=settings.expert_dropout,
+    )

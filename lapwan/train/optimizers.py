@@ -1,0 +1,164 @@
+"""From settings to optimisers and their lr schedules.
+
+How to add an optimiser: a settings member in `lapwan/settings/optimizers.py`, a case in `make_optimiser`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lapwan.errors import UserError
+from lapwan.settings.optimizers import (
+    AdamW8bitSettings,
+    AdamWSettings,
+    AutomagicSettings,
+    OptimiserSettings,
+    ProdigySettings,
+    ScheduleSettings,
+)
+from lapwan.train.automagic import Automagic, expected_lr
+from lapwan.train.objective import ParameterGroup
+
+_EXTRAS = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+AGREEMENTS = (0.47, 0.50, 0.53)  # sign agreements seen in practice: 0.5 is noise
+
+
+def check_optimiser(optimiser: OptimiserSettings, schedule: ScheduleSettings) -> None:
+    """Refuse what cannot run, before any weights are loaded.
+
+    Raises:
+        UserError: a library that is not installed, or an lr schedule on an optimiser that has its own.
+    """
+    library = _EXTRAS.get(optimiser.type)
+    if library is not None and importlib.util.find_spec(library) is None:
+        raise UserError(f"optimiser.type = '{optimiser.type}' needs {library}, which is not installed; "
+                        f"pip install 'lapwan[{optimiser.type}]', or set optimiser.type = 'adamw'")
+    if isinstance(optimiser, AutomagicSettings) and schedule.changes:
+        raise UserError(f"schedule.name = '{schedule.name}' with warmup_steps = {schedule.warmup_steps} has no effect "
+                        "on automagic, whose elements find their own lr between min_lr and max_lr; leave it out")
+
+
+def make_optimiser(settings: OptimiserSettings, groups: Sequence[ParameterGroup]) -> Optimizer:
+    """The optimiser over the groups, each at `lr · lr_scale`, B matrices at `lora_plus` times that."""
+    parts = [part for group in groups for part in _by_factor(group, settings.lora_plus)]
+    if isinstance(settings, AutomagicSettings):
+        return Automagic([{"params": [*part.parameters.values()], "scale": part.lr_scale} for part in parts], settings)
+    parameters: list[dict[str, Any]] = [
+        {"params": list(part.parameters.values()), "lr": settings.lr * part.lr_scale} for part in parts
+    ]
+    cuda = any(p.is_cuda for part in parts for p in part.parameters.values())
+    plain: dict[str, Any] = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
+    match settings:
+        case AdamWSettings():
+            return torch.optim.AdamW(parameters, **plain, fused=True)
+        case AdamW8bitSettings():
+            if not cuda:
+                raise UserError("optimiser.type = 'adamw8bit' needs a GPU; set optimiser.type = 'adamw'")
+            from bitsandbytes.optim import AdamW8bit
+
+            eight_bit: Optimizer = AdamW8bit(parameters, **plain)
+            return eight_bit
+        case ProdigySettings():
+            if len({part.lr_scale for part in parts}) > 1:
+                raise UserError("optimiser.type = 'prodigy' finds one step size for all it steps; set "
+                                "timestep_gate.lr_scale = 1, or another optimiser")
+            from prodigyopt import Prodigy
+
+            with redirect_stdout(io.StringIO()):  # it prints, where results belong
+                prodigy: Optimizer = Prodigy(parameters, **plain, d0=settings.d0, d_coef=settings.d_coef)
+            return prodigy
+
+
+def _by_factor(group: ParameterGroup, ratio: float) -> list[ParameterGroup]:
+    """LoRA+: B in a group of its own."""
+    if ratio == 1.0:
+        return [group]
+    up = {name: p for name, p in group.parameters.items() if name.endswith(".up")}
+    rest = {name: p for name, p in group.parameters.items() if name not in up}
+    split = [ParameterGroup(rest, group.lr_scale), ParameterGroup(up, group.lr_scale * ratio)]
+    return [part for part in split if part.parameters]
+
+
+def make_schedule(settings: ScheduleSettings, optimiser: Optimizer, steps: int) -> Any:
+    """diffusers' lr schedule by name, over the `steps` this optimiser will take."""
+    from diffusers.optimization import get_scheduler
+
+    more: dict[str, dict[str, Any]] = {
+        "cosine_with_restarts": {"num_cycles": settings.cycles}, "polynomial": {"power": settings.power}}
+    return get_scheduler(
+        settings.name, optimiser, num_warmup_steps=settings.warmup_steps, num_training_steps=steps,
+        **more.get(settings.name, {}),
+    )
+
+
+def current_lr(optimiser: Optimizer) -> Tensor | float:
+    """The lr to log: of the first group; for Automagic the mean over elements, for Prodigy lr times its step size."""
+    if isinstance(optimiser, Automagic):
+        return optimiser.mean_lr()
+    first = optimiser.param_groups[0]
+    return float(first["lr"]) * float(first.get("d", 1.0))
+
+
+def predicted_lr(settings: OptimiserSettings, agreement: float = 0.5) -> float | None:
+    """Where the lr settles; None if only the run can tell (Prodigy)."""
+    match settings:
+        case AutomagicSettings():
+            return expected_lr(settings, agreement)
+        case ProdigySettings():
+            return None
+        case _:
+            return settings.lr
+
+
+def describe_optimiser(settings: OptimiserSettings, schedule: ScheduleSettings) -> str:
+    """One line of everything that decides the lr."""
+    match settings:
+        case AutomagicSettings():
+            text = (f"automagic, lr from {settings.start_lr:g}, bump {settings.lr_bump:g}, min {settings.min_lr:g}, "
+                    f"max {settings.max_lr:g}, beta2 {settings.beta2:g}, clip {settings.clip_threshold:g}")
+        case ProdigySettings():
+            text = f"prodigy, lr {settings.lr:g} times its own step size (from {settings.d0:g})"
+        case _:
+            text = f"{settings.type} lr {settings.lr:g}, betas {settings.betas[0]:g}, {settings.betas[1]:g}"
+    text += f", weight decay {settings.weight_decay:g}"
+    if settings.lora_plus != 1:
+        text += f", B at {settings.lora_plus:g} times the lr"
+    if schedule.changes:
+        text += f", {schedule.name} with {schedule.warmup_steps} warm-up steps"
+    return text
+
+
+def ratio_line(high: OptimiserSettings, low: OptimiserSettings) -> str:
+    """The LR ratio to expect, at several sign agreements where that matters."""
+    pairs = [(p, predicted_lr(high, p), predicted_lr(low, p)) for p in AGREEMENTS]
+    known = [(p, a / b) for p, a, b in pairs if a is not None and b is not None]
+    if not known:
+        return "LR ratio high / low: only the run can tell (prodigy)"
+    if len({round(ratio, 6) for _, ratio in known}) == 1:
+        return f"LR ratio high / low: {known[0][1]:.2f}"
+    shown = ", ".join(f"{ratio:.2f} at sign agreement {p:.2f}" for p, ratio in known)
+    return f"predicted LR ratio high / low: {shown} (set by min and max, not by the bumps)"
+
+
+def restore(
+    optimiser: Optimizer, schedule: Any, saved: Mapping[str, Any], saved_schedule: Mapping[str, Any], ours: bool
+) -> None:
+    """Load an optimiser's and its schedule's state; `ours` keeps this run's hyperparameters instead of the saved."""
+    told = [{k: v for k, v in group.items() if k != "params"} for group in optimiser.param_groups]
+    base_lrs = list(schedule.base_lrs)
+    optimiser.load_state_dict(dict(saved))
+    schedule.load_state_dict(dict(saved_schedule))
+    if ours:
+        for group, own in zip(optimiser.param_groups, told, strict=True):
+            group.update(own)
+        schedule.base_lrs = base_lrs
+        for group, base, factor in zip(optimiser.param_groups, base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * factor(schedule.last_epoch)

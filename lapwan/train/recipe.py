@@ -1,0 +1,272 @@
+"""From settings to a run: data, targets, schedule, optimisers, rules."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lapwan import console
+from lapwan.caching.index import CachedItem, CacheIndex, load_index
+from lapwan.errors import UserError
+from lapwan.lora.assign import assign
+from lapwan.lora.attach import initial_state
+from lapwan.lora.dropout import DropoutRates
+from lapwan.lora.formats import LoraFile
+from lapwan.lora.state import LoraState
+from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
+from lapwan.losses.sigmas import LogitNormal, Shifted, ShiftedBySize, SigmaSampler, Squeezed, Uniform, Weighting
+from lapwan.models.base import Base
+from lapwan.names import Band, NoiseExpert
+from lapwan.settings.base import Settings
+from lapwan.settings.srpo import SrpoSettings
+from lapwan.settings.targets import TargetSettings
+from lapwan.settings.train import ExpertSettings, TrainSettings, split_evenly
+from lapwan.train.callbacks.alpha_schedule import AlphaSchedule
+from lapwan.train.callbacks.max_norm import NormLimit
+from lapwan.train.clip_store import ClipStore, check_cache, sampling_weights, training_items
+from lapwan.train.context_parallel import SharedClips, share
+from lapwan.train.objective import Objective, SigmaRule
+from lapwan.train.optimizers import make_optimiser, make_schedule, predicted_lr
+from lapwan.train.parallel import Ranks
+from lapwan.train.schedule import SampleOrder, interleave, one_after_the_other
+from lapwan.train.trainer import Plan, Track, Trainer
+from lapwan.wan.transformer.compile import CompileReport, compile_blocks, pays
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The clips of a run, checked against the model, and each noise expert's own settings."""
+
+    settings: TrainSettings
+    index: CacheIndex
+    items: list[CachedItem]
+    experts: dict[NoiseExpert, ExpertSettings]
+
+    def orders(self) -> dict[NoiseExpert, SampleOrder]:
+        """Each noise expert's order of visits."""
+        s = self.settings
+        buckets = [item.bucket for item in self.items]
+        weights = sampling_weights(self.items, s.data.balance)
+        return {e: SampleOrder(buckets, s.batch_size, s.seed, e.value, weights) for e in self.experts}
+
+    @cached_property
+    def schedule(self) -> list[NoiseExpert]:
+        """The noise expert of every optimiser step."""
+        s = self.settings
+        if s.phases:
+            phases = []
+            for phase in s.phases:
+                joint = split_evenly(phase.joint, len(self.experts))
+                own = {NoiseExpert.HIGH: phase.high, NoiseExpert.LOW: phase.low}
+                phases.append({e: own[e] + share for e, share in zip(self.experts, joint, strict=True)})
+            return one_after_the_other(phases, s.turn)
+        windows = {e: (own.start, own.stop) for e, own in self.experts.items()}
+        return interleave({e: own.steps for e, own in self.experts.items()}, s.turn, windows)
+
+    def identity(self, base: Base) -> dict[str, str]:
+        """What the run is trained on, by content: the clips with their captions and labels, and the base's weights."""
+        told = [[i.id, i.bucket, i.caption, i.label, i.label_weights, i.repeats, i.fingerprints] for i in self.items]
+        clips = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return {"clips": clips} | {f"base.{e.value}": base.fingerprint(e) for e in self.experts}
+
+
+def read_data(settings: TrainSettings, base: Base) -> RunData:
+    """Read the cache's index and resolve each noise expert's settings; no weights are loaded.
+
+    Raises:
+        UserError: a cache that does not fit the model, or a noise expert the model does not have.
+    """
+    for expert in settings.experts:
+        if expert not in base.spec.experts:
+            have = [e.value for e in base.spec.experts]
+            raise UserError(f"experts holds '{expert.value}', the model has {have}; set experts = {have}")
+    index = load_index(settings.data.cache, settings.data.labels)
+    items = training_items(index, settings.data.split)
+    check_cache(index, base.spec, items)
+    sampling_weights(items, settings.data.balance)  # refuses clips without labels now, not at the first step
+    per_epoch = SampleOrder([i.bucket for i in items], settings.batch_size, settings.seed, "").batches_per_epoch
+    steps = max(1, math.ceil((settings.epochs or 1) * per_epoch / settings.accumulate))
+    return RunData(settings, index, items, {e: settings.of(e, steps) for e in settings.experts})
+
+
+def targets_of(settings: TargetSettings, num_blocks: int) -> dict[str, int]:
+    """Rank by module path.
+
+    Raises:
+        UserError: more blocks than the model has, a pattern that matches nothing, or nothing to train.
+    """
+    if settings.patterns:
+        return resolve_patterns(settings.patterns, num_blocks)
+    attention = {
+        f"{kind}.{part}": getattr(settings, part) for kind in settings.attention for part in ("q", "k", "v", "o")
+    }
+    # The default recipe counts blocks of a 40-block model; a smaller model simply has all of them trained.
+    clip = {name: None if n == "all" else min(n, num_blocks) for name, n in
+            (("attention", settings.last_blocks), ("ffn", settings.ffn_last_blocks))}
+    rules = [
+        TargetRule(clip["attention"], attention),
+        TargetRule(clip["ffn"], {"ffn.0": settings.ffn_in, "ffn.2": settings.ffn_out}),
+    ]
+    return resolve_targets(rules, num_blocks)
+
+
+def initial_loras(paths: Mapping[NoiseExpert, Path], base: Base) -> dict[NoiseExpert, LoraFile]:
+    """The LoRAs to continue from, by noise expert; headers are read, tensors are not.
+
+    Raises:
+        UserError: not a LoRA, or for the other noise expert.
+    """
+    found = assign([(expert.value, path, 1.0) for expert, path in paths.items()], base.spec.experts)
+    return {expert: file for expert, [(file, _)] in found.items()}
+
+
+def sigma_rule(own: ExpertSettings, band: Band) -> SigmaRule:
+    """How a noise expert's sigmas are drawn and its loss is weighted."""
+    s = own.sigma
+    sampler: SigmaSampler
+    match s.sampler:
+        case "uniform":
+            sampler = Uniform()
+        case "logit_normal":
+            sampler = LogitNormal(s.mean, s.std)
+        case "sigmoid":
+            sampler = LogitNormal(0.0, s.scale)
+    if s.shift == "resolution":
+        sampler = ShiftedBySize(sampler)
+    elif s.shift != 1.0:
+        sampler = Shifted(sampler, s.shift)
+    if s.band == "squeeze":
+        sampler = Squeezed(sampler, band.low, band.high)
+    return SigmaRule(sampler, band, s.strata, Weighting(own.weighting.kind, own.weighting.gamma))
+
+
+def fresh_lora(transformer: Any, own: ExpertSettings, seed: int, *key: str) -> LoraState:
+    """A new LoRA on a noise expert's targets."""
+    ranks = targets_of(own.targets, len(transformer.blocks))
+    return initial_state(transformer, ranks, own.first_alpha, seed, *key)
+
+
+def dropout_of(data: RunData) -> dict[NoiseExpert, DropoutRates]:
+    """Each noise expert's dropout."""
+    return {e: DropoutRates(**own.dropout.model_dump()) for e, own in data.experts.items()}
+
+
+def settings_hash(settings: Settings) -> str:
+    """sha256 of the resolved settings without where they write: 64 hex digits, to tell which run made a file."""
+    free = {"output", "resume", "allow_changed", "device", "memory", "compile"}
+    plain = settings.model_dump(mode="json", exclude=free)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def provenance(settings: TrainSettings, base: Base, data: RunData, expert: NoiseExpert) -> dict[str, str]:
+    """What an adapter file says of its making."""
+    band, own = base.bands[expert], data.experts[expert]
+    rate = predicted_lr(own.optimiser)
+    return {
+        "lapwan.noise_expert": expert.value,
+        "lapwan.task": base.task,
+        "lapwan.boundary": "" if base.spec.boundary is None else repr(base.spec.boundary),
+        "lapwan.base_fingerprint": base.fingerprint(expert),
+        "lapwan.clips": str(len({item.id for item in data.items})),
+        "lapwan.items": str(len(data.items)),
+        "lapwan.seed": str(settings.seed),
+        "lapwan.settings": settings_hash(settings),
+        # What other tools show of a file.
+        "ss_base_model_version": "wan2.1" if base.task == "t2v" and base.spec.boundary is None else "wan2.2",
+        "ss_output_name": settings.name,
+        "ss_seed": str(settings.seed),
+        "ss_num_train_items": str(len(data.items)),
+        "ss_max_train_steps": str(data.schedule.count(expert)),
+        "ss_optimizer": own.optimiser.type,
+        "ss_lr_scheduler": own.schedule.name,
+        **({} if rate is None else {"ss_learning_rate": f"{rate:g}"}),
+        "modelspec.timestep_range": f"{1000 * band.low:g},{1000 * band.high:g}",
+        "modelspec.title": f"{settings.name}_{expert.file_suffix}",
+    }
+
+
+def make_trainer(
+    settings: TrainSettings, base: Base, data: RunData, objective: Objective, store: ClipStore, command: str,
+    ranks: Ranks,
+) -> Trainer:
+    """Wire tracks, optimisers, lr schedules and rules around an objective.
+
+    Raises:
+        UserError: fewer batches a step than processes.
+    """
+    if settings.accumulate % ranks.count and not isinstance(ranks, SharedClips):
+        raise UserError(f"accumulate = {settings.accumulate} batches a step cannot be dealt out evenly to "
+                        f"{ranks.count} processes; set it to a multiple of {ranks.count}, or divide = "
+                        "\"tokens\"")
+    optimisers, schedules = {}, {}
+    for name, groups in objective.optimised.items():
+        # What both noise experts share is stepped in every turn, at the shared settings.
+        shared = name not in [e.value for e in data.experts]
+        own: ExpertSettings | TrainSettings = settings if shared else data.experts[NoiseExpert(name)]
+        optimisers[name] = make_optimiser(own.optimiser, groups)
+        count = len(data.schedule) if shared else data.schedule.count(NoiseExpert(name))
+        schedules[name] = make_schedule(own.schedule, optimisers[name], max(1, count))
+    tracks = {
+        expert: Track(order, sigma_rule(data.experts[expert], base.bands[expert]))
+        for expert, order in data.orders().items()
+    }
+    plan = Plan(
+        run=settings.output, schedule=data.schedule, tracks=tracks, optimisers=optimisers, lr_schedules=schedules,
+        load_batch=store.batch, item_ids=[item.id for item in data.items], seed=settings.seed,
+        accumulate=settings.accumulate, max_grad_norm=settings.max_grad_norm, ema_decay=settings.ema_decay,
+        caption_dropout=settings.caption_dropout, save_every=settings.save_every, log_every=settings.log_every,
+        sigma_bins=settings.sigma_bins, keep_last=settings.keep_last, keep_best=settings.keep_best,
+        resume_command=f"{command} --resume", identity=data.identity(base), changes_allowed=settings.allow_changed,
+        ranks=ranks,
+    )
+    if isinstance(ranks, SharedClips):
+        plan.alone = share([adapter.transformer for adapter in objective.adapters.values()], ranks)
+    _compile(settings, base, data, objective, ranks)
+    plan.after_step = CompileReport().tell
+    trainer = Trainer(plan, objective)
+    limits = {e: own.max_norm for e, own in data.experts.items() if own.max_norm is not None}
+    if limits:
+        trainer.rules["max_norm"] = NormLimit(objective.adapters, limits)
+    for expert, own in data.experts.items():
+        if own.alpha_schedule.phases:
+            mine = {n: p for n, p in trainer.parameters.items() if n.startswith(f"{expert.value}.")}
+            ups = {n: p for n, p in mine.items() if n.endswith(".up")}
+            trainer.rules[f"alpha.{expert.value}"] = AlphaSchedule(
+                expert, own.alpha_schedule, objective.adapters[expert], base.bands[expert], ups,
+                optimisers[expert.value], trainer.ema)
+    return trainer
+
+
+def _compile(settings: TrainSettings, base: Base, data: RunData, objective: Objective, ranks: Ranks) -> None:
+    """Each noise expert's blocks compiled, as asked, else where the run is long enough for it."""
+    largest = max((base.spec.latent_shape(*item.bucket)[1:] for item in data.items), key=math.prod)
+    for expert, adapter in objective.adapters.items():
+        evaluations = data.schedule.count(expert) * settings.accumulate * settings.batch_size // ranks.copies
+        transformer: Any = adapter.transformer
+        auto = settings.compile == "auto" and pays(transformer, largest, evaluations, training=True)
+        compile_blocks(transformer, auto or settings.compile == "on")
+
+
+def run_training(trainer: Trainer, settings: TrainSettings | SrpoSettings) -> bool:
+    """Resume if asked, then train to the end. False if there was nothing left to do."""
+    if settings.resume:
+        if trainer.resume():
+            console.log(f"resuming {settings.output} at step {trainer.step} of {len(trainer.plan.schedule)}")
+        else:
+            console.log(f"{settings.output} has no checkpoint yet; starting at step 0")
+    if trainer.step >= len(trainer.plan.schedule):
+        console.log(f"{settings.output} is complete: {trainer.step} steps; nothing to do")
+        return False
+    trainer.fit()
+    return True
+
+
+def metadata_of(settings: TrainSettings, base: Base, data: RunData) -> Mapping[NoiseExpert, dict[str, str]]:
+    """`provenance` for every trained noise expert."""
+    return {expert: provenance(settings, base, data, expert) for expert in data.experts}

@@ -1,0 +1,113 @@
+"""The order of samples as a pure function of (seed, stream, position): resuming it needs one number.
+
+Every visit of a sample has a number of its own, the key of its noise and sigma: the draws do not depend on how visits
+are cut into batches, so a batch of two is two batches of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from lapwan import rng
+from lapwan.names import NoiseExpert
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One use of one sample: its index in the item list, and a number no other visit of the stream has."""
+
+    item: int
+    number: int
+
+
+class SampleOrder:
+    """Epoch after epoch of batches, each batch inside one bucket (equal shapes).
+
+    Without weights an epoch is a permutation; with weights it is as many draws with replacement, likelier by weight.
+    """
+
+    def __init__(
+        self, buckets: Sequence[Hashable], batch_size: int, seed: int, stream: str,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        if not buckets:
+            raise ValueError("no samples")
+        self._buckets, self._batch_size, self._seed, self._stream = list(buckets), batch_size, seed, stream
+        self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    def _make_epoch(self, epoch: int) -> list[list[Visit]]:
+        generator = rng.generator(self._seed, self._stream, epoch, "order")
+        count = len(self._buckets)
+        if self._weights is None:
+            items = torch.randperm(count, generator=generator).tolist()
+        else:
+            items = torch.multinomial(self._weights, count, replacement=True, generator=generator).tolist()
+        by_bucket: dict[Hashable, list[Visit]] = {}
+        for slot, item in enumerate(items):
+            by_bucket.setdefault(self._buckets[item], []).append(Visit(item, epoch * count + slot))
+        size = self._batch_size
+        batches = [visits[i : i + size] for visits in by_bucket.values() for i in range(0, len(visits), size)]
+        if len(by_bucket) > 1:  # else the order of the batches is the shuffled order already
+            shuffle = torch.randperm(len(batches), generator=generator).tolist()
+            batches = [batches[i] for i in shuffle]
+        return batches
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in the first epoch; weighted epochs over several buckets may differ by a few."""
+        return len(self._epoch(0))
+
+    def batches(self, start: tuple[int, int], count: int) -> tuple[list[list[Visit]], tuple[int, int]]:
+        """`count` batches from position (epoch, batch) on, and the position after them."""
+        epoch, index = start
+        found: list[list[Visit]] = []
+        while len(found) < count:
+            found.append(self._epoch(epoch)[index])
+            index += 1
+            if index == len(self._epoch(epoch)):
+                epoch, index = epoch + 1, 0
+        return found, (epoch, index)
+
+Window = tuple[int, int | None]  # steps of the run [start, stop) in which a noise expert has turns
+
+
+def interleave(
+    steps: Mapping[NoiseExpert, int], turn: int, windows: Mapping[NoiseExpert, Window] | None = None
+) -> list[NoiseExpert]:
+    """The noise expert of every optimiser step: blocks of `turn` steps, in proportion to what is left.
+
+    With equal counts: `turn` steps high, `turn` steps low, and so on. With 1000 high and 500 low, two high turns come
+    for each low one, so that both end together. A noise expert outside its window waits; if nobody else has steps
+    left, the one that would start first starts at once, since a step of nobody makes no sense. Steps that do not fit
+    before a `stop` are left out.
+    """
+    windows = windows or {}
+    order: list[NoiseExpert] = []
+    left = {expert: count for expert, count in steps.items() if count > 0}
+    while any(left.values()):
+        at = len(order)
+        waiting = [e for e in left if left[e] and _stop(windows, e, at) > at]
+        ready = [e for e in waiting if windows.get(e, (0, None))[0] <= at]
+        if not waiting:
+            break
+        # The expert that is furthest from done goes next; ties go in the order given (high first).
+        expert = max(ready, key=lambda e: left[e] / steps[e]) if ready else min(waiting, key=lambda e: windows[e][0])
+        length = min(turn, left[expert], _stop(windows, expert, at) - at)
+        order += [expert] * length
+        left[expert] -= length
+    return order
+
+
+def _stop(windows: Mapping[NoiseExpert, Window], expert: NoiseExpert, at: int) -> int:
+    stop = windows.get(expert, (0, None))[1]
+    return at + 2**31 if stop is None else stop
+
+
+def one_after_the_other(phases: Sequence[Mapping[NoiseExpert, int]], turn: int) -> list[NoiseExpert]:
+    """Each phase's steps interleaved, one phase after the other: high 1000, low 1500, then both 100."""
+    return [expert for phase in phases for expert in interleave(phase, turn)]

@@ -1,0 +1,97 @@
+"""Rollouts: from a sample's own noise to clean latents through the noise experts, as they are in training now.
+
+    x ← x + (σ' − σ)·v̂(x, σ) over a shifted grid of N sigmas down to 0, the expert chosen by sigma        (Euler)
+
+All batches of an optimiser step go through one noise expert before the next one is fetched: with one on the device at a
+time a step costs two moves, however many batches it has. Everything is kept in fp32 between evaluations.
+
+Shapes: B samples, C latent channels, T latent frames, H, W latent height and width, L text tokens, D text features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lapwan.caching.batch import Batch
+from lapwan.models.spec import ModelSpec
+from lapwan.names import NoiseExpert
+from lapwan.sampling.denoise import Conditions, guided_velocity
+from lapwan.sampling.sigma_grid import Step, make_grid
+from lapwan.train.objective import Draws
+from lapwan.wan.text import pad_text
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+
+@dataclass(frozen=True)
+class RolloutRule:
+    """How a rollout goes: Euler steps, guidance (1: none), shift (None: the model's)."""
+
+    steps: int
+    guidance: float = 1.0
+    flow_shift: float | None = None
+
+
+def rollout_steps(spec: ModelSpec, rule: RolloutRule) -> tuple[tuple[Step, ...], list[float]]:
+    """The evaluations in order, and the sigma each one leads to."""
+    grid = make_grid(spec, "euler", rule.steps, rule.flow_shift)
+    sigmas = [step.sigma for step in grid.steps]
+    return grid.steps, [*sigmas[1:], 0.0]
+
+
+class Rollout:
+    """Clean latents for batches, from the noise of their draws.
+
+    Args:
+        transformers: by noise expert, in training or frozen.
+        fetch: brings a noise expert to the device.
+        negative: features [n, D] of the negative prompt; needed with guidance.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, rule: RolloutRule, transformers: Mapping[NoiseExpert, WanTransformer3DModel],
+        fetch: Callable[[NoiseExpert], None], negative: Tensor | None = None,
+    ) -> None:
+        self._steps, self._next = rollout_steps(spec, rule)
+        self._transformers, self._fetch, self._negative = transformers, fetch, negative
+        self._guidance = rule.guidance
+
+    def __call__(self, expert: NoiseExpert, batches: Sequence[Batch], draws: Sequence[Draws]) -> list[Batch]:
+        """The batches with x0 in place of their latents; afterwards `expert` is on the device."""
+        latents = self.sample([draw.noise_BCTHW for draw in draws], [self._conditions(batch) for batch in batches])
+        self._fetch(expert)
+        return [replace(batch, latents_BCTHW=x0) for batch, x0 in zip(batches, latents, strict=True)]
+
+    def _conditions(self, batch: Batch) -> Conditions:
+        return self.conditions(batch.text, batch.condition_BCTHW)
+
+    def conditions(self, text: Sequence[Tensor], image_BCTHW: Tensor | None = None) -> Conditions:
+        """What the transformer sees of a batch besides its latents."""
+        negative = None
+        if self._guidance > 1:
+            assert self._negative is not None
+            negative = pad_text([self._negative.to(text[0])] * len(text))
+        return Conditions(pad_text(text), negative, image_BCTHW)
+
+    @torch.no_grad()
+    def sample(self, noise: Sequence[Tensor], conditions: Sequence[Conditions]) -> list[Tensor]:
+        """x0 from each batch's noise."""
+        latents = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in noise]
+        pairs = list(zip(self._steps, self._next, strict=True))
+        for expert, stretch in groupby(pairs, key=lambda pair: pair[0].expert):
+            self._fetch(expert)
+            model, part = self._transformers[expert], list(stretch)
+            for place, condition in enumerate(conditions):
+                x = latents[place]
+                for step, sigma_next in part:
+                    v = guided_velocity(model, x, step.timestep, condition, self._guidance)
+                    x = x + (sigma_next - step.sigma) * v
+                latents[place] = x
+        return latents
