@@ -1,10 +1,10 @@
 """Why the text router reads captions without keywords worse than a linear probe of the same features.
 
-    python tests/bench/bench_router.py --work DIR --out router.md      # one CPU core: about a quarter of an hour
+    PYTHONPATH=. python tests/bench/bench_router.py --work DIR --out router.md   # one CPU core: a quarter of an hour
 
-The router alone, without any video: the comparison's training captions (examples/tiny/comparison.toml), the router's
-own losses, lr and batch size, one thing changed in each row. A stage-2 run of 48 steps steps the router 96 times, once
-for each noise expert. Rows are chosen by the validation columns: captions of the comparison's validation scenes, and
+The router alone, without any video: the training captions of examples/comparison/comparison.toml, the router's own
+losses, lr and batch size, one thing changed in each row. A stage-2 run of 48 steps steps the router 96 times, once for
+each noise expert. Rows are chosen by the validation columns: captions of the comparison's validation scenes, and
 captions without keywords that are not among its test captions (accuracy of each family, averaged). The last column is
 the comparison's own test set, for a look.
 """
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lapwan.comparison.captions import paraphrases
+from examples.comparison.captions import paraphrases
 from lapwan.data.labels import Resolver, resolve_hint
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.losses import routing

@@ -2,7 +2,7 @@
 
     python tests/bench/srpo_proof.py --work DIR [--device cuda] [--modes online,offline] [--seeds 1,2,3] [--parallel]
 
-`srpo_criterion.toml` says what must hold and was there first. Settings: `examples/tiny/srpo.toml`; offline the same
+`srpo_criterion.toml` says what must hold and was there first. Settings: `examples/srpo_tiny.toml`; offline the same
 with the clips' own latents. What is done stays in DIR (clips, caches, runs, a JSON a run), so a second call goes on;
 --prepare stops once clips and caches are made. Writes DIR/srpo_proof.json and DIR/{mode}.png: base, below it aligned.
 """
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lapwan.caching.index import load_index
+from lapwan.caching.read import load_index
 from lapwan.commands.srpo import begin, plan
 from lapwan.evaluation.bootstrap import bootstrap
 from lapwan.losses.sigmas import Uniform
@@ -45,7 +45,7 @@ from lapwan.train.srpo.held_out import HeldOut
 from lapwan.train.trainer import Trainer
 
 HERE = Path(__file__).parent
-SETTINGS = HERE.parents[1] / "examples" / "tiny" / "srpo.toml"
+SETTINGS = HERE.parents[1] / "examples" / "srpo_tiny.toml"
 PROMPTS, TRAIN_CLIPS, SIGMAS, SHOWN = 400, 224, 4, 8
 
 

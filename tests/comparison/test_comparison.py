@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lapwan.comparison.__main__ import main
-from lapwan.comparison.captions import paraphrases
-from lapwan.comparison.families import merge_families, taxonomy_toml
-from lapwan.comparison.report import Results, error_reduction, summarise
-from lapwan.comparison.rows import all_rows, best_lr
-from lapwan.comparison.settings import MIXTURE, SAME_SIZE, ComparisonSettings
-from lapwan.comparison.table import markdown
-from lapwan.comparison.work import Place, arm_settings
+from examples.comparison.__main__ import main
+from examples.comparison.captions import paraphrases
+from examples.comparison.families import merge_families, taxonomy_toml
+from examples.comparison.report import Results, error_reduction, summarise
+from examples.comparison.rows import all_rows, best_lr
+from examples.comparison.settings import MIXTURE, SAME_SIZE, ComparisonSettings
+from examples.comparison.table import markdown
+from examples.comparison.work import Place, arm_settings
 from lapwan.data.labels import label_caption
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.settings.load import load
@@ -23,7 +23,7 @@ from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.instruments import INSTRUMENTS
 
-CONFIG = Path(__file__).parents[2] / "examples" / "tiny" / "comparison.toml"
+CONFIG = Path(__file__).parents[2] / "examples" / "comparison" / "comparison.toml"
 SMALL = """
 tasks = ["t2v"]
 lrs = [1e-2, 2e-2]
@@ -60,7 +60,7 @@ def test_the_whole_comparison_in_miniature_and_going_on_with_it(tmp_path, capsys
     assert found["ablations"]["one expert"]["routing_accuracy"] == 1.0
     assert set(found["tasks"]["t2v"]["sweep"]["mixture"]["validation"]) == {"0.01", "0.02"}
     text = (out / "result.md").read_text()
-    assert "| mixture, router |" in text and "a linear probe" in text and "python -m lapwan.comparison" in text
+    assert "| mixture, router |" in text and "a linear probe" in text and "python -m examples.comparison" in text
     rows = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("rows/*/row.json")}
     assert set(rows) == {row.name for row in all_rows(load(ComparisonSettings, config))}
     (out / "rows" / "test t2v mixture, hint 1" / "row.json").unlink()

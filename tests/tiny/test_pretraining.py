@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from examples.pretrain.corpus import FIRST_SEED, HELD_OUT_PAIRS, MARKER, Clips, is_held_out, sample
+from examples.pretrain.training import Average, box_mask, cosine
+from examples.pretrain.transformer_forward import predict, rope_tables, text_and_bias
+from examples.pretrain.vae import new_vae
+from examples.pretrain.vae_forward import moments, reconstruct
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.model import TRANSFORMER
-from lapwan.tiny.pretrain.corpus import FIRST_SEED, HELD_OUT_PAIRS, MARKER, Clips, is_held_out, sample
-from lapwan.tiny.pretrain.training import Average, box_mask, cosine
-from lapwan.tiny.pretrain.transformer_forward import predict, rope_tables, text_and_bias
-from lapwan.tiny.pretrain.vae import new_vae
-from lapwan.tiny.pretrain.vae_forward import moments, reconstruct
 
 _NAMES = {
     "scissors": ("剪刀", "cissors"), "hook": ("电凝钩", "hook"), "suction": ("吸引", "suction"),

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from lapwan import console
-from lapwan.comparison import work
-from lapwan.comparison.rows import Row, all_rows, best_lr, finished, folder_of, keep, key_of, trained_name
-from lapwan.comparison.work import Place
+from examples.comparison import work
+from examples.comparison.rows import Row, all_rows, best_lr, finished, folder_of, keep, key_of, trained_name
+from examples.comparison.work import Place
 from lapwan.errors import UserError
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lapwan import console
 from lapwan.tiny.model import VAE
-from lapwan.tiny.pretrain.corpus import FRAMES, SIZE, Clips
-from lapwan.tiny.pretrain.settings import SEED, VaeSettings
-from lapwan.tiny.pretrain.training import Average, ahead, box_mask, cosine, set_lr
-from lapwan.tiny.pretrain.vae_forward import moments, reconstruct
+from examples.pretrain.corpus import FRAMES, SIZE, Clips
+from examples.pretrain.settings import SEED, VaeSettings
+from examples.pretrain.training import Average, ahead, box_mask, cosine, set_lr
+from examples.pretrain.vae_forward import moments, reconstruct
 
 _LOG_EVERY = 200
 

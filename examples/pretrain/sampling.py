@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lapwan.names import expert_for
 from lapwan.sampling.sigma_grid import shifted
-from lapwan.tiny.pretrain.diffusion import LATENT, Models, TokenTable
-from lapwan.tiny.pretrain.transformer_forward import predict, rope_tables, text_and_bias
-from lapwan.tiny.pretrain.vae_forward import moments, reconstruct
+from examples.pretrain.diffusion import LATENT, Models, TokenTable
+from examples.pretrain.transformer_forward import predict, rope_tables, text_and_bias
+from examples.pretrain.vae_forward import moments, reconstruct
 from lapwan.wan.image_condition import condition_video, with_mask
 from lapwan.wan.vae import normalise
 

@@ -21,12 +21,12 @@ from lapwan.losses.sigmas import Shifted, Uniform, draw_in_band
 from lapwan.names import NoiseExpert
 from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT
 from lapwan.tiny.model import TEXT, TRANSFORMER
-from lapwan.tiny.pretrain.corpus import CAPTIONS, FRAMES, SIZE, Clips, sample
-from lapwan.tiny.pretrain.settings import SEED, DiffusionSettings
-from lapwan.tiny.pretrain.training import Average, box_mask, cosine, set_lr
-from lapwan.tiny.pretrain.transformer_forward import block_forward, predict, rope_tables, text_and_bias
-from lapwan.tiny.pretrain.vae import to_pixels
-from lapwan.tiny.pretrain.vae_forward import moments
+from examples.pretrain.corpus import CAPTIONS, FRAMES, SIZE, Clips, sample
+from examples.pretrain.settings import SEED, DiffusionSettings
+from examples.pretrain.training import Average, box_mask, cosine, set_lr
+from examples.pretrain.transformer_forward import block_forward, predict, rope_tables, text_and_bias
+from examples.pretrain.vae import to_pixels
+from examples.pretrain.vae_forward import moments
 from lapwan.wan.image_condition import condition_video, with_mask
 from lapwan.wan.text import clean_prompt
 from lapwan.wan.vae import normalise

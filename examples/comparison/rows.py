@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lapwan import files
-from lapwan.comparison import work
-from lapwan.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, ComparisonSettings, TaskName
-from lapwan.comparison.work import ROW, Place
+from examples.comparison import work
+from examples.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, ComparisonSettings, TaskName
+from examples.comparison.work import ROW, Place
 
 ARMS = (MIXTURE, CONTINUED, SAME_SIZE)
 METRIC: dict[TaskName, str] = {"t2v": "identity", "i2v": "tip_accuracy"}

@@ -1,4 +1,4 @@
-"""`python -m lapwan.tiny.pretrain --work DIR`: render, train, measure; DIR/weights then holds what is shipped.
+"""`python -m examples.pretrain --work DIR`: render, train, measure; DIR/weights then holds what is shipped.
 
 `--stage` runs one part; each reads from DIR/weights what the parts before it left there.
 """
@@ -15,19 +15,19 @@ import torch
 
 from lapwan import console
 from lapwan.tiny.evaluators import EVALUATOR_FILE, InstrumentNet
-from lapwan.tiny.pretrain import looks, store
-from lapwan.tiny.pretrain.corpus import Clips, start_rendering
-from lapwan.tiny.pretrain.diffusion import TokenTable, train_diffusion
-from lapwan.tiny.pretrain.evaluators import train_evaluator
-from lapwan.tiny.pretrain.room import FewClips, try_fine_tuning
-from lapwan.tiny.pretrain.settings import DiffusionSettings, EvaluatorSettings, VaeSettings, shorter
-from lapwan.tiny.pretrain.vae import measure_latents, train_vae
+from examples.pretrain import reports, store
+from examples.pretrain.corpus import Clips, start_rendering
+from examples.pretrain.diffusion import TokenTable, train_diffusion
+from examples.pretrain.evaluators import train_evaluator
+from examples.pretrain.headroom import FewClips, try_fine_tuning
+from examples.pretrain.settings import DiffusionSettings, EvaluatorSettings, VaeSettings, shorter
+from examples.pretrain.vae import measure_latents, train_vae
 
 STAGES = ("vae", "evaluator", "diffusion", "look", "room")
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lapwan.tiny.pretrain", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.pretrain", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for clips, weights, figures and sheets")
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the clips and steps, for a trial run")
@@ -59,7 +59,7 @@ class _Run:
         vae.register_to_config(latents_mean=mean, latents_std=std)
         store.save_vae(vae, self.weights)
         start_rendering(self.check, self.processes)
-        found = looks.look_at_vae(vae, None, self.check, min(48, self.check.count), self.figures, self.device)
+        found = reports.look_at_vae(vae, None, self.check, min(48, self.check.count), self.figures, self.device)
         console.log(f"autoencoder: {found}")
         for worker in workers:
             worker.terminate()
@@ -71,7 +71,7 @@ class _Run:
         net = train_evaluator(clips, self.evaluator, self.device)
         store.save_module(net, self.weights / EVALUATOR_FILE)
         vae = store.load_vae(self.weights, self.device)
-        found = looks.look_at_vae(vae, self.net(), self.check, self.evaluator.checks, self.figures, self.device)
+        found = reports.look_at_vae(vae, self.net(), self.check, self.evaluator.checks, self.figures, self.device)
         console.log(f"autoencoder and evaluator: {found}")
         store.write_json(self.figures / "vae.json", found)
 
@@ -97,8 +97,8 @@ class _Run:
         start_rendering(self.check, self.processes)
         net, count = self.net(), max(8, round(128 * min(self.scale, 1.0)))
         found = {
-            "t2v": looks.look_at_text_to_video(models, vae, net, self.figures, count, 20, 5.0, 3.5),
-            "i2v": looks.look_at_image_to_video(models, vae, net, self.check, self.figures, count, 20, 5.0, 2.0),
+            "t2v": reports.look_at_text_to_video(models, vae, net, self.figures, count, 20, 5.0, 3.5),
+            "i2v": reports.look_at_image_to_video(models, vae, net, self.check, self.figures, count, 20, 5.0, 2.0),
         }
         console.log(f"samples: {found}")
         store.write_json(self.figures / "samples.json", found)
@@ -108,7 +108,7 @@ class _Run:
         vae = store.load_vae(self.weights, self.device)
         models = store.load_models(self.weights, TokenTable().size, self.device)
         clips = FewClips(max(8, round(160 * min(self.scale, 1.0))), vae, models, self.device)
-        prompts = looks.typical(max(8, round(96 * min(self.scale, 1.0))), 99)
+        prompts = reports.typical(max(8, round(96 * min(self.scale, 1.0))), 99)
         at = (40, 80, 160, 320) if self.scale >= 1 else (1, 2)
         found = {}
         for name, groups, rank, lr in (("plain", 1, 1, 1e-3), ("plain", 1, 2, 3e-3), ("chosen", 4, 2, 3e-3)):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from lapwan import __version__
-from lapwan.comparison.rows import ARMS, METRIC, best_lr, sweep_names
-from lapwan.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, ComparisonSettings, TaskName
+from examples.comparison.rows import ARMS, METRIC, best_lr, sweep_names
+from examples.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, ComparisonSettings, TaskName
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.evaluation.bootstrap import Estimate, bootstrap, paired_bootstrap
 from lapwan.tiny.instruments import INSTRUMENTS

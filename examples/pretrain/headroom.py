@@ -21,13 +21,13 @@ from lapwan.names import PROJECTIONS, NoiseExpert
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.evaluators import InstrumentNet
 from lapwan.tiny.instruments import INSTRUMENTS
-from lapwan.tiny.pretrain.diffusion import Models, TokenTable
-from lapwan.tiny.pretrain.looks import identity_of, typical
-from lapwan.tiny.pretrain.samples import sample_videos
-from lapwan.tiny.pretrain.settings import SEED
-from lapwan.tiny.pretrain.transformer_forward import predict, rope_tables, text_and_bias
-from lapwan.tiny.pretrain.vae import to_pixels
-from lapwan.tiny.pretrain.vae_forward import moments
+from examples.pretrain.diffusion import Models, TokenTable
+from examples.pretrain.reports import identity_of, typical
+from examples.pretrain.sampling import sample_videos
+from examples.pretrain.settings import SEED
+from examples.pretrain.transformer_forward import predict, rope_tables, text_and_bias
+from examples.pretrain.vae import to_pixels
+from examples.pretrain.vae_forward import moments
 from lapwan.tiny.scenes import SceneSpec, render
 from lapwan.wan.vae import normalise
 

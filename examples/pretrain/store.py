@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from lapwan.files import atomic_file, write_text
 from lapwan.tiny.model import LATENTS_FILE, TEXT_FILE, VAE_FILE, expert_file
-from lapwan.tiny.pretrain.diffusion import Models, new_models
-from lapwan.tiny.pretrain.vae import new_vae
+from examples.pretrain.diffusion import Models, new_models
+from examples.pretrain.vae import new_vae
 
 
 def save_module(module: torch.nn.Module, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:

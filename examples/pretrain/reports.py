@@ -13,12 +13,12 @@ from lapwan.tiny import motion as paths
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.evaluators import InstrumentNet, evaluate_identity, locate_tip, tip_hits
 from lapwan.tiny.instruments import INSTRUMENTS
-from lapwan.tiny.pretrain.corpus import MARKER, SIZE, Clips, sample
-from lapwan.tiny.pretrain.diffusion import Models
-from lapwan.tiny.pretrain.evaluators import measure_evaluator
-from lapwan.tiny.pretrain.samples import sample_videos
-from lapwan.tiny.pretrain.store import sheet
-from lapwan.tiny.pretrain.vae import quality, to_pixels
+from examples.pretrain.corpus import MARKER, SIZE, Clips, sample
+from examples.pretrain.diffusion import Models
+from examples.pretrain.evaluators import measure_evaluator
+from examples.pretrain.sampling import sample_videos
+from examples.pretrain.store import sheet
+from examples.pretrain.vae import quality, to_pixels
 from lapwan.tiny.scenes import SceneSpec, sample_spec
 
 

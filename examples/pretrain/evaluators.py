@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lapwan import console
 from lapwan.tiny.evaluators import GRID, InstrumentNet, evaluate_identity, locate_tip, tip_hits
-from lapwan.tiny.pretrain.corpus import FRAMES, SIZE, Clips
-from lapwan.tiny.pretrain.settings import SEED, EvaluatorSettings
-from lapwan.tiny.pretrain.training import cosine, set_lr
+from examples.pretrain.corpus import FRAMES, SIZE, Clips
+from examples.pretrain.settings import SEED, EvaluatorSettings
+from examples.pretrain.training import cosine, set_lr
 
 _LOG_EVERY = 500
 

@@ -18,9 +18,9 @@ import torch
 
 from lapwan import console, files
 from lapwan.commands import cache, label, train_lora, train_moe
-from lapwan.comparison.captions import paraphrases
-from lapwan.comparison.families import merge_families, taxonomy_toml
-from lapwan.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, ComparisonSettings, TaskName
+from examples.comparison.captions import paraphrases
+from examples.comparison.families import merge_families, taxonomy_toml
+from examples.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, ComparisonSettings, TaskName
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm

@@ -1,4 +1,4 @@
-"""`python -m lapwan.comparison CONFIG -o DIR`: plain LoRAs against the mixture, fairly, from scenes to tables.
+"""`python -m examples.comparison CONFIG -o DIR`: plain LoRAs against the mixture, fairly, from scenes to tables.
 
 Every row (a training, an arm's test videos) is kept when it is done: the same command goes on where it stopped.
 """
@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 from lapwan import console, files
-from lapwan.comparison.report import Results, summarise
-from lapwan.comparison.rows import all_rows
-from lapwan.comparison.run import run_rows
-from lapwan.comparison.settings import ComparisonSettings
-from lapwan.comparison.table import markdown
-from lapwan.comparison.work import Place
+from examples.comparison.report import Results, summarise
+from examples.comparison.rows import all_rows
+from examples.comparison.run import run_rows
+from examples.comparison.settings import ComparisonSettings
+from examples.comparison.table import markdown
+from examples.comparison.work import Place
 from lapwan.data.clips import read_clips
 from lapwan.errors import UserError
 from lapwan.settings.base import to_toml
@@ -26,8 +26,8 @@ from lapwan.settings.load import load
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is left, then write `result.json` and `result.md` of what is there."""
-    parser = argparse.ArgumentParser(prog="python -m lapwan.comparison", description=__doc__)
-    parser.add_argument("config", type=Path, help="the settings, such as examples/tiny/comparison.toml")
+    parser = argparse.ArgumentParser(prog="python -m examples.comparison", description=__doc__)
+    parser.add_argument("config", type=Path, help="the settings, such as examples/comparison/comparison.toml")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of rows, result.json and result.md")
     parser.add_argument("--processes", type=int, default=1, help="rows at a time, each in a process of its own")
     parser.add_argument("--minutes", type=float, help="start no row after so long; the same command goes on later")
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         place = Place(said.output.absolute(), settings, said.device)
         files.write_text(place.root / "settings.toml", to_toml(settings))
         rows, left = run_rows(place, said.processes, None if said.minutes is None else 60 * said.minutes)
-        command = shlex.join(["python", "-m", "lapwan.comparison", *(sys.argv[1:] if arguments is None else arguments)])
+        command = shlex.join(["python", "-m", "examples.comparison", *(sys.argv[1:] if arguments is None else arguments)])
         write_result(place, rows, left, command)
     except UserError as error:
         console.warn(f"error: {error}")
