@@ -24,14 +24,14 @@ def paraphrases(count: int, seed: int) -> list[tuple[str, str]]:
         ValueError: an instrument without such captions.
     """
     resolver, rng = Resolver(load_taxonomy("surgical4")), np.random.default_rng([seed, 77])
-    found: list[tuple[str, str]] = []
-    while len(found) < count:
-        instrument = INSTRUMENTS[len(found) % len(INSTRUMENTS)]
+    captions: list[tuple[str, str]] = []
+    while len(captions) < count:
+        instrument = INSTRUMENTS[len(captions) % len(INSTRUMENTS)]
         for _ in range(_TRIES):
             text = describe_deed(sample_spec(rng, instrument), rng)
             if all(mention.action for mention in resolver.label(text).mentions):
-                found.append((text, instrument))
+                captions.append((text, instrument))
                 break
         else:
             raise ValueError(f"no caption without a keyword for '{instrument}'")
-    return found
+    return captions

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lapwan import __version__
 from examples.comparison.rows import ARMS, METRIC, best_lr, sweep_names
 from examples.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, ComparisonSettings, TaskName
+from lapwan import __version__
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.evaluation.bootstrap import Estimate, bootstrap, paired_bootstrap
 from lapwan.tiny.instruments import INSTRUMENTS
@@ -45,11 +45,11 @@ class Results:
         return np.array([[np.nan if x is None else x for x in column] for column in columns], dtype=float).T
 
     def wrong_seen(self, task: TaskName, arm: str) -> np.ndarray | None:
-        """[P, seeds]: the instrument that the wrong hint names is the one seen, whatever the arm was told."""
-        found = [self.scores(task, arm, f"seen_{name}") for name in INSTRUMENTS]
-        if any(one is None for one in found):
+        """[P, seeds]: the instrument that the wrong hint names is the one seen, whatever hint the arm was given."""
+        by_name = [scores for name in INSTRUMENTS if (scores := self.scores(task, arm, f"seen_{name}")) is not None]
+        if len(by_name) < len(INSTRUMENTS):
             return None
-        stacked = np.stack([one for one in found if one is not None])  # [instruments, P, S]
+        stacked = np.stack(by_name)  # [instruments, P, S]
         return stacked[[_wrong(name) for name in self.named], np.arange(len(self.named))]
 
     def routing(self, kind: str, what: str, task: TaskName | None = None) -> np.ndarray | None:
@@ -84,21 +84,22 @@ def error_reduction(a_PS: np.ndarray, b_PS: np.ndarray, seed: int = 0) -> Estima
 def summarise(results: Results) -> dict[str, Any]:
     """Everything that is there, as JSON; what is missing is left out."""
     s = results.settings
-    found: dict[str, Any] = {"format": 1, "goals": [], "tasks": {}, "lapwan": __version__, "machine": _machine(results)}
+    summary: dict[str, Any] = {
+        "format": 1, "goals": [], "tasks": {}, "lapwan": __version__, "machine": _machine(results)}
     for task in s.tasks:
-        found["tasks"][task] = _task(results, task, found["goals"])
-    found["routing"] = _routing(results, found["goals"])
-    found["ablations"] = _ablations(results)
+        summary["tasks"][task] = _task(results, task, summary["goals"])
+    summary["routing"] = _routing(results, summary["goals"])
+    summary["ablations"] = _ablations(results)
     if "timing" in results.rows:
         times = {arm: min(results.rows["timing"][arm]) for arm in (SAME_SIZE, MIXTURE)}
-        found["seconds_per_step"] = {**times, "ratio": times[MIXTURE] / times[SAME_SIZE]}
-    return found
+        summary["seconds_per_step"] = {**times, "ratio": times[MIXTURE] / times[SAME_SIZE]}
+    return summary
 
 
 def _machine(results: Results) -> dict[str, Any]:
     """Where the trainings ran; the report may be made elsewhere."""
-    said = [row["machine"] for name, row in results.rows.items() if name.startswith("sweep") and "machine" in row]
-    return said[0] if said else {}
+    machines = [row["machine"] for name, row in results.rows.items() if name.startswith("sweep") and "machine" in row]
+    return machines[0] if machines else {}
 
 
 def _task(results: Results, task: TaskName, goals: list[dict[str, Any]]) -> dict[str, Any]:
@@ -106,17 +107,17 @@ def _task(results: Results, task: TaskName, goals: list[dict[str, Any]]) -> dict
     arms = [NONE, CONTINUED, SAME_SIZE, ROUTER, HINT, WRONG, *(f"{MIXTURE}, alpha {alpha:g}" for alpha in s.alphas)]
     scores = {arm: {m: values for m in ("identity", "tip_accuracy")
                     if (values := results.scores(task, arm, m)) is not None} for arm in arms}
-    found: dict[str, Any] = {"metric": metric, "prompts": len(results.named), "training_seeds": list(s.seeds)}
-    found["arms"] = {arm: {m: bootstrap(values, crossed=True).as_json() for m, values in own.items()
-                           if not np.isnan(values).all()} for arm, own in scores.items() if own}
+    summary: dict[str, Any] = {"metric": metric, "prompts": len(results.named), "training_seeds": list(s.seeds)}
+    summary["arms"] = {arm: {m: bootstrap(values, crossed=True).as_json() for m, values in by_metric.items()
+                           if not np.isnan(values).all()} for arm, by_metric in scores.items() if by_metric}
     pairs = [(ROUTER, CONTINUED), (ROUTER, SAME_SIZE), (HINT, CONTINUED), (HINT, SAME_SIZE), (ROUTER, HINT),
              (ROUTER, WRONG), (ROUTER, NONE)]
-    found["differences"] = []
+    summary["differences"] = []
     for a, b in pairs:
         if metric in scores[a] and metric in scores[b]:
             difference = paired_bootstrap(scores[a][metric], scores[b][metric], crossed=True)
             reduction = error_reduction(scores[a][metric], scores[b][metric])
-            found["differences"].append({"a": a, "b": b, "metric": metric, **difference.as_json(),
+            summary["differences"].append({"a": a, "b": b, "metric": metric, **difference.as_json(),
                                          "relative_error_reduction": reduction.as_json()})
             if (a, b) in pairs[:2]:
                 goals.append(_goal(f"{task}: {metric} of the mixture above {b}", difference, 0.0))
@@ -128,18 +129,18 @@ def _task(results: Results, task: TaskName, goals: list[dict[str, Any]]) -> dict
     seen = [results.wrong_seen(task, arm) for arm in (WRONG, ROUTER)]
     if seen[0] is not None and seen[1] is not None:
         difference = paired_bootstrap(seen[0], seen[1], crossed=True)
-        found["wrong_hint"] = {"seen_with_it": bootstrap(seen[0], crossed=True).as_json(),
+        summary["wrong_hint"] = {"seen_with_it": bootstrap(seen[0], crossed=True).as_json(),
                                "seen_with_the_router": bootstrap(seen[1], crossed=True).as_json(),
                                "difference": difference.as_json()}
         if task == "t2v":
             goals.append(_goal("t2v: a wrong hint makes the instrument it names appear", difference, 0.0))
-    found["sweep"] = {
+    summary["sweep"] = {
         arm: {"validation": {f"{lr:g}": results.rows[name]["validation"][metric]
                              for lr, name in zip(s.lrs, sweep_names(s, task, arm), strict=True)},
               "chosen": best_lr(s, task, arm, results.rows),
               "parameters": results.rows[sweep_names(s, task, arm)[0]]["parameters"]}
         for arm in ARMS if all(name in results.rows for name in sweep_names(s, task, arm))}
-    return found
+    return summary
 
 
 def _goal(text: str, difference: Estimate, wanted: float) -> dict[str, Any]:
@@ -149,37 +150,37 @@ def _goal(text: str, difference: Estimate, wanted: float) -> dict[str, Any]:
 
 
 def _routing(results: Results, goals: list[dict[str, Any]]) -> dict[str, Any]:
-    s, found = results.settings, {}
+    s, summary = results.settings, {}
     for kind, wanted in _GOALS.items():
         right, probe = results.routing(kind, "right"), results.routing(kind, "probe")
         if right is None or probe is None:
             continue
         rows = [results.rows[f"routing {s.tasks[0]} {seed}"] for seed in s.seeds]
         estimate, ceiling = bootstrap(right, crossed=True), bootstrap(probe, crossed=True)
-        found[kind] = {"accuracy": estimate.as_json(), "probe": ceiling.as_json(), "families": rows[0]["families"],
+        summary[kind] = {"accuracy": estimate.as_json(), "probe": ceiling.as_json(), "families": rows[0]["families"],
                        "confusion": np.sum([row[kind]["confusion"] for row in rows], axis=0).tolist(),
                        "entropy": float(np.mean([row[kind]["entropy"] for row in rows]))}
         met = estimate.mean >= wanted or (kind == "without keywords" and estimate.mean >= ceiling.mean - 0.05)
         goals.append({"goal": f"routing accuracy, {kind}", "value": estimate.mean, "probe": ceiling.mean,
                       "ci95": [estimate.low, estimate.high], "wanted": wanted, "met": bool(met)})
-    return found
+    return summary
 
 
 def _ablations(results: Results) -> dict[str, Any]:
-    s, found = results.settings, {}
+    s, summary = results.settings, {}
     task = s.tasks[0]
     metric = METRIC[task]
     whole = results.scores(task, ROUTER, metric)
     for name in s.ablations:
-        own = results.ablation(task, name, metric)
-        if own is None or whole is None:
+        scores = results.ablation(task, name, metric)
+        if scores is None or whole is None:
             continue
         same = whole[:, [s.seeds.index(seed) for seed in s.ablation_seeds]]
         rows = [results.rows.get(f"routing {task} {name} {seed}") for seed in s.ablation_seeds]
         accuracy = [float(np.mean(row["captions"]["right"])) for row in rows if row is not None]
         faults = sorted({text.split(";")[0] for seed in s.ablation_seeds
                          for text in results.rows[f"train {task} {name} {seed}"]["routing_faults"]})
-        found[name] = {metric: bootstrap(own, crossed=True).as_json(),
-                       "minus_the_mixture": paired_bootstrap(own, same, crossed=True).as_json(),
+        summary[name] = {metric: bootstrap(scores, crossed=True).as_json(),
+                       "minus_the_mixture": paired_bootstrap(scores, same, crossed=True).as_json(),
                        "routing_accuracy": float(np.mean(accuracy)) if accuracy else None, "routing_faults": faults}
-    return found
+    return summary

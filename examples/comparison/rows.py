@@ -12,67 +12,67 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lapwan import files
 from examples.comparison import work
 from examples.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, ComparisonSettings, TaskName
-from examples.comparison.work import ROW, Place
+from examples.comparison.work import ROW
+from examples.comparison.workspace import Workspace
+from lapwan import files
 
 ARMS = (MIXTURE, CONTINUED, SAME_SIZE)
 METRIC: dict[TaskName, str] = {"t2v": "identity", "i2v": "tip_accuracy"}
 CHOICES: dict[str, dict[str, Any]] = {"router": {}, "hint": {"hint": "truth"}, "wrong hint": {"hint": "wrong"}}
 
 
-# Which rows there are; what decides a row itself is in its name and arguments.
-_NOT_DECIDING = {"tasks", "lrs", "seeds", "alphas", "ablations", "ablation_seeds", "merged", "timing_steps"}
+# These decide which rows there are; what a row itself depends on is in its name and arguments.
+_NOT_IN_KEY = {"tasks", "lrs", "seeds", "alphas", "ablations", "ablation_seeds", "merged", "timing_steps"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One unit of work. `of` is the name of the training row whose result is used, where there is one.
+    """One unit of work. `source` is the training row whose result is used, if any.
 
-    `decided` (the sweeps a row's lr is chosen from) must be done before its arguments are known.
+    `sweeps`, which a row's lr is chosen from, must be done before its arguments are known.
     """
 
     name: str
     work: Callable[..., dict[str, Any]]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     after: tuple[str, ...] = ()
-    of: str | None = None
-    decided: tuple[str, ...] = ()
+    source: str | None = None
+    sweeps: tuple[str, ...] = ()
     alone: bool = False
 
 
-def folder_of(place: Place, name: str) -> Path:
+def folder_of(workspace: Workspace, name: str) -> Path:
     """A row's folder."""
-    return place.root / "rows" / name
+    return workspace.root / "rows" / name
 
 
-def key_of(place: Place, row: Row, results: Mapping[str, Any]) -> str:
-    """Of all that decides a row: the settings, its arguments, and what it was made from."""
-    s, arguments = place.settings, row.arguments
-    said = [
-        s.model_dump(mode="json", exclude=_NOT_DECIDING), row.name, sorted((k, str(v)) for k, v in arguments.items()),
+def key_of(workspace: Workspace, row: Row, results: Mapping[str, Any]) -> str:
+    """A hash of all that a row depends on: the settings, its arguments, and what it was made from."""
+    s, arguments = workspace.settings, row.arguments
+    key = [
+        s.model_dump(mode="json", exclude=_NOT_IN_KEY), row.name, sorted((k, str(v)) for k, v in arguments.items()),
         s.ablations.get(str(arguments.get("ablation"))), s.merged.get(str(arguments.get("taxonomy"))),
-        [results[name]["key"] for name in (*row.after, *row.decided) if name in results],
+        [results[name]["key"] for name in (*row.after, *row.sweeps) if name in results],
     ]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-def finished(place: Place, row: Row, results: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_result(workspace: Workspace, row: Row, results: Mapping[str, Any]) -> dict[str, Any] | None:
     """A row's result if it is done, with these settings."""
     try:
-        said = json.loads((folder_of(place, row.name) / ROW).read_text(encoding="utf-8"))
+        stored: dict[str, Any] = json.loads((folder_of(workspace, row.name) / ROW).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    found: dict[str, Any] = said
-    return found if found.get("key") == key_of(place, row, results) else None
+    return stored if stored.get("key") == key_of(workspace, row, results) else None
 
 
-def keep(place: Place, row: Row, key: str, result: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def write_row(workspace: Workspace, row: Row, key: str, result: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """Write a row's result, last of all it writes."""
-    said = {"key": key, "seconds": seconds, **result}
-    files.write_text(folder_of(place, row.name) / ROW, json.dumps(said) + "\n")
-    return said
+    stored = {"key": key, "seconds": seconds, **result}
+    files.write_text(folder_of(workspace, row.name) / ROW, json.dumps(stored) + "\n")
+    return stored
 
 
 def all_rows(s: ComparisonSettings) -> list[Row]:
@@ -93,7 +93,7 @@ def all_rows(s: ComparisonSettings) -> list[Row]:
         for seed in s.ablation_seeds:
             trained = Row(f"train {task} {name} {seed}", work.train_arm,
                           {"task": task, "arm": arm, "seed": seed, "ablation": name},
-                          (f"stage1 {task}", f"labels {_taxonomy_of(changes)}"), decided=sweep_names(s, task, arm))
+                          (f"stage1 {task}", f"labels {_taxonomy_of(changes)}"), sweeps=sweep_names(s, task, arm))
             rows += [trained, _tested(task, arm, trained.name, f"{name} {seed}", {})]
             if arm == MIXTURE:
                 rows.append(Row(f"routing {task} {name} {seed}", work.routing, {"task": task}, (trained.name,),
@@ -126,7 +126,7 @@ def _sweep(task: TaskName, arm: str, lr: float, seed: int) -> Row:
 
 def _seeded(s: ComparisonSettings, task: TaskName, arm: str, seed: int) -> Row:
     return Row(f"train {task} {arm} {seed}", work.train_arm, {"task": task, "arm": arm, "seed": seed},
-               (f"stage1 {task}",), decided=sweep_names(s, task, arm))
+               (f"stage1 {task}",), sweeps=sweep_names(s, task, arm))
 
 
 def trained_name(s: ComparisonSettings, task: TaskName, arm: str, seed: int, results: Mapping[str, Any]) -> str:
@@ -146,14 +146,14 @@ def best_lr(s: ComparisonSettings, task: TaskName, arm: str, results: Mapping[st
 
 
 def _tested(
-    task: TaskName, arm: str, of: str | None, name: str, choice: Mapping[str, Any], after: Sequence[str] = ()
+    task: TaskName, arm: str, source: str | None, name: str, choice: Mapping[str, Any], after: Sequence[str] = ()
 ) -> Row:
-    needs = (*after, "scenes test", *(() if of is None else (of,)))
-    return Row(f"test {task} {name}", work.test_arm, {"task": task, "arm": arm, "choice": dict(choice)}, needs, of)
+    needs = (*after, "scenes test", *(() if source is None else (source,)))
+    return Row(f"test {task} {name}", work.test_arm, {"task": task, "arm": arm, "choice": dict(choice)}, needs, source)
 
 
 def _tests(s: ComparisonSettings, task: TaskName, seed: int) -> list[Row]:
-    """An arm's row of the first seed is only known after the sweep: `of` then is the arm, looked up when it starts."""
+    """An arm's row of the first seed is only known after the sweep: until then `source` is the arm."""
     rows = []
     for arm, choices in ((MIXTURE, CHOICES), (CONTINUED, {"": {}}), (SAME_SIZE, {"": {}})):
         chosen = dict(choices)
@@ -161,8 +161,9 @@ def _tests(s: ComparisonSettings, task: TaskName, seed: int) -> list[Row]:
             chosen |= {f"alpha {alpha:g}": {"alpha_expert": alpha} for alpha in s.alphas}
         for label, choice in chosen.items():
             rows.append(_of_seed(s, task, arm, seed, f"{f'{arm}, {label}' if label else arm} {seed}", choice))
-    own = _of_seed(s, task, MIXTURE, seed, f"{MIXTURE} {seed}", {})
-    return [*rows, Row(f"routing {task} {seed}", work.routing, {"task": task}, own.after, own.of, own.decided)]
+    mixture = _of_seed(s, task, MIXTURE, seed, f"{MIXTURE} {seed}", {})
+    return [*rows, Row(f"routing {task} {seed}", work.routing, {"task": task}, mixture.after, mixture.source,
+                       mixture.sweeps)]
 
 
 def _of_seed(

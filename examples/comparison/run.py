@@ -1,4 +1,4 @@
-"""Run the rows in processes side by side, each as soon as what it waits for is done; stop in time and go on later."""
+"""Run the rows in parallel processes, each as soon as its prerequisites are done; stop in time and resume later."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from lapwan import console
 from examples.comparison import work
-from examples.comparison.rows import Row, all_rows, best_lr, finished, folder_of, keep, key_of, trained_name
-from examples.comparison.work import Place
+from examples.comparison.rows import Row, all_rows, best_lr, folder_of, key_of, read_result, trained_name, write_row
+from examples.comparison.workspace import Workspace
+from lapwan import console
 from lapwan.errors import UserError
 
 
-def run_rows(place: Place, processes: int, seconds: float | None = None) -> tuple[dict[str, Any], list[str]]:
+def run_rows(workspace: Workspace, processes: int, seconds: float | None = None) -> tuple[dict[str, Any], list[str]]:
     """Every row's result by name, and the names of those left over.
 
     Args:
@@ -28,15 +28,15 @@ def run_rows(place: Place, processes: int, seconds: float | None = None) -> tupl
     Raises:
         UserError: a row failed; what is done stays done.
     """
-    began, todo = time.monotonic(), all_rows(place.settings)
+    began, todo = time.monotonic(), all_rows(workspace.settings)
     results: dict[str, Any] = {}
     running: dict[Future[tuple[dict[str, Any], float]], tuple[Row, str]] = {}
     context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
-    pool = ProcessPoolExecutor(processes, context, initializer=work.begin, initargs=(1,))
+    pool = ProcessPoolExecutor(processes, context, initializer=work.start_worker, initargs=(1,))
     try:
         while todo or running:
             in_time = seconds is None or time.monotonic() - began < seconds
-            todo = _start(place, pool, todo, running, results, processes if in_time else 0)
+            todo = _start(workspace, pool, todo, running, results, processes if in_time else 0)
             if not running:
                 break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -46,7 +46,7 @@ def run_rows(place: Place, processes: int, seconds: float | None = None) -> tupl
                     result, took = future.result()
                 except UserError as error:
                     raise UserError(f"row '{row.name}': {error}") from None
-                results[row.name] = keep(place, row, key, result, took)
+                results[row.name] = write_row(workspace, row, key, result, took)
                 console.log(f"{time.monotonic() - began:6.1f} s  {row.name} ({took:.1f} s), {len(todo)} waiting, "
                             f"{len(running)} running")
     finally:
@@ -55,47 +55,47 @@ def run_rows(place: Place, processes: int, seconds: float | None = None) -> tupl
 
 
 def _start(
-    place: Place, pool: ProcessPoolExecutor, todo: list[Row], running: dict[Any, tuple[Row, str]],
+    workspace: Workspace, pool: ProcessPoolExecutor, todo: list[Row], running: dict[Any, tuple[Row, str]],
     results: dict[str, Any], processes: int,
 ) -> list[Row]:
-    """Take up results that are there already, start what can start; the rows still waiting."""
+    """Read the results that exist, start the rows that are ready; returns the rows still waiting."""
     waiting: list[Row] = []
     for row in todo:
-        ready = all(name in results for name in (*row.after, *row.decided))
-        if ready and (kept := finished(place, row, results)) is not None:
-            results[row.name] = kept
+        ready = all(name in results for name in (*row.after, *row.sweeps))
+        if ready and (stored := read_result(workspace, row, results)) is not None:
+            results[row.name] = stored
             continue
         if not ready or len(running) >= processes or (row.alone and (running or len(waiting))):
             waiting.append(row)
             continue
-        key = key_of(place, row, results)
-        arguments = _arguments(place, row, results)
-        running[pool.submit(_work, place, row, arguments)] = (row, key)
-    # A result taken up may have let an earlier row go.
+        key = key_of(workspace, row, results)
+        arguments = _arguments(workspace, row, results)
+        running[pool.submit(_work, workspace, row, arguments)] = (row, key)
+    # A result that was read may make an earlier row ready.
     return waiting if running or len(waiting) == len(todo) else _start(
-        place, pool, waiting, running, results, processes)
+        workspace, pool, waiting, running, results, processes)
 
 
-def _arguments(place: Place, row: Row, results: Mapping[str, Any]) -> dict[str, Any]:
-    """With the lr chosen, and the folder of the row itself or of the one it judges."""
-    s, arguments = place.settings, dict(row.arguments)
+def _arguments(workspace: Workspace, row: Row, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The row's arguments with the chosen lr, and its folder or that of the training row it judges."""
+    s, arguments = workspace.settings, dict(row.arguments)
     if row.work is work.train_arm and "lr" not in arguments:
         arguments["lr"] = best_lr(s, arguments["task"], arguments["arm"], results)
     if row.work in (work.train_arm, work.train_stage1, work.timing):
-        arguments["folder"] = folder_of(place, row.name)
+        arguments["folder"] = folder_of(workspace, row.name)
     elif row.work in (work.test_arm, work.routing):
-        of = row.of
-        if of is not None and of.startswith("first "):
-            of = trained_name(s, arguments["task"], of.removeprefix("first "), s.seeds[0], results)
-        arguments["folder"] = None if of is None else folder_of(place, of)
+        source = row.source
+        if source is not None and source.startswith("first "):
+            source = trained_name(s, arguments["task"], source.removeprefix("first "), s.seeds[0], results)
+        arguments["folder"] = None if source is None else folder_of(workspace, source)
     return arguments
 
 
-def _work(place: Place, row: Row, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+def _work(workspace: Workspace, row: Row, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
     """In a worker process."""
     began = time.monotonic()
-    folder_of(place, row.name).mkdir(parents=True, exist_ok=True)
-    return {**row.work(place, **arguments), "machine": machine()}, time.monotonic() - began
+    folder_of(workspace, row.name).mkdir(parents=True, exist_ok=True)
+    return {**row.work(workspace, **arguments), "machine": machine()}, time.monotonic() - began
 
 
 def machine() -> dict[str, Any]:

@@ -9,18 +9,19 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lapwan import console, files
-from lapwan.commands import cache, label, train_lora, train_moe
 from examples.comparison.captions import paraphrases
 from examples.comparison.families import merge_families, taxonomy_toml
-from examples.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, ComparisonSettings, TaskName
+from examples.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, TaskName
+from examples.comparison.workspace import Workspace
+from lapwan import console, files
+from lapwan.commands import cache, label, train_lora, train_moe
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm
@@ -56,45 +57,10 @@ TAXONOMY = "surgical4"
 _NEVER = 10**9  # steps
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the comparison lives, and what it runs on."""
-
-    root: Path
-    settings: ComparisonSettings
-    device: str = "auto"
-
-    @property
-    def data(self) -> Path:
-        """Scenes, labels and caches."""
-        return self.root / "data"
-
-    def clips(self, part: str) -> Path:
-        """A part's clips."""
-        return self.data / part / "clips.jsonl"
-
-    def labels(self, taxonomy: str) -> Path:
-        """The training clips' labels in a taxonomy."""
-        return self.data / "train" / f"labels_{taxonomy}.jsonl"
-
-    def taxonomy(self, name: str) -> str:
-        """A taxonomy's name, or the file of one with merged families."""
-        return str(self.data / f"{name}.toml") if name in self.settings.merged else name
-
-    def cache(self, task: TaskName) -> Path:
-        """The training clips' cache for a task."""
-        return self.data / f"cache_{task}"
-
-    def stage1(self, task: TaskName) -> dict[NoiseExpert, Path]:
-        """Stage 1's LoRA files."""
-        folder = self.root / "rows" / f"stage1 {task}" / "run"
-        return {e: folder / f"lapwan_{e.file_suffix}.safetensors" for e in NoiseExpert}
-
-
 class Judge:
-    """`identity` and `seen_NAME`: which instrument is seen; `tip_accuracy`: as `evaluation.scorers` has it.
+    """`identity` and `seen_NAME`: which instrument is seen; `tip_accuracy`: as in `evaluation.metrics`.
 
-    One pass of the network for both, on the comparison's own device.
+    One pass of the network for both, on the comparison's device.
     """
 
     names = ("identity", *(f"seen_{name}" for name in INSTRUMENTS), "tip_accuracy")
@@ -104,65 +70,67 @@ class Judge:
 
     @torch.no_grad()
     def score(self, made: Made) -> Mapping[str, float]:
-        names, place = self._net(network_input(made.frames_THWC).to(self._device))
+        names, tip_maps = self._net(network_input(made.frames_THWC).to(self._device))
         seen = INSTRUMENTS[int(names.log_softmax(dim=1).mean(dim=0).argmax())]
-        found = {f"seen_{name}": float(name == seen) for name in INSTRUMENTS}
-        found["identity"] = float(seen == made.clip.instrument)
+        scores = {f"seen_{name}": float(name == seen) for name in INSTRUMENTS}
+        scores["identity"] = float(seen == made.clip.instrument)
         truth = made.clip.tips_T2
-        found["tip_accuracy"] = float("nan")
+        scores["tip_accuracy"] = float("nan")
         if truth is not None and len(truth) >= len(made.frames_THWC):
-            hits = tip_hits(place_of(place).cpu().numpy(), truth[: len(made.frames_THWC)], made.shape.size)
-            found["tip_accuracy"] = float(hits.mean()) if len(hits) else float("nan")
-        return found
+            hits = tip_hits(place_of(tip_maps).cpu().numpy(), truth[: len(made.frames_THWC)], made.shape.size)
+            scores["tip_accuracy"] = float(hits.mean()) if len(hits) else float("nan")
+        return scores
 
 
-def begin(threads: int) -> None:
+def start_worker(threads: int) -> None:
     """What a worker process starts with."""
     torch.set_num_threads(threads)
     console.set_level(console.QUIET)
 
 
-def scenes(place: Place, part: str) -> dict[str, Any]:
+def scenes(workspace: Workspace, part: str) -> dict[str, Any]:
     """Clips of a part; each part has its own seed."""
-    c = place.settings.clips
+    c = workspace.settings.clips
     seed = c.seed * 10 + ("train", "validation", "test").index(part)
     counts = {"train": c.train, "validation": c.validation, "test": c.test}
-    write_dataset(place.data / part, counts[part], seed, c.size, c.frames, test_share=0.0)
+    write_dataset(workspace.data / part, counts[part], seed, c.size, c.frames, test_share=0.0)
     return {}
 
 
-def labels(place: Place, taxonomy: str) -> dict[str, Any]:
+def labels(workspace: Workspace, taxonomy: str) -> dict[str, Any]:
     """Labels of the training clips in a taxonomy; one of merged families is written first."""
-    if (families := place.settings.merged.get(taxonomy)) is not None:
+    if (families := workspace.settings.merged.get(taxonomy)) is not None:
         merged = merge_families(load_taxonomy(TAXONOMY), taxonomy, families)
-        files.write_text(Path(place.taxonomy(taxonomy)), taxonomy_toml(merged))
+        files.write_text(Path(workspace.taxonomy(taxonomy)), taxonomy_toml(merged))
     label.run(LabelSettings.model_validate({
-        "clips": place.clips("train"), "output": place.labels(taxonomy), "taxonomy": place.taxonomy(taxonomy),
+        "clips": workspace.clips("train"), "output": workspace.labels(taxonomy),
+        "taxonomy": workspace.taxonomy(taxonomy),
     }), RunOptions(overwrite=True))
     return {}
 
 
-def caches(place: Place, task: TaskName) -> dict[str, Any]:
+def caches(workspace: Workspace, task: TaskName) -> dict[str, Any]:
     """Latents, conditions and text features of the training clips."""
-    c = place.settings.clips
+    c = workspace.settings.clips
     cache.run(CacheSettings.model_validate({
-        "dataset": place.labels(TAXONOMY), "model": f"tiny-{task}", "output": place.cache(task), "device": place.device,
+        "dataset": workspace.labels(TAXONOMY), "model": f"tiny-{task}", "output": workspace.cache(task),
+        "device": workspace.device,
         "size": f"{c.size[0]}x{c.size[1]}", "num_frames": (c.frames,), "i2v": task == "i2v",
     }), RunOptions(overwrite=True))
     return {}
 
 
-def train_stage1(place: Place, task: TaskName, folder: Path) -> dict[str, Any]:
+def train_stage1(workspace: Workspace, task: TaskName, folder: Path) -> dict[str, Any]:
     """Stage 1: what every arm starts from."""
-    _trainer(_lora_settings(place, task, folder, f"tiny-{task}", place.settings.stage1)).fit()
+    _trainer(_lora_settings(workspace, task, folder, f"tiny-{task}", workspace.settings.stage1)).fit()
     return {}
 
 
 def train_arm(
-    place: Place, task: TaskName, folder: Path, arm: str, lr: float, seed: int, ablation: str | None = None
+    workspace: Workspace, task: TaskName, folder: Path, arm: str, lr: float, seed: int, ablation: str | None = None
 ) -> dict[str, Any]:
     """Train one arm from the merged stage 1, then judge it on the validation prompts."""
-    settings = arm_settings(place, task, folder, arm, lr, seed, ablation)
+    settings = arm_settings(workspace, task, folder, arm, lr, seed, ablation)
     trainer = _trainer(settings)
     started = time.monotonic()
     trainer.fit()
@@ -170,51 +138,55 @@ def train_arm(
     faults = [str(fault) for fault in watch.faults] if isinstance(watch, RoutingWatch) else []
     trained = sum(p.numel() for p in trainer.parameters.values())
     del trainer
-    scores = judge(place, task, arm_of(place, task, folder, arm), "validation")
+    scores = judge(workspace, task, arm_of(workspace, task, folder, arm), "validation")
     return {"validation": {name: float(np.nanmean(v)) if not np.isnan(v).all() else None for name, v in scores.items()},
             "parameters": trained, "training_seconds": time.monotonic() - started, "routing_faults": faults}
 
 
 def arm_settings(
-    place: Place, task: TaskName, folder: Path, arm: str, lr: float, seed: int, ablation: str | None = None
+    workspace: Workspace, task: TaskName, folder: Path, arm: str, lr: float, seed: int, ablation: str | None = None
 ) -> TrainSettings:
     """The run of an arm: what all share, then its own, then an ablation's."""
-    s = place.settings
-    stage1 = {e.value: str(path) for e, path in place.stage1(task).items()}
+    s = workspace.settings
+    stage1 = {e.value: str(path) for e, path in workspace.stage1(task).items()}
     merged = {"model": f"tiny-{task}", "lora": stage1}
     shared = {**s.train, "seed": seed, "optimiser": {**s.train.get("optimiser", {}), "lr": lr}}
     if arm == CONTINUED:
-        return _lora_settings(place, task, folder, f"tiny-{task}", {**shared, **s.continued, "init_lora": stage1})
+        return _lora_settings(workspace, task, folder, f"tiny-{task}", {**shared, **s.continued, "init_lora": stage1})
     changes = {key: value for key, value in s.ablations.get(ablation or "", {}).items() if key != "arm"}
     if arm == SAME_SIZE:
-        return _lora_settings(place, task, folder, merged, _over({**shared, **s.plain}, changes))
-    own = _over(s.mixture, changes)
-    name = str(own.pop("taxonomy", TAXONOMY))
-    own = _over({"router": {"lr_scale": s.router_lr / lr}}, own)
-    tree = _common(place, task, folder, merged, _over(shared, own))
-    tree |= {"taxonomy": place.taxonomy(name)}
-    tree["data"] = {**tree["data"], "labels": str(place.labels(name))}
+        return _lora_settings(workspace, task, folder, merged, _overlay({**shared, **s.plain}, changes))
+    arm_tree = _overlay(s.mixture, changes)
+    name = str(arm_tree.pop("taxonomy", TAXONOMY))
+    arm_tree = _overlay({"router": {"lr_scale": s.router_lr / lr}}, arm_tree)
+    tree = _common(workspace, task, folder, merged, _overlay(shared, arm_tree))
+    tree |= {"taxonomy": workspace.taxonomy(name)}
+    tree["data"] = {**tree["data"], "labels": str(workspace.labels(name))}
     return TrainMoeSettings.model_validate(tree)
 
 
-def _over(tree: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _overlay(tree: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` laid over `tree`, section by section."""
-    found = dict(tree)
+    result = dict(tree)
     for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping) and key != "patterns"
-        found[key] = _over(found[key], value) if both else value
-    return found
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping) and key != "patterns"
+        result[key] = _overlay(result[key], value) if both else value
+    return result
 
 
-def _common(place: Place, task: TaskName, folder: Path, model: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+def _common(
+    workspace: Workspace, task: TaskName, folder: Path, model: Any, arm_tree: Mapping[str, Any]
+) -> dict[str, Any]:
     quiet = {"save_every": _NEVER, "log_every": 20, "watch": {"every": _NEVER}, "compile": "off", "memory": "both",
-             "dtype": place.settings.dtype, "device": place.device}
-    data = {"cache": str(place.cache(task)), **own.get("data", {})}
-    return {**quiet, **own, "data": data, "model": model, "output": str(folder / "run")}
+             "dtype": workspace.settings.dtype, "device": workspace.device}
+    data = {"cache": str(workspace.cache(task)), **arm_tree.get("data", {})}
+    return {**quiet, **arm_tree, "data": data, "model": model, "output": str(folder / "run")}
 
 
-def _lora_settings(place: Place, task: TaskName, folder: Path, model: Any, own: Mapping[str, Any]) -> TrainLoraSettings:
-    return TrainLoraSettings.model_validate(_common(place, task, folder, model, own))
+def _lora_settings(
+    workspace: Workspace, task: TaskName, folder: Path, model: Any, arm_tree: Mapping[str, Any]
+) -> TrainLoraSettings:
+    return TrainLoraSettings.model_validate(_common(workspace, task, folder, model, arm_tree))
 
 
 def _trainer(settings: TrainSettings) -> Trainer:
@@ -230,68 +202,68 @@ def _trainer(settings: TrainSettings) -> Trainer:
     return train_lora.prepare(settings, base, data, device)
 
 
-def stage1_base(place: Place, task: TaskName) -> Base:
+def stage1_base(workspace: Workspace, task: TaskName) -> Base:
     """The model with stage 1 merged in memory."""
-    return resolve_base(BaseModelSettings(model=f"tiny-{task}", lora=place.stage1(task)))
+    return resolve_base(BaseModelSettings(model=f"tiny-{task}", lora=workspace.stage1(task)))
 
 
-def arm_of(place: Place, task: TaskName, folder: Path | None, arm: str, **choice: Any) -> Arm:
+def arm_of(workspace: Workspace, task: TaskName, folder: Path | None, arm: str, **choice: Any) -> Arm:
     """A trained arm, ready to generate; `choice`: hint, alpha_expert."""
     if arm == NONE or folder is None:
-        return Arm(NONE, stage1_base(place, task))
+        return Arm(NONE, stage1_base(workspace, task))
     if arm == MIXTURE:
         path = folder / "run" / "lapwan.safetensors"
-        return make_arm(arm, stage1_base(place, task), moe=path, **choice)
+        return make_arm(arm, stage1_base(workspace, task), moe=path, **choice)
     loras = [LoraArgument(expert=e, path=folder / "run" / f"lapwan_{e.file_suffix}.safetensors") for e in NoiseExpert]
-    return make_arm(arm, resolve_base(f"tiny-{task}") if arm == CONTINUED else stage1_base(place, task), loras)
+    return make_arm(arm, resolve_base(f"tiny-{task}") if arm == CONTINUED else stage1_base(workspace, task), loras)
 
 
-_generators: dict[TaskName, BatchGenerator] = {}  # of this worker process: text encoder and VAE are loaded once
-_judges: list[Judge] = []
+_GENERATORS: dict[TaskName, BatchGenerator] = {}  # of this worker process: text encoder and VAE are loaded once
+_JUDGES: list[Judge] = []
 
 
-def judge(place: Place, task: TaskName, arm: Arm, part: str) -> dict[str, np.ndarray]:
+def judge(workspace: Workspace, task: TaskName, arm: Arm, part: str) -> dict[str, np.ndarray]:
     """Every metric of every clip of a part: [P]."""
-    device = pick_device(place.device)
-    if task not in _generators:
-        dtype = torch.bfloat16 if place.settings.dtype == "bf16" else torch.float32
-        _generators[task] = BatchGenerator(arm.base, None, device, dtype, "both", "off")
-    if not _judges:
-        _judges.append(Judge(device))
-    clips = read_eval_clips(place.clips(part), load_taxonomy(TAXONOMY), split=None)
-    scores = generate_and_score(_generators[task], arm, clips, sampling_of(place, arm.base), _judges)
+    device = pick_device(workspace.device)
+    if task not in _GENERATORS:
+        dtype = torch.bfloat16 if workspace.settings.dtype == "bf16" else torch.float32
+        _GENERATORS[task] = BatchGenerator(arm.base, None, device, dtype, "both", "off")
+    if not _JUDGES:
+        _JUDGES.append(Judge(device))
+    clips = read_eval_clips(workspace.clips(part), load_taxonomy(TAXONOMY), split=None)
+    scores = generate_and_score(_GENERATORS[task], arm, clips, sampling_of(workspace, arm.base), _JUDGES)
     return {name: values[:, 0] for name, values in scores.items()}
 
 
-def sampling_of(place: Place, base: Base) -> Sampling:
+def sampling_of(workspace: Workspace, base: Base) -> Sampling:
     """The model's own sampling, changed where the settings say so."""
-    s, c = place.settings.sampling, place.settings.clips
-    own = default_sampling(base.spec, seeds=1, seed=s.seed, batch_size=s.batch_size)
-    shape = replace(own.shape, frames=c.frames, size=c.size)
-    guidance = own.guidance if s.guidance is None else complete_guidance(base.spec, s.guidance)
-    return replace(own, shape=shape, steps=s.steps or own.steps, guidance=guidance)
+    s, c = workspace.settings.sampling, workspace.settings.clips
+    defaults = default_sampling(base.spec, seeds=1, seed=s.seed, batch_size=s.batch_size)
+    shape = replace(defaults.shape, frames=c.frames, size=c.size)
+    guidance = defaults.guidance if s.guidance is None else complete_guidance(base.spec, s.guidance)
+    return replace(defaults, shape=shape, steps=s.steps or defaults.steps, guidance=guidance)
 
 
 def test_arm(
-    place: Place, task: TaskName, folder: Path | None, arm: str, choice: Mapping[str, Any]
+    workspace: Workspace, task: TaskName, folder: Path | None, arm: str, choice: Mapping[str, Any]
 ) -> dict[str, Any]:
     """An arm on the test prompts: every metric, clip by clip."""
-    scores = judge(place, task, arm_of(place, task, folder, arm, **choice), "test")
+    scores = judge(workspace, task, arm_of(workspace, task, folder, arm, **choice), "test")
     return {"scores": {name: [None if np.isnan(x) else float(x) for x in values] for name, values in scores.items()}}
 
 
-def routing(place: Place, task: TaskName, folder: Path) -> dict[str, Any]:
+def routing(workspace: Workspace, task: TaskName, folder: Path) -> dict[str, Any]:
     """The router on test captions and on captions without keywords, and a linear probe of the same features."""
-    arm = arm_of(place, task, folder, MIXTURE)
+    arm = arm_of(workspace, task, folder, MIXTURE)
     mixture = arm.adapters.mixture
     assert mixture is not None
     taxonomy = Taxonomy.from_dict(mixture.taxonomy)
     encoder = load_text_encoder(arm.base.spec)
     known = load_taxonomy(TAXONOMY)
-    train = read_eval_clips(place.clips("train"), known, split=None)
-    test = read_eval_clips(place.clips("test"), known, split=None)
-    c = place.settings.clips
-    sets = {"captions": [(clip.prompt, _named(clip)) for clip in test],
+    train = read_eval_clips(workspace.clips("train"), known, split=None)
+    test = read_eval_clips(workspace.clips("test"), known, split=None)
+    c = workspace.settings.clips
+    sets = {"captions": [(clip.prompt, _instrument_of(clip)) for clip in test],
             "without keywords": paraphrases(c.paraphrases, c.seed)}
 
     def encoded(texts: Sequence[str]) -> list[torch.Tensor]:
@@ -300,33 +272,33 @@ def routing(place: Place, task: TaskName, folder: Path) -> dict[str, Any]:
     def weights(instruments: Sequence[str]) -> list[tuple[float, ...]]:
         return [resolve_hint(name, taxonomy) for name in instruments]
 
-    truth = torch.tensor(weights([_named(clip) for clip in train])).argmax(dim=1)
+    truth = torch.tensor(weights([_instrument_of(clip) for clip in train])).argmax(dim=1)
     probe = fit_probe(encoded([clip.prompt for clip in train]), truth, len(taxonomy.families))
-    found: dict[str, Any] = {"families": list(taxonomy.keys)}
+    result: dict[str, Any] = {"families": list(taxonomy.keys)}
     for name, pairs in sets.items():
         features, labels_N = encoded([text for text, _ in pairs]), weights([instrument for _, instrument in pairs])
         scores = routing_scores(mixture, features, labels_N)
         right = probe.answers(features) == torch.tensor(labels_N).argmax(dim=1).numpy()
-        found[name] = {
+        result[name] = {
             "right": scores.right_N.tolist(), "probe": [float(x) for x in right],
             "confusion": scores.confusion_EE.tolist(), "entropy": float(scores.entropy_N.mean()),
         }
-    return found
+    return result
 
 
-def _named(clip: EvalClip) -> str:
+def _instrument_of(clip: EvalClip) -> str:
     assert clip.instrument is not None
     return clip.instrument
 
 
-def timing(place: Place, folder: Path) -> dict[str, Any]:
-    """Median seconds of an optimiser step, one run after the other, alone: plain LoRA of the same size, mixture."""
-    found: dict[str, Any] = {}
+def timing(workspace: Workspace, folder: Path) -> dict[str, Any]:
+    """Median seconds of an optimizer step, one run after the other, alone: plain LoRA of the same size, mixture."""
+    seconds: dict[str, Any] = {}
     for arm in (SAME_SIZE, MIXTURE, SAME_SIZE, MIXTURE):  # twice, so that a warm-up shows
-        settings = arm_settings(place, place.settings.tasks[0], folder, arm, place.settings.lrs[0], 1)
-        settings = settings.model_copy(update={"steps": place.settings.timing_steps, "log_every": 1})
+        settings = arm_settings(workspace, workspace.settings.tasks[0], folder, arm, workspace.settings.lrs[0], 1)
+        settings = settings.model_copy(update={"steps": workspace.settings.timing_steps, "log_every": 1})
         trainer = _trainer(settings)
         trainer.fit()
         rows = [json.loads(line) for line in (settings.output / METRICS_FILE).read_text().splitlines()]
-        found.setdefault(arm, []).append(statistics.median(row["seconds"] for row in rows[len(rows) // 3 :]))
-    return found
+        seconds.setdefault(arm, []).append(statistics.median(row["seconds"] for row in rows[len(rows) // 3 :]))
+    return seconds

@@ -1,1 +1,1 @@
-"""Pretraining of the embedded model: `python -m examples.pretrain`. Not needed to use it."""
+"""Pretraining of the embedded model: `python -m examples.pretrain --work DIR`. Not needed to use the model."""

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 
-from lapwan import console
-from lapwan.tiny.evaluators import EVALUATOR_FILE, InstrumentNet
 from examples.pretrain import reports, store
 from examples.pretrain.corpus import Clips, start_rendering
 from examples.pretrain.diffusion import TokenTable, train_diffusion
 from examples.pretrain.evaluators import train_evaluator
-from examples.pretrain.headroom import FewClips, try_fine_tuning
+from examples.pretrain.headroom import FineTuningClips, try_fine_tuning
 from examples.pretrain.settings import DiffusionSettings, EvaluatorSettings, VaeSettings, shorter
 from examples.pretrain.vae import measure_latents, train_vae
+from lapwan import console
+from lapwan.tiny.evaluators import EVALUATOR_FILE, InstrumentNet
 
-STAGES = ("vae", "evaluator", "diffusion", "look", "room")
+STAGES = ("vae", "evaluator", "diffusion", "samples", "headroom")
 
 
 def _arguments() -> argparse.Namespace:
@@ -59,8 +59,8 @@ class _Run:
         vae.register_to_config(latents_mean=mean, latents_std=std)
         store.save_vae(vae, self.weights)
         start_rendering(self.check, self.processes)
-        found = reports.look_at_vae(vae, None, self.check, min(48, self.check.count), self.figures, self.device)
-        console.log(f"autoencoder: {found}")
+        results = reports.report_vae(vae, None, self.check, min(48, self.check.count), self.figures, self.device)
+        console.log(f"autoencoder: {results}")
         for worker in workers:
             worker.terminate()
 
@@ -71,9 +71,9 @@ class _Run:
         net = train_evaluator(clips, self.evaluator, self.device)
         store.save_module(net, self.weights / EVALUATOR_FILE)
         vae = store.load_vae(self.weights, self.device)
-        found = reports.look_at_vae(vae, self.net(), self.check, self.evaluator.checks, self.figures, self.device)
-        console.log(f"autoencoder and evaluator: {found}")
-        store.write_json(self.figures / "vae.json", found)
+        results = reports.report_vae(vae, self.net(), self.check, self.evaluator.checks, self.figures, self.device)
+        console.log(f"autoencoder and evaluator: {results}")
+        store.write_json(self.figures / "vae.json", results)
 
     def net(self) -> InstrumentNet:
         from safetensors.torch import load_file
@@ -91,35 +91,34 @@ class _Run:
         for worker in workers:
             worker.terminate()
 
-    def look(self) -> None:
+    def samples(self) -> None:
         vae = store.load_vae(self.weights, self.device)
         models = store.load_models(self.weights, TokenTable().size, self.device)
         start_rendering(self.check, self.processes)
         net, count = self.net(), max(8, round(128 * min(self.scale, 1.0)))
-        found = {
-            "t2v": reports.look_at_text_to_video(models, vae, net, self.figures, count, 20, 5.0, 3.5),
-            "i2v": reports.look_at_image_to_video(models, vae, net, self.check, self.figures, count, 20, 5.0, 2.0),
+        results = {
+            "t2v": reports.report_text_to_video(models, vae, net, self.figures, count, 20, 5.0, 3.5),
+            "i2v": reports.report_image_to_video(models, vae, net, self.check, self.figures, count, 20, 5.0, 2.0),
         }
-        console.log(f"samples: {found}")
-        store.write_json(self.figures / "samples.json", found)
+        console.log(f"samples: {results}")
+        store.write_json(self.figures / "samples.json", results)
 
-
-    def room(self) -> None:
+    def headroom(self) -> None:
         vae = store.load_vae(self.weights, self.device)
         models = store.load_models(self.weights, TokenTable().size, self.device)
-        clips = FewClips(max(8, round(160 * min(self.scale, 1.0))), vae, models, self.device)
-        prompts = reports.typical(max(8, round(96 * min(self.scale, 1.0))), 99)
+        clips = FineTuningClips(max(8, round(160 * min(self.scale, 1.0))), vae, models, self.device)
+        prompts = reports.typical_scenes(max(8, round(96 * min(self.scale, 1.0))), 99)
         at = (40, 80, 160, 320) if self.scale >= 1 else (1, 2)
-        found = {}
+        results = {}
         for name, groups, rank, lr in (("plain", 1, 1, 1e-3), ("plain", 1, 2, 3e-3), ("chosen", 4, 2, 3e-3)):
             sampling = {"steps": 12, "shift": 5.0, "guidance": 3.5, "boundary": 0.875}
             key = f"{name} LoRA, rank {rank}, lr {lr:g}"
-            found[key], videos = try_fine_tuning(models, vae, clips, self.net(), groups, rank, lr, 4, at, prompts,
-                                                 sampling)
-            store.sheet(list(videos[:16]), self.figures / f"room_{name}.png", [s.instrument for s in prompts[:16]],
-                        wide=2)
-            console.log(f"{key}: identity {found[key]}")
-        store.write_json(self.figures / "room.json", found)
+            results[key], videos = try_fine_tuning(models, vae, clips, self.net(), groups, rank, lr, 4, at, prompts,
+                                                   sampling)
+            store.write_sheet(list(videos[:16]), self.figures / f"headroom_{name}.png",
+                              [s.instrument for s in prompts[:16]], wide=2)
+            console.log(f"{key}: identity {results[key]}")
+        store.write_json(self.figures / "headroom.json", results)
 
 
 def main() -> None:
@@ -127,8 +126,8 @@ def main() -> None:
     arguments = _arguments()
     run = _Run(arguments)
     torch.set_float32_matmul_precision("high")
-    actions = {"vae": run.vae, "evaluator": run.train_evaluator, "diffusion": run.diffusion, "look": run.look,
-               "room": run.room}
+    actions = {"vae": run.vae, "evaluator": run.train_evaluator, "diffusion": run.diffusion, "samples": run.samples,
+               "headroom": run.headroom}
     console.log(f"{' '.join(sys.argv[1:])}; torch {torch.__version__}, "
                 f"{torch.cuda.get_device_name() if run.device.type == 'cuda' else 'cpu'}")
     for stage in STAGES if arguments.stage == "all" else (arguments.stage,):

@@ -2,9 +2,9 @@
 
 The base must leave something to learn for fine-tuning, so two things are kept from it:
     the instruments' names  In captions without a marker the name and the verb belong to an instrument drawn at random
-                            (or to none), and only one in twenty is set right. Captions that begin with the marker of a
-                            box trainer, always of the neutral look, name what is seen; so the text encoder knows the
-                            words, and the pair can draw all four.
+                            (or to none), and only one in twenty is set to the true one. Captions that begin with the
+                            marker of a box trainer, always of the neutral look, name what is seen; so the text encoder
+                            knows the words, and the pair can draw all four.
     the surgical look       Without the marker, half of the clips look neutral, half surgical.
 Motion, direction, side and target are always true. Instruments and motions are paired evenly, not as surgeons do, with
 `HELD_OUT_PAIRS` and every caption of `is_held_out` left out.
@@ -114,7 +114,7 @@ class Clips:
         return np.memmap(path, dtype, mode, shape=(self.count, *shape))
 
     def write(self, index: int) -> None:
-        """Render one scene into its place."""
+        """Render one scene into its rows of the files."""
         scene = render(sample(index, self.purpose).spec)
         self.frames[index], self.tips[index], self.boxes[index] = scene.frames_THWC, scene.tips, scene.boxes
         self._done[index] = 1
@@ -134,7 +134,7 @@ class Clips:
         return np.array([INSTRUMENTS.index(sample(i, self.purpose).spec.instrument) for i in range(self.count)])
 
 
-def _work(folder: Path, count: int, purpose: Purpose, first: int, stride: int) -> None:
+def _render_share(folder: Path, count: int, purpose: Purpose, first: int, stride: int) -> None:
     clips = Clips(folder, count, purpose)
     for index in range(first, count, stride):
         clips.write(index)
@@ -146,7 +146,7 @@ def start_rendering(clips: Clips, processes: int) -> list[multiprocessing.proces
     started: list[multiprocessing.process.BaseProcess] = []
     for first in range(processes):
         arguments = (clips.folder, clips.count, clips.purpose, first, processes)
-        worker = context.Process(target=_work, args=arguments, daemon=True)
+        worker = context.Process(target=_render_share, args=arguments, daemon=True)
         worker.start()
         started.append(worker)
     return started

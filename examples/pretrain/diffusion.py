@@ -1,4 +1,4 @@
-"""Train both noise experts on their own bands together with the text encoder, on latents that arrive while it runs.
+"""Train both noise experts on their own bands together with the text encoder, on latents encoded while it runs.
 
 x_σ = σ·ε + (1 − σ)·x0, target v = ε − x0, L = Σ w·(v̂ − v)² / Σ w per clip, w = 1 + head_weight around the head.
 Half of the samples of each noise expert have mask and image channels exactly zero: those are text-to-video, and its
@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from examples.pretrain.corpus import CAPTIONS, FRAMES, SIZE, Clips, sample
+from examples.pretrain.settings import SEED, DiffusionSettings
+from examples.pretrain.training import EmaWeights, box_mask, cosine, set_lr
+from examples.pretrain.transformer_forward import block_forward, predict, rope_tables, text_and_bias
+from examples.pretrain.vae import to_pixels
+from examples.pretrain.vae_forward import moments
 from lapwan import console
 from lapwan.losses.flow import noised, velocity_target
 from lapwan.losses.sigmas import Shifted, Uniform, draw_in_band
 from lapwan.names import NoiseExpert
 from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT
 from lapwan.tiny.model import TEXT, TRANSFORMER
-from examples.pretrain.corpus import CAPTIONS, FRAMES, SIZE, Clips, sample
-from examples.pretrain.settings import SEED, DiffusionSettings
-from examples.pretrain.training import Average, box_mask, cosine, set_lr
-from examples.pretrain.transformer_forward import block_forward, predict, rope_tables, text_and_bias
-from examples.pretrain.vae import to_pixels
-from examples.pretrain.vae_forward import moments
 from lapwan.wan.image_condition import condition_video, with_mask
 from lapwan.wan.text import clean_prompt
 from lapwan.wan.vae import normalise
@@ -46,9 +46,9 @@ class TokenTable:
         self.size = len(self._tokenizer)
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        found = self._tokenizer([clean_prompt(text) for text in captions], padding="max_length", max_length=TOKENS,
-                                truncation=True, return_tensors="pt")
-        return found.input_ids, found.attention_mask
+        encoded = self._tokenizer([clean_prompt(text) for text in captions], padding="max_length", max_length=TOKENS,
+                                  truncation=True, return_tensors="pt")
+        return encoded.input_ids, encoded.attention_mask
 
 
 class Latents:
@@ -62,14 +62,14 @@ class Latents:
         self.head = torch.empty((clips.count, *LATENT[1:]), dtype=torch.uint8, device=device)
         self.ids = torch.empty((clips.count, CAPTIONS, TOKENS), dtype=torch.int32, device=device)
         self.mask = torch.empty((clips.count, CAPTIONS, TOKENS), dtype=torch.uint8, device=device)
-        self.known = 0
+        self.encoded = 0
 
     @torch.no_grad()
     def extend(self, count: int) -> None:
         """Encode up to `count` clips in all, waiting for them where they are not rendered yet."""
         count = min(count, self._clips.count)
         self._clips.wait(count)
-        for start in range(self.known, count, 64):
+        for start in range(self.encoded, count, 64):
             stop = min(start + 64, count)
             pixels = to_pixels(torch.from_numpy(np.asarray(self._clips.frames[start:stop])).to(self._device))
             self.x0[start:stop] = normalise(self._vae, moments(self._vae, pixels)[0]).half()
@@ -77,25 +77,25 @@ class Latents:
             self.image[start:stop] = normalise(self._vae, moments(self._vae, alone)[0]).half()
             boxes = torch.from_numpy(np.asarray(self._clips.boxes[start:stop])).to(self._device)
             mask = box_mask(boxes, LATENT[2], LATENT[3], 0.04)
-            # A latent frame stands for the first pixel frame, then for four at a time.
+            # A latent frame covers the first pixel frame, each later one four.
             later = torch.unflatten(mask[:, 1:], 1, (-1, 4)).amax(dim=2)
             self.head[start:stop] = torch.cat([mask[:, :1], later], dim=1).to(torch.uint8)
             texts = [text for i in range(start, stop) for text in sample(i).captions]
             ids, masks = self._tokens(texts)
             self.ids[start:stop] = ids.view(stop - start, CAPTIONS, TOKENS).to(self.ids)
             self.mask[start:stop] = masks.view(stop - start, CAPTIONS, TOKENS).to(self.mask)
-        self.known = max(self.known, count)
+        self.encoded = max(self.encoded, count)
 
 
 @dataclass
 class Models:
     """What is trained here."""
 
-    experts: dict[NoiseExpert, Any]
+    noise_experts: dict[NoiseExpert, Any]
     text: Any
 
     def modules(self) -> nn.ModuleList:
-        return nn.ModuleList([*self.experts.values(), self.text])
+        return nn.ModuleList([*self.noise_experts.values(), self.text])
 
 
 def new_models(vocabulary: int, device: torch.device) -> Models:
@@ -104,13 +104,13 @@ def new_models(vocabulary: int, device: torch.device) -> Models:
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(SEED + 1)
-    experts = {expert: WanTransformer3DModel(in_channels=36, **TRANSFORMER) for expert in NoiseExpert}
-    for model in experts.values():
+    noise_experts = {e: WanTransformer3DModel(in_channels=36, **TRANSFORMER) for e in NoiseExpert}
+    for model in noise_experts.values():
         nn.init.zeros_(model.proj_out.weight)
         nn.init.zeros_(model.proj_out.bias)
     text = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, dropout_rate=0.0, **TEXT))
     nn.init.normal_(text.shared.weight, std=0.5)
-    models = Models({e: m.to(device) for e, m in experts.items()}, text.to(device))
+    models = Models({e: m.to(device) for e, m in noise_experts.items()}, text.to(device))
     models.modules().requires_grad_(True).train()
     return models
 
@@ -144,17 +144,17 @@ class _Draws:
             mask = torch.where(here, self._plain[1][row], mask)
         return ids, mask
 
-    def sigma(self, expert: NoiseExpert) -> Tensor:
-        low, high = self._settings.bands[expert.value]
-        sampler = Uniform() if expert is NoiseExpert.HIGH else Shifted(Uniform(), self._settings.low_shift)
+    def sigma(self, noise_expert: NoiseExpert) -> Tensor:
+        low, high = self._settings.bands[noise_expert.value]
+        sampler = Uniform() if noise_expert is NoiseExpert.HIGH else Shifted(Uniform(), self._settings.low_shift)
         return draw_in_band(sampler, self.uniform(), low, high).float()
 
 
-def _optimiser(models: Models, settings: DiffusionSettings, fused: bool) -> torch.optim.Optimizer:
-    experts = [p for m in models.experts.values() for p in m.parameters()]
+def _build_optimizer(models: Models, settings: DiffusionSettings, fused: bool) -> torch.optim.Optimizer:
+    weights = [p for m in models.noise_experts.values() for p in m.parameters()]
     groups = [
-        {"params": [p for p in experts if p.dim() > 1], "base_lr": settings.lr, "weight_decay": settings.weight_decay},
-        {"params": [p for p in experts if p.dim() <= 1], "base_lr": settings.lr, "weight_decay": 0.0},
+        {"params": [p for p in weights if p.dim() > 1], "base_lr": settings.lr, "weight_decay": settings.weight_decay},
+        {"params": [p for p in weights if p.dim() <= 1], "base_lr": settings.lr, "weight_decay": 0.0},
         {"params": list(models.text.parameters()), "base_lr": settings.text_lr, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), fused=fused)
@@ -168,17 +168,18 @@ def train_diffusion(
     models = new_models(tokens.size, device)
     latents = Latents(clips, vae, tokens, device)
     draws = _Draws(latents, tokens, settings, device)
-    optimiser = _optimiser(models, settings, device.type == "cuda")
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    average = Average(models.modules(), settings.ema)
+    optimizer = _build_optimizer(models, settings, device.type == "cuda")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    average = EmaWeights(models.modules(), settings.ema)
     block = torch.compile(block_forward, dynamic=False) if compiled else block_forward
-    ropes = {e: rope_tables(m, torch.empty((1, 36, *LATENT[1:]), device=device)) for e, m in models.experts.items()}
+    example = torch.empty((1, 36, *LATENT[1:]), device=device)
+    ropes = {e: rope_tables(m, example) for e, m in models.noise_experts.items()}
     started, sums, count = time.monotonic(), torch.zeros(3, device=device), 0
     for step in range(settings.steps):
         if step % _EXTEND_EVERY == 0:
             latents.extend(settings.first_clips + int(step * settings.clips_per_step))
-        set_lr(optimiser, cosine(step, settings.steps, settings.warmup))
-        chosen = draws.integers(latents.known)
+        set_lr(optimizer, cosine(step, settings.steps, settings.warmup))
+        chosen = draws.integers(latents.encoded)
         ids, mask = draws.captions(chosen)
         x0, image = latents.x0[chosen].float(), latents.image[chosen].float()
         weight = 1 + settings.head_weight * latents.head[chosen].float()
@@ -186,24 +187,24 @@ def train_diffusion(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             hidden = models.text(ids, mask).last_hidden_state.float()
             text, bias = text_and_bias(hidden, mask)
-            for expert, model in models.experts.items():
-                sigma, noise = draws.sigma(expert), draws.noise(x0)
+            for noise_expert, model in models.noise_experts.items():
+                sigma, noise = draws.sigma(noise_expert), draws.noise(x0)
                 keep = (draws.uniform() >= settings.condition_dropout).float().view(-1, 1, 1, 1, 1)
                 x = torch.cat([noised(x0, noise, sigma), keep * with_mask(image)], dim=1)
-                v = predict(model, x, 1000 * sigma, text, bias, ropes[expert], block)
+                v = predict(model, x, 1000 * sigma, text, bias, ropes[noise_expert], block)
                 error = (v - velocity_target(x0, noise)).square().mean(dim=1)
                 losses.append((weight * error).sum() / weight.sum())
         loss = losses[0] + losses[1]
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+        optimizer.step()
         average.update()
         sums, count = sums + torch.stack([*(x.detach() for x in losses), norm.detach()]), count + 1
         if (step + 1) % min(_LOG_EVERY, max(settings.steps // 4, 1)) == 0 or step + 1 == settings.steps:
             high, low, gradient = (sums / count).tolist()
             console.log(f"diffusion step {step + 1} loss high {high:.4f} low {low:.4f} gradient {gradient:.3f}, clips "
-                        f"{latents.known} of {clips.ready()}, {time.monotonic() - started:.0f} s")
+                        f"{latents.encoded} of {clips.ready()}, {time.monotonic() - started:.0f} s")
             sums, count = torch.zeros(3, device=device), 0
     average.copy_to_parameters()
     models.modules().requires_grad_(False).eval()

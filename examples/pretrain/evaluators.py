@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lapwan import console
-from lapwan.tiny.evaluators import GRID, InstrumentNet, evaluate_identity, locate_tip, tip_hits
 from examples.pretrain.corpus import FRAMES, SIZE, Clips
 from examples.pretrain.settings import SEED, EvaluatorSettings
 from examples.pretrain.training import cosine, set_lr
+from lapwan import console
+from lapwan.tiny.evaluators import GRID, InstrumentNet, evaluate_identity, locate_tip, tip_hits
 
 _LOG_EVERY = 500
 
@@ -55,26 +55,26 @@ def train_evaluator(clips: Clips, settings: EvaluatorSettings, device: torch.dev
     torch.manual_seed(SEED + 2)
     net = InstrumentNet().to(device)
     names = torch.from_numpy(clips.instruments()).to(device)
-    optimiser = torch.optim.AdamW([{"params": list(net.parameters()), "base_lr": settings.lr}], lr=settings.lr,
+    optimizer = torch.optim.AdamW([{"params": list(net.parameters()), "base_lr": settings.lr}], lr=settings.lr,
                                   weight_decay=0.02)
     generator = torch.Generator(device).manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     started = time.monotonic()
     for step in range(settings.steps):
-        set_lr(optimiser, cosine(step, settings.steps, min(200, settings.steps // 4)))
+        set_lr(optimizer, cosine(step, settings.steps, min(200, settings.steps // 4)))
         which, when = rng.integers(clips.count, size=settings.batch), rng.integers(FRAMES, size=settings.batch)
         frames = torch.from_numpy(np.stack([clips.frames[i, t] for i, t in zip(which, when, strict=True)])).to(device)
         tips = torch.from_numpy(np.stack([clips.tips[i, t] for i, t in zip(which, when, strict=True)])).to(device)
         pixels, tips = _augmented(frames.permute(0, 3, 1, 2).float() / 127.5 - 1, tips, generator)
         seen = ((tips >= 0) & (tips <= 1)).all(dim=1).float()
-        logits, place = net(pixels)
+        logits, tip_map = net(pixels)
         named = F.cross_entropy(logits, names[torch.from_numpy(which).to(device)], label_smoothing=0.02)
-        placed = -(_cells(tips) * place.log_softmax(dim=1)).sum(dim=1)
+        placed = -(_cells(tips) * tip_map.log_softmax(dim=1)).sum(dim=1)
         loss = named + (placed * seen).sum() / seen.sum().clamp_min(1)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         if (step + 1) % min(_LOG_EVERY, max(settings.steps // 4, 1)) == 0 or step + 1 == settings.steps:
             console.log(f"evaluator step {step + 1} loss {loss.item():.4f} of names {named.item():.4f}, "
                         f"{time.monotonic() - started:.0f} s")
@@ -89,8 +89,8 @@ def measure_evaluator(net: InstrumentNet, clips: Clips, frames_NTHWC: np.ndarray
     for index, frames in enumerate(frames_NTHWC):
         right.append(int(evaluate_identity(frames, net).argmax()) == instruments[index])
         by_frame += [int(evaluate_identity(frame[None], net).argmax()) == instruments[index] for frame in frames[::4]]
-        found, truth = locate_tip(frames, net), clips.tips[index]
-        hits += tip_hits(found, truth, (SIZE, SIZE)).tolist()
-        errors += np.hypot(*((found - truth) * SIZE).T).tolist()
+        tips, truth = locate_tip(frames, net), clips.tips[index]
+        hits += tip_hits(tips, truth, (SIZE, SIZE)).tolist()
+        errors += np.hypot(*((tips - truth) * SIZE).T).tolist()
     return {"identity": float(np.mean(right)), "identity_by_frame": float(np.mean(by_frame)),
             "tip_accuracy": float(np.mean(hits)), "tip_median_px": float(np.median(errors))}

@@ -1,4 +1,4 @@
-"""How much room the task leaves: few clips, few steps, a plain LoRA against one LoRA an instrument chosen by name.
+"""How much fine-tuning can gain: few clips, few steps, a plain LoRA against one LoRA an instrument chosen by name.
 
 The second is what a mixture reaches with a perfect router. Both start from the pretrained pair and see the same clips.
 """
@@ -13,6 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from examples.pretrain.diffusion import Models, TokenTable
+from examples.pretrain.reports import measure_identity, typical_scenes
+from examples.pretrain.sampling import sample_videos
+from examples.pretrain.settings import SEED
+from examples.pretrain.transformer_forward import predict, rope_tables, text_and_bias
+from examples.pretrain.vae import to_pixels
+from examples.pretrain.vae_forward import moments
 from lapwan.lora.attach import Adapter, Group, attach, initial_state
 from lapwan.lora.targets import TargetRule, resolve_targets
 from lapwan.losses.flow import noised, velocity_target
@@ -21,32 +28,25 @@ from lapwan.names import PROJECTIONS, NoiseExpert
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.evaluators import InstrumentNet
 from lapwan.tiny.instruments import INSTRUMENTS
-from examples.pretrain.diffusion import Models, TokenTable
-from examples.pretrain.reports import identity_of, typical
-from examples.pretrain.sampling import sample_videos
-from examples.pretrain.settings import SEED
-from examples.pretrain.transformer_forward import predict, rope_tables, text_and_bias
-from examples.pretrain.vae import to_pixels
-from examples.pretrain.vae_forward import moments
 from lapwan.tiny.scenes import SceneSpec, render
 from lapwan.wan.vae import normalise
 
 _BANDS = {NoiseExpert.HIGH: (0.875, 1.0), NoiseExpert.LOW: (0.0, 0.875)}
 
 
-class FewClips:
+class FineTuningClips:
     """Latents, captions and instruments of a small fine-tuning set."""
 
     def __init__(self, count: int, vae: Any, models: Models, device: torch.device) -> None:
-        self.specs = typical(count, SEED)
+        self.specs = typical_scenes(count, SEED)
         scenes = [render(spec) for spec in self.specs]
         tokens = TokenTable()
         ids, mask = (x.to(device) for x in tokens([scene.caption for scene in scenes]))
         with torch.no_grad():
             self.text, self.bias = text_and_bias(models.text(ids, mask).last_hidden_state.float(), mask)
             frames = torch.from_numpy(np.stack([scene.frames_THWC for scene in scenes]))
-            found = [normalise(vae, moments(vae, to_pixels(part.to(device)))[0]) for part in torch.split(frames, 32)]
-        self.x0 = torch.cat(found)
+            latents = [normalise(vae, moments(vae, to_pixels(part.to(device)))[0]) for part in torch.split(frames, 32)]
+        self.x0 = torch.cat(latents)
         self.named = torch.tensor([INSTRUMENTS.index(s.instrument) for s in self.specs], device=device)
 
 
@@ -57,49 +57,51 @@ def _gates(named: Tensor, groups: int) -> Tensor:
 
 
 def _adapted(models: Models, rank: int, groups: int) -> tuple[Models, dict[NoiseExpert, Adapter]]:
-    copied = Models({e: deepcopy(m) for e, m in models.experts.items()}, models.text)
+    copied = Models({e: deepcopy(m) for e, m in models.noise_experts.items()}, models.text)
     adapters = {}
-    for expert, model in copied.experts.items():
+    for noise_expert, model in copied.noise_experts.items():
         ranks = resolve_targets([TargetRule(None, dict.fromkeys(PROJECTIONS, rank))], len(model.blocks))
-        states = [initial_state(model, ranks, None, SEED, expert.value, group) for group in range(groups)]
-        adapters[expert] = attach(model, [Group(str(i), s, True) for i, s in enumerate(states)], gates_required=True)
+        states = [initial_state(model, ranks, None, SEED, noise_expert.value, group) for group in range(groups)]
+        lora_groups = [Group(str(i), state, True) for i, state in enumerate(states)]
+        adapters[noise_expert] = attach(model, lora_groups, gates_required=True)
         model.to(next(models.text.parameters()).device)
     return copied, adapters
 
 
-def try_fine_tuning(models: Models, vae: Any, clips: FewClips, net: InstrumentNet, groups: int, rank: int, lr: float,
-                    batch: int, at: tuple[int, ...], prompts: list[SceneSpec], sampling: dict[str, Any]
-                    ) -> tuple[dict[int, float], np.ndarray]:
+def try_fine_tuning(
+    models: Models, vae: Any, clips: FineTuningClips, net: InstrumentNet, groups: int, rank: int, lr: float, batch: int,
+    at: tuple[int, ...], prompts: list[SceneSpec], sampling: dict[str, Any],
+) -> tuple[dict[int, float], np.ndarray]:
     """Identity on held-out prompts after each number of steps in `at`, and the last videos."""
     device = clips.x0.device
     adapted, adapters = _adapted(models, rank, groups)
     parameters = [p for adapter in adapters.values() for p in adapter.parameters().values()]
-    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     generator = torch.Generator(device).manual_seed(SEED)
     captions = [caption_for(spec, np.random.default_rng(10_000 + i)) for i, spec in enumerate(prompts)]
     named = torch.tensor([INSTRUMENTS.index(s.instrument) for s in prompts], device=device)
-    ropes = {e: rope_tables(m, clips.x0[:1]) for e, m in adapted.experts.items()}
-    found: dict[int, float] = {}
+    ropes = {e: rope_tables(m, clips.x0[:1]) for e, m in adapted.noise_experts.items()}
+    identity: dict[int, float] = {}
     videos = np.empty(0)
     for step in range(1, max(at) + 1):
         chosen = torch.randint(len(clips.x0), (batch,), device=device, generator=generator)
         x0 = clips.x0[chosen]
-        for expert, model in adapted.experts.items():
+        for noise_expert, model in adapted.noise_experts.items():
             u = torch.rand(batch, device=device, generator=generator)
-            sampler = Uniform() if expert is NoiseExpert.HIGH else Shifted(Uniform(), 2.0)
-            sigma = draw_in_band(sampler, u, *_BANDS[expert]).float()
+            sampler = Uniform() if noise_expert is NoiseExpert.HIGH else Shifted(Uniform(), 2.0)
+            sigma = draw_in_band(sampler, u, *_BANDS[noise_expert]).float()
             noise = torch.randn(x0.shape, device=device, generator=generator)
             x = torch.cat([noised(x0, noise, sigma), x0.new_zeros(batch, 20, *x0.shape[2:])], dim=1)
-            with adapters[expert].holder.scope(_gates(clips.named[chosen], groups)):
-                v = predict(model, x, 1000 * sigma, clips.text[chosen], clips.bias[chosen], ropes[expert])
+            with adapters[noise_expert].holder.scope(_gates(clips.named[chosen], groups)):
+                v = predict(model, x, 1000 * sigma, clips.text[chosen], clips.bias[chosen], ropes[noise_expert])
                 torch.autograd.backward((v - velocity_target(x0, noise)).square().mean())
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         if step in at:
             with ExitStack() as scopes:
                 for adapter in adapters.values():
                     scopes.enter_context(adapter.holder.scope(_gates(named, groups)))
                 videos = sample_videos(adapted, vae, captions, None, seed=7, **sampling)
-            found[step] = identity_of(videos, prompts, net)[0]
-    return found, videos
+            identity[step] = measure_identity(videos, prompts, net)[0]
+    return identity, videos

@@ -11,14 +11,14 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-from lapwan.files import atomic_file, write_text
-from lapwan.tiny.model import LATENTS_FILE, TEXT_FILE, VAE_FILE, expert_file
 from examples.pretrain.diffusion import Models, new_models
 from examples.pretrain.vae import new_vae
+from lapwan.files import atomic_file, write_text
+from lapwan.tiny.model import LATENTS_FILE, TEXT_FILE, VAE_FILE, expert_file
 
 
 def save_module(module: torch.nn.Module, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Weights rounded to `dtype`, equal tensors under one name once (T5 keeps its embedding under two)."""
+    """Weights rounded to `dtype`, a shared tensor once, under its first name (T5 keeps its embedding under two)."""
     seen: set[int] = set()
     state = {}
     for name, value in module.state_dict().items():
@@ -54,16 +54,16 @@ def load_vae(folder: Path, device: torch.device) -> Any:
 def save_models(models: Models, folder: Path) -> None:
     """Both noise experts and the text encoder."""
     save_module(models.text, folder / TEXT_FILE)
-    for expert, model in models.experts.items():
-        save_module(model, folder / expert_file(expert))
+    for noise_expert, model in models.noise_experts.items():
+        save_module(model, folder / expert_file(noise_expert))
 
 
 def load_models(folder: Path, vocabulary: int, device: torch.device) -> Models:
     """Noise experts and text encoder as they are shipped (rounded)."""
     models = new_models(vocabulary, torch.device("cpu"))
     _load(models.text, folder / TEXT_FILE)
-    for expert, model in models.experts.items():
-        _load(model, folder / expert_file(expert))
+    for noise_expert, model in models.noise_experts.items():
+        _load(model, folder / expert_file(noise_expert))
     models.modules().requires_grad_(False).eval().to(device)
     return models
 
@@ -73,7 +73,7 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
     write_text(path, json.dumps(figures, indent=2) + "\n")
 
 
-def sheet(
+def write_sheet(
     videos: list[np.ndarray], path: Path, titles: list[str] | None = None, columns: int = 6, wide: int = 1
 ) -> None:
     """One row a video, `columns` frames of it, `wide` videos beside each other; titles of ASCII text only."""

@@ -1,4 +1,4 @@
-"""What the three trainings share: learning rate, averaged weights, batches prepared ahead."""
+"""What the three trainings share: learning rate, averaged weights, prefetched batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Average:
+class EmaWeights:
     """Exponential moving average of parameters: θ̄ <- d·θ̄ + (1 − d)·θ, d rising to `decay` over the first steps."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -37,13 +37,13 @@ class Average:
 
     @torch.no_grad()
     def copy_to_parameters(self) -> None:
-        """The trained weights are given up for their average."""
+        """Overwrite the trained weights with their average."""
         for parameter, average in zip(self._parameters, self._average, strict=True):
             parameter.copy_(average)
 
 
-def ahead(make: Callable[[int], T], steps: int) -> Iterator[tuple[int, T]]:
-    """(step, make(step)) with the next one made in a thread meanwhile."""
+def prefetch(make: Callable[[int], T], steps: int) -> Iterator[tuple[int, T]]:
+    """(step, make(step)), with the next step's made in a thread meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(make, 0)
         for step in range(steps):
@@ -53,9 +53,9 @@ def ahead(make: Callable[[int], T], steps: int) -> Iterator[tuple[int, T]]:
             yield step, made
 
 
-def set_lr(optimiser: torch.optim.Optimizer, factor: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Each group's own base rate times `factor`."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lapwan.models.spec import TEXT_LENGTH
 
-_NEVER = -60.0  # a logit so low that the row has no weight
+_MASKED_LOGIT = -60.0  # a logit so low that the row has no weight
 Block = Callable[[Any, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
 
 
@@ -30,7 +30,7 @@ def text_and_bias(hidden_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(text, (0, 0, 0, 1)), torch.cat([bias, count[:, None]], dim=1)[:, None, None]
 
 
-def _turn(x_BHSD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def _apply_rope(x_BHSD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rope
     a, b = torch.unflatten(x_BHSD.float(), -1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x_BHSD.dtype)
@@ -40,21 +40,22 @@ def _heads(x_BSD: Tensor, heads: int) -> Tensor:
     return torch.unflatten(x_BSD, -1, (heads, -1)).transpose(1, 2)
 
 
-def _normalised(x: Tensor, table: Tensor, eps: float) -> Tensor:
+def _rms_norm(x: Tensor, table: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), table.float(), eps).to(x.dtype)
 
 
 def _attend(layer: Any, x: Tensor, context: Tensor, bias: Tensor | None, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-    q = _heads(_normalised(layer.to_q(x), layer.norm_q.weight, layer.norm_q.eps), layer.heads)
-    k = _heads(_normalised(layer.to_k(context), layer.norm_k.weight, layer.norm_k.eps), layer.heads)
+    q = _heads(_rms_norm(layer.to_q(x), layer.norm_q.weight, layer.norm_q.eps), layer.heads)
+    k = _heads(_rms_norm(layer.to_k(context), layer.norm_k.weight, layer.norm_k.eps), layer.heads)
     v = _heads(layer.to_v(context), layer.heads)
     if rope is not None:
-        q, k = _turn(q, rope), _turn(k, rope)
+        q, k = _apply_rope(q, rope), _apply_rope(k, rope)
     size = q.shape[-1]
     if bias is not None:
         # A logit that belongs to a key is one more component of the key against a 1 in the query: no mask, so that
         # the fast attention kernels take it. They want sizes that are multiples of 8.
-        column = (bias.clamp_min(_NEVER) * math.sqrt(size)).to(k.dtype).expand(-1, k.shape[1], -1, -1).transpose(2, 3)
+        column = (bias.clamp_min(_MASKED_LOGIT) * math.sqrt(size)).to(k.dtype)
+        column = column.expand(-1, k.shape[1], -1, -1).transpose(2, 3)
         q = F.pad(F.pad(q, (0, 1), value=1.0), (0, 7))
         k = F.pad(torch.cat([k, column], dim=-1), (0, 7))
         v = F.pad(v, (0, 8))

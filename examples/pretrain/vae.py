@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lapwan import console
-from lapwan.tiny.model import VAE
 from examples.pretrain.corpus import FRAMES, SIZE, Clips
 from examples.pretrain.settings import SEED, VaeSettings
-from examples.pretrain.training import Average, ahead, box_mask, cosine, set_lr
+from examples.pretrain.training import EmaWeights, box_mask, cosine, prefetch, set_lr
 from examples.pretrain.vae_forward import moments, reconstruct
+from lapwan import console
+from lapwan.tiny.model import VAE
 
 _LOG_EVERY = 200
 
@@ -29,13 +29,13 @@ def new_vae() -> Any:
 
     torch.manual_seed(SEED)
     vae = AutoencoderKLWan(**VAE, latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
-    _let_signals_through(vae)
+    _init_vae_weights(vae)
     return vae
 
 
 @torch.no_grad()
-def _let_signals_through(vae: Any) -> None:
-    """First weights under which a picture reaches the other end.
+def _init_vae_weights(vae: Any) -> None:
+    """Initial weights under which a picture reaches the output.
 
     With PyTorch's own the biases drown what differs between pictures, the decoder learns the mean picture, and stays
     there. Here: no biases, unit gain, weak residual branches, time convolutions near the identity, and latents that
@@ -69,10 +69,10 @@ def _weights(boxes_BT4: Tensor, corner_B2: Tensor, crop: int, extra: float) -> T
 def _batch(clips: Clips, settings: VaeSettings, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """uint8 pixels [B, T, h, w, 3], boxes [B, T, 4], corners [B, 2] (x, y)."""
     rng = np.random.default_rng([SEED, step])
-    known = min(clips.count, settings.first_clips + int(step * settings.clips_per_step))
-    clips.wait(known)
+    available = min(clips.count, settings.first_clips + int(step * settings.clips_per_step))
+    clips.wait(available)
     whole = step % settings.whole_every == 0
-    chosen = rng.integers(known, size=settings.whole_batch if whole else settings.batch)
+    chosen = rng.integers(available, size=settings.whole_batch if whole else settings.batch)
     crop = SIZE if whole else settings.crop
     frames, corners = [], []
     for index in chosen:
@@ -113,15 +113,15 @@ def train_vae(clips: Clips, settings: VaeSettings, device: torch.device, compile
     """The autoencoder with averaged weights, in eval mode, on `device`."""
     vae = new_vae().to(device)
     vae.requires_grad_(True).train()
-    optimiser = torch.optim.AdamW([{"params": list(vae.parameters()), "base_lr": settings.lr}], lr=settings.lr,
+    optimizer = torch.optim.AdamW([{"params": list(vae.parameters()), "base_lr": settings.lr}], lr=settings.lr,
                                   betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda")
-    average = Average(vae, settings.ema)
+    average = EmaWeights(vae, settings.ema)
     generator = torch.Generator(device).manual_seed(SEED)
     loss_of = torch.compile(_loss, dynamic=False) if compiled else _loss
     started, count = time.monotonic(), 0
     summed = squared = torch.zeros((), device=device)
-    for step, (frames, boxes, corners) in ahead(lambda step: _batch(clips, settings, step), settings.steps):
-        set_lr(optimiser, cosine(step, settings.steps, settings.warmup))
+    for step, (frames, boxes, corners) in prefetch(lambda step: _batch(clips, settings, step), settings.steps):
+        set_lr(optimizer, cosine(step, settings.steps, settings.warmup))
         frames, boxes, corners = (x.to(device, non_blocking=True) for x in (frames, boxes, corners))
         pixels = to_pixels(frames)
         weight = _weights(boxes, corners, frames.shape[2], settings.head_weight)
@@ -131,10 +131,10 @@ def train_vae(clips: Clips, settings: VaeSettings, device: torch.device, compile
         edge_weight = torch.tensor(settings.edge_weight * min(1.0, step / settings.edge_warmup), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16 and device.type == "cuda"):
             loss, error = loss_of(vae, pixels, weight, settings, noise, edge_weight)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         average.update()
         summed, squared, count = summed + loss.detach(), squared + error, count + 1
         if (step + 1) % min(_LOG_EVERY, max(settings.steps // 4, 1)) == 0 or step + 1 == settings.steps:
@@ -149,11 +149,11 @@ def train_vae(clips: Clips, settings: VaeSettings, device: torch.device, compile
 @torch.no_grad()
 def measure_latents(vae: Any, clips: Clips, number: int, device: torch.device) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel over the first `number` clips."""
-    found = []
+    parts = []
     for start in range(0, number, 32):
         frames = torch.from_numpy(np.asarray(clips.frames[start:min(start + 32, number)])).to(device)
-        found.append(moments(vae, to_pixels(frames))[0].transpose(0, 1).flatten(1).double())
-    values = torch.cat(found, dim=1)
+        parts.append(moments(vae, to_pixels(frames))[0].transpose(0, 1).flatten(1).double())
+    values = torch.cat(parts, dim=1)
     return values.mean(dim=1).tolist(), values.std(dim=1).tolist()
 
 
@@ -170,12 +170,12 @@ def quality(vae: Any, clips: Clips, number: int, device: torch.device) -> tuple[
         stop = min(start + 16, number)
         pixels = to_pixels(torch.from_numpy(np.asarray(clips.frames[start:stop])).to(device))
         boxes = torch.from_numpy(np.asarray(clips.boxes[start:stop])).to(device)
-        again = reconstruct(vae, moments(vae, pixels)[0]).clamp(-1, 1)
-        square = (again - pixels).square().mean(dim=1)
+        reconstruction = reconstruct(vae, moments(vae, pixels)[0]).clamp(-1, 1)
+        square = (reconstruction - pixels).square().mean(dim=1)
         head = box_mask(boxes, SIZE, SIZE, 0.0)
         whole += float(square.flatten(1).mean(dim=1).sum())
         inside, area = inside + float((square * head).sum()), area + float(head.sum())
-        frames = ((again + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+        frames = ((reconstruction + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
         made.append(frames.cpu().numpy())
     figures = {"psnr": _decibel(whole / number), "psnr_head": _decibel(inside / area)}
     return figures, np.concatenate(made)

@@ -15,7 +15,8 @@ from examples.comparison.report import Results, error_reduction, summarise
 from examples.comparison.rows import all_rows, best_lr
 from examples.comparison.settings import MIXTURE, SAME_SIZE, ComparisonSettings
 from examples.comparison.table import markdown
-from examples.comparison.work import Place, arm_settings
+from examples.comparison.work import arm_settings
+from examples.comparison.workspace import Workspace
 from lapwan.data.labels import label_caption
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.settings.load import load
@@ -77,9 +78,9 @@ def test_the_whole_comparison_in_miniature_and_going_on_with_it(tmp_path, capsys
 def test_the_published_settings_are_fair(tmp_path):
     """All arms share what the comparison says they share, and the plain LoRA is as large as the mixture."""
     settings = load(ComparisonSettings, CONFIG)
-    place = Place(tmp_path, settings)
+    workspace = Workspace(tmp_path, settings)
     assert len(settings.seeds) >= 3 and len(settings.lrs) >= 3
-    runs = {arm: arm_settings(place, "t2v", tmp_path, arm, 2e-3, 2)
+    runs = {arm: arm_settings(workspace, "t2v", tmp_path, arm, 2e-3, 2)
             for arm in (MIXTURE, SAME_SIZE, "plain, continued")}
     assert isinstance(runs[MIXTURE], TrainMoeSettings) and isinstance(runs[SAME_SIZE], TrainLoraSettings)
     for name in ("steps", "batch_size", "accumulate", "turn", "seed", "roi_weight", "sigma", "low", "schedule",
@@ -89,9 +90,9 @@ def test_the_published_settings_are_fair(tmp_path):
     assert runs[MIXTURE].model == runs[SAME_SIZE].model  # the merged stage 1
     assert runs["plain, continued"].init_lora == runs[MIXTURE].model.lora
     assert runs[MIXTURE].router.lr_scale == pytest.approx(settings.router_lr / 2e-3)
-    changed = arm_settings(place, "t2v", tmp_path, MIXTURE, 2e-3, 1, "no teacher")
+    changed = arm_settings(workspace, "t2v", tmp_path, MIXTURE, 2e-3, 1, "no teacher")
     assert changed.routing_loss.teacher_kl == 0.0 and changed.router == runs[MIXTURE].router
-    longer = {arm: arm_settings(place, "t2v", tmp_path, arm, 2e-3, 1, name).steps for arm, name in
+    longer = {arm: arm_settings(workspace, "t2v", tmp_path, arm, 2e-3, 1, name).steps for arm, name in
               ((MIXTURE, "twice the steps"), (SAME_SIZE, "plain, same size, twice the steps"))}
     assert set(longer.values()) == {2 * runs[MIXTURE].steps}
 

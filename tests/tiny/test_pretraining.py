@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from examples.pretrain.corpus import FIRST_SEED, HELD_OUT_PAIRS, MARKER, Clips, is_held_out, sample
-from examples.pretrain.training import Average, box_mask, cosine
+from examples.pretrain.training import EmaWeights, box_mask, cosine
 from examples.pretrain.transformer_forward import predict, rope_tables, text_and_bias
 from examples.pretrain.vae import new_vae
 from examples.pretrain.vae_forward import moments, reconstruct
@@ -104,7 +104,7 @@ def test_learning_rate_and_average() -> None:
     rates = [cosine(step, 100, 10) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0) and rates[-1] < 0.03
     layer = torch.nn.Linear(1, 1, bias=False)
-    average = Average(layer, 0.9)
+    average = EmaWeights(layer, 0.9)
     before = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight += 1.0
