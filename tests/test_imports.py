@@ -126,7 +126,7 @@ def test_the_checks_see_what_they_forbid() -> None:
 
 @pytest.mark.parametrize("statement", [
     "import lapwan.cli", "import lapwan", "from lapwan.models.spec import read_spec",
-    "from lapwan.caching.index import load_index", "from lapwan.data.labels import label_caption",
+    "from lapwan.caching.read import load_index", "from lapwan.data.labels import label_caption",
 ])
 def test_no_torch(statement) -> None:
     code = f"{statement}\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"

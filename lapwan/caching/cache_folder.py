@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lapwan import console, files
-from lapwan.caching.index import CachedItem, CacheIndex, load_index, write_index
+from lapwan.caching.index import CachedItem, CacheIndex, write_index
 from lapwan.caching.layout import PROMPTS_FILE, Recipe
 from lapwan.caching.plan import Encoders, Plan, index_items, index_path, make_plan
+from lapwan.caching.read import load_index
 from lapwan.caching.report import plan_lines, write_report
-from lapwan.data.dataset import CacheSet, Drop
+from lapwan.data.source_clips import CacheSet, Drop
 from lapwan.distributed import Processes
 from lapwan.errors import Interrupted, UserError
 from lapwan.models.spec import ModelSpec

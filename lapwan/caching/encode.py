@@ -20,17 +20,17 @@ from lapwan import console
 from lapwan.caching.decoder import Decoded, Decoder, make_jobs
 from lapwan.caching.layout import PROMPTS_FILE, Recipe, write_latents, write_prompts, write_roi, write_text_features
 from lapwan.caching.plan import Plan, Wanted, prompts_recipe
-from lapwan.data.dataset import Drop
 from lapwan.data.regions import region
+from lapwan.data.source_clips import Drop
 from lapwan.data.video import BadClip
 from lapwan.errors import UserError
-from lapwan.memory.generation import free_bytes
+from lapwan.memory.generation import free_bytes, text_encoder_bytes
 from lapwan.memory.plan import GIB, needs
 from lapwan.memory.streaming import Residence
 from lapwan.models.device import pick_device
 from lapwan.models.spec import ModelSpec
 from lapwan.wan.image_condition import encode_condition, with_mask
-from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder, text_encoder_bytes
+from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder
 from lapwan.wan.vae import channels_last, encode, load_vae
 
 _BATCH_PIXELS = 480 * 832 * 81  # one full-size clip: smaller ones share a batch up to this

@@ -25,7 +25,7 @@ from lapwan.caching.layout import (
 )
 from lapwan.caching.stale import judge
 from lapwan.data.buckets import Crop, Window, centre_crop, windows
-from lapwan.data.dataset import CacheSet, Drop, SourceClip
+from lapwan.data.source_clips import CacheSet, Drop, SourceClip
 from lapwan.data.video import BadClip, VideoFacts, frame_files, probe
 from lapwan.files import is_temporary
 

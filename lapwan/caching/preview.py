@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lapwan.caching.index import load_index, read_item
+from lapwan.caching.read import load_index, read_item
 from lapwan.files import atomic_file
 from lapwan.models.device import pick_device
 from lapwan.models.spec import ModelSpec

@@ -11,7 +11,7 @@ from lapwan import files
 from lapwan.caching.index import CachedItem
 from lapwan.caching.plan import Plan, Wanted
 from lapwan.caching.stale import MISSING
-from lapwan.data.dataset import Drop
+from lapwan.data.source_clips import Drop
 
 _LISTED = 20
 REPORT_FILE = "lapwan_report.json"

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from lapwan import console
-from lapwan.caching.index import CachedItem, CacheIndex, load_index
+from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.layout import PROMPTS_FILE, find_tensor, open_cache_file, read_recipe, recipe_fingerprint
+from lapwan.caching.read import load_index
 from lapwan.checkpoints.container import TensorFile
 from lapwan.errors import UserError
 

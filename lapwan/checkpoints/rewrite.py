@@ -1,6 +1,6 @@
 """Rewrite a safetensors file with some Linears changed, without ever holding more than a tile of it.
 
-    W' = round(W + Σ_t m_t · (alpha_t / r_t) · B_t A_t),    accumulated in fp32, rounded once to W's dtype
+    W' = round(W + Σ_t U_t),    accumulated in fp32, rounded once to W's dtype;  of a LoRA U = m · (alpha / r) · B A
 
 Untouched byte ranges are copied by the kernel (copy_file_range, else sendfile); touched tensors go by row tiles.
 The data keeps its order, so an index of shards stays valid.
@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +27,6 @@ from lapwan.checkpoints.tensors import DTYPES
 from lapwan.distributed import one_thread
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
-from lapwan.lora.state import LoraEntry
 
 TILE_BYTES = 4 << 20  # of a touched tensor as fp32: a few hundred rows, which stay in a core's cache
 _COPY_BYTES = 64 << 20  # per call into the kernel, so that progress moves
@@ -37,38 +35,14 @@ _MOST_WORKERS = 8
 Advance = Callable[[int], None]
 
 
-class Entry(Protocol):
-    """A LoRA module that can be read when it is needed (`LoraModule`, or a state's entry in memory)."""
-
-    @property
-    def rank(self) -> int:
-        """r."""
-
-    def entry(self) -> LoraEntry:
-        """A, B and alpha."""
+AddRows = Callable[[Tensor, int], None]  # (work [n, in], first): adds rows [first, first + n) of an update to `work`
 
 
-@dataclass(frozen=True)
-class Term:
-    """One LoRA module and its multiplier m."""
+class Update(Protocol):
+    """What is added to a weight, such as a LoRA's ΔW at a strength."""
 
-    module: Entry
-    multiplier: float
-
-
-def merge_rows_(rows: Tensor, terms: Sequence[tuple[LoraEntry, float]], first: int, work: Tensor) -> None:
-    """Rows [first, first + n) of W become those of W', through a workspace of the same shape in the accumulation's
-    dtype: fp32, or fp64 for an fp64 W."""
-    work.copy_(rows)
-    for entry, multiplier in terms:
-        up = entry.up[first : first + rows.shape[0]].to(work.dtype) * (multiplier * entry.scale)
-        work.addmm_(up, entry.down.to(work.dtype))
-    rows.copy_(work)
-
-
-def _widened(entry: LoraEntry, dtype: torch.dtype) -> LoraEntry:
-    """Converted once, not at every tile; a copy, since products round by alignment, and a file has any."""
-    return LoraEntry(entry.down.to(dtype, copy=True), entry.up.to(dtype, copy=True), entry.alpha)
+    def prepare(self, dtype: torch.dtype) -> AddRows:
+        """Read and convert what is needed, once; `dtype` is the accumulation's: fp32, or fp64 for an fp64 weight."""
 
 
 def check_mergeable(file: TensorFile, name: str) -> None:
@@ -84,10 +58,10 @@ def check_mergeable(file: TensorFile, name: str) -> None:
 
 
 def rewrite(
-    source: TensorFile, target: Path, terms: Mapping[str, Sequence[Term]], metadata: Mapping[str, str],
+    source: TensorFile, target: Path, updates: Mapping[str, Sequence[Update]], metadata: Mapping[str, str],
     advance: Advance = lambda _: None, check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write `source` to `target` with the weights named in `terms` merged and the header's metadata replaced.
+    """Write `source` to `target` with the weights named in `updates` changed and the header's metadata replaced.
 
     Atomic: a failure or an interrupt leaves nothing at `target`. `advance` is told of bytes written; `check` looks at
     the finished file before it gets its name.
@@ -95,7 +69,7 @@ def rewrite(
     Raises:
         UserError: a merged weight that is not finite, a quantised dtype, a source that is cut short.
     """
-    for name in terms:
+    for name in updates:
         check_mergeable(source, name)
     header = _header(source, metadata)
     shift = len(header) - source.data_start
@@ -103,12 +77,12 @@ def rewrite(
     with atomic_file(target) as temporary, source.path.open("rb") as reader, temporary.open("wb") as writer:
         writer.write(header)
         writer.flush()
-        touched = sorted((source.tensors[name] for name in terms), key=lambda info: info.start)
+        touched = sorted((source.tensors[name] for name in updates), key=lambda info: info.start)
         told = _Told(advance)
         pool = ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1))
         try:
             with one_thread():  # a tensor a worker; this thread copies what lies between them
-                jobs = [pool.submit(_merge_tensor, source, info, terms[info.name], writer.fileno(), shift, told)
+                jobs = [pool.submit(_merge_tensor, source, info, updates[info.name], writer.fileno(), shift, told)
                         for info in touched]
                 position = source.data_start
                 for info in touched:
@@ -145,15 +119,15 @@ def _header(source: TensorFile, metadata: Mapping[str, str]) -> bytes:
 
 
 def _merge_tensor(
-    source: TensorFile, info: TensorInfo, terms: Sequence[Term], writer: int, shift: int, advance: Advance
+    source: TensorFile, info: TensorInfo, updates: Sequence[Update], writer: int, shift: int, advance: Advance
 ) -> None:
     """Merge one tensor and write each of its tiles in its place."""
-    for offset, view, _ in _merged_tiles(source, info, terms):
+    for offset, view, _ in _merged_tiles(source, info, updates):
         _write(writer, view, info.start + offset + shift)
         advance(len(view))
 
 
-def merged_tensor(source: TensorFile, name: str, terms: Sequence[Term]) -> Tensor:
+def merged_tensor(source: TensorFile, name: str, updates: Sequence[Update]) -> Tensor:
     """W' of the tensor `name`, in memory: bit for bit what `rewrite` writes, in the file's own dtype.
 
     Raises:
@@ -162,11 +136,11 @@ def merged_tensor(source: TensorFile, name: str, terms: Sequence[Term]) -> Tenso
     check_mergeable(source, name)
     info = source.tensors[name]
     with one_thread():
-        return torch.cat([tile.clone() for *_, tile in _merged_tiles(source, info, terms)])
+        return torch.cat([tile.clone() for *_, tile in _merged_tiles(source, info, updates)])
 
 
 def _merged_tiles(
-    source: TensorFile, info: TensorInfo, terms: Sequence[Term]
+    source: TensorFile, info: TensorInfo, updates: Sequence[Update]
 ) -> Iterator[tuple[int, memoryview, Tensor]]:
     """(offset in the tensor, bytes, the same as rows) of W', tile by tile; two buffers serve all of them."""
     rows, columns = info.shape
@@ -174,13 +148,16 @@ def _merged_tiles(
     step = max(1, min(rows, TILE_BYTES // (columns * 4)))
     buffer = memoryview(bytearray(step * row_bytes))
     work = torch.empty(step, columns, dtype=torch.promote_types(dtype, torch.float32))
-    read = [(_widened(term.module.entry(), work.dtype), term.multiplier) for term in terms]
+    additions = [update.prepare(work.dtype) for update in updates]
     for first in range(0, rows, step):
         count = min(step, rows - first)
         view = buffer[: count * row_bytes]
         source.read_into(view, info.name, first * row_bytes)
         tile = torch.frombuffer(view, dtype=dtype).reshape(count, columns)
-        merge_rows_(tile, read, first, work[:count])
+        wide = work[:count].copy_(tile)
+        for add_rows in additions:
+            add_rows(wide, first)
+        tile.copy_(wide)
         # NaN passes through aminmax, which is twenty times as fast as isfinite over all.
         if not torch.stack(torch.aminmax(tile)).isfinite().all():
             raise UserError(f"merging makes '{info.name}' non-finite (in {info.dtype}): the LoRA or the base holds "

@@ -9,7 +9,8 @@ from lapwan.caching.cache_folder import Choices, Result, cache_set, plan_set
 from lapwan.caching.plan import Encoders
 from lapwan.caching.report import drop_lines, plan_lines
 from lapwan.data.buckets import Buckets
-from lapwan.data.dataset import Drop, Extraction, read_dataset
+from lapwan.data.dataset import read_dataset
+from lapwan.data.source_clips import Drop, Extraction
 from lapwan.distributed import launched
 from lapwan.errors import UserError
 from lapwan.files import write_text

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lapwan import console
-from lapwan.caching.index import load_index
+from lapwan.caching.read import load_index
 from lapwan.models.spec import Task
 from lapwan.settings.base import RunOptions, Settings, to_toml
 from lapwan.settings.train import DataSettings

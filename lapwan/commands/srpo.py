@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from lapwan import console
-from lapwan.caching.index import load_index
+from lapwan.caching.read import load_index
 from lapwan.commands.plan import one_voice, print_plan
 from lapwan.errors import UserError
 from lapwan.memory.srpo import SrpoMemory, plan_memory
-from lapwan.models.base import Base
+from lapwan.models.base import Base, targets_of
 from lapwan.models.device import pick_device
 from lapwan.models.resolve import resolve_base
 from lapwan.models.spec import Task, tensor_shapes, weight_files
@@ -25,7 +25,7 @@ from lapwan.settings.base import RunOptions
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.metrics import Metrics
 from lapwan.train.optimizers import check_optimiser, describe_optimiser
-from lapwan.train.recipe import run_training, targets_of
+from lapwan.train.recipe import run_training
 from lapwan.train.run_folder import claim_run, start_folder
 from lapwan.train.srpo import recipe
 from lapwan.train.srpo.data import SrpoData, negative_needed, read_data

@@ -70,7 +70,7 @@ def prepare(
         store.empty_text() if settings.caption_dropout else None, recipe.dropout_of(data), settings.one_file,
     )
     trainer = recipe.make_trainer(settings, base, data, objective, store, "lapwan train-lora", ranks or Ranks())
-    memory.wire(trainer, parking)
+    recipe.use_memory(trainer, memory, parking)
     add_watchers(trainer, settings, base, data, device)
     return trainer
 
@@ -82,7 +82,7 @@ def plan_lora(
     """The memory plan; a LoRA that is gone on with brings its own modules and ranks."""
     given = recipe.initial_loras(settings.init_lora, base)
     ranks = {expert: [{path: module.rank for path, module in file.modules.items()}] for expert, file in given.items()}
-    return plan_training(settings, base, data, device, ranks, look=look, processes=processes)
+    return plan_training(settings, base, recipe.workload(data, base, ranks), device, look, processes)
 
 
 def _adapter(

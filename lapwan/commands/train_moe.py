@@ -76,7 +76,7 @@ def prepare(
         store.empty_text() if settings.caption_dropout else None, recipe.dropout_of(data),
     )
     trainer = recipe.make_trainer(settings, base, data, objective, store, "lapwan train-moe", ranks or Ranks())
-    memory.wire(trainer, parking)
+    recipe.use_memory(trainer, memory, parking)
     trainer.rules["expert_gradients"] = ExpertGradients(adapters, settings.routing_watch.every)
     bases = {e: LoraUse(path, state, settings.alpha_base) for e, (path, state) in frozen.items()}
     add_watchers(trainer, settings, base, data, device, AdapterSet(mixture=mixture, mixture_base=bases), taxonomy)

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lapwan import console
 from lapwan.data.buckets import Buckets, round_frames
-from lapwan.data.dataset import CacheSet, Drop, Extraction, SourceClip, read_jsonl
+from lapwan.data.source_clips import CacheSet, Drop, Extraction, SourceClip, read_jsonl
 from lapwan.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from lapwan.errors import UserError, nearest
 from lapwan.settings.base import Settings

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lapwan.checkpoints.rewrite import Entry
 from lapwan.diagnostics.lora_figures import Figures, inner, measure, summarise
 from lapwan.diagnostics.run_folder import Checkpoint, own_steps
+from lapwan.lora.state import Entry
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, read_header
-from lapwan.checkpoints.rewrite import Entry
 from lapwan.checkpoints.tensors import DTYPES
 from lapwan.distributed import one_thread
 from lapwan.errors import UserError
 from lapwan.lora.merge import linear_weights
-from lapwan.lora.state import LoraEntry
+from lapwan.lora.state import Entry, LoraEntry
 from lapwan.names import OUTER_MODULES, split_block
 
 _OUTER = {diffusers: original for original, diffusers in OUTER_MODULES.items()}

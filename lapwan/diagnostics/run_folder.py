@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lapwan.checkpoints.rewrite import Entry
 from lapwan.diagnostics.mixture import is_mixture_file, open_mixture
 from lapwan.errors import UserError
 from lapwan.files import is_temporary
 from lapwan.lora.assign import check_role
 from lapwan.lora.formats import open_lora
+from lapwan.lora.state import Entry
 from lapwan.names import NoiseExpert
 
 UNSAID = "file"

@@ -20,9 +20,9 @@ from PIL import Image
 
 from lapwan.data.buckets import Crop, centre_crop
 from lapwan.data.clips import Clip, read_clips, resolve_video
-from lapwan.data.dataset import label_fields
 from lapwan.data.labels import label_caption, resolve_hint
 from lapwan.data.regions import box_masks, boxes_at
+from lapwan.data.source_clips import label_fields
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.data.video import BadClip, probe, read_frames, source_times
 from lapwan.errors import UserError
@@ -49,7 +49,7 @@ class EvalClip:
     weights: tuple[float, ...] = ()
     fallback: bool = False
     instrument: str | None = None
-    synthetic: bool = False  # one of the embedded model's own scenes, which its evaluators know
+    synthetic: bool = False  # a rendered scene: its line says source = "synthetic"
     video: Path | None = None
     tips_T2: np.ndarray | None = None
     roi: Sequence[dict[str, Any]] = ()

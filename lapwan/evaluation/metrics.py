@@ -1,6 +1,6 @@
 """What a generated video is judged by: one number a video and metric.
 
-How to add a metric: a class with `names` and `score`, and a case in `metrics.make_scorers`.
+How to add a metric: a class with `names` and `score`, a line in `refusals` and a case in `make_scorers`.
 Shapes: T frames, H, W pixels.
 """
 
@@ -18,10 +18,9 @@ from torch import Tensor
 from lapwan.errors import UserError
 from lapwan.evaluation import pixels
 from lapwan.evaluation.clips import EvalClip, VideoShape
+from lapwan.evaluation.judge import Judge
 from lapwan.models.spec import Task
 from lapwan.rewards.base import Reward, score
-from lapwan.tiny.evaluators import InstrumentNet, evaluate_identity, load_evaluator, locate_tip, tip_hits
-from lapwan.tiny.instruments import INSTRUMENTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,38 +46,19 @@ class Scorer(Protocol):
     def score(self, made: Made) -> Mapping[str, float]: ...
 
 
-class Identity:
-    """`identity`: 1 if the instrument that the clip shows is the one seen in the video; embedded model only."""
+class Judged:
+    """A judge's figures of one metric: `identity`, or `tip_accuracy`."""
 
-    names: tuple[str, ...] = ("identity",)
+    def __init__(self, judge: Judge, metric: str) -> None:
+        self._judge, self._metric = judge, metric
 
-    def __init__(self, net: InstrumentNet | None = None) -> None:
-        self._net = net or load_evaluator()
-
-    def score(self, made: Made) -> Mapping[str, float]:
-        seen = INSTRUMENTS[int(evaluate_identity(made.frames_THWC, self._net).argmax())]
-        return {"identity": float(seen == made.clip.instrument)}
-
-
-class TipAccuracy:
-    """`tip_accuracy`: share of frames with the tip within 5 % of the diagonal of where it truly is.
-
-    The path follows from first frame and caption, so this is for image-to-video, on the embedded scenes only. Frames
-    whose true tip is out of view do not count.
-    """
-
-    names: tuple[str, ...] = ("tip_accuracy",)
-
-    def __init__(self, net: InstrumentNet | None = None) -> None:
-        self._net = net or load_evaluator()
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As the judge calls them."""
+        return self._judge.figures[self._metric]
 
     def score(self, made: Made) -> Mapping[str, float]:
-        truth = made.clip.tips_T2
-        frames = len(made.frames_THWC)
-        if truth is None or len(truth) < frames:
-            return {"tip_accuracy": float("nan")}
-        hits = tip_hits(locate_tip(made.frames_THWC, self._net), truth[:frames], made.shape.size)
-        return {"tip_accuracy": float(hits.mean()) if len(hits) else float("nan")}
+        return self._judge.score(self._metric, made.frames_THWC, made.clip)
 
 
 class Reference:
@@ -118,6 +98,7 @@ def names_of(scorers: Sequence[Scorer]) -> tuple[str, ...]:
     """All metrics, in order."""
     return tuple(name for scorer in scorers for name in scorer.names)
 
+
 class RewardScore:
     """`NAME_score`: mean over frames of a reward's score against the prompt (CLIP: 100·cosine with its own scale), and
     `NAME_steadiness`: mean cosine of neighbouring frames' embeddings."""
@@ -149,55 +130,61 @@ def _steadiness(embeddings_ND: Tensor) -> float:
 
 
 def make_scorers(
-    asked: Sequence[str] | None, clips: Sequence[EvalClip], task: Task, shape: VideoShape,
+    asked: Sequence[str] | None, clips: Sequence[EvalClip], task: Task, shape: VideoShape, judge: Judge | None,
     rewards: Mapping[str, Callable[[], Reward]], device: torch.device,
 ) -> list[Scorer]:
     """The scorers of the metrics asked for; None: all that the clips allow.
 
+    Args:
+        judge: gives `identity` and `tip`; without one they are refused.
+        rewards: how to load each reward, by its label.
+
     Raises:
-        UserError: a metric that the clips or the task do not allow.
+        UserError: a metric that the clips, the task or the judge do not allow.
     """
-    refusals = {
-        "identity": _no_identity(clips, shape), "tip": _no_tip(clips, task, shape),
+    refused = refusals(clips, task, shape, judge, rewards)
+    if asked is None:
+        # Against a reference only where the video starts as it does: text alone does not say how a clip looks.
+        asked = [m for m, why in refused.items() if why is None and (m != "reference" or task == "i2v")]
+    scorers: list[Scorer] = []
+    for metric in dict.fromkeys(asked):
+        if (why := refused[metric]) is not None:
+            raise UserError(f"metric '{metric}': {why}")
+        match metric:
+            case "reference":
+                scorers.append(Reference())
+            case "temporal":
+                scorers.append(Temporal())
+            case "reward":
+                scorers += [RewardScore(name, load, device) for name, load in rewards.items()]
+            case _ if judge is not None:
+                scorers.append(Judged(judge, metric))
+    return scorers
+
+
+def refusals(
+    clips: Sequence[EvalClip], task: Task, shape: VideoShape, judge: Judge | None, rewards: Mapping[str, object]
+) -> dict[str, str | None]:
+    """Why each metric cannot be measured; None if it can."""
+    return {
+        "identity": _not_judged("identity", judge, clips, shape), "tip": _no_tip(judge, clips, task, shape),
         "reference": next((why for clip in clips if (why := clip.lacking(shape)) is not None), None),
         "temporal": None, "reward": None if rewards else "no rewards are given; set rewards, such as clip=FOLDER",
     }
-    if asked is None:
-        # Against a reference only where the video starts as it does: text alone does not say how a clip looks.
-        asked = [m for m, why in refusals.items() if why is None and (m != "reference" or task == "i2v")]
-    found: list[Scorer] = []
-    for metric in dict.fromkeys(asked):
-        if (why := refusals[metric]) is not None:
-            raise UserError(f"metric '{metric}': {why}")
-        match metric:
-            case "identity":
-                found.append(Identity())
-            case "tip":
-                found.append(TipAccuracy())
-            case "reference":
-                found.append(Reference())
-            case "temporal":
-                found.append(Temporal())
-            case "reward":
-                found += [RewardScore(name, load, device) for name, load in rewards.items()]
-    return found
 
 
-def _no_identity(clips: Sequence[EvalClip], shape: VideoShape) -> str | None:
-    """Why the instrument cannot be judged; None if it can."""
-    foreign = next((clip for clip in clips if not clip.synthetic or clip.instrument not in INSTRUMENTS), None)
-    if foreign is not None:
-        return (f"clip '{foreign.id}' is none of the embedded model's synthetic scenes (source = \"synthetic\", "
-                f"instrument one of {', '.join(INSTRUMENTS)}), and its evaluators know no other")
-    if shape.size[0] != shape.size[1]:
-        return f"the evaluators take square frames, not {shape.size[0]}x{shape.size[1]}"
-    return None
+def _not_judged(metric: str, judge: Judge | None, clips: Sequence[EvalClip], shape: VideoShape) -> str | None:
+    if judge is None:
+        return "it needs a judge of videos, and none is given"
+    if metric not in judge.figures:
+        return f"the judge does not measure it; it measures {', '.join(judge.figures)}"
+    return next((why for clip in clips if (why := judge.refuses(clip)) is not None), None) or judge.refuses_shape(shape)
 
 
-def _no_tip(clips: Sequence[EvalClip], task: Task, shape: VideoShape) -> str | None:
+def _no_tip(judge: Judge | None, clips: Sequence[EvalClip], task: Task, shape: VideoShape) -> str | None:
     if task != "i2v":
         return "where the tip goes follows from the first frame, so it is measured on image-to-video only"
-    if (why := _no_identity(clips, shape)) is not None:
+    if (why := _not_judged("tip", judge, clips, shape)) is not None:
         return why
     if any(clip.tips_T2 is None for clip in clips):
         first = next(clip for clip in clips if clip.tips_T2 is None)

@@ -1,18 +1,25 @@
-"""Does a mixture's router read the family from a caption? Its answers against the labels.
+"""Does a mixture's router read the family from a caption? Its answers against the labels, and beside them what a linear
+probe of the frozen text features can know: the ceiling of any text router.
 
-Shapes: N captions, E families.
+The probe is a ridge regression of one-hot classes on mean-pooled features, W = (XᵀX + λI)⁻¹ XᵀY; the largest output
+decides.
+Shapes: N captions, E families, D features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lapwan.data.labels import resolve_hint
+from lapwan.data.taxonomy import Taxonomy
 from lapwan.moe.mixture import Mixture
+
+_RIDGE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -53,3 +60,86 @@ def routing_scores(
     np.add.at(confusion_EE, (truth, answers), 1)
     entropy_N = -(student_NE * student_NE.clamp_min(1e-30).log()).sum(dim=1).numpy()
     return RoutingScores(mixture.families, (answers == truth).astype(float), confusion_EE, entropy_N)
+
+
+@dataclass(frozen=True)
+class ProbeCaption:
+    """A caption and the name of its class, which a taxonomy understands as a hint; `held_out`: only asked about."""
+
+    text: str
+    label: str
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """Captions to fit a probe on, some of them held out, and what the set is called in figures."""
+
+    name: str
+    captions: Sequence[ProbeCaption]
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Shares of captions whose class is read rightly."""
+
+    fitted: float
+    held_out: float
+    captions: int
+
+
+def _pooled(features: Sequence[Tensor]) -> Tensor:
+    return torch.stack([rows.double().mean(dim=0) for rows in features])
+
+
+@dataclass(frozen=True)
+class Probe:
+    """W, and the mean and deviation of the features it was fitted on."""
+
+    weights: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def answers(self, features: Sequence[Tensor]) -> np.ndarray:
+        """[N] the class with the largest output."""
+        classes_N: np.ndarray = (self._inputs(_pooled(features)) @ self.weights).argmax(dim=1).numpy()
+        return classes_N
+
+    def _inputs(self, pooled_ND: Tensor) -> Tensor:
+        x = (pooled_ND - self.mean) / self.deviation
+        return torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
+
+
+def fit_probe(features: Sequence[Tensor], classes_N: Tensor, count: int) -> Probe:
+    """Ridge regression of one-hot classes on standardised mean-pooled features with a constant.
+
+    Args:
+        features: [n tokens, D] each.
+        classes_N: index of each one's class, of `count`.
+    """
+    pooled = _pooled(features)
+    probe = Probe(torch.empty(0), pooled.mean(dim=0), pooled.std(dim=0))
+    x, wanted = probe._inputs(pooled), torch.eye(count, dtype=torch.float64)[classes_N]
+    ridge = _RIDGE * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+    return replace(probe, weights=torch.linalg.solve(x.T @ x + ridge, x.T @ wanted))
+
+
+def measure_probe(captions: Sequence[ProbeCaption], features: Sequence[Tensor]) -> ProbeResult:
+    """Fit on the captions that are not held out, and ask about all.
+
+    Args:
+        features: of each caption, [n tokens, D].
+    """
+    names = list(dict.fromkeys(caption.label for caption in captions))
+    classes_N = np.array([names.index(caption.label) for caption in captions])
+    held_out_N = np.array([caption.held_out for caption in captions])
+    known = [rows for rows, held_out in zip(features, held_out_N, strict=True) if not held_out]
+    probe = fit_probe(known, torch.from_numpy(classes_N[~held_out_N]), len(names))
+    right_N = probe.answers(features) == classes_N
+    return ProbeResult(float(right_N[~held_out_N].mean()), float(right_N[held_out_N].mean()), len(captions))
+
+
+def family_probe(captions: Sequence[ProbeCaption], features: Sequence[Tensor], taxonomy: Taxonomy) -> Probe:
+    """A probe of the taxonomy's families, fitted on all captions."""
+    family = {name: int(np.argmax(resolve_hint(name, taxonomy))) for name in {caption.label for caption in captions}}
+    return fit_probe(features, torch.tensor([family[caption.label] for caption in captions]), len(taxonomy.families))

@@ -10,7 +10,6 @@ import torch
 
 from lapwan import console
 from lapwan.caching.index import CachedItem, CacheIndex
-from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.evaluation.arms import Arm
@@ -18,14 +17,12 @@ from lapwan.evaluation.clips import EvalClip
 from lapwan.evaluation.engine import Sampling, Scores, ceilings, generate_and_score
 from lapwan.evaluation.flow import FlowLosses, FlowPlan, flow_losses
 from lapwan.evaluation.metrics import Scorer
-from lapwan.evaluation.routing import RoutingScores, routing_scores
+from lapwan.evaluation.routing import ProbeSet, RoutingScores, family_probe, measure_probe, routing_scores
 from lapwan.evaluation.store import VideoStore
 from lapwan.memory.generation import Memory
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.batch import BatchGenerator
-from lapwan.tiny.instruments import INSTRUMENTS
-from lapwan.tiny.text_probe import Probe, fit_probe, probe_captions, probe_text
 from lapwan.train.clip_store import ClipStore
 from lapwan.wan.transformer.compile import Compile
 
@@ -47,7 +44,8 @@ class Study:
     """What is compared (the first arm is what the others are held against), and on what.
 
     `clips` with `sampling` and `scorers` are for videos; `index` with `items` and `flow` for losses; `captions` by the
-    name of their set for routing, with a linear `probe` of the text features beside it.
+    name of their set for routing, and `probe` the captions that a linear probe of the text features beside it is
+    fitted on. `decides`: what kept scores depend on besides, the weights of rewards and judge.
     """
 
     arms: Sequence[Arm]
@@ -61,7 +59,8 @@ class Study:
     items: Sequence[CachedItem] = ()
     flow: FlowPlan = field(default_factory=FlowPlan)
     captions: Mapping[str, Sequence[EvalClip]] = field(default_factory=dict)
-    probe: bool = False
+    probe: ProbeSet | None = None
+    decides: Sequence[str] = ()
 
 
 @dataclass
@@ -112,8 +111,8 @@ def run_study(study: Study, store: VideoStore | None = None) -> Findings:
         generator = generators.on(study.arms[0].base)
         found.ceiling = ceilings(
             generator, study.clips, study.sampling.shape, study.bounded, study.sampling.batch_size)
-    if study.probe and found.routing:
-        found.probe = _probe(study, generators.on(study.arms[0].base))
+    if study.probe is not None and found.routing:
+        found.probe = _probe(study, study.probe, generators.on(study.arms[0].base))
     return found
 
 
@@ -143,37 +142,24 @@ def _routing(study: Study, generator: BatchGenerator, arm: Arm) -> dict[str, Rou
     return found
 
 
-def _probe(study: Study, generator: BatchGenerator) -> dict[str, float]:
-    """`synthetic` as `probe_text` has it; for each set of captions, what a probe fitted on synthetic ones reads."""
+def _probe(study: Study, probe_set: ProbeSet, generator: BatchGenerator) -> dict[str, float]:
+    """What a linear probe reads: of its own held-out captions, and, fitted on all of them, of each set to route."""
 
-    def encode(texts: list[str]) -> list[torch.Tensor]:
+    def encode(texts: Sequence[str]) -> list[torch.Tensor]:
         return [generator.text_features(text).cpu() for text in texts]
 
     with console.progress("text probe", 2 + len(study.captions), "part") as bar:
-        found = {"synthetic": probe_text(encode).held_out}
+        features = encode([caption.text for caption in probe_set.captions])
+        shares = {probe_set.name: measure_probe(probe_set.captions, features).held_out}
         bar.advance()
-        probe = _fitted(encode(_texts()), study.taxonomy)
+        probe = family_probe(probe_set.captions, features, study.taxonomy)
         bar.advance()
         for name, captions in study.captions.items():
             known = [clip for clip in captions if not clip.fallback]
             truth = np.array([int(np.argmax(clip.weights)) for clip in known])
-            found[name] = float((probe.answers(encode([clip.prompt for clip in known])) == truth).mean())
+            shares[name] = float((probe.answers(encode([clip.prompt for clip in known])) == truth).mean())
             bar.advance()
-    return found
-
-
-_PROBED, _PROBE_SEED = 1200, 0  # as `probe_text`
-
-
-def _texts() -> list[str]:
-    return [text for text, _ in probe_captions(_PROBED, _PROBE_SEED)]
-
-
-def _fitted(features: list[torch.Tensor], taxonomy: Taxonomy) -> Probe:
-    """A probe of the taxonomy's families, on captions with all of the instruments' names."""
-    family = [int(np.argmax(resolve_hint(name, taxonomy))) for name in INSTRUMENTS]
-    named = [family[instrument] for _, instrument in probe_captions(_PROBED, _PROBE_SEED)]
-    return fit_probe(features, torch.tensor(named), len(taxonomy.families))
+    return shares
 
 
 def check_taxonomies(arms: Sequence[Arm], said: Taxonomy) -> Taxonomy:

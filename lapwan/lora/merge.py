@@ -17,11 +17,12 @@ from typing import Any
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.checkpoints.fingerprints import FINGERPRINT_KEY, checkpoint_fingerprint, merged_fingerprint
 from lapwan.checkpoints.lora_keys import canonical_path
-from lapwan.checkpoints.rewrite import Advance, Term, check_mergeable, rewrite
+from lapwan.checkpoints.rewrite import Advance, check_mergeable, rewrite
 from lapwan.console import log
 from lapwan.errors import UserError, nearest
 from lapwan.lora.formats import LoraFile
 from lapwan.lora.merge_verify import verify as verify_file
+from lapwan.lora.state import Term
 from lapwan.names import NoiseExpert
 
 MERGED_KEY, BASE_KEY = "lapwan.merged", "lapwan.base_fingerprint"

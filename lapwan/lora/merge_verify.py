@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo
-from lapwan.checkpoints.rewrite import Advance, Term
+from lapwan.checkpoints.rewrite import Advance
 from lapwan.checkpoints.tensors import DTYPES
 from lapwan.errors import UserError
-from lapwan.lora.state import LoraEntry
+from lapwan.lora.state import LoraEntry, Term
 
 _CHUNK = 16 << 20  # bytes of an untouched tensor, or of a touched one in fp64, at a time
 # The accumulation's own error over the largest magnitude in the tile: fp32 (measured: 8e-8 at r = 256) and fp64.

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +56,39 @@ class LoraEntry:
     def entry(self) -> LoraEntry:
         """Itself: an entry in memory stands wherever a module of a file may."""
         return self
+
+
+class Entry(Protocol):
+    """A LoRA module that can be read when it is needed (`LoraModule`, or a state's entry in memory)."""
+
+    @property
+    def rank(self) -> int:
+        """r."""
+
+    def entry(self) -> LoraEntry:
+        """A, B and alpha."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One LoRA module and its multiplier m: m · (alpha / r) · B A is added to a weight."""
+
+    module: Entry
+    multiplier: float
+
+    def prepare(self, dtype: torch.dtype) -> Callable[[Tensor, int], None]:
+        """`checkpoints.rewrite.Update`: A and B converted once, not at every tile.
+
+        A copy even where the dtype is right, since products round by alignment, and a file has any.
+        """
+        entry = self.module.entry()
+        down, up = entry.down.to(dtype, copy=True), entry.up.to(dtype, copy=True)
+        scale = self.multiplier * entry.scale
+
+        def add_rows(work: Tensor, first: int) -> None:
+            work.addmm_(up[first : first + work.shape[0]] * scale, down)
+
+        return add_rows
 
 
 def entries_fingerprint(entries: Iterable[tuple[str, LoraEntry]]) -> str:

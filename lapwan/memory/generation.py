@@ -6,20 +6,23 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from lapwan.checkpoints.container import read_header
 from lapwan.lora.attach import Group
-from lapwan.memory.plan import GIB, WORKSPACE, MemoryPlan, Rates, Way, choose, free_of, placements
+from lapwan.memory.plan import GIB, PLACES, WORKSPACE, MemoryPlan, Rates, Way, choose, free_of, placements
 from lapwan.memory.shapes import Clip, ExpertShape, GroupShape
-from lapwan.memory.streaming import HostCopy
+from lapwan.models.original_layout import read_tensors, t5_to_transformers
 from lapwan.models.spec import ModelSpec, original_file, tensor_shapes, weight_files
-from lapwan.names import NoiseExpert
+from lapwan.names import NoiseExpert, Precision
+from lapwan.wan.quantise.linears import KINDS
 from lapwan.wan.quantise.load import Recipe
 
-__all__ = ["HostCopy", "Memory", "describe", "forward_bytes", "free_bytes", "plan_generation", "weight_bytes"]
+__all__ = ["Memory", "describe", "forward_bytes", "free_bytes", "plan_generation", "text_encoder_bytes",
+           "weight_bytes"]
 
 Memory = Literal["auto", "both", "one", "stream"] | float
 
@@ -45,6 +48,30 @@ def forward_bytes(spec: ModelSpec, dtype: torch.dtype, num_frames: int, size: tu
     tokens = frames * (height // patch) * (width // patch)
     features = tensor_shapes(weight_files(spec.component(spec.experts[0])))["patch_embedding.weight"][0]
     return _VALUES_A_TOKEN * features * dtype.itemsize * tokens + GIB
+
+
+def _text_sizes(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape and bytes of each tensor, without reading it."""
+    if (original := original_file(folder)) is not None and original.suffix != ".safetensors":
+        tensors = read_tensors(original)
+        return {t5_to_transformers(name): (tuple(t.shape), t.nbytes) for name, t in tensors.items()}
+    files = [original] if original is not None else weight_files(folder)
+    infos = [info for file in files for info in read_header(file).tensors.values()]
+    return {t5_to_transformers(info.name): (info.shape, info.size) for info in infos}
+
+
+def text_encoder_bytes(spec: ModelSpec, precision: Precision | None = None, streamed: bool = False) -> int:
+    """The text encoder on a device: all of it, or what lies outside its blocks and two of them."""
+    outer, blocks = 0, dict[str, int]()
+    for name, (shape, size) in _text_sizes(spec.path / "text_encoder").items():
+        if not name.startswith("encoder.block."):
+            outer += 0 if name == "encoder.embed_tokens.weight" else size
+            continue
+        number = name.split(".")[2]
+        if precision is not None and len(shape) == 2 and "relative" not in name:
+            size = int(math.prod(shape) * KINDS[precision].bits / 8)
+        blocks[number] = blocks.get(number, 0) + size
+    return outer + (PLACES * max(blocks.values(), default=0) if streamed else sum(blocks.values()))
 
 
 def decode_bytes(spec: ModelSpec, num_frames: int, size: tuple[int, int]) -> int:

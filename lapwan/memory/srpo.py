@@ -27,14 +27,13 @@ from lapwan.errors import UserError
 from lapwan.memory.generation import free_bytes
 from lapwan.memory.shapes import Clip, ExpertShape, GroupShape
 from lapwan.memory.trace import measure
-from lapwan.models.base import Base
+from lapwan.models.base import Base, targets_of
 from lapwan.models.device import pick_dtype
 from lapwan.models.spec import read_spec, tensor_shapes, weight_files
 from lapwan.names import NoiseExpert
 from lapwan.rewards.build import reward_bytes
 from lapwan.settings.memory import precision_of
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.train.recipe import targets_of
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.vae_gradient import decode_frames, frame_choice
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from lapwan.memory.generation import free_bytes
-from lapwan.memory.offload import Parking
 from lapwan.memory.plan import (
     COMPILED,
     GIB,
@@ -36,9 +35,6 @@ from lapwan.models.device import limit_memory, pick_dtype
 from lapwan.names import NoiseExpert, Precision, split_block
 from lapwan.settings.memory import precision_of
 from lapwan.settings.train import TrainSettings
-from lapwan.train.clip_store import cached_bytes
-from lapwan.train.recipe import RunData, targets_of
-from lapwan.train.trainer import Trainer
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer.compile import worth
 from lapwan.wan.transformer.options import path_of
@@ -74,11 +70,6 @@ class TrainingMemory:
         path.checkpointing, path.whole_blocks = way.checkpointing, way.whole_blocks
         return transformer
 
-    def wire(self, trainer: Trainer, parking: Parking) -> None:
-        """What the trainer does of the plan, and tells of it."""
-        trainer.plan.before_turn, trainer.plan.memory = parking.turn, self.line
-        trainer.plan.micro_batch, trainer.plan.predicted_peak = self.micro_batch, self.plan.peak
-
     @property
     def micro_batch(self) -> int | None:
         """Clips at a time where a batch does not fit whole."""
@@ -86,7 +77,26 @@ class TrainingMemory:
 
 
 Groups = Mapping[NoiseExpert, Sequence[GroupShape]]
-Ranks = Mapping[str, int]  # by module path
+ModuleRanks = Mapping[str, int]  # by module path
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run asks of the device.
+
+    Args:
+        bucket: frames, height and width in pixels of the largest clip.
+        clip_bytes: all clips, once read.
+        steps: the fewest optimizer steps of a noise expert.
+        trained: what is trained on each noise expert: one LoRA, or a mixture's experts.
+        frozen: a LoRA beside it that is not trained.
+    """
+
+    bucket: tuple[int, int, int]
+    clip_bytes: int
+    steps: int
+    trained: Mapping[NoiseExpert, Sequence[ModuleRanks]]
+    frozen: Mapping[NoiseExpert, ModuleRanks] = field(default_factory=dict)
 
 
 def recipe_of(settings: TrainSettings, base: Base, trained: set[int]) -> Recipe | None:
@@ -104,24 +114,19 @@ def recipe_of(settings: TrainSettings, base: Base, trained: set[int]) -> Recipe 
 
 
 def plan_training(
-    settings: TrainSettings, base: Base, data: RunData, device: torch.device,
-    trained: Mapping[NoiseExpert, Sequence[Ranks]] | None = None, frozen: Mapping[NoiseExpert, Ranks] | None = None,
-    look: bool = False, processes: int = 1,
+    settings: TrainSettings, base: Base, work: Workload, device: torch.device, look: bool = False, processes: int = 1
 ) -> TrainingMemory:
     """Decide from the model's shapes, the largest clips, and what the device has free.
 
     Args:
-        trained: what is trained on each noise expert where that is not one LoRA on its targets: a mixture's experts.
-        frozen: a LoRA beside it that is not trained.
         look: predict also where nothing hangs on it (a CPU), for a plan that is only shown.
         processes: share each clip's tokens.
     """
     dtype, asked = pick_dtype(settings.dtype, device), settings.memory
     groups: dict[NoiseExpert, list[GroupShape]] = {}
     recipes = {}
-    for expert, own in data.experts.items():
-        each_ranks = (trained or {}).get(expert) or [targets_of(own.targets, base.num_layers)]
-        beside = (frozen or {}).get(expert)
+    for expert, each_ranks in work.trained.items():
+        beside = work.frozen.get(expert)
         groups[expert] = [GroupShape(beside, False)] if beside else []
         groups[expert] += [GroupShape(ranks, True) for ranks in each_ranks]
         blocks = {place[0] for ranks in each_ranks for path in ranks if (place := split_block(path)) is not None}
@@ -132,26 +137,22 @@ def plan_training(
         return TrainingMemory(plan, recipes, True, _line(plan, device, len(groups), settings.batch_size))
     shapes = {e: ExpertShape(base.spec, e, dtype, recipes[e], own, len(own) > 1) for e, own in groups.items()}
     each = [shape.bytes(_NUMBERS + (settings.ema_decay is not None)) for shape in shapes.values()]
-    clip = max((item.bucket for item in data.items), key=math.prod)
-    compiled = _compiles(settings, base, data, clip, device, processes)
-    ways = list(_ways(settings, list(shapes.values()), each, clip, rates_of(device, dtype), compiled, processes))
+    compiled = _compiles(settings, base, work, device, processes)
+    ways = list(_ways(settings, list(shapes.values()), each, work.bucket, rates_of(device, dtype), compiled, processes))
     idle = sum(shape.gradients for shape in shapes.values()) - max(shape.gradients for shape in shapes.values())
     plan = choose(each, ways, WORKSPACE + idle, free, asked, host_free=host_memory())
-    held = cached_bytes(data.index, data.items)
-    keep = free is None or needs(plan.peak + held) <= free
+    keep = free is None or needs(plan.peak + work.clip_bytes) <= free
     return TrainingMemory(plan, recipes, keep, _line(plan, device, len(groups), settings.batch_size))
 
 
 def _compiles(
-    settings: TrainSettings, base: Base, data: RunData, bucket: tuple[int, int, int], device: torch.device,
-    processes: int,
+    settings: TrainSettings, base: Base, work: Workload, device: torch.device, processes: int
 ) -> bool:
     """Whether the blocks will be compiled: as asked, else where the run is long enough."""
     if settings.compile != "auto" or device.type != "cuda":
         return settings.compile == "on"
-    evaluations = min(data.schedule.count(expert) for expert in data.experts)
-    tokens = tokens_of(base.spec, bucket) // processes
-    return worth(width_of(base.spec), tokens, evaluations * settings.accumulate * settings.batch_size, training=True)
+    tokens = tokens_of(base.spec, work.bucket) // processes
+    return worth(width_of(base.spec), tokens, work.steps * settings.accumulate * settings.batch_size, training=True)
 
 
 def _without_numbers(settings: TrainSettings, base: Base, groups: Groups) -> MemoryPlan:

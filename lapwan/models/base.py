@@ -17,8 +17,10 @@ from lapwan.checkpoints.fingerprints import merged_fingerprint
 from lapwan.checkpoints.rewrite import merged_tensor
 from lapwan.lora.formats import LoraFile
 from lapwan.lora.merge import linear_weights, plan_terms
+from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
 from lapwan.models.spec import ModelSpec, Task, weight_files
 from lapwan.names import Band, NoiseExpert
+from lapwan.settings.targets import TargetSettings
 from lapwan.wan.backbone import load_transformer
 from lapwan.wan.quantise.load import Recipe, load_quantised_transformer
 
@@ -91,3 +93,24 @@ class Base:
             f"{path}.weight": partial(merged_tensor, files[index], name, terms[index][name])
             for path, (index, name) in places.items() if name in terms[index]
         }
+
+
+def targets_of(settings: TargetSettings, num_blocks: int) -> dict[str, int]:
+    """Rank by module path.
+
+    Raises:
+        UserError: more blocks than the model has, a pattern that matches nothing, or nothing to train.
+    """
+    if settings.patterns:
+        return resolve_patterns(settings.patterns, num_blocks)
+    attention = {
+        f"{kind}.{part}": getattr(settings, part) for kind in settings.attention for part in ("q", "k", "v", "o")
+    }
+    # The default recipe counts blocks of a 40-block model; a smaller model simply has all of them trained.
+    clip = {name: None if n == "all" else min(n, num_blocks) for name, n in
+            (("attention", settings.last_blocks), ("ffn", settings.ffn_last_blocks))}
+    rules = [
+        TargetRule(clip["attention"], attention),
+        TargetRule(clip["ffn"], {"ffn.0": settings.ffn_in, "ffn.2": settings.ffn_out}),
+    ]
+    return resolve_targets(rules, num_blocks)

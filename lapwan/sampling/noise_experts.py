@@ -14,7 +14,7 @@ from torch import Tensor
 from lapwan import console
 from lapwan.distributed import Processes
 from lapwan.lora.attach import Adapter, attach
-from lapwan.memory.generation import Asking, Memory, describe, free_bytes, plan_generation
+from lapwan.memory.generation import Asking, Memory, describe, free_bytes, plan_generation, text_encoder_bytes
 from lapwan.memory.plan import MemoryPlan, Placement, Way, free_of, host_memory, needs
 from lapwan.memory.shapes import heads_of
 from lapwan.memory.streaming import Residence, tensors_of
@@ -24,7 +24,6 @@ from lapwan.models.device import limit_memory
 from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.wan.quantise.load import Recipe
-from lapwan.wan.text import text_encoder_bytes
 from lapwan.wan.transformer.compile import Compile, CompileReport, compile_blocks, pays
 from lapwan.wan.transformer.context_parallel import Spread, check_heads
 from lapwan.wan.transformer.options import path_of

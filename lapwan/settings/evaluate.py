@@ -1,7 +1,6 @@
 """Settings of `lapwan evaluate`.
 
-How to add a metric: a name in `METRICS`, a class in `lapwan.evaluation.metrics`, a case in
-`lapwan.evaluation.metrics.make_scorers`.
+How to add a metric: a name in `METRICS` and `Metric`, and what `lapwan.evaluation.metrics` says.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class LossSettings(Settings):
     batch_size: int = Field(4, ge=1, description="Clips at a time.")
 
 
-class VideoSettings(Settings):
+class EvaluationVideoSettings(Settings):
     """Videos generated for held-out clips; what is left out is the model's own."""
 
     clips: Annotated[Path | None, Flag("--clips", metavar="FILE")] = Field(
@@ -98,7 +97,7 @@ class VideoSettings(Settings):
         return number_or_named(value, "high=4,low=3")
 
     @model_validator(mode="after")
-    def _needs(self) -> VideoSettings:
+    def _needs(self) -> EvaluationVideoSettings:
         if self.metrics is not None and "reward" in self.metrics and self.rewards is None:
             raise ValueError("metrics holds 'reward', but no rewards are given; set rewards, such as clip=FOLDER")
         return self
@@ -139,7 +138,7 @@ class EvaluateSettings(ModelSettings):
     taxonomy: str = Field("surgical4", description="surgical4, cholec6 or a TOML file; a mixture brings its own.")
     seed: Annotated[int, Flag("--seed", metavar="N")] = Field(0, ge=0, description="Of noise and intervals.")
     loss: LossSettings = LossSettings()
-    videos: VideoSettings = VideoSettings()
+    videos: EvaluationVideoSettings = EvaluationVideoSettings()
     routing: RoutingSettings = RoutingSettings()
     interval: IntervalSettings = IntervalSettings()
 

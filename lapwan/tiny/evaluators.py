@@ -9,8 +9,10 @@ Shapes: T frames, H, W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lapwan.evaluation.clips import EvalClip, VideoShape
 from lapwan.tiny.instruments import INSTRUMENTS
 
 INPUT = 96  # pixels; other squares are scaled
@@ -114,3 +117,42 @@ def tip_hits(found_T2: np.ndarray, truth_T2: np.ndarray, size: tuple[int, int], 
     distance = np.hypot(*((found_T2 - truth_T2) * scale).T)
     hits: np.ndarray = (distance <= within * np.hypot(height, width))[seen]
     return hits
+
+
+class SceneJudge:
+    """An `evaluation.judge.Judge` of the embedded model's scenes.
+
+    `identity`: 1 if the instrument that the clip shows is the one seen in the video. `tip_accuracy`: share of frames
+    with the tip within 5 % of the diagonal of where it truly is; frames whose true tip is out of view do not count.
+    The network is loaded with the first video.
+    """
+
+    classes: tuple[str, ...] = INSTRUMENTS
+    figures: Mapping[str, tuple[str, ...]] = MappingProxyType({"identity": ("identity",), "tip": ("tip_accuracy",)})
+    fingerprint = ""
+
+    def refuses(self, clip: EvalClip) -> str | None:
+        """A clip that is no rendered scene."""
+        if clip.synthetic and clip.instrument in self.classes:
+            return None
+        return (f"clip '{clip.id}' is none of the embedded model's synthetic scenes (source = \"synthetic\", "
+                f"instrument one of {', '.join(self.classes)}), and its evaluators know no other")
+
+    def refuses_shape(self, shape: VideoShape) -> str | None:
+        """Frames that are not square."""
+        height, width = shape.size
+        return None if height == width else f"the evaluators take square frames, not {height}x{width}"
+
+    def score(self, metric: str, frames_THWC: np.ndarray, clip: EvalClip) -> Mapping[str, float]:
+        """One metric of one video; no tip accuracy where the clip's tips are fewer than the frames."""
+        if metric == "identity":
+            seen = self.classes[int(evaluate_identity(frames_THWC).argmax())]
+            return {"identity": float(seen == clip.instrument)}
+        if metric != "tip":
+            raise ValueError(f"no metric '{metric}'; there are {', '.join(self.figures)}")
+        tips_T2, frames = clip.tips_T2, len(frames_THWC)
+        if tips_T2 is None or len(tips_T2) < frames:
+            return {"tip_accuracy": float("nan")}
+        height, width = frames_THWC.shape[1:3]
+        hits = tip_hits(locate_tip(frames_THWC), tips_T2[:frames], (height, width))
+        return {"tip_accuracy": float(hits.mean()) if len(hits) else float("nan")}

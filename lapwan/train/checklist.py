@@ -7,17 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lapwan.caching.index import CachedItem, read_item
+from lapwan.caching.index import CachedItem
+from lapwan.caching.read import read_item
 from lapwan.diagnostics.tables import shown
 from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
 from lapwan.errors import UserError
 from lapwan.lora.formats import LoraFile
 from lapwan.losses.sigmas import share_of_band, shares_of_bins, shift_for_tokens
-from lapwan.models.base import Base
+from lapwan.models.base import Base, targets_of
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.train import ExpertSettings, TrainSettings
 from lapwan.train.optimizers import check_optimiser, describe_optimiser, predicted_lr, ratio_line
-from lapwan.train.recipe import RunData, sigma_rule, targets_of
+from lapwan.train.recipe import RunData, sigma_rule
 
 _BINS, _WIDTH = 10, 30  # of the histogram: rows, characters of the longest bar
 

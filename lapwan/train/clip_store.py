@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lapwan.caching.batch import Batch, collate
-from lapwan.caching.index import CachedItem, CacheIndex, read_empty_text, read_item
+from lapwan.caching.index import CachedItem, CacheIndex
+from lapwan.caching.read import read_empty_text, read_item
 from lapwan.console import warn
 from lapwan.data.regions import motion_region
 from lapwan.errors import UserError

@@ -5,31 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lapwan import console
-from lapwan.caching.index import CachedItem, CacheIndex, load_index
+from lapwan.caching.index import CachedItem, CacheIndex
+from lapwan.caching.read import load_index
 from lapwan.errors import UserError
 from lapwan.lora.assign import assign
 from lapwan.lora.attach import initial_state
 from lapwan.lora.dropout import DropoutRates
 from lapwan.lora.formats import LoraFile
 from lapwan.lora.state import LoraState
-from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
 from lapwan.losses.sigmas import LogitNormal, Shifted, ShiftedBySize, SigmaSampler, Squeezed, Uniform, Weighting
-from lapwan.models.base import Base
+from lapwan.memory.offload import Parking
+from lapwan.memory.training import ModuleRanks, TrainingMemory, Workload
+from lapwan.models.base import Base, targets_of
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.base import Settings
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.settings.targets import TargetSettings
 from lapwan.settings.train import ExpertSettings, TrainSettings, split_evenly
 from lapwan.train.callbacks.alpha_schedule import AlphaSchedule
 from lapwan.train.callbacks.max_norm import NormLimit
-from lapwan.train.clip_store import ClipStore, check_cache, sampling_weights, training_items
+from lapwan.train.clip_store import ClipStore, cached_bytes, check_cache, sampling_weights, training_items
 from lapwan.train.context_parallel import SharedClips, share
 from lapwan.train.objective import Objective, SigmaRule
 from lapwan.train.optimizers import make_optimiser, make_schedule, predicted_lr
@@ -95,25 +96,22 @@ def read_data(settings: TrainSettings, base: Base) -> RunData:
     return RunData(settings, index, items, {e: settings.of(e, steps) for e in settings.experts})
 
 
-def targets_of(settings: TargetSettings, num_blocks: int) -> dict[str, int]:
-    """Rank by module path.
+def workload(
+    data: RunData, base: Base, trained: Mapping[NoiseExpert, Sequence[ModuleRanks]] | None = None,
+    frozen: Mapping[NoiseExpert, ModuleRanks] | None = None,
+) -> Workload:
+    """What the run asks of the device; `trained` where that is not one LoRA on each noise expert's targets."""
+    own = {e: [targets_of(settings.targets, base.num_layers)] for e, settings in data.experts.items()}
+    return Workload(
+        max((item.bucket for item in data.items), key=math.prod), cached_bytes(data.index, data.items),
+        min(data.schedule.count(e) for e in data.experts),
+        {e: (trained or {}).get(e) or ranks for e, ranks in own.items()}, frozen or {})
 
-    Raises:
-        UserError: more blocks than the model has, a pattern that matches nothing, or nothing to train.
-    """
-    if settings.patterns:
-        return resolve_patterns(settings.patterns, num_blocks)
-    attention = {
-        f"{kind}.{part}": getattr(settings, part) for kind in settings.attention for part in ("q", "k", "v", "o")
-    }
-    # The default recipe counts blocks of a 40-block model; a smaller model simply has all of them trained.
-    clip = {name: None if n == "all" else min(n, num_blocks) for name, n in
-            (("attention", settings.last_blocks), ("ffn", settings.ffn_last_blocks))}
-    rules = [
-        TargetRule(clip["attention"], attention),
-        TargetRule(clip["ffn"], {"ffn.0": settings.ffn_in, "ffn.2": settings.ffn_out}),
-    ]
-    return resolve_targets(rules, num_blocks)
+
+def use_memory(trainer: Trainer, memory: TrainingMemory, parking: Parking) -> None:
+    """What the trainer does of the plan, and tells of it."""
+    trainer.plan.before_turn, trainer.plan.memory = parking.turn, memory.line
+    trainer.plan.micro_batch, trainer.plan.predicted_peak = memory.micro_batch, memory.plan.peak
 
 
 def initial_loras(paths: Mapping[NoiseExpert, Path], base: Base) -> dict[NoiseExpert, LoraFile]:

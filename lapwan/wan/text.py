@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +19,10 @@ from torch import Tensor
 
 from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.tensors import load
-from lapwan.memory.plan import PLACES
 from lapwan.models.fingerprints import text_identity
 from lapwan.models.original_layout import load_text_file, read_tensors, t5_to_transformers
 from lapwan.models.spec import TEXT_LENGTH, original_file, weight_files
 from lapwan.names import Precision
-from lapwan.wan.quantise.linears import KINDS
 from lapwan.wan.quantise.load import Read, fill, kept_folder, linears_of
 
 if TYPE_CHECKING:
@@ -100,30 +97,6 @@ def _load_quantised(
     fill(model, source, blocks, precision, lambda name, stored: stored if dtype is None else stored.to(dtype), device,
          kept_folder(f"text {text_identity(spec)}", precision))
     return model
-
-
-def _sizes(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape and bytes of each tensor, without reading it."""
-    if (original := original_file(folder)) is not None and original.suffix != ".safetensors":
-        found = read_tensors(original)
-        return {t5_to_transformers(name): (tuple(t.shape), t.nbytes) for name, t in found.items()}
-    files = [original] if original is not None else weight_files(folder)
-    infos = [info for file in files for info in read_header(file).tensors.values()]
-    return {t5_to_transformers(info.name): (info.shape, info.size) for info in infos}
-
-
-def text_encoder_bytes(spec: ModelSpec, precision: Precision | None = None, streamed: bool = False) -> int:
-    """The text encoder on a device: all of it, or what lies outside its blocks and two of them."""
-    outer, blocks = 0, dict[str, int]()
-    for name, (shape, size) in _sizes(spec.path / "text_encoder").items():
-        if not name.startswith("encoder.block."):
-            outer += 0 if name == "encoder.embed_tokens.weight" else size
-            continue
-        number = name.split(".")[2]
-        if precision is not None and len(shape) == 2 and "relative" not in name:
-            size = int(math.prod(shape) * KINDS[precision].bits / 8)
-        blocks[number] = blocks.get(number, 0) + size
-    return outer + (PLACES * max(blocks.values(), default=0) if streamed else sum(blocks.values()))
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ class Bench:
             planned = time.perf_counter() - started
             trainer = train_moe.prepare(settings, base, data, taxonomy, self.device, memory=memory)
         else:
-            memory = plan_training(settings, base, data, self.device, look=True)
+            memory = plan_training(settings, base, recipe.workload(data, base), self.device, look=True)
             planned = time.perf_counter() - started
             trainer = train_lora.prepare(settings, base, data, self.device, memory=memory)
         loaded = time.perf_counter() - started - planned

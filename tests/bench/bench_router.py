@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from examples.comparison.captions import paraphrases
 from lapwan.data.labels import Resolver, resolve_hint
 from lapwan.data.taxonomy import load_taxonomy
+from lapwan.evaluation.routing import fit_probe
 from lapwan.losses import routing
 from lapwan.models.spec import read_spec
 from lapwan.moe.router import TextRouter, masked_mean
@@ -32,7 +33,6 @@ from lapwan.tiny.captions import caption_for
 from lapwan.tiny.dataset import plan
 from lapwan.tiny.model import tiny_folder
 from lapwan.tiny.scenes import render
-from lapwan.tiny.text_probe import fit_probe
 from lapwan.wan.text import encode_text, load_text_encoder
 
 SEED, LR, BATCH, WARMUP, EXPERTS = 11, 1.5e-3, 8, 5, 4  # as in comparison.toml

@@ -45,7 +45,7 @@ from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.sigma_grid import Grid, Step
 from lapwan.settings.train_lora import TrainLoraSettings
-from lapwan.train.recipe import read_data
+from lapwan.train.recipe import read_data, workload
 from lapwan.wan.backbone import velocity
 from lapwan.wan.quantise.linears import Fp8Linear
 from lapwan.wan.quantise.load import Recipe
@@ -117,8 +117,8 @@ class Bench:
                 "dtype": "fp8" if fp8 else "auto", "experts": [EXPERT], "memory": limit or "auto",
                 "compile": "off" if self.tiny else "on"})
             base = Base(read_spec(folder))
-            return plan_training(settings, base, read_data(settings, base), self.device,
-                                 {EXPERT: [targets(model, last, 16)]}, look=True).plan
+            work = workload(read_data(settings, base), base, {EXPERT: [targets(model, last, 16)]})
+            return plan_training(settings, base, work, self.device, look=True).plan
 
     def tokens(self, size: str) -> int:
         t, h, w = LATENTS[self.size(size)]

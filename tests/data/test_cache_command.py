@@ -13,7 +13,7 @@ from cache_clips import make_video, write_jsonl
 from safetensors import safe_open
 
 from lapwan.caching.batch import collate
-from lapwan.caching.index import load_index, read_empty_text, read_item, read_prompt
+from lapwan.caching.read import load_index, read_empty_text, read_item, read_prompt
 from lapwan.commands.cache import run
 from lapwan.errors import UserError
 from lapwan.settings.base import RunOptions
@@ -149,7 +149,7 @@ def test_a_second_run_and_reading_the_index_import_no_torch(i2v_cache, labelled)
     code = (
         "import sys; from pathlib import Path\n"
         "from lapwan.commands.cache import run; from lapwan.settings.cache import CacheSettings\n"
-        "from lapwan.settings.base import RunOptions; from lapwan.caching.index import load_index\n"
+        "from lapwan.settings.base import RunOptions; from lapwan.caching.read import load_index\n"
         f"run(CacheSettings(dataset={str(labelled)!r}, model='tiny-i2v', output={str(i2v_cache)!r}, size=(32, 48),"
         " num_frames=(9,)), RunOptions())\n"
         f"assert len(load_index(Path({str(i2v_cache)!r})).items) == 3\n"

@@ -10,7 +10,7 @@ import pytest
 from cache_clips import cache_tiny, make_video, write_jsonl
 from PIL import Image
 
-from lapwan.caching.index import load_index, read_item
+from lapwan.caching.read import load_index, read_item
 from lapwan.data.musubi_dataset import UNSUPPORTED, read_entries, read_musubi_dataset
 from lapwan.errors import UserError
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cache_clips import cache_tiny, make_video, write_jsonl
 
-from lapwan.caching.index import load_index, read_item
+from lapwan.caching.read import load_index, read_item
 from lapwan.checkpoints.container import read_header
 from lapwan.errors import UserError
 from lapwan.files import is_temporary

@@ -9,7 +9,7 @@ import torch
 from cache_clips import cache_tiny, copied, make_video, strip_recipes, write_jsonl
 from safetensors.torch import save_file
 
-from lapwan.caching.index import load_index, read_item
+from lapwan.caching.read import load_index, read_item
 from lapwan.errors import UserError
 
 
@@ -185,7 +185,7 @@ def test_musubi_caches_are_read_as_they_are(foreign):
     tensors = read_item(foreign, item)
     assert tensors["latents"].shape == (16, 3, 4, 6) and tensors["condition"].shape == (20, 3, 4, 6)
     with pytest.raises(UserError, match="no features of the empty prompt"):
-        from lapwan.caching.index import read_empty_text
+        from lapwan.caching.read import read_empty_text
 
         read_empty_text(index)
 

@@ -16,8 +16,8 @@ from evaluation_cases import write_random_lora, write_random_mixture
 from PIL import Image
 
 from lapwan import cli
-from lapwan.caching.index import load_index
-from lapwan.commands.evaluate import _reward_identity
+from lapwan.caching.read import load_index
+from lapwan.evaluation.recipe import reward_identity
 from lapwan.models.base import Base
 from lapwan.models.spec import ModelSpec
 from lapwan.settings.evaluate import EvaluateSettings
@@ -200,11 +200,11 @@ def test_scores_of_other_reward_weights_are_not_those_of_a_finished_video(tmp_pa
     for folder, content in (("a", b"1"), ("b", b"22")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "model.safetensors").write_bytes(content)
-    told = [_reward_identity(ClipSettings(path=tmp_path / name, weight=weight))
+    told = [reward_identity(ClipSettings(path=tmp_path / name, weight=weight))
             for name, weight in (("a", 1.0), ("a", 0.5), ("b", 1.0))]
     assert told[0] == told[1] != told[2]
     (tmp_path / "a" / "model.safetensors").write_bytes(b"333")
-    assert _reward_identity(ClipSettings(path=tmp_path / "a")) != told[0]
+    assert reward_identity(ClipSettings(path=tmp_path / "a")) != told[0]
 
 
 def test_lora_and_moe_on_the_command_line_make_the_comparison(held_out):

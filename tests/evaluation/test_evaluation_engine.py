@@ -10,15 +10,15 @@ import torch
 from cache_cases import write_random_cache
 from evaluation_cases import write_random_lora
 
-from lapwan.caching.index import load_index
 from lapwan.caching.layout import write_roi
+from lapwan.caching.read import load_index
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.bootstrap import paired_bootstrap
 from lapwan.evaluation.clips import EvalClip, VideoShape, read_eval_clips, spread
 from lapwan.evaluation.engine import Sampling, default_sampling, generate_and_score, request_for
 from lapwan.evaluation.flow import FlowPlan, flow_losses
-from lapwan.evaluation.metrics import Identity, Temporal
+from lapwan.evaluation.metrics import Judged, Temporal
 from lapwan.evaluation.routing import routing_scores
 from lapwan.evaluation.store import VideoStore
 from lapwan.losses import flow
@@ -191,12 +191,14 @@ def test_finished_videos_are_used_again_unless_what_decides_them_changed(t2v_gen
 
 def test_identity_is_a_matter_of_what_is_seen(held_out):
     from lapwan.evaluation.engine import score
+    from lapwan.tiny.evaluators import SceneJudge
     from lapwan.tiny.scenes import SceneSpec, render
 
     shape = VideoShape(5, (96, 96), 16)
     frames = render(SceneSpec("hook", seed=77, size=(96, 96), frames=5)).frames_THWC
     for instrument, value in (("hook", 1.0), ("grasper", 0.0)):
-        assert score(frames, EvalClip("a", "b", instrument=instrument), shape, [Identity()]) == {"identity": value}
+        clip = EvalClip("a", "b", instrument=instrument)
+        assert score(frames, clip, shape, [Judged(SceneJudge(), "identity")]) == {"identity": value}
 
 
 def test_routing_counts_labels_by_row_and_answers_by_column(arms, t2v_generator, clips):

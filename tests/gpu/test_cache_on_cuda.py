@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from cache_clips import cache_tiny, make_video, write_jsonl
 
-from lapwan.caching.index import load_index, read_item
+from lapwan.caching.read import load_index, read_item
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from evaluation_cases import write_random_mixture
 
-from lapwan.caching.index import load_index
+from lapwan.caching.read import load_index
 from lapwan.evaluation.arms import make_arm
 from lapwan.evaluation.clips import EvalClip, VideoShape
 from lapwan.evaluation.engine import default_sampling, generate_and_score, request_for

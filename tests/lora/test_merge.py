@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from lapwan.checkpoints import rewrite
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint, merged_fingerprint
-from lapwan.checkpoints.rewrite import Term
 from lapwan.errors import UserError
 from lapwan.lora.assign import assign
 from lapwan.lora.formats import read_lora, write_lora
 from lapwan.lora.merge_verify import verify
+from lapwan.lora.state import Term
 from lapwan.models.base import Base
 from lapwan.models.resolve import resolve
 from lapwan.models.spec import read_spec, weight_files
@@ -214,8 +214,13 @@ def test_verify_accepts_a_right_merge_and_not_a_wrong_one(tmp_path, transformers
         with pytest.raises(UserError, match=re.escape(name)):
             verify(only, read_header(tmp_path / "bad.safetensors"), terms, lambda _: None)
 
-    original = rewrite.merge_rows_
-    monkeypatch.setattr(rewrite, "merge_rows_", lambda rows, *rest: (original(rows, *rest), rows.mul_(1.02)))
+    original = Term.prepare
+
+    def inexact(term, dtype):
+        add_rows = original(term, dtype)
+        return lambda work, first: (add_rows(work, first), work.mul_(1.02))
+
+    monkeypatch.setattr(Term, "prepare", inexact)
     with pytest.raises(UserError, match="is not base \\+ LoRA when read back"):
         merge(output=tmp_path / "wrong.safetensors", **asked)
     assert not (tmp_path / "wrong.safetensors").exists()
@@ -228,17 +233,17 @@ def files_below(folder: Path) -> set[str]:
 @pytest.mark.parametrize("form", ["model", "dit"])
 def test_an_interrupted_merge_leaves_nothing(tmp_path, model_folder, pair, monkeypatch, form):
     before = files_below(tmp_path)
-    original = rewrite.merge_rows_
+    original = Term.prepare
     calls = 0
 
-    def interrupted(*arguments, **named):
+    def interrupted(*arguments):
         nonlocal calls
         calls += 1
         if calls > 15:
             raise KeyboardInterrupt
-        return original(*arguments, **named)
+        return original(*arguments)
 
-    monkeypatch.setattr(rewrite, "merge_rows_", interrupted)
+    monkeypatch.setattr(Term, "prepare", interrupted)
     lora = [f"high={pair[NoiseExpert.HIGH]}"]
     with pytest.raises(KeyboardInterrupt):
         if form == "model":

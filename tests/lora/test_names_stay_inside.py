@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapwan import cli
-from lapwan.caching.index import load_index
+from lapwan.caching.read import load_index
 from lapwan.errors import UserError
 from lapwan.files import inside
 

@@ -14,14 +14,22 @@ from torch import nn
 from lapwan import UserError, VideoGenerator
 from lapwan.lora.attach import Group, attach
 from lapwan.lora.formats import write_lora
-from lapwan.memory.generation import Asking, describe, forward_bytes, free_bytes, plan_generation, weight_bytes
+from lapwan.memory.generation import (
+    Asking,
+    describe,
+    forward_bytes,
+    free_bytes,
+    plan_generation,
+    text_encoder_bytes,
+    weight_bytes,
+)
 from lapwan.memory.plan import Rates, needs
 from lapwan.memory.streaming import HostCopy
 from lapwan.models import base as lapwan_base
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.result import read_metadata
 from lapwan.wan.backbone import load_transformer
-from lapwan.wan.text import load_text_encoder, text_encoder_bytes
+from lapwan.wan.text import load_text_encoder
 
 GIB = 1 << 30
 RATES = Rates(600e12, 1000e12, 450e12, 50e9)

@@ -11,11 +11,12 @@ from sampling_cases import generate, refused
 
 from lapwan import VideoGenerator
 from lapwan.lora.layer import FrozenLinear
+from lapwan.memory.generation import text_encoder_bytes
 from lapwan.memory.streaming import Residence
 from lapwan.names import Precision
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.result import read_metadata
-from lapwan.wan.text import encode_text, load_text_encoder, text_encoder_bytes
+from lapwan.wan.text import encode_text, load_text_encoder
 
 PROMPTS = ["电凝钩切割组织", "scissors cut the cystic duct, smoke"]
 

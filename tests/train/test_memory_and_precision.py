@@ -114,7 +114,7 @@ def planned(t2v_cache):
     def make(look: bool = False, **changes):
         settings = TrainLoraSettings.model_validate(
             {"output": "run", "model": "tiny", "data": {"cache": t2v_cache}, "steps": 1, **changes})
-        return plan_training(settings, base, recipe.read_data(settings, base), CPU, look=look)
+        return plan_training(settings, base, recipe.workload(recipe.read_data(settings, base), base), CPU, look)
 
     return make
 

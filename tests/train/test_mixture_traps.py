@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_cases import backward, draws_for, randomise
 
-from lapwan.caching.index import load_index, write_index
+from lapwan.caching.index import write_index
+from lapwan.caching.read import load_index
 from lapwan.errors import UserError
 from lapwan.lora.attach import attach
 from lapwan.lora.layer import StackedLoraLinear

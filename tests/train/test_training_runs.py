@@ -12,7 +12,8 @@ from cache_cases import write_random_cache
 from safetensors.torch import load_file
 from training_cases import backward, randomise
 
-from lapwan.caching.index import load_index, write_index
+from lapwan.caching.index import write_index
+from lapwan.caching.read import load_index
 from lapwan.commands import train_lora, train_moe
 from lapwan.errors import Interrupted, UserError
 from lapwan.lora.formats import open_lora

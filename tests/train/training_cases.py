@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lapwan.caching.batch import Batch
-from lapwan.caching.index import CachedItem, load_index, write_index
+from lapwan.caching.index import CachedItem, write_index
+from lapwan.caching.read import load_index
 from lapwan.losses.sigmas import Uniform
 from lapwan.names import NoiseExpert
 from lapwan.train.objective import Draws, SigmaRule, make_draws

@@ -16,7 +16,7 @@ from lapwan.lora.combine import resize
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.memory.offload import Parking
 from lapwan.memory.training import TrainingMemory, plan_training
-from lapwan.models.base import Base
+from lapwan.models.base import Base, targets_of
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.names import NoiseExpert
 from lapwan.settings.optimizers import AutomagicSettings, ProdigySettings
@@ -113,11 +113,11 @@ def plan_mixture(
     beside = {expert: {path: entry.down.shape[0] for path, entry in state.entries.items()}
               for expert, (_, state) in frozen.items()}
     ranks = {
-        expert: [recipe.targets_of(settings.targets_for(family, own.targets), base.num_layers)
+        expert: [targets_of(settings.targets_for(family, own.targets), base.num_layers)
                  for family in taxonomy.keys]
         for expert, own in data.experts.items()
     }
-    return plan_training(settings, base, data, device, ranks, beside, look, processes)
+    return plan_training(settings, base, recipe.workload(data, base, ranks, beside), device, look, processes)
 
 
 def router_lr(settings: TrainMoeSettings) -> float | None:

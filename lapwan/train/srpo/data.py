@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lapwan import console, files
 from lapwan.caching.batch import Batch
-from lapwan.caching.index import CachedItem, CacheIndex, load_index, read_prompt
+from lapwan.caching.index import CachedItem, CacheIndex
+from lapwan.caching.read import load_index, read_prompt
 from lapwan.checkpoints.container import read_header
 from lapwan.data.prompts import held_out, read_prompts
 from lapwan.errors import UserError

@@ -14,7 +14,7 @@ from lapwan.errors import UserError
 from lapwan.lora.attach import Group, attach, initial_state
 from lapwan.memory.offload import Parking
 from lapwan.memory.srpo import SrpoMemory, recipe_of
-from lapwan.models.base import Base
+from lapwan.models.base import Base, targets_of
 from lapwan.models.device import pick_dtype
 from lapwan.models.spec import ModelSpec
 from lapwan.names import Band, NoiseExpert
@@ -30,7 +30,6 @@ from lapwan.train.master_weights import MasterAdamW
 from lapwan.train.objective import ParameterGroup, SigmaRule
 from lapwan.train.optimizers import current_lr, make_optimiser, make_schedule
 from lapwan.train.parallel import Ranks, shard
-from lapwan.train.recipe import targets_of
 from lapwan.train.run_folder import PREVIEWS
 from lapwan.train.schedule import SampleOrder, interleave
 from lapwan.train.srpo.data import FEATURES_FILE, PromptStore, SrpoData, TextFeatures

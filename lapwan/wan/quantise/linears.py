@@ -64,6 +64,11 @@ def quantise_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows.float() / scale).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8), scale
 
 
+def empty_codes(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the e4m3 codes of x and their scales [N, 1]."""
+    return x_ND.new_empty(x_ND.shape, dtype=_FP8), x_ND.new_empty((len(x_ND), 1), dtype=torch.float32)
+
+
 def quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """[..., K] -> (int8 [..., K], scale [..., 1] fp32)."""
     scale = _scale_of(rows, 127.0)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lapwan import console
-from lapwan.wan.quantise.linears import quantise_fp8
+from lapwan.wan.quantise.linears import empty_codes, quantise_fp8
 
 ENABLED = True  # off in tests, to compare
 HAS_TRITON = find_spec("triton") is not None  # comes with torch's CUDA builds, but not on every system
@@ -39,11 +39,6 @@ def prepare(device: torch.device) -> None:
         HAS_TRITON = False
         said = (str(error).splitlines() or [type(error).__name__])[0]
         console.log(f"Triton cannot build kernels here ({said}); torch's own operations run instead, more slowly")
-
-
-def empty_codes(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the e4m3 codes of x and their scales [N, 1]."""
-    return x_ND.new_empty(x_ND.shape, dtype=torch.float8_e4m3fn), x_ND.new_empty((len(x_ND), 1), dtype=torch.float32)
 
 
 @torch.library.custom_op("lapwan::linear_gelu", mutates_args=())

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lapwan.wan.transformer.kernels import empty_codes
+from lapwan.wan.quantise.linears import empty_codes
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]

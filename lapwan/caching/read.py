@@ -1,0 +1,94 @@
+"""Reading a cache folder: its items (no torch) and the tensors of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lapwan.caching.index import INDEX_FILE, CachedItem, CacheIndex, parse_index
+from lapwan.caching.layout import PROMPTS_FILE, find_tensor, open_cache_file, read_recipe, recipe_fingerprint
+from lapwan.caching.musubi_cache import join_labels, scan
+from lapwan.checkpoints.container import TensorFile
+from lapwan.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def load_index(folder: Path, labels: Path | None = None, empty: bool = False) -> CacheIndex:
+    """The items of a cache folder, in the dataset's order, without importing torch.
+
+    Args:
+        labels: a labels JSONL, for caches that carry none; joined by the clip's stem.
+        empty: a cache without a single finished item is no error.
+
+    Raises:
+        UserError: no cache there, a damaged index or one that names files elsewhere, a missing file, or labels that
+            do not fit the items.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no cache folder {folder}; make one with lapwan cache")
+    path = folder / INDEX_FILE
+    if path.is_file():
+        index = parse_index(path)
+    else:
+        index = CacheIndex(folder, scan(folder), verified=False)
+    if not index.items and not empty:
+        raise UserError(f"{folder} holds no cached items; make them with lapwan cache")
+    if labels is not None:
+        index = join_labels(index, labels)
+    return index
+
+
+def read_item(folder: Path, item: CachedItem) -> dict[str, Tensor | None]:
+    """`latents` [C, T, H, W] fp32, `text` [n, D] as stored, `condition` [20, T, H, W] fp32 or None, `roi` or None.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    from lapwan.checkpoints.tensors import load
+
+    latents = _open(folder, item, "latents", item.latents)
+    text = _open(folder, item, "text", item.text)
+    condition = find_tensor(latents, "latents_image", required=False)
+    roi = None
+    if item.roi is not None:
+        roi_file = _open(folder, item, "roi", item.roi)
+        roi = load(roi_file, str(find_tensor(roi_file, "roi")))
+    return {
+        "latents": load(latents, str(find_tensor(latents, "latents"))).float(),
+        "text": load(text, str(find_tensor(text, "varlen_t5"))),
+        "condition": None if condition is None else load(latents, condition).float(),
+        "roi": roi,
+    }
+
+
+def _open(folder: Path, item: CachedItem, kind: str, name: str) -> TensorFile:
+    """A file of an item, if it still is what the index says."""
+    file = open_cache_file(folder / name)
+    recipe = read_recipe(file)
+    if recipe is not None and recipe_fingerprint(recipe) != item.fingerprints.get(kind):
+        raise UserError(f"{folder / name} is not the file its index means (it was cached again since); "
+                        "run lapwan cache again")
+    return file
+
+
+def read_prompt(index: CacheIndex, kind: str) -> Tensor:
+    """[n, D] features of the `empty` or the `negative` prompt.
+
+    Raises:
+        UserError: the cache has none (musubi-tuner caches none).
+    """
+    from lapwan.checkpoints.tensors import load
+
+    path = index.folder / (index.prompts or PROMPTS_FILE)
+    if not path.is_file():
+        raise UserError(f"{index.folder} holds no features of the {kind} prompt; caption dropout and CFG need them: "
+                        "run lapwan cache --no-latents on it")
+    file = open_cache_file(path)
+    return load(file, str(find_tensor(file, kind)))
+
+
+def read_empty_text(index: CacheIndex) -> Tensor:
+    """[n, D] features of the empty prompt, for caption dropout and CFG."""
+    return read_prompt(index, "empty")
