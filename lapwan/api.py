@@ -20,7 +20,6 @@ from lapwan.distributed import Processes
 from lapwan.errors import UserError
 from lapwan.models.base import Base
 from lapwan.models.device import pick_device, pick_dtype
-from lapwan.models.resolve import TINY, resolve_base
 from lapwan.models.spec import ModelSpec, Task
 from lapwan.names import NoiseExpert
 from lapwan.sampling.adapters import AdapterSet, read_adapters
@@ -41,6 +40,7 @@ from lapwan.settings.generate import ModelSettings, VideoSettings
 from lapwan.settings.load import given, load
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.settings.memory import GenerateDtype, precision_of
+from lapwan.tiny.resolve import TINY, resolve_base
 
 if TYPE_CHECKING:
     from PIL import Image

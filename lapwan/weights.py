@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lapwan import console
-from lapwan.commands import merge as command
-from lapwan.commands.inspect_weights import inspect
+from lapwan.diagnostics.inspect import inspect, read_points
+from lapwan.models import merge as merging
 from lapwan.settings.base import RunOptions
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.load import given, load
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.settings.merge import MergeSettings
+from lapwan.tiny.resolve import with_tiny
 
 
 def merge(
@@ -45,13 +46,13 @@ def merge(
         UserError: what does not fit together, before anything is written.
     """
     said: dict[str, Any] = {
-        "output": output, "model": None if model is None else str(model), "dit": dit, "moe": moe, "mix": mix,
+        "output": output, "model": None if model is None else with_tiny(str(model)), "dit": dit, "moe": moe, "mix": mix,
         "multiplier": multiplier,
         "lora": [lora if isinstance(lora, LoraArgument) else str(lora) for lora in loras], "rank": rank,
         "format": format, "one_file": one_file,
     }
     settings = load(MergeSettings, options=given(said), environment={})
-    for line in command.merge(settings, RunOptions(overwrite=overwrite)):
+    for line in merging.merge(settings, RunOptions(overwrite=overwrite)):
         console.detail(line)
     return Path(output)
 
@@ -68,5 +69,6 @@ def inspect_weights(
         UserError: files that are missing, no LoRA, or not a pair.
     """
     said: dict[str, Any] = {"files": [str(file) for file in files], "preset": preset, "by": by}
-    said["base"] = None if base is None else str(base)
-    return inspect(load(InspectWeightsSettings, options=given(said), environment={}))
+    said["base"] = None if base is None else with_tiny(str(base))
+    settings = load(InspectWeightsSettings, options=given(said), environment={})
+    return inspect(settings, *read_points(settings)).document

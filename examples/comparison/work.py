@@ -21,17 +21,16 @@ from examples.comparison.families import merge_families, taxonomy_toml
 from examples.comparison.settings import CONTINUED, MIXTURE, NONE, SAME_SIZE, TaskName
 from examples.comparison.workspace import Workspace
 from lapwan import console, files
-from lapwan.commands import cache, label, train_lora, train_moe
+from lapwan.commands import cache, label
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.clips import EvalClip, read_eval_clips
 from lapwan.evaluation.engine import Sampling, default_sampling, generate_and_score
 from lapwan.evaluation.metrics import Made
-from lapwan.evaluation.routing import routing_scores
+from lapwan.evaluation.routing import fit_probe, routing_scores
 from lapwan.models.base import Base
 from lapwan.models.device import pick_device
-from lapwan.models.resolve import resolve_base
 from lapwan.names import NoiseExpert
 from lapwan.sampling.batch import BatchGenerator
 from lapwan.sampling.request import complete_guidance
@@ -45,10 +44,12 @@ from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.dataset import write_dataset
 from lapwan.tiny.evaluators import load_evaluator, network_input, place_of, tip_hits
 from lapwan.tiny.instruments import INSTRUMENTS
-from lapwan.tiny.text_probe import fit_probe
+from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
 from lapwan.train.callbacks.routing import RoutingWatch
+from lapwan.train.lora import recipe as lora_recipe
 from lapwan.train.metrics import METRICS_FILE
+from lapwan.train.moe import recipe as moe_recipe
 from lapwan.train.trainer import Trainer
 from lapwan.wan.text import encode_text, load_text_encoder
 
@@ -197,9 +198,9 @@ def _trainer(settings: TrainSettings) -> Trainer:
     (settings.output / METRICS_FILE).unlink(missing_ok=True)
     files.write_text(settings.output / "settings.toml", to_toml(settings))
     if isinstance(settings, TrainMoeSettings):
-        return train_moe.prepare(settings, base, data, load_taxonomy(settings.taxonomy), device)
+        return moe_recipe.prepare(settings, base, data, load_taxonomy(settings.taxonomy), device)
     assert isinstance(settings, TrainLoraSettings)
-    return train_lora.prepare(settings, base, data, device)
+    return lora_recipe.prepare(settings, base, data, device)
 
 
 def stage1_base(workspace: Workspace, task: TaskName) -> Base:

@@ -16,10 +16,13 @@ from lapwan.caching.layout import PROMPTS_FILE, Recipe
 from lapwan.caching.plan import Encoders, Plan, index_items, index_path, make_plan
 from lapwan.caching.read import load_index
 from lapwan.caching.report import plan_lines, write_report
-from lapwan.data.source_clips import CacheSet, Drop
+from lapwan.data.buckets import Buckets
+from lapwan.data.source_clips import CacheSet, Drop, Extraction
 from lapwan.distributed import Processes
 from lapwan.errors import Interrupted, UserError
-from lapwan.models.spec import ModelSpec
+from lapwan.models.fingerprints import text_dtype, text_identity, vae_identity
+from lapwan.models.spec import TEXT_LENGTH, ModelSpec, check_frames, check_size
+from lapwan.settings.cache import CacheSettings
 
 LOCK_FILE = ".lapwan_cache.lock"
 
@@ -193,3 +196,51 @@ def _prune(plan: Plan) -> int:
     for path in [*left, *(plan.folder / name for name in plan.orphans)]:
         path.unlink(missing_ok=True)
     return len(left) + len(plan.orphans)
+
+
+# What a dataset.toml says itself.
+_OF_DATASET = ("size", "num_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps",
+               "buckets", "bucket_no_upscale")
+
+
+def extraction_of(settings: CacheSettings, spec: ModelSpec) -> Extraction:
+    """How clips are cut; size and frames default to the model's own.
+
+    Raises:
+        UserError: frames not 4N+1, or a size the model does not take.
+    """
+    if settings.dataset is not None and settings.dataset.suffix.lower() in (".toml", ".json"):
+        said = [name for name in _OF_DATASET if getattr(settings, name) != CacheSettings.model_fields[name].default]
+        if said:
+            raise UserError(f"{', '.join(said)}: with a dataset file, say it in {settings.dataset} "
+                            "(resolution, target_frames, frame_extraction, ...)")
+    height, width = settings.size or spec.defaults.size
+    check_size(height, width, spec.pixel_multiple)
+    frames = settings.num_frames or (spec.defaults.num_frames,)
+    for count in frames:
+        check_frames(count, spec.temporal_stride)
+    return Extraction(
+        Buckets((width, height), settings.buckets, settings.bucket_no_upscale, spec.pixel_multiple), frames,
+        settings.frame_extraction, settings.frame_stride, settings.frame_sample, settings.max_frames,
+        settings.source_fps,
+    )
+
+
+def encoders_of(settings: CacheSettings, spec: ModelSpec) -> Encoders:
+    """What the plan must know of the model and of how files are written.
+
+    Raises:
+        UserError: a model that this version does not train.
+    """
+    if spec.task == "ti2v":
+        raise UserError(f"{spec.path} is a TI2V-5B model, which this version generates with but does not train; "
+                        "cache with Wan2.2 T2V-A14B or I2V-A14B")
+    stored = text_dtype(spec)
+    return Encoders(
+        task=spec.task, fps=float(spec.defaults.fps), vae=vae_identity(spec), text=text_identity(spec),
+        text_dim=spec.text_dim, text_length=TEXT_LENGTH, latent_channels=spec.latent_channels,
+        strides=(spec.temporal_stride, spec.spatial_stride), vae_dtype=settings.vae_dtype,
+        latents_dtype="float32" if settings.dtype == "auto" else settings.dtype,
+        text_dtype=stored if settings.dtype == "auto" else settings.dtype,
+        condition=spec.task == "i2v", negative=settings.negative_prompt,
+    )

@@ -5,26 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from lapwan import console
-from lapwan.caching.cache_folder import Choices, Result, cache_set, plan_set
-from lapwan.caching.plan import Encoders
+from lapwan.caching.cache_folder import Choices, Result, cache_set, encoders_of, extraction_of, plan_set
 from lapwan.caching.report import drop_lines, plan_lines
-from lapwan.data.buckets import Buckets
 from lapwan.data.dataset import read_dataset
-from lapwan.data.source_clips import Drop, Extraction
+from lapwan.data.source_clips import Drop
 from lapwan.distributed import launched
 from lapwan.errors import UserError
 from lapwan.files import write_text
-from lapwan.models.fingerprints import text_dtype, text_identity, vae_identity
-from lapwan.models.resolve import resolve
-from lapwan.models.spec import TEXT_LENGTH, ModelSpec, check_frames, check_size
 from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.cache import CacheSettings
+from lapwan.tiny.resolve import resolve
 
 SETTINGS_FILE = "lapwan_settings.toml"
-# What a dataset.toml says itself.
-_OF_DATASET = ("size", "num_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps",
-               "buckets", "bucket_no_upscale")
-
 
 def run(settings: CacheSettings, options: RunOptions) -> None:
     """Cache a dataset, or only look at the cache that is there (--verify, --preview without --dataset)."""
@@ -89,49 +81,6 @@ def _report(result: Result) -> None:
                           f"{result.rois} regions in {total:.1f} s", markup=False)
     shares = ", ".join(f"{key} {value:.2f}" for key, value in result.seconds.items() if key != "total")
     console.detail(f"seconds: {shares}")
-
-
-def extraction_of(settings: CacheSettings, spec: ModelSpec) -> Extraction:
-    """How clips are cut; size and frames default to the model's own.
-
-    Raises:
-        UserError: frames not 4N+1, or a size the model does not take.
-    """
-    if settings.dataset is not None and settings.dataset.suffix.lower() in (".toml", ".json"):
-        said = [name for name in _OF_DATASET if getattr(settings, name) != CacheSettings.model_fields[name].default]
-        if said:
-            raise UserError(f"{', '.join(said)}: with a dataset file, say it in {settings.dataset} "
-                            "(resolution, target_frames, frame_extraction, ...)")
-    height, width = settings.size or spec.defaults.size
-    check_size(height, width, spec.pixel_multiple)
-    frames = settings.num_frames or (spec.defaults.num_frames,)
-    for count in frames:
-        check_frames(count, spec.temporal_stride)
-    return Extraction(
-        Buckets((width, height), settings.buckets, settings.bucket_no_upscale, spec.pixel_multiple), frames,
-        settings.frame_extraction, settings.frame_stride, settings.frame_sample, settings.max_frames,
-        settings.source_fps,
-    )
-
-
-def encoders_of(settings: CacheSettings, spec: ModelSpec) -> Encoders:
-    """What the plan must know of the model and of how files are written.
-
-    Raises:
-        UserError: a model that this version does not train.
-    """
-    if spec.task == "ti2v":
-        raise UserError(f"{spec.path} is a TI2V-5B model, which this version generates with but does not train; "
-                        "cache with Wan2.2 T2V-A14B or I2V-A14B")
-    stored = text_dtype(spec)
-    return Encoders(
-        task=spec.task, fps=float(spec.defaults.fps), vae=vae_identity(spec), text=text_identity(spec),
-        text_dim=spec.text_dim, text_length=TEXT_LENGTH, latent_channels=spec.latent_channels,
-        strides=(spec.temporal_stride, spec.spatial_stride), vae_dtype=settings.vae_dtype,
-        latents_dtype="float32" if settings.dtype == "auto" else settings.dtype,
-        text_dtype=stored if settings.dtype == "auto" else settings.dtype,
-        condition=spec.task == "i2v", negative=settings.negative_prompt,
-    )
 
 
 def _verify(settings: CacheSettings) -> None:

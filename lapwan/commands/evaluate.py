@@ -14,7 +14,6 @@ from lapwan.evaluation.study import Study, run_study
 from lapwan.evaluation.tables import Interval, tables
 from lapwan.models.base import Base
 from lapwan.models.fingerprints import vae_identity
-from lapwan.models.resolve import TINY, resolve_base
 from lapwan.models.spec import ModelSpec, Task, read_spec
 from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.evaluate import EvaluateSettings
@@ -22,6 +21,7 @@ from lapwan.settings.model import ModelChoice
 from lapwan.settings.train import BaseModelSettings
 from lapwan.tiny.evaluators import SceneJudge
 from lapwan.tiny.model import tiny_folder
+from lapwan.tiny.resolve import TINY, resolve_base
 from lapwan.tiny.reward import make_tiny_reward
 from lapwan.tiny.text_probe import probe_captions
 

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-
-import torch
-
-from lapwan.checkpoints.rewrite import Advance
-from lapwan.console import log, progress, results, warn
-from lapwan.data.labels import resolve_hint
-from lapwan.data.taxonomy import Taxonomy
-from lapwan.errors import UserError
-from lapwan.files import claim_output, write_text
-from lapwan.lora import noise_expert
-from lapwan.lora.assign import Request, assign, assign_one, group, warn_mismatch
-from lapwan.lora.combine import combine
-from lapwan.lora.formats import LoraFile, write_both, write_lora
-from lapwan.lora.merge import ComponentPlan, Given, plan_component, write_component
-from lapwan.lora.state import LoraState
-from lapwan.models.merge_folder import check_disk, folder_bytes, write_folder
-from lapwan.models.resolve import resolve
-from lapwan.models.spec import weight_files
-from lapwan.moe.mixture import Mixture
-from lapwan.moe.mixture_file import read_mixture
-from lapwan.moe.to_lora import collapse, gate_spread, inference_sigmas
-from lapwan.names import NoiseExpert
+from lapwan.console import results
+from lapwan.files import write_text
+from lapwan.models.merge import merge
 from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.merge import MergeSettings
+from lapwan.tiny.resolve import with_tiny
 
 
 def run(settings: MergeSettings, options: RunOptions) -> None:
     """Plan, check, write."""
     if options.dry_run:
         results.print(to_toml(settings), markup=False)
-    for line in merge(settings, options):
+    merged = settings if settings.model is None else settings.model_copy(update={"model": with_tiny(settings.model)})
+    for line in merge(merged, options):
         results.print(line, markup=False)
     if not options.dry_run:
         output = settings.output
@@ -43,193 +23,3 @@ def run(settings: MergeSettings, options: RunOptions) -> None:
         name = output.name if output.is_dir() else output.stem
         text = to_toml(settings, "lapwan merge --config with this file repeats the merge")
         write_text(output.with_name(f"{name}.settings.toml"), text)
-
-
-def merge(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
-    """The same, saying each result instead of printing it; goes on as the lines are taken."""
-    if settings.model is not None:
-        yield from _into_model(settings, settings.model, options)
-    elif settings.dit is not None:
-        yield from _into_transformer(settings, settings.dit, options)
-    elif settings.moe is not None:
-        yield from _from_mixture(settings, settings.moe, options)
-    else:
-        yield from _into_lora(settings, options)
-
-
-def _requests(settings: MergeSettings) -> list[Request]:
-    return [(lora.expert, lora.path, lora.strength * settings.multiplier) for lora in settings.lora]
-
-
-def _given(loras: Sequence[tuple[LoraFile, float]]) -> list[Given]:
-    return [Given(lora, strength, lora.fingerprint()) for lora, strength in loras]
-
-
-def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Iterator[str]:
-    spec = resolve(model)
-    _claim_folder(settings.output, spec.path, options)
-    assigned = assign(_requests(settings), spec.experts)
-    for expert, loras in assigned.items():
-        for lora, _ in loras:
-            warn_mismatch(lora, spec.task, spec.boundary, spec.fingerprint(expert))
-    plans = [
-        plan_component(weight_files(spec.component(expert)), _given(loras), expert)
-        for expert, loras in assigned.items()
-    ]
-    _check_and_tell(plans, settings.output, folder_bytes(spec.path, settings.output, plans, settings.link))
-    if options.dry_run:
-        return
-    with _bytes_bar(plans, settings.verify) as advance:
-        write_folder(spec.path, settings.output, plans, settings.link, advance, settings.verify)
-    yield f"merged model: {settings.output}"
-
-
-def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -> Iterator[str]:
-    whole = dit.is_dir()
-    expert, loras = assign_one(_requests(settings), noise_expert.from_name(dit))
-    plan = plan_component(weight_files(dit) if whole else [dit], _given(loras), expert)
-    if whole:
-        _claim_folder(settings.output, dit, options)
-    else:
-        _claim_file(settings.output, [dit], options)
-    needed = folder_bytes(dit, settings.output, [plan], settings.link) if whole else plan.size
-    _check_and_tell([plan], settings.output, needed)
-    if options.dry_run:
-        return
-    with _bytes_bar([plan], settings.verify) as advance:
-        if whole:
-            write_folder(dit, settings.output, [plan], settings.link, advance, settings.verify)
-        else:
-            write_component(plan, [settings.output], advance, settings.verify)
-    yield f"merged transformer: {settings.output}"
-
-
-def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
-    groups = group(_requests(settings))
-    outputs = _lora_outputs(settings, list(groups))
-    for output in outputs.values():
-        _claim_file(output, [lora.path for lora in settings.lora], options)
-    for expert, loras in groups.items():
-        parts = ", ".join(f"{lora.path.name} x {strength:g}" for lora, strength in loras)
-        log(f"{outputs[expert].name}: {parts}")
-    if options.dry_run:
-        return
-    yield from _write_sums(settings, outputs, (
-        (expert, [(lora.read(), strength) for lora, strength in loras],
-         {} if expert is None else {noise_expert.KEY: expert.value})
-        for expert, loras in groups.items()
-    ))
-
-
-_Sum = tuple[NoiseExpert | None, Sequence[tuple[LoraState, float]], dict[str, str]]
-
-
-def _write_sums(
-    settings: MergeSettings, outputs: Mapping[NoiseExpert | None, Path], sums: Iterable[_Sum]
-) -> Iterator[str]:
-    """Add up each noise expert's terms and write them: one after the other, or together where one file is wanted."""
-    dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    both: dict[NoiseExpert, LoraState] = {}
-    for expert, terms, metadata in sums:
-        state, energy = combine(terms, settings.rank, dtype)
-        if energy is not None:
-            yield (f"rank {settings.rank} keeps {energy.total:.4%} of the energy (squared norm); least in "
-                   f"{energy.worst_path}: {energy.worst:.4%}")
-        state.metadata |= metadata
-        if settings.one_file and expert is not None:
-            both[expert] = state
-            continue
-        write_lora(outputs[expert], state, settings.format or "comfy", dtype, settings.fold_alpha)
-        yield f"LoRA: {outputs[expert]}"
-    if both:
-        write_both(settings.output, both, dtype, settings.fold_alpha)
-        yield f"LoRA: {settings.output}"
-
-
-def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> Iterator[str]:
-    """The mixture at one mix as a LoRA for each noise expert; the spread of w says what a constant gate loses."""
-    mixture = read_mixture(path)
-    taxonomy = Taxonomy.from_dict(mixture.taxonomy, str(path))
-    shares = resolve_hint(settings.mix or "", taxonomy)
-    outputs = _lora_outputs(settings, mixture.experts)
-    for output in outputs.values():
-        _claim_file(output, [path], options)
-    log("mix: " + ", ".join(f"{f} {share:.2f}" for f, share in zip(mixture.families, shares, strict=True) if share))
-    if mixture.base_lora:
-        warn(f"{path} was trained over a base LoRA, which is not part of the mixture; use it beside these files")
-    gates: dict[NoiseExpert, float] = {}
-    for expert in mixture.experts:
-        sigmas = [settings.sigma] if settings.sigma is not None else inference_sigmas(mixture, expert)
-        if not sigmas:
-            raise UserError(f"none of the model's {mixture.spec.steps} sampling steps falls to the {expert.value} "
-                            "noise expert; give --sigma")
-        gate = gate_spread(mixture, expert, sigmas)
-        gates[expert] = gate.mean
-        yield (f"{expert.value} noise: w = {gate.mean:.4f} (from {gate.lowest:.4f} to {gate.highest:.4f} over "
-               f"{len(sigmas)} sigmas)")
-    if options.dry_run:
-        return
-    yield from _write_sums(settings, outputs, (
-        (expert, [(collapse(mixture, expert, shares, gate), settings.multiplier)], _mixture_metadata(mixture, expert))
-        for expert, gate in gates.items()
-    ))
-
-
-def _mixture_metadata(mixture: Mixture, expert: NoiseExpert) -> dict[str, str]:
-    said = {noise_expert.KEY: expert.value, "lapwan.task": mixture.spec.task}
-    if expert in mixture.spec.base:
-        said["lapwan.base_fingerprint"] = mixture.spec.base[expert]
-    return said
-
-
-def _lora_outputs(
-    settings: MergeSettings, experts: Sequence[NoiseExpert | None]
-) -> dict[NoiseExpert | None, Path]:
-    """The output itself, or, where both noise experts are written apart, `{name}_high_noise.safetensors` and its twin.
-
-    Raises:
-        UserError: one file for both is wanted, and there are not both.
-    """
-    if settings.one_file and set(experts) != set(NoiseExpert):
-        have = ", ".join("one it does not say" if expert is None else expert.value for expert in experts)
-        raise UserError(f"--one-file needs a LoRA for each noise expert; these are for: {have}; give high=FILE and "
-                        "low=FILE, or leave it out")
-    output = settings.output
-    if settings.one_file or len(experts) == 1:
-        return dict.fromkeys(experts, output)
-    return {expert: output if expert is None else output.with_name(f"{output.stem}_{expert.file_suffix}{output.suffix}")
-            for expert in experts}
-
-
-def _claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> None:
-    if output.is_dir():
-        raise UserError(f"output {output} is a folder; this merge writes a .safetensors file")
-    if output.suffix != ".safetensors":
-        raise UserError(f"output {output}: this merge writes one .safetensors file; name it so")
-    if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
-        raise UserError(f"output {output} is one of the inputs; choose another path")
-    claim_output(output, options.overwrite)
-
-
-def _claim_folder(output: Path, source: Path, options: RunOptions) -> None:
-    if output.is_file():
-        raise UserError(f"output {output} is a file; this merge writes a folder")
-    inside, around = output.resolve(), source.resolve()
-    if inside == around or around in inside.parents or inside in around.parents:
-        raise UserError(f"output {output} and the model {source} lie inside each other; choose a folder outside it")
-    claim_output(output, options.overwrite)
-
-
-@contextmanager
-def _bytes_bar(plans: Sequence[ComponentPlan], verify: bool) -> Iterator[Advance]:
-    """Progress in MiB for bytes written, and read back."""
-    size = sum(plan.size for plan in plans) * (2 if verify else 1)
-    with progress("merge", round(size / 2**20, 1), "MiB") as bar:
-        yield lambda size: bar.advance(size / 2**20)
-
-
-def _check_and_tell(plans: Sequence[ComponentPlan], output: Path, needed: int) -> None:
-    for plan in plans:
-        log(plan.describe(plan.expert.component if plan.expert else plan.files[0].path.name))
-    check_disk(output, needed)
-    log(f"{output}: {needed / 2**30:.3g} GiB to write")

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
 
 from lapwan import console
 from lapwan.caching.read import load_index
 from lapwan.commands.plan import one_voice, print_plan
 from lapwan.errors import UserError
-from lapwan.memory.srpo import SrpoMemory, plan_memory
-from lapwan.models.base import Base, targets_of
 from lapwan.models.device import pick_device
-from lapwan.models.resolve import resolve_base
-from lapwan.models.spec import Task, tensor_shapes, weight_files
-from lapwan.names import Band, NoiseExpert
+from lapwan.models.spec import Task
 from lapwan.rewards.base import warn_chinese
-from lapwan.rewards.build import Maker, build_rewards, check_rewards
+from lapwan.rewards.build import Maker, build_rewards
 from lapwan.settings.base import RunOptions
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.train.metrics import Metrics
-from lapwan.train.optimizers import check_optimiser, describe_optimiser
+from lapwan.tiny.resolve import resolve_base
 from lapwan.train.recipe import run_training
 from lapwan.train.run_folder import claim_run, start_folder
 from lapwan.train.srpo import recipe
-from lapwan.train.srpo.data import SrpoData, negative_needed, read_data
-from lapwan.train.srpo.held_out import HeldOut
-from lapwan.train.srpo.rollout import RolloutRule, rollout_steps
-from lapwan.train.trainer import Trainer
-
-_CPU_FLOPS = 2e10  # a second and core, of a transformer in fp32: a rule of thumb
-_PATIENCE = 3600.0  # seconds a step may take on a CPU
+from lapwan.train.srpo.held_out import begin
+from lapwan.train.srpo.plan import Planned, describe, plan_run, too_slow
 
 
 def run(settings: SrpoSettings, options: RunOptions) -> None:
@@ -69,32 +54,9 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
                     console.results.print(str(settings.output / path.name))
 
 
-@dataclass(frozen=True)
-class Planned:
-    """What a run is about, checked, before anything large is loaded."""
-
-    base: Base
-    data: SrpoData
-    intervals: dict[NoiseExpert, Band]
-    memory: SrpoMemory
-
-
 def plan(settings: SrpoSettings, device: torch.device, processes: int = 1) -> Planned:
-    """Read model folder, prompts and reward files, and settle the intervals and the memory.
-
-    Raises:
-        UserError: what cannot work, in one line.
-    """
-    check_rewards(settings.rewards)
-    check_optimiser(settings.optimiser, settings.schedule)
-    base = resolve_base(settings.model, _task(settings))
-    data = read_data(settings, base.spec)
-    experts = recipe.trained_experts(settings, base.spec)
-    own = recipe.intervals(settings, base.spec, experts)
-    negative_needed(data, (settings.rollout.guidance, settings.held_out.guidance or 1.0))
-    loaded = recipe.loaded_experts(settings, base.spec, experts)
-    memory = plan_memory(settings, base, experts, loaded, data.bucket, device, processes)
-    return Planned(base, data, own, memory)
+    """`plan_run` on the model that the settings name."""
+    return plan_run(settings, resolve_base(settings.model, _task(settings)), device, processes)
 
 
 def _others() -> dict[str, Maker]:
@@ -109,79 +71,3 @@ def _task(settings: SrpoSettings) -> Task | None:
         return None
     task = load_index(settings.prompts.cache).task
     return "i2v" if task == "i2v" else "t2v" if task == "t2v" else None
-
-
-def begin(trainer: Trainer, settings: SrpoSettings) -> None:
-    """A new run first looks at what the base makes of the held-out prompts; a resumed one has it in its state."""
-    from lapwan.train.checkpoint import checkpoints
-
-    watcher = trainer.watchers.get("held_out")
-    if not isinstance(watcher, HeldOut) or (settings.resume and checkpoints(settings.output)):
-        return
-    if not trainer.plan.ranks.first:
-        watcher.begin(None)
-        return
-    metrics = Metrics(settings.output, 0)
-    try:
-        watcher.begin(metrics.board)
-    finally:
-        metrics.close()
-
-
-def describe(
-    settings: SrpoSettings, base: Base, data: SrpoData, own: Mapping[NoiseExpert, Band]
-) -> list[str]:
-    """What `--dry-run` and the start of a run say."""
-    frames, height, width = data.bucket
-    what = "images" if frames == 1 else f"videos of {frames} frames"
-    lines = [
-        f"model {base.spec.path} ({base.task}), {len(set(data.captions))} prompts, {len(data.held_out)} held out; "
-        f"{what} of {height}x{width}",
-        f"a step is {settings.accumulate} x {settings.batch_size} samples, {settings.steps} steps; rewards "
-        + ", ".join(f"{one.label} {one.weight:g}" for one in settings.rewards),
-    ]
-    low, high = settings.sigma
-    for expert, band in own.items():
-        cut = "" if (band.low, band.high) == (low, high) else f" (asked: [{low:g}, {high:g}], cut to its band)"
-        lines.append(f"{expert.value} noise: sigma [{band.low:g}, {band.high:g}]{cut}, reach {settings.reach:g}, "
-                     f"{recipe.shares(settings, own)[expert]} steps; "
-                     + _trained_line(settings, base) + "; " + describe_optimiser(settings.optimiser, settings.schedule)
-                     + f"; masters {settings.master_weights}" + (" on the CPU" if settings.optimiser_on_cpu else ""))
-    p = settings.preference
-    lines.append(f"branches {p.branches}; discounts at the low and high end: denoise {p.discount_denoise[0]:g}, "
-                 f"{p.discount_denoise[1]:g}, inversion {p.discount_inversion[0]:g}, {p.discount_inversion[1]:g}")
-    if data.offline:
-        lines.append("offline: clean latents of the cache, no rollout")
-    else:
-        r = settings.rollout
-        steps, _ = rollout_steps(base.spec, RolloutRule(r.steps, r.guidance, r.flow_shift))
-        counts = ", ".join(f"{sum(s.expert is e for s in steps)} on the {e.value} noise expert"
-                           for e in base.spec.experts)
-        lines.append(f"rollout: {len(steps)} Euler steps ({counts}), guidance {r.guidance:g}")
-    if data.held_out:
-        lines.append(f"held-out prompts: {len(data.held_out)} sampled every {settings.held_out.every} steps, "
-                     f"{min(settings.held_out.images, len(data.held_out))} shown")
-    return lines
-
-
-def _trained_line(settings: SrpoSettings, base: Base) -> str:
-    if settings.train == "full":
-        return "all weights"
-    ranks = targets_of(settings.targets, base.num_layers)
-    return f"LoRA on {len(ranks)} modules of ranks {', '.join(map(str, sorted(set(ranks.values()))))}"
-
-
-def too_slow(settings: SrpoSettings, base: Base, data: SrpoData, device: torch.device) -> str | None:
-    """Why this cannot be done on a CPU, if a step would take hours there."""
-    if device.type != "cpu":
-        return None
-    shapes = tensor_shapes(weight_files(base.spec.component(base.spec.experts[0])))
-    numbers = sum(math.prod(shape) for shape in shapes.values())
-    seconds = recipe.flops(settings, base.spec, numbers, data.bucket) / (_CPU_FLOPS * (os.cpu_count() or 1))
-    if seconds < _PATIENCE:
-        return None
-    frames, height, width = data.bucket
-    return (f"no CUDA device, and a step of {settings.accumulate} x {settings.batch_size} samples of {frames} frames "
-            f"{height}x{width} on {numbers / 1e9:.1f} B parameters would take about {seconds / 3600:.0f} hours on this "
-            "CPU; use a machine with a GPU, model = \"tiny\", or a smaller size, accumulate and rollout.steps")
-

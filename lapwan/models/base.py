@@ -15,12 +15,18 @@ from torch import Tensor
 
 from lapwan.checkpoints.fingerprints import merged_fingerprint
 from lapwan.checkpoints.rewrite import merged_tensor
+from lapwan.files import cache_root
+from lapwan.lora.assign import assign
 from lapwan.lora.formats import LoraFile
 from lapwan.lora.merge import linear_weights, plan_terms
 from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
-from lapwan.models.spec import ModelSpec, Task, weight_files
+from lapwan.models.resolve import refuse_generation_only, resolve
+from lapwan.models.separate_files import make_folder
+from lapwan.models.spec import ModelSpec, Task, read_spec, weight_files
 from lapwan.names import Band, NoiseExpert
+from lapwan.settings.model import ModelFilesSettings
 from lapwan.settings.targets import TargetSettings
+from lapwan.settings.train import BaseModelSettings
 from lapwan.wan.backbone import load_transformer
 from lapwan.wan.quantise.load import Recipe, load_quantised_transformer
 
@@ -114,3 +120,31 @@ def targets_of(settings: TargetSettings, num_blocks: int) -> dict[str, int]:
         TargetRule(clip["ffn"], {"ffn.0": settings.ffn_in, "ffn.2": settings.ffn_out}),
     ]
     return resolve_targets(rules, num_blocks)
+
+
+def resolve_base(
+    model: str | BaseModelSettings | ModelFilesSettings, task: Task | None = None, generation: bool = False
+) -> Base:
+    """MODEL, or `{model, lora, multiplier}`: stage 1 merged in memory; `generation` as in `resolve`.
+
+    Raises:
+        UserError: no such model or LoRA, or a LoRA for the other noise expert.
+    """
+    if isinstance(model, str):
+        return Base(resolve(model, task, generation))
+    if isinstance(model, ModelFilesSettings):
+        made = _from_files(model)
+        if not generation:
+            refuse_generation_only(made, model.transformer)
+        return Base(made)
+    spec = resolve(model.model, task, generation)
+    requests = [(expert.value, path, model.multiplier) for expert, path in model.lora.items()]
+    return Base(spec, assign(requests, spec.experts))
+
+
+def _from_files(files: ModelFilesSettings) -> ModelSpec:
+    given = {NoiseExpert.HIGH: files.high or files.transformer, NoiseExpert.LOW: files.low}
+    transformers = {expert: path for expert, path in given.items() if path is not None}
+    return read_spec(make_folder(
+        cache_root(), transformers, files.vae, files.text_encoder, files.tokenizer, files.boundary, files.flow_shift
+    ))

@@ -6,21 +6,11 @@ import re
 from pathlib import Path
 
 from lapwan.errors import UserError
-from lapwan.files import cache_root
-from lapwan.lora.assign import assign
-from lapwan.models.base import Base
-from lapwan.models.separate_files import make_folder
 from lapwan.models.spec import ModelSpec, Task, read_spec
-from lapwan.names import NoiseExpert
-from lapwan.settings.model import ModelFilesSettings
-from lapwan.settings.train import BaseModelSettings
-
-TINY = "tiny"
 
 
 def resolve(model: str, task: Task | None = None, generation: bool = False) -> ModelSpec:
-    """`tiny` (the task decides, else T2V), `tiny-t2v`, `tiny-i2v`, a folder in diffusers layout, or a hub id such as
-    `Wan-AI/Wan2.2-T2V-A14B-Diffusers` that is in the local hub cache.
+    """A folder in diffusers layout, or a hub id such as `Wan-AI/Wan2.2-T2V-A14B-Diffusers` in the local hub cache.
 
     Args:
         generation: also take what lapwan only generates with (TI2V-5B).
@@ -28,16 +18,8 @@ def resolve(model: str, task: Task | None = None, generation: bool = False) -> M
     Raises:
         UserError: no such model, or one made for another task than the one asked for.
     """
-    if model == TINY or model.startswith(f"{TINY}-"):
-        from lapwan.tiny.model import tiny_folder
-
-        kind = model.removeprefix(TINY).removeprefix("-") or task or "t2v"
-        if kind not in ("t2v", "i2v"):
-            raise UserError(f"no embedded model '{model}'; there are tiny, tiny-t2v and tiny-i2v")
-        spec = read_spec(tiny_folder("i2v" if kind == "i2v" else "t2v"))
-    else:
-        folder = Path(model).expanduser()
-        spec = read_spec(_from_hub(model) if not folder.exists() and _is_hub_id(folder, model) else folder)
+    folder = Path(model).expanduser()
+    spec = read_spec(_from_hub(model) if not folder.exists() and _is_hub_id(folder, model) else folder)
     if not generation:
         refuse_generation_only(spec, model)
     if task is not None and spec.task != task:
@@ -69,30 +51,3 @@ def _from_hub(model: str) -> Path:
     except (LocalEntryNotFoundError, HFValidationError):
         raise UserError(f"no model folder {model}, and the local hub cache does not have it whole; if it is a hub id, "
                         f"fetch it first: hf download {model}") from None
-
-def resolve_base(
-    model: str | BaseModelSettings | ModelFilesSettings, task: Task | None = None, generation: bool = False
-) -> Base:
-    """MODEL, or `{model, lora, multiplier}`: stage 1 merged in memory; `generation` as in `resolve`.
-
-    Raises:
-        UserError: no such model or LoRA, or a LoRA for the other noise expert.
-    """
-    if isinstance(model, str):
-        return Base(resolve(model, task, generation))
-    if isinstance(model, ModelFilesSettings):
-        made = _from_files(model)
-        if not generation:
-            refuse_generation_only(made, model.transformer)
-        return Base(made)
-    spec = resolve(model.model, task, generation)
-    requests = [(expert.value, path, model.multiplier) for expert, path in model.lora.items()]
-    return Base(spec, assign(requests, spec.experts))
-
-
-def _from_files(files: ModelFilesSettings) -> ModelSpec:
-    given = {NoiseExpert.HIGH: files.high or files.transformer, NoiseExpert.LOW: files.low}
-    transformers = {expert: path for expert, path in given.items() if path is not None}
-    return read_spec(make_folder(
-        cache_root(), transformers, files.vae, files.text_encoder, files.tokenizer, files.boundary, files.flow_shift
-    ))

@@ -17,7 +17,7 @@ LoraDtype = Literal["float32", "float16", "bfloat16"]
 class MergeSettings(Settings):
     """LoRAs into a model folder, into one transformer, or into one LoRA.
 
-    How to add a form: its source field here, its checks in `_form`, a branch in `lapwan.commands.merge.run`.
+    How to add a form: its source field here, its checks in `_form`, a branch in `lapwan.models.merge.merge`.
     """
 
     model: Annotated[str | None, Flag(metavar="MODEL")] = Field(

@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from cache_clips import write_jsonl
 
-from lapwan.caching.cache_folder import Choices, cache_set
-from lapwan.commands.cache import encoders_of, extraction_of
+from lapwan.caching.cache_folder import Choices, cache_set, encoders_of, extraction_of
 from lapwan.data.dataset import read_dataset
 from lapwan.distributed import Processes
 from lapwan.models.device import pick_device

@@ -31,7 +31,6 @@ from safetensors.torch import save_file
 from lapwan.api import VideoGenerator
 from lapwan.caching.index import CachedItem, CacheIndex, write_index
 from lapwan.caching.layout import recipe_fingerprint, write_latents, write_prompts, write_text_features
-from lapwan.commands import train_lora, train_moe
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.memory.training import plan_training
 from lapwan.models.base import Base
@@ -40,6 +39,8 @@ from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.model import tiny_folder
 from lapwan.train import recipe
+from lapwan.train.lora import recipe as lora_recipe
+from lapwan.train.moe import recipe as moe_recipe
 from lapwan.train.moe.recipe import base_loras, plan_mixture
 from lapwan.train.run_folder import start_folder
 
@@ -133,11 +134,11 @@ class Bench:
             frozen = base_loras(settings, base)
             memory = plan_mixture(settings, base, data, taxonomy, frozen, self.device, look=True)
             planned = time.perf_counter() - started
-            trainer = train_moe.prepare(settings, base, data, taxonomy, self.device, memory=memory)
+            trainer = moe_recipe.prepare(settings, base, data, taxonomy, self.device, memory=memory)
         else:
             memory = plan_training(settings, base, recipe.workload(data, base), self.device, look=True)
             planned = time.perf_counter() - started
-            trainer = train_lora.prepare(settings, base, data, self.device, memory=memory)
+            trainer = lora_recipe.prepare(settings, base, data, self.device, memory=memory)
         loaded = time.perf_counter() - started - planned
         seconds: list[float] = []
         original = trainer._one_step

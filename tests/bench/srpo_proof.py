@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from lapwan.caching.read import load_index
-from lapwan.commands.srpo import begin, plan
+from lapwan.commands.srpo import plan
 from lapwan.evaluation.bootstrap import bootstrap
 from lapwan.losses.sigmas import Uniform
 from lapwan.names import NoiseExpert
@@ -41,7 +41,7 @@ from lapwan.train.objective import SigmaRule, flow_terms
 from lapwan.train.recipe import run_training
 from lapwan.train.run_folder import start_folder
 from lapwan.train.srpo import recipe
-from lapwan.train.srpo.held_out import HeldOut
+from lapwan.train.srpo.held_out import HeldOut, begin
 from lapwan.train.trainer import Trainer
 
 HERE = Path(__file__).parent

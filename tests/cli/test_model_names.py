@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lapwan.errors import UserError
-from lapwan.models.resolve import resolve
 from lapwan.tiny.model import tiny_folder
+from lapwan.tiny.resolve import resolve
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from lapwan.diagnostics.mixture import overlap
 from lapwan.errors import UserError
 from lapwan.lora.formats import write_lora
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.models.resolve import resolve
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.moe.mixture_file import write_mixture
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import RunOptions
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.load import load
+from lapwan.tiny.resolve import resolve
 
 FAMILIES = ("scissors", "hook", "other")
 

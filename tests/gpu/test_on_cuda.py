@@ -11,6 +11,7 @@ import torch
 from lapwan import cli
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.names import NoiseExpert
+from lapwan.train.moe import recipe as moe_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -48,9 +49,8 @@ def test_both_stages_and_a_video(lapwan, t2v_cache, tmp_path):
 
 @pytest.mark.parametrize("expert", list(NoiseExpert))
 def test_recomputation_on_autograds_threads_meets_the_gates_of_its_forward(expert, t2v_cache, tmp_path):
-    from lapwan.commands import train_moe
-    from lapwan.models.resolve import resolve_base
     from lapwan.settings.train_moe import TrainMoeSettings
+    from lapwan.tiny.resolve import resolve_base
     from lapwan.train import recipe
     from lapwan.train.objective import make_draws
 
@@ -62,7 +62,7 @@ def test_recomputation_on_autograds_threads_meets_the_gates_of_its_forward(exper
             "targets": {"last_blocks": 2, "ffn_last_blocks": 1}})
         base = resolve_base("tiny")
         data = recipe.read_data(settings, base)
-        trainer = train_moe.prepare(settings, base, data, load_taxonomy("surgical4"), torch.device("cuda"))
+        trainer = moe_recipe.prepare(settings, base, data, load_taxonomy("surgical4"), torch.device("cuda"))
         with torch.no_grad():
             for name, parameter in trainer.parameters.items():
                 if name.endswith(".up"):

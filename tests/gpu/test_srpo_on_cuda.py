@@ -14,6 +14,7 @@ from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.reward import make_tiny_reward
 from lapwan.train.recipe import run_training
 from lapwan.train.srpo import recipe
+from lapwan.train.srpo.held_out import begin
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -31,7 +32,7 @@ def trained(folder: Path, name: str, **changes: Any) -> Any:
     settings.output.mkdir(exist_ok=True)
     rewards = build_rewards(settings.rewards, device, {"tiny": make_tiny_reward})
     trainer = recipe.prepare(settings, planned.base, planned.data, rewards, planned.memory, device)
-    srpo.begin(trainer, settings)
+    begin(trainer, settings)
     run_training(trainer, settings)
     return trainer
 

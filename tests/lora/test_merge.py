@@ -23,9 +23,9 @@ from lapwan.lora.formats import read_lora, write_lora
 from lapwan.lora.merge_verify import verify
 from lapwan.lora.state import Term
 from lapwan.models.base import Base
-from lapwan.models.resolve import resolve
 from lapwan.models.spec import read_spec, weight_files
 from lapwan.names import NoiseExpert, to_original
+from lapwan.tiny.resolve import resolve
 
 
 def add(transformer: WanTransformer3DModel, state, multiplier: float = 1.0) -> WanTransformer3DModel:

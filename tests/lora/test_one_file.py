@@ -10,14 +10,13 @@ from lora_cases import random_state, shapes
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lapwan.commands import inspect_weights as inspect_command
-from lapwan.commands.merge import merge
+from lapwan import inspect_weights
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, read_lora, write_both
 from lapwan.lora.state import LoraState
+from lapwan.models.merge import merge
 from lapwan.names import OUTER_MODULES, NoiseExpert
 from lapwan.settings.base import RunOptions
-from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.load import load
 from lapwan.settings.merge import MergeSettings
 
@@ -138,7 +137,5 @@ def test_one_noise_experts_lora_cannot_become_a_file_for_both(tmp_path: Path, pa
 
 def test_inspect_reads_both_out_of_one_file(tmp_path: Path, pair):
     merged(tmp_path / "x.safetensors", f"high={pair[HIGH]}", f"low={pair[LOW]}", one_file=True)
-    found = [inspect_command.inspect(load(InspectWeightsSettings, options={"files": [str(f) for f in files]},
-                                          environment={}))
-             for files in ((tmp_path / "x.safetensors",), pair.values())]
+    found = [inspect_weights(*files) for files in ((tmp_path / "x.safetensors",), pair.values())]
     assert found[0]["experts"] == found[1]["experts"] and set(found[0]["experts"]) == {"high", "low"}

@@ -9,6 +9,7 @@ import torch
 
 from lapwan.names import NoiseExpert
 from lapwan.sampling.generator import Generator
+from lapwan.train.lora import recipe as lora_recipe
 from lapwan.wan.backbone import load_transformer
 from lapwan.wan.transformer import compile, kernels
 from lapwan.wan.transformer.block import block_forward
@@ -45,16 +46,15 @@ def test_an_evaluation_by_our_kernels_is_not_compiled_by_itself(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["on", "off", "auto"])
 def test_training_does_as_told(mode, tiny_t2v, t2v_cache, tmp_path):
-    from lapwan.commands import train_lora
-    from lapwan.models.resolve import resolve_base
     from lapwan.settings.train_lora import TrainLoraSettings
+    from lapwan.tiny.resolve import resolve_base
     from lapwan.train import recipe
 
     settings = TrainLoraSettings.model_validate({
         "model": "tiny", "output": tmp_path / "run", "data": {"cache": t2v_cache}, "steps": 1, "compile": mode,
         "targets": {"last_blocks": 1, "ffn_last_blocks": 1}})
     base = resolve_base("tiny")
-    trainer = train_lora.prepare(settings, base, recipe.read_data(settings, base), torch.device("cpu"))
+    trainer = lora_recipe.prepare(settings, base, recipe.read_data(settings, base), torch.device("cpu"))
     for adapter in trainer.objective.adapters.values():
         assert path_of(adapter.transformer).block is (compiled_block() if mode == "on" else block_forward)
 

@@ -17,12 +17,12 @@ from transformers import UMT5EncoderModel
 
 from lapwan.models.fingerprints import text_identity, vae_identity
 from lapwan.models.original_layout import t5_to_transformers
-from lapwan.models.resolve import resolve_base
 from lapwan.models.separate_files import transformer_config
 from lapwan.models.spec import ModelSpec, read_spec
 from lapwan.names import NoiseExpert, to_original
 from lapwan.sampling.generator import Generator
 from lapwan.settings.model import ModelFilesSettings
+from lapwan.tiny.resolve import resolve_base
 from lapwan.wan.backbone import load_transformer
 from lapwan.wan.vae import decode
 

@@ -20,11 +20,11 @@ from sampling_cases import refused
 from transformers import UMT5Config, UMT5EncoderModel
 
 from lapwan.errors import UserError
-from lapwan.models.resolve import resolve
 from lapwan.models.spec import ModelSpec, read_spec
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.request import Request, complete_guidance
 from lapwan.tiny.model import make_tokenizer
+from lapwan.tiny.resolve import resolve
 from lapwan.wan.vae import decode
 
 SIZE, FRAMES, STEPS = (64, 96), 9, 6

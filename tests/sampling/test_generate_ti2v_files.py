@@ -19,7 +19,6 @@ from lapwan import VideoGenerator
 from lapwan.errors import UserError
 from lapwan.models import wan22_vae
 from lapwan.models.original_layout import load_vae_file, t5_to_transformers
-from lapwan.models.resolve import resolve_base
 from lapwan.models.separate_files import vae_config
 from lapwan.names import to_original
 from lapwan.sampling.generator import Generator
@@ -27,6 +26,7 @@ from lapwan.sampling.request import Request, complete_guidance
 from lapwan.sampling.result import read_metadata
 from lapwan.settings.model import ModelFilesSettings
 from lapwan.tiny.model import make_tokenizer
+from lapwan.tiny.resolve import resolve_base
 from lapwan.wan.vae import decode, encode
 
 # Tensors of the released Wan2.2_VAE.pth, one of each kind, as its module structure names them.

@@ -15,12 +15,12 @@ from lapwan.memory import training
 from lapwan.memory.offload import Parking
 from lapwan.memory.shapes import ExpertShape
 from lapwan.memory.training import plan_training
-from lapwan.models.resolve import resolve_base
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import RunOptions
 from lapwan.settings.load import load
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
+from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
 from lapwan.wan.transformer.options import path_of
 
@@ -164,7 +164,7 @@ def test_less_and_less_memory(planned, monkeypatch):
 def test_a_dry_run_predicts_and_a_run_is_planned_once(t2v_cache, tmp_path, monkeypatch, capsys):
     calls = itertools.count()
     for module, cls in ((train_lora, TrainLoraSettings), (train_moe, TrainMoeSettings)):
-        where = "lapwan.commands.train_lora" if module is train_lora else "lapwan.train.moe.recipe"
+        where = "lapwan.train.lora.recipe" if module is train_lora else "lapwan.train.moe.recipe"
         monkeypatch.setattr(f"{where}.plan_training", lambda *a, **k: (next(calls), plan_training(*a, **k))[1])
         settings = cls.model_validate({
             "output": tmp_path / cls.__name__, "model": "tiny", "data": {"cache": t2v_cache}, "steps": 1,

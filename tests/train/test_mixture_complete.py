@@ -17,10 +17,10 @@ from lapwan.commands import train_moe
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.errors import UserError
 from lapwan.lora.formats import read_lora
-from lapwan.models.resolve import resolve_base
 from lapwan.moe.mixture_file import read_mixture
 from lapwan.names import NoiseExpert
 from lapwan.settings.train_moe import TrainMoeSettings
+from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
 from lapwan.train.moe.objective import MixtureWeights
 from lapwan.train.moe.recipe import check_mixture, describe_mixture

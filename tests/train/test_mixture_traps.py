@@ -17,9 +17,9 @@ from lapwan.caching.read import load_index
 from lapwan.errors import UserError
 from lapwan.lora.attach import attach
 from lapwan.lora.layer import StackedLoraLinear
-from lapwan.models.resolve import resolve_base
 from lapwan.moe.mixture_file import read_mixture
 from lapwan.names import NoiseExpert, split_block
+from lapwan.tiny.resolve import resolve_base
 from lapwan.wan.backbone import load_transformer, velocity
 
 FAMILIES = ("scissors", "hook", "suction", "other")

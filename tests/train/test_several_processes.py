@@ -12,15 +12,16 @@ from safetensors.torch import load_file
 from training_cases import randomise
 from two_processes import two_processes
 
-from lapwan.commands import train_lora, train_moe
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.errors import UserError
-from lapwan.models.resolve import resolve_base
 from lapwan.names import NoiseExpert
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
+from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
 from lapwan.train.context_parallel import SharedClips, divided
+from lapwan.train.lora import recipe as lora_recipe
+from lapwan.train.moe import recipe as moe_recipe
 from lapwan.train.parallel import Ranks, join_ranks
 
 SETTINGS = {"targets": {"last_blocks": 1, "ffn_last_blocks": 1}, "steps": 2, "turn": 1, "model": "tiny",
@@ -40,9 +41,9 @@ def trainer_of(kind: str, cache: Path, run: Path, ranks: Ranks):
     data = recipe.read_data(settings, base)
     cpu = torch.device("cpu")
     if kind == "lora":
-        trainer = train_lora.prepare(settings, base, data, cpu, ranks)
+        trainer = lora_recipe.prepare(settings, base, data, cpu, ranks)
     else:
-        trainer = train_moe.prepare(settings, base, data, load_taxonomy("surgical4"), cpu, ranks)
+        trainer = moe_recipe.prepare(settings, base, data, load_taxonomy("surgical4"), cpu, ranks)
     randomise(trainer)
     for adapter in trainer.objective.adapters.values():
         adapter.transformer.double()
@@ -106,7 +107,7 @@ def test_batches_that_cannot_be_dealt_out_are_refused(t2v_cache, tmp_path):
         {**SETTINGS, "accumulate": 3, "output": tmp_path / "run", "data": {"cache": t2v_cache}})
     base = resolve_base("tiny")
     with pytest.raises(UserError, match="accumulate = 3 batches a step cannot be dealt out evenly to 2 processes"):
-        train_lora.prepare(settings, base, recipe.read_data(settings, base), torch.device("cpu"), Ranks(0, 2))
+        lora_recipe.prepare(settings, base, recipe.read_data(settings, base), torch.device("cpu"), Ranks(0, 2))
 
 
 def test_tokens_are_shared_where_that_can_be_exact(t2v_cache, tmp_path):

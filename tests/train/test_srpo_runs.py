@@ -29,7 +29,9 @@ from lapwan.train.parallel import Ranks, join_ranks
 from lapwan.train.recipe import run_training
 from lapwan.train.run_folder import claim_run, start_folder
 from lapwan.train.srpo import recipe
+from lapwan.train.srpo.held_out import begin
 from lapwan.train.srpo.objective import Judges
+from lapwan.train.srpo.plan import too_slow
 
 LOW = NoiseExpert.LOW
 CPU = torch.device("cpu")
@@ -125,7 +127,7 @@ def test_a_full_fine_tune_writes_a_transformer_folder_that_loads(tmp_path):
     settings = settings_for(tmp_path, train="full", steps=1, optimiser={"lr": 1e-3}, dtype="bf16",
                             master_weights="bf16", held_out={"count": 1, "every": 1})
     trainer = prepared(settings)
-    srpo.begin(trainer, settings)
+    begin(trainer, settings)
     run_training(trainer, settings)
     from diffusers import WanTransformer3DModel
 
@@ -140,7 +142,7 @@ def test_the_run_ends_early_when_the_margin_stops_rising(tmp_path):
     settings = settings_for(tmp_path, steps=9, max_grad_norm=1e-30, keep_best=1, save_every=1, keep_last=1,
                             held_out={"count": 1, "every": 1, "patience": 2, "images": 0})
     trainer = prepared(settings)
-    srpo.begin(trainer, settings)
+    begin(trainer, settings)
     run_training(trainer, settings)
     # Steps too small to change anything: the margin of the first look is never beaten.
     assert trainer.finished is not None and "has not risen for 2 looks" in trainer.finished
@@ -165,7 +167,7 @@ def test_one_noise_expert_at_a_time_changes_no_bit(tmp_path):
         settings = settings_for(tmp_path, output=tmp_path / memory, memory=memory, experts="both", steps=3,
                                 held_out={"count": 1, "every": 2, "images": 0})
         trainer = prepared(settings)
-        srpo.begin(trainer, settings)
+        begin(trainer, settings)
         run_training(trainer, settings)
         found.append({name: p.detach().clone() for name, p in trainer.parameters.items()})
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
@@ -199,7 +201,7 @@ def sharing(folder: Path, name: str, ranks: Ranks) -> Any:
     trainer.objective.judges.decode.vae.double()
     trainer.objective.judges = Judges({"tiny": PlainReward()}, {"tiny": 1.0}, trainer.objective.judges.decode)
     if ranks.first:
-        srpo.begin(trainer, settings)
+        begin(trainer, settings)
     trainer.fit()
     return trainer
 
@@ -280,10 +282,10 @@ def test_bf16_masters_of_fp32_weights_are_refused(tmp_path):
 def test_a_model_too_large_for_a_cpu_is_refused_but_planned(tmp_path):
     settings = settings_for(tmp_path, size=(96, 96), num_frames=5, rollout={"steps": 1000}, accumulate=65536)
     planned = srpo.plan(settings, CPU)
-    slow = srpo.too_slow(settings, planned.base, planned.data, CPU)
+    slow = too_slow(settings, planned.base, planned.data, CPU)
     assert slow is not None and slow.startswith("no CUDA device") and "hours on this CPU" in slow
     quick = settings_for(tmp_path)
-    assert srpo.too_slow(quick, planned.base, srpo.plan(quick, CPU).data, CPU) is None
+    assert too_slow(quick, planned.base, srpo.plan(quick, CPU).data, CPU) is None
 
 
 def test_dry_run_prints_the_memory_of_this_configuration_by_gpu(tmp_path):
@@ -298,7 +300,7 @@ def test_dry_run_prints_the_memory_of_this_configuration_by_gpu(tmp_path):
 
 def test_the_plan_counts_what_each_measure_saves(tmp_path):
     from lapwan.memory.srpo import parts_of
-    from lapwan.models.resolve import resolve_base
+    from lapwan.tiny.resolve import resolve_base
 
     base, cuda = resolve_base("tiny"), torch.bfloat16
 
@@ -320,7 +322,7 @@ def test_the_plan_counts_what_each_measure_saves(tmp_path):
 
 def test_a_gpu_too_small_is_one_line_with_what_to_change(tmp_path):
     from lapwan.memory.srpo import plan_memory
-    from lapwan.models.resolve import resolve_base
+    from lapwan.tiny.resolve import resolve_base
 
     settings, base = settings_for(tmp_path), resolve_base("tiny")
     with pytest.raises(UserError) as error:

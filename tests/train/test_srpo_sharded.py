@@ -19,6 +19,7 @@ from lapwan.names import NoiseExpert
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.parallel import Ranks, is_sharded, join_ranks, whole
 from lapwan.train.srpo import recipe
+from lapwan.train.srpo.held_out import begin
 from lapwan.wan.transformer.options import path_of
 
 LOW = NoiseExpert.LOW
@@ -65,7 +66,7 @@ def sharing(folder: Path, name: str, ranks: Ranks, device: torch.device) -> None
     more = keep_gradients(trainer)
     parted = [n for n, p in trainer.parameters.items() if is_sharded(p)]
     assert bool(parted) == (ranks.count > 1)
-    srpo.begin(trainer, settings)
+    begin(trainer, settings)
     trainer.fit()
     weights = {n: p.detach().clone() for n, p in whole(dict(trainer.parameters)).items()}
     ranks.any(False)  # the first has written the checkpoint before anybody reads it

@@ -14,10 +14,10 @@ from lapwan.lora.dropout import Dropout, DropoutRates
 from lapwan.lora.formats import open_lora
 from lapwan.lora.targets import resolve_patterns
 from lapwan.models.base import targets_of
-from lapwan.models.resolve import resolve_base
 from lapwan.names import NoiseExpert
 from lapwan.settings.train import BaseModelSettings
 from lapwan.settings.train_lora import TrainLoraSettings
+from lapwan.tiny.resolve import resolve_base
 from lapwan.train.checklist import describe
 from lapwan.train.recipe import RunData, read_data
 from lapwan.train.schedule import interleave

@@ -13,10 +13,10 @@ from lapwan.commands import train_lora
 from lapwan.diagnostics.lora_figures import measure, summarise
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora
-from lapwan.models.resolve import resolve_base
 from lapwan.names import Band, NoiseExpert, bands
 from lapwan.sampling.video import read_video_metadata
 from lapwan.settings.train_lora import TrainLoraSettings
+from lapwan.tiny.resolve import resolve_base
 from lapwan.train.callbacks.build import check_watching
 from lapwan.train.callbacks.validation import fixed_draws
 from lapwan.train.checklist import _bands, checklist

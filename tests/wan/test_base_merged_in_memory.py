@@ -15,13 +15,13 @@ from lapwan.commands import merge as merge_command
 from lapwan.errors import UserError
 from lapwan.lora.formats import write_lora
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.models.resolve import resolve_base
 from lapwan.models.spec import ModelSpec, weight_files
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import RunOptions
 from lapwan.settings.load import load
 from lapwan.settings.merge import MergeSettings
 from lapwan.settings.train import BaseModelSettings
+from lapwan.tiny.resolve import resolve_base
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 

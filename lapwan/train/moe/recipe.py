@@ -19,12 +19,18 @@ from lapwan.memory.training import TrainingMemory, plan_training
 from lapwan.models.base import Base, targets_of
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.names import NoiseExpert
+from lapwan.sampling.adapters import AdapterSet, LoraUse
 from lapwan.settings.optimizers import AutomagicSettings, ProdigySettings
 from lapwan.settings.train import ExpertSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train import recipe
-from lapwan.train.clip_store import family_of
-from lapwan.train.moe.objective import MixtureWeights
+from lapwan.train.callbacks.base import Elsewhere
+from lapwan.train.callbacks.build import add_watchers
+from lapwan.train.callbacks.routing import ExpertGradients, RoutingWatch
+from lapwan.train.clip_store import ClipStore, family_of
+from lapwan.train.moe.objective import MixtureObjective, MixtureWeights
+from lapwan.train.parallel import Ranks
+from lapwan.train.trainer import Trainer
 
 ROUTER_LR_LIMIT = 5e-3  # above it text routers were seen to diverge: 10 x 1e-4 is right, 10 x 2e-3 is not
 _IMBALANCE = 3.0  # largest family over smallest, from which it is worth a warning
@@ -221,3 +227,32 @@ def weights_of(settings: TrainMoeSettings, steps: int) -> MixtureWeights:
         router_lr_scale=settings.router.lr_scale, gate_lr_scale=settings.timestep_gate.lr_scale,
         expert_dropout=settings.expert_dropout,
     )
+
+
+def prepare(
+    settings: TrainMoeSettings, base: Base, data: recipe.RunData, taxonomy: Taxonomy, device: torch.device,
+    ranks: Ranks | None = None, memory: TrainingMemory | None = None,
+) -> Trainer:
+    """Load the noise experts, put a fresh mixture on them, and wire the trainer."""
+    families, frozen = len(taxonomy.families), base_loras(settings, base)
+    memory = memory or plan_mixture(settings, base, data, taxonomy, frozen, device)
+    store = ClipStore(
+        data.index, data.items, device, families, settings.roi_fallback == "motion", memory.keep_data)
+    parking = Parking(device, memory.both, memory.plan.streamed)
+    mixture, adapters = assemble(settings, base, data, taxonomy, frozen, device, parking, memory)
+    first = next(iter(data.experts))
+    metadata = recipe.provenance(settings, base, data, first)
+    for key in ("lapwan.noise_expert", "lapwan.base_fingerprint", "modelspec.timestep_range"):
+        metadata.pop(key)  # a mixture is for both; its spec holds the fingerprints
+    objective = MixtureObjective(
+        mixture, adapters, weights_of(settings, len(data.schedule)), settings.name, metadata,
+        store.empty_text() if settings.caption_dropout else None, recipe.dropout_of(data),
+    )
+    trainer = recipe.make_trainer(settings, base, data, objective, store, "lapwan train-moe", ranks or Ranks())
+    recipe.use_memory(trainer, memory, parking)
+    trainer.rules["expert_gradients"] = ExpertGradients(adapters, settings.routing_watch.every)
+    bases = {e: LoraUse(path, state, settings.alpha_base) for e, (path, state) in frozen.items()}
+    add_watchers(trainer, settings, base, data, device, AdapterSet(mixture=mixture, mixture_base=bases), taxonomy)
+    every = settings.routing_watch.every
+    trainer.watchers["routing"] = RoutingWatch(objective, settings) if trainer.plan.ranks.first else Elsewhere(every)
+    return trainer

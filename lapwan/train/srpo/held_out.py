@@ -26,10 +26,14 @@ from lapwan.names import NoiseExpert
 from lapwan.report.contact_sheet import contact_sheet
 from lapwan.sampling.generator import to_frames
 from lapwan.sampling.result import Video
+from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.callbacks.base import Seen
+from lapwan.train.checkpoint import checkpoints
+from lapwan.train.metrics import Metrics
 from lapwan.train.parallel import whole
 from lapwan.train.srpo.objective import SrpoObjective, worded
 from lapwan.train.srpo.rollout import Rollout
+from lapwan.train.trainer import Trainer
 from lapwan.wan.vae import decode
 
 if TYPE_CHECKING:
@@ -223,3 +227,18 @@ class FullWeightWatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """There is none."""
+
+
+def begin(trainer: Trainer, settings: SrpoSettings) -> None:
+    """A new run first looks at what the base makes of the held-out prompts; a resumed one has it in its state."""
+    watcher = trainer.watchers.get("held_out")
+    if not isinstance(watcher, HeldOut) or (settings.resume and checkpoints(settings.output)):
+        return
+    if not trainer.plan.ranks.first:
+        watcher.begin(None)
+        return
+    metrics = Metrics(settings.output, 0)
+    try:
+        watcher.begin(metrics.board)
+    finally:
+        metrics.close()

@@ -1,0 +1,52 @@
+"""MODEL where `tiny` names the embedded model: as `lapwan.models` resolves it, for commands and Python.
+
+Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from lapwan.errors import UserError
+from lapwan.models import resolve as models
+from lapwan.models.spec import ModelSpec, Task
+from lapwan.settings.model import ModelFilesSettings
+from lapwan.settings.train import BaseModelSettings
+
+if TYPE_CHECKING:
+    from lapwan.models.base import Base
+
+TINY = "tiny"
+Model = TypeVar("Model", str, BaseModelSettings, ModelFilesSettings, str | BaseModelSettings | ModelFilesSettings)
+
+
+def with_tiny(model: Model, task: Task | None = None) -> Model:
+    """`model` with `tiny` (`task` decides, else T2V), `tiny-t2v` or `tiny-i2v` as the embedded model's folder.
+
+    Raises:
+        UserError: another word that begins so.
+    """
+    if isinstance(model, BaseModelSettings):
+        return model.model_copy(update={"model": with_tiny(model.model, task)})
+    if not isinstance(model, str) or not (model == TINY or model.startswith(f"{TINY}-")):
+        return model
+    from lapwan.tiny.model import tiny_folder  # builds the folder at its first use, with torch
+
+    kind = model.removeprefix(TINY).removeprefix("-") or task or "t2v"
+    if kind not in ("t2v", "i2v"):
+        raise UserError(f"no embedded model '{model}'; there are tiny, tiny-t2v and tiny-i2v")
+    return str(tiny_folder("i2v" if kind == "i2v" else "t2v"))
+
+
+def resolve(model: str, task: Task | None = None, generation: bool = False) -> ModelSpec:
+    """`lapwan.models.resolve.resolve`, which see, with `tiny`."""
+    return models.resolve(with_tiny(model, task), task, generation)
+
+
+def resolve_base(
+    model: str | BaseModelSettings | ModelFilesSettings, task: Task | None = None, generation: bool = False
+) -> Base:
+    """`lapwan.models.base.resolve_base`, which see, with `tiny`."""
+    from lapwan.models.base import resolve_base as resolved
+
+    return resolved(with_tiny(model, task), task, generation)
