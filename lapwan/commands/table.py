@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lapwan.settings.base import Settings
-from lapwan.settings.run import RunOptions
+if TYPE_CHECKING:  # the list of commands is printed without the settings and pydantic
+    from lapwan.settings.base import Settings
+    from lapwan.settings.run import RunOptions
 
 
 @dataclass(frozen=True)
