@@ -6,8 +6,7 @@ from lapwan.commands.model import refuse_generation_only, resolve
 from lapwan.files import cache_root
 from lapwan.lora.assign import assign
 from lapwan.names import NoiseExpert
-from lapwan.settings.model_files import ModelFilesSettings
-from lapwan.settings.train import BaseModelSettings
+from lapwan.settings.model_files import BaseModelSettings, ModelFilesSettings
 from lapwan.wan.base import Base
 from lapwan.wan.folder import ModelSpec, Task, read_spec
 from lapwan.wan.separate import make_folder

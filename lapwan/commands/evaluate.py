@@ -36,9 +36,9 @@ from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT, complete_guidance
 from lapwan.settings.base import to_toml
 from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.memory import precision_of
+from lapwan.settings.model_files import BaseModelSettings
 from lapwan.settings.reward import RewardSettings
 from lapwan.settings.run import RunOptions
-from lapwan.settings.train import BaseModelSettings
 from lapwan.tiny.model import tiny_folder
 from lapwan.tiny.reward import make_tiny_reward
 from lapwan.train.data import check_cache

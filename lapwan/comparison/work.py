@@ -36,8 +36,9 @@ from lapwan.settings.base import to_toml
 from lapwan.settings.cache import CacheSettings
 from lapwan.settings.label import LabelSettings
 from lapwan.settings.lora_argument import LoraArgument
+from lapwan.settings.model_files import BaseModelSettings
 from lapwan.settings.run import RunOptions
-from lapwan.settings.train import BaseModelSettings, TrainSettings
+from lapwan.settings.train import TrainSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.dataset import write_dataset

@@ -15,7 +15,7 @@ from lapwan.lora.dropout import Dropout, DropoutRates
 from lapwan.lora.formats import open_lora
 from lapwan.lora.targets import resolve_patterns
 from lapwan.names import NoiseExpert
-from lapwan.settings.train import BaseModelSettings
+from lapwan.settings.model_files import BaseModelSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.train.build import RunData, read_data, targets_of
 from lapwan.train.describe import describe

@@ -19,8 +19,8 @@ from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.names import NoiseExpert
 from lapwan.settings.load import load
 from lapwan.settings.merge import MergeSettings
+from lapwan.settings.model_files import BaseModelSettings
 from lapwan.settings.run import RunOptions
-from lapwan.settings.train import BaseModelSettings
 from lapwan.wan.folder import ModelSpec, weight_files
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
