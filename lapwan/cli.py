@@ -1,4 +1,7 @@
-"""The Typer app: names, help and flags, made from the settings models. Imports no torch, so --help is instant.
+"""The Typer app. A command's settings are imported only when that command is asked for, so that --help is instant.
+
+Nothing here imports torch; `lapwan --help`, an unknown command and the completion of a command's name import no
+pydantic either.
 
 How to add a command: a settings model in `lapwan/settings/`, `run(settings, options)` in `lapwan/commands/`, and one
 row in `COMMANDS`.
@@ -6,134 +9,83 @@ row in `COMMANDS`.
 
 from __future__ import annotations
 
-import inspect
 import io
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args, get_origin
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
-from lapwan import __version__, console
+from lapwan import __version__
 from lapwan.cli_aliases import rewrite
 from lapwan.commands.table import COMMANDS, Command
 from lapwan.errors import Interrupted, UserError
-from lapwan.settings.base import FlagField, RunOptions, Settings, flag_fields
-from lapwan.settings.load import load
+
+
+class _LazyCommand(TyperCommand):
+    """A row of the table as a command: its settings are imported and its options made when first asked for."""
+
+    def __init__(self, row: Command) -> None:
+        super().__init__(row.name, help=row.help, epilog=row.example)
+        self._row = row
+
+    def get_params(self, ctx: Any) -> Any:
+        """The options; a run, a help and a completion all ask for them before anything else of the command."""
+        if not self.params:
+            from lapwan.commands.options import function_of
+
+            single = typer.Typer(add_completion=False)
+            single.command()(function_of(self._row))
+            made = get_command(single)
+            self.params, self.callback = made.params, made.callback
+        return super().get_params(ctx)
+
+
+class _Commands(TyperGroup):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**{**attributes, "commands": {row.name: _LazyCommand(row) for row in COMMANDS}})
+
+    def get_params(self, ctx: Any) -> Any:
+        """The options of `lapwan` itself. Those of Typer's shell completion take one line of the help.
+
+        A flag that is not given becomes False: Typer hands a None to pydantic, whose import would take longer than the
+        rest of an answer.
+        """
+        params: Any = super().get_params(ctx)
+        for param in params:
+            if param.is_flag and param.default is None:
+                param.default = False
+            if param.name == "install_completion":
+                param.metavar, param.help = "", "Set up completion in this shell."
+            elif param.name == "show_completion":
+                param.hidden = True
+        return params
+
 
 app = typer.Typer(
     name="lapwan",
+    cls=_Commands,
     help="Fine-tune, specialise, align and diagnose Wan2.2 video models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-_NO_VALUE = ""  # as a metavar: a flag takes none, and Typer would write <bool> behind it
-
-
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[
-        bool, typer.Option("--version", metavar=_NO_VALUE, help="Print the version and stop.", is_eager=True)
+        bool, typer.Option("--version", metavar="", help="Print the version and stop.", is_eager=True)
     ] = False,
 ) -> None:
     """Fine-tune, specialise, align and diagnose Wan2.2 video models."""
     if version:
+        from lapwan import console
+
         console.results.print(f"lapwan {__version__}")
         raise typer.Exit
-
-
-def _common(name: str, kind: Any, default: Any, *flags: str, help: str, metavar: str = _NO_VALUE) -> inspect.Parameter:
-    option = typer.Option(*flags, metavar=metavar, help=help, rich_help_panel="Every command")
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
-    )
-
-
-_COMMON = (
-    _common("config", Path | None, None, "--config", metavar="FILE", help="Settings as TOML."),
-    _common("sets", list[str], [], "--set", metavar="KEY=VALUE",
-            help="One setting, as section.key=value; repeatable."),
-    _common("dry_run", bool, False, "--dry-run", help="Check everything, print the resolved settings and the plan, "
-                                                      "stop."),
-    _common("overwrite", bool, False, "--overwrite", help="Replace an output that exists."),
-    _common("verbose", bool, False, "-v", "--verbose", help="Say more on stderr."),
-    _common("quiet", bool, False, "-q", "--quiet", help="Only warnings and errors on stderr."),
-)
-
-
-def _is_list(annotation: Any) -> bool:
-    return get_origin(annotation) in (list, tuple) and (len(get_args(annotation)) == 1 or ... in get_args(annotation))
-
-
-def _holds(annotation: Any, kind: type) -> bool:
-    return annotation is kind or kind in get_args(annotation)
-
-
-def _help(field: FlagField) -> str:
-    default = field.info.default
-    text = field.info.description or ""
-    shown = isinstance(default, bool | int | float | str) and default != "" and not field.info.is_required()
-    if shown and not isinstance(default, bool):
-        text = f"{text} \\[default: {default}]"
-    return text
-
-
-def _parameter(name: str, field: FlagField) -> inspect.Parameter:
-    """The Typer parameter of a settings field: strings through, so that the settings parse them in one place."""
-    annotation, flag = field.info.annotation, field.flag
-    many = _is_list(annotation)
-    metavar = flag.metavar or field.key.rsplit(".", 1)[-1].upper()
-    if flag.positional:
-        kind: Any = list[str] if many else str | None
-        info: Any = typer.Argument(metavar=metavar, help=_help(field), show_default=False)
-    else:
-        long = field.long_name
-        short = [n for n in flag.names if not n.startswith("--")]
-        if _holds(annotation, bool):
-            # What is off by default needs no second name; a file's `true` is taken back by --set.
-            if "/" not in long and field.info.default is not False:
-                long = f"{long}/--no-{long[2:]}"
-            info = typer.Option(long, *short, metavar=_NO_VALUE, help=_help(field), show_default=False)
-            kind = bool | None
-        else:
-            info = typer.Option(long, *short, metavar=metavar, help=_help(field), show_default=False)
-            kind = list[str] if many else str | None
-    default: Any = [] if kind == list[str] else None
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
-
-
-def _make(command: Command, settings_model: type[Settings]) -> Callable[..., None]:
-    fields = {field.key.replace(".", "__"): field for field in flag_fields(settings_model)}
-
-    def call(**values: Any) -> None:
-        common = {p.name: values.pop(p.name) for p in _COMMON}
-        console.set_level(
-            console.VERBOSE if common["verbose"] else console.QUIET if common["quiet"] else console.NORMAL
-        )
-        options = {fields[name].key: value for name, value in values.items() if value is not None and value != []}
-        settings = load(settings_model, common["config"], common["sets"], options)
-        command.run(settings, RunOptions(dry_run=common["dry_run"], overwrite=common["overwrite"]))
-
-    parameters = [_parameter(name, field) for name, field in fields.items()]
-    call.__signature__ = inspect.Signature([*parameters, *_COMMON])  # type: ignore[attr-defined]
-    call.__annotations__ = {p.name: p.annotation for p in (*parameters, *_COMMON)}
-    call.__doc__ = command.help
-    return call
-
-
-def _register() -> None:
-    for command in COMMANDS:
-        make = app.command(command.name, help=command.help, epilog=command.example)
-        make(_make(command, command.settings_model()))
-
-
-_register()
 
 
 # The libraries' own bars and advice ("install torchvision ...") would stand between our lines and help nobody.
@@ -143,8 +95,10 @@ _QUIET_LIBRARIES = {
 }
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    console.log_console.print(f"error: {message}", markup=False, style="red")
+def _stop(message: str, code: int, style: str | None = None) -> NoReturn:
+    from lapwan import console
+
+    console.log_console.print(message, markup=False, style=style)
     sys.exit(code)
 
 
@@ -159,12 +113,11 @@ def main() -> None:
         sys.argv[1:] = rewrite(sys.argv[1:])
         app()
     except UserError as error:
-        _fail(str(error), 2)
+        _stop(f"error: {error}", 2, style="red")
     except Interrupted as stop:
-        console.log_console.print(str(stop), markup=False)
-        sys.exit(130)
+        _stop(str(stop), 130)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _stop("error: interrupted", 130, style="red")
     except BrokenPipeError:  # `lapwan ... | head`
         sys.stderr.close()
         sys.exit(0)

@@ -38,7 +38,8 @@ from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.cache import CacheSettings
 from lapwan.settings.label import LabelSettings
 from lapwan.settings.lora_argument import LoraArgument
-from lapwan.settings.train import BaseModelSettings, TrainSettings
+from lapwan.settings.model import BaseModelSettings
+from lapwan.settings.train import TrainSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.dataset import write_dataset

@@ -17,8 +17,7 @@ from lapwan.models.fingerprints import vae_identity
 from lapwan.models.spec import ModelSpec, Task, read_spec
 from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.evaluate import EvaluateSettings
-from lapwan.settings.model import ModelChoice
-from lapwan.settings.train import BaseModelSettings
+from lapwan.settings.model import BaseModelSettings, ModelChoice
 from lapwan.tiny.evaluators import SceneJudge
 from lapwan.tiny.model import tiny_folder
 from lapwan.tiny.resolve import TINY, resolve_base

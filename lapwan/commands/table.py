@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lapwan.settings.base import RunOptions, Settings
+if TYPE_CHECKING:  # the list of commands is printed without the settings and pydantic
+    from lapwan.settings.base import RunOptions, Settings
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from lapwan.models.resolve import refuse_generation_only, resolve
 from lapwan.models.separate_files import make_folder
 from lapwan.models.spec import ModelSpec, Task, read_spec, weight_files
 from lapwan.names import Band, NoiseExpert
-from lapwan.settings.model import ModelFilesSettings
+from lapwan.settings.model import BaseModelSettings, ModelFilesSettings
 from lapwan.settings.targets import TargetSettings
-from lapwan.settings.train import BaseModelSettings
 from lapwan.wan.backbone import load_transformer
 from lapwan.wan.quantise.load import Recipe, load_quantised_transformer
 

@@ -18,8 +18,13 @@ from pydantic.fields import FieldInfo
 class Settings(BaseModel):
     """Base of all settings: frozen, and an unknown key is an error."""
 
+    # defer_build: most of the time of `--help` would go into validators that only a run needs. So a section's default
+    # is a default_factory too: an instance in the class body needs them at once.
+    # defer_build: the validators are built by the first run that needs them, not by --help. A section's default is a
+    # default_factory for the same reason: an instance in the class body would build them at import.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False,
+        defer_build=True,
     )
 
 

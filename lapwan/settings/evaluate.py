@@ -137,10 +137,10 @@ class EvaluateSettings(ModelSettings):
         "test", description="Clips of this split; all for every clip. Files without splits are taken whole.")
     taxonomy: str = Field("surgical4", description="surgical4, cholec6 or a TOML file; a mixture brings its own.")
     seed: Annotated[int, Flag("--seed", metavar="N")] = Field(0, ge=0, description="Of noise and intervals.")
-    loss: LossSettings = LossSettings()
-    videos: EvaluationVideoSettings = EvaluationVideoSettings()
-    routing: RoutingSettings = RoutingSettings()
-    interval: IntervalSettings = IntervalSettings()
+    loss: LossSettings = Field(default_factory=LossSettings)
+    videos: EvaluationVideoSettings = Field(default_factory=EvaluationVideoSettings)
+    routing: RoutingSettings = Field(default_factory=RoutingSettings)
+    interval: IntervalSettings = Field(default_factory=IntervalSettings)
 
     @model_validator(mode="after")
     def _compared(self) -> EvaluateSettings:

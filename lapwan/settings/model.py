@@ -1,4 +1,4 @@
-"""A model given as separate files, as the original release and ComfyUI repacks come."""
+"""A model that is more than a name: a base with LoRAs merged into it, or separate files as releases come."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from lapwan.names import NoiseExpert
 from lapwan.settings.base import Settings
-from lapwan.settings.train import BaseModelSettings
+
+
+class BaseModelSettings(Settings):
+    """A base with stage 1 merged into it in memory."""
+
+    model: str = Field(description="MODEL as everywhere: tiny, or a folder.")
+    lora: dict[NoiseExpert, Path] = Field(description="LoRA file by noise expert.")
+    multiplier: float = Field(1.0, description="Strength at which they are merged.")
 
 
 class ModelFilesSettings(Settings):

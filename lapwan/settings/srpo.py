@@ -12,10 +12,10 @@ from lapwan.settings.aliases import spell_out
 from lapwan.settings.base import Flag, Settings, height_width
 from lapwan.settings.cache import NEGATIVE_PROMPT
 from lapwan.settings.memory import TrainDtype, precision_of
+from lapwan.settings.model import BaseModelSettings
 from lapwan.settings.optimizers import AdamWSettings, OptimiserSettings, ScheduleSettings
 from lapwan.settings.rewards import REWARD_METAVAR, Rewards
 from lapwan.settings.targets import TargetSettings
-from lapwan.settings.train import BaseModelSettings
 
 LR = {"lora": 1e-4, "full": 5e-6}
 _EXPERTS = {
@@ -108,8 +108,8 @@ class SrpoSettings(Settings):
     prompts: PromptSettings
     rewards: Annotated[Rewards, Flag("--reward", metavar=REWARD_METAVAR)] = Field(
         description="What judges the pictures: hps=FILE, clip=FOLDER, pickscore=FOLDER or tiny; repeatable.")
-    preference: PreferenceSettings = PreferenceSettings()
-    rollout: RolloutSettings = RolloutSettings()
+    preference: PreferenceSettings = Field(default_factory=PreferenceSettings)
+    rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     sigma: Annotated[tuple[float, float], Flag(metavar="LOW,HIGH")] = Field(
         (0.7, 0.95), description="Bounds of the noise levels trained, cut to the trained noise expert's band.")
     reach: float = Field(0.0215, gt=0, lt=1, description="Largest distance of evaluation and target sigma.")
@@ -120,11 +120,11 @@ class SrpoSettings(Settings):
     batch_size: Annotated[int, Flag("--batch-size")] = Field(1, ge=1, description="Prompts at a time.")
     accumulate: int = Field(32, ge=1, description="Batches an optimiser step; 32 samples a step are advised.")
     turn: int = Field(1, ge=1, description="With both noise experts: steps one takes before the other's turn.")
-    targets: TargetSettings = TargetSettings(last_blocks="all", ffn_last_blocks="all", q=16, k=16, v=16, o=16,
-                                             ffn_in=16, ffn_out=16)
+    targets: TargetSettings = Field(default_factory=lambda: TargetSettings(
+        last_blocks="all", ffn_last_blocks="all", q=16, k=16, v=16, o=16, ffn_in=16, ffn_out=16))
     alpha: float | None = Field(None, gt=0, description="LoRA alpha; absent: each module's rank, a scale of 1.")
-    optimiser: OptimiserSettings = AdamWSettings(lr=LR["lora"], weight_decay=1e-4)
-    schedule: ScheduleSettings = ScheduleSettings()
+    optimiser: OptimiserSettings = Field(default_factory=lambda: AdamWSettings(lr=LR["lora"], weight_decay=1e-4))
+    schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
     max_grad_norm: float = Field(0.1, gt=0)
     kl_weight: float = Field(
         0.0, ge=0, description="Weight of the squared distance of the velocity from the base's; LoRA only.")
@@ -139,7 +139,7 @@ class SrpoSettings(Settings):
     activation_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="Recompute the transformer's activations in the backward pass; auto: where needed.")
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
-    held_out: HeldOutSettings = HeldOutSettings()
+    held_out: HeldOutSettings = Field(default_factory=HeldOutSettings)
     seed: Annotated[int, Flag("--seed")] = Field(42, description="Order, noise, sigma, words and initial weights.")
     save_every: Annotated[int, Flag("--save-every")] = Field(10, ge=1, description="Steps between checkpoints.")
     keep_last: int | None = Field(None, ge=1, description="Newest checkpoints to keep; absent: all.")

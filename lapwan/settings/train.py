@@ -14,6 +14,7 @@ from lapwan.settings.alpha_schedule import AlphaScheduleSettings
 from lapwan.settings.base import Flag, Settings, submodel, union_members
 from lapwan.settings.callbacks import HealthSettings, PreviewSettings, ValidationSettings, WatchSettings
 from lapwan.settings.memory import MEMORY_METAVAR, MemoryChoice, TrainDtype
+from lapwan.settings.model import BaseModelSettings
 from lapwan.settings.optimizers import AdamWSettings, OptimiserSettings, ScheduleSettings, take_flat_keys
 from lapwan.settings.sigma import SigmaSettings, WeightingSettings, refuse_ddpm_weighting
 from lapwan.settings.targets import TargetSettings, lay_over
@@ -22,14 +23,6 @@ from lapwan.settings.targets import TargetSettings, lay_over
 def _checkpointing(value: Any) -> Any:
     return {True: "block", False: "off", "true": "block", "false": "off"}.get(value, value) if isinstance(
         value, bool | str) else value
-
-
-class BaseModelSettings(Settings):
-    """A base with stage 1 merged into it in memory."""
-
-    model: str = Field(description="MODEL as everywhere: tiny, or a folder.")
-    lora: dict[NoiseExpert, Path] = Field(description="LoRA file by noise expert.")
-    multiplier: float = Field(1.0, description="Strength at which they are merged.")
 
 
 class DataSettings(Settings):
@@ -130,16 +123,16 @@ class TrainSettings(Settings):
     start: int = Field(0, ge=0, description="Step of the run before which a noise expert has no turn ([high], [low]).")
     stop: int | None = Field(None, ge=1, description="Step of the run from which it has none ([high], [low]).")
     alpha: float | None = Field(None, gt=0, description="LoRA alpha; absent: each module's rank, a scale of 1.")
-    targets: TargetSettings = TargetSettings()
-    optimiser: OptimiserSettings = AdamWSettings()
-    schedule: ScheduleSettings = ScheduleSettings()
+    targets: TargetSettings = Field(default_factory=TargetSettings)
+    optimiser: OptimiserSettings = Field(default_factory=AdamWSettings)
+    schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="Running mean of what is trained, which is then what is saved; absent: none.")
-    sigma: SigmaSettings = SigmaSettings()
-    weighting: WeightingSettings = WeightingSettings()
-    dropout: DropoutSettings = DropoutSettings()
+    sigma: SigmaSettings = Field(default_factory=SigmaSettings)
+    weighting: WeightingSettings = Field(default_factory=WeightingSettings)
+    dropout: DropoutSettings = Field(default_factory=DropoutSettings)
     max_norm: float | None = Field(None, gt=0, description="Largest norm of a module's update; absent: any.")
-    alpha_schedule: AlphaScheduleSettings = AlphaScheduleSettings()
+    alpha_schedule: AlphaScheduleSettings = Field(default_factory=AlphaScheduleSettings)
     high: dict[str, Any] = Field({}, description="What differs for the high-noise expert.")
     low: dict[str, Any] = Field({}, description="What differs for the low-noise expert.")
     roi_weight: float = Field(0.0, ge=0, description="Weight of the loss over the clips' regions; 0: off.")
@@ -158,10 +151,10 @@ class TrainSettings(Settings):
     keep_last: int | None = Field(None, ge=1, description="Newest checkpoints to keep; absent: all.")
     keep_best: int | None = Field(
         None, ge=1, description="Checkpoints of the lowest validation loss to keep besides the newest.")
-    watch: WatchSettings = WatchSettings()
-    validation: ValidationSettings = ValidationSettings()
-    preview: PreviewSettings = PreviewSettings()
-    health: HealthSettings = HealthSettings()
+    watch: WatchSettings = Field(default_factory=WatchSettings)
+    validation: ValidationSettings = Field(default_factory=ValidationSettings)
+    preview: PreviewSettings = Field(default_factory=PreviewSettings)
+    health: HealthSettings = Field(default_factory=HealthSettings)
     allow_changed: Annotated[bool, Flag("--allow-changed")] = Field(
         False, description="With --resume: go on although settings, clips or base have changed.")
     sigma_bins: int = Field(4, ge=1, description="Parts of a noise expert's band whose losses are logged apart.")

@@ -86,10 +86,10 @@ class TrainMoeSettings(TrainSettings):
     expert_dropout: float = Field(
         0.0, ge=0, lt=1, description="Probability that an acting expert sits a clip out; the others take its share.")
     roi_weight: float = Field(3.0, ge=0, description="Weight of the loss over the clips' regions; 0: off.")
-    router: RouterSettings = RouterSettings()
-    timestep_gate: TimestepGateSettings = TimestepGateSettings()
-    routing_loss: RoutingLossSettings = RoutingLossSettings()
-    routing_watch: RoutingWatchSettings = RoutingWatchSettings()
+    router: RouterSettings = Field(default_factory=RouterSettings)
+    timestep_gate: TimestepGateSettings = Field(default_factory=TimestepGateSettings)
+    routing_loss: RoutingLossSettings = Field(default_factory=RoutingLossSettings)
+    routing_watch: RoutingWatchSettings = Field(default_factory=RoutingWatchSettings)
 
     @model_validator(mode="after")
     def _experts(self) -> TrainMoeSettings:

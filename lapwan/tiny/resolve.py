@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lapwan.errors import UserError
 from lapwan.models import resolve as models
 from lapwan.models.spec import ModelSpec, Task
-from lapwan.settings.model import ModelFilesSettings
-from lapwan.settings.train import BaseModelSettings
+from lapwan.settings.model import BaseModelSettings, ModelFilesSettings
 
 if TYPE_CHECKING:
     from lapwan.models.base import Base

@@ -15,7 +15,7 @@ from lapwan.lora.formats import open_lora
 from lapwan.lora.targets import resolve_patterns
 from lapwan.models.base import targets_of
 from lapwan.names import NoiseExpert
-from lapwan.settings.train import BaseModelSettings
+from lapwan.settings.model import BaseModelSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train.checklist import describe

@@ -20,7 +20,7 @@ from lapwan.names import NoiseExpert
 from lapwan.settings.base import RunOptions
 from lapwan.settings.load import load
 from lapwan.settings.merge import MergeSettings
-from lapwan.settings.train import BaseModelSettings
+from lapwan.settings.model import BaseModelSettings
 from lapwan.tiny.resolve import resolve_base
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW

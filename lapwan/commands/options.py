@@ -1,0 +1,103 @@
+"""From a settings model to the command line options of its command, and from their values to a run.
+
+Imports the settings and so pydantic: `lapwan.cli` imports this module only when a command is asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+
+from lapwan.commands.table import Command
+from lapwan.settings.base import FlagField, flag_fields
+
+NO_VALUE = ""  # as a metavar: a flag takes none, and Typer would write <bool> behind it
+
+
+def _common(name: str, kind: Any, default: Any, *flags: str, help: str, metavar: str = NO_VALUE) -> inspect.Parameter:
+    option = typer.Option(*flags, metavar=metavar, help=help, rich_help_panel="Every command")
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
+
+
+_COMMON = (
+    _common("config", Path | None, None, "--config", metavar="FILE", help="Settings as TOML."),
+    _common("sets", list[str], [], "--set", metavar="KEY=VALUE",
+            help="One setting, as section.key=value; repeatable."),
+    _common("dry_run", bool, False, "--dry-run", help="Check everything, print the resolved settings and the plan, "
+                                                      "stop."),
+    _common("overwrite", bool, False, "--overwrite", help="Replace an output that exists."),
+    _common("verbose", bool, False, "-v", "--verbose", help="Say more on stderr."),
+    _common("quiet", bool, False, "-q", "--quiet", help="Only warnings and errors on stderr."),
+)
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) in (list, tuple) and (len(get_args(annotation)) == 1 or ... in get_args(annotation))
+
+
+def _holds(annotation: Any, kind: type) -> bool:
+    return annotation is kind or kind in get_args(annotation)
+
+
+def _help(field: FlagField) -> str:
+    default = field.info.default
+    text = field.info.description or ""
+    shown = isinstance(default, bool | int | float | str) and default != "" and not field.info.is_required()
+    if shown and not isinstance(default, bool):
+        text = f"{text} \\[default: {default}]"
+    return text
+
+
+def _parameter(name: str, field: FlagField) -> inspect.Parameter:
+    """The Typer parameter of a settings field: strings through, so that the settings parse them in one place."""
+    annotation, flag = field.info.annotation, field.flag
+    many = _is_list(annotation)
+    metavar = flag.metavar or field.key.rsplit(".", 1)[-1].upper()
+    if flag.positional:
+        kind: Any = list[str] if many else str | None
+        info: Any = typer.Argument(metavar=metavar, help=_help(field), show_default=False)
+    else:
+        long = field.long_name
+        short = [n for n in flag.names if not n.startswith("--")]
+        if _holds(annotation, bool):
+            # What is off by default needs no second name; a file's `true` is taken back by --set.
+            if "/" not in long and field.info.default is not False:
+                long = f"{long}/--no-{long[2:]}"
+            info = typer.Option(long, *short, metavar=NO_VALUE, help=_help(field), show_default=False)
+            kind = bool | None
+        else:
+            info = typer.Option(long, *short, metavar=metavar, help=_help(field), show_default=False)
+            kind = list[str] if many else str | None
+    default: Any = [] if kind == list[str] else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def function_of(command: Command) -> Callable[..., None]:
+    """A function whose keyword arguments are the command's options, as Typer reads them, and that runs the command."""
+    settings_model = command.settings_model()
+    fields = {field.key.replace(".", "__"): field for field in flag_fields(settings_model)}
+
+    def call(**values: Any) -> None:
+        from lapwan import console  # a help needs none of these
+        from lapwan.settings.base import RunOptions
+        from lapwan.settings.load import load
+
+        common = {p.name: values.pop(p.name) for p in _COMMON}
+        console.set_level(
+            console.VERBOSE if common["verbose"] else console.QUIET if common["quiet"] else console.NORMAL
+        )
+        options = {fields[name].key: value for name, value in values.items() if value is not None and value != []}
+        settings = load(settings_model, common["config"], common["sets"], options)
+        command.run(settings, RunOptions(dry_run=common["dry_run"], overwrite=common["overwrite"]))
+
+    parameters = [_parameter(name, field) for name, field in fields.items()]
+    call.__signature__ = inspect.Signature([*parameters, *_COMMON])  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in (*parameters, *_COMMON)}
+    call.__doc__ = command.help
+    return call
