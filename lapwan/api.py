@@ -142,6 +142,7 @@ class VideoGenerator:
         boundary: float | None = None,
         sigmas: Sequence[float] | None = None,
         sampler: Literal["unipc", "euler", "dpmpp"] = "unipc",
+        first_block_cache: float | Mapping[str, float] | None = None,
         reuse: float | Mapping[str, float] | None = None,
         seed: int = 42,
     ) -> Video:
@@ -158,11 +159,13 @@ class VideoGenerator:
             guidance: one number, or {"high": 4, "low": 3}; 1 is none.
             boundary: sigma from which on the high noise expert serves.
             sigmas: own noise levels, falling from at most 1, instead of `steps` and `flow_shift`.
-            reuse: relative error of the velocity that a step may make by keeping the last one's blocks; None: none.
+            first_block_cache: relative error of the velocity that a step may make by keeping the last one's blocks;
+                None: none. `reuse` is its older name.
 
         Raises:
             UserError: anything the model, the files or the numbers do not allow, before weights are loaded.
         """
+        first_block_cache = reuse if first_block_cache is None else first_block_cache
         said = {name: value for name, value in locals().items() if name in VideoSettings.model_fields}
         pictures = {}
         for name in ("image", "last_image"):
@@ -286,16 +289,16 @@ def _request(
         hint=settings.instrument_hint,
         alpha_base=settings.alpha_base,
         alpha_expert=settings.alpha_expert,
-        reuse=_by_expert(spec, settings.reuse),
+        first_block_cache=_by_expert(spec, settings.first_block_cache),
     )
 
 
 def _by_expert(spec: ModelSpec, asked: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:
     if asked is None or isinstance(asked, float):
-        return {} if asked is None else dict.fromkeys(spec.experts, asked)
-    for expert in asked:
-        if expert not in spec.experts:
-            raise UserError(f"reuse is given for the {expert.value} noise expert, which {spec.path} lacks")
+        return {} if asked is None else dict.fromkeys(spec.noise_experts, asked)
+    for noise_expert in asked:
+        if noise_expert not in spec.noise_experts:
+            raise UserError(f"first_block_cache is given for the {noise_expert.value} noise expert, which {spec.path} lacks")
     return dict(asked)
 
 

@@ -1,4 +1,4 @@
-"""The users' older spellings of options, turned into ours before Typer sees them."""
+"""Older names of options, turned into ours before Typer sees them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lapwan.errors import UserError
 
-# generate: older option -> ours.
+# Command -> older option -> ours.
 _ALIASES: dict[str, dict[str, str]] = {
     "generate": {
         "--lora-moe-weights": "--moe",
@@ -15,7 +15,9 @@ _ALIASES: dict[str, dict[str, str]] = {
         "--num-steps": "--steps",
         "--guidance-scale": "--guidance",
         "--video-size": "--size",
+        "--reuse": "--first-block-cache",
     },
+    "srpo": {"--experts": "--noise-experts"},
 }
 
 _FILES = (

@@ -53,7 +53,7 @@ def bands(boundary: float | None) -> dict[NoiseExpert, Band]:
     return {NoiseExpert.HIGH: Band(boundary, 1.0), NoiseExpert.LOW: Band(0.0, boundary)}
 
 
-def expert_for(sigma: float, boundary: float | None) -> NoiseExpert:
+def noise_expert_for(sigma: float, boundary: float | None) -> NoiseExpert:
     """The noise expert for `sigma`; sigma equal to the boundary belongs to the high one."""
     return NoiseExpert.HIGH if boundary is None or sigma >= boundary else NoiseExpert.LOW
 

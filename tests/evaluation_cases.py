@@ -31,10 +31,10 @@ def write_random_lora(folder: Path, seed: int = 1) -> list[str]:
     """A LoRA for each noise expert, named as train-lora names them, as arguments."""
     made = []
     folder.mkdir(parents=True, exist_ok=True)
-    for i, expert in enumerate(NoiseExpert):
-        path = folder / f"lapwan_{expert.file_suffix}.safetensors"
-        write_lora(path, random_lora(seed + i, lapwan__noise_expert=expert.value, lapwan__task="t2v"))
-        made.append(f"{expert.value}={path}")
+    for i, noise_expert in enumerate(NoiseExpert):
+        path = folder / f"lapwan_{noise_expert.file_suffix}.safetensors"
+        write_lora(path, random_lora(seed + i, lapwan__noise_expert=noise_expert.value, lapwan__task="t2v"))
+        made.append(f"{noise_expert.value}={path}")
     return made
 
 
@@ -46,9 +46,9 @@ def write_random_mixture(path: Path, base: Base) -> Path:
     facts = MixtureSpec(
         families=taxonomy.keys, taxonomy=taxonomy.to_dict(), task=spec.task, text_dim=spec.text_dim,
         bands={e: (band.low, band.high) for e, band in spec.bands.items()},
-        base={e: base.fingerprint(e) for e in spec.experts},
+        base={e: base.fingerprint(e) for e in spec.noise_experts},
     )
     states = {e: {family: random_lora(100 * i + j) for j, family in enumerate(taxonomy.keys)}
-              for i, e in enumerate(spec.experts)}
+              for i, e in enumerate(spec.noise_experts)}
     write_mixture(path, Mixture(facts, states).requires_grad_(False))
     return path

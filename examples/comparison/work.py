@@ -25,7 +25,7 @@ from lapwan.commands import cache, label
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm
-from lapwan.evaluation.clips import EvalClip, read_eval_clips
+from lapwan.evaluation.clips import EvaluationClip, read_eval_clips
 from lapwan.evaluation.engine import Sampling, default_sampling, generate_and_score
 from lapwan.evaluation.metrics import Made
 from lapwan.evaluation.routing import fit_probe, routing_scores
@@ -47,7 +47,7 @@ from lapwan.tiny.evaluators import load_evaluator, network_input, place_of, tip_
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
-from lapwan.train.callbacks.routing import RoutingWatch
+from lapwan.train.callbacks.routing import RoutingCallback
 from lapwan.train.lora import recipe as lora_recipe
 from lapwan.train.metrics import METRICS_FILE
 from lapwan.train.moe import recipe as moe_recipe
@@ -136,8 +136,8 @@ def train_arm(
     trainer = _trainer(settings)
     started = time.monotonic()
     trainer.fit()
-    watch = trainer.watchers.get("routing")
-    faults = [str(fault) for fault in watch.faults] if isinstance(watch, RoutingWatch) else []
+    watch = trainer.callbacks.get("routing")
+    faults = [str(fault) for fault in watch.faults] if isinstance(watch, RoutingCallback) else []
     trained = sum(p.numel() for p in trainer.parameters.values())
     del trainer
     scores = judge(workspace, task, arm_of(workspace, task, folder, arm), "validation")
@@ -152,7 +152,7 @@ def arm_settings(
     s = workspace.settings
     stage1 = {e.value: str(path) for e, path in workspace.stage1(task).items()}
     merged = {"model": f"tiny-{task}", "lora": stage1}
-    shared = {**s.train, "seed": seed, "optimiser": {**s.train.get("optimiser", {}), "lr": lr}}
+    shared = {**s.train, "seed": seed, "optimizer": {**s.train.get("optimizer", {}), "lr": lr}}
     if arm == CONTINUED:
         return _lora_settings(workspace, task, folder, f"tiny-{task}", {**shared, **s.continued, "init_lora": stage1})
     changes = {key: value for key, value in s.ablations.get(ablation or "", {}).items() if key != "arm"}
@@ -216,7 +216,7 @@ def arm_of(workspace: Workspace, task: TaskName, folder: Path | None, arm: str, 
     if arm == MIXTURE:
         path = folder / "run" / "lapwan.safetensors"
         return make_arm(arm, stage1_base(workspace, task), moe=path, **choice)
-    loras = [LoraArgument(expert=e, path=folder / "run" / f"lapwan_{e.file_suffix}.safetensors") for e in NoiseExpert]
+    loras = [LoraArgument(noise_expert=e, path=folder / "run" / f"lapwan_{e.file_suffix}.safetensors") for e in NoiseExpert]
     return make_arm(arm, resolve_base(f"tiny-{task}") if arm == CONTINUED else stage1_base(workspace, task), loras)
 
 
@@ -288,7 +288,7 @@ def routing(workspace: Workspace, task: TaskName, folder: Path) -> dict[str, Any
     return result
 
 
-def _instrument_of(clip: EvalClip) -> str:
+def _instrument_of(clip: EvaluationClip) -> str:
     assert clip.instrument is not None
     return clip.instrument
 

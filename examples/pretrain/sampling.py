@@ -12,7 +12,7 @@ from torch import Tensor
 from examples.pretrain.diffusion import LATENT, Models, TokenTable
 from examples.pretrain.transformer_forward import predict, rope_tables, text_and_bias
 from examples.pretrain.vae_forward import moments, reconstruct
-from lapwan.names import expert_for
+from lapwan.names import noise_expert_for
 from lapwan.sampling.sigma_grid import shifted
 from lapwan.wan.image_condition import condition_video, with_mask
 from lapwan.wan.vae import normalise
@@ -38,7 +38,7 @@ def sample_videos(
         extra = with_mask(normalise(vae, moments(vae, condition_video(images_BCHW.to(device), frames))[0]))
     sigmas = [*shifted(np.linspace(1, 1 / 1000, steps + 1)[:-1], shift).tolist(), 0.0]
     for here, then in pairwise(sigmas):
-        model = models.noise_experts[expert_for(here, boundary)]
+        model = models.noise_experts[noise_expert_for(here, boundary)]
         rope = rope_tables(model, torch.cat([x, extra], dim=1))
         time = torch.full((len(captions),), 1000 * here, device=device)
         v, plain = (predict(model, torch.cat([x, extra], dim=1), time, text, bias, rope) for text, bias in both)

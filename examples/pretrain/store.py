@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from examples.pretrain.diffusion import Models, new_models
 from examples.pretrain.vae import new_vae
 from lapwan.files import atomic_file, write_text
-from lapwan.tiny.model import LATENTS_FILE, TEXT_FILE, VAE_FILE, expert_file
+from lapwan.tiny.model import LATENTS_FILE, TEXT_FILE, VAE_FILE, noise_expert_file
 
 
 def save_module(module: torch.nn.Module, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -55,7 +55,7 @@ def save_models(models: Models, folder: Path) -> None:
     """Both noise experts and the text encoder."""
     save_module(models.text, folder / TEXT_FILE)
     for noise_expert, model in models.noise_experts.items():
-        save_module(model, folder / expert_file(noise_expert))
+        save_module(model, folder / noise_expert_file(noise_expert))
 
 
 def load_models(folder: Path, vocabulary: int, device: torch.device) -> Models:
@@ -63,7 +63,7 @@ def load_models(folder: Path, vocabulary: int, device: torch.device) -> Models:
     models = new_models(vocabulary, torch.device("cpu"))
     _load(models.text, folder / TEXT_FILE)
     for noise_expert, model in models.noise_experts.items():
-        _load(model, folder / expert_file(noise_expert))
+        _load(model, folder / noise_expert_file(noise_expert))
     models.modules().requires_grad_(False).eval().to(device)
     return models
 

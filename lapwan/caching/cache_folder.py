@@ -13,7 +13,7 @@ from pathlib import Path
 from lapwan import console, files
 from lapwan.caching.index import CachedItem, CacheIndex, write_index
 from lapwan.caching.layout import PROMPTS_FILE, Recipe
-from lapwan.caching.plan import Encoders, Plan, index_items, index_path, make_plan
+from lapwan.caching.plan import CachePlan, Encoders, index_items, index_path, make_plan
 from lapwan.caching.read import load_index
 from lapwan.caching.report import plan_lines, write_report
 from lapwan.data.buckets import Buckets
@@ -77,7 +77,7 @@ class Result:
     pruned: int = 0
 
 
-def plan_set(cache: CacheSet, encoders: Encoders, choices: Choices) -> tuple[Plan, CacheIndex | None]:
+def plan_set(cache: CacheSet, encoders: Encoders, choices: Choices) -> tuple[CachePlan, CacheIndex | None]:
     """The plan of a folder, with the index that is there.
 
     Raises:
@@ -118,7 +118,7 @@ def cache_set(cache: CacheSet, encoders: Encoders, spec: ModelSpec, choices: Cho
 
 
 def _carry_out(
-    plan: Plan, before: CacheIndex | None, spec: ModelSpec, choices: Choices, processes: Processes
+    plan: CachePlan, before: CacheIndex | None, spec: ModelSpec, choices: Choices, processes: Processes
 ) -> Result:
     result = Result(plan.folder, len(plan.items), list(plan.drops))
     index = _index(plan, {}, before.pixels_per_second if before else None)
@@ -140,7 +140,7 @@ def _carry_out(
 
 
 def _encode(
-    plan: Plan, spec: ModelSpec, choices: Choices, processes: Processes, result: Result
+    plan: CachePlan, spec: ModelSpec, choices: Choices, processes: Processes, result: Result
 ) -> tuple[Result, dict[str, Recipe], float | None]:
     from lapwan.caching.encode import carry_out, how_to
 
@@ -162,7 +162,7 @@ def _encode(
     )
 
 
-def _share(plan: Plan, processes: Processes) -> Plan:
+def _share(plan: CachePlan, processes: Processes) -> CachePlan:
     """This process's part of the work. Captions go by their text, so that each is encoded once."""
     if processes.count == 1:
         return plan
@@ -177,11 +177,11 @@ def _share(plan: Plan, processes: Processes) -> Plan:
     )
 
 
-def _prompts(plan: Plan) -> str | None:
+def _prompts(plan: CachePlan) -> str | None:
     return PROMPTS_FILE if (plan.folder / PROMPTS_FILE).is_file() else None
 
 
-def _index(plan: Plan, done: dict[str, Recipe], speed: float | None) -> CacheIndex:
+def _index(plan: CachePlan, done: dict[str, Recipe], speed: float | None) -> CacheIndex:
     encoders, cache = plan.encoders, plan.cache
     return CacheIndex(
         cache.folder, index_items(plan, done), task=encoders.task, fps=encoders.fps, vae=encoders.vae,
@@ -190,7 +190,7 @@ def _index(plan: Plan, done: dict[str, Recipe], speed: float | None) -> CacheInd
     )
 
 
-def _prune(plan: Plan) -> int:
+def _prune(plan: CachePlan) -> int:
     """Delete files of clips that are no longer in the dataset, and what killed runs left under temporary names."""
     left = [path for path in plan.folder.iterdir() if files.is_temporary(path)]
     for path in [*left, *(plan.folder / name for name in plan.orphans)]:

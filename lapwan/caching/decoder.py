@@ -25,7 +25,7 @@ _BYTES_AHEAD = 2 * 2**30  # decoded frames that may wait for the encoder
 
 
 @dataclass(frozen=True)
-class Job:
+class DecodeJob:
     """Windows of one clip. Small and picklable: this is what crosses to a worker."""
 
     path: Path
@@ -51,15 +51,15 @@ class Decoded:
     seconds: float
 
 
-def make_jobs(items: Sequence[Wanted], fps: float) -> list[Job]:
+def make_jobs(items: Sequence[Wanted], fps: float) -> list[DecodeJob]:
     """Group neighbouring windows of a clip so that its frames are decoded once."""
-    jobs: list[Job] = []
+    jobs: list[DecodeJob] = []
     group: list[Wanted] = []
 
     def flush() -> None:
         if group:
             first = group[0]
-            jobs.append(Job(first.clip.path, tuple((w.id, w.indices) for w in group), first.crop, fps, first.facts,
+            jobs.append(DecodeJob(first.clip.path, tuple((w.id, w.indices) for w in group), first.crop, fps, first.facts,
                             first.source_fps))
             group.clear()
 
@@ -74,7 +74,7 @@ def make_jobs(items: Sequence[Wanted], fps: float) -> list[Job]:
     return jobs
 
 
-def run_job(job: Job) -> list[Decoded]:
+def run_job(job: DecodeJob) -> list[Decoded]:
     """Decode a job's windows. A clip that cannot be decoded whole is tried window by window."""
     start = time.perf_counter()
     union = sorted({index for _, indices in job.windows for index in indices})
@@ -83,7 +83,7 @@ def run_job(job: Job) -> list[Decoded]:
     except BadClip as error:
         if len(job.windows) == 1:
             return [Decoded(job.windows[0][0], None, str(error), time.perf_counter() - start)]
-        alone = [Job(job.path, (window,), job.crop, job.fps, job.facts, job.source_fps) for window in job.windows]
+        alone = [DecodeJob(job.path, (window,), job.crop, job.fps, job.facts, job.source_fps) for window in job.windows]
         return [decoded for single in alone for decoded in run_job(single)]
     row = {index: position for position, index in enumerate(union)}
     seconds = (time.perf_counter() - start) / len(job.windows)
@@ -99,10 +99,10 @@ class Decoder:
     allows; 0 decodes in this process, as it is read.
     """
 
-    def __init__(self, jobs: Sequence[Job], workers: int) -> None:
+    def __init__(self, jobs: Sequence[DecodeJob], workers: int) -> None:
         self._left = deque(jobs)
         self._workers = min(workers, len(jobs))
-        self._waiting: deque[tuple[Job, Future[list[Decoded]]]] = deque()
+        self._waiting: deque[tuple[DecodeJob, Future[list[Decoded]]]] = deque()
         self._pool = worker_pool(self._workers) if self._workers else None
         largest = max((job.bytes for job in jobs), default=1)
         self._ahead = max(self._workers, min(2 * self._workers, _BYTES_AHEAD // largest))
@@ -132,7 +132,7 @@ class Decoder:
             self._fill()
             yield from decoded
 
-    def _recover(self, job: Job) -> list[Decoded]:
+    def _recover(self, job: DecodeJob) -> list[Decoded]:
         """A decoder that crashes takes the pool with it: this job is tried alone, the others again."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -143,7 +143,7 @@ class Decoder:
         return decoded
 
 
-def _alone(job: Job) -> list[Decoded]:
+def _alone(job: DecodeJob) -> list[Decoded]:
     pool = worker_pool(1)
     try:
         return pool.submit(run_job, job).result()

@@ -19,7 +19,7 @@ from torch import Tensor
 from lapwan import console
 from lapwan.caching.decoder import Decoded, Decoder, make_jobs
 from lapwan.caching.layout import PROMPTS_FILE, Recipe, write_latents, write_prompts, write_roi, write_text_features
-from lapwan.caching.plan import Plan, Wanted, prompts_recipe
+from lapwan.caching.plan import CachePlan, Wanted, prompts_recipe
 from lapwan.data.regions import region
 from lapwan.data.source_clips import Drop
 from lapwan.data.video import BadClip
@@ -78,7 +78,7 @@ class How:
 
 
 def how_to(
-    device: str, workers: int | None, batch: int | None, vae_dtype: str, plan: Plan, local_rank: int = 0
+    device: str, workers: int | None, batch: int | None, vae_dtype: str, plan: CachePlan, local_rank: int = 0
 ) -> How:
     """Settle device and worker count: decoding moves to other processes when the work is worth their start.
 
@@ -92,7 +92,7 @@ def how_to(
     return How(chosen, workers, batch, getattr(torch, vae_dtype))
 
 
-def carry_out(plan: Plan, spec: ModelSpec, how: How) -> Outcome:
+def carry_out(plan: CachePlan, spec: ModelSpec, how: How) -> Outcome:
     """Make every file the plan asks for. Clips that cannot be decoded are reported, not raised.
 
     Raises:
@@ -114,7 +114,7 @@ def _fail(outcome: Outcome, wanted: Wanted, reason: str) -> None:
     outcome.failures.append(Drop(wanted.clip.where, reason, wanted.stem))
 
 
-def _encode_regions(plan: Plan, outcome: Outcome) -> None:
+def _encode_regions(plan: CachePlan, outcome: Outcome) -> None:
     encoders = plan.encoders
     with console.progress("regions", len(plan.roi_todo), "clip") as bar:
         for name, (wanted, _) in plan.roi_todo.items():
@@ -132,7 +132,7 @@ def _encode_regions(plan: Plan, outcome: Outcome) -> None:
             bar.advance()
 
 
-def _encode_latents(plan: Plan, spec: ModelSpec, how: How, outcome: Outcome) -> None:
+def _encode_latents(plan: CachePlan, spec: ModelSpec, how: How, outcome: Outcome) -> None:
     begun = time.perf_counter()
     todo = {wanted.id: wanted for wanted, _ in plan.latents_todo.values()}
     # Equal sizes side by side make whole batches; windows of a clip stay together.
@@ -228,7 +228,7 @@ def _latents_of(vae: Any, clips: list[np.ndarray], condition: bool) -> tuple[Ten
     return latents.cpu(), conditions
 
 
-def _write(plan: Plan, wanted: Wanted, latents: Tensor, condition: Tensor | None, outcome: Outcome) -> None:
+def _write(plan: CachePlan, wanted: Wanted, latents: Tensor, condition: Tensor | None, outcome: Outcome) -> None:
     started = time.perf_counter()
     if not all(bool(torch.isfinite(part).all()) for part in (latents, condition) if part is not None):
         _fail(outcome, wanted, "its latents are not finite: the VAE overflows on it; use --vae-dtype float32")
@@ -256,7 +256,7 @@ def _text_encoder(spec: ModelSpec, device: torch.device) -> TextEncoder:
     return encoder
 
 
-def _encode_texts(plan: Plan, spec: ModelSpec, how: How, outcome: Outcome) -> None:
+def _encode_texts(plan: CachePlan, spec: ModelSpec, how: How, outcome: Outcome) -> None:
     """Each distinct caption once, sorted by length so that a batch pads little."""
     started = time.perf_counter()
     encoders = plan.encoders

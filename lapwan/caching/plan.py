@@ -91,7 +91,7 @@ class Wanted:
 
 
 @dataclass
-class Plan:
+class CachePlan:
     """What one cache folder needs. The `..._todo` carry the reason for each file; `made` are the recipes of files that
     are right, `unverified` files that are right by name and shape only; `orphans` are cache files of no clip of the
     dataset (those of a dropped clip are none: it may come back)."""
@@ -157,14 +157,14 @@ def content_id(path: Path) -> str:
 
 def make_plan(
     cache: CacheSet, encoders: Encoders, known: Mapping[str, CachedItem], latents: bool = True, text: bool = True
-) -> Plan:
+) -> CachePlan:
     """Compare what is wanted with what is there.
 
     Args:
         known: the items of an earlier index by clip path, whose facts spare a second look at unchanged files.
         latents, text: which files to make (ROI goes with the latents).
     """
-    plan = Plan(cache, encoders, drops=list(cache.drops))
+    plan = CachePlan(cache, encoders, drops=list(cache.drops))
     stems = unique_stems(cache.clips)
     for clip, stem in zip(cache.clips, stems, strict=True):
         try:
@@ -261,7 +261,7 @@ def prompts_recipe(encoders: Encoders) -> Recipe:
             "dtype": encoders.text_dtype}
 
 
-def _compare(plan: Plan, latents: bool, text: bool) -> None:
+def _compare(plan: CachePlan, latents: bool, text: bool) -> None:
     seen: dict[str, bool] = {}
     for wanted in plan.items:
         checks = [(wanted.latents, wanted.latents_recipe, plan.latents_todo, latents),
@@ -285,7 +285,7 @@ def _compare(plan: Plan, latents: bool, text: bool) -> None:
         )
 
 
-def _judge(plan: Plan, name: str, recipe: Recipe) -> str | None:
+def _judge(plan: CachePlan, name: str, recipe: Recipe) -> str | None:
     """What is wrong with a file; a right one is noted in the plan."""
     verdict = judge(plan.folder / name, recipe)
     if verdict.reason is None and verdict.recipe is not None:
@@ -302,7 +302,7 @@ def _of_any(name: str, stems: set[str]) -> bool:
     return stem in stems or stem.rpartition("-")[0] in stems
 
 
-def index_items(plan: Plan, done: Mapping[str, Recipe]) -> tuple[CachedItem, ...]:
+def index_items(plan: CachePlan, done: Mapping[str, Recipe]) -> tuple[CachedItem, ...]:
     """The index's lines for the items whose files are all right.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from lapwan import files
 from lapwan.caching.index import CachedItem
-from lapwan.caching.plan import Plan, Wanted
+from lapwan.caching.plan import CachePlan, Wanted
 from lapwan.caching.stale import MISSING
 from lapwan.data.source_clips import Drop
 
@@ -17,7 +17,7 @@ _LISTED = 20
 REPORT_FILE = "lapwan_report.json"
 
 
-def plan_lines(plan: Plan, pixels_per_second: float | None = None) -> list[str]:
+def plan_lines(plan: CachePlan, pixels_per_second: float | None = None) -> list[str]:
     """The plan in words: what is there, what will be made and why, how long, what is dropped and why.
 
     Args:
@@ -55,7 +55,7 @@ def drop_lines(drops: Sequence[Drop]) -> list[str]:
     return lines
 
 
-def write_report(plan: Plan, items: Sequence[CachedItem], drops: Sequence[Drop]) -> None:
+def write_report(plan: CachePlan, items: Sequence[CachedItem], drops: Sequence[Drop]) -> None:
     """`lapwan_report.json`: what the last run left out and why, and what it could not vouch for."""
     report = {
         "dataset": str(plan.cache.dataset.absolute()), "items": len(items),
@@ -74,7 +74,7 @@ def _reasons(todo: Mapping[str, tuple[Wanted, str]]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda pair: (pair[0] != MISSING, pair[0]))
 
 
-def _free(plan: Plan) -> int:
+def _free(plan: CachePlan) -> int:
     folder = plan.folder.absolute()
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
 

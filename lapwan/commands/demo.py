@@ -30,7 +30,7 @@ from lapwan.tiny.model import tiny_folder
 from lapwan.train.metrics import METRICS_FILE
 
 # A small model takes a larger step than the default for the 14B one; rank 2 leaves the four experts something to add.
-_TRAINING = {"batch_size": "2", "optimiser.lr": "3.3e-3", "roi_weight": "3", "targets.patterns": '{"blocks.*" = 2}'}
+_TRAINING = {"batch_size": "2", "optimizer.lr": "3.3e-3", "roi_weight": "3", "targets.patterns": '{"blocks.*" = 2}'}
 _PROMPT = "电凝钩切割组织"
 _HELD_OUT = 1000  # added to the seed: scenes that training has not seen
 
@@ -202,10 +202,10 @@ def _losses(run_folder: Path) -> list[str]:
     """Flow loss of each noise expert, mean of the first and of the last quarter of its steps."""
     lines = []
     rows = _metrics(run_folder)
-    for expert in NoiseExpert:
-        losses = [row["loss/diffusion"] for row in rows if row["noise_expert"] == expert.value]
+    for noise_expert in NoiseExpert:
+        losses = [row["loss/diffusion"] for row in rows if row["noise_expert"] == noise_expert.value]
         quarter = max(1, len(losses) // 4)
-        lines.append(f"{expert.value} noise: flow loss {_mean(losses[:quarter]):.3f} -> {_mean(losses[-quarter:]):.3f}")
+        lines.append(f"{noise_expert.value} noise: flow loss {_mean(losses[:quarter]):.3f} -> {_mean(losses[-quarter:]):.3f}")
     return lines
 
 

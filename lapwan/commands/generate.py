@@ -8,17 +8,17 @@ from pathlib import Path
 
 from lapwan import console
 from lapwan.api import Prepared, VideoGenerator
-from lapwan.commands.plan import one_voice
+from lapwan.commands.plan import distributed_run
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import atomic_file, claim_output, is_temporary
 from lapwan.report.contact_sheet import contact_sheet, side_by_side
-from lapwan.sampling.jobs import UNNAMED, Job, check_options, line_jobs, make_jobs, suffix_of
+from lapwan.sampling.jobs import UNNAMED, VideoJob, check_options, line_jobs, make_jobs, suffix_of
 from lapwan.sampling.request import grid_of
 from lapwan.sampling.result import Video, check_output, compare, stored
 from lapwan.sampling.video import write_video
 from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.generate import GenerateSettings
-from lapwan.train.parallel import Ranks
+from lapwan.train.parallel import Distributed
 
 _SHEET_COLUMNS, _GRID_COLUMNS = 6, 4
 _SEEN_WIDTH = 256  # pixels: room for a caption
@@ -26,23 +26,23 @@ _SEEN_WIDTH = 256  # pixels: room for a caption
 
 def run(settings: GenerateSettings, options: RunOptions) -> None:
     """Check every video against headers, then load, sample and write one after the other."""
-    with one_voice(settings.device) as (ranks, device):
+    with distributed_run(settings.device) as (distributed, device):
         if not settings.interactive:
-            _run(settings, options, ranks, device)
-        elif ranks.count > 1:
-            raise UserError(f"--interactive reads from one terminal; {ranks.count} processes were started: start one, "
+            _run(settings, options, distributed, device)
+        elif distributed.count > 1:
+            raise UserError(f"--interactive reads from one terminal; {distributed.count} processes were started: start one, "
                             "or give the prompts as --prompts FILE")
         else:
             run_interactive(settings, options)
 
 
-def _run(settings: GenerateSettings, options: RunOptions, ranks: Ranks, device: str) -> None:
+def _run(settings: GenerateSettings, options: RunOptions, distributed: Distributed, device: str) -> None:
     record = None
     if settings.from_video is not None:
         record, settings = stored(settings.from_video, settings)
     output = check_options(settings)
     jobs = make_jobs(settings)
-    generator = VideoGenerator.from_settings(settings, device, ranks)
+    generator = VideoGenerator.from_settings(settings, device, distributed)
     prepared = [_prepare(generator, job) for job in jobs]
     sheet = _beside(output, len(jobs), "sheet", ".png") if settings.sheet or settings.grid else None
     together = _beside(output, len(jobs), "grid", ".mp4") if settings.grid else None
@@ -52,16 +52,16 @@ def _run(settings: GenerateSettings, options: RunOptions, ranks: Ranks, device: 
     for path in (sheet, together):
         if path is not None:
             claim_output(path, options.overwrite)
-    _show_plan(prepared, ranks)
-    if options.dry_run and not ranks.first:
+    _show_plan(prepared, distributed)
+    if options.dry_run and not distributed.first:
         return
     if options.dry_run:
         own = prepared[0].settings if len(jobs) == 1 else settings
         filled = settings.model_copy(update={name: getattr(own, name) for name in type(own).model_fields})
         console.results.print(to_toml(filled), markup=False)
         return
-    videos = _make_all(generator, jobs, prepared, settings, options, ranks)
-    if not ranks.first:
+    videos = _make_all(generator, jobs, prepared, settings, options, distributed)
+    if not distributed.first:
         return
     if sheet is not None:
         _write_sheet(sheet, jobs, videos)
@@ -71,20 +71,20 @@ def _run(settings: GenerateSettings, options: RunOptions, ranks: Ranks, device: 
         compare(record, videos[0])
 
 
-def _prepare(generator: VideoGenerator, job: Job) -> Prepared:
+def _prepare(generator: VideoGenerator, job: VideoJob) -> Prepared:
     try:
         return generator.prepare(job.settings, model=job.model)
     except UserError as error:
         raise UserError(f"{job.place}: {error}" if job.place else str(error)) from None
 
 
-def _show_plan(prepared: Sequence[Prepared], ranks: Ranks) -> None:
+def _show_plan(prepared: Sequence[Prepared], distributed: Distributed) -> None:
     for line in dict.fromkeys(_plan_line(made) for made in prepared):
         console.log(line)
     if len(prepared) > 1:
         console.log(f"{len(prepared)} videos")
-    if ranks.count > 1:
-        console.log(f"{ranks.count} processes share the tokens of each video")
+    if distributed.count > 1:
+        console.log(f"{distributed.count} processes share the tokens of each video")
     first = prepared[0]
     first.generator.begin(first.request)
 
@@ -98,19 +98,19 @@ def _plan_line(made: Prepared) -> str:
 
 
 def _make_all(
-    generator: VideoGenerator, jobs: Sequence[Job], prepared: Sequence[Prepared], settings: GenerateSettings,
-    options: RunOptions, ranks: Ranks,
+    generator: VideoGenerator, jobs: Sequence[VideoJob], prepared: Sequence[Prepared], settings: GenerateSettings,
+    options: RunOptions, distributed: Distributed,
 ) -> list[Video]:
     videos: list[Video] = []
     preview = None
-    if settings.preview and settings.output is not None and ranks.first:
+    if settings.preview and settings.output is not None and distributed.first:
         preview = _beside(settings.output, len(jobs), "preview", ".png")
     try:
         for job, made in zip(jobs, prepared, strict=True):
             if len(jobs) > 1:
                 console.log(f"video {len(videos) + 1} of {len(jobs)}: {made.request.prompt}")
             video = generator.make(made, preview)
-            if ranks.first:
+            if distributed.first:
                 path = video.save(job.output, overwrite=options.overwrite, crf=settings.crf)
                 console.results.print(str(path), markup=False)
             videos.append(video)
@@ -128,7 +128,7 @@ def _beside(output: Path, count: int, name: str, suffix: str) -> Path:
     return output.with_name(f"{output.stem}_{name}{suffix}")
 
 
-def _captions(jobs: Sequence[Job]) -> list[str]:
+def _captions(jobs: Sequence[VideoJob]) -> list[str]:
     """What a grid varies; else the file's name with its prompt, where there are several."""
     names = [f"{job.output.stem} " if len(jobs) > 1 else "" for job in jobs]
     return [job.caption or f"{name}{job.settings.prompt or ''}" for name, job in zip(names, jobs, strict=True)]
@@ -140,14 +140,14 @@ def _scale(videos: Sequence[Video]) -> int:
     return max(1, round(_SEEN_WIDTH / smallest))
 
 
-def _write_together(path: Path, jobs: Sequence[Job], videos: Sequence[Video]) -> None:
+def _write_together(path: Path, jobs: Sequence[VideoJob], videos: Sequence[Video]) -> None:
     columns = min(len(videos), _GRID_COLUMNS)
     frames = side_by_side([video.frames for video in videos], _captions(jobs), columns, _scale(videos))
     write_video(path, frames, videos[0].fps)
     console.results.print(str(path.absolute()), markup=False)
 
 
-def _write_sheet(path: Path, jobs: Sequence[Job], videos: Sequence[Video]) -> None:
+def _write_sheet(path: Path, jobs: Sequence[VideoJob], videos: Sequence[Video]) -> None:
     frames = [video.frames for video in videos]
     image = contact_sheet(frames, _SHEET_COLUMNS, _captions(jobs), scale=_scale(videos))
     with atomic_file(path) as temporary:
@@ -187,7 +187,7 @@ def run_interactive(settings: GenerateSettings, options: RunOptions) -> None:
         raise Interrupted(f"interrupted; finished and whole in {folder}: {len(made)}") from None
 
 
-def _make(generator: VideoGenerator, job: Job, settings: GenerateSettings, options: RunOptions) -> Path:
+def _make(generator: VideoGenerator, job: VideoJob, settings: GenerateSettings, options: RunOptions) -> Path:
     output = _next(job.output.parent, suffix_of(job.settings)) if job.output.name == UNNAMED else job.output
     prepared = generator.prepare(job.settings)
     claim_output(output, options.overwrite)

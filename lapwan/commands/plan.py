@@ -10,7 +10,7 @@ from lapwan.caching.read import load_index
 from lapwan.models.spec import Task
 from lapwan.settings.base import RunOptions, Settings, to_toml
 from lapwan.settings.train import DataSettings
-from lapwan.train.parallel import Ranks, join_ranks
+from lapwan.train.parallel import Distributed, join_processes
 
 
 def index_task(data: DataSettings) -> Task | None:
@@ -29,12 +29,12 @@ def print_plan(settings: Settings, lines: Sequence[str], options: RunOptions) ->
 
 
 @contextmanager
-def one_voice(device: str) -> Iterator[tuple[Ranks, str]]:
+def distributed_run(device: str) -> Iterator[tuple[Distributed, str]]:
     """This process among the run's, and its device; all but the first keep quiet."""
-    ranks, own = join_ranks(device)
-    if not ranks.first:
+    distributed, own = join_processes(device)
+    if not distributed.first:
         console.set_level(console.QUIET)
     try:
-        yield ranks, own
+        yield distributed, own
     finally:
-        ranks.close()
+        distributed.close()

@@ -6,7 +6,7 @@ import torch
 
 from lapwan import console
 from lapwan.caching.read import load_index
-from lapwan.commands.plan import one_voice, print_plan
+from lapwan.commands.plan import distributed_run, print_plan
 from lapwan.errors import UserError
 from lapwan.models.device import pick_device
 from lapwan.models.spec import Task
@@ -24,11 +24,11 @@ from lapwan.train.srpo.plan import Planned, describe, plan_run, too_slow
 
 def run(settings: SrpoSettings, options: RunOptions) -> None:
     """Check everything, then train; `--dry-run` stops after the checks."""
-    with one_voice(settings.device) as (ranks, device_name):
-        if ranks.first:
+    with distributed_run(settings.device) as (distributed, device_name):
+        if distributed.first:
             claim_run(settings, options.overwrite)
         device = pick_device(device_name)
-        planned = plan(settings, device, ranks.count)
+        planned = plan(settings, device, distributed.count)
         base, data, memory = planned.base, planned.data, planned.memory
         print_plan(settings, [*describe(settings, base, data, planned.intervals), memory.line,
                               "what this run takes of a GPU:", *memory.table], options)
@@ -39,14 +39,14 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
             return
         if slow:
             raise UserError(slow)
-        if ranks.first:
+        if distributed.first:
             start_folder(settings, options.overwrite)
         rewards = build_rewards(settings.rewards, device, _others())
-        if ranks.first:
+        if distributed.first:
             warn_chinese(rewards, [*data.captions, *data.held_out])
-        trainer = recipe.prepare(settings, base, data, rewards, memory, device, ranks)
+        trainer = recipe.prepare(settings, base, data, rewards, memory, device, distributed)
         begin(trainer, settings)
-        if run_training(trainer, settings) and ranks.first:
+        if run_training(trainer, settings) and distributed.first:
             if trainer.finished:
                 console.log(f"ended early at step {trainer.step}: {trainer.finished}")
             for path in sorted((settings.output / f"step_{trainer.step:06d}").iterdir()):

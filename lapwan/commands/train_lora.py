@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from lapwan import console
-from lapwan.commands.plan import index_task, one_voice, print_plan
+from lapwan.commands.plan import distributed_run, index_task, print_plan
 from lapwan.models.device import pick_device
 from lapwan.settings.base import RunOptions
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
-from lapwan.train.callbacks.build import check_watching
+from lapwan.train.callbacks.build import check_callbacks
 from lapwan.train.checklist import checklist, describe
 from lapwan.train.context_parallel import divided
 from lapwan.train.lora.objective import lora_names
@@ -19,23 +19,23 @@ from lapwan.train.run_folder import claim_run, start_folder
 
 def run(settings: TrainLoraSettings, options: RunOptions) -> None:
     """Check everything, then train; `--dry-run` stops after the checks."""
-    with one_voice(settings.device) as (ranks, device_name):
-        if ranks.first:
+    with distributed_run(settings.device) as (distributed, device_name):
+        if distributed.first:
             claim_run(settings, options.overwrite)
         base = resolve_base(settings.model, index_task(settings.data))
-        ranks = divided(settings, base, ranks)
+        distributed = divided(settings, base, distributed)
         data = recipe.read_data(settings, base)
         continued = recipe.initial_loras(settings.init_lora, base)
         device = pick_device(device_name)
-        memory = ranks.alike(plan_lora(settings, base, data, device, options.dry_run, ranks.copies))
+        memory = distributed.alike(plan_lora(settings, base, data, device, options.dry_run, distributed.copies))
         plan = [*describe(settings, base, data, continued), memory.line]
-        plan += check_watching(settings, base, data)
+        plan += check_callbacks(settings, base, data)
         print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
         if options.dry_run:
             return
-        if ranks.first:
+        if distributed.first:
             start_folder(settings, options.overwrite)
-        trainer = prepare(settings, base, data, device, ranks, memory)
-        if recipe.run_training(trainer, settings) and ranks.first:
-            for name in lora_names(settings.name, list(data.experts), settings.one_file):
+        trainer = prepare(settings, base, data, device, distributed, memory)
+        if recipe.run_training(trainer, settings) and distributed.first:
+            for name in lora_names(settings.name, list(data.noise_experts), settings.one_file):
                 console.results.print(str(settings.output / name))

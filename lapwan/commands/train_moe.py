@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from lapwan import console
-from lapwan.commands.plan import index_task, one_voice, print_plan
+from lapwan.commands.plan import distributed_run, index_task, print_plan
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.models.device import pick_device
 from lapwan.settings.base import RunOptions
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
-from lapwan.train.callbacks.build import check_watching
+from lapwan.train.callbacks.build import check_callbacks
 from lapwan.train.checklist import checklist, describe
 from lapwan.train.context_parallel import divided
 from lapwan.train.moe.recipe import base_loras, check_mixture, describe_mixture, plan_mixture, prepare
@@ -19,26 +19,26 @@ from lapwan.train.run_folder import claim_run, start_folder
 
 def run(settings: TrainMoeSettings, options: RunOptions) -> None:
     """Check everything, then train; `--dry-run` stops after the checks."""
-    with one_voice(settings.device) as (ranks, device_name):
-        if ranks.first:
+    with distributed_run(settings.device) as (distributed, device_name):
+        if distributed.first:
             claim_run(settings, options.overwrite)
         base = resolve_base(settings.model, index_task(settings.data))
-        ranks = divided(settings, base, ranks)
+        distributed = divided(settings, base, distributed)
         data = recipe.read_data(settings, base)
         taxonomy = load_taxonomy(settings.taxonomy)
         check_mixture(settings, base, data, taxonomy)
         frozen = base_loras(settings, base)  # a wrong one is refused now rather than after the weights are loaded
         device = pick_device(device_name)
         plan = [*describe(settings, base, data), *describe_mixture(settings, data, taxonomy)]
-        memory = ranks.alike(
-            plan_mixture(settings, base, data, taxonomy, frozen, device, options.dry_run, ranks.copies))
+        memory = distributed.alike(
+            plan_mixture(settings, base, data, taxonomy, frozen, device, options.dry_run, distributed.copies))
         plan.append(memory.line)
-        plan += check_watching(settings, base, data, taxonomy)
+        plan += check_callbacks(settings, base, data, taxonomy)
         print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
         if options.dry_run:
             return
-        if ranks.first:
+        if distributed.first:
             start_folder(settings, options.overwrite)
-        trainer = prepare(settings, base, data, taxonomy, device, ranks, memory)
-        if recipe.run_training(trainer, settings) and ranks.first:
+        trainer = prepare(settings, base, data, taxonomy, device, distributed, memory)
+        if recipe.run_training(trainer, settings) and distributed.first:
             console.results.print(str(settings.output / f"{settings.name}.safetensors"))

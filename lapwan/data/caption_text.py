@@ -104,7 +104,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitText:
     """A text in units (see `lapwan.data.caption_text.units`); `boundary[i]`: a word begins or ends before unit i.
 
     `boundary` has one entry more than `units`: the end of the text.
@@ -135,7 +135,7 @@ class Matcher(Generic[T]):
             self._by_first.setdefault(phrase[0], []).append((phrase, what))
         self.first_units = frozenset(self._by_first)
 
-    def find(self, text: Split, taken: Sequence[tuple[int, int]] = ()) -> list[Found[T]]:
+    def find(self, text: SplitText, taken: Sequence[tuple[int, int]] = ()) -> list[Found[T]]:
         """All matches outside the spans of `taken`, in order."""
         if self.first_units.isdisjoint(text.units):
             return []
@@ -151,7 +151,7 @@ class Matcher(Generic[T]):
                 found.append(hit)
         return sorted(found, key=lambda f: f.start)
 
-    def _longest(self, text: Split, at: int, blocked: set[int]) -> Found[T] | None:
+    def _longest(self, text: SplitText, at: int, blocked: set[int]) -> Found[T] | None:
         for phrase, what in self._by_first.get(text.units[at], ()):
             end = at + len(phrase)
             if text.units[at:end] == phrase and text.boundary[end] and blocked.isdisjoint(range(at, end)):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from lapwan.data.caption_text import PIECE, Found, Matcher, Split, is_han, normalise, stem, units, weight_length
+from lapwan.data.caption_text import PIECE, Found, Matcher, SplitText, is_han, normalise, stem, units, weight_length
 from lapwan.data.negation import negated
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError, nearest
@@ -120,7 +120,7 @@ class Resolver:
             counted = [m for m in mentions if m.action and not m.negated and m.family not in denied]
         return self._conclude(counted, tuple(mentions))
 
-    def _split(self, caption: str) -> Split:
+    def _split(self, caption: str) -> SplitText:
         text: list[str] = []
         boundary: list[bool] = []
         for match in PIECE.finditer(normalise(caption)):
@@ -131,7 +131,7 @@ class Resolver:
             else:
                 text.append(stem(match[0]) if match.lastgroup == "word" else match[0])
                 boundary.append(True)
-        return Split(tuple(text), (*boundary, True))
+        return SplitText(tuple(text), (*boundary, True))
 
     def _conclude(self, counted: list[Mention], mentions: tuple[Mention, ...]) -> Label:
         families = self.taxonomy.families
@@ -231,7 +231,7 @@ def _resolver(taxonomy: Taxonomy) -> Resolver:
     return Resolver(taxonomy)
 
 
-def _judged(text: Split, found: list[Found[_Phrase]]) -> list[Mention]:
+def _judged(text: SplitText, found: list[Found[_Phrase]]) -> list[Mention]:
     denied = negated(text, [Found(f.start, f.end, f.what.family) for f in found])
     return [
         Mention(f.what.text, f.what.family, f.start, f.end, f.what.weight, f.what.action, no)

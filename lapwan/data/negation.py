@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
 
-from lapwan.data.caption_text import Found, Matcher, Split, units
+from lapwan.data.caption_text import Found, Matcher, SplitText, units
 
 
 class _Part(Flag):
@@ -114,7 +114,7 @@ class _Element:
     latin: bool = False
 
 
-def negated(text: Split, mentions: Sequence[Found[int]]) -> list[bool]:
+def negated(text: SplitText, mentions: Sequence[Found[int]]) -> list[bool]:
     """For each mention (`what` is its family), whether the text denies it."""
     if not mentions or _TRIGGERS.isdisjoint(text.units):
         return [False] * len(mentions)
@@ -131,7 +131,7 @@ def negated(text: Split, mentions: Sequence[Found[int]]) -> list[bool]:
     return [index in denied for index in range(len(mentions))]
 
 
-def _elements(text: Split, mentions: Sequence[Found[int]]) -> list[_Element]:
+def _elements(text: SplitText, mentions: Sequence[Found[int]]) -> list[_Element]:
     spans = {m.start: (m.end, _Element(_P.OTHER, index)) for index, m in enumerate(mentions)}
     for word in _MATCHER.find(text, [(m.start, m.end) for m in mentions]):
         spans[word.start] = (word.end, _Element(word.what, latin=text.units[word.start].isascii()))

@@ -26,14 +26,14 @@ _KEYS = {"entropy": "loss/routing_entropy", "accuracy": "metrics/routing_accurac
 _WINDOWS, FEWEST_LINES = 20, 20
 
 
-def timestep_gate(mixture: Mixture, expert: NoiseExpert) -> dict[str, Any]:
+def timestep_gate(mixture: Mixture, noise_expert: NoiseExpert) -> dict[str, Any]:
     """The curve w(σ) by its knots, and what it amounts to over the base model's own sampling steps (None: none)."""
-    gate = mixture.timestep_gate(expert)
+    gate = mixture.timestep_gate(noise_expert)
     sigmas = torch.linspace(gate.low, gate.high, gate.knots)
     with torch.no_grad():
         strengths = gate(sigmas).tolist()
-    grid = inference_sigmas(mixture, expert)
-    spread = gate_spread(mixture, expert, grid) if grid else None
+    grid = inference_sigmas(mixture, noise_expert)
+    spread = gate_spread(mixture, noise_expert, grid) if grid else None
     return {
         "sigma": sigmas.tolist(), "strength": strengths, "min": min(strengths),
         "mean": math.fsum(strengths) / len(strengths), "max": max(strengths),
@@ -42,12 +42,12 @@ def timestep_gate(mixture: Mixture, expert: NoiseExpert) -> dict[str, Any]:
     }
 
 
-def effective(mixture: Mixture, expert: NoiseExpert, figures: Mapping[str, Figures]) -> dict[str, dict[str, Any]]:
+def effective(mixture: Mixture, noise_expert: NoiseExpert, figures: Mapping[str, Figures]) -> dict[str, dict[str, Any]]:
     """By family: its α / r (None where modules differ), and w̄·‖ΔW_e‖, the size of its change when it acts alone."""
-    grid = inference_sigmas(mixture, expert)
-    mean = gate_spread(mixture, expert, grid).mean if grid else None
+    grid = inference_sigmas(mixture, noise_expert)
+    mean = gate_spread(mixture, noise_expert, grid).mean if grid else None
     found: dict[str, dict[str, Any]] = {}
-    for family, state in mixture.states[expert].items():
+    for family, state in mixture.states[noise_expert].items():
         scales = {entry.scale for entry in state.entries.values()}
         norm = figures[family].delta_norm
         found[family] = {

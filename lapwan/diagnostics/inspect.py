@@ -61,7 +61,7 @@ def inspect(settings: InspectWeightsSettings, points: Sequence[Checkpoint], fold
     over_time = [*history(points[:-1]), figures]
     grown = growth(points, over_time, lines)
     rates = stated_rates(last) | learning_rates(lines, last.step)  # what was, over what was planned
-    rates |= {expert.value: rate for expert, rate in (settings.lr or {}).items()}
+    rates |= {noise_expert.value: rate for noise_expert, rate in (settings.lr or {}).items()}
     sides = {label: side for label, side in last.loras.items() if isinstance(side, MixtureSide)}
     mixture = {label: describe(side) for label, side in sides.items()} or None
     overlaps = {label: side["overlap"] for label, side in mixture.items()} if mixture else None
@@ -106,15 +106,15 @@ def _base_norms(model: str, point: Checkpoint) -> dict[str, dict[str, float]]:
     spec = resolve(model)
     found: dict[str, dict[str, float]] = {}
     for label, source in point.loras.items():
-        if label == UNSAID and len(spec.experts) > 1:
+        if label == UNSAID and len(spec.noise_experts) > 1:
             raise UserError(f"{source.path} does not say which noise expert it is for, so --base cannot be compared; "
                             "give HIGH LOW files")
-        expert = spec.experts[0] if label == UNSAID else NoiseExpert(label)
-        if expert not in spec.experts:
+        noise_expert = spec.noise_experts[0] if label == UNSAID else NoiseExpert(label)
+        if noise_expert not in spec.noise_experts:
             raise UserError(f"--base {model} has no {label} noise expert, but {source.path} is for it")
         paths = list(source.modules)
         if isinstance(source, MixtureSide):  # several experts change one weight
             paths = list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
-        with progress(f"norms of {expert.component}", len(paths), "weight") as bar:
-            found[label] = weight_norms(weight_files(spec.component(expert)), paths, bar.advance)
+        with progress(f"norms of {noise_expert.component}", len(paths), "weight") as bar:
+            found[label] = weight_norms(weight_files(spec.component(noise_expert)), paths, bar.advance)
     return found

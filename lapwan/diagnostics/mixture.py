@@ -30,17 +30,17 @@ class MixtureSide:
     path: Path
     metadata: dict[str, str]
     mixture: Mixture
-    expert: NoiseExpert
+    noise_expert: NoiseExpert
 
     @property
     def modules(self) -> dict[str, LoraEntry]:
         """Every expert's modules."""
-        states = self.mixture.states[self.expert]
+        states = self.mixture.states[self.noise_expert]
         return {f"{path}.{family}": e for family, state in states.items() for path, e in state.entries.items()}
 
     def fingerprint(self) -> str:
         """Identity of the experts' content, to tell a copy from another file."""
-        return "".join(state.fingerprint() for state in self.mixture.states[self.expert].values())
+        return "".join(state.fingerprint() for state in self.mixture.states[self.noise_expert].values())
 
 
 def is_mixture_file(path: Path) -> bool:
@@ -55,18 +55,18 @@ def open_mixture(path: Path) -> dict[str, MixtureSide]:
         UserError: a damaged mixture.
     """
     metadata, mixture = read_header(path).metadata, read_mixture(path)
-    return {expert.value: MixtureSide(path, metadata, mixture, expert) for expert in mixture.experts}
+    return {noise_expert.value: MixtureSide(path, metadata, mixture, noise_expert) for noise_expert in mixture.noise_experts}
 
 
 def describe(side: MixtureSide) -> dict[str, Any]:
     """The `mixture` part of the JSON for one noise expert: families, overlap, timestep gate."""
-    states = side.mixture.states[side.expert]
+    states = side.mixture.states[side.noise_expert]
     figures = {family: summarise(measure(state.entries)) for family, state in states.items()}
-    acting = effective(side.mixture, side.expert, figures)
+    acting = effective(side.mixture, side.noise_expert, figures)
     return {
         "families": {family: asdict(one) | acting[family] for family, one in figures.items()},
         "overlap": overlap({family: state.entries for family, state in states.items()}),
-        "timestep_gate": timestep_gate(side.mixture, side.expert),
+        "timestep_gate": timestep_gate(side.mixture, side.noise_expert),
     }
 
 

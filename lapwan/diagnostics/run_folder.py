@@ -55,11 +55,11 @@ def pair(high: Path, low: Path) -> Checkpoint:
         UserError: a file whose metadata says it is the other one.
     """
     loras: dict[str, Source] = {}
-    for expert, path in ((NoiseExpert.HIGH, high), (NoiseExpert.LOW, low)):
+    for noise_expert, path in ((NoiseExpert.HIGH, high), (NoiseExpert.LOW, low)):
         files = open_lora(path)
-        found = files.get(expert) or files.get(None) or next(iter(files.values()))
-        check_role(found, expert)
-        loras[expert.value] = found
+        found = files.get(noise_expert) or files.get(None) or next(iter(files.values()))
+        check_role(found, noise_expert)
+        loras[noise_expert.value] = found
     return Checkpoint(_common_step(loras), loras)
 
 
@@ -72,7 +72,7 @@ def single(path: Path) -> Checkpoint:
 def _open(path: Path) -> Mapping[str, Source]:
     if is_mixture_file(path):
         return open_mixture(path)
-    return {expert.value if expert else UNSAID: lora for expert, lora in open_lora(path).items()}
+    return {noise_expert.value if noise_expert else UNSAID: lora for noise_expert, lora in open_lora(path).items()}
 
 
 def _common_step(loras: Mapping[str, Source]) -> int | None:
@@ -140,7 +140,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def own_steps(lines: Sequence[Mapping[str, Any]], label: str, step: int | None) -> float | None:
-    """A noise expert's own optimiser steps at the run's `step`: as its last line counts them, else its lines so far,
+    """A noise expert's own optimizer steps at the run's `step`: as its last line counts them, else its lines so far,
     else the run's step.
 
     Where only every k-th step is logged the lines are 1/k of the count; growth uses the quotient of two, in which k

@@ -13,7 +13,7 @@ from typing import Any
 from lapwan import console
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
-from lapwan.evaluation.clips import EvalClip
+from lapwan.evaluation.clips import EvaluationClip
 from lapwan.models.base import Base
 from lapwan.models.fingerprints import text_identity, vae_identity
 from lapwan.sampling.adapters import AdapterSet, read_adapters
@@ -43,7 +43,7 @@ class Arm:
         """Whether a mixture's router chooses."""
         return self.adapters.mixture is not None and self.hint is None
 
-    def hint_for(self, clip: EvalClip) -> str | None:
+    def hint_for(self, clip: EvaluationClip) -> str | None:
         """The hint for a clip's video; None without a mixture or with its router."""
         mixture = self.adapters.mixture
         if mixture is None or self.hint not in (TRUTH, WRONG):
@@ -56,7 +56,7 @@ class Arm:
         """Of everything that decides its videos, apart from clips and sampling."""
         spec = self.base.spec
         said = {
-            "base": {e.value: self.base.fingerprint(e) for e in spec.experts}, "task": spec.task,
+            "base": {e.value: self.base.fingerprint(e) for e in spec.noise_experts}, "task": spec.task,
             "boundary": spec.boundary, "vae": vae_identity(spec), "text": text_identity(spec),
             "loras": [{k: v for k, v in fact.items() if k != "file"} for fact in lora_facts(self.adapters)],
             "mixture": self.adapters.mixture_fingerprint(), "hint": self.hint, "alpha_base": self.alpha_base,
@@ -101,7 +101,7 @@ def _on_another_base(name: str, base: Base, loras: Sequence[LoraArgument], moe: 
                         "any_base out")
     base, set_ = read_adapters(base, loras, None)
     spec = mixture.spec
-    other = [e.value for e in base.spec.experts if spec.base.get(e) not in (None, base.fingerprint(e))]
+    other = [e.value for e in base.spec.noise_experts if spec.base.get(e) not in (None, base.fingerprint(e))]
     if spec.task != base.task:
         console.warn(f"adapter '{name}': {moe} was trained for {spec.task}; this model is {base.task}")
     elif other:

@@ -41,7 +41,7 @@ class VideoShape:
 
 
 @dataclass(frozen=True, eq=False)
-class EvalClip:
+class EvaluationClip:
     """One held-out clip. `id` keys its noise; `weights` are its label weights in the taxonomy's order."""
 
     id: str
@@ -120,7 +120,7 @@ class EvalClip:
 
 def read_eval_clips(
     path: Path, taxonomy: Taxonomy, split: str | None = "test", count: int | None = None
-) -> list[EvalClip]:
+) -> list[EvaluationClip]:
     """The clips of a split (None: all), at most `count` of them spread evenly over it.
 
     Raises:
@@ -147,12 +147,12 @@ def spread(every: Sequence[T], count: int | None) -> list[T]:
     return [every[i * len(every) // count] for i in range(count)]
 
 
-def _clip(path: Path, clip: Clip, taxonomy: Taxonomy, repeated: bool) -> EvalClip:
+def _clip(path: Path, clip: Clip, taxonomy: Taxonomy, repeated: bool) -> EvaluationClip:
     data = clip.data
     named = data.get("video_path")
     weights, fallback = _weights(path, clip, taxonomy)
     tips, mask = data.get("tip"), data.get("mask_path")
-    return EvalClip(
+    return EvaluationClip(
         id=f"{named or ''} line {clip.line}".strip() if repeated or not named else str(named),
         prompt=clip.caption, weights=weights, fallback=fallback,
         instrument=data.get("instrument"), synthetic=data.get("source") == "synthetic",

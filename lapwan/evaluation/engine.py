@@ -15,7 +15,7 @@ import torch
 
 from lapwan import console, rng
 from lapwan.evaluation.arms import Arm
-from lapwan.evaluation.clips import EvalClip, VideoShape
+from lapwan.evaluation.clips import EvaluationClip, VideoShape
 from lapwan.evaluation.metrics import Made, Scorer, names_of
 from lapwan.evaluation.store import VideoStore
 from lapwan.models.spec import ModelSpec
@@ -54,7 +54,7 @@ def default_sampling(spec: ModelSpec, seeds: int = 1, seed: int = 0, batch_size:
     )
 
 
-def request_for(spec: ModelSpec, arm: Arm, clip: EvalClip, sampling: Sampling, index: int) -> Request:
+def request_for(spec: ModelSpec, arm: Arm, clip: EvaluationClip, sampling: Sampling, index: int) -> Request:
     """The video of a clip and seed; an image-to-video model starts from the clip's first frame.
 
     Raises:
@@ -74,7 +74,7 @@ def request_for(spec: ModelSpec, arm: Arm, clip: EvalClip, sampling: Sampling, i
 
 
 def generate_and_score(
-    generator: BatchGenerator, arm: Arm, clips: Sequence[EvalClip], sampling: Sampling, scorers: Sequence[Scorer],
+    generator: BatchGenerator, arm: Arm, clips: Sequence[EvaluationClip], sampling: Sampling, scorers: Sequence[Scorer],
     store: VideoStore | None = None, advance: Callable[[int], None] = lambda done: None,
 ) -> Scores:
     """Every metric of every clip and seed with one arm.
@@ -104,7 +104,7 @@ def generate_and_score(
 
 
 def _make(
-    generator: BatchGenerator, arm: Arm, wanted: Sequence[tuple[EvalClip, int]], sampling: Sampling,
+    generator: BatchGenerator, arm: Arm, wanted: Sequence[tuple[EvaluationClip, int]], sampling: Sampling,
     scorers: Sequence[Scorer], store: VideoStore | None,
 ) -> list[dict[str, float]]:
     """One batch of videos, scored and kept."""
@@ -117,7 +117,7 @@ def _make(
     return made
 
 
-def score(frames: np.ndarray, clip: EvalClip, shape: VideoShape, scorers: Sequence[Scorer]) -> dict[str, float]:
+def score(frames: np.ndarray, clip: EvaluationClip, shape: VideoShape, scorers: Sequence[Scorer]) -> dict[str, float]:
     """All metrics of one video."""
     made = Made(frames, clip, shape)
     found: dict[str, float] = {}
@@ -128,7 +128,7 @@ def score(frames: np.ndarray, clip: EvalClip, shape: VideoShape, scorers: Sequen
 
 @torch.no_grad()
 def ceilings(
-    generator: BatchGenerator, clips: Sequence[EvalClip], shape: VideoShape, scorers: Sequence[Scorer],
+    generator: BatchGenerator, clips: Sequence[EvaluationClip], shape: VideoShape, scorers: Sequence[Scorer],
     batch_size: int = 8,
 ) -> Scores:
     """The same metrics on the VAE's reconstructions of the clips themselves: what no generated video beats. [P, 1]."""

@@ -20,7 +20,7 @@ from lapwan.caching.batch import Batch
 from lapwan.caching.index import CachedItem
 from lapwan.errors import UserError
 from lapwan.evaluation.arms import TRUTH, WRONG, Arm
-from lapwan.evaluation.clips import EvalClip
+from lapwan.evaluation.clips import EvaluationClip
 from lapwan.losses.sigmas import Uniform
 from lapwan.names import NoiseExpert
 from lapwan.sampling.generator import Generator
@@ -56,12 +56,12 @@ class FlowLosses:
     outside_PK: np.ndarray
 
 
-def clip_of(item: CachedItem, families: int) -> EvalClip:
+def clip_of(item: CachedItem, families: int) -> EvaluationClip:
     """A cached item as a clip to evaluate."""
     weights = item.label_weights or ()
     if not weights and item.label is not None:
         weights = tuple(float(i == item.label) for i in range(families))
-    return EvalClip(item.id, item.caption, weights, item.fallback)
+    return EvaluationClip(item.id, item.caption, weights, item.fallback)
 
 
 def check_labels(arm: Arm, items: Sequence[CachedItem], place: Path) -> None:
@@ -98,19 +98,19 @@ def flow_losses(
     generator.use(arm.base, arm.adapters)
     clips = [clip_of(item, _families(arm)) for item in store.items]
     frames, height, width = max((item.bucket for item in store.items), key=math.prod)
-    generator.experts.plan(frames, (height, width), guided=False, batch=plan.batch_size)
-    generator.experts.expect({}, (0, 0, 0))  # no video is being made: what the last one asked for decides nothing here
+    generator.noise_experts.plan(frames, (height, width), guided=False, batch=plan.batch_size)
+    generator.noise_experts.expect({}, (0, 0, 0))  # no video is being made: what the last one asked for decides nothing here
     found = {}
-    for expert in arm.base.spec.experts:
+    for noise_expert in arm.base.spec.noise_experts:
         table = np.full((4, len(clips), plan.bins * plan.draws), np.nan)
-        rule = SigmaRule(Uniform(), arm.base.bands[expert])
+        rule = SigmaRule(Uniform(), arm.base.bands[noise_expert])
         for part in _batches(store, plan.batch_size):
             batch = store.batch(part)
             for place in range(plan.bins * plan.draws):
-                draws = fixed_draws(rule, batch, _places(plan, expert, batch, place), (plan.seed, "evaluate"), place)
-                table[:, part, place] = _losses(generator, arm, expert, [clips[i] for i in part], batch, draws)
+                draws = fixed_draws(rule, batch, _places(plan, noise_expert, batch, place), (plan.seed, "evaluate"), place)
+                table[:, part, place] = _losses(generator, arm, noise_expert, [clips[i] for i in part], batch, draws)
                 advance(len(part))
-        found[expert] = FlowLosses(*table)
+        found[noise_expert] = FlowLosses(*table)
     return found
 
 
@@ -126,24 +126,24 @@ def _batches(store: ClipStore, size: int) -> list[list[int]]:
     return [own[i : i + size] for own in buckets.values() for i in range(0, len(own), size)]
 
 
-def _places(plan: FlowPlan, expert: NoiseExpert, batch: Batch, place: int) -> list[float]:
+def _places(plan: FlowPlan, noise_expert: NoiseExpert, batch: Batch, place: int) -> list[float]:
     """u of each clip's draw, somewhere in its bin."""
     found = []
     for clip in batch.ids:
         own = torch.rand((), dtype=torch.float64, generator=rng.generator(
-            plan.seed, "evaluate", clip, expert.value, place, "sigma"))
+            plan.seed, "evaluate", clip, noise_expert.value, place, "sigma"))
         found.append((place // plan.draws + float(own)) / plan.bins)
     return found
 
 
 def _losses(
-    generator: Generator, arm: Arm, expert: NoiseExpert, clips: Sequence[EvalClip], batch: Batch, draws: Draws
+    generator: Generator, arm: Arm, noise_expert: NoiseExpert, clips: Sequence[EvaluationClip], batch: Batch, draws: Draws
 ) -> np.ndarray:
     """[4, B]: sigma, whole, inside, outside."""
-    transformer = generator.experts.transformer(expert)
-    gates_BG = torch.cat([_gates(arm, expert, clip, text.cpu(), float(sigma)) for clip, text, sigma in
+    transformer = generator.noise_experts.transformer(noise_expert)
+    gates_BG = torch.cat([_gates(arm, noise_expert, clip, text.cpu(), float(sigma)) for clip, text, sigma in
                           zip(clips, batch.text, draws.sigma_B.tolist(), strict=True)])
-    with generator.experts.scope(expert, gates_BG.to(generator.device)):
+    with generator.noise_experts.scope(noise_expert, gates_BG.to(generator.device)):
         loss = flow_terms(transformer, batch, draws, 1.0, None)
     whole_B = loss.figures["loss/diffusion"].double().cpu()
     inside_B, outside_B = torch.full_like(whole_B, torch.nan), torch.full_like(whole_B, torch.nan)
@@ -158,12 +158,12 @@ def _losses(
     return found
 
 
-def _gates(arm: Arm, expert: NoiseExpert, clip: EvalClip, text: torch.Tensor, sigma: float) -> torch.Tensor:
+def _gates(arm: Arm, noise_expert: NoiseExpert, clip: EvaluationClip, text: torch.Tensor, sigma: float) -> torch.Tensor:
     """[1, G], as a generation of this clip would have them at this sigma."""
     mixture = arm.adapters.mixture
     mix = None if mixture is None else choose_mix(mixture, clip.prompt, arm.hint_for(clip), lambda: text, [sigma])
     return arm.adapters.gates(
-        expert, sigma, None if mix is None else mix.at(sigma), 1.0 if arm.alpha_base is None else arm.alpha_base,
+        noise_expert, sigma, None if mix is None else mix.at(sigma), 1.0 if arm.alpha_base is None else arm.alpha_base,
         None if mixture is None else alpha_vector(mixture, arm.alpha_expert),
     )
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lapwan.evaluation.clips import EvalClip, VideoShape
+from lapwan.evaluation.clips import EvaluationClip, VideoShape
 
 
 class Judge(Protocol):
@@ -34,7 +34,7 @@ class Judge(Protocol):
         """Of its weights: scores of another judge are not used again. "" if they change with lapwan's version only."""
         ...
 
-    def refuses(self, clip: EvalClip) -> str | None:
+    def refuses(self, clip: EvaluationClip) -> str | None:
         """Why videos made for this clip cannot be judged; None if they can."""
         ...
 
@@ -42,6 +42,6 @@ class Judge(Protocol):
         """Why videos of this shape cannot be judged; None if they can."""
         ...
 
-    def score(self, metric: str, frames_THWC: np.ndarray, clip: EvalClip) -> Mapping[str, float]:
+    def score(self, metric: str, frames_THWC: np.ndarray, clip: EvaluationClip) -> Mapping[str, float]:
         """The figures of one metric for one video (uint8 RGB), NaN where it has none."""
         ...

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lapwan.errors import UserError
 from lapwan.evaluation import pixels
-from lapwan.evaluation.clips import EvalClip, VideoShape
+from lapwan.evaluation.clips import EvaluationClip, VideoShape
 from lapwan.evaluation.judge import Judge
 from lapwan.models.spec import Task
 from lapwan.rewards.base import Reward, score
@@ -28,7 +28,7 @@ class Made:
     """A video, the clip it was made for, and that clip's own frames, read when asked for."""
 
     frames_THWC: np.ndarray
-    clip: EvalClip
+    clip: EvaluationClip
     shape: VideoShape
 
     @cached_property
@@ -130,7 +130,7 @@ def _steadiness(embeddings_ND: Tensor) -> float:
 
 
 def make_scorers(
-    asked: Sequence[str] | None, clips: Sequence[EvalClip], task: Task, shape: VideoShape, judge: Judge | None,
+    asked: Sequence[str] | None, clips: Sequence[EvaluationClip], task: Task, shape: VideoShape, judge: Judge | None,
     rewards: Mapping[str, Callable[[], Reward]], device: torch.device,
 ) -> list[Scorer]:
     """The scorers of the metrics asked for; None: all that the clips allow.
@@ -163,7 +163,7 @@ def make_scorers(
 
 
 def refusals(
-    clips: Sequence[EvalClip], task: Task, shape: VideoShape, judge: Judge | None, rewards: Mapping[str, object]
+    clips: Sequence[EvaluationClip], task: Task, shape: VideoShape, judge: Judge | None, rewards: Mapping[str, object]
 ) -> dict[str, str | None]:
     """Why each metric cannot be measured; None if it can."""
     return {
@@ -173,7 +173,7 @@ def refusals(
     }
 
 
-def _not_judged(metric: str, judge: Judge | None, clips: Sequence[EvalClip], shape: VideoShape) -> str | None:
+def _not_judged(metric: str, judge: Judge | None, clips: Sequence[EvaluationClip], shape: VideoShape) -> str | None:
     if judge is None:
         return "it needs a judge of videos, and none is given"
     if metric not in judge.figures:
@@ -181,7 +181,7 @@ def _not_judged(metric: str, judge: Judge | None, clips: Sequence[EvalClip], sha
     return next((why for clip in clips if (why := judge.refuses(clip)) is not None), None) or judge.refuses_shape(shape)
 
 
-def _no_tip(judge: Judge | None, clips: Sequence[EvalClip], task: Task, shape: VideoShape) -> str | None:
+def _no_tip(judge: Judge | None, clips: Sequence[EvaluationClip], task: Task, shape: VideoShape) -> str | None:
     if task != "i2v":
         return "where the tip goes follows from the first frame, so it is measured on image-to-video only"
     if (why := _not_judged("tip", judge, clips, shape)) is not None:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from lapwan.evaluation.bootstrap import Estimate
-from lapwan.evaluation.clips import EvalClip, VideoShape, spread
+from lapwan.evaluation.clips import EvaluationClip, VideoShape, spread
 from lapwan.evaluation.routing import RoutingScores
 from lapwan.evaluation.store import VideoStore
 from lapwan.evaluation.study import Findings, Study
@@ -120,11 +120,11 @@ def arm_sheet(study: Study, store: VideoStore, name: str, count: int) -> Image.I
                          [_title(clip) for clip in clips], scale=_scale(study.sampling.shape))
 
 
-def _title(clip: EvalClip) -> str:
+def _title(clip: EvaluationClip) -> str:
     return f"{clip.instrument}: {clip.prompt}" if clip.instrument else clip.prompt
 
 
-def _read(store: VideoStore, study: Study, clip: EvalClip, name: str) -> np.ndarray:
+def _read(store: VideoStore, study: Study, clip: EvaluationClip, name: str) -> np.ndarray:
     assert study.sampling is not None
     shape = study.sampling.shape
     arm = next(arm for arm in study.arms if arm.name == name)

@@ -17,7 +17,7 @@ from lapwan.caching.read import load_index
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.errors import UserError
 from lapwan.evaluation.arms import Arm, make_arm
-from lapwan.evaluation.clips import EvalClip, VideoShape, read_eval_clips, spread
+from lapwan.evaluation.clips import EvaluationClip, VideoShape, read_eval_clips, spread
 from lapwan.evaluation.engine import Sampling, request_for
 from lapwan.evaluation.flow import FlowPlan, check_labels, clip_of
 from lapwan.evaluation.judge import Judge
@@ -128,7 +128,7 @@ def _items(settings: EvaluateSettings, index: CacheIndex, arms: Sequence[Arm]) -
 
 def _sampling(
     settings: EvaluateSettings, arms: Sequence[Arm], taxonomy: Taxonomy
-) -> tuple[list[EvalClip], Sampling]:
+) -> tuple[list[EvaluationClip], Sampling]:
     """The clips and how their videos are made; the first request of every arm is checked."""
     videos, spec = settings.videos, arms[0].base.spec
     assert videos.clips is not None
@@ -176,12 +176,12 @@ def reward_identity(reward: RewardSettings) -> str:
 
 
 def _captions(
-    settings: EvaluateSettings, taxonomy: Taxonomy, clips: Sequence[EvalClip], items: Sequence[CachedItem]
-) -> dict[str, Sequence[EvalClip]]:
+    settings: EvaluateSettings, taxonomy: Taxonomy, clips: Sequence[EvaluationClip], items: Sequence[CachedItem]
+) -> dict[str, Sequence[EvaluationClip]]:
     """Captions for the router: a file of their own, else those of the clips, else those of the cache."""
     routing, split = settings.routing, None if settings.split == "all" else settings.split
     cached = [clip_of(item, len(taxonomy.families)) for item in items]
-    sets: dict[str, Sequence[EvalClip]] = {}
+    sets: dict[str, Sequence[EvaluationClip]] = {}
     if routing.captions is not None:
         sets["captions"] = read_eval_clips(routing.captions, taxonomy, split)
     elif clips or any(clip.weights for clip in cached):

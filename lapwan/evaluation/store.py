@@ -18,7 +18,7 @@ import numpy as np
 
 from lapwan import __version__, files
 from lapwan.evaluation.arms import Arm
-from lapwan.evaluation.clips import EvalClip
+from lapwan.evaluation.clips import EvaluationClip
 from lapwan.sampling.video import write_video
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class VideoStore:
     def __init__(self, folder: Path, *decides: str) -> None:
         self.folder, self._decides = folder, decides
 
-    def path(self, arm: Arm, clip: EvalClip, index: int) -> Path:
+    def path(self, arm: Arm, clip: EvaluationClip, index: int) -> Path:
         """Where the video of a clip and seed lies."""
         name = f"{_plain(Path(clip.id).stem)[:40]}_{hashlib.sha256(clip.id.encode()).hexdigest()[:8]}_{index}.mp4"
         return self.folder_of(arm) / name
@@ -47,7 +47,7 @@ class VideoStore:
         return self.folder / _plain(arm.name)
 
     def find(
-        self, arm: Arm, clip: EvalClip, sampling: Sampling, index: int, names: Sequence[str]
+        self, arm: Arm, clip: EvaluationClip, sampling: Sampling, index: int, names: Sequence[str]
     ) -> dict[str, float] | None:
         """The scores of a finished video, if it is the one that would be made now and has all of `names`."""
         path = self.path(arm, clip, index)
@@ -63,7 +63,7 @@ class VideoStore:
         return {name: math.nan if scores[name] is None else float(scores[name]) for name in names}
 
     def keep(
-        self, arm: Arm, clip: EvalClip, sampling: Sampling, index: int, frames: np.ndarray, scores: Mapping[str, float]
+        self, arm: Arm, clip: EvaluationClip, sampling: Sampling, index: int, frames: np.ndarray, scores: Mapping[str, float]
     ) -> None:
         """Write the video, then its scores."""
         path = self.path(arm, clip, index)
@@ -73,7 +73,7 @@ class VideoStore:
                 "scores": {name: None if math.isnan(value) else value for name, value in scores.items()}}
         files.write_text(path.with_suffix(".json"), json.dumps(said, ensure_ascii=False) + "\n")
 
-    def _key(self, arm: Arm, clip: EvalClip, sampling: Sampling, index: int) -> str:
+    def _key(self, arm: Arm, clip: EvaluationClip, sampling: Sampling, index: int) -> str:
         shape = sampling.shape
         said = [
             __version__, arm.fingerprint, clip.id, clip.prompt, clip.weights, clip.instrument, _content(clip), index,
@@ -85,7 +85,7 @@ class VideoStore:
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def _content(clip: EvalClip) -> list[object]:
+def _content(clip: EvaluationClip) -> list[object]:
     """What stands for the reference video: its size and time of change; its tip and boxes."""
     files_ = [path.stat() for path in (clip.video, clip.mask) if path is not None]
     tips = None if clip.tips_T2 is None else clip.tips_T2.tolist()

@@ -13,7 +13,7 @@ from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.evaluation.arms import Arm
-from lapwan.evaluation.clips import EvalClip
+from lapwan.evaluation.clips import EvaluationClip
 from lapwan.evaluation.engine import Sampling, Scores, ceilings, generate_and_score
 from lapwan.evaluation.flow import FlowLosses, FlowPlan, flow_losses
 from lapwan.evaluation.metrics import Scorer
@@ -51,14 +51,14 @@ class Study:
     arms: Sequence[Arm]
     taxonomy: Taxonomy
     machine: Machine
-    clips: Sequence[EvalClip] = ()
+    clips: Sequence[EvaluationClip] = ()
     sampling: Sampling | None = None
     scorers: Sequence[Scorer] = ()
     bounded: Sequence[Scorer] = ()  # those of them that mean something on a reconstruction of the clip itself
     index: CacheIndex | None = None
     items: Sequence[CachedItem] = ()
     flow: FlowPlan = field(default_factory=FlowPlan)
-    captions: Mapping[str, Sequence[EvalClip]] = field(default_factory=dict)
+    captions: Mapping[str, Sequence[EvaluationClip]] = field(default_factory=dict)
     probe: ProbeSet | None = None
     decides: Sequence[str] = ()
 
@@ -118,9 +118,9 @@ def run_study(study: Study, store: VideoStore | None = None) -> Findings:
 
 def _losses(study: Study, generator: BatchGenerator, arm: Arm) -> dict[NoiseExpert, FlowLosses]:
     assert study.index is not None
-    plan, experts = study.flow, len(arm.base.spec.experts)
+    plan, noise_experts = study.flow, len(arm.base.spec.noise_experts)
     clips = ClipStore(study.index, study.items, study.machine.device, len(study.taxonomy.families))
-    with console.progress(f"{arm.name}: losses", len(study.items) * plan.bins * plan.draws * experts, "forward") as bar:
+    with console.progress(f"{arm.name}: losses", len(study.items) * plan.bins * plan.draws * noise_experts, "forward") as bar:
         return flow_losses(generator, arm, clips, plan, bar.advance)
 
 

@@ -127,9 +127,9 @@ def _plain(values: np.ndarray) -> list[list[float | None]]:
 def measured(found: Findings, name: str) -> dict[str, np.ndarray]:
     """Everything of an arm that can be paired, [P] or [P, S]: `loss/high`, `loss/high/roi`, `identity`, ..."""
     every: dict[str, np.ndarray] = {}
-    for expert, own in found.losses.get(name, {}).items():
-        every[f"loss/{expert.value}"] = own.whole_PK.mean(axis=1)
-        every[f"loss/{expert.value}/roi"] = own.roi_PK.mean(axis=1)
+    for noise_expert, own in found.losses.get(name, {}).items():
+        every[f"loss/{noise_expert.value}"] = own.whole_PK.mean(axis=1)
+        every[f"loss/{noise_expert.value}/roi"] = own.roi_PK.mean(axis=1)
     every |= found.scores.get(name, {})
     return {metric: values for metric, values in every.items() if not np.isnan(values).all()}
 

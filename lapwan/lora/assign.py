@@ -14,7 +14,7 @@ Request = tuple[str | None, Path, float]  # (high, low, both or None: the file s
 Assigned = dict[NoiseExpert, list[tuple[LoraFile, float]]]
 
 
-def assign(requests: Sequence[Request], experts: Sequence[NoiseExpert]) -> Assigned:
+def assign(requests: Sequence[Request], noise_experts: Sequence[NoiseExpert]) -> Assigned:
     """LoRAs with their strengths by noise expert, of those the model has; headers are read, tensors are not.
 
     Raises:
@@ -23,8 +23,8 @@ def assign(requests: Sequence[Request], experts: Sequence[NoiseExpert]) -> Assig
     found: Assigned = {}
     for role, path, strength in requests:
         files = open_lora(path)
-        for expert in _wanted(role, path, files, experts):
-            found.setdefault(expert, []).append((_pick(files, path, expert, both=role == "both"), strength))
+        for noise_expert in _wanted(role, path, files, noise_experts):
+            found.setdefault(noise_expert, []).append((_pick(files, path, noise_expert, both=role == "both"), strength))
     return found
 
 
@@ -40,15 +40,15 @@ def assign_one(
     if len(roles) > 1:
         raise UserError("LoRAs are given for high and low, but there is one transformer; merge one at a time, or a "
                         "whole model with --model")
-    expert = roles.pop() if roles else named
-    if expert is None:
+    noise_expert = roles.pop() if roles else named
+    if noise_expert is None:
         said = {e for _, path, _ in requests for e in open_lora(path)} - {None}
         if len(said) > 1:
             raise UserError("the LoRAs are for both noise experts, and which one the transformer is, is not known; "
                             "give the right one as high=FILE or low=FILE")
-        expert = said.pop() if said else None
-    stand_in = expert or NoiseExpert.HIGH  # nothing says which: any serves, since there is one transformer
-    return expert, assign(requests, [stand_in])[stand_in]
+        noise_expert = said.pop() if said else None
+    stand_in = noise_expert or NoiseExpert.HIGH  # nothing says which: any serves, since there is one transformer
+    return noise_expert, assign(requests, [stand_in])[stand_in]
 
 
 def group(requests: Sequence[Request]) -> dict[NoiseExpert | None, list[tuple[LoraFile, float]]]:
@@ -62,14 +62,14 @@ def group(requests: Sequence[Request]) -> dict[NoiseExpert | None, list[tuple[Lo
     by_file: list[set[NoiseExpert]] = []
     for role, path, strength in requests:
         files = open_lora(path)
-        experts = [e for e in files if e is not None] if role is None else _wanted(role, path, files, [*NoiseExpert])
-        for expert in experts:
-            found.setdefault(expert, []).append((_pick(files, path, expert, both=role == "both"), strength))
+        noise_experts = [e for e in files if e is not None] if role is None else _wanted(role, path, files, [*NoiseExpert])
+        for noise_expert in noise_experts:
+            found.setdefault(noise_expert, []).append((_pick(files, path, noise_expert, both=role == "both"), strength))
         if role is None and None in files:
             unsaid.append((files[None], strength))
         elif role is None:
-            by_file.append(set(experts))
-    if any(experts != by_file[0] for experts in by_file):
+            by_file.append(set(noise_experts))
+    if any(noise_experts != by_file[0] for noise_experts in by_file):
         names = ", ".join(str(path) for _, path, _ in requests)
         raise UserError(f"these LoRAs are for different noise experts: {names}; sum those of one noise expert, or "
                         "give high=FILE and low=FILE to write both")
@@ -82,33 +82,33 @@ def group(requests: Sequence[Request]) -> dict[NoiseExpert | None, list[tuple[Lo
 
 
 def _wanted(
-    role: str | None, path: Path, files: dict[NoiseExpert | None, LoraFile], experts: Sequence[NoiseExpert]
+    role: str | None, path: Path, files: dict[NoiseExpert | None, LoraFile], noise_experts: Sequence[NoiseExpert]
 ) -> list[NoiseExpert]:
     if role == "both":
-        return list(experts)
+        return list(noise_experts)
     if role is None and None in files:
-        if len(experts) > 1:
+        if len(noise_experts) > 1:
             raise UserError(f"{path} does not say which noise expert it is for; give it as high=FILE, low=FILE, "
                             "or both=FILE")
-        return list(experts)
-    wanted = [NoiseExpert(role)] if role is not None else [expert for expert in files if expert is not None]
-    for expert in wanted:
-        if expert not in experts:
-            raise UserError(f"{path} is for the {expert} noise expert, but the model or file given here is the "
-                            f"{' and '.join(experts)} one alone; give a LoRA for that, or both=FILE for any")
+        return list(noise_experts)
+    wanted = [NoiseExpert(role)] if role is not None else [noise_expert for noise_expert in files if noise_expert is not None]
+    for noise_expert in wanted:
+        if noise_expert not in noise_experts:
+            raise UserError(f"{path} is for the {noise_expert} noise expert, but the model or file given here is the "
+                            f"{' and '.join(noise_experts)} one alone; give a LoRA for that, or both=FILE for any")
     return wanted
 
 
-def _pick(files: dict[NoiseExpert | None, LoraFile], path: Path, expert: NoiseExpert, both: bool) -> LoraFile:
-    own = files.get(expert) or files.get(None)
+def _pick(files: dict[NoiseExpert | None, LoraFile], path: Path, noise_expert: NoiseExpert, both: bool) -> LoraFile:
+    own = files.get(noise_expert) or files.get(None)
     if own is not None:
         return own
     (other,) = files.values()
-    check_role(other, expert, only_warn=both)
+    check_role(other, noise_expert, only_warn=both)
     return other
 
 
-def check_role(lora: LoraFile, expert: NoiseExpert, only_warn: bool = False) -> None:
+def check_role(lora: LoraFile, noise_expert: NoiseExpert, only_warn: bool = False) -> None:
     """Refuse a LoRA whose metadata or keys say it is the other noise expert's; warn if only its name does.
 
     Args:
@@ -117,15 +117,15 @@ def check_role(lora: LoraFile, expert: NoiseExpert, only_warn: bool = False) -> 
     Raises:
         UserError: the file is for the other noise expert.
     """
-    if lora.expert is None or lora.expert is expert:
+    if lora.noise_expert is None or lora.noise_expert is noise_expert:
         return
     if lora.said_by == "name":
-        warn(f"{lora.path} is given for the {expert} noise expert, but its name says {lora.expert}")
+        warn(f"{lora.path} is given for the {noise_expert} noise expert, but its name says {lora.noise_expert}")
         return
     said = "metadata says" if lora.said_by == "metadata" else "keys say"
-    text = f"{lora.path} is for the {lora.expert} noise expert (its {said} so), not for the {expert} one"
+    text = f"{lora.path} is for the {lora.noise_expert} noise expert (its {said} so), not for the {noise_expert} one"
     if not only_warn:
-        raise UserError(f"{text}; give it as {lora.expert}=FILE")
+        raise UserError(f"{text}; give it as {lora.noise_expert}=FILE")
     warn(text)
 
 

@@ -27,7 +27,7 @@ from lapwan.checkpoints.lora_keys import (
 from lapwan.checkpoints.tensors import load
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
-from lapwan.lora import noise_expert
+from lapwan.lora import noise_expert_metadata
 from lapwan.lora.scales import ADAPTER_METADATA, AdapterConfig, adapter_config, adapter_metadata
 from lapwan.lora.state import LoraEntry, LoraState, entries_fingerprint
 from lapwan.names import NoiseExpert
@@ -71,7 +71,7 @@ class LoraFile:
     """
 
     path: Path
-    expert: NoiseExpert | None
+    noise_expert: NoiseExpert | None
     said_by: str
     modules: dict[str, LoraModule]
     metadata: dict[str, str]
@@ -121,17 +121,17 @@ def _by_expert(file: TensorFile, parsed: dict[str, Key]) -> dict[NoiseExpert | N
             raise UserError(f"{file.path}: some keys name a transformer ({', '.join(sorted(named))}), "
                             f"others, such as '{bare}', do not; split the file in two")
         found: dict[NoiseExpert | None, LoraFile] = {}
-        for expert in NoiseExpert:
-            own = {n: k for n, k in parsed.items() if COMPONENT_EXPERTS[str(k.component)] is expert}
+        for noise_expert in NoiseExpert:
+            own = {n: k for n, k in parsed.items() if COMPONENT_EXPERTS[str(k.component)] is noise_expert}
             if own:
-                metadata = {**noise_expert.own_metadata(file.metadata, expert), noise_expert.KEY: expert.value}
-                found[expert] = LoraFile(file.path, expert, "keys", _modules(file, own, config), metadata, layout)
+                metadata = {**noise_expert_metadata.own_metadata(file.metadata, noise_expert), noise_expert_metadata.KEY: noise_expert.value}
+                found[noise_expert] = LoraFile(file.path, noise_expert, "keys", _modules(file, own, config), metadata, layout)
         return found
-    expert_said = noise_expert.from_metadata(file.metadata, file.path)
-    guess = noise_expert.from_name(file.path) if expert_said is None else None
+    expert_said = noise_expert_metadata.from_metadata(file.metadata, file.path)
+    guess = noise_expert_metadata.from_name(file.path) if expert_said is None else None
     metadata = dict(file.metadata)
     if expert_said is not None:
-        metadata[noise_expert.KEY] = expert_said.value
+        metadata[noise_expert_metadata.KEY] = expert_said.value
     said_by = "metadata" if expert_said is not None else "name" if guess is not None else ""
     modules = _modules(file, parsed, config)
     return {expert_said or guess: LoraFile(file.path, expert_said or guess, said_by, modules, metadata, layout)}
@@ -179,7 +179,7 @@ def read_lora(path: Path) -> dict[NoiseExpert | None, LoraState]:
     Raises:
         UserError: see `open_lora`.
     """
-    return {expert: file.read() for expert, file in open_lora(path).items()}
+    return {noise_expert: file.read() for noise_expert, file in open_lora(path).items()}
 
 
 def write_lora(
@@ -215,16 +215,16 @@ def write_both(
         UserError: not two noise experts, or as `write_lora`.
     """
     if set(states) != set(NoiseExpert):
-        have = ", ".join(expert.value for expert in states) or "none"
+        have = ", ".join(noise_expert.value for noise_expert in states) or "none"
         raise UserError(f"cannot write {path} as one file for both noise experts: there are LoRAs for: {have}")
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[NoiseExpert, dict[str, str]] = {}
-    for expert in NoiseExpert:
-        component = noise_expert.WRITTEN_AS[expert]
-        own, metadata[expert] = _named(path, states[expert], "comfy", dtype, fold_alpha, component)
+    for noise_expert in NoiseExpert:
+        component = noise_expert_metadata.WRITTEN_AS[noise_expert]
+        own, metadata[noise_expert] = _named(path, states[noise_expert], "comfy", dtype, fold_alpha, component)
         tensors |= own
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata=noise_expert.join_metadata(metadata))
+        save_file(tensors, temporary, metadata=noise_expert_metadata.join_metadata(metadata))
 
 
 def _named(
@@ -272,10 +272,10 @@ def file_metadata(state: LoraState, layout: Layout) -> dict[str, str]:
     metadata["ss_network_dim"] = str(Counter(ranks.values()).most_common(1)[0][0])
     metadata["ss_network_alpha"] = str(Counter(alphas.values()).most_common(1)[0][0])
     metadata.setdefault("ss_network_module", "networks.lora_wan")
-    expert, boundary = metadata.get(noise_expert.KEY), stated_boundary(metadata)
-    if expert and boundary is not None and "modelspec.timestep_range" not in metadata:
+    noise_expert, boundary = metadata.get(noise_expert_metadata.KEY), stated_boundary(metadata)
+    if noise_expert and boundary is not None and "modelspec.timestep_range" not in metadata:
         edge = f"{boundary * 1000:g}"
-        metadata["modelspec.timestep_range"] = f"{edge},1000" if expert == NoiseExpert.HIGH else f"0,{edge}"
+        metadata["modelspec.timestep_range"] = f"{edge},1000" if noise_expert == NoiseExpert.HIGH else f"0,{edge}"
     if layout == "diffusers":
         metadata[ADAPTER_METADATA] = adapter_metadata(ranks, alphas)
     return metadata

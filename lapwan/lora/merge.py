@@ -42,7 +42,7 @@ class Given:
 class ComponentPlan:
     """One transformer's merge: its files, the terms of each file's tensors, and the metadata of the result."""
 
-    expert: NoiseExpert | None
+    noise_expert: NoiseExpert | None
     files: tuple[TensorFile, ...]
     terms: tuple[dict[str, list[Term]], ...]
     given: tuple[Given, ...]
@@ -86,7 +86,7 @@ def linear_weights(files: Sequence[TensorFile]) -> dict[str, tuple[int, str]]:
     return found
 
 
-def plan_component(paths: Sequence[Path], given: Sequence[Given], expert: NoiseExpert | None) -> ComponentPlan:
+def plan_component(paths: Sequence[Path], given: Sequence[Given], noise_expert: NoiseExpert | None) -> ComponentPlan:
     """Check that `given` fits the transformer in `paths`, and say what will change; reads headers only.
 
     Raises:
@@ -94,7 +94,7 @@ def plan_component(paths: Sequence[Path], given: Sequence[Given], expert: NoiseE
             weight, or a LoRA that is already merged.
     """
     files, terms = plan_terms(paths, [(one.lora, one.multiplier) for one in given])
-    return ComponentPlan(expert, files, terms, tuple(given), _provenance(files, paths, given, expert))
+    return ComponentPlan(noise_expert, files, terms, tuple(given), _provenance(files, paths, given, noise_expert))
 
 
 def plan_terms(
@@ -124,7 +124,7 @@ def plan_terms(
 
 
 def _provenance(
-    files: Sequence[TensorFile], paths: Sequence[Path], given: Sequence[Given], expert: NoiseExpert | None
+    files: Sequence[TensorFile], paths: Sequence[Path], given: Sequence[Given], noise_expert: NoiseExpert | None
 ) -> dict[str, str]:
     before = merged_list(files[0])
     known = {str(item.get("fingerprint")) for item in before}
@@ -137,7 +137,7 @@ def _provenance(
                             "strengths")
     base = checkpoint_fingerprint(paths)
     entries = [
-        {"fingerprint": one.fingerprint, "multiplier": one.multiplier, "noise_expert": expert.value if expert else None}
+        {"fingerprint": one.fingerprint, "multiplier": one.multiplier, "noise_expert": noise_expert.value if noise_expert else None}
         for one in given
     ]
     return {

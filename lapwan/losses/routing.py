@@ -48,5 +48,5 @@ def balance(usage_E: Tensor, probabilities_BE: Tensor) -> Tensor:
 
 
 def update_usage(usage_E: Tensor, batch_mean_E: Tensor, decay: float = 0.99) -> Tensor:
-    """EMA of usage, once per optimiser step, from the mean over the whole global batch."""
+    """EMA of usage, once per optimizer step, from the mean over the whole global batch."""
     return torch.lerp(batch_mean_E.detach().to(usage_E.dtype), usage_E, decay)

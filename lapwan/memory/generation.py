@@ -13,8 +13,8 @@ import torch
 
 from lapwan.checkpoints.container import read_header
 from lapwan.lora.attach import Group
-from lapwan.memory.plan import GIB, PLACES, WORKSPACE, MemoryPlan, Rates, Way, choose, free_of, placements
-from lapwan.memory.shapes import Clip, ExpertShape, GroupShape
+from lapwan.memory.plan import GIB, PLACES, WORKSPACE, MemoryPlan, Rates, Strategy, choose, free_of, placements
+from lapwan.memory.shapes import ClipShape, GroupShape, NoiseExpertShape
 from lapwan.models.original_layout import read_tensors, t5_to_transformers
 from lapwan.models.spec import ModelSpec, original_file, tensor_shapes, weight_files
 from lapwan.names import NoiseExpert, Precision
@@ -35,9 +35,9 @@ _DECODER_WIDTH = 96
 _WORDS = 128  # rows of a text whose keys and values are kept: Wan's negative prompt has 126
 
 
-def weight_bytes(spec: ModelSpec, expert: NoiseExpert, dtype: torch.dtype) -> int:
+def weight_bytes(spec: ModelSpec, noise_expert: NoiseExpert, dtype: torch.dtype) -> int:
     """A transformer's size in `dtype`, from the headers of its files."""
-    shapes = tensor_shapes(weight_files(spec.component(expert)))
+    shapes = tensor_shapes(weight_files(spec.component(noise_expert)))
     return dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -46,7 +46,7 @@ def forward_bytes(spec: ModelSpec, dtype: torch.dtype, num_frames: int, size: tu
     _, frames, height, width = spec.latent_shape(num_frames, *size)
     patch = spec.pixel_multiple // spec.spatial_stride
     tokens = frames * (height // patch) * (width // patch)
-    features = tensor_shapes(weight_files(spec.component(spec.experts[0])))["patch_embedding.weight"][0]
+    features = tensor_shapes(weight_files(spec.component(spec.noise_experts[0])))["patch_embedding.weight"][0]
     return _VALUES_A_TOKEN * features * dtype.itemsize * tokens + GIB
 
 
@@ -128,14 +128,14 @@ def plan_generation(
     """
     asked, free = memory, free_of(free, memory)
     if free is None or rates is None:
-        own = placements(len(spec.experts), spec.num_layers, "both" if asked == "auto" else asked)[0]
-        return MemoryPlan(Way(own, 0, 0.0), 0, 0, None, asked)
-    shapes = {e: ExpertShape(spec, e, dtype, recipe, shapes_of(groups.get(e, ()))) for e in spec.experts}
+        own = placements(len(spec.noise_experts), spec.num_layers, "both" if asked == "auto" else asked)[0]
+        return MemoryPlan(Strategy(own, 0, 0.0), 0, 0, None, asked)
+    shapes = {e: NoiseExpertShape(spec, e, dtype, recipe, shapes_of(groups.get(e, ()))) for e in spec.noise_experts}
     each = [shape.bytes() for shape in shapes.values()]
     phases = {"text": text_bytes, "decode": decode_bytes(spec, asking.num_frames, asking.size)}
-    ways = []
+    strategies = []
     for together in (True, False) if asking.guided else (True,):
-        clip = Clip(asking.batch * (2 if asking.guided and together else 1), asking.num_frames, *asking.size)
+        clip = ClipShape(asking.batch * (2 if asking.guided and together else 1), asking.num_frames, *asking.size)
         work = max(shape.forward_work(clip, asking.processes) for shape in shapes.values())
         first = next(iter(shapes.values()))
         work += first.text_bytes(clip.batch * _WORDS)
@@ -147,13 +147,13 @@ def plan_generation(
             swaps = 0.0 if place.both else sum(one.weights for one in each) / rates.bus / asking.steps
             # Together is a little quicker even where nothing streams: products with more rows.
             seconds = passes * max(once * (1.0 if passes == 1 else 1.02), copied) + swaps
-            ways.append(Way(place, work, seconds, together=together))
-    return choose(each, ways, WORKSPACE, free, asked, phases, host_free)
+            strategies.append(Strategy(place, work, seconds, together=together))
+    return choose(each, strategies, WORKSPACE, free, asked, phases, host_free)
 
 
 def describe(plan: MemoryPlan, device: torch.device, count: int) -> str:
     """The decision and its numbers, as one line."""
-    place = plan.way.placement
+    place = plan.strategy.placement
     if place.streamed:
         what = f"{place.streamed} blocks of the noise expert at work stream from host memory to {device}"
     elif count > 1:
@@ -169,6 +169,6 @@ def describe(plan: MemoryPlan, device: torch.device, count: int) -> str:
         return f"memory: {what} ({why})"
     own = ", ".join(f"{name} {size / GIB:.1f}" for name, size in plan.parts.items() if size >= GIB / 20)
     has = "" if plan.free is None else f" of {plan.free / GIB:.1f}"
-    alone = "" if plan.way.together else "; guidance in two passes"
+    alone = "" if plan.strategy.together else "; guidance in two passes"
     return (f"memory: {what} ({why}): predicted peak {plan.peak / GIB:.1f}{has} GiB ({own}){plan.host_words}; "
-            f"{plan.way.seconds:.2f} s a step predicted{alone}")
+            f"{plan.strategy.seconds:.2f} s a step predicted{alone}")

@@ -13,10 +13,10 @@ from lapwan.memory.streaming import Residence
 from lapwan.names import NoiseExpert
 
 
-class Parking:
+class NoiseExpertOffload:
     """One noise expert at a time on the device; the frozen weights of the others wait in pinned host memory.
 
-    What is trained stays on the device: it is small, and optimisers hold on to it. With `both` nothing ever moves.
+    What is trained stays on the device: it is small, and optimizers hold on to it. With `both` nothing ever moves.
 
     Args:
         streamed: indices of blocks without anything trained, which pass through a ring while their expert works.
@@ -36,27 +36,27 @@ class Parking:
         """Take in noise experts that lie on `load_on`."""
         if self.both:
             return
-        for expert, adapter in adapters.items():
+        for noise_expert, adapter in adapters.items():
             blocks = adapter.transformer.get_submodule("blocks")
             assert isinstance(blocks, nn.ModuleList)
             # A backward needs the weights after their place has gone to another block.
             if any(_needs_graph(blocks[index]) for index in self._streamed):
                 raise RuntimeError("a block that something is trained in cannot stream")
             own = adapter.own_tensors()
-            home = self._homes[expert] = Residence(adapter.transformer, own, self.device, self._streamed)
-            home.park()
+            home = self._homes[noise_expert] = Residence(adapter.transformer, own, self.device, self._streamed)
+            home.offload()
             for tensor in own:
                 tensor.data = tensor.data.to(self.device)
 
-    def turn(self, expert: NoiseExpert) -> None:
+    def turn(self, noise_expert: NoiseExpert) -> None:
         """This noise expert's weights are on the device from here on, the others' are not."""
-        if expert is self._here or expert not in self._homes:
+        if noise_expert is self._here or noise_expert not in self._homes:
             return
         for other, home in self._homes.items():
-            if other is not expert:
-                home.park()
-        self._homes[expert].fetch()
-        self._here = expert
+            if other is not noise_expert:
+                home.offload()
+        self._homes[noise_expert].fetch()
+        self._here = noise_expert
 
 
 def _needs_graph(block: nn.Module) -> bool:

@@ -24,7 +24,7 @@ Asked = str | float
 
 
 @dataclass(frozen=True)
-class ExpertBytes:
+class NoiseExpertBytes:
     """Of one noise expert: its blocks, what is outside of them, and the rows of its adapters with all that goes with
     them (gradients, moments)."""
 
@@ -51,10 +51,10 @@ class Placement:
     streamed: int = 0
 
 
-def resident(experts: Sequence[ExpertBytes], placement: Placement) -> int:
+def resident(noise_experts: Sequence[NoiseExpertBytes], placement: Placement) -> int:
     """Base weights and adapters on the device while a noise expert works; adapters of both stay."""
-    each = [expert.staying(placement.streamed) for expert in experts]
-    return (sum(each) if placement.both else max(each)) + sum(expert.adapters for expert in experts)
+    each = [noise_expert.staying(placement.streamed) for noise_expert in noise_experts]
+    return (sum(each) if placement.both else max(each)) + sum(noise_expert.adapters for noise_expert in noise_experts)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Flops:
 
 
 @dataclass(frozen=True)
-class Way:
+class Strategy:
     """One way to run, with what it takes. `whole_blocks`: the first trained blocks that are computed again whole,
     whatever `checkpointing` says of the others. `together`: guidance's two evaluations as one batch."""
 
@@ -103,7 +103,7 @@ class Way:
 class MemoryPlan:
     """The way chosen, what it needs of the device (`peak`) and of the host, and why."""
 
-    way: Way
+    strategy: Strategy
     peak: int
     host: int
     free: int | None
@@ -114,12 +114,12 @@ class MemoryPlan:
     @property
     def both(self) -> bool:
         """Whether no noise expert ever leaves the device."""
-        return self.way.placement.both
+        return self.strategy.placement.both
 
     @property
     def streamed(self) -> range:
         """Indices of the blocks that stream."""
-        return range(self.way.placement.streamed)
+        return range(self.strategy.placement.streamed)
 
     @property
     def fits_host(self) -> bool:
@@ -168,7 +168,7 @@ def needs(peak: int) -> int:
 
 
 def choose(
-    experts: Sequence[ExpertBytes], ways: Iterable[Way], beside: int, free: int | None, asked: Asked,
+    noise_experts: Sequence[NoiseExpertBytes], strategies: Iterable[Strategy], beside: int, free: int | None, asked: Asked,
     phases: Mapping[str, int] | None = None, host_free: int | None = None,
 ) -> MemoryPlan:
     """The fastest way that fits the device and the host; of equally fast ones the first. If none does, the fastest that
@@ -179,25 +179,25 @@ def choose(
         phases: other phases' bytes beside the weights that must be there with them (reading a prompt, decoding).
         host_free: host memory for what waits there; None: not known.
     """
-    plans = [replace(_plan(experts, way, beside, free, asked, phases or {}), host_free=host_free) for way in ways]
+    plans = [replace(_plan(noise_experts, strategy, beside, free, asked, phases or {}), host_free=host_free) for strategy in strategies]
     fitting = [plan for plan in plans if plan.fits]
     fitting = [plan for plan in fitting if plan.fits_host] or fitting
     if fitting:
-        return min(fitting, key=lambda plan: plan.way.seconds)
+        return min(fitting, key=lambda plan: plan.strategy.seconds)
     return min(plans, key=lambda plan: plan.peak)
 
 
 def _plan(
-    experts: Sequence[ExpertBytes], way: Way, beside: int, free: int | None, asked: Asked, phases: Mapping[str, int]
+    noise_experts: Sequence[NoiseExpertBytes], strategy: Strategy, beside: int, free: int | None, asked: Asked, phases: Mapping[str, int]
 ) -> MemoryPlan:
-    weights, adapters = resident(experts, way.placement), sum(expert.adapters for expert in experts)
-    own = {"weights": weights - adapters, "adapters": adapters, "work": way.work, "beside": beside}
+    weights, adapters = resident(noise_experts, strategy.placement), sum(noise_expert.adapters for noise_expert in noise_experts)
+    own = {"weights": weights - adapters, "adapters": adapters, "work": strategy.work, "beside": beside}
     working = sum(own.values())
     # In another phase a noise expert that is not kept for good has left.
-    elsewhere = {name: size + beside + (weights if way.placement.both else adapters) for name, size in phases.items()}
+    elsewhere = {name: size + beside + (weights if strategy.placement.both else adapters) for name, size in phases.items()}
     peak = max([working, *elsewhere.values()])
-    host = 0 if way.placement.both and not way.placement.streamed else sum(expert.weights for expert in experts)
-    return MemoryPlan(way, peak, host, free, asked, own)
+    host = 0 if strategy.placement.both and not strategy.placement.streamed else sum(noise_expert.weights for noise_expert in noise_experts)
+    return MemoryPlan(strategy, peak, host, free, asked, own)
 
 
 def placements(count: int, frozen_blocks: int, asked: Asked) -> list[Placement]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lapwan.lora.attach import Adapter, Group, attach
 from lapwan.lora.layer import FrozenLinear
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.memory.plan import Checkpointing, ExpertBytes, Flops
+from lapwan.memory.plan import Checkpointing, Flops, NoiseExpertBytes
 from lapwan.memory.streaming import tensors_of
 from lapwan.memory.trace import measure
 from lapwan.models.spec import TEXT_LENGTH, ModelSpec
@@ -27,8 +27,8 @@ from lapwan.wan.backbone import velocity
 from lapwan.wan.quantise.linears import KINDS
 from lapwan.wan.quantise.load import Recipe, linears_of
 from lapwan.wan.transformer import kernels
-from lapwan.wan.transformer.context_parallel import Spread
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.context_parallel import ContextParallel
+from lapwan.wan.transformer.options import forward_options
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -49,7 +49,7 @@ class GroupShape:
 
 
 @dataclass(frozen=True)
-class Clip:
+class ClipShape:
     """A batch: samples, pixel frames, height, width."""
 
     batch: int
@@ -58,20 +58,20 @@ class Clip:
     width: int
 
 
-def _config_of(spec: ModelSpec, expert: NoiseExpert) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((spec.component(expert) / "config.json").read_text(encoding="utf-8"))
+def _config_of(spec: ModelSpec, noise_expert: NoiseExpert) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((spec.component(noise_expert) / "config.json").read_text(encoding="utf-8"))
     return found
 
 
 def width_of(spec: ModelSpec) -> int:
     """D of its transformers."""
-    config = _config_of(spec, spec.experts[0])
+    config = _config_of(spec, spec.noise_experts[0])
     return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
 
 
 def heads_of(spec: ModelSpec) -> int:
     """Heads of attention of its transformers."""
-    return int(_config_of(spec, spec.experts[0])["num_attention_heads"])
+    return int(_config_of(spec, spec.noise_experts[0])["num_attention_heads"])
 
 
 def tokens_of(spec: ModelSpec, bucket: tuple[int, int, int]) -> int:
@@ -121,15 +121,15 @@ class _Kind:
     ranks: tuple[tuple[tuple[str, int], ...], ...]
 
 
-class ExpertShape:
+class NoiseExpertShape:
     """One noise expert's transformer without values, with its adapters; blocks of one kind are looked at once."""
 
     def __init__(
-        self, spec: ModelSpec, expert: NoiseExpert, dtype: torch.dtype, recipe: Recipe | None = None,
+        self, spec: ModelSpec, noise_expert: NoiseExpert, dtype: torch.dtype, recipe: Recipe | None = None,
         groups: Sequence[GroupShape] = (), gated: bool = False,
     ) -> None:
         self.spec, self._dtype, self._recipe = spec, dtype, recipe
-        self._config = _config_of(spec, expert)
+        self._config = _config_of(spec, noise_expert)
         self._trainable, self._gated = [group.trainable for group in groups], gated
         self.kinds = [self._kind(index, groups) for index in range(spec.num_layers)]
         # Gates carry gradient into every adapter they act on, a frozen one too.
@@ -165,7 +165,7 @@ class ExpertShape:
     def _distinct(self) -> list[_Kind]:
         return list(dict.fromkeys(self.kinds))
 
-    def bytes(self, numbers: int = _TRAINED_NUMBERS) -> ExpertBytes:
+    def bytes(self, numbers: int = _TRAINED_NUMBERS) -> NoiseExpertBytes:
         """Weights by block, and adapters with `numbers` fp32 numbers for each trained one."""
         model, adapter = self._model(self._distinct)
         own = {id(t) for t in (() if adapter is None else adapter.own_tensors())}
@@ -176,7 +176,7 @@ class ExpertShape:
 
         of_kind = {kind: (size(b, False), size(b, True)) for kind, b in zip(self._distinct, model.blocks, strict=True)}
         outer = size(model, False) - sum(base for base, _ in of_kind.values())
-        return ExpertBytes(tuple(of_kind[kind][0] for kind in self.kinds), outer,
+        return NoiseExpertBytes(tuple(of_kind[kind][0] for kind in self.kinds), outer,
                            sum(of_kind[kind][1] for kind in self.kinds))
 
     @cached_property
@@ -188,7 +188,7 @@ class ExpertShape:
         wide = inner + self._config["ffn_dim"]
         return sum(4 * rank * (wide if path.startswith("ffn") else 2 * inner) for path, rank in shapes)
 
-    def _inputs(self, clip: Clip) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _inputs(self, clip: ClipShape) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         channels, *size = self.spec.latent_shape(clip.frames, clip.height, clip.width)
         extra = self.spec.in_channels - channels
         x = torch.empty(clip.batch, channels, *size, device=_META)
@@ -196,7 +196,7 @@ class ExpertShape:
         text = torch.empty(clip.batch, TEXT_LENGTH, self.spec.text_dim, device=_META)
         return x, torch.empty(clip.batch, device=_META), text, condition
 
-    def _gates(self, adapter: Adapter | None, clip: Clip, trained: bool) -> AbstractContextManager[object]:
+    def _gates(self, adapter: Adapter | None, clip: ClipShape, trained: bool) -> AbstractContextManager[object]:
         if adapter is None:
             return nullcontext()
         gates = torch.empty(clip.batch, len(self._trainable), device=_META, requires_grad=trained and self._gated)
@@ -206,15 +206,15 @@ class ExpertShape:
         """Of every block's keys and values of `rows` rows of text."""
         return 2 * rows * self._inner * self._dtype.itemsize * len(self.kinds)
 
-    def forward_work(self, clip: Clip, processes: int = 1) -> int:
+    def forward_work(self, clip: ClipShape, processes: int = 1) -> int:
         """The most one evaluation without gradients takes beside the weights, in each process that shares it."""
         model, adapter = self._model(self._distinct)
-        path_of(model).spread = Spread(0, processes) if processes > 1 else None
+        forward_options(model).spread = ContextParallel(0, processes) if processes > 1 else None
         inputs = self._inputs(clip)
         with self._gates(adapter, clip, False), torch.no_grad():
             return measure(lambda: velocity(model, *inputs)).peak
 
-    def training_work(self, clip: Clip, checkpointing: Checkpointing, processes: int = 1) -> StepWork:
+    def training_work(self, clip: ClipShape, checkpointing: Checkpointing, processes: int = 1) -> StepWork:
         """The most a forward and backward take beside the weights, gradients of what is trained included.
 
         From a third block of a kind on each adds the same: it is simulated for two and for three. Both noise experts
@@ -228,7 +228,7 @@ class ExpertShape:
             _SIMULATED[key] = self._training_work(clip, checkpointing, processes)
         return _SIMULATED[key]
 
-    def _training_work(self, clip: Clip, checkpointing: Checkpointing, processes: int) -> StepWork:
+    def _training_work(self, clip: ClipShape, checkpointing: Checkpointing, processes: int) -> StepWork:
         trained = self.kinds[self.first_trained :]
         if not trained:
             return StepWork(self.forward_work(clip, processes))
@@ -246,17 +246,17 @@ class ExpertShape:
         return StepWork(base, tuple(more[kind] for kind in trained), first_whole)
 
     def _step(
-        self, kinds: Sequence[_Kind], clip: Clip, checkpointing: Checkpointing, processes: int = 1,
+        self, kinds: Sequence[_Kind], clip: ClipShape, checkpointing: Checkpointing, processes: int = 1,
         whole_blocks: int = 0,
     ) -> int:
         model, adapter = self._model(kinds)
-        path_of(model).spread = Spread(0, processes) if processes > 1 else None
+        forward_options(model).spread = ContextParallel(0, processes) if processes > 1 else None
         inputs = self._inputs(clip)
-        path_of(model).checkpointing, path_of(model).whole_blocks = checkpointing, whole_blocks
+        forward_options(model).checkpointing, forward_options(model).whole_blocks = checkpointing, whole_blocks
         with self._gates(adapter, clip, True):
             return measure(lambda: torch.autograd.backward((velocity(model, *inputs) - inputs[0]).square().mean())).peak
 
-    def flops(self, clip: Clip, blocks: Sequence[int]) -> Flops:
+    def flops(self, clip: ClipShape, blocks: Sequence[int]) -> Flops:
         """Of the forward of some blocks, adapters left out; multiply and add are two."""
         each = tokens_of(self.spec, (clip.frames, clip.height, clip.width))
         inner = self._inner
@@ -268,7 +268,7 @@ class ExpertShape:
         in_eight = sum(eight and self.kinds[index].quantised for index in blocks)
         return Flops(product * (len(blocks) - in_eight), product * in_eight, attention * len(blocks))
 
-    def step_flops(self, clip: Clip, again: float) -> tuple[Flops, Flops]:
+    def step_flops(self, clip: ClipShape, again: float) -> tuple[Flops, Flops]:
         """Of a training step: the blocks before the first trained one, and the rest with backward and recomputation.
 
         Of the rest a share `again` is computed twice. The gradient of an input is one product as large as the

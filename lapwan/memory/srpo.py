@@ -25,7 +25,7 @@ import torch
 
 from lapwan.errors import UserError
 from lapwan.memory.generation import free_bytes
-from lapwan.memory.shapes import Clip, ExpertShape, GroupShape
+from lapwan.memory.shapes import ClipShape, GroupShape, NoiseExpertShape
 from lapwan.memory.trace import measure
 from lapwan.models.base import Base, targets_of
 from lapwan.models.device import pick_dtype
@@ -46,7 +46,7 @@ GPUS = (24, 40, 80, 96, 141)  # GB
 
 
 @dataclass(frozen=True)
-class Parts:
+class MemoryParts:
     """Bytes by what they are for; `graphs` of the transformer, activations kept and recomputed."""
 
     weights: Mapping[NoiseExpert, int]
@@ -81,7 +81,7 @@ class SrpoMemory:
 
 
 def plan_memory(
-    settings: SrpoSettings, base: Base, experts: Sequence[NoiseExpert], loaded: Sequence[NoiseExpert],
+    settings: SrpoSettings, base: Base, noise_experts: Sequence[NoiseExpert], loaded: Sequence[NoiseExpert],
     bucket: tuple[int, int, int], device: torch.device, processes: int = 1, free: int | None = None,
 ) -> SrpoMemory:
     """Decide from shapes and from what the device has free.
@@ -94,24 +94,24 @@ def plan_memory(
     Raises:
         UserError: not even with every measure does it fit.
     """
-    parts = parts_of(settings, base, experts, loaded, bucket, pick_dtype(settings.dtype, _gpu(device)), processes)
+    parts = parts_of(settings, base, noise_experts, loaded, bucket, pick_dtype(settings.dtype, _gpu(device)), processes)
     movable = settings.memory != "both" and settings.train == "lora"
     free = free_bytes(device) if free is None or device.type == "cpu" else free
-    allowed = [way for way in parts.measures(movable) if _asked(settings, way, len(loaded))]
+    allowed = [strategy for strategy in parts.measures(movable) if _asked(settings, strategy, len(loaded))]
     table = tuple(_row(size, parts, allowed) for size in GPUS)
     if free is None:
         checkpointing = settings.activation_checkpointing is True
         both = settings.memory != "one" or len(loaded) < 2
         kept = "everything stays" if both else "one noise expert at a time, as asked,"
         return SrpoMemory(both, checkpointing, parts.peak(both, checkpointing), f"memory: {kept} on {device}", table)
-    fitting = next((way for way in allowed if parts.peak(*way) + _CONTEXT <= free), None)
+    fitting = next((strategy for strategy in allowed if parts.peak(*strategy) + _CONTEXT <= free), None)
     if fitting is None:
-        least = min(parts.peak(*way) for way in allowed)
+        least = min(parts.peak(*strategy) for strategy in allowed)
         raise UserError(f"the run needs {_show(least + _CONTEXT)} on {device}, which has {_show(free)} free "
                         f"({_detail(parts)}); lower batch_size (now {settings.batch_size}) for accumulate, or size, "
                         f"num_frames, preference.frames{_hints(settings)}")
     peak = parts.peak(*fitting)
-    line = f"memory: {_way(parts, fitting)}: {_show(peak)} of {_show(free)} free ({_detail(parts)})"
+    line = f"memory: {_strategy(parts, fitting)}: {_show(peak)} of {_show(free)} free ({_detail(parts)})"
     return SrpoMemory(*fitting, peak, line, table)
 
 
@@ -120,24 +120,24 @@ def _gpu(device: torch.device) -> torch.device:
     return device if device.type == "cuda" else torch.device("cuda")
 
 
-def _asked(settings: SrpoSettings, way: tuple[bool, bool], loaded: int) -> bool:
-    both, checkpointing = way
+def _asked(settings: SrpoSettings, strategy: tuple[bool, bool], loaded: int) -> bool:
+    both, checkpointing = strategy
     if loaded > 1 and settings.memory != "auto" and both != (settings.memory == "both") and settings.train == "lora":
         return False
     return settings.activation_checkpointing == "auto" or checkpointing == settings.activation_checkpointing
 
 
-def _row(size: int, parts: Parts, allowed: Sequence[tuple[bool, bool]]) -> str:
+def _row(size: int, parts: MemoryParts, allowed: Sequence[tuple[bool, bool]]) -> str:
     room = size * _GB - _CONTEXT
-    for way in allowed:
-        if parts.peak(*way) <= room:
-            return f"  {size:>3} GB: {_show(parts.peak(*way))}, {_way(parts, way)}"
-    least = min(allowed, key=lambda way: parts.peak(*way))
-    return f"  {size:>3} GB: does not fit, needs {_show(parts.peak(*least) + _CONTEXT)} with {_way(parts, least)}"
+    for strategy in allowed:
+        if parts.peak(*strategy) <= room:
+            return f"  {size:>3} GB: {_show(parts.peak(*strategy))}, {_strategy(parts, strategy)}"
+    least = min(allowed, key=lambda strategy: parts.peak(*strategy))
+    return f"  {size:>3} GB: does not fit, needs {_show(parts.peak(*least) + _CONTEXT)} with {_strategy(parts, least)}"
 
 
-def _way(parts: Parts, way: tuple[bool, bool]) -> str:
-    both, checkpointing = way
+def _strategy(parts: MemoryParts, strategy: tuple[bool, bool]) -> str:
+    both, checkpointing = strategy
     if len(parts.weights) < 2:
         kept = "one noise expert"
     else:
@@ -149,7 +149,7 @@ def _show(size: int) -> str:
     return f"{size / _GIB:.1f} GiB"
 
 
-def _detail(parts: Parts) -> str:
+def _detail(parts: MemoryParts) -> str:
     weights = " + ".join(f"{size / _GIB:.1f}" for size in parts.weights.values())
     return (f"weights {weights}, training state {parts.state / _GIB:.1f}, rewards and VAE {parts.models / _GIB:.1f}, "
             f"judging {parts.judging / _GIB:.1f}, activations {parts.graphs[False] / _GIB:.1f} kept or "
@@ -158,8 +158,8 @@ def _detail(parts: Parts) -> str:
 
 def _hints(settings: SrpoSettings) -> str:
     hints = []
-    if settings.train == "full" and not settings.optimiser_on_cpu:
-        hints.append("set optimiser_on_cpu = true")
+    if settings.train == "full" and not settings.optimizer_on_cpu:
+        hints.append("set optimizer_on_cpu = true")
     if settings.train == "full" and settings.master_weights == "fp32":
         hints.append("set master_weights = \"bf16\"")
     if settings.train == "full":
@@ -174,14 +174,14 @@ def _hints(settings: SrpoSettings) -> str:
 
 
 def parts_of(
-    settings: SrpoSettings, base: Base, experts: Sequence[NoiseExpert], loaded: Sequence[NoiseExpert],
+    settings: SrpoSettings, base: Base, noise_experts: Sequence[NoiseExpert], loaded: Sequence[NoiseExpert],
     bucket: tuple[int, int, int], dtype: torch.dtype, processes: int = 1,
-) -> Parts:
+) -> MemoryParts:
     """The plan's numbers for transformers in `dtype`; a full fine-tune's weights and state are split on `processes`."""
     spec = base.spec
     recipe = recipe_of(settings)
-    weights = {e: ExpertShape(spec, e, dtype, recipe).bytes().weights for e in loaded}
-    state = int(_numbers(settings, base, experts) * state_bytes(settings, dtype))
+    weights = {e: NoiseExpertShape(spec, e, dtype, recipe).bytes().weights for e in loaded}
+    state = int(_numbers(settings, base, noise_experts) * state_bytes(settings, dtype))
     if settings.train == "full" and processes > 1:
         weights, state = {e: size // processes for e, size in weights.items()}, state // processes
     frames, height, width = bucket
@@ -190,23 +190,23 @@ def parts_of(
     graph = reward_bytes(settings.rewards, "cuda", settings.batch_size * len(wanted)) - rewards
     vae, work = vae_bytes(spec.path / "vae", getattr(torch, settings.vae_dtype), settings.batch_size,
                           spec.latent_shape(*bucket), tuple(wanted))
-    clip = Clip(settings.batch_size, frames, height, width)
+    clip = ClipShape(settings.batch_size, frames, height, width)
     ranks = _ranks(settings, base)
-    graphs = {kept: transformer_bytes(spec.path, experts[0], dtype, recipe, ranks, clip, kept)
+    graphs = {kept: transformer_bytes(spec.path, noise_experts[0], dtype, recipe, ranks, clip, kept)
               for kept in (False, True)}
-    return Parts(weights, state, rewards + vae, max(graph, work), graphs,
-                 sampling_bytes(settings, base, experts[0], bucket, dtype))
+    return MemoryParts(weights, state, rewards + vae, max(graph, work), graphs,
+                 sampling_bytes(settings, base, noise_experts[0], bucket, dtype))
 
 
 def sampling_bytes(
-    settings: SrpoSettings, base: Base, expert: NoiseExpert, bucket: tuple[int, int, int], dtype: torch.dtype
+    settings: SrpoSettings, base: Base, noise_expert: NoiseExpert, bucket: tuple[int, int, int], dtype: torch.dtype
 ) -> int:
     """The most that rollouts and looks at held-out prompts take beside what stays; no gradients."""
     spec, held, own = base.spec, settings.held_out, settings.rollout
-    shape = ExpertShape(spec, expert, dtype, recipe_of(settings), [GroupShape(dict(_ranks(settings, base)), True)])
+    shape = NoiseExpertShape(spec, noise_expert, dtype, recipe_of(settings), [GroupShape(dict(_ranks(settings, base)), True)])
 
     def evaluation(of: tuple[int, int, int], guidance: float) -> int:
-        return shape.forward_work(Clip(settings.batch_size * (2 if guidance > 1 else 1), *of))
+        return shape.forward_work(ClipShape(settings.batch_size * (2 if guidance > 1 else 1), *of))
 
     found = [] if own.offline else [evaluation(bucket, own.guidance)]
     if held.count:
@@ -228,19 +228,19 @@ def _ranks(settings: SrpoSettings, base: Base) -> tuple[tuple[str, int], ...]:
     """Rank by module; of a full fine-tune 1 everywhere: what its weights' gradients keep is what such a LoRA keeps."""
     if settings.train == "lora":
         return tuple(sorted(targets_of(settings.targets, base.num_layers).items()))
-    names = tensor_shapes(weight_files(base.spec.component(base.spec.experts[0])))
+    names = tensor_shapes(weight_files(base.spec.component(base.spec.noise_experts[0])))
     return tuple((n.removesuffix(".weight"), 1) for n, shape in sorted(names.items())
                  if n.startswith("blocks.") and n.endswith(".weight") and len(shape) == 2)
 
 
 @lru_cache(maxsize=32)
 def transformer_bytes(
-    folder: Path, expert: NoiseExpert, dtype: torch.dtype, recipe: Recipe | None, ranks: tuple[tuple[str, int], ...],
-    clip: Clip, checkpointing: bool,
+    folder: Path, noise_expert: NoiseExpert, dtype: torch.dtype, recipe: Recipe | None, ranks: tuple[tuple[str, int], ...],
+    clip: ClipShape, checkpointing: bool,
 ) -> int:
     """What a forward with gradient and its backward take beside the weights, or an evaluation of a rollout if more."""
     kind: Literal["block", "off"] = "block" if checkpointing else "off"
-    shape = ExpertShape(read_spec(folder), expert, dtype, recipe, [GroupShape(dict(ranks), True)])
+    shape = NoiseExpertShape(read_spec(folder), noise_expert, dtype, recipe, [GroupShape(dict(ranks), True)])
     return max(shape.training_work(clip, kind).total, shape.forward_work(clip))
 
 
@@ -254,12 +254,12 @@ def state_bytes(settings: SrpoSettings, dtype: torch.dtype) -> int:
     copy = 0 if bf16 or not full or dtype == torch.float32 else 4
     moments = 2 * (2 if bf16 else 4)
     mean = 0 if settings.ema_decay is None else 4
-    return own + mean + (0 if settings.optimiser_on_cpu else copy + moments)
+    return own + mean + (0 if settings.optimizer_on_cpu else copy + moments)
 
 
-def _numbers(settings: SrpoSettings, base: Base, experts: Sequence[NoiseExpert]) -> int:
+def _numbers(settings: SrpoSettings, base: Base, noise_experts: Sequence[NoiseExpert]) -> int:
     """Numbers that are trained."""
-    shapes = {e: tensor_shapes(weight_files(base.spec.component(e))) for e in experts}
+    shapes = {e: tensor_shapes(weight_files(base.spec.component(e))) for e in noise_experts}
     if settings.train == "full":
         return sum(math.prod(s) for own in shapes.values() for s in own.values())
     ranks = targets_of(settings.targets, base.num_layers)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.options import forward_options
 
 _CHUNK = 1 << 30  # of pinned memory: torch rounds every pinned allocation up to a power of two
 ALIGNMENT = 256  # bytes, as the CUDA allocator's; products round by it on a CPU
@@ -60,7 +60,7 @@ class HostCopy:
             if pinned and tensor.device.type == "cpu":
                 tensor.data = self._copies[-1]  # at once: the weights are in host memory one time only
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """Leave the device."""
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
             tensor.data = copy
@@ -247,14 +247,14 @@ class Residence:
         kept_out |= {id(tensor) for own_tensors in by_block.values() for tensor in own_tensors}
         self._rest = HostCopy((t for t in tensors_of(transformer) if id(t) not in kept_out), device.type == "cuda")
         if blocks_name == "blocks":
-            path_of(transformer).residency = self.ring
+            forward_options(transformer).residency = self.ring
         elif self.ring is not None:
             by_hooks(blocks, self.ring)
         self.here = False
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """Leave the device."""
-        self._rest.park()
+        self._rest.offload()
         if self.ring is not None:
             self.ring.release()
         self.here = False

@@ -59,14 +59,14 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Work:
+class TracedWork:
     """Bytes beside weights: at most, and what is left at the end (gradients)."""
 
     peak: int
     left: int
 
 
-def measure(run: Callable[[], Any]) -> Work:
+def measure(run: Callable[[], Any]) -> TracedWork:
     """The memory of `run`, which works on meta tensors made before."""
     live = _Live()
     # Left to itself, a device without values takes the attention that makes all N · L products.
@@ -75,4 +75,4 @@ def measure(run: Callable[[], Any]) -> Work:
         with live:
             kept = run()
     del kept
-    return Work(live.peak, live.now)
+    return TracedWork(live.peak, live.now)

@@ -17,18 +17,18 @@ from lapwan.memory.plan import (
     STEP_SECONDS,
     WORKSPACE,
     Checkpointing,
-    ExpertBytes,
     MemoryPlan,
+    NoiseExpertBytes,
     Placement,
     Rates,
-    Way,
+    Strategy,
     choose,
     free_of,
     host_memory,
     needs,
     placements,
 )
-from lapwan.memory.shapes import Clip, ExpertShape, GroupShape, tokens_of, width_of
+from lapwan.memory.shapes import ClipShape, GroupShape, NoiseExpertShape, tokens_of, width_of
 from lapwan.memory.throughput import rates_of
 from lapwan.models.base import Base
 from lapwan.models.device import limit_memory, pick_dtype
@@ -37,7 +37,7 @@ from lapwan.settings.memory import precision_of
 from lapwan.settings.train import TrainSettings
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer.compile import worth
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.options import forward_options
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -60,20 +60,20 @@ class TrainingMemory:
         return self.plan.both
 
     def load(
-        self, settings: TrainSettings, base: Base, expert: NoiseExpert, home: torch.device, device: torch.device
+        self, settings: TrainSettings, base: Base, noise_expert: NoiseExpert, home: torch.device, device: torch.device
     ) -> WanTransformer3DModel:
         """A noise expert as planned, on `home`; quantising is `device`'s work. A cap in GiB holds from here on."""
         if isinstance(settings.memory, float):
             limit_memory(device, settings.memory)
-        transformer = base.load(expert, pick_dtype(settings.dtype, device), home, self.recipes[expert], device)
-        path, way = path_of(transformer), self.plan.way
-        path.checkpointing, path.whole_blocks = way.checkpointing, way.whole_blocks
+        transformer = base.load(noise_expert, pick_dtype(settings.dtype, device), home, self.recipes[noise_expert], device)
+        path, strategy = forward_options(transformer), self.plan.strategy
+        path.checkpointing, path.whole_blocks = strategy.checkpointing, strategy.whole_blocks
         return transformer
 
     @property
     def micro_batch(self) -> int | None:
         """Clips at a time where a batch does not fit whole."""
-        return self.plan.way.micro_batch or None
+        return self.plan.strategy.micro_batch or None
 
 
 Groups = Mapping[NoiseExpert, Sequence[GroupShape]]
@@ -125,22 +125,22 @@ def plan_training(
     dtype, asked = pick_dtype(settings.dtype, device), settings.memory
     groups: dict[NoiseExpert, list[GroupShape]] = {}
     recipes = {}
-    for expert, each_ranks in work.trained.items():
-        beside = work.frozen.get(expert)
-        groups[expert] = [GroupShape(beside, False)] if beside else []
-        groups[expert] += [GroupShape(ranks, True) for ranks in each_ranks]
+    for noise_expert, each_ranks in work.trained.items():
+        beside = work.frozen.get(noise_expert)
+        groups[noise_expert] = [GroupShape(beside, False)] if beside else []
+        groups[noise_expert] += [GroupShape(ranks, True) for ranks in each_ranks]
         blocks = {place[0] for ranks in each_ranks for path in ranks if (place := split_block(path)) is not None}
-        recipes[expert] = recipe_of(settings, base, blocks)
+        recipes[noise_expert] = recipe_of(settings, base, blocks)
     free = free_of(free_bytes(device), asked)
     if free is None and not look:
         plan = _without_numbers(settings, base, groups)
         return TrainingMemory(plan, recipes, True, _line(plan, device, len(groups), settings.batch_size))
-    shapes = {e: ExpertShape(base.spec, e, dtype, recipes[e], own, len(own) > 1) for e, own in groups.items()}
+    shapes = {e: NoiseExpertShape(base.spec, e, dtype, recipes[e], own, len(own) > 1) for e, own in groups.items()}
     each = [shape.bytes(_NUMBERS + (settings.ema_decay is not None)) for shape in shapes.values()]
     compiled = _compiles(settings, base, work, device, processes)
-    ways = list(_ways(settings, list(shapes.values()), each, work.bucket, rates_of(device, dtype), compiled, processes))
+    strategies = list(_strategies(settings, list(shapes.values()), each, work.bucket, rates_of(device, dtype), compiled, processes))
     idle = sum(shape.gradients for shape in shapes.values()) - max(shape.gradients for shape in shapes.values())
-    plan = choose(each, ways, WORKSPACE + idle, free, asked, host_free=host_memory())
+    plan = choose(each, strategies, WORKSPACE + idle, free, asked, host_free=host_memory())
     keep = free is None or needs(plan.peak + work.clip_bytes) <= free
     return TrainingMemory(plan, recipes, keep, _line(plan, device, len(groups), settings.batch_size))
 
@@ -159,7 +159,7 @@ def _without_numbers(settings: TrainSettings, base: Base, groups: Groups) -> Mem
     prefix = _prefix(groups, base.num_layers)
     [place, *_] = placements(len(groups), prefix, "both" if settings.memory == "auto" else settings.memory)
     kind: Checkpointing = "off" if settings.activation_checkpointing == "auto" else settings.activation_checkpointing
-    return MemoryPlan(Way(_possible(place, len(groups)), 0, 0.0, kind), 0, 0, None, settings.memory)
+    return MemoryPlan(Strategy(_possible(place, len(groups)), 0, 0.0, kind), 0, 0, None, settings.memory)
 
 
 def _prefix(groups: Groups, num_layers: int) -> int:
@@ -174,15 +174,15 @@ def _possible(place: Placement, count: int) -> Placement:
     return Placement(True) if count == 1 and not place.streamed else place
 
 
-def _ways(
-    settings: TrainSettings, shapes: Sequence[ExpertShape], each: Sequence[ExpertBytes], bucket: tuple[int, int, int],
+def _strategies(
+    settings: TrainSettings, shapes: Sequence[NoiseExpertShape], each: Sequence[NoiseExpertBytes], bucket: tuple[int, int, int],
     rates: Rates, compiled: bool, processes: int,
-) -> list[Way]:
+) -> list[Strategy]:
     prefix = min(shape.first_trained for shape in shapes)
     places = list(dict.fromkeys(_possible(p, len(each)) for p in placements(len(each), prefix, settings.memory)))
-    slower, ways, micro = STEP_SECONDS[compiled], [], settings.batch_size
+    slower, strategies, micro = STEP_SECONDS[compiled], [], settings.batch_size
     while micro:
-        clip, parts = Clip(micro, *bucket), math.ceil(settings.batch_size / micro)
+        clip, parts = ClipShape(micro, *bucket), math.ceil(settings.batch_size / micro)
         for again in _recomputations(settings, shapes, clip, compiled, processes):
             before, own = (part.times(1 / processes).seconds(rates) for part in shapes[0].step_flops(clip, again.share))
             for place in places:
@@ -190,10 +190,10 @@ def _ways(
                 swap = 0.0 if place.both else sum(one.weights for one in each) / rates.bus / settings.turn / 2
                 once = max(slower * before, copied) + slower * own * again.slower
                 seconds = parts * settings.accumulate * once + swap
-                ways.append(Way(place, again.work, seconds, again.kind, again.whole_blocks,
+                strategies.append(Strategy(place, again.work, seconds, again.kind, again.whole_blocks,
                                 0 if micro == settings.batch_size else micro))
         micro //= 2
-    return ways
+    return strategies
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class _Recomputation:
 
 
 def _recomputations(
-    settings: TrainSettings, shapes: Sequence[ExpertShape], clip: Clip, compiled: bool, processes: int
+    settings: TrainSettings, shapes: Sequence[NoiseExpertShape], clip: ClipShape, compiled: bool, processes: int
 ) -> list[_Recomputation]:
     """What was asked for; else nothing, cheap operations, and of either the first trained blocks whole, up to all."""
     asked = settings.activation_checkpointing
@@ -229,27 +229,27 @@ def _recomputations(
 
 
 def _line(plan: MemoryPlan, device: torch.device, count: int, batch_size: int) -> str:
-    place, way = plan.way.placement, plan.way
+    place, strategy = plan.strategy.placement, plan.strategy
     what = "everything stays" if count == 1 else "both noise experts stay"
     if place.streamed:
         what = f"the first {place.streamed} blocks stream from host memory"
     elif not place.both:
         what = "one noise expert at a time"
     details = [f"{what} on {device}" if not place.streamed else f"{what} to {device}"]
-    if way.checkpointing == "block":
+    if strategy.checkpointing == "block":
         details.append("whole blocks are computed again")
-    elif way.whole_blocks:
-        cheap = " whole, of the others cheap operations" if way.checkpointing == "op" else ""
-        details.append(f"the first {way.whole_blocks} trained blocks are computed again{cheap}")
-    elif way.checkpointing == "op":
+    elif strategy.whole_blocks:
+        cheap = " whole, of the others cheap operations" if strategy.checkpointing == "op" else ""
+        details.append(f"the first {strategy.whole_blocks} trained blocks are computed again{cheap}")
+    elif strategy.checkpointing == "op":
         details.append("cheap operations are computed again")
-    if way.micro_batch:
-        details.append(f"a batch of {batch_size} runs as {way.micro_batch} at a time, with the same result")
+    if strategy.micro_batch:
+        details.append(f"a batch of {batch_size} runs as {strategy.micro_batch} at a time, with the same result")
     line = "memory: " + "; ".join(details)
     if plan.parts:
         own = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.parts.items())
         has = "" if plan.free is None else f" of {plan.free / GIB:.1f}"
-        line += f"; predicted peak {plan.peak / GIB:.2f}{has} GiB ({own}){plan.host_words}, {way.seconds:.3g} s a step"
+        line += f"; predicted peak {plan.peak / GIB:.2f}{has} GiB ({own}){plan.host_words}, {strategy.seconds:.3g} s a step"
     if not plan.fits:
         line += "; THIS DOES NOT FIT"
     return line

@@ -61,13 +61,13 @@ class Base:
         """Blocks of a transformer."""
         return self.spec.num_layers
 
-    def fingerprint(self, expert: NoiseExpert) -> str:
+    def fingerprint(self, noise_expert: NoiseExpert) -> str:
         """Identity of a noise expert's weights with its LoRAs."""
-        own = [(file.fingerprint(), strength) for file, strength in self.loras.get(expert, ())]
-        return merged_fingerprint(self.spec.fingerprint(expert), own)
+        own = [(file.fingerprint(), strength) for file, strength in self.loras.get(noise_expert, ())]
+        return merged_fingerprint(self.spec.fingerprint(noise_expert), own)
 
     def load(
-        self, expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+        self, noise_expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
         recipe: Recipe | None = None, work_on: str | torch.device | None = None,
     ) -> WanTransformer3DModel:
         """The frozen transformer of a noise expert, with the LoRAs in its weights.
@@ -78,21 +78,21 @@ class Base:
         Raises:
             UserError: a LoRA made for another model, or a merge that `lapwan merge` would refuse.
         """
-        merged = self.merged_weights(expert)
+        merged = self.merged_weights(noise_expert)
         if recipe is not None:
             return load_quantised_transformer(
-                self.spec, expert, recipe, self.fingerprint(expert), dtype, device, merged, work_on)
-        transformer = load_transformer(self.spec, expert, dtype, device)
+                self.spec, noise_expert, recipe, self.fingerprint(noise_expert), dtype, device, merged, work_on)
+        transformer = load_transformer(self.spec, noise_expert, dtype, device)
         for name, weight in merged.items():
             transformer.get_parameter(name).data.copy_(weight())
         return transformer
 
-    def merged_weights(self, expert: NoiseExpert) -> dict[str, Callable[[], Tensor]]:
+    def merged_weights(self, noise_expert: NoiseExpert) -> dict[str, Callable[[], Tensor]]:
         """Weights that the LoRAs change, by parameter name: each is read and merged when it is asked for."""
-        given = self.loras.get(expert, ())
+        given = self.loras.get(noise_expert, ())
         if not given:
             return {}
-        files, terms = plan_terms(weight_files(self.spec.component(expert)), given)
+        files, terms = plan_terms(weight_files(self.spec.component(noise_expert)), given)
         places = linear_weights(files)
         return {
             f"{path}.weight": partial(merged_tensor, files[index], name, terms[index][name])
@@ -137,13 +137,13 @@ def resolve_base(
             refuse_generation_only(made, model.transformer)
         return Base(made)
     spec = resolve(model.model, task, generation)
-    requests = [(expert.value, path, model.multiplier) for expert, path in model.lora.items()]
-    return Base(spec, assign(requests, spec.experts))
+    requests = [(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]
+    return Base(spec, assign(requests, spec.noise_experts))
 
 
 def _from_files(files: ModelFilesSettings) -> ModelSpec:
     given = {NoiseExpert.HIGH: files.high or files.transformer, NoiseExpert.LOW: files.low}
-    transformers = {expert: path for expert, path in given.items() if path is not None}
+    transformers = {noise_expert: path for noise_expert, path in given.items() if path is not None}
     return read_spec(make_folder(
         cache_root(), transformers, files.vae, files.text_encoder, files.tokenizer, files.boundary, files.flow_shift
     ))

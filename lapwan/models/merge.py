@@ -14,7 +14,7 @@ from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.files import claim_output
-from lapwan.lora import noise_expert
+from lapwan.lora import noise_expert_metadata
 from lapwan.lora.assign import Request, assign, assign_one, group, warn_mismatch
 from lapwan.lora.combine import combine
 from lapwan.lora.formats import LoraFile, write_both, write_lora
@@ -48,7 +48,7 @@ def merge(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
 
 
 def _requests(settings: MergeSettings) -> list[Request]:
-    return [(lora.expert, lora.path, lora.strength * settings.multiplier) for lora in settings.lora]
+    return [(lora.noise_expert, lora.path, lora.strength * settings.multiplier) for lora in settings.lora]
 
 
 def _given(loras: Sequence[tuple[LoraFile, float]]) -> list[Given]:
@@ -58,13 +58,13 @@ def _given(loras: Sequence[tuple[LoraFile, float]]) -> list[Given]:
 def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Iterator[str]:
     spec = resolve(model)
     _claim_folder(settings.output, spec.path, options)
-    assigned = assign(_requests(settings), spec.experts)
-    for expert, loras in assigned.items():
+    assigned = assign(_requests(settings), spec.noise_experts)
+    for noise_expert, loras in assigned.items():
         for lora, _ in loras:
-            warn_mismatch(lora, spec.task, spec.boundary, spec.fingerprint(expert))
+            warn_mismatch(lora, spec.task, spec.boundary, spec.fingerprint(noise_expert))
     plans = [
-        plan_component(weight_files(spec.component(expert)), _given(loras), expert)
-        for expert, loras in assigned.items()
+        plan_component(weight_files(spec.component(noise_expert)), _given(loras), noise_expert)
+        for noise_expert, loras in assigned.items()
     ]
     _check_and_tell(plans, settings.output, folder_bytes(spec.path, settings.output, plans, settings.link))
     if options.dry_run:
@@ -76,8 +76,8 @@ def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Ite
 
 def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -> Iterator[str]:
     whole = dit.is_dir()
-    expert, loras = assign_one(_requests(settings), noise_expert.from_name(dit))
-    plan = plan_component(weight_files(dit) if whole else [dit], _given(loras), expert)
+    noise_expert, loras = assign_one(_requests(settings), noise_expert_metadata.from_name(dit))
+    plan = plan_component(weight_files(dit) if whole else [dit], _given(loras), noise_expert)
     if whole:
         _claim_folder(settings.output, dit, options)
     else:
@@ -99,15 +99,15 @@ def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
     outputs = _lora_outputs(settings, list(groups))
     for output in outputs.values():
         _claim_file(output, [lora.path for lora in settings.lora], options)
-    for expert, loras in groups.items():
+    for noise_expert, loras in groups.items():
         parts = ", ".join(f"{lora.path.name} x {strength:g}" for lora, strength in loras)
-        log(f"{outputs[expert].name}: {parts}")
+        log(f"{outputs[noise_expert].name}: {parts}")
     if options.dry_run:
         return
     yield from _write_sums(settings, outputs, (
-        (expert, [(lora.read(), strength) for lora, strength in loras],
-         {} if expert is None else {noise_expert.KEY: expert.value})
-        for expert, loras in groups.items()
+        (noise_expert, [(lora.read(), strength) for lora, strength in loras],
+         {} if noise_expert is None else {noise_expert_metadata.KEY: noise_expert.value})
+        for noise_expert, loras in groups.items()
     ))
 
 
@@ -120,17 +120,17 @@ def _write_sums(
     """Add up each noise expert's terms and write them: one after the other, or together where one file is wanted."""
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     both: dict[NoiseExpert, LoraState] = {}
-    for expert, terms, metadata in sums:
+    for noise_expert, terms, metadata in sums:
         state, energy = combine(terms, settings.rank, dtype)
         if energy is not None:
             yield (f"rank {settings.rank} keeps {energy.total:.4%} of the energy (squared norm); least in "
                    f"{energy.worst_path}: {energy.worst:.4%}")
         state.metadata |= metadata
-        if settings.one_file and expert is not None:
-            both[expert] = state
+        if settings.one_file and noise_expert is not None:
+            both[noise_expert] = state
             continue
-        write_lora(outputs[expert], state, settings.format or "comfy", dtype, settings.fold_alpha)
-        yield f"LoRA: {outputs[expert]}"
+        write_lora(outputs[noise_expert], state, settings.format or "comfy", dtype, settings.fold_alpha)
+        yield f"LoRA: {outputs[noise_expert]}"
     if both:
         write_both(settings.output, both, dtype, settings.fold_alpha)
         yield f"LoRA: {settings.output}"
@@ -141,54 +141,54 @@ def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> I
     mixture = read_mixture(path)
     taxonomy = Taxonomy.from_dict(mixture.taxonomy, str(path))
     shares = resolve_hint(settings.mix or "", taxonomy)
-    outputs = _lora_outputs(settings, mixture.experts)
+    outputs = _lora_outputs(settings, mixture.noise_experts)
     for output in outputs.values():
         _claim_file(output, [path], options)
     log("mix: " + ", ".join(f"{f} {share:.2f}" for f, share in zip(mixture.families, shares, strict=True) if share))
     if mixture.base_lora:
         warn(f"{path} was trained over a base LoRA, which is not part of the mixture; use it beside these files")
     gates: dict[NoiseExpert, float] = {}
-    for expert in mixture.experts:
-        sigmas = [settings.sigma] if settings.sigma is not None else inference_sigmas(mixture, expert)
+    for noise_expert in mixture.noise_experts:
+        sigmas = [settings.sigma] if settings.sigma is not None else inference_sigmas(mixture, noise_expert)
         if not sigmas:
-            raise UserError(f"none of the model's {mixture.spec.steps} sampling steps falls to the {expert.value} "
+            raise UserError(f"none of the model's {mixture.spec.steps} sampling steps falls to the {noise_expert.value} "
                             "noise expert; give --sigma")
-        gate = gate_spread(mixture, expert, sigmas)
-        gates[expert] = gate.mean
-        yield (f"{expert.value} noise: w = {gate.mean:.4f} (from {gate.lowest:.4f} to {gate.highest:.4f} over "
+        gate = gate_spread(mixture, noise_expert, sigmas)
+        gates[noise_expert] = gate.mean
+        yield (f"{noise_expert.value} noise: w = {gate.mean:.4f} (from {gate.lowest:.4f} to {gate.highest:.4f} over "
                f"{len(sigmas)} sigmas)")
     if options.dry_run:
         return
     yield from _write_sums(settings, outputs, (
-        (expert, [(collapse(mixture, expert, shares, gate), settings.multiplier)], _mixture_metadata(mixture, expert))
-        for expert, gate in gates.items()
+        (noise_expert, [(collapse(mixture, noise_expert, shares, gate), settings.multiplier)], _mixture_metadata(mixture, noise_expert))
+        for noise_expert, gate in gates.items()
     ))
 
 
-def _mixture_metadata(mixture: Mixture, expert: NoiseExpert) -> dict[str, str]:
-    said = {noise_expert.KEY: expert.value, "lapwan.task": mixture.spec.task}
-    if expert in mixture.spec.base:
-        said["lapwan.base_fingerprint"] = mixture.spec.base[expert]
+def _mixture_metadata(mixture: Mixture, noise_expert: NoiseExpert) -> dict[str, str]:
+    said = {noise_expert_metadata.KEY: noise_expert.value, "lapwan.task": mixture.spec.task}
+    if noise_expert in mixture.spec.base:
+        said["lapwan.base_fingerprint"] = mixture.spec.base[noise_expert]
     return said
 
 
 def _lora_outputs(
-    settings: MergeSettings, experts: Sequence[NoiseExpert | None]
+    settings: MergeSettings, noise_experts: Sequence[NoiseExpert | None]
 ) -> dict[NoiseExpert | None, Path]:
     """The output itself, or, where both noise experts are written apart, `{name}_high_noise.safetensors` and its twin.
 
     Raises:
         UserError: one file for both is wanted, and there are not both.
     """
-    if settings.one_file and set(experts) != set(NoiseExpert):
-        have = ", ".join("one it does not say" if expert is None else expert.value for expert in experts)
+    if settings.one_file and set(noise_experts) != set(NoiseExpert):
+        have = ", ".join("one it does not say" if noise_expert is None else noise_expert.value for noise_expert in noise_experts)
         raise UserError(f"--one-file needs a LoRA for each noise expert; these are for: {have}; give high=FILE and "
                         "low=FILE, or leave it out")
     output = settings.output
-    if settings.one_file or len(experts) == 1:
-        return dict.fromkeys(experts, output)
-    return {expert: output if expert is None else output.with_name(f"{output.stem}_{expert.file_suffix}{output.suffix}")
-            for expert in experts}
+    if settings.one_file or len(noise_experts) == 1:
+        return dict.fromkeys(noise_experts, output)
+    return {noise_expert: output if noise_expert is None else output.with_name(f"{output.stem}_{noise_expert.file_suffix}{output.suffix}")
+            for noise_expert in noise_experts}
 
 
 def _claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> None:
@@ -220,6 +220,6 @@ def _bytes_bar(plans: Sequence[ComponentPlan], verify: bool) -> Iterator[Advance
 
 def _check_and_tell(plans: Sequence[ComponentPlan], output: Path, needed: int) -> None:
     for plan in plans:
-        log(plan.describe(plan.expert.component if plan.expert else plan.files[0].path.name))
+        log(plan.describe(plan.noise_expert.component if plan.noise_expert else plan.files[0].path.name))
     check_disk(output, needed)
     log(f"{output}: {needed / 2**30:.3g} GiB to write")

@@ -63,7 +63,7 @@ def _write(
     folder: Path, files: Mapping[NoiseExpert, list[Path]], vae: Path, text_encoder: Path, tokenizer: Path,
     boundary: float | None, flow_shift: float | None,
 ) -> None:
-    configs = {expert: transformer_config(found) for expert, found in files.items()}
+    configs = {noise_expert: transformer_config(found) for noise_expert, found in files.items()}
     channels = next(iter(configs.values()))["in_channels"]
     two = len(files) == 2
     if two and channels == wan22_vae.CHANNELS:
@@ -82,11 +82,11 @@ def _write(
         "vae": ["diffusers", "AutoencoderKLWan"], "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     }
-    for expert, found in files.items():
-        _part(folder / expert.component, configs[expert])
+    for noise_expert, found in files.items():
+        _part(folder / noise_expert.component, configs[noise_expert])
         for number, file in enumerate(found, 1):
             name = "diffusion_pytorch_model" + (f"-{number:05d}" if len(found) > 1 else "")
-            (folder / expert.component / f"{name}.safetensors").symlink_to(file.resolve())
+            (folder / noise_expert.component / f"{name}.safetensors").symlink_to(file.resolve())
     for name, file, config in (
         ("vae", vae, own_vae), ("text_encoder", text_encoder, text_config(text_encoder)),
     ):

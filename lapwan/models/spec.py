@@ -52,7 +52,7 @@ class ModelSpec:
 
     path: Path
     task: Task
-    experts: tuple[NoiseExpert, ...]
+    noise_experts: tuple[NoiseExpert, ...]
     boundary: float | None
     in_channels: int
     latent_channels: int
@@ -69,13 +69,13 @@ class ModelSpec:
         """Sigma band by noise expert."""
         return bands(self.boundary)
 
-    def component(self, expert: NoiseExpert) -> Path:
+    def component(self, noise_expert: NoiseExpert) -> Path:
         """The folder of a noise expert's transformer."""
-        return self.path / expert.component
+        return self.path / noise_expert.component
 
-    def fingerprint(self, expert: NoiseExpert) -> str:
+    def fingerprint(self, noise_expert: NoiseExpert) -> str:
         """Identity of a noise expert's weights; a merged folder carries base and LoRA in it."""
-        return checkpoint_fingerprint(weight_files(self.component(expert)))
+        return checkpoint_fingerprint(weight_files(self.component(noise_expert)))
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(channels, latent frames, latent height, latent width) of a clip of `frames` pixels frames.
@@ -207,13 +207,13 @@ def read_spec(folder: Path) -> ModelSpec:
         raise UserError(f"no model folder {folder}; MODEL is 'tiny', 'tiny-t2v', 'tiny-i2v' or a diffusers folder")
     index = _json(folder / "model_index.json")
     boundary = index.get("boundary_ratio")
-    experts = _experts(folder, index, boundary)
-    transformers = {expert: _json(folder / expert.component / "config.json") for expert in experts}
-    main = transformers[experts[0]]
-    for expert, config in transformers.items():
+    noise_experts = _experts(folder, index, boundary)
+    transformers = {noise_expert: _json(folder / noise_expert.component / "config.json") for noise_expert in noise_experts}
+    main = transformers[noise_experts[0]]
+    for noise_expert, config in transformers.items():
         for key in ("in_channels", "num_layers", "num_attention_heads", "attention_head_dim"):
             if config.get(key) != main.get(key):
-                raise UserError(f"{folder}: {expert.component}'s {key} is {config.get(key)}, the other "
+                raise UserError(f"{folder}: {noise_expert.component}'s {key} is {config.get(key)}, the other "
                                 f"noise expert's is {main.get(key)}; the two do not belong together")
     if main.get("image_dim") is not None:
         raise UserError(f"{folder} is a Wan2.1 image-to-video model, which needs an image encoder that lapwan does not "
@@ -223,7 +223,7 @@ def read_spec(folder: Path) -> ModelSpec:
     temporal, spatial = int(vae.get("scale_factor_temporal") or 4), int(vae.get("scale_factor_spatial") or 8)
     task = _task_of(int(main["in_channels"]), int(vae["z_dim"]), temporal, bool(index.get("expand_timesteps")), folder)
     return ModelSpec(
-        path=folder, task=task, experts=experts, boundary=None if boundary is None else float(boundary),
+        path=folder, task=task, noise_experts=noise_experts, boundary=None if boundary is None else float(boundary),
         in_channels=int(main["in_channels"]), latent_channels=int(vae["z_dim"]), num_layers=int(main["num_layers"]),
         text_dim=int(main["text_dim"]), flow_shift=float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0),
         temporal_stride=temporal, spatial_stride=spatial, pixel_multiple=spatial * int(main["patch_size"][1]),

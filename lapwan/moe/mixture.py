@@ -66,7 +66,7 @@ class Mixture(nn.Module):
         self.router = make_router(
             spec.router, spec.text_dim, len(spec.families), spec.router_temperature, spec.router_sigma)
         self.timestep_gates = nn.ModuleDict(
-            {expert.value: TimestepGate(*band, knots=spec.knots) for expert, band in spec.bands.items()}
+            {noise_expert.value: TimestepGate(*band, knots=spec.knots) for noise_expert, band in spec.bands.items()}
         )
 
     @property
@@ -80,7 +80,7 @@ class Mixture(nn.Module):
         return self.spec.taxonomy
 
     @property
-    def experts(self) -> tuple[NoiseExpert, ...]:
+    def noise_experts(self) -> tuple[NoiseExpert, ...]:
         """The noise experts that carry LoRA experts."""
         return tuple(self.states)
 
@@ -89,14 +89,14 @@ class Mixture(nn.Module):
         """Path and fingerprint of the frozen base LoRA the mixture was trained over, by noise expert."""
         return self.spec.base_lora
 
-    def groups(self, expert: NoiseExpert, base_lora: LoraState | None, trainable: bool = False) -> list[Group]:
+    def groups(self, noise_expert: NoiseExpert, base_lora: LoraState | None, trainable: bool = False) -> list[Group]:
         """What to attach to a noise expert's transformer: the frozen base LoRA first, if any, then a group a family."""
         base = [Group(BASE_GROUP, base_lora, trainable=False)] if base_lora is not None else []
-        return base + [Group(family, self.states[expert][family], trainable) for family in self.families]
+        return base + [Group(family, self.states[noise_expert][family], trainable) for family in self.families]
 
-    def timestep_gate(self, expert: NoiseExpert) -> TimestepGate:
+    def timestep_gate(self, noise_expert: NoiseExpert) -> TimestepGate:
         """w(σ) of a noise expert."""
-        return cast(TimestepGate, self.timestep_gates[expert.value])
+        return cast(TimestepGate, self.timestep_gates[noise_expert.value])
 
     def route(
         self, text: Sequence[Tensor], labels_BE: Tensor | None = None, sigma_B: Tensor | None = None
@@ -128,7 +128,7 @@ class Mixture(nn.Module):
 
     def gates(
         self,
-        expert: NoiseExpert,
+        noise_expert: NoiseExpert,
         mix_BE: Tensor,
         sigma_B: Tensor,
         alpha_expert_E: Tensor | None = None,
@@ -139,7 +139,7 @@ class Mixture(nn.Module):
         Args:
             alpha_base: gate of the base group; None when there is none.
         """
-        gates: Tensor = self.timestep_gate(expert)(sigma_B)[:, None] * mix_BE
+        gates: Tensor = self.timestep_gate(noise_expert)(sigma_B)[:, None] * mix_BE
         if alpha_expert_E is not None:
             gates = gates * alpha_expert_E.to(gates)
         if alpha_base is None:
@@ -148,5 +148,5 @@ class Mixture(nn.Module):
 
     def collect(self, adapters: Mapping[NoiseExpert, Adapter]) -> None:
         """Copy the experts' tensors out of the adapters, for saving."""
-        for expert, adapter in adapters.items():
-            self.states[expert] = {family: adapter.state(family) for family in self.families}
+        for noise_expert, adapter in adapters.items():
+            self.states[noise_expert] = {family: adapter.state(family) for family in self.families}

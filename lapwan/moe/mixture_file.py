@@ -40,7 +40,7 @@ class BaseFacts(Protocol):
     def text_dim(self) -> int: ...
     @property
     def num_layers(self) -> int: ...
-    def fingerprint(self, expert: NoiseExpert) -> str: ...
+    def fingerprint(self, noise_expert: NoiseExpert) -> str: ...
 
 
 def is_mixture(metadata: Mapping[str, str] | None) -> bool:
@@ -51,18 +51,18 @@ def is_mixture(metadata: Mapping[str, str] | None) -> bool:
 def write_mixture(path: Path, mixture: Mixture, metadata: Mapping[str, str] | None = None) -> None:
     """Write a mixture atomically; all tensors in the dtype they are trained in."""
     tensors: dict[str, Tensor] = {}
-    for expert, states in mixture.states.items():
-        if mixture.spec.shared_experts and expert is not mixture.experts[0]:
+    for noise_expert, states in mixture.states.items():
+        if mixture.spec.shared_experts and noise_expert is not mixture.noise_experts[0]:
             continue
-        side = _SHARED if mixture.spec.shared_experts else expert.file_suffix
+        side = _SHARED if mixture.spec.shared_experts else noise_expert.file_suffix
         for family, state in states.items():
             for module, entry in state.entries.items():
                 prefix = f"{side}.{module}.{family}"
                 tensors[f"{prefix}.lora_A.weight"] = entry.down
                 tensors[f"{prefix}.lora_B.weight"] = entry.up
                 tensors[f"{prefix}.alpha"] = torch.tensor(entry.alpha, dtype=torch.float64)
-    for expert in mixture.experts:
-        tensors[f"{expert.file_suffix}.timestep_gate.values_K"] = mixture.timestep_gate(expert).values_K
+    for noise_expert in mixture.noise_experts:
+        tensors[f"{noise_expert.file_suffix}.timestep_gate.values_K"] = mixture.timestep_gate(noise_expert).values_K
     tensors |= {f"router.{name}": value for name, value in mixture.router.state_dict().items()}
     said = {_FORMAT_KEY: FORMAT, _SPEC_KEY: json.dumps(asdict(mixture.spec), ensure_ascii=False)}
     with files.atomic_file(path) as temporary:
@@ -83,13 +83,13 @@ def read_mixture(path: Path, base: BaseFacts | None = None) -> Mixture:
     if base is not None:
         _check_base(path, spec, base)
     states: dict[NoiseExpert, dict[str, LoraState]] = {}
-    for expert in spec.bands:
-        states[expert] = {family: LoraState({}, {}) for family in spec.families}
+    for noise_expert in spec.bands:
+        states[noise_expert] = {family: LoraState({}, {}) for family in spec.families}
     mixture = Mixture(spec, states)
     _take_router(path, mixture, tensors)
-    for expert in spec.bands:
-        values_K = mixture.timestep_gate(expert).values_K
-        _copy(path, values_K, tensors, f"{expert.file_suffix}.timestep_gate.values_K", "timestep gate")
+    for noise_expert in spec.bands:
+        values_K = mixture.timestep_gate(noise_expert).values_K
+        _copy(path, values_K, tensors, f"{noise_expert.file_suffix}.timestep_gate.values_K", "timestep gate")
     _take_experts(path, mixture, tensors, None if base is None else base.num_layers)
     return mixture.requires_grad_(False)
 
@@ -117,7 +117,7 @@ def _spec(said: dict[str, Any]) -> MixtureSpec:
     by_expert = {
         key: {NoiseExpert(name): value for name, value in said[key].items()} for key in ("bands", "base", "base_lora")
     }
-    bands = {expert: (float(low), float(high)) for expert, (low, high) in by_expert["bands"].items()}
+    bands = {noise_expert: (float(low), float(high)) for noise_expert, (low, high) in by_expert["bands"].items()}
     return MixtureSpec(**{**said, **by_expert, "bands": bands, "families": tuple(said["families"])})
 
 
@@ -127,17 +127,17 @@ def _check_base(path: Path, spec: MixtureSpec, base: BaseFacts) -> None:
     if spec.text_dim != base.text_dim:
         raise UserError(f"{path}: its router reads text features of width {spec.text_dim}, the model's are "
                         f"{base.text_dim}; use the model it was trained on")
-    for expert, band in spec.bands.items():
-        model = base.bands.get(expert)
+    for noise_expert, band in spec.bands.items():
+        model = base.bands.get(noise_expert)
         if model is None:
-            raise UserError(f"{path} has experts for the {expert.value} noise expert, which the model lacks; "
+            raise UserError(f"{path} has experts for the {noise_expert.value} noise expert, which the model lacks; "
                             "use the model it was trained on")
         if (model.low, model.high) != band:
-            raise UserError(f"{path}: trained with sigma band {Band(*band)} for the {expert.value} noise expert, the "
+            raise UserError(f"{path}: trained with sigma band {Band(*band)} for the {noise_expert.value} noise expert, the "
                             f"model's is {model}; use the model it was trained on")
-        want, have = spec.base.get(expert), base.fingerprint(expert)
+        want, have = spec.base.get(noise_expert), base.fingerprint(noise_expert)
         if want is not None and want != have:
-            raise UserError(f"{path} was trained on another base: its {expert.value} noise expert has fingerprint "
+            raise UserError(f"{path} was trained on another base: its {noise_expert.value} noise expert has fingerprint "
                             f"{want[:12]}, this model's {have[:12]}; use the model it was trained on (merged the same "
                             "way, if a LoRA was merged first)")
 
@@ -163,30 +163,30 @@ def _take_experts(path: Path, mixture: Mixture, tensors: dict[str, Tensor], num_
     entries: dict[tuple[NoiseExpert, str, str], dict[str, Tensor]] = {}
     for name, value in tensors.items():
         side, _, rest = name.partition(".")
-        sides = [_SHARED if mixture.spec.shared_experts else e.file_suffix for e in mixture.experts]
-        expert = mixture.experts[sides.index(side)] if side in sides else None
+        sides = [_SHARED if mixture.spec.shared_experts else e.file_suffix for e in mixture.noise_experts]
+        noise_expert = mixture.noise_experts[sides.index(side)] if side in sides else None
         suffix = next((s for s in (".lora_A.weight", ".lora_B.weight", ".alpha") if rest.endswith(s)), None)
         module, _, family = rest.removesuffix(suffix or "").rpartition(".")
-        if expert is None or suffix is None or family not in mixture.families or split_block(module) is None:
+        if noise_expert is None or suffix is None or family not in mixture.families or split_block(module) is None:
             raise UserError(f"{path}: tensor '{name}' is not part of a mixture of {', '.join(mixture.families)}; "
                             "the file is damaged or was edited")
         block = split_block(module)
         if num_layers is not None and block is not None and block[0] >= num_layers:
             raise UserError(f"{path}: tensor '{name}' is for block {block[0]}, the model has {num_layers} blocks; "
                             "use the model it was trained on")
-        entries.setdefault((expert, family, module), {})[suffix] = value
-    for (expert, family, module), parts in entries.items():
+        entries.setdefault((noise_expert, family, module), {})[suffix] = value
+    for (noise_expert, family, module), parts in entries.items():
         if len(parts) != 3:
-            raise UserError(f"{path}: {expert.file_suffix}.{module}.{family} lacks one of lora_A, lora_B, alpha; "
+            raise UserError(f"{path}: {noise_expert.file_suffix}.{module}.{family} lacks one of lora_A, lora_B, alpha; "
                             "the file is damaged or was edited")
         try:
             entry = LoraEntry(parts[".lora_A.weight"], parts[".lora_B.weight"], float(parts[".alpha"]))
         except ValueError as error:
-            raise UserError(f"{path}: {expert.file_suffix}.{module}.{family}: rank mismatch: {error}") from None
-        for one in mixture.experts if mixture.spec.shared_experts else (expert,):
+            raise UserError(f"{path}: {noise_expert.file_suffix}.{module}.{family}: rank mismatch: {error}") from None
+        for one in mixture.noise_experts if mixture.spec.shared_experts else (noise_expert,):
             mixture.states[one][family].entries[module] = entry
-    for expert, states in mixture.states.items():
+    for noise_expert, states in mixture.states.items():
         for family, state in states.items():
             if not state.entries:
-                raise UserError(f"{path}: expert '{family}' of the {expert.value} noise expert has no tensors; "
+                raise UserError(f"{path}: expert '{family}' of the {noise_expert.value} noise expert has no tensors; "
                                 "the file is damaged or was edited")

@@ -18,17 +18,17 @@ from lapwan.moe.mixture import Mixture
 from lapwan.names import NoiseExpert
 
 
-def inference_sigmas(mixture: Mixture, expert: NoiseExpert) -> list[float]:
+def inference_sigmas(mixture: Mixture, noise_expert: NoiseExpert) -> list[float]:
     """The sigmas of the base model's own sampling grid that fall to a noise expert.
 
     σ_i = s·t_i / (1 + (s − 1)·t_i), t = linspace(1, 1/1000, N + 1) without its end: diffusers' UniPC grid.
     """
     spec = mixture.spec
-    low, high = spec.bands[expert]
+    low, high = spec.bands[noise_expert]
     t_N = torch.linspace(1, 1 / 1000, spec.steps + 1, dtype=torch.float64)[:-1]
     sigmas = (spec.flow_shift * t_N / (1 + (spec.flow_shift - 1) * t_N)).tolist()
     # Sigma equal to the boundary belongs to the high noise expert.
-    return [s for s in sigmas if low <= s <= high and (expert is NoiseExpert.HIGH or s < high)]
+    return [s for s in sigmas if low <= s <= high and (noise_expert is NoiseExpert.HIGH or s < high)]
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class GateSpread:
     highest: float
 
 
-def gate_spread(mixture: Mixture, expert: NoiseExpert, sigmas: Sequence[float]) -> GateSpread:
+def gate_spread(mixture: Mixture, noise_expert: NoiseExpert, sigmas: Sequence[float]) -> GateSpread:
     """Mean and range of a noise expert's w(σ) over `sigmas`."""
     with torch.no_grad():
-        w = mixture.timestep_gate(expert)(torch.tensor(sigmas, dtype=torch.float32)).double()
+        w = mixture.timestep_gate(noise_expert)(torch.tensor(sigmas, dtype=torch.float32)).double()
     return GateSpread(float(w.mean()), float(w.min()), float(w.max()))
 
 
-def collapse(mixture: Mixture, expert: NoiseExpert, mix: Sequence[float], w_bar: float) -> LoraState:
+def collapse(mixture: Mixture, noise_expert: NoiseExpert, mix: Sequence[float], w_bar: float) -> LoraState:
     """The concatenated LoRA of a noise expert; families whose weight in the mix is 0 are left out.
 
     Args:
@@ -58,7 +58,7 @@ def collapse(mixture: Mixture, expert: NoiseExpert, mix: Sequence[float], w_bar:
     """
     if len(mix) != len(mixture.families):
         raise ValueError(f"{len(mix)} weights for {len(mixture.families)} families")
-    states = mixture.states[expert]
+    states = mixture.states[noise_expert]
     parts = [(states[f], w_bar * g) for f, g in zip(mixture.families, mix, strict=True) if g != 0]
     if not parts:
         raise ValueError("the mix is all zero: nothing is left of the mixture")

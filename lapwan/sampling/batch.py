@@ -45,7 +45,7 @@ class BatchGenerator(Generator):
         """
         try:
             latents = self.batch_latents(requests)
-            self.experts.make_room()
+            self.noise_experts.make_room()
             with torch.no_grad():
                 parts = [decode(self.vae(), part) for part in torch.split(latents, _DECODED)]
         except torch.OutOfMemoryError as error:
@@ -69,12 +69,12 @@ class BatchGenerator(Generator):
 
         def scope(step: Step) -> AbstractContextManager[object]:
             rows = [self._gates(request, step, mix) for request, mix in zip(requests, mixes, strict=True)]
-            return self.experts.scope(step.expert, torch.cat(rows))  # a guided batch repeats them by itself
+            return self.noise_experts.scope(step.noise_expert, torch.cat(rows))  # a guided batch repeats them by itself
 
         with console.progress("sampling", len(grid.steps)) as bar:
-            latents = denoise(grid, start, conditions, guidance, self.experts.transformer, scope,
-                              lambda step, x0: bar.advance(1, expert=step.expert.value, sigma=step.sigma),
-                              together=self.experts.together)
+            latents = denoise(grid, start, conditions, guidance, self.noise_experts.transformer, scope,
+                              lambda step, x0: bar.advance(1, noise_expert=step.noise_expert.value, sigma=step.sigma),
+                              together=self.noise_experts.together)
         if not bool(torch.isfinite(latents).all()):
             raise UserError(f"the latents are not finite in {str(self.dtype).removeprefix('torch.')}; use --dtype "
                             f"{'bf16' if self.dtype == torch.float16 else 'fp32'}")

@@ -17,7 +17,7 @@ from lapwan.caching.batch import send
 from lapwan.names import NoiseExpert
 from lapwan.sampling.sigma_grid import Grid, Step
 from lapwan.wan.backbone import velocity
-from lapwan.wan.transformer.first_block_cache import Reuse
+from lapwan.wan.transformer.first_block_cache import FirstBlockCache
 from lapwan.wan.transformer.forward import TokenTimes
 from lapwan.wan.transformer.options import Prompt
 
@@ -73,7 +73,7 @@ class Guidance:
     def at(self, step: Step) -> float:
         """The strength of a step. Each noise expert decides for itself: high=1, low=4 guides the low one only."""
         low, high = self.interval
-        return self.strength[step.expert] if low <= step.sigma <= high else 1.0
+        return self.strength[step.noise_expert] if low <= step.sigma <= high else 1.0
 
     def needed(self, grid: Grid) -> bool:
         """Whether any step of the grid evaluates the negative prompt."""
@@ -82,7 +82,7 @@ class Guidance:
 
 def guided_velocity(
     transformer: WanTransformer3DModel, x_BCTHW: Tensor, timestep: Tensor, conditions: Conditions, guidance: float,
-    together: bool = True, prompts: Prompts | None = None, reuse: Reuse | None = None,
+    together: bool = True, prompts: Prompts | None = None, reuse: FirstBlockCache | None = None,
 ) -> Tensor:
     """v = v_neg + g·(v_text − v_neg); for g ≤ 1 just v_text, with one evaluation. In fp32.
 
@@ -157,7 +157,7 @@ def denoise(
     scope: Scope,
     on_step: Callable[[Step, Tensor], None] = lambda step, x0: None,
     together: bool = True,
-    reuse: Mapping[NoiseExpert, Reuse] | None = None,
+    reuse: Mapping[NoiseExpert, FirstBlockCache] | None = None,
 ) -> Tensor:
     """Run the grid from x at its first sigma to sigma 0.
 
@@ -172,11 +172,11 @@ def denoise(
     prompts = Prompts(conditions, together)
 
     def evaluate(step: Step, x_BCTHW: Tensor) -> Tensor:
-        model = transformer(step.expert)  # not held between steps: it may have to make room for the next
+        model = transformer(step.noise_expert)  # not held between steps: it may have to make room for the next
         with scope(step):
             return guided_velocity(
                 model, x_BCTHW, step.timestep, conditions, guidance.at(step), together, prompts,
-                None if reuse is None else reuse.get(step.expert),
+                None if reuse is None else reuse.get(step.noise_expert),
             )
 
     for step in grid.steps:

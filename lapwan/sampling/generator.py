@@ -45,7 +45,7 @@ from lapwan.sampling.start_image import (
 from lapwan.wan.image_condition import image_condition
 from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder, pad_text
 from lapwan.wan.transformer.compile import Compile
-from lapwan.wan.transformer.first_block_cache import Reuse
+from lapwan.wan.transformer.first_block_cache import FirstBlockCache
 from lapwan.wan.vae import decode, encode, load_vae
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Generator:
     ) -> None:
         base = base if isinstance(base, Base) else Base(base)
         self.spec, self.device, self.dtype = base.spec, torch.device(device), dtype
-        self.experts = NoiseExperts(
+        self.noise_experts = NoiseExperts(
             base, adapters or AdapterSet(), self.device, dtype, memory, compile, precision, text_precision, processes)
         self._text_precision = text_precision
         self._text: TextEncoder | None = None
@@ -86,16 +86,16 @@ class Generator:
     @property
     def adapters(self) -> AdapterSet:
         """The adapters in use."""
-        return self.experts.adapters
+        return self.noise_experts.adapters
 
     def use(self, base: Base, adapters: AdapterSet) -> None:
         """Take other adapters on the same model; what is loaded stays, unless LoRAs are merged into its weights."""
-        self.experts.use(base, adapters)
+        self.noise_experts.use(base, adapters)
 
     def text_features(self, prompt: str) -> Tensor:
         """umT5 features of a prompt, unpadded [n, D]; remembered."""
         if prompt not in self._features:
-            processes = self.experts.processes
+            processes = self.noise_experts.processes
             own = self._encoded(prompt) if processes.first else None
             if processes.count > 1:
                 own = processes.from_first(None if own is None else own.cpu())
@@ -106,19 +106,19 @@ class Generator:
     def _encoded(self, prompt: str) -> Tensor:
         if self._text is None:
             self._text = self._load_text()
-        self.experts.make_room()
+        self.noise_experts.make_room()
         if self._text_host is not None:
             self._text_host.fetch()
         features = encode_text(self._text, [prompt])[0]
         if self._text_host is not None:
-            self._text_host.park()
+            self._text_host.offload()
         return features
 
     def _load_text(self) -> TextEncoder:
         console.log("loading the text encoder")
         encoder = load_text_encoder(self.spec, precision=self._text_precision)
-        if self.device.type != "cpu" or self.experts.text_streams:
-            blocks = range(len(encoder.model.encoder.block)) if self.experts.text_streams else ()
+        if self.device.type != "cpu" or self.noise_experts.text_streams:
+            blocks = range(len(encoder.model.encoder.block)) if self.noise_experts.text_streams else ()
             self._text_host = Residence(encoder.model, (), self.device, blocks, "encoder.block")
         return encoder
 
@@ -163,9 +163,9 @@ class Generator:
             console.log(f"gates by {mix.source}:\n" + "\n".join(f"  {line}" for line in mix.bars()))
         facts = self._facts(request, grid, mix)
         latents = self._sample(request, grid, mix, preview)
-        facts["compiled"] = [e.value for e in self.spec.experts if e in self.experts.compiled]
+        facts["compiled"] = [e.value for e in self.spec.noise_experts if e in self.noise_experts.compiled]
         console.log("decoding")
-        self.experts.make_room()
+        self.noise_experts.make_room()
         with torch.no_grad():
             pixels = decode(self.vae(), latents)
         frames = to_frames(pixels)
@@ -181,9 +181,9 @@ class Generator:
         check_request(self.spec, request)
         grid = grid_of(self.spec, request)
         guidance = Guidance(request.guidance, request.guidance_interval)
-        self.experts.plan(request.num_frames, request.size, len(grid.steps), guidance.needed(grid), videos)
-        work = {e: sum(1 + (guidance.at(s) > 1) for s in grid.steps if s.expert is e) for e in self.spec.experts}
-        self.experts.expect(work, self.spec.latent_shape(request.num_frames, *request.size)[1:])
+        self.noise_experts.plan(request.num_frames, request.size, len(grid.steps), guidance.needed(grid), videos)
+        work = {e: sum(1 + (guidance.at(s) > 1) for s in grid.steps if s.noise_expert is e) for e in self.spec.noise_experts}
+        self.noise_experts.expect(work, self.spec.latent_shape(request.num_frames, *request.size)[1:])
         return grid
 
     def _start(self, request: Request, grid: Grid) -> Tensor:
@@ -220,22 +220,22 @@ class Generator:
         conditions = self._conditions(request, guidance.needed(grid))
 
         def scope(step: Step) -> AbstractContextManager[object]:
-            return self.experts.scope(step.expert, self._gates(request, step, mix))
+            return self.noise_experts.scope(step.noise_expert, self._gates(request, step, mix))
 
         with console.progress("sampling", len(grid.steps)) as bar:
 
             def tell(step: Step, x0_BCTHW: Tensor) -> None:
-                bar.advance(1, expert=step.expert.value, sigma=step.sigma)
+                bar.advance(1, noise_expert=step.noise_expert.value, sigma=step.sigma)
                 if preview is not None:
                     self._show(preview, x0_BCTHW)
 
             start = self._start(request, grid)
-            reuse = {expert: Reuse(tolerance) for expert, tolerance in request.reuse.items()}
-            latents = denoise(grid, start, conditions, guidance, self.experts.transformer, scope, tell,
-                              self.experts.together, reuse)
-        for expert, own in reuse.items():
-            console.log(f"{expert.value} noise expert: {own}")
-        self.experts.compiling.tell()
+            reuse = {noise_expert: FirstBlockCache(tolerance) for noise_expert, tolerance in request.first_block_cache.items()}
+            latents = denoise(grid, start, conditions, guidance, self.noise_experts.transformer, scope, tell,
+                              self.noise_experts.together, reuse)
+        for noise_expert, own in reuse.items():
+            console.log(f"{noise_expert.value} noise expert: {own}")
+        self.noise_experts.compiling.tell()
         if not bool(torch.isfinite(latents).all()):
             raise UserError(f"the latents are not finite in {_name(self.dtype)}; use --dtype "
                             f"{'bf16' if self.dtype == torch.float16 else 'fp32'}")
@@ -251,7 +251,7 @@ class Generator:
     def _gates(self, request: Request, step: Step, mix: Mix | None) -> Tensor:
         mixture = self.adapters.mixture
         gates_1G = self.adapters.gates(
-            step.expert, step.sigma, None if mix is None else mix.at(step.sigma),
+            step.noise_expert, step.sigma, None if mix is None else mix.at(step.sigma),
             1.0 if request.alpha_base is None else request.alpha_base,
             None if mixture is None else alpha_vector(mixture, request.alpha_expert),
         )
@@ -262,17 +262,17 @@ class Generator:
         import diffusers
 
         facts: dict[str, Any] = {
-            "model": {e.value: self.experts.base.fingerprint(e) for e in self.spec.experts},
+            "model": {e.value: self.noise_experts.base.fingerprint(e) for e in self.spec.noise_experts},
             "vae": vae_identity(self.spec), "text_encoder": text_identity(self.spec),
-            "steps": {e.value: grid.count(e) for e in self.spec.experts},
+            "steps": {e.value: grid.count(e) for e in self.spec.noise_experts},
             "versions": {"lapwan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
             "device": str(self.device), "dtype": _name(self.dtype), "hardware": hardware(self.device),
         }
-        if self.experts.processes.count > 1:
-            facts["processes"] = self.experts.processes.count
+        if self.noise_experts.processes.count > 1:
+            facts["processes"] = self.noise_experts.processes.count
         if Guidance(request.guidance, request.guidance_interval).needed(grid):
-            facts["guidance"] = "one batch" if self.experts.together else "two passes"
-        for name, form in (("precision", self.experts.precision), ("text_precision", self._text_precision)):
+            facts["guidance"] = "one batch" if self.noise_experts.together else "two passes"
+        for name, form in (("precision", self.noise_experts.precision), ("text_precision", self._text_precision)):
             if form is not None:
                 facts[name] = form.value
         if loras := lora_facts(self.adapters):
@@ -283,8 +283,8 @@ class Generator:
         if request.video_THWC is not None:
             facts["video"] = frames_fingerprint(request.video_THWC)
         if mix is not None:
-            columns = {e: [group.name for group in self.adapters.groups(e)] for e in self.spec.experts}
-            gates = {f"{s.sigma:.4f}": _named(columns[s.expert], self._gates(request, s, mix)[0]) for s in grid.steps}
+            columns = {e: [group.name for group in self.adapters.groups(e)] for e in self.spec.noise_experts}
+            gates = {f"{s.sigma:.4f}": _named(columns[s.noise_expert], self._gates(request, s, mix)[0]) for s in grid.steps}
             facts["mixture"] = self.adapters.mixture_fingerprint()
             facts["moe"] = {"by": mix.source, "mix": _named(mix.families, mix.mix_1E[0]), "gates": gates}
         return facts

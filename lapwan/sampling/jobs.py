@@ -28,7 +28,7 @@ UNNAMED = "*"
 
 
 @dataclass(frozen=True)
-class Job:
+class VideoJob:
     """One video: its settings, its model with adapters, where it goes, what tells it from its neighbours, and where it
     was said."""
 
@@ -59,7 +59,7 @@ def check_options(settings: GenerateSettings) -> Path:
     return settings.output
 
 
-def make_jobs(settings: GenerateSettings) -> list[Job]:
+def make_jobs(settings: GenerateSettings) -> list[VideoJob]:
     """Every video that is asked for.
 
     Raises:
@@ -68,7 +68,7 @@ def make_jobs(settings: GenerateSettings) -> list[Job]:
     said = _said(settings)
     lines = [("", said, None)] if settings.prompts is None else list(_lines(settings.prompts, said))
     axes = _axes(settings)
-    found: list[Job] = []
+    found: list[VideoJob] = []
     for place, tree, own in lines:
         for values in itertools.product(*(axis[1] for axis in axes)):
             chosen = dict(zip((axis[0] for axis in axes), values, strict=True))
@@ -79,11 +79,11 @@ def make_jobs(settings: GenerateSettings) -> list[Job]:
             for extra in range(settings.videos):
                 seeded = checked.model_copy(update={"seed": checked.seed + extra})
                 note = f"seed={seeded.seed}" if settings.videos > 1 else ""
-                found.append(Job(seeded, model, own or Path(), ", ".join(filter(None, (caption, note))), place))
+                found.append(VideoJob(seeded, model, own or Path(), ", ".join(filter(None, (caption, note))), place))
     return _placed(settings, found)
 
 
-def line_jobs(settings: GenerateSettings, line: str, folder: Path) -> list[Job]:
+def line_jobs(settings: GenerateSettings, line: str, folder: Path) -> list[VideoJob]:
     """The videos of a line that somebody typed: a prompt, or a JSON object as in a prompts file.
 
     One that the line does not name is called `UNNAMED`: its number is known when its turn comes.
@@ -101,7 +101,7 @@ def line_jobs(settings: GenerateSettings, line: str, folder: Path) -> list[Job]:
         seeded = video.model_copy(update={"seed": video.seed + extra})
         several = settings.videos > 1 and checked.output is not None
         output = named.with_stem(f"{named.stem}_seed={seeded.seed}") if several else named
-        found.append(Job(seeded, settings, output))
+        found.append(VideoJob(seeded, settings, output))
     return found
 
 
@@ -188,7 +188,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
     return name, [value.strip() for value in rest.split(separator)]
 
 
-def _placed(settings: GenerateSettings, found: list[Job]) -> list[Job]:
+def _placed(settings: GenerateSettings, found: list[VideoJob]) -> list[VideoJob]:
     """The jobs with their outputs; until now `output` held a line's own name, if it had one."""
     output = settings.output
     assert output is not None
@@ -198,7 +198,7 @@ def _placed(settings: GenerateSettings, found: list[Job]) -> list[Job]:
     folder = output.parent if output.suffix else output
     own = Counter((job.place, job.output) for job in found)
     owners: dict[Path, str] = {}
-    jobs: list[Job] = []
+    jobs: list[VideoJob] = []
     for number, job in enumerate(found, 1):
         label = "_".join(filter(None, (f"{number:0{digits}d}", re.sub(r"[^\w.=-]+", "_", job.caption))))
         if job.output != Path():

@@ -15,7 +15,7 @@ from lapwan import console
 from lapwan.distributed import Processes
 from lapwan.lora.attach import Adapter, attach
 from lapwan.memory.generation import Asking, Memory, describe, free_bytes, plan_generation, text_encoder_bytes
-from lapwan.memory.plan import MemoryPlan, Placement, Way, free_of, host_memory, needs
+from lapwan.memory.plan import MemoryPlan, Placement, Strategy, free_of, host_memory, needs
 from lapwan.memory.shapes import heads_of
 from lapwan.memory.streaming import Residence, tensors_of
 from lapwan.memory.throughput import rates_of
@@ -25,8 +25,8 @@ from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer.compile import Compile, CompileReport, compile_blocks, pays
-from lapwan.wan.transformer.context_parallel import Spread, check_heads
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.context_parallel import ContextParallel, check_heads
+from lapwan.wan.transformer.options import forward_options
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -37,7 +37,7 @@ class _Loaded:
     model: WanTransformer3DModel
     adapter: Adapter | None = None
     host: Residence | None = None
-    parked: bool = False
+    offloaded: bool = False
     streamed: int = 0
 
 
@@ -61,7 +61,7 @@ class NoiseExperts:
         self.precision, self._text_precision = precision, text_precision
         self._loaded: dict[NoiseExpert, _Loaded] = {}
         own = Placement(memory in ("auto", "both"), base.spec.num_layers if memory == "stream" else 0)
-        self._plan = MemoryPlan(Way(own, 0, 0.0), 0, 0, None, memory)
+        self._plan = MemoryPlan(Strategy(own, 0, 0.0), 0, 0, None, memory)
         self._plans: dict[Asking, MemoryPlan] = {}
         self.text_streams = False
         self._told: str | None = None
@@ -77,8 +77,8 @@ class NoiseExperts:
         """Take other adapters on the same model; what is loaded stays, unless LoRAs are merged into its weights."""
         if adapters is self.adapters:
             return
-        for expert in list(self._coming):
-            self._loaded[expert] = self._coming.pop(expert).result()
+        for noise_expert in list(self._coming):
+            self._loaded[noise_expert] = self._coming.pop(noise_expert).result()
         for one in self._loaded.values():
             if one.adapter is not None:
                 one.adapter.detach()
@@ -86,15 +86,15 @@ class NoiseExperts:
             self._loaded.clear()
         self.base, self.adapters = base, adapters
         self._plans.clear()
-        for expert, one in self._loaded.items():
-            one.adapter = self._attached(one.model, expert)
-            if not one.parked:  # rows are made where a weight is: in host memory, where its block streams
+        for noise_expert, one in self._loaded.items():
+            one.adapter = self._attached(one.model, noise_expert)
+            if not one.offloaded:  # rows are made where a weight is: in host memory, where its block streams
                 _move(one.adapter, self.device)
 
     @property
     def together(self) -> bool:
         """Whether guidance's two evaluations make one batch."""
-        return self._plan.way.together
+        return self._plan.strategy.together
 
     def plan(
         self, num_frames: int, size: tuple[int, int], steps: int = 40, guided: bool = True, batch: int = 1
@@ -110,7 +110,7 @@ class NoiseExperts:
         if asking not in self._plans or (free is not None and needs(self._plans[asking].peak) > free):
             self._plans[asking] = self._choose(asking, free)
         self._plan = self._plans[asking]
-        line = describe(self._plan, self.device, len(self.base.spec.experts))
+        line = describe(self._plan, self.device, len(self.base.spec.noise_experts))
         tell = console.detail if self._plan.both and not self._plan.parts else console.log
         if self._told is None or self._told.split("(")[0] != line.split("(")[0]:
             tell(line)
@@ -122,7 +122,7 @@ class NoiseExperts:
         whole = text_encoder_bytes(spec, self._text_precision)
         self.text_streams = self.memory == "stream" or (limit is not None and needs(whole) > limit)
         text = text_encoder_bytes(spec, self._text_precision, self.text_streams)
-        groups = {expert: self.adapters.groups(expert) for expert in spec.experts}
+        groups = {noise_expert: self.adapters.groups(noise_expert) for noise_expert in spec.noise_experts}
         rates = self.processes.from_first(rates_of(self.device, self.dtype)) if limit is not None else None
         return plan_generation(spec, groups, self.dtype, self._recipe(), asking, self.memory, free, rates, text,
                                self._host_free())
@@ -153,61 +153,61 @@ class NoiseExperts:
 
     def resident(self) -> tuple[NoiseExpert, ...]:
         """The noise experts on the device now."""
-        return tuple(expert for expert, one in self._loaded.items() if not one.parked)
+        return tuple(noise_expert for noise_expert, one in self._loaded.items() if not one.offloaded)
 
-    def transformer(self, expert: NoiseExpert) -> WanTransformer3DModel:
+    def transformer(self, noise_expert: NoiseExpert) -> WanTransformer3DModel:
         """A noise expert's transformer on the device, with its adapters attached."""
-        place = self._plan.way.placement
+        place = self._plan.strategy.placement
         if not place.both:
-            self._park(besides=expert)
-        if expert in self._coming:
-            self._loaded[expert] = self._coming.pop(expert).result()
-        if expert in self._loaded and self._loaded[expert].streamed != place.streamed:
-            del self._loaded[expert]  # another way than it was loaded for
-        if expert not in self._loaded:
-            console.log(f"loading the {expert.value} noise expert")
-            self._loaded[expert] = self._load(expert, place)
+            self._park(besides=noise_expert)
+        if noise_expert in self._coming:
+            self._loaded[noise_expert] = self._coming.pop(noise_expert).result()
+        if noise_expert in self._loaded and self._loaded[noise_expert].streamed != place.streamed:
+            del self._loaded[noise_expert]  # another way than it was loaded for
+        if noise_expert not in self._loaded:
+            console.log(f"loading the {noise_expert.value} noise expert")
+            self._loaded[noise_expert] = self._load(noise_expert, place)
         if self._waits(place):
-            self._foresee(expert, place)
-        one = self._loaded[expert]
-        if one.parked:
+            self._foresee(noise_expert, place)
+        one = self._loaded[noise_expert]
+        if one.offloaded:
             assert one.host is not None
             one.host.fetch()
             _move(one.adapter, self.device)
-            one.parked = False
-        times = self._work.get(expert, 0) // self.processes.count  # each has that share of the tokens
+            one.offloaded = False
+        times = self._work.get(noise_expert, 0) // self.processes.count  # each has that share of the tokens
         auto = self._compile == "auto" and pays(one.model, self._latents_THW, times, training=False)
         compiles = auto or self._compile == "on"
         compile_blocks(one.model, compiles)
-        self.compiled.update({expert} if compiles else ())
+        self.compiled.update({noise_expert} if compiles else ())
         return one.model
 
     def _waits(self, place: Placement) -> bool:
         """Whether noise experts live in host memory and come to the device for their steps."""
         return place.streamed > 0 or (not place.both and self.device.type == "cuda")
 
-    def _load(self, expert: NoiseExpert, place: Placement) -> _Loaded:
+    def _load(self, noise_expert: NoiseExpert, place: Placement) -> _Loaded:
         # What comes and goes is read into host memory and stays there; quantising is the device's work all the same.
         home = torch.device("cpu") if self._waits(place) else self.device
-        model = self.base.load(expert, self.dtype, home, self._recipe(), self.device)
+        model = self.base.load(noise_expert, self.dtype, home, self._recipe(), self.device)
         if self.processes.count > 1:
-            path_of(model).spread = Spread(self.processes.rank, self.processes.count)
-        one = _Loaded(model, self._attached(model, expert), streamed=place.streamed)
+            forward_options(model).spread = ContextParallel(self.processes.rank, self.processes.count)
+        one = _Loaded(model, self._attached(model, noise_expert), streamed=place.streamed)
         if self._waits(place):
             own = () if one.adapter is None else one.adapter.own_tensors()
-            one.host, one.parked = Residence(model, own, self.device, range(place.streamed)), True
+            one.host, one.offloaded = Residence(model, own, self.device, range(place.streamed)), True
         return one
 
-    def _foresee(self, expert: NoiseExpert, place: Placement) -> None:
+    def _foresee(self, noise_expert: NoiseExpert, place: Placement) -> None:
         """Read the other noise expert while this one samples, where host memory is its place in any case."""
         for other, evaluations in self._work.items():
-            if evaluations and other is not expert and other not in self._loaded and other not in self._coming:
+            if evaluations and other is not noise_expert and other not in self._loaded and other not in self._coming:
                 console.log(f"reading the {other.value} noise expert beside it")
                 self._coming[other] = self._reader.submit(self._load, other, place)
 
-    def scope(self, expert: NoiseExpert, gates_1G: Tensor) -> AbstractContextManager[object]:
+    def scope(self, noise_expert: NoiseExpert, gates_1G: Tensor) -> AbstractContextManager[object]:
         """Hold the adapters' gates around evaluations of a loaded noise expert."""
-        adapter = self._loaded[expert].adapter
+        adapter = self._loaded[noise_expert].adapter
         return nullcontext() if adapter is None else adapter.holder.scope(gates_1G)
 
     def make_room(self) -> None:
@@ -216,22 +216,22 @@ class NoiseExperts:
             self._park(besides=None)
 
     def _park(self, besides: NoiseExpert | None) -> None:
-        for expert in self.resident():
-            if expert is besides:
+        for noise_expert in self.resident():
+            if noise_expert is besides:
                 continue
-            one = self._loaded[expert]
+            one = self._loaded[noise_expert]
             if one.host is None and self.device.type == "cpu":
-                del self._loaded[expert]
+                del self._loaded[noise_expert]
                 continue
             if one.host is None:
                 own = () if one.adapter is None else one.adapter.own_tensors()
                 one.host = Residence(one.model, own, self.device)
-            one.host.park()
+            one.host.offload()
             _move(one.adapter, torch.device("cpu"))
-            one.parked = True
+            one.offloaded = True
 
-    def _attached(self, model: WanTransformer3DModel, expert: NoiseExpert) -> Adapter | None:
-        groups = self.adapters.groups(expert)
+    def _attached(self, model: WanTransformer3DModel, noise_expert: NoiseExpert) -> Adapter | None:
+        groups = self.adapters.groups(noise_expert)
         return attach(model, groups, gates_required=True) if groups else None
 
 

@@ -37,7 +37,7 @@ class Request:
     first frame, of any size, `last_image` the last; `sigmas` are instead of the sampler's own grid of `steps`;
     `video_THWC` uint8 frames to start from, noised to `start_sigma`; `hint` a family, alias or mix of the mixture's
     taxonomy; `alpha_expert` one number or one by family; `guidance_interval` the sigmas (low, high) that are guided;
-    `reuse` the error a step may make by keeping an earlier step's blocks, by noise expert (absent: none).
+    `first_block_cache` the error a step may make by keeping an earlier step's blocks, by noise expert (absent: none).
     """
 
     prompt: str
@@ -60,7 +60,7 @@ class Request:
     alpha_base: float | None = None
     alpha_expert: float | Mapping[str, float] | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    reuse: Mapping[NoiseExpert, float] = field(default_factory=dict)
+    first_block_cache: Mapping[NoiseExpert, float] = field(default_factory=dict)
 
 
 def grid_of(spec: ModelSpec, request: Request) -> Grid:
@@ -81,15 +81,15 @@ def complete_guidance(spec: ModelSpec, asked: float | Mapping[NoiseExpert, float
         UserError: below 1, or for a noise expert that the model lacks.
     """
     if asked is None or isinstance(asked, int | float):
-        found = {e: spec.defaults.guidance[e] if asked is None else float(asked) for e in spec.experts}
+        found = {e: spec.defaults.guidance[e] if asked is None else float(asked) for e in spec.noise_experts}
     else:
-        for expert in asked:
-            if expert not in spec.experts:
-                raise UserError(f"guidance is given for the {expert.value} noise expert, which {spec.path} lacks")
-        found = {e: float(asked.get(e, spec.defaults.guidance[e])) for e in spec.experts}
-    for expert, value in found.items():
+        for noise_expert in asked:
+            if noise_expert not in spec.noise_experts:
+                raise UserError(f"guidance is given for the {noise_expert.value} noise expert, which {spec.path} lacks")
+        found = {e: float(asked.get(e, spec.defaults.guidance[e])) for e in spec.noise_experts}
+    for noise_expert, value in found.items():
         if not (math.isfinite(value) and value >= 1.0):
-            raise UserError(f"guidance {value:g} for the {expert.value} noise expert: must be 1 (none) or more")
+            raise UserError(f"guidance {value:g} for the {noise_expert.value} noise expert: must be 1 (none) or more")
     return found
 
 
@@ -126,7 +126,7 @@ def check_request(spec: ModelSpec, request: Request) -> None:
         raise UserError(f"steps = {request.steps}: must be 1 or more")
     if request.flow_shift is not None and not (math.isfinite(request.flow_shift) and request.flow_shift > 0):
         raise UserError(f"flow shift = {request.flow_shift:g}: must be above 0")
-    if request.boundary is not None and len(spec.experts) < 2:
+    if request.boundary is not None and len(spec.noise_experts) < 2:
         raise UserError(f"{spec.path} has one transformer for all noise; leave --boundary out")
     if request.sigmas is not None and len(request.sigmas) != request.steps:
         raise UserError(f"{len(request.sigmas)} sigmas are given and {request.steps} steps; leave --steps out")

@@ -34,7 +34,7 @@ class Step:
 
     timestep: Tensor
     sigma: float
-    expert: NoiseExpert
+    noise_expert: NoiseExpert
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Grid:
     scheduler: Any
     steps: tuple[Step, ...]
 
-    def count(self, expert: NoiseExpert) -> int:
+    def count(self, noise_expert: NoiseExpert) -> int:
         """How many of the steps a noise expert serves."""
-        return sum(step.expert is expert for step in self.steps)
+        return sum(step.noise_expert is noise_expert for step in self.steps)
 
     def __str__(self) -> str:
-        experts = list(dict.fromkeys(step.expert for step in self.steps))
-        parts = ", ".join(f"{self.count(e)} on the {e.value} noise expert" for e in experts)
+        noise_experts = list(dict.fromkeys(step.noise_expert for step in self.steps))
+        parts = ", ".join(f"{self.count(e)} on the {e.value} noise expert" for e in noise_experts)
         if len(self.steps) == 1:
             return f"1 step at sigma {self.steps[0].sigma:.4f}: {parts}"
         return (f"{len(self.steps)} steps from sigma {self.steps[0].sigma:.4f} to "

@@ -144,9 +144,9 @@ class VideoSettings(Settings):
     sigmas: Annotated[tuple[float, ...] | None, Flag(metavar="S,S,...")] = Field(
         default=None, description="Own noise levels, falling from at most 1, instead of --steps and --flow-shift."
     )
-    reuse: Annotated[float | dict[NoiseExpert, float] | None, Flag(metavar="E|high=E,low=E")] = Field(
-        default=None, description="Approximate: a step keeps the last one's blocks where the velocity's relative error "
-        "is foreseen under E, such as 0.05."
+    first_block_cache: Annotated[float | dict[NoiseExpert, float] | None, Flag(metavar="E|high=E,low=E")] = Field(
+        default=None, description="Approximate: a step skips all blocks but the first and keeps the last step's where the "
+        "velocity's relative error is predicted under E, such as 0.05."
     )
     seed: Annotated[int, Flag(metavar="N")] = Field(
         default=42, ge=0, lt=2**63, description="The same seed gives the same noise on every machine."
@@ -198,17 +198,17 @@ class VideoSettings(Settings):
             raise ValueError(f"'{unknown[0]}' is no noise expert; write a number, or high=4,low=3")
         return parsed
 
-    @field_validator("reuse", mode="before")
+    @field_validator("first_block_cache", mode="before")
     @classmethod
-    def _reuse(cls, value: Any) -> Any:
+    def _first_block_cache(cls, value: Any) -> Any:
         parsed = number_or_named(value, "high=0.1,low=0.05")
         if isinstance(parsed, dict) and (unknown := [name for name in parsed if name not in tuple(NoiseExpert)]):
             raise ValueError(f"'{unknown[0]}' is no noise expert; write a number, or high=0.1,low=0.05")
         return parsed
 
-    @field_validator("reuse")
+    @field_validator("first_block_cache")
     @classmethod
-    def _reuse_is_an_error(cls, value: float | dict[NoiseExpert, float] | None) -> Any:
+    def _first_block_cache_is_an_error(cls, value: float | dict[NoiseExpert, float] | None) -> Any:
         for one in value.values() if isinstance(value, dict) else [value]:
             if one is not None and not 0 < one < 1:
                 raise ValueError(f"{one:g} is no relative error above 0 and below 1, such as 0.05")

@@ -16,7 +16,17 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from lapwan.errors import UserError
-from lapwan.settings.aliases import partner, suggestion, takes
+from lapwan.settings.aliases import (
+    SETTINGS_VERSION,
+    VERSION_KEY,
+    current_key,
+    current_keys,
+    older_key,
+    partner,
+    suggestion,
+    takes,
+    with_old_defaults,
+)
 from lapwan.settings.base import Settings, flag_fields
 
 S = TypeVar("S", bound=Settings)
@@ -46,7 +56,7 @@ def load(
     text = ""
     if config is not None:
         text = _read(config)
-        tree = _parse(text, config)
+        tree = upgraded(_parse(text, config), config)
     for key, value in _from_environment(model, os.environ if environment is None else environment).items():
         _put(tree, key, value, f"environment {_PREFIX}{key.upper().replace('.', '__')}", places)
     for item in sets:
@@ -54,11 +64,31 @@ def load(
         _put(tree, key, value, f"--set {key}", places)
     flags = {field.key: field.long_name for field in flag_fields(model)}
     for key, value in (options or {}).items():
-        _put(tree, key, value, flags.get(key, key), places)
+        _put(tree, current_key(key), value, flags.get(key, key), places)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
         raise UserError(_explain(error, model, config, text, places)) from None
+
+
+def upgraded(tree: dict[str, Any], path: Path, run: bool = False) -> dict[str, Any]:
+    """A settings file's content under today's names; of a run's settings of an older version also its defaults.
+
+    Args:
+        run: the file is a run's, whether it says a version or not.
+
+    Raises:
+        UserError: a key under two names, or settings of a newer lapwan.
+    """
+    version = tree.pop(VERSION_KEY, None)
+    if version is not None and (type(version) is not int or not 1 <= version <= SETTINGS_VERSION):
+        raise UserError(f"{path}: {VERSION_KEY} = {version!r}: this version of lapwan reads 1 to {SETTINGS_VERSION}; "
+                        "install a newer one")
+    try:
+        tree = current_keys(tree)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return with_old_defaults(tree, version or 1) if run or version is not None else tree
 
 
 def given(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,8 +115,8 @@ def _parse(text: str, config: Path) -> dict[str, Any]:
 def _parse_set(item: str) -> tuple[str, Any]:
     key, equals, raw = item.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"--set {item}: expected section.key=value, such as --set optimiser.lr=1e-4")
-    key = key.strip().replace("-", "_")
+        raise UserError(f"--set {item}: expected section.key=value, such as --set optimizer.lr=1e-4")
+    key = current_key(key.strip().replace("-", "_"))
     try:
         return key, tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
@@ -94,7 +124,9 @@ def _parse_set(item: str) -> tuple[str, Any]:
 
 
 def _from_environment(model: type[Settings], environment: Mapping[str, str]) -> dict[str, Any]:
-    known = {key.upper().replace(".", "__"): key for key in _leaf_keys(model)}
+    keys = _leaf_keys(model)
+    named = {older: key for key in keys if (older := older_key(key)) is not None} | {key: key for key in keys}
+    known = {name.upper().replace(".", "__"): key for name, key in named.items()}
     return {
         known[name.removeprefix(_PREFIX)]: value
         for name, value in environment.items()
@@ -155,7 +187,7 @@ def _explain(
         key, owners = _real_key(model, item["loc"])
         place = next((places[k] for k in (key, *_parents(key)) if k in places), None)
         if place is None and config is not None and item["type"] != "missing":
-            place = f"{config}{_line_of(text, key) or _line_of(text, partner(key) or key)}"
+            place = f"{config}{next((line for name in (key, partner(key), older_key(key)) if name and (line := _line_of(text, name))), '')}"
         elif place is None:
             place = str(config) if config is not None else "settings"
         problems.append(f"{place}: {_message(item, key, location[-1] if location else '', owners)}")

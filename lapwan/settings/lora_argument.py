@@ -20,26 +20,30 @@ LORA_METAVAR = "FILE[:STRENGTH]"
 class LoraArgument(Settings):
     """A LoRA file, the noise expert it is given for (None: the file says), and its strength.
 
-    Read from a string `high=motion.safetensors:0.8` or a table `{expert = "high", path = "...", strength = 0.8}`.
+    Read from a string `high=motion.safetensors:0.8` or a table `{noise_expert = "high", path = "...", strength = 0.8}`.
     """
 
-    expert: Role | None = None
+    noise_expert: Role | None = None
     path: Path
     strength: float = Field(default=1.0, description="Multiplies the LoRA's own scale.")
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        return split_lora(value) if isinstance(value, str) else value
+        if isinstance(value, str):
+            return split_lora(value)
+        if isinstance(value, dict) and "expert" in value and "noise_expert" not in value:  # its older name
+            return {"noise_expert" if key == "expert" else key: item for key, item in value.items()}
+        return value
 
     def __str__(self) -> str:
-        role = f"{self.expert}=" if self.expert else ""
+        role = f"{self.noise_expert}=" if self.noise_expert else ""
         strength = "" if self.strength == 1.0 else f":{self.strength!r}"
         return f"{role}{self.path}{strength}"
 
 
 def split_lora(text: str) -> dict[str, Any]:
-    """`high=a.safetensors:0.8` -> {"expert": "high", "path": "a.safetensors", "strength": 0.8}.
+    """`high=a.safetensors:0.8` -> {"noise_expert": "high", "path": "a.safetensors", "strength": 0.8}.
 
     A path may hold `=` and `:`; only a leading role word and a number after the last colon are taken off.
 
@@ -49,7 +53,7 @@ def split_lora(text: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     word, equals, rest = text.partition("=")
     if equals and word in ROLES:
-        found["expert"], text = word, rest
+        found["noise_expert"], text = word, rest
     elif equals and re.fullmatch(r"\w+", word) and (guess := nearest(word.lower(), ROLES)):
         raise ValueError(f"unknown noise expert '{word}'{guess}; write high=FILE, low=FILE or both=FILE")
     path, colon, last = text.rpartition(":")

@@ -1,6 +1,6 @@
 """Optimisers and their lr schedules.
 
-How to add an optimiser: a class here, in `OptimiserSettings`, and a case in `lapwan.train.optimizers.make_optimiser`.
+How to add an optimizer: a class here, in `OptimizerSettings`, and a case in `lapwan.train.optimizers.make_optimizer`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from lapwan.settings.base import Flag, Settings
 
 
-class _Optimiser(Settings):
+class _Optimizer(Settings):
     lora_plus: float = Field(1.0, gt=0, description="LoRA+: lr of B over lr of A (arXiv 2402.12354); 1: the same.")
 
 
-class AdamWSettings(_Optimiser):
+class AdamWSettings(_Optimizer):
     """AdamW. Source: Loshchilov & Hutter (arXiv 1711.05101)."""
 
     type: Literal["adamw"] = "adamw"
@@ -26,7 +26,7 @@ class AdamWSettings(_Optimiser):
     weight_decay: float = Field(0.01, ge=0)
 
 
-class AdamW8bitSettings(_Optimiser):
+class AdamW8bitSettings(_Optimizer):
     """AdamW with its state in 8 bits, from bitsandbytes (an extra; on a GPU)."""
 
     type: Literal["adamw8bit"] = "adamw8bit"
@@ -36,7 +36,7 @@ class AdamW8bitSettings(_Optimiser):
     weight_decay: float = Field(0.01, ge=0)
 
 
-class AutomagicSettings(_Optimiser):
+class AutomagicSettings(_Optimizer):
     """Every element has its own lr, raised or lowered by `lr_bump` a step as its updates agree in sign or not."""
 
     type: Literal["automagic"] = "automagic"
@@ -82,7 +82,7 @@ def _type(value: Any) -> str:
     return str(value.get("type", "adamw") if isinstance(value, dict) else getattr(value, "type", "adamw"))
 
 
-OptimiserSettings = Annotated[
+OptimizerSettings = Annotated[
     Annotated[AdamWSettings, Tag("adamw")] | Annotated[AdamW8bitSettings, Tag("adamw8bit")]
     | Annotated[AutomagicSettings, Tag("automagic")] | Annotated[ProdigySettings, Tag("prodigy")],
     Discriminator(_type),
@@ -108,23 +108,23 @@ _USERS_KEYS = ("lr_bump", "min_lr", "max_lr")
 
 
 def take_flat_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    """Move `high_noise_lr_bump`, `low_noise_max_lr` and so on, at the top or in [optimiser], to [high.optimiser] and
-    [low.optimiser], and make the optimiser automagic if none is named."""
+    """Move `high_noise_lr_bump`, `low_noise_max_lr` and so on, at the top or in [optimizer], to [high.optimizer] and
+    [low.optimizer], and make the optimizer automagic if none is named."""
     tree = dict(tree)
-    optimiser = dict(tree["optimiser"]) if isinstance(tree.get("optimiser"), dict) else {}
+    optimizer = dict(tree["optimizer"]) if isinstance(tree.get("optimizer"), dict) else {}
     found = False
     for side in ("high", "low"):
         for key in _USERS_KEYS:
             flat = f"{side}_noise_{key}"
-            for holder in (tree, optimiser):
+            for holder in (tree, optimizer):
                 if flat in holder:
                     found = True
                     over = dict(tree.get(side) or {})
-                    over["optimiser"] = {**(over.get("optimiser") or {}), key: holder.pop(flat)}
+                    over["optimizer"] = {**(over.get("optimizer") or {}), key: holder.pop(flat)}
                     tree[side] = over
     if found:
         for key in ("beta2", "weight_decay", "clip_threshold"):  # as they stand beside the flat keys
             if key in tree:
-                optimiser[key] = tree.pop(key)
-        tree["optimiser"] = {"type": "automagic", **optimiser}
+                optimizer[key] = tree.pop(key)
+        tree["optimizer"] = {"type": "automagic", **optimizer}
     return tree

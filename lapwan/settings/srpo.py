@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lapwan.names import NoiseExpert
-from lapwan.settings.aliases import spell_out
+from lapwan.settings.aliases import current_keys, spell_out
 from lapwan.settings.base import Flag, Settings, height_width
 from lapwan.settings.cache import NEGATIVE_PROMPT
 from lapwan.settings.memory import TrainDtype, precision_of
 from lapwan.settings.model import BaseModelSettings
-from lapwan.settings.optimizers import AdamWSettings, OptimiserSettings, ScheduleSettings
+from lapwan.settings.optimizers import AdamWSettings, OptimizerSettings, ScheduleSettings
 from lapwan.settings.rewards import REWARD_METAVAR, Rewards
 from lapwan.settings.targets import TargetSettings
 
@@ -100,7 +100,7 @@ class SrpoSettings(Settings):
     resume: Annotated[bool, Flag("--resume")] = Field(
         False, description="Go on from the newest checkpoint of the run folder, if it has one.")
     name: Annotated[str, Flag("--name")] = Field("lapwan", pattern=r"^[\w.-]+$", description="Stem of the LoRA files.")
-    experts: Annotated[tuple[NoiseExpert, ...] | None, Flag("--experts")] = Field(
+    noise_experts: Annotated[tuple[NoiseExpert, ...] | None, Flag("--noise-experts")] = Field(
         None, min_length=1, description="Trained noise experts: low (transformer_2), high (transformer) or both, by "
         "sigma; absent: low, or the only one.")
     train: Annotated[Literal["lora", "full"], Flag("--train")] = Field(
@@ -118,12 +118,12 @@ class SrpoSettings(Settings):
     num_frames: Annotated[int, Flag()] = Field(1, ge=1, description="1: an image; 4N+1: a video.")
     steps: Annotated[int, Flag("--steps")] = Field(20, ge=1, description="Optimiser steps of the run.")
     batch_size: Annotated[int, Flag("--batch-size")] = Field(1, ge=1, description="Prompts at a time.")
-    accumulate: int = Field(32, ge=1, description="Batches an optimiser step; 32 samples a step are advised.")
+    accumulate: int = Field(32, ge=1, description="Batches an optimizer step; 32 samples a step are advised.")
     turn: int = Field(1, ge=1, description="With both noise experts: steps one takes before the other's turn.")
     targets: TargetSettings = Field(default_factory=lambda: TargetSettings(
         last_blocks="all", ffn_last_blocks="all", q=16, k=16, v=16, o=16, ffn_in=16, ffn_out=16))
     alpha: float | None = Field(None, gt=0, description="LoRA alpha; absent: each module's rank, a scale of 1.")
-    optimiser: OptimiserSettings = Field(default_factory=lambda: AdamWSettings(lr=LR["lora"], weight_decay=1e-4))
+    optimizer: OptimizerSettings = Field(default_factory=lambda: AdamWSettings(lr=LR["lora"], weight_decay=1e-4))
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
     max_grad_norm: float = Field(0.1, gt=0)
     kl_weight: float = Field(
@@ -131,9 +131,9 @@ class SrpoSettings(Settings):
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="Running mean of what is trained, which is then what is saved; absent: none.")
     master_weights: Annotated[Literal["fp32", "bf16"], Flag()] = Field(
-        "fp32", description="What the optimiser updates: an fp32 copy, or bf16 itself with stochastic rounding.")
-    optimiser_on_cpu: Annotated[bool, Flag()] = Field(
-        False, description="Keep the optimiser's states (and an fp32 copy) in host memory; adamw only.")
+        "fp32", description="What the optimizer updates: an fp32 copy, or bf16 itself with stochastic rounding.")
+    optimizer_on_cpu: Annotated[bool, Flag()] = Field(
+        False, description="Keep the optimizer's states (and an fp32 copy) in host memory; adamw only.")
     memory: Literal["auto", "both", "one"] = Field(
         "auto", description="Noise experts on the device: both, or one with the idle one parked in host memory.")
     activation_checkpointing: Literal["auto"] | bool = Field(
@@ -158,18 +158,18 @@ class SrpoSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _lr_by_kind(cls, value: Any) -> Any:
-        """Without an optimiser of the user's: the lr that suits a LoRA or all weights."""
+        """Without an optimizer of the user's: the lr that suits a LoRA or all weights."""
         if isinstance(value, dict):
-            value = spell_out(value)
-            own = value.get("optimiser") or {}
+            value = spell_out(current_keys(value))
+            own = value.get("optimizer") or {}
             if isinstance(own, dict) and own.get("type", "adamw") == "adamw":
                 lr = LR.get(str(value.get("train", "lora")), LR["lora"])
-                value = {**value, "optimiser": {"lr": lr, "weight_decay": 1e-4, **own}}
+                value = {**value, "optimizer": {"lr": lr, "weight_decay": 1e-4, **own}}
         return value
 
-    @field_validator("experts", mode="before")
+    @field_validator("noise_experts", mode="before")
     @classmethod
-    def _experts(cls, value: Any) -> Any:
+    def _noise_experts(cls, value: Any) -> Any:
         names = value.split(",") if isinstance(value, str) else value
         if isinstance(names, list | tuple):
             names = [name.value if isinstance(name, NoiseExpert) else str(name).strip() for name in names]
@@ -203,14 +203,14 @@ class SrpoSettings(Settings):
                              "fine-tune overwrites; set kl_weight = 0 (the held-out looks log the distance), or train "
                              "= \"lora\"")
         for name, wanted in (("master_weights = \"bf16\"", self.master_weights == "bf16"),
-                             ("optimiser_on_cpu = true", self.optimiser_on_cpu)):
-            if wanted and self.optimiser.type != "adamw":
-                raise ValueError(f"{name} is made for optimiser.type = 'adamw', not '{self.optimiser.type}'")
+                             ("optimizer_on_cpu = true", self.optimizer_on_cpu)):
+            if wanted and self.optimizer.type != "adamw":
+                raise ValueError(f"{name} is made for optimizer.type = 'adamw', not '{self.optimizer.type}'")
         if self.train == "full" and precision_of(self.dtype) is not None:
             raise ValueError(f"dtype = '{self.dtype}' is for a base that stays frozen, but train = \"full\" trains it; "
                              "set dtype = \"bf16\", or train = \"lora\"")
-        if self.train == "full" and self.optimiser.type != "adamw":
-            raise ValueError(f"a full fine-tune takes optimiser.type = 'adamw', not '{self.optimiser.type}'")
+        if self.train == "full" and self.optimizer.type != "adamw":
+            raise ValueError(f"a full fine-tune takes optimizer.type = 'adamw', not '{self.optimizer.type}'")
         frames = self.preference.frames
         if isinstance(frames, int) and frames > self.num_frames:
             raise ValueError(f"preference.frames = {frames}, but num_frames = {self.num_frames} has no more than "

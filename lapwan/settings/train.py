@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from lapwan.names import NoiseExpert
-from lapwan.settings.aliases import spell_out, suggestion, takes
+from lapwan.settings.aliases import current_keys, spell_out, suggestion, takes
 from lapwan.settings.alpha_schedule import AlphaScheduleSettings
 from lapwan.settings.base import Flag, Settings, submodel, union_members
 from lapwan.settings.callbacks import HealthSettings, PreviewSettings, ValidationSettings, WatchSettings
 from lapwan.settings.memory import MEMORY_METAVAR, MemoryChoice, TrainDtype
 from lapwan.settings.model import BaseModelSettings
-from lapwan.settings.optimizers import AdamWSettings, OptimiserSettings, ScheduleSettings, take_flat_keys
+from lapwan.settings.optimizers import AdamWSettings, OptimizerSettings, ScheduleSettings, take_flat_keys
 from lapwan.settings.sigma import SigmaSettings, WeightingSettings, refuse_ddpm_weighting
 from lapwan.settings.targets import TargetSettings, lay_over
 
@@ -46,7 +46,7 @@ class DropoutSettings(Settings):
 
 
 class PhaseSettings(Settings):
-    """A stretch of the run: optimiser steps of each noise expert in it."""
+    """A stretch of the run: optimizer steps of each noise expert in it."""
 
     high: int = Field(0, ge=0)
     low: int = Field(0, ge=0)
@@ -59,7 +59,7 @@ class PhaseSettings(Settings):
         return self
 
 
-class ExpertSettings(Settings):
+class NoiseExpertSettings(Settings):
     """What may differ between the noise experts."""
 
     steps: int = Field(ge=1)
@@ -67,7 +67,7 @@ class ExpertSettings(Settings):
     stop: int | None = Field(ge=1)
     targets: TargetSettings
     alpha: float | None = Field(gt=0)
-    optimiser: OptimiserSettings
+    optimizer: OptimizerSettings
     schedule: ScheduleSettings
     sigma: SigmaSettings
     weighting: WeightingSettings
@@ -76,12 +76,12 @@ class ExpertSettings(Settings):
     alpha_schedule: AlphaScheduleSettings
 
     @model_validator(mode="after")
-    def _one_alpha(self) -> ExpertSettings:
+    def _one_alpha(self) -> NoiseExpertSettings:
         if self.alpha_schedule.phases and self.alpha is not None:
             raise ValueError(f"alpha = {self.alpha:g} and alpha_schedule both say alpha; leave alpha out")
-        if self.alpha_schedule.phases and self.optimiser.type not in ("adamw", "automagic"):
-            raise ValueError(f"alpha_schedule rescales the optimiser's state at a transition, which it cannot for "
-                             f"optimiser.type = '{self.optimiser.type}'; use adamw or automagic")
+        if self.alpha_schedule.phases and self.optimizer.type not in ("adamw", "automagic"):
+            raise ValueError(f"alpha_schedule rescales the optimizer's state at a transition, which it cannot for "
+                             f"optimizer.type = '{self.optimizer.type}'; use adamw or automagic")
         return self
 
     @property
@@ -90,7 +90,7 @@ class ExpertSettings(Settings):
         return self.alpha_schedule.phases[0].alpha if self.alpha_schedule.phases else self.alpha
 
 
-_SHARED = tuple(ExpertSettings.model_fields)
+_SHARED = tuple(NoiseExpertSettings.model_fields)
 
 
 class TrainSettings(Settings):
@@ -103,7 +103,7 @@ class TrainSettings(Settings):
         False, description="Go on from the newest checkpoint of the run folder, if it has one.")
     name: Annotated[str, Flag("--name")] = Field(
         "lapwan", pattern=r"^[\w.-]+$", description="Stem of the adapter files.")
-    experts: tuple[NoiseExpert, ...] = Field(
+    noise_experts: tuple[NoiseExpert, ...] = Field(
         (NoiseExpert.HIGH, NoiseExpert.LOW), min_length=1, description="The noise experts to train.")
     data: DataSettings
     steps: Annotated[int | None, Flag("--steps")] = Field(
@@ -111,7 +111,7 @@ class TrainSettings(Settings):
     epochs: Annotated[float | None, Flag("--epochs")] = Field(
         None, gt=0, description="Instead of steps: passes of each noise expert over the clips.")
     batch_size: Annotated[int, Flag("--batch-size")] = Field(1, ge=1, description="Clips at a time.")
-    accumulate: int = Field(1, ge=1, description="Batches an optimiser step.")
+    accumulate: int = Field(1, ge=1, description="Batches an optimizer step.")
     divide: Literal["batches", "tokens"] = Field(
         "batches", description="What several processes share of a step: its batches, or every clip's tokens, for clips "
         "too long for one GPU.")
@@ -124,7 +124,7 @@ class TrainSettings(Settings):
     stop: int | None = Field(None, ge=1, description="Step of the run from which it has none ([high], [low]).")
     alpha: float | None = Field(None, gt=0, description="LoRA alpha; absent: each module's rank, a scale of 1.")
     targets: TargetSettings = Field(default_factory=TargetSettings)
-    optimiser: OptimiserSettings = Field(default_factory=AdamWSettings)
+    optimizer: OptimizerSettings = Field(default_factory=AdamWSettings)
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="Running mean of what is trained, which is then what is saved; absent: none.")
@@ -174,45 +174,45 @@ class TrainSettings(Settings):
         if not isinstance(value, dict):
             return value
         refuse_ddpm_weighting(value)
-        return take_flat_keys(spell_out(value))
+        return take_flat_keys(spell_out(current_keys(value)))
 
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
         if sum((self.steps is not None, self.epochs is not None, bool(self.phases))) != 1:
             raise ValueError("give exactly one of steps, epochs and [[phases]]")
-        if len(set(self.experts)) != len(self.experts):
-            raise ValueError(f"experts = {[e.value for e in self.experts]}: each noise expert at most once")
+        if len(set(self.noise_experts)) != len(self.noise_experts):
+            raise ValueError(f"noise_experts = {[e.value for e in self.noise_experts]}: each noise expert at most once")
         self._check_turns()
         every = self.validation.every
         if self.keep_best is not None and (every is None or self.save_every % every):
             raise ValueError(f"keep_best needs a validation at every checkpoint: save_every = {self.save_every} must "
                              f"be a multiple of validation.every = {every}")
-        for expert in NoiseExpert:
-            if self._override(expert) and expert not in self.experts:
-                raise ValueError(f"[{expert.value}] is set, but experts does not hold '{expert.value}'")
-            self.of(expert, 1)
+        for noise_expert in NoiseExpert:
+            if self._override(noise_expert) and noise_expert not in self.noise_experts:
+                raise ValueError(f"[{noise_expert.value}] is set, but noise_experts does not hold '{noise_expert.value}'")
+            self.of(noise_expert, 1)
         return self
 
     def _check_turns(self) -> None:
         if self.shares:
-            if set(self.shares) != set(self.experts) or min(self.shares.values()) <= 0:
-                raise ValueError(f"shares needs a share above 0 for each of {', '.join(e.value for e in self.experts)}")
+            if set(self.shares) != set(self.noise_experts) or min(self.shares.values()) <= 0:
+                raise ValueError(f"shares needs a share above 0 for each of {', '.join(e.value for e in self.noise_experts)}")
             if abs(sum(self.shares.values()) - 1) > 1e-6:
                 raise ValueError(f"shares must add up to 1, not {sum(self.shares.values()):g}")
-        for expert in NoiseExpert:
-            own = self._override(expert)
+        for noise_expert in NoiseExpert:
+            own = self._override(noise_expert)
             if "steps" in own and (self.shares or self.phases):
                 other = "shares" if self.shares else "[[phases]]"
-                raise ValueError(f"{expert.value}.steps and {other} both say how many steps; leave one out")
+                raise ValueError(f"{noise_expert.value}.steps and {other} both say how many steps; leave one out")
             if self.phases and ("start" in own or "stop" in own or self.shares):
                 raise ValueError("[[phases]] says which steps are whose; leave out start, stop and shares")
-            if expert not in self.experts and any(getattr(phase, expert.value) for phase in self.phases):
-                raise ValueError(f"a phase has {expert.value} steps, but experts does not hold '{expert.value}'")
+            if noise_expert not in self.noise_experts and any(getattr(phase, noise_expert.value) for phase in self.phases):
+                raise ValueError(f"a phase has {noise_expert.value} steps, but noise_experts does not hold '{noise_expert.value}'")
 
-    def _override(self, expert: NoiseExpert) -> dict[str, Any]:
-        return self.high if expert is NoiseExpert.HIGH else self.low
+    def _override(self, noise_expert: NoiseExpert) -> dict[str, Any]:
+        return self.high if noise_expert is NoiseExpert.HIGH else self.low
 
-    def of(self, expert: NoiseExpert, steps: int) -> ExpertSettings:
+    def of(self, noise_expert: NoiseExpert, steps: int) -> NoiseExpertSettings:
         """A noise expert's own settings: the shared ones with `[high]` or `[low]` laid over them.
 
         Args:
@@ -220,16 +220,16 @@ class TrainSettings(Settings):
         """
         shared = {key: getattr(self, key) for key in _SHARED}
         plain = {k: v.model_dump() if isinstance(v, Settings) else v for k, v in shared.items()}
-        plain["steps"] = self._steps_of(expert, self.steps or steps)
-        own = dict(self._override(expert))
+        plain["steps"] = self._steps_of(noise_expert, self.steps or steps)
+        own = dict(self._override(noise_expert))
         if "targets" in own:
             plain["targets"] = lay_over(self.targets, own.pop("targets"))
         try:
-            return ExpertSettings.model_validate(_overlay(plain, own))
+            return NoiseExpertSettings.model_validate(_overlay(plain, own))
         except ValidationError as error:
             first = error.errors()[0]
             tags = {"adamw", "adamw8bit", "automagic", "prodigy"}
-            key = ".".join([expert.value, *(str(part) for part in first["loc"] if part not in tags)])
+            key = ".".join([noise_expert.value, *(str(part) for part in first["loc"] if part not in tags)])
             if first["type"] == "extra_forbidden":
                 known = takes(_known_at(first["loc"]))
                 section = key.rpartition(".")[0]
@@ -238,13 +238,13 @@ class TrainSettings(Settings):
             shown = "" if isinstance(first["input"], dict | Settings) else f" = {first['input']!r}"
             raise ValueError(f"{key}{shown}: {first['msg'].removeprefix('Value error, ')}") from None
 
-    def _steps_of(self, expert: NoiseExpert, each: int) -> int:
+    def _steps_of(self, noise_expert: NoiseExpert, each: int) -> int:
         if self.phases:
-            place = self.experts.index(expert) if expert in self.experts else 0
-            own: int = sum(getattr(phase, expert.value) for phase in self.phases)
-            return max(1, own + sum(split_evenly(phase.joint, len(self.experts))[place] for phase in self.phases))
+            place = self.noise_experts.index(noise_expert) if noise_expert in self.noise_experts else 0
+            own: int = sum(getattr(phase, noise_expert.value) for phase in self.phases)
+            return max(1, own + sum(split_evenly(phase.joint, len(self.noise_experts))[place] for phase in self.phases))
         if self.shares:
-            return max(1, round(self.shares.get(expert, 0.0) * each * len(self.experts)))
+            return max(1, round(self.shares.get(noise_expert, 0.0) * each * len(self.noise_experts)))
         return each
 
 
@@ -257,13 +257,13 @@ def _known_at(location: tuple[int | str, ...]) -> list[str]:
     """The keys known in the section where an unknown one was found."""
     if len(location) == 1:
         return list(_SHARED)
-    annotation = ExpertSettings.model_fields[str(location[0])].annotation
+    annotation = NoiseExpertSettings.model_fields[str(location[0])].annotation
     one = submodel(annotation)
     return [name for model in ([one] if one else union_members(annotation)) for name in model.model_fields]
 
 
 def _overlay(tree: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `tree`, section by section; an optimiser of another type starts from its own defaults."""
+    """`over` laid over `tree`, section by section; an optimizer of another type starts from its own defaults."""
     merged = dict(tree)
     for key, value in over.items():
         below = merged.get(key)

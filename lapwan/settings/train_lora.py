@@ -22,18 +22,18 @@ class TrainLoraSettings(TrainSettings):
 
     @model_validator(mode="after")
     def _both(self) -> TrainLoraSettings:
-        if self.one_file and len(self.experts) < 2:
-            raise ValueError(f"one_file is for both noise experts, but experts holds only '{self.experts[0].value}'")
+        if self.one_file and len(self.noise_experts) < 2:
+            raise ValueError(f"one_file is for both noise experts, but noise_experts holds only '{self.noise_experts[0].value}'")
         return self
 
     @model_validator(mode="after")
     def _continued(self) -> TrainLoraSettings:
         if self.preview.hints:
             raise ValueError("preview.hints chooses among a mixture's experts, and a plain LoRA has none; leave it out")
-        for expert in self.init_lora:
-            if expert not in self.experts:
-                raise ValueError(f"init_lora.{expert.value} is given, but experts does not hold '{expert.value}'")
-            if self.of(expert, 1).alpha_schedule.phases:
-                raise ValueError(f"init_lora.{expert.value} brings its own alpha, alpha_schedule says another; leave "
+        for noise_expert in self.init_lora:
+            if noise_expert not in self.noise_experts:
+                raise ValueError(f"init_lora.{noise_expert.value} is given, but noise_experts does not hold '{noise_expert.value}'")
+            if self.of(noise_expert, 1).alpha_schedule.phases:
+                raise ValueError(f"init_lora.{noise_expert.value} brings its own alpha, alpha_schedule says another; leave "
                                  "one of them out")
         return self

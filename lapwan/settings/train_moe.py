@@ -94,9 +94,9 @@ class TrainMoeSettings(TrainSettings):
     @model_validator(mode="after")
     def _experts(self) -> TrainMoeSettings:
         for name, given in (("base_lora", self.base_lora), ("init_lora", self.init_lora)):
-            for expert in given:
-                if expert not in self.experts:
-                    raise ValueError(f"{name}.{expert.value} is given, but experts does not hold '{expert.value}'")
+            for noise_expert in given:
+                if noise_expert not in self.noise_experts:
+                    raise ValueError(f"{name}.{noise_expert.value} is given, but experts does not hold '{noise_expert.value}'")
         for family in self.expert_targets:
             self.targets_for(family, self.targets)
         if self.shared_experts:
@@ -104,15 +104,15 @@ class TrainMoeSettings(TrainSettings):
         return self
 
     def _check_shared(self) -> None:
-        if len(self.experts) < 2:
+        if len(self.noise_experts) < 2:
             raise ValueError("shared_experts = true needs both noise experts in experts")
         if self.init_lora:
             raise ValueError("init_lora holds a LoRA for each noise expert, shared_experts one set for both; leave one "
                              "of them out")
         if self.alpha_schedule.phases:
             raise ValueError("alpha_schedule is of one noise expert; leave it or shared_experts out")
-        shared = ("targets", "alpha", "optimiser", "schedule", "max_norm", "alpha_schedule")
-        sides = [self.of(expert, 1) for expert in self.experts]
+        shared = ("targets", "alpha", "optimizer", "schedule", "max_norm", "alpha_schedule")
+        sides = [self.of(noise_expert, 1) for noise_expert in self.noise_experts]
         for name in shared:
             if getattr(sides[0], name) != getattr(sides[1], name):
                 raise ValueError(f"shared_experts = true, but [high] and [low] differ in {name}; leave it out of them")

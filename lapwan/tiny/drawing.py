@@ -21,7 +21,7 @@ Point = np.ndarray | tuple[float, float]  # x, y
 
 
 @dataclass(frozen=True)
-class Window:
+class SceneWindow:
     """A rectangle of the picture with the coordinates of its pixel centres."""
 
     rows: slice
@@ -30,7 +30,7 @@ class Window:
     y_HW: Field
 
 
-class Canvas:
+class SceneCanvas:
     """A float picture to composite on; values 0..255."""
 
     def __init__(self, height: int, width: int) -> None:
@@ -41,11 +41,11 @@ class Canvas:
         self.rgb_HWC = np.zeros((height, width, 3), np.float32)
         self.whole = self._window(slice(0, height), slice(0, width))
 
-    def _window(self, rows: slice, columns: slice) -> Window:
+    def _window(self, rows: slice, columns: slice) -> SceneWindow:
         x_HW, y_HW = np.meshgrid(self._xs[columns], self._ys[rows])
-        return Window(rows, columns, x_HW, y_HW)
+        return SceneWindow(rows, columns, x_HW, y_HW)
 
-    def window(self, centre: Point, radius: float) -> Window:
+    def window(self, centre: Point, radius: float) -> SceneWindow:
         """The part of the picture within `radius` of `centre`; it may be empty."""
         x, y = centre
         left, right = np.searchsorted(self._xs, (x - radius, x + radius))
@@ -56,16 +56,16 @@ class Canvas:
         """The share of each pixel that lies inside."""
         return np.clip(0.5 - distance / self.pixel, 0.0, 1.0)
 
-    def paint(self, window: Window, alpha: Field, colour: Colour | np.ndarray) -> None:
+    def paint(self, window: SceneWindow, alpha: Field, colour: Colour | np.ndarray) -> None:
         """`rgb <- rgb + alpha (colour - rgb)`; `colour` is one colour or [h, w, 3] over the window."""
         part = self.rgb_HWC[window.rows, window.columns]
         part += alpha[..., None] * (np.asarray(colour, np.float32) - part)
 
-    def shade(self, window: Window, factor: Field) -> None:
+    def shade(self, window: SceneWindow, factor: Field) -> None:
         """`rgb <- rgb * factor`."""
         self.rgb_HWC[window.rows, window.columns] *= factor[..., None]
 
-    def glow(self, window: Window, strength: Field, colour: Colour) -> None:
+    def glow(self, window: SceneWindow, strength: Field, colour: Colour) -> None:
         """`rgb <- rgb + strength * colour`: light that adds."""
         self.rgb_HWC[window.rows, window.columns] += strength[..., None] * np.asarray(colour, np.float32)
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lapwan.evaluation.clips import EvalClip, VideoShape
+from lapwan.evaluation.clips import EvaluationClip, VideoShape
 from lapwan.tiny.instruments import INSTRUMENTS
 
 INPUT = 96  # pixels; other squares are scaled
@@ -131,7 +131,7 @@ class SceneJudge:
     figures: Mapping[str, tuple[str, ...]] = MappingProxyType({"identity": ("identity",), "tip": ("tip_accuracy",)})
     fingerprint = ""
 
-    def refuses(self, clip: EvalClip) -> str | None:
+    def refuses(self, clip: EvaluationClip) -> str | None:
         """A clip that is no rendered scene."""
         if clip.synthetic and clip.instrument in self.classes:
             return None
@@ -143,7 +143,7 @@ class SceneJudge:
         height, width = shape.size
         return None if height == width else f"the evaluators take square frames, not {height}x{width}"
 
-    def score(self, metric: str, frames_THWC: np.ndarray, clip: EvalClip) -> Mapping[str, float]:
+    def score(self, metric: str, frames_THWC: np.ndarray, clip: EvaluationClip) -> Mapping[str, float]:
         """One metric of one video; no tip accuracy where the clip's tips are fewer than the frames."""
         if metric == "identity":
             seen = self.classes[int(evaluate_identity(frames_THWC).argmax())]

@@ -18,10 +18,10 @@ import numpy as np
 
 from lapwan.tiny import motion as paths
 from lapwan.tiny.drawing import (
-    Canvas,
     Colour,
     Field,
-    Window,
+    SceneCanvas,
+    SceneWindow,
     blurred_shift,
     box,
     ease,
@@ -43,7 +43,7 @@ class Pose:
     opening: float  # of the jaws, 0..1
     bend: float  # +1 or -1: the side to which the hook bends
 
-    def local(self, window: Window) -> tuple[Field, Field]:
+    def local(self, window: SceneWindow) -> tuple[Field, Field]:
         """(u, w) of the window's pixels."""
         x, y = window.x_HW - self.tip[0], window.y_HW - self.tip[1]
         return x * self.axis[0] + y * self.axis[1], (-x * self.axis[1] + y * self.axis[0]) * self.bend
@@ -81,7 +81,7 @@ NEUTRAL = Palette(steel=(150, 153, 156), dark_steel=(136, 139, 142), ceramic=(14
 class Part:
     """One piece of an instrument, over one window."""
 
-    window: Window
+    window: SceneWindow
     distance: Field
     colour: Colour
     across: Field | None = None  # -1..1 over a round piece, for its shading; None: flat metal
@@ -104,7 +104,7 @@ def opening(instrument: str, motion: str, s: float) -> float:
     return 0.0
 
 
-def _shaft(canvas: Canvas, pose: Pose, end: float, radius: float, colour: Colour, gloss: float,
+def _shaft(canvas: SceneCanvas, pose: Pose, end: float, radius: float, colour: Colour, gloss: float,
            w0: float = 0.0) -> Part:
     u, w = pose.local(canvas.whole)
     distance = segment(u, w, (-_FAR, w0), (end, w0), radius)
@@ -125,7 +125,7 @@ _SCISSOR_BLADE = np.array([(-0.02, -0.03), (0.04, 0.060), (0.22, 0.098), (0.45, 
                            (0.6, -0.012), (0.15, -0.020)])
 
 
-def _draw_scissors(canvas: Canvas, pose: Pose, palette: Palette) -> list[Part]:
+def _draw_scissors(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Part]:
     gap = 0.012 + 0.25 * pose.opening
     middle = pose.tip + pose.axis * (_SCISSOR_HINGE / 2)
     window = canvas.window(middle, 0.58)
@@ -165,7 +165,7 @@ _JAWS = {sign: _jaw_outline(sign) for sign in (1.0, -1.0)}
 _SLIT = np.array([(0.44, 0.096), (0.49, 0.122), (0.78, 0.122), (0.82, 0.096)])
 
 
-def _draw_grasper(canvas: Canvas, pose: Pose, palette: Palette) -> list[Part]:
+def _draw_grasper(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Part]:
     gap = 0.006 + 0.24 * pose.opening
     middle = pose.tip + pose.axis * (_JAW_HINGE / 2)
     window = canvas.window(middle, 0.62)
@@ -192,7 +192,7 @@ _HOOK_WIRE = np.array([(-0.36, _HOOK_OFFSET), (0.0, _HOOK_OFFSET), (0.055, _HOOK
                        (0.075, _HOOK_OFFSET + 0.09), (0.06, -0.10), (0.0, 0.0)])
 
 
-def _draw_hook(canvas: Canvas, pose: Pose, palette: Palette) -> list[Part]:
+def _draw_hook(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Part]:
     middle = pose.picture(np.array([(-0.25, _HOOK_OFFSET / 2)]))[0]
     window = canvas.window(middle, 0.60)
     u, w = pose.local(window)
@@ -207,7 +207,7 @@ def _draw_hook(canvas: Canvas, pose: Pose, palette: Palette) -> list[Part]:
     ]
 
 
-def _draw_suction(canvas: Canvas, pose: Pose, palette: Palette) -> list[Part]:
+def _draw_suction(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Part]:
     radius = 0.135
     u, w = pose.local(canvas.whole)
     # Flat-ended: the round face is the ellipse at the tip.
@@ -231,7 +231,7 @@ def _draw_suction(canvas: Canvas, pose: Pose, palette: Palette) -> list[Part]:
 class Head:
     """How to draw an instrument, and the local outline (u, w) of its head for the box."""
 
-    draw: Callable[[Canvas, Pose, Palette], list[Part]]
+    draw: Callable[[SceneCanvas, Pose, Palette], list[Part]]
     back: float  # u at which the head ends and the shaft begins
     half_width: Callable[[float], float]  # of the head, by opening
     shift: float = 0.0  # w of the head's middle
@@ -255,7 +255,7 @@ def head_box(instrument: str, pose: Pose) -> np.ndarray:
     return np.concatenate([points.min(axis=0), points.max(axis=0)])
 
 
-def draw(canvas: Canvas, instrument: str, pose: Pose, palette: Palette) -> None:
+def draw(canvas: SceneCanvas, instrument: str, pose: Pose, palette: Palette) -> None:
     """Composite the instrument with its soft shadow."""
     parts = HEADS[instrument].draw(canvas, pose, palette)
     parts = [part for part in parts if part.distance.size]

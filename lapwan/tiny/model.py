@@ -103,16 +103,16 @@ VAE_FILE, TEXT_FILE, LATENTS_FILE = "vae.safetensors", "text_encoder.safetensors
 WEIGHTS = Path(str(package_files("lapwan.tiny"))) / "weights"
 
 
-def expert_file(expert: NoiseExpert) -> str:
+def noise_expert_file(noise_expert: NoiseExpert) -> str:
     """File of a noise expert's weights."""
-    return f"{expert.component}.safetensors"
+    return f"{noise_expert.component}.safetensors"
 
 
 @cache
 def _identity() -> str:
     """Of everything a folder is made from: the weights, this file, the tokenizer."""
     digest = hashlib.sha256()
-    names = [*(expert_file(e) for e in NoiseExpert), VAE_FILE, TEXT_FILE, LATENTS_FILE]
+    names = [*(noise_expert_file(e) for e in NoiseExpert), VAE_FILE, TEXT_FILE, LATENTS_FILE]
     for path in (*(WEIGHTS / name for name in names), Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -136,10 +136,10 @@ def _read(name: str) -> dict[str, Any]:
     return {key: value.float() for key, value in load_file(WEIGHTS / name).items()}
 
 
-def _transformer(expert: NoiseExpert, task: Task) -> Any:
+def _transformer(noise_expert: NoiseExpert, task: Task) -> Any:
     from diffusers import WanTransformer3DModel
 
-    state = _read(expert_file(expert))
+    state = _read(noise_expert_file(noise_expert))
     if task == "t2v":
         state["patch_embedding.weight"] = state["patch_embedding.weight"][:, :16].clone()
     model = WanTransformer3DModel(in_channels=state["patch_embedding.weight"].shape[1], **TRANSFORMER)

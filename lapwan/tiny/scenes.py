@@ -16,7 +16,7 @@ import numpy as np
 from lapwan.tiny import instruments, surgery, tissue
 from lapwan.tiny import motion as paths
 from lapwan.tiny.captions import caption_for
-from lapwan.tiny.drawing import Canvas
+from lapwan.tiny.drawing import SceneCanvas
 from lapwan.tiny.instruments import INSTRUMENTS, Pose
 
 STYLES = ("surgical", "neutral")
@@ -103,7 +103,7 @@ def sample_spec(rng: np.random.Generator, instrument: str, motion: str | None = 
     return replace(SceneSpec(instrument, motion=motion), **{**drawn, **fixed})  # type: ignore[arg-type]
 
 
-def _poses(spec: SceneSpec, canvas: Canvas) -> list[Pose]:
+def _poses(spec: SceneSpec, canvas: SceneCanvas) -> list[Pose]:
     """The instrument in every frame."""
     motion, direction = str(spec.motion), str(spec.direction)
     rng = np.random.default_rng([spec.seed, _PATH])
@@ -139,7 +139,7 @@ def render(spec: SceneSpec, with_instrument: bool = True) -> Scene:
     hole.
     """
     height, width = spec.size
-    canvas = Canvas(height, width)
+    canvas = SceneCanvas(height, width)
     surgical = spec.style == "surgical"
     ground = tissue.Tissue(np.random.default_rng([spec.seed, _TISSUE]),
                            tissue.SURGICAL if surgical else tissue.NEUTRAL, canvas)
@@ -160,7 +160,7 @@ def render(spec: SceneSpec, with_instrument: bool = True) -> Scene:
 class _Stage:
     """Draws one scene frame by frame, back to front."""
 
-    def __init__(self, spec: SceneSpec, canvas: Canvas, ground: tissue.Tissue, poses: list[Pose]) -> None:
+    def __init__(self, spec: SceneSpec, canvas: SceneCanvas, ground: tissue.Tissue, poses: list[Pose]) -> None:
         self._spec, self._canvas, self._ground, self._poses = spec, canvas, ground, poses
         self._motion = str(spec.motion)
         self._surgical = spec.style == "surgical"

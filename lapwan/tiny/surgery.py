@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lapwan.tiny.drawing import Canvas, Colour, Field, Window, ellipse, polygon, polyline, segment, smoothstep
+from lapwan.tiny.drawing import Colour, Field, SceneCanvas, SceneWindow, ellipse, polygon, polyline, segment, smoothstep
 
 # What each instrument works on; the first is the default, the only one a caption may leave unsaid.
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -40,12 +40,12 @@ class Work:
     shape: np.ndarray  # [8] fixed random numbers 0..1 of the scene: the target's individual form
 
 
-def _window(canvas: Canvas, work: Work, reach: float) -> Window:
+def _window(canvas: SceneCanvas, work: Work, reach: float) -> SceneWindow:
     middle = work.anchor + work.pull / 2
     return canvas.window(middle, reach + float(np.abs(work.pull).max()) / 2)
 
 
-def _frame(window: Window, centre: np.ndarray, turn: float) -> tuple[Field, Field]:
+def _frame(window: SceneWindow, centre: np.ndarray, turn: float) -> tuple[Field, Field]:
     x, y = window.x_HW - centre[0], window.y_HW - centre[1]
     return x * math.cos(turn) + y * math.sin(turn), -x * math.sin(turn) + y * math.cos(turn)
 
@@ -55,7 +55,7 @@ def _across(work: Work) -> float:
     return math.atan2(work.heading[1], work.heading[0]) + math.pi / 2 + 0.7 * (float(work.shape[0]) - 0.5)
 
 
-def _lump(canvas: Canvas, window: Window, distance: Field, colour: Colour, depth: float) -> None:
+def _lump(canvas: SceneCanvas, window: SceneWindow, distance: Field, colour: Colour, depth: float) -> None:
     """A rounded body: a dark rim below it, light on its upper left."""
     if not distance.size:
         return
@@ -69,13 +69,13 @@ def _lump(canvas: Canvas, window: Window, distance: Field, colour: Colour, depth
     canvas.paint(window, canvas.coverage(distance), np.asarray(colour, np.float32) * light[..., None])
 
 
-def _tether(window: Window, work: Work, base: float, end: float) -> Field:
+def _tether(window: SceneWindow, work: Work, base: float, end: float) -> Field:
     """A tapered bridge from the anchor to where the held target has been drawn."""
     tip = work.anchor + work.pull
     return segment(window.x_HW, window.y_HW, work.anchor, tip, base, end)
 
 
-def _draw_tissue(canvas: Canvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_tissue(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
     window = _window(canvas, work, 0.55)
     turn = _across(work)
     u, v = _frame(window, work.anchor + 0.08 * work.axis, turn)
@@ -93,7 +93,7 @@ def _draw_tissue(canvas: Canvas, work: Work, tone: Callable[[Colour], Colour]) -
         canvas.paint(window, canvas.coverage(np.maximum(slit, distance)), tone((112, 14, 20)))
 
 
-def _draw_vessel(canvas: Canvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_vessel(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
     window = canvas.whole
     turn = _across(work)
     direction, side = np.array([math.cos(turn), math.sin(turn)]), np.array([-math.sin(turn), math.cos(turn)])
@@ -113,7 +113,7 @@ def _draw_vessel(canvas: Canvas, work: Work, tone: Callable[[Colour], Colour]) -
         canvas.paint(window, canvas.coverage(distance), body)
 
 
-def _draw_adhesion(canvas: Canvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_adhesion(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
     window = _window(canvas, work, 0.70)
     turn = _across(work)
     direction, side = np.array([math.cos(turn), math.sin(turn)]), np.array([-math.sin(turn), math.cos(turn)])
@@ -133,7 +133,7 @@ def _draw_adhesion(canvas: Canvas, work: Work, tone: Callable[[Colour], Colour])
         canvas.paint(window, 0.92 * canvas.coverage(distance) * torn * fade, tone((255, 240, 226)))
 
 
-def _draw_gallbladder(canvas: Canvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_gallbladder(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
     window = _window(canvas, work, 0.95)
     lead = work.axis * 0.30 + 0.55 * work.pull
     turn = math.atan2(work.axis[1], work.axis[0]) + 0.5 * (work.shape[0] - 0.5)
@@ -146,7 +146,7 @@ def _draw_gallbladder(canvas: Canvas, work: Work, tone: Callable[[Colour], Colou
     _lump(canvas, window, distance, tone((126, 162, 124)), 0.26)
 
 
-def _draw_ligament(canvas: Canvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_ligament(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
     window = canvas.whole
     turn = _across(work)
     u, v = _frame(window, work.anchor, turn)
@@ -165,7 +165,7 @@ _POUCH = np.array([(-0.24, -0.12), (-0.10, -0.17), (0.10, -0.30), (0.36, -0.26),
                    (0.10, 0.30), (-0.10, 0.17), (-0.24, 0.12)])
 
 
-def _draw_bag(canvas: Canvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_bag(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
     centre = work.anchor + work.pull + 0.20 * work.axis
     window = canvas.window(centre, 0.66)
     u, v = _frame(window, centre, math.atan2(work.axis[1], work.axis[0]))
@@ -182,7 +182,7 @@ def _draw_bag(canvas: Canvas, work: Work, tone: Callable[[Colour], Colour]) -> N
     canvas.paint(window, canvas.coverage(string), tone((36, 96, 190)))
 
 
-def _draw_pool(canvas: Canvas, work: Work, colour: Colour, shine: float) -> None:
+def _draw_pool(canvas: SceneCanvas, work: Work, colour: Colour, shine: float) -> None:
     left = 1.0 - 0.72 * work.progress  # what suction has left of it
     size = 0.50 * math.sqrt(left)
     window = canvas.window(work.anchor, 0.85)
@@ -201,15 +201,15 @@ def _draw_pool(canvas: Canvas, work: Work, colour: Colour, shine: float) -> None
     canvas.glow(window, shine * edge, (1.0, 0.8, 0.75))
 
 
-def _draw_blood(canvas: Canvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_blood(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
     _draw_pool(canvas, work, tone((124, 6, 14)), 110.0)
 
 
-def _draw_fluid(canvas: Canvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_fluid(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
     _draw_pool(canvas, work, tone((168, 158, 40)), 130.0)
 
 
-_DRAW: dict[str, Callable[[Canvas, Work, Callable[[Colour], Colour]], None]] = {
+_DRAW: dict[str, Callable[[SceneCanvas, Work, Callable[[Colour], Colour]], None]] = {
     "tissue": _draw_tissue, "vessel": _draw_vessel, "adhesion": _draw_adhesion, "gallbladder": _draw_gallbladder,
     "ligament": _draw_ligament, "bag": _draw_bag, "blood": _draw_blood, "fluid": _draw_fluid,
 }
@@ -228,12 +228,12 @@ def neutral_tone(colour: Colour) -> Colour:
     return r, g, b
 
 
-def draw(canvas: Canvas, target: str, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def draw(canvas: SceneCanvas, target: str, work: Work, tone: Callable[[Colour], Colour]) -> None:
     """Composite the target in the state that `work` says."""
     _DRAW[target](canvas, work, tone)
 
 
-def scorch(canvas: Canvas, trail: np.ndarray) -> None:
+def scorch(canvas: SceneCanvas, trail: np.ndarray) -> None:
     """The charred line that a hook leaves along `trail` [n, 2]."""
     if len(trail) < 2:
         return
@@ -243,7 +243,7 @@ def scorch(canvas: Canvas, trail: np.ndarray) -> None:
     canvas.paint(whole, 0.85 * canvas.coverage(distance), (52, 26, 18))
 
 
-def spark(canvas: Canvas, tip: np.ndarray, flicker: float) -> None:
+def spark(canvas: SceneCanvas, tip: np.ndarray, flicker: float) -> None:
     """The arc at a burning hook's tip; `flicker` 0..1."""
     window = canvas.window(tip, 0.24)
     distance = np.hypot(window.x_HW - tip[0], window.y_HW - tip[1])
@@ -251,7 +251,7 @@ def spark(canvas: Canvas, tip: np.ndarray, flicker: float) -> None:
     canvas.paint(window, np.exp(-((distance / 0.042) ** 2)), (255, 250, 214))
 
 
-def smoke(canvas: Canvas, origin: np.ndarray, amount: float, drift: float) -> None:
+def smoke(canvas: SceneCanvas, origin: np.ndarray, amount: float, drift: float) -> None:
     """Puffs that rise from `origin`; `amount` 0..1 of them so far, `drift` -1..1 to the side."""
     for k in range(3):
         age = amount - 0.18 * k
@@ -265,7 +265,7 @@ def smoke(canvas: Canvas, origin: np.ndarray, amount: float, drift: float) -> No
         canvas.paint(window, 0.34 * (1.0 - 0.5 * age) * puff, (214, 210, 208))
 
 
-def droplets(canvas: Canvas, tip: np.ndarray, anchor: np.ndarray, phase: float, colour: Colour) -> None:
+def droplets(canvas: SceneCanvas, tip: np.ndarray, anchor: np.ndarray, phase: float, colour: Colour) -> None:
     """Drops on their way from the pool into the suction hole; `phase` moves them on."""
     way = tip - anchor
     away = float(np.hypot(*way))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lapwan.tiny.drawing import Canvas, Colour, Field, grid_noise, polyline, smoothstep
+from lapwan.tiny.drawing import Colour, Field, SceneCanvas, grid_noise, polyline, smoothstep
 
 VIEW_RADIUS = 1.03  # units: the black ring just touches the picture's shorter sides
 _MARGIN = 0.16  # units of texture beyond the picture, so that displaced coordinates stay on it
@@ -42,7 +42,7 @@ NEUTRAL = Ground(base=((188, 196, 202), (204, 206, 200), (176, 190, 196), (198, 
 class Tissue:
     """The ground of one scene; everything random about it comes from `rng`."""
 
-    def __init__(self, rng: np.random.Generator, ground: Ground, canvas: Canvas) -> None:
+    def __init__(self, rng: np.random.Generator, ground: Ground, canvas: SceneCanvas) -> None:
         self._canvas, self._ground = canvas, ground
         self._period = rng.uniform(2.4, 3.6)  # seconds a breath
         self._phase = rng.uniform(0, 2 * math.pi)

@@ -16,8 +16,8 @@ from lapwan.lora.formats import LoraFile
 from lapwan.losses.sigmas import share_of_band, shares_of_bins, shift_for_tokens
 from lapwan.models.base import Base, targets_of
 from lapwan.names import Band, NoiseExpert
-from lapwan.settings.train import ExpertSettings, TrainSettings
-from lapwan.train.optimizers import check_optimiser, describe_optimiser, predicted_lr, ratio_line
+from lapwan.settings.train import NoiseExpertSettings, TrainSettings
+from lapwan.train.optimizers import check_optimizer, describe_optimizer, predicted_lr, ratio_line
 from lapwan.train.recipe import RunData, sigma_rule
 
 _BINS, _WIDTH = 10, 30  # of the histogram: rows, characters of the longest bar
@@ -38,24 +38,24 @@ def describe(
              f"a step is {settings.accumulate} x {settings.batch_size} clips; {turns_line(data)}"]
     if settings.roi_weight:
         lines.append(region_line(settings, data))
-    for expert, own in data.experts.items():
-        check_optimiser(own.optimiser, own.schedule)
-        file = (continued or {}).get(expert)
+    for noise_expert, own in data.noise_experts.items():
+        check_optimizer(own.optimizer, own.schedule)
+        file = (continued or {}).get(noise_expert)
         ranks = targets_of(own.targets, base.num_layers) if file is None else {
             path: module.rank for path, module in file.modules.items()}
-        count = data.schedule.count(expert)
+        count = data.schedule.count(noise_expert)
         extras = [f"{count} steps", f"{len(ranks)} modules of ranks {', '.join(map(str, sorted(set(ranks.values()))))}",
-                  describe_optimiser(own.optimiser, own.schedule)]
+                  describe_optimizer(own.optimizer, own.schedule)]
         if file is not None:
             extras.append(f"going on from {file.path}")
         if own.alpha_schedule.phases:
             extras.append("alpha " + ", ".join(f"{p.alpha:g} ({p.name})" for p in own.alpha_schedule.phases))
         if settings.ema_decay is not None:
             extras.append(f"running mean {settings.ema_decay:g}")
-        lines.append(f"{expert.value} noise: " + "; ".join(extras))
-        lines += histogram_lines(own, base, data, expert)
-    if len(data.experts) == 2:
-        lines.append(ratio_line(*(data.experts[e].optimiser for e in (NoiseExpert.HIGH, NoiseExpert.LOW))))
+        lines.append(f"{noise_expert.value} noise: " + "; ".join(extras))
+        lines += histogram_lines(own, base, data, noise_expert)
+    if len(data.noise_experts) == 2:
+        lines.append(ratio_line(*(data.noise_experts[e].optimizer for e in (NoiseExpert.HIGH, NoiseExpert.LOW))))
     return lines
 
 
@@ -77,15 +77,15 @@ def turns_line(data: RunData) -> str:
     return f"turns: {shown}"
 
 
-def histogram_lines(own: ExpertSettings, base: Base, data: RunData, expert: NoiseExpert) -> list[str]:
+def histogram_lines(own: NoiseExpertSettings, base: Base, data: RunData, noise_expert: NoiseExpert) -> list[str]:
     """How sigma falls within the band, exactly, for clips of the first bucket."""
-    rule = sigma_rule(own, base.bands[expert])
+    rule = sigma_rule(own, base.bands[noise_expert])
     _, height, width = min(data.items, key=lambda item: item.bucket).bucket
     tokens = (height // base.spec.spatial_stride) * (width // base.spec.spatial_stride) // 4
     sampler, band = rule.sampler.for_tokens(tokens), rule.band
     share = share_of_band(sampler, band.low, band.high)
     if share <= 0:
-        raise UserError(f"the sigma sampler never draws inside the {expert.value} noise expert's band {band}; "
+        raise UserError(f"the sigma sampler never draws inside the {noise_expert.value} noise expert's band {band}; "
                         "change [sigma]")
     text = f"  sigma: {own.sigma.sampler}"
     if own.sigma.shift == "resolution":
@@ -212,7 +212,7 @@ def _lengths(clips: Sequence[CachedItem], fps: float | None) -> Finding:
 
 def _preset(settings: TrainSettings, data: RunData) -> list[Finding]:
     """LR ratio and number of steps, by the rules of inspect-weights."""
-    rates = {e.value: lr for e, own in data.experts.items() if (lr := predicted_lr(own.optimiser)) is not None}
+    rates = {e.value: lr for e, own in data.noise_experts.items() if (lr := predicted_lr(own.optimizer)) is not None}
     if settings.health.preset is None:
         return [Finding(True, f"{len(data.schedule)} steps; no health.preset: LR ratio and steps are not judged")]
     verdict = judge(Evidence(PRESETS[settings.health.preset], {}, rates, [], len(data.schedule)))
@@ -230,7 +230,7 @@ def _preset(settings: TrainSettings, data: RunData) -> list[Finding]:
 def _sampling(base: Base, data: RunData) -> Finding:
     spec = base.spec
     boundary = "none" if spec.boundary is None else f"{spec.boundary:g}"
-    shifts = {e.value: own.sigma.shift for e, own in data.experts.items()}
+    shifts = {e.value: own.sigma.shift for e, own in data.noise_experts.items()}
     trained = ", ".join(f"{name} {shift if isinstance(shift, str) else f'{shift:g}'}" for name, shift in shifts.items())
     return Finding(True, f"model: {spec.task}, boundary {boundary}, samples with shift {spec.flow_shift:g}; trained "
                          f"with shift {trained}")

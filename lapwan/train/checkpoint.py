@@ -103,7 +103,7 @@ def _taken_tree(tree: Any) -> Any:
     return take(tree)
 
 
-class Writer:
+class CheckpointWriter:
     """One checkpoint at a time is written beside the training."""
 
     def __init__(self) -> None:

@@ -18,12 +18,12 @@ from lapwan.errors import UserError
 from lapwan.memory.shapes import heads_of
 from lapwan.models.base import Base
 from lapwan.settings.train import TrainSettings
-from lapwan.train.parallel import Ranks
-from lapwan.wan.transformer.context_parallel import Spread, check_heads
-from lapwan.wan.transformer.options import path_of
+from lapwan.train.parallel import Distributed
+from lapwan.wan.transformer.context_parallel import ContextParallel, check_heads
+from lapwan.wan.transformer.options import forward_options
 
 
-class SharedClips(Ranks):
+class SharedClips(Distributed):
     """Processes that share the tokens of every clip."""
 
     @property
@@ -43,28 +43,28 @@ class SharedClips(Ranks):
         return self.from_first(value)
 
 
-def divided(settings: TrainSettings, base: Base, ranks: Ranks) -> Ranks:
+def divided(settings: TrainSettings, base: Base, distributed: Distributed) -> Distributed:
     """The processes, as `divide` says what they share.
 
     Raises:
         UserError: heads that do not divide among them, or dropout that draws for every token.
     """
-    if settings.divide == "batches" or ranks.count == 1:
-        return ranks
-    check_heads(heads_of(base.spec), ranks.count)
-    for expert in settings.experts:
-        if settings.of(expert, 1).dropout.neuron:
+    if settings.divide == "batches" or distributed.count == 1:
+        return distributed
+    check_heads(heads_of(base.spec), distributed.count)
+    for noise_expert in settings.noise_experts:
+        if settings.of(noise_expert, 1).dropout.neuron:
             raise UserError("dropout.neuron draws for all tokens of a clip, of which divide = \"tokens\" gives each "
                             "process a part; use dropout.rank or dropout.module, or divide = \"batches\"")
-    console.log(f"{ranks.count} processes share the tokens of each clip")
-    return SharedClips(ranks.rank, ranks.count, ranks.local)
+    console.log(f"{distributed.count} processes share the tokens of each clip")
+    return SharedClips(distributed.rank, distributed.count, distributed.local)
 
 
-def share(transformers: Iterable[nn.Module], ranks: SharedClips) -> Callable[[], AbstractContextManager[None]]:
+def share(transformers: Iterable[nn.Module], distributed: SharedClips) -> Callable[[], AbstractContextManager[None]]:
     """Let these transformers share each sequence; what is returned is a scope in which a process asks them alone."""
-    paths = [path_of(transformer) for transformer in transformers]
+    paths = [forward_options(transformer) for transformer in transformers]
 
-    def put(spread: Spread | None) -> None:
+    def put(spread: ContextParallel | None) -> None:
         for path in paths:
             path.spread = spread
 
@@ -74,7 +74,7 @@ def share(transformers: Iterable[nn.Module], ranks: SharedClips) -> Callable[[],
         try:
             yield
         finally:
-            put(Spread(ranks.rank, ranks.count))
+            put(ContextParallel(distributed.rank, distributed.count))
 
-    put(Spread(ranks.rank, ranks.count))
+    put(ContextParallel(distributed.rank, distributed.count))
     return alone

@@ -129,7 +129,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters one optimiser steps together, by name; `lr_scale` multiplies the optimiser's lr."""
+    """Parameters one optimizer steps together, by name; `lr_scale` multiplies the optimizer's lr."""
 
     parameters: Mapping[str, nn.Parameter]
     lr_scale: float = 1.0
@@ -152,21 +152,21 @@ class Objective(Protocol):
 
     @property
     def optimised(self) -> Mapping[str, list[ParameterGroup]]:
-        """Parameter groups by the name of the optimiser that steps them."""
+        """Parameter groups by the name of the optimizer that steps them."""
 
-    def stepped_by(self, expert: NoiseExpert) -> tuple[str, ...]:
-        """Names of the optimisers that step in a turn of `expert`."""
+    def stepped_by(self, noise_expert: NoiseExpert) -> tuple[str, ...]:
+        """Names of the optimizers that step in a turn of `noise_expert`."""
 
     def prepare(
-        self, expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
+        self, noise_expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
     ) -> None:
-        """Look at all batches of an optimiser step before the first loss: statistics of the whole step. No gradient.
+        """Look at all batches of an optimizer step before the first loss: statistics of the whole step. No gradient.
 
         `draws` are the batches' own; `total` adds a tensor up over the processes, which each hold a part of the step's
         batches.
         """
 
-    def loss(self, expert: NoiseExpert, batch: Batch, draws: Draws) -> AbstractContextManager[Loss]:
+    def loss(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> AbstractContextManager[Loss]:
         """The loss as a scope: forward on entering, and backward belongs inside, where the gates still hold."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""From settings to optimisers and their lr schedules.
+"""From settings to optimizers and their lr schedules.
 
-How to add an optimiser: a settings member in `lapwan/settings/optimizers.py`, a case in `make_optimiser`.
+How to add an optimizer: a settings member in `lapwan/settings/optimizers.py`, a case in `make_optimizer`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lapwan.settings.optimizers import (
     AdamW8bitSettings,
     AdamWSettings,
     AutomagicSettings,
-    OptimiserSettings,
+    OptimizerSettings,
     ProdigySettings,
     ScheduleSettings,
 )
@@ -31,23 +31,23 @@ _EXTRAS = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 AGREEMENTS = (0.47, 0.50, 0.53)  # sign agreements seen in practice: 0.5 is noise
 
 
-def check_optimiser(optimiser: OptimiserSettings, schedule: ScheduleSettings) -> None:
+def check_optimizer(optimizer: OptimizerSettings, schedule: ScheduleSettings) -> None:
     """Refuse what cannot run, before any weights are loaded.
 
     Raises:
-        UserError: a library that is not installed, or an lr schedule on an optimiser that has its own.
+        UserError: a library that is not installed, or an lr schedule on an optimizer that has its own.
     """
-    library = _EXTRAS.get(optimiser.type)
+    library = _EXTRAS.get(optimizer.type)
     if library is not None and importlib.util.find_spec(library) is None:
-        raise UserError(f"optimiser.type = '{optimiser.type}' needs {library}, which is not installed; "
-                        f"pip install 'lapwan[{optimiser.type}]', or set optimiser.type = 'adamw'")
-    if isinstance(optimiser, AutomagicSettings) and schedule.changes:
+        raise UserError(f"optimizer.type = '{optimizer.type}' needs {library}, which is not installed; "
+                        f"pip install 'lapwan[{optimizer.type}]', or set optimizer.type = 'adamw'")
+    if isinstance(optimizer, AutomagicSettings) and schedule.changes:
         raise UserError(f"schedule.name = '{schedule.name}' with warmup_steps = {schedule.warmup_steps} has no effect "
                         "on automagic, whose elements find their own lr between min_lr and max_lr; leave it out")
 
 
-def make_optimiser(settings: OptimiserSettings, groups: Sequence[ParameterGroup]) -> Optimizer:
-    """The optimiser over the groups, each at `lr · lr_scale`, B matrices at `lora_plus` times that."""
+def make_optimizer(settings: OptimizerSettings, groups: Sequence[ParameterGroup]) -> Optimizer:
+    """The optimizer over the groups, each at `lr · lr_scale`, B matrices at `lora_plus` times that."""
     parts = [part for group in groups for part in _by_factor(group, settings.lora_plus)]
     if isinstance(settings, AutomagicSettings):
         return Automagic([{"params": [*part.parameters.values()], "scale": part.lr_scale} for part in parts], settings)
@@ -61,15 +61,15 @@ def make_optimiser(settings: OptimiserSettings, groups: Sequence[ParameterGroup]
             return torch.optim.AdamW(parameters, **plain, fused=True)
         case AdamW8bitSettings():
             if not cuda:
-                raise UserError("optimiser.type = 'adamw8bit' needs a GPU; set optimiser.type = 'adamw'")
+                raise UserError("optimizer.type = 'adamw8bit' needs a GPU; set optimizer.type = 'adamw'")
             from bitsandbytes.optim import AdamW8bit
 
             eight_bit: Optimizer = AdamW8bit(parameters, **plain)
             return eight_bit
         case ProdigySettings():
             if len({part.lr_scale for part in parts}) > 1:
-                raise UserError("optimiser.type = 'prodigy' finds one step size for all it steps; set "
-                                "timestep_gate.lr_scale = 1, or another optimiser")
+                raise UserError("optimizer.type = 'prodigy' finds one step size for all it steps; set "
+                                "timestep_gate.lr_scale = 1, or another optimizer")
             from prodigyopt import Prodigy
 
             with redirect_stdout(io.StringIO()):  # it prints, where results belong
@@ -87,27 +87,27 @@ def _by_factor(group: ParameterGroup, ratio: float) -> list[ParameterGroup]:
     return [part for part in split if part.parameters]
 
 
-def make_schedule(settings: ScheduleSettings, optimiser: Optimizer, steps: int) -> Any:
-    """diffusers' lr schedule by name, over the `steps` this optimiser will take."""
+def make_schedule(settings: ScheduleSettings, optimizer: Optimizer, steps: int) -> Any:
+    """diffusers' lr schedule by name, over the `steps` this optimizer will take."""
     from diffusers.optimization import get_scheduler
 
     more: dict[str, dict[str, Any]] = {
         "cosine_with_restarts": {"num_cycles": settings.cycles}, "polynomial": {"power": settings.power}}
     return get_scheduler(
-        settings.name, optimiser, num_warmup_steps=settings.warmup_steps, num_training_steps=steps,
+        settings.name, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=steps,
         **more.get(settings.name, {}),
     )
 
 
-def current_lr(optimiser: Optimizer) -> Tensor | float:
+def current_lr(optimizer: Optimizer) -> Tensor | float:
     """The lr to log: of the first group; for Automagic the mean over elements, for Prodigy lr times its step size."""
-    if isinstance(optimiser, Automagic):
-        return optimiser.mean_lr()
-    first = optimiser.param_groups[0]
+    if isinstance(optimizer, Automagic):
+        return optimizer.mean_lr()
+    first = optimizer.param_groups[0]
     return float(first["lr"]) * float(first.get("d", 1.0))
 
 
-def predicted_lr(settings: OptimiserSettings, agreement: float = 0.5) -> float | None:
+def predicted_lr(settings: OptimizerSettings, agreement: float = 0.5) -> float | None:
     """Where the lr settles; None if only the run can tell (Prodigy)."""
     match settings:
         case AutomagicSettings():
@@ -118,7 +118,7 @@ def predicted_lr(settings: OptimiserSettings, agreement: float = 0.5) -> float |
             return settings.lr
 
 
-def describe_optimiser(settings: OptimiserSettings, schedule: ScheduleSettings) -> str:
+def describe_optimizer(settings: OptimizerSettings, schedule: ScheduleSettings) -> str:
     """One line of everything that decides the lr."""
     match settings:
         case AutomagicSettings():
@@ -136,7 +136,7 @@ def describe_optimiser(settings: OptimiserSettings, schedule: ScheduleSettings) 
     return text
 
 
-def ratio_line(high: OptimiserSettings, low: OptimiserSettings) -> str:
+def ratio_line(high: OptimizerSettings, low: OptimizerSettings) -> str:
     """The LR ratio to expect, at several sign agreements where that matters."""
     pairs = [(p, predicted_lr(high, p), predicted_lr(low, p)) for p in AGREEMENTS]
     known = [(p, a / b) for p, a, b in pairs if a is not None and b is not None]
@@ -149,16 +149,16 @@ def ratio_line(high: OptimiserSettings, low: OptimiserSettings) -> str:
 
 
 def restore(
-    optimiser: Optimizer, schedule: Any, saved: Mapping[str, Any], saved_schedule: Mapping[str, Any], ours: bool
+    optimizer: Optimizer, schedule: Any, saved: Mapping[str, Any], saved_schedule: Mapping[str, Any], ours: bool
 ) -> None:
-    """Load an optimiser's and its schedule's state; `ours` keeps this run's hyperparameters instead of the saved."""
-    told = [{k: v for k, v in group.items() if k != "params"} for group in optimiser.param_groups]
+    """Load an optimizer's and its schedule's state; `ours` keeps this run's hyperparameters instead of the saved."""
+    told = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     base_lrs = list(schedule.base_lrs)
-    optimiser.load_state_dict(dict(saved))
+    optimizer.load_state_dict(dict(saved))
     schedule.load_state_dict(dict(saved_schedule))
     if ours:
-        for group, own in zip(optimiser.param_groups, told, strict=True):
+        for group, own in zip(optimizer.param_groups, told, strict=True):
             group.update(own)
         schedule.base_lrs = base_lrs
-        for group, base, factor in zip(optimiser.param_groups, base_lrs, schedule.lr_lambdas, strict=True):
+        for group, base, factor in zip(optimizer.param_groups, base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = base * factor(schedule.last_epoch)

@@ -1,7 +1,7 @@
 """A full fine-tune spread over the processes of a run: FSDP2, started by accelerate or torchrun.
 
 Each block's weights lie in equal parts on all processes and are put together while the block computes; gradients are
-summed over the processes and stay in parts, and so do the optimiser's states. The few tensors that the model keeps in
+summed over the processes and stay in parts, and so do the optimizer's states. The few tensors that the model keeps in
 fp32 beside its bf16 (norms, modulation: a thousandth of all) stay whole in every process, with gradients summed as a
 LoRA's are: FSDP2 takes one dtype at a time.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lapwan.distributed import Processes, T, launched
 from lapwan.errors import UserError
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.options import forward_options
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -30,7 +30,7 @@ def shard(transformer: WanTransformer3DModel, processes: int, device: torch.devi
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of a view, which nothing here writes to
-    path_of(transformer).modules = True
+    forward_options(transformer).modules = True
     mesh = init_device_mesh(device.type, (processes,))
     dtype = transformer.patch_embedding.weight.dtype
     apart = {p for p in transformer.parameters() if p.dtype != dtype}
@@ -97,7 +97,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
     return isinstance(tensor, DTensor)
 
-class Ranks(Processes):
+class Distributed(Processes):
     """The processes of a training run: what they add up."""
 
     @property
@@ -154,7 +154,7 @@ class Ranks(Processes):
         return norm
 
 
-def join_ranks(device: str) -> tuple[Ranks, str]:
+def join_processes(device: str) -> tuple[Distributed, str]:
     """The processes of this run, and this one's device; the launcher's environment says both.
 
     Raises:
@@ -162,7 +162,7 @@ def join_ranks(device: str) -> tuple[Ranks, str]:
     """
     found = launched()
     if found.count == 1:
-        return Ranks(), device
+        return Distributed(), device
     if device.startswith("cuda:"):
         raise UserError(f"device = '{device}' with {found.count} processes: each takes a GPU of its own; use auto, "
                         "cuda or cpu")
@@ -173,6 +173,6 @@ def join_ranks(device: str) -> tuple[Ranks, str]:
     own = f"cuda:{found.local}" if gpu else device
     if gpu:
         torch.cuda.set_device(own)
-    ranks = Ranks(found.rank, found.count, found.local)
-    ranks.join("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    return ranks, own
+    distributed = Distributed(found.rank, found.count, found.local)
+    distributed.join("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    return distributed, own

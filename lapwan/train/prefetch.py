@@ -16,7 +16,7 @@ from lapwan.train.objective import Draws
 
 @dataclass(frozen=True)
 class StepData:
-    """Batches of one optimiser step with their draws; `samples` counts those of all processes."""
+    """Batches of one optimizer step with their draws; `samples` counts those of all processes."""
 
     batches: list[Batch]
     drawn: list[Draws]
@@ -34,13 +34,13 @@ class Ahead:
         self._make = make
         self._ready: tuple[Place, StepData] | None = None
 
-    def foresee(self, expert: NoiseExpert, position: tuple[int, int]) -> None:
+    def foresee(self, noise_expert: NoiseExpert, position: tuple[int, int]) -> None:
         """Make it now."""
-        self._ready = (expert, position), self._make(expert, position)
+        self._ready = (noise_expert, position), self._make(noise_expert, position)
 
-    def take(self, expert: NoiseExpert, position: tuple[int, int]) -> StepData:
+    def take(self, noise_expert: NoiseExpert, position: tuple[int, int]) -> StepData:
         """What was foreseen, if it was this; else made now."""
         ready, self._ready = self._ready, None
-        if ready is not None and ready[0] == (expert, position):
+        if ready is not None and ready[0] == (noise_expert, position):
             return ready[1]
-        return self._make(expert, position)
+        return self._make(noise_expert, position)

@@ -1,4 +1,4 @@
-"""From settings to a run: data, targets, schedule, optimisers, rules."""
+"""From settings to a run: data, targets, schedule, optimizers, rules."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from lapwan.lora.dropout import DropoutRates
 from lapwan.lora.formats import LoraFile
 from lapwan.lora.state import LoraState
 from lapwan.losses.sigmas import LogitNormal, Shifted, ShiftedBySize, SigmaSampler, Squeezed, Uniform, Weighting
-from lapwan.memory.offload import Parking
+from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import ModuleRanks, TrainingMemory, Workload
 from lapwan.models.base import Base, targets_of
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.base import Settings
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.settings.train import ExpertSettings, TrainSettings, split_evenly
+from lapwan.settings.train import NoiseExpertSettings, TrainSettings, split_evenly
 from lapwan.train.callbacks.alpha_schedule import AlphaSchedule
 from lapwan.train.callbacks.max_norm import NormLimit
 from lapwan.train.clip_store import ClipStore, cached_bytes, check_cache, sampling_weights, training_items
 from lapwan.train.context_parallel import SharedClips, share
 from lapwan.train.objective import Objective, SigmaRule
-from lapwan.train.optimizers import make_optimiser, make_schedule, predicted_lr
-from lapwan.train.parallel import Ranks
+from lapwan.train.optimizers import make_optimizer, make_schedule, predicted_lr
+from lapwan.train.parallel import Distributed
 from lapwan.train.schedule import SampleOrder, interleave, one_after_the_other
-from lapwan.train.trainer import Plan, Track, Trainer
+from lapwan.train.trainer import Track, Trainer, TrainerPlan
 from lapwan.wan.transformer.compile import CompileReport, compile_blocks, pays
 
 
@@ -47,34 +47,34 @@ class RunData:
     settings: TrainSettings
     index: CacheIndex
     items: list[CachedItem]
-    experts: dict[NoiseExpert, ExpertSettings]
+    noise_experts: dict[NoiseExpert, NoiseExpertSettings]
 
     def orders(self) -> dict[NoiseExpert, SampleOrder]:
         """Each noise expert's order of visits."""
         s = self.settings
         buckets = [item.bucket for item in self.items]
         weights = sampling_weights(self.items, s.data.balance)
-        return {e: SampleOrder(buckets, s.batch_size, s.seed, e.value, weights) for e in self.experts}
+        return {e: SampleOrder(buckets, s.batch_size, s.seed, e.value, weights) for e in self.noise_experts}
 
     @cached_property
     def schedule(self) -> list[NoiseExpert]:
-        """The noise expert of every optimiser step."""
+        """The noise expert of every optimizer step."""
         s = self.settings
         if s.phases:
             phases = []
             for phase in s.phases:
-                joint = split_evenly(phase.joint, len(self.experts))
+                joint = split_evenly(phase.joint, len(self.noise_experts))
                 own = {NoiseExpert.HIGH: phase.high, NoiseExpert.LOW: phase.low}
-                phases.append({e: own[e] + share for e, share in zip(self.experts, joint, strict=True)})
+                phases.append({e: own[e] + share for e, share in zip(self.noise_experts, joint, strict=True)})
             return one_after_the_other(phases, s.turn)
-        windows = {e: (own.start, own.stop) for e, own in self.experts.items()}
-        return interleave({e: own.steps for e, own in self.experts.items()}, s.turn, windows)
+        windows = {e: (own.start, own.stop) for e, own in self.noise_experts.items()}
+        return interleave({e: own.steps for e, own in self.noise_experts.items()}, s.turn, windows)
 
     def identity(self, base: Base) -> dict[str, str]:
         """What the run is trained on, by content: the clips with their captions and labels, and the base's weights."""
         told = [[i.id, i.bucket, i.caption, i.label, i.label_weights, i.repeats, i.fingerprints] for i in self.items]
         clips = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        return {"clips": clips} | {f"base.{e.value}": base.fingerprint(e) for e in self.experts}
+        return {"clips": clips} | {f"base.{e.value}": base.fingerprint(e) for e in self.noise_experts}
 
 
 def read_data(settings: TrainSettings, base: Base) -> RunData:
@@ -83,17 +83,17 @@ def read_data(settings: TrainSettings, base: Base) -> RunData:
     Raises:
         UserError: a cache that does not fit the model, or a noise expert the model does not have.
     """
-    for expert in settings.experts:
-        if expert not in base.spec.experts:
-            have = [e.value for e in base.spec.experts]
-            raise UserError(f"experts holds '{expert.value}', the model has {have}; set experts = {have}")
+    for noise_expert in settings.noise_experts:
+        if noise_expert not in base.spec.noise_experts:
+            have = [e.value for e in base.spec.noise_experts]
+            raise UserError(f"experts holds '{noise_expert.value}', the model has {have}; set experts = {have}")
     index = load_index(settings.data.cache, settings.data.labels)
     items = training_items(index, settings.data.split)
     check_cache(index, base.spec, items)
     sampling_weights(items, settings.data.balance)  # refuses clips without labels now, not at the first step
     per_epoch = SampleOrder([i.bucket for i in items], settings.batch_size, settings.seed, "").batches_per_epoch
     steps = max(1, math.ceil((settings.epochs or 1) * per_epoch / settings.accumulate))
-    return RunData(settings, index, items, {e: settings.of(e, steps) for e in settings.experts})
+    return RunData(settings, index, items, {e: settings.of(e, steps) for e in settings.noise_experts})
 
 
 def workload(
@@ -101,16 +101,16 @@ def workload(
     frozen: Mapping[NoiseExpert, ModuleRanks] | None = None,
 ) -> Workload:
     """What the run asks of the device; `trained` where that is not one LoRA on each noise expert's targets."""
-    own = {e: [targets_of(settings.targets, base.num_layers)] for e, settings in data.experts.items()}
+    own = {e: [targets_of(settings.targets, base.num_layers)] for e, settings in data.noise_experts.items()}
     return Workload(
         max((item.bucket for item in data.items), key=math.prod), cached_bytes(data.index, data.items),
-        min(data.schedule.count(e) for e in data.experts),
+        min(data.schedule.count(e) for e in data.noise_experts),
         {e: (trained or {}).get(e) or ranks for e, ranks in own.items()}, frozen or {})
 
 
-def use_memory(trainer: Trainer, memory: TrainingMemory, parking: Parking) -> None:
+def use_memory_plan(trainer: Trainer, memory: TrainingMemory, offload: NoiseExpertOffload) -> None:
     """What the trainer does of the plan, and tells of it."""
-    trainer.plan.before_turn, trainer.plan.memory = parking.turn, memory.line
+    trainer.plan.before_turn, trainer.plan.memory = offload.turn, memory.line
     trainer.plan.micro_batch, trainer.plan.predicted_peak = memory.micro_batch, memory.plan.peak
 
 
@@ -120,11 +120,11 @@ def initial_loras(paths: Mapping[NoiseExpert, Path], base: Base) -> dict[NoiseEx
     Raises:
         UserError: not a LoRA, or for the other noise expert.
     """
-    found = assign([(expert.value, path, 1.0) for expert, path in paths.items()], base.spec.experts)
-    return {expert: file for expert, [(file, _)] in found.items()}
+    found = assign([(noise_expert.value, path, 1.0) for noise_expert, path in paths.items()], base.spec.noise_experts)
+    return {noise_expert: file for noise_expert, [(file, _)] in found.items()}
 
 
-def sigma_rule(own: ExpertSettings, band: Band) -> SigmaRule:
+def sigma_rule(own: NoiseExpertSettings, band: Band) -> SigmaRule:
     """How a noise expert's sigmas are drawn and its loss is weighted."""
     s = own.sigma
     sampler: SigmaSampler
@@ -144,7 +144,7 @@ def sigma_rule(own: ExpertSettings, band: Band) -> SigmaRule:
     return SigmaRule(sampler, band, s.strata, Weighting(own.weighting.kind, own.weighting.gamma))
 
 
-def fresh_lora(transformer: Any, own: ExpertSettings, seed: int, *key: str) -> LoraState:
+def fresh_lora(transformer: Any, own: NoiseExpertSettings, seed: int, *key: str) -> LoraState:
     """A new LoRA on a noise expert's targets."""
     ranks = targets_of(own.targets, len(transformer.blocks))
     return initial_state(transformer, ranks, own.first_alpha, seed, *key)
@@ -152,7 +152,7 @@ def fresh_lora(transformer: Any, own: ExpertSettings, seed: int, *key: str) -> L
 
 def dropout_of(data: RunData) -> dict[NoiseExpert, DropoutRates]:
     """Each noise expert's dropout."""
-    return {e: DropoutRates(**own.dropout.model_dump()) for e, own in data.experts.items()}
+    return {e: DropoutRates(**own.dropout.model_dump()) for e, own in data.noise_experts.items()}
 
 
 def settings_hash(settings: Settings) -> str:
@@ -162,15 +162,15 @@ def settings_hash(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def provenance(settings: TrainSettings, base: Base, data: RunData, expert: NoiseExpert) -> dict[str, str]:
+def provenance(settings: TrainSettings, base: Base, data: RunData, noise_expert: NoiseExpert) -> dict[str, str]:
     """What an adapter file says of its making."""
-    band, own = base.bands[expert], data.experts[expert]
-    rate = predicted_lr(own.optimiser)
+    band, own = base.bands[noise_expert], data.noise_experts[noise_expert]
+    rate = predicted_lr(own.optimizer)
     return {
-        "lapwan.noise_expert": expert.value,
+        "lapwan.noise_expert": noise_expert.value,
         "lapwan.task": base.task,
         "lapwan.boundary": "" if base.spec.boundary is None else repr(base.spec.boundary),
-        "lapwan.base_fingerprint": base.fingerprint(expert),
+        "lapwan.base_fingerprint": base.fingerprint(noise_expert),
         "lapwan.clips": str(len({item.id for item in data.items})),
         "lapwan.items": str(len(data.items)),
         "lapwan.seed": str(settings.seed),
@@ -180,72 +180,72 @@ def provenance(settings: TrainSettings, base: Base, data: RunData, expert: Noise
         "ss_output_name": settings.name,
         "ss_seed": str(settings.seed),
         "ss_num_train_items": str(len(data.items)),
-        "ss_max_train_steps": str(data.schedule.count(expert)),
-        "ss_optimizer": own.optimiser.type,
+        "ss_max_train_steps": str(data.schedule.count(noise_expert)),
+        "ss_optimizer": own.optimizer.type,
         "ss_lr_scheduler": own.schedule.name,
         **({} if rate is None else {"ss_learning_rate": f"{rate:g}"}),
         "modelspec.timestep_range": f"{1000 * band.low:g},{1000 * band.high:g}",
-        "modelspec.title": f"{settings.name}_{expert.file_suffix}",
+        "modelspec.title": f"{settings.name}_{noise_expert.file_suffix}",
     }
 
 
 def make_trainer(
     settings: TrainSettings, base: Base, data: RunData, objective: Objective, store: ClipStore, command: str,
-    ranks: Ranks,
+    distributed: Distributed,
 ) -> Trainer:
-    """Wire tracks, optimisers, lr schedules and rules around an objective.
+    """Wire tracks, optimizers, lr schedules and rules around an objective.
 
     Raises:
         UserError: fewer batches a step than processes.
     """
-    if settings.accumulate % ranks.count and not isinstance(ranks, SharedClips):
+    if settings.accumulate % distributed.count and not isinstance(distributed, SharedClips):
         raise UserError(f"accumulate = {settings.accumulate} batches a step cannot be dealt out evenly to "
-                        f"{ranks.count} processes; set it to a multiple of {ranks.count}, or divide = "
+                        f"{distributed.count} processes; set it to a multiple of {distributed.count}, or divide = "
                         "\"tokens\"")
-    optimisers, schedules = {}, {}
+    optimizers, schedules = {}, {}
     for name, groups in objective.optimised.items():
         # What both noise experts share is stepped in every turn, at the shared settings.
-        shared = name not in [e.value for e in data.experts]
-        own: ExpertSettings | TrainSettings = settings if shared else data.experts[NoiseExpert(name)]
-        optimisers[name] = make_optimiser(own.optimiser, groups)
+        shared = name not in [e.value for e in data.noise_experts]
+        own: NoiseExpertSettings | TrainSettings = settings if shared else data.noise_experts[NoiseExpert(name)]
+        optimizers[name] = make_optimizer(own.optimizer, groups)
         count = len(data.schedule) if shared else data.schedule.count(NoiseExpert(name))
-        schedules[name] = make_schedule(own.schedule, optimisers[name], max(1, count))
+        schedules[name] = make_schedule(own.schedule, optimizers[name], max(1, count))
     tracks = {
-        expert: Track(order, sigma_rule(data.experts[expert], base.bands[expert]))
-        for expert, order in data.orders().items()
+        noise_expert: Track(order, sigma_rule(data.noise_experts[noise_expert], base.bands[noise_expert]))
+        for noise_expert, order in data.orders().items()
     }
-    plan = Plan(
-        run=settings.output, schedule=data.schedule, tracks=tracks, optimisers=optimisers, lr_schedules=schedules,
+    plan = TrainerPlan(
+        run=settings.output, schedule=data.schedule, tracks=tracks, optimizers=optimizers, lr_schedules=schedules,
         load_batch=store.batch, item_ids=[item.id for item in data.items], seed=settings.seed,
         accumulate=settings.accumulate, max_grad_norm=settings.max_grad_norm, ema_decay=settings.ema_decay,
         caption_dropout=settings.caption_dropout, save_every=settings.save_every, log_every=settings.log_every,
         sigma_bins=settings.sigma_bins, keep_last=settings.keep_last, keep_best=settings.keep_best,
         resume_command=f"{command} --resume", identity=data.identity(base), changes_allowed=settings.allow_changed,
-        ranks=ranks,
+        distributed=distributed,
     )
-    if isinstance(ranks, SharedClips):
-        plan.alone = share([adapter.transformer for adapter in objective.adapters.values()], ranks)
-    _compile(settings, base, data, objective, ranks)
+    if isinstance(distributed, SharedClips):
+        plan.alone = share([adapter.transformer for adapter in objective.adapters.values()], distributed)
+    _compile(settings, base, data, objective, distributed)
     plan.after_step = CompileReport().tell
     trainer = Trainer(plan, objective)
-    limits = {e: own.max_norm for e, own in data.experts.items() if own.max_norm is not None}
+    limits = {e: own.max_norm for e, own in data.noise_experts.items() if own.max_norm is not None}
     if limits:
         trainer.rules["max_norm"] = NormLimit(objective.adapters, limits)
-    for expert, own in data.experts.items():
+    for noise_expert, own in data.noise_experts.items():
         if own.alpha_schedule.phases:
-            mine = {n: p for n, p in trainer.parameters.items() if n.startswith(f"{expert.value}.")}
+            mine = {n: p for n, p in trainer.parameters.items() if n.startswith(f"{noise_expert.value}.")}
             ups = {n: p for n, p in mine.items() if n.endswith(".up")}
-            trainer.rules[f"alpha.{expert.value}"] = AlphaSchedule(
-                expert, own.alpha_schedule, objective.adapters[expert], base.bands[expert], ups,
-                optimisers[expert.value], trainer.ema)
+            trainer.rules[f"alpha.{noise_expert.value}"] = AlphaSchedule(
+                noise_expert, own.alpha_schedule, objective.adapters[noise_expert], base.bands[noise_expert], ups,
+                optimizers[noise_expert.value], trainer.ema)
     return trainer
 
 
-def _compile(settings: TrainSettings, base: Base, data: RunData, objective: Objective, ranks: Ranks) -> None:
+def _compile(settings: TrainSettings, base: Base, data: RunData, objective: Objective, distributed: Distributed) -> None:
     """Each noise expert's blocks compiled, as asked, else where the run is long enough for it."""
     largest = max((base.spec.latent_shape(*item.bucket)[1:] for item in data.items), key=math.prod)
-    for expert, adapter in objective.adapters.items():
-        evaluations = data.schedule.count(expert) * settings.accumulate * settings.batch_size // ranks.copies
+    for noise_expert, adapter in objective.adapters.items():
+        evaluations = data.schedule.count(noise_expert) * settings.accumulate * settings.batch_size // distributed.copies
         transformer: Any = adapter.transformer
         auto = settings.compile == "auto" and pays(transformer, largest, evaluations, training=True)
         compile_blocks(transformer, auto or settings.compile == "on")
@@ -267,4 +267,4 @@ def run_training(trainer: Trainer, settings: TrainSettings | SrpoSettings) -> bo
 
 def metadata_of(settings: TrainSettings, base: Base, data: RunData) -> Mapping[NoiseExpert, dict[str, str]]:
     """`provenance` for every trained noise expert."""
-    return {expert: provenance(settings, base, data, expert) for expert in data.experts}
+    return {noise_expert: provenance(settings, base, data, noise_expert) for noise_expert in data.noise_experts}

@@ -9,7 +9,9 @@ from typing import Any
 from lapwan import files
 from lapwan.console import warn
 from lapwan.errors import UserError
+from lapwan.settings.aliases import SETTINGS_VERSION, VERSION_KEY
 from lapwan.settings.base import to_toml
+from lapwan.settings.load import upgraded
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train import TrainSettings
 from lapwan.train.checkpoint import checkpoints
@@ -43,9 +45,9 @@ def claim_run(settings: TrainSettings | SrpoSettings, overwrite: bool) -> None:
 
 
 def changes(settings: TrainSettings | SrpoSettings) -> str:
-    """What differs from the settings the run was made with, as `optimiser.lr: 0.0001 -> 0.001; ...`."""
+    """What differs from the settings the run was made with, as `optimizer.lr: 0.0001 -> 0.001; ...`."""
     told = settings.output / SETTINGS_FILE
-    before = _leaves(tomllib.loads(told.read_text(encoding="utf-8")))
+    before = _leaves(upgraded(tomllib.loads(told.read_text(encoding="utf-8")), told, run=True))
     now = _leaves(tomllib.loads(to_toml(settings)))
     names = sorted(k for k in {*before, *now} if k.split(".")[0] not in _FREE and before.get(k) != now.get(k))
     return "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in names)
@@ -75,7 +77,7 @@ def start_folder(settings: TrainSettings | SrpoSettings, overwrite: bool) -> Non
         told.replace(run / f"settings_until_{done[-1][0] if done else 0:06d}.toml")
     header = "The resolved settings of this run; `--config` with this file repeats it."
     plain = settings.model_copy(update={"resume": False, "allow_changed": False})
-    files.write_text(told, to_toml(plain, header))
+    files.write_text(told, f"# {header}\n{VERSION_KEY} = {SETTINGS_VERSION}\n{to_toml(plain)}")
 
 
 def _remove_run(run: Any) -> None:

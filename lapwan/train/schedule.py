@@ -79,7 +79,7 @@ Window = tuple[int, int | None]  # steps of the run [start, stop) in which a noi
 def interleave(
     steps: Mapping[NoiseExpert, int], turn: int, windows: Mapping[NoiseExpert, Window] | None = None
 ) -> list[NoiseExpert]:
-    """The noise expert of every optimiser step: blocks of `turn` steps, in proportion to what is left.
+    """The noise expert of every optimizer step: blocks of `turn` steps, in proportion to what is left.
 
     With equal counts: `turn` steps high, `turn` steps low, and so on. With 1000 high and 500 low, two high turns come
     for each low one, so that both end together. A noise expert outside its window waits; if nobody else has steps
@@ -88,7 +88,7 @@ def interleave(
     """
     windows = windows or {}
     order: list[NoiseExpert] = []
-    left = {expert: count for expert, count in steps.items() if count > 0}
+    left = {noise_expert: count for noise_expert, count in steps.items() if count > 0}
     while any(left.values()):
         at = len(order)
         waiting = [e for e in left if left[e] and _stop(windows, e, at) > at]
@@ -96,18 +96,18 @@ def interleave(
         if not waiting:
             break
         # The expert that is furthest from done goes next; ties go in the order given (high first).
-        expert = max(ready, key=lambda e: left[e] / steps[e]) if ready else min(waiting, key=lambda e: windows[e][0])
-        length = min(turn, left[expert], _stop(windows, expert, at) - at)
-        order += [expert] * length
-        left[expert] -= length
+        noise_expert = max(ready, key=lambda e: left[e] / steps[e]) if ready else min(waiting, key=lambda e: windows[e][0])
+        length = min(turn, left[noise_expert], _stop(windows, noise_expert, at) - at)
+        order += [noise_expert] * length
+        left[noise_expert] -= length
     return order
 
 
-def _stop(windows: Mapping[NoiseExpert, Window], expert: NoiseExpert, at: int) -> int:
-    stop = windows.get(expert, (0, None))[1]
+def _stop(windows: Mapping[NoiseExpert, Window], noise_expert: NoiseExpert, at: int) -> int:
+    stop = windows.get(noise_expert, (0, None))[1]
     return at + 2**31 if stop is None else stop
 
 
 def one_after_the_other(phases: Sequence[Mapping[NoiseExpert, int]], turn: int) -> list[NoiseExpert]:
     """Each phase's steps interleaved, one phase after the other: high 1000, low 1500, then both 100."""
-    return [expert for phase in phases for expert in interleave(phase, turn)]
+    return [noise_expert for phase in phases for noise_expert in interleave(phase, turn)]

@@ -1,4 +1,4 @@
-"""A small trainer that knows no algorithm: turns of optimiser steps by noise expert, checkpoints, metrics, resume."""
+"""A small trainer that knows no algorithm: turns of optimizer steps by noise expert, checkpoints, metrics, resume."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lapwan.errors import Interrupted, UserError
 from lapwan.memory.out_of_memory import memory_figures, out_of_memory, peak_line, start_peak
 from lapwan.names import NoiseExpert
 from lapwan.train import checkpoint
-from lapwan.train.callbacks.base import Rule, StepSeen, Watcher
+from lapwan.train.callbacks.base import PeriodicCallback, StepCallback, StepResult
 from lapwan.train.ema import Ema
 from lapwan.train.interrupt import Stop, stop_requested
 from lapwan.train.metrics import Metrics, StepLog, join
 from lapwan.train.objective import Draws, Objective, SigmaRule, make_draws
 from lapwan.train.optimizers import current_lr, restore
-from lapwan.train.parallel import Ranks, whole
+from lapwan.train.parallel import Distributed, whole
 from lapwan.train.prefetch import Ahead, StepData
 from lapwan.train.schedule import SampleOrder
 
@@ -43,13 +43,13 @@ class Track:
 
 
 @dataclass
-class Plan:
+class TrainerPlan:
     """Everything `fit` needs besides the objective; `load_batch` turns item indices into a batch on the device."""
 
     run: Path
     schedule: Sequence[NoiseExpert]
     tracks: dict[NoiseExpert, Track]
-    optimisers: dict[str, Optimizer]
+    optimizers: dict[str, Optimizer]
     lr_schedules: dict[str, Any]
     load_batch: Callable[[Sequence[int]], Batch]
     item_ids: Sequence[str]
@@ -66,13 +66,13 @@ class Plan:
     resume_command: str = "--resume"
     identity: Mapping[str, str] = field(default_factory=dict)  # of clips and base: what a moved run is checked by
     changes_allowed: bool = False
-    ranks: Ranks = field(default_factory=Ranks)
+    distributed: Distributed = field(default_factory=Distributed)
     memory: str = ""  # what was computed to be needed, for when it was not enough
     predicted_peak: int = 0  # bytes on the device; 0: not predicted
     micro_batch: int | None = None  # clips at a time where a batch does not fit whole: the same sums in more parts
-    before_turn: Callable[[NoiseExpert], None] = lambda expert: None  # brings its weights to the device
+    before_turn: Callable[[NoiseExpert], None] = lambda noise_expert: None  # brings its weights to the device
     after_step: Callable[[], None] = lambda: None  # may say what the step took besides computing
-    look_everywhere: bool = False  # watchers look in every process: sharded weights answer only when all ask
+    callbacks_on_all_processes: bool = False  # watchers look in every process: sharded weights answer only when all ask
     alone: Callable[[], AbstractContextManager[None]] = nullcontext  # one process asks transformers that several share
     before_save: Callable[[], None] = lambda: None  # in every process, before the first one writes
     # Gives a step's batches their clean latents where these are made (a rollout from the draws' noise), not read.
@@ -82,7 +82,7 @@ class Plan:
 class Trainer:
     """Runs a plan with an objective. Its state is the trained tensors and what `_rest` returns: nothing else counts."""
 
-    def __init__(self, plan: Plan, objective: Objective) -> None:
+    def __init__(self, plan: TrainerPlan, objective: Objective) -> None:
         self.plan, self.objective = plan, objective
         self.step = 0
         self.skipped = 0
@@ -93,11 +93,11 @@ class Trainer:
             for name, parameter in group.parameters.items()
         }
         self.ema = None if plan.ema_decay is None else Ema(self.parameters, plan.ema_decay)
-        self.rules: dict[str, Rule] = {}
-        self.watchers: dict[str, Watcher] = {}
-        self._logs = {expert: StepLog() for expert in plan.tracks}
+        self.rules: dict[str, StepCallback] = {}
+        self.callbacks: dict[str, PeriodicCallback] = {}
+        self._logs = {noise_expert: StepLog() for noise_expert in plan.tracks}
         self._ahead = Ahead(self._make_data)
-        self._writer = checkpoint.Writer()
+        self._writer = checkpoint.CheckpointWriter()
         self._bad_in_a_row = 0
         self._score: tuple[int, float | None] = (0, None)  # the last validation: step, mean loss
         self.finished: str | None = None  # why the run ends before its schedule, by no fault
@@ -115,20 +115,20 @@ class Trainer:
         rest = checkpoint.load(folder, self.parameters)
         checkpoint.check_identity(folder, rest["identity"], self.plan.identity, self.plan.changes_allowed)
         self.step, self.skipped = step, rest["skipped"]
-        for expert, track in self.plan.tracks.items():
-            epoch, index, track.steps = rest["tracks"].get(expert.value, (0, 0, 0))
+        for noise_expert, track in self.plan.tracks.items():
+            epoch, index, track.steps = rest["tracks"].get(noise_expert.value, (0, 0, 0))
             track.position = (epoch, index)
-        for name, optimiser in self.plan.optimisers.items():
-            if rest["kinds"].get(name) != type(optimiser).__name__:
-                console.warn(f"{name}: the checkpoint's optimiser is {rest['kinds'].get(name)}, this run's "
-                             f"{type(optimiser).__name__}, which starts without a history")
+        for name, optimizer in self.plan.optimizers.items():
+            if rest["kinds"].get(name) != type(optimizer).__name__:
+                console.warn(f"{name}: the checkpoint's optimizer is {rest['kinds'].get(name)}, this run's "
+                             f"{type(optimizer).__name__}, which starts without a history")
                 continue
-            restore(optimiser, self.plan.lr_schedules[name], rest["optimisers"][name], rest["lr_schedules"][name],
+            restore(optimizer, self.plan.lr_schedules[name], rest["optimisers"][name], rest["lr_schedules"][name],
                     ours=self.plan.changes_allowed)
         self.objective.load_state_dict(rest["objective"])
         if self.ema is not None and rest["ema"] is not None:
             self.ema.load_state_dict(rest["ema"])
-        for part, saved in ((self.rules, rest["rules"]), (self.watchers, rest["watchers"])):
+        for part, saved in ((self.rules, rest["rules"]), (self.callbacks, rest["watchers"])):
             for name, one in part.items():
                 if name in saved:
                     one.load_state_dict(saved[name])
@@ -139,12 +139,12 @@ class Trainer:
         return {
             "skipped": self.skipped, "tracks": tracks, "identity": dict(self.plan.identity),
             "lr_schedules": {name: s.state_dict() for name, s in self.plan.lr_schedules.items()},
-            "optimisers": {name: o.state_dict() for name, o in self.plan.optimisers.items()},
-            "kinds": {name: type(o).__name__ for name, o in self.plan.optimisers.items()},
+            "optimisers": {name: o.state_dict() for name, o in self.plan.optimizers.items()},
+            "kinds": {name: type(o).__name__ for name, o in self.plan.optimizers.items()},
             "objective": self.objective.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "rules": {name: rule.state_dict() for name, rule in self.rules.items()},
-            "watchers": {name: watcher.state_dict() for name, watcher in self.watchers.items()},
+            "watchers": {name: callback.state_dict() for name, callback in self.callbacks.items()},
         }
 
     def as_saved(self) -> AbstractContextManager[None]:
@@ -159,7 +159,7 @@ class Trainer:
 
         self.plan.before_save()
         parameters, rest = whole(self.parameters), whole(self._rest())
-        if self.plan.ranks.first:
+        if self.plan.distributed.first:
             score = self._score[1] if self._score[0] == self.step else None
             keep = checkpoint.Keep(self.plan.keep_last, self.plan.keep_best, score)
             self._writer.wait()  # one at a time: it may drop older ones
@@ -177,7 +177,7 @@ class Trainer:
                 saved.
         """
         plan, total = self.plan, len(self.plan.schedule)
-        metrics = Metrics(plan.run, self.step) if plan.ranks.first else None
+        metrics = Metrics(plan.run, self.step) if plan.distributed.first else None
         start_peak()
         saved = self.step if checkpoint.checkpoints(plan.run) else -1
         try:
@@ -204,73 +204,73 @@ class Trainer:
 
     def _one_step(self, metrics: Metrics | None, bar: console.Bar, stop: Stop) -> Exception | None:
         """Train, log and look once; why to stop after saving, if there is a reason."""
-        plan, expert = self.plan, self.plan.schedule[self.step]
+        plan, noise_expert = self.plan, self.plan.schedule[self.step]
         started = time.monotonic()
-        figures = self._optimiser_step(expert)
+        figures = self._optimizer_step(noise_expert)
         plan.after_step()
         self.step += 1
         seconds = time.monotonic() - started
-        self._logs[expert].seconds += seconds
+        self._logs[noise_expert].seconds += seconds
         shared, reason = self._look(metrics)
-        self._write(metrics, expert, figures, shared, seconds, bar)
+        self._write(metrics, noise_expert, figures, shared, seconds, bar)
         where = f"saved at step {self.step}"
         if self._bad_in_a_row >= _BAD_STEPS_BEFORE_STOP:
             return UserError(f"{_BAD_STEPS_BEFORE_STOP} steps in a row had a non-finite loss or gradient; the weights "
                              f"are as before them, {where}; lower the lr or look at the clips")
         if reason is not None:
             return UserError(f"{reason}; {where} of {len(plan.schedule)} in {plan.run}")
-        if plan.ranks.any(stop.requested) and self.step < len(plan.schedule):
+        if plan.distributed.any(stop.requested) and self.step < len(plan.schedule):
             return Interrupted(f"interrupted; state {where} of {len(plan.schedule)} in {plan.run}; go on with "
                                f"{plan.resume_command}")
         return None
 
-    def _make_data(self, expert: NoiseExpert, position: tuple[int, int]) -> StepData:
-        plan, track = self.plan, self.plan.tracks[expert]
+    def _make_data(self, noise_expert: NoiseExpert, position: tuple[int, int]) -> StepData:
+        plan, track = self.plan, self.plan.tracks[noise_expert]
         visits, after = track.order.batches(position, plan.accumulate)
         samples = sum(len(group) for group in visits)
         size = plan.micro_batch or max(map(len, visits))
-        visits = [group[i : i + size] for group in plan.ranks.own(visits) for i in range(0, len(group), size)]
+        visits = [group[i : i + size] for group in plan.distributed.own(visits) for i in range(0, len(group), size)]
         batches = [plan.load_batch([visit.item for visit in group]) for group in visits]
-        keys = [[(plan.seed, expert.value, visit.number, plan.item_ids[visit.item]) for visit in g] for g in visits]
+        keys = [[(plan.seed, noise_expert.value, visit.number, plan.item_ids[visit.item]) for visit in g] for g in visits]
         drawn = [make_draws(batch, own, track.rule, plan.caption_dropout)
                  for batch, own in zip(batches, keys, strict=True)]
         return StepData(batches, drawn, samples, after)
 
-    def _optimiser_step(self, expert: NoiseExpert) -> dict[str, Tensor | float]:
-        plan, track = self.plan, self.plan.tracks[expert]
-        plan.before_turn(expert)
-        data = self._ahead.take(expert, track.position)
-        names = self.objective.stepped_by(expert)
+    def _optimizer_step(self, noise_expert: NoiseExpert) -> dict[str, Tensor | float]:
+        plan, track = self.plan, self.plan.tracks[noise_expert]
+        plan.before_turn(noise_expert)
+        data = self._ahead.take(noise_expert, track.position)
+        names = self.objective.stepped_by(noise_expert)
         for name in names:
-            plan.optimisers[name].zero_grad(set_to_none=True)
-        batches = plan.complete(expert, data.batches, data.drawn)
-        self.objective.prepare(expert, batches, plan.ranks.sum, data.drawn)
-        log, before = self._logs[expert], len(self._logs[expert].losses)
+            plan.optimizers[name].zero_grad(set_to_none=True)
+        batches = plan.complete(noise_expert, data.batches, data.drawn)
+        self.objective.prepare(noise_expert, batches, plan.distributed.sum, data.drawn)
+        log, before = self._logs[noise_expert], len(self._logs[noise_expert].losses)
         for batch, draws in zip(batches, data.drawn, strict=True):
-            with self.objective.loss(expert, batch, draws) as loss:
+            with self.objective.loss(noise_expert, batch, draws) as loss:
                 total_B = loss.total_B
-                torch.autograd.backward(total_B.sum() / (data.samples * plan.ranks.copies))
+                torch.autograd.backward(total_B.sum() / (data.samples * plan.distributed.copies))
             log.add(loss, total_B, draws.sigma_B if loss.sigma_B is None else loss.sigma_B)
         for following in plan.schedule[self.step + 1 : self.step + 2]:  # while the device works on the backward
-            self._ahead.foresee(following, data.after if following is expert else plan.tracks[following].position)
+            self._ahead.foresee(following, data.after if following is noise_expert else plan.tracks[following].position)
         # Only now: a step that runs out of memory, here or while the next one's clips are read, is not taken.
         track.position, track.steps = data.after, track.steps + 1
         figures, stepped = self._update(names)
         if stepped:
-            figures |= self._follow_rules(expert, log.losses[before:], log.sigmas[before:])
+            figures |= self._follow_rules(noise_expert, log.losses[before:], log.sigmas[before:])
         return figures
 
     def _update(self, names: Sequence[str]) -> tuple[dict[str, Tensor | float], bool]:
-        """Clip and step, unless a gradient is not finite: then the weights and the optimiser stay as they were."""
+        """Clip and step, unless a gradient is not finite: then the weights and the optimizer stay as they were."""
         plan = self.plan
-        parameters = [p for name in names for group in plan.optimisers[name].param_groups for p in group["params"]]
-        plan.ranks.sum_gradients(parameters)
-        norm = plan.ranks.clip(parameters, plan.max_grad_norm)
+        parameters = [p for name in names for group in plan.optimizers[name].param_groups for p in group["params"]]
+        plan.distributed.sum_gradients(parameters)
+        norm = plan.distributed.clip(parameters, plan.max_grad_norm)
         stepped = bool(torch.isfinite(norm))
         if stepped:
             self._bad_in_a_row = 0
             for name in names:
-                plan.optimisers[name].step()
+                plan.optimizers[name].step()
                 plan.lr_schedules[name].step()
         else:
             self.skipped += 1
@@ -279,62 +279,62 @@ class Trainer:
         return {"grad_norm": norm}, stepped
 
     def _follow_rules(
-        self, expert: NoiseExpert, losses: Sequence[Tensor], sigmas: Sequence[Tensor]
+        self, noise_expert: NoiseExpert, losses: Sequence[Tensor], sigmas: Sequence[Tensor]
     ) -> dict[str, Tensor | float]:
         """Rules first, since what they do to the weights is part of the update; then the running mean."""
-        own = self.plan.tracks[expert].steps
-        seen = StepSeen(self.step + 1, own, expert)
+        own = self.plan.tracks[noise_expert].steps
+        seen = StepResult(self.step + 1, own, noise_expert)
         if any(rule.needs_losses for rule in self.rules.values()):
-            parts = self.plan.ranks.figures((torch.cat(list(losses)).tolist(), torch.cat(list(sigmas)).tolist()))
-            seen = StepSeen(seen.step, own, expert, tuple(x for part in parts for x in part[0]),
+            parts = self.plan.distributed.figures((torch.cat(list(losses)).tolist(), torch.cat(list(sigmas)).tolist()))
+            seen = StepResult(seen.step, own, noise_expert, tuple(x for part in parts for x in part[0]),
                             tuple(x for part in parts for x in part[1]))
         figures: dict[str, Tensor | float] = {}
         for rule in self.rules.values():
             figures |= rule.after_update(seen)
         if self.ema is not None:
-            groups = [g for name in self.objective.stepped_by(expert) for g in self.objective.optimised[name]]
+            groups = [g for name in self.objective.stepped_by(noise_expert) for g in self.objective.optimised[name]]
             self.ema.update(name for group in groups for name in group.parameters)
         return figures
 
     def _look(self, metrics: Metrics | None) -> tuple[dict[str, float], str | None]:
         """Ask the watchers that are due, in the first process; the reason to stop is everybody's."""
         last = self.step == len(self.plan.schedule)
-        due = [w for w in self.watchers.values() if self.step % w.every == 0 or last]
+        due = [w for w in self.callbacks.values() if self.step % w.every == 0 or last]
         if not due:
             return {}, None
         figures: dict[str, float] = {}
         reason, finished, score = None, None, None
-        if metrics is not None or self.plan.look_everywhere:
+        if metrics is not None or self.plan.callbacks_on_all_processes:
             with self.as_saved(), self.plan.alone():
-                for watcher in due:
-                    seen = watcher.look(self.step, None if metrics is None else metrics.board)
+                for callback in due:
+                    seen = callback.look(self.step, None if metrics is None else metrics.board)
                     figures |= seen.figures
                     reason, finished = reason or seen.stop, finished or seen.finished
                     score = score if seen.score is None else seen.score
             self._score = (self.step, figures.get("validation/mean", score))
-        reason, self.finished = self.plan.ranks.from_first((reason, finished))
+        reason, self.finished = self.plan.distributed.from_first((reason, finished))
         return figures, reason
 
     def _write(
-        self, metrics: Metrics | None, expert: NoiseExpert, figures: Mapping[str, Tensor | float],
+        self, metrics: Metrics | None, noise_expert: NoiseExpert, figures: Mapping[str, Tensor | float],
         shared: Mapping[str, float], seconds: float, bar: console.Bar,
     ) -> None:
         plan = self.plan
         quiet = self.step % plan.log_every and self.step != len(plan.schedule)
-        if quiet and not plan.ranks.from_first(bool(shared)):
+        if quiet and not plan.distributed.from_first(bool(shared)):
             bar.advance()
             return
-        logged = join(plan.ranks.figures(self._logs[expert].plain()))
-        clips_per_second = len(logged.sigmas) / max(self._logs[expert].seconds, 1e-9)
-        self._logs[expert] = StepLog()
+        logged = join(plan.distributed.figures(self._logs[noise_expert].plain()))
+        clips_per_second = len(logged.sigmas) / max(self._logs[noise_expert].seconds, 1e-9)
+        self._logs[noise_expert] = StepLog()
         if metrics is None:
             return
-        band = plan.tracks[expert].rule.band
+        band = plan.tracks[noise_expert].rule.band
         own = {**logged.means, **logged.by_bin(band, plan.sigma_bins)}
         own |= {name: float(value) for name, value in figures.items()}
-        own["lr"] = float(current_lr(plan.optimisers[self.objective.stepped_by(expert)[0]]))
-        own |= {"own_step": plan.tracks[expert].steps, "skipped_steps": self.skipped, "seconds": seconds,
+        own["lr"] = float(current_lr(plan.optimizers[self.objective.stepped_by(noise_expert)[0]]))
+        own |= {"own_step": plan.tracks[noise_expert].steps, "skipped_steps": self.skipped, "seconds": seconds,
                 "clips_per_second": clips_per_second, **memory_figures()}
-        metrics.write(self.step, expert.value, own, shared)
-        metrics.histogram(f"sigma/{expert.file_suffix}", logged.sigmas, self.step)
-        bar.advance(expert=expert.value, loss=own["loss"], lr=own["lr"])
+        metrics.write(self.step, noise_expert.value, own, shared)
+        metrics.histogram(f"sigma/{noise_expert.file_suffix}", logged.sigmas, self.step)
+        bar.advance(noise_expert=noise_expert.value, loss=own["loss"], lr=own["lr"])

@@ -27,7 +27,7 @@ _ALIGNMENT = 64  # bytes
 
 
 def load_transformer(
-    spec: ModelSpec, expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    spec: ModelSpec, noise_expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> WanTransformer3DModel:
     """A noise expert's transformer through diffusers, frozen and in eval mode.
 
@@ -35,10 +35,10 @@ def load_transformer(
     """
     from diffusers import WanTransformer3DModel
 
-    if expert not in spec.experts:
-        have = ", ".join(e.value for e in spec.experts)
-        raise UserError(f"model {spec.path} has no {expert.value} noise expert; it has: {have}")
-    folder = spec.component(expert)
+    if noise_expert not in spec.noise_experts:
+        have = ", ".join(e.value for e in spec.noise_experts)
+        raise UserError(f"model {spec.path} has no {noise_expert.value} noise expert; it has: {have}")
+    folder = spec.component(noise_expert)
     files = weight_files(folder)
     if has_original_names(files):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -51,7 +51,7 @@ def train(work: Path, device: str, only: list[str]) -> list[dict[str, Any]]:
         out = work / name.replace(" ", "_")
         started = time.monotonic()
         call("train-lora", **common, model="tiny", output=str(out), steps=steps, batch_size=batch, roi_weight=roi,
-             **{"optimiser.lr": lr}, **extra)
+             **{"optimizer.lr": lr}, **extra)
         print(json.dumps({"run": name, "seconds": time.monotonic() - started}), flush=True)
         adapters.append({"name": name, "lora": [f"{e}={out}/lapwan_{e}_noise.safetensors" for e in ("high", "low")]})
     for name, (base, steps, batch, lr, extra) in STAGE_2.items():
@@ -61,7 +61,7 @@ def train(work: Path, device: str, only: list[str]) -> list[dict[str, Any]]:
         merged = {"model": "tiny", "lora": {e: f"{first}/lapwan_{e}_noise.safetensors" for e in ("high", "low")}}
         started = time.monotonic()
         call("train-moe", **common, model=merged, output=str(out), steps=steps, batch_size=batch,
-             **{"optimiser.lr": lr, "router.lr_scale": 0.5, "timestep_gate.lr_scale": 1}, **extra)
+             **{"optimizer.lr": lr, "router.lr_scale": 0.5, "timestep_gate.lr_scale": 1}, **extra)
         print(json.dumps({"run": name, "seconds": time.monotonic() - started}), flush=True)
         for hint in (None, "truth"):
             adapters.append({"name": f"{name} {hint or 'router'}", "model": merged, "moe": f"{out}/lapwan.safetensors"}

@@ -51,25 +51,25 @@ def main() -> None:
             said.append(f"{mebibytes:.0f}")
             return seconds, cpu
 
-        ways: dict[str, Callable[[], tuple[float, float]]] = {
+        strategies: dict[str, Callable[[], tuple[float, float]]] = {
             "raw write": lambda: _timed(lambda: _write(target, size)),
             "cp": lambda: _timed(lambda: _cp(source, target)),
             "merge": merge,
         }
-        found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+        found: dict[str, list[tuple[float, float]]] = {strategy: [] for strategy in strategies}
         for _ in range(rounds):
-            for way, run in ways.items():
+            for strategy, run in strategies.items():
                 _forget(source)
-                found[way].append(run())
+                found[strategy].append(run())
                 target.unlink()
                 os.sync()
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
           f"{size / 1e9:.2f} GB")
-    for way, runs in found.items():
+    for strategy, runs in found.items():
         seconds, cpu = [wall for wall, _ in runs], min(own for _, own in runs)
-        print(f"{way:>9}: {min(seconds):.2f} s, {size / 1e9 / min(seconds):.2f} GB/s, {cpu:.2f} s of CPU "
+        print(f"{strategy:>9}: {min(seconds):.2f} s, {size / 1e9 / min(seconds):.2f} GB/s, {cpu:.2f} s of CPU "
               f"(of {', '.join(f'{s:.2f}' for s in seconds)} s)")
-    best = {way: min(runs)[0] for way, runs in found.items()}
+    best = {strategy: min(runs)[0] for strategy, runs in found.items()}
     print(f"merge at {best['cp'] / best['merge']:.0%} of cp's speed, {best['raw write'] / best['merge']:.0%} of the "
           f"raw write's; {', '.join(said)} MiB beyond torch")
 

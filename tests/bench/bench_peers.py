@@ -3,7 +3,7 @@
     python tests/bench/bench_peers.py --rows forward_256,lora8_256 --minutes 9 --out peers.json
     python tests/bench/bench_peers.py --tiny                       # the same code on a CPU
 
-The same random weights, inputs, LoRA targets and ranks, loss and optimiser; ours runs before and after theirs, so that
+The same random weights, inputs, LoRA targets and ranks, loss and optimizer; ours runs before and after theirs, so that
 a drift of the machine shows. diffusers runs as its own documentation says: bf16, SDPA, `compile_repeated_blocks` where
 compiled; its training step as peft's users write it, with fused AdamW and clipped gradients. Rows that --out has whole
 are not measured again.
@@ -82,17 +82,17 @@ def _peft_step(model: WanTransformer3DModel, size: str, last: int, rank: int = 1
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
-    optimiser = torch.optim.AdamW(trained, lr=1e-4, fused=trained[0].is_cuda)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=trained[0].is_cuda)
     run, x = _theirs(model, size), inputs(model, size)[0]
     target = torch.randn_like(x)
 
     def one() -> None:
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         with torch.autocast(x.device.type, torch.bfloat16):
             out = run()
         (out.float() - target).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
+        optimizer.step()
     return one
 
 

@@ -117,7 +117,7 @@ class Bench:
         self._look()
         run = Path(tempfile.mkdtemp(dir=self.work))
         given = {"model": str(self.model), "output": run / "run", "data": {"cache": self.cache(size)}, "steps": 3,
-                 "compile": "off", "experts": ["high"], "save_every": 1000, "device": str(self.device), **settings}
+                 "compile": "off", "noise_experts": ["high"], "save_every": 1000, "device": str(self.device), **settings}
         try:
             return self._trained(given, moe)
         finally:
@@ -164,8 +164,8 @@ class Bench:
         started = time.perf_counter()
         generator.generate("b", **said)
         [own] = generator._generators.values()
-        plan = own.experts._plan
-        return self._row(plan, own.experts._told or "", 0.0, 0.0, (time.perf_counter() - started) / 2)
+        plan = own.noise_experts._plan
+        return self._row(plan, own.noise_experts._told or "", 0.0, 0.0, (time.perf_counter() - started) / 2)
 
     def _look(self) -> None:
         gc.collect()
@@ -175,7 +175,7 @@ class Bench:
         peak = torch.cuda.max_memory_allocated() - self.before if self.device.type == "cuda" else 0
         return {"predicted_gib": plan.peak / GIB, "measured_gib": peak / GIB,
                 "error_percent": 100 * (plan.peak - peak) / peak if peak else None, "plan_seconds": planned,
-                "load_seconds": loaded, "predicted_step": plan.way.seconds, "measured_step": seconds,
+                "load_seconds": loaded, "predicted_step": plan.strategy.seconds, "measured_step": seconds,
                 "parts_gib": {name: size / GIB for name, size in plan.parts.items()}, "line": line}
 
 
@@ -190,15 +190,15 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "stream": lambda b: b.train("256", activation_checkpointing="off", memory="stream", **LAST),
     "moe": lambda b: b.train("256", moe=True, activation_checkpointing="off", **LAST),
     "video_bf16": lambda b: b.generate("256", memory="both"),
-    "both_experts": lambda b: b.train("256", experts=["high", "low"], activation_checkpointing="off", turn=1, **LAST),
+    "both_experts": lambda b: b.train("256", noise_experts=["high", "low"], activation_checkpointing="off", turn=1, **LAST),
     "video_fp8_stream": lambda b: b.generate("256", memory="stream", dtype="fp8"),
     "lora_compiled": lambda b: b.train("256", activation_checkpointing="off", compile="on", **ALL),
     "block_compiled": lambda b: b.train("256", activation_checkpointing="block", compile="on", **ALL),
     "int8_batch_2": lambda b: b.train("256", activation_checkpointing="off", dtype="int8", batch_size=2, **LAST),
-    "moe_stream_fp8": lambda b: b.train("256", moe=True, experts=["high", "low"], turn=1, dtype="fp8",
+    "moe_stream_fp8": lambda b: b.train("256", moe=True, noise_experts=["high", "low"], turn=1, dtype="fp8",
                                         memory="stream", activation_checkpointing="off", **LAST),
     "lora_all_op": lambda b: b.train("256", activation_checkpointing="op", **ALL),
-    "one_expert": lambda b: b.train("256", experts=["high", "low"], activation_checkpointing="off", turn=1,
+    "one_expert": lambda b: b.train("256", noise_experts=["high", "low"], activation_checkpointing="off", turn=1,
                                     memory="one", **LAST),
     "video_one": lambda b: b.generate("256", memory="one"),
     "video_nf4": lambda b: b.generate("256", memory="both", dtype="nf4"),

@@ -53,17 +53,17 @@ def train(command: str, dtype: str, work: Path, cache: Path, steps: int, lr: flo
     run = work / f"{command}-{dtype}"
     if not (run / "metrics.jsonl").is_file():
         options = {"data__cache": cache, "output": run, "model": "tiny", "steps": steps, "dtype": dtype, "seed": 1,
-                   "optimiser__lr": lr, "batch_size": 2, "validation__every": 2 * steps, "save_every": 2 * steps,
+                   "optimizer__lr": lr, "batch_size": 2, "validation__every": 2 * steps, "save_every": 2 * steps,
                    "trained_blocks": "auto"}
         call(command, **options, **{key.replace(".", "__"): value for key, value in SMALL.items()})
     return curve(run)
 
 
 @torch.no_grad()
-def block_errors(precision: Precision, expert: NoiseExpert) -> list[float]:
+def block_errors(precision: Precision, noise_expert: NoiseExpert) -> list[float]:
     """Relative error of what each block adds, given the plain model's inputs."""
     spec = read_spec(tiny_folder("t2v"))
-    plain, made = load_transformer(spec, expert), Base(spec).load(expert, recipe=Recipe(precision))
+    plain, made = load_transformer(spec, noise_expert), Base(spec).load(noise_expert, recipe=Recipe(precision))
     seen: list[tuple[tuple[torch.Tensor, ...], torch.Tensor]] = []
     for block in plain.blocks:
         block.register_forward_hook(lambda module, given, out: seen.append((given, out)))
@@ -92,9 +92,9 @@ def report(work: Path, cache: Path, dtypes: list[str], steps: int, lr: float) ->
             lines.append(f"| {command} | {dtype} | {early:.4f} | {late:.4f} | {change[0]} | {held:.4f} | {change[1]} |")
     lines += ["", "Relative error of what each block adds (inputs of the plain model), by block:", ""]
     for precision in Precision:
-        for expert in NoiseExpert:
-            errors = " ".join(f"{error:.4f}" for error in block_errors(precision, expert))
-            lines.append(f"- {precision.value}, {expert.value} noise: {errors}")
+        for noise_expert in NoiseExpert:
+            errors = " ".join(f"{error:.4f}" for error in block_errors(precision, noise_expert))
+            lines.append(f"- {precision.value}, {noise_expert.value} noise: {errors}")
     return "\n".join(lines) + "\n"
 
 

@@ -158,10 +158,10 @@ def trained(row: Row, data: Captions, seed: int) -> Reader:
         answers: Tensor = router(list(given_BD[:, None]), None)
         return answers
 
-    optimiser = torch.optim.AdamW(router.parameters(), lr=row.lr, weight_decay=row.weight_decay)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=row.lr, weight_decay=row.weight_decay)
     usage_E, left = torch.full((EXPERTS,), 1 / EXPERTS), []
     for step in range(row.steps):
-        optimiser.param_groups[0]["lr"] = row.lr * min(1.0, (step + 1) / WARMUP)
+        optimizer.param_groups[0]["lr"] = row.lr * min(1.0, (step + 1) / WARMUP)
         left = left if len(left) >= BATCH else torch.randperm(len(data.text_ND)).tolist()
         batch, left = left[:BATCH], left[BATCH:]
         student_BE = route(data.text_ND[batch])
@@ -169,10 +169,10 @@ def trained(row: Row, data: Captions, seed: int) -> Reader:
         hinge_B = routing.entropy_hinge(student_BE, float(routing.entropy(student_BE.detach()).mean()))
         loss = loss_of(row, student_BE, data.label_NE[batch], data.family_N[batch])
         loss = loss + 0.1 * routing.balance(usage_E, student_BE) + 0.02 * hinge_B
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.mean().backward()
         nn.utils.clip_grad_norm_(router.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
     router.eval()
     return lambda text_ND: route(text_ND).argmax(dim=1)
 

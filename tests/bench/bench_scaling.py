@@ -29,16 +29,16 @@ from speed_measure import machine, seconds_of
 from speed_model import A14B, SMALL, lora_trainer, mixture_trainer, random_model, set_checkpointing, spoken, step
 
 from lapwan.train.context_parallel import SharedClips
-from lapwan.train.parallel import Ranks, join_ranks
+from lapwan.train.parallel import Distributed, join_processes
 from lapwan.wan.backbone import velocity
 from lapwan.wan.transformer.compile import compile_blocks, compile_time
-from lapwan.wan.transformer.context_parallel import Spread
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.context_parallel import ContextParallel
+from lapwan.wan.transformer.options import forward_options
 
 Row = dict[str, float]
 
 
-def in_turn(ranks: Ranks, repeats: int, work: Callable[[bool], Callable[[], object]]) -> Row:
+def in_turn(ranks: Distributed, repeats: int, work: Callable[[bool], Callable[[], object]]) -> Row:
     """Medians of `work(together)`: of the first process alone, then of all."""
     medians: dict[bool, float] = {}
     for together in (False, True):
@@ -55,12 +55,12 @@ def in_turn(ranks: Ranks, repeats: int, work: Callable[[bool], Callable[[], obje
             "compile_seconds": compile_time()[0]}
 
 
-def steps(mixture: bool, model: WanTransformer3DModel, ranks: Ranks, repeats: int, tiny: bool) -> Row:
+def steps(mixture: bool, model: WanTransformer3DModel, ranks: Distributed, repeats: int, tiny: bool) -> Row:
     trainer, adapted = (mixture_trainer if mixture else lora_trainer)(model, *(("small", 2) if tiny else ("256", 8)))
     set_checkpointing(model, "off")
 
     def work(together: bool) -> Callable[[], object]:
-        trainer.plan.ranks = ranks if together else Ranks()
+        trainer.plan.distributed = ranks if together else Distributed()
         trainer.plan.accumulate = ranks.count if together else 1
         trainer._ahead.__init__(trainer._make_data)
         return lambda: step(trainer)
@@ -70,32 +70,32 @@ def steps(mixture: bool, model: WanTransformer3DModel, ranks: Ranks, repeats: in
     return {**row, "scaling": ranks.count * row["alone"] / max(row["together"], 1e-9)}
 
 
-def shared_steps(model: WanTransformer3DModel, ranks: Ranks, repeats: int, tiny: bool) -> Row:
+def shared_steps(model: WanTransformer3DModel, ranks: Distributed, repeats: int, tiny: bool) -> Row:
     """Of one clip at 480p, recomputing blocks."""
     trainer, adapted = lora_trainer(model, *(("small", 2) if tiny else ("480", 8)))
     set_checkpointing(model, "block")
 
     def work(together: bool) -> Callable[[], object]:
-        trainer.plan.ranks = SharedClips(ranks.rank, ranks.count) if together else Ranks()
-        path_of(model).spread = Spread(ranks.rank, ranks.count) if together else None
+        trainer.plan.distributed = SharedClips(ranks.rank, ranks.count) if together else Distributed()
+        forward_options(model).spread = ContextParallel(ranks.rank, ranks.count) if together else None
         trainer._ahead.__init__(trainer._make_data)
         return lambda: step(trainer)
 
     row = in_turn(ranks, max(3, repeats // 3), work)
     adapted.off()
-    path_of(model).spread = None
+    forward_options(model).spread = None
     return {**row, "scaling": row["alone"] / max(row["together"], 1e-9)}
 
 
-def shared(size: str, model: WanTransformer3DModel, ranks: Ranks, repeats: int, tiny: bool) -> Row:
+def shared(size: str, model: WanTransformer3DModel, ranks: Distributed, repeats: int, tiny: bool) -> Row:
     run = partial(torch.no_grad()(velocity), model, *spoken(model, "small" if tiny else size))
 
     def work(together: bool) -> Callable[[], object]:
-        path_of(model).spread = Spread(ranks.rank, ranks.count) if together else None
+        forward_options(model).spread = ContextParallel(ranks.rank, ranks.count) if together else None
         return run
 
     row = in_turn(ranks, max(3, repeats // 2), work)
-    path_of(model).spread = None
+    forward_options(model).spread = None
     return {**row, "scaling": row["alone"] / max(row["together"], 1e-9)}
 
 
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("scaling.json"))
     args = parser.parse_args()
     began = time.monotonic()
-    ranks, name = join_ranks("cpu" if args.tiny else "auto")
+    ranks, name = join_processes("cpu" if args.tiny else "auto")
     found = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if ranks.first and args.out.is_file() else {}
     wanted = ranks.from_first([row for row in args.rows.split(",") if row not in found])
     config, last = (SMALL, 2) if args.tiny else (A14B, 8)

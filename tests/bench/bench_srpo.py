@@ -3,7 +3,7 @@
     python tests/bench/bench_srpo.py [--cap 80] [--out srpo.json] [--cases 1x4,4x1] [--parked] [--tiny]
 
 Both noise experts have A14B's shapes and random weights made on the device, the VAE and the reward (ViT-H-14, as HPS
-v2.1 is) their full size; the run is the command's: rollouts of 25 steps, three optimiser steps, checkpoint. A case is
+v2.1 is) their full size; the run is the command's: rollouts of 25 steps, three optimizer steps, checkpoint. A case is
 batch x accumulate. Reported: seconds a step and what a rollout and a gradient take, the peak, and what the plan said.
 Cases that --out has are not run again. `--tiny` is the same on small shapes, for a CPU. Random weights say nothing of
 quality.
@@ -53,8 +53,8 @@ SMALL_CLIP = Architecture(Tower(64, 2, 2), Tower(64, 2, 2), embed=32, patch=14, 
 class RandomBase(Base):
     """Noise experts whose weights are drawn where they are wanted; the folder holds their shapes only."""
 
-    def load(self, expert: NoiseExpert, dtype: torch.dtype = torch.bfloat16, device: Any = "cpu", *_: Any) -> Any:
-        config = json.loads((self.spec.component(expert) / "config.json").read_text(encoding="utf-8"))
+    def load(self, noise_expert: NoiseExpert, dtype: torch.dtype = torch.bfloat16, device: Any = "cpu", *_: Any) -> Any:
+        config = json.loads((self.spec.component(noise_expert) / "config.json").read_text(encoding="utf-8"))
         made_on = "cuda" if torch.cuda.is_available() else "cpu"  # also what will wait in host memory
         return random_model(torch.device(made_on), {k: config[k] for k in A14B}).to(device)
 
@@ -118,15 +118,15 @@ def seconds_of(function: Any, device: torch.device) -> tuple[float, Any]:
 
 def parts_of_a_step(trainer: Any, case: Case, device: torch.device) -> dict[str, float]:
     """Seconds of one batch's rollout, and of its loss with backward."""
-    expert = trainer.plan.schedule[0]
-    trainer.plan.before_turn(expert)
+    noise_expert = trainer.plan.schedule[0]
+    trainer.plan.before_turn(noise_expert)
     batch = trainer.plan.load_batch(list(range(case.batch)))
-    keys = [(7, expert.value, i, own) for i, own in enumerate(batch.ids)]
-    draws = make_draws(batch, keys, trainer.plan.tracks[expert].rule)
-    rollout, [batch] = seconds_of(lambda: trainer.plan.complete(expert, [batch], [draws]), device)
+    keys = [(7, noise_expert.value, i, own) for i, own in enumerate(batch.ids)]
+    draws = make_draws(batch, keys, trainer.plan.tracks[noise_expert].rule)
+    rollout, [batch] = seconds_of(lambda: trainer.plan.complete(noise_expert, [batch], [draws]), device)
 
     def gradient() -> None:
-        with trainer.objective.loss(expert, batch, draws) as loss:
+        with trainer.objective.loss(noise_expert, batch, draws) as loss:
             loss.total_B.sum().backward()
 
     return {"rollout_seconds": rollout, "gradient_seconds": seconds_of(gradient, device)[0]}
@@ -136,11 +136,11 @@ def run(work: Path, case: Case, cap: int, tiny: bool, device: torch.device) -> d
     settings = settings_of(work, case, tiny, str(device))
     base = RandomBase(read_spec(work / "model"))
     data = read_data(settings, base.spec)
-    experts = recipe.trained_experts(settings, base.spec)
+    noise_experts = recipe.trained_noise_experts(settings, base.spec)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    planned = plan_memory(settings, base, experts, base.spec.experts, data.bucket, device, free=cap)
+    planned = plan_memory(settings, base, noise_experts, base.spec.noise_experts, data.bucket, device, free=cap)
     shape = SMALL_CLIP if tiny else VIT_H_14
     with torch.device(device):
         from transformers import CLIPModel
@@ -178,7 +178,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.get_device_properties(0).total_memory))
     cases = [Case(*map(int, text.split("x"))) for text in asked.cases.split(",")]
-    if asked.parked:
+    if asked.offloaded:
         cases.append(Case(cases[0].batch, cases[0].accumulate, "one"))
     results = []
     if asked.out is not None and asked.out.is_file():

@@ -26,11 +26,11 @@ from lapwan.tiny.model import tiny_folder
 from lapwan.train.lora.objective import LORA_GROUP, LoraObjective
 from lapwan.train.moe.objective import MixtureObjective, MixtureWeights
 from lapwan.train.objective import Objective, SigmaRule
-from lapwan.train.optimizers import make_optimiser, make_schedule
+from lapwan.train.optimizers import make_optimizer, make_schedule
 from lapwan.train.schedule import SampleOrder
-from lapwan.train.trainer import Plan, Track, Trainer
+from lapwan.train.trainer import Track, Trainer, TrainerPlan
 from lapwan.wan.quantise.load import fill, linears_of
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.options import forward_options
 
 A14B = {
     "patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16,
@@ -74,8 +74,8 @@ def random_model(
 def shape_folder(folder: Path, config: dict[str, object]) -> None:
     """The embedded model's folder with other transformers in it, headers over holes: for what only asks for shapes."""
     shutil.copytree(tiny_folder("t2v"), folder)
-    for expert in NoiseExpert:
-        own = folder / expert.component
+    for noise_expert in NoiseExpert:
+        own = folder / noise_expert.component
         shutil.rmtree(own)
         with init_empty_weights():
             model = WanTransformer3DModel(**config)
@@ -183,24 +183,24 @@ def _batch(model: WanTransformer3DModel, size: str, clip: int) -> Batch:
 
 def _trainer(objective: Objective, model: WanTransformer3DModel, size: str, clips: int = 8) -> Trainer:
     batches = [_batch(model, size, clip) for clip in range(clips)]
-    optimisers = {n: make_optimiser(AdamWSettings(), groups) for n, groups in objective.optimised.items()}
+    optimizers = {n: make_optimizer(AdamWSettings(), groups) for n, groups in objective.optimised.items()}
     load: Callable[[list[int]], Batch] = lambda indices: batches[indices[0]]  # noqa: E731
-    plan = Plan(
+    plan = TrainerPlan(
         run=Path("unused"), schedule=[EXPERT] * 10_000,
-        tracks={EXPERT: Track(SampleOrder([0] * clips, 1, 0, "high"), SigmaRule(band=BAND))}, optimisers=optimisers,
-        lr_schedules={n: make_schedule(ScheduleSettings(), o, 10_000) for n, o in optimisers.items()},
+        tracks={EXPERT: Track(SampleOrder([0] * clips, 1, 0, "high"), SigmaRule(band=BAND))}, optimizers=optimizers,
+        lr_schedules={n: make_schedule(ScheduleSettings(), o, 10_000) for n, o in optimizers.items()},
         load_batch=load, item_ids=[f"clip{i}" for i in range(clips)], seed=0,
     )
     return Trainer(plan, objective)
 
 
 def step(trainer: Trainer) -> None:
-    """One optimiser step, as `Trainer.fit` takes it, without writing metrics."""
-    trainer._optimiser_step(EXPERT)
+    """One optimizer step, as `Trainer.fit` takes it, without writing metrics."""
+    trainer._optimizer_step(EXPERT)
     trainer.step += 1
     trainer._logs[EXPERT].__init__()
 
 
 def set_checkpointing(model: WanTransformer3DModel, kind: str | None, whole_blocks: int = 0) -> None:
     """off, op or block; None: as the model says. The first trained blocks may be recomputed whole."""
-    path_of(model).checkpointing, path_of(model).whole_blocks = kind, whole_blocks  # type: ignore[assignment]
+    forward_options(model).checkpointing, forward_options(model).whole_blocks = kind, whole_blocks  # type: ignore[assignment]

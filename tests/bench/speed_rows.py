@@ -114,7 +114,7 @@ class Bench:
                 limit = (sum(t.nbytes for t in tensors_of(model)) + (free_bytes(self.device) or 0)) / GIB
             settings = TrainLoraSettings.model_validate({
                 "model": str(folder), "output": "unused", "data": {"cache": cache}, "steps": 10,
-                "dtype": "fp8" if fp8 else "auto", "experts": [EXPERT], "memory": limit or "auto",
+                "dtype": "fp8" if fp8 else "auto", "noise_experts": [EXPERT], "memory": limit or "auto",
                 "compile": "off" if self.tiny else "on"})
             base = Base(read_spec(folder))
             work = workload(read_data(settings, base), base, {EXPERT: [targets(model, last, 16)]})
@@ -170,28 +170,28 @@ def step_row(
     mixture: bool = False,
 ) -> Callable[[Bench], None]:
     """Without recomputation if none is named; a card that does not hold that recomputes blocks, and the row says so."""
-    def attempt(bench: Bench, way: str) -> None:
+    def attempt(bench: Bench, strategy: str) -> None:
         bench.free()  # of the trainer of a row before
         model = bench.model(kind)
         count = len(model.blocks) if last is None else bench.last
-        set_checkpointing(model, way)
+        set_checkpointing(model, strategy)
         make = mixture_trainer if mixture else lora_trainer
         trainer, adapted = make(model, bench.size(size), count)
         try:
             bench.results.add(measure(
                 name, lambda: step(trainer), step_flops(model, bench.tokens(size), count), bench.seconds,
-                target=target, note=f"checkpointing {way}",
+                target=target, note=f"checkpointing {strategy}",
             ))
         finally:
             adapted.off()
             set_checkpointing(model, None)
 
     def run(bench: Bench) -> None:
-        for way in (checkpointing,) if checkpointing else ("off", "block"):
+        for strategy in (checkpointing,) if checkpointing else ("off", "block"):
             try:
-                return attempt(bench, way)
+                return attempt(bench, strategy)
             except torch.OutOfMemoryError as error:
-                if way == "block":
+                if strategy == "block":
                     raise
                 print(f"{name}: {str(error).splitlines()[0][:120]}; recomputing blocks instead", flush=True)
             bench.free()
@@ -261,20 +261,20 @@ def video_row(
         def work(first: int = steps) -> None:
             grid = Grid(_Euler(sigmas), points[:first])
             denoise(grid, x, conditions, Guidance({NoiseExpert.HIGH: 4.0}), lambda e: model, lambda s: nullcontext(),
-                    together=plan is None or plan.way.together)
+                    together=plan is None or plan.strategy.together)
 
         with _capped(bench.device, cap):
             flops = forward_flops(model, bench.tokens(size)).times(2 * steps)
             work(2)
             row = measure(name, work, flops, bench.seconds, least=1, warm=0, target=target, note=f"{steps} steps")
         if plan is not None:
-            batches = "one batch" if plan.way.together else "two"
+            batches = "one batch" if plan.strategy.together else "two"
             row.note += (f", {len(streamed)} blocks streamed, guidance in {batches}, predicted "
-                         f"{plan.peak / GIB:.2f} GiB, {steps * plan.way.seconds:.1f} s")
-            row.extra |= {"predicted_gib": plan.peak / GIB, "predicted_seconds": steps * plan.way.seconds}
+                         f"{plan.peak / GIB:.2f} GiB, {steps * plan.strategy.seconds:.1f} s")
+            row.extra |= {"predicted_gib": plan.peak / GIB, "predicted_seconds": steps * plan.strategy.seconds}
         bench.results.add(row)
         if residence is not None:
-            residence.park()
+            residence.offload()
             bench.drop()
     return run
 
@@ -290,19 +290,19 @@ def planned_step_row(
         count = len(model.blocks) if last is None else bench.last
         limit = memory if memory is not None or cap is None else cap - CONTEXT
         plan = bench.step_plan(model, size, count, limit)
-        set_checkpointing(model, plan.way.checkpointing, plan.way.whole_blocks)
+        set_checkpointing(model, plan.strategy.checkpointing, plan.strategy.whole_blocks)
         trainer, adapted = (mixture_trainer if mixture else lora_trainer)(model, bench.size(size), count)
         residence = Residence(model, adapted.adapter.own_tensors(), bench.device, plan.streamed)
         residence.fetch()
         asked = "" if limit is None else f"asked for {limit:g} GiB: "
-        note = (f"{asked}{len(plan.streamed)} blocks streamed, recomputing {plan.way.checkpointing} and "
-                f"{plan.way.whole_blocks} blocks, predicted {plan.peak / GIB:.2f} GiB, {plan.way.seconds:.3g} s")
+        note = (f"{asked}{len(plan.streamed)} blocks streamed, recomputing {plan.strategy.checkpointing} and "
+                f"{plan.strategy.whole_blocks} blocks, predicted {plan.peak / GIB:.2f} GiB, {plan.strategy.seconds:.3g} s")
         with _capped(bench.device, cap):
             flops = step_flops(model, bench.tokens(size), count)
             row = measure(name, lambda: step(trainer), flops, bench.seconds, target=target, note=note)
-        row.extra |= {"predicted_gib": plan.peak / GIB, "predicted_seconds": plan.way.seconds}
+        row.extra |= {"predicted_gib": plan.peak / GIB, "predicted_seconds": plan.strategy.seconds}
         bench.results.add(row)
-        residence.park()
+        residence.offload()
         bench.drop()
     return run
 

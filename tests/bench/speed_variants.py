@@ -26,7 +26,7 @@ from lapwan.wan.backbone import velocity
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.block import block_forward
 from lapwan.wan.transformer.compile import compiled_block
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.options import forward_options
 
 MULTI, DESCENT = {"triton.multi_kernel": 1}, {"coordinate_descent_tuning": True}
 # Options of the compiler, and whether our own kernels take part.
@@ -42,7 +42,7 @@ class Variant:
     kernels: bool
 
     def use(self, model: WanTransformer3DModel) -> None:
-        path_of(model).block, kernels.ENABLED = self.function, self.kernels
+        forward_options(model).block, kernels.ENABLED = self.function, self.kernels
 
 
 def variants(tiny: bool) -> dict[str, Variant]:

@@ -83,9 +83,9 @@ def settings_of(work: Path, mode: str, seed: int, device: str) -> SrpoSettings:
 @torch.no_grad()
 def flow_loss(trainer: Trainer, cache: Path, base: bool) -> list[float]:
     """Each held-out clip's mean flow loss over the trained noise expert's own band, with the LoRA or without."""
-    [(expert, one)] = trainer.objective.trained.items()
+    [(noise_expert, one)] = trainer.objective.trained.items()
     index, device = load_index(cache), trainer.plan.load_batch([0]).latents_BCTHW.device
-    store, rule = ClipStore(index, index.items, device), SigmaRule(Uniform(), BANDS[expert])
+    store, rule = ClipStore(index, index.items, device), SigmaRule(Uniform(), BANDS[noise_expert])
     losses = []
     with one.adapter.holder.scope(torch.full((1, 1), 0.0 if base else 1.0, device=device)):
         for place_clip in range(len(index.items)):
@@ -115,11 +115,11 @@ def run(work: Path, mode: str, seed: int, device_name: str) -> dict[str, Any]:
     begin(trainer, settings)
     run_training(trainer, settings)
     seconds = time.monotonic() - started
-    watcher = trainer.watchers["held_out"]
-    assert isinstance(watcher, HeldOut)
+    callback = trainer.callbacks["held_out"]
+    assert isinstance(callback, HeldOut)
     figures = {
         "mode": mode, "seed": seed, "updates": trainer.step, "prompts": list(planned.data.held_out),
-        "base": watcher.base_scores, "aligned": watcher.scores(), "seconds": seconds,
+        "base": callback.base_scores, "aligned": callback.scores(), "seconds": seconds,
         "flow_base": flow_loss(trainer, work / "flow_cache", base=True),
         "flow_aligned": flow_loss(trainer, work / "flow_cache", base=False),
         "kl_proxy": last(settings.output / "metrics.jsonl", "held_out/low/kl_proxy"),

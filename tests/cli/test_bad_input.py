@@ -65,7 +65,7 @@ def lora(tmp_path: Path, tiny_t2v: ModelSpec) -> Path:
 
 @pytest.fixture
 def mixture(tmp_path: Path, tiny_t2v: ModelSpec) -> Path:
-    bands = {expert: (band.low, band.high) for expert, band in tiny_t2v.bands.items()}
+    bands = {noise_expert: (band.low, band.high) for noise_expert, band in tiny_t2v.bands.items()}
     entry = LoraEntry(torch.randn(2, 192), torch.randn(192, 2), 2.0)
     states = {e: {f: LoraState({"blocks.0.attn1.to_q": entry}, {}) for f in "ab"} for e in NoiseExpert}
     spec = MixtureSpec(("a", "b"), {}, "t2v", bands, tiny_t2v.text_dim, base=dict.fromkeys(NoiseExpert, "f" * 64))

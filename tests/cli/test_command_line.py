@@ -91,7 +91,7 @@ def example_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         subprocess.run([sys.executable, "-m", "lapwan", *arguments], cwd=folder, check=True, capture_output=True)
     loras = [tuple(text.split("=", 1)) for text in write_random_lora(folder / "stage1")]
-    merged = assign([(expert, Path(path), 1.0) for expert, path in loras], tuple(NoiseExpert))
+    merged = assign([(noise_expert, Path(path), 1.0) for noise_expert, path in loras], tuple(NoiseExpert))
     write_random_mixture(folder / "stage2" / "lapwan.safetensors", Base(read_spec(tiny_folder("t2v")), merged))
     return folder
 
@@ -120,7 +120,7 @@ def test_older_spellings():
     assert rewrite(["generate", "--lora_moe_weights", "m", "--output_path=o.mp4", "--video_size", "480", "832"]) == [
         "generate", "--moe", "m", "--output=o.mp4", "--size", "480x832"]
     assert rewrite(["generate", "--instrument_hint", "a_b"]) == ["generate", "--instrument-hint", "a_b"]
-    assert rewrite(["train-lora", "--set", "optimiser.lr=1"]) == ["train-lora", "--set", "optimiser.lr=1"]
+    assert rewrite(["train-lora", "--set", "optimizer.lr=1"]) == ["train-lora", "--set", "optimizer.lr=1"]
     assert rewrite(["label", "--", "--odd_name"]) == ["label", "--", "--odd_name"]
     with pytest.raises(UserError, match=r"--dit-high-noise: give the model folder"):
         rewrite(["generate", "--dit_high_noise", "x"])

@@ -26,7 +26,7 @@ PATH = "blocks.7.attn1.to_q"
 def mixture(tiny_t2v, tmp_path):
     torch.manual_seed(0)
     taxonomy = load_taxonomy("surgical4")
-    bands = {expert: (band.low, band.high) for expert, band in tiny_t2v.bands.items()}
+    bands = {noise_expert: (band.low, band.high) for noise_expert, band in tiny_t2v.bands.items()}
     spec = MixtureSpec(taxonomy.keys, taxonomy.to_dict(), "t2v", bands, tiny_t2v.text_dim,
                        flow_shift=tiny_t2v.flow_shift, steps=12)
     states = {
@@ -35,8 +35,8 @@ def mixture(tiny_t2v, tmp_path):
     }
     made = Mixture(spec, states)
     with torch.no_grad():
-        for expert in NoiseExpert:
-            made.timestep_gate(expert).values_K.copy_(torch.randn(8))
+        for noise_expert in NoiseExpert:
+            made.timestep_gate(noise_expert).values_K.copy_(torch.randn(8))
     write_mixture(tmp_path / "m.safetensors", made)
     return made
 
@@ -58,13 +58,13 @@ def merge(monkeypatch, tmp_path, capsys):
 def test_delta_is_the_mix_times_the_mean_gate_over_the_sampling_steps(mixture, merge, tmp_path):
     code, out, _ = merge("--mix", "hook=0.7,suction=0.3", "-o", "flat.safetensors")
     assert code == 0
-    for expert in NoiseExpert:
-        w_bar = float(mixture.timestep_gate(expert)(torch.tensor(inference_sigmas(mixture, expert))).mean().detach())
-        assert f"{expert.value} noise: w = {w_bar:.4f} (from " in out
-        [(said, state)] = read_lora(tmp_path / f"flat_{expert.file_suffix}.safetensors").items()
-        assert said is expert and state.metadata["lapwan.task"] == "t2v"
+    for noise_expert in NoiseExpert:
+        w_bar = float(mixture.timestep_gate(noise_expert)(torch.tensor(inference_sigmas(mixture, noise_expert))).mean().detach())
+        assert f"{noise_expert.value} noise: w = {w_bar:.4f} (from " in out
+        [(said, state)] = read_lora(tmp_path / f"flat_{noise_expert.file_suffix}.safetensors").items()
+        assert said is noise_expert and state.metadata["lapwan.task"] == "t2v"
         want = w_bar * sum(
-            g * mixture.states[expert][f].entries[PATH].delta() for f, g in (("hook", 0.7), ("suction", 0.3)))
+            g * mixture.states[noise_expert][f].entries[PATH].delta() for f, g in (("hook", 0.7), ("suction", 0.3)))
         torch.testing.assert_close(state.entries[PATH].delta(), want, rtol=1e-5, atol=1e-6)
 
 
@@ -73,21 +73,21 @@ def test_one_file_holds_what_the_two_hold(mixture, merge, tmp_path):
         assert merge("--mix", "hook=0.7,suction=0.3", *arguments)[0] == 0
     both = read_lora(tmp_path / "both.safetensors")
     assert list(both) == list(NoiseExpert)
-    for expert, state in both.items():
-        [alone] = read_lora(tmp_path / f"flat_{expert.file_suffix}.safetensors").values()
+    for noise_expert, state in both.items():
+        [alone] = read_lora(tmp_path / f"flat_{noise_expert.file_suffix}.safetensors").values()
         assert state.fingerprint() == alone.fingerprint() and state.metadata == alone.metadata
 
 
 def test_at_one_sigma_it_is_what_the_mixture_does_there(mixture, merge, tiny_t2v, tmp_path):
     assert merge("--mix", "hook", "--sigma", "0.5", "-o", "flat.safetensors", "--format", "diffusers")[0] == 0
-    expert = NoiseExpert.LOW
+    noise_expert = NoiseExpert.LOW
     x, text, sigma = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 8, 96), torch.tensor([0.5])
     outputs = []
     for kind in ("mixture", "lora"):
-        transformer = load_transformer(tiny_t2v, expert)
+        transformer = load_transformer(tiny_t2v, noise_expert)
         if kind == "mixture":
-            holder = attach(transformer, mixture.groups(expert, None), gates_required=True).holder
-            gates = mixture.gates(expert, torch.tensor([[0.0, 1.0, 0.0, 0.0]]), sigma)
+            holder = attach(transformer, mixture.groups(noise_expert, None), gates_required=True).holder
+            gates = mixture.gates(noise_expert, torch.tensor([[0.0, 1.0, 0.0, 0.0]]), sigma)
         else:
             from lapwan.lora.attach import Group
             [state] = read_lora(tmp_path / "flat_low_noise.safetensors").values()
@@ -99,9 +99,9 @@ def test_at_one_sigma_it_is_what_the_mixture_does_there(mixture, merge, tiny_t2v
 
 def test_the_grid_is_the_one_generation_uses(mixture, tiny_t2v):
     grid = make_grid(tiny_t2v, "unipc", 12, None)
-    for expert in NoiseExpert:
-        theirs = [step.sigma for step in grid.steps if step.expert is expert]
-        assert inference_sigmas(mixture, expert) == pytest.approx(theirs, abs=2e-6)
+    for noise_expert in NoiseExpert:
+        theirs = [step.sigma for step in grid.steps if step.noise_expert is noise_expert]
+        assert inference_sigmas(mixture, noise_expert) == pytest.approx(theirs, abs=2e-6)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -24,7 +24,7 @@ def test_a_terminal_shows_phase_speed_time_left_and_figures(monkeypatch) -> None
     with console.progress("sampling", 4) as bar:
         for _ in range(3):
             time.sleep(0.02)
-            bar.advance(1, expert="high", sigma=0.75)
+            bar.advance(1, noise_expert="high", sigma=0.75)
     last = [line for line in written.getvalue().splitlines() if "sampling" in line][-1]
     assert " step " not in last  # once, with the speed
     for part in ("sampling", "3/4", "step/s", "<", "expert=high", "sigma=0.75"):

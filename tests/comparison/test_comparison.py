@@ -84,7 +84,7 @@ def test_the_published_settings_are_fair(tmp_path):
             for arm in (MIXTURE, SAME_SIZE, "plain, continued")}
     assert isinstance(runs[MIXTURE], TrainMoeSettings) and isinstance(runs[SAME_SIZE], TrainLoraSettings)
     for name in ("steps", "batch_size", "accumulate", "turn", "seed", "roi_weight", "sigma", "low", "schedule",
-                 "optimiser", "caption_dropout", "max_grad_norm", "dtype"):
+                 "optimizer", "caption_dropout", "max_grad_norm", "dtype"):
         assert len({str(getattr(run, name)) for run in runs.values()}) == 1, name
     assert {run.data.balance for run in runs.values()} == {0.0} and len({run.data.cache for run in runs.values()}) == 1
     assert runs[MIXTURE].model == runs[SAME_SIZE].model  # the merged stage 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lapwan.data.caption_text import Matcher, Split
+from lapwan.data.caption_text import Matcher, SplitText
 
 
 def find(phrases: str, text: str, taken: tuple[tuple[int, int], ...] = ()) -> list[tuple[int, str]]:
@@ -18,7 +18,7 @@ def find(phrases: str, text: str, taken: tuple[tuple[int, int], ...] = ()) -> li
         else:
             at += 1
     matcher = Matcher((tuple(phrase), phrase) for phrase in phrases.split())
-    return [(found.start, found.what) for found in matcher.find(Split(units, (*boundary, True)), taken)]
+    return [(found.start, found.what) for found in matcher.find(SplitText(units, (*boundary, True)), taken)]
 
 
 @pytest.mark.parametrize(("phrases", "text", "expected"), [

@@ -27,13 +27,13 @@ def write(path: Path, router: str = "text", alpha: float = 2.0) -> Mixture:
     torch.manual_seed(0)
     bands = {NoiseExpert.HIGH: (0.875, 1.0), NoiseExpert.LOW: (0.0, 0.875)}
     spec = MixtureSpec(FAMILIES, {}, "t2v", bands, 12, router=router, flow_shift=5.0, steps=8, router_temperature=0.7)
-    states = {expert: {family: LoraState({
+    states = {noise_expert: {family: LoraState({
         path: LoraEntry(torch.randn(2, 16), torch.randn(16, 2), alpha)
-        for path in ("blocks.0.attn1.to_q", "blocks.3.ffn.net.2")}) for family in FAMILIES} for expert in NoiseExpert}
+        for path in ("blocks.0.attn1.to_q", "blocks.3.ffn.net.2")}) for family in FAMILIES} for noise_expert in NoiseExpert}
     made = Mixture(spec, states)
     with torch.no_grad():
-        for expert in NoiseExpert:
-            made.timestep_gate(expert).values_K.copy_(torch.randn(8))
+        for noise_expert in NoiseExpert:
+            made.timestep_gate(noise_expert).values_K.copy_(torch.randn(8))
         for parameter in made.router.parameters():
             parameter.add_(0.5 * torch.randn(parameter.shape))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,19 +71,19 @@ def test_the_files_own_curves_scales_and_what_they_amount_to(tmp_path, capsys):
     document, said = inspect(capsys, tmp_path / "m.safetensors")
     t = [1 - n * (1 - 0.001) / 8 for n in range(8)]
     sigmas = [5 * x / (1 + 4 * x) for x in t]
-    for expert in NoiseExpert:
-        own = [s for s in sigmas if (s >= 0.875) == (expert is NoiseExpert.HIGH)]
-        w = made.timestep_gate(expert)(torch.tensor(own)).detach()
-        described = document["mixture"][expert.value]
+    for noise_expert in NoiseExpert:
+        own = [s for s in sigmas if (s >= 0.875) == (noise_expert is NoiseExpert.HIGH)]
+        w = made.timestep_gate(noise_expert)(torch.tensor(own)).detach()
+        described = document["mixture"][noise_expert.value]
         used = described["timestep_gate"]["sampling"]
         assert used["steps"] == len(own) and used["mean"] == pytest.approx(float(w.mean()), rel=1e-5)
         assert (used["min"], used["max"]) == pytest.approx((float(w.min()), float(w.max())), rel=1e-5)
-        for family, state in made.states[expert].items():
+        for family, state in made.states[noise_expert].items():
             norm = math.sqrt(sum(float(e.delta(torch.float64).square().sum()) for e in state.entries.values()))
             one = described["families"][family]
             assert one["alpha_over_rank"] == 1.5
             assert one["gated_norm"] == pytest.approx(float(w.mean()) * norm, rel=1e-5)
-        assert f"timestep gate of {expert.value}, w(sigma): " in said
+        assert f"timestep gate of {noise_expert.value}, w(sigma): " in said
         assert f"over its {len(own)} sampling steps: mean {float(w.mean()):.3g}" in said
     router = document["routing"]["router"]
     assert (router["kind"], router["top_k"], router["temperature"]) == ("text", 2, 0.7)

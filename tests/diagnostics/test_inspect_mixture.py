@@ -34,9 +34,9 @@ def state(seed: int, ranks: dict[str, int], width: int = 16) -> LoraState:
 def mixture(seed: int = 0) -> Mixture:
     spec = MixtureSpec(FAMILIES, {}, "t2v", {NoiseExpert.HIGH: (0.875, 1.0), NoiseExpert.LOW: (0.0, 0.875)}, 12)
     states = {
-        expert: {family: state(seed + 10 * n + m, {"blocks.0.attn1.to_q": 2 + m, "blocks.1.ffn.net.0.proj": 3})
+        noise_expert: {family: state(seed + 10 * n + m, {"blocks.0.attn1.to_q": 2 + m, "blocks.1.ffn.net.0.proj": 3})
                  for m, family in enumerate(FAMILIES)}
-        for n, expert in enumerate(NoiseExpert)
+        for n, noise_expert in enumerate(NoiseExpert)
     }
     return Mixture(spec, states)
 
@@ -101,20 +101,20 @@ def test_a_mixtures_run_folder_grows(tmp_path, capsys):
 def test_relative_to_the_base_equals_brute_force(tmp_path, capsys):
     spec = resolve("tiny")
     weights = {}
-    for expert in NoiseExpert:
-        model = WanTransformer3DModel.from_pretrained(spec.component(expert))
-        weights[expert] = model.blocks[2].attn1.to_v.weight.double(), model.blocks[1].attn2.to_q.weight.double()
+    for noise_expert in NoiseExpert:
+        model = WanTransformer3DModel.from_pretrained(spec.component(noise_expert))
+        weights[noise_expert] = model.blocks[2].attn1.to_v.weight.double(), model.blocks[1].attn2.to_q.weight.double()
     width = weights[NoiseExpert.HIGH][0].shape[0]
     ranks = {"blocks.2.attn1.to_v": 2, "blocks.1.attn2.to_q": 3}
     paths = []
-    for n, expert in enumerate(NoiseExpert):
-        paths.append(tmp_path / f"x_{expert.file_suffix}.safetensors")
+    for n, noise_expert in enumerate(NoiseExpert):
+        paths.append(tmp_path / f"x_{noise_expert.file_suffix}.safetensors")
         write_lora(paths[-1], state(n, ranks, width))
     document = inspect(capsys, *paths, base="tiny")
-    for n, expert in enumerate(NoiseExpert):
-        base = math.sqrt(sum(w.square().sum().item() for w in weights[expert]))
+    for n, noise_expert in enumerate(NoiseExpert):
+        base = math.sqrt(sum(w.square().sum().item() for w in weights[noise_expert]))
         want = flat(state(n, ranks, width)).norm().item() / base
-        assert document["experts"][expert]["relative_delta"] == pytest.approx(want, rel=1e-6)
+        assert document["experts"][noise_expert]["relative_delta"] == pytest.approx(want, rel=1e-6)
     write_lora(tmp_path / "far_high.safetensors", state(0, {"blocks.99.attn1.to_q": 2}, width))
     with pytest.raises(UserError, match=r"no module 'blocks\.99"):
         inspect(capsys, tmp_path / "far_high.safetensors", base="tiny")

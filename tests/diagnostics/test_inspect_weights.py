@@ -154,9 +154,9 @@ def test_a_pair_with_the_reference_runs_statistics(tmp_path, capsys):
     """high 0.005605, low 0.004710: 1.19 as people read it, 1.58 net of the floor; LR 1.48e-4 / 1.10e-4 = 1.35."""
     high, low = save_pair(tmp_path, 0.005605, 0.004710)
     document = inspect(high, low, capsys=capsys, lr="high=1.48e-4,low=1.10e-4", preset="motion")
-    experts = document["experts"]
-    assert experts["high"]["legacy_mean_abs"] == pytest.approx(0.005605, rel=1e-6)
-    assert experts["low"]["init_floor"] == pytest.approx(FLOOR, abs=5e-6)
+    noise_experts = document["experts"]
+    assert noise_experts["high"]["legacy_mean_abs"] == pytest.approx(0.005605, rel=1e-6)
+    assert noise_experts["low"]["init_floor"] == pytest.approx(FLOOR, abs=5e-6)
     assert document["ratios"]["legacy_mean_abs"] == pytest.approx(1.19, abs=0.005)
     assert document["ratios"]["mean_abs_B"] == pytest.approx(1.58, abs=0.01)
     assert document["ratios"]["lr"] == pytest.approx(1.345, abs=0.005)

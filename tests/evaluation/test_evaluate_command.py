@@ -66,8 +66,8 @@ def test_the_json_holds_what_scripts_rely_on(lapwan, tmp_path, held_out, mixture
     assert routing["n"] == 4 and sum(map(sum, routing["confusion"])) == 4 and routing["paraphrases"]["n"] == 2
     assert set(routing["probe"]) == {"synthetic", "captions", "paraphrases"} and routing["probe"]["captions"] >= 0.75
     for name in names:
-        for expert in ("high", "low"):
-            own = said["loss"][name][expert]
+        for noise_expert in ("high", "low"):
+            own = said["loss"][name][noise_expert]
             estimate(own)
             assert own["mean"] > 0 and len(own["bins"]) == 2 and set(own["families"]) == {
                 "scissors", "hook", "suction", "other"}

@@ -15,7 +15,7 @@ from lapwan.caching.read import load_index
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.bootstrap import paired_bootstrap
-from lapwan.evaluation.clips import EvalClip, VideoShape, read_eval_clips, spread
+from lapwan.evaluation.clips import EvaluationClip, VideoShape, read_eval_clips, spread
 from lapwan.evaluation.engine import Sampling, default_sampling, generate_and_score, request_for
 from lapwan.evaluation.flow import FlowPlan, flow_losses
 from lapwan.evaluation.metrics import Judged, Temporal
@@ -44,7 +44,7 @@ def small(spec, guidance: float = 2.0, **changes) -> Sampling:
 
 
 @pytest.fixture(scope="module")
-def clips(held_out) -> list[EvalClip]:
+def clips(held_out) -> list[EvaluationClip]:
     return read_eval_clips(held_out, TAXONOMY)
 
 
@@ -112,7 +112,7 @@ def test_the_wrong_hint_is_another_family_and_changes_the_video(t2v_generator, a
 
 def test_the_wrong_hint_of_a_clip_with_two_instruments_is_neither():
     for weights, wrong in (((0.6, 0.4, 0.0, 0.0), 2), ((0.0, 0.0, 0.4, 0.6), 0), ((0.4, 0.3, 0.2, 0.1), 3)):
-        assert EvalClip("a", "b", weights).wrong_hint(TAXONOMY) == TAXONOMY.keys[wrong]
+        assert EvaluationClip("a", "b", weights).wrong_hint(TAXONOMY) == TAXONOMY.keys[wrong]
 
 
 def _losses(generator, arm, cache, **plan):
@@ -125,15 +125,15 @@ def test_flow_losses_are_paired_by_clip_and_do_not_depend_on_the_batch(t2v_gener
     one = _losses(t2v_generator, arms["none"], t2v_cache, batch_size=3)
     again = _losses(t2v_generator, arms["again"], t2v_cache, batch_size=1)
     hint, wrong = (_losses(t2v_generator, arms[name], t2v_cache) for name in ("hint", "wrong"))
-    for expert in (HIGH, LOW):
-        assert one[expert].whole_PK.shape == (4, 3)
-        assert np.allclose(one[expert].whole_PK, again[expert].whole_PK, rtol=1e-5)
-        assert np.array_equal(one[expert].sigma_PK, hint[expert].sigma_PK)
-        assert not np.allclose(hint[expert].whole_PK, wrong[expert].whole_PK, rtol=1e-4)
-        assert np.isnan(one[expert].roi_PK[1]).all() and not np.isnan(one[expert].roi_PK[0]).any()
-        band = t2v_generator.spec.bands[expert]
+    for noise_expert in (HIGH, LOW):
+        assert one[noise_expert].whole_PK.shape == (4, 3)
+        assert np.allclose(one[noise_expert].whole_PK, again[noise_expert].whole_PK, rtol=1e-5)
+        assert np.array_equal(one[noise_expert].sigma_PK, hint[noise_expert].sigma_PK)
+        assert not np.allclose(hint[noise_expert].whole_PK, wrong[noise_expert].whole_PK, rtol=1e-4)
+        assert np.isnan(one[noise_expert].roi_PK[1]).all() and not np.isnan(one[noise_expert].roi_PK[0]).any()
+        band = t2v_generator.spec.bands[noise_expert]
         edges = np.linspace(band.low, band.high, 4)
-        assert ((one[expert].sigma_PK >= edges[:-1]) & (one[expert].sigma_PK <= edges[1:])).all(), "one draw a bin"
+        assert ((one[noise_expert].sigma_PK >= edges[:-1]) & (one[noise_expert].sigma_PK <= edges[1:])).all(), "one draw a bin"
     same = _losses(t2v_generator, arms["again"], t2v_cache, batch_size=3)
     assert all(np.array_equal(one[e].whole_PK, same[e].whole_PK) for e in one)
 
@@ -149,7 +149,7 @@ def test_a_flow_loss_is_the_mean_error_over_the_region_and_over_the_rest(t2v_gen
                         (4, "evaluate"), 1)
     x0, noise = batch.latents_BCTHW, draws.noise_BCTHW
     with torch.no_grad():
-        v = velocity(t2v_generator.experts.transformer(LOW), flow.noised(x0, noise, draws.sigma_B),
+        v = velocity(t2v_generator.noise_experts.transformer(LOW), flow.noised(x0, noise, draws.sigma_B),
                      1000 * draws.sigma_B.float(), pad_text(batch.text))
     error, mask = (v - (noise - x0)).square().mean(dim=1)[0], batch.roi_BTHW[0]
     assert found.whole_PK[2, 1] == pytest.approx(float(error.mean()), rel=1e-5)
@@ -197,7 +197,7 @@ def test_identity_is_a_matter_of_what_is_seen(held_out):
     shape = VideoShape(5, (96, 96), 16)
     frames = render(SceneSpec("hook", seed=77, size=(96, 96), frames=5)).frames_THWC
     for instrument, value in (("hook", 1.0), ("grasper", 0.0)):
-        clip = EvalClip("a", "b", instrument=instrument)
+        clip = EvaluationClip("a", "b", instrument=instrument)
         assert score(frames, clip, shape, [Judged(SceneJudge(), "identity")]) == {"identity": value}
 
 
@@ -227,6 +227,6 @@ def test_folded_loras_are_the_same_adapter_in_the_weights(t2v_generator, tiny_t2
     assert not folded.adapters.loras and folded.base.loras and folded.fingerprint != beside.fingerprint
     ours, theirs = (_losses(t2v_generator, arm, t2v_cache) for arm in (beside, folded))
     plain = _losses(t2v_generator, Arm("none", Base(tiny_t2v)), t2v_cache)
-    for expert in (HIGH, LOW):
-        assert np.allclose(ours[expert].whole_PK, theirs[expert].whole_PK, rtol=1e-3)
-        assert not np.allclose(ours[expert].whole_PK, plain[expert].whole_PK, rtol=1e-2)
+    for noise_expert in (HIGH, LOW):
+        assert np.allclose(ours[noise_expert].whole_PK, theirs[noise_expert].whole_PK, rtol=1e-3)
+        assert not np.allclose(ours[noise_expert].whole_PK, plain[noise_expert].whole_PK, rtol=1e-2)

@@ -12,7 +12,7 @@ from evaluation_cases import write_random_mixture
 
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.errors import UserError
-from lapwan.evaluation.clips import EvalClip, VideoShape
+from lapwan.evaluation.clips import EvaluationClip, VideoShape
 from lapwan.evaluation.engine import score
 from lapwan.evaluation.judge import Judge
 from lapwan.evaluation.metrics import make_scorers, names_of
@@ -25,7 +25,7 @@ from lapwan.settings.load import load
 from lapwan.tiny.evaluators import SceneJudge, load_evaluator
 
 SHAPE, CPU = VideoShape(5, (32, 32), 16), torch.device("cpu")
-SCENE = EvalClip("scene", "剪刀", instrument="scissors", synthetic=True, tips_T2=np.full((5, 2), 0.5))
+SCENE = EvaluationClip("scene", "剪刀", instrument="scissors", synthetic=True, tips_T2=np.full((5, 2), 0.5))
 
 
 class BrightnessJudge:
@@ -37,25 +37,25 @@ class BrightnessJudge:
     def __init__(self, fingerprint: str = "") -> None:
         self.fingerprint = fingerprint
 
-    def refuses(self, clip: EvalClip) -> str | None:
+    def refuses(self, clip: EvaluationClip) -> str | None:
         return None if clip.instrument in self.classes else f"clip '{clip.id}' has no brightness"
 
     def refuses_shape(self, shape: VideoShape) -> str | None:
         return "one frame is too few" if shape.frames == 1 else None
 
-    def score(self, metric: str, frames_THWC: np.ndarray, clip: EvalClip) -> Mapping[str, float]:
+    def score(self, metric: str, frames_THWC: np.ndarray, clip: EvaluationClip) -> Mapping[str, float]:
         mean = float(frames_THWC.mean())
         answer = "dark" if mean < 100 else "bright" if mean > 150 else "unclear"
         return {"identity": float("nan") if answer == "unclear" else float(answer == clip.instrument),
                 "brightness": mean}
 
 
-def scorers_of(asked: list[str] | None, clips: list[EvalClip], judge: Judge | None, task="t2v", shape=SHAPE):
+def scorers_of(asked: list[str] | None, clips: list[EvaluationClip], judge: Judge | None, task="t2v", shape=SHAPE):
     return make_scorers(asked, clips, task, shape, judge, {}, CPU)
 
 
 def test_a_judge_of_another_kind_gives_its_own_figures() -> None:
-    clip = EvalClip("a", "b", instrument="bright")
+    clip = EvaluationClip("a", "b", instrument="bright")
     scorers = scorers_of(None, [clip], BrightnessJudge())
     assert names_of(scorers) == ("identity", "brightness", "temporal_consistency", "motion")
     for value, identity in ((200, 1.0), (20, 0.0)):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.evaluation import pixels
-from lapwan.evaluation.clips import EvalClip, VideoShape, read_eval_clips
+from lapwan.evaluation.clips import EvaluationClip, VideoShape, read_eval_clips
 from lapwan.evaluation.metrics import Made, Reference, RewardScore, Temporal
 from lapwan.settings.rewards import TinyRewardSettings
 from lapwan.tiny.dataset import write_dataset
@@ -47,7 +47,7 @@ def test_ssim_of_constants_is_its_luminance_term_and_of_equals_is_one():
 
 
 def test_a_still_video_is_perfectly_consistent_and_does_not_move():
-    made = Made(grey(50, frames=5), EvalClip("a", "b"), VideoShape(5, (24, 24), 16))
+    made = Made(grey(50, frames=5), EvaluationClip("a", "b"), VideoShape(5, (24, 24), 16))
     assert Temporal().score(made) == {"temporal_consistency": pytest.approx(1.0), "motion": 0.0}
     blinking = np.concatenate([grey(50, 1), grey(90, 1), grey(50, 1)])
     found = Temporal().score(Made(blinking, made.clip, made.shape))
@@ -55,7 +55,7 @@ def test_a_still_video_is_perfectly_consistent_and_does_not_move():
 
 
 @pytest.fixture(scope="module")
-def scene_clip(tmp_path_factory) -> EvalClip:
+def scene_clip(tmp_path_factory) -> EvaluationClip:
     path = write_dataset(tmp_path_factory.mktemp("scene"), 1, 5, (48, 48), 5)
     return read_eval_clips(path, load_taxonomy("surgical4"), None)[0]
 
@@ -88,7 +88,7 @@ def test_a_reward_scores_frames_against_the_prompt(scene_clip):
     scorer = RewardScore("tiny", lambda: make_tiny_reward(TinyRewardSettings(), device), device)
     shape = VideoShape(5, (96, 96), 16)
     frames = render(SceneSpec("suction", seed=8, size=(96, 96), frames=5)).frames_THWC
-    scores = {text: scorer.score(Made(frames, EvalClip("a", text), shape)) for text in ("吸引清理术野", "剪刀剪断组织")}
+    scores = {text: scorer.score(Made(frames, EvaluationClip("a", text), shape)) for text in ("吸引清理术野", "剪刀剪断组织")}
     assert scores["吸引清理术野"]["tiny_score"] > scores["剪刀剪断组织"]["tiny_score"]
     assert 0.5 < scores["吸引清理术野"]["tiny_steadiness"] <= 1 + 1e-6
     assert scorer.names == ("tiny_score", "tiny_steadiness")

@@ -11,7 +11,7 @@ from evaluation_cases import write_random_mixture
 
 from lapwan.caching.read import load_index
 from lapwan.evaluation.arms import make_arm
-from lapwan.evaluation.clips import EvalClip, VideoShape
+from lapwan.evaluation.clips import EvaluationClip, VideoShape
 from lapwan.evaluation.engine import default_sampling, generate_and_score, request_for
 from lapwan.evaluation.flow import FlowPlan, flow_losses
 from lapwan.evaluation.metrics import Temporal
@@ -32,7 +32,7 @@ def mixture(tmp_path_factory, tiny_t2v):
 def test_a_batch_is_its_videos_one_at_a_time(tiny_t2v, mixture):
     base = Base(tiny_t2v)
     weights = np.eye(4)[[1, 0, 2, 3, 2]]
-    clips = [EvalClip(text, text, tuple(own)) for text, own in zip(PROMPTS, weights.tolist(), strict=True)]
+    clips = [EvaluationClip(text, text, tuple(own)) for text, own in zip(PROMPTS, weights.tolist(), strict=True)]
     generator = BatchGenerator(base, None, "cuda", torch.float32)
     sampling = replace(default_sampling(tiny_t2v), shape=VideoShape(9, (64, 64), 16), steps=6)
     for hint in (None, "truth", "wrong"):
@@ -53,7 +53,7 @@ def test_flow_losses_are_those_of_the_cpu(tiny_t2v, mixture, t2v_cache):
         flow_losses(BatchGenerator(base, None, device, torch.float32), arm,
                     ClipStore(index, index.items, torch.device(device), 4), FlowPlan(bins=2, batch_size=2))
         for device in ("cpu", "cuda"))
-    for expert, own in here.items():
+    for noise_expert, own in here.items():
         for name in ("sigma_PK", "whole_PK", "roi_PK", "outside_PK"):
-            ours, theirs = getattr(own, name), getattr(there[expert], name)
-            assert np.allclose(ours, theirs, rtol=2e-3, equal_nan=True), (expert, name)
+            ours, theirs = getattr(own, name), getattr(there[noise_expert], name)
+            assert np.allclose(ours, theirs, rtol=2e-3, equal_nan=True), (noise_expert, name)

@@ -16,7 +16,7 @@ from lapwan.wan.backbone import load_transformer, velocity
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.compile import compile_blocks, compile_time
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.options import forward_options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -51,7 +51,7 @@ def gradients(model, adapter: Adapter, x: Tensor, t: Tensor, text: Tensor) -> li
 @pytest.mark.parametrize("kind", ["off", "op", "block"])
 def test_compiled_blocks_are_eager_ones(tiny_t2v, dtype, tolerance, kind):
     model, adapter, *given = prepared(tiny_t2v, dtype)
-    path_of(model).checkpointing = kind
+    forward_options(model).checkpointing = kind
     eager = gradients(model, adapter, *given)
     compile_blocks(model)
     compiled = gradients(model, adapter, *given)

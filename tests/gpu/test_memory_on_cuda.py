@@ -21,7 +21,7 @@ from lapwan.names import Precision
 from lapwan.wan.backbone import velocity
 from lapwan.wan.quantise.linears import KINDS, Fp8Linear, fp8_in_hardware
 from lapwan.wan.quantise.load import fill, linears_of
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.options import forward_options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
@@ -95,7 +95,7 @@ def test_streamed_is_resident_bit_for_bit_whatever_overlaps(precision) -> None:
     for _ in range(20):  # a place that is filled too early would show sooner or later
         assert torch.equal(velocity(streamed, *inputs()), expected)
     assert torch.equal(velocity(streamed, *inputs(2)), twice)
-    home.park()
+    home.offload()
     torch.randn(1 << 28, device=CUDA)  # what has the memory now must not be written to
     home.fetch()
     assert torch.equal(velocity(streamed, *inputs()), expected)
@@ -113,7 +113,7 @@ def test_a_ring_holds_two_blocks() -> None:
     outer = sum(p.nbytes for n, p in streamed.named_parameters() if not n.startswith("blocks."))
     held = torch.cuda.memory_allocated() - before
     assert 2 * block <= held <= 2 * block + outer + (4 << 20)
-    home.park()
+    home.offload()
     assert torch.cuda.memory_allocated() - before < 4 << 20
 
 
@@ -130,7 +130,7 @@ def test_training_over_a_streamed_prefix_has_the_resident_gradients() -> None:
             for tensor in adapter.own_tensors():
                 tensor.data = tensor.data.to(CUDA)
             home.fetch()
-        path_of(made).checkpointing = "block"
+        forward_options(made).checkpointing = "block"
         for _ in range(3):
             velocity(made, *inputs()).square().mean().backward()
         found.append([p.grad for p in adapter.parameters().values()])

@@ -48,7 +48,7 @@ def test_both_stages_and_a_video(lapwan, t2v_cache, tmp_path):
 
 
 @pytest.mark.parametrize("expert", list(NoiseExpert))
-def test_recomputation_on_autograds_threads_meets_the_gates_of_its_forward(expert, t2v_cache, tmp_path):
+def test_recomputation_on_autograds_threads_meets_the_gates_of_its_forward(noise_expert, t2v_cache, tmp_path):
     from lapwan.settings.train_moe import TrainMoeSettings
     from lapwan.tiny.resolve import resolve_base
     from lapwan.train import recipe
@@ -68,10 +68,10 @@ def test_recomputation_on_autograds_threads_meets_the_gates_of_its_forward(exper
                 if name.endswith(".up"):
                     parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
         batch = trainer.plan.load_batch([0, 1])
-        trainer.objective.prepare(expert, [batch])
-        track = trainer.plan.tracks[expert]
-        draws = make_draws(batch, [(0, expert.value, 0, clip) for clip in batch.ids], track.rule)
-        with trainer.objective.loss(expert, batch, draws) as loss:
+        trainer.objective.prepare(noise_expert, [batch])
+        track = trainer.plan.tracks[noise_expert]
+        draws = make_draws(batch, [(0, noise_expert.value, 0, clip) for clip in batch.ids], track.rule)
+        with trainer.objective.loss(noise_expert, batch, draws) as loss:
             loss.total_B.mean().backward()
         grads.append({n: p.grad.cpu() for n, p in trainer.parameters.items() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()

@@ -25,7 +25,7 @@ def trained(folder: Path, name: str, **changes: Any) -> Any:
     settings = SrpoSettings.model_validate({
         "output": folder / name, "prompts": {"file": prompts}, "rewards": "tiny", "size": (32, 32), "num_frames": 5,
         "steps": 3, "accumulate": 2, "batch_size": 2, "rollout": {"steps": 3, "guidance": 2.0}, "save_every": 1,
-        "held_out": {"count": 1, "every": 2}, "device": "cuda", "optimiser": {"lr": 1e-2}, **changes,
+        "held_out": {"count": 1, "every": 2}, "device": "cuda", "optimizer": {"lr": 1e-2}, **changes,
     })
     device = torch.device("cuda")
     planned = srpo.plan(settings, device)
@@ -59,20 +59,20 @@ def test_parking_the_idle_noise_expert_changes_no_bit(repeatable, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    {"master_weights": "bf16"}, {"optimiser_on_cpu": True},
-    {"train": "full", "optimiser_on_cpu": True, "activation_checkpointing": True},
+    {"master_weights": "bf16"}, {"optimizer_on_cpu": True},
+    {"train": "full", "optimizer_on_cpu": True, "activation_checkpointing": True},
     {"train": "full", "master_weights": "bf16"},
 ], ids=["bf16", "on cpu", "full on cpu", "full bf16"])
 def test_masters_and_states_are_where_they_were_asked_for(tmp_path, changes):
     trainer = trained(tmp_path, "run", **changes)
     assert all(p.is_cuda for p in trainer.parameters.values())
-    found = [(p.dtype, one) for p, one in trainer.plan.optimisers["low"].state.items()]
+    found = [(p.dtype, one) for p, one in trainer.plan.optimizers["low"].state.items()]
     bf16, full = changes.get("master_weights") == "bf16", changes.get("train") == "full"
     for dtype, one in found:
         kept = [value for value in one.values() if isinstance(value, torch.Tensor)]
         wide = not bf16 or (full and dtype == torch.float32)
         assert {value.dtype for value in kept} == {torch.float32 if wide else torch.bfloat16}
-        assert {value.device.type for value in kept} == {"cpu" if "optimiser_on_cpu" in changes else "cuda"}
+        assert {value.device.type for value in kept} == {"cpu" if "optimizer_on_cpu" in changes else "cuda"}
     again = trained(tmp_path, "run", **changes, steps=3, resume=True)
     for name, value in tensors(trainer).items():
         assert torch.equal(value, tensors(again)[name]), name

@@ -1,4 +1,4 @@
-"""Training's extras on a GPU in bf16: optimisers, dropout, max-norm, running mean, alpha phases, previews, parking."""
+"""Training's extras on a GPU in bf16: optimizers, dropout, max-norm, running mean, alpha phases, previews, parking."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lapwan.settings.optimizers import AdamW8bitSettings, ScheduleSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train.objective import ParameterGroup
-from lapwan.train.optimizers import make_optimiser, make_schedule, restore
+from lapwan.train.optimizers import make_optimizer, make_schedule, restore
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 EVERYTHING = {
@@ -34,11 +34,11 @@ def rows(run):
 
 
 @pytest.mark.parametrize("kind", ["lora", "moe"])
-@pytest.mark.parametrize("optimiser", [{"type": "adamw", "lr": 1e-3}, {"type": "automagic", "max_lr": 1e-3}])
+@pytest.mark.parametrize("optimizer", [{"type": "adamw", "lr": 1e-3}, {"type": "automagic", "max_lr": 1e-3}])
 @pytest.mark.parametrize("memory", ["both", "one"])
-def test_everything_at_once(kind, optimiser, memory, t2v_cache, tmp_path):
+def test_everything_at_once(kind, optimizer, memory, t2v_cache, tmp_path):
     model, command = {"lora": (TrainLoraSettings, train_lora), "moe": (TrainMoeSettings, train_moe)}[kind]
-    settings = {**EVERYTHING, "output": tmp_path / "run", "data": {"cache": t2v_cache}, "optimiser": optimiser,
+    settings = {**EVERYTHING, "output": tmp_path / "run", "data": {"cache": t2v_cache}, "optimizer": optimizer,
                 "memory": memory, "activation_checkpointing": memory == "one"}
     command.run(model.model_validate(settings), RunOptions())
     lines = rows(tmp_path / "run")
@@ -62,7 +62,7 @@ def test_parking_changes_nothing_but_the_memory(t2v_cache, tmp_path):
         train_lora.run(TrainLoraSettings.model_validate({
             "model": "tiny", "output": run, "data": {"cache": t2v_cache}, "steps": 4, "turn": 2, "memory": memory,
             "device": "cuda", "dtype": "fp32", "targets": {"last_blocks": 1, "ffn_last_blocks": 1},
-            "optimiser": {"lr": 1e-3}}), RunOptions())
+            "optimizer": {"lr": 1e-3}}), RunOptions())
         found[memory] = load_file(run / "lapwan_low_noise.safetensors"), torch.cuda.max_memory_allocated()
     for name, tensor in found["both"][0].items():
         torch.testing.assert_close(found["one"][0][name], tensor, rtol=1e-4, atol=1e-6)
@@ -80,28 +80,28 @@ def test_8_bit_adamw_goes_on_from_its_state_bit_for_bit():
 
     def made():
         weights = {name: torch.nn.Parameter(value.cuda()) for name, value in start.items()}
-        optimiser = make_optimiser(AdamW8bitSettings(lr=1e-2, lora_plus=2.0), [ParameterGroup(weights)])
-        return weights, optimiser, make_schedule(ScheduleSettings(name="cosine", warmup_steps=2), optimiser, 6)
+        optimizer = make_optimizer(AdamW8bitSettings(lr=1e-2, lora_plus=2.0), [ParameterGroup(weights)])
+        return weights, optimizer, make_schedule(ScheduleSettings(name="cosine", warmup_steps=2), optimizer, 6)
 
-    def train(weights, optimiser, schedule, steps):
+    def train(weights, optimizer, schedule, steps):
         for own in steps:
             for name, weight in weights.items():
                 weight.grad = own[name].clone()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
 
     whole, part = made(), made()
     train(*whole, gradients)
     train(*part, gradients[:3])
     file = io.BytesIO()
-    torch.save({"optimiser": part[1].state_dict(), "schedule": part[2].state_dict()}, file)
+    torch.save({"optimizer": part[1].state_dict(), "schedule": part[2].state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True, map_location="cpu")
     again = made()
     with torch.no_grad():
         for name, weight in again[0].items():
             weight.copy_(part[0][name])
-    restore(again[1], again[2], saved["optimiser"], saved["schedule"], ours=False)
+    restore(again[1], again[2], saved["optimizer"], saved["schedule"], ours=False)
     train(*again, gradients[3:])
     assert all(torch.equal(weight, again[0][name]) for name, weight in whole[0].items())
     assert any(value.dtype == torch.uint8 for state in whole[1].state.values() for value in state.values()

@@ -17,7 +17,7 @@ from lapwan.names import NoiseExpert
 @pytest.fixture(scope="session")
 def transformers() -> dict[NoiseExpert, WanTransformer3DModel]:
     """The two noise experts; do not change them."""
-    return {expert: make_transformer(seed) for seed, expert in enumerate(NoiseExpert)}
+    return {noise_expert: make_transformer(seed) for seed, noise_expert in enumerate(NoiseExpert)}
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +42,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, transformers: dict) -
         "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "flow_shift": 12.0,
         "prediction_type": "flow_prediction", "use_flow_sigmas": True,
     }))
-    for expert, transformer in transformers.items():
-        size = "20KB" if expert is NoiseExpert.LOW else "1GB"
-        transformer.save_pretrained(folder / expert.component, max_shard_size=size)
+    for noise_expert, transformer in transformers.items():
+        size = "20KB" if noise_expert is NoiseExpert.LOW else "1GB"
+        transformer.save_pretrained(folder / noise_expert.component, max_shard_size=size)
     return folder
 
 

@@ -39,10 +39,10 @@ def files(tmp_path: Path) -> dict[str, Path]:
 def test_two_noise_experts(files, role, name, wanted):
     found = assign([(role, files[name], 0.5)], BOTH)
     assert set(found) == wanted
-    for expert, [(lora, strength)] in found.items():
+    for noise_expert, [(lora, strength)] in found.items():
         assert lora.path == files[name] and strength == 0.5
         if name == "double":
-            assert lora.expert is expert
+            assert lora.noise_expert is noise_expert
 
 
 @pytest.mark.parametrize(("role", "name", "says"), [
@@ -65,8 +65,8 @@ def test_one_transformer_takes_what_does_not_say(files):
     ([("high", "plain")], LOW, HIGH), ([(None, "plain"), (None, "a")], None, HIGH), ([("both", "plain")], None, None),
 ])
 def test_a_single_transformers_noise_expert(files, requests, named, wanted):
-    expert, loras = assign_one([(role, files[name], 1.0) for role, name in requests], named)
-    assert expert is wanted and len(loras) == len(requests)
+    noise_expert, loras = assign_one([(role, files[name], 1.0) for role, name in requests], named)
+    assert noise_expert is wanted and len(loras) == len(requests)
 
 
 @pytest.mark.parametrize(("requests", "named", "says"), [

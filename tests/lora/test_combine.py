@@ -56,10 +56,10 @@ def test_loras_of_different_noise_experts_do_not_add_by_accident(tmp_path, pair,
     with pytest.raises(UserError, match="different noise experts"):
         merge(lora=[str(high), str(low)], output=tmp_path / "x.safetensors")
     merge(lora=[f"high={high}", f"low={low}"], output=tmp_path / "x.safetensors", format="musubi")
-    for expert, path in pair.items():
-        written = tmp_path / f"x_{expert.file_suffix}.safetensors"
+    for noise_expert, path in pair.items():
+        written = tmp_path / f"x_{noise_expert.file_suffix}.safetensors"
         ((said, state),) = read_lora(written).items()
-        assert said is expert and deltas(state).keys() == deltas(next(iter(read_lora(path).values()))).keys()
+        assert said is noise_expert and deltas(state).keys() == deltas(next(iter(read_lora(path).values()))).keys()
     plain = saved("plain.safetensors", seed=11)
     merge(lora=[str(high), str(plain)], output=tmp_path / "y.safetensors")
     assert list(read_lora(tmp_path / "y.safetensors")) == [NoiseExpert.HIGH]

@@ -144,9 +144,9 @@ def test_variants_people_have_are_read(tmp_path: Path, variant: int):
         down, up = variants(path, original)[variant]
         tensors |= {down: entry.down.clone(), up: entry.up.clone()}
     save_file(tensors, tmp_path / "x.safetensors")
-    (expert, back), = read_lora(tmp_path / "x.safetensors").items()
+    (noise_expert, back), = read_lora(tmp_path / "x.safetensors").items()
     same_delta(back, state)
-    assert expert is (NoiseExpert.LOW if variant == 6 else None)
+    assert noise_expert is (NoiseExpert.LOW if variant == 6 else None)
     assert all(entry.scale == 1.0 for entry in back.entries.values())  # no alpha anywhere: scale 1
 
 
@@ -177,22 +177,22 @@ def test_two_noise_experts_in_one_file_are_split(tmp_path: Path):
 
 def test_noise_expert_from_metadata_range_and_name(tmp_path: Path, saved):
     assert list(read_lora(saved("a.safetensors", metadata={"lapwan.noise_expert": "low"}))) == [NoiseExpert.LOW]
-    for metadata, expert in [
+    for metadata, noise_expert in [
         ({"modelspec.timestep_range": "875,1000"}, NoiseExpert.HIGH),
         ({"modelspec.timestep_range": "0,900"}, NoiseExpert.LOW),
         ({"modelspec.timestep_range": "0,1000"}, None),
         ({"ss_min_timestep": "0", "ss_max_timestep": "875"}, NoiseExpert.LOW),
         ({"ss_min_timestep": "None", "ss_max_timestep": "None"}, None),
     ]:
-        assert list(read_lora(saved("b.safetensors", metadata=metadata))) == [expert], metadata
-    for name, expert in [
+        assert list(read_lora(saved("b.safetensors", metadata=metadata))) == [noise_expert], metadata
+    for name, noise_expert in [
         ("x_high_noise", NoiseExpert.HIGH), ("x_low_noise", NoiseExpert.LOW), ("wan22-LowNoise", NoiseExpert.LOW),
         ("Motion_HIGH_v2", NoiseExpert.HIGH), ("flow_highway", None), ("high_and_low", None), ("x", None),
     ]:
         path = saved(f"{name}.safetensors")
-        assert list(read_lora(path)) == [expert], name
+        assert list(read_lora(path)) == [noise_expert], name
         assert "lapwan.noise_expert" not in only(path).metadata  # a name is a guess, not a statement
-        assert open_lora(path)[expert].said_by == ("name" if expert else "")
+        assert open_lora(path)[noise_expert].said_by == ("name" if noise_expert else "")
     contradicting = saved("y_low_noise.safetensors", metadata={"lapwan.noise_expert": "high"})
     assert list(read_lora(contradicting)) == [NoiseExpert.HIGH]
 

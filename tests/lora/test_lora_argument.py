@@ -19,7 +19,7 @@ PATHS = st.text("abcXYZ 标本./_-=:0123456789", min_size=1).map(lambda text: st
 def test_what_is_written_is_read(path: str, role: str | None, strength: float | None):
     text = (f"{role}=" if role else "") + path + (f":{strength!r}" if strength is not None else "")
     read = LoraArgument.model_validate(text)
-    assert (read.expert, read.path, read.strength) == (role, Path(path), 1.0 if strength is None else strength)
+    assert (read.noise_expert, read.path, read.strength) == (role, Path(path), 1.0 if strength is None else strength)
     assert LoraArgument.model_validate(str(read)) == read
 
 
@@ -32,7 +32,7 @@ def test_what_is_written_is_read(path: str, role: str | None, strength: float | 
 ])
 def test_examples(text: str, expected: tuple):
     read = LoraArgument.model_validate(text)
-    assert (read.expert, str(read.path), read.strength) == expected
+    assert (read.noise_expert, str(read.path), read.strength) == expected
 
 
 @pytest.mark.parametrize(("text", "says"), [

@@ -43,12 +43,12 @@ def test_merged_folder_is_base_plus_lora_in_diffusers(tmp_path, model_folder, tr
     merge(model=str(model_folder), lora=[f"{e}={p}:0.5" for e, p in pair.items()], multiplier="0.8", output=out)
     pipe = WanPipeline.from_pretrained(out, vae=None, text_encoder=None, tokenizer=None)
     assert pipe.config.boundary_ratio == 0.875
-    for expert, path in pair.items():
+    for noise_expert, path in pair.items():
         (state,) = read_lora(path).values()
-        want = velocity(add(transformers[expert], state, 0.4))
-        got = velocity(getattr(pipe, expert.component))
+        want = velocity(add(transformers[noise_expert], state, 0.4))
+        got = velocity(getattr(pipe, noise_expert.component))
         assert (want - got).abs().max() < 1e-5
-        assert (want - velocity(add(transformers[expert], state, 0.0))).abs().max() > 0.1  # the LoRA does something
+        assert (want - velocity(add(transformers[noise_expert], state, 0.0))).abs().max() > 0.1  # the LoRA does something
 
 
 def test_the_embedded_model_merged_loads_whole(tmp_path, saved):
@@ -66,7 +66,7 @@ def test_the_embedded_model_merged_loads_whole(tmp_path, saved):
             assert (weight - before - delta).abs().max() < 1e-6
         else:
             assert torch.equal(weight, before), name
-    assert resolve(str(tmp_path / "merged")).experts == spec.experts
+    assert resolve(str(tmp_path / "merged")).noise_experts == spec.noise_experts
 
 
 def test_a_merge_in_memory_is_the_merged_folder(tmp_path, saved):
@@ -76,10 +76,10 @@ def test_a_merge_in_memory_is_the_merged_folder(tmp_path, saved):
     loras = [saved(f"{n}.safetensors", sizes={"blocks.5.attn1.to_v": (width, width)}, seed=n) for n in (1, 2)]
     requests = [("low", loras[0], 0.4), ("low", loras[1], -1.5)]
     merge(model="tiny", lora=[f"{role}={path}:{strength}" for role, path, strength in requests], output=tmp_path / "m")
-    memory, folder = Base(spec, assign(requests, spec.experts)), read_spec(tmp_path / "m")
-    for expert in NoiseExpert:
-        assert memory.fingerprint(expert) == folder.fingerprint(expert)
-        ours, theirs = memory.load(expert).state_dict(), Base(folder).load(expert).state_dict()
+    memory, folder = Base(spec, assign(requests, spec.noise_experts)), read_spec(tmp_path / "m")
+    for noise_expert in NoiseExpert:
+        assert memory.fingerprint(noise_expert) == folder.fingerprint(noise_expert)
+        ours, theirs = memory.load(noise_expert).state_dict(), Base(folder).load(noise_expert).state_dict()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert memory.fingerprint(NoiseExpert.HIGH) == spec.fingerprint(NoiseExpert.HIGH)
     assert memory.fingerprint(NoiseExpert.LOW) != spec.fingerprint(NoiseExpert.LOW)
@@ -164,10 +164,10 @@ def test_two_loras_add_up_and_both_means_both(tmp_path, model_folder, transforme
     a, b = saved("a.safetensors", seed=1), saved("b.safetensors", seed=2, sizes=shapes([0]), rank=2)
     merge(model=str(model_folder), lora=[f"both={a}:0.5", f"low={b}"], output=tmp_path / "merged")
     (one,), (two,) = read_lora(a).values(), read_lora(b).values()
-    for expert in NoiseExpert:
-        want = add(transformers[expert], one, 0.5)
-        want = add(want, two) if expert is NoiseExpert.LOW else want
-        got = WanTransformer3DModel.from_pretrained(tmp_path / "merged" / expert.component)
+    for noise_expert in NoiseExpert:
+        want = add(transformers[noise_expert], one, 0.5)
+        want = add(want, two) if noise_expert is NoiseExpert.LOW else want
+        got = WanTransformer3DModel.from_pretrained(tmp_path / "merged" / noise_expert.component)
         assert (velocity(got) - velocity(want)).abs().max() < 1e-5
 
 

@@ -49,7 +49,7 @@ def test_merge_replaces_nothing_outside_its_output(name, model_folder, pair, tmp
     before = victim.read_bytes()
     index = {"metadata": {}, "weight_map": {"blocks.0.attn1.to_q.weight": name}}
     (model / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
-    loras = [word for expert, path in pair.items() for word in ("--lora", f"{expert.value}={path}")]
+    loras = [word for noise_expert, path in pair.items() for word in ("--lora", f"{noise_expert.value}={path}")]
     code, error = merge(capsys, monkeypatch, "--model", model, *loras, "-o", tmp_path / "out")
     assert code == 2 and error.startswith("error: ") and f"names the file {name!r}" in error, error
     assert victim.read_bytes() == before and not (tmp_path / "out").exists()
@@ -60,7 +60,7 @@ def test_an_index_without_a_map_is_named(index, model_folder, pair, tmp_path, ca
     model = tmp_path / "model"
     shutil.copytree(model_folder, model)
     (model / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
-    loras = [word for expert, path in pair.items() for word in ("--lora", f"{expert.value}={path}")]
+    loras = [word for noise_expert, path in pair.items() for word in ("--lora", f"{noise_expert.value}={path}")]
     code, error = merge(capsys, monkeypatch, "--model", model, *loras, "-o", tmp_path / "out")
     assert code == 2 and "weight_map" in error
 

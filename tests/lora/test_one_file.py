@@ -31,8 +31,8 @@ SUBSETS = {
 
 
 def states(subset: str = "all", **random) -> dict[NoiseExpert, LoraState]:
-    return {expert: random_state(sizes, seed=n, **random)
-            for n, (expert, sizes) in enumerate(zip(NoiseExpert, SUBSETS[subset], strict=True))}
+    return {noise_expert: random_state(sizes, seed=n, **random)
+            for n, (noise_expert, sizes) in enumerate(zip(NoiseExpert, SUBSETS[subset], strict=True))}
 
 
 def merged(output: Path, *loras: object, **options) -> list[str]:
@@ -48,18 +48,18 @@ def test_round_trip_through_one_file_keeps_delta(tmp_path: Path, dtype: torch.dt
     write_both(tmp_path / "x.safetensors", before)
     back = read_lora(tmp_path / "x.safetensors")
     assert list(back) == [HIGH, LOW]
-    for expert, state in before.items():
-        assert back[expert].fingerprint() == state.fingerprint()  # paths, ranks, alphas, A and B: ΔW bit for bit
-        assert all(e.up.dtype == e.down.dtype == dtype for e in back[expert].entries.values())
+    for noise_expert, state in before.items():
+        assert back[noise_expert].fingerprint() == state.fingerprint()  # paths, ranks, alphas, A and B: ΔW bit for bit
+        assert all(e.up.dtype == e.down.dtype == dtype for e in back[noise_expert].entries.values())
 
 
 def test_folded_alpha_is_in_b_and_nowhere_else(tmp_path: Path):
     before = states(alpha=3.0)
     write_both(tmp_path / "x.safetensors", before, fold_alpha=True)
     assert not any("alpha" in name for name in load_file(tmp_path / "x.safetensors"))
-    for expert, back in read_lora(tmp_path / "x.safetensors").items():
+    for noise_expert, back in read_lora(tmp_path / "x.safetensors").items():
         for path, entry in back.entries.items():
-            torch.testing.assert_close(entry.delta(torch.float64), before[expert].entries[path].delta(torch.float64),
+            torch.testing.assert_close(entry.delta(torch.float64), before[noise_expert].entries[path].delta(torch.float64),
                                        rtol=0, atol=1e-6)
 
 
@@ -73,19 +73,19 @@ def test_the_names_are_the_ones_in_use(tmp_path: Path):
 
 def test_metadata_that_differs_is_kept_apart(tmp_path: Path):
     both = states("other blocks")
-    for expert, state in both.items():
-        state.metadata = {"lapwan.noise_expert": expert.value, "lapwan.task": "t2v", "lapwan.boundary": "0.875",
-                          "lapwan.base_fingerprint": f"base of {expert.value}", "ss_tag": "own"}
+    for noise_expert, state in both.items():
+        state.metadata = {"lapwan.noise_expert": noise_expert.value, "lapwan.task": "t2v", "lapwan.boundary": "0.875",
+                          "lapwan.base_fingerprint": f"base of {noise_expert.value}", "ss_tag": "own"}
     write_both(tmp_path / "x.safetensors", both)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         said = file.metadata()
     assert said["lapwan.task"] == "t2v" and said["ss_tag"] == "own"
     assert not {"lapwan.noise_expert", "modelspec.timestep_range", "lapwan.base_fingerprint"} & set(said)
     assert said["modelspec.timestep_range.high"] == "875,1000" and said["modelspec.timestep_range.low"] == "0,875"
-    for expert, file in open_lora(tmp_path / "x.safetensors").items():
-        assert file.metadata["lapwan.base_fingerprint"] == f"base of {expert.value}"
-        assert file.metadata["lapwan.fingerprint"] == file.fingerprint() == both[expert].fingerprint()
-        assert file.metadata["lapwan.noise_expert"] == expert.value and file.said_by == "keys"
+    for noise_expert, file in open_lora(tmp_path / "x.safetensors").items():
+        assert file.metadata["lapwan.base_fingerprint"] == f"base of {noise_expert.value}"
+        assert file.metadata["lapwan.fingerprint"] == file.fingerprint() == both[noise_expert].fingerprint()
+        assert file.metadata["lapwan.noise_expert"] == noise_expert.value and file.said_by == "keys"
         assert not any(key.endswith((".high", ".low")) for key in file.metadata)
 
 
@@ -100,10 +100,10 @@ def test_merge_makes_one_file_of_two_and_two_of_one(tmp_path: Path, pair):
     lines = merged(together, f"high={pair[HIGH]}", f"low={pair[LOW]}", one_file=True)
     assert lines == [f"LoRA: {together}"]
     merged(tmp_path / "apart.safetensors", together, format="musubi")
-    for expert, path in pair.items():
+    for noise_expert, path in pair.items():
         (before,) = read_lora(path).values()
-        (after,) = read_lora(tmp_path / f"apart_{expert.file_suffix}.safetensors").values()
-        assert read_lora(together)[expert].fingerprint() == after.fingerprint() == before.fingerprint()
+        (after,) = read_lora(tmp_path / f"apart_{noise_expert.file_suffix}.safetensors").values()
+        assert read_lora(together)[noise_expert].fingerprint() == after.fingerprint() == before.fingerprint()
 
 
 def test_one_lora_for_both_and_sums_and_resizes_in_one_file(tmp_path: Path, saved):

@@ -21,9 +21,9 @@ def mixture() -> Mixture:
     torch.manual_seed(0)
     spec = MixtureSpec(FAMILIES, {}, "t2v", {NoiseExpert.HIGH: (0.875, 1.0), NoiseExpert.LOW: (0.0, 0.875)}, 6)
     states = {
-        expert: {f: LoraState({"blocks.0.attn1.to_q": LoraEntry(torch.randn(r, 5), torch.randn(4, r), alpha=3.0)}, {})
+        noise_expert: {f: LoraState({"blocks.0.attn1.to_q": LoraEntry(torch.randn(r, 5), torch.randn(4, r), alpha=3.0)}, {})
                  for r, f in enumerate(FAMILIES, 1)}  # ranks differ between experts
-        for expert in NoiseExpert
+        for noise_expert in NoiseExpert
     }
     return Mixture(spec, states)
 

@@ -78,9 +78,9 @@ def test_shared_experts_are_stored_once_and_read_into_both(tmp_path):
         experts = [name for name in file.keys() if ".lora_A" in name]  # noqa: SIM118
     assert len(experts) == len(FAMILIES) and all(name.startswith("both_noise.") for name in experts)
     again = read_mixture(tmp_path / "m.safetensors")
-    for expert in NoiseExpert:
+    for noise_expert in NoiseExpert:
         for family in FAMILIES:
-            entry = again.states[expert][family].entries["blocks.0.attn1.to_q"]
+            entry = again.states[noise_expert][family].entries["blocks.0.attn1.to_q"]
             assert torch.equal(entry.up, one[family].entries["blocks.0.attn1.to_q"].up)
 
 

@@ -40,11 +40,11 @@ def random_mixture(spec: ModelSpec, seed: int = 0, **kwargs: object) -> Mixture:
     facts = MixtureSpec(
         families=taxonomy.keys, taxonomy=taxonomy.to_dict(), task=spec.task, text_dim=spec.text_dim,
         bands={e: (band.low, band.high) for e, band in spec.bands.items()},
-        base={e: spec.fingerprint(e) for e in spec.experts}, **kwargs,
+        base={e: spec.fingerprint(e) for e in spec.noise_experts}, **kwargs,
     )
     states = {
         e: {family: random_lora(100 * i + j) for j, family in enumerate(taxonomy.keys)}
-        for i, e in enumerate(spec.experts)
+        for i, e in enumerate(spec.noise_experts)
     }
     return Mixture(facts, states).requires_grad_(False)
 

@@ -14,7 +14,7 @@ from lapwan.wan.backbone import load_transformer
 from lapwan.wan.transformer import compile, kernels
 from lapwan.wan.transformer.block import block_forward
 from lapwan.wan.transformer.compile import CompileReport, compile_blocks, compiled_block, pays, worth
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.options import forward_options
 
 A14B = 5120
 
@@ -56,7 +56,7 @@ def test_training_does_as_told(mode, tiny_t2v, t2v_cache, tmp_path):
     base = resolve_base("tiny")
     trainer = lora_recipe.prepare(settings, base, recipe.read_data(settings, base), torch.device("cpu"))
     for adapter in trainer.objective.adapters.values():
-        assert path_of(adapter.transformer).block is (compiled_block() if mode == "on" else block_forward)
+        assert forward_options(adapter.transformer).block is (compiled_block() if mode == "on" else block_forward)
 
 
 @pytest.mark.parametrize("mode", ["on", "off", "auto"])
@@ -85,9 +85,9 @@ def test_it_says_how_long_it_took_once(monkeypatch, capsys):
 
 
 def test_one_function_serves_all(tiny_t2v):
-    models = [load_transformer(tiny_t2v, expert) for expert in NoiseExpert]
+    models = [load_transformer(tiny_t2v, noise_expert) for noise_expert in NoiseExpert]
     for model in models:
         compile_blocks(model)
-    assert path_of(models[0]).block is path_of(models[1]).block is compiled_block()
+    assert forward_options(models[0]).block is forward_options(models[1]).block is compiled_block()
     compile_blocks(models[0], False)
-    assert path_of(models[0]).block is block_forward
+    assert forward_options(models[0]).block is block_forward

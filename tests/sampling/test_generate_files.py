@@ -109,10 +109,10 @@ def pair(request, tmp_path_factory, t2v, i2v) -> Pair:
     text = UMT5EncoderModel.from_pretrained(source.path / "text_encoder")
     parameters = {original_t5(name): value.detach() for name, value in text.named_parameters()}
     torch.save(parameters, root / "models_t5_umt5-xxl-enc-bf16.pth")
-    for expert in NoiseExpert:
-        out = root / f"{expert.value}_noise_model"
+    for noise_expert in NoiseExpert:
+        out = root / f"{noise_expert.value}_noise_model"
         out.mkdir()
-        weights = WanTransformer3DModel.from_pretrained(source.component(expert)).state_dict()
+        weights = WanTransformer3DModel.from_pretrained(source.component(noise_expert)).state_dict()
         tensors = {original_transformer(name): value.contiguous() for name, value in weights.items()}
         converted = convert_wan_transformer_to_diffusers(dict(tensors))
         assert converted.keys() == weights.keys() and all(torch.equal(converted[n], weights[n]) for n in weights)
@@ -153,8 +153,8 @@ def test_the_same_outputs_to_the_bit(pair, small) -> None:
 def test_the_fingerprint_does_not_depend_on_the_layout(pair) -> None:
     """So a mixture or a cache made with the folder is recognised with the files."""
     base = resolve_base(pair.files)
-    for expert in NoiseExpert:
-        assert base.fingerprint(expert) == pair.folder.fingerprint(expert)
+    for noise_expert in NoiseExpert:
+        assert base.fingerprint(noise_expert) == pair.folder.fingerprint(noise_expert)
 
 
 def test_a_pth_file_has_an_identity(pair, tmp_path) -> None:

@@ -56,20 +56,20 @@ def test_one_at_a_time_parks_the_idle_one_in_pinned_memory(t2v, small) -> None:
     expected = both.latents(request)
     for _ in range(2):  # the second time from pinned memory
         assert (one.latents(request) - expected).abs().max() < 1e-2
-        assert one.experts.resident() == ("low",)
-    low, high = (one.experts._loaded[e].model for e in ("low", "high"))
+        assert one.noise_experts.resident() == ("low",)
+    low, high = (one.noise_experts._loaded[e].model for e in ("low", "high"))
     assert {p.device.type for p in low.parameters()} == {"cuda"}
     assert {(p.device.type, p.is_pinned()) for p in high.parameters()} == {("cpu", True)}
     waiting = one._text.model.parameters()
     assert {(p.device.type, p.is_pinned()) for p in waiting} == {("cpu", True)}
-    assert {p.device.type for e in t2v.experts for p in both.experts.transformer(e).parameters()} == {"cuda"}
+    assert {p.device.type for e in t2v.noise_experts for p in both.noise_experts.transformer(e).parameters()} == {"cuda"}
 
 
 def test_memory_is_decided_from_what_the_gpu_has_free(t2v, small, capsys) -> None:
     generator = Generator(t2v, device="cuda", dtype=torch.bfloat16)
     generator.latents(small(t2v))
     assert "memory: both noise experts stay on cuda (auto)" in capsys.readouterr().err
-    assert generator.experts.resident() == ("high", "low")
+    assert generator.noise_experts.resident() == ("high", "low")
 
 
 def test_fp16_runs(t2v, small) -> None:
@@ -82,10 +82,10 @@ def test_other_adapters_while_blocks_stream(t2v, small) -> None:
     request, sets = small(t2v), {}
     for name in ("a", "b"):
         state = random_lora(ord(name))
-        sets[name] = AdapterSet({e: [LoraUse(Path(name), state, 1.0)] for e in t2v.experts})
+        sets[name] = AdapterSet({e: [LoraUse(Path(name), state, 1.0)] for e in t2v.noise_experts})
     one = Generator(t2v, sets["a"], device="cuda", dtype=torch.bfloat16, memory="stream")
     one.latents(request)
-    one.use(one.experts.base, sets["b"])
+    one.use(one.noise_experts.base, sets["b"])
     fresh = Generator(t2v, sets["b"], device="cuda", dtype=torch.bfloat16, memory="both")
     assert (one.latents(request) - fresh.latents(request)).abs().max() < 1e-2
 
@@ -104,7 +104,7 @@ def test_every_start_and_a_preview(t2v, i2v, small, tmp_path) -> None:
 
 @pytest.mark.parametrize("precision", list(Precision))
 def test_quantised_blocks_with_loras_and_guidance(precision, t2v, small) -> None:
-    adapters = AdapterSet({e: [LoraUse(Path("a"), random_lora(1), 0.5)] for e in t2v.experts})
+    adapters = AdapterSet({e: [LoraUse(Path("a"), random_lora(1), 0.5)] for e in t2v.noise_experts})
     plain, quantised = (
         Generator(t2v, adapters, "cuda", torch.bfloat16, precision=form).latents(small(t2v, guidance=3.0))
         for form in (None, precision)

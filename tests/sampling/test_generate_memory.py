@@ -46,21 +46,21 @@ def test_the_plan_takes_the_quickest_that_fits(t2v, monkeypatch) -> None:
     monkeypatch.setattr("lapwan.memory.plan.MARGIN", 0)
     monkeypatch.setattr("lapwan.memory.generation.WORKSPACE", 0)
     monkeypatch.setattr("lapwan.memory.generation.decode_bytes", lambda *_: 0)
-    weights = weight_bytes(t2v, t2v.experts[0], torch.float32) / 2**20
+    weights = weight_bytes(t2v, t2v.noise_experts[0], torch.float32) / 2**20
     assert planned(t2v, "auto", None).both
     free = 4 * weights + 500
     last = planned(t2v, "auto", free)
-    assert last.both and last.way.together
-    ways = []
+    assert last.both and last.strategy.together
+    strategies = []
     while last.fits:
         assert needs(last.peak) <= free * 2**20
-        ways.append((last.both, len(last.streamed), last.way.together))
+        strategies.append((last.both, len(last.streamed), last.strategy.together))
         free = last.peak / 2**20 - 0.1  # a little less than it takes
         last = planned(t2v, "auto", free)
-    assert ways[0] == (True, 0, True) and (False, 0, True) in ways
-    assert any(streamed for _, streamed, _ in ways) and any(not together for *_, together in ways)
-    assert ways[-1][1] == 8  # of 8 blocks, when nothing else fits
-    assert planned(t2v, "stream", 10_000).way.seconds >= planned(t2v, "both", 10_000).way.seconds
+    assert strategies[0] == (True, 0, True) and (False, 0, True) in strategies
+    assert any(streamed for _, streamed, _ in strategies) and any(not together for *_, together in strategies)
+    assert strategies[-1][1] == 8  # of 8 blocks, when nothing else fits
+    assert planned(t2v, "stream", 10_000).strategy.seconds >= planned(t2v, "both", 10_000).strategy.seconds
 
 
 @pytest.mark.parametrize(("memory", "both", "streamed"), [("both", True, 0), ("one", False, 0), ("stream", False, 8)])
@@ -95,10 +95,10 @@ def test_the_line_says_the_numbers(t2v) -> None:
 
 
 def test_sizes_are_read_from_headers(t2v) -> None:
-    model = load_transformer(t2v, t2v.experts[0])
+    model = load_transformer(t2v, t2v.noise_experts[0])
     elements = sum(p.numel() for p in model.parameters())
-    assert weight_bytes(t2v, t2v.experts[0], torch.float32) == 4 * elements
-    assert weight_bytes(t2v, t2v.experts[1], torch.bfloat16) == 2 * elements
+    assert weight_bytes(t2v, t2v.noise_experts[0], torch.float32) == 4 * elements
+    assert weight_bytes(t2v, t2v.noise_experts[1], torch.bfloat16) == 2 * elements
     # 5 frames of 32x48: 2 latent frames of 2 x 3 tokens.
     assert forward_bytes(t2v, torch.bfloat16, 5, (32, 48)) == 40 * 192 * 2 * 12 + GIB
     assert text_encoder_bytes(t2v) == sum(
@@ -115,7 +115,7 @@ def test_a_host_copy_brings_back_the_same_tensors_and_the_adapters_on_them() -> 
     there = [tensor.data_ptr() for tensor in tensors]
     host = HostCopy(tensors, pinned=False)
     for _ in range(2):
-        host.park()
+        host.offload()
         waiting = [tensor.data_ptr() for tensor in tensors]
         assert not set(waiting) & set(there)
         host.fetch(torch.device("cpu"))
@@ -126,7 +126,7 @@ def test_a_host_copy_brings_back_the_same_tensors_and_the_adapters_on_them() -> 
 
 
 def test_an_adapters_own_tensors_leave_out_the_base(t2v) -> None:
-    model = load_transformer(t2v, t2v.experts[0])
+    model = load_transformer(t2v, t2v.noise_experts[0])
     plain = {id(t) for t in (*model.parameters(), *model.buffers())}
     adapter = attach(model, [Group("a", random_lora(0), False)])
     own = {id(t) for t in adapter.own_tensors()}
@@ -157,14 +157,14 @@ def test_one_transformer_at_a_time_on_the_device(t2v, small) -> None:
     for memory in ("both", "one"):
         generator = Generator(t2v, memory=memory)
         residents = seen.setdefault(memory, [])
-        original = generator.experts.transformer
+        original = generator.noise_experts.transformer
 
-        def note(expert, original=original, experts=generator.experts, residents=residents):
-            model = original(expert)
-            residents.append(tuple(e.value for e in experts.resident()))
+        def note(noise_expert, original=original, noise_experts=generator.noise_experts, residents=residents):
+            model = original(noise_expert)
+            residents.append(tuple(e.value for e in noise_experts.resident()))
             return model
 
-        generator.experts.transformer = note
+        generator.noise_experts.transformer = note
         generator.latents(small(t2v, steps=4))
     assert set(seen["one"]) == {("high",), ("low",)}
     assert seen["both"][-1] == ("high", "low")
@@ -184,7 +184,7 @@ def test_the_option_and_repeating_a_video_with_another(lapwan, tmp_path) -> None
 
 
 def test_fp16_keeps_in_fp32_what_diffusers_keeps(t2v, lapwan, tmp_path) -> None:
-    model = load_transformer(t2v, t2v.experts[0], torch.float16)
+    model = load_transformer(t2v, t2v.noise_experts[0], torch.float16)
     kept = ("norm2", "scale_shift_table", "time_embedder")
     for name, value in model.named_parameters():
         wide = any(part in kept for part in name.split("."))
@@ -198,7 +198,7 @@ def test_fp16_keeps_in_fp32_what_diffusers_keeps(t2v, lapwan, tmp_path) -> None:
 
 def test_latents_that_overflow_are_refused(t2v, small) -> None:
     generator = Generator(t2v, dtype=torch.float16)
-    high = generator.experts.transformer(t2v.experts[0])
+    high = generator.noise_experts.transformer(t2v.noise_experts[0])
     high.patch_embedding.weight.data.fill_(6e4)
     with pytest.raises(UserError, match="not finite in float16; use --dtype bf16"):
         generator.latents(small(t2v))

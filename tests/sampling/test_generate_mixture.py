@@ -45,9 +45,9 @@ def test_a_hint_forces_its_expert(t2v, mixture_file, small) -> None:
     mixture = adapters.mixture
     mix = choose_mix(mixture, "剪刀剪断组织", "hook", no_text)
     assert mix.source == "hint" and mix.mix_1E.tolist() == [[0.0, 1.0, 0.0, 0.0]]
-    for expert, sigma in ((HIGH, 0.95), (LOW, 0.4)):
-        w = mixture.timestep_gate(expert)(torch.tensor([sigma]))
-        gates = adapters.gates(expert, sigma, mix.mix_1E, 1.0, None)
+    for noise_expert, sigma in ((HIGH, 0.95), (LOW, 0.4)):
+        w = mixture.timestep_gate(noise_expert)(torch.tensor([sigma]))
+        gates = adapters.gates(noise_expert, sigma, mix.mix_1E, 1.0, None)
         assert torch.equal(gates, torch.tensor([[0.0, 1.0, 0.0, 0.0]]) * w)
     video = Generator(t2v, adapters).generate(small(t2v, hint="hook"))
     assert video.facts["moe"]["mix"] == {"scissors": 0.0, "hook": 1.0, "suction": 0.0, "other": 0.0}
@@ -105,11 +105,11 @@ def test_alpha_expert_by_family(t2v) -> None:
 def over_base(t2v: ModelSpec, tmp_path: Path) -> tuple[Path, dict[NoiseExpert, Path]]:
     """A mixture trained over a base LoRA, with the LoRA files beside it."""
     files, recorded = {}, {}
-    for index, expert in enumerate(t2v.experts):
+    for index, noise_expert in enumerate(t2v.noise_experts):
         state = random_lora(50 + index)
-        files[expert] = tmp_path / "stage1" / f"base_{expert.file_suffix}.safetensors"
-        write_lora(files[expert], state)
-        recorded[expert] = {"path": f"stage1/{files[expert].name}", "fingerprint": state.fingerprint()}
+        files[noise_expert] = tmp_path / "stage1" / f"base_{noise_expert.file_suffix}.safetensors"
+        write_lora(files[noise_expert], state)
+        recorded[noise_expert] = {"path": f"stage1/{files[noise_expert].name}", "fingerprint": state.fingerprint()}
     path = tmp_path / "mixture.safetensors"
     write_mixture(path, random_mixture(t2v, base_lora=recorded))
     return path, files
@@ -161,12 +161,12 @@ def test_loras_go_to_the_noise_expert_they_are_for(t2v, tmp_path) -> None:
     write_lora(high, random_lora(0, metadata={"lapwan.noise_expert": "high"}))
     silent = tmp_path / "style.safetensors"
     write_lora(silent, random_lora(1))
-    loras = [LoraArgument(path=high, strength=0.5), LoraArgument(expert="both", path=silent)]
+    loras = [LoraArgument(path=high, strength=0.5), LoraArgument(noise_expert="both", path=silent)]
     found = read_adapters(Base(t2v), loras, None)[1]
     assert [(u.path, u.strength) for u in found.loras[HIGH]] == [(high, 0.5), (silent, 1.0)]
     assert [u.path for u in found.loras[LOW]] == [silent]
     with pytest.raises(UserError, match=r"is for the high noise expert .* give it as high=FILE"):
-        read_adapters(Base(t2v), [LoraArgument(expert="low", path=high)], None)
+        read_adapters(Base(t2v), [LoraArgument(noise_expert="low", path=high)], None)
     with pytest.raises(UserError, match="does not say which noise expert it is for; give it as high=FILE, low=FILE"):
         read_adapters(Base(t2v), [LoraArgument(path=silent)], None)
 
@@ -186,7 +186,7 @@ def test_strengths_of_several_loras_add(t2v, tmp_path, small) -> None:
     write_lora(file, random_lora(0))
 
     def latents(*strengths: float) -> torch.Tensor:
-        loras = [LoraArgument(expert="both", path=file, strength=s) for s in strengths]
+        loras = [LoraArgument(noise_expert="both", path=file, strength=s) for s in strengths]
         return Generator(*read_adapters(Base(t2v), loras, None)).latents(small(t2v))
 
     assert (latents(0.25, 0.25) - latents(0.5)).abs().max() < 1e-4
@@ -204,10 +204,10 @@ def stage1(tmp_path: Path) -> dict[NoiseExpert, Path]:
 def test_a_mixture_over_a_base_merged_in_memory_takes_its_loras(t2v, stage1, tmp_path, small) -> None:
     """Trained on base + LoRAs in the weights: given the LoRAs, they go into the weights here too."""
     loras = [LoraArgument(path=file, strength=0.8) for file in stage1.values()]
-    assigned = assign([(None, lora.path, lora.strength) for lora in loras], t2v.experts)
+    assigned = assign([(None, lora.path, lora.strength) for lora in loras], t2v.noise_experts)
     merged = Base(t2v, assigned)
     mixture = random_mixture(t2v)
-    spec = dataclasses.replace(mixture.spec, base={e: merged.fingerprint(e) for e in t2v.experts})
+    spec = dataclasses.replace(mixture.spec, base={e: merged.fingerprint(e) for e in t2v.noise_experts})
     path = tmp_path / "over_merged.safetensors"
     write_mixture(path, Mixture(spec, mixture.states))
     with pytest.raises(UserError, match="was trained on another base"):

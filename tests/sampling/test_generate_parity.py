@@ -91,7 +91,7 @@ def latents_with(
     files: dict[NoiseExpert, Path], spec: ModelSpec, image: Image.Image, fold: bool = False
 ) -> torch.Tensor:
     loras = [
-        LoraArgument(expert="high", path=files[NoiseExpert.HIGH], strength=0.7),
+        LoraArgument(noise_expert="high", path=files[NoiseExpert.HIGH], strength=0.7),
         LoraArgument(path=files[NoiseExpert.LOW]),  # its name says the noise expert
     ]
     return Generator(*read_adapters(Base(spec), loras, None, fold)).latents(request(spec, image, (4.0, 3.0)))
@@ -105,9 +105,9 @@ def test_a_generation_with_a_lora_equals_diffusers_with_it_merged(
     spec, cls = (t2v, WanPipeline) if task == "t2v" else (i2v, WanImageToVideoPipeline)
     pipeline = cls.from_pretrained(spec.path, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    for index, (expert, strength) in enumerate(((NoiseExpert.HIGH, 0.7), (NoiseExpert.LOW, 1.0))):
+    for index, (noise_expert, strength) in enumerate(((NoiseExpert.HIGH, 0.7), (NoiseExpert.LOW, 1.0))):
         for path, entry in random_lora(index).entries.items():
-            weight = getattr(pipeline, expert.component).get_submodule(path).weight
+            weight = getattr(pipeline, noise_expert.component).get_submodule(path).weight
             weight.data += strength * entry.alpha / entry.down.shape[0] * (entry.up @ entry.down)
     expected = theirs(pipeline, task, image, (4.0, 3.0))
     assert (expected - theirs(pipelines[task], task, image, (4.0, 3.0))).abs().max() > 100 * TOLERANCE
@@ -135,15 +135,15 @@ def test_a_generation_with_a_lora_equals_diffusers_that_loads_the_file(
 
 
 @pytest.mark.parametrize("expert", list(NoiseExpert))
-def test_velocity_equals_the_pipelines_transformer(expert, pipelines, i2v) -> None:
-    model = getattr(pipelines["i2v"], expert.component)
+def test_velocity_equals_the_pipelines_transformer(noise_expert, pipelines, i2v) -> None:
+    model = getattr(pipelines["i2v"], noise_expert.component)
     generator = torch.Generator().manual_seed(3)
     x, condition = (torch.randn(2, c, 2, 4, 6, generator=generator) for c in (16, 20))
     text = torch.randn(2, 512, i2v.text_dim, generator=generator)
     timestep = torch.tensor([950, 20])
     with torch.no_grad():
         expected = model(torch.cat([x, condition], 1), timestep, text, return_dict=False)[0]
-        ours = velocity(load_transformer(i2v, expert), x, timestep, text, condition)
+        ours = velocity(load_transformer(i2v, noise_expert), x, timestep, text, condition)
     assert (ours - expected).abs().max() < 1e-5
 
 
@@ -158,4 +158,4 @@ def test_guidance_is_decided_by_each_noise_expert(t2v, small) -> None:
 def test_a_noise_expert_without_steps_is_not_loaded(t2v, small) -> None:
     generator = Generator(t2v)
     generator.latents(small(t2v, steps=2, flow_shift=30.0))
-    assert generator.experts.resident() == (NoiseExpert.HIGH,)
+    assert generator.noise_experts.resident() == (NoiseExpert.HIGH,)

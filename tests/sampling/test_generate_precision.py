@@ -64,7 +64,7 @@ def test_a_streamed_text_encoder_gives_the_same_bits(t2v) -> None:
         for prompts in (PROMPTS, PROMPTS[:1]):
             made = encode_text(encoder, prompts)
             assert all(torch.equal(a, b) for a, b in zip(made, expected[len(prompts)], strict=True))
-        home.park()
+        home.offload()
     assert home.ring is not None and home.ring.copied_bytes > 0
     assert text_encoder_bytes(t2v, None, streamed=True) < text_encoder_bytes(t2v)
 
@@ -96,23 +96,23 @@ def test_the_other_noise_expert_is_read_while_the_first_samples(t2v, small, monk
     """Its reading begins before the first noise expert's last step and is not repeated."""
     events: list[str] = []
     generator = Generator(t2v, memory="stream")
-    load, transformer = generator.experts._load, generator.experts.transformer
+    load, transformer = generator.noise_experts._load, generator.noise_experts.transformer
 
-    def loading(expert, place):
-        events.append(f"read {expert.value}")
-        return load(expert, place)
+    def loading(noise_expert, place):
+        events.append(f"read {noise_expert.value}")
+        return load(noise_expert, place)
 
-    def asked(expert):
-        events.append(f"ask {expert.value}")
-        return transformer(expert)
+    def asked(noise_expert):
+        events.append(f"ask {noise_expert.value}")
+        return transformer(noise_expert)
 
-    monkeypatch.setattr(generator.experts, "_load", loading)
-    monkeypatch.setattr(generator.experts, "transformer", asked)
+    monkeypatch.setattr(generator.noise_experts, "_load", loading)
+    monkeypatch.setattr(generator.noise_experts, "transformer", asked)
     request = small(t2v, steps=4)
     first = generator.latents(request)
     assert events.count("read low") == 1 and events.index("read low") < events.index("ask low")
     assert torch.equal(first, generator.latents(request)) and events.count("read low") == 1
     assert torch.equal(first, Generator(t2v).latents(request))
     resident = Generator(t2v, memory="both")
-    monkeypatch.setattr(resident.experts, "_foresee", None)  # nothing is read ahead where both stay
+    monkeypatch.setattr(resident.noise_experts, "_foresee", None)  # nothing is read ahead where both stay
     assert torch.equal(first, resident.latents(request))

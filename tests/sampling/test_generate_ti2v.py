@@ -130,7 +130,7 @@ def test_wan21_text_to_video_is_one_transformer(t2v, tmp_path, small) -> None:
     folder = edited(t2v, tmp_path / "m", "model_index.json", boundary_ratio=None, transformer_2=[None, None])
     (folder / "lapwan.json").unlink()
     spec = read_spec(folder)
-    assert spec.experts == ("high",) and spec.defaults.guidance == {"high": 5.0} and spec.defaults.steps == 50
+    assert spec.noise_experts == ("high",) and spec.defaults.guidance == {"high": 5.0} and spec.defaults.steps == 50
     pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     request = small(spec, guidance=3.0, negative_prompt="模糊")

@@ -180,7 +180,7 @@ def test_the_files_generate_what_the_folder_does(with_image, parts) -> None:
     files, folder = parts
     ours, theirs = resolve_base(files, generation=True), resolve_base(str(folder), generation=True)
     for base in (ours, theirs):
-        assert (base.spec.task, base.spec.experts, base.spec.flow_shift, base.spec.pixel_multiple) == (
+        assert (base.spec.task, base.spec.noise_experts, base.spec.flow_shift, base.spec.pixel_multiple) == (
             "ti2v", ("high",), 5.0, 32)
     pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
     request = Request(

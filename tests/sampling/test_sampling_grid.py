@@ -29,7 +29,7 @@ def test_the_boundary_is_found_after_the_shift(task, shift, high, t2v, i2v) -> N
     """40 steps: by step index it would be 5 (or 4) whatever the shift."""
     grid = make_grid(t2v if task == "t2v" else i2v, "unipc", 40, shift)
     assert (grid.count(HIGH), grid.count(LOW)) == (high, 40 - high)
-    assert [s.expert for s in grid.steps] == [HIGH] * high + [LOW] * (40 - high)
+    assert [s.noise_expert for s in grid.steps] == [HIGH] * high + [LOW] * (40 - high)
 
 
 def test_unipc_is_the_checkpoints_own_grid(t2v: ModelSpec) -> None:
@@ -84,20 +84,20 @@ def test_start_below_the_grid_is_refused(t2v: ModelSpec) -> None:
 
 
 def test_without_a_boundary_one_transformer_serves_all(t2v: ModelSpec) -> None:
-    spec = dataclasses.replace(t2v, boundary=None, experts=(HIGH,))
+    spec = dataclasses.replace(t2v, boundary=None, noise_experts=(HIGH,))
     assert make_grid(spec, "unipc", 5).count(HIGH) == 5
 
 
 def test_the_boundary_may_be_another(t2v: ModelSpec) -> None:
     own, other = make_grid(t2v, "unipc", 20), make_grid(t2v, "unipc", 20, boundary=0.6)
-    assert [step.expert for step in other.steps] == [HIGH if step.sigma >= 0.6 else LOW for step in other.steps]
+    assert [step.noise_expert for step in other.steps] == [HIGH if step.sigma >= 0.6 else LOW for step in other.steps]
     assert (sigmas(own) == sigmas(other)).all() and other.count(HIGH) > own.count(HIGH) > 0 < other.count(LOW)
 
 
 def test_guidance_acts_per_noise_expert_and_inside_its_interval(t2v: ModelSpec) -> None:
     grid = make_grid(t2v, "unipc", 8)
     guidance = Guidance({HIGH: 1.0, LOW: 4.0})
-    assert [guidance.at(s) for s in grid.steps] == [1.0 if s.expert is HIGH else 4.0 for s in grid.steps]
+    assert [guidance.at(s) for s in grid.steps] == [1.0 if s.noise_expert is HIGH else 4.0 for s in grid.steps]
     assert guidance.needed(grid) and not Guidance({HIGH: 1.0, LOW: 1.0}).needed(grid)
     inside = Guidance({HIGH: 4.0, LOW: 4.0}, (0.5, 0.95))
     assert [inside.at(s) > 1 for s in grid.steps] == [0.5 <= s.sigma <= 0.95 for s in grid.steps]
@@ -106,7 +106,7 @@ def test_guidance_acts_per_noise_expert_and_inside_its_interval(t2v: ModelSpec) 
 @pytest.mark.parametrize("together", [True, False])
 def test_guided_steps_evaluate_twice_and_others_once(together, t2v: ModelSpec) -> None:
     """Against Euler steps by hand with diffusers' own forward: x += (σ' − σ)·(v_neg + g·(v_text − v_neg))."""
-    models = {expert: load_transformer(t2v, expert) for expert in t2v.experts}
+    models = {noise_expert: load_transformer(t2v, noise_expert) for noise_expert in t2v.noise_experts}
     generator = torch.Generator().manual_seed(0)
     text, negative = (torch.randn(1, 12, t2v.text_dim, generator=generator) for _ in range(2))
     x = start = torch.randn(1, 16, 2, 4, 6, generator=generator)
@@ -114,9 +114,9 @@ def test_guided_steps_evaluate_twice_and_others_once(together, t2v: ModelSpec) -
     sigmas_to = [step.sigma for step in grid.steps[1:]] + [0.0]
     for step, after in zip(grid.steps, sigmas_to, strict=True):
         with torch.no_grad():
-            v, v_negative = (models[step.expert](x, step.timestep[None], side, return_dict=False)[0]
+            v, v_negative = (models[step.noise_expert](x, step.timestep[None], side, return_dict=False)[0]
                              for side in (text, negative))
-        x = x + (after - step.sigma) * (v_negative + strength[step.expert] * (v - v_negative))
+        x = x + (after - step.sigma) * (v_negative + strength[step.noise_expert] * (v - v_negative))
 
     rows: list[int] = []
     for model in models.values():

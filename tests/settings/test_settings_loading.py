@@ -9,6 +9,7 @@ import pytest
 
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
+from lapwan.settings.aliases import with_old_defaults
 from lapwan.settings.base import to_toml
 from lapwan.settings.load import load
 from lapwan.settings.train_lora import TrainLoraSettings
@@ -27,15 +28,15 @@ def toml(tmp_path: Path):
 
 
 def test_precedence_is_option_set_environment_file_default(toml):
-    config = toml(GOOD + "[optimiser]\nlr = 1e-5\n")
-    lr = [load(TrainLoraSettings, config, sets, options, env).optimiser.lr for sets, options, env in (
+    config = toml(GOOD + "[optimizer]\nlr = 1e-5\n")
+    lr = [load(TrainLoraSettings, config, sets, options, env).optimizer.lr for sets, options, env in (
         ([], {}, {}),
         ([], {}, {"LAPWAN_OPTIMISER__LR": "2e-5"}),
-        (["optimiser.lr=3e-5"], {}, {"LAPWAN_OPTIMISER__LR": "2e-5"}),
-        (["optimiser.lr=3e-5"], {"optimiser.lr": "4e-5"}, {"LAPWAN_OPTIMISER__LR": "2e-5"}),
+        (["optimizer.lr=3e-5"], {}, {"LAPWAN_OPTIMISER__LR": "2e-5"}),
+        (["optimizer.lr=3e-5"], {"optimizer.lr": "4e-5"}, {"LAPWAN_OPTIMISER__LR": "2e-5"}),
     )]
     assert lr == [1e-5, 2e-5, 3e-5, 4e-5]
-    assert load(TrainLoraSettings, toml(GOOD), environment={}).optimiser.lr == 1e-4
+    assert load(TrainLoraSettings, toml(GOOD), environment={}).optimizer.lr == 1e-4
 
 
 def test_foreign_environment_names_are_left_alone(toml):
@@ -45,7 +46,7 @@ def test_foreign_environment_names_are_left_alone(toml):
 
 
 def test_every_problem_is_reported_at_once_with_value_and_line(toml):
-    config = toml('output = "run"\nsteps = "many"\nbatch_sise = 2\n[data]\ncache = "c"\n[optimiser]\nlr = -1.0\n'
+    config = toml('output = "run"\nsteps = "many"\nbatch_sise = 2\n[data]\ncache = "c"\n[optimizer]\nlr = -1.0\n'
                   'weigth_decay = 0.1\n')
     with pytest.raises(UserError) as caught:
         load(TrainLoraSettings, config, ["targets.q=-3"], environment={"LAPWAN_SEED": "x"})
@@ -54,8 +55,8 @@ def test_every_problem_is_reported_at_once_with_value_and_line(toml):
     for piece in (
         "stage1.toml, line 2: steps = 'many'",
         "stage1.toml, line 3: unknown key 'batch_sise' (did you mean 'batch_size'?)",
-        "stage1.toml, line 7: optimiser.lr = -1.0: must be greater than 0",
-        "stage1.toml, line 8: unknown key 'optimiser.weigth_decay' (did you mean 'weight_decay'?)",
+        "stage1.toml, line 7: optimizer.lr = -1.0: must be greater than 0",
+        "stage1.toml, line 8: unknown key 'optimizer.weigth_decay' (did you mean 'weight_decay'?)",
         "--set targets.q: targets.q = -3",
         "environment LAPWAN_SEED: seed = 'x'",
     ):
@@ -72,7 +73,7 @@ def test_a_bad_environment_value_names_its_variable(toml):
     ('output = "r"\nsteps = 1\n', r"'data' is required"),
     (GOOD + "[high]\nxyz = 3\n", r"unknown key 'high.xyz'; \[high\] takes steps, start, stop, targets"),
     (GOOD.replace("steps", "epochs = 1\nsteps"), "give exactly one of steps, epochs and"),
-    (GOOD.replace("steps", 'experts = ["high"]\nsteps') + "[low]\nsteps = 3\n", r"\[low\] is set, but experts"),
+    (GOOD.replace("steps", 'noise_experts = ["high"]\nsteps') + "[low]\nsteps = 3\n", r"\[low\] is set, but noise_experts"),
 ])
 def test_one_line_each(toml, text, message):
     with pytest.raises(UserError, match=message) as caught:
@@ -83,8 +84,8 @@ def test_one_line_each(toml, text, message):
 def test_a_missing_file_and_a_broken_set():
     with pytest.raises(UserError, match=r"no such file: nowhere.toml"):
         load(TrainLoraSettings, Path("nowhere.toml"))
-    with pytest.raises(UserError, match=r"--set optimiser.lr: expected section.key=value"):
-        load(TrainLoraSettings, None, ["optimiser.lr"])
+    with pytest.raises(UserError, match=r"--set optimizer.lr: expected section.key=value"):
+        load(TrainLoraSettings, None, ["optimizer.lr"])
 
 
 def test_resolved_settings_reproduce_themselves_from_anywhere(toml, tmp_path, monkeypatch):
@@ -97,3 +98,59 @@ def test_resolved_settings_reproduce_themselves_from_anywhere(toml, tmp_path, mo
     assert to_toml(again) == text
     assert again.of(NoiseExpert.LOW, 1).targets.last_blocks == "all" and again.of(NoiseExpert.LOW, 1).steps == 5
     assert again.of(NoiseExpert.HIGH, 1).targets.last_blocks == 8
+
+
+OLD_NAMES = """
+output = "run"
+steps = 5
+experts = ["high"]
+[data]
+cache = "cache"
+[optimiser]
+type = "adamw"
+lr = 2e-4
+[high.optimiser]
+lr = 3e-4
+"""
+
+
+def test_older_names_of_keys_are_read_from_every_source(tmp_path):
+    (tmp_path / "old.toml").write_text(OLD_NAMES)
+    settings = load(TrainLoraSettings, tmp_path / "old.toml", ["optimiser.betas=[0.8, 0.9]"],
+                    environment={"LAPWAN_OPTIMISER__WEIGHT_DECAY": "0.5", "LAPWAN_SEED": "7"})
+    assert settings.noise_experts == (NoiseExpert.HIGH,) and settings.seed == 7
+    assert (settings.optimizer.lr, settings.optimizer.weight_decay, settings.optimizer.betas) == (2e-4, 0.5, (0.8, 0.9))
+    assert settings.of(NoiseExpert.HIGH, 1).optimizer.lr == 3e-4
+    assert TrainLoraSettings.model_validate(tomllib.loads(OLD_NAMES)).noise_experts == (NoiseExpert.HIGH,)
+    assert "optimiser" not in to_toml(settings)
+
+
+def test_a_stronger_source_wins_whatever_name_it_uses(tmp_path):
+    (tmp_path / "old.toml").write_text(OLD_NAMES)
+    settings = load(TrainLoraSettings, tmp_path / "old.toml", ["optimizer.lr=1e-5", 'noise_experts=["high"]'],
+                    environment={})
+    assert settings.optimizer.lr == 1e-5
+    (tmp_path / "both.toml").write_text(OLD_NAMES + "[optimizer]\nlr = 1.0\n")
+    with pytest.raises(UserError, match="optimiser is the older name of optimizer, and both are given"):
+        load(TrainLoraSettings, tmp_path / "both.toml", environment={})
+
+
+def test_an_error_in_an_older_key_is_found_in_the_file(tmp_path):
+    (tmp_path / "old.toml").write_text(OLD_NAMES.replace("lr = 2e-4", "lr = -1.0"))
+    with pytest.raises(UserError, match=r"old.toml, line 9: optimizer.lr = -1.0"):
+        load(TrainLoraSettings, tmp_path / "old.toml", environment={})
+
+
+def test_settings_of_an_older_version_keep_what_was_the_default():
+    table = {1: {"router.kind": "text", "seed": 1}, 2: {"seed": 2, "dropout.rank": 0.5}}
+    assert with_old_defaults({"router": {"top_k": 2}}, 1, table) == {
+        "router": {"top_k": 2, "kind": "text"}, "seed": 1, "dropout": {"rank": 0.5}}
+    assert with_old_defaults({"seed": 9}, 2, table) == {"seed": 9, "dropout": {"rank": 0.5}}
+    assert with_old_defaults({"seed": 9}, 3, table) == {"seed": 9}
+
+
+@pytest.mark.parametrize("version", ["99", "0", "'2'", "true"])
+def test_settings_of_a_newer_version_are_refused(version, tmp_path):
+    (tmp_path / "new.toml").write_text(f"settings_version = {version}\nsteps = 1\n")
+    with pytest.raises(UserError, match="settings_version"):
+        load(TrainLoraSettings, tmp_path / "new.toml", environment={})

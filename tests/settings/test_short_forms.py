@@ -32,7 +32,7 @@ def ranks(own: Any) -> tuple[int, ...]:
 
 def test_lr_and_rank_stand_without_their_section(tmp_path):
     said = settings(tmp_path, "lr = 2e-4\nrank = 16\n[high]\nlr = 5e-4\nrank = 8\n")
-    assert (said.of(HIGH, 1).optimiser.lr, said.of(LOW, 1).optimiser.lr) == (5e-4, 2e-4)
+    assert (said.of(HIGH, 1).optimizer.lr, said.of(LOW, 1).optimizer.lr) == (5e-4, 2e-4)
     assert (ranks(said.of(HIGH, 1)), ranks(said.of(LOW, 1))) == ((8, 8, 8, 0), (16, 16, 16, 0))
     again = tmp_path / "settings.toml"
     again.write_text(to_toml(said), encoding="utf-8")
@@ -46,17 +46,17 @@ def test_a_recipe_keeps_its_modules_under_another_rank(tmp_path):
 
 
 def test_a_stronger_source_replaces_the_other_spelling(tmp_path):
-    assert settings(tmp_path, "lr = 2e-4\n", optimiser__lr="3e-4").optimiser.lr == 3e-4
-    assert settings(tmp_path, "optimiser.lr = 2e-4\n", "lr=3e-4").optimiser.lr == 3e-4
-    assert settings(tmp_path, "high.lr = 2e-4\n", "high.optimiser.lr=3e-4").of(HIGH, 1).optimiser.lr == 3e-4
+    assert settings(tmp_path, "lr = 2e-4\n", optimizer__lr="3e-4").optimizer.lr == 3e-4
+    assert settings(tmp_path, "optimizer.lr = 2e-4\n", "lr=3e-4").optimizer.lr == 3e-4
+    assert settings(tmp_path, "high.lr = 2e-4\n", "high.optimizer.lr=3e-4").of(HIGH, 1).optimizer.lr == 3e-4
     aligned = load(SrpoSettings, None, ["lr=3e-6", "prompts.file=p.txt", "output=o", "rewards=tiny"], environment={})
-    assert aligned.optimiser.lr == 3e-6
+    assert aligned.optimizer.lr == 3e-6
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("lr = 1e-4\noptimiser.lr = 2e-4\n", "lr = 0.0001 and optimiser.lr = 0.0002 say the same thing; leave one out"),
+    ("lr = 1e-4\noptimizer.lr = 2e-4\n", "lr = 0.0001 and optimizer.lr = 0.0002 say the same thing; leave one out"),
     ("low.rank = 4\nlow.targets.rank = 8\n", "[low] rank = 4 and targets.rank = 8 say the same thing"),
-    ("lr = -1\n", "stage1.toml, line 4: optimiser.lr = -1: must be greater than 0"),
+    ("lr = -1\n", "stage1.toml, line 4: optimizer.lr = -1: must be greater than 0"),
     ("network_dim = 16\n", "stage1.toml, line 4: unknown key 'network_dim' (here it is 'rank')"),
     ("high.learning_rate = 1e-4\n", "unknown key 'high.learning_rate' (here it is 'lr')"),
     ('targets = {q = 32, patterns = {"blocks.*" = 4}}\n', "q = 32 would do nothing beside them"),

@@ -33,9 +33,9 @@ def test_all_weights_together_stay_under_thirty_megabytes() -> None:
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_what_loads_is_what_is_shipped(task: str, tiny_t2v: ModelSpec, tiny_i2v: ModelSpec) -> None:
     spec = {"t2v": tiny_t2v, "i2v": tiny_i2v}[task]
-    for expert in NoiseExpert:
-        shipped = load_file(WEIGHTS / f"{expert.component}.safetensors")
-        folder = load_file(spec.component(expert) / "diffusion_pytorch_model.safetensors")
+    for noise_expert in NoiseExpert:
+        shipped = load_file(WEIGHTS / f"{noise_expert.component}.safetensors")
+        folder = load_file(spec.component(noise_expert) / "diffusion_pytorch_model.safetensors")
         patch = shipped["patch_embedding.weight"]
         shipped["patch_embedding.weight"] = patch[:, :16] if task == "t2v" else patch
         assert patch.shape[1] == 36 and shipped.keys() == folder.keys()
@@ -92,11 +92,11 @@ def test_velocity_beats_knowing_nothing(tiny_t2v: ModelSpec) -> None:
         text = pad_text(encode_text(load_text_encoder(tiny_t2v), [scene.caption]))
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
         target = velocity_target(x0, noise)
-        for expert, sigma in ((NoiseExpert.HIGH, 0.95), (NoiseExpert.LOW, 0.5)):
-            model = load_transformer(tiny_t2v, expert)
+        for noise_expert, sigma in ((NoiseExpert.HIGH, 0.95), (NoiseExpert.LOW, 0.5)):
+            model = load_transformer(tiny_t2v, noise_expert)
             s = torch.tensor([sigma])
             error = (velocity(model, noised(x0, noise, s), 1000 * s, text) - target).square().mean()
-            assert error < 0.4 * target.square().mean(), expert
+            assert error < 0.4 * target.square().mean(), noise_expert
     assert np.isfinite(x0.numpy()).all() and 0.5 < x0.std() < 2.0
 
 

@@ -1,4 +1,4 @@
-"""Alpha in phases: what decides, ΔW continuous at a transition, the optimiser's history in new units, resume."""
+"""Alpha in phases: what decides, ΔW continuous at a transition, the optimizer's history in new units, resume."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_two_hundred_losses_cannot_show_that_a_loss_is_flat_and_a_thousand_can()
     assert trend(noisy(0.0, 10, 0.4), 0.95) is None
 
 
-@pytest.mark.parametrize("optimiser", [{"type": "adamw", "lr": 1e-3}, {"type": "automagic", "max_lr": 1e-3}])
-def test_delta_w_is_continuous_at_a_transition_and_the_other_noise_expert_is_not_touched(make_lora, optimiser):
-    trainer = make_lora(steps=3, optimiser=optimiser, ema_decay=0.5,
+@pytest.mark.parametrize("optimizer", [{"type": "adamw", "lr": 1e-3}, {"type": "automagic", "max_lr": 1e-3}])
+def test_delta_w_is_continuous_at_a_transition_and_the_other_noise_expert_is_not_touched(make_lora, optimizer):
+    trainer = make_lora(steps=3, optimizer=optimizer, ema_decay=0.5,
                         high={"alpha_schedule": phases(8.0, 20.0, max_steps=2)})
     randomise(trainer)
     rule = trainer.rules["alpha.high"]
@@ -65,7 +65,7 @@ def test_delta_w_is_continuous_at_a_transition_and_the_other_noise_expert_is_not
         entries = trainer.objective.adapters[HIGH].state("lora").entries
         before["delta"] = {path: e.delta(torch.float64) * factor for path, e in entries.items()}
         before["low"] = {path: e.delta(torch.float64) for path, e in low.items()}
-        before["state"] = {n: {k: v.clone() for k, v in trainer.plan.optimisers["high"].state[p].items()
+        before["state"] = {n: {k: v.clone() for k, v in trainer.plan.optimizers["high"].state[p].items()
                                if isinstance(v, torch.Tensor)} for n, p in rule._ups.items()}
         before["ema"] = {n: trainer.ema.means[n].clone() for n in rule._ups}
         rescale(factor)
@@ -75,7 +75,7 @@ def test_delta_w_is_continuous_at_a_transition_and_the_other_noise_expert_is_not
             was = before["delta"][path]  # equal up to the rounding of B to fp32
             torch.testing.assert_close(entry.delta(torch.float64), was, rtol=0, atol=1e-6 * float(was.abs().max()))
         for name, parameter in rule._ups.items():
-            now, was = trainer.plan.optimisers["high"].state[parameter], before["state"][name]
+            now, was = trainer.plan.optimizers["high"].state[parameter], before["state"][name]
             for key, power in (("exp_avg", 1), ("exp_avg_sq", 2), ("row", 2), ("column", 2), ("lr", 0)):
                 if key in was:
                     torch.testing.assert_close(now[key], was[key] * 2.5**power)
@@ -91,7 +91,7 @@ def test_delta_w_is_continuous_at_a_transition_and_the_other_noise_expert_is_not
 
 
 def test_a_flat_loss_ends_the_phase_and_the_log_says_the_numbers(make_lora, capsys):
-    trainer = make_lora(experts=["high"], steps=40, alpha_schedule={
+    trainer = make_lora(noise_experts=["high"], steps=40, alpha_schedule={
         **phases(4.0, 8.0, min_steps=22, min_gradient_stability=0.47, loss_improvement_rate_below=0.005),
         "decrease_below": 10.0, "confirmations": 2, "check_every": 5, "window": 100})
     trainer.plan.run.mkdir()
@@ -107,7 +107,7 @@ def test_a_flat_loss_ends_the_phase_and_the_log_says_the_numbers(make_lora, caps
 
 
 def test_a_phase_that_still_falls_goes_on_until_max_steps(make_lora):
-    trainer = make_lora(experts=["high"], steps=30, alpha_schedule={
+    trainer = make_lora(noise_experts=["high"], steps=30, alpha_schedule={
         **phases(4.0, 8.0, max_steps=27), "decrease_below": 1e-9, "check_every": 5})
     trainer.plan.run.mkdir()
     trainer.fit()
@@ -116,7 +116,7 @@ def test_a_phase_that_still_falls_goes_on_until_max_steps(make_lora):
 
 
 def test_resume_after_a_transition_is_bitwise(make_lora, make_moe, tmp_path):
-    common = {"steps": 6, "alpha_schedule": phases(4.0, 8.0, 2.0, max_steps=2), "optimiser": {"lr": 1e-2}}
+    common = {"steps": 6, "alpha_schedule": phases(4.0, 8.0, 2.0, max_steps=2), "optimizer": {"lr": 1e-2}}
     for kind, make in (("lora", make_lora), ("moe", make_moe)):
         whole = make(output=tmp_path / f"{kind}whole", **common)
         whole.plan.run.mkdir()
@@ -134,7 +134,7 @@ def test_resume_after_a_transition_is_bitwise(make_lora, make_moe, tmp_path):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"alpha": 8.0, "alpha_schedule": phases(1.0)}, "alpha = 8 and alpha_schedule both say alpha"),
-    ({"optimiser": {"type": "prodigy"}, "alpha_schedule": phases(1.0)}, "use adamw or automagic"),
+    ({"optimizer": {"type": "prodigy"}, "alpha_schedule": phases(1.0)}, "use adamw or automagic"),
     ({"low": {"alpha_schedule": phases(1.0, min_steps=5, max_steps=3)}}, "max_steps = 3 is below min_steps = 5"),
     ({"init_lora": {"high": "x.safetensors"}, "alpha_schedule": phases(1.0)}, "brings its own alpha"),
 ])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lapwan.train import checkpoint
-from lapwan.train.checkpoint import Keep, Writer, begin, checkpoints, load
+from lapwan.train.checkpoint import CheckpointWriter, Keep, begin, checkpoints, load
 
 
 def parts():
@@ -43,7 +43,7 @@ def test_what_fails_leaves_nothing_and_is_told(tmp_path, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    writer = Writer()
+    writer = CheckpointWriter()
     parameters, rest, _ = parts()
     writer.start(begin(tmp_path, 3, adapters, parameters, rest, Keep()))
     with pytest.raises(OSError, match="No space left"):
@@ -53,7 +53,7 @@ def test_what_fails_leaves_nothing_and_is_told(tmp_path, monkeypatch) -> None:
 
 
 def test_one_at_a_time(tmp_path) -> None:
-    writer, running, most, lock = Writer(), [0], [0], threading.Lock()
+    writer, running, most, lock = CheckpointWriter(), [0], [0], threading.Lock()
 
     def work() -> None:
         with lock:

@@ -12,8 +12,8 @@ from lapwan.commands import train_lora, train_moe
 from lapwan.errors import UserError
 from lapwan.lora.layer import FrozenLinear
 from lapwan.memory import training
-from lapwan.memory.offload import Parking
-from lapwan.memory.shapes import ExpertShape
+from lapwan.memory.offload import NoiseExpertOffload
+from lapwan.memory.shapes import NoiseExpertShape
 from lapwan.memory.training import plan_training
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import RunOptions
@@ -22,11 +22,11 @@ from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.options import forward_options
 
 CPU = torch.device("cpu")
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
-LR = {"optimiser": {"lr": 5e-3}}
+LR = {"optimizer": {"lr": 5e-3}}
 
 
 @pytest.fixture(autouse=True)
@@ -86,11 +86,11 @@ def test_a_streamed_prefix_trains_to_the_same_bits(kind, dtype, make_lora, make_
     runs = {memory: fitted(make(output=tmp_path / memory, memory=memory, dtype=dtype, steps=3, **LR))
             for memory in ("both", "one", "stream")}
     assert same(runs["both"], runs["one"]) and same(runs["both"], runs["stream"])
-    parking = runs["stream"].plan.before_turn.__self__
-    assert isinstance(parking, Parking) and not parking.both
-    rings = [home.ring for home in parking._homes.values()]
+    offload = runs["stream"].plan.before_turn.__self__
+    assert isinstance(offload, NoiseExpertOffload) and not offload.both
+    rings = [home.ring for home in offload._homes.values()]
     assert len(rings) == 2 and all(ring is not None and ring.copied_bytes > 0 for ring in rings)
-    waits = parking._homes[HIGH if parking._here is LOW else LOW]
+    waits = offload._homes[HIGH if offload._here is LOW else LOW]
     assert not waits.here and not waits.ring._places
 
 
@@ -98,7 +98,7 @@ def test_recomputation_and_micro_batches_change_nothing(make_lora, tmp_path):
     plain = fitted(make_lora(output=tmp_path / "plain", batch_size=2, steps=3, activation_checkpointing="off", **LR))
     for kind in ("op", "block"):
         other = fitted(make_lora(output=tmp_path / kind, batch_size=2, steps=3, activation_checkpointing=kind, **LR))
-        assert path_of(other.objective.adapters[HIGH].transformer).checkpointing == kind
+        assert forward_options(other.objective.adapters[HIGH].transformer).checkpointing == kind
         assert same(plain, other)
     small = make_lora(output=tmp_path / "micro", batch_size=2, steps=3, **LR)
     small.plan.micro_batch = 1
@@ -121,11 +121,11 @@ def planned(t2v_cache):
 
 def test_a_cpu_keeps_everything_unless_told(planned):
     plan = planned()
-    assert plan.both and plan.line == "memory: both noise experts stay on cpu" and plan.plan.way.checkpointing == "off"
+    assert plan.both and plan.line == "memory: both noise experts stay on cpu" and plan.plan.strategy.checkpointing == "off"
     assert not planned(memory="one").both and "one noise expert at a time on cpu" in planned(memory="one").line
-    assert planned(memory="one", experts=["high"]).both  # nothing to park
-    assert planned(activation_checkpointing=True).plan.way.checkpointing == "block"
-    assert planned(activation_checkpointing=False).plan.way.checkpointing == "off"
+    assert planned(memory="one", noise_experts=["high"]).both  # nothing to park
+    assert planned(activation_checkpointing=True).plan.strategy.checkpointing == "block"
+    assert planned(activation_checkpointing=False).plan.strategy.checkpointing == "off"
     streamed = planned(memory="stream", targets={"last_blocks": 2, "ffn_last_blocks": 1})
     assert len(streamed.plan.streamed) == 6 and "first 6 blocks stream from host memory to cpu" in streamed.line
 
@@ -135,19 +135,19 @@ def test_less_and_less_memory(planned, monkeypatch):
     monkeypatch.setattr("lapwan.memory.plan.MARGIN", 0)
     monkeypatch.setattr("lapwan.memory.training.WORKSPACE", 0)
     # Every plan here is of one model and one batch: look at them once.
-    original, made, found = training._ways, {}, []
+    original, made, found = training._strategies, {}, []
     monkeypatch.setattr(training, "_ways", lambda *given: found or found.extend(original(*given)) or found)
-    sizes = ExpertShape.bytes
-    monkeypatch.setattr(ExpertShape, "bytes", lambda shape, numbers: made.get(numbers) or made.setdefault(
+    sizes = NoiseExpertShape.bytes
+    monkeypatch.setattr(NoiseExpertShape, "bytes", lambda shape, numbers: made.get(numbers) or made.setdefault(
         numbers, sizes(shape, numbers)))
     settings = {"targets": {"last_blocks": 5, "ffn_last_blocks": 5}, "batch_size": 2}
     plan = planned(look=True, memory=64.0, **settings)
     seen, free = [], 64.0
     while plan.plan.fits:
         assert plan.plan.peak * 1.08 <= free * 2**30
-        way = plan.plan.way
-        seen.append((way.placement.both, way.placement.streamed, way.checkpointing, way.whole_blocks,
-                     way.micro_batch))
+        strategy = plan.plan.strategy
+        seen.append((strategy.placement.both, strategy.placement.streamed, strategy.checkpointing, strategy.whole_blocks,
+                     strategy.micro_batch))
         free = plan.plan.peak / 2**30 - 1e-4
         plan = planned(memory=free, **settings)
     assert seen[0] == (True, 0, "off", 0, 0)
@@ -156,7 +156,7 @@ def test_less_and_less_memory(planned, monkeypatch):
     assert seen[-1][-1] == 1
     assert "THIS DOES NOT FIT" in plan.line
     monkeypatch.setattr(training, "_ways", original)
-    monkeypatch.setattr(ExpertShape, "bytes", sizes)
+    monkeypatch.setattr(NoiseExpertShape, "bytes", sizes)
     first, second = (planned(look=True, memory=64.0, dtype=d, **settings).plan.peak for d in ("fp32", "nf4"))
     assert second < 0.7 * first
 
@@ -210,8 +210,8 @@ def test_a_lora_that_is_gone_on_with_says_which_blocks_are_trained(make_lora, tm
     said = {"init_lora": {e.value: path for e, path in files.items()}, "steps": 2, **LR}
     runs = [fitted(make_lora(output=tmp_path / memory, memory=memory, **said)) for memory in ("both", "stream")]
     assert same(*runs)
-    parking = runs[1].plan.before_turn.__self__
-    assert list(parking._streamed) == [0, 1]
+    offload = runs[1].plan.before_turn.__self__
+    assert list(offload._streamed) == [0, 1]
     quantised = make_lora(output=tmp_path / "fp8", dtype="fp8", **said).objective.adapters[HIGH].transformer
     inside = [any(isinstance(m, FrozenLinear) for m in block.modules()) for block in quantised.blocks]
     assert [i for i, found in enumerate(inside) if not found] == [2]
@@ -220,7 +220,7 @@ def test_a_lora_that_is_gone_on_with_says_which_blocks_are_trained(make_lora, tm
 def test_a_trained_block_is_not_streamed(make_lora):
     adapter = make_lora().objective.adapters[HIGH]
     with pytest.raises(RuntimeError, match="cannot stream"):
-        Parking(CPU, False, range(8)).add({HIGH: adapter})
+        NoiseExpertOffload(CPU, False, range(8)).add({HIGH: adapter})
 
 
 def test_a_frozen_lora_beside_a_mixture_needs_its_blocks_too(make_lora, make_moe, tmp_path):

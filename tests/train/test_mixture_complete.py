@@ -47,7 +47,7 @@ def test_accumulated_batches_are_the_large_batch_to_1e_10(make_moe, t2v_cache, r
             roi_fallback="motion", routing_loss={"entropy": 0.5, "entropy_floor": 5.0}, max_grad_norm=1e9,
             data={"cache": t2v_cache, "balance": 1.0}))
         randomise(trainer)
-        trainer._optimiser_step(LOW)
+        trainer._optimizer_step(LOW)
         grads = {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}
         found.append(grads | {"usage": trainer.objective.usage_E, "totals": trainer.objective.totals.flat})
     assert found[0].keys() == found[1].keys() and any(name.startswith("router") for name in found[0])
@@ -63,14 +63,14 @@ def test_the_diffusion_loss_alone_reaches_what_a_router_makes_of_sigma(make_moe)
 
 
 def test_shared_experts_are_one_set_of_parameters_that_both_noise_experts_train(make_moe):
-    trainer = make_moe(**ONE_BLOCK, shared_experts=True, steps=2, optimiser={"lr": 1e-2}, save_every=100)
+    trainer = make_moe(**ONE_BLOCK, shared_experts=True, steps=2, optimizer={"lr": 1e-2}, save_every=100)
     separate = make_moe(**ONE_BLOCK)
     count = sum(p.numel() for n, p in trainer.parameters.items() if n.endswith((".down", ".up")))
     assert 2 * count == sum(p.numel() for n, p in separate.parameters.items() if n.endswith((".down", ".up")))
-    for expert in NoiseExpert:
+    for noise_expert in NoiseExpert:
         randomise(trainer)
         assert any(n.startswith("experts.") and float(g.abs().max()) > 0
-                   for n, g in backward(trainer, expert, [0]).items())
+                   for n, g in backward(trainer, noise_expert, [0]).items())
     trainer.plan.run.mkdir()
     trainer.fit()
     again = read_mixture(trainer.plan.run / "lapwan.safetensors", resolve_base("tiny"))
@@ -84,12 +84,12 @@ def test_shared_experts_are_one_set_of_parameters_that_both_noise_experts_train(
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"shared_experts": True, "low": {"optimiser": {"lr": 1e-3}}}, r"\[high\] and \[low\] differ in optimiser"),
-    ({"shared_experts": True, "experts": ["low"]}, "needs both noise experts"),
+    ({"shared_experts": True, "low": {"optimizer": {"lr": 1e-3}}}, r"\[high\] and \[low\] differ in optimizer"),
+    ({"shared_experts": True, "noise_experts": ["low"]}, "needs both noise experts"),
     ({"router": {"kind": "rule", "sigma": True}}, "whose gates are the labels"),
     ({"router": {"gate_ema": 0.5}}, "unless sigma = true"),
     ({"expert_targets": {"hook": {"z": 4}}}, "expert_targets.hook.z"),
-    ({"experts": ["low"], "init_lora": {"high": "x.safetensors"}}, "init_lora.high is given"),
+    ({"noise_experts": ["low"], "init_lora": {"high": "x.safetensors"}}, "init_lora.high is given"),
 ])
 def test_settings_that_contradict_each_other_are_refused(change, message, tmp_path):
     with pytest.raises(ValidationError, match=message):
@@ -209,7 +209,7 @@ def test_balanced_sampling_draws_families_evenly_and_says_how_uneven_they_are(
             drawn = sum(trainer.plan.item_ids[v.item] == "clip1" for group in groups for v in group) / 1000
             assert drawn == pytest.approx(share, abs=0.05)
     settings = TrainMoeSettings.model_validate(
-        {"output": tmp_path / "r", "steps": 1, "data": {"cache": cache}, "optimiser": {"lr": 2e-3}})
+        {"output": tmp_path / "r", "steps": 1, "data": {"cache": cache}, "optimizer": {"lr": 2e-3}})
     data = recipe.read_data(settings, resolve_base("tiny"))
     with caplog.at_level(logging.WARNING):
         lines = describe_mixture(settings, data, load_taxonomy("surgical4"))
@@ -246,14 +246,14 @@ def test_the_plan_says_that_the_region_loss_is_off(tmp_path, t2v_cache, capsys):
     (1e-4, 10.0, "text", False), (2e-3, 10.0, "text", True), (2e-3, 0.5, "text", False), (2e-3, 10.0, "linear", False)])
 def test_a_router_that_learns_too_fast_is_warned_about(make_moe, capsys, t2v_cache, tmp_path, lr, scale, kind, warned):
     settings = TrainMoeSettings.model_validate({
-        "output": tmp_path / "r", "steps": 1, "data": {"cache": t2v_cache}, "optimiser": {"lr": lr},
+        "output": tmp_path / "r", "steps": 1, "data": {"cache": t2v_cache}, "optimizer": {"lr": lr},
         "router": {"lr_scale": scale, "kind": kind}})
     describe_mixture(settings, recipe.read_data(settings, resolve_base("tiny")), load_taxonomy("surgical4"))
     assert ("lr x router.lr_scale = 0.02, above 0.005" in " ".join(capsys.readouterr().err.split())) is warned
 
 
 def test_what_is_watched_is_in_the_log_and_on_the_board(make_moe):
-    trainer = make_moe(**ONE_BLOCK, steps=12, turn=1, batch_size=2, optimiser={"lr": 1e-2}, save_every=100,
+    trainer = make_moe(**ONE_BLOCK, steps=12, turn=1, batch_size=2, optimizer={"lr": 1e-2}, save_every=100,
                        routing_watch={"every": 12, "after": 12}, watch={"every": 12}, router={"top_k": 4})
     trainer.plan.run.mkdir()
     trainer.fit()
@@ -276,7 +276,7 @@ def test_what_is_watched_is_in_the_log_and_on_the_board(make_moe):
 def test_gradients_by_expert_are_the_parts_of_the_whole(make_moe):
     trainer = make_moe(**ONE_BLOCK, routing_watch={"every": 1}, router={"kind": "rule"}, max_grad_norm=1e9)
     randomise(trainer)
-    figures = trainer._optimiser_step(HIGH)
+    figures = trainer._optimizer_step(HIGH)
     norms = {n.removeprefix("grad_norm_of/"): float(v) for n, v in figures.items() if n.startswith("grad_norm_of/")}
     assert set(norms) == {"scissors", "hook", "suction", "other"} and sum(v > 0 for v in norms.values()) == 1
     lora = [p.grad.square().sum() for n, p in trainer.parameters.items() if p.grad is not None and "timestep" not in n]
@@ -286,7 +286,7 @@ def test_gradients_by_expert_are_the_parts_of_the_whole(make_moe):
 def test_previews_with_a_hint_for_each_family(make_moe):
     preview = {"every": 2, "prompts": ["电凝钩切割组织"], "hints": "families", "steps": 2, "size": [32, 32],
                "num_frames": 1, "guidance": 1.0}
-    trainer = make_moe(**ONE_BLOCK, steps=1, preview=preview, optimiser={"lr": 3e-2}, router={"kind": "rule"})
+    trainer = make_moe(**ONE_BLOCK, steps=1, preview=preview, optimizer={"lr": 3e-2}, router={"kind": "rule"})
     randomise(trainer, 0.2)
     trainer.plan.run.mkdir()
     trainer.fit()
@@ -307,7 +307,7 @@ def test_what_does_not_fit_the_taxonomy_is_refused(tmp_path, t2v_cache, change, 
 
 
 def test_temperature_knots_decay_and_lr_scales_are_what_the_settings_say(make_moe):
-    trainer = make_moe(**ONE_BLOCK, router={"temperature": 0.5, "lr_scale": 3.0}, optimiser={"lr": 1e-3},
+    trainer = make_moe(**ONE_BLOCK, router={"temperature": 0.5, "lr_scale": 3.0}, optimizer={"lr": 1e-3},
                        timestep_gate={"knots": 5, "lr_scale": 2.0}, routing_loss={"usage_decay": 0.5})
     mixture, plan = trainer.objective.mixture, trainer.plan
     assert mixture.timestep_gate(HIGH).values_K.shape == (5,)
@@ -316,8 +316,8 @@ def test_temperature_knots_decay_and_lr_scales_are_what_the_settings_say(make_mo
     mixture.router.temperature = 1.0
     torch.testing.assert_close(sharp, torch.softmax(2.0 * mixture.route(batch.text).log(), dim=-1))
     mixture.router.temperature = 0.5
-    assert [group["lr"] for group in plan.optimisers["router"].param_groups] == [pytest.approx(3e-3)]
-    assert sorted(group["lr"] for group in plan.optimisers["high"].param_groups) == pytest.approx([1e-3, 2e-3])
+    assert [group["lr"] for group in plan.optimizers["router"].param_groups] == [pytest.approx(3e-3)]
+    assert sorted(group["lr"] for group in plan.optimizers["high"].param_groups) == pytest.approx([1e-3, 2e-3])
     trainer.objective.prepare(HIGH, [batch])
     used = mixture.select(mixture.route(batch.text))[0].double()
     torch.testing.assert_close(trainer.objective.usage_E, 0.5 * 0.25 + 0.5 * used.detach(), rtol=0, atol=1e-7)
@@ -328,7 +328,7 @@ def test_thresholds_and_windows_are_what_the_settings_say(make_moe):
     trainer = make_moe(**ONE_BLOCK, steps=6, turn=1, batch_size=2, routing_watch=watched)
     trainer.plan.run.mkdir()
     trainer.fit()  # windows of 12 clips are too small to judge four experts by, so the second look judges 24
-    kinds = [fault.kind for fault in trainer.watchers["routing"].faults]
+    kinds = [fault.kind for fault in trainer.callbacks["routing"].faults]
     assert kinds == ["collapse", *["underuse"] * 4, "divergence"]
     rows = [json.loads(line) for line in (trainer.plan.run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "routing/clips" in row] == [12] and rows[-1]["routing/faults"] == 6

@@ -13,7 +13,7 @@ from lapwan.train.checkpoint import checkpoints
 # No teacher, no balance, no entropy term; one expert acts, so the one that acts is the one that learns.
 COLLAPSING = {
     "targets": {"last_blocks": 1, "ffn_last_blocks": 1}, "steps": 30, "turn": 1, "batch_size": 2,
-    "optimiser": {"lr": 3e-3}, "router": {"top_k": 1, "lr_scale": 1.0}, "save_every": 1000,
+    "optimizer": {"lr": 3e-3}, "router": {"top_k": 1, "lr_scale": 1.0}, "save_every": 1000,
     "routing_loss": {"teacher_kl": 0.0, "balance": 0.0, "entropy": 0.0},
     "routing_watch": {"every": 20, "after": 40},
 }
@@ -42,7 +42,7 @@ def test_a_collapse_is_told_and_the_advice_mends_it(make_moe, skewed_cache, tmp_
     sick = make_moe(**settings)
     sick.plan.run.mkdir()
     sick.fit()
-    faults = sick.watchers["routing"].faults
+    faults = sick.callbacks["routing"].faults
     said = " ".join(capsys.readouterr().err.split())
     assert "overuse" in {fault.kind for fault in faults}
     assert "of the gates, above 70%" in said and "look at the label file" in said
@@ -52,7 +52,7 @@ def test_a_collapse_is_told_and_the_advice_mends_it(make_moe, skewed_cache, tmp_
     mended = make_moe(**advised(settings, changes), output=tmp_path / "mended")
     mended.plan.run.mkdir()
     mended.fit()
-    assert mended.watchers["routing"].faults == [], [str(f) for f in mended.watchers["routing"].faults]
+    assert mended.callbacks["routing"].faults == [], [str(f) for f in mended.callbacks["routing"].faults]
     assert "of the gates" not in capsys.readouterr().err
 
 

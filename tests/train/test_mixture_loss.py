@@ -14,23 +14,23 @@ from lapwan.wan.backbone import velocity
 def test_the_loss_is_flow_3_region_002_entropy_01_balance_and_1_teacher(make_moe, sure):
     """L = L_flow + 3.0·L_roi + 0.02·relu(0.5 − H) + 0.1·(E·Σ EMA·p̄ − 1) + 1.0·KL over the labelled clips."""
     trainer = make_moe(targets={"last_blocks": 1, "ffn_last_blocks": 1}, routing_loss={})
-    objective, expert = trainer.objective, NoiseExpert.LOW
+    objective, noise_expert = trainer.objective, NoiseExpert.LOW
     randomise(trainer)
-    mixture, adapter = objective.mixture, objective.adapters[expert]
+    mixture, adapter = objective.mixture, objective.adapters[noise_expert]
     if sure:
         mixture.router.temperature = 0.01
     batch = trainer.plan.load_batch([0, 1, 2, 3])  # the first has boxes, the last is a fallback
-    draws = draws_for(trainer, expert, batch)
+    draws = draws_for(trainer, noise_expert, batch)
     usage = 0.99 * torch.full((4,), 0.25)
-    objective.prepare(expert, [batch], draws=[draws])
-    with objective.loss(expert, batch, draws) as loss:
+    objective.prepare(noise_expert, [batch], draws=[draws])
+    with objective.loss(noise_expert, batch, draws) as loss:
         found = float(loss.total_B.detach().double().mean())
     with torch.no_grad():
         p = mixture.route(batch.text).double()
         two = p * (p >= p.topk(2, dim=1).values[:, 1:])
         mix = two / two.sum(dim=1, keepdim=True)
         sigma = draws.sigma_B.view(-1, 1, 1, 1, 1)
-        with adapter.holder.scope((mixture.timestep_gate(expert)(draws.sigma_B)[:, None] * mix).float()):
+        with adapter.holder.scope((mixture.timestep_gate(noise_expert)(draws.sigma_B)[:, None] * mix).float()):
             v = velocity(adapter.transformer, sigma * draws.noise_BCTHW + (1 - sigma) * batch.latents_BCTHW,
                          1000 * draws.sigma_B.float(), list(batch.text), batch.condition_BCTHW)
         error = (v - (draws.noise_BCTHW - batch.latents_BCTHW)).double().square().mean(dim=1)

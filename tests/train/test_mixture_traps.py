@@ -27,11 +27,11 @@ BOTH = pytest.mark.parametrize("expert", list(NoiseExpert))
 
 
 @BOTH
-def test_the_diffusion_loss_alone_reaches_every_routed_expert_the_router_and_the_timestep_gate(make_moe, expert):
+def test_the_diffusion_loss_alone_reaches_every_routed_expert_the_router_and_the_timestep_gate(make_moe, noise_expert):
     trainer = make_moe(router={"top_k": 4})
     randomise(trainer)
-    grads = backward(trainer, expert, [0, 1, 2, 3], only="loss/diffusion")
-    other = NoiseExpert.LOW if expert is NoiseExpert.HIGH else NoiseExpert.HIGH
+    grads = backward(trainer, noise_expert, [0, 1, 2, 3], only="loss/diffusion")
+    other = NoiseExpert.LOW if noise_expert is NoiseExpert.HIGH else NoiseExpert.HIGH
     for name in trainer.parameters:
         if name.startswith(f"{other.value}."):
             assert name not in grads
@@ -45,7 +45,7 @@ def test_the_diffusion_loss_alone_reaches_every_routed_expert_the_router_and_the
         elif name.startswith("router") and name.endswith("weight"):
             assert float(grads[name].abs().sum()) > 0, name
         assert bool(torch.isfinite(grads[name]).all()), name
-    assert float(grads[f"{expert.value}.timestep_gate.values_K"].abs().sum()) > 0
+    assert float(grads[f"{noise_expert.value}.timestep_gate.values_K"].abs().sum()) > 0
 
 
 def test_at_b_zero_those_gradients_are_exactly_zero(make_moe):
@@ -70,16 +70,16 @@ def test_base_weights_are_bit_identical_after_training(make_moe):
     trainer.plan.run.mkdir()
     base = resolve_base("tiny")
     trainer.fit()
-    for expert, adapter in trainer.objective.adapters.items():
+    for noise_expert, adapter in trainer.objective.adapters.items():
         adapter.detach()
-        fresh = base.load(expert).state_dict()
+        fresh = base.load(noise_expert).state_dict()
         state = adapter.transformer.state_dict()
         assert state.keys() == fresh.keys()
         assert all(torch.equal(state[name], fresh[name]) for name in fresh)
 
 
 def test_training_moves_experts_router_and_gates_and_keeps_doing_so_after_a_save(make_moe):
-    trainer = make_moe(steps=4, save_every=2, optimiser={"lr": 1e-2}, router={"top_k": 4})
+    trainer = make_moe(steps=4, save_every=2, optimizer={"lr": 1e-2}, router={"top_k": 4})
     trainer.plan.run.mkdir()
     before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
     trainer.fit()
@@ -90,14 +90,14 @@ def test_training_moves_experts_router_and_gates_and_keeps_doing_so_after_a_save
 
 
 @BOTH
-def test_a_batch_of_two_different_labels_is_two_batches_of_one(make_moe, expert):
+def test_a_batch_of_two_different_labels_is_two_batches_of_one(make_moe, noise_expert):
     """Loss and gradients, every term of the loss, through the trainer's own accumulation."""
     grads = []
     for batch_size, accumulate in ((2, 1), (1, 2)):
         trainer = make_moe(batch_size=batch_size, accumulate=accumulate, router={"top_k": 2},
                            routing_loss={"entropy": 0.5, "entropy_floor": 5.0}, max_grad_norm=1e9)
         randomise(trainer)
-        trainer._optimiser_step(expert)
+        trainer._optimizer_step(noise_expert)
         own = {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}
         grads.append(own | {"usage": trainer.objective.usage_E.clone()})
     assert grads[0].keys() == grads[1].keys()
@@ -107,12 +107,12 @@ def test_a_batch_of_two_different_labels_is_two_batches_of_one(make_moe, expert)
 
 
 @BOTH
-def test_gradients_with_activation_checkpointing_equal_those_without(make_moe, expert):
+def test_gradients_with_activation_checkpointing_equal_those_without(make_moe, noise_expert):
     grads = []
     for recompute in (False, True):
         trainer = make_moe(activation_checkpointing=recompute, router={"top_k": 4})
         randomise(trainer)
-        grads.append(backward(trainer, expert, [0, 1]))
+        grads.append(backward(trainer, noise_expert, [0, 1]))
     assert grads[0].keys() == grads[1].keys()
     for name in grads[0]:
         torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-5, atol=1e-7, msg=name)
@@ -174,14 +174,14 @@ def test_fallback_clips_carry_no_teacher(make_moe):
 
 def test_sigmas_lie_in_each_band(make_moe):
     trainer = make_moe(steps=25)
-    for expert in NoiseExpert:
-        band = trainer.plan.tracks[expert].rule.band
+    for noise_expert in NoiseExpert:
+        band = trainer.plan.tracks[noise_expert].rule.band
         seen = []
         for index in range(200):
             batch = trainer.plan.load_batch([index % 4])
-            keys = [(1, expert.value, index, batch.ids[0])]
+            keys = [(1, noise_expert.value, index, batch.ids[0])]
             from lapwan.train.objective import make_draws
-            seen.append(float(make_draws(batch, keys, trainer.plan.tracks[expert].rule).sigma_B))
+            seen.append(float(make_draws(batch, keys, trainer.plan.tracks[noise_expert].rule).sigma_B))
         assert band.low <= min(seen) and max(seen) <= band.high
         histogram, _ = torch.histogram(torch.tensor(seen), 4, range=(band.low, band.high))
         assert float(histogram.min()) >= 25  # spread over the band, not on one side of it
@@ -224,20 +224,20 @@ def test_save_then_load_gives_the_identical_output_on_both_noise_experts(trained
     x, sigma = torch.randn(batch.latents_BCTHW.shape), torch.tensor([0.9, 0.4])
     text = torch.randn(2, 8, base.text_dim)
     outputs = {}
-    for expert, adapter in trainer.objective.adapters.items():
+    for noise_expert, adapter in trainer.objective.adapters.items():
         outs = []
         for mixture in (trainer.objective.mixture, loaded):
             if mixture is loaded:
-                transformer = load_transformer(base.spec, expert)
-                holder = attach(transformer, loaded.groups(expert, None), gates_required=True).holder
+                transformer = load_transformer(base.spec, noise_expert)
+                holder = attach(transformer, loaded.groups(noise_expert, None), gates_required=True).holder
             else:
                 transformer, holder = adapter.transformer, adapter.holder
             with torch.no_grad():
                 mix = mixture.select(mixture.route(batch.text))
-                with holder.scope(mixture.gates(expert, mix, sigma)):
+                with holder.scope(mixture.gates(noise_expert, mix, sigma)):
                     outs.append(velocity(transformer, x, 1000 * sigma, text))
         assert torch.equal(*outs)
-        outputs[expert] = outs[0]
+        outputs[noise_expert] = outs[0]
     assert not torch.equal(outputs[NoiseExpert.HIGH], outputs[NoiseExpert.LOW])  # neither overwrote the other
 
 
@@ -299,7 +299,7 @@ def test_what_does_not_fit_is_refused_by_name(trained, tmp_path):
 
 
 def test_a_frozen_base_lora_acts_with_alpha_base_and_stays_as_it_was(make_lora, make_moe, tmp_path):
-    stage1 = make_lora(output=tmp_path / "stage1", optimiser={"lr": 1e-2})
+    stage1 = make_lora(output=tmp_path / "stage1", optimizer={"lr": 1e-2})
     stage1.plan.run.mkdir()
     stage1.fit()
     files = {e: tmp_path / "stage1" / f"lapwan_{e.file_suffix}.safetensors" for e in NoiseExpert}

@@ -1,4 +1,4 @@
-"""Optimisers: Automagic against its restatement, users' flat keys, predictions, LoRA+, extras."""
+"""Optimizers: Automagic against its restatement, users' flat keys, predictions, LoRA+, extras."""
 
 from __future__ import annotations
 
@@ -60,43 +60,43 @@ def test_automagic_equals_a_plain_reference_in_fp64():
     # Others of the same shape, which go through the same kernels, and of another one, have no part in it.
     beside = [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
               for shape in ((5, 7), (5, 7), (7, 5))]
-    optimiser = Automagic([{"params": [beside[0], weight, *beside[1:]]}], settings)
+    optimizer = Automagic([{"params": [beside[0], weight, *beside[1:]]}], settings)
     for grad in grads:
         weight.grad = grad
         for other in beside:
             other.grad = torch.randn(other.shape, generator=generator, dtype=torch.float64)
-        optimiser.step()
+        optimizer.step()
     torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(optimiser.state[weight]["lr"], rates, rtol=0, atol=1e-15)
+    torch.testing.assert_close(optimizer.state[weight]["lr"], rates, rtol=0, atol=1e-15)
     assert float(rates.min()) == 1e-3 < 2e-3 < float(rates.max())
-    every = torch.cat([optimiser.state[p]["lr"].flatten() for p in (weight, *beside)])
-    assert float(optimiser.mean_lr()) == pytest.approx(float(every.mean()))
+    every = torch.cat([optimizer.state[p]["lr"].flatten() for p in (weight, *beside)])
+    assert float(optimizer.mean_lr()) == pytest.approx(float(every.mean()))
 
 
 def test_the_lr_mask_is_fp32_under_bf16_weights_and_small_bumps_count():
     """Half an ulp of bf16 at 5e-4 is 9.5e-7: a bump of 5e-7 would vanish in it."""
     weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
-    optimiser = Automagic([{"params": [weight]}], AutomagicSettings(lr=5e-4, lr_bump=5e-7, min_lr=1e-6, max_lr=1e-3))
+    optimizer = Automagic([{"params": [weight]}], AutomagicSettings(lr=5e-4, lr_bump=5e-7, min_lr=1e-6, max_lr=1e-3))
     for _ in range(11):
         weight.grad = torch.ones(4, 4, dtype=torch.bfloat16)
-        optimiser.step()
-    mask = optimiser.state[weight]["lr"]
+        optimizer.step()
+    mask = optimizer.state[weight]["lr"]
     assert mask.dtype == torch.float32
     torch.testing.assert_close(mask, torch.full((4, 4), 5e-4 + 10 * 5e-7), rtol=1e-5, atol=0)
 
 
 def test_vectors_are_not_factored():
     gate = torch.nn.Parameter(torch.zeros(3))
-    optimiser = Automagic([{"params": [gate]}], AutomagicSettings())
+    optimizer = Automagic([{"params": [gate]}], AutomagicSettings())
     gate.grad = torch.tensor([1.0, -2.0, 4.0])
-    optimiser.step()
-    assert set(optimiser.state[gate]) == {"lr", "square", "positive"}
+    optimizer.step()
+    assert set(optimizer.state[gate]) == {"lr", "square", "positive"}
     assert bool(gate[0] < 0 < gate[1]) and bool(gate[0] == -gate[1])  # u = g / √v̂ is the sign alone at first
 
 
 def test_predicted_ratios_of_the_users_block_and_a_simulated_walk():
     settings = TrainLoraSettings.model_validate({**BASE, **USERS})
-    high, low = (settings.of(e, 1).optimiser for e in (HIGH, LOW))
+    high, low = (settings.of(e, 1).optimizer for e in (HIGH, LOW))
     assert (high.type, high.lr_bump, high.min_lr, high.max_lr) == ("automagic", 2e-5, 2e-5, 5e-4)
     assert (low.lr_bump, low.min_lr, low.max_lr, low.weight_decay) == (5e-6, 5e-6, 1e-4, 1e-4)
     ratios = [expected_lr(high, p) / expected_lr(low, p) for p in (0.47, 0.50, 0.53)]
@@ -114,23 +114,23 @@ def test_predicted_ratios_of_the_users_block_and_a_simulated_walk():
     assert simulated == pytest.approx(expected_lr(high, 0.53), rel=0.01)
 
 
-def test_flat_keys_inside_the_optimiser_section_and_clashes():
-    settings = TrainLoraSettings.model_validate({**BASE, "optimiser": {"type": "automagic", "low_noise_max_lr": 2e-4}})
-    assert settings.of(LOW, 1).optimiser.max_lr == 2e-4 and settings.of(HIGH, 1).optimiser.max_lr == 1e-4
-    with pytest.raises(ValueError, match=r"high.optimiser.*min_lr = 0.001 is above max_lr = 0.0005"):
+def test_flat_keys_inside_the_optimizer_section_and_clashes():
+    settings = TrainLoraSettings.model_validate({**BASE, "optimizer": {"type": "automagic", "low_noise_max_lr": 2e-4}})
+    assert settings.of(LOW, 1).optimizer.max_lr == 2e-4 and settings.of(HIGH, 1).optimizer.max_lr == 1e-4
+    with pytest.raises(ValueError, match=r"high.optimizer.*min_lr = 0.001 is above max_lr = 0.0005"):
         TrainLoraSettings.model_validate({**BASE, "high_noise_min_lr": 1e-3, "high_noise_max_lr": 5e-4})
 
 
 def test_another_type_for_one_noise_expert_starts_from_its_own_defaults():
     settings = TrainLoraSettings.model_validate(
-        {**BASE, "optimiser": {"lr": 3e-4}, "high": {"optimiser": {"type": "automagic", "max_lr": 3e-4}}})
-    assert settings.of(HIGH, 1).optimiser == AutomagicSettings(max_lr=3e-4)
-    assert settings.of(LOW, 1).optimiser.lr == 3e-4
+        {**BASE, "optimizer": {"lr": 3e-4}, "high": {"optimizer": {"type": "automagic", "max_lr": 3e-4}}})
+    assert settings.of(HIGH, 1).optimizer == AutomagicSettings(max_lr=3e-4)
+    assert settings.of(LOW, 1).optimizer.lr == 3e-4
 
 
 def test_lora_plus_gives_b_its_own_lr(make_lora):
-    trainer = make_lora(optimiser={"lr": 1e-4, "lora_plus": 16.0})
-    groups = trainer.plan.optimisers["high"].param_groups
+    trainer = make_lora(optimizer={"lr": 1e-4, "lora_plus": 16.0})
+    groups = trainer.plan.optimizers["high"].param_groups
     ups = {id(p) for n, p in trainer.parameters.items() if n.endswith(".up")}
     for group in groups:
         assert group["lr"] == pytest.approx(16e-4 if {id(p) for p in group["params"]} <= ups else 1e-4)
@@ -140,42 +140,42 @@ def test_lora_plus_gives_b_its_own_lr(make_lora):
 def test_missing_extras_and_schedules_without_effect_are_refused_before_weights_are_loaded(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for kind, library in (("prodigy", "prodigyopt"), ("adamw8bit", "bitsandbytes")):
-        own = TrainLoraSettings.model_validate({**BASE, "optimiser": {"type": kind}}).of(HIGH, 1)
+        own = TrainLoraSettings.model_validate({**BASE, "optimizer": {"type": kind}}).of(HIGH, 1)
         with pytest.raises(UserError, match=rf"needs {library}, which is not installed; pip .*lapwan\[{kind}\]"):
-            optimizers.check_optimiser(own.optimiser, own.schedule)
+            optimizers.check_optimizer(own.optimizer, own.schedule)
     with pytest.raises(UserError, match="has no effect on automagic"):
-        optimizers.check_optimiser(AutomagicSettings(), ScheduleSettings(name="cosine"))
+        optimizers.check_optimizer(AutomagicSettings(), ScheduleSettings(name="cosine"))
 
 
-def test_allowed_changes_reach_a_resumed_optimiser_and_its_history_stays(make_lora, tmp_path):
+def test_allowed_changes_reach_a_resumed_optimizer_and_its_history_stays(make_lora, tmp_path):
     bounds = {"type": "automagic", "lr_bump": 1e-3, "min_lr": 1e-3, "max_lr": 1e-2}
-    first = make_lora(output=tmp_path / "run", optimiser=bounds)
+    first = make_lora(output=tmp_path / "run", optimizer=bounds)
     first.plan.run.mkdir()
     first.fit()
-    again = make_lora(output=tmp_path / "run", optimiser={**bounds, "max_lr": 3e-2, "weight_decay": 0.5},
+    again = make_lora(output=tmp_path / "run", optimizer={**bounds, "max_lr": 3e-2, "weight_decay": 0.5},
                       allow_changed=True)
     assert again.resume()
-    optimiser = again.plan.optimisers["high"]
-    assert (optimiser.param_groups[0]["max_lr"], optimiser.param_groups[0]["weight_decay"]) == (3e-2, 0.5)
-    state, was = (next(iter(o.state.values())) for o in (optimiser, first.plan.optimisers["high"]))
+    optimizer = again.plan.optimizers["high"]
+    assert (optimizer.param_groups[0]["max_lr"], optimizer.param_groups[0]["weight_decay"]) == (3e-2, 0.5)
+    state, was = (next(iter(o.state.values())) for o in (optimizer, first.plan.optimizers["high"]))
     assert torch.equal(state["lr"], was["lr"]) and state["positive"].dtype == torch.bool
-    other = make_lora(output=tmp_path / "run", optimiser={"type": "adamw"}, allow_changed=True)
-    assert other.resume() and not other.plan.optimisers["high"].state  # another kind starts without a history
+    other = make_lora(output=tmp_path / "run", optimizer={"type": "adamw"}, allow_changed=True)
+    assert other.resume() and not other.plan.optimizers["high"].state  # another kind starts without a history
 
 
 def test_8_bit_adamw_needs_a_gpu():
     weight = torch.nn.Parameter(torch.zeros(2, 2))
-    with pytest.raises(UserError, match=r"optimiser.type = 'adamw8bit' needs a GPU; set optimiser.type = 'adamw'"):
-        optimizers.make_optimiser(AdamW8bitSettings(), [ParameterGroup({"w": weight})])
+    with pytest.raises(UserError, match=r"optimizer.type = 'adamw8bit' needs a GPU; set optimizer.type = 'adamw'"):
+        optimizers.make_optimizer(AdamW8bitSettings(), [ParameterGroup({"w": weight})])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed here")
 def test_8_bit_adamw_without_its_library_is_one_line_for_the_user(t2v_cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lapwan", "train-lora", "--model", "tiny", "--cache", str(t2v_cache), "-o",
-                                      str(tmp_path / "run"), "--steps", "1", "--set", "optimiser.type=adamw8bit"])
+                                      str(tmp_path / "run"), "--steps", "1", "--set", "optimizer.type=adamw8bit"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
     *_, line = capsys.readouterr().err.strip().splitlines()
-    assert line == ("error: optimiser.type = 'adamw8bit' needs bitsandbytes, which is not installed; pip install "
-                    "'lapwan[adamw8bit]', or set optimiser.type = 'adamw'")
+    assert line == ("error: optimizer.type = 'adamw8bit' needs bitsandbytes, which is not installed; pip install "
+                    "'lapwan[adamw8bit]', or set optimizer.type = 'adamw'")

@@ -1,4 +1,4 @@
-"""Every optimiser, lr schedule, sigma sampler and weighting goes on after a restart as if there had been none."""
+"""Every optimizer, lr schedule, sigma sampler and weighting goes on after a restart as if there had been none."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import pytest
 import torch
 
 from lapwan.settings.base import union_members
-from lapwan.settings.optimizers import OptimiserSettings, ScheduleSettings
+from lapwan.settings.optimizers import OptimizerSettings, ScheduleSettings
 from lapwan.settings.sigma import SigmaSettings, WeightingSettings
 
 AUTOMAGIC = {"type": "automagic", "lr_bump": 1e-3, "min_lr": 1e-3, "max_lr": 1e-2}
 ROWS: dict[str, dict[str, Any]] = {
     "adamw, polynomial, uniform": {
-        "optimiser": {"lr": 1e-2}, "schedule": {"name": "polynomial", "warmup_steps": 1, "power": 2.0}},
+        "optimizer": {"lr": 1e-2}, "schedule": {"name": "polynomial", "warmup_steps": 1, "power": 2.0}},
     "adamw LoRA+, linear, logit-normal truncated": {
-        "optimiser": {"lr": 1e-2, "lora_plus": 4.0}, "schedule": {"name": "linear", "warmup_steps": 2},
+        "optimizer": {"lr": 1e-2, "lora_plus": 4.0}, "schedule": {"name": "linear", "warmup_steps": 2},
         "sigma": {"sampler": "logit_normal", "mean": -0.5, "std": 1.2, "shift": 3.0, "strata": 4},
         "weighting": {"kind": "min_snr", "gamma": 2.0}},
     "adamw, cosine, sigmoid squeezed": {
-        "optimiser": {"lr": 1e-2}, "schedule": {"name": "cosine", "warmup_steps": 1},
+        "optimizer": {"lr": 1e-2}, "schedule": {"name": "cosine", "warmup_steps": 1},
         "sigma": {"sampler": "sigmoid", "scale": 1.5, "shift": "resolution", "band": "squeeze"},
         "weighting": {"kind": "cosmap"}},
     "adamw, constant, uniform squeezed": {
-        "optimiser": {"lr": 1e-2, "weight_decay": 0.1}, "schedule": {"name": "constant"},
+        "optimizer": {"lr": 1e-2, "weight_decay": 0.1}, "schedule": {"name": "constant"},
         "sigma": {"band": "squeeze", "strata": 8}},
     "adamw, warm-up, logit-normal squeezed": {
-        "optimiser": {"lr": 1e-2}, "schedule": {"name": "constant_with_warmup", "warmup_steps": 3},
+        "optimizer": {"lr": 1e-2}, "schedule": {"name": "constant_with_warmup", "warmup_steps": 3},
         "sigma": {"sampler": "logit_normal", "band": "squeeze", "shift": 5.0}, "weighting": {"kind": "x0"}},
     "automagic, sigmoid truncated": {
-        "optimiser": {**AUTOMAGIC, "lora_plus": 2.0}, "sigma": {"sampler": "sigmoid", "strata": 3}},
+        "optimizer": {**AUTOMAGIC, "lora_plus": 2.0}, "sigma": {"sampler": "sigmoid", "strata": 3}},
     "prodigy, cosine with restarts": {
-        "optimiser": {"type": "prodigy", "weight_decay": 0.01},
+        "optimizer": {"type": "prodigy", "weight_decay": 0.01},
         "schedule": {"name": "cosine_with_restarts", "cycles": 2}, "sigma": {"shift": 2.0}},
 }
 
@@ -45,8 +45,8 @@ def test_the_rows_cover_what_there_is():
     def names(model: Any, field: str) -> set[str]:
         return set(get_args(model.model_fields[field].annotation))
 
-    kinds = {get_args(one.model_fields["type"].annotation)[0] for one in union_members(get_args(OptimiserSettings)[0])}
-    assert seen("optimiser", "type", "adamw") == kinds - {"adamw8bit"}  # which needs a GPU: tests/gpu
+    kinds = {get_args(one.model_fields["type"].annotation)[0] for one in union_members(get_args(OptimizerSettings)[0])}
+    assert seen("optimizer", "type", "adamw") == kinds - {"adamw8bit"}  # which needs a GPU: tests/gpu
     assert seen("schedule", "name", "constant_with_warmup") == names(ScheduleSettings, "name")
     assert seen("sigma", "sampler", "uniform") == names(SigmaSettings, "sampler")
     assert seen("sigma", "band", "truncate") == names(SigmaSettings, "band")
@@ -56,7 +56,7 @@ def test_the_rows_cover_what_there_is():
 
 @pytest.mark.parametrize("row", ROWS)
 def test_resume_is_bitwise(make_lora, tmp_path, row):
-    if ROWS[row]["optimiser"].get("type") == "prodigy":
+    if ROWS[row]["optimizer"].get("type") == "prodigy":
         pytest.importorskip("prodigyopt")
     common = {"steps": 3, "ema_decay": 0.9, "max_norm": 0.05, "caption_dropout": 0.3,
               "dropout": {"rank": 0.2, "neuron": 0.1, "module": 0.1}, **ROWS[row]}
@@ -70,8 +70,8 @@ def test_resume_is_bitwise(make_lora, tmp_path, row):
     again.fit()
     assert all(torch.equal(p, again.parameters[n]) for n, p in whole.parameters.items())
     assert all(torch.equal(m, again.ema.means[n]) for n, m in whole.ema.means.items())
-    for name, optimiser in whole.plan.optimisers.items():
-        _same(optimiser.state_dict(), again.plan.optimisers[name].state_dict())
+    for name, optimizer in whole.plan.optimizers.items():
+        _same(optimizer.state_dict(), again.plan.optimizers[name].state_dict())
         _same(_plain(whole.plan.lr_schedules[name]), _plain(again.plan.lr_schedules[name]))
     ours, theirs = ([json.loads(line) for line in (t.plan.run / "metrics.jsonl").read_text().splitlines()]
                     for t in (whole, again))

@@ -22,17 +22,17 @@ from lapwan.train import recipe
 from lapwan.train.context_parallel import SharedClips, divided
 from lapwan.train.lora import recipe as lora_recipe
 from lapwan.train.moe import recipe as moe_recipe
-from lapwan.train.parallel import Ranks, join_ranks
+from lapwan.train.parallel import Distributed, join_processes
 
 SETTINGS = {"targets": {"last_blocks": 1, "ffn_last_blocks": 1}, "steps": 2, "turn": 1, "model": "tiny",
-            "accumulate": 2, "optimiser": {"lr": 1e-2}, "caption_dropout": 0.3, "roi_weight": 1.0, "ema_decay": 0.9,
+            "accumulate": 2, "optimizer": {"lr": 1e-2}, "caption_dropout": 0.3, "roi_weight": 1.0, "ema_decay": 0.9,
             "dropout": {"rank": 0.2}, "max_norm": 0.5, "watch": {"every": 2}}
 MIXTURE = {"router": {"sigma": True}, "expert_dropout": 0.3, "routing_loss": {"teacher_kl_end": 0.2},
            "routing_watch": {"every": 4, "after": 0}, "roi_fallback": "motion", "shared_experts": True}
 PREVIEW = {"every": 3, "prompts": ["电凝钩切割组织"], "steps": 2, "size": [32, 32], "num_frames": 1, "guidance": 1.0}
 
 
-def trainer_of(kind: str, cache: Path, run: Path, ranks: Ranks):
+def trainer_of(kind: str, cache: Path, run: Path, ranks: Distributed):
     """In fp64 as far as diffusers computes in it: its norms and time embedding take fp32 on the way."""
     model = TrainLoraSettings if kind == "lora" else TrainMoeSettings
     own = {} if kind == "lora" else MIXTURE
@@ -54,7 +54,7 @@ def trainer_of(kind: str, cache: Path, run: Path, ranks: Ranks):
 
 def work(rank: int, cache: Path, folder: Path) -> None:
     """One of two processes: both kinds of run, then the gradients of one more step."""
-    ranks, _ = join_ranks("cpu")
+    ranks, _ = join_processes("cpu")
     for name in ("lora", "moe", "lora_tokens", "moe_tokens"):
         kind, _, shares = name.partition("_")
         own = SharedClips(rank, 2) if shares else ranks
@@ -63,7 +63,7 @@ def work(rank: int, cache: Path, folder: Path) -> None:
             trainer.plan.run.mkdir(parents=True)
         ranks.any(False)  # the folder is there before anybody looks into it
         trainer.fit()
-        trainer._optimiser_step(NoiseExpert.LOW)
+        trainer._optimizer_step(NoiseExpert.LOW)
         grads = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
         torch.save(grads, folder / f"{name}_{rank}.pt")
     ranks.close()
@@ -71,11 +71,11 @@ def work(rank: int, cache: Path, folder: Path) -> None:
 
 def test_two_processes_take_the_steps_of_one(t2v_cache, tmp_path):
     with two_processes(work, t2v_cache, tmp_path):
-        alone = {kind: trainer_of(kind, t2v_cache, tmp_path / f"{kind}_alone", Ranks()) for kind in ("lora", "moe")}
+        alone = {kind: trainer_of(kind, t2v_cache, tmp_path / f"{kind}_alone", Distributed()) for kind in ("lora", "moe")}
         for trainer in alone.values():
             trainer.plan.run.mkdir()
             trainer.fit()
-            trainer._optimiser_step(NoiseExpert.LOW)
+            trainer._optimizer_step(NoiseExpert.LOW)
     for kind, shares in itertools.product(("lora", "moe"), ("", "_tokens")):
         trainer, name = alone[kind], kind + shares
         # Gates are fp32: of a part of the tokens their gradient has its own rounding, which Adam's first steps, as
@@ -107,20 +107,20 @@ def test_batches_that_cannot_be_dealt_out_are_refused(t2v_cache, tmp_path):
         {**SETTINGS, "accumulate": 3, "output": tmp_path / "run", "data": {"cache": t2v_cache}})
     base = resolve_base("tiny")
     with pytest.raises(UserError, match="accumulate = 3 batches a step cannot be dealt out evenly to 2 processes"):
-        lora_recipe.prepare(settings, base, recipe.read_data(settings, base), torch.device("cpu"), Ranks(0, 2))
+        lora_recipe.prepare(settings, base, recipe.read_data(settings, base), torch.device("cpu"), Distributed(0, 2))
 
 
 def test_tokens_are_shared_where_that_can_be_exact(t2v_cache, tmp_path):
     given = {**SETTINGS, "divide": "tokens", "output": tmp_path / "run", "data": {"cache": t2v_cache}}
     base = resolve_base("tiny")
     settings = TrainLoraSettings.model_validate(given)
-    assert divided(settings, base, Ranks(1, 2)).own([1, 2, 3]) == [1, 2, 3]
-    assert type(divided(settings, base, Ranks())) is Ranks
+    assert divided(settings, base, Distributed(1, 2)).own([1, 2, 3]) == [1, 2, 3]
+    assert type(divided(settings, base, Distributed())) is Distributed
     with pytest.raises(UserError, match="3 processes cannot share this model's 4 heads"):
-        divided(settings, base, Ranks(0, 3))
+        divided(settings, base, Distributed(0, 3))
     settings = TrainLoraSettings.model_validate({**given, "dropout": {"neuron": 0.1}})
     with pytest.raises(UserError, match=r"dropout\.neuron draws for all tokens of a clip"):
-        divided(settings, base, Ranks(0, 2))
+        divided(settings, base, Distributed(0, 2))
 
 
 def test_an_incomplete_launchers_environment_is_refused(monkeypatch):
@@ -128,4 +128,4 @@ def test_an_incomplete_launchers_environment_is_refused(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="WORLD_SIZE = 2, but RANK, MASTER_ADDR, MASTER_PORT is not set"):
-        join_ranks("cpu")
+        join_processes("cpu")

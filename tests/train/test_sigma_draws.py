@@ -114,7 +114,7 @@ def test_the_weight_reaches_the_loss_and_not_the_logged_figure(make_lora):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"min_snr_gamma": 5.0}, r"min_snr_gamma is a weight for DDPM .*alphas_cumprod.*weighting = \{kind"),
-    ({"optimiser": {"min_snr_gamma": 5.0}}, r"optimiser.min_snr_gamma is a weight for DDPM"),
+    ({"optimizer": {"min_snr_gamma": 5.0}}, r"optimizer.min_snr_gamma is a weight for DDPM"),
     ({"low": {"weighting": {"min_snr_gamma": 5.0}}}, r"low.weighting.min_snr_gamma"),
     ({"sigma": {"mean": 1.0}}, r'mean = 1 is for sampler = "logit_normal"'),
     ({"sigma": {"sampler": "logit_normal", "scale": 2.0}}, r'scale = 2 is for sampler = "sigmoid"'),

@@ -21,7 +21,7 @@ from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.reward import make_tiny_reward
 from lapwan.train.objective import Draws, SigmaRule, make_draws
 from lapwan.train.srpo import recipe
-from lapwan.train.srpo.objective import Judges, PreferenceRule, SrpoObjective, Trained
+from lapwan.train.srpo.objective import AlignedNoiseExpert, Judges, PreferenceRule, SrpoObjective
 from lapwan.train.srpo.rollout import Rollout, RolloutRule
 
 LOW = NoiseExpert.LOW
@@ -56,13 +56,13 @@ class Stub(SrpoObjective):
         self.shift = nn.Parameter(torch.zeros_like(truth))
         self.truth, self.estimates, self.seen = truth, [], []
         judges = Judges({"plain": reward}, {"plain": 1.0}, self._decode)
-        super().__init__({LOW: Trained(None, {"shift": self.shift})}, judges, rule, lambda folder, step: [])
+        super().__init__({LOW: AlignedNoiseExpert(None, {"shift": self.shift})}, judges, rule, lambda folder, step: [])
 
     def _decode(self, latents_BCTHW: Tensor) -> Tensor:
         self.estimates.append(latents_BCTHW)
         return torch.tanh(latents_BCTHW[:, :3, 0]).unsqueeze(1)
 
-    def velocity(self, expert: NoiseExpert, x: Tensor, sigma_B: Tensor, text: Any, condition: Any = None) -> Tensor:
+    def velocity(self, noise_expert: NoiseExpert, x: Tensor, sigma_B: Tensor, text: Any, condition: Any = None) -> Tensor:
         self.seen.append((x, sigma_B, *text))
         return self.truth + self.shift
 
@@ -181,22 +181,22 @@ def randomise(trainer: Any) -> None:
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"train": "full"}, {"experts": "both", "num_frames": 5, "preference": {"frames": 2}}, {"kl_weight": 1.0},
+    {}, {"train": "full"}, {"noise_experts": "both", "num_frames": 5, "preference": {"frames": 2}}, {"kl_weight": 1.0},
     {"activation_checkpointing": True}, {"dtype": "nf4"},
 ], ids=["lora", "full", "both video", "kl", "checkpointing", "nf4"])
 def test_the_gradient_reaches_every_trained_tensor(make, changes):
     trainer = make(**changes)
     randomise(trainer)
-    for expert in trainer.plan.tracks:
+    for noise_expert in trainer.plan.tracks:
         for parameter in trainer.parameters.values():
             parameter.grad = None
         batch = trainer.plan.load_batch([0, 1])
-        keys = [(1, expert.value, n, own) for n, own in enumerate(batch.ids)]
-        draws = make_draws(batch, keys, trainer.plan.tracks[expert].rule)
-        [batch] = trainer.plan.complete(expert, [batch], [draws])
-        with trainer.objective.loss(expert, batch, draws) as loss:
+        keys = [(1, noise_expert.value, n, own) for n, own in enumerate(batch.ids)]
+        draws = make_draws(batch, keys, trainer.plan.tracks[noise_expert].rule)
+        [batch] = trainer.plan.complete(noise_expert, [batch], [draws])
+        with trainer.objective.loss(noise_expert, batch, draws) as loss:
             loss.total_B.sum().backward()
-        mine = {n: p for n, p in trainer.parameters.items() if n.startswith(f"{expert.value}.")}
+        mine = {n: p for n, p in trainer.parameters.items() if n.startswith(f"{noise_expert.value}.")}
         without = [n for n, p in mine.items() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
         assert mine and not without
         assert all(p.grad is None for n, p in trainer.parameters.items() if n not in mine)
@@ -240,7 +240,7 @@ def test_a_rollout_is_the_generators_euler(guidance, tiny_t2v: ModelSpec):
     strength = dict.fromkeys(NoiseExpert, guidance)
     want = generator.latents(Request("电凝钩切割组织", 5, (32, 48), 4, strength, 16, sampler="euler", seed=9))
     negative = generator.text_features(Request("", 1, (32, 32), 1, {}, 16).negative_prompt)
-    transformers = {e: generator.experts.transformer(e) for e in NoiseExpert}
+    transformers = {e: generator.noise_experts.transformer(e) for e in NoiseExpert}
     visited: list[NoiseExpert] = []
     rollout = Rollout(tiny_t2v, RolloutRule(4, guidance), transformers, visited.append, negative)
     shape = tiny_t2v.latent_shape(5, 32, 48)

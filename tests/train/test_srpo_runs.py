@@ -25,7 +25,7 @@ from lapwan.names import NoiseExpert
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.model import tiny_folder
 from lapwan.train.checkpoint import checkpoints
-from lapwan.train.parallel import Ranks, join_ranks
+from lapwan.train.parallel import Distributed, join_processes
 from lapwan.train.recipe import run_training
 from lapwan.train.run_folder import claim_run, start_folder
 from lapwan.train.srpo import recipe
@@ -96,7 +96,7 @@ def test_resume_after_kill_9_is_bitwise_the_uninterrupted_run(tmp_path):
         torch.bfloat16}
 
 
-def prepared(settings: SrpoSettings, ranks: Ranks | None = None) -> Any:
+def prepared(settings: SrpoSettings, ranks: Distributed | None = None) -> Any:
     planned = srpo.plan(settings, CPU)
     settings.output.mkdir(exist_ok=True)
     rewards = {"tiny": PlainReward()}
@@ -111,20 +111,20 @@ def test_offline_takes_the_caches_latents_and_never_loads_the_other_noise_expert
     settings = offline_settings(tmp_path, t2v_cache, num_frames=5, preference={"frames": 2})
     trainer = prepared(settings)
     assert "loading the high" not in capsys.readouterr().err
-    expert, (batch,) = LOW, trainer.plan.complete(LOW, [trainer.plan.load_batch([0])], [])
+    noise_expert, (batch,) = LOW, trainer.plan.complete(LOW, [trainer.plan.load_batch([0])], [])
     latents = load_file(t2v_cache / "clip0_wan.safetensors")
     [name] = [key for key in latents if key.startswith("latents_") and "image" not in key]
     assert torch.equal(batch.latents_BCTHW[0], latents[name].float())
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     run_training(trainer, settings)
-    assert trainer.plan.tracks[expert].steps == 2
+    assert trainer.plan.tracks[noise_expert].steps == 2
     assert any(not torch.equal(before[name], p) for name, p in trainer.parameters.items())
     one_frame = prepared(offline_settings(tmp_path, t2v_cache, output=tmp_path / "still"))
     assert torch.equal(one_frame.plan.load_batch([0]).latents_BCTHW[0], latents[name].float()[:, :1])
 
 
 def test_a_full_fine_tune_writes_a_transformer_folder_that_loads(tmp_path):
-    settings = settings_for(tmp_path, train="full", steps=1, optimiser={"lr": 1e-3}, dtype="bf16",
+    settings = settings_for(tmp_path, train="full", steps=1, optimizer={"lr": 1e-3}, dtype="bf16",
                             master_weights="bf16", held_out={"count": 1, "every": 1})
     trainer = prepared(settings)
     begin(trainer, settings)
@@ -150,21 +150,21 @@ def test_the_run_ends_early_when_the_margin_stops_rising(tmp_path):
 
 
 def test_a_new_lora_belongs_to_its_noise_expert_and_says_how_it_was_made(tmp_path):
-    settings = settings_for(tmp_path, experts="both", steps=4, sigma=(0.6, 0.95))
+    settings = settings_for(tmp_path, noise_experts="both", steps=4, sigma=(0.6, 0.95))
     trainer = prepared(settings)
     assert [e.value for e in trainer.plan.schedule].count("low") == 3, "steps in proportion to each one's part"
     run_training(trainer, settings)
-    for expert, band in ((NoiseExpert.HIGH, "875,950"), (LOW, "600,874.999")):
-        with safe_open(settings.output / f"lapwan_{expert.file_suffix}.safetensors", "pt") as file:
+    for noise_expert, band in ((NoiseExpert.HIGH, "875,950"), (LOW, "600,874.999")):
+        with safe_open(settings.output / f"lapwan_{noise_expert.file_suffix}.safetensors", "pt") as file:
             told = file.metadata()
-        assert told["lapwan.noise_expert"] == expert.value and told["modelspec.timestep_range"] == band
+        assert told["lapwan.noise_expert"] == noise_expert.value and told["modelspec.timestep_range"] == band
         assert told["lapwan.rewards"] == "tiny" and told["lapwan.step"] == "4"
 
 
 def test_one_noise_expert_at_a_time_changes_no_bit(tmp_path):
     found = []
     for memory in ("both", "one"):
-        settings = settings_for(tmp_path, output=tmp_path / memory, memory=memory, experts="both", steps=3,
+        settings = settings_for(tmp_path, output=tmp_path / memory, memory=memory, noise_experts="both", steps=3,
                                 held_out={"count": 1, "every": 2, "images": 0})
         trainer = prepared(settings)
         begin(trainer, settings)
@@ -189,10 +189,10 @@ def test_prompts_may_move_but_not_change(tmp_path):
         claim_run(SrpoSettings.model_validate({**plain, "reach": 0.01}), overwrite=False)
 
 
-PARTS = {"steps": 2, "optimiser": {"lr": 1e-2}, "held_out": {"count": 1, "every": 1, "images": 1}}
+PARTS = {"steps": 2, "optimizer": {"lr": 1e-2}, "held_out": {"count": 1, "every": 1, "images": 1}}
 
 
-def sharing(folder: Path, name: str, ranks: Ranks) -> Any:
+def sharing(folder: Path, name: str, ranks: Distributed) -> Any:
     settings = settings_for(folder, output=folder / name, **PARTS)
     trainer = prepared(settings, ranks)
     randomise(trainer)
@@ -207,7 +207,7 @@ def sharing(folder: Path, name: str, ranks: Ranks) -> Any:
 
 
 def work(rank: int, folder: Path) -> None:
-    ranks, _ = join_ranks("cpu")
+    ranks, _ = join_processes("cpu")
     sharing(folder, "two", ranks)
     ranks.close()
 
@@ -215,7 +215,7 @@ def work(rank: int, folder: Path) -> None:
 def test_two_processes_take_the_steps_of_one(tmp_path):
     settings_for(tmp_path)  # writes the prompts
     with two_processes(work, tmp_path):
-        sharing(tmp_path, "one", Ranks())
+        sharing(tmp_path, "one", Distributed())
     ours, theirs = (load_file(tmp_path / run / "step_000002" / "state" / "trained.safetensors")
                     for run in ("one", "two"))
     assert ours.keys() == theirs.keys()
@@ -250,11 +250,11 @@ def test_what_cannot_be_aligned_is_one_line(tmp_path, changes, said):
 @pytest.mark.parametrize(("changes", "said"), [
     ({"sigma": (0.9, 0.8)}, "bounds must satisfy"), ({"rollout": {"offline": True}}, "set prompts.cache"),
     ({"train": "full", "kl_weight": 1.0}, "a full fine-tune overwrites"),
-    ({"master_weights": "bf16", "optimiser": {"type": "automagic"}}, "is made for optimiser.type = 'adamw'"),
+    ({"master_weights": "bf16", "optimizer": {"type": "automagic"}}, "is made for optimizer.type = 'adamw'"),
     ({"train": "full", "dtype": "fp8"}, "is for a base that stays frozen"),
     ({"prompts": {}}, "give exactly one of prompts.file"),
     ({"held_out": {"count": 0, "patience": 2}}, "needs held-out prompts"),
-    ({"experts": "transformer_3"}, "'transformer_3' is no noise expert; give low"), ({"rewards": []}, "no reward"),
+    ({"noise_experts": "transformer_3"}, "'transformer_3' is no noise expert; give low"), ({"rewards": []}, "no reward"),
     ({"num_frames": 5, "preference": {"frames": 6}}, "num_frames = 5 has no more than 5 to judge"),
     ({"prompts": {"cache": "c", "negative": "blurred"}}, "prompts.negative is for prompts.file"),
 ])
@@ -306,7 +306,7 @@ def test_the_plan_counts_what_each_measure_saves(tmp_path):
 
     def peak(both: bool = True, checkpointing: bool = False, **changes: Any) -> int:
         settings = settings_for(tmp_path, **changes)
-        parts = parts_of(settings, base, (LOW,), base.spec.experts, (1, 64, 64), cuda)
+        parts = parts_of(settings, base, (LOW,), base.spec.noise_experts, (1, 64, 64), cuda)
         return parts.peak(both, checkpointing)
 
     assert peak(both=False) < peak() and peak(checkpointing=True) < peak()
@@ -316,7 +316,7 @@ def test_the_plan_counts_what_each_measure_saves(tmp_path):
     full = {"train": "full", "dtype": "bf16"}
     numbers = sum(p.numel() for p in base.load(LOW).parameters())
     assert peak(**full) - peak(**full, master_weights="bf16") == 8 * numbers  # 2 + 12 bytes against 2 + 4
-    assert peak(**full) - peak(**full, optimiser_on_cpu=True) == 12 * numbers
+    assert peak(**full) - peak(**full, optimizer_on_cpu=True) == 12 * numbers
     assert peak(**full, ema_decay=0.9) - peak(**full) == 4 * numbers
 
 
@@ -326,9 +326,9 @@ def test_a_gpu_too_small_is_one_line_with_what_to_change(tmp_path):
 
     settings, base = settings_for(tmp_path), resolve_base("tiny")
     with pytest.raises(UserError) as error:
-        plan_memory(settings, base, (LOW,), base.spec.experts, (1, 64, 64), torch.device("cuda"), free=2**20)
+        plan_memory(settings, base, (LOW,), base.spec.noise_experts, (1, 64, 64), torch.device("cuda"), free=2**20)
     assert "lower batch_size (now 1)" in str(error.value) and "\n" not in str(error.value)
-    fits = plan_memory(settings, base, (LOW,), base.spec.experts, (1, 64, 64), torch.device("cuda"), free=2**36)
+    fits = plan_memory(settings, base, (LOW,), base.spec.noise_experts, (1, 64, 64), torch.device("cuda"), free=2**36)
     assert fits.both and not fits.checkpointing
 
 

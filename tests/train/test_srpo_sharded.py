@@ -17,13 +17,13 @@ from lapwan.errors import UserError
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.train.parallel import Ranks, is_sharded, join_ranks, whole
+from lapwan.train.parallel import Distributed, is_sharded, join_processes, whole
 from lapwan.train.srpo import recipe
 from lapwan.train.srpo.held_out import begin
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.options import forward_options
 
 LOW = NoiseExpert.LOW
-SETTINGS = {"train": "full", "steps": 2, "optimiser": {"lr": 1e-4}, "activation_checkpointing": True,
+SETTINGS = {"train": "full", "steps": 2, "optimizer": {"lr": 1e-4}, "activation_checkpointing": True,
             "held_out": {"count": 1, "every": 2, "images": 1}, "max_grad_norm": 1e-3}
 
 
@@ -31,13 +31,13 @@ SETTINGS = {"train": "full", "steps": 2, "optimiser": {"lr": 1e-4}, "activation_
 class WideBase(Base):
     """The noise experts in fp64, by diffusers' own forward in either case: sums may differ in their order only."""
 
-    def load(self, expert: NoiseExpert, dtype: Any = None, device: Any = "cpu", *_: Any, **__: Any) -> Any:
-        model = super().load(expert).double().to(device)
-        path_of(model).modules = True
+    def load(self, noise_expert: NoiseExpert, dtype: Any = None, device: Any = "cpu", *_: Any, **__: Any) -> Any:
+        model = super().load(noise_expert).double().to(device)
+        forward_options(model).modules = True
         return model
 
 
-def trainer_of(settings: SrpoSettings, ranks: Ranks, device: torch.device) -> Any:
+def trainer_of(settings: SrpoSettings, ranks: Distributed, device: torch.device) -> Any:
     planned = srpo.plan(settings, torch.device("cpu"))
     base = WideBase(planned.base.spec)
     if ranks.first:
@@ -49,18 +49,18 @@ def trainer_of(settings: SrpoSettings, ranks: Ranks, device: torch.device) -> An
 def keep_gradients(trainer: Any) -> dict[str, torch.Tensor]:
     """Will hold those of the first step, before they are clipped: by name, put together."""
     found: dict[str, torch.Tensor] = {}
-    clip = trainer.plan.ranks.clip
+    clip = trainer.plan.distributed.clip
 
     def seen(parameters: Any, limit: float) -> torch.Tensor:
         if not found:
             found.update({n: whole(p.grad).clone().cpu() for n, p in trainer.parameters.items() if p.grad is not None})
         return clip(parameters, limit)
 
-    trainer.plan.ranks.clip = seen
+    trainer.plan.distributed.clip = seen
     return found
 
 
-def sharing(folder: Path, name: str, ranks: Ranks, device: torch.device) -> None:
+def sharing(folder: Path, name: str, ranks: Distributed, device: torch.device) -> None:
     settings = settings_for(folder, output=folder / name, **SETTINGS)
     trainer = trainer_of(settings, ranks, device)
     more = keep_gradients(trainer)
@@ -83,7 +83,7 @@ def sharing(folder: Path, name: str, ranks: Ranks, device: torch.device) -> None
 
 
 def work(rank: int, folder: Path, device: str) -> None:
-    ranks, own = join_ranks(device)
+    ranks, own = join_processes(device)
     sharing(folder, "two", ranks, torch.device(own))
     ranks.close()
 
@@ -91,7 +91,7 @@ def work(rank: int, folder: Path, device: str) -> None:
 def compare(folder: Path, device: str) -> None:
     settings_for(folder)  # writes the prompts
     with two_processes(work, folder, device):
-        sharing(folder, "one", Ranks(), torch.device(device))
+        sharing(folder, "one", Distributed(), torch.device(device))
     ours, theirs = (torch.load(folder / f"{name}_gradients.pt") for name in ("one", "two"))
     assert ours.keys() == theirs.keys() and len(ours) > 100
     for name, gradient in ours.items():
@@ -122,7 +122,7 @@ def test_a_running_mean_in_parts_is_refused(tmp_path):
         recipe.prepare(settings, planned.base, planned.data, {}, planned.memory, torch.device("cpu"), Quiet(0, 2))
 
 
-class Quiet(Ranks):
+class Quiet(Distributed):
     """The first of two processes, the other of which never asks."""
 
     def any(self, flag: bool) -> bool:

@@ -28,11 +28,11 @@ HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 
 
 @pytest.mark.parametrize("expert", list(NoiseExpert))
-def test_every_trainable_tensor_of_a_plain_lora_gets_its_gradient(make_lora, expert):
+def test_every_trainable_tensor_of_a_plain_lora_gets_its_gradient(make_lora, noise_expert):
     trainer = make_lora()
     randomise(trainer)
-    grads = backward(trainer, expert, [0, 1])
-    own = {n for n in trainer.parameters if n.startswith(expert.value)}
+    grads = backward(trainer, noise_expert, [0, 1])
+    own = {n for n in trainer.parameters if n.startswith(noise_expert.value)}
     assert set(grads) == own
     assert all(float(g.abs().max()) > 0 for g in grads.values())
 
@@ -41,7 +41,7 @@ def test_every_trainable_tensor_of_a_plain_lora_gets_its_gradient(make_lora, exp
 def test_resume_is_bitwise_the_uninterrupted_run(kind, make_lora, make_moe, tmp_path):
     make = {"lora": make_lora, "moe": make_moe}[kind]
     common = {"steps": 4, "save_every": 3, "accumulate": 2, "schedule": {"name": "cosine", "warmup_steps": 1},
-              "optimiser": {"lr": 1e-2}, "caption_dropout": 0.3}
+              "optimizer": {"lr": 1e-2}, "caption_dropout": 0.3}
     whole = make(output=tmp_path / "whole", **common)
     whole.plan.run.mkdir()
     whole.fit()
@@ -73,11 +73,11 @@ def test_the_newest_adapter_files_are_links_to_the_last_checkpoint(make_lora):
     run.mkdir()
     trainer.fit()
     assert [step for step, _ in checkpoints(run)] == [3, 4]
-    for expert in NoiseExpert:
-        name = f"lapwan_{expert.file_suffix}.safetensors"
+    for noise_expert in NoiseExpert:
+        name = f"lapwan_{noise_expert.file_suffix}.safetensors"
         assert (run / name).stat().st_ino == (run / "step_000004" / name).stat().st_ino
         [(said, file)] = open_lora(run / name).items()
-        assert said is expert and file.said_by == "metadata"
+        assert said is noise_expert and file.said_by == "metadata"
         assert file.metadata["lapwan.step"] == "4" and file.metadata["lapwan.task"] == "t2v"
         assert len(file.metadata["lapwan.base_fingerprint"]) == 64
         said = file.metadata
@@ -90,7 +90,7 @@ def test_the_newest_adapter_files_are_links_to_the_last_checkpoint(make_lora):
 
 
 def test_a_non_finite_gradient_drops_the_step_and_many_in_a_row_stop_the_run_with_its_state(make_lora):
-    trainer = make_lora(steps=10, optimiser={"lr": 1e-2})
+    trainer = make_lora(steps=10, optimizer={"lr": 1e-2})
     trainer.plan.run.mkdir()
     load = trainer.plan.load_batch
 
@@ -142,16 +142,16 @@ def test_changed_settings_at_resume_are_named_and_refused(tmp_path, t2v_cache):
 
 
 def test_overrides_reach_one_noise_expert_only(make_lora):
-    trainer = make_lora(steps=6, turn=2, low={"steps": 3, "optimiser": {"lr": 5e-5}, "targets": {"q": 2}})
+    trainer = make_lora(steps=6, turn=2, low={"steps": 3, "optimizer": {"lr": 5e-5}, "targets": {"q": 2}})
     assert len(trainer.plan.schedule) == 9 and trainer.plan.schedule.count(LOW) == 3
-    assert trainer.plan.optimisers["high"].param_groups[0]["lr"] == 1e-4
-    assert trainer.plan.optimisers["low"].param_groups[0]["lr"] == 5e-5
+    assert trainer.plan.optimizers["high"].param_groups[0]["lr"] == 1e-4
+    assert trainer.plan.optimizers["low"].param_groups[0]["lr"] == 5e-5
     assert trainer.parameters["low.blocks.7.attn1.to_q.down"].shape[0] == 2
     assert trainer.parameters["high.blocks.7.attn1.to_q.down"].shape[0] == 8
 
 
 def test_one_noise_expert_alone(make_lora):
-    trainer = make_lora(experts=["high"])
+    trainer = make_lora(noise_experts=["high"])
     assert set(trainer.plan.tracks) == {HIGH} and all(n.startswith("high.") for n in trainer.parameters)
 
 

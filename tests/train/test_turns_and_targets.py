@@ -34,7 +34,7 @@ def test_phases_run_one_after_the_other(t2v_cache):
     _, data = data_of(t2v_cache, turn=2, phases=[{"high": 5}, {"low": 7}, {"joint": 6}])
     assert data.schedule[:12] == [HIGH] * 5 + [LOW] * 7
     assert data.schedule[12:] == [HIGH] * 2 + [LOW] * 2 + [HIGH] + [LOW]
-    assert {e: own.steps for e, own in data.experts.items()} == {HIGH: 8, LOW: 10}
+    assert {e: own.steps for e, own in data.noise_experts.items()} == {HIGH: 8, LOW: 10}
 
 
 def test_shares_divide_all_steps(t2v_cache):
@@ -53,7 +53,7 @@ def test_windows_start_and_stop_noise_experts():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"steps": 5, "phases": [{"high": 1}]}, "exactly one of steps, epochs and"),
     ({"phases": [{}]}, "a phase needs steps"),
-    ({"experts": ["high"], "phases": [{"low": 1}]}, "a phase has low steps, but experts does not hold 'low'"),
+    ({"noise_experts": ["high"], "phases": [{"low": 1}]}, "a phase has low steps, but noise_experts does not hold 'low'"),
     ({"steps": 5, "shares": {"high": 0.5, "low": 0.4}}, "shares must add up to 1, not 0.9"),
     ({"steps": 5, "shares": {"high": 1.0}}, "shares needs a share above 0 for each of high, low"),
     ({"steps": 5, "shares": {"high": 0.5, "low": 0.5}, "low": {"steps": 3}}, "low.steps and shares both say"),
@@ -83,7 +83,7 @@ def test_patterns_name_modules_in_either_layout_and_later_ones_win():
 ])
 def test_recipes_and_one_rank_for_all(t2v_cache, shared, low, modules, ranks):
     _, data = data_of(t2v_cache, steps=1, targets=shared, low={"targets": low})
-    found = targets_of(data.experts[LOW].targets, 8)
+    found = targets_of(data.noise_experts[LOW].targets, 8)
     assert (len(found), set(found.values())) == (modules, ranks)
 
 
@@ -105,7 +105,7 @@ def test_a_pattern_that_matches_nothing_lists_near_matches():
         resolve_patterns({"*.ffn.0": 0}, 8)
 
 
-def test_the_plan_says_turns_modules_optimiser_ratio_and_how_sigma_falls(t2v_cache):
+def test_the_plan_says_turns_modules_optimizer_ratio_and_how_sigma_falls(t2v_cache):
     settings, data = data_of(t2v_cache, steps=40, turn=10, high_noise_max_lr=5e-4, high_noise_min_lr=2e-5,
                              sigma={"sampler": "logit_normal", "shift": 5.0}, ema_decay=0.99,
                              targets={"patterns": {"*.self_attn.q": 4}})
@@ -142,7 +142,7 @@ def test_dropout_is_keyed_scaled_and_off_without_keys(make_lora):
 
 
 def test_modules_drop_different_rows(make_lora):
-    adapter = make_lora(experts=["high"]).objective.adapters[HIGH]
+    adapter = make_lora(noise_experts=["high"]).objective.adapters[HIGH]
     first, second = adapter.layers["blocks.7.attn1.to_q"], adapter.layers["blocks.6.attn1.to_q"]
     dropout = Dropout(DropoutRates(rank=0.5), adapter.layers)
     masks = []
@@ -157,7 +157,7 @@ def test_modules_drop_different_rows(make_lora):
 
 @pytest.mark.parametrize("rates", [DropoutRates(neuron=0.3), DropoutRates(rank=0.3), DropoutRates(module=0.3)])
 def test_what_is_kept_is_scaled_so_that_the_mean_stays(make_lora, rates):
-    adapter = make_lora(experts=["high"]).objective.adapters[HIGH]
+    adapter = make_lora(noise_experts=["high"]).objective.adapters[HIGH]
     layer = next(iter(adapter.layers.values()))
     dropout = Dropout(rates, adapter.layers)
     hidden = torch.ones(1, 6, layer.down_RI.shape[0])
@@ -180,7 +180,7 @@ def test_recomputed_activations_meet_the_same_dropout(make_lora):
 
 
 def test_a_mixture_gets_dropout_and_max_norm_too(make_moe):
-    trainer = make_moe(steps=2, dropout={"rank": 0.4}, max_norm=1e-4, optimiser={"lr": 1e-2})
+    trainer = make_moe(steps=2, dropout={"rank": 0.4}, max_norm=1e-4, optimizer={"lr": 1e-2})
     trainer.plan.run.mkdir()
     trainer.fit()
     for adapter in trainer.objective.adapters.values():
@@ -192,7 +192,7 @@ def test_a_mixture_gets_dropout_and_max_norm_too(make_moe):
 
 
 def test_saved_adapters_are_the_running_mean_and_training_goes_on_from_the_weights(make_lora):
-    trainer = make_lora(steps=3, ema_decay=0.9, optimiser={"lr": 1e-2})
+    trainer = make_lora(steps=3, ema_decay=0.9, optimizer={"lr": 1e-2})
     trainer.plan.run.mkdir()
     trainer.fit()
     [(_, file)] = open_lora(trainer.plan.run / "lapwan_high_noise.safetensors").items()
@@ -205,7 +205,7 @@ def test_saved_adapters_are_the_running_mean_and_training_goes_on_from_the_weigh
 
 def test_a_lora_to_continue_from_brings_its_modules_ranks_and_alpha(make_lora, tmp_path):
     first = make_lora(output=tmp_path / "first", targets={"patterns": {"blocks.7.self_attn.q": 3}}, alpha=6.0,
-                      optimiser={"lr": 1e-2})
+                      optimizer={"lr": 1e-2})
     first.plan.run.mkdir()
     first.fit()
     file = tmp_path / "first" / "lapwan_high_noise.safetensors"
@@ -220,7 +220,7 @@ def test_a_lora_to_continue_from_brings_its_modules_ranks_and_alpha(make_lora, t
 
 
 def test_both_loras_in_one_file_are_the_two_and_serve_wherever_they_do(make_lora, tmp_path):
-    apart, together = (make_lora(output=tmp_path / str(one), one_file=one, optimiser={"lr": 1e-2}, save_every=4)
+    apart, together = (make_lora(output=tmp_path / str(one), one_file=one, optimizer={"lr": 1e-2}, save_every=4)
                        for one in (False, True))
     for trainer in (apart, together):
         trainer.plan.run.mkdir()
@@ -228,10 +228,10 @@ def test_both_loras_in_one_file_are_the_two_and_serve_wherever_they_do(make_lora
     assert [p.name for p in sorted(together.plan.run.glob("*.safetensors"))] == ["lapwan.safetensors"]
     assert (together.plan.run / "step_000004" / "lapwan.safetensors").is_file()
     both = open_lora(together.plan.run / "lapwan.safetensors")
-    for expert in NoiseExpert:
-        [(_, file)] = open_lora(apart.plan.run / f"lapwan_{expert.file_suffix}.safetensors").items()
-        assert both[expert].fingerprint() == file.fingerprint()
-        ours, theirs = both[expert].metadata, file.metadata
+    for noise_expert in NoiseExpert:
+        [(_, file)] = open_lora(apart.plan.run / f"lapwan_{noise_expert.file_suffix}.safetensors").items()
+        assert both[noise_expert].fingerprint() == file.fingerprint()
+        ours, theirs = both[noise_expert].metadata, file.metadata
         # What was set differs, so the hash of it does; all else a file says of itself is the same.
         assert {k: v for k, v in ours.items() if k != "lapwan.settings"} == {
             k: v for k, v in theirs.items() if k != "lapwan.settings"}
@@ -249,4 +249,4 @@ def test_both_loras_in_one_file_are_the_two_and_serve_wherever_they_do(make_lora
 def test_one_file_needs_both_noise_experts():
     with pytest.raises(ValueError, match="one_file is for both noise experts, but experts holds only 'high'"):
         TrainLoraSettings.model_validate({"output": "run", "data": {"cache": "c"}, "steps": 1, "one_file": True,
-                                          "experts": ["high"]})
+                                          "noise_experts": ["high"]})

@@ -17,7 +17,7 @@ from lapwan.names import Band, NoiseExpert, bands
 from lapwan.sampling.video import read_video_metadata
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.tiny.resolve import resolve_base
-from lapwan.train.callbacks.build import check_watching
+from lapwan.train.callbacks.build import check_callbacks
 from lapwan.train.callbacks.validation import fixed_draws
 from lapwan.train.checklist import _bands, checklist
 from lapwan.train.checkpoint import checkpoints
@@ -44,14 +44,14 @@ def split_cache(tmp_path_factory, t2v_cache):
 
 
 def test_logged_figures_of_the_weights_are_those_of_the_saved_files(make_lora):
-    trainer = fitted(make_lora(steps=4, watch={"every": 4}, optimiser={"lr": 1e-2}, ema_decay=0.9))
+    trainer = fitted(make_lora(steps=4, watch={"every": 4}, optimizer={"lr": 1e-2}, ema_decay=0.9))
     seen = {row["step"]: row for row in rows(trainer) if "weights/high/delta_norm" in row}
     assert set(seen) == {4, 8}
-    for expert in NoiseExpert:
-        [(_, file)] = open_lora(trainer.plan.run / f"lapwan_{expert.file_suffix}.safetensors").items()
+    for noise_expert in NoiseExpert:
+        [(_, file)] = open_lora(trainer.plan.run / f"lapwan_{noise_expert.file_suffix}.safetensors").items()
         figures = summarise(measure(file.modules))
         for name in ("legacy_mean_abs", "mean_abs_B", "delta_norm", "init_floor"):
-            assert seen[8][f"weights/{expert.value}/{name}"] == pytest.approx(getattr(figures, name), rel=1e-6)
+            assert seen[8][f"weights/{noise_expert.value}/{name}"] == pytest.approx(getattr(figures, name), rel=1e-6)
     last = seen[8]
     assert last["weights/ratio/delta_norm"] == pytest.approx(
         last["weights/high/delta_norm"] / last["weights/low/delta_norm"])
@@ -86,14 +86,14 @@ def test_the_ratio_of_the_weights_follows_the_lr_bounds_of_a_motion_run(make_lor
 
 
 def test_the_monitor_stops_a_run_whose_low_expert_learns_too_fast_at_the_step_the_rule_says(make_lora):
-    trainer = make_lora(steps=40, turn=2, watch={"every": 4}, low={"optimiser": {"lr": 2e-2}}, save_every=1000,
+    trainer = make_lora(steps=40, turn=2, watch={"every": 4}, low={"optimizer": {"lr": 2e-2}}, save_every=1000,
                         health={"preset": "motion", "on_unhealthy": "stop", "after": 6, "patience": 2})
     trainer.plan.run.mkdir()
     # Looks at 4, 8, 12, ...: own steps are 6 at 12 for both, so 12 is the first to judge and 16 the second in a row.
     with pytest.raises(UserError, match=r"2 looks in a row said so: mean\|B\|, high / low: .*saved at step 16 of 80"):
         trainer.fit()
     assert checkpoints(trainer.plan.run)[-1][0] == 16 and rows(trainer)[-1]["health/status"] == 2.0
-    again = make_lora(steps=40, turn=2, watch={"every": 4}, low={"optimiser": {"lr": 2e-2}}, save_every=1000,
+    again = make_lora(steps=40, turn=2, watch={"every": 4}, low={"optimizer": {"lr": 2e-2}}, save_every=1000,
                       health={"preset": "motion", "on_unhealthy": "warn", "after": 6, "patience": 2})
     assert again.resume()
     again.plan.schedule = again.plan.schedule[:20]
@@ -102,13 +102,13 @@ def test_the_monitor_stops_a_run_whose_low_expert_learns_too_fast_at_the_step_th
 
 
 def test_a_healthy_run_is_not_stopped(make_lora):
-    trainer = make_lora(steps=12, turn=2, watch={"every": 4}, low={"optimiser": {"lr": 1e-4}},
-                        optimiser={"lr": 4e-4}, health={"preset": "motion", "on_unhealthy": "stop", "after": 4})
+    trainer = make_lora(steps=12, turn=2, watch={"every": 4}, low={"optimizer": {"lr": 1e-4}},
+                        optimizer={"lr": 4e-4}, health={"preset": "motion", "on_unhealthy": "stop", "after": 4})
     assert fitted(trainer).step == 24
 
 
 def test_a_mixture_is_watched_by_its_own_rules(make_moe):
-    trainer = fitted(make_moe(steps=4, watch={"every": 4}, optimiser={"lr": 1e-2}, router={"top_k": 4},
+    trainer = fitted(make_moe(steps=4, watch={"every": 4}, optimizer={"lr": 1e-2}, router={"top_k": 4},
                               health={"preset": "motion", "after": 2}))
     last = rows(trainer)[-1]
     families = trainer.objective.mixture.families
@@ -116,32 +116,32 @@ def test_a_mixture_is_watched_by_its_own_rules(make_moe):
 
 
 def test_validation_is_the_same_at_every_look_until_the_weights_change(make_lora, split_cache):
-    make = {"data": {"cache": split_cache}, "validation": {"every": 2, "sigmas": 3}, "optimiser": {"lr": 1e-2},
+    make = {"data": {"cache": split_cache}, "validation": {"every": 2, "sigmas": 3}, "optimizer": {"lr": 1e-2},
             "dropout": {"rank": 0.5}, "caption_dropout": 0.5}
     trainer = make_lora(steps=4, **make)
-    assert len(trainer.plan.item_ids) == 2 and len(trainer.watchers["validation"]._store.items) == 2
-    first = trainer.watchers["validation"].losses(HIGH)
-    assert first == trainer.watchers["validation"].losses(HIGH)
+    assert len(trainer.plan.item_ids) == 2 and len(trainer.callbacks["validation"]._store.items) == 2
+    first = trainer.callbacks["validation"].losses(HIGH)
+    assert first == trainer.callbacks["validation"].losses(HIGH)
     assert len([name for name in first if name.startswith("loss_at_sigma_")]) == 3
-    watcher = trainer.watchers["validation"]
-    rule, key = watcher._rules[HIGH], (0, "validation")
-    noises = [fixed_draws(rule, watcher._store.batch([clip]), [0.5], key, place).noise_BCTHW
+    callback = trainer.callbacks["validation"]
+    rule, key = callback._rules[HIGH], (0, "validation")
+    noises = [fixed_draws(rule, callback._store.batch([clip]), [0.5], key, place).noise_BCTHW
               for clip, place in ((0, 0), (0, 1), (1, 0))]
     assert not any(torch.equal(noises[0], other) for other in noises[1:])
     fitted(trainer)
     seen = [row["validation/high/loss"] for row in rows(trainer) if "validation/high/loss" in row]
     assert len(seen) == 4 and seen[0] != first["loss"]
-    assert trainer.watchers["validation"].losses(HIGH)["loss"] == seen[-1]
+    assert trainer.callbacks["validation"].losses(HIGH)["loss"] == seen[-1]
     row = rows(trainer)[-1]
     assert row["validation/mean"] == pytest.approx((row["validation/high/loss"] + row["validation/low/loss"]) / 2)
     other = make_lora(steps=4, **{**make, "batch_size": 2, "accumulate": 2}, output=trainer.plan.run.parent / "other")
-    assert other.watchers["validation"].losses(HIGH) == first  # nothing of how it is trained
+    assert other.callbacks["validation"].losses(HIGH) == first  # nothing of how it is trained
 
 
 def test_a_mixture_validates_its_routing_too(make_moe, split_cache):
     trainer = make_moe(data={"cache": split_cache}, validation={"every": 2, "sigmas": 1})
     usage = trainer.objective.usage_E.clone()
-    figures = trainer.watchers["validation"].look(0, None).figures
+    figures = trainer.callbacks["validation"].look(0, None).figures
     assert 0 <= figures["validation/low/metrics/routing_accuracy"] <= 1
     assert torch.equal(usage, trainer.objective.usage_E)  # looking changes nothing
 
@@ -155,15 +155,15 @@ def test_validation_without_held_out_clips_or_on_trained_ones_is_refused(t2v_cac
         settings = TrainLoraSettings.model_validate({
             "output": "run", "steps": 1, "model": "tiny", "data": {"cache": cache}, "validation": {"every": 1}, **more})
         with pytest.raises(UserError, match=message):
-            check_watching(settings, base, read_data(settings, base))
+            check_callbacks(settings, base, read_data(settings, base))
 
 
 def test_checkpoints_kept_are_the_newest_and_the_best(make_lora, split_cache, monkeypatch):
     trainer = make_lora(steps=4, data={"cache": split_cache}, save_every=1, keep_last=2, keep_best=1,
                         validation={"every": 1, "sigmas": 1})
     scores = iter([3.0, 1.0, 2.0, 5.0, 4.0, 6.0, 7.0, 8.0])
-    watcher = trainer.watchers["validation"]
-    monkeypatch.setattr(watcher, "losses", lambda expert: {"loss": next(scores) if expert is HIGH else 1.0})
+    callback = trainer.callbacks["validation"]
+    monkeypatch.setattr(callback, "losses", lambda noise_expert: {"loss": next(scores) if noise_expert is HIGH else 1.0})
     fitted(trainer)
     assert [step for step, _ in checkpoints(trainer.plan.run)] == [2, 7, 8]
     with pytest.raises(ValueError, match="keep_best needs a validation at every checkpoint: save_every = 3"):
@@ -177,8 +177,8 @@ PREVIEW = {"every": 4, "prompts": ["电凝钩切割组织"], "steps": 3, "size":
 @pytest.mark.parametrize("kind", ["lora", "moe"])
 def test_previews_go_through_both_noise_experts_and_change_nothing(kind, make_lora, make_moe, tmp_path):
     make = {"lora": make_lora, "moe": make_moe}[kind]
-    plain = fitted(make(output=tmp_path / "plain", steps=4, optimiser={"lr": 1e-2}))
-    trainer = fitted(make(output=tmp_path / "run", steps=4, optimiser={"lr": 1e-2}, preview=PREVIEW))
+    plain = fitted(make(output=tmp_path / "plain", steps=4, optimizer={"lr": 1e-2}))
+    trainer = fitted(make(output=tmp_path / "run", steps=4, optimizer={"lr": 1e-2}, preview=PREVIEW))
     videos = sorted((trainer.plan.run / "previews").iterdir())
     assert [video.name for video in videos] == ["step_000004_0.mp4", "step_000008_0.mp4"]
     facts = [json.loads(read_video_metadata(video)["facts"]) for video in videos]
@@ -195,9 +195,9 @@ def test_a_preview_is_what_generate_makes_of_the_saved_files(make_lora):
     from lapwan.settings.lora_argument import LoraArgument
     from lapwan.train.callbacks.previews import preview_requests
 
-    trainer = fitted(make_lora(steps=2, optimiser={"lr": 1e-2}, preview=PREVIEW, ema_decay=0.5))
+    trainer = fitted(make_lora(steps=2, optimizer={"lr": 1e-2}, preview=PREVIEW, ema_decay=0.5))
     base = resolve_base("tiny")
-    files = [LoraArgument(path=trainer.plan.run / f"lapwan_{e.file_suffix}.safetensors", expert=e.value)
+    files = [LoraArgument(path=trainer.plan.run / f"lapwan_{e.file_suffix}.safetensors", noise_expert=e.value)
              for e in NoiseExpert]
     settings = TrainLoraSettings.model_validate(
         {"output": "run", "steps": 1, "data": {"cache": "c"}, "preview": PREVIEW}).preview
@@ -216,7 +216,7 @@ def checked(cache, **changes) -> dict[str, str]:
 
 def test_the_checklist_says_what_it_found(t2v_cache):
     cache = t2v_cache
-    found = checked(cache, health={"preset": "motion"}, high={"optimiser": {"lr": 4e-4}})
+    found = checked(cache, health={"preset": "motion"}, high={"optimizer": {"lr": 4e-4}})
     assert found["captions"].startswith("check LOOK captions: 0 of 4 name a motion")
     assert found["frames"].startswith("check ok   frames: 4 of 4 clips read, 0 with non-finite")
     assert "check ok   LR, high / low: 4 (wanted for motion: 3 to 5 (4 advised)" in found["LR"]
@@ -291,37 +291,37 @@ def test_a_run_goes_on_in_another_folder_and_with_changed_settings_only_if_allow
     def settings(run, **changes):
         return TrainLoraSettings.model_validate({
             "model": "tiny", "output": run, "data": {"cache": t2v_cache}, "steps": 2, "watch": {"every": 1000},
-            "targets": {"last_blocks": 1, "ffn_last_blocks": 1}, "optimiser": {"lr": 1e-2}, "device": "cpu", **changes})
+            "targets": {"last_blocks": 1, "ffn_last_blocks": 1}, "optimizer": {"lr": 1e-2}, "device": "cpu", **changes})
 
     train_lora.run(settings(tmp_path / "run"), RunOptions())
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = tmp_path / "moved"
     with pytest.raises(UserError, match=r"cannot resume .*steps: 2 -> 3.*or pass --allow-changed"):
         train_lora.run(settings(moved, steps=3, resume=True), RunOptions())
-    train_lora.run(settings(moved, steps=3, resume=True, allow_changed=True, optimiser={"lr": 5e-3}), RunOptions())
+    train_lora.run(settings(moved, steps=3, resume=True, allow_changed=True, optimizer={"lr": 5e-3}), RunOptions())
     lines = [json.loads(line) for line in (moved / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["lr"] for line in lines] == [1e-2] * 4 + [5e-3] * 2
     assert (moved / "settings_until_000004.toml").is_file() and "steps = 3" in (moved / "settings.toml").read_text()
     clips = edited_cache(t2v_cache, tmp_path / "other", lambda items: items[:3])
     with pytest.raises(UserError, match="trained on other contents of: clips"):
-        train_lora.run(settings(moved, steps=3, resume=True, data={"cache": clips}, optimiser={"lr": 5e-3},
+        train_lora.run(settings(moved, steps=3, resume=True, data={"cache": clips}, optimizer={"lr": 5e-3},
                                 save_every=7), RunOptions())
 
 
 @pytest.mark.parametrize("kind", ["lora", "moe"])
 def test_one_noise_expert_at_a_time_trains_and_looks_the_same(kind, make_lora, make_moe, tmp_path, split_cache):
     make = {"lora": make_lora, "moe": make_moe}[kind]
-    common = {"steps": 3, "optimiser": {"lr": 1e-2}, "data": {"cache": split_cache}, "ema_decay": 0.9,
+    common = {"steps": 3, "optimizer": {"lr": 1e-2}, "data": {"cache": split_cache}, "ema_decay": 0.9,
               "validation": {"every": 3, "sigmas": 1}, "preview": {**PREVIEW, "every": 3}}
     runs = [fitted(make(output=tmp_path / memory, memory=memory, **common)) for memory in ("both", "one")]
     assert all(torch.equal(p, runs[1].parameters[n]) for n, p in runs[0].parameters.items())
     both, one = ([row.get("validation/mean") for row in rows(run)] for run in runs)
     assert both == one and both[2] is not None
     # the idle noise expert's weights lie in their host copy, and only they
-    parking = runs[1].plan.before_turn.__self__
-    parking.turn(HIGH)
-    for expert, home in parking._homes.items():
+    offload = runs[1].plan.before_turn.__self__
+    offload.turn(HIGH)
+    for noise_expert, home in offload._homes.items():
         copy = home._rest
         waits = [tensor.data_ptr() == kept.data_ptr() for tensor, kept in zip(copy._tensors, copy._copies, strict=True)]
-        assert all(waits) if expert is LOW else not any(waits)
+        assert all(waits) if noise_expert is LOW else not any(waits)

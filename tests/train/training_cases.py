@@ -28,20 +28,20 @@ def randomise(trainer: Trainer, scale: float = 0.05) -> None:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def draws_for(trainer: Trainer, expert: NoiseExpert, batch: Batch) -> Draws:
+def draws_for(trainer: Trainer, noise_expert: NoiseExpert, batch: Batch) -> Draws:
     """Draws keyed by the clips' own ids."""
-    keys = [(0, expert.value, 0, clip) for clip in batch.ids]
-    return make_draws(batch, keys, SigmaRule(Uniform(), trainer.plan.tracks[expert].rule.band))
+    keys = [(0, noise_expert.value, 0, clip) for clip in batch.ids]
+    return make_draws(batch, keys, SigmaRule(Uniform(), trainer.plan.tracks[noise_expert].rule.band))
 
 
-def backward(trainer: Trainer, expert: NoiseExpert, indices: list[int], only: str | None = None) -> dict[str, Tensor]:
+def backward(trainer: Trainer, noise_expert: NoiseExpert, indices: list[int], only: str | None = None) -> dict[str, Tensor]:
     """Gradients by name after one loss on these clips; `only` keeps a single term of the loss."""
     for parameter in trainer.parameters.values():
         parameter.grad = None
     batch = trainer.plan.load_batch(indices)
-    draws = draws_for(trainer, expert, batch)
-    trainer.objective.prepare(expert, [batch], draws=[draws])
-    with trainer.objective.loss(expert, batch, draws) as loss:
+    draws = draws_for(trainer, noise_expert, batch)
+    trainer.objective.prepare(noise_expert, [batch], draws=[draws])
+    with trainer.objective.loss(noise_expert, batch, draws) as loss:
         total_B = loss.terms[only] if only else loss.total_B
         total_B.mean().backward()
     return {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}

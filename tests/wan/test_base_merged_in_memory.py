@@ -29,12 +29,12 @@ HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 def stored_as(spec: ModelSpec, folder: Path, dtype: torch.dtype) -> Path:
     """The model with its transformers' weights in another dtype, the low-noise one's in two shards."""
     shutil.copytree(spec.path, folder, symlinks=False)
-    for expert in NoiseExpert:
-        (file,) = weight_files(folder / expert.component)
+    for noise_expert in NoiseExpert:
+        (file,) = weight_files(folder / noise_expert.component)
         # bf16 values times a number that is none: full mantissas in fp32 and fp16
         tensors = {name: (t.float() * 1.01).to(dtype).contiguous() for name, t in load_file(file).items()}
         file.unlink()
-        if expert is HIGH:
+        if noise_expert is HIGH:
             save_file(tensors, file, metadata={"format": "pt"})
             continue
         names = sorted(tensors)
@@ -49,16 +49,16 @@ def stored_as(spec: ModelSpec, folder: Path, dtype: torch.dtype) -> Path:
 def write_loras(folder: Path, dtype: torch.dtype) -> dict[NoiseExpert, Path]:
     """Two blocks of each noise expert, in sizes that do not vanish in the weights' own rounding."""
     paths = {}
-    for n, expert in enumerate(NoiseExpert):
+    for n, noise_expert in enumerate(NoiseExpert):
         generator = torch.Generator().manual_seed(n)
         state = LoraState({
             f"blocks.{block}.attn1.{name}": LoraEntry(
                 torch.randn(5, 192, generator=generator).to(dtype),
                 0.02 * torch.randn(192, 5, generator=generator).to(dtype), 3.0)
             for block in (1, 6) for name in ("to_q", "to_out.0")
-        }, {"lapwan.noise_expert": expert.value})
-        paths[expert] = folder / f"x_{expert.file_suffix}.safetensors"
-        write_lora(paths[expert], state)
+        }, {"lapwan.noise_expert": noise_expert.value})
+        paths[noise_expert] = folder / f"x_{noise_expert.file_suffix}.safetensors"
+        write_lora(paths[noise_expert], state)
     return paths
 
 
@@ -72,10 +72,10 @@ def test_merged_in_memory_is_the_merged_folder(tmp_path, tiny_t2v, monkeypatch, 
     list(merge_command.merge(load(MergeSettings, options=said, environment={}), RunOptions()))
     ours = resolve_base(BaseModelSettings(model=str(model), lora=paths, multiplier=0.7))
     theirs, plain = resolve_base(str(tmp_path / "merged")), resolve_base(str(model))
-    for expert in NoiseExpert:
-        assert ours.fingerprint(expert) == theirs.fingerprint(expert) != plain.fingerprint(expert)
+    for noise_expert in NoiseExpert:
+        assert ours.fingerprint(noise_expert) == theirs.fingerprint(noise_expert) != plain.fingerprint(noise_expert)
         for dtype in (torch.float32, torch.bfloat16):
-            one, other, before = (dict(base.load(expert, dtype).named_parameters()) for base in (ours, theirs, plain))
+            one, other, before = (dict(base.load(noise_expert, dtype).named_parameters()) for base in (ours, theirs, plain))
             assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in other)
             moved = {name for name in one if not torch.equal(one[name], before[name])}
             assert moved == {f"blocks.{b}.attn1.{n}.weight" for b in (1, 6) for n in ("to_q", "to_out.0")}

@@ -19,7 +19,7 @@ from lapwan.tiny.model import TRANSFORMER
 from lapwan.wan.backbone import load_transformer, velocity
 from lapwan.wan.transformer.block import block_forward
 from lapwan.wan.transformer.forward import TokenTimes
-from lapwan.wan.transformer.options import Prompt, path_of, selective_block
+from lapwan.wan.transformer.options import Prompt, forward_options, selective_block
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 BLOCKS, FIRST = 4, 2
@@ -89,8 +89,8 @@ def reference(model: WanTransformer3DModel, x: Tensor, t: Tensor, text: Tensor) 
 
 @pytest.mark.parametrize("expert", list(NoiseExpert))
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
-def test_the_forward_is_diffusers(task, expert, tiny_t2v, tiny_i2v):
-    model = load_transformer(tiny_t2v if task == "t2v" else tiny_i2v, expert)
+def test_the_forward_is_diffusers(task, noise_expert, tiny_t2v, tiny_i2v):
+    model = load_transformer(tiny_t2v if task == "t2v" else tiny_i2v, noise_expert)
     x, t, text = given(model)
     with torch.no_grad():
         theirs = reference(model, x, t, text)
@@ -133,7 +133,7 @@ def test_the_prefix_without_a_graph_has_the_full_graphs_gradients(model):
         seen.append(torch.is_grad_enabled())
         return block_forward(*arguments)
 
-    path_of(model).block = watched
+    forward_options(model).block = watched
     v, ours = gradients(model, adapter)
     assert seen == [False] * FIRST + [True] * (BLOCKS - FIRST)
     seen.clear()
@@ -179,7 +179,7 @@ def test_layers_that_share_an_input_are_each_layer_alone(model):
 def test_recomputation_has_the_gradients_of_keeping(model, kind, whole):
     adapter = adapted(model)
     v, plain = gradients(model, adapter)
-    path_of(model).checkpointing, path_of(model).whole_blocks = kind, whole
+    forward_options(model).checkpointing, forward_options(model).whole_blocks = kind, whole
     calls: list[int] = []
 
     class Count:
@@ -189,7 +189,7 @@ def test_recomputation_has_the_gradients_of_keeping(model, kind, whole):
         def done(self, index: int) -> None:
             calls.append(index)
 
-    path_of(model).residency = Count()
+    forward_options(model).residency = Count()
     again, recomputed = gradients(model, adapter)
     torch.testing.assert_close(v, again, **EXACT)
     equal(plain, recomputed)
@@ -200,7 +200,7 @@ def test_recomputation_has_the_gradients_of_keeping(model, kind, whole):
 
 def test_diffusers_own_switch_is_heard(model):
     adapter, calls = adapted(model), []
-    path_of(model).block = lambda *arguments: (calls.append(1), block_forward(*arguments))[1]
+    forward_options(model).block = lambda *arguments: (calls.append(1), block_forward(*arguments))[1]
     model.enable_gradient_checkpointing()
     gradients(model, adapter)
     assert len(calls) == 2 * BLOCKS - FIRST
@@ -271,7 +271,7 @@ def kept_bytes(model: WanTransformer3DModel, adapter: Adapter) -> int:
 
 def test_a_compiled_block_keeps_what_it_is_told(model):
     """Through torch.compile's own partition into forward and backward, without its code generation."""
-    adapter, path = adapted(model), path_of(model)
+    adapter, path = adapted(model), forward_options(model)
     plain, all_kept = gradients(model, adapter)[1], kept_bytes(model, adapter)
     path.block, path.selective = (torch.compile(function, backend="aot_eager_decomp_partition", dynamic=False)
                                   for function in (block_forward, selective_block))
@@ -290,7 +290,7 @@ def test_compiled_blocks_are_eager_ones(model, kind, monkeypatch, tmp_path):
     for layer in adapter.layers.values():
         layer.float()
     found = []
-    path_of(model).checkpointing = kind
+    forward_options(model).checkpointing = kind
     for compiled in (False, True):
         compile_blocks(model, compiled)
         found.append(gradients(model, adapter))

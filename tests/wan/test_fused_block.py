@@ -19,7 +19,7 @@ from lapwan.wan.quantise.linears import KINDS
 from lapwan.wan.quantise.load import fill, linears_of
 from lapwan.wan.transformer import fused_block, kernels
 from lapwan.wan.transformer.block import block_forward
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.options import forward_options
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_compiler_takes_it_whole(fused):
     """Its lists of outputs and optional arguments, without generating code."""
     model, inputs = made(torch.float32), given(torch.float32)
     calls = fused(True)
-    path = path_of(model)
+    path = forward_options(model)
     with torch.no_grad():
         plain = velocity(model, *inputs)
         path.block = torch.compile(block_forward, backend="aot_eager", dynamic=False, fullgraph=True)

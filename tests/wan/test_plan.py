@@ -9,11 +9,11 @@ from torch import nn
 from lapwan.lora.attach import Group, attach, initial_state
 from lapwan.memory.plan import (
     GIB,
-    ExpertBytes,
     Flops,
+    NoiseExpertBytes,
     Placement,
     Rates,
-    Way,
+    Strategy,
     choose,
     free_of,
     host_memory,
@@ -21,7 +21,7 @@ from lapwan.memory.plan import (
     placements,
     resident,
 )
-from lapwan.memory.shapes import Clip, ExpertShape, GroupShape, tokens_of, width_of
+from lapwan.memory.shapes import ClipShape, GroupShape, NoiseExpertShape, tokens_of, width_of
 from lapwan.memory.streaming import tensors_of
 from lapwan.memory.trace import measure
 from lapwan.models.base import Base
@@ -29,8 +29,8 @@ from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.backbone import load_transformer
 from lapwan.wan.quantise.load import Recipe
 
-HIGH = ExpertBytes((10, 20, 30, 40), 5, 3)
-LOW = ExpertBytes((10, 10, 10, 10), 7, 1)
+HIGH = NoiseExpertBytes((10, 20, 30, 40), 5, 3)
+LOW = NoiseExpertBytes((10, 10, 10, 10), 7, 1)
 
 
 @pytest.mark.parametrize(("placement", "expected"), [
@@ -43,38 +43,38 @@ def test_what_is_resident(placement, expected) -> None:
 
 
 def test_the_quickest_that_fits_and_else_the_smallest() -> None:
-    ways = [Way(Placement(True), 100, 1.0), Way(Placement(False), 100, 1.5), Way(Placement(False), 10, 1.2, "block"),
-            Way(Placement(False, 4), 10, 9.0, "block")]
+    strategies = [Strategy(Placement(True), 100, 1.0), Strategy(Placement(False), 100, 1.5), Strategy(Placement(False), 10, 1.2, "block"),
+            Strategy(Placement(False, 4), 10, 9.0, "block")]
     peaks = [156 + 100 + 2, 109 + 100 + 2, 109 + 10 + 2, 89 + 10 + 2]
-    for way, peak in zip(ways, peaks, strict=True):
-        assert choose([HIGH, LOW], [way], 2, None, "auto").peak == peak
-    def with_free(peak: int) -> Way:
-        return choose([HIGH, LOW], ways, 2, needs(peak), "auto").way
+    for strategy, peak in zip(strategies, peaks, strict=True):
+        assert choose([HIGH, LOW], [strategy], 2, None, "auto").peak == peak
+    def with_free(peak: int) -> Strategy:
+        return choose([HIGH, LOW], strategies, 2, needs(peak), "auto").strategy
 
-    assert [with_free(peak) for peak in peaks] == [ways[0], ways[2], ways[2], ways[3]]
-    tight = choose([HIGH, LOW], ways, 2, 0, "auto")
-    assert tight.way is ways[3] and not tight.fits
-    assert choose([HIGH, LOW], ways, 2, 0, "auto").host == 105 + 47
-    assert choose([HIGH, LOW], ways[:1], 2, None, "auto").host == 0
+    assert [with_free(peak) for peak in peaks] == [strategies[0], strategies[2], strategies[2], strategies[3]]
+    tight = choose([HIGH, LOW], strategies, 2, 0, "auto")
+    assert tight.strategy is strategies[3] and not tight.fits
+    assert choose([HIGH, LOW], strategies, 2, 0, "auto").host == 105 + 47
+    assert choose([HIGH, LOW], strategies[:1], 2, None, "auto").host == 0
 
 
 def test_the_host_counts_as_far_as_there_is_a_choice() -> None:
-    ways = [Way(Placement(False), 100, 1.0), Way(Placement(True), 100, 1.5), Way(Placement(False, 4), 10, 9.0)]
+    strategies = [Strategy(Placement(False), 100, 1.0), Strategy(Placement(True), 100, 1.5), Strategy(Placement(False, 4), 10, 9.0)]
 
-    def chosen(free: int, host: int | None) -> Way:
-        return choose([HIGH, LOW], ways, 2, free, "auto", host_free=host).way
+    def chosen(free: int, host: int | None) -> Strategy:
+        return choose([HIGH, LOW], strategies, 2, free, "auto", host_free=host).strategy
 
-    assert [chosen(needs(258), host) for host in (None, 152, 151)] == [ways[0], ways[0], ways[1]]
-    assert chosen(needs(211), 151) is ways[0]  # nothing else fits the device
-    line = choose([HIGH, LOW], ways[:1], 2, None, "auto", host_free=GIB).host_words
+    assert [chosen(needs(258), host) for host in (None, 152, 151)] == [strategies[0], strategies[0], strategies[1]]
+    assert chosen(needs(211), 151) is strategies[0]  # nothing else fits the device
+    line = choose([HIGH, LOW], strategies[:1], 2, None, "auto", host_free=GIB).host_words
     assert line == ", 0.0 GiB of host memory"
-    assert "WHICH HAS ONLY 0.0 GiB" in choose([HIGH, LOW], ways[:1], 2, None, "auto", host_free=1).host_words
+    assert "WHICH HAS ONLY 0.0 GiB" in choose([HIGH, LOW], strategies[:1], 2, None, "auto", host_free=1).host_words
     assert host_memory() is None or host_memory() > 1 << 20
 
 
 def test_another_phase_may_be_the_largest() -> None:
-    ways = [Way(Placement(True), 1, 1.0), Way(Placement(False), 1, 2.0)]
-    both, one = (choose([HIGH, LOW], [way], 2, None, "auto", {"text": 1000}) for way in ways)
+    strategies = [Strategy(Placement(True), 1, 1.0), Strategy(Placement(False), 1, 2.0)]
+    both, one = (choose([HIGH, LOW], [strategy], 2, None, "auto", {"text": 1000}) for strategy in strategies)
     assert both.peak == 156 + 1000 + 2 and one.peak == 4 + 1000 + 2
 
 
@@ -103,7 +103,7 @@ def test_bytes_from_shapes_are_those_of_the_loaded_model(precision, tiny_t2v, tm
     plain = {id(t) for t in tensors_of(model)}
     state = initial_state(load_transformer(tiny_t2v, NoiseExpert.HIGH), ranks, None, 0)
     adapter = attach(model, [Group("a", state, True)])
-    shape = ExpertShape(tiny_t2v, NoiseExpert.HIGH, torch.bfloat16, recipe, [GroupShape(ranks, True)])
+    shape = NoiseExpertShape(tiny_t2v, NoiseExpert.HIGH, torch.bfloat16, recipe, [GroupShape(ranks, True)])
     sizes = shape.bytes(numbers=3)
     assert sizes.blocks == tuple(sum(t.nbytes for t in tensors_of(b) if id(t) in plain) for b in model.blocks)
     # The rope tables are made in another shape on a device without values; what is stored is the same.
@@ -133,8 +133,8 @@ def test_the_simulation_counts_what_lives() -> None:
 
 def test_attention_is_counted_without_its_products(tiny_t2v) -> None:
     """From N tokens to 4N the work grows fourfold, not sixteenfold."""
-    shape = ExpertShape(tiny_t2v, NoiseExpert.HIGH, torch.float32)
-    small, large = (shape.forward_work(Clip(1, 17, size, size)) for size in (256, 512))
+    shape = NoiseExpertShape(tiny_t2v, NoiseExpert.HIGH, torch.float32)
+    small, large = (shape.forward_work(ClipShape(1, 17, size, size)) for size in (256, 512))
     assert 3.5 < large / small < 4.2
     assert tokens_of(tiny_t2v, (17, 64, 64)) == 5 * 16 and width_of(tiny_t2v) == 192
 
@@ -142,8 +142,8 @@ def test_attention_is_counted_without_its_products(tiny_t2v) -> None:
 def test_work_grows_by_trained_block_and_shrinks_with_recomputation(tiny_t2v) -> None:
     def work(blocks, checkpointing="off", batch=1) -> int:
         ranks = {f"blocks.{i}.{name}": 4 for i in blocks for name in ("attn1.to_q", "ffn.net.2")}
-        shape = ExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
-        return shape.training_work(Clip(batch, 9, 64, 64), checkpointing).total
+        shape = NoiseExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
+        return shape.training_work(ClipShape(batch, 9, 64, 64), checkpointing).total
 
     of = {n: work(range(8 - n, 8)) for n in (2, 3, 6)}
     assert of[6] - of[3] == pytest.approx(3 * (of[3] - of[2]), rel=1e-9)  # equal blocks add equally
@@ -154,8 +154,8 @@ def test_work_grows_by_trained_block_and_shrinks_with_recomputation(tiny_t2v) ->
 def test_one_of_each_kind_stands_for_all(tiny_t2v) -> None:
     """What is simulated on a few blocks is what simulating all of them gives."""
     ranks = {f"blocks.{i}.attn1.to_q": 4 for i in range(3, 8)} | {f"blocks.{i}.ffn.net.2": 4 for i in range(5, 8)}
-    shape = ExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
-    clip = Clip(1, 9, 64, 64)
+    shape = NoiseExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
+    clip = ClipShape(1, 9, 64, 64)
     for checkpointing in ("off", "block"):
         assert shape.training_work(clip, checkpointing).total == pytest.approx(
             shape._step(shape.kinds, clip, checkpointing), rel=0.02)
@@ -164,8 +164,8 @@ def test_one_of_each_kind_stands_for_all(tiny_t2v) -> None:
 def test_the_first_trained_blocks_recomputed_whole_lie_between(tiny_t2v) -> None:
     """What is put together of both kinds is what simulating the mixture gives."""
     ranks = {f"blocks.{i}.{name}": 4 for i in range(1, 8) for name in ("attn1.to_q", "ffn.net.2")}
-    shape = ExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
-    clip = Clip(1, 17, 256, 256)
+    shape = NoiseExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
+    clip = ClipShape(1, 17, 256, 256)
     off, block = (shape.training_work(clip, kind) for kind in ("off", "block"))
     assert len(off.each) == len(block.each) == 7
     works = [off.with_whole(block, count) for count in range(8)]
@@ -176,10 +176,10 @@ def test_the_first_trained_blocks_recomputed_whole_lie_between(tiny_t2v) -> None
 
 def test_flops_of_a_known_model(tiny_t2v) -> None:
     """8 blocks of width 192 and 768: products 2·(N·(6·192² + 2·192·768) + 512·2·192²), attention 4·192·N·(N + 512)."""
-    shape = ExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32)
+    shape = NoiseExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32)
     tokens = 5 * 36
-    found = shape.flops(Clip(1, 17, 96, 96), range(8))
+    found = shape.flops(ClipShape(1, 17, 96, 96), range(8))
     assert found.product == 8 * 2 * (tokens * (6 * 192**2 + 2 * 192 * 768) + 512 * 2 * 192**2)
     assert found.attention == 8 * 4 * 192 * tokens * (tokens + 512) and found.product8 == 0
-    eight = ExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, Recipe(Precision.FP8, frozenset({6, 7})))
-    assert eight.flops(Clip(1, 17, 96, 96), range(8)).product8 == found.product * 6 / 8
+    eight = NoiseExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, Recipe(Precision.FP8, frozenset({6, 7})))
+    assert eight.flops(ClipShape(1, 17, 96, 96), range(8)).product8 == found.product * 6 / 8

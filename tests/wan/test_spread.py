@@ -17,19 +17,19 @@ from lapwan.distributed import Processes
 from lapwan.errors import UserError
 from lapwan.lora.attach import Group, attach
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.memory.shapes import Clip, ExpertShape, GroupShape
+from lapwan.memory.shapes import ClipShape, GroupShape, NoiseExpertShape
 from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.generator import Generator
 from lapwan.settings.base import RunOptions
 from lapwan.settings.generate import GenerateSettings
 from lapwan.tiny.model import TRANSFORMER, tiny_folder
-from lapwan.train.parallel import join_ranks
+from lapwan.train.parallel import join_processes
 from lapwan.wan.backbone import velocity
-from lapwan.wan.transformer.context_parallel import Spread
-from lapwan.wan.transformer.first_block_cache import Reuse
+from lapwan.wan.transformer.context_parallel import ContextParallel
+from lapwan.wan.transformer.first_block_cache import FirstBlockCache
 from lapwan.wan.transformer.forward import TokenTimes
-from lapwan.wan.transformer.options import Prompt, path_of
+from lapwan.wan.transformer.options import Prompt, forward_options
 
 ODD, EVEN = (3, 6, 6), (3, 6, 8)  # 27 and 36 tokens
 
@@ -52,7 +52,7 @@ def velocities(model: WanTransformer3DModel, gates: Tensor, holder: object) -> d
         found["by sample"] = velocity(model, x, values[:, 1], text)
         found["by token"] = velocity(model, x, values[:, rows.long()], text)
         found["two values"] = velocity(model, x, TokenTimes(values, rows.long()), Prompt(text))
-        reuse = Reuse(0.2)
+        reuse = FirstBlockCache(0.2)
         for step in range(4):
             t = torch.tensor([500.0 - 5 * step]).expand(2)
             found[f"kept {step}"] = velocity(model, x, t, text, reuse=reuse.side("text"))
@@ -75,7 +75,7 @@ def ours(rank: int, count: int) -> dict[str, Tensor]:
         groups.append(Group(str(column), LoraState(entries, {}), trainable=False))
     adapter = attach(model, groups, gates_required=True)
     if count > 1:
-        path_of(model).spread = Spread(rank, count)
+        forward_options(model).spread = ContextParallel(rank, count)
     return velocities(model, torch.tensor([[0.7, 0.2], [0.1, 0.8]]).double(), adapter.holder)
 
 
@@ -103,7 +103,7 @@ def settings_for(output: Path, device: str = "cpu") -> GenerateSettings:
 
 def work(rank: int, folder: Path, device: str) -> None:
     """One of two processes."""
-    join_ranks(device)
+    join_processes(device)
     if device == "cpu":
         torch.save(ours(rank, 2), folder / f"ours_{rank}.pt")
         against_diffusers(rank)
@@ -117,7 +117,7 @@ def against_diffusers(rank: int) -> None:
     torch.distributed.broadcast(x, 0)
     torch.distributed.broadcast(text, 0)
     with torch.no_grad():
-        path_of(model).spread = Spread(rank, 2)
+        forward_options(model).spread = ContextParallel(rank, 2)
         mine = velocity(model, x, t, text)
         diffusers_plan(model, rank)
         theirs = model(x, t, text, return_dict=False)[0]
@@ -161,14 +161,14 @@ def test_one_gpu_named_for_all_is_refused(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="device = 'cuda:0' with 2 processes: each takes a GPU of its own"):
-        join_ranks("cuda:0")
+        join_processes("cuda:0")
 
 
 def test_a_share_of_the_tokens_takes_about_that_share_of_the_memory():
-    shape = ExpertShape(read_spec(tiny_folder("t2v")), NoiseExpert.HIGH, torch.bfloat16)
-    one, two = (shape.forward_work(Clip(2, 81, 256, 256), count) for count in (1, 2))
+    shape = NoiseExpertShape(read_spec(tiny_folder("t2v")), NoiseExpert.HIGH, torch.bfloat16)
+    one, two = (shape.forward_work(ClipShape(2, 81, 256, 256), count) for count in (1, 2))
     assert 0.45 * one < two < 0.85 * one  # its exchange holds q, k and v four times: plain, joined, sent, received
     trained = [GroupShape({f"blocks.{i}.attn1.to_q": 4 for i in (6, 7)}, True)]
-    shape = ExpertShape(read_spec(tiny_folder("t2v")), NoiseExpert.HIGH, torch.bfloat16, groups=trained)
-    one, two = (shape.training_work(Clip(2, 81, 256, 256), "off", count).total for count in (1, 2))
+    shape = NoiseExpertShape(read_spec(tiny_folder("t2v")), NoiseExpert.HIGH, torch.bfloat16, groups=trained)
+    one, two = (shape.training_work(ClipShape(2, 81, 256, 256), "off", count).total for count in (1, 2))
     assert 0.45 * one < two < 0.65 * one

@@ -11,7 +11,7 @@ from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.backbone import load_transformer, velocity
 from lapwan.wan.quantise.load import Recipe
-from lapwan.wan.transformer.options import path_of
+from lapwan.wan.transformer.options import forward_options
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def test_streamed_is_resident_bit_for_bit(loaded) -> None:
     for _ in range(2):
         assert torch.equal(velocity(model, *inputs(spec)), expected[0])
     assert torch.equal(velocity(model, *inputs(spec, 2)), expected[1])
-    residence.park()
+    residence.offload()
     residence.fetch()
     assert torch.equal(velocity(model, *inputs(spec)), expected[0])
 
@@ -51,7 +51,7 @@ def test_streamed_is_resident_bit_for_bit(loaded) -> None:
 def test_any_blocks_and_any_depth(streamed, depth, tiny_t2v) -> None:
     model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
     expected = velocity(model, *inputs(tiny_t2v))
-    path_of(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in streamed}, CPU, depth)
+    forward_options(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in streamed}, CPU, depth)
     for _ in range(3):
         assert torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
 
@@ -61,7 +61,7 @@ def test_every_forward_copies_each_block_once(tiny_t2v) -> None:
     ring = BlockRing({i: tensors_of(model.blocks[i]) for i in range(8)}, CPU)
     one = sum(-(-t.nbytes // 256) * 256 for t in tensors_of(model.blocks[0]))
     assert ring.place_bytes == 2 * one and ring.copied_bytes == 0
-    path_of(model).residency = ring
+    forward_options(model).residency = ring
     with torch.no_grad():
         for count in (1, 2, 3):
             velocity(model, *inputs(tiny_t2v))
@@ -72,7 +72,7 @@ def test_every_forward_copies_each_block_once(tiny_t2v) -> None:
 def test_a_forward_cut_short_does_not_mix_up_the_next(tiny_t2v) -> None:
     model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
     expected = velocity(model, *inputs(tiny_t2v))
-    ring = path_of(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in range(6)}, CPU)
+    ring = forward_options(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in range(6)}, CPU)
     original = ring.done
 
     def stop(index: int) -> None:
@@ -92,7 +92,7 @@ def test_a_block_that_is_not_there_yet_is_seen_if_it_were_used(tiny_t2v) -> None
     model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
     with torch.no_grad():
         expected = velocity(model, *inputs(tiny_t2v))
-        ring = path_of(model).residency = BlockRing({0: tensors_of(model.blocks[0])}, CPU)
+        ring = forward_options(model).residency = BlockRing({0: tensors_of(model.blocks[0])}, CPU)
         ring.start()
         ring._places[0].memory.view(torch.float32)[:1000] += 1.0
         assert not torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
@@ -124,7 +124,7 @@ def test_adapters_rows_stay_while_their_block_streams(tiny_t2v) -> None:
     residence.fetch()
     with torch.no_grad():
         velocity(model, *inputs(tiny_t2v))
-    residence.park()
+    residence.offload()
     assert own == {name: p.data_ptr() for name, p in adapter.parameters().items()}
 
 
@@ -147,7 +147,7 @@ def test_a_block_is_one_copy_as_far_as_its_memory_lies_together(tiny_t2v, monkey
         self._least = int(2.5 * block)
 
     monkeypatch.setattr(HostSpace, "__init__", in_chunks)
-    ring = path_of(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in range(8)}, CPU)
+    ring = forward_options(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in range(8)}, CPU)
     runs = [len(ring._blocks[i].runs) for i in range(8)]
     assert sum(runs) < 14 and max(runs) == 2 and min(runs) == 1
     with torch.no_grad():

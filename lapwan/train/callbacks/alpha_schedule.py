@@ -22,7 +22,7 @@ from lapwan import console
 from lapwan.lora.attach import Adapter, set_alpha
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.alpha_schedule import AlphaScheduleSettings
-from lapwan.train.callbacks.base import StepSeen
+from lapwan.train.callbacks.base import StepResult
 from lapwan.train.ema import Ema
 from lapwan.train.metrics import bin_of
 
@@ -96,11 +96,11 @@ class AlphaSchedule:
     needs_losses = True
 
     def __init__(
-        self, expert: NoiseExpert, settings: AlphaScheduleSettings, adapter: Adapter, band: Band,
-        ups: Mapping[str, nn.Parameter], optimiser: Optimizer, ema: Ema | None,
+        self, noise_expert: NoiseExpert, settings: AlphaScheduleSettings, adapter: Adapter, band: Band,
+        ups: Mapping[str, nn.Parameter], optimizer: Optimizer, ema: Ema | None,
     ) -> None:
-        self._expert, self._settings, self._adapter, self._band = expert, settings, adapter, band
-        self._ups, self._optimiser, self._ema = dict(ups), optimiser, ema
+        self._expert, self._settings, self._adapter, self._band = noise_expert, settings, adapter, band
+        self._ups, self._optimizer, self._ema = dict(ups), optimizer, ema
         self._phase, self._began, self._confirmed = 0, 0, 0
         self._seen: deque[Observation] = deque()
         self._agreements: deque[Tensor] = deque(maxlen=_ADVISORY_WINDOW)
@@ -111,8 +111,8 @@ class AlphaSchedule:
         """The alpha of the phase the noise expert is in."""
         return self._settings.phases[self._phase].alpha
 
-    def after_update(self, seen: StepSeen) -> dict[str, Tensor | float]:
-        if seen.expert is not self._expert:
+    def after_update(self, seen: StepResult) -> dict[str, Tensor | float]:
+        if seen.noise_expert is not self._expert:
             return {}
         self._observe(seen)
         figures: dict[str, Tensor | float] = {"alpha/phase": float(self._phase)}
@@ -123,7 +123,7 @@ class AlphaSchedule:
                 figures |= self._check(seen.own_step, steps)
         return {**figures, "alpha/value": self.alpha}
 
-    def _observe(self, seen: StepSeen) -> None:
+    def _observe(self, seen: StepResult) -> None:
         for loss, sigma in zip(seen.losses, seen.sigmas, strict=True):
             self._seen.append(Observation(seen.own_step, bin_of(sigma, self._band, _BINS), loss))
         while self._seen and self._seen[0].step <= seen.own_step - self._settings.window:
@@ -189,7 +189,7 @@ class AlphaSchedule:
             up.mul_(factor)
             if self._ema is not None:
                 self._ema.means[name].mul_(factor)
-            state = self._optimiser.state.get(up, {})
+            state = self._optimizer.state.get(up, {})
             for keys, power in ((_FIRST_MOMENTS, -1), (_SECOND_MOMENTS, -2)):
                 for key in keys:
                     if key in state:

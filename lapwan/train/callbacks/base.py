@@ -1,4 +1,4 @@
-"""What a run can carry besides its optimiser: rules that take part in every step, watchers that look now and then.
+"""What a run can carry besides its optimizer: rules that take part in every step, watchers that look now and then.
 
 How to add one: a class with these members, and its place in `lapwan.train.recipe`.
 """
@@ -15,25 +15,25 @@ from lapwan.names import NoiseExpert
 
 
 @dataclass(frozen=True)
-class StepSeen:
-    """One optimiser step that was taken: its number in the run and among this noise expert's, and every sample's flow
+class StepResult:
+    """One optimizer step that was taken: its number in the run and among this noise expert's, and every sample's flow
     loss with its sigma (empty unless a rule asks for them)."""
 
     step: int
     own_step: int
-    expert: NoiseExpert
+    noise_expert: NoiseExpert
     losses: tuple[float, ...] = ()
     sigmas: tuple[float, ...] = ()
 
 
-class Rule(Protocol):
+class StepCallback(Protocol):
     """Part of the training: runs in every process after every update, and its state is the run's."""
 
     @property
     def needs_losses(self) -> bool:
-        """Whether `StepSeen` must carry losses, which waits for the device."""
+        """Whether `StepResult` must carry losses, which waits for the device."""
 
-    def after_update(self, seen: StepSeen) -> dict[str, Tensor | float]:
+    def after_update(self, seen: StepResult) -> dict[str, Tensor | float]:
         """Act on the weights that were just stepped; figures to log. The gradients are still there."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class Rule(Protocol):
 
 
 @dataclass
-class Seen:
+class CallbackResult:
     """What a watcher found: figures to log, and a reason to stop the run if there is one.
 
     `stop` is a fault the user must hear of; `finished` ends the run as done, early. `score` (lower is better) is what
@@ -58,13 +58,13 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class OnFirstProcess:
     """A watcher of the first process, as the others see it: they wait for its word at the same steps."""
 
     every: int
 
-    def look(self, step: int, board: Any) -> Seen:
-        return Seen({})
+    def look(self, step: int, board: Any) -> CallbackResult:
+        return CallbackResult({})
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -73,14 +73,14 @@ class Elsewhere:
         """The first process has it."""
 
 
-class Watcher(Protocol):
+class PeriodicCallback(Protocol):
     """Looks at the run in the first process, with the weights that would be saved."""
 
     @property
     def every(self) -> int:
         """Steps of the run between two looks."""
 
-    def look(self, step: int, board: Any) -> Seen:
+    def look(self, step: int, board: Any) -> CallbackResult:
         """Look now; `board` takes images for TensorBoard."""
 
     def state_dict(self) -> dict[str, Any]:

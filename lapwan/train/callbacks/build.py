@@ -11,10 +11,10 @@ from lapwan.models.base import Base
 from lapwan.models.device import pick_dtype
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.settings.train import TrainSettings
-from lapwan.train.callbacks.base import Elsewhere
+from lapwan.train.callbacks.base import OnFirstProcess
 from lapwan.train.callbacks.previews import PreviewGenerator, Previews, preview_requests
 from lapwan.train.callbacks.validation import Validation, held_out, labelled
-from lapwan.train.callbacks.weight_figures import WeightWatch
+from lapwan.train.callbacks.weight_figures import WeightFigures
 from lapwan.train.clip_store import ClipStore
 from lapwan.train.optimizers import current_lr
 from lapwan.train.recipe import RunData
@@ -22,7 +22,7 @@ from lapwan.train.run_folder import PREVIEWS
 from lapwan.train.trainer import Trainer
 
 
-def check_watching(
+def check_callbacks(
     settings: TrainSettings, base: Base, data: RunData, taxonomy: Taxonomy | None = None
 ) -> list[str]:
     """Refuse, before any weights are loaded, what could not be watched; lines for the plan.
@@ -48,7 +48,7 @@ def check_watching(
     return lines
 
 
-def add_watchers(
+def add_callbacks(
     trainer: Trainer, settings: TrainSettings, base: Base, data: RunData, device: torch.device,
     adapter_set: AdapterSet | None = None, taxonomy: Taxonomy | None = None,
 ) -> None:
@@ -60,21 +60,21 @@ def add_watchers(
     plan, adapters = trainer.plan, trainer.objective.adapters
 
     def rates() -> dict[str, float]:
-        return {e.value: float(current_lr(plan.optimisers[e.value])) for e in adapters}
+        return {e.value: float(current_lr(plan.optimizers[e.value])) for e in adapters}
 
     def own_steps() -> dict[str, int]:
         return {e.value: track.steps for e, track in plan.tracks.items()}
 
-    if not plan.ranks.first:
+    if not plan.distributed.first:
         wanted = {"weights": settings.watch.every, "validation": settings.validation.every,
                   "preview": settings.preview.every}
-        trainer.watchers |= {name: Elsewhere(every) for name, every in wanted.items() if every is not None}
+        trainer.callbacks |= {name: OnFirstProcess(every) for name, every in wanted.items() if every is not None}
         return
-    trainer.watchers["weights"] = WeightWatch(adapters, rates, own_steps, settings.watch.every, settings.health)
+    trainer.callbacks["weights"] = WeightFigures(adapters, rates, own_steps, settings.watch.every, settings.health)
     if settings.validation.every is not None:
         store = ClipStore(data.index, held_out(data.index, settings), device)
         rules = {e: track.rule for e, track in plan.tracks.items()}
-        trainer.watchers["validation"] = Validation(
+        trainer.callbacks["validation"] = Validation(
             trainer.objective, rules, store, settings.validation.every, settings.validation.sigmas, settings.seed,
             plan.before_turn)
     if settings.preview.every is not None:
@@ -84,4 +84,4 @@ def add_watchers(
         generator = PreviewGenerator(
             base, adapter_set or AdapterSet(), device, dtype, adapters, requests, plan.before_turn)
         folder = settings.output / PREVIEWS
-        trainer.watchers["preview"] = Previews(generator, requests, folder, settings.preview.every)
+        trainer.callbacks["preview"] = Previews(generator, requests, folder, settings.preview.every)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lapwan.lora.attach import Adapter
 from lapwan.names import NoiseExpert
-from lapwan.train.callbacks.base import StepSeen
+from lapwan.train.callbacks.base import StepResult
 
 
 @torch.no_grad()
@@ -46,10 +46,10 @@ class NormLimit:
     def __init__(self, adapters: Mapping[NoiseExpert, Adapter], limits: Mapping[NoiseExpert, float]) -> None:
         self._adapters, self._limits = adapters, limits
 
-    def after_update(self, seen: StepSeen) -> dict[str, Tensor | float]:
-        if (limit := self._limits.get(seen.expert)) is None:
+    def after_update(self, seen: StepResult) -> dict[str, Tensor | float]:
+        if (limit := self._limits.get(seen.noise_expert)) is None:
             return {}
-        scaled, largest = limit_norms(self._adapters[seen.expert], limit)
+        scaled, largest = limit_norms(self._adapters[seen.noise_expert], limit)
         return {"max_norm/scaled_modules": scaled, "max_norm/largest": largest}
 
     def state_dict(self) -> dict[str, Any]:

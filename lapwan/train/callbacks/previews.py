@@ -32,7 +32,7 @@ from lapwan.sampling.noise_experts import NoiseExperts
 from lapwan.sampling.request import Request, check_request, complete_guidance
 from lapwan.sampling.start_image import open_image
 from lapwan.settings.callbacks import PreviewSettings
-from lapwan.train.callbacks.base import Seen
+from lapwan.train.callbacks.base import CallbackResult
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -92,17 +92,17 @@ class _InTraining(NoiseExperts):
     def make_room(self) -> None:
         """Nothing of a training leaves for a preview."""
 
-    def transformer(self, expert: NoiseExpert) -> WanTransformer3DModel:
-        if expert in self._training:
-            self._before_turn(expert)
-            return cast("WanTransformer3DModel", self._training[expert].transformer)
-        return super().transformer(expert)
+    def transformer(self, noise_expert: NoiseExpert) -> WanTransformer3DModel:
+        if noise_expert in self._training:
+            self._before_turn(noise_expert)
+            return cast("WanTransformer3DModel", self._training[noise_expert].transformer)
+        return super().transformer(noise_expert)
 
-    def scope(self, expert: NoiseExpert, gates_1G: Tensor) -> AbstractContextManager[object]:
+    def scope(self, noise_expert: NoiseExpert, gates_1G: Tensor) -> AbstractContextManager[object]:
         """A mixture's gates; a plain LoRA in training acts with gate 1."""
-        if expert not in self._training:
-            return super().scope(expert, gates_1G)
-        holder = self._training[expert].holder
+        if noise_expert not in self._training:
+            return super().scope(noise_expert, gates_1G)
+        holder = self._training[noise_expert].holder
         return holder.scope(gates_1G) if holder.required else nullcontext()
 
 
@@ -115,7 +115,7 @@ class PreviewGenerator(Generator):
         before_turn: Callable[[NoiseExpert], None],
     ) -> None:
         super().__init__(base, adapter_set, device, dtype)
-        self.experts = _InTraining(base, adapter_set, device, dtype, adapters, before_turn)
+        self.noise_experts = _InTraining(base, adapter_set, device, dtype, adapters, before_turn)
         for request in requests:
             self.text_features(request.prompt)
             if max(request.guidance.values()) > 1:
@@ -131,7 +131,7 @@ class Previews:
         self._generator, self._requests, self._folder = generator, list(requests), folder
 
     @torch.no_grad()
-    def look(self, step: int, board: Any) -> Seen:
+    def look(self, step: int, board: Any) -> CallbackResult:
         mixture = self._generator.adapters.mixture
         if mixture is None:
             return self._sample(step, board)
@@ -143,7 +143,7 @@ class Previews:
         finally:
             mixture.to(device)
 
-    def _sample(self, step: int, board: Any) -> Seen:
+    def _sample(self, step: int, board: Any) -> CallbackResult:
         index = -1
         for request in self._requests:
             index += request.hint is None  # the same prompt's hints follow it
@@ -154,7 +154,7 @@ class Previews:
             strip = np.asarray(contact_sheet([video.frames], _COLUMNS))
             board.add_image(f"preview/{name}", strip, step, dataformats="HWC")
             console.detail(f"preview {path}")
-        return Seen({})
+        return CallbackResult({})
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -15,14 +15,14 @@ from lapwan.lora.attach import Adapter
 from lapwan.names import NoiseExpert
 from lapwan.report.canvas import Box, Canvas, Colour
 from lapwan.settings.train_moe import TrainMoeSettings
-from lapwan.train.callbacks.base import Seen, StepSeen
+from lapwan.train.callbacks.base import CallbackResult, StepResult
 from lapwan.train.moe.objective import MixtureObjective
 
 _COLOURS: dict[str, Colour] = {"high": (208, 72, 52), "low": (38, 98, 168)}
 _CLIPS_PER_EXPERT = 5  # a window with fewer clips than this for each expert is not judged but goes on
 
 
-class RoutingWatch:
+class RoutingCallback:
     """A watcher: what the router did since the last look, the gates' curves, and warnings with the users' advice."""
 
     def __init__(self, objective: MixtureObjective, settings: TrainMoeSettings) -> None:
@@ -35,22 +35,22 @@ class RoutingWatch:
         self._bad_in_a_row = 0
         self.faults: list[RoutingFault] = []  # of the last window that was judged
 
-    def look(self, step: int, board: Any) -> Seen:
+    def look(self, step: int, board: Any) -> CallbackResult:
         window = self._objective.totals - self._before
         figures = self._gates(board, step)
         if window.clips < _CLIPS_PER_EXPERT * window.experts:
-            return Seen(figures)
+            return CallbackResult(figures)
         self._before = self._objective.totals
         figures |= window_figures(window, self._objective.mixture.families)
         board.add_image("routing/confusion", _confusion_picture(window, self._objective.mixture.families), step,
                         dataformats="HWC")
         if step < self._settings.routing_watch.after:
-            return Seen(figures)
+            return CallbackResult(figures)
         learned = self._objective.mixture.spec.router != "rule"
         self.faults = judge_routing(
             window, self._objective.mixture.families, self._thresholds, _advisable(self._settings), learned)
         figures["routing/faults"] = float(len(self.faults))
-        return Seen(figures, self._judge(step))
+        return CallbackResult(figures, self._judge(step))
 
     def _judge(self, step: int) -> str | None:
         """Say what was not said at the last look; the reason to stop after enough bad windows, if that is wanted."""
@@ -69,13 +69,13 @@ class RoutingWatch:
         """w(σ) at its knots: as figures, and as one picture for TensorBoard."""
         figures: dict[str, float] = {}
         lines: dict[str, list[tuple[float, float]]] = {}
-        for expert in self._objective.adapters:
-            gate = self._objective.mixture.timestep_gate(expert)
+        for noise_expert in self._objective.adapters:
+            gate = self._objective.mixture.timestep_gate(noise_expert)
             sigmas = torch.linspace(gate.low, gate.high, gate.knots)
             with torch.no_grad():
                 strengths = gate(sigmas.to(gate.values_K.device)).tolist()
-            lines[expert.value] = list(zip(sigmas.tolist(), strengths, strict=True))
-            figures |= {f"timestep_gate/{expert.value}/w_at_{s:.3f}": w for s, w in lines[expert.value]}
+            lines[noise_expert.value] = list(zip(sigmas.tolist(), strengths, strict=True))
+            figures |= {f"timestep_gate/{noise_expert.value}/w_at_{s:.3f}": w for s, w in lines[noise_expert.value]}
         canvas = Canvas(480, 300)
         canvas.line_chart(Box(24, 24, 456, 270), "w(sigma)", lines, _COLOURS, "sigma")
         board.add_image("timestep_gate/curve", np.asarray(canvas.finish()), step, dataformats="HWC")
@@ -98,10 +98,10 @@ def window_figures(window: RoutingTotals, families: Sequence[str]) -> dict[str, 
     usage, by_family, confusion = window.usage_E, window.usage_by_family_EE, window.confusion_EE
     for i, family in enumerate(families):
         found[f"routing/usage/{family}"] = float(usage[i])
-        for j, expert in enumerate(families):
-            found[f"routing/confusion/{family}/{expert}"] = float(confusion[i, j])
+        for j, chosen in enumerate(families):
+            found[f"routing/confusion/{family}/{chosen}"] = float(confusion[i, j])
             if float(confusion[i].sum()):
-                found[f"routing/usage_of/{family}/{expert}"] = float(by_family[i, j])
+                found[f"routing/usage_of/{family}/{chosen}"] = float(by_family[i, j])
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -131,10 +131,10 @@ class ExpertGradients:
     def __init__(self, adapters: Mapping[NoiseExpert, Adapter], every: int) -> None:
         self._adapters, self._every = adapters, every
 
-    def after_update(self, seen: StepSeen) -> dict[str, Tensor | float]:
+    def after_update(self, seen: StepResult) -> dict[str, Tensor | float]:
         if seen.step % self._every:
             return {}
-        adapter = self._adapters[seen.expert]
+        adapter = self._adapters[seen.noise_expert]
         layers = [layer for layer in adapter.layers.values() if layer.down_RI.grad is not None]
         if not layers:
             return {}

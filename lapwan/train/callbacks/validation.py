@@ -14,7 +14,7 @@ from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 from lapwan.settings.train import TrainSettings
-from lapwan.train.callbacks.base import Seen
+from lapwan.train.callbacks.base import CallbackResult
 from lapwan.train.clip_store import ClipStore
 from lapwan.train.objective import Draws, Key, Objective, SigmaRule
 
@@ -53,30 +53,30 @@ class Validation:
 
     def __init__(
         self, objective: Objective, rules: Mapping[NoiseExpert, SigmaRule], store: ClipStore, every: int, sigmas: int,
-        seed: int, before_turn: Callable[[NoiseExpert], None] = lambda expert: None,
+        seed: int, before_turn: Callable[[NoiseExpert], None] = lambda noise_expert: None,
     ) -> None:
         self.every, self._before_turn = every, before_turn
         self._objective, self._rules, self._store, self._seed = objective, rules, store, seed
         self._u = [(i + 0.5) / sigmas for i in range(sigmas)]
 
-    def look(self, step: int, board: Any) -> Seen:
+    def look(self, step: int, board: Any) -> CallbackResult:
         figures: dict[str, float] = {}
-        for expert in self._rules:
-            self._before_turn(expert)
-            for name, value in self.losses(expert).items():
-                figures[f"validation/{expert.value}/{name}"] = value
-        means = [figures[f"validation/{expert.value}/loss"] for expert in self._rules]
-        return Seen({**figures, "validation/mean": sum(means) / len(means)})
+        for noise_expert in self._rules:
+            self._before_turn(noise_expert)
+            for name, value in self.losses(noise_expert).items():
+                figures[f"validation/{noise_expert.value}/{name}"] = value
+        means = [figures[f"validation/{noise_expert.value}/loss"] for noise_expert in self._rules]
+        return CallbackResult({**figures, "validation/mean": sum(means) / len(means)})
 
     @torch.no_grad()
-    def losses(self, expert: NoiseExpert) -> dict[str, float]:
+    def losses(self, noise_expert: NoiseExpert) -> dict[str, float]:
         """`loss`, `loss_at_sigma_0.912` and so on, and the means of the objective's own metrics."""
         sums: dict[str, list[Tensor]] = {}
         for index in range(len(self._store.items)):
             batch = self._store.batch([index])
             for place, u in enumerate(self._u):
-                draws = fixed_draws(self._rules[expert], batch, [u], (self._seed, "validation"), place)
-                with self._objective.loss(expert, batch, draws) as loss:
+                draws = fixed_draws(self._rules[noise_expert], batch, [u], (self._seed, "validation"), place)
+                with self._objective.loss(noise_expert, batch, draws) as loss:
                     own = {n: values for n, values in loss.figures.items() if n.startswith("metrics/")}
                     flow_B = loss.figures["loss/diffusion"]
                 own |= {"loss": flow_B, f"loss_at_sigma_{float(draws.sigma_B[0]):.3f}": flow_B}

@@ -17,7 +17,7 @@ from lapwan.lora.attach import Adapter
 from lapwan.lora.state import LoraEntry
 from lapwan.names import NoiseExpert
 from lapwan.settings.callbacks import HealthSettings
-from lapwan.train.callbacks.base import Seen
+from lapwan.train.callbacks.base import CallbackResult
 
 _LEVELS = ("good", "warn", "stop")
 
@@ -30,19 +30,19 @@ def trained_entries(adapter: Adapter) -> dict[str, dict[str, LoraEntry]]:
 
 
 def _of_experts(
-    label: str, experts: Mapping[str, Mapping[str, LoraEntry]], matrix: Mapping[str, Mapping[str, float | None]]
+    label: str, noise_experts: Mapping[str, Mapping[str, LoraEntry]], matrix: Mapping[str, Mapping[str, float | None]]
 ) -> dict[str, float | None]:
     """‖ΔW‖ of each expert of a mixture, and how much each two overlap."""
     found: dict[str, float | None] = {
         f"weights/{label}/delta_norm_of/{name}": summarise(measure(dict(own), spectrum=False)).delta_norm
-        for name, own in experts.items()
+        for name, own in noise_experts.items()
     }
     for a, b in combinations(matrix, 2):
         found[f"weights/{label}/overlap/{a}-{b}"] = matrix[a][b]
     return found
 
 
-class WeightWatch:
+class WeightFigures:
     """A watcher: figures every look; with a preset also the verdict, and a stop if it says so often enough."""
 
     def __init__(
@@ -57,7 +57,7 @@ class WeightWatch:
         self._bad_in_a_row = 0
         self._said: frozenset[str] = frozenset()
 
-    def look(self, step: int, board: Any) -> Seen:
+    def look(self, step: int, board: Any) -> CallbackResult:
         groups = {e.value: trained_entries(adapter) for e, adapter in self._adapters.items()}
         figures = {}
         for label, own in groups.items():
@@ -83,7 +83,7 @@ class WeightWatch:
             found["health/status"] = float(_LEVELS.index(verdict["status"]))
             reason = self._judge(verdict, step)
         self._before, self._steps_before, self._step_before = figures, steps, step
-        return Seen({name: value for name, value in found.items() if value is not None}, reason)
+        return CallbackResult({name: value for name, value in found.items() if value is not None}, reason)
 
     def _growth(self, figures: Mapping[str, Figures], steps: Mapping[str, int], step: int) -> list[dict[str, Any]]:
         if not self._before:

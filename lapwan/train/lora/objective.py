@@ -36,23 +36,23 @@ class LoraObjective:
         self._roi_weight, self._empty_text = roi_weight, empty_text
         self._dropout = {e: Dropout((dropout or {}).get(e, DropoutRates()), a.layers) for e, a in adapters.items()}
         self.optimised = {
-            expert.value: [ParameterGroup({f"{expert.value}.{n}": p for n, p in adapter.parameters().items()})]
-            for expert, adapter in self.adapters.items()
+            noise_expert.value: [ParameterGroup({f"{noise_expert.value}.{n}": p for n, p in adapter.parameters().items()})]
+            for noise_expert, adapter in self.adapters.items()
         }
 
-    def stepped_by(self, expert: NoiseExpert) -> tuple[str, ...]:
-        return (expert.value,)
+    def stepped_by(self, noise_expert: NoiseExpert) -> tuple[str, ...]:
+        return (noise_expert.value,)
 
     def prepare(
-        self, expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
+        self, noise_expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
     ) -> None:
         """Nothing of a plain LoRA's loss depends on the other batches of a step."""
 
     @contextmanager
-    def loss(self, expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:
+    def loss(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:
         """Forward, then (in the caller's block) backward, under the same dropout."""
-        adapter = self.adapters[expert]
-        with self._dropout[expert].scope(adapter.holder, draws.keys):
+        adapter = self.adapters[noise_expert]
+        with self._dropout[noise_expert].scope(adapter.holder, draws.keys):
             yield flow_terms(adapter.transformer, batch, draws, self._roi_weight, self._empty_text)
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,9 +62,9 @@ class LoraObjective:
         """There is none."""
 
     def save(self, folder: Path, step: int) -> list[Path]:
-        states = {expert: adapter.state(LORA_GROUP) for expert, adapter in self.adapters.items()}
-        for expert, state in states.items():
-            state.metadata = {**self._metadata[expert], "lapwan.step": str(step), "ss_steps": str(step)}
+        states = {noise_expert: adapter.state(LORA_GROUP) for noise_expert, adapter in self.adapters.items()}
+        for noise_expert, state in states.items():
+            state.metadata = {**self._metadata[noise_expert], "lapwan.step": str(step), "ss_steps": str(step)}
         paths = [folder / name for name in lora_names(self._name, list(states), self._one_file)]
         if self._one_file:
             write_both(paths[0], states)
@@ -74,8 +74,8 @@ class LoraObjective:
         return paths
 
 
-def lora_names(name: str, experts: Sequence[NoiseExpert], one_file: bool) -> list[str]:
+def lora_names(name: str, noise_experts: Sequence[NoiseExpert], one_file: bool) -> list[str]:
     """The files a run saves: one for each noise expert, or one for both."""
     if one_file:
         return [f"{name}.safetensors"]
-    return [f"{name}_{expert.file_suffix}.safetensors" for expert in experts]
+    return [f"{name}_{noise_expert.file_suffix}.safetensors" for noise_expert in noise_experts]

@@ -58,7 +58,7 @@ class MixtureWeights:
 
 @dataclass
 class _StepStatistics:
-    """Over all samples of one optimiser step."""
+    """Over all samples of one optimizer step."""
 
     mean_entropy: float
     labelled_share: float
@@ -94,24 +94,24 @@ class MixtureObjective:
         if self.mixture.spec.shared_experts:
             first = next(iter(self.adapters.values()))
             found[SHARED] = [ParameterGroup({f"{SHARED}.{n}": p for n, p in first.parameters().items()})]
-        for expert, adapter in self.adapters.items():
-            own = {} if SHARED in found else {f"{expert.value}.{n}": p for n, p in adapter.parameters().items()}
-            gate = {f"{expert.value}.timestep_gate.values_K": self.mixture.timestep_gate(expert).values_K}
+        for noise_expert, adapter in self.adapters.items():
+            own = {} if SHARED in found else {f"{noise_expert.value}.{n}": p for n, p in adapter.parameters().items()}
+            gate = {f"{noise_expert.value}.timestep_gate.values_K": self.mixture.timestep_gate(noise_expert).values_K}
             groups = [ParameterGroup(own), ParameterGroup(gate, self.weights.gate_lr_scale)]
-            found[expert.value] = [group for group in groups if group.parameters]
+            found[noise_expert.value] = [group for group in groups if group.parameters]
         router = {f"{ROUTER}.{n}": p for n, p in self.mixture.router.named_parameters()}
         if router:  # the rule router has nothing to learn
             found[ROUTER] = [ParameterGroup(router, self.weights.router_lr_scale)]
         return found
 
-    def stepped_by(self, expert: NoiseExpert) -> tuple[str, ...]:
-        return tuple(name for name in self.optimised if name in (SHARED, expert.value, ROUTER))
+    def stepped_by(self, noise_expert: NoiseExpert) -> tuple[str, ...]:
+        return tuple(name for name in self.optimised if name in (SHARED, noise_expert.value, ROUTER))
 
     def _route(self, batch: Batch, draws: Draws | None) -> Tensor:
         return self.mixture.route(batch.text, _labels(batch), None if draws is None else draws.sigma_B)
 
     def prepare(
-        self, expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
+        self, noise_expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
     ) -> None:
         """Mean entropy and usage of the whole step, so that its loss does not depend on how it is cut into batches."""
         w = self.weights
@@ -130,15 +130,15 @@ class MixtureObjective:
         self._steps += 1
 
     @contextmanager
-    def loss(self, expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:
+    def loss(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:
         """Gates first, then the forward, then (in the caller's block) the backward, all under the same gates."""
-        adapter, w = self.adapters[expert], self.weights
+        adapter, w = self.adapters[noise_expert], self.weights
         families, labelled = _labels(batch).argmax(dim=1).tolist(), (~batch.fallback_B).tolist()
         student_BE = self._route(batch, draws)
         mix_BE = self.drop_experts(self.mixture.select(student_BE), draws.keys)
         alpha_base = w.alpha_base if BASE_GROUP in adapter.group_names else None
-        gates_BG = self.mixture.gates(expert, mix_BE, draws.sigma_B, alpha_base=alpha_base)
-        with adapter.holder.scope(gates_BG), self._dropout[expert].scope(adapter.holder, draws.keys):
+        gates_BG = self.mixture.gates(noise_expert, mix_BE, draws.sigma_B, alpha_base=alpha_base)
+        with adapter.holder.scope(gates_BG), self._dropout[noise_expert].scope(adapter.holder, draws.keys):
             loss = flow_terms(adapter.transformer, batch, draws, w.roi, self._empty_text)
             self._add_routing(loss, student_BE, mix_BE, batch)
             self._add_figures(loss, student_BE, mix_BE, families, labelled)

@@ -14,22 +14,22 @@ from lapwan.lora.assign import assign
 from lapwan.lora.attach import Adapter, attach
 from lapwan.lora.combine import resize
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.memory.offload import Parking
+from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import TrainingMemory, plan_training
 from lapwan.models.base import Base, targets_of
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.adapters import AdapterSet, LoraUse
 from lapwan.settings.optimizers import AutomagicSettings, ProdigySettings
-from lapwan.settings.train import ExpertSettings
+from lapwan.settings.train import NoiseExpertSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train import recipe
-from lapwan.train.callbacks.base import Elsewhere
-from lapwan.train.callbacks.build import add_watchers
-from lapwan.train.callbacks.routing import ExpertGradients, RoutingWatch
+from lapwan.train.callbacks.base import OnFirstProcess
+from lapwan.train.callbacks.build import add_callbacks
+from lapwan.train.callbacks.routing import ExpertGradients, RoutingCallback
 from lapwan.train.clip_store import ClipStore, family_of
 from lapwan.train.moe.objective import MixtureObjective, MixtureWeights
-from lapwan.train.parallel import Ranks
+from lapwan.train.parallel import Distributed
 from lapwan.train.trainer import Trainer
 
 ROUTER_LR_LIMIT = 5e-3  # above it text routers were seen to diverge: 10 x 1e-4 is right, 10 x 2e-3 is not
@@ -54,10 +54,10 @@ def check_mixture(settings: TrainMoeSettings, base: Base, data: recipe.RunData, 
         if family not in taxonomy.keys:
             raise UserError(f"expert_targets.{family} is no family of {taxonomy.name}{nearest(family, taxonomy.keys)}; "
                             f"it has {', '.join(taxonomy.keys)}")
-    for expert, file in recipe.initial_loras(settings.init_lora, base).items():
-        merged = {lora.fingerprint() for lora, _ in base.loras.get(expert, ())}
+    for noise_expert, file in recipe.initial_loras(settings.init_lora, base).items():
+        merged = {lora.fingerprint() for lora, _ in base.loras.get(noise_expert, ())}
         if file.fingerprint() in merged:
-            raise UserError(f"init_lora.{expert.value} = {file.path} is merged into the model already, and would act "
+            raise UserError(f"init_lora.{noise_expert.value} = {file.path} is merged into the model already, and would act "
                             "twice; leave init_lora out, or train on the model without it")
 
 
@@ -80,10 +80,10 @@ def _check_labels(data: recipe.RunData, taxonomy: Taxonomy) -> None:
 
 def base_loras(settings: TrainMoeSettings, base: Base) -> dict[NoiseExpert, tuple[Path, LoraState]]:
     """The frozen LoRAs beside the experts, read."""
-    requests = [(expert.value, path, 1.0) for expert, path in settings.base_lora.items()]
+    requests = [(noise_expert.value, path, 1.0) for noise_expert, path in settings.base_lora.items()]
     found = {}
-    for expert, [(file, _)] in assign(requests, base.spec.experts).items():
-        found[expert] = (file.path.absolute(), file.read())
+    for noise_expert, [(file, _)] in assign(requests, base.spec.noise_experts).items():
+        found[noise_expert] = (file.path.absolute(), file.read())
     return found
 
 
@@ -116,70 +116,70 @@ def plan_mixture(
     device: torch.device, look: bool = False, processes: int = 1,
 ) -> TrainingMemory:
     """The memory plan of a mixture: an expert a family on every target, and the LoRA beside them."""
-    beside = {expert: {path: entry.down.shape[0] for path, entry in state.entries.items()}
-              for expert, (_, state) in frozen.items()}
+    beside = {noise_expert: {path: entry.down.shape[0] for path, entry in state.entries.items()}
+              for noise_expert, (_, state) in frozen.items()}
     ranks = {
-        expert: [targets_of(settings.targets_for(family, own.targets), base.num_layers)
+        noise_expert: [targets_of(settings.targets_for(family, own.targets), base.num_layers)
                  for family in taxonomy.keys]
-        for expert, own in data.experts.items()
+        for noise_expert, own in data.noise_experts.items()
     }
     return plan_training(settings, base, recipe.workload(data, base, ranks, beside), device, look, processes)
 
 
 def router_lr(settings: TrainMoeSettings) -> float | None:
     """The largest lr the router can see; None where only the run can tell (Prodigy)."""
-    optimiser = settings.optimiser
-    if isinstance(optimiser, ProdigySettings):
+    optimizer = settings.optimizer
+    if isinstance(optimizer, ProdigySettings):
         return None
-    lr = optimiser.max_lr if isinstance(optimiser, AutomagicSettings) else optimiser.lr
+    lr = optimizer.max_lr if isinstance(optimizer, AutomagicSettings) else optimizer.lr
     return lr * settings.router.lr_scale
 
 
 def assemble(
     settings: TrainMoeSettings, base: Base, data: recipe.RunData, taxonomy: Taxonomy, frozen: BaseLoras,
-    device: torch.device, parking: Parking, memory: TrainingMemory,
+    device: torch.device, offload: NoiseExpertOffload, memory: TrainingMemory,
 ) -> tuple[Mixture, dict[NoiseExpert, Adapter]]:
     """Load the noise experts, and put the mixture's experts on them."""
     spec = MixtureSpec(
         families=taxonomy.keys, taxonomy=taxonomy.to_dict(), task=base.task, text_dim=base.text_dim,
-        bands={expert: (base.bands[expert].low, base.bands[expert].high) for expert in data.experts},
+        bands={noise_expert: (base.bands[noise_expert].low, base.bands[noise_expert].high) for noise_expert in data.noise_experts},
         router=settings.router.kind, router_temperature=settings.router.temperature, top_k=settings.router.top_k,
         knots=settings.timestep_gate.knots, flow_shift=base.spec.flow_shift, steps=base.spec.defaults.steps,
-        base={expert: base.fingerprint(expert) for expert in data.experts},
+        base={noise_expert: base.fingerprint(noise_expert) for noise_expert in data.noise_experts},
         base_lora={
-            expert: {"path": str(path), "fingerprint": state.fingerprint()}
-            for expert, (path, state) in frozen.items() if expert in data.experts
+            noise_expert: {"path": str(path), "fingerprint": state.fingerprint()}
+            for noise_expert, (path, state) in frozen.items() if noise_expert in data.noise_experts
         },
         router_sigma=settings.router.sigma, gate_ema=settings.router.gate_ema, shared_experts=settings.shared_experts,
     )
-    transformers = {e: memory.load(settings, base, e, parking.load_on, device) for e in data.experts}
+    transformers = {e: memory.load(settings, base, e, offload.load_on, device) for e in data.noise_experts}
     given = {e: file.read() for e, file in recipe.initial_loras(settings.init_lora, base).items()}
     states = {
-        expert: {family: _expert(settings, transformers[expert], own, expert, family, given.get(expert))
+        noise_expert: {family: _expert(settings, transformers[noise_expert], own, noise_expert, family, given.get(noise_expert))
                  for family in taxonomy.keys}
-        for expert, own in data.experts.items()
+        for noise_expert, own in data.noise_experts.items()
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of(settings.seed, "router"))
         mixture = Mixture(spec, states)
     mixture.to(device)
     adapters = {}
-    for expert, transformer in transformers.items():
-        own = frozen[expert][1] if expert in frozen else None
-        adapters[expert] = attach(transformer, mixture.groups(expert, own, trainable=True), gates_required=True)
+    for noise_expert, transformer in transformers.items():
+        own = frozen[noise_expert][1] if noise_expert in frozen else None
+        adapters[noise_expert] = attach(transformer, mixture.groups(noise_expert, own, trainable=True), gates_required=True)
     if settings.shared_experts:
         _share(adapters)
-    parking.add(adapters)
+    offload.add(adapters)
     return mixture, adapters
 
 
 def _expert(
-    settings: TrainMoeSettings, transformer: torch.nn.Module, own: ExpertSettings, expert: NoiseExpert, family: str,
+    settings: TrainMoeSettings, transformer: torch.nn.Module, own: NoiseExpertSettings, noise_expert: NoiseExpert, family: str,
     given: LoraState | None,
 ) -> LoraState:
     targets = settings.targets_for(family, own.targets)
     # Shared experts start from one draw, whichever noise expert they are attached to first.
-    side = "shared" if settings.shared_experts else expert.value
+    side = "shared" if settings.shared_experts else noise_expert.value
     fresh = recipe.fresh_lora(transformer, own.model_copy(update={"targets": targets}), settings.seed, side, family)
     return fresh if given is None else started_from(fresh, given)
 
@@ -231,16 +231,16 @@ def weights_of(settings: TrainMoeSettings, steps: int) -> MixtureWeights:
 
 def prepare(
     settings: TrainMoeSettings, base: Base, data: recipe.RunData, taxonomy: Taxonomy, device: torch.device,
-    ranks: Ranks | None = None, memory: TrainingMemory | None = None,
+    distributed: Distributed | None = None, memory: TrainingMemory | None = None,
 ) -> Trainer:
     """Load the noise experts, put a fresh mixture on them, and wire the trainer."""
     families, frozen = len(taxonomy.families), base_loras(settings, base)
     memory = memory or plan_mixture(settings, base, data, taxonomy, frozen, device)
     store = ClipStore(
         data.index, data.items, device, families, settings.roi_fallback == "motion", memory.keep_data)
-    parking = Parking(device, memory.both, memory.plan.streamed)
-    mixture, adapters = assemble(settings, base, data, taxonomy, frozen, device, parking, memory)
-    first = next(iter(data.experts))
+    offload = NoiseExpertOffload(device, memory.both, memory.plan.streamed)
+    mixture, adapters = assemble(settings, base, data, taxonomy, frozen, device, offload, memory)
+    first = next(iter(data.noise_experts))
     metadata = recipe.provenance(settings, base, data, first)
     for key in ("lapwan.noise_expert", "lapwan.base_fingerprint", "modelspec.timestep_range"):
         metadata.pop(key)  # a mixture is for both; its spec holds the fingerprints
@@ -248,11 +248,11 @@ def prepare(
         mixture, adapters, weights_of(settings, len(data.schedule)), settings.name, metadata,
         store.empty_text() if settings.caption_dropout else None, recipe.dropout_of(data),
     )
-    trainer = recipe.make_trainer(settings, base, data, objective, store, "lapwan train-moe", ranks or Ranks())
-    recipe.use_memory(trainer, memory, parking)
+    trainer = recipe.make_trainer(settings, base, data, objective, store, "lapwan train-moe", distributed or Distributed())
+    recipe.use_memory_plan(trainer, memory, offload)
     trainer.rules["expert_gradients"] = ExpertGradients(adapters, settings.routing_watch.every)
     bases = {e: LoraUse(path, state, settings.alpha_base) for e, (path, state) in frozen.items()}
-    add_watchers(trainer, settings, base, data, device, AdapterSet(mixture=mixture, mixture_base=bases), taxonomy)
+    add_callbacks(trainer, settings, base, data, device, AdapterSet(mixture=mixture, mixture_base=bases), taxonomy)
     every = settings.routing_watch.every
-    trainer.watchers["routing"] = RoutingWatch(objective, settings) if trainer.plan.ranks.first else Elsewhere(every)
+    trainer.callbacks["routing"] = RoutingCallback(objective, settings) if trainer.plan.distributed.first else OnFirstProcess(every)
     return trainer

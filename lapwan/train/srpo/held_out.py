@@ -27,7 +27,7 @@ from lapwan.report.contact_sheet import contact_sheet
 from lapwan.sampling.generator import to_frames
 from lapwan.sampling.result import Video
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.train.callbacks.base import Seen
+from lapwan.train.callbacks.base import CallbackResult
 from lapwan.train.checkpoint import checkpoints
 from lapwan.train.metrics import Metrics
 from lapwan.train.parallel import whole
@@ -79,16 +79,16 @@ class HeldOut:
         latents = self._sample()
         self._base = self._scores(latents)
         self._show(latents, 0, board)
-        for expert in self._objective.trained:
-            self._fetch(expert)
+        for noise_expert in self._objective.trained:
+            self._fetch(noise_expert)
             x0, noise = torch.cat(latents[:_COMPARED]), torch.cat([self._noise(b) for b in self._batches[:_COMPARED]])
-            band = self._objective.rule.interval[expert]
+            band = self._objective.rule.interval[noise_expert]
             sigma_B = torch.full((len(x0),), (band.low + band.high) / 2, dtype=torch.float64, device=x0.device)
             x = flow.noised(x0, noise, sigma_B)
-            self._points[expert.value] = {"x": x, "sigma": sigma_B, "v": self._velocity(expert, x, sigma_B)}
+            self._points[noise_expert.value] = {"x": x, "sigma": sigma_B, "v": self._velocity(noise_expert, x, sigma_B)}
 
     @torch.no_grad()
-    def look(self, step: int, board: Any) -> Seen:
+    def look(self, step: int, board: Any) -> CallbackResult:
         latents = self._sample()
         scores = self._scores(latents)
         self._show(latents, step, board)
@@ -96,13 +96,13 @@ class HeldOut:
         if self._base:
             rise = np.subtract(scores["margin"], self._base["margin"])
             figures["held_out/margin_over_base"] = float(rise.mean())
-        for expert in self._objective.trained:
-            if point := self._points.get(expert.value):
-                self._fetch(expert)
-                v = self._velocity(expert, point["x"], point["sigma"])
-                figures[f"held_out/{expert.value}/kl_proxy"] = float((v - point["v"]).square().mean() / 2)
+        for noise_expert in self._objective.trained:
+            if point := self._points.get(noise_expert.value):
+                self._fetch(noise_expert)
+                v = self._velocity(noise_expert, point["x"], point["sigma"])
+                figures[f"held_out/{noise_expert.value}/kl_proxy"] = float((v - point["v"]).square().mean() / 2)
         margin = figures["held_out/margin"]
-        return Seen(figures, finished=self._judge(margin, step), score=-margin)
+        return CallbackResult(figures, finished=self._judge(margin, step), score=-margin)
 
     @torch.no_grad()
     def scores(self) -> dict[str, list[float]]:
@@ -144,13 +144,13 @@ class HeldOut:
             found = self._rollout.sample(noise, conditions)
         return [x.unsqueeze(0) for batch in found for x in batch]
 
-    def _velocity(self, expert: NoiseExpert, x_BCTHW: Tensor, sigma_B: Tensor) -> Tensor:
+    def _velocity(self, noise_expert: NoiseExpert, x_BCTHW: Tensor, sigma_B: Tensor) -> Tensor:
         batches = self._batches[: len(x_BCTHW)]
         rows = []
         for row, batch in enumerate(batches):
             one = slice(row, row + 1)
             rows.append(self._objective.velocity(
-                expert, x_BCTHW[one], sigma_B[one], batch.text, batch.condition_BCTHW))
+                noise_expert, x_BCTHW[one], sigma_B[one], batch.text, batch.condition_BCTHW))
         return torch.cat(rows)
 
     def _scores(self, latents: Sequence[Tensor]) -> dict[str, list[float]]:
@@ -190,18 +190,18 @@ class HeldOut:
             board.add_image(f"held_out/{index}", strip, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
-        points = {expert: {name: value.cpu() for name, value in own.items()} for expert, own in self._points.items()}
+        points = {noise_expert: {name: value.cpu() for name, value in own.items()} for noise_expert, own in self._points.items()}
         return {"base": self._base, "points": points, "best": self._best, "worse": self._worse_in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         device = self._batches[0].latents_BCTHW.device
         self._base, self._best, self._worse_in_a_row = dict(state["base"]), state["best"], state["worse"]
         self._points = {
-            expert: {name: value.to(device) for name, value in own.items()} for expert, own in state["points"].items()
+            noise_expert: {name: value.to(device) for name, value in own.items()} for noise_expert, own in state["points"].items()
         }
 
 
-class FullWeightWatch:
+class FullWeightFigures:
     """A watcher of a full fine-tune: how far the weights have gone, ‖W − W_0‖ and its share of ‖W_0‖."""
 
     def __init__(self, objective: SrpoObjective, load_base: Callable[[NoiseExpert], Any], every: int) -> None:
@@ -209,18 +209,18 @@ class FullWeightWatch:
         self._objective, self._load_base = objective, load_base
 
     @torch.no_grad()
-    def look(self, step: int, board: Any) -> Seen:
+    def look(self, step: int, board: Any) -> CallbackResult:
         figures: dict[str, float] = {}
-        for expert, one in self._objective.trained.items():
-            base = dict(self._load_base(expert).named_parameters())
+        for noise_expert, one in self._objective.trained.items():
+            base = dict(self._load_base(noise_expert).named_parameters())
             moved, size = 0.0, 0.0
             for name, parameter in one.parameters.items():
                 start = base[name].double()
                 moved += float((whole(parameter).detach().to("cpu").double() - start).square().sum())
                 size += float(start.square().sum())
-            figures[f"weights/{expert.value}/delta_norm"] = moved**0.5
-            figures[f"weights/{expert.value}/delta_share"] = (moved / max(size, 1e-30)) ** 0.5
-        return Seen(figures)
+            figures[f"weights/{noise_expert.value}/delta_norm"] = moved**0.5
+            figures[f"weights/{noise_expert.value}/delta_share"] = (moved / max(size, 1e-30)) ** 0.5
+        return CallbackResult(figures)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -231,14 +231,14 @@ class FullWeightWatch:
 
 def begin(trainer: Trainer, settings: SrpoSettings) -> None:
     """A new run first looks at what the base makes of the held-out prompts; a resumed one has it in its state."""
-    watcher = trainer.watchers.get("held_out")
-    if not isinstance(watcher, HeldOut) or (settings.resume and checkpoints(settings.output)):
+    callback = trainer.callbacks.get("held_out")
+    if not isinstance(callback, HeldOut) or (settings.resume and checkpoints(settings.output)):
         return
-    if not trainer.plan.ranks.first:
-        watcher.begin(None)
+    if not trainer.plan.distributed.first:
+        callback.begin(None)
         return
     metrics = Metrics(settings.output, 0)
     try:
-        watcher.begin(metrics.board)
+        callback.begin(metrics.board)
     finally:
         metrics.close()

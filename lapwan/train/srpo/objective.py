@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lapwan.lora.attach import Adapter
 
 
-class Reward(Protocol):
+class ImageReward(Protocol):
     """What the objective needs of a reward model; see `lapwan.rewards`."""
 
     def text(self, texts: Sequence[str]) -> Tensor:
@@ -69,7 +69,7 @@ class PreferenceRule:
 class Judges:
     """Reward models by name with their weights, and how latents become the frames they look at."""
 
-    rewards: Mapping[str, Reward]
+    rewards: Mapping[str, ImageReward]
     weights: Mapping[str, float]
     decode: Decode
 
@@ -83,7 +83,7 @@ class Judges:
 
 
 @dataclass(frozen=True)
-class Trained:
+class AlignedNoiseExpert:
     """What is trained of a noise expert: its transformer, the tensors by name, and the adapter if it is a LoRA."""
 
     transformer: Any
@@ -109,72 +109,72 @@ class SrpoObjective:
     """Preference alignment of one noise expert or of both, each in its own turns."""
 
     def __init__(
-        self, trained: Mapping[NoiseExpert, Trained], judges: Judges, rule: PreferenceRule, save: Save
+        self, trained: Mapping[NoiseExpert, AlignedNoiseExpert], judges: Judges, rule: PreferenceRule, save: Save
     ) -> None:
         self.trained, self.judges, self.rule, self._save = dict(trained), judges, rule, save
         self.optimised = {
-            expert.value: [ParameterGroup({f"{expert.value}.{n}": p for n, p in one.parameters.items()})]
-            for expert, one in self.trained.items()
+            noise_expert.value: [ParameterGroup({f"{noise_expert.value}.{n}": p for n, p in one.parameters.items()})]
+            for noise_expert, one in self.trained.items()
         }
 
     @property
     def adapters(self) -> dict[NoiseExpert, Adapter]:
         """The LoRAs in training; none in a full fine-tune."""
-        return {expert: one.adapter for expert, one in self.trained.items() if one.adapter is not None}
+        return {noise_expert: one.adapter for noise_expert, one in self.trained.items() if one.adapter is not None}
 
-    def stepped_by(self, expert: NoiseExpert) -> tuple[str, ...]:
-        return (expert.value,)
+    def stepped_by(self, noise_expert: NoiseExpert) -> tuple[str, ...]:
+        return (noise_expert.value,)
 
     def prepare(
-        self, expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
+        self, noise_expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
     ) -> None:
         """Nothing of a sample's loss depends on the others of a step."""
 
     @contextmanager
-    def loss(self, expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:
+    def loss(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:
         """The one forward with gradient, the estimate of x0, and the rewards' verdict on it."""
-        picked = self.pick(expert, batch, draws)
+        picked = self.pick(noise_expert, batch, draws)
         x0 = batch.latents_BCTHW.to(torch.promote_types(batch.latents_BCTHW.dtype, torch.float32))
         noise = draws.noise_BCTHW.to(x0)
         x = flow.noised(x0, noise, picked.sigma_e_B).detach()
         text = [one.to(x0.device) for one in batch.text]
-        v = self.velocity(expert, x, picked.sigma_e_B, text, batch.condition_BCTHW)
+        v = self.velocity(noise_expert, x, picked.sigma_e_B, text, batch.condition_BCTHW)
         estimate = preference.recover(x, noise, v, picked.sigma_e_B, picked.sigma_star_B)
         seen = self._judge(self.judges.embed(estimate), picked)
         preferred = preference.preference_loss(seen, self.judges.weights, self.rule.margin)
         loss = Loss({"loss/preference": preferred}, sigma_B=picked.sigma_star_B)
         if self.rule.kl_weight:
             with torch.no_grad():
-                base = self.base_velocity(expert, x, picked.sigma_e_B, text, batch.condition_BCTHW)
+                base = self.base_velocity(noise_expert, x, picked.sigma_e_B, text, batch.condition_BCTHW)
             distance_B = flow.flow_loss(flow.squared_error(v, base))
             loss.terms["loss/kl"] = self.rule.kl_weight * distance_B
             loss.figures["kl_proxy"] = distance_B.detach()
-        loss.figures |= self._figures(expert, seen, picked)
+        loss.figures |= self._figures(noise_expert, seen, picked)
         yield loss
 
     def velocity(
-        self, expert: NoiseExpert, x_BCTHW: Tensor, sigma_B: Tensor, text: Sequence[Tensor],
+        self, noise_expert: NoiseExpert, x_BCTHW: Tensor, sigma_B: Tensor, text: Sequence[Tensor],
         condition: Tensor | None = None,
     ) -> Tensor:
         """v̂ of what is trained at (x, 1000·σ) for each sample's text features [n, D]."""
         timestep_B = (1000.0 * sigma_B).float().to(x_BCTHW.device)
-        return velocity(self.trained[expert].transformer, x_BCTHW, timestep_B, text, condition)
+        return velocity(self.trained[noise_expert].transformer, x_BCTHW, timestep_B, text, condition)
 
     def base_velocity(
-        self, expert: NoiseExpert, x_BCTHW: Tensor, sigma_B: Tensor, text: Sequence[Tensor],
+        self, noise_expert: NoiseExpert, x_BCTHW: Tensor, sigma_B: Tensor, text: Sequence[Tensor],
         condition: Tensor | None = None,
     ) -> Tensor:
         """v̂ without the LoRA: its gate at 0."""
-        adapter = self.trained[expert].adapter
+        adapter = self.trained[noise_expert].adapter
         if adapter is None:
             raise ValueError("the base's velocity needs a LoRA to leave out")
         gates = torch.zeros(1, len(adapter.group_names), device=x_BCTHW.device)
         with adapter.holder.scope(gates):
-            return self.velocity(expert, x_BCTHW, sigma_B, text, condition)
+            return self.velocity(noise_expert, x_BCTHW, sigma_B, text, condition)
 
-    def pick(self, expert: NoiseExpert, batch: Batch, draws: Draws) -> _Picked:
+    def pick(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> _Picked:
         """Branch, sigmas and words of every sample, by its key."""
-        rule, band, device = self.rule, self.rule.interval[expert], draws.sigma_B.device
+        rule, band, device = self.rule, self.rule.interval[noise_expert], draws.sigma_B.device
 
         def uniform(key: Sequence[int | str], purpose: str) -> float:
             return float(torch.rand((), dtype=torch.float64, generator=rng.generator(*key, purpose)))
@@ -210,7 +210,7 @@ class SrpoObjective:
                 image_BD, positive, negative, k_B.to(image_BD.device), picked.denoise_B.to(image_BD.device))
         return found
 
-    def _figures(self, expert: NoiseExpert, seen: Mapping[str, Preference], picked: _Picked) -> dict[str, Tensor]:
+    def _figures(self, noise_expert: NoiseExpert, seen: Mapping[str, Preference], picked: _Picked) -> dict[str, Tensor]:
         """Cosines with P and N and their difference: over all, by reward, by branch, and by branch and sigma."""
         weights = self.judges.weights
         parts = {name: {"positive": one.positive_B.detach(), "negative": one.negative_B.detach(),
@@ -219,7 +219,7 @@ class SrpoObjective:
                    for kind in ("positive", "negative", "margin")}
         if len(parts) > 1:
             figures |= {f"reward/{name}/{kind}": value for name, own in parts.items() for kind, value in own.items()}
-        band, bins = self.rule.interval[expert], self.rule.bins
+        band, bins = self.rule.interval[noise_expert], self.rule.bins
         width = (band.high - band.low) / bins
         branches, sigmas = picked.denoise_B.tolist(), picked.sigma_star_B.tolist()
         for row, (denoise, sigma) in enumerate(zip(branches, sigmas, strict=True)):

@@ -15,7 +15,7 @@ from lapwan.models.spec import tensor_shapes, weight_files
 from lapwan.names import Band, NoiseExpert
 from lapwan.rewards.build import check_rewards
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.train.optimizers import check_optimiser, describe_optimiser
+from lapwan.train.optimizers import check_optimizer, describe_optimizer
 from lapwan.train.srpo import recipe
 from lapwan.train.srpo.data import SrpoData, negative_needed, read_data
 from lapwan.train.srpo.rollout import RolloutRule, rollout_steps
@@ -41,13 +41,13 @@ def plan_run(settings: SrpoSettings, base: Base, device: torch.device, processes
         UserError: what cannot work, in one line.
     """
     check_rewards(settings.rewards)
-    check_optimiser(settings.optimiser, settings.schedule)
+    check_optimizer(settings.optimizer, settings.schedule)
     data = read_data(settings, base.spec)
-    experts = recipe.trained_experts(settings, base.spec)
-    own = recipe.intervals(settings, base.spec, experts)
+    noise_experts = recipe.trained_noise_experts(settings, base.spec)
+    own = recipe.intervals(settings, base.spec, noise_experts)
     negative_needed(data, (settings.rollout.guidance, settings.held_out.guidance or 1.0))
-    loaded = recipe.loaded_experts(settings, base.spec, experts)
-    memory = plan_memory(settings, base, experts, loaded, data.bucket, device, processes)
+    loaded = recipe.loaded_noise_experts(settings, base.spec, noise_experts)
+    memory = plan_memory(settings, base, noise_experts, loaded, data.bucket, device, processes)
     return Planned(base, data, own, memory)
 
 
@@ -64,12 +64,12 @@ def describe(
         + ", ".join(f"{one.label} {one.weight:g}" for one in settings.rewards),
     ]
     low, high = settings.sigma
-    for expert, band in own.items():
+    for noise_expert, band in own.items():
         cut = "" if (band.low, band.high) == (low, high) else f" (asked: [{low:g}, {high:g}], cut to its band)"
-        lines.append(f"{expert.value} noise: sigma [{band.low:g}, {band.high:g}]{cut}, reach {settings.reach:g}, "
-                     f"{recipe.shares(settings, own)[expert]} steps; "
-                     + _trained_line(settings, base) + "; " + describe_optimiser(settings.optimiser, settings.schedule)
-                     + f"; masters {settings.master_weights}" + (" on the CPU" if settings.optimiser_on_cpu else ""))
+        lines.append(f"{noise_expert.value} noise: sigma [{band.low:g}, {band.high:g}]{cut}, reach {settings.reach:g}, "
+                     f"{recipe.shares(settings, own)[noise_expert]} steps; "
+                     + _trained_line(settings, base) + "; " + describe_optimizer(settings.optimizer, settings.schedule)
+                     + f"; masters {settings.master_weights}" + (" on the CPU" if settings.optimizer_on_cpu else ""))
     p = settings.preference
     lines.append(f"branches {p.branches}; discounts at the low and high end: denoise {p.discount_denoise[0]:g}, "
                  f"{p.discount_denoise[1]:g}, inversion {p.discount_inversion[0]:g}, {p.discount_inversion[1]:g}")
@@ -78,8 +78,8 @@ def describe(
     else:
         r = settings.rollout
         steps, _ = rollout_steps(base.spec, RolloutRule(r.steps, r.guidance, r.flow_shift))
-        counts = ", ".join(f"{sum(s.expert is e for s in steps)} on the {e.value} noise expert"
-                           for e in base.spec.experts)
+        counts = ", ".join(f"{sum(s.noise_expert is e for s in steps)} on the {e.value} noise expert"
+                           for e in base.spec.noise_experts)
         lines.append(f"rollout: {len(steps)} Euler steps ({counts}), guidance {r.guidance:g}")
     if data.held_out:
         lines.append(f"held-out prompts: {len(data.held_out)} sampled every {settings.held_out.every} steps, "
@@ -98,7 +98,7 @@ def too_slow(settings: SrpoSettings, base: Base, data: SrpoData, device: torch.d
     """Why this cannot be done on a CPU, if a step would take hours there."""
     if device.type != "cpu":
         return None
-    shapes = tensor_shapes(weight_files(base.spec.component(base.spec.experts[0])))
+    shapes = tensor_shapes(weight_files(base.spec.component(base.spec.noise_experts[0])))
     numbers = sum(math.prod(shape) for shape in shapes.values())
     seconds = recipe.flops(settings, base.spec, numbers, data.bucket) / (_CPU_FLOPS * (os.cpu_count() or 1))
     if seconds < _PATIENCE:

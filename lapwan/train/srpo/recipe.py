@@ -12,7 +12,7 @@ from torch import Tensor
 from lapwan import console
 from lapwan.errors import UserError
 from lapwan.lora.attach import Group, attach, initial_state
-from lapwan.memory.offload import Parking
+from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.srpo import SrpoMemory, recipe_of
 from lapwan.models.base import Base, targets_of
 from lapwan.models.device import pick_dtype
@@ -23,21 +23,21 @@ from lapwan.settings.callbacks import HealthSettings
 from lapwan.settings.optimizers import AdamWSettings
 from lapwan.settings.rewards import reward_weights
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.train.callbacks.base import Elsewhere
-from lapwan.train.callbacks.weight_figures import WeightWatch
+from lapwan.train.callbacks.base import OnFirstProcess
+from lapwan.train.callbacks.weight_figures import WeightFigures
 from lapwan.train.lora.objective import LORA_GROUP
 from lapwan.train.master_weights import MasterAdamW
 from lapwan.train.objective import ParameterGroup, SigmaRule
-from lapwan.train.optimizers import current_lr, make_optimiser, make_schedule
-from lapwan.train.parallel import Ranks, shard
+from lapwan.train.optimizers import current_lr, make_optimizer, make_schedule
+from lapwan.train.parallel import Distributed, shard
 from lapwan.train.run_folder import PREVIEWS
 from lapwan.train.schedule import SampleOrder, interleave
 from lapwan.train.srpo.data import FEATURES_FILE, PromptStore, SrpoData, TextFeatures
-from lapwan.train.srpo.held_out import FullWeightWatch, HeldOut, HeldOutRule
-from lapwan.train.srpo.objective import Judges, PreferenceRule, SrpoObjective, Trained
+from lapwan.train.srpo.held_out import FullWeightFigures, HeldOut, HeldOutRule
+from lapwan.train.srpo.objective import AlignedNoiseExpert, Judges, PreferenceRule, SrpoObjective
 from lapwan.train.srpo.rollout import Rollout, RolloutRule, rollout_steps
-from lapwan.train.srpo.writer import Writer
-from lapwan.train.trainer import Plan, Track, Trainer
+from lapwan.train.srpo.writer import AlignedModelWriter
+from lapwan.train.trainer import Track, Trainer, TrainerPlan
 from lapwan.wan.transformer.compile import compile_blocks, pays
 from lapwan.wan.vae import load_vae
 from lapwan.wan.vae_gradient import decode_frames, frame_choice
@@ -45,22 +45,22 @@ from lapwan.wan.vae_gradient import decode_frames, frame_choice
 _BELOW = 1e-6  # the low-noise expert's band is open at the boundary: sigma equal to it is the high one's
 
 
-def trained_experts(settings: SrpoSettings, spec: ModelSpec) -> tuple[NoiseExpert, ...]:
+def trained_noise_experts(settings: SrpoSettings, spec: ModelSpec) -> tuple[NoiseExpert, ...]:
     """The noise experts to train: as asked, else the low-noise one, else the only one.
 
     Raises:
         UserError: one that the model does not have.
     """
-    if settings.experts is None:
-        return (spec.experts[-1],)
-    for expert in settings.experts:
-        if expert not in spec.experts:
-            have = [e.value for e in spec.experts]
-            raise UserError(f"experts holds '{expert.value}', the model has {have}; set experts = {have}")
-    return settings.experts
+    if settings.noise_experts is None:
+        return (spec.noise_experts[-1],)
+    for noise_expert in settings.noise_experts:
+        if noise_expert not in spec.noise_experts:
+            have = [e.value for e in spec.noise_experts]
+            raise UserError(f"experts holds '{noise_expert.value}', the model has {have}; set experts = {have}")
+    return settings.noise_experts
 
 
-def intervals(settings: SrpoSettings, spec: ModelSpec, experts: Sequence[NoiseExpert]) -> dict[NoiseExpert, Band]:
+def intervals(settings: SrpoSettings, spec: ModelSpec, noise_experts: Sequence[NoiseExpert]) -> dict[NoiseExpert, Band]:
     """The bounds cut to each trained noise expert's band.
 
     Raises:
@@ -68,18 +68,18 @@ def intervals(settings: SrpoSettings, spec: ModelSpec, experts: Sequence[NoiseEx
     """
     low, high = settings.sigma
     found = {}
-    for expert in experts:
-        band = spec.bands[expert]
-        top = band.high - _BELOW if expert is NoiseExpert.LOW else band.high
+    for noise_expert in noise_experts:
+        band = spec.bands[noise_expert]
+        top = band.high - _BELOW if noise_expert is NoiseExpert.LOW else band.high
         own = Band(max(low, band.low), min(high, top))
         if own.low >= own.high:
-            raise UserError(f"sigma = [{low:g}, {high:g}] lies outside the {expert.value} noise expert's band {band}; "
+            raise UserError(f"sigma = [{low:g}, {high:g}] lies outside the {noise_expert.value} noise expert's band {band}; "
                             f"choose bounds that meet it, or set experts")
         if own.high - own.low < settings.reach:
-            raise UserError(f"sigma = [{low:g}, {high:g}] leaves [{own.low:g}, {own.high:g}] of the {expert.value} "
+            raise UserError(f"sigma = [{low:g}, {high:g}] leaves [{own.low:g}, {own.high:g}] of the {noise_expert.value} "
                             f"noise expert's band, which is shorter than reach = {settings.reach:g}; widen the bounds "
                             "or lower reach")
-        found[expert] = own
+        found[noise_expert] = own
     return found
 
 
@@ -116,26 +116,26 @@ class JudgedFrames:
 
 
 @dataclass
-class Parts:
+class LoadedParts:
     """What a run is made of once it is loaded."""
 
     transformers: dict[NoiseExpert, Any]
-    trained: dict[NoiseExpert, Trained]
-    parking: Parking
+    trained: dict[NoiseExpert, AlignedNoiseExpert]
+    offload: NoiseExpertOffload
     vae: Any
     judges: Judges
 
 
-def loaded_experts(settings: SrpoSettings, spec: ModelSpec, experts: Sequence[NoiseExpert]) -> list[NoiseExpert]:
+def loaded_noise_experts(settings: SrpoSettings, spec: ModelSpec, noise_experts: Sequence[NoiseExpert]) -> list[NoiseExpert]:
     """All noise experts that take part: offline without held-out prompts the trained ones alone."""
     needed = not settings.rollout.offline or settings.held_out.count > 0
-    return [e for e in spec.experts if needed or e in experts]
+    return [e for e in spec.noise_experts if needed or e in noise_experts]
 
 
 def load_parts(
-    settings: SrpoSettings, base: Base, experts: Sequence[NoiseExpert], data: SrpoData, memory: SrpoMemory,
+    settings: SrpoSettings, base: Base, noise_experts: Sequence[NoiseExpert], data: SrpoData, memory: SrpoMemory,
     rewards: Mapping[str, Reward], device: torch.device, processes: int = 1,
-) -> Parts:
+) -> LoadedParts:
     """Load the noise experts, put LoRAs on the trained ones or let their weights be trained, and the judges.
 
     Raises:
@@ -146,107 +146,107 @@ def load_parts(
         raise UserError("master_weights = \"bf16\" updates the model's own tensors, but dtype makes them fp32; set "
                         "dtype = \"bf16\", or master_weights = \"fp32\"")
     sharded, spec = settings.train == "full" and processes > 1, base.spec
-    parking = Parking(device, memory.both)
+    offload = NoiseExpertOffload(device, memory.both)
     transformers, trained = {}, {}
-    for expert in loaded_experts(settings, base.spec, experts):
-        console.log(f"loading the {expert.value} noise expert")
-        home = torch.device("cpu") if sharded else parking.load_on
-        model = transformers[expert] = base.load(expert, dtype, home, recipe_of(settings), device)
-        if expert in experts:
+    for noise_expert in loaded_noise_experts(settings, base.spec, noise_experts):
+        console.log(f"loading the {noise_expert.value} noise expert")
+        home = torch.device("cpu") if sharded else offload.load_on
+        model = transformers[noise_expert] = base.load(noise_expert, dtype, home, recipe_of(settings), device)
+        if noise_expert in noise_experts:
             if memory.checkpointing:
                 model.enable_gradient_checkpointing()
             model.requires_grad_(settings.train == "full")
         if sharded:
             shard(model, processes, device)
-        if expert in experts:
-            trained[expert] = _trained(settings, model, expert)
-        adapter = trained[expert].adapter if expert in trained else attach(model, [])
+        if noise_expert in noise_experts:
+            trained[noise_expert] = _trained(settings, model, noise_expert)
+        adapter = trained[noise_expert].adapter if noise_expert in trained else attach(model, [])
         if adapter is not None:
-            parking.add({expert: adapter})
+            offload.add({noise_expert: adapter})
         if not sharded:
             size = spec.latent_shape(*data.bucket)[1:]
             steps = settings.steps * settings.accumulate * settings.batch_size
             auto = settings.compile == "auto" and (
-                pays(model, size, evaluations(settings, spec, expert), training=False)
-                or (expert in experts and pays(model, size, steps, training=True)))
+                pays(model, size, evaluations(settings, spec, noise_expert), training=False)
+                or (noise_expert in noise_experts and pays(model, size, steps, training=True)))
             compile_blocks(model, auto or settings.compile == "on")
     vae = load_vae(base.spec, getattr(torch, settings.vae_dtype), device)
     frames = JudgedFrames(vae, settings.preference.frames)
-    return Parts(transformers, trained, parking, vae, Judges(rewards, reward_weights(settings.rewards), frames))
+    return LoadedParts(transformers, trained, offload, vae, Judges(rewards, reward_weights(settings.rewards), frames))
 
 
-def _trained(settings: SrpoSettings, model: Any, expert: NoiseExpert) -> Trained:
+def _trained(settings: SrpoSettings, model: Any, noise_expert: NoiseExpert) -> AlignedNoiseExpert:
     if settings.train == "full":
-        return Trained(model, dict(model.named_parameters()))
+        return AlignedNoiseExpert(model, dict(model.named_parameters()))
     ranks = targets_of(settings.targets, len(model.blocks))
-    state = initial_state(model, ranks, settings.alpha, settings.seed, expert.value)
+    state = initial_state(model, ranks, settings.alpha, settings.seed, noise_expert.value)
     adapter = attach(model, [Group(LORA_GROUP, state, trainable=True)])
     parameters = adapter.parameters()
     if settings.master_weights == "bf16":
         for parameter in parameters.values():
             parameter.data = parameter.data.bfloat16()
-    return Trained(model, parameters, adapter)
+    return AlignedNoiseExpert(model, parameters, adapter)
 
 
-def optimisers_of(settings: SrpoSettings, objective: SrpoObjective) -> dict[str, torch.optim.Optimizer]:
+def optimizers_of(settings: SrpoSettings, objective: SrpoObjective) -> dict[str, torch.optim.Optimizer]:
     """One a noise expert; our own AdamW where masters are bf16 or lie on the CPU, or where all weights are trained."""
     found: dict[str, torch.optim.Optimizer] = {}
-    own = settings.train == "full" or settings.master_weights == "bf16" or settings.optimiser_on_cpu
+    own = settings.train == "full" or settings.master_weights == "bf16" or settings.optimizer_on_cpu
     for name, groups in objective.optimised.items():
-        if own and isinstance(settings.optimiser, AdamWSettings):
-            found[name] = MasterAdamW(_by_factor(groups, settings.optimiser), settings.optimiser,
-                                      settings.master_weights, settings.optimiser_on_cpu, settings.seed)
+        if own and isinstance(settings.optimizer, AdamWSettings):
+            found[name] = MasterAdamW(_by_factor(groups, settings.optimizer), settings.optimizer,
+                                      settings.master_weights, settings.optimizer_on_cpu, settings.seed)
         else:
-            found[name] = make_optimiser(settings.optimiser, groups)
+            found[name] = make_optimizer(settings.optimizer, groups)
     return found
 
 
-def _by_factor(groups: Sequence[ParameterGroup], optimiser: AdamWSettings) -> list[dict[str, Any]]:
-    ratio, parts = optimiser.lora_plus, []
+def _by_factor(groups: Sequence[ParameterGroup], optimizer: AdamWSettings) -> list[dict[str, Any]]:
+    ratio, parts = optimizer.lora_plus, []
     for group in groups:
         up = [p for n, p in group.parameters.items() if n.endswith(".up")] if ratio != 1 else []
         rest = [p for n, p in group.parameters.items() if ratio == 1 or not n.endswith(".up")]
-        parts += [{"params": own, "lr": optimiser.lr * group.lr_scale * factor}
+        parts += [{"params": own, "lr": optimizer.lr * group.lr_scale * factor}
                   for own, factor in ((rest, 1.0), (up, ratio)) if own]
     return parts
 
 
-def evaluations(settings: SrpoSettings, spec: ModelSpec, expert: NoiseExpert) -> int:
+def evaluations(settings: SrpoSettings, spec: ModelSpec, noise_expert: NoiseExpert) -> int:
     """How many samples' velocities the run's rollouts ask of a noise expert."""
     own = settings.rollout
     if own.offline:
         return 0
     steps, _ = rollout_steps(spec, RolloutRule(own.steps, own.guidance, own.flow_shift))
-    share = sum(step.expert is expert for step in steps) * (2 if own.guidance > 1 else 1)
+    share = sum(step.noise_expert is noise_expert for step in steps) * (2 if own.guidance > 1 else 1)
     return share * settings.steps * settings.accumulate * settings.batch_size
 
 
 def prepare(
     settings: SrpoSettings, base: Base, data: SrpoData, rewards: Mapping[str, Reward], memory: SrpoMemory,
-    device: torch.device, ranks: Ranks | None = None,
+    device: torch.device, distributed: Distributed | None = None,
 ) -> Trainer:
     """Load everything and wire the trainer.
 
     Raises:
         UserError: fewer batches a step than processes.
     """
-    ranks, spec = ranks or Ranks(), base.spec
-    if settings.accumulate % ranks.count:
+    distributed, spec = distributed or Distributed(), base.spec
+    if settings.accumulate % distributed.count:
         raise UserError(f"accumulate = {settings.accumulate} batches a step cannot be dealt out evenly to "
-                        f"{ranks.count} processes; set it to a multiple of {ranks.count}")
-    experts = trained_experts(settings, spec)
-    own = intervals(settings, spec, experts)
-    store = PromptStore(data, spec, encode_prompts(settings, data, spec, device, ranks), device)
-    if settings.train == "full" and ranks.count > 1 and settings.ema_decay is not None:
+                        f"{distributed.count} processes; set it to a multiple of {distributed.count}")
+    noise_experts = trained_noise_experts(settings, spec)
+    own = intervals(settings, spec, noise_experts)
+    store = PromptStore(data, spec, encode_prompts(settings, data, spec, device, distributed), device)
+    if settings.train == "full" and distributed.count > 1 and settings.ema_decay is not None:
         raise UserError("ema_decay with a full fine-tune on several processes would keep a second copy in parts, which "
                         "is not there; leave ema_decay out")
-    parts = load_parts(settings, base, experts, data, memory, rewards, device, ranks.count)
-    writer = Writer(settings, base, data, parts.trained, own)
+    parts = load_parts(settings, base, noise_experts, data, memory, rewards, device, distributed.count)
+    writer = AlignedModelWriter(settings, base, data, parts.trained, own)
     objective = SrpoObjective(parts.trained, parts.judges, preference_rule(settings, own), writer)
-    trainer = Trainer(_plan(settings, base, data, objective, store, ranks, own), objective)
-    trainer.plan.before_turn, trainer.plan.memory = parts.parking.turn, memory.line
+    trainer = Trainer(_plan(settings, base, data, objective, store, distributed, own), objective)
+    trainer.plan.before_turn, trainer.plan.memory = parts.offload.turn, memory.line
     trainer.plan.before_save = writer.gather
-    trainer.plan.look_everywhere = settings.train == "full" and ranks.count > 1
+    trainer.plan.callbacks_on_all_processes = settings.train == "full" and distributed.count > 1
     if not data.offline:
         trainer.plan.complete = _rollout(settings, spec, parts, store)
     _watch(trainer, objective, settings, base, data, parts, store)
@@ -254,82 +254,82 @@ def prepare(
 
 
 def encode_prompts(
-    settings: SrpoSettings, data: SrpoData, spec: ModelSpec, device: torch.device, ranks: Ranks
+    settings: SrpoSettings, data: SrpoData, spec: ModelSpec, device: torch.device, distributed: Distributed
 ) -> TextFeatures:
     """Text features of all prompts, the empty and the negative one, once; by the first process."""
     features = TextFeatures(settings.prompts.features or settings.output / FEATURES_FILE)
     if data.index is None:
-        if ranks.first:
+        if distributed.first:
             features.ensure([*data.captions, *data.held_out, "", data.negative], spec, device)
-        ranks.any(False)  # the file is there before anybody reads it
+        distributed.any(False)  # the file is there before anybody reads it
     return features
 
 
-def _rollout(settings: SrpoSettings, spec: ModelSpec, parts: Parts, store: PromptStore) -> Rollout:
+def _rollout(settings: SrpoSettings, spec: ModelSpec, parts: LoadedParts, store: PromptStore) -> Rollout:
     own = settings.rollout
     rule = RolloutRule(own.steps, own.guidance, own.flow_shift)
-    return Rollout(spec, rule, parts.transformers, parts.parking.turn, store.negative() if own.guidance > 1 else None)
+    return Rollout(spec, rule, parts.transformers, parts.offload.turn, store.negative() if own.guidance > 1 else None)
 
 
 def _plan(
-    settings: SrpoSettings, base: Base, data: SrpoData, objective: SrpoObjective, store: PromptStore, ranks: Ranks,
+    settings: SrpoSettings, base: Base, data: SrpoData, objective: SrpoObjective, store: PromptStore, distributed: Distributed,
     own: Mapping[NoiseExpert, Band],
-) -> Plan:
-    optimisers = optimisers_of(settings, objective)
+) -> TrainerPlan:
+    optimizers = optimizers_of(settings, objective)
     steps = shares(settings, own)
     schedule = interleave(steps, settings.turn)
     lr_schedules = {name: make_schedule(settings.schedule, one, schedule.count(NoiseExpert(name)))
-                    for name, one in optimisers.items()}
+                    for name, one in optimizers.items()}
     buckets = [item.bucket for item in data.items] if data.offline else [data.bucket] * len(data.ids)
     tracks = {
         e: Track(SampleOrder(buckets, settings.batch_size, settings.seed, e.value), SigmaRule(band=band))
         for e, band in own.items()
     }
-    identity = data.identity | {f"base.{e.value}": base.fingerprint(e) for e in base.spec.experts}
-    return Plan(
-        run=settings.output, schedule=schedule, tracks=tracks, optimisers=optimisers, lr_schedules=lr_schedules,
+    identity = data.identity | {f"base.{e.value}": base.fingerprint(e) for e in base.spec.noise_experts}
+    return TrainerPlan(
+        run=settings.output, schedule=schedule, tracks=tracks, optimizers=optimizers, lr_schedules=lr_schedules,
         load_batch=store.batch, item_ids=data.ids, seed=settings.seed, accumulate=settings.accumulate,
         max_grad_norm=settings.max_grad_norm, ema_decay=settings.ema_decay, save_every=settings.save_every,
         log_every=settings.log_every, sigma_bins=settings.sigma_bins, keep_last=settings.keep_last,
         keep_best=settings.keep_best, resume_command="lapwan srpo --resume", identity=identity,
-        changes_allowed=settings.allow_changed, ranks=ranks,
+        changes_allowed=settings.allow_changed, distributed=distributed,
     )
 
 
 def _watch(
-    trainer: Trainer, objective: SrpoObjective, settings: SrpoSettings, base: Base, data: SrpoData, parts: Parts,
+    trainer: Trainer, objective: SrpoObjective, settings: SrpoSettings, base: Base, data: SrpoData, parts: LoadedParts,
     store: PromptStore,
 ) -> None:
     """Held-out prompts and figures of the weights, in the first process."""
     plan, wanted, spec = trainer.plan, settings.held_out, base.spec
-    if not plan.ranks.first and not plan.look_everywhere:
-        trainer.watchers["weights"] = Elsewhere(wanted.every)
+    if not plan.distributed.first and not plan.callbacks_on_all_processes:
+        trainer.callbacks["weights"] = OnFirstProcess(wanted.every)
         if data.held_out:
-            trainer.watchers["held_out"] = Elsewhere(wanted.every)
+            trainer.callbacks["held_out"] = OnFirstProcess(wanted.every)
         return
     if settings.train == "lora":
-        trainer.watchers["weights"] = WeightWatch(
-            objective.adapters, lambda: {e.value: float(current_lr(plan.optimisers[e.value])) for e in parts.trained},
+        trainer.callbacks["weights"] = WeightFigures(
+            objective.adapters, lambda: {e.value: float(current_lr(plan.optimizers[e.value])) for e in parts.trained},
             lambda: {e.value: track.steps for e, track in plan.tracks.items()}, wanted.every, HealthSettings())
     else:
-        trainer.watchers["weights"] = FullWeightWatch(
-            objective, lambda e: base.load(e, pick_dtype(settings.dtype, parts.parking.device)), wanted.every)
+        trainer.callbacks["weights"] = FullWeightFigures(
+            objective, lambda e: base.load(e, pick_dtype(settings.dtype, parts.offload.device)), wanted.every)
     if not data.held_out:
         return
     frames, height, width = data.bucket
     size = wanted.size or (height, width)
     guidance = settings.rollout.guidance if wanted.guidance is None else wanted.guidance
     rule = RolloutRule(wanted.steps or settings.rollout.steps, guidance, settings.rollout.flow_shift)
-    rollout = Rollout(spec, rule, parts.transformers, parts.parking.turn, store.negative() if guidance > 1 else None)
-    trainer.watchers["held_out"] = HeldOut(
+    rollout = Rollout(spec, rule, parts.transformers, parts.offload.turn, store.negative() if guidance > 1 else None)
+    trainer.callbacks["held_out"] = HeldOut(
         objective, rollout, store.held_out(), parts.vae,
         HeldOutRule(wanted.every, wanted.images, wanted.patience,
                     spec.latent_shape(wanted.num_frames or frames, *size), spec.defaults.fps, settings.batch_size),
-        settings.output / PREVIEWS, settings.held_out_seed, parts.parking.turn)
+        settings.output / PREVIEWS, settings.held_out_seed, parts.offload.turn)
 
 
 def flops(settings: SrpoSettings, spec: ModelSpec, parameters: int, bucket: tuple[int, int, int]) -> float:
-    """Operations of an optimiser step: 2 a parameter, token and evaluation, of which a backward counts two."""
+    """Operations of an optimizer step: 2 a parameter, token and evaluation, of which a backward counts two."""
     _, t, h, w = spec.latent_shape(*bucket)
     patch = spec.pixel_multiple // spec.spatial_stride
     tokens = t * (h // patch) * (w // patch)

@@ -2,7 +2,7 @@
 
     x ← x + (σ' − σ)·v̂(x, σ) over a shifted grid of N sigmas down to 0, the expert chosen by sigma        (Euler)
 
-All batches of an optimiser step go through one noise expert before the next one is fetched: with one on the device at a
+All batches of an optimizer step go through one noise expert before the next one is fetched: with one on the device at a
 time a step costs two moves, however many batches it has. Everything is kept in fp32 between evaluations.
 
 Shapes: B samples, C latent channels, T latent frames, H, W latent height and width, L text tokens, D text features.
@@ -63,10 +63,10 @@ class Rollout:
         self._transformers, self._fetch, self._negative = transformers, fetch, negative
         self._guidance = rule.guidance
 
-    def __call__(self, expert: NoiseExpert, batches: Sequence[Batch], draws: Sequence[Draws]) -> list[Batch]:
-        """The batches with x0 in place of their latents; afterwards `expert` is on the device."""
+    def __call__(self, noise_expert: NoiseExpert, batches: Sequence[Batch], draws: Sequence[Draws]) -> list[Batch]:
+        """The batches with x0 in place of their latents; afterwards `noise_expert` is on the device."""
         latents = self.sample([draw.noise_BCTHW for draw in draws], [self._conditions(batch) for batch in batches])
-        self._fetch(expert)
+        self._fetch(noise_expert)
         return [replace(batch, latents_BCTHW=x0) for batch, x0 in zip(batches, latents, strict=True)]
 
     def _conditions(self, batch: Batch) -> Conditions:
@@ -85,9 +85,9 @@ class Rollout:
         """x0 from each batch's noise."""
         latents = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in noise]
         pairs = list(zip(self._steps, self._next, strict=True))
-        for expert, stretch in groupby(pairs, key=lambda pair: pair[0].expert):
-            self._fetch(expert)
-            model, part = self._transformers[expert], list(stretch)
+        for noise_expert, stretch in groupby(pairs, key=lambda pair: pair[0].noise_expert):
+            self._fetch(noise_expert)
+            model, part = self._transformers[noise_expert], list(stretch)
             for place, condition in enumerate(conditions):
                 x = latents[place]
                 for step, sigma_next in part:

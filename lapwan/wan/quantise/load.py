@@ -145,7 +145,7 @@ def linears_of(blocks: nn.ModuleList, prefix: str, skip: frozenset[int] = frozen
 
 
 def load_quantised_transformer(
-    spec: ModelSpec, expert: NoiseExpert, recipe: Recipe, fingerprint: str, dtype: torch.dtype,
+    spec: ModelSpec, noise_expert: NoiseExpert, recipe: Recipe, fingerprint: str, dtype: torch.dtype,
     device: torch.device | str = "cpu", merged: Mapping[str, Read] | None = None,
     work_on: torch.device | str | None = None,
 ) -> WanTransformer3DModel:
@@ -158,7 +158,7 @@ def load_quantised_transformer(
     from accelerate import init_empty_weights
     from diffusers import WanTransformer3DModel
 
-    folder = spec.component(expert)
+    folder = spec.component(noise_expert)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with init_empty_weights():  # buffers (the rope tables) are made for real
         model = WanTransformer3DModel.from_config(config)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lapwan.wan.quantise.linears import Fp8Linear, fp8_in_hardware
 from lapwan.wan.transformer import kernels
-from lapwan.wan.transformer.context_parallel import Split
+from lapwan.wan.transformer.context_parallel import TokenShards
 
 
 def attend(q_BNHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -24,7 +24,7 @@ def attend(q_BNHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, bias: Tensor | None =
     return out.transpose(1, 2).flatten(2)
 
 
-def attend_tokens(q_BNHd: Tensor, k_BNHd: Tensor, v_BNHd: Tensor, split: Split | None) -> Tensor:
+def attend_tokens(q_BNHd: Tensor, k_BNHd: Tensor, v_BNHd: Tensor, split: TokenShards | None) -> Tensor:
     """Self-attention [B, N, D]; over the tokens of all processes where they are `split`."""
     if split is None:
         return attend(q_BNHd, k_BNHd, v_BNHd)

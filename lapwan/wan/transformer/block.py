@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lapwan.lora.layer import project
 from lapwan.wan.transformer import fused_block
 from lapwan.wan.transformer.attention import attend, attend_tokens, feed_forward
-from lapwan.wan.transformer.context_parallel import Split
+from lapwan.wan.transformer.context_parallel import TokenShards
 from lapwan.wan.transformer.kernels import rotate
 
 Rope = tuple[Tensor, Tensor]
@@ -50,7 +50,7 @@ def _normalised_heads(attention: Any, norm: Any, x_BND: Tensor) -> Tensor:
     return torch.unflatten(normed, -1, (attention.heads, -1))
 
 
-def self_attention(attention: Any, y_BND: Tensor, rope: Rope, split: Split | None = None) -> Tensor:
+def self_attention(attention: Any, y_BND: Tensor, rope: Rope, split: TokenShards | None = None) -> Tensor:
     """Attention of the latents' tokens over themselves; over those of all processes where they are `split`."""
     q, k, v = project([attention.to_q, attention.to_k, attention.to_v], y_BND)
     q = rotate(_normalised_heads(attention, attention.norm_q, q), rope)
@@ -75,7 +75,7 @@ def cross_attention(attention: Any, y_BND: Tensor, keys_values: KeysValues, bias
 
 def block_forward(
     block: Any, x_BND: Tensor, text_BLD: Tensor | None, keys_values: KeysValues | None, modulation_BK6D: Tensor,
-    row_of_token_N: Tensor | None, rope: Rope, text_bias: Tensor | None = None, split: Split | None = None,
+    row_of_token_N: Tensor | None, rope: Rope, text_bias: Tensor | None = None, split: TokenShards | None = None,
 ) -> Tensor:
     """One block.
 

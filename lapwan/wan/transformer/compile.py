@@ -20,7 +20,7 @@ from lapwan import console
 from lapwan.files import cache_root
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.block import block_forward
-from lapwan.wan.transformer.options import BlockFunction, path_of, selective_block
+from lapwan.wan.transformer.options import BlockFunction, forward_options, selective_block
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -99,7 +99,7 @@ def compiled_block(selective: bool = False) -> BlockFunction:
 
 def compile_blocks(transformer: nn.Module, on: bool = True) -> None:
     """Run this transformer's blocks compiled (or not) from now on. Nothing is compiled before their first use."""
-    path = path_of(transformer)
+    path = forward_options(transformer)
     path.block = compiled_block() if on else block_forward
     path.selective = compiled_block(selective=True) if on else None
 

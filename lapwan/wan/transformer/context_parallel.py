@@ -79,7 +79,7 @@ _to_tokens.register_autograd(lambda ctx, grad: (_to_heads(grad, ctx.tokens, ctx.
 
 
 @dataclass(frozen=True)
-class Split:
+class TokenShards:
     """A sequence in parts: how many tokens each process has, and which process this is."""
 
     tokens: tuple[int, ...]
@@ -116,7 +116,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Spread:
+class ContextParallel:
     """The processes that share a sequence.
 
     A gradient that one of them finds is the part its own tokens contribute, of the sum of all processes' losses.
@@ -125,10 +125,10 @@ class Spread:
     rank: int
     count: int
 
-    def split(self, tokens: int) -> Split:
+    def split(self, tokens: int) -> TokenShards:
         """Parts that differ by one token at most."""
         each, more = divmod(tokens, self.count)
-        return Split(tuple(each + (rank < more) for rank in range(self.count)), self.rank)
+        return TokenShards(tuple(each + (rank < more) for rank in range(self.count)), self.rank)
 
 
 def check_heads(heads: int, count: int) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lapwan.wan.transformer.context_parallel import Split
+from lapwan.wan.transformer.context_parallel import TokenShards
 
 
 @dataclass
@@ -34,7 +34,7 @@ class _Kept:
 
 
 @dataclass
-class Reuse:
+class FirstBlockCache:
     """A noise expert's steps of one video: `errors` as they were at computed steps, `foreseen` those of kept ones."""
 
     tolerance: float
@@ -59,10 +59,10 @@ class Reuse:
 class Side:
     """What the forward asks and tells."""
 
-    reuse: Reuse
+    reuse: FirstBlockCache
     kept: _Kept
 
-    def end(self, x_in: Tensor, x_first: Tensor, split: Split | None = None) -> Tensor | None:
+    def end(self, x_in: Tensor, x_first: Tensor, split: TokenShards | None = None) -> Tensor | None:
         """x_end if R may be kept, else None, alike in all processes that share the tokens; waits for the device."""
         kept, first = self.kept, x_first - x_in
         if kept.first is None or kept.rest is None or kept.first.shape != first.shape:
@@ -77,7 +77,7 @@ class Side:
         return None
 
     def computed(
-        self, x_first: Tensor, x_end: Tensor, head: Callable[[Tensor], Tensor], split: Split | None = None
+        self, x_first: Tensor, x_end: Tensor, head: Callable[[Tensor], Tensor], split: TokenShards | None = None
     ) -> None:
         """A step went through all blocks; `head` makes a velocity of their end."""
         kept = self.kept
@@ -89,7 +89,7 @@ class Side:
         kept.rest = x_end - x_first
 
 
-def _relative(x: Tensor, whole: Tensor, split: Split | None) -> float:
+def _relative(x: Tensor, whole: Tensor, split: TokenShards | None) -> float:
     norms = torch.stack([torch.linalg.vector_norm(each.float()) for each in (x, whole)])
     if split is not None:  # also of what every process has whole, so that all take the same number
         norms = split.sum(norms.square()).sqrt()

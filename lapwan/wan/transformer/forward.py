@@ -21,9 +21,17 @@ from lapwan.models.spec import TEXT_LENGTH
 from lapwan.wan.text import pad_text
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.block import KeysValues, Rope, block_forward, layer_norm, text_keys_values, widened
-from lapwan.wan.transformer.context_parallel import Split
+from lapwan.wan.transformer.context_parallel import TokenShards
 from lapwan.wan.transformer.first_block_cache import Side
-from lapwan.wan.transformer.options import Checkpointing, FastPath, Prompt, Trained, look_at, path_of, run_checkpointed
+from lapwan.wan.transformer.options import (
+    Checkpointing,
+    ForwardOptions,
+    Prompt,
+    TrainedInputs,
+    forward_options,
+    look_at,
+    run_checkpointed,
+)
 from lapwan.wan.transformer.text_padding import fold, repeat_last
 
 if TYPE_CHECKING:
@@ -87,7 +95,7 @@ def _patches(patch_embedding: nn.Conv3d, hidden_BCTHW: Tensor) -> Tensor:
 
 
 def _head(
-    transformer: WanTransformer3DModel, x_BND: Tensor, time: _Time, latents_BCTHW: Tensor, split: Split | None
+    transformer: WanTransformer3DModel, x_BND: Tensor, time: _Time, latents_BCTHW: Tensor, split: TokenShards | None
 ) -> Tensor:
     """Norm, modulation, projection, and the patches put together again: those of all processes."""
     shift, scale = (transformer.scale_shift_table.unsqueeze(0) + time.rows_BKD.unsqueeze(2)).unbind(2)
@@ -146,11 +154,11 @@ class _Stream:
     prompt: Prompt | None
     time: _Time
     rope: Rope
-    split: Split | None
+    split: TokenShards | None
 
 
 def _run_block(
-    path: FastPath, index: int, block: Any, x_BND: Tensor, given: _Stream, dropout: bool, kind: Checkpointing
+    path: ForwardOptions, index: int, block: Any, x_BND: Tensor, given: _Stream, dropout: bool, kind: Checkpointing
 ) -> Tensor:
     # Dropout's masks are drawn in Python, by name: what compiles cannot hold them.
     function = block_forward if dropout else path.block
@@ -188,7 +196,7 @@ def predict(
         text: features [B, L, text width], those of each sample without padding, or a generation's prompt.
         reuse: may spare all blocks but the first (see `reuse`); without gradients.
     """
-    path, embedder = path_of(transformer), transformer.condition_embedder
+    path, embedder = forward_options(transformer), transformer.condition_embedder
     if path.modules and not isinstance(text, Prompt):
         features = (text if isinstance(text, Tensor) else pad_text(text)).to(hidden_BCTHW.dtype)
         whole: Tensor = transformer(hidden_BCTHW, timestep, features, return_dict=False)[0]
@@ -214,7 +222,7 @@ def predict(
             x_first = x
             if (kept := reuse.end(x_in, x, split)) is not None:
                 return _head(transformer, kept, time, hidden_BCTHW, split)
-        seen = look_at(block) if grad else Trained(False, False)  # here, where a device has work meanwhile
+        seen = look_at(block) if grad else TrainedInputs(False, False)  # here, where a device has work meanwhile
         started = started or seen.graph
         kind: Checkpointing = "off" if not started else "block" if graphs < path.whole_blocks else checkpointing
         with torch.set_grad_enabled(started):

@@ -16,7 +16,7 @@ from torch import Tensor
 from lapwan.lora.layer import project
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.attention import after_gelu, attend, attend_tokens, feed_forward, multiplies_fp8
-from lapwan.wan.transformer.context_parallel import Split
+from lapwan.wan.transformer.context_parallel import TokenShards
 
 
 def serves(block: Any, x_BND: Tensor, table_BK6D: Tensor) -> bool:
@@ -80,7 +80,7 @@ def _through_out(attention: Any, attended_BND: Tensor) -> Tensor:
 # Each part is a function, so that what it made is let go of when it ends.
 def _self_attention(
     attention: Any, given: Rows, layers: Sequence[Any], dtype: torch.dtype, rope: tuple[Tensor, Tensor],
-    split: Split | None,
+    split: TokenShards | None,
 ) -> Tensor:
     q, k, v = given.through(layers, dtype)
     q = rms_heads(attention, attention.norm_q, q, rope)
@@ -103,7 +103,7 @@ def _feed_forward(ffn: Any, given: Rows, dtype: torch.dtype) -> Tensor:
 
 def forward(
     block: Any, x_BND: Tensor, keys_values: tuple[Tensor, Tensor], table_BK6D: Tensor, rope: tuple[Tensor, Tensor],
-    text_bias: Tensor | None, split: Split | None,
+    text_bias: Tensor | None, split: TokenShards | None,
 ) -> Tensor:
     """One block; arguments as `block_forward` has them, with the modulation in its table (K = 1)."""
     dtype, own, text, norm2 = x_BND.dtype, block.attn1, block.attn2, block.norm2

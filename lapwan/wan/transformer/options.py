@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lapwan.lora.layer import StackedLoraLinear
 from lapwan.wan.transformer.block import KeysValues, Rope, block_forward, text_keys_values
-from lapwan.wan.transformer.context_parallel import Spread
+from lapwan.wan.transformer.context_parallel import ContextParallel
 from lapwan.wan.transformer.text_padding import cut, fold, repeat_last
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Residency(Protocol):
 
 
 @dataclass(eq=False)
-class FastPath:
+class ForwardOptions:
     """One transformer's way. `checkpointing` None: blocks, where diffusers' own switch is on.
 
     `whole_blocks`: the first blocks with a graph that are recomputed whole, whatever `checkpointing` says.
@@ -55,7 +55,7 @@ class FastPath:
     checkpointing: Checkpointing | None = None
     whole_blocks: int = 0
     modules: bool = False
-    spread: Spread | None = None
+    spread: ContextParallel | None = None
     ropes: dict[tuple[Any, ...], Rope] = field(default_factory=dict)
 
     def rope(self, transformer: WanTransformer3DModel, latents_BCTHW: Tensor) -> Rope:
@@ -70,12 +70,12 @@ class FastPath:
         return self.ropes[key]
 
 
-_PATHS: WeakKeyDictionary[nn.Module, FastPath] = WeakKeyDictionary()
+_PATHS: WeakKeyDictionary[nn.Module, ForwardOptions] = WeakKeyDictionary()
 
 
-def path_of(transformer: nn.Module) -> FastPath:
+def forward_options(transformer: nn.Module) -> ForwardOptions:
     """The transformer's way, made on first use."""
-    return _PATHS.setdefault(transformer, FastPath())
+    return _PATHS.setdefault(transformer, ForwardOptions())
 
 
 class Prompt:
@@ -127,14 +127,14 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedInputs:
     """Of a block: whether its output needs a graph of its own, and whether dropout acts in it."""
 
     graph: bool
     dropout: bool
 
 
-def look_at(block: nn.Module) -> Trained:
+def look_at(block: nn.Module) -> TrainedInputs:
     """A block needs a graph if it holds a parameter that is trained, or gates that carry gradient."""
     graph, dropout = any(p.requires_grad for p in block.parameters()), False
     for module in block.modules():
@@ -142,7 +142,7 @@ def look_at(block: nn.Module) -> Trained:
             gates = module.holder.gates_BG
             graph = graph or (gates is not None and gates.requires_grad)
             dropout = dropout or module.holder.mask is not None
-    return Trained(graph, dropout)
+    return TrainedInputs(graph, dropout)
 
 
 _aten = torch.ops.aten

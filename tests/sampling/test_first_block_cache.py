@@ -9,7 +9,7 @@ from sampling_cases import generate, refused
 from lapwan.names import NoiseExpert
 from lapwan.sampling.generator import Generator
 from lapwan.wan.backbone import load_transformer, velocity
-from lapwan.wan.transformer.first_block_cache import Reuse
+from lapwan.wan.transformer.first_block_cache import FirstBlockCache
 
 
 def given(tiny_t2v):
@@ -23,7 +23,7 @@ def test_a_step_is_kept_where_the_error_is_foreseen_small_and_the_error_is_about
     model, x, text = given(tiny_t2v)
     calls: list[int] = []
     model.blocks[1].attn1.to_q.register_forward_hook(lambda *_: calls.append(1))
-    reuse = Reuse(0.2)
+    reuse = FirstBlockCache(0.2)
     for step, timestep in enumerate((500.0, 495.0, 490.0, 485.0, 300.0)):
         t, before = torch.tensor([timestep]), len(calls)
         exact = velocity(model, x, t, text)
@@ -42,13 +42,13 @@ def test_a_step_is_kept_where_the_error_is_foreseen_small_and_the_error_is_about
 @torch.no_grad()
 def test_nothing_is_kept_above_the_tolerance_or_for_another_size(tiny_t2v):
     model, x, text = given(tiny_t2v)
-    strict = Reuse(1e-6)
+    strict = FirstBlockCache(1e-6)
     for timestep in (500.0, 450.0, 400.0, 350.0):
         t = torch.tensor([timestep])
         ours = velocity(model, x, t, text, reuse=strict.side("text"))
         torch.testing.assert_close(ours, velocity(model, x, t, text), rtol=0, atol=0)
     assert not strict.foreseen and len(strict.errors) == 3
-    loose = Reuse(0.9)
+    loose = FirstBlockCache(0.9)
     for index, size in enumerate((6, 6, 4, 6)):
         part = x[..., :size]
         velocity(model, part, torch.tensor([500.0 - index]), text, reuse=loose.side("text"))
@@ -58,7 +58,7 @@ def test_nothing_is_kept_above_the_tolerance_or_for_another_size(tiny_t2v):
 def test_a_video_spares_blocks_when_asked_and_stays_near(tiny_t2v, small):
     exact = Generator(tiny_t2v).latents(small(tiny_t2v, steps=12, guidance=3.0))
     near = Generator(tiny_t2v).latents(
-        small(tiny_t2v, steps=12, guidance=3.0, reuse={NoiseExpert.HIGH: 0.1, NoiseExpert.LOW: 0.1}))
+        small(tiny_t2v, steps=12, guidance=3.0, first_block_cache={NoiseExpert.HIGH: 0.1, NoiseExpert.LOW: 0.1}))
     error = float((near - exact).norm() / exact.norm())
     assert 0 < error < 0.3
 
@@ -66,13 +66,13 @@ def test_a_video_spares_blocks_when_asked_and_stays_near(tiny_t2v, small):
 def test_the_command_takes_it_says_what_it_did_and_refuses_nonsense(lapwan):
     ran = generate(lapwan, "--reuse", "0.2", "--steps", "8")
     assert ran.code == 0 and "noise expert: " in ran.err and "evaluations of the blocks spared" in ran.err, ran
-    refused(generate(lapwan, "--reuse", "2"), "reuse", "2 is no relative error")
-    refused(generate(lapwan, "--reuse", "middle=0.1"), "reuse", "'middle' is no noise expert")
+    refused(generate(lapwan, "--reuse", "2"), "first_block_cache", "2 is no relative error")
+    refused(generate(lapwan, "--first-block-cache", "middle=0.1"), "first_block_cache", "'middle' is no noise expert")
 
 
 @pytest.mark.parametrize("asked", ["0.1", "high=0.1,low=0.05"])
 def test_spellings(asked):
     from lapwan.settings.generate import VideoSettings
 
-    value = VideoSettings(reuse=asked).reuse
+    value = VideoSettings(first_block_cache=asked).first_block_cache
     assert value == (0.1 if asked == "0.1" else {NoiseExpert.HIGH: 0.1, NoiseExpert.LOW: 0.05})

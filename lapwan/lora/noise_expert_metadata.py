@@ -55,20 +55,20 @@ def join_metadata(both: Mapping[NoiseExpert, Mapping[str, str]]) -> dict[str, st
     Which noise expert it is stands in the tensors' names.
     """
     found: dict[str, str] = {}
-    for expert, metadata in both.items():
+    for noise_expert, metadata in both.items():
         for key, value in metadata.items():
             shared = all(other.get(key) == value for other in both.values())
             if key != KEY:
-                found[key if shared else f"{key}.{expert.value}"] = value
+                found[key if shared else f"{key}.{noise_expert.value}"] = value
     return found
 
 
-def own_metadata(metadata: Mapping[str, str], expert: NoiseExpert) -> dict[str, str]:
+def own_metadata(metadata: Mapping[str, str], noise_expert: NoiseExpert) -> dict[str, str]:
     """The inverse of `join_metadata` for one noise expert."""
     found: dict[str, str] = {}
     for key, value in metadata.items():
         stem, _, last = key.rpartition(".")
-        if last == expert.value:
+        if last == noise_expert.value:
             found[stem] = value
         elif last not in tuple(NoiseExpert):
             found[key] = value
