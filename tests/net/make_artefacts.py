@@ -2,7 +2,8 @@
 
     PYTHONPATH=TREE python tests/net/make_artefacts.py OUT
 
-OUT/base, OUT/clip_model, OUT/clips and OUT/settings are kept where they are there, else made or copied from here.
+The random base, the reward's model, the clips, the settings and the examples are copied from the artefacts where they
+are there, else made: files of other random weights would need everything recorded anew.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _ENOUGH_VIDEOS = 5
 
 def main(out: Path) -> None:
     """Everything, in order: later artefacts rest on earlier ones."""
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "160"}
     os.chdir(out)
     _sources()
@@ -58,11 +59,12 @@ def _sources() -> None:
     """The random base, the reward's model, the clips with labels, and their cache."""
     for name, write in (("base", random_base.write_base), ("clip_model", random_base.write_clip_model),
                         ("clips", random_base.write_clips)):
-        if not Path(name).is_dir():
+        if (cases.ARTEFACTS / name).is_dir():
+            shutil.copytree(cases.ARTEFACTS / name, name, ignore=shutil.ignore_patterns("labels.*"))
+        else:
             write(Path(name))
     for name in ("settings", cases.EXAMPLES):
-        if not Path(name).is_dir():
-            shutil.copytree(cases.ARTEFACTS / name, name)
+        shutil.copytree(cases.ARTEFACTS / name, name)
     cases.set_clip_times(Path())
     _lapwan("label", "clips/clips.jsonl", "-o", "clips/labels.jsonl")
     _lapwan("cache", "--dataset", "clips/labels.jsonl", "--model", "base", "-o", "cache", "--workers", "0",
