@@ -20,11 +20,12 @@ from examples.pretrain.settings import SEED
 from examples.pretrain.transformer_forward import predict, rope_tables, text_and_bias
 from examples.pretrain.vae import to_pixels
 from examples.pretrain.vae_forward import moments
+from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.lora.attach import Adapter, Group, attach, initial_state
 from lapwan.lora.targets import TargetRule, resolve_targets
 from lapwan.losses.flow import noised, velocity_target
 from lapwan.losses.sigmas import Shifted, Uniform, draw_in_band
-from lapwan.names import PROJECTIONS, NoiseExpert
+from lapwan.names import NoiseExpert
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.evaluators import InstrumentNet
 from lapwan.tiny.instruments import INSTRUMENTS

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lapwan.checkpoints.container import TensorFile, TensorInfo, read_header
-from lapwan.names import tensor_to_diffusers
+from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 
 FINGERPRINT_KEY = "lapwan.fingerprint"
 _PIECE = 4096  # bytes

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lapwan.checkpoints.wan_keys import OUTER_MODULES, PROJECTIONS, to_diffusers, to_original
 from lapwan.errors import UserError, nearest
-from lapwan.names import OUTER_MODULES, PROJECTIONS, NoiseExpert, to_diffusers, to_original
+from lapwan.names import NoiseExpert
 
 Layout = Literal["comfy", "musubi", "diffusers"]
 LAYOUTS: tuple[Layout, ...] = ("comfy", "musubi", "diffusers")

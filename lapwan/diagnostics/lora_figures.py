@@ -22,11 +22,11 @@ from torch import Tensor
 
 from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, read_header
 from lapwan.checkpoints.tensors import DTYPES
+from lapwan.checkpoints.wan_keys import OUTER_MODULES, split_block
 from lapwan.distributed import one_thread
 from lapwan.errors import UserError
 from lapwan.lora.merge import linear_weights
 from lapwan.lora.state import Entry, LoraEntry
-from lapwan.names import OUTER_MODULES, split_block
 
 _OUTER = {diffusers: original for original, diffusers in OUTER_MODULES.items()}
 _WORKERS = 2

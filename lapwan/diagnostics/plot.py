@@ -8,10 +8,10 @@ from typing import Any
 
 from PIL import Image
 
+from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.diagnostics.lora_figures import Figures, ModuleFigures
 from lapwan.diagnostics.tables import RATIOS, ratios
 from lapwan.diagnostics.verdict import Preset
-from lapwan.names import PROJECTIONS
 from lapwan.report.canvas import Box, Canvas, Colour
 
 _WIDTH, _CHART, _MARGIN, _BAR = 1100, 320, 28, 90

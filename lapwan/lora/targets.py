@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from lapwan.checkpoints.wan_keys import PROJECTIONS, to_diffusers
 from lapwan.errors import UserError, nearest
-from lapwan.names import PROJECTIONS, to_diffusers
 
 
 @dataclass(frozen=True)

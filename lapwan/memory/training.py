@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lapwan.checkpoints.wan_keys import split_block
 from lapwan.memory.generation import free_bytes
 from lapwan.memory.plan import (
     COMPILED,
@@ -32,7 +33,7 @@ from lapwan.memory.shapes import ClipShape, GroupShape, NoiseExpertShape, tokens
 from lapwan.memory.throughput import rates_of
 from lapwan.models.base import Base
 from lapwan.models.device import limit_memory, pick_dtype
-from lapwan.names import NoiseExpert, Precision, split_block
+from lapwan.names import NoiseExpert, Precision
 from lapwan.settings.memory import precision_of
 from lapwan.settings.train import TrainSettings
 from lapwan.wan.quantise.load import Recipe

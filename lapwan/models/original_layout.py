@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.tensors import load
+from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.errors import UserError
 from lapwan.models import wan22_vae
-from lapwan.names import tensor_to_diffusers
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel

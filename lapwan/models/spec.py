@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
+from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.errors import UserError
 from lapwan.files import inside
-from lapwan.names import Band, NoiseExpert, bands, tensor_to_diffusers
+from lapwan.names import Band, NoiseExpert, bands
 
 Task = Literal["t2v", "i2v", "ti2v"]  # ti2v: TI2V-5B, with or without a first frame; generation only
 TEXT_LENGTH = 512  # tokens; Wan attends the zero rows after the text as well

@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lapwan import files
+from lapwan.checkpoints.wan_keys import split_block
 from lapwan.errors import UserError
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.moe.mixture import Mixture, MixtureSpec
-from lapwan.names import Band, NoiseExpert, split_block
+from lapwan.names import Band, NoiseExpert
 
 FORMAT = "mixture/1"
 _FORMAT_KEY, _SPEC_KEY = "lapwan.format", "lapwan.mixture"

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "lora"))
 from lora_cases import random_state
 from test_merge_large import CHILD, write_checkpoint
 
+from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.lora.formats import write_lora
-from lapwan.names import PROJECTIONS
 
 _PIECE = 16 << 20
 

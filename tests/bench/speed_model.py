@@ -15,12 +15,13 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from lapwan.caching.batch import Batch
+from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.lora.attach import Adapter, Group, attach, initial_state
 from lapwan.lora.state import LoraState
 from lapwan.lora.targets import TargetRule, resolve_targets
 from lapwan.moe.mixture import Mixture, MixtureSpec
-from lapwan.names import PROJECTIONS, Band, NoiseExpert, Precision
+from lapwan.names import Band, NoiseExpert, Precision
 from lapwan.settings.optimizers import AdamWSettings, ScheduleSettings
 from lapwan.tiny.model import tiny_folder
 from lapwan.train.lora.objective import LORA_GROUP, LoraObjective

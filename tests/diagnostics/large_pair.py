@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.lora.formats import write_lora
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.names import PROJECTIONS
 
 
 def write_pair(folder: Path) -> list[Path]:

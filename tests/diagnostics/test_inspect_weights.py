@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.commands.inspect_weights import run
 from lapwan.diagnostics.growth import update_cosine
 from lapwan.diagnostics.lora_figures import inner, measure, summarise
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, write_lora
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.names import PROJECTIONS
 from lapwan.settings.base import RunOptions
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.load import load

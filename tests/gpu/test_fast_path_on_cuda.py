@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.lora.attach import Adapter, Group, attach, initial_state
 from lapwan.lora.targets import TargetRule, resolve_targets
 from lapwan.models.base import Base
-from lapwan.names import PROJECTIONS, NoiseExpert, Precision
+from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.denoise import Conditions, guided_velocity
 from lapwan.wan.backbone import load_transformer, velocity
 from lapwan.wan.quantise.load import Recipe

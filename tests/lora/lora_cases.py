@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 
+from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.commands.merge import run
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.names import PROJECTIONS
 from lapwan.settings.base import RunOptions
 from lapwan.settings.load import load
 from lapwan.settings.merge import MergeSettings

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from lapwan.checkpoints.fingerprints import merged_fingerprint
 from lapwan.checkpoints.lora_keys import LAYOUTS, key_names, parse_key
+from lapwan.checkpoints.wan_keys import OUTER_MODULES, PROJECTIONS
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, read_lora, write_lora
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.names import OUTER_MODULES, PROJECTIONS, NoiseExpert
+from lapwan.names import NoiseExpert
 
 OUTER = {path: (10, 6) for path in OUTER_MODULES.values() if path != "patch_embedding"}
 SUBSETS = {

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lapwan.checkpoints import rewrite
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint, merged_fingerprint
+from lapwan.checkpoints.wan_keys import to_original
 from lapwan.errors import UserError
 from lapwan.lora.assign import assign
 from lapwan.lora.formats import read_lora, write_lora
@@ -24,7 +25,7 @@ from lapwan.lora.merge_verify import verify
 from lapwan.lora.state import Term
 from lapwan.models.base import Base
 from lapwan.models.spec import read_spec, weight_files
-from lapwan.names import NoiseExpert, to_original
+from lapwan.names import NoiseExpert
 from lapwan.tiny.resolve import resolve
 
 

@@ -16,8 +16,8 @@ from lora_cases import random_state
 
 from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.tensors import load
+from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.lora.formats import write_lora
-from lapwan.names import PROJECTIONS
 
 WIDTH, FFN, BLOCKS = 5120, 13824, 6
 

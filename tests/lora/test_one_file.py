@@ -11,11 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lapwan import inspect_weights
+from lapwan.checkpoints.wan_keys import OUTER_MODULES
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, read_lora, write_both
 from lapwan.lora.state import LoraState
 from lapwan.models.merge import merge
-from lapwan.names import OUTER_MODULES, NoiseExpert
+from lapwan.names import NoiseExpert
 from lapwan.settings.base import RunOptions
 from lapwan.settings.load import load
 from lapwan.settings.merge import MergeSettings

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from sampling_cases import SMALL, frames, refused
 from transformers import UMT5EncoderModel
 
+from lapwan.checkpoints.wan_keys import to_original
 from lapwan.models.fingerprints import text_identity, vae_identity
 from lapwan.models.original_layout import t5_to_transformers
 from lapwan.models.separate_files import transformer_config
 from lapwan.models.spec import ModelSpec, read_spec
-from lapwan.names import NoiseExpert, to_original
+from lapwan.names import NoiseExpert
 from lapwan.sampling.generator import Generator
 from lapwan.settings.model import ModelFilesSettings
 from lapwan.tiny.resolve import resolve_base

@@ -16,11 +16,11 @@ from sampling_cases import refused
 from transformers import UMT5Config, UMT5EncoderModel
 
 from lapwan import VideoGenerator
+from lapwan.checkpoints.wan_keys import to_original
 from lapwan.errors import UserError
 from lapwan.models import wan22_vae
 from lapwan.models.original_layout import load_vae_file, t5_to_transformers
 from lapwan.models.separate_files import vae_config
-from lapwan.names import to_original
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.request import Request, complete_guidance
 from lapwan.sampling.result import read_metadata

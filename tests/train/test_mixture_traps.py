@@ -14,11 +14,12 @@ from training_cases import backward, draws_for, randomise
 
 from lapwan.caching.index import write_index
 from lapwan.caching.read import load_index
+from lapwan.checkpoints.wan_keys import split_block
 from lapwan.errors import UserError
 from lapwan.lora.attach import attach
 from lapwan.lora.layer import StackedLoraLinear
 from lapwan.moe.mixture_file import read_mixture
-from lapwan.names import NoiseExpert, split_block
+from lapwan.names import NoiseExpert
 from lapwan.tiny.resolve import resolve_base
 from lapwan.wan.backbone import load_transformer, velocity
 

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from lapwan import console
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.checkpoints.tensors import load
+from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, cache_root
 from lapwan.models.spec import ModelSpec, weight_files
-from lapwan.names import NoiseExpert, Precision, tensor_to_diffusers
+from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.quantise.linears import KINDS, RECIPE_VERSION, QuantisedLinear
 
 if TYPE_CHECKING:

@@ -1,0 +1,93 @@
+"""Module and tensor names of a Wan transformer in the two key layouts: the original release's and diffusers'.
+
+| original                  | diffusers                |
+|---------------------------|--------------------------|
+| `blocks.0.self_attn.q`    | `blocks.0.attn1.to_q`    |
+| `blocks.0.cross_attn.o`   | `blocks.0.attn2.to_out.0`|
+| `blocks.0.ffn.0`          | `blocks.0.ffn.net.0.proj`|
+| `head.head`               | `proj_out`               |
+
+LoRA keys, which wrap these names in prefixes, are in `lapwan.checkpoints.lora_keys`.
+Source: the official Wan2.2 release and diffusers' WanTransformer3DModel.
+"""
+
+from __future__ import annotations
+
+import re
+
+# The ten Linear layers of a Wan block, by their paths inside it: original (also what settings name) -> diffusers.
+PROJECTIONS: dict[str, str] = {
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+
+# Modules outside the blocks: original path -> diffusers path.
+OUTER_MODULES: dict[str, str] = {
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "patch_embedding": "patch_embedding",
+}
+
+_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
+_PROJECTION_TO_ORIGINAL = {diffusers: original for original, diffusers in PROJECTIONS.items()}
+_OUTER_TO_ORIGINAL = {diffusers: original for original, diffusers in OUTER_MODULES.items()}
+
+
+def to_diffusers(path: str) -> str | None:
+    """A Linear's path in diffusers' layout: `blocks.0.self_attn.q` -> `blocks.0.attn1.to_q`; None if unknown."""
+    if match := _BLOCK.match(path):
+        inner = PROJECTIONS.get(match[2])
+        return f"blocks.{match[1]}.{inner}" if inner else None
+    return OUTER_MODULES.get(path)
+
+
+def to_original(path: str) -> str | None:
+    """The inverse of `to_diffusers`: `blocks.0.attn1.to_q` -> `blocks.0.self_attn.q`; None if unknown."""
+    if match := _BLOCK.match(path):
+        inner = _PROJECTION_TO_ORIGINAL.get(match[2])
+        return f"blocks.{match[1]}.{inner}" if inner else None
+    return _OUTER_TO_ORIGINAL.get(path)
+
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_ORIGINAL_NORMS = {
+    "self_attn.norm_q": "attn1.norm_q", "self_attn.norm_k": "attn1.norm_k", "cross_attn.norm_q": "attn2.norm_q",
+    "cross_attn.norm_k": "attn2.norm_k", "norm3": "norm2",  # the original numbers the norms in another order
+}
+
+
+def tensor_to_diffusers(name: str) -> str:
+    """A transformer tensor's name in diffusers' layout; a name that is not in the original layout is returned as it is.
+
+    `model.diffusion_model.blocks.0.self_attn.q.weight` -> `blocks.0.attn1.to_q.weight`.
+    """
+    plain = next((name.removeprefix(p) for p in _PREFIXES if name.startswith(p)), name)
+    path, _, leaf = plain.rpartition(".")
+    if leaf == "modulation":
+        return "scale_shift_table" if path == "head" else f"{path}.scale_shift_table"
+    if (known := to_diffusers(path)) is not None:
+        return f"{known}.{leaf}"
+    match = _BLOCK.match(path)
+    if match and match[2] in _ORIGINAL_NORMS:  # diffusers' own norm3 has no tensors
+        return f"blocks.{match[1]}.{_ORIGINAL_NORMS[match[2]]}.{leaf}"
+    return plain
+
+
+def split_block(path: str) -> tuple[int, str] | None:
+    """`blocks.7.attn1.to_q` -> (7, 'self_attn.q'); None for a module outside the blocks."""
+    match = _BLOCK.match(path)
+    if match is None or match[2] not in _PROJECTION_TO_ORIGINAL:
+        return None
+    return int(match[1]), _PROJECTION_TO_ORIGINAL[match[2]]
