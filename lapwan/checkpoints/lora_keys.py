@@ -43,7 +43,7 @@ _PREFIXES: dict[str, str | None] = {
 _FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 
 # Kinds of adapters that change more than ΔW = B A, by what gives them away in a key.
-_FOREIGN: tuple[tuple[str, str], ...] = (
+_UNSUPPORTED: tuple[tuple[str, str], ...] = (
     (r"\.diff$", "a full weight difference (.diff)"),
     (r"\.diff_b$", "a bias difference (.diff_b)"),
     (r"dora_scale|lora_magnitude_vector", "DoRA"),
@@ -126,20 +126,20 @@ def parse_key(key: str) -> Key | None:
     return Key(path, part, component, layout, match["adapter"])
 
 
-def foreign_kind(key: str) -> str | None:
+def unsupported_kind(key: str) -> str | None:
     """What an adapter key we do not support belongs to, for the error message."""
-    return next((kind for pattern, kind in _FOREIGN if re.search(pattern, key)), None)
+    return next((kind for pattern, kind in _UNSUPPORTED if re.search(pattern, key)), None)
 
 
-def looks_like_lora(key: str) -> bool:
+def is_adapter_key(key: str) -> bool:
     """True if a key is some adapter's, supported or not: tells a foreign LoRA from a checkpoint."""
-    return _PART.match(key) is not None or "lora" in key or foreign_kind(key) not in (None, _FOREIGN[-1][1])
+    return _PART.match(key) is not None or "lora" in key or unsupported_kind(key) not in (None, _UNSUPPORTED[-1][1])
 
 
-def refuse_keys(path: object, keys: Sequence[str]) -> UserError:
+def unknown_keys_error(path: object, keys: Sequence[str]) -> UserError:
     """The error for keys of a LoRA file that are not understood: the first is named, with its kind or a near match."""
     key, more = keys[0], f" (and {len(keys) - 1} more such keys)" if len(keys) > 1 else ""
-    kind = foreign_kind(key)
+    kind = unsupported_kind(key)
     if kind:
         return UserError(f"{path}: key {key!r}{more} is {kind}; lapwan reads plain LoRA (A, B and alpha) of Wan's "
                          "Linear layers: convert the file first, or use one without it")
@@ -166,6 +166,6 @@ def key_names(path: str, layout: Layout, component: str | None = None) -> dict[P
 
 
 # A prefix's component -> the noise expert, in a file that holds both.
-COMPONENT_EXPERTS: dict[str, NoiseExpert] = {
+COMPONENT_NOISE_EXPERTS: dict[str, NoiseExpert] = {
     "transformer": NoiseExpert.HIGH, "transformer_1": NoiseExpert.HIGH, "transformer_2": NoiseExpert.LOW,
 }

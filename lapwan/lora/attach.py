@@ -80,7 +80,7 @@ class Adapter:
                 found[f"{path}.up"] = layer.up_OR
         return found
 
-    def own_tensors(self) -> list[Tensor]:
+    def adapter_tensors(self) -> list[Tensor]:
         """The stacked rows and their tables, without the base's weights."""
         return [t for layer in self.layers.values()
                 for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]

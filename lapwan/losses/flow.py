@@ -13,7 +13,7 @@ def _per_sample(sigma_B: Tensor, like_BCTHW: Tensor) -> Tensor:
     return sigma_B.to(like_BCTHW.dtype).view(-1, *[1] * (like_BCTHW.dim() - 1))
 
 
-def noised(x0_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_B: Tensor) -> Tensor:
+def add_noise(x0_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_B: Tensor) -> Tensor:
     """x_σ = σ·ε + (1 − σ)·x0, per sample."""
     sigma = _per_sample(sigma_B, x0_BCTHW)
     return sigma * noise_BCTHW + (1 - sigma) * x0_BCTHW

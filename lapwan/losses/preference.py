@@ -48,13 +48,13 @@ def draw_sigmas(
     return torch.where(denoise_B, upper_B, lower_B), torch.where(denoise_B, lower_B, upper_B)
 
 
-def stepped(x_BCTHW: Tensor, velocity_BCTHW: Tensor, sigma_from_B: Tensor, sigma_to_B: Tensor) -> Tensor:
+def euler_step(x_BCTHW: Tensor, velocity_BCTHW: Tensor, sigma_from_B: Tensor, sigma_to_B: Tensor) -> Tensor:
     """x* = x + (σ* − σ_e)·v̂: one Euler step, in x's dtype."""
     step = _per_sample(sigma_to_B - sigma_from_B, x_BCTHW)
     return x_BCTHW + step * velocity_BCTHW.to(x_BCTHW.dtype)
 
 
-def recovered(x_star_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_star_B: Tensor) -> Tensor:
+def x0_from_noise(x_star_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_star_B: Tensor) -> Tensor:
     """x̂0 = (x* − σ*·ε) / (1 − σ*): exact on the path between x0 and ε; σ* < 1."""
     sigma = _per_sample(sigma_star_B, x_star_BCTHW)
     return (x_star_BCTHW - sigma * noise_BCTHW) / (1 - sigma)
@@ -65,11 +65,11 @@ def recovery_gain(sigma_e_B: Tensor, sigma_star_B: Tensor) -> Tensor:
     return (sigma_star_B - sigma_e_B) / (1 - sigma_star_B)
 
 
-def recover(
+def predict_x0(
     x_BCTHW: Tensor, noise_BCTHW: Tensor, velocity_BCTHW: Tensor, sigma_e_B: Tensor, sigma_star_B: Tensor
 ) -> Tensor:
     """x̂0 from x = σ_e·ε + (1 − σ_e)·x0 and v̂ = model(x, σ_e), through x*; differentiable in v̂."""
-    return recovered(stepped(x_BCTHW, velocity_BCTHW, sigma_e_B, sigma_star_B), noise_BCTHW, sigma_star_B)
+    return x0_from_noise(euler_step(x_BCTHW, velocity_BCTHW, sigma_e_B, sigma_star_B), noise_BCTHW, sigma_star_B)
 
 
 def discount(sigma_star_B: Tensor, low: float, high: float, at_low: float, at_high: float) -> Tensor:
@@ -125,10 +125,10 @@ def preference_loss(
 
     Each reward has its own hinge, so one that is satisfied neither hides nor feeds another.
     """
-    return weighted({name: hinge(one.relative_B, margin) for name, one in seen.items()}, weights)
+    return weighted_mean({name: hinge(one.relative_B, margin) for name, one in seen.items()}, weights)
 
 
-def weighted(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+def weighted_mean(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Σ_r w_r·value_r / Σ_r w_r over rewards r; also for the margin to watch.
 
     Raises:

@@ -125,7 +125,7 @@ class Squeezed:
         return Squeezed(self.inner.for_tokens(tokens), self.low, self.high)
 
 
-def stratum_u(u: float, number: int, strata: int, order: Sequence[int]) -> float:
+def stratified_u(u: float, number: int, strata: int, order: Sequence[int]) -> float:
     """u moved into the stratum of visit `number`: (order[number mod K] + u) / K. Any K visits in a row cover [0, 1]."""
     return (order[number % strata] + u) / strata
 
@@ -144,16 +144,16 @@ def draw_in_band(sampler: SigmaSampler, u_B: Tensor, low: float, high: float) ->
     return sampler.inverse(u).clamp(low, high)
 
 
-def share_of_band(sampler: SigmaSampler, low: float, high: float) -> float:
+def band_probability(sampler: SigmaSampler, low: float, high: float) -> float:
     """The probability the untruncated sampler gives to [low, high]."""
     return sampler.cdf(high) - sampler.cdf(low)
 
 
-def shares_of_bins(sampler: SigmaSampler, low: float, high: float, bins: int) -> list[float]:
+def bin_probabilities(sampler: SigmaSampler, low: float, high: float, bins: int) -> list[float]:
     """The share of the draws in [low, high] that falls into each of `bins` equal parts of it; they sum to 1."""
     edges = [low + (high - low) * i / bins for i in range(bins + 1)]
-    whole = share_of_band(sampler, low, high)
-    return [share_of_band(sampler, a, b) / whole for a, b in pairwise(edges)]
+    whole = band_probability(sampler, low, high)
+    return [band_probability(sampler, a, b) / whole for a, b in pairwise(edges)]
 
 WeightingKind = Literal["none", "x0", "min_snr", "cosmap"]
 _GRID = 4096  # draws over which the mean is taken

@@ -100,7 +100,7 @@ class Base:
         }
 
 
-def targets_of(settings: TargetSettings, num_blocks: int) -> dict[str, int]:
+def target_ranks(settings: TargetSettings, num_blocks: int) -> dict[str, int]:
     """Rank by module path.
 
     Raises:

@@ -16,7 +16,7 @@ _PIECES, _PIECE = 64, 1 << 16  # of a .pth file, sampled
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def vae_identity(spec: ModelSpec) -> str:
+def vae_fingerprint(spec: ModelSpec) -> str:
     """16 hex digits over the VAE's weights and the mean and std that normalise its latents."""
     folder = spec.path / "vae"
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -24,7 +24,7 @@ def vae_identity(spec: ModelSpec) -> str:
     return _digest(_weights(folder), settings)
 
 
-def text_identity(spec: ModelSpec) -> str:
+def text_encoder_fingerprint(spec: ModelSpec) -> str:
     """16 hex digits over the text encoder's weights and its tokenizer.
 
     Raises:

@@ -1,4 +1,8 @@
-"""LoRAs into a model folder, into one transformer, or into one LoRA; a mixture at one mix into LoRAs."""
+"""The merge command: LoRAs into a model folder, one transformer or one LoRA; a mixture at a given mix into LoRAs.
+
+The arithmetic is elsewhere: LoRA into weights in `lapwan.lora.merge`, LoRA + LoRA in `lapwan.lora.combine`, mixture to
+LoRA in `lapwan.moe.to_lora`.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +18,28 @@ from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.files import claim_output
-from lapwan.lora import noise_expert_metadata
-from lapwan.lora.assign import Request, assign, assign_one, group, warn_mismatch
+from lapwan.lora.assign import LoraRequest, assign, assign_to_transformer, group_by_noise_expert, warn_mismatch
 from lapwan.lora.combine import combine
 from lapwan.lora.formats import LoraFile, write_both, write_lora
-from lapwan.lora.merge import ComponentPlan, Given, plan_component, write_component
+from lapwan.lora.merge import ComponentPlan, LoraToMerge, plan_component, write_component
+from lapwan.lora.metadata import NOISE_EXPERT_KEY, noise_expert_from_file_name
 from lapwan.lora.state import LoraState
 from lapwan.models.merge_folder import check_disk, folder_bytes, write_folder
 from lapwan.models.resolve import resolve
 from lapwan.models.spec import weight_files
 from lapwan.moe.mixture import Mixture
 from lapwan.moe.mixture_file import read_mixture
-from lapwan.moe.to_lora import collapse, gate_spread, inference_sigmas
+from lapwan.moe.to_lora import gate_range, inference_sigmas, mixture_to_lora
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import RunOptions
 from lapwan.settings.merge import MergeSettings
 
 
 def merge(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
-    """Plan, check, write; yields a line for each result and goes on as the lines are taken.
+    """Plan, check and write; yields one line per result, while it works.
 
     Raises:
-        UserError: what does not fit together, before anything is written.
+        UserError: inputs that do not fit together, before anything is written.
     """
     if settings.model is not None:
         yield from _into_model(settings, settings.model, options)
@@ -47,12 +51,12 @@ def merge(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
         yield from _into_lora(settings, options)
 
 
-def _requests(settings: MergeSettings) -> list[Request]:
+def _requests(settings: MergeSettings) -> list[LoraRequest]:
     return [(lora.noise_expert, lora.path, lora.strength * settings.multiplier) for lora in settings.lora]
 
 
-def _given(loras: Sequence[tuple[LoraFile, float]]) -> list[Given]:
-    return [Given(lora, strength, lora.fingerprint()) for lora, strength in loras]
+def _to_merge(loras: Sequence[tuple[LoraFile, float]]) -> list[LoraToMerge]:
+    return [LoraToMerge(lora, strength, lora.fingerprint()) for lora, strength in loras]
 
 
 def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Iterator[str]:
@@ -63,10 +67,10 @@ def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Ite
         for lora, _ in loras:
             warn_mismatch(lora, spec.task, spec.boundary, spec.fingerprint(noise_expert))
     plans = [
-        plan_component(weight_files(spec.component(noise_expert)), _given(loras), noise_expert)
+        plan_component(weight_files(spec.component(noise_expert)), _to_merge(loras), noise_expert)
         for noise_expert, loras in assigned.items()
     ]
-    _check_and_tell(plans, settings.output, folder_bytes(spec.path, settings.output, plans, settings.link))
+    _check_and_log(plans, settings.output, folder_bytes(spec.path, settings.output, plans, settings.link))
     if options.dry_run:
         return
     with _bytes_bar(plans, settings.verify) as advance:
@@ -76,14 +80,14 @@ def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Ite
 
 def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -> Iterator[str]:
     whole = dit.is_dir()
-    noise_expert, loras = assign_one(_requests(settings), noise_expert_metadata.from_name(dit))
-    plan = plan_component(weight_files(dit) if whole else [dit], _given(loras), noise_expert)
+    noise_expert, loras = assign_to_transformer(_requests(settings), noise_expert_from_file_name(dit))
+    plan = plan_component(weight_files(dit) if whole else [dit], _to_merge(loras), noise_expert)
     if whole:
         _claim_folder(settings.output, dit, options)
     else:
         _claim_file(settings.output, [dit], options)
     needed = folder_bytes(dit, settings.output, [plan], settings.link) if whole else plan.size
-    _check_and_tell([plan], settings.output, needed)
+    _check_and_log([plan], settings.output, needed)
     if options.dry_run:
         return
     with _bytes_bar([plan], settings.verify) as advance:
@@ -95,7 +99,7 @@ def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -
 
 
 def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
-    groups = group(_requests(settings))
+    groups = group_by_noise_expert(_requests(settings))
     outputs = _lora_outputs(settings, list(groups))
     for output in outputs.values():
         _claim_file(output, [lora.path for lora in settings.lora], options)
@@ -106,7 +110,7 @@ def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
         return
     yield from _write_sums(settings, outputs, (
         (noise_expert, [(lora.read(), strength) for lora, strength in loras],
-         {} if noise_expert is None else {noise_expert_metadata.KEY: noise_expert.value})
+         {} if noise_expert is None else {NOISE_EXPERT_KEY: noise_expert.value})
         for noise_expert, loras in groups.items()
     ))
 
@@ -117,7 +121,7 @@ _Sum = tuple[NoiseExpert | None, Sequence[tuple[LoraState, float]], dict[str, st
 def _write_sums(
     settings: MergeSettings, outputs: Mapping[NoiseExpert | None, Path], sums: Iterable[_Sum]
 ) -> Iterator[str]:
-    """Add up each noise expert's terms and write them: one after the other, or together where one file is wanted."""
+    """Sum each noise expert's terms and write them, to one file each or, with `one_file`, to one for both."""
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     both: dict[NoiseExpert, LoraState] = {}
     for noise_expert, terms, metadata in sums:
@@ -137,7 +141,7 @@ def _write_sums(
 
 
 def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> Iterator[str]:
-    """The mixture at one mix as a LoRA for each noise expert; the spread of w says what a constant gate loses."""
+    """The mixture at a given mix as one LoRA per noise expert; the range of w shows what a constant gate loses."""
     mixture = read_mixture(path)
     taxonomy = Taxonomy.from_dict(mixture.taxonomy, str(path))
     shares = resolve_hint(settings.mix or "", taxonomy)
@@ -146,49 +150,50 @@ def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> I
         _claim_file(output, [path], options)
     log("mix: " + ", ".join(f"{f} {share:.2f}" for f, share in zip(mixture.families, shares, strict=True) if share))
     if mixture.base_lora:
-        warn(f"{path} was trained over a base LoRA, which is not part of the mixture; use it beside these files")
+        warn(f"{path} was trained over a base LoRA, which is not part of the mixture; use it with these files")
     gates: dict[NoiseExpert, float] = {}
     for noise_expert in mixture.noise_experts:
         sigmas = [settings.sigma] if settings.sigma is not None else inference_sigmas(mixture, noise_expert)
         if not sigmas:
-            raise UserError(f"none of the model's {mixture.spec.steps} sampling steps falls to the {noise_expert.value} "
-                            "noise expert; give --sigma")
-        gate = gate_spread(mixture, noise_expert, sigmas)
+            raise UserError(f"none of the model's {mixture.spec.steps} sampling steps is in the band of the "
+                            f"{noise_expert.value} noise expert; give --sigma")
+        gate = gate_range(mixture, noise_expert, sigmas)
         gates[noise_expert] = gate.mean
         yield (f"{noise_expert.value} noise: w = {gate.mean:.4f} (from {gate.lowest:.4f} to {gate.highest:.4f} over "
                f"{len(sigmas)} sigmas)")
     if options.dry_run:
         return
     yield from _write_sums(settings, outputs, (
-        (noise_expert, [(collapse(mixture, noise_expert, shares, gate), settings.multiplier)], _mixture_metadata(mixture, noise_expert))
+        (noise_expert, [(mixture_to_lora(mixture, noise_expert, shares, gate), settings.multiplier)],
+         _mixture_metadata(mixture, noise_expert))
         for noise_expert, gate in gates.items()
     ))
 
 
 def _mixture_metadata(mixture: Mixture, noise_expert: NoiseExpert) -> dict[str, str]:
-    said = {noise_expert_metadata.KEY: noise_expert.value, "lapwan.task": mixture.spec.task}
+    metadata = {NOISE_EXPERT_KEY: noise_expert.value, "lapwan.task": mixture.spec.task}
     if noise_expert in mixture.spec.base:
-        said["lapwan.base_fingerprint"] = mixture.spec.base[noise_expert]
-    return said
+        metadata["lapwan.base_fingerprint"] = mixture.spec.base[noise_expert]
+    return metadata
 
 
 def _lora_outputs(
     settings: MergeSettings, noise_experts: Sequence[NoiseExpert | None]
 ) -> dict[NoiseExpert | None, Path]:
-    """The output itself, or, where both noise experts are written apart, `{name}_high_noise.safetensors` and its twin.
+    """The output path itself, or `{name}_high_noise.safetensors` and `{name}_low_noise.safetensors` for two files.
 
     Raises:
-        UserError: one file for both is wanted, and there are not both.
+        UserError: one file for both noise experts, without a LoRA for each.
     """
     if settings.one_file and set(noise_experts) != set(NoiseExpert):
-        have = ", ".join("one it does not say" if noise_expert is None else noise_expert.value for noise_expert in noise_experts)
+        have = ", ".join("an unknown one" if e is None else e.value for e in noise_experts)
         raise UserError(f"--one-file needs a LoRA for each noise expert; these are for: {have}; give high=FILE and "
                         "low=FILE, or leave it out")
     output = settings.output
     if settings.one_file or len(noise_experts) == 1:
         return dict.fromkeys(noise_experts, output)
-    return {noise_expert: output if noise_expert is None else output.with_name(f"{output.stem}_{noise_expert.file_suffix}{output.suffix}")
-            for noise_expert in noise_experts}
+    return {e: output if e is None else output.with_name(f"{output.stem}_{e.file_suffix}{output.suffix}")
+            for e in noise_experts}
 
 
 def _claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> None:
@@ -204,21 +209,21 @@ def _claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> No
 def _claim_folder(output: Path, source: Path, options: RunOptions) -> None:
     if output.is_file():
         raise UserError(f"output {output} is a file; this merge writes a folder")
-    inside, around = output.resolve(), source.resolve()
-    if inside == around or around in inside.parents or inside in around.parents:
+    target, model = output.resolve(), source.resolve()
+    if target == model or model in target.parents or target in model.parents:
         raise UserError(f"output {output} and the model {source} lie inside each other; choose a folder outside it")
     claim_output(output, options.overwrite)
 
 
 @contextmanager
 def _bytes_bar(plans: Sequence[ComponentPlan], verify: bool) -> Iterator[Advance]:
-    """Progress in MiB for bytes written, and read back."""
+    """A progress bar in MiB over bytes written and, with `verify`, read back."""
     size = sum(plan.size for plan in plans) * (2 if verify else 1)
     with progress("merge", round(size / 2**20, 1), "MiB") as bar:
         yield lambda size: bar.advance(size / 2**20)
 
 
-def _check_and_tell(plans: Sequence[ComponentPlan], output: Path, needed: int) -> None:
+def _check_and_log(plans: Sequence[ComponentPlan], output: Path, needed: int) -> None:
     for plan in plans:
         log(plan.describe(plan.noise_expert.component if plan.noise_expert else plan.files[0].path.name))
     check_disk(output, needed)

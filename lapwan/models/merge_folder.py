@@ -1,4 +1,4 @@
-"""Writing a merged model: one file, or a folder whose other files are carried over unchanged."""
+"""Writing a merged model folder: merged transformers, every other file copied or hard-linked unchanged."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_folder, is_temporary
 from lapwan.lora.merge import ComponentPlan, write_component
 
-# Above this a carried file is hard-linked: weights. Below it are configs, which people edit in place.
+# Bytes from which a file is hard-linked: weights. Smaller ones are configs, which people edit in place.
 _LINK_FROM = 1 << 20
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")
 _DISK_MARGIN = 64 << 20
 
 
 def carried_files(folder: Path, plans: Sequence[ComponentPlan]) -> tuple[list[Path], list[Path]]:
-    """(files to carry over, files left out): relative to `folder`.
+    """(files to copy or link, files to leave out), relative to `folder`.
 
-    Left out are other formats of a merged transformer's weights: they would still hold the unmerged ones.
+    Other formats of a merged transformer's weights are left out: they would still hold the unmerged weights.
     Hidden files (version control, download caches) are not part of a model.
     """
     rewritten = {file.path for plan in plans for file in plan.files}
@@ -48,10 +48,10 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def check_disk(output: Path, needed: int) -> None:
-    """Refuse before the work when the disk cannot hold the result.
+    """Check free disk space before the work; `needed` in bytes.
 
     Raises:
-        UserError: with both figures.
+        UserError: too little, with both figures.
     """
     parent = _existing(output)
     free = shutil.disk_usage(parent).free
@@ -61,7 +61,7 @@ def check_disk(output: Path, needed: int) -> None:
 
 
 def folder_bytes(folder: Path, output: Path, plans: Sequence[ComponentPlan], link: bool) -> int:
-    """Bytes a merged copy of `folder` takes at `output`: the merged files and what is copied rather than linked."""
+    """Bytes a merged copy of `folder` takes at `output`: the merged files, and files copied rather than linked."""
     carried, _ = carried_files(folder, plans)
     files = [(folder / path).stat() for path in carried]
     device = _existing(output).stat().st_dev
@@ -70,17 +70,17 @@ def folder_bytes(folder: Path, output: Path, plans: Sequence[ComponentPlan], lin
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above `path` that is there."""
+    """The nearest existing folder at or above `path`."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
 
 
 def write_folder(
     folder: Path, output: Path, plans: Sequence[ComponentPlan], link: bool, advance: Advance, verify: bool = False
 ) -> None:
-    """Write the merged model folder atomically; configs and indices are copied as they are, never saved anew."""
+    """Write the merged model folder atomically; configs and indices are copied byte for byte."""
     carried, left_out = carried_files(folder, plans)
     for path in left_out:
-        console.warn(f"{folder / path} is left out: it holds unmerged weights in another format")
+        console.warn(f"{folder / path} is not copied: it holds unmerged weights in another format")
     with atomic_folder(output) as temporary:
         for path in carried:
             _carry(folder / path, temporary / path, link)

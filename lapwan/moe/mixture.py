@@ -109,7 +109,7 @@ class Mixture(nn.Module):
         probabilities: Tensor = self.router(text, labels_BE, sigma_B)
         return probabilities
 
-    def along(self, text: Sequence[Tensor], labels_1E: Tensor | None, sigmas: Sequence[float]) -> list[Tensor]:
+    def route_over_sigmas(self, text: Sequence[Tensor], labels_1E: Tensor | None, sigmas: Sequence[float]) -> list[Tensor]:
         """ḡ_i = β·ḡ_{i−1} + (1 − β)·g_i with ḡ_0 = g_0: one video's mixes [1, E] over its denoising steps.
 
         g_i is the selected mix at the i-th sigma and β `spec.gate_ema`: experts are handed over gradually.

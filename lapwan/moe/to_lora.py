@@ -32,7 +32,7 @@ def inference_sigmas(mixture: Mixture, noise_expert: NoiseExpert) -> list[float]
 
 
 @dataclass(frozen=True)
-class GateSpread:
+class GateRange:
     """w(σ) over the sigmas it was averaged over."""
 
     mean: float
@@ -40,14 +40,14 @@ class GateSpread:
     highest: float
 
 
-def gate_spread(mixture: Mixture, noise_expert: NoiseExpert, sigmas: Sequence[float]) -> GateSpread:
+def gate_range(mixture: Mixture, noise_expert: NoiseExpert, sigmas: Sequence[float]) -> GateRange:
     """Mean and range of a noise expert's w(σ) over `sigmas`."""
     with torch.no_grad():
         w = mixture.timestep_gate(noise_expert)(torch.tensor(sigmas, dtype=torch.float32)).double()
-    return GateSpread(float(w.mean()), float(w.min()), float(w.max()))
+    return GateRange(float(w.mean()), float(w.min()), float(w.max()))
 
 
-def collapse(mixture: Mixture, noise_expert: NoiseExpert, mix: Sequence[float], w_bar: float) -> LoraState:
+def mixture_to_lora(mixture: Mixture, noise_expert: NoiseExpert, mix: Sequence[float], w_bar: float) -> LoraState:
     """The concatenated LoRA of a noise expert; families whose weight in the mix is 0 are left out.
 
     Args:

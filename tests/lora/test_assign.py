@@ -9,7 +9,7 @@ from lora_cases import random_state, shapes
 from safetensors.torch import save_file
 
 from lapwan.errors import UserError
-from lapwan.lora.assign import assign, assign_one, group
+from lapwan.lora.assign import assign, assign_to_transformer, group_by_noise_expert
 from lapwan.lora.formats import write_lora
 from lapwan.names import NoiseExpert
 
@@ -65,7 +65,7 @@ def test_one_transformer_takes_what_does_not_say(files):
     ([("high", "plain")], LOW, HIGH), ([(None, "plain"), (None, "a")], None, HIGH), ([("both", "plain")], None, None),
 ])
 def test_a_single_transformers_noise_expert(files, requests, named, wanted):
-    noise_expert, loras = assign_one([(role, files[name], 1.0) for role, name in requests], named)
+    noise_expert, loras = assign_to_transformer([(role, files[name], 1.0) for role, name in requests], named)
     assert noise_expert is wanted and len(loras) == len(requests)
 
 
@@ -77,12 +77,13 @@ def test_a_single_transformers_noise_expert(files, requests, named, wanted):
 ])
 def test_refused_on_a_single_transformer(files, requests, named, says):
     with pytest.raises(UserError, match=says):
-        assign_one([(role, files[name], 1.0) for role, name in requests], named)
+        assign_to_transformer([(role, files[name], 1.0) for role, name in requests], named)
 
 
 def test_sums_stay_within_a_noise_expert(files):
     def grouped(*requests: tuple[str | None, str]) -> dict:
-        return {e: len(loras) for e, loras in group([(role, files[name], 1.0) for role, name in requests]).items()}
+        groups = group_by_noise_expert([(role, files[name], 1.0) for role, name in requests])
+        return {e: len(loras) for e, loras in groups.items()}
 
     assert grouped((None, "plain")) == {None: 1}
     assert grouped((None, "plain"), (None, "a")) == {HIGH: 2}

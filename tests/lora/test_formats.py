@@ -193,7 +193,7 @@ def test_noise_expert_from_metadata_range_and_name(tmp_path: Path, saved):
         path = saved(f"{name}.safetensors")
         assert list(read_lora(path)) == [noise_expert], name
         assert "lapwan.noise_expert" not in only(path).metadata  # a name is a guess, not a statement
-        assert open_lora(path)[noise_expert].said_by == ("name" if noise_expert else "")
+        assert open_lora(path)[noise_expert].noise_expert_source == ("name" if noise_expert else "")
     contradicting = saved("y_low_noise.safetensors", metadata={"lapwan.noise_expert": "high"})
     assert list(read_lora(contradicting)) == [NoiseExpert.HIGH]
 

@@ -21,7 +21,7 @@ from lapwan.checkpoints.wan_keys import to_original
 from lapwan.errors import UserError
 from lapwan.lora.assign import assign
 from lapwan.lora.formats import read_lora, write_lora
-from lapwan.lora.merge_verify import verify
+from lapwan.lora.merge import verify_merged
 from lapwan.lora.state import Term
 from lapwan.models.base import Base
 from lapwan.models.spec import read_spec, weight_files
@@ -49,7 +49,8 @@ def test_merged_folder_is_base_plus_lora_in_diffusers(tmp_path, model_folder, tr
         want = velocity(add(transformers[noise_expert], state, 0.4))
         got = velocity(getattr(pipe, noise_expert.component))
         assert (want - got).abs().max() < 1e-5
-        assert (want - velocity(add(transformers[noise_expert], state, 0.0))).abs().max() > 0.1  # the LoRA does something
+        unchanged = velocity(add(transformers[noise_expert], state, 0.0))
+        assert (want - unchanged).abs().max() > 0.1  # the LoRA does something
 
 
 def test_the_embedded_model_merged_loads_whole(tmp_path, saved):
@@ -211,9 +212,9 @@ def test_verify_accepts_a_right_merge_and_not_a_wrong_one(tmp_path, transformers
             for n, m in (("a", 1.0), ("b", 0.3))]}
         only = TensorFile(source.path, {}, {n: source.tensors[n] for n in (*terms, "blocks.0.scale_shift_table")},
                           source.data_start, source.size)
-        verify(only, good, terms, lambda _: None)
+        verify_merged(only, good, terms, lambda _: None)
         with pytest.raises(UserError, match=re.escape(name)):
-            verify(only, read_header(tmp_path / "bad.safetensors"), terms, lambda _: None)
+            verify_merged(only, read_header(tmp_path / "bad.safetensors"), terms, lambda _: None)
 
     original = Term.prepare
 

@@ -60,8 +60,8 @@ def test_folded_alpha_is_in_b_and_nowhere_else(tmp_path: Path):
     assert not any("alpha" in name for name in load_file(tmp_path / "x.safetensors"))
     for noise_expert, back in read_lora(tmp_path / "x.safetensors").items():
         for path, entry in back.entries.items():
-            torch.testing.assert_close(entry.delta(torch.float64), before[noise_expert].entries[path].delta(torch.float64),
-                                       rtol=0, atol=1e-6)
+            want = before[noise_expert].entries[path].delta(torch.float64)
+            torch.testing.assert_close(entry.delta(torch.float64), want, rtol=0, atol=1e-6)
 
 
 def test_the_names_are_the_ones_in_use(tmp_path: Path):
@@ -86,7 +86,7 @@ def test_metadata_that_differs_is_kept_apart(tmp_path: Path):
     for noise_expert, file in open_lora(tmp_path / "x.safetensors").items():
         assert file.metadata["lapwan.base_fingerprint"] == f"base of {noise_expert.value}"
         assert file.metadata["lapwan.fingerprint"] == file.fingerprint() == both[noise_expert].fingerprint()
-        assert file.metadata["lapwan.noise_expert"] == noise_expert.value and file.said_by == "keys"
+        assert file.metadata["lapwan.noise_expert"] == noise_expert.value and file.noise_expert_source == "keys"
         assert not any(key.endswith((".high", ".low")) for key in file.metadata)
 
 

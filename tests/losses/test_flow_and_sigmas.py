@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapwan.losses import flow
-from lapwan.losses.sigmas import LogitNormal, Shifted, Uniform, draw_in_band, share_of_band
+from lapwan.losses.sigmas import LogitNormal, Shifted, Uniform, band_probability, draw_in_band
 from lapwan.names import bands
 
 
 def test_the_target_is_the_derivative_of_the_path_and_leads_back_to_the_clean_latents():
     x0, noise = torch.randn(2, 3, 1, 2, 2).double(), torch.randn(2, 3, 1, 2, 2).double()
     sigma = torch.tensor([0.3, 0.9], dtype=torch.float64)
-    x, v = flow.noised(x0, noise, sigma), flow.velocity_target(x0, noise)
+    x, v = flow.add_noise(x0, noise, sigma), flow.velocity_target(x0, noise)
     step = 1e-6
-    torch.testing.assert_close((flow.noised(x0, noise, sigma + step) - x) / step, v, rtol=0, atol=1e-8)
+    torch.testing.assert_close((flow.add_noise(x0, noise, sigma + step) - x) / step, v, rtol=0, atol=1e-8)
     torch.testing.assert_close(x - sigma.view(-1, 1, 1, 1, 1) * v, x0, rtol=0, atol=1e-12)
 
 
@@ -67,9 +67,9 @@ def test_truncation_is_the_distribution_conditioned_on_the_band(sampler):
 def test_shares_of_training_draws_are_the_known_ones():
     """Logit-normal then shift, share above the T2V boundary: 19.8, 36.8 and 70.5 % at shift 3, 5 and 12."""
     for shift, share in ((3, 0.198), (5, 0.368), (12, 0.705)):
-        assert share_of_band(Shifted(LogitNormal(), shift), 0.875, 1.0) == pytest.approx(share, abs=1e-3)
+        assert band_probability(Shifted(LogitNormal(), shift), 0.875, 1.0) == pytest.approx(share, abs=1e-3)
     for shift, share in ((3, 0.250), (5, 0.357)):
-        assert share_of_band(Shifted(Uniform(), shift), 0.9, 1.0) == pytest.approx(share, abs=1e-3)
+        assert band_probability(Shifted(Uniform(), shift), 0.9, 1.0) == pytest.approx(share, abs=1e-3)
 
 
 def test_a_band_without_probability_is_an_error():

@@ -31,15 +31,15 @@ def pair() -> tuple[Tensor, Tensor]:
 
 def test_recovery_is_exact_for_the_true_velocity_in_both_branches(pair):
     x0, noise = pair
-    x = flow.noised(x0, noise, SIGMA_E)
-    again = p.recover(x, noise, flow.velocity_target(x0, noise), SIGMA_E, SIGMA_STAR)
+    x = flow.add_noise(x0, noise, SIGMA_E)
+    again = p.predict_x0(x, noise, flow.velocity_target(x0, noise), SIGMA_E, SIGMA_STAR)
     torch.testing.assert_close(again, x0, rtol=0, atol=1e-12)
 
 
 def test_the_gain_of_a_wrong_velocity_is_minus_c_and_plus_c(pair):
     x0, noise = pair
     wrong = _draw(*x0.shape, seed=3)
-    again = p.recover(flow.noised(x0, noise, SIGMA_E), noise, noise - x0 + wrong, SIGMA_E, SIGMA_STAR)
+    again = p.predict_x0(flow.add_noise(x0, noise, SIGMA_E), noise, noise - x0 + wrong, SIGMA_E, SIGMA_STAR)
     c = torch.tensor([0.02 / 0.40, 0.03 / 0.57], dtype=torch.float64)
     signed = torch.where(DENOISE, -c, c).view(2, 1, 1, 1, 1)
     torch.testing.assert_close(again, x0 + signed * wrong, rtol=0, atol=1e-12)
@@ -57,7 +57,7 @@ def _gradient(denoise: bool, discount: float) -> tuple[Tensor, Tensor]:
 
     positive, negative = _unit(1, 8, seed=7), _unit(1, 8, seed=8)
     velocity = (noise - x0).requires_grad_()
-    again = p.recover(flow.noised(x0, noise, sigma_e), noise, velocity, sigma_e, star)
+    again = p.predict_x0(flow.add_noise(x0, noise, sigma_e), noise, velocity, sigma_e, star)
     seen = p.relative_preference(embed(again), positive, negative, torch.tensor([discount], dtype=torch.float64),
                                  torch.tensor([denoise]))
     (got,) = torch.autograd.grad(seen.relative_B.sum(), velocity)
@@ -90,8 +90,8 @@ def test_a_batch_of_two_is_two_of_one(pair):
     image, positive, negative = (_unit(2, 8, seed=s) for s in (10, 11, 12))
 
     def loss(rows: slice) -> Tensor:
-        x = flow.noised(x0[rows], noise[rows], SIGMA_E[rows])
-        again = p.recover(x, noise[rows], velocity[rows], SIGMA_E[rows], SIGMA_STAR[rows])
+        x = flow.add_noise(x0[rows], noise[rows], SIGMA_E[rows])
+        again = p.predict_x0(x, noise[rows], velocity[rows], SIGMA_E[rows], SIGMA_STAR[rows])
         e = torch.nn.functional.normalize(image[rows] + again.flatten(1)[:, :8], dim=-1)
         k = torch.where(DENOISE[rows], p.discount(SIGMA_STAR[rows], 0.4, 0.7, 0.1, 0.25),
                         p.discount(SIGMA_STAR[rows], 0.4, 0.7, 0.3, 0.01))
@@ -151,4 +151,4 @@ def test_what_cannot_be_is_refused():
             p.draw_sigmas(u, flag, low, high, reach)
     half = torch.zeros(1, 4, 1, 2, 2, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="fp32"):
-        p.stepped(half, half, torch.tensor([0.5]), torch.tensor([0.4]))
+        p.euler_step(half, half, torch.tensor([0.5]), torch.tensor([0.4]))

@@ -10,7 +10,7 @@ from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.moe.mixture_file import read_mixture, write_mixture
 from lapwan.moe.router import RuleRouter, TextRouter, masked_mean, select_top_k
 from lapwan.moe.timestep_gate import TimestepGate
-from lapwan.moe.to_lora import collapse, gate_spread
+from lapwan.moe.to_lora import gate_range, mixture_to_lora
 from lapwan.names import NoiseExpert
 
 FAMILIES = ("a", "b", "c")
@@ -21,8 +21,9 @@ def mixture() -> Mixture:
     torch.manual_seed(0)
     spec = MixtureSpec(FAMILIES, {}, "t2v", {NoiseExpert.HIGH: (0.875, 1.0), NoiseExpert.LOW: (0.0, 0.875)}, 6)
     states = {
-        noise_expert: {f: LoraState({"blocks.0.attn1.to_q": LoraEntry(torch.randn(r, 5), torch.randn(4, r), alpha=3.0)}, {})
-                 for r, f in enumerate(FAMILIES, 1)}  # ranks differ between experts
+        noise_expert: {
+            f: LoraState({"blocks.0.attn1.to_q": LoraEntry(torch.randn(r, 5), torch.randn(4, r), alpha=3.0)}, {})
+            for r, f in enumerate(FAMILIES, 1)}  # ranks differ between experts
         for noise_expert in NoiseExpert
     }
     return Mixture(spec, states)
@@ -100,17 +101,17 @@ def test_gates_are_alpha_base_then_w_times_mix_times_alpha(mixture):
 
 def test_collapse_is_the_weighted_sum_of_the_experts(mixture):
     mix, w_bar = [0.7, 0.0, 0.3], 0.8
-    lora = collapse(mixture, NoiseExpert.LOW, mix, w_bar)
+    lora = mixture_to_lora(mixture, NoiseExpert.LOW, mix, w_bar)
     path = "blocks.0.attn1.to_q"
     want = sum(w_bar * g * mixture.states[NoiseExpert.LOW][f].entries[path].delta(torch.float64)
                for f, g in zip(FAMILIES, mix, strict=True))
     torch.testing.assert_close(lora.entries[path].delta(torch.float64), want, rtol=1e-6, atol=1e-6)
     assert lora.entries[path].rank == 1 + 3  # the family with weight 0 costs nothing
     with pytest.raises(ValueError, match="all zero"):
-        collapse(mixture, NoiseExpert.LOW, [0, 0, 0], 1.0)
+        mixture_to_lora(mixture, NoiseExpert.LOW, [0, 0, 0], 1.0)
 
 
 def test_the_spread_of_w(mixture):
-    spread = gate_spread(mixture, NoiseExpert.HIGH, [0.875, 1.0])
+    spread = gate_range(mixture, NoiseExpert.HIGH, [0.875, 1.0])
     assert (spread.lowest, spread.highest) == (pytest.approx(0.5), pytest.approx(1.0))
     assert spread.mean == pytest.approx(0.75)

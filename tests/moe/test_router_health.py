@@ -59,7 +59,7 @@ def test_gates_along_a_video_are_a_running_mean_of_what_the_router_says():
         mixture.router.sigma.weight.normal_()
     text, sigmas = [torch.randn(3, 6)], [0.95, 0.6, 0.2]
     alone = [mixture.select(mixture.route(text, None, torch.tensor([s]))) for s in sigmas]
-    along = mixture.along(text, None, sigmas)
+    along = mixture.route_over_sigmas(text, None, sigmas)
     assert torch.equal(along[0], alone[0]) and not torch.allclose(alone[0], alone[1])
     second = 0.75 * alone[0] + 0.25 * alone[1]
     torch.testing.assert_close(along[1], second)

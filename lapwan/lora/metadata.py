@@ -1,0 +1,211 @@
+"""What the metadata of a LoRA file says: its noise expert, alpha and rank of its modules, the boundary of its model.
+
+Read: `noise_expert_from_metadata`, `adapter_config`, `boundary_from_metadata`. Written: `file_metadata`.
+
+A module without an `.alpha` tensor gets its alpha, in this order, from diffusers' `lora_adapter_metadata` (a JSON text
+in the safetensors metadata), from PEFT's `adapter_config.json` beside the file, or it is r (scale alpha / r = 1).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lapwan.checkpoints.fingerprints import FINGERPRINT_KEY
+from lapwan.checkpoints.lora_keys import Layout
+from lapwan.errors import UserError
+from lapwan.lora.state import LoraState
+from lapwan.names import NoiseExpert
+
+FORMAT_KEY, FORMAT = "lapwan.format", "lora/1"
+NOISE_EXPERT_KEY = "lapwan.noise_expert"
+ADAPTER_METADATA_KEY = "lora_adapter_metadata"
+# Names of the two transformers in the keys of a file that holds both noise experts' LoRAs.
+ONE_FILE_COMPONENTS = {NoiseExpert.HIGH: "transformer_1", NoiseExpert.LOW: "transformer_2"}
+# Training ranges in timesteps of 1000. One that ends below _LOW_ENDS_BELOW is the low noise expert's, one that starts
+# at _HIGH_STARTS_FROM or above the high one's: Wan2.2's boundaries are 875 and 900, and people train with overlap.
+_LOW_ENDS_BELOW = 960.0
+_HIGH_STARTS_FROM = 500.0
+_COMPONENT_PREFIXES = ("transformer.", "transformer_2.", "transformer_1.")
+
+
+def noise_expert_from_metadata(metadata: Mapping[str, str], path: Path) -> NoiseExpert | None:
+    """From lapwan's key, else from the training range musubi writes (`modelspec.timestep_range = "875,1000"`).
+
+    Raises:
+        UserError: lapwan's key has a value other than high or low; `path` is named in the message.
+    """
+    if NOISE_EXPERT_KEY in metadata:
+        try:
+            return NoiseExpert(metadata[NOISE_EXPERT_KEY])
+        except ValueError:
+            raise UserError(f"{path}: metadata {NOISE_EXPERT_KEY} = {metadata[NOISE_EXPERT_KEY]!r}; "
+                            "allowed: high, low") from None
+    text = metadata.get("modelspec.timestep_range")
+    if text is None and "ss_min_timestep" in metadata and "ss_max_timestep" in metadata:
+        text = f"{metadata['ss_min_timestep']},{metadata['ss_max_timestep']}"
+    if text is None:
+        return None
+    numbers = re.findall(r"\d+(?:\.\d+)?", text)
+    if len(numbers) != 2:  # musubi writes None where no bound was set
+        return None
+    return _noise_expert_from_range(float(numbers[0]), float(numbers[1]))
+
+
+def _noise_expert_from_range(low: float, high: float) -> NoiseExpert | None:
+    if low >= _HIGH_STARTS_FROM:
+        return NoiseExpert.HIGH
+    return NoiseExpert.LOW if high < _LOW_ENDS_BELOW else None
+
+
+def noise_expert_from_file_name(path: Path) -> NoiseExpert | None:
+    """From the words of the file's name: `high`, `HighNoise`, `low_noise`; None if it has neither or both."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", path.stem)
+    named = {e for e in NoiseExpert for w in words if w.lower() in (e.value, f"{e.value}noise")}
+    return named.pop() if len(named) == 1 else None
+
+
+def join_metadata(both: Mapping[NoiseExpert, Mapping[str, str]]) -> dict[str, str]:
+    """One file's metadata for both noise experts: equal entries once, others as `{key}.{noise expert}`.
+
+    `lapwan.noise_expert` is left out: the tensors' names tell the noise experts apart.
+    """
+    joined: dict[str, str] = {}
+    for noise_expert, metadata in both.items():
+        for key, value in metadata.items():
+            shared = all(other.get(key) == value for other in both.values())
+            if key != NOISE_EXPERT_KEY:
+                joined[key if shared else f"{key}.{noise_expert.value}"] = value
+    return joined
+
+
+def metadata_for(metadata: Mapping[str, str], noise_expert: NoiseExpert) -> dict[str, str]:
+    """The inverse of `join_metadata` for one noise expert, without `lapwan.noise_expert`."""
+    selected: dict[str, str] = {}
+    for key, value in metadata.items():
+        stem, _, last = key.rpartition(".")
+        if last == noise_expert.value:
+            selected[stem] = value
+        elif last not in tuple(NoiseExpert):
+            selected[key] = value
+    return selected
+
+
+def boundary_from_metadata(metadata: Mapping[str, str]) -> float | None:
+    """The sigma at which the noise experts hand over, `lapwan.boundary`; None if it is missing or not a number."""
+    try:
+        return float(metadata["lapwan.boundary"])
+    except (KeyError, ValueError):
+        return None
+
+
+class AdapterConfig:
+    """The part of PEFT's LoraConfig that sets alpha: `lora_alpha`, `alpha_pattern`, `use_rslora`.
+
+    Raises:
+        UserError: DoRA or a LoRA with biases, or an alpha that is not a number.
+    """
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        for key in ("use_dora", "lora_bias"):
+            if values.get(key):
+                raise UserError(f"{source}: {key} = true; lapwan reads plain LoRA (A, B and alpha) only")
+        self._alpha = values.get("lora_alpha")
+        self._pattern = dict(values.get("alpha_pattern") or {})
+        self._rslora = bool(values.get("use_rslora"))
+        numbers = [self._alpha, *self._pattern.values()]
+        if not all(n is None or isinstance(n, int | float) for n in numbers):
+            raise UserError(f"{source}: lora_alpha or alpha_pattern is not a number")
+
+    def alpha(self, path: str, rank: int) -> float:
+        """alpha such that scale = alpha / r; rsLoRA's scale is lora_alpha / sqrt(r) (arXiv 2312.03732)."""
+        alpha = self._alpha
+        for name, value in self._pattern.items():
+            # PEFT matches a pattern's key against the end of the module path.
+            if re.match(rf"(?:.*\.)?(?:{re.escape(name)})$", path):
+                alpha = value
+                break
+        if alpha is None:
+            return float(rank)
+        return float(alpha) * math.sqrt(rank) if self._rslora else float(alpha)
+
+
+def adapter_config(path: Path, metadata: Mapping[str, str], peft_file: bool) -> AdapterConfig | None:
+    """The adapter configuration of the file `path`: in its metadata, or beside it for a PEFT folder; None without one.
+
+    Raises:
+        UserError: it is not a JSON object, or not of a plain LoRA.
+    """
+    if ADAPTER_METADATA_KEY in metadata:
+        try:
+            values = json.loads(metadata[ADAPTER_METADATA_KEY])
+            stripped = {_strip_component(key): value for key, value in values.items()}
+        except (ValueError, AttributeError):
+            raise UserError(f"{path}: metadata '{ADAPTER_METADATA_KEY}' is not a JSON object") from None
+        return AdapterConfig(stripped, f"{path}, {ADAPTER_METADATA_KEY}")
+    config_path = path.with_name("adapter_config.json")
+    if peft_file and config_path.is_file():
+        try:
+            values = json.loads(config_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {config_path}: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{config_path} is not a JSON object")
+        return AdapterConfig(values, str(config_path))
+    return None
+
+
+def _strip_component(key: str) -> str:
+    for prefix in _COMPONENT_PREFIXES:
+        if key.startswith(prefix):
+            return key.removeprefix(prefix)
+    return key
+
+
+def file_metadata(state: LoraState, layout: Layout) -> dict[str, str]:
+    """Metadata of a LoRA file: the state's, lapwan's format and fingerprint, and the `ss_*` and `modelspec.*` keys that
+    other tools read."""
+    metadata = {key: value for key, value in state.metadata.items() if key != ADAPTER_METADATA_KEY}
+    metadata[FORMAT_KEY] = FORMAT
+    metadata[FINGERPRINT_KEY] = state.fingerprint()
+    metadata.setdefault("format", "pt")
+    metadata.setdefault("modelspec.sai_model_spec", "1.0.0")
+    metadata.setdefault("modelspec.architecture", "wan2.2/lora")
+    ranks, alphas = state.ranks(), {path: entry.alpha for path, entry in state.entries.items()}
+    metadata["lapwan.ranks"], metadata["lapwan.alphas"] = (_value_counts(values) for values in (ranks, alphas))
+    metadata["ss_network_dim"] = str(Counter(ranks.values()).most_common(1)[0][0])
+    metadata["ss_network_alpha"] = str(Counter(alphas.values()).most_common(1)[0][0])
+    metadata.setdefault("ss_network_module", "networks.lora_wan")
+    noise_expert, boundary = metadata.get(NOISE_EXPERT_KEY), boundary_from_metadata(metadata)
+    if noise_expert and boundary is not None and "modelspec.timestep_range" not in metadata:
+        edge = f"{boundary * 1000:g}"
+        metadata["modelspec.timestep_range"] = f"{edge},1000" if noise_expert == NoiseExpert.HIGH else f"0,{edge}"
+    if layout == "diffusers":
+        metadata[ADAPTER_METADATA_KEY] = _diffusers_adapter_metadata(ranks, alphas)
+    return metadata
+
+
+def _value_counts(values: Mapping[str, float]) -> str:
+    """How many modules have each value, as `{"8": 16, "4": 51}`."""
+    return json.dumps({f"{value:g}": count for value, count in Counter(values.values()).most_common()})
+
+
+def _diffusers_adapter_metadata(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> str:
+    """The `lora_adapter_metadata` diffusers reads: rank and alpha of every module under the prefix `transformer.`."""
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    values: dict[str, Any] = {
+        "r": rank, "lora_alpha": _number(alpha), "target_modules": sorted(ranks),
+        "rank_pattern": {path: r for path, r in sorted(ranks.items()) if r != rank},
+        "alpha_pattern": {path: _number(a) for path, a in sorted(alphas.items()) if a != alpha},
+    }
+    return json.dumps({f"transformer.{key}": value for key, value in values.items()}, sort_keys=True)
+
+
+def _number(alpha: float) -> int | float:
+    return int(alpha) if alpha == int(alpha) else alpha
