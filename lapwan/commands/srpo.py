@@ -19,7 +19,7 @@ from lapwan.train.recipe import run_training
 from lapwan.train.run_folder import claim_run, start_folder
 from lapwan.train.srpo import recipe
 from lapwan.train.srpo.held_out import begin
-from lapwan.train.srpo.plan import Planned, describe, plan_run, too_slow
+from lapwan.train.srpo.plan import SrpoPlan, describe, plan_run, too_slow
 
 
 def run(settings: SrpoSettings, options: RunOptions) -> None:
@@ -54,7 +54,7 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
                     console.results.print(str(settings.output / path.name))
 
 
-def plan(settings: SrpoSettings, device: torch.device, processes: int = 1) -> Planned:
+def plan(settings: SrpoSettings, device: torch.device, processes: int = 1) -> SrpoPlan:
     """`plan_run` on the model that the settings name."""
     return plan_run(settings, resolve_base(settings.model, _task(settings)), device, processes)
 

@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from speed_model import A14B, SMALL, random_model, shape_folder
 
 from lapwan import rng
-from lapwan.memory.srpo import plan_memory
+from lapwan.memory.srpo import plan_srpo
 from lapwan.models.base import Base
-from lapwan.models.fingerprints import text_identity
+from lapwan.models.fingerprints import text_encoder_fingerprint
 from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert
 from lapwan.rewards.clip import ClipReward
@@ -44,6 +44,7 @@ from lapwan.train.objective import make_draws
 from lapwan.train.recipe import run_training
 from lapwan.train.srpo import recipe
 from lapwan.train.srpo.data import _ENCODER, _hash, read_data
+from lapwan.train.srpo.plan import trained_noise_experts
 
 GIB = 2**30
 PROMPTS = [f"a photograph of instrument number {i} on a table" for i in range(24)]
@@ -83,7 +84,7 @@ def write_features(path: Path, base: Base, width: int) -> None:
     """Text features at random, under the names the run looks for: no text encoder is loaded."""
     prompts = [*PROMPTS, "", SrpoSettings.model_fields["prompts"].annotation.model_fields["negative"].default]
     tensors = {_hash(p): torch.randn(40, width, generator=rng.generator("features", p)).bfloat16() for p in prompts}
-    save_file(tensors, path, metadata={_ENCODER: text_identity(base.spec)})
+    save_file(tensors, path, metadata={_ENCODER: text_encoder_fingerprint(base.spec)})
 
 
 @dataclass
@@ -122,8 +123,8 @@ def parts_of_a_step(trainer: Any, case: Case, device: torch.device) -> dict[str,
     trainer.plan.before_turn(noise_expert)
     batch = trainer.plan.load_batch(list(range(case.batch)))
     keys = [(7, noise_expert.value, i, own) for i, own in enumerate(batch.ids)]
-    draws = make_draws(batch, keys, trainer.plan.tracks[noise_expert].rule)
-    rollout, [batch] = seconds_of(lambda: trainer.plan.complete(noise_expert, [batch], [draws]), device)
+    draws = make_draws(batch, keys, trainer.plan.data_streams[noise_expert].sigma_rule)
+    rollout, [batch] = seconds_of(lambda: trainer.plan.complete_batches(noise_expert, [batch], [draws]), device)
 
     def gradient() -> None:
         with trainer.objective.loss(noise_expert, batch, draws) as loss:
@@ -136,11 +137,11 @@ def run(work: Path, case: Case, cap: int, tiny: bool, device: torch.device) -> d
     settings = settings_of(work, case, tiny, str(device))
     base = RandomBase(read_spec(work / "model"))
     data = read_data(settings, base.spec)
-    noise_experts = recipe.trained_noise_experts(settings, base.spec)
+    noise_experts = trained_noise_experts(settings, base.spec)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    planned = plan_memory(settings, base, noise_experts, base.spec.noise_experts, data.bucket, device, free=cap)
+    planned = plan_srpo(settings, base, noise_experts, base.spec.noise_experts, data.bucket, device, free=cap)
     shape = SMALL_CLIP if tiny else VIT_H_14
     with torch.device(device):
         from transformers import CLIPModel

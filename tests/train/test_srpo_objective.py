@@ -21,7 +21,7 @@ from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.reward import make_tiny_reward
 from lapwan.train.objective import Draws, SigmaRule, make_draws
 from lapwan.train.srpo import recipe
-from lapwan.train.srpo.objective import AlignedNoiseExpert, Judges, PreferenceRule, SrpoObjective
+from lapwan.train.srpo.objective import AlignedNoiseExpert, PreferenceRule, RewardModels, SrpoObjective
 from lapwan.train.srpo.rollout import Rollout, RolloutRule
 
 LOW = NoiseExpert.LOW
@@ -55,14 +55,17 @@ class Stub(SrpoObjective):
     def __init__(self, rule: PreferenceRule, reward: PlainReward, truth: Tensor) -> None:
         self.shift = nn.Parameter(torch.zeros_like(truth))
         self.truth, self.estimates, self.seen = truth, [], []
-        judges = Judges({"plain": reward}, {"plain": 1.0}, self._decode)
-        super().__init__({LOW: AlignedNoiseExpert(None, {"shift": self.shift})}, judges, rule, lambda folder, step: [])
+        reward_models = RewardModels({"plain": reward}, {"plain": 1.0}, self._decode)
+        trained = {LOW: AlignedNoiseExpert(None, {"shift": self.shift})}
+        super().__init__(trained, reward_models, rule, lambda folder, step: [])
 
     def _decode(self, latents_BCTHW: Tensor) -> Tensor:
         self.estimates.append(latents_BCTHW)
         return torch.tanh(latents_BCTHW[:, :3, 0]).unsqueeze(1)
 
-    def velocity(self, noise_expert: NoiseExpert, x: Tensor, sigma_B: Tensor, text: Any, condition: Any = None) -> Tensor:
+    def velocity(
+        self, noise_expert: NoiseExpert, x: Tensor, sigma_B: Tensor, text: Any, condition: Any = None
+    ) -> Tensor:
         self.seen.append((x, sigma_B, *text))
         return self.truth + self.shift
 
@@ -95,8 +98,8 @@ def test_the_true_velocity_is_recovered_exactly_and_an_error_with_its_gain(branc
     error = torch.randn(truth.shape, generator=torch.Generator().manual_seed(5), dtype=F64)
     stub.shift.data = error
     with stub.loss(LOW, batch, draws):
-        picked = stub.pick(LOW, batch, draws)
-        c = (picked.sigma_e_B - picked.sigma_star_B).abs() / (1 - picked.sigma_star_B)
+        drawn = stub.preference_draws(LOW, batch, draws)
+        c = (drawn.sigma_e_B - drawn.sigma_star_B).abs() / (1 - drawn.sigma_star_B)
         sign = -1 if branches == "denoise" else 1
         want = batch.latents_BCTHW + sign * c.view(-1, 1, 1, 1, 1) * error
         torch.testing.assert_close(stub.estimates[1], want, rtol=0, atol=1e-12)
@@ -112,8 +115,8 @@ def test_both_branches_push_the_velocity_the_same_way():
         with stub.loss(LOW, batch, draws) as loss:
             loss.total_B.sum().backward()
         assert stub.shift.grad is not None and float(stub.shift.grad.norm()) > 0
-        picked = stub.pick(LOW, batch, draws)
-        gradients.append(stub.shift.grad / ((picked.sigma_e_B - picked.sigma_star_B).abs() / (1 - picked.sigma_star_B)))
+        drawn = stub.preference_draws(LOW, batch, draws)
+        gradients.append(stub.shift.grad / ((drawn.sigma_e_B - drawn.sigma_star_B).abs() / (1 - drawn.sigma_star_B)))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)
 
 
@@ -137,15 +140,15 @@ def test_both_sigmas_stay_in_the_interval_and_near_each_other(interval):
     own = rule(interval={LOW: interval})
     captions = tuple(f"c{i}" for i in range(1500))
     batch, draws = sample(captions, range(1500), own)
-    picked = Stub(own, PlainReward(), batch.latents_BCTHW).pick(LOW, batch, draws)
-    for sigma_B in (picked.sigma_e_B, picked.sigma_star_B):
+    drawn = Stub(own, PlainReward(), batch.latents_BCTHW).preference_draws(LOW, batch, draws)
+    for sigma_B in (drawn.sigma_e_B, drawn.sigma_star_B):
         assert float(sigma_B.min()) >= interval.low and float(sigma_B.max()) <= interval.high
-    apart = picked.sigma_e_B - picked.sigma_star_B
+    apart = drawn.sigma_e_B - drawn.sigma_star_B
     assert bool((apart.abs() > 0).all()) and float(apart.abs().max()) <= own.reach + 1e-12
-    assert torch.equal(apart > 0, picked.denoise_B) and int(picked.denoise_B.sum()) == 750
+    assert torch.equal(apart > 0, drawn.denoise_B) and int(drawn.denoise_B.sum()) == 750
     middle = (interval.low + interval.high) / 2
-    assert 0.4 < float((picked.sigma_star_B > middle).double().mean()) < 0.6
-    words = [text.split(".")[0] for text in picked.positive]
+    assert 0.4 < float((drawn.sigma_star_B > middle).double().mean()) < 0.6
+    words = [text.split(".")[0] for text in drawn.positive]
     assert 600 < words.count("Real") < 900
 
 
@@ -187,13 +190,13 @@ def randomise(trainer: Any) -> None:
 def test_the_gradient_reaches_every_trained_tensor(make, changes):
     trainer = make(**changes)
     randomise(trainer)
-    for noise_expert in trainer.plan.tracks:
+    for noise_expert in trainer.plan.data_streams:
         for parameter in trainer.parameters.values():
             parameter.grad = None
         batch = trainer.plan.load_batch([0, 1])
         keys = [(1, noise_expert.value, n, own) for n, own in enumerate(batch.ids)]
-        draws = make_draws(batch, keys, trainer.plan.tracks[noise_expert].rule)
-        [batch] = trainer.plan.complete(noise_expert, [batch], [draws])
+        draws = make_draws(batch, keys, trainer.plan.data_streams[noise_expert].sigma_rule)
+        [batch] = trainer.plan.complete_batches(noise_expert, [batch], [draws])
         with trainer.objective.loss(noise_expert, batch, draws) as loss:
             loss.total_B.sum().backward()
         mine = {n: p for n, p in trainer.parameters.items() if n.startswith(f"{noise_expert.value}.")}
@@ -207,16 +210,16 @@ def test_a_batch_of_two_is_two_of_one_in_fp64(make):
     trainer = make(num_frames=5)
     randomise(trainer)
     objective, parts = trainer.objective, []
-    for one in trainer.plan.complete._transformers.values():
+    for one in trainer.plan.complete_batches._transformers.values():
         one.double()
-    objective.judges.decode.vae.double()
-    objective.judges = Judges({"plain": PlainReward()}, {"plain": 1.0}, objective.judges.decode)
+    objective.reward_models.decode.vae.double()
+    objective.reward_models = RewardModels({"plain": PlainReward()}, {"plain": 1.0}, objective.reward_models.decode)
     for indices in ([0, 1], [0], [1]):
         batch = trainer.plan.load_batch(indices)
         keys = [(1, "low", 7 + i, own) for i, own in zip(indices, batch.ids, strict=True)]
-        draws = make_draws(batch, keys, trainer.plan.tracks[LOW].rule)
+        draws = make_draws(batch, keys, trainer.plan.data_streams[LOW].sigma_rule)
         wide = Draws(draws.sigma_B, draws.noise_BCTHW.double(), draws.dropped_B, draws.weight_B, draws.keys)
-        [batch] = trainer.plan.complete(LOW, [batch], [wide])
+        [batch] = trainer.plan.complete_batches(LOW, [batch], [wide])
         for parameter in trainer.parameters.values():
             parameter.grad = None
         with objective.loss(LOW, batch, wide) as loss:

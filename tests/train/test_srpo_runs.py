@@ -30,7 +30,7 @@ from lapwan.train.recipe import run_training
 from lapwan.train.run_folder import claim_run, start_folder
 from lapwan.train.srpo import recipe
 from lapwan.train.srpo.held_out import begin
-from lapwan.train.srpo.objective import Judges
+from lapwan.train.srpo.objective import RewardModels
 from lapwan.train.srpo.plan import too_slow
 
 LOW = NoiseExpert.LOW
@@ -111,13 +111,13 @@ def test_offline_takes_the_caches_latents_and_never_loads_the_other_noise_expert
     settings = offline_settings(tmp_path, t2v_cache, num_frames=5, preference={"frames": 2})
     trainer = prepared(settings)
     assert "loading the high" not in capsys.readouterr().err
-    noise_expert, (batch,) = LOW, trainer.plan.complete(LOW, [trainer.plan.load_batch([0])], [])
+    noise_expert, (batch,) = LOW, trainer.plan.complete_batches(LOW, [trainer.plan.load_batch([0])], [])
     latents = load_file(t2v_cache / "clip0_wan.safetensors")
     [name] = [key for key in latents if key.startswith("latents_") and "image" not in key]
     assert torch.equal(batch.latents_BCTHW[0], latents[name].float())
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     run_training(trainer, settings)
-    assert trainer.plan.tracks[noise_expert].steps == 2
+    assert trainer.plan.data_streams[noise_expert].steps == 2
     assert any(not torch.equal(before[name], p) for name, p in trainer.parameters.items())
     one_frame = prepared(offline_settings(tmp_path, t2v_cache, output=tmp_path / "still"))
     assert torch.equal(one_frame.plan.load_batch([0]).latents_BCTHW[0], latents[name].float()[:, :1])
@@ -145,7 +145,7 @@ def test_the_run_ends_early_when_the_margin_stops_rising(tmp_path):
     begin(trainer, settings)
     run_training(trainer, settings)
     # Steps too small to change anything: the margin of the first look is never beaten.
-    assert trainer.finished is not None and "has not risen for 2 looks" in trainer.finished
+    assert trainer.finished is not None and "has not risen for 2 evaluations" in trainer.finished
     assert trainer.step < 9 and checkpoints(settings.output)[-1][0] == trainer.step
 
 
@@ -196,10 +196,11 @@ def sharing(folder: Path, name: str, ranks: Distributed) -> Any:
     settings = settings_for(folder, output=folder / name, **PARTS)
     trainer = prepared(settings, ranks)
     randomise(trainer)
-    for one in trainer.plan.complete._transformers.values():
+    for one in trainer.plan.complete_batches._transformers.values():
         one.double()
-    trainer.objective.judges.decode.vae.double()
-    trainer.objective.judges = Judges({"tiny": PlainReward()}, {"tiny": 1.0}, trainer.objective.judges.decode)
+    trainer.objective.reward_models.decode.vae.double()
+    decode = trainer.objective.reward_models.decode
+    trainer.objective.reward_models = RewardModels({"tiny": PlainReward()}, {"tiny": 1.0}, decode)
     if ranks.first:
         begin(trainer, settings)
     trainer.fit()
@@ -254,7 +255,8 @@ def test_what_cannot_be_aligned_is_one_line(tmp_path, changes, said):
     ({"train": "full", "dtype": "fp8"}, "is for a base that stays frozen"),
     ({"prompts": {}}, "give exactly one of prompts.file"),
     ({"held_out": {"count": 0, "patience": 2}}, "needs held-out prompts"),
-    ({"noise_experts": "transformer_3"}, "'transformer_3' is no noise expert; give low"), ({"rewards": []}, "no reward"),
+    ({"noise_experts": "transformer_3"}, "'transformer_3' is no noise expert; give low"),
+    ({"rewards": []}, "no reward"),
     ({"num_frames": 5, "preference": {"frames": 6}}, "num_frames = 5 has no more than 5 to judge"),
     ({"prompts": {"cache": "c", "negative": "blurred"}}, "prompts.negative is for prompts.file"),
 ])
@@ -269,7 +271,7 @@ def test_a_file_of_something_else_is_not_taken_for_text_features_and_stays(tmp_p
     before = lora.read_bytes()
     settings = settings_for(tmp_path)
     prompts = settings.prompts.model_copy(update={"features": lora})
-    with pytest.raises(UserError, match="holds no text features of lapwan's"):
+    with pytest.raises(UserError, match="holds no text features written by lapwan"):
         srpo.plan(settings.model_copy(update={"prompts": prompts}), CPU)
     assert lora.read_bytes() == before
 
@@ -292,7 +294,7 @@ def test_dry_run_prints_the_memory_of_this_configuration_by_gpu(tmp_path):
     done = subprocess.run(command(tmp_path / "run", prompts_file(tmp_path), "--dry-run"), capture_output=True,
                           text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
-    for text in ("sigma [0.7, 0.874999] (asked: [0.7, 0.95], cut to its band)", "   24 GB: ", "  141 GB: ",
+    for text in ("sigma [0.7, 0.874999] (sigma = [0.7, 0.95], cut to its band)", "   24 GB: ", "  141 GB: ",
                  "rollout: 2 Euler steps", "4 prompts, 2 held out", "dry run"):
         assert text in done.stderr, text
     assert 'type = "tiny"' in done.stdout and not (tmp_path / "run").exists()
@@ -321,14 +323,14 @@ def test_the_plan_counts_what_each_measure_saves(tmp_path):
 
 
 def test_a_gpu_too_small_is_one_line_with_what_to_change(tmp_path):
-    from lapwan.memory.srpo import plan_memory
+    from lapwan.memory.srpo import plan_srpo
     from lapwan.tiny.resolve import resolve_base
 
     settings, base = settings_for(tmp_path), resolve_base("tiny")
     with pytest.raises(UserError) as error:
-        plan_memory(settings, base, (LOW,), base.spec.noise_experts, (1, 64, 64), torch.device("cuda"), free=2**20)
+        plan_srpo(settings, base, (LOW,), base.spec.noise_experts, (1, 64, 64), torch.device("cuda"), free=2**20)
     assert "lower batch_size (now 1)" in str(error.value) and "\n" not in str(error.value)
-    fits = plan_memory(settings, base, (LOW,), base.spec.noise_experts, (1, 64, 64), torch.device("cuda"), free=2**36)
+    fits = plan_srpo(settings, base, (LOW,), base.spec.noise_experts, (1, 64, 64), torch.device("cuda"), free=2**36)
     assert fits.both and not fits.checkpointing
 
 

@@ -17,10 +17,10 @@ from lapwan.errors import UserError
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.train.parallel import Distributed, is_sharded, join_processes, whole
+from lapwan.train.parallel import Distributed, full_tensors, is_sharded, join_processes
 from lapwan.train.srpo import recipe
 from lapwan.train.srpo.held_out import begin
-from lapwan.wan.transformer.options import forward_options
+from lapwan.wan.transformer.forward_options import forward_options
 
 LOW = NoiseExpert.LOW
 SETTINGS = {"train": "full", "steps": 2, "optimizer": {"lr": 1e-4}, "activation_checkpointing": True,
@@ -33,7 +33,7 @@ class WideBase(Base):
 
     def load(self, noise_expert: NoiseExpert, dtype: Any = None, device: Any = "cpu", *_: Any, **__: Any) -> Any:
         model = super().load(noise_expert).double().to(device)
-        forward_options(model).modules = True
+        forward_options(model).diffusers_forward = True
         return model
 
 
@@ -53,7 +53,8 @@ def keep_gradients(trainer: Any) -> dict[str, torch.Tensor]:
 
     def seen(parameters: Any, limit: float) -> torch.Tensor:
         if not found:
-            found.update({n: whole(p.grad).clone().cpu() for n, p in trainer.parameters.items() if p.grad is not None})
+            found.update({name: full_tensors(p.grad).clone().cpu() for name, p in trainer.parameters.items()
+                          if p.grad is not None})
         return clip(parameters, limit)
 
     trainer.plan.distributed.clip = seen
@@ -68,14 +69,14 @@ def sharing(folder: Path, name: str, ranks: Distributed, device: torch.device) -
     assert bool(parted) == (ranks.count > 1)
     begin(trainer, settings)
     trainer.fit()
-    weights = {n: p.detach().clone() for n, p in whole(dict(trainer.parameters)).items()}
+    weights = {n: p.detach().clone() for n, p in full_tensors(dict(trainer.parameters)).items()}
     ranks.any(False)  # the first has written the checkpoint before anybody reads it
     again = trainer_of(settings.model_copy(update={"resume": True}), ranks, device)
     assert again.resume() and again.step == 2
-    for key, value in whole(dict(again.parameters)).items():
+    for key, value in full_tensors(dict(again.parameters)).items():
         assert torch.equal(value.cpu(), weights[key].cpu()), key
-    state = whole(again._rest())["optimisers"]["low"]["state"]
-    kept = whole(torch.load(folder / name / "step_000002" / "state" / "rest.pt", weights_only=True))
+    state = full_tensors(again._state())["optimisers"]["low"]["state"]
+    kept = full_tensors(torch.load(folder / name / "step_000002" / "state" / "rest.pt", weights_only=True))
     for index, one in kept["optimisers"]["low"]["state"].items():
         assert all(torch.equal(value, state[index][k].cpu()) for k, value in one.items() if k != "step")
     if ranks.first:

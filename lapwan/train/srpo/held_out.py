@@ -1,8 +1,8 @@
-"""Looking at held-out prompts: sampled from the same noise again and again, judged, shown; and when to end early.
+"""Held-out prompts: sampled from fixed noise every few steps, scored by the rewards, shown; early stopping.
 
     margin = ⟨e, ē_P⟩ − ⟨e, ē_N⟩,   ē_P the mean embedding of "word. caption" over the positive words, ē_N the negative
     KL proxy = mean ‖v̂ − v̂_base‖² / 2 at fixed points x_σ of the base's own samples: the divergence from the base of a
-    Gaussian step of unit variance, 0 only where nothing has changed
+    Gaussian step of unit variance; 0 only if nothing has changed
 
 Shapes: B prompts, D of an embedding, C latent channels, T latent frames, H, W latent height and width.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from lapwan import console, rng
 from lapwan.caching.batch import Batch
 from lapwan.losses import flow
-from lapwan.losses.preference import weighted
+from lapwan.losses.preference import weighted_mean
 from lapwan.names import NoiseExpert
 from lapwan.report.contact_sheet import contact_sheet
 from lapwan.sampling.generator import to_frames
@@ -29,9 +29,9 @@ from lapwan.sampling.result import Video
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.callbacks.base import CallbackResult
 from lapwan.train.checkpoint import checkpoints
-from lapwan.train.metrics import Metrics
-from lapwan.train.parallel import whole
-from lapwan.train.srpo.objective import SrpoObjective, worded
+from lapwan.train.metrics import MetricsWriter
+from lapwan.train.parallel import full_tensors
+from lapwan.train.srpo.objective import SrpoObjective, augment_prompt
 from lapwan.train.srpo.rollout import Rollout
 from lapwan.train.trainer import Trainer
 from lapwan.wan.vae import decode
@@ -40,13 +40,20 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
 _COLUMNS = 6  # frames shown in TensorBoard
-_COMPARED = 4  # prompts whose velocities are compared with the base's
-_KINDS = ("positive", "negative", "margin", "caption")
+_KL_PROMPTS = 4  # prompts whose velocities are compared with the base's
+_SCORES = ("positive", "negative", "margin", "caption")
 
 
 @dataclass(frozen=True)
 class HeldOutRule:
-    """Steps between looks, how many prompts are shown, when to end (None: never), the latents' shape, frames a second.
+    """How held-out prompts are evaluated.
+
+    Args:
+        every: steps between evaluations.
+        shown: prompts whose samples are saved as pictures.
+        patience: evaluations without a better margin before the run ends; None: it never ends early.
+        shape: of a sample's latents, [C, T, H, W].
+        batch_size: prompts sampled together.
     """
 
     every: int
@@ -54,11 +61,12 @@ class HeldOutRule:
     patience: int | None
     shape: tuple[int, int, int, int]
     fps: int
-    at_once: int = 1
+    batch_size: int = 1
 
 
 class HeldOut:
-    """A watcher: held-out reward, distance from the base, pictures in `previews/` and TensorBoard, an early end."""
+    """A periodic callback: held-out reward, distance from the base, samples in `previews/` and TensorBoard; it may end
+    the run early."""
 
     def __init__(
         self, objective: SrpoObjective, rollout: Rollout, batches: Sequence[Batch], vae: AutoencoderKLWan,
@@ -70,115 +78,116 @@ class HeldOut:
         self._base: dict[str, list[float]] = {}
         self._points: dict[str, dict[str, Tensor]] = {}  # by noise expert: x, sigma, and the base's velocity there
         self._best: tuple[float, int] | None = None
-        self._worse_in_a_row = 0
+        self._evaluations_since_best = 0
 
     @torch.no_grad()
     def begin(self, board: Any) -> None:
-        """Before the first step: what the base makes of the prompts, and its velocities to compare with."""
+        """Before the first step: sample and score the base, and store its velocities for the KL proxy."""
         console.log(f"sampling {len(self._batches)} held-out prompts from the base")
         latents = self._sample()
         self._base = self._scores(latents)
         self._show(latents, 0, board)
         for noise_expert in self._objective.trained:
             self._fetch(noise_expert)
-            x0, noise = torch.cat(latents[:_COMPARED]), torch.cat([self._noise(b) for b in self._batches[:_COMPARED]])
+            x0 = torch.cat(latents[:_KL_PROMPTS])
+            noise = torch.cat([self._noise(batch) for batch in self._batches[:_KL_PROMPTS]])
             band = self._objective.rule.interval[noise_expert]
             sigma_B = torch.full((len(x0),), (band.low + band.high) / 2, dtype=torch.float64, device=x0.device)
-            x = flow.noised(x0, noise, sigma_B)
+            x = flow.add_noise(x0, noise, sigma_B)
             self._points[noise_expert.value] = {"x": x, "sigma": sigma_B, "v": self._velocity(noise_expert, x, sigma_B)}
 
     @torch.no_grad()
-    def look(self, step: int, board: Any) -> CallbackResult:
+    def run(self, step: int, board: Any) -> CallbackResult:
         latents = self._sample()
         scores = self._scores(latents)
         self._show(latents, step, board)
         figures = {f"held_out/{kind}": float(np.mean(scores[kind])) for kind in scores}
         if self._base:
-            rise = np.subtract(scores["margin"], self._base["margin"])
-            figures["held_out/margin_over_base"] = float(rise.mean())
+            gain = np.subtract(scores["margin"], self._base["margin"])
+            figures["held_out/margin_over_base"] = float(gain.mean())
         for noise_expert in self._objective.trained:
             if point := self._points.get(noise_expert.value):
                 self._fetch(noise_expert)
                 v = self._velocity(noise_expert, point["x"], point["sigma"])
                 figures[f"held_out/{noise_expert.value}/kl_proxy"] = float((v - point["v"]).square().mean() / 2)
         margin = figures["held_out/margin"]
-        return CallbackResult(figures, finished=self._judge(margin, step), score=-margin)
+        return CallbackResult(figures, finished=self._early_stop(margin, step), score=-margin)
 
     @torch.no_grad()
     def scores(self) -> dict[str, list[float]]:
-        """Every held-out prompt's figures with the weights as they are, in the prompts' order."""
+        """Scores of the current weights by kind, one per held-out prompt, in their order."""
         return self._scores(self._sample())
 
     @property
     def base_scores(self) -> dict[str, list[float]]:
-        """The same of the base, once `begin` has looked."""
+        """The same of the base; empty before `begin`."""
         return self._base
 
-    def _judge(self, margin: float, step: int) -> str | None:
-        """Why to end now, if the margin has not risen often enough."""
+    def _early_stop(self, margin: float, step: int) -> str | None:
+        """The reason to end the run, once the margin has not improved for `patience` evaluations."""
         if self._best is None or margin > self._best[0]:
-            self._best, self._worse_in_a_row = (margin, step), 0
+            self._best, self._evaluations_since_best = (margin, step), 0
             return None
-        self._worse_in_a_row += 1
+        self._evaluations_since_best += 1
         patience = self._rule.patience
-        if patience is None or self._worse_in_a_row < patience:
+        if patience is None or self._evaluations_since_best < patience:
             return None
-        return (f"the held-out margin has not risen for {self._worse_in_a_row} looks: {margin:.4f} now, best "
-                f"{self._best[0]:.4f} at step {self._best[1]}")
+        return (f"the held-out margin has not risen for {self._evaluations_since_best} evaluations: {margin:.4f} now, "
+                f"best {self._best[0]:.4f} at step {self._best[1]}")
 
     def _noise(self, batch: Batch) -> Tensor:
-        draws = [torch.randn(self._rule.shape, generator=rng.generator(self._seed, "held out noise", own))
-                 for own in batch.ids]
+        draws = [torch.randn(self._rule.shape, generator=rng.generator(self._seed, "held out noise", id_))
+                 for id_ in batch.ids]
         return torch.stack(draws).to(batch.latents_BCTHW.device)
 
     def _sample(self) -> list[Tensor]:
-        """x0 of every prompt, a few at a time."""
-        groups = [self._batches[i : i + self._rule.at_once] for i in range(0, len(self._batches), self._rule.at_once)]
+        """x0 of every prompt, sampled in groups of `batch_size`."""
+        size = self._rule.batch_size
+        groups = [self._batches[i : i + size] for i in range(0, len(self._batches), size)]
         noise = [torch.cat([self._noise(batch) for batch in group]) for group in groups]
         conditions = []
         for group in groups:
             images = [batch.condition_BCTHW for batch in group if batch.condition_BCTHW is not None]
-            text = [one for batch in group for one in batch.text]
+            text = [features for batch in group for features in batch.text]
             conditions.append(self._rollout.conditions(text, torch.cat(images) if images else None))
         with console.progress("held-out prompts", len(groups), "batch"):
-            found = self._rollout.sample(noise, conditions)
-        return [x.unsqueeze(0) for batch in found for x in batch]
+            samples = self._rollout.sample(noise, conditions)
+        return [x.unsqueeze(0) for batch in samples for x in batch]
 
     def _velocity(self, noise_expert: NoiseExpert, x_BCTHW: Tensor, sigma_B: Tensor) -> Tensor:
         batches = self._batches[: len(x_BCTHW)]
         rows = []
-        for row, batch in enumerate(batches):
-            one = slice(row, row + 1)
+        for i, batch in enumerate(batches):
+            row = slice(i, i + 1)
             rows.append(self._objective.velocity(
-                noise_expert, x_BCTHW[one], sigma_B[one], batch.text, batch.condition_BCTHW))
+                noise_expert, x_BCTHW[row], sigma_B[row], batch.text, batch.condition_BCTHW))
         return torch.cat(rows)
 
     def _scores(self, latents: Sequence[Tensor]) -> dict[str, list[float]]:
-        """Each prompt's cosines, over rewards by weight: with P, with N, their difference, and with the caption alone.
-        """
-        found: dict[str, list[float]] = {kind: [] for kind in _KINDS}
+        """Cosines of each prompt, averaged over rewards: with P, with N, P − N, and with the plain caption."""
+        scores: dict[str, list[float]] = {kind: [] for kind in _SCORES}
         for x0, batch in zip(latents, self._batches, strict=True):
             for kind, value in self._score(x0, batch.captions[0]).items():
-                found[kind].append(float(value))
-        return found
+                scores[kind].append(float(value))
+        return scores
 
     def _score(self, x0_BCTHW: Tensor, caption: str) -> Mapping[str, Tensor]:
-        judges, rule = self._objective.judges, self._objective.rule
-        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
-        for name, image_BD in judges.embed(x0_BCTHW).items():
-            reward = judges.rewards[name]
+        models, rule = self._objective.reward_models, self._objective.rule
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in _SCORES}
+        for name, image_BD in models.embed(x0_BCTHW).items():
+            reward = models.models[name]
 
             def cosine(words: Sequence[str], image_BD: Tensor = image_BD, reward: Any = reward) -> Tensor:
-                texts = torch.cat([reward.text([worded(word, caption)]) for word in words]).to(image_BD)
+                texts = torch.cat([reward.text([augment_prompt(word, caption)]) for word in words]).to(image_BD)
                 return image_BD @ texts.mean(dim=0)
 
             parts["positive"][name], parts["negative"][name] = cosine(rule.positive), cosine(rule.negative)
             parts["margin"][name] = parts["positive"][name] - parts["negative"][name]
             parts["caption"][name] = cosine(("",))
-        return {kind: weighted(values, judges.weights) for kind, values in parts.items()}
+        return {kind: weighted_mean(values, models.weights) for kind, values in parts.items()}
 
     def _show(self, latents: Sequence[Tensor], step: int, board: Any) -> None:
-        """Pictures of the first prompts; in processes that have no board nothing is written."""
+        """Write the samples of the first prompts; processes without a board decode and write nothing."""
         for index, x0 in enumerate(latents[: self._rule.shown]):
             frames = to_frames(decode(self._vae, x0))
             if board is None:
@@ -190,54 +199,53 @@ class HeldOut:
             board.add_image(f"held_out/{index}", strip, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
-        points = {noise_expert: {name: value.cpu() for name, value in own.items()} for noise_expert, own in self._points.items()}
-        return {"base": self._base, "points": points, "best": self._best, "worse": self._worse_in_a_row}
+        points = {e: {name: value.cpu() for name, value in tensors.items()} for e, tensors in self._points.items()}
+        return {"base": self._base, "points": points, "best": self._best, "worse": self._evaluations_since_best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         device = self._batches[0].latents_BCTHW.device
-        self._base, self._best, self._worse_in_a_row = dict(state["base"]), state["best"], state["worse"]
-        self._points = {
-            noise_expert: {name: value.to(device) for name, value in own.items()} for noise_expert, own in state["points"].items()
-        }
+        self._base, self._best, self._evaluations_since_best = dict(state["base"]), state["best"], state["worse"]
+        self._points = {e: {name: value.to(device) for name, value in tensors.items()}
+                        for e, tensors in state["points"].items()}
 
 
 class FullWeightFigures:
-    """A watcher of a full fine-tune: how far the weights have gone, ‖W − W_0‖ and its share of ‖W_0‖."""
+    """A periodic callback of a full fine-tune: ‖W − W_0‖, and ‖W − W_0‖ / ‖W_0‖, by noise expert."""
 
     def __init__(self, objective: SrpoObjective, load_base: Callable[[NoiseExpert], Any], every: int) -> None:
         self.every = every
         self._objective, self._load_base = objective, load_base
 
     @torch.no_grad()
-    def look(self, step: int, board: Any) -> CallbackResult:
+    def run(self, step: int, board: Any) -> CallbackResult:
         figures: dict[str, float] = {}
-        for noise_expert, one in self._objective.trained.items():
+        for noise_expert, trained in self._objective.trained.items():
             base = dict(self._load_base(noise_expert).named_parameters())
-            moved, size = 0.0, 0.0
-            for name, parameter in one.parameters.items():
+            delta, norm = 0.0, 0.0  # squared
+            for name, parameter in trained.parameters.items():
                 start = base[name].double()
-                moved += float((whole(parameter).detach().to("cpu").double() - start).square().sum())
-                size += float(start.square().sum())
-            figures[f"weights/{noise_expert.value}/delta_norm"] = moved**0.5
-            figures[f"weights/{noise_expert.value}/delta_share"] = (moved / max(size, 1e-30)) ** 0.5
+                delta += float((full_tensors(parameter).detach().to("cpu").double() - start).square().sum())
+                norm += float(start.square().sum())
+            figures[f"weights/{noise_expert.value}/delta_norm"] = delta**0.5
+            figures[f"weights/{noise_expert.value}/delta_share"] = (delta / max(norm, 1e-30)) ** 0.5
         return CallbackResult(figures)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is none."""
+        """This callback has no state."""
 
 
 def begin(trainer: Trainer, settings: SrpoSettings) -> None:
-    """A new run first looks at what the base makes of the held-out prompts; a resumed one has it in its state."""
+    """Score the base on the held-out prompts before a new run; a resumed run has the scores in its state."""
     callback = trainer.callbacks.get("held_out")
     if not isinstance(callback, HeldOut) or (settings.resume and checkpoints(settings.output)):
         return
     if not trainer.plan.distributed.first:
         callback.begin(None)
         return
-    metrics = Metrics(settings.output, 0)
+    metrics = MetricsWriter(settings.output, 0)
     try:
         callback.begin(metrics.board)
     finally:

@@ -1,32 +1,33 @@
-"""What a preference-alignment run is about, checked and said before anything large is loaded."""
+"""What a preference-alignment run will do, checked and described before anything large is loaded."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lapwan.memory.srpo import SrpoMemory, plan_memory
-from lapwan.models.base import Base, targets_of
-from lapwan.models.spec import tensor_shapes, weight_files
+from lapwan.errors import UserError
+from lapwan.memory.srpo import SrpoMemory, plan_srpo
+from lapwan.models.base import Base, target_ranks
+from lapwan.models.spec import ModelSpec, tensor_shapes, weight_files
 from lapwan.names import Band, NoiseExpert
 from lapwan.rewards.build import check_rewards
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.optimizers import check_optimizer, describe_optimizer
-from lapwan.train.srpo import recipe
-from lapwan.train.srpo.data import SrpoData, negative_needed, read_data
+from lapwan.train.srpo.data import SrpoData, check_negative, read_data
 from lapwan.train.srpo.rollout import RolloutRule, rollout_steps
 
-_CPU_FLOPS = 2e10  # a second and core, of a transformer in fp32: a rule of thumb
-_PATIENCE = 3600.0  # seconds a step may take on a CPU
+_BELOW = 1e-6  # the low-noise expert's band is open at the boundary: sigma equal to it belongs to the high-noise one
+_CPU_FLOPS = 2e10  # per second and core, of a transformer in fp32: a rule of thumb
+_MAX_CPU_STEP_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What a run is about, checked, before anything large is loaded."""
+class SrpoPlan:
+    """A checked run; `intervals` is the sigma range that each trained noise expert draws from."""
 
     base: Base
     data: SrpoData
@@ -34,40 +35,106 @@ class Planned:
     memory: SrpoMemory
 
 
-def plan_run(settings: SrpoSettings, base: Base, device: torch.device, processes: int = 1) -> Planned:
-    """Read prompts and reward files, and settle the intervals and the memory.
+def plan_run(settings: SrpoSettings, base: Base, device: torch.device, processes: int = 1) -> SrpoPlan:
+    """Read the prompts and check the reward files, then choose the sigma intervals and the memory plan.
 
     Raises:
-        UserError: what cannot work, in one line.
+        UserError: settings that cannot work with this model, data or device.
     """
     check_rewards(settings.rewards)
     check_optimizer(settings.optimizer, settings.schedule)
     data = read_data(settings, base.spec)
-    noise_experts = recipe.trained_noise_experts(settings, base.spec)
-    own = recipe.intervals(settings, base.spec, noise_experts)
-    negative_needed(data, (settings.rollout.guidance, settings.held_out.guidance or 1.0))
-    loaded = recipe.loaded_noise_experts(settings, base.spec, noise_experts)
-    memory = plan_memory(settings, base, noise_experts, loaded, data.bucket, device, processes)
-    return Planned(base, data, own, memory)
+    noise_experts = trained_noise_experts(settings, base.spec)
+    bands = intervals(settings, base.spec, noise_experts)
+    check_negative(data, (settings.rollout.guidance, settings.held_out.guidance or 1.0))
+    loaded = loaded_noise_experts(settings, base.spec, noise_experts)
+    memory = plan_srpo(settings, base, noise_experts, loaded, data.bucket, device, processes)
+    return SrpoPlan(base, data, bands, memory)
+
+
+def trained_noise_experts(settings: SrpoSettings, spec: ModelSpec) -> tuple[NoiseExpert, ...]:
+    """The noise experts to train: those of the settings, else the low-noise one (or the model's only one).
+
+    Raises:
+        UserError: a noise expert that the model does not have.
+    """
+    if settings.noise_experts is None:
+        return (spec.noise_experts[-1],)
+    for noise_expert in settings.noise_experts:
+        if noise_expert not in spec.noise_experts:
+            have = [e.value for e in spec.noise_experts]
+            raise UserError(f"noise_experts holds '{noise_expert.value}', the model has {have}; set noise_experts = "
+                            f"{have}")
+    return settings.noise_experts
+
+
+def loaded_noise_experts(
+    settings: SrpoSettings, spec: ModelSpec, noise_experts: Sequence[NoiseExpert]
+) -> list[NoiseExpert]:
+    """The noise experts to load: all of them, or only the trained ones where nothing is sampled."""
+    sampled = not settings.rollout.offline or settings.held_out.count > 0
+    return [e for e in spec.noise_experts if sampled or e in noise_experts]
+
+
+def intervals(settings: SrpoSettings, spec: ModelSpec, noise_experts: Sequence[NoiseExpert]) -> dict[NoiseExpert, Band]:
+    """The bounds `sigma`, cut to each trained noise expert's band.
+
+    Raises:
+        UserError: bounds outside a band, or an interval shorter than `reach`.
+    """
+    low, high = settings.sigma
+    bands = {}
+    for noise_expert in noise_experts:
+        full = spec.bands[noise_expert]
+        top = full.high - _BELOW if noise_expert is NoiseExpert.LOW else full.high
+        band = Band(max(low, full.low), min(high, top))
+        if band.low >= band.high:
+            raise UserError(f"sigma = [{low:g}, {high:g}] lies outside the {noise_expert.value} noise expert's band "
+                            f"{full}; choose bounds that overlap it, or set noise_experts")
+        if band.high - band.low < settings.reach:
+            raise UserError(f"sigma = [{low:g}, {high:g}] leaves [{band.low:g}, {band.high:g}] of the "
+                            f"{noise_expert.value} noise expert's band, which is shorter than reach = "
+                            f"{settings.reach:g}; widen the bounds or lower reach")
+        bands[noise_expert] = band
+    return bands
+
+
+def steps_by_noise_expert(settings: SrpoSettings, bands: Mapping[NoiseExpert, Band]) -> dict[NoiseExpert, int]:
+    """Optimizer steps of each noise expert, in proportion to the length of its interval, at least one."""
+    total = sum(band.high - band.low for band in bands.values())
+    steps = {e: max(1, round(settings.steps * (band.high - band.low) / total)) for e, band in bands.items()}
+    last = list(steps)[-1]
+    steps[last] = max(1, settings.steps - sum(n for e, n in steps.items() if e is not last))
+    return steps
+
+
+def rollout_evaluations(settings: SrpoSettings, spec: ModelSpec, noise_expert: NoiseExpert) -> int:
+    """Velocities of single samples that all rollouts of the run take from a noise expert."""
+    rollout = settings.rollout
+    if rollout.offline:
+        return 0
+    steps, _ = rollout_steps(spec, RolloutRule(rollout.steps, rollout.guidance, rollout.flow_shift))
+    per_sample = sum(step.noise_expert is noise_expert for step in steps) * (2 if rollout.guidance > 1 else 1)
+    return per_sample * settings.steps * settings.accumulate * settings.batch_size
 
 
 def describe(
-    settings: SrpoSettings, base: Base, data: SrpoData, own: Mapping[NoiseExpert, Band]
+    settings: SrpoSettings, base: Base, data: SrpoData, bands: Mapping[NoiseExpert, Band]
 ) -> list[str]:
-    """What `--dry-run` and the start of a run say."""
+    """The lines that `--dry-run` and the start of a run print."""
     frames, height, width = data.bucket
     what = "images" if frames == 1 else f"videos of {frames} frames"
     lines = [
         f"model {base.spec.path} ({base.task}), {len(set(data.captions))} prompts, {len(data.held_out)} held out; "
         f"{what} of {height}x{width}",
         f"a step is {settings.accumulate} x {settings.batch_size} samples, {settings.steps} steps; rewards "
-        + ", ".join(f"{one.label} {one.weight:g}" for one in settings.rewards),
+        + ", ".join(f"{reward.label} {reward.weight:g}" for reward in settings.rewards),
     ]
     low, high = settings.sigma
-    for noise_expert, band in own.items():
-        cut = "" if (band.low, band.high) == (low, high) else f" (asked: [{low:g}, {high:g}], cut to its band)"
+    for noise_expert, band in bands.items():
+        cut = "" if (band.low, band.high) == (low, high) else f" (sigma = [{low:g}, {high:g}], cut to its band)"
         lines.append(f"{noise_expert.value} noise: sigma [{band.low:g}, {band.high:g}]{cut}, reach {settings.reach:g}, "
-                     f"{recipe.shares(settings, own)[noise_expert]} steps; "
+                     f"{steps_by_noise_expert(settings, bands)[noise_expert]} steps; "
                      + _trained_line(settings, base) + "; " + describe_optimizer(settings.optimizer, settings.schedule)
                      + f"; masters {settings.master_weights}" + (" on the CPU" if settings.optimizer_on_cpu else ""))
     p = settings.preference
@@ -90,20 +157,29 @@ def describe(
 def _trained_line(settings: SrpoSettings, base: Base) -> str:
     if settings.train == "full":
         return "all weights"
-    ranks = targets_of(settings.targets, base.num_layers)
+    ranks = target_ranks(settings.targets, base.num_layers)
     return f"LoRA on {len(ranks)} modules of ranks {', '.join(map(str, sorted(set(ranks.values()))))}"
 
 
 def too_slow(settings: SrpoSettings, base: Base, data: SrpoData, device: torch.device) -> str | None:
-    """Why this cannot be done on a CPU, if a step would take hours there."""
+    """Why the run is not feasible on a CPU; None on a GPU, and where a step takes less than an hour."""
     if device.type != "cpu":
         return None
     shapes = tensor_shapes(weight_files(base.spec.component(base.spec.noise_experts[0])))
-    numbers = sum(math.prod(shape) for shape in shapes.values())
-    seconds = recipe.flops(settings, base.spec, numbers, data.bucket) / (_CPU_FLOPS * (os.cpu_count() or 1))
-    if seconds < _PATIENCE:
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    seconds = step_flops(settings, base.spec, parameters, data.bucket) / (_CPU_FLOPS * (os.cpu_count() or 1))
+    if seconds < _MAX_CPU_STEP_SECONDS:
         return None
     frames, height, width = data.bucket
     return (f"no CUDA device, and a step of {settings.accumulate} x {settings.batch_size} samples of {frames} frames "
-            f"{height}x{width} on {numbers / 1e9:.1f} B parameters would take about {seconds / 3600:.0f} hours on this "
-            "CPU; use a machine with a GPU, model = \"tiny\", or a smaller size, accumulate and rollout.steps")
+            f"{height}x{width} on {parameters / 1e9:.1f} B parameters would take about {seconds / 3600:.0f} hours on "
+            "this CPU; use a machine with a GPU, model = \"tiny\", or a smaller size, accumulate and rollout.steps")
+
+
+def step_flops(settings: SrpoSettings, spec: ModelSpec, parameters: int, bucket: tuple[int, int, int]) -> float:
+    """FLOPs of an optimizer step: 2 per parameter, token and evaluation; a backward counts as two evaluations."""
+    _, t, h, w = spec.latent_shape(*bucket)
+    patch = spec.pixel_multiple // spec.spatial_stride
+    tokens = t * (h // patch) * (w // patch)
+    rollout = 0 if settings.rollout.offline else settings.rollout.steps * (2 if settings.rollout.guidance > 1 else 1)
+    return 2.0 * parameters * tokens * (rollout + 3) * settings.batch_size * settings.accumulate

@@ -1,9 +1,9 @@
-"""Rollouts: from a sample's own noise to clean latents through the noise experts, as they are in training now.
+"""Rollouts: from a sample's noise to clean latents, through the noise experts with their current weights.
 
-    x ← x + (σ' − σ)·v̂(x, σ) over a shifted grid of N sigmas down to 0, the expert chosen by sigma        (Euler)
+    x ← x + (σ' − σ)·v̂(x, σ) over a shifted grid of N sigmas down to 0, the noise expert chosen by sigma     (Euler)
 
-All batches of an optimizer step go through one noise expert before the next one is fetched: with one on the device at a
-time a step costs two moves, however many batches it has. Everything is kept in fp32 between evaluations.
+All batches of an optimizer step pass through one noise expert before the next one is fetched: if only one is on the
+device at a time, a step costs two transfers, however many batches it has. Latents are fp32 between evaluations.
 
 Shapes: B samples, C latent channels, T latent frames, H, W latent height and width, L text tokens, D text features.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RolloutRule:
-    """How a rollout goes: Euler steps, guidance (1: none), shift (None: the model's)."""
+    """Euler steps, guidance scale (1: no guidance), flow shift (None: the model's)."""
 
     steps: int
     guidance: float = 1.0
@@ -40,19 +40,19 @@ class RolloutRule:
 
 
 def rollout_steps(spec: ModelSpec, rule: RolloutRule) -> tuple[tuple[Step, ...], list[float]]:
-    """The evaluations in order, and the sigma each one leads to."""
+    """The steps in order, and the sigma that each one ends at."""
     grid = make_grid(spec, "euler", rule.steps, rule.flow_shift)
     sigmas = [step.sigma for step in grid.steps]
     return grid.steps, [*sigmas[1:], 0.0]
 
 
 class Rollout:
-    """Clean latents for batches, from the noise of their draws.
+    """Clean latents of batches, sampled from the noise of their draws.
 
     Args:
         transformers: by noise expert, in training or frozen.
         fetch: brings a noise expert to the device.
-        negative: features [n, D] of the negative prompt; needed with guidance.
+        negative: text features [n, D] of the negative prompt; required with guidance.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Rollout:
         self._guidance = rule.guidance
 
     def __call__(self, noise_expert: NoiseExpert, batches: Sequence[Batch], draws: Sequence[Draws]) -> list[Batch]:
-        """The batches with x0 in place of their latents; afterwards `noise_expert` is on the device."""
+        """The batches with x0 as their latents; afterwards `noise_expert` is on the device."""
         latents = self.sample([draw.noise_BCTHW for draw in draws], [self._conditions(batch) for batch in batches])
         self._fetch(noise_expert)
         return [replace(batch, latents_BCTHW=x0) for batch, x0 in zip(batches, latents, strict=True)]
@@ -73,7 +73,7 @@ class Rollout:
         return self.conditions(batch.text, batch.condition_BCTHW)
 
     def conditions(self, text: Sequence[Tensor], image_BCTHW: Tensor | None = None) -> Conditions:
-        """What the transformer sees of a batch besides its latents."""
+        """The transformer's inputs for a batch, apart from its latents."""
         negative = None
         if self._guidance > 1:
             assert self._negative is not None
@@ -85,13 +85,13 @@ class Rollout:
         """x0 from each batch's noise."""
         latents = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in noise]
         pairs = list(zip(self._steps, self._next, strict=True))
-        for noise_expert, stretch in groupby(pairs, key=lambda pair: pair[0].noise_expert):
+        for noise_expert, group in groupby(pairs, key=lambda pair: pair[0].noise_expert):
             self._fetch(noise_expert)
-            model, part = self._transformers[noise_expert], list(stretch)
-            for place, condition in enumerate(conditions):
-                x = latents[place]
-                for step, sigma_next in part:
+            model, steps = self._transformers[noise_expert], list(group)
+            for i, condition in enumerate(conditions):
+                x = latents[i]
+                for step, sigma_next in steps:
                     v = guided_velocity(model, x, step.timestep, condition, self._guidance)
                     x = x + (sigma_next - step.sigma) * v
-                latents[place] = x
+                latents[i] = x
         return latents
