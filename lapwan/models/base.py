@@ -1,6 +1,6 @@
-"""What an adapter sits on: a model folder, or a model folder with LoRAs merged into it in memory.
+"""The model an adapter is attached to: a model folder, or one with LoRAs merged into it in memory.
 
-Both have a fingerprint for each noise expert, and a merge in memory has the one of the merged folder.
+Each noise expert has a fingerprint; a merge in memory has that of the merged folder.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Base:
-    """`loras` are merged at load: W + Σ strength·ΔW, accumulated in fp32 and rounded once, to the checkpoint's own
-    dtype: bit for bit what a merged folder holds."""
+    """A model folder and the LoRAs to merge at load: W + Σ strength·ΔW, accumulated in fp32 and rounded once to the
+    checkpoint's dtype, bit for bit as in a merged folder."""
 
     spec: ModelSpec
     loras: Mapping[NoiseExpert, Sequence[tuple[LoraFile, float]]] = field(default_factory=dict)
@@ -63,8 +63,8 @@ class Base:
 
     def fingerprint(self, noise_expert: NoiseExpert) -> str:
         """Identity of a noise expert's weights with its LoRAs."""
-        own = [(file.fingerprint(), strength) for file, strength in self.loras.get(noise_expert, ())]
-        return merged_fingerprint(self.spec.fingerprint(noise_expert), own)
+        loras = [(file.fingerprint(), strength) for file, strength in self.loras.get(noise_expert, ())]
+        return merged_fingerprint(self.spec.fingerprint(noise_expert), loras)
 
     def load(
         self, noise_expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
@@ -73,7 +73,8 @@ class Base:
         """The frozen transformer of a noise expert, with the LoRAs in its weights.
 
         Args:
-            recipe: quantises the blocks' Linears, after the merge; `work_on` is where, `device` without one.
+            recipe: quantise the blocks' Linears, after the merge.
+            work_on: device that quantises; None: `device`.
 
         Raises:
             UserError: a LoRA made for another model, or a merge that `lapwan merge` would refuse.
@@ -88,20 +89,19 @@ class Base:
         return transformer
 
     def merged_weights(self, noise_expert: NoiseExpert) -> dict[str, Callable[[], Tensor]]:
-        """Weights that the LoRAs change, by parameter name: each is read and merged when it is asked for."""
-        given = self.loras.get(noise_expert, ())
-        if not given:
+        """Weights that the LoRAs change, by parameter name: each is read and merged when its function is called."""
+        loras = self.loras.get(noise_expert, ())
+        if not loras:
             return {}
-        files, terms = plan_terms(weight_files(self.spec.component(noise_expert)), given)
-        places = linear_weights(files)
+        files, terms = plan_terms(weight_files(self.spec.component(noise_expert)), loras)
         return {
             f"{path}.weight": partial(merged_tensor, files[index], name, terms[index][name])
-            for path, (index, name) in places.items() if name in terms[index]
+            for path, (index, name) in linear_weights(files).items() if name in terms[index]
         }
 
 
 def target_ranks(settings: TargetSettings, num_blocks: int) -> dict[str, int]:
-    """Rank by module path.
+    """Rank by module path of the targets in the settings.
 
     Raises:
         UserError: more blocks than the model has, a pattern that matches nothing, or nothing to train.
@@ -111,7 +111,7 @@ def target_ranks(settings: TargetSettings, num_blocks: int) -> dict[str, int]:
     attention = {
         f"{kind}.{part}": getattr(settings, part) for kind in settings.attention for part in ("q", "k", "v", "o")
     }
-    # The default recipe counts blocks of a 40-block model; a smaller model simply has all of them trained.
+    # The defaults are for a model of 40 blocks; in a smaller model all blocks are trained.
     clip = {name: None if n == "all" else min(n, num_blocks) for name, n in
             (("attention", settings.last_blocks), ("ffn", settings.ffn_last_blocks))}
     rules = [
@@ -124,7 +124,10 @@ def target_ranks(settings: TargetSettings, num_blocks: int) -> dict[str, int]:
 def resolve_base(
     model: str | BaseModelSettings | ModelFilesSettings, task: Task | None = None, generation: bool = False
 ) -> Base:
-    """MODEL, or `{model, lora, multiplier}`: stage 1 merged in memory; `generation` as in `resolve`.
+    """The base of MODEL, of `{model, lora, multiplier}` (LoRAs merged in memory), or of separate files.
+
+    Args:
+        generation: as in `resolve`.
 
     Raises:
         UserError: no such model or LoRA, or a LoRA for the other noise expert.
@@ -132,18 +135,18 @@ def resolve_base(
     if isinstance(model, str):
         return Base(resolve(model, task, generation))
     if isinstance(model, ModelFilesSettings):
-        made = _from_files(model)
+        files_spec = _from_files(model)
         if not generation:
-            refuse_generation_only(made, model.transformer)
-        return Base(made)
+            refuse_generation_only(files_spec, model.transformer)
+        return Base(files_spec)
     spec = resolve(model.model, task, generation)
     requests = [(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]
     return Base(spec, assign(requests, spec.noise_experts))
 
 
 def _from_files(files: ModelFilesSettings) -> ModelSpec:
-    given = {NoiseExpert.HIGH: files.high or files.transformer, NoiseExpert.LOW: files.low}
-    transformers = {noise_expert: path for noise_expert, path in given.items() if path is not None}
+    paths = {NoiseExpert.HIGH: files.high or files.transformer, NoiseExpert.LOW: files.low}
+    transformers = {noise_expert: path for noise_expert, path in paths.items() if path is not None}
     return read_spec(make_folder(
         cache_root(), transformers, files.vae, files.text_encoder, files.tokenizer, files.boundary, files.flow_shift
     ))

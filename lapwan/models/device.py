@@ -1,4 +1,4 @@
-"""Where a model computes and in which precision."""
+"""The device and the dtype a model computes in."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lapwan.errors import UserError
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto` (a GPU if there is one; of several, the one of this process's `local_rank`), `cpu`, `cuda` or `cuda:N`.
 
-    A GPU always comes with its index, `cuda` as the current one's: torch's memory limits and statistics refuse a
-    device without. It becomes the current one: Triton's kernels run on that.
+    A GPU is returned with its index, since torch's memory limits and statistics require one. It becomes the current
+    device, on which Triton's kernels run.
 
     Raises:
-        UserError: not a device, or a GPU that is not there.
+        UserError: not a device, or a GPU that does not exist.
     """
     if name == "auto":
         if not torch.cuda.is_available():
@@ -42,7 +42,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def hardware(device: torch.device) -> str:
-    """What decides how sums round: the GPU's name; a CPU's vector instructions and torch's threads."""
+    """What the rounding of sums depends on: the GPU's name, or a CPU's vector instructions and torch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -50,7 +50,7 @@ def hardware(device: torch.device) -> str:
 
 
 def limit_memory(device: torch.device, gib: float) -> None:
-    """Let torch take no more than this of a GPU: what was asked for is kept to. Nothing to do on a CPU."""
+    """Limit torch to `gib` GiB of a GPU; does nothing on a CPU."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)

@@ -1,4 +1,7 @@
-"""Identities of the VAE and of the text encoder, read without torch: what cached features depend on."""
+"""Fingerprints of the VAE and of the text encoder, on which cached features depend. No torch.
+
+A transformer's is `ModelSpec.fingerprint`; the hashing of safetensors files is in `lapwan.checkpoints.fingerprints`.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +42,14 @@ def text_encoder_fingerprint(spec: ModelSpec) -> str:
 
 
 def text_dtype(spec: ModelSpec) -> str:
-    """The dtype the text encoder is stored, and by default run, in: `float32`, `bfloat16` or `float16`."""
+    """The dtype in which the text encoder is stored and by default runs: `float32`, `bfloat16` or `float16`."""
     header = read_header(weight_files(spec.path / "text_encoder")[0])
     dtypes = {info.dtype for info in header.tensors.values()}
     return _DTYPES["F32" if "F32" in dtypes else sorted(dtypes)[0]]
 
 
 def _weights(folder: Path) -> str:
-    """Fingerprint of a component's weights; of a .pth, sha256 over its size and 64 KiB pieces spread over it."""
+    """Fingerprint of a component's weights; of a .pth, sha256 over its size and 64 evenly spaced pieces of 64 KiB."""
     original = original_file(folder)
     if original is None:
         return checkpoint_fingerprint(weight_files(folder))

@@ -1,6 +1,7 @@
-"""Weights in the original release's layout into diffusers' and transformers' classes, tensor by tensor.
+"""Load weights in the original release's layout into diffusers' and transformers' classes, tensor by tensor.
 
-`blocks.0.self_attn.q` transformers, `Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, `models_t5_umt5-xxl-enc-bf16.pth`.
+`blocks.0.self_attn.q` transformers, `Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, `models_t5_umt5-xxl-enc-bf16.pth`. Names of the
+transformer's tensors are in `lapwan.checkpoints.wan_keys`; those of Wan2.2's VAE and of umT5 are here.
 
 Source: the key layouts of the official Wan2.2 release and of diffusers' and transformers' classes.
 """
@@ -8,6 +9,7 @@ Source: the key layouts of the official Wan2.2 release and of diffusers' and tra
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,6 @@ from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.tensors import load
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.errors import UserError
-from lapwan.models import wan22_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -29,15 +30,15 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def has_original_names(files: Sequence[Path]) -> bool:
-    """True if a transformer's safetensors files use another layout than diffusers'."""
+    """True if a transformer's safetensors files are in another layout than diffusers'."""
     return any(tensor_to_diffusers(name) != name for file in files for name in read_header(file).tensors)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a `.safetensors` or a `.pth` file, by name; a `.pth` is memory-mapped where it can be.
+    """Every tensor of a `.safetensors` or a `.pth` file, by name; a `.pth` is memory-mapped if its format allows it.
 
     Raises:
-        UserError: missing, unreadable, or more than plain tensors (nothing in a .pth is executed).
+        UserError: the file is missing, unreadable, or holds more than tensors (nothing in a .pth is executed).
     """
     if not path.is_file():
         raise UserError(f"no such file: {path}")
@@ -45,16 +46,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         header = read_header(path)
         return {name: load(header, name) for name in header.tensors}
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError:  # torch's own words advise to execute what the file holds
-        raise UserError(f"cannot read {path} as weights: it is no file of tensors that torch.save wrote, or holds more "
-                        "than plain tensors (nothing in it is executed); is it the right file?") from None
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError:  # torch's message advises weights_only=False, which executes code in the file
+        raise UserError(f"cannot read {path} as weights: torch.save did not write it, or it holds more than plain "
+                        "tensors (nothing in it is executed); is it the right file?") from None
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"cannot read {path} as weights: {str(error).splitlines()[0]}") from None
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise UserError(f"{path} holds no table of tensors; is it the right file?")
-    return found
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+        raise UserError(f"{path} is not a state dict (tensors by name); is it the right file?")
+    return tensors
 
 
 def _is_zip(path: Path) -> bool:
@@ -63,7 +64,14 @@ def _is_zip(path: Path) -> bool:
 
 
 def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], what: str, path: Path) -> None:
-    """Put tensors under the model's parameters by name, each exactly once; the model was made without storage."""
+    """Set each parameter of a model made without storage (on the meta device) to the tensor of its name, exactly once.
+
+    Args:
+        what: the model in error messages.
+
+    Raises:
+        UserError: a tensor that is unknown, of another shape or quantised, or a parameter without a tensor.
+    """
     want = dict(model.named_parameters())
     for name, value in tensors:
         target = want.pop(name, None)
@@ -72,7 +80,7 @@ def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], what: str, pat
         if target.shape != value.shape:
             raise UserError(f"{path}: '{name}' has shape {list(value.shape)}, {what} needs {list(target.shape)}")
         if value.dtype not in _FLOATS:
-            raise UserError(f"{path}: '{name}' is {value.dtype}; quantised weights are not read; use bf16, fp16 "
+            raise UserError(f"{path}: '{name}' is {value.dtype}; quantised weights cannot be loaded; use bf16, fp16 "
                             "or fp32")
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
@@ -83,25 +91,99 @@ def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], what: str, pat
 def load_transformer_files(
     config: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype
 ) -> WanTransformer3DModel:
-    """A transformer from files in any key layout, in `dtype`, with fp32 where diffusers keeps it."""
+    """A transformer from files in any key layout, in `dtype`, except where diffusers keeps fp32."""
     from accelerate import init_empty_weights
     from diffusers import WanTransformer3DModel
 
-    with init_empty_weights():  # buffers (the rope tables) are made for real
+    with init_empty_weights():  # parameters only: buffers (the RoPE tables) are computed
         model = WanTransformer3DModel.from_config(dict(config))
-    kept = tuple(model._keep_in_fp32_modules)
+    fp32_modules = tuple(model._keep_in_fp32_modules)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for file in files:
             header = read_header(file)
             for stored in header.tensors:
                 name = tensor_to_diffusers(stored)
-                wide = any(part in kept for part in name.split("."))
+                keep_fp32 = any(part in fp32_modules for part in name.split("."))
                 value = load(header, stored)
-                yield name, value.to(torch.float32 if wide else dtype) if value.dtype in _FLOATS else value
+                yield name, value.to(torch.float32 if keep_fp32 else dtype) if value.dtype in _FLOATS else value
 
     fill(model, tensors(), "a Wan transformer of this shape", files[0])
     return model.eval()
+
+
+# Wan2.2's VAE (TI2V-5B: 48 channels, strides 4x16x16). Source: the module structure of the official release's vae2_2.
+_VAE_INNER = {
+    "residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
+_VAE_MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
+_VAE_OUTER = {
+    "conv1": "quant_conv", "conv2": "post_quant_conv",
+    **{f"{side}.{theirs}": f"{side}.{ours}" for side in ("encoder", "decoder")
+       for theirs, ours in (("conv1", "conv_in"), ("head.0", "norm_out"), ("head.2", "conv_out"))},
+}
+# A stage is a sequence of residual blocks, followed by its resampling, if any.
+_VAE_STAGE = re.compile(
+    r"(?P<side>encoder|decoder)\.(?:down|up)samples\.(?P<i>\d+)\.(?:down|up)samples\.(?P<j>\d+)\.(.+)"
+)
+_VAE_MIDDLE_NAME = re.compile(r"(encoder|decoder)\.middle\.([012])\.(.+)")
+_VAE_STAGES = 4  # widths base · (1, 2, 4, 4)
+
+# Mean and standard deviation of the latents by channel; the .pth does not hold them.
+WAN22_LATENTS_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891, 0.1570,
+    -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322,
+    0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520,
+    0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)
+WAN22_LATENTS_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165,
+    0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917,
+    0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600,
+    0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)
+WAN22_VAE_CHANNELS = len(WAN22_LATENTS_MEAN)
+
+
+def wan22_vae_to_diffusers(name: str) -> str:
+    """`encoder.downsamples.1.downsamples.0.residual.2.weight` -> `encoder.down_blocks.1.resnets.0.conv1.weight`.
+
+    A name that is not in the original layout is returned as it is.
+    """
+    path, _, leaf = name.rpartition(".")
+    if path in _VAE_OUTER:
+        return f"{_VAE_OUTER[path]}.{leaf}"
+    if match := _VAE_MIDDLE_NAME.fullmatch(path):
+        return f"{match[1]}.mid_block.{_VAE_MIDDLE[match[2]]}.{_VAE_INNER.get(match[3], match[3])}.{leaf}"
+    if match := _VAE_STAGE.fullmatch(path):
+        down = match["side"] == "encoder"
+        stage = f"{match['side']}.{'down' if down else 'up'}_blocks.{match['i']}"
+        if match[4] in _VAE_INNER:
+            return f"{stage}.resnets.{match['j']}.{_VAE_INNER[match[4]]}.{leaf}"
+        return f"{stage}.{'down' if down else 'up'}sampler.{match[4]}.{leaf}"
+    return name
+
+
+def wan22_vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """An AutoencoderKLWan's config from shapes, with names in either layout; None if it is another VAE.
+
+    Widths, blocks per stage and the stages that halve the time are read. 12 input channels are 2x2 pixel patches.
+    """
+    shapes = {wan22_vae_to_diffusers(name): tuple(value.shape) for name, value in tensors.items()}
+    first, last = shapes.get("encoder.conv_in.weight"), shapes.get("decoder.conv_out.weight")
+    quant = shapes.get("post_quant_conv.weight")
+    if first is None or last is None or quant is None or (first[1], quant[0]) != (12, WAN22_VAE_CHANNELS):
+        return None
+    blocks = {name.split(".")[4] for name in shapes if name.startswith("encoder.down_blocks.0.resnets.")}
+    halved = [f"encoder.down_blocks.{i}.downsampler.time_conv.weight" in shapes for i in range(_VAE_STAGES - 1)]
+    return {
+        "_class_name": "AutoencoderKLWan", "base_dim": first[0], "decoder_base_dim": last[1],
+        "z_dim": WAN22_VAE_CHANNELS, "num_res_blocks": len(blocks), "temperal_downsample": halved,
+        "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
+        "scale_factor_temporal": 4, "scale_factor_spatial": 16,
+        "latents_mean": list(WAN22_LATENTS_MEAN), "latents_std": list(WAN22_LATENTS_STD),
+    }
 
 
 def load_vae_file(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> AutoencoderKLWan:
@@ -112,13 +194,13 @@ def load_vae_file(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> 
 
     with init_empty_weights():
         vae = AutoencoderKLWan.from_config(dict(config))
-    found = read_tensors(path)
+    tensors = read_tensors(path)
     what = "Wan2.2's VAE" if config.get("is_residual") else "Wan2.1's VAE"
     if config.get("is_residual"):
-        found = {wan22_vae.tensor_to_diffusers(name): value for name, value in found.items()}
-    elif "encoder.conv1.weight" in found:
-        found = convert_wan_vae_to_diffusers(found)
-    fill(vae, ((name, value.to(dtype)) for name, value in found.items()), what, path)
+        tensors = {wan22_vae_to_diffusers(name): value for name, value in tensors.items()}
+    elif "encoder.conv1.weight" in tensors:
+        tensors = convert_wan_vae_to_diffusers(tensors)
+    fill(vae, ((name, value.to(dtype)) for name, value in tensors.items()), what, path)
     return vae.eval()
 
 
@@ -144,15 +226,18 @@ def t5_to_transformers(name: str) -> str:
 
 
 def load_text_file(config: Mapping[str, Any], path: Path, dtype: torch.dtype | None) -> UMT5EncoderModel:
-    """A umT5 encoder from `models_t5_*.pth` or a safetensors file with its names (or transformers'); `dtype` None keeps
-    the stored one."""
+    """A umT5 encoder from `models_t5_*.pth` or a safetensors file with the same names (or transformers').
+
+    Args:
+        dtype: None keeps the stored one.
+    """
     from accelerate import init_empty_weights
     from transformers import UMT5Config, UMT5EncoderModel
 
     with init_empty_weights():
         model = UMT5EncoderModel(UMT5Config(**config))
-    found = {t5_to_transformers(name): value for name, value in read_tensors(path).items()}
-    if "shared.weight" in found:
-        found["encoder.embed_tokens.weight"] = found["shared.weight"]  # the class names the one embedding twice
-    fill(model, ((n, v if dtype is None else v.to(dtype)) for n, v in found.items()), "a umT5 encoder", path)
+    tensors = {t5_to_transformers(name): value for name, value in read_tensors(path).items()}
+    if "shared.weight" in tensors:
+        tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]  # tied: the class has the embedding twice
+    fill(model, ((n, v if dtype is None else v.to(dtype)) for n, v in tensors.items()), "a umT5 encoder", path)
     return model.eval()

@@ -1,4 +1,4 @@
-"""From what the user calls MODEL to a checked folder."""
+"""MODEL, as the user gives it, to a checked model folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def resolve(model: str, task: Task | None = None, generation: bool = False) -> M
     """A folder in diffusers layout, or a hub id such as `Wan-AI/Wan2.2-T2V-A14B-Diffusers` in the local hub cache.
 
     Args:
-        generation: also take what lapwan only generates with (TI2V-5B).
+        generation: also accept models that lapwan only generates with (TI2V-5B).
 
     Raises:
-        UserError: no such model, or one made for another task than the one asked for.
+        UserError: no such model, or a model for another task than `task`.
     """
     folder = Path(model).expanduser()
     spec = read_spec(_from_hub(model) if not folder.exists() and _is_hub_id(folder, model) else folder)
@@ -29,25 +29,27 @@ def resolve(model: str, task: Task | None = None, generation: bool = False) -> M
 
 
 def refuse_generation_only(spec: ModelSpec, model: object) -> None:
-    """Raises:
-        UserError: a TI2V-5B model, named as the user said it.
+    """Refuse a model that lapwan does not train; `model` names it in the message.
+
+    Raises:
+        UserError: a TI2V-5B model.
     """
     if spec.task == "ti2v":
         raise UserError(f"model {model} is a TI2V-5B model, which lapwan only generates with; use T2V-A14B or I2V-A14B")
 
 
 def _is_hub_id(folder: Path, model: str) -> bool:
-    # `out/merged` beside an existing `out` is a mistyped path, not somebody's repository.
+    # `out/merged` while `out` exists is a mistyped path, not a repository.
     return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not folder.parent.is_dir()
 
 
 def _from_hub(model: str) -> Path:
-    """The snapshot in the local hub cache. Never downloads: 126 GB should not come from a dry run or a typing error."""
+    """The snapshot in the local hub cache. Never downloads: a dry run or a typo must not fetch 126 GB."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
-        raise UserError(f"no model folder {model}, and the local hub cache does not have it whole; if it is a hub id, "
+        raise UserError(f"no model folder {model}, and no complete copy in the local hub cache; if it is a hub id, "
                         f"fetch it first: hf download {model}") from None

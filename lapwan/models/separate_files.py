@@ -1,6 +1,6 @@
-"""Separate files as a folder in diffusers layout: configs worked out from the tensors' shapes, weights as links.
+"""Separate files as a folder in diffusers layout: configs from the tensors' shapes, weights as symbolic links.
 
-Nothing is converted on the disk: `original.load_*` rename the tensors while they are loaded.
+Nothing is converted on disk: `original_layout.load_*` rename the tensors while they load.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import Any
 from lapwan.checkpoints.container import read_header
 from lapwan.errors import UserError
 from lapwan.files import atomic_folder
-from lapwan.models import wan22_vae
-from lapwan.models.original_layout import read_tensors, t5_to_transformers
+from lapwan.models.original_layout import WAN22_VAE_CHANNELS, read_tensors, t5_to_transformers, wan22_vae_config
 from lapwan.models.spec import ORIGINAL, tensor_shapes, weight_files
 from lapwan.names import NoiseExpert
 
-_HEAD_DIM = 128  # of every released Wan transformer; a config.json beside the weights says otherwise
+_HEAD_DIM = 128  # of every released Wan transformer; a config.json beside the weights overrides it
 _BOUNDARY = {16: 0.875, 36: 0.9}  # by input channels: T2V-A14B, I2V-A14B
 _SHIFT = {16: 12.0, 36: 5.0}
 _SHIFT_SINGLE = 5.0  # Wan2.1 T2V, TI2V-5B
@@ -29,10 +28,10 @@ def make_folder(
     root: Path, transformers: Mapping[NoiseExpert, Path], vae: Path, text_encoder: Path, tokenizer: Path,
     boundary: float | None, flow_shift: float | None,
 ) -> Path:
-    """A folder under `root` that `read_spec` reads, named by the files' paths, sizes and times; kept once made.
+    """A folder under `root` that `read_spec` reads, named by the files' paths, sizes and times; made once.
 
     Raises:
-        UserError: a file that is missing, unreadable or of a model that cannot be run so.
+        UserError: a file that is missing, unreadable or of a model that is not supported as separate files.
     """
     files = {e: _transformer_files(path) for e, path in transformers.items()}
     for path in (vae, text_encoder):
@@ -41,7 +40,7 @@ def make_folder(
     if not (tokenizer / "tokenizer_config.json").is_file():
         raise UserError(f"{tokenizer} is not a tokenizer folder: it has no tokenizer_config.json")
     stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
-             for f in (*(f for found in files.values() for f in found), vae, text_encoder, tokenizer)]
+             for f in (*(f for shards in files.values() for f in shards), vae, text_encoder, tokenizer)]
     key = json.dumps([[e.value for e in files], stamp, boundary, flow_shift])
     folder = root / f"files-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (folder / "model_index.json").is_file():
@@ -63,58 +62,58 @@ def _write(
     folder: Path, files: Mapping[NoiseExpert, list[Path]], vae: Path, text_encoder: Path, tokenizer: Path,
     boundary: float | None, flow_shift: float | None,
 ) -> None:
-    configs = {noise_expert: transformer_config(found) for noise_expert, found in files.items()}
+    configs = {noise_expert: transformer_config(shards) for noise_expert, shards in files.items()}
     channels = next(iter(configs.values()))["in_channels"]
     two = len(files) == 2
-    if two and channels == wan22_vae.CHANNELS:
+    if two and channels == WAN22_VAE_CHANNELS:
         raise UserError("high and low are TI2V-5B transformers; that model has only one: give it as transformer")
-    own_vae = vae_config(vae)
-    if (own_vae["z_dim"] == wan22_vae.CHANNELS) != (channels == wan22_vae.CHANNELS):
-        raise UserError(f"{vae} makes {own_vae['z_dim']} latent channels, the transformer takes {channels}: TI2V-5B "
-                        "goes with Wan2.2_VAE.pth, every other model with Wan2.1_VAE.pth")
-    own = _SHIFT.get(channels, _SHIFT_SINGLE) if two else _SHIFT_SINGLE
+    vae_settings = vae_config(vae)
+    if (vae_settings["z_dim"] == WAN22_VAE_CHANNELS) != (channels == WAN22_VAE_CHANNELS):
+        raise UserError(f"{vae} makes {vae_settings['z_dim']} latent channels, the transformer takes {channels}: "
+                        "TI2V-5B needs Wan2.2_VAE.pth, every other model Wan2.1_VAE.pth")
+    default_shift = _SHIFT.get(channels, _SHIFT_SINGLE) if two else _SHIFT_SINGLE
     index: dict[str, Any] = {
         "_class_name": "WanImageToVideoPipeline" if channels == 36 else "WanPipeline",
-        "expand_timesteps": channels == wan22_vae.CHANNELS,
+        "expand_timesteps": channels == WAN22_VAE_CHANNELS,
         "boundary_ratio": (boundary or _BOUNDARY[channels]) if two else None,
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": ["diffusers", "WanTransformer3DModel"] if two else [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"], "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     }
-    for noise_expert, found in files.items():
-        _part(folder / noise_expert.component, configs[noise_expert])
-        for number, file in enumerate(found, 1):
-            name = "diffusion_pytorch_model" + (f"-{number:05d}" if len(found) > 1 else "")
+    for noise_expert, shards in files.items():
+        _write_config(folder / noise_expert.component, configs[noise_expert])
+        for number, file in enumerate(shards, 1):
+            name = "diffusion_pytorch_model" + (f"-{number:05d}" if len(shards) > 1 else "")
             (folder / noise_expert.component / f"{name}.safetensors").symlink_to(file.resolve())
     for name, file, config in (
-        ("vae", vae, own_vae), ("text_encoder", text_encoder, text_config(text_encoder)),
+        ("vae", vae, vae_settings), ("text_encoder", text_encoder, text_config(text_encoder)),
     ):
-        _part(folder / name, config)
+        _write_config(folder / name, config)
         (folder / name / f"{ORIGINAL}{file.suffix}").symlink_to(file.resolve())
     (folder / "tokenizer").symlink_to(tokenizer.resolve(), target_is_directory=True)
-    _part(folder / "scheduler", {
+    _write_config(folder / "scheduler", {
         "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
-        "num_train_timesteps": 1000, "flow_shift": flow_shift or own,
+        "num_train_timesteps": 1000, "flow_shift": flow_shift or default_shift,
     }, "scheduler_config.json")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _part(folder: Path, config: Mapping[str, Any], name: str = "config.json") -> None:
+def _write_config(folder: Path, config: Mapping[str, Any], name: str = "config.json") -> None:
     folder.mkdir()
     (folder / name).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def transformer_config(files: list[Path]) -> dict[str, Any]:
-    """A WanTransformer3DModel's config from tensor shapes; heads from the release's config.json where it lies beside.
+    """A WanTransformer3DModel's config from tensor shapes; the heads from a config.json beside the files, if any.
 
     Raises:
-        UserError: not a Wan transformer, or one that is not run from files.
+        UserError: not a Wan transformer, or one that is not supported.
     """
     shapes = tensor_shapes(files)
     if any("img_emb" in name or "add_k_proj" in name or "k_img" in name for name in shapes):
-        raise UserError(f"{files[0]} is a Wan2.1 image-to-video transformer, which needs an image encoder that lapwan "
-                        "does not run; use Wan2.2 I2V-A14B")
+        raise UserError(f"{files[0]} is a Wan2.1 image-to-video transformer, which needs an image encoder; lapwan does "
+                        "not support it: use Wan2.2 I2V-A14B")
     try:
         dim, channels = shapes["patch_embedding.weight"][:2]
         ffn = shapes["blocks.0.ffn.net.0.proj.weight"][0]
@@ -124,15 +123,16 @@ def transformer_config(files: list[Path]) -> dict[str, Any]:
         out = shapes["proj_out.weight"][0] // (patch[0] * patch[1] * patch[2])
     except KeyError as error:
         raise UserError(f"{files[0]} is not a Wan transformer: it has no tensor {error}") from None
-    if channels not in (*_BOUNDARY, wan22_vae.CHANNELS):
-        raise UserError(f"{files[0]} has {channels} input channels; T2V (16), I2V-A14B (36) and TI2V-5B (48) run")
+    if channels not in (*_BOUNDARY, WAN22_VAE_CHANNELS):
+        raise UserError(f"{files[0]} has {channels} input channels; supported are T2V (16), I2V-A14B (36) and TI2V-5B "
+                        "(48)")
     heads = dim // _HEAD_DIM
-    beside = files[0].parent / "config.json"
-    if beside.is_file():
-        said = json.loads(beside.read_text(encoding="utf-8"))
-        heads = int(said.get("num_heads") or said.get("num_attention_heads") or heads)
+    config_path = files[0].parent / "config.json"
+    if config_path.is_file():
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        heads = int(config.get("num_heads") or config.get("num_attention_heads") or heads)
     if heads < 1 or dim % heads:
-        raise UserError(f"{files[0]}: width {dim} does not divide into heads of {_HEAD_DIM}; put the model's "
+        raise UserError(f"{files[0]}: width {dim} is not divisible into heads of {_HEAD_DIM}; put the model's "
                         "config.json beside it")
     blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
     return {
@@ -145,16 +145,16 @@ def transformer_config(files: list[Path]) -> dict[str, Any]:
 
 
 def vae_config(path: Path) -> dict[str, Any]:
-    """Wan2.1's VAE, whose latents' mean and std are the class's own defaults, or Wan2.2's.
+    """An AutoencoderKLWan's config: of Wan2.2's VAE, or of Wan2.1's, whose latents' mean and std are the defaults.
 
     Raises:
         UserError: another VAE.
     """
-    found = read_tensors(path)
-    if (newer := wan22_vae.config(found)) is not None:
-        return newer
-    first = found.get("encoder.conv1.weight", found.get("encoder.conv_in.weight"))
-    second = found.get("conv2.weight", found.get("post_quant_conv.weight"))
+    tensors = read_tensors(path)
+    if (wan22 := wan22_vae_config(tensors)) is not None:
+        return wan22
+    first = tensors.get("encoder.conv1.weight", tensors.get("encoder.conv_in.weight"))
+    second = tensors.get("conv2.weight", tensors.get("post_quant_conv.weight"))
     if first is None or second is None:
         raise UserError(f"{path} is not Wan's VAE: it has no encoder.conv1.weight")
     if first.shape[1] != 3 or second.shape[0] != 16:

@@ -1,4 +1,4 @@
-"""What a diffusers folder says of its model: task, noise experts, boundary, channels, strides, shift. No torch.
+"""The spec of a model folder in diffusers layout: task, noise experts, boundary, channels, strides, shift. No torch.
 
 How to add a model family: a row in `_FAMILY_DEFAULTS` and, if its channels differ, a case in `_task_of`.
 """
@@ -19,12 +19,12 @@ from lapwan.files import inside
 from lapwan.names import Band, NoiseExpert, bands
 
 Task = Literal["t2v", "i2v", "ti2v"]  # ti2v: TI2V-5B, with or without a first frame; generation only
-TEXT_LENGTH = 512  # tokens; Wan attends the zero rows after the text as well
+TEXT_LENGTH = 512  # tokens; Wan also attends to the zero rows that pad the text
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model was made to be sampled with; `guidance` per noise expert, `size` is (height, width) in pixels."""
+    """A model's default sampling settings; `guidance` per noise expert, `size` is (height, width) in pixels."""
 
     steps: int
     guidance: dict[NoiseExpert, float]
@@ -39,8 +39,8 @@ _FAMILY_DEFAULTS: dict[str, Defaults] = {
     "t2v": Defaults(40, {NoiseExpert.HIGH: 4.0, NoiseExpert.LOW: 3.0}, (480, 832), 81, 16),
     "i2v": Defaults(40, {NoiseExpert.HIGH: 3.5, NoiseExpert.LOW: 3.5}, (480, 832), 81, 16),
 }
-ORIGINAL = "original"  # the name of a link to weights in the original layout: original.pth, original.safetensors
-DEFAULTS_FILE = "lapwan.json"  # optional, in the model folder: a model's own defaults (the embedded model has one)
+ORIGINAL = "original"  # stem of a link to weights in the original layout: original.pth, original.safetensors
+DEFAULTS_FILE = "lapwan.json"  # optional, in the model folder: overrides the defaults (the embedded model has one)
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ class ModelSpec:
         return self.path / noise_expert.component
 
     def fingerprint(self, noise_expert: NoiseExpert) -> str:
-        """Identity of a noise expert's weights; a merged folder carries base and LoRA in it."""
+        """Identity of a noise expert's weights; in a merged folder, of base and LoRAs."""
         return checkpoint_fingerprint(weight_files(self.component(noise_expert)))
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(channels, latent frames, latent height, latent width) of a clip of `frames` pixels frames.
+        """(channels, latent frames, latent height, latent width) of a clip of `frames` frames of height x width pixels.
 
         Raises:
-            UserError: frames not 4N+1, or a size that the VAE and the patches do not divide.
+            UserError: frames not 4N+1, or a size not divisible by the VAE's stride times the patch size.
         """
         check_frames(frames, self.temporal_stride)
         check_size(height, width, self.pixel_multiple)
@@ -101,7 +101,7 @@ def check_frames(frames: int, stride: int = 4) -> None:
 
 
 def check_size(height: int, width: int, multiple: int = 16) -> None:
-    """Refuse a size in pixels that the patches do not divide."""
+    """Refuse a size in pixels that is not divisible by `multiple`."""
     if height < multiple or width < multiple or height % multiple or width % multiple:
         near = [max(multiple, round(n / multiple) * multiple) for n in (height, width)]
         raise UserError(
@@ -137,7 +137,7 @@ def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def original_file(folder: Path) -> Path | None:
-    """A VAE's or text encoder's weights in the original layout, where `separate.make_folder` linked them."""
+    """A VAE's or text encoder's weights in the original layout, if `separate_files.make_folder` linked them."""
     return next(iter(sorted(folder.glob(f"{ORIGINAL}.*"))), None)
 
 
@@ -171,17 +171,17 @@ def _task_of(in_channels: int, latent_channels: int, temporal_stride: int, per_t
     )
 
 
-def _experts(folder: Path, index: dict[str, Any], boundary: float | None) -> tuple[NoiseExpert, ...]:
+def _noise_experts(folder: Path, index: dict[str, Any], boundary: float | None) -> tuple[NoiseExpert, ...]:
     two = _present(index, "transformer_2")
     if boundary is not None and not two:
         raise UserError(
-            f"{folder} has a boundary_ratio ({boundary}) but no transformer_2: the low-noise expert is missing; "
+            f"{folder} has a boundary_ratio ({boundary}) but no transformer_2: the low noise expert is missing; "
             "download the whole model, or remove boundary_ratio from model_index.json for a single transformer"
         )
     if boundary is None and two:
         raise UserError(
-            f"{folder} has a transformer_2 but no boundary_ratio in model_index.json: where one noise expert hands "
-            "over to the other is unknown; add it (Wan2.2 T2V-A14B 0.875, I2V-A14B 0.9)"
+            f"{folder} has a transformer_2 but no boundary_ratio in model_index.json, the sigma at which the noise "
+            "experts hand over; add it (Wan2.2 T2V-A14B 0.875, I2V-A14B 0.9)"
         )
     return (NoiseExpert.HIGH, NoiseExpert.LOW) if two else (NoiseExpert.HIGH,)
 
@@ -191,34 +191,34 @@ def _defaults(folder: Path, task: Task, boundary: float | None) -> Defaults:
     file = folder / DEFAULTS_FILE
     if not file.is_file():
         return base
-    own = _json(file)
-    guidance = {NoiseExpert(k): float(v) for k, v in own.get("guidance", {}).items()} or base.guidance
-    height, width = own.get("size", base.size)
-    return Defaults(int(own.get("steps", base.steps)), guidance, (int(height), int(width)),
-                    int(own.get("num_frames", base.num_frames)), int(own.get("fps", base.fps)))
+    values = _json(file)
+    guidance = {NoiseExpert(k): float(v) for k, v in values.get("guidance", {}).items()} or base.guidance
+    height, width = values.get("size", base.size)
+    return Defaults(int(values.get("steps", base.steps)), guidance, (int(height), int(width)),
+                    int(values.get("num_frames", base.num_frames)), int(values.get("fps", base.fps)))
 
 
 def read_spec(folder: Path) -> ModelSpec:
     """Read and check a model folder in diffusers layout.
 
     Raises:
-        UserError: no such folder, an incomplete one, or a model that lapwan does not know.
+        UserError: no such folder, an incomplete one, or a model that lapwan does not support.
     """
     if not folder.is_dir():
         raise UserError(f"no model folder {folder}; MODEL is 'tiny', 'tiny-t2v', 'tiny-i2v' or a diffusers folder")
     index = _json(folder / "model_index.json")
     boundary = index.get("boundary_ratio")
-    noise_experts = _experts(folder, index, boundary)
-    transformers = {noise_expert: _json(folder / noise_expert.component / "config.json") for noise_expert in noise_experts}
+    noise_experts = _noise_experts(folder, index, boundary)
+    transformers = {e: _json(folder / e.component / "config.json") for e in noise_experts}
     main = transformers[noise_experts[0]]
     for noise_expert, config in transformers.items():
         for key in ("in_channels", "num_layers", "num_attention_heads", "attention_head_dim"):
             if config.get(key) != main.get(key):
-                raise UserError(f"{folder}: {noise_expert.component}'s {key} is {config.get(key)}, the other "
-                                f"noise expert's is {main.get(key)}; the two do not belong together")
+                raise UserError(f"{folder}: {noise_expert.component}'s {key} is {config.get(key)}, the other noise "
+                                f"expert's is {main.get(key)}; the two are of different models")
     if main.get("image_dim") is not None:
-        raise UserError(f"{folder} is a Wan2.1 image-to-video model, which needs an image encoder that lapwan does not "
-                        "run; use Wan2.2 I2V-A14B")
+        raise UserError(f"{folder} is a Wan2.1 image-to-video model, which needs an image encoder; lapwan does not "
+                        "support it: use Wan2.2 I2V-A14B")
     vae = _json(folder / "vae" / "config.json")
     scheduler = _json(folder / "scheduler" / "scheduler_config.json")
     temporal, spatial = int(vae.get("scale_factor_temporal") or 4), int(vae.get("scale_factor_spatial") or 8)

@@ -18,7 +18,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from lapwan import VideoGenerator
 from lapwan.checkpoints.wan_keys import to_original
 from lapwan.errors import UserError
-from lapwan.models import wan22_vae
+from lapwan.models import original_layout
 from lapwan.models.original_layout import load_vae_file, t5_to_transformers
 from lapwan.models.separate_files import vae_config
 from lapwan.sampling.generator import Generator
@@ -64,7 +64,7 @@ def original_vae(names: set[str], blocks: int) -> dict[str, str]:
         for stage in range(4):
             found += [f"{side}.{group}.{stage}.{group}.{j}.{leaf}" for j in range(count) for leaf in leaves]
             found += [f"{side}.{group}.{stage}.{group}.{count}.{leaf}" for leaf in sampler]
-    made = {wan22_vae.tensor_to_diffusers(name): name for name in found}
+    made = {original_layout.wan22_vae_to_diffusers(name): name for name in found}
     assert len(made) == len(found), "two original names met in one"
     assert names <= set(made), names - set(made)
     return {name: made[name] for name in names}
@@ -85,8 +85,8 @@ def make_vae(blocks: int) -> AutoencoderKLWan:
     torch.manual_seed(0)
     return AutoencoderKLWan(
         base_dim=8, decoder_base_dim=12, z_dim=48, num_res_blocks=blocks, is_residual=True, in_channels=12,
-        out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=list(wan22_vae._MEAN),
-        latents_std=list(wan22_vae._STD),
+        out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=list(original_layout.WAN22_LATENTS_MEAN),
+        latents_std=list(original_layout.WAN22_LATENTS_STD),
     ).eval()
 
 
@@ -140,8 +140,8 @@ def own_cache(monkeypatch, tmp_path_factory) -> None:
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_released_name_and_its_place(name) -> None:
-    assert wan22_vae.tensor_to_diffusers(name) == RELEASED[name]
-    assert wan22_vae.tensor_to_diffusers(RELEASED[name]) == RELEASED[name]  # diffusers' own names stay
+    assert original_layout.wan22_vae_to_diffusers(name) == RELEASED[name]
+    assert original_layout.wan22_vae_to_diffusers(RELEASED[name]) == RELEASED[name]  # diffusers' own names stay
 
 
 def test_the_config_of_the_released_sizes() -> None:
@@ -153,11 +153,12 @@ def test_the_config_of_the_released_sizes() -> None:
         )
     state = vae.state_dict()
     names = original_vae(set(state), 2)
-    config = wan22_vae.config({names[name]: value for name, value in state.items()})
+    config = original_layout.wan22_vae_config({names[name]: value for name, value in state.items()})
     assert config is not None
     for key in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks", "temperal_downsample", "patch_size"):
         assert config[key] == vae.config[key], key
-    assert len(wan22_vae._MEAN) == len(wan22_vae._STD) == 48 and min(wan22_vae._STD) > 0
+    mean, std = original_layout.WAN22_LATENTS_MEAN, original_layout.WAN22_LATENTS_STD
+    assert len(mean) == len(std) == 48 and min(std) > 0
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
