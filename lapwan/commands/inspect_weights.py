@@ -60,7 +60,7 @@ def _tell(settings: InspectWeightsSettings, inspection: Inspection) -> None:
     results.print(tables.figure_table("" if step is None else f"step {step}", inspection.figures))
     for label, one in document["experts"].items():
         if "relative_delta" in one:
-            results.print(f"update / weights of the base, {label}: {tables.shown(one['relative_delta'])}", markup=False)
+            results.print(f"update / weights of the base, {label}: {tables.format_number(one['relative_delta'])}", markup=False)
     if rate := document["ratios"]["lr"]:
         results.print(f"lr, high / low: {rate:.4g}", markup=False)
     for label, described in document.get("mixture", {}).items():

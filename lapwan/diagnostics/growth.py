@@ -1,10 +1,10 @@
-"""How a LoRA grew between checkpoints.
+"""Growth of a LoRA between checkpoints.
 
-    growth = x(to) / x(from) − 1,    to be compared with √(step_to / step_from) − 1, what a random walk alone gives
+    growth = x(to) / x(from) − 1,    to be compared with √(step_to / step_from) − 1, that of a random walk
+    update cosine = cos(ΔW_k − ΔW_{k−1}, ΔW_{k−1} − ΔW_{k−2}):  1 a straight line, 0 a random walk, < 0 back and forth
 
-`legacy` contains the floor that A starts with, `net` is the same figure less the floor; only the latter (and mean|B|,
-‖ΔW‖_F) says how training went.
-    update cosine = cos(ΔW_k − ΔW_{k−1}, ΔW_{k−1} − ΔW_{k−2}):  1 straight ahead, 0 a random walk, < 0 back and forth
+`legacy` contains the floor that A starts with; `net` is the same figure less the floor. Only `net`, mean|B| and ‖ΔW‖_F
+show the progress of training.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lapwan.diagnostics.lora_figures import Figures, inner, measure, summarise
-from lapwan.diagnostics.run_folder import Checkpoint, own_steps
+from lapwan.diagnostics.lora_figures import Figures, inner_product, measure, summarise
+from lapwan.diagnostics.run_folder import Checkpoint, noise_expert_steps
 from lapwan.lora.state import Entry
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Relative growth of one noise expert's figures between two checkpoints; None where it cannot be said."""
+    """Relative growth of one noise expert's figures between two checkpoints; None where it is undefined."""
 
     legacy: float | None
     net: float | None
@@ -32,7 +32,7 @@ class Growth:
 
 
 def history(points: Sequence[Checkpoint]) -> list[dict[str, Figures]]:
-    """Figures by label at every checkpoint, spectra left out."""
+    """Figures by label at every checkpoint, without spectra."""
     return [
         {label: summarise(measure(lora.modules, spectrum=False)) for label, lora in point.loras.items()}
         for point in points
@@ -42,7 +42,7 @@ def history(points: Sequence[Checkpoint]) -> list[dict[str, Figures]]:
 def growth(
     points: Sequence[Checkpoint], figures: Sequence[Mapping[str, Figures]], lines: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The `growth` list of the JSON: an entry for each pair of successive checkpoints; `lines`: the run's metrics."""
+    """The `growth` list of the JSON: an entry per pair of successive checkpoints; `lines` are the run's metrics."""
     entries: list[dict[str, Any]] = []
     for k in range(1, len(points)):
         entry: dict[str, Any] = {"from_step": points[k - 1].step, "to_step": points[k].step}
@@ -51,16 +51,16 @@ def growth(
                 cosine = None
                 if k >= 2 and label in points[k - 2].loras:
                     cosine = update_cosine(*(points[j].loras[label].modules for j in (k - 2, k - 1, k)))
-                start, end = (own_steps(lines, label, points[j].step) for j in (k - 1, k))
-                entry[label] = asdict(between(figures[k - 1][label], figures[k][label], (start, end), cosine))
+                start, end = (noise_expert_steps(lines, label, points[j].step) for j in (k - 1, k))
+                entry[label] = asdict(growth_between(figures[k - 1][label], figures[k][label], (start, end), cosine))
         entries.append(entry)
     return entries
 
 
-def between(
+def growth_between(
     before: Figures, after: Figures, steps: tuple[float | None, float | None], cosine: float | None = None
 ) -> Growth:
-    """Growth of one noise expert from `before` to `after`, at its own `steps`."""
+    """Growth of one noise expert from `before` to `after`; `steps` are its own step counts at both."""
     start, end = steps
     expected = math.sqrt(end / start) - 1 if start and end else None
     return Growth(
@@ -81,13 +81,14 @@ def _relative(before: float | None, after: float | None) -> float | None:
 def update_cosine(
     first: Mapping[str, Entry], second: Mapping[str, Entry], third: Mapping[str, Entry]
 ) -> float | None:
-    """cos(W_3 − W_2, W_2 − W_1) over the modules all three have, from inner products of the factors."""
+    """cos(W_3 − W_2, W_2 − W_1) over the modules that all three have, from inner products of the factors."""
     dot = norm_new = norm_old = 0.0
     for path in third:
         if path not in second or path not in first:
             continue
         a, b, c = first[path].entry(), second[path].entry(), third[path].entry()
-        aa, bb, cc, ab, bc, ac = inner(a, a), inner(b, b), inner(c, c), inner(a, b), inner(b, c), inner(a, c)
+        aa, bb, cc = inner_product(a, a), inner_product(b, b), inner_product(c, c)
+        ab, bc, ac = inner_product(a, b), inner_product(b, c), inner_product(a, c)
         dot += bc - bb - ac + ab
         norm_new += cc - 2 * bc + bb
         norm_old += bb - 2 * ab + aa

@@ -1,12 +1,12 @@
-"""Numbers about one LoRA: magnitudes, norms and spectra, module by module, without ever forming B A.
+"""Numbers about one LoRA: magnitudes, norms and spectra, module by module, without forming B A.
 
     ‖s·BA‖²_F = s² · Σ (A Aᵀ) ∘ (Bᵀ B)                                   r x r Gram matrices in fp64
     σ(s·BA)²  = s² · eigenvalues of G^½ (A Aᵀ) G^½,  G = Bᵀ B
     stable rank = ‖ΔW‖²_F / σ_1²;   effective rank = exp(−Σ p_i ln p_i), p_i = σ_i / Σ σ   (Roy & Vetterli 2007)
     ⟨B_1 A_1, B_2 A_2⟩ = Σ (A_1 A_2ᵀ) ∘ (B_1ᵀ B_2)
 
-Singular values come out to about 1e-8 of the largest, since they are roots of fp64 eigenvalues: far below what any of
-these figures shows.
+Singular values are accurate to about 1e-8 of the largest, because they are roots of fp64 eigenvalues: enough for all of
+these figures.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from lapwan.lora.state import Entry, LoraEntry
 
 _OUTER = {diffusers: original for original, diffusers in OUTER_MODULES.items()}
 _WORKERS = 2
+_TILE = 1 << 20  # elements summed at once, in fp64: a sum of squares in fp32 is off in the sixth digit
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,23 @@ class ModuleFigures:
 
     @property
     def dead(self) -> bool:
-        """ΔW is exactly zero: nothing was learnt here."""
+        """ΔW is exactly zero: the module changes nothing."""
         return self.finite and self.delta_norm == 0.0
 
     @property
     def block(self) -> str:
         """`7`, or `outer` for a module outside the blocks."""
-        found = _place(self.path)
-        return str(found[0]) if found else "outer"
+        inside = _block_and_projection(self.path)
+        return str(inside[0]) if inside else "outer"
 
     @property
     def projection(self) -> str:
         """`self_attn.q`, as users name it."""
-        found = _place(self.path)
-        return found[1] if found else _OUTER.get(self.path, self.path)
+        inside = _block_and_projection(self.path)
+        return inside[1] if inside else _OUTER.get(self.path, self.path)
 
 
-def _place(path: str) -> tuple[int, str] | None:
+def _block_and_projection(path: str) -> tuple[int, str] | None:
     """(block, projection) of a module, or of a mixture's `{module}.{family}`."""
     return split_block(path) or split_block(path.rpartition(".")[0])
 
@@ -76,8 +77,8 @@ def _place(path: str) -> tuple[int, str] | None:
 class Figures:
     """A group of modules: a noise expert, a block or a projection. None where a figure does not exist.
 
-    `legacy_mean_abs` is mean|w| over all elements of A and B, no alpha: the users' "weight magnitude".
-    `init_floor` is what it is at B = 0 and a Kaiming-uniform A (mean|A| = 1 / (2·√in)), from the group's own shapes.
+    `legacy_mean_abs` is mean|w| over all elements of A and B without alpha: the users' "weight magnitude".
+    `init_floor` is its value at B = 0 and a Kaiming-uniform A (mean|A| = 1 / (2·√in)), from the group's shapes.
     """
 
     modules: int
@@ -96,17 +97,16 @@ class Figures:
 
     @property
     def net_mean_abs(self) -> float | None:
-        """`legacy_mean_abs` less the floor: what training added."""
+        """`legacy_mean_abs` less the floor: the part that training added."""
         if self.legacy_mean_abs is None or self.init_floor is None:
             return None
         return self.legacy_mean_abs - self.init_floor
 
 
 class _Grams:
-    """A Aᵀ and s²·Bᵀ B of all modules of one rank, in two blocks made beforehand.
+    """A Aᵀ and s²·Bᵀ B of all modules of one rank, in two preallocated blocks.
 
-    Small tensors that outlive the large temporaries around them would leave holes in the heap that nothing fits:
-    measured, 600 MB for a rank-32 pair.
+    Small tensors that outlive the large temporaries around them fragment the heap: 600 MB for a rank-32 pair, measured.
     """
 
     def __init__(self, count: int, rank: int) -> None:
@@ -126,7 +126,7 @@ class _Grams:
 
 
 def measure(modules: Mapping[str, Entry], spectrum: bool = True) -> list[ModuleFigures]:
-    """Figures of every module; at most two are in memory at a time. `spectrum=False` leaves the eigenvalues out."""
+    """Figures of every module; at most two are in memory at a time. `spectrum=False` skips the eigenvalues."""
     by_rank: dict[int, _Grams] = {}
     ranks = [module.rank for module in modules.values()]
     for rank in set(ranks):
@@ -161,46 +161,46 @@ def _measure(path: str, module: Entry, gram_a: Tensor, gram_b: Tensor) -> Module
     return ModuleFigures(
         path=path, rank=entry.rank, elements_a=down.numel(), elements_b=up.numel(), sum_abs_a=sum_a, sum_abs_b=sum_b,
         floor_sum=down.numel() / (2.0 * math.sqrt(down.shape[1])),
-        # A sum of products that cancel may end a rounding below zero.
+        # A sum of products that cancel may round to slightly below zero.
         delta_norm=math.sqrt(max(square, 0.0)) if finite else math.nan,
         spectral_norm=math.nan, stable_rank=math.nan, effective_rank=math.nan, finite=finite,
     )
 
 
 def summarise(modules: Iterable[ModuleFigures]) -> Figures:
-    """The group's figures; a non-finite module counts in `nonfinite_modules` and in nothing else but the sizes."""
-    every = list(modules)
-    good = [m for m in every if m.finite]
-    live = [m for m in good if not m.dead and not math.isnan(m.spectral_norm)]
-    count_a, count_b = sum(m.elements_a for m in good), sum(m.elements_b for m in good)
-    sum_a, sum_b = math.fsum(m.sum_abs_a for m in good), math.fsum(m.sum_abs_b for m in good)
-    ranks = [m.rank for m in every]
+    """Figures of a group; a non-finite module counts in `nonfinite_modules` and the sizes only."""
+    group = list(modules)
+    finite = [m for m in group if m.finite]
+    live = [m for m in finite if not m.dead and not math.isnan(m.spectral_norm)]
+    count_a, count_b = sum(m.elements_a for m in finite), sum(m.elements_b for m in finite)
+    sum_a, sum_b = math.fsum(m.sum_abs_a for m in finite), math.fsum(m.sum_abs_b for m in finite)
+    ranks = [m.rank for m in group]
     return Figures(
-        modules=len(every),
-        parameters=sum(m.elements_a + m.elements_b for m in every),
+        modules=len(group),
+        parameters=sum(m.elements_a + m.elements_b for m in group),
         rank=max(set(ranks), key=ranks.count) if ranks else None,
         legacy_mean_abs=_ratio(sum_a + sum_b, count_a + count_b),
-        init_floor=_ratio(math.fsum(m.floor_sum for m in good), count_a + count_b),
+        init_floor=_ratio(math.fsum(m.floor_sum for m in finite), count_a + count_b),
         mean_abs_A=_ratio(sum_a, count_a),
         mean_abs_B=_ratio(sum_b, count_b),
-        delta_norm=math.sqrt(math.fsum(m.delta_norm**2 for m in good)) if good else None,
+        delta_norm=math.sqrt(math.fsum(m.delta_norm**2 for m in finite)) if finite else None,
         spectral_norm_max=max((m.spectral_norm for m in live), default=None),
         stable_rank_mean=_mean([m.stable_rank for m in live]),
         effective_rank_mean=_mean([m.effective_rank for m in live]),
-        nonfinite_modules=len(every) - len(good),
-        dead_modules=sum(m.dead for m in every),
+        nonfinite_modules=len(group) - len(finite),
+        dead_modules=sum(m.dead for m in group),
     )
 
 
 def group_by(modules: Iterable[ModuleFigures], key: Callable[[ModuleFigures], str]) -> dict[str, list[ModuleFigures]]:
-    """Modules by block or projection, in the order they come."""
+    """Modules by block or projection, in order."""
     groups: dict[str, list[ModuleFigures]] = {}
     for module in modules:
         groups.setdefault(key(module), []).append(module)
     return groups
 
 
-def inner(first: LoraEntry, second: LoraEntry) -> float:
+def inner_product(first: LoraEntry, second: LoraEntry) -> float:
     """⟨ΔW_1, ΔW_2⟩ (Frobenius) of two updates of one Linear, in fp64; ranks may differ."""
     across_a = first.down.double() @ second.down.double().T
     across_b = first.up.double().T @ second.up.double()
@@ -214,30 +214,28 @@ def _ratio(numerator: float, denominator: float) -> float | None:
 def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
-_TILE = 1 << 20  # elements, in fp64: a sum of squares in fp32 is off in the sixth digit
-
 
 def weight_norms(
     files: Sequence[Path], paths: Iterable[str], advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, float]:
-    """‖W‖_F of the Linears `paths` of a transformer, streamed by tiles of rows.
+    """‖W‖_F of the Linears `paths` of a transformer, streamed in tiles.
 
     Raises:
         UserError: a module that the transformer lacks.
     """
     headers = [read_header(path) for path in files]
     weights = linear_weights(headers)
-    wanted = list(paths)
-    for path in wanted:
+    modules = list(paths)
+    for path in modules:
         if path not in weights:
             raise UserError(f"--base {files[0].parent}: no module '{path}'; the LoRA was made for another model")
     with one_thread(), ThreadPoolExecutor(2) as pool:
-        norms = pool.map(lambda path: _norm(headers[weights[path][0]], weights[path][1]), wanted)
-        found: dict[str, float] = {}
-        for path, norm in zip(wanted, norms, strict=True):
-            found[path] = norm
+        results = pool.map(lambda path: _norm(headers[weights[path][0]], weights[path][1]), modules)
+        norms: dict[str, float] = {}
+        for path, norm in zip(modules, results, strict=True):
+            norms[path] = norm
             advance(1)
-        return found
+        return norms
 
 
 def _norm(file: TensorFile, name: str) -> float:

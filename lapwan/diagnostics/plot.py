@@ -1,4 +1,4 @@
-"""The picture of `inspect-weights --plot`: magnitudes and ratios over steps, and where in the model the update lies."""
+"""The picture of `inspect-weights --plot`: magnitudes and ratios over steps, and a heat map of the update."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _ENTROPY = "entropy / ln E"
 _RATIO_NAMES = dict(zip(RATIOS, _RATIO_COLOURS, strict=True))
 
 
-def picture(
+def draw_plot(
     steps: Sequence[int | None], history: Sequence[Mapping[str, Figures]],
     modules: Mapping[str, Sequence[ModuleFigures]], preset: Preset, mixture: Mapping[str, Any] | None = None,
     routing: Mapping[str, Any] | None = None,
 ) -> Image.Image:
-    """Line charts where there are two checkpoints or more, for a mixture its gates and routing, then a heat map of the
-    last one's update by noise expert.
+    """Line charts over the checkpoints (if there are two or more), a mixture's gates and routing, and a heat map of the
+    last checkpoint's update by noise expert.
 
     Args:
         steps: of each checkpoint, oldest first.
@@ -59,10 +59,11 @@ def _charts(
 ) -> None:
     middle, bottom = _WIDTH / 2, _MARGIN + _CHART - 20
     labels = list(dict.fromkeys(label for figures in history for label in figures))
-    size = {label: [(step, figures[label].mean_abs_B or 0.0) for step, figures in zip(steps, history, strict=True)
-                    if label in figures] for label in labels}
+    magnitudes = {label: [(step, figures[label].mean_abs_B or 0.0)
+                          for step, figures in zip(steps, history, strict=True) if label in figures]
+                  for label in labels}
     left = Box(_MARGIN, _MARGIN, middle - 14, bottom)
-    canvas.line_chart(left, "mean|B|: what training added", size, _COLOURS, "step")
+    canvas.line_chart(left, "mean|B|: what training added", magnitudes, _COLOURS, "step")
     lines: dict[str, list[tuple[float, float]]] = {}
     for step, figures in zip(steps, history, strict=True):
         for key, value in ratios(figures, {}).items():
@@ -70,7 +71,7 @@ def _charts(
                 lines.setdefault(_RATIO_NAMES[key], []).append((step, value))
     if lines:
         wanted = {}
-        if preset is not None:  # not of a mixture, to which the rules for plain LoRAs do not apply
+        if preset is not None:  # None for a mixture, to which the rules for plain LoRAs do not apply
             wanted = {"mean|B| wanted for motion": 2.0} if preset.leader == "high" else {"mean|B| wanted at most": 0.5}
         canvas.line_chart(Box(middle + 14, _MARGIN, _WIDTH - _MARGIN, bottom), "high / low", lines, _RATIO_COLOURS,
                           "step", wanted)
@@ -79,8 +80,8 @@ def _charts(
 def _gates(canvas: Canvas, top: float, mixture: Mapping[str, Any], routing: Mapping[str, Any]) -> None:
     """w(σ) on the left; on the right each expert's usage, and the router's entropy over the largest possible."""
     middle, bottom = _WIDTH / 2, top + _MARGIN + _CHART - 20
-    curves = {label: list(zip(one["timestep_gate"]["sigma"], one["timestep_gate"]["strength"], strict=True))
-              for label, one in mixture.items()}
+    gates = {label: described["timestep_gate"] for label, described in mixture.items()}
+    curves = {label: list(zip(gate["sigma"], gate["strength"], strict=True)) for label, gate in gates.items()}
     canvas.line_chart(Box(_MARGIN, top + _MARGIN, middle - 14, bottom), "w(sigma): the timestep gates", curves,
                       _COLOURS, "sigma")
     windows = routing.get("windows") or []
@@ -99,27 +100,27 @@ def _gates(canvas: Canvas, top: float, mixture: Mapping[str, Any], routing: Mapp
 
 
 def _rows(modules: Mapping[str, Sequence[ModuleFigures]]) -> list[str]:
-    blocks = {m.block for own in modules.values() for m in own}
+    blocks = {m.block for members in modules.values() for m in members}
     return sorted(blocks, key=lambda b: (0, int(b)) if b.isdigit() else (1, 0))
 
 
 def _maps(
     canvas: Canvas, top: float, height: float, modules: Mapping[str, Sequence[ModuleFigures]], rows: Sequence[str]
 ) -> None:
-    present = {m.projection for own in modules.values() for m in own}
+    present = {m.projection for members in modules.values() for m in members}
     columns = [p for p in PROJECTIONS if p in present] + sorted(present - set(PROJECTIONS))
     cells: dict[str, dict[tuple[str, str], float]] = {}
-    for label, own in modules.items():
+    for label, members in modules.items():
         squares: dict[tuple[str, str], float] = {}
-        for module in own:
+        for module in members:
             if module.finite:  # several experts of a mixture share a cell: their squares add up
                 key = (module.block, module.projection)
                 squares[key] = squares.get(key, 0.0) + module.delta_norm**2
         cells[label] = {key: math.sqrt(value) for key, value in squares.items()}
-    largest = max((value for own in cells.values() for value in own.values()), default=0.0)
-    wide = (_WIDTH - 2 * _MARGIN - _BAR) / len(cells)
+    largest = max((value for values in cells.values() for value in values.values()), default=0.0)
+    width = (_WIDTH - 2 * _MARGIN - _BAR) / len(cells)
     for n, (label, values) in enumerate(cells.items()):
-        box = Box(_MARGIN + n * wide, top, _MARGIN + (n + 1) * wide - 12, top + height)
+        box = Box(_MARGIN + n * width, top, _MARGIN + (n + 1) * width - 12, top + height)
         canvas.heat_map(box, f"{label}: norm of the update by block and projection", columns, rows, values, largest)
     bar = Box(_WIDTH - _MARGIN - _BAR + 16, top + 44, _WIDTH - _MARGIN - _BAR + 32, top + height - 92)
     canvas.colour_bar(bar, largest, "norm")

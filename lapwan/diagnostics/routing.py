@@ -1,7 +1,7 @@
-"""Is a router healthy? Sums over a window of clips, the users' thresholds on them, and the advice that goes with them.
+"""Health of a router during training: sums over a window of clips, thresholds on them, and advice.
 
-Shapes: B samples, E experts. Entropies in nats, natural logarithms. Thresholds were stated for four experts; those on
-usage scale with 1/E, the one on entropy with ln E.
+Shapes: B samples, E experts. Entropies in nats. The thresholds were stated for four experts; those on usage scale with
+1/E, the one on entropy with ln E.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_LOW_ENTROPY = 0.3 / math.log(4)  # of the largest possible
-_LEAST, _MOST = 0.2, 0.6  # of 1/E; of the way from 1/E to 1
+_LOW_ENTROPY = 0.3 / math.log(4)  # as a fraction of ln E
+_LEAST, _MOST = 0.2, 0.6  # as fractions of 1/E, and of the distance from 1/E to 1
 
 
 @dataclass(frozen=True)
 class RoutingTotals:
-    """Sums over clips in one flat fp64 vector, so that windows are differences and processes add up.
+    """Sums over clips in one flat fp64 vector, so that a window is a difference and processes can be summed.
 
     In order: clips, clips with a label, Σ entropy, Σ KL of labelled clips, usage [E], usage by family [E, E] and
     confusion [E, E] (rows: the label's family, of labelled clips; columns: expert, or the router's choice).
@@ -29,15 +29,23 @@ class RoutingTotals:
     experts: int
 
     @staticmethod
-    def none(experts: int) -> RoutingTotals:
-        """Of no clip."""
+    def zeros(experts: int) -> RoutingTotals:
+        """The totals of no clips."""
         return RoutingTotals(torch.zeros(4 + experts + 2 * experts * experts, dtype=torch.float64), experts)
 
     @staticmethod
     def of(
         student_BE: Tensor, mix_BE: Tensor, label_BE: Tensor, labelled_B: Tensor, entropy_B: Tensor, kl_B: Tensor
     ) -> RoutingTotals:
-        """Of these clips; `labelled_B` is 0 for clips whose label is only a fallback."""
+        """The totals of a batch.
+
+        Args:
+            student_BE: the router's probabilities before top-k.
+            mix_BE: the gates after top-k.
+            label_BE: label weights.
+            labelled_B: 1, or 0 for clips whose label is only a fallback.
+            entropy_B, kl_B: of the student, and KL(student ‖ teacher), in nats.
+        """
         experts = student_BE.shape[1]
         family_BE = torch.nn.functional.one_hot(label_BE.argmax(dim=1), experts).to(mix_BE) * labelled_B[:, None]
         chosen_BE = torch.nn.functional.one_hot(student_BE.argmax(dim=1), experts).to(mix_BE)
@@ -56,12 +64,12 @@ class RoutingTotals:
 
     @property
     def clips(self) -> float:
-        """How many clips."""
+        """Number of clips."""
         return float(self.flat[0])
 
     @property
     def labelled(self) -> float:
-        """How many of them have a label that is no fallback."""
+        """Number of clips whose label is not a fallback."""
         return float(self.flat[1])
 
     @property
@@ -76,9 +84,10 @@ class RoutingTotals:
 
     @property
     def usage_E(self) -> Tensor:
-        """Each expert's share of all gates after top-k; they sum to 1.
+        """Each expert's share of all gates after top-k; the shares sum to 1.
 
-        The single gate of k = 1 is not renormalised: divided by clips, an unsure router's experts would seem unused.
+        The single gate of k = 1 is not renormalised: if divided by clips, experts of an uncertain router would seem
+        unused.
         """
         sums_E = self.flat[4 : 4 + self.experts]
         return sums_E / sums_E.sum().clamp_min(1e-30)
@@ -104,8 +113,8 @@ class RoutingTotals:
 
 
 @dataclass(frozen=True)
-class Thresholds:
-    """None: the users' own, scaled to the number of experts."""
+class RoutingThresholds:
+    """Limits of a healthy router; None: the default, scaled to the number of experts."""
 
     entropy: float | None = None
     least_usage: float | None = None
@@ -124,7 +133,7 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class RoutingFault:
-    """Something wrong with the routing: `kind` names it, `change` holds the settings that were advised, by key."""
+    """A fault of the routing: `kind` names it, `change` holds the advised settings by key."""
 
     kind: str
     text: str
@@ -135,7 +144,7 @@ class RoutingFault:
         return f"{self.text}; advice: " + (f"set {advice}, and " if advice else "") + "look at the label file"
 
 
-# What users were told to do, by settings key; a setting that is there already is not advised again.
+# Advised values by settings key; a setting that already has its value is not advised again.
 _ADVICE = {
     "collapse": {"routing_loss.balance": 0.2, "routing_loss.entropy": 0.05, "routing_loss.teacher_kl": 2.0},
     "usage": {"routing_loss.balance": 0.2, "data.balance": 1.0},
@@ -144,36 +153,36 @@ _ADVICE = {
 
 
 def judge_routing(
-    window: RoutingTotals, families: Sequence[str], thresholds: Thresholds, current: Mapping[str, float],
+    window: RoutingTotals, families: Sequence[str], thresholds: RoutingThresholds, current: Mapping[str, float],
     learned: bool = True,
 ) -> list[RoutingFault]:
-    """What is wrong in a window: collapse, an expert used too much or hardly at all, a router far from its teacher.
+    """The faults of a window: collapse, an expert used too much or too little, divergence from the teacher.
 
     Args:
-        current: the run's own values of the settings that may be advised.
-        learned: False for the rule router, which is as sure as the labels are: only its usage is judged.
+        current: the run's values of the settings that may be advised.
+        learned: False for the rule router, whose entropy is the labels': only its usage is judged.
     """
     if window.experts < 2 or not window.clips:
         return []
     entropy, least, most = thresholds.scaled(window.experts)
 
-    def warning(kind: str, advice: str, text: str) -> RoutingFault:
+    def fault(kind: str, advice: str, text: str) -> RoutingFault:
         change = {key: value for key, value in _ADVICE[advice].items() if current.get(key, math.inf) < value}
         return RoutingFault(kind, text, change)
 
-    found = []
+    faults = []
     if learned and window.entropy < entropy:
-        found.append(warning("collapse", "collapse", f"routing entropy {window.entropy:.2f} nats, below {entropy:.2f}: "
-                             "the router has collapsed"))
+        faults.append(fault("collapse", "collapse", f"routing entropy {window.entropy:.2f} nats, below {entropy:.2f}: "
+                            "the router has collapsed"))
     for family, share in zip(families, window.usage_E.tolist(), strict=True):
         if share > most:
-            found.append(warning("overuse", "usage", f"expert '{family}' takes {share:.0%} of the gates, above "
-                                 f"{most:.0%}"))
+            faults.append(fault("overuse", "usage", f"expert '{family}' takes {share:.0%} of the gates, above "
+                                f"{most:.0%}"))
         elif share < least:
-            found.append(warning("underuse", "usage", f"expert '{family}' takes {share:.1%} of the gates, below "
-                                 f"{least:.1%}"))
+            faults.append(fault("underuse", "usage", f"expert '{family}' takes {share:.1%} of the gates, below "
+                                f"{least:.1%}"))
     kl = window.teacher_kl
     if learned and kl is not None and kl > thresholds.teacher_kl:
-        found.append(warning("divergence", "divergence", f"KL to the teacher {kl:.2f} nats, above "
-                             f"{thresholds.teacher_kl:g}: the router has diverged from the labels"))
-    return found
+        faults.append(fault("divergence", "divergence", f"KL to the teacher {kl:.2f} nats, above "
+                            f"{thresholds.teacher_kl:g}: the router has diverged from the labels"))
+    return faults

@@ -1,7 +1,6 @@
-"""Finding what there is to inspect: a pair of LoRA files, one file, or a run folder with its checkpoints.
+"""The input of an inspection: a pair of LoRA files, one file, or a run folder with its checkpoints.
 
-A file is a LoRA or a mixture. What it holds is labelled `high`, `low`, or `file` where nothing says which noise
-expert it is for.
+A file is a LoRA or a mixture. Its content is labelled `high`, `low`, or `file` if nothing records the noise expert.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from lapwan.lora.formats import open_lora
 from lapwan.lora.state import Entry
 from lapwan.names import NoiseExpert
 
-UNSAID = "file"
+UNLABELLED = "file"
 METRICS = "metrics.jsonl"
 _STEP_FOLDER = re.compile(r"^step_(\d+)$")
 # Other trainers' names: `name-step00000400.safetensors`, `name-000012.safetensors` (epochs), `name_000000600_...`.
 _STEP_NAME = re.compile(r"(?:step[-_]?|[-_])0*(\d+)(?=[-_.]|$)")
 
 
-class Source(Protocol):
-    """The low-rank modules of one noise expert in a file: a LoRA, or a mixture's side."""
+class LoraSource(Protocol):
+    """The low-rank modules of one noise expert in a file: of a LoRA or of a mixture."""
 
     @property
     def path(self) -> Path: ...
@@ -42,76 +41,76 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved at one moment, by label; `step` None where nothing says it."""
+    """The files saved at one step, by label; `step` is None if nothing records it."""
 
     step: int | None
-    loras: Mapping[str, Source]
+    loras: Mapping[str, LoraSource]
 
 
 def pair(high: Path, low: Path) -> Checkpoint:
     """Two files, the high noise expert's first.
 
     Raises:
-        UserError: a file whose metadata says it is the other one.
+        UserError: a file whose metadata names the other noise expert.
     """
-    loras: dict[str, Source] = {}
+    loras: dict[str, LoraSource] = {}
     for noise_expert, path in ((NoiseExpert.HIGH, high), (NoiseExpert.LOW, low)):
-        files = open_lora(path)
-        found = files.get(noise_expert) or files.get(None) or next(iter(files.values()))
-        check_role(found, noise_expert)
-        loras[noise_expert.value] = found
+        by_noise_expert = open_lora(path)
+        lora = by_noise_expert.get(noise_expert) or by_noise_expert.get(None) or next(iter(by_noise_expert.values()))
+        check_role(lora, noise_expert)
+        loras[noise_expert.value] = lora
     return Checkpoint(_common_step(loras), loras)
 
 
 def single(path: Path) -> Checkpoint:
-    """One file: a LoRA of one noise expert, of both, or of one it does not say; or a mixture."""
+    """One file: a LoRA of one noise expert, of both, or of an unrecorded one; or a mixture."""
     loras = _open(path)
     return Checkpoint(_common_step(loras), loras)
 
 
-def _open(path: Path) -> Mapping[str, Source]:
+def _open(path: Path) -> Mapping[str, LoraSource]:
     if is_mixture_file(path):
         return open_mixture(path)
-    return {noise_expert.value if noise_expert else UNSAID: lora for noise_expert, lora in open_lora(path).items()}
+    return {noise_expert.value if noise_expert else UNLABELLED: lora for noise_expert, lora in open_lora(path).items()}
 
 
-def _common_step(loras: Mapping[str, Source]) -> int | None:
+def _common_step(loras: Mapping[str, LoraSource]) -> int | None:
     steps = {step_of(lora) for lora in loras.values()}
     return steps.pop() if len(steps) == 1 else None
 
 
-def step_of(lora: Source) -> int | None:
-    """The step a file was saved at: its folder `step_400`, its metadata, or its name."""
+def step_of(lora: LoraSource) -> int | None:
+    """The step a file was saved at, from its folder `step_400`, its metadata, or its name."""
     if match := _STEP_FOLDER.match(lora.path.parent.name):
         return int(match[1])
     for key in ("lapwan.step", "ss_steps"):
         if lora.metadata.get(key, "").isdigit():
             return int(lora.metadata[key])
-    found = _STEP_NAME.findall(lora.path.stem)
-    return int(found[-1]) if found else None
+    numbers = _STEP_NAME.findall(lora.path.stem)
+    return int(numbers[-1]) if numbers else None
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
-    """Every checkpoint of a run folder, in the order of steps: its LoRAs, or if it has none its mixtures.
+    """Every checkpoint of a run folder, ordered by step: its LoRAs, or its mixtures if it has no LoRAs.
 
     Raises:
-        UserError: no such files there, or two of one noise expert and step.
+        UserError: no such files, or two of one noise expert and step.
     """
     paths = [p for p in [*folder.glob("*.safetensors"), *folder.glob("step_*/*.safetensors")] if not is_temporary(p)]
     paths = [p for p in paths if not is_mixture_file(p)] or paths
     if not paths:
         raise UserError(f"{folder} holds no LoRA or mixture (*.safetensors, or step_N/*.safetensors); give a run "
                         "folder or LoRA files")
-    by_step: dict[int | None, dict[str, Source]] = {}
+    by_step: dict[int | None, dict[str, LoraSource]] = {}
     for path in sorted(paths):
         for label, lora in _open(path).items():
-            own = by_step.setdefault(step_of(lora), {})
-            same = label in own and (own[label].path.samefile(path) or own[label].fingerprint() == lora.fingerprint())
-            if label in own and not same:
-                raise UserError(f"{own[label].path} and {path} are both the {label} noise expert at step "
-                                f"{step_of(lora)}; give one run's folder, or the two files")
-            own.setdefault(label, lora)
-    if None in by_step and len(by_step) > 1:  # the last files of a run that does not write steps into them
+            loras = by_step.setdefault(step_of(lora), {})
+            if (other := loras.setdefault(label, lora)) is lora:
+                continue
+            if not other.path.samefile(path) and other.fingerprint() != lora.fingerprint():
+                raise UserError(f"{other.path} and {path} are both the {label} noise expert at step {step_of(lora)}; "
+                                "give one run's folder, or the two files")
+    if None in by_step and len(by_step) > 1:  # final files of a run that does not record steps in them
         del by_step[None]
     return [Checkpoint(step, by_step[step]) for step in sorted(by_step, key=lambda s: -1 if s is None else s)]
 
@@ -120,61 +119,61 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, if it has one; a last line cut by a kill is left out.
 
     Raises:
-        UserError: a line in the middle that is no JSON object.
+        UserError: a line before the last that is not a JSON object.
     """
     path = folder / METRICS
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line)
         except ValueError:
             value = None
         if isinstance(value, dict):
-            found.append(value)
+            records.append(value)
         elif line.strip() and number < len(lines):
             raise UserError(f"{path}, line {number}: not a JSON object")
-    return found
+    return records
 
 
-def own_steps(lines: Sequence[Mapping[str, Any]], label: str, step: int | None) -> float | None:
-    """A noise expert's own optimizer steps at the run's `step`: as its last line counts them, else its lines so far,
-    else the run's step.
+def noise_expert_steps(lines: Sequence[Mapping[str, Any]], label: str, step: int | None) -> float | None:
+    """Optimizer steps of one noise expert at the run's `step`: the count in its last line, else the number of its lines
+    so far, else the run's step.
 
-    Where only every k-th step is logged the lines are 1/k of the count; growth uses the quotient of two, in which k
+    If only every k-th step is logged, there are 1/k as many lines; growth uses a quotient of two counts, in which k
     cancels.
     """
     counted = [line["own_step"] for line in lines if line.get("noise_expert") == label and "own_step" in line
                and step is not None and line["step"] <= step]
     if counted:
         return float(max(counted))
-    own = [line["step"] for line in lines if line.get("noise_expert") == label and isinstance(line.get("step"), int)]
-    if step is None or not own:
+    logged = [line["step"] for line in lines if line.get("noise_expert") == label and isinstance(line.get("step"), int)]
+    if step is None or not logged:
         return step
-    return float(sum(at <= step for at in own))
+    return float(sum(at <= step for at in logged))
 
 
 def learning_rates(lines: Sequence[Mapping[str, Any]], step: int | None) -> dict[str, float]:
     """The last lr of each noise expert at or before `step`."""
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     for line in lines:
         rate, label, at = line.get("lr"), line.get("noise_expert"), line.get("step")
         if isinstance(rate, int | float) and isinstance(label, str) and isinstance(at, int) \
                 and (step is None or at <= step):
-            found[label] = float(rate)
-    return found
+            rates[label] = float(rate)
+    return rates
 
 
-def stated_rates(checkpoint: Checkpoint) -> dict[str, float]:
-    """The lr the files themselves state."""
-    found: dict[str, float] = {}
+def metadata_rates(checkpoint: Checkpoint) -> dict[str, float]:
+    """The lr recorded in the files' metadata."""
+    rates: dict[str, float] = {}
     for label, lora in checkpoint.loras.items():
         for key in ("lapwan.lr", "ss_unet_lr", "ss_learning_rate"):
             try:
-                found[label] = float(lora.metadata[key])
+                rates[label] = float(lora.metadata[key])
             except (KeyError, ValueError):
                 continue
             break
-    return found
+    return rates

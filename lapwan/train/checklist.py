@@ -9,12 +9,12 @@ from itertools import pairwise
 
 from lapwan.caching.index import CachedItem
 from lapwan.caching.read import read_item
-from lapwan.diagnostics.tables import shown
+from lapwan.diagnostics.tables import format_number
 from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
 from lapwan.errors import UserError
 from lapwan.lora.formats import LoraFile
-from lapwan.losses.sigmas import share_of_band, shares_of_bins, shift_for_tokens
-from lapwan.models.base import Base, targets_of
+from lapwan.losses.sigmas import band_probability, bin_probabilities, shift_for_tokens
+from lapwan.models.base import Base, target_ranks
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.train import NoiseExpertSettings, TrainSettings
 from lapwan.train.optimizers import check_optimizer, describe_optimizer, predicted_lr, ratio_line
@@ -41,7 +41,7 @@ def describe(
     for noise_expert, own in data.noise_experts.items():
         check_optimizer(own.optimizer, own.schedule)
         file = (continued or {}).get(noise_expert)
-        ranks = targets_of(own.targets, base.num_layers) if file is None else {
+        ranks = target_ranks(own.targets, base.num_layers) if file is None else {
             path: module.rank for path, module in file.modules.items()}
         count = data.schedule.count(noise_expert)
         extras = [f"{count} steps", f"{len(ranks)} modules of ranks {', '.join(map(str, sorted(set(ranks.values()))))}",
@@ -83,7 +83,7 @@ def histogram_lines(own: NoiseExpertSettings, base: Base, data: RunData, noise_e
     _, height, width = min(data.items, key=lambda item: item.bucket).bucket
     tokens = (height // base.spec.spatial_stride) * (width // base.spec.spatial_stride) // 4
     sampler, band = rule.sampler.for_tokens(tokens), rule.band
-    share = share_of_band(sampler, band.low, band.high)
+    share = band_probability(sampler, band.low, band.high)
     if share <= 0:
         raise UserError(f"the sigma sampler never draws inside the {noise_expert.value} noise expert's band {band}; "
                         "change [sigma]")
@@ -100,7 +100,7 @@ def histogram_lines(own: NoiseExpertSettings, base: Base, data: RunData, noise_e
         text += f", stratified by {own.sigma.strata}"
     if own.weighting.kind != "none":
         text += f"; loss weighted by {own.weighting.kind}"
-    shares = shares_of_bins(sampler, band.low, band.high, _BINS)
+    shares = bin_probabilities(sampler, band.low, band.high, _BINS)
     step = (band.high - band.low) / _BINS
     bars = [f"    {band.low + i * step:.3f}-{band.low + (i + 1) * step:.3f} {100 * part:5.1f} % "
             + "#" * round(_WIDTH * part / max(shares)) for i, part in enumerate(shares)]
@@ -222,7 +222,7 @@ def _preset(settings: TrainSettings, data: RunData) -> list[Finding]:
         value = rule["value"]
         low = PRESETS[settings.health.preset].steps[0]
         fine = rule["status"] == "good" and not (rule["rule"].startswith("steps") and value < low)
-        found.append(Finding(fine, f"{rule['rule']}: {shown(value)} (wanted for {settings.health.preset}: "
+        found.append(Finding(fine, f"{rule['rule']}: {format_number(value)} (wanted for {settings.health.preset}: "
                                    f"{rule['threshold']}; {rule['source']})"))
     return found
 

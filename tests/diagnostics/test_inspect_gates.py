@@ -27,9 +27,9 @@ def write(path: Path, router: str = "text", alpha: float = 2.0) -> Mixture:
     torch.manual_seed(0)
     bands = {NoiseExpert.HIGH: (0.875, 1.0), NoiseExpert.LOW: (0.0, 0.875)}
     spec = MixtureSpec(FAMILIES, {}, "t2v", bands, 12, router=router, flow_shift=5.0, steps=8, router_temperature=0.7)
-    states = {noise_expert: {family: LoraState({
+    states = {e: {family: LoraState({
         path: LoraEntry(torch.randn(2, 16), torch.randn(16, 2), alpha)
-        for path in ("blocks.0.attn1.to_q", "blocks.3.ffn.net.2")}) for family in FAMILIES} for noise_expert in NoiseExpert}
+        for path in ("blocks.0.attn1.to_q", "blocks.3.ffn.net.2")}) for family in FAMILIES} for e in NoiseExpert}
     made = Mixture(spec, states)
     with torch.no_grad():
         for noise_expert in NoiseExpert:
@@ -102,7 +102,7 @@ def test_a_label_routers_answers_are_in_the_file(tmp_path, capsys):
         want = torch.softmax((weight[:, n] + bias) / 0.7, dim=0)
         assert list(answer["mix"].values()) == pytest.approx(want.tolist(), rel=1e-5)
         assert answer["entropy"] == pytest.approx(float(-(want * want.log()).sum()), rel=1e-5)
-    assert "the router's answer to each label" in said
+    assert "the router's gates for each label" in said
 
 
 def test_routing_over_a_run_comes_from_its_metrics(tmp_path, capsys):

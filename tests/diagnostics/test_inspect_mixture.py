@@ -119,5 +119,5 @@ def test_relative_to_the_base_equals_brute_force(tmp_path, capsys):
     with pytest.raises(UserError, match=r"no module 'blocks\.99"):
         inspect(capsys, tmp_path / "far_high.safetensors", base="tiny")
     write_lora(tmp_path / "plain.safetensors", state(0, ranks, width))
-    with pytest.raises(UserError, match="does not say which noise expert"):
+    with pytest.raises(UserError, match="does not record its noise expert"):
         inspect(capsys, tmp_path / "plain.safetensors", base="tiny")

@@ -12,7 +12,7 @@ import torch
 from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.commands.inspect_weights import run
 from lapwan.diagnostics.growth import update_cosine
-from lapwan.diagnostics.lora_figures import inner, measure, summarise
+from lapwan.diagnostics.lora_figures import inner_product, measure, summarise
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, write_lora
 from lapwan.lora.state import LoraEntry, LoraState
@@ -112,7 +112,7 @@ def test_inner_product_and_update_cosine_equal_brute_force():
     for path in a.entries:
         x, y = a.entries[path], b.entries[path]
         want = (x.delta(torch.float64) * y.delta(torch.float64)).sum().item()
-        assert inner(x, y) == pytest.approx(want, rel=1e-12)
+        assert inner_product(x, y) == pytest.approx(want, rel=1e-12)
     flat = [torch.cat([e.delta(torch.float64).flatten() for e in s.entries.values()]) for s in (a, b, c)]
     want = torch.nn.functional.cosine_similarity(flat[2] - flat[1], flat[1] - flat[0], dim=0).item()
     assert update_cosine(a.entries, b.entries, c.entries) == pytest.approx(want, abs=1e-12)

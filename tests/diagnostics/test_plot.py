@@ -13,7 +13,7 @@ from PIL import Image
 
 from lapwan.commands.inspect_weights import run
 from lapwan.diagnostics.lora_figures import ModuleFigures, summarise
-from lapwan.diagnostics.plot import picture
+from lapwan.diagnostics.plot import draw_plot
 from lapwan.diagnostics.verdict import PRESETS
 from lapwan.errors import UserError
 from lapwan.lora.formats import write_lora
@@ -72,13 +72,13 @@ def test_charts_appear_only_over_time_and_grey_only_where_modules_are_missing():
     full = [module(f"blocks.{b}.attn1.to_{p}", 1.0 + b) for b in range(3) for p in "qkv"]
     half = [replace(m, sum_abs_b=m.sum_abs_b / 2, delta_norm=m.delta_norm / 4) for m in full]
     figures = {"high": summarise(full), "low": summarise(half)}
-    one = picture([100], [figures], {"high": full, "low": full}, PRESETS["motion"])
-    two = picture([100, 200], [figures, figures], {"high": full, "low": full}, PRESETS["motion"])
+    one = draw_plot([100], [figures], {"high": full, "low": full}, PRESETS["motion"])
+    two = draw_plot([100, 200], [figures, figures], {"high": full, "low": full}, PRESETS["motion"])
     assert two.height > one.height and one.width == two.width
     green = (20, 130, 110)  # the line of mean|B|'s ratio
     assert area(two, green) > 20 and area(one, green) == 0
-    partial = picture([100], [figures], {"high": full, "low": full[:5]}, PRESETS["motion"])
-    broken = picture([100], [figures], {"high": full, "low": [replace(full[0], finite=False), *full[1:]]},
+    partial = draw_plot([100], [figures], {"high": full, "low": full[:5]}, PRESETS["motion"])
+    broken = draw_plot([100], [figures], {"high": full, "low": [replace(full[0], finite=False), *full[1:]]},
                      PRESETS["motion"])
     edges = area(one, GREY)  # of text
     assert area(partial, GREY) > edges + 15000 and area(broken, GREY) > edges + 3000

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lapwan.data.regions import motion_region
-from lapwan.diagnostics.routing import RoutingTotals, Thresholds, judge_routing
+from lapwan.diagnostics.routing import RoutingThresholds, RoutingTotals, judge_routing
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.losses import routing
 from lapwan.moe.mixture import Mixture, MixtureSpec
@@ -104,13 +104,13 @@ def test_windows_add_up_and_are_differences():
 @pytest.mark.parametrize(("experts", "entropy", "least", "most"), [
     (4, 0.3, 0.05, 0.70), (2, 0.15, 0.1, 0.8), (6, 0.3 * math.log(6) / math.log(4), 1 / 30, 2 / 3)])
 def test_the_users_thresholds_scale_with_the_number_of_experts(experts, entropy, least, most):
-    assert Thresholds().scaled(experts) == pytest.approx((entropy, least, most))
-    assert Thresholds(entropy=0.1, least_usage=0.0, most_usage=1.0).scaled(experts) == (0.1, 0.0, 1.0)
+    assert RoutingThresholds().scaled(experts) == pytest.approx((entropy, least, most))
+    assert RoutingThresholds(entropy=0.1, least_usage=0.0, most_usage=1.0).scaled(experts) == (0.1, 0.0, 1.0)
 
 
 def test_a_healthy_window_is_not_warned_about():
     labels = torch.eye(4, dtype=torch.float64).repeat(5, 1)
-    assert judge_routing(totals_of(routing.teacher(labels, 0.35), labels), FAMILIES, Thresholds(), {}) == []
+    assert judge_routing(totals_of(routing.teacher(labels, 0.35), labels), FAMILIES, RoutingThresholds(), {}) == []
 
 
 def test_with_one_acting_expert_usage_is_a_share_of_the_gates_however_unsure_the_router():
@@ -119,10 +119,10 @@ def test_with_one_acting_expert_usage_is_a_share_of_the_gates_however_unsure_the
     unsure = torch.softmax(0.1 * labels, dim=-1)  # every expert acts on its sixth of the clips, with a gate of 0.18
     even = totals_of(unsure, labels, mix=select_top_k(unsure, 1))
     torch.testing.assert_close(even.usage_E, torch.full((6,), 1 / 6, dtype=torch.float64))
-    assert judge_routing(even, families, Thresholds(teacher_kl=9.0), {}) == []
+    assert judge_routing(even, families, RoutingThresholds(teacher_kl=9.0), {}) == []
     assert float(routing.balance(even.usage_E, unsure).mean()) == pytest.approx(0.0)
     one = torch.softmax(1.0 * labels[:1], dim=-1).expand(30, 6)  # the same expert everywhere, with a gate of 0.35
-    faults = judge_routing(totals_of(one, labels, mix=select_top_k(one, 1)), families, Thresholds(teacher_kl=9.0), {})
+    faults = judge_routing(totals_of(one, labels, mix=select_top_k(one, 1)), families, RoutingThresholds(teacher_kl=9.0), {})
     assert "expert 'a' takes 100% of the gates" in str(faults[0])
 
 
@@ -131,7 +131,7 @@ def test_collapse_overuse_underuse_and_divergence_are_told_with_the_users_advice
     student = torch.tensor([[0.97, 0.01, 0.01, 0.01]], dtype=torch.float64).expand(20, 4)
     current = {"routing_loss.balance": 0.1, "routing_loss.entropy": 0.02, "routing_loss.teacher_kl": 0.0,
                "data.balance": 0.0}
-    faults = judge_routing(totals_of(student, labels), FAMILIES, Thresholds(), current)
+    faults = judge_routing(totals_of(student, labels), FAMILIES, RoutingThresholds(), current)
     assert [fault.kind for fault in faults] == ["collapse", "overuse", "underuse", "underuse", "underuse", "divergence"]
     collapse, overuse, *_, divergence = faults
     assert "0.17 nats, below 0.30" in str(collapse) and "expert 'a' takes 97% of the gates, above 70%" in str(overuse)
@@ -140,14 +140,14 @@ def test_collapse_overuse_underuse_and_divergence_are_told_with_the_users_advice
     assert overuse.change == {"routing_loss.balance": 0.2, "data.balance": 1.0}
     assert divergence.change == {"routing_loss.teacher_kl": 2.0} and "look at the label file" in str(divergence)
     done = {**current, "routing_loss.teacher_kl": 2.0}  # what is set already is not advised again
-    assert judge_routing(totals_of(student, labels), FAMILIES, Thresholds(), done)[-1].change == {}
+    assert judge_routing(totals_of(student, labels), FAMILIES, RoutingThresholds(), done)[-1].change == {}
 
 
 def test_the_rule_router_is_judged_by_usage_only():
     labels = torch.eye(4, dtype=torch.float64).repeat(5, 1)
-    assert judge_routing(totals_of(labels, labels), FAMILIES, Thresholds(), {}, learned=False) == []
+    assert judge_routing(totals_of(labels, labels), FAMILIES, RoutingThresholds(), {}, learned=False) == []
     skewed = torch.eye(4, dtype=torch.float64)[[0] * 20]
-    faults = judge_routing(totals_of(skewed, skewed), FAMILIES, Thresholds(), {}, learned=False)
+    faults = judge_routing(totals_of(skewed, skewed), FAMILIES, RoutingThresholds(), {}, learned=False)
     assert {fault.kind for fault in faults} == {"overuse", "underuse"}
 
 

@@ -1,4 +1,4 @@
-"""Looking at a mixture while it trains: usage, confusion and gates over windows, and each expert's gradient."""
+"""Routing of a mixture in training: usage, confusion and gates over windows, and the gradient norm of each expert."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lapwan import console
-from lapwan.diagnostics.routing import RoutingFault, RoutingTotals, Thresholds, judge_routing
+from lapwan.diagnostics.routing import RoutingFault, RoutingThresholds, RoutingTotals, judge_routing
 from lapwan.lora.attach import Adapter
 from lapwan.names import NoiseExpert
 from lapwan.report.canvas import Box, Canvas, Colour
@@ -19,54 +19,54 @@ from lapwan.train.callbacks.base import CallbackResult, StepResult
 from lapwan.train.moe.objective import MixtureObjective
 
 _COLOURS: dict[str, Colour] = {"high": (208, 72, 52), "low": (38, 98, 168)}
-_CLIPS_PER_EXPERT = 5  # a window with fewer clips than this for each expert is not judged but goes on
+_CLIPS_PER_EXPERT = 5  # a window with fewer clips for each expert is not judged but extended
 
 
 class RoutingCallback:
-    """A watcher: what the router did since the last look, the gates' curves, and warnings with the users' advice."""
+    """A periodic callback: routing since the last evaluation, the timestep gates, and warnings with advice."""
 
     def __init__(self, objective: MixtureObjective, settings: TrainMoeSettings) -> None:
         self.every = settings.routing_watch.every
         self._objective, self._settings = objective, settings
         s = settings.routing_watch
-        self._thresholds = Thresholds(s.entropy, s.least_usage, s.most_usage, s.teacher_kl)
+        self._thresholds = RoutingThresholds(s.entropy, s.least_usage, s.most_usage, s.teacher_kl)
         self._before = objective.totals
-        self._said: frozenset[str] = frozenset()
+        self._reported: frozenset[str] = frozenset()  # faults of the last window that was judged
         self._bad_in_a_row = 0
         self.faults: list[RoutingFault] = []  # of the last window that was judged
 
-    def look(self, step: int, board: Any) -> CallbackResult:
+    def run(self, step: int, board: Any) -> CallbackResult:
         window = self._objective.totals - self._before
         figures = self._gates(board, step)
         if window.clips < _CLIPS_PER_EXPERT * window.experts:
             return CallbackResult(figures)
         self._before = self._objective.totals
         figures |= window_figures(window, self._objective.mixture.families)
-        board.add_image("routing/confusion", _confusion_picture(window, self._objective.mixture.families), step,
+        board.add_image("routing/confusion", _confusion_image(window, self._objective.mixture.families), step,
                         dataformats="HWC")
         if step < self._settings.routing_watch.after:
             return CallbackResult(figures)
         learned = self._objective.mixture.spec.router != "rule"
         self.faults = judge_routing(
-            window, self._objective.mixture.families, self._thresholds, _advisable(self._settings), learned)
+            window, self._objective.mixture.families, self._thresholds, _advised_settings(self._settings), learned)
         figures["routing/faults"] = float(len(self.faults))
-        return CallbackResult(figures, self._judge(step))
+        return CallbackResult(figures, self._report(step))
 
-    def _judge(self, step: int) -> str | None:
-        """Say what was not said at the last look; the reason to stop after enough bad windows, if that is wanted."""
+    def _report(self, step: int) -> str | None:
+        """Warn of new faults; the reason to stop after `patience` bad windows in a row, if that is asked for."""
         health, now = self._settings.health, frozenset(fault.text.split(" ")[0] + fault.kind for fault in self.faults)
-        if now - self._said:
+        if now - self._reported:
             for fault in self.faults:
                 console.warn(f"step {step}: {fault}")
-        self._said = now
+        self._reported = now
         self._bad_in_a_row = self._bad_in_a_row + 1 if self.faults else 0
         if self.faults and self._bad_in_a_row >= health.patience and health.on_unhealthy == "stop":
-            return (f"stopped, since health.on_unhealthy = \"stop\" and {self._bad_in_a_row} windows in a row said so: "
+            return (f"stopped by health.on_unhealthy = \"stop\" after {self._bad_in_a_row} windows in a row: "
                     f"{self.faults[0]}")
         return None
 
     def _gates(self, board: Any, step: int) -> dict[str, float]:
-        """w(σ) at its knots: as figures, and as one picture for TensorBoard."""
+        """w(σ) at its knots as figures, and as an image for TensorBoard."""
         figures: dict[str, float] = {}
         lines: dict[str, list[tuple[float, float]]] = {}
         for noise_expert in self._objective.adapters:
@@ -82,30 +82,30 @@ class RoutingCallback:
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        return {"before": self._before.flat, "said": sorted(self._said), "bad": self._bad_in_a_row}
+        return {"before": self._before.flat, "said": sorted(self._reported), "bad": self._bad_in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._before = RoutingTotals(state["before"], self._before.experts)
-        self._said, self._bad_in_a_row = frozenset(state["said"]), state["bad"]
+        self._reported, self._bad_in_a_row = frozenset(state["said"]), state["bad"]
 
 
 def window_figures(window: RoutingTotals, families: Sequence[str]) -> dict[str, float]:
-    """A window's figures by tag; what no clip of the window tells is left out."""
-    found: dict[str, float | None] = {
+    """Figures of a window by tag; those that no clip of the window gives are left out."""
+    figures: dict[str, float | None] = {
         "routing/clips": window.clips, "routing/entropy": window.entropy, "routing/teacher_kl": window.teacher_kl,
         "routing/accuracy": window.accuracy,
     }
     usage, by_family, confusion = window.usage_E, window.usage_by_family_EE, window.confusion_EE
     for i, family in enumerate(families):
-        found[f"routing/usage/{family}"] = float(usage[i])
+        figures[f"routing/usage/{family}"] = float(usage[i])
         for j, chosen in enumerate(families):
-            found[f"routing/confusion/{family}/{chosen}"] = float(confusion[i, j])
+            figures[f"routing/confusion/{family}/{chosen}"] = float(confusion[i, j])
             if float(confusion[i].sum()):
-                found[f"routing/usage_of/{family}/{chosen}"] = float(by_family[i, j])
-    return {name: value for name, value in found.items() if value is not None}
+                figures[f"routing/usage_of/{family}/{chosen}"] = float(by_family[i, j])
+    return {name: value for name, value in figures.items() if value is not None}
 
 
-def _confusion_picture(window: RoutingTotals, families: Sequence[str]) -> np.ndarray:
+def _confusion_image(window: RoutingTotals, families: Sequence[str]) -> np.ndarray:
     confusion = window.confusion_EE.tolist()
     cells = {(row, column): confusion[i][j] for i, row in enumerate(families) for j, column in enumerate(families)}
     canvas = Canvas(420, 360)
@@ -114,16 +114,16 @@ def _confusion_picture(window: RoutingTotals, families: Sequence[str]) -> np.nda
     return np.asarray(canvas.finish())
 
 
-def _advisable(settings: TrainMoeSettings) -> dict[str, float]:
+def _advised_settings(settings: TrainMoeSettings) -> dict[str, float]:
     loss = settings.routing_loss
     return {"routing_loss.balance": loss.balance, "routing_loss.entropy": loss.entropy,
             "routing_loss.teacher_kl": loss.teacher_kl, "data.balance": settings.data.balance}
 
 
 class ExpertGradients:
-    """A rule: ‖∇‖ of every family's experts, after clipping, at the steps that are looked at.
+    """A step callback: √(Σ ‖∇A_f‖² + ‖∇B_f‖²) for each expert f, over the layers of the noise expert that was stepped.
 
-    Over all layers of the noise expert that was stepped: √(Σ ‖∇A_f‖² + ‖∇B_f‖²).
+    After clipping, every `every` steps of the run.
     """
 
     needs_losses = False
@@ -131,18 +131,18 @@ class ExpertGradients:
     def __init__(self, adapters: Mapping[NoiseExpert, Adapter], every: int) -> None:
         self._adapters, self._every = adapters, every
 
-    def after_update(self, seen: StepResult) -> dict[str, Tensor | float]:
-        if seen.step % self._every:
+    def after_update(self, result: StepResult) -> dict[str, Tensor | float]:
+        if result.step % self._every:
             return {}
-        adapter = self._adapters[seen.noise_expert]
+        adapter = self._adapters[result.noise_expert]
         layers = [layer for layer in adapter.layers.values() if layer.down_RI.grad is not None]
         if not layers:
             return {}
         squares_G = torch.zeros(len(adapter.group_names), device=layers[0].down_RI.device)
         for layer in layers:
             assert layer.down_RI.grad is not None and layer.up_OR.grad is not None
-            own = layer.down_RI.grad.square().sum(dim=1) + layer.up_OR.grad.square().sum(dim=0)
-            squares_G.index_add_(0, layer.group_of_row_R[len(layer.frozen_down_RI) :], own.to(squares_G))
+            squares_R = layer.down_RI.grad.square().sum(dim=1) + layer.up_OR.grad.square().sum(dim=0)
+            squares_G.index_add_(0, layer.group_of_row_R[len(layer.frozen_down_RI) :], squares_R.to(squares_G))
         trained = {group.column for layer in layers for group in layer.groups if group.trainable}
         norms = squares_G.sqrt()
         return {f"grad_norm_of/{name}": norms[i] for i, name in enumerate(adapter.group_names) if i in trained}
