@@ -1,4 +1,4 @@
-"""Put stacked low-rank layers into a transformer, train or load them, and take them out again."""
+"""Attach stacked low-rank layers to a transformer, read their state, and detach them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lapwan.lora.state import LoraEntry, LoraState
 
 @dataclass(frozen=True)
 class Group:
-    """A LoRA that lives in a transformer; its gate column is its place in the list of groups."""
+    """A LoRA attached to a transformer; its index in the list of groups is its column in the gates."""
 
     name: str
     state: LoraState
@@ -29,40 +29,43 @@ def initial_state(
 ) -> LoraState:
     """A fresh LoRA: down ~ U(−1/√I, 1/√I) (Kaiming-uniform, a = √5), up = 0, so ΔW = 0.
 
-    `alpha` None means each module's own rank (scale 1). Drawn by key and path: independent of which others there are.
+    Args:
+        ranks: by module path.
+        alpha: None for each module's rank (scale 1).
+        key: seeds the draws together with the module's path, so they do not depend on the other modules.
     """
     entries = {}
     linears = _linears(transformer)
     for path, rank in ranks.items():
-        base = _pick(linears, path)
+        base = _linear_at(linears, path)
         bound = 1.0 / math.sqrt(base.in_features)
-        draws = torch.rand(rank, base.in_features, generator=rng.generator(*key, path, "down"))
+        uniform = torch.rand(rank, base.in_features, generator=rng.generator(*key, path, "down"))
         entries[path] = LoraEntry(
-            down=(2 * draws - 1) * bound, up=torch.zeros(base.out_features, rank),
+            down=(2 * uniform - 1) * bound, up=torch.zeros(base.out_features, rank),
             alpha=float(rank if alpha is None else alpha),
         )
     return LoraState(entries, {})
 
 
 def _linears(transformer: nn.Module) -> dict[str, nn.Linear | FrozenLinear]:
-    found: dict[str, nn.Linear | FrozenLinear] = {}
+    linears: dict[str, nn.Linear | FrozenLinear] = {}
     for name, module in transformer.named_modules():
         if isinstance(module, StackedLoraLinear):
-            raise RuntimeError(f"the transformer already carries an adapter (at {name}); detach it first")
+            raise RuntimeError(f"the transformer already has an adapter (at {name}); detach it first")
         if isinstance(module, nn.Linear | FrozenLinear):
-            found[name] = module
-    return found
+            linears[name] = module
+    return linears
 
 
-def _pick(linears: Mapping[str, nn.Linear | FrozenLinear], path: str) -> nn.Linear | FrozenLinear:
+def _linear_at(linears: Mapping[str, nn.Linear | FrozenLinear], path: str) -> nn.Linear | FrozenLinear:
     if path not in linears:
-        raise UserError(f"the adapter has module '{path}', which this model does not{nearest(path, linears)}; "
+        raise UserError(f"the adapter has module '{path}', which this model does not have{nearest(path, linears)}; "
                         "it was made for another model")
     return linears[path]
 
 
 class Adapter:
-    """The stacked layers inside one noise expert's transformer, and the gates they read."""
+    """The stacked layers in one noise expert's transformer, and the holder of their gates."""
 
     def __init__(
         self, transformer: nn.Module, groups: Sequence[Group], layers: dict[str, StackedLoraLinear], holder: GateHolder
@@ -73,15 +76,15 @@ class Adapter:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trainable tensor, by `path.down` and `path.up`."""
-        found = {}
+        trainable = {}
         for path, layer in self.layers.items():
             if layer.down_RI.requires_grad:
-                found[f"{path}.down"] = layer.down_RI
-                found[f"{path}.up"] = layer.up_OR
-        return found
+                trainable[f"{path}.down"] = layer.down_RI
+                trainable[f"{path}.up"] = layer.up_OR
+        return trainable
 
     def adapter_tensors(self) -> list[Tensor]:
-        """The stacked rows and their tables, without the base's weights."""
+        """Parameters and buffers of the stacked layers, without the base's weights."""
         return [t for layer in self.layers.values()
                 for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
 
@@ -97,7 +100,7 @@ class Adapter:
         return LoraState(entries, dict(self._metadata[group]))
 
     def detach(self) -> None:
-        """Put the plain Linears back."""
+        """Restore the base Linears."""
         for path, layer in self.layers.items():
             _replace(self.transformer, path, layer.base)
         self.layers.clear()
@@ -115,8 +118,11 @@ def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
 def attach(transformer: nn.Module, groups: Sequence[Group], gates_required: bool = False) -> Adapter:
     """Freeze the transformer, then stack the groups' low-rank layers over its Linears.
 
-    Freezing is part of it and comes first: adapters attached before a blanket `requires_grad_(False)` never train.
-    A single group without required gates acts with gate 1; set gates with `adapter.holder.scope(gates_BG)`.
+    Freezing comes first: a `requires_grad_(False)` over the transformer after attaching would freeze the adapter too.
+    Without gates every group acts with gate 1; set gates with `adapter.holder.scope(gates_BG)`.
+
+    Args:
+        gates_required: a forward without gates raises.
 
     Raises:
         UserError: a module the model does not have, or a shape that does not fit it.
@@ -127,7 +133,7 @@ def attach(transformer: nn.Module, groups: Sequence[Group], gates_required: bool
     layers: dict[str, StackedLoraLinear] = {}
     paths = dict.fromkeys(path for group in groups for path in group.state.entries)
     for path in paths:
-        base = _pick(linears, path)
+        base = _linear_at(linears, path)
         parts = []
         for column, group in enumerate(groups):
             entry = group.state.entries.get(path)
@@ -144,9 +150,10 @@ def attach(transformer: nn.Module, groups: Sequence[Group], gates_required: bool
         _replace(transformer, path, layer)
     return Adapter(transformer, groups, layers, holder)
 
+
 @torch.no_grad()
 def set_alpha(adapter: Adapter, alpha: float) -> None:
-    """Give every trained group this alpha; B stays, so ΔW changes in proportion."""
+    """Set alpha of every trainable group; B is unchanged, so ΔW scales with alpha."""
     for layer in adapter.layers.values():
         layer.groups = [replace(g, alpha=alpha) if g.trainable else g for g in layer.groups]
         scale = torch.tensor([g.alpha / g.down_RI.shape[0] for g in layer.groups], dtype=torch.float64)

@@ -1,8 +1,8 @@
-"""Dropout inside low-rank layers, by name instead of by order: the same visit of a clip always drops the same parts.
+"""LoRA dropout with keyed masks: the mask depends on the sample's key and the module, not on the order of draws.
 
-Three kinds, each scaling what it keeps by 1 / (1 − p), so that the mean update stays what it is without dropout:
-`neuron` drops values between A and B, token by token; `rank` whole rows of A, `module` whole modules, clip by clip.
-Keyed by (visit, module), a recomputed forward drops what the first one did. Shapes: B samples, R trained rows.
+Three kinds; kept values are scaled by 1 / (1 − p), so that the mean update is that without dropout. `neuron` drops
+single values between A and B, per token; `rank` whole rows of A and `module` whole modules, per sample. A recomputed
+forward (activation checkpointing) has the masks of the first. Shapes: B samples, N tokens, R trainable rows.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class DropoutRates:
 
     @property
     def any(self) -> bool:
-        """False if nothing is ever dropped."""
+        """True if any rate is above 0."""
         return max(self.neuron, self.rank, self.module) > 0
 
 
 class Dropout:
-    """The masks of an adapter's layers."""
+    """Dropout masks of an adapter's layers."""
 
     def __init__(self, rates: DropoutRates, layers: Mapping[str, StackedLoraLinear]) -> None:
         self.rates = rates
@@ -43,7 +43,11 @@ class Dropout:
 
     @contextmanager
     def scope(self, holder: GateHolder, keys: Sequence[Key]) -> Iterator[None]:
-        """Drop in every forward until the block ends (backward goes inside); without keys nothing is dropped."""
+        """Apply dropout in every forward until the block ends; run backward inside. Without keys nothing is dropped.
+
+        Args:
+            keys: one per sample.
+        """
         if not (self.rates.any and keys):
             yield
             return
@@ -55,27 +59,27 @@ class Dropout:
 
     def _masked(self, layer: StackedLoraLinear, hidden: Tensor, keys: Sequence[Key]) -> Tensor:
         frozen, path = layer.frozen_down_RI.shape[0], self._paths[id(layer)]
-        trained = hidden[..., frozen:]
-        factors = [self._factor(trained[0], (*key, path)) for key in keys]
-        kept = trained * torch.stack(factors)
-        return torch.cat([hidden[..., :frozen], kept], dim=-1) if frozen else kept
+        trainable = hidden[..., frozen:]
+        factors = [self._factor(trainable[0], (*key, path)) for key in keys]
+        masked = trainable * torch.stack(factors)
+        return torch.cat([hidden[..., :frozen], masked], dim=-1) if frozen else masked
 
     def _factor(self, like_NR: Tensor, key: Key) -> Tensor:
-        """What one sample's values are multiplied by, shaped to broadcast over its tokens."""
+        """The factor on one sample's values, 0 or 1 / (1 − p): in the shape of `like_NR`."""
         rates, rows = self.rates, like_NR.shape[-1]
         factor = torch.ones(rows)
         if rates.module:
-            factor = factor * _kept(torch.rand(1, generator=rng.generator(*key, "module dropout")), rates.module)
+            factor = factor * _mask(torch.rand(1, generator=rng.generator(*key, "module dropout")), rates.module)
         if rates.rank:
-            factor = factor * _kept(torch.rand(rows, generator=rng.generator(*key, "rank dropout")), rates.rank)
+            factor = factor * _mask(torch.rand(rows, generator=rng.generator(*key, "rank dropout")), rates.rank)
         factor = factor.view(*[1] * (like_NR.dim() - 1), rows).to(like_NR)
         if rates.neuron:
-            # One number a token and row: drawn where it is used, since a CPU would take longer than the step.
+            # One number per token and row: drawn on the device, since a CPU would take longer than the step.
             generator = torch.Generator(like_NR.device).manual_seed(rng.seed_of(*key, "neuron dropout"))
-            drawn = torch.rand(like_NR.shape, generator=generator, device=like_NR.device)
-            factor = factor * _kept(drawn, rates.neuron).to(like_NR)
+            uniform = torch.rand(like_NR.shape, generator=generator, device=like_NR.device)
+            factor = factor * _mask(uniform, rates.neuron).to(like_NR)
         return factor.expand(like_NR.shape)
 
 
-def _kept(drawn: Tensor, rate: float) -> Tensor:
-    return (drawn >= rate) / (1 - rate)
+def _mask(uniform: Tensor, rate: float) -> Tensor:
+    return (uniform >= rate) / (1 - rate)

@@ -1,4 +1,7 @@
-"""What a low-rank layer can sit on: an nn.Linear, or a frozen linear map that keeps its weight in another form."""
+"""The stacked LoRA layer, and the linear layers it can be put over: nn.Linear, or a frozen one such as a quantised.
+
+Shapes: B samples, I input features, O output features, R stacked rows (the sum of the groups' ranks), G groups.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from torch.nn import functional as F
 class FrozenLinear(nn.Module):
     """y = W̃ x + b with a W̃ that is never trained. x is [..., I] in a floating dtype, y [..., O] in the same.
 
-    The gradient with respect to x is g W̃; none of W or b.
-    How to add a form of weight: a subclass with these two methods, whose tensors are buffers.
+    The gradient with respect to x is g W̃; there is none of W̃ or b.
+    How to add a form of weight: a subclass with `weight_as` and `forward`, whose tensors are buffers.
     """
 
-    weight: None = None  # transformers' T5 looks for one to cast its input to; there is none
+    weight: None = None  # transformers' T5 casts its input to the dtype of `weight` unless it is None
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -27,46 +30,48 @@ class FrozenLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of its tensors."""
         return next(self.buffers()).device
 
     @abstractmethod
     def weight_as(self, dtype: torch.dtype) -> Tensor:
-        """W̃ in `dtype`, [O, I], made anew at every call."""
+        """W̃ in `dtype`, [O, I]: dequantised anew at every call."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
 
     @classmethod
-    def together(cls, layers: Sequence[FrozenLinear], x: Tensor) -> list[Tensor]:
-        """`[layer(x) for layer in layers]` of this class: what a form computes of x alone may be computed once."""
+    def forward_many(cls, layers: Sequence[FrozenLinear], x: Tensor) -> list[Tensor]:
+        """`[layer(x) for layer in layers]`; a subclass may share between them what it computes from x alone."""
         return [layer(x) for layer in layers]
 
 
 def device_of(base: nn.Linear | FrozenLinear) -> torch.device:
-    """Where a linear's weight is."""
+    """The device of a linear's weight."""
     return base.weight.device if isinstance(base, nn.Linear) else base.device
 
-class GateHolder:
-    """Carries gates_BG to every layer of a transformer, over the forward *and* the backward pass.
 
-    A plain object, not a context variable: activation recomputation runs on autograd's own threads on a GPU, and must
-    meet the gates of its forward. With `required`, a forward without gates is an error instead of gates of one.
+class GateHolder:
+    """Holds gates_BG for every layer of a transformer, during the forward *and* the backward pass.
+
+    A plain object, not a context variable: on a GPU activation recomputation runs on autograd's threads, and must see
+    the gates of its forward. With `required`, a forward without gates raises; else the gates are 1.
     """
 
     def __init__(self, required: bool = False) -> None:
         self.required = required
         self.gates_BG: Tensor | None = None
-        # Dropout between down and up: (layer, [B, ..., R]) -> [B, ..., R]. Held over forward and backward like gates.
+        # Dropout between down and up: (layer, [B, ..., R]) -> [B, ..., R]. Held over forward and backward as the gates.
         self.mask: Callable[[StackedLoraLinear, Tensor], Tensor] | None = None
 
     @contextmanager
     def scope(self, gates_BG: Tensor) -> Iterator[None]:
-        """Hold the gates until the block ends: backward goes inside.
+        """Hold the gates until the block ends; run backward inside.
 
-        One row for all, or one a sample; a batch of several copies of the samples (guidance's two sides) meets them
-        copy by copy.
+        Args:
+            gates_BG: one row for all samples, or one per sample. They are repeated for a batch of several copies of
+                the samples (classifier-free guidance).
         """
         before, self.gates_BG = self.gates_BG, gates_BG
         try:
@@ -77,7 +82,7 @@ class GateHolder:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """One group's part in one layer: ΔW = alpha / r · up @ down. `column` is its column in the gates."""
+    """One group in one layer: ΔW = alpha / r · up @ down. `column` is its column in the gates."""
 
     column: int
     down_RI: Tensor
@@ -102,21 +107,21 @@ class StackedLoraLinear(nn.Module):
         self.base = base
         self.holder = holder
         device = device_of(base)
-        # Frozen rows first, so that one concatenation joins them with the trained ones.
+        # Frozen rows first, so that one concatenation joins them with the trainable ones.
         self.groups = sorted(groups, key=lambda group: group.trainable)
         frozen = [g for g in self.groups if not g.trainable]
-        trained = [g for g in self.groups if g.trainable]
+        trainable = [g for g in self.groups if g.trainable]
 
         def stack(parts: list[Tensor], dim: int, empty: tuple[int, int]) -> Tensor:
             joined = torch.cat(parts, dim) if parts else torch.empty(empty)
-            # Not below fp32: a training step of 1e-4 would vanish in bf16's rounding.
+            # At least fp32: a training step of 1e-4 would be lost in bf16's rounding.
             return joined.to(device=device, dtype=torch.promote_types(joined.dtype, torch.float32), copy=True)
 
         rows, columns = (0, base.in_features), (base.out_features, 0)
         self.register_buffer("frozen_down_RI", stack([g.down_RI for g in frozen], 0, rows), persistent=False)
         self.register_buffer("frozen_up_OR", stack([g.up_OR for g in frozen], 1, columns), persistent=False)
-        self.down_RI = nn.Parameter(stack([g.down_RI for g in trained], 0, rows), requires_grad=bool(trained))
-        self.up_OR = nn.Parameter(stack([g.up_OR for g in trained], 1, columns), requires_grad=bool(trained))
+        self.down_RI = nn.Parameter(stack([g.down_RI for g in trainable], 0, rows), requires_grad=bool(trainable))
+        self.up_OR = nn.Parameter(stack([g.up_OR for g in trainable], 1, columns), requires_grad=bool(trainable))
         ranks = torch.tensor([g.down_RI.shape[0] for g in self.groups])
         group_of_row = torch.tensor([g.column for g in self.groups]).repeat_interleave(ranks)
         scale = torch.tensor([g.alpha / g.down_RI.shape[0] for g in self.groups], dtype=torch.float64)
@@ -124,18 +129,18 @@ class StackedLoraLinear(nn.Module):
         self.register_buffer("scale_R", scale.repeat_interleave(ranks).to(device), persistent=False)
 
     def row_scale(self, x: Tensor) -> Tensor:
-        """alpha/r of each row, times its sample's gate: [R], or [B, 1.., R]."""
+        """alpha/r of each row, times the sample's gate: [R], or [B, 1.., R]."""
         gates = self.holder.gates_BG
         if gates is None:
             if self.holder.required:
                 raise RuntimeError("a mixture's forward ran without gates: run it inside GateHolder.scope(gates)")
             return self.scale_R.to(x.dtype)
         if x.shape[0] % gates.shape[0]:
-            raise RuntimeError(f"gates for {gates.shape[0]} samples met a batch of {x.shape[0]}")
-        # A sum over columns and not an index: its backward is a plain sum, where an index's sorts or adds in any order.
+            raise RuntimeError(f"gates for {gates.shape[0]} samples, but a batch of {x.shape[0]}")
+        # A masked sum instead of indexing: the backward of indexing adds in no fixed order.
         columns = torch.arange(gates.shape[1], device=gates.device)
-        of_row_GR = (self.group_of_row_R == columns[:, None]) * self.scale_R.to(gates.dtype)
-        scaled = (gates[:, :, None] * of_row_GR).sum(dim=1)
+        scale_GR = (self.group_of_row_R == columns[:, None]) * self.scale_R.to(gates.dtype)
+        scaled = (gates[:, :, None] * scale_GR).sum(dim=1)
         if gates.shape[0] not in (1, x.shape[0]):
             scaled = scaled.repeat(x.shape[0] // gates.shape[0], 1)
         return scaled.to(x.dtype).view(scaled.shape[0], *[1] * (x.dim() - 2), -1)
@@ -164,10 +169,10 @@ class StackedLoraLinear(nn.Module):
 def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """`[layer(x) for layer in layers]`, with one down-projection for all stacked layers among them (q, k and v).
 
-    Exactly their maths: the rows of the layers' A stand under each other, and each B takes its own part of A·x.
+    The rows of the layers' A are concatenated, and each B takes its rows of A·x.
     """
     outputs = _frozen([layer.base if isinstance(layer, StackedLoraLinear) else layer for layer in layers], x)
-    stacked = [(at, layer) for at, layer in enumerate(layers) if isinstance(layer, StackedLoraLinear)]
+    stacked = [(index, layer) for index, layer in enumerate(layers) if isinstance(layer, StackedLoraLinear)]
     if not stacked:
         return outputs
     parts = [part for _, layer in stacked for part in (layer.frozen_down_RI, layer.down_RI) if part.shape[0]]
@@ -176,21 +181,21 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     down = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(x.dtype)
     scale = torch.cat(scales, -1)
     hidden = torch.split(F.linear(x, down) * scale, rows, dim=-1)
-    for (at, layer), part in zip(stacked, hidden, strict=True):
-        kept = part if layer.holder.mask is None else layer.holder.mask(layer, part)
-        outputs[at] = _plus_up(outputs[at], kept, layer.up().to(x.dtype))
+    for (index, layer), part in zip(stacked, hidden, strict=True):
+        masked = part if layer.holder.mask is None else layer.holder.mask(layer, part)
+        outputs[index] = _add_up(outputs[index], masked, layer.up().to(x.dtype))
     return outputs
 
 
 def _frozen(bases: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    kind = type(bases[0])
-    if issubclass(kind, FrozenLinear) and all(type(base) is kind for base in bases):
-        return kind.together([base for base in bases if isinstance(base, FrozenLinear)], x)
+    cls = type(bases[0])
+    if issubclass(cls, FrozenLinear) and all(type(base) is cls for base in bases):
+        return cls.forward_many([base for base in bases if isinstance(base, FrozenLinear)], x)
     return [base(x) for base in bases]
 
 
-def _plus_up(y: Tensor, hidden: Tensor, up_OR: Tensor) -> Tensor:
-    """y + up · hidden; in place where no graph needs y's old value."""
+def _add_up(y: Tensor, hidden: Tensor, up_OR: Tensor) -> Tensor:
+    """y + up · hidden; in place without gradient."""
     if torch.is_grad_enabled():
         return y + F.linear(hidden, up_OR)
     y.view(-1, y.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up_OR.t())

@@ -1,8 +1,8 @@
-"""The pivot between LoRA file formats, merging, training and diagnostics.
+"""A LoRA in memory, as file formats, merging, training and diagnostics exchange it.
 
     ΔW = alpha / r · B A,    A = `down` [r, in],  B = `up` [out, r]
 
-Paths are diffusers' module paths (`blocks.0.attn1.to_q`), whatever the file's own layout.
+Paths are diffusers' module paths (`blocks.0.attn1.to_q`), whatever the layout of the file.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 @dataclass
 class LoraEntry:
-    """One Linear's low-rank update, in the dtype it was stored in.
+    """One Linear's low-rank update, in its stored dtype.
 
     Raises:
-        ValueError: A and B do not fit together.
+        ValueError: A and B are not [r, in] and [out, r].
     """
 
     down: Tensor
@@ -54,12 +54,12 @@ class LoraEntry:
         return (self.up.to(dtype) @ self.down.to(dtype)).mul_(self.scale)
 
     def entry(self) -> LoraEntry:
-        """Itself: an entry in memory stands wherever a module of a file may."""
+        """Itself: an entry in memory can be used in place of a module of a file."""
         return self
 
 
 class Entry(Protocol):
-    """A LoRA module that can be read when it is needed (`LoraModule`, or a state's entry in memory)."""
+    """A LoRA module that is read when needed: `formats.LoraModule`, or a `LoraEntry` in memory."""
 
     @property
     def rank(self) -> int:
@@ -77,9 +77,9 @@ class Term:
     multiplier: float
 
     def prepare(self, dtype: torch.dtype) -> Callable[[Tensor, int], None]:
-        """`checkpoints.rewrite.Update`: A and B converted once, not at every tile.
+        """Implements `checkpoints.rewrite.Update`: A and B are converted once, not for every tile.
 
-        A copy even where the dtype is right, since products round by alignment, and a file has any.
+        Copied even if the dtype is right: the rounding of products depends on alignment, which differs between files.
         """
         entry = self.module.entry()
         down, up = entry.down.to(dtype, copy=True), entry.up.to(dtype, copy=True)
@@ -92,7 +92,7 @@ class Term:
 
 
 def entries_fingerprint(entries: Iterable[tuple[str, LoraEntry]]) -> str:
-    """`LoraState.fingerprint` over (path, entry) in the order of paths, so that a file may be read module by module."""
+    """`LoraState.fingerprint` over (path, entry) sorted by path, so that a file can be read module by module."""
     digest = hashlib.sha256()
     for path, entry in entries:
         out_features, in_features = entry.shape
@@ -113,7 +113,7 @@ class LoraState:
     def fingerprint(self) -> str:
         """sha256 over (path, r, in, out, alpha as fp64, A as fp32, B as fp32), paths sorted: 64 hex digits.
 
-        Independent of layout, metadata and of a cast to a wider dtype; a narrowing cast changes it, as it changes ΔW.
+        Independent of layout, metadata and a cast to a wider dtype; a narrowing cast changes it, as it changes ΔW.
         """
         return entries_fingerprint((path, self.entries[path]) for path in sorted(self.entries))
 

@@ -1,4 +1,4 @@
-"""Which Linears of a Wan transformer carry an adapter, and at which rank."""
+"""The target modules of an adapter: which Linears of a Wan transformer get a LoRA, and with which rank."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class TargetRule:
 
 
 def resolve_targets(rules: list[TargetRule], num_blocks: int) -> dict[str, int]:
-    """Rank by module path, in model order; a later rule wins over an earlier one, rank 0 removes a module.
+    """Rank by module path, in model order; later rules override earlier ones, rank 0 removes a module.
 
     Raises:
         UserError: an unknown projection, more blocks than the model has, or nothing left to train.
     """
-    found: dict[str, int] = {}
+    ranks: dict[str, int] = {}
     for rule in rules:
         count = num_blocks if rule.last_blocks is None else rule.last_blocks
         if count > num_blocks:
-            raise UserError(f"targets ask for the last {count} blocks; this model has {num_blocks}; lower last_blocks")
+            raise UserError(f"targets name the last {count} blocks; this model has {num_blocks}; lower last_blocks")
         for projection, rank in rule.ranks.items():
             if projection not in PROJECTIONS:
                 raise UserError(f"unknown projection '{projection}'{nearest(projection, PROJECTIONS)}; "
@@ -37,9 +37,9 @@ def resolve_targets(rules: list[TargetRule], num_blocks: int) -> dict[str, int]:
             for block in range(num_blocks - count, num_blocks):
                 path = to_diffusers(f"blocks.{block}.{projection}")
                 assert path is not None
-                found[path] = rank
+                ranks[path] = rank
     order = {name: index for index, name in enumerate(PROJECTIONS.values())}
-    chosen = {path: rank for path, rank in found.items() if rank > 0}
+    chosen = {path: rank for path, rank in ranks.items() if rank > 0}
     if not chosen:
         raise UserError("no module is left to train: every rank of the targets is 0; give at least one a rank")
 
@@ -51,25 +51,26 @@ def resolve_targets(rules: list[TargetRule], num_blocks: int) -> dict[str, int]:
 
 
 def resolve_patterns(patterns: Mapping[str, int], num_blocks: int) -> dict[str, int]:
-    """Rank by module path from patterns such as `blocks.*.self_attn.q` or `*.ffn.0`, in either naming, in model order.
+    """Rank by module path from patterns such as `blocks.*.self_attn.q` or `*.ffn.0`, in model order.
 
-    `*`, `?` and `[...]` as in a shell; a later pattern wins, rank 0 leaves out.
+    Patterns match names in either key layout; `*`, `?` and `[...]` as in a shell. Later patterns override earlier
+    ones, rank 0 removes a module.
 
     Raises:
         UserError: a pattern that no module matches, with the nearest ones, or nothing left to train.
     """
     originals = [f"blocks.{block}.{projection}" for block in range(num_blocks) for projection in PROJECTIONS]
     names = {original: str(to_diffusers(original)) for original in originals}
-    found: dict[str, int] = {}
+    ranks: dict[str, int] = {}
     for pattern, rank in patterns.items():
-        hits = [path for pair in names.items() for path in pair[1:] if any(fnmatchcase(n, pattern) for n in pair)]
-        if not hits:
+        matches = [path for pair in names.items() for path in pair[1:] if any(fnmatchcase(n, pattern) for n in pair)]
+        if not matches:
             known = [*names, *names.values()]
             near = difflib.get_close_matches(pattern.replace("*", "0"), known, n=3, cutoff=0.4) or known[:3]
             raise UserError(f"targets.patterns: '{pattern}' matches no module of this model ({num_blocks} blocks); "
                             f"near are {', '.join(near)}")
-        found |= dict.fromkeys(hits, rank)
-    chosen = {path: found[path] for path in names.values() if found.get(path, 0) > 0}
+        ranks |= dict.fromkeys(matches, rank)
+    chosen = {path: ranks[path] for path in names.values() if ranks.get(path, 0) > 0}
     if not chosen:
         raise UserError("no module is left to train: every rank of targets.patterns is 0; give at least one a rank")
     return chosen

@@ -182,7 +182,7 @@ class Weighting:
             case "cosmap":
                 return 2 / (math.pi * (1 - 2 * sigma_B + 2 * sigma_B.square()))
 
-    def over(self, sampler: SigmaSampler, low: float, high: float) -> float:
+    def normalizer(self, sampler: SigmaSampler, low: float, high: float) -> float:
         """What brings the mean over the sampler's draws in [low, high] to 1."""
         if self.kind == "none":
             return 1.0

@@ -99,7 +99,7 @@ def test_a_forward_or_a_late_recomputation_without_gates_is_an_error_not_silence
         y = checkpoint(layer, x, use_reentrant=False)
     with pytest.raises(RuntimeError, match="without gates"):
         y.sum().backward()
-    with holder.scope(torch.rand(3, 3)), pytest.raises(RuntimeError, match="3 samples met a batch of 2"):
+    with holder.scope(torch.rand(3, 3)), pytest.raises(RuntimeError, match="3 samples, but a batch of 2"):
         layer(x)
 
 
@@ -130,7 +130,7 @@ def test_attach_freezes_the_base_first_and_detach_restores_it():
     assert [n for n, p in net.named_parameters() if p.requires_grad] == ["first.down_RI", "first.up_OR"]
     assert list(adapter.parameters()) == ["first.down", "first.up"]
     assert torch.count_nonzero(adapter.parameters()["first.up"]) == 0
-    with pytest.raises(RuntimeError, match="already carries"):
+    with pytest.raises(RuntimeError, match="already has an adapter"):
         attach(net, [Group("again", state, trainable=True)])
     adapter.detach()
     assert {name for name, _ in net.named_parameters()} == set(plain)

@@ -122,7 +122,8 @@ def test_with_one_acting_expert_usage_is_a_share_of_the_gates_however_unsure_the
     assert judge_routing(even, families, RoutingThresholds(teacher_kl=9.0), {}) == []
     assert float(routing.balance(even.usage_E, unsure).mean()) == pytest.approx(0.0)
     one = torch.softmax(1.0 * labels[:1], dim=-1).expand(30, 6)  # the same expert everywhere, with a gate of 0.35
-    faults = judge_routing(totals_of(one, labels, mix=select_top_k(one, 1)), families, RoutingThresholds(teacher_kl=9.0), {})
+    totals = totals_of(one, labels, mix=select_top_k(one, 1))
+    faults = judge_routing(totals, families, RoutingThresholds(teacher_kl=9.0), {})
     assert "expert 'a' takes 100% of the gates" in str(faults[0])
 
 
