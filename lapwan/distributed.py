@@ -1,7 +1,7 @@
-"""Several processes on one piece of work (accelerate launch, torchrun): who takes what, and waiting for each other;
-and workers of one process.
+"""Several processes on one job (accelerate launch, torchrun): ranks, shares of the work, collectives. Also worker
+processes and threads of a single process.
 
-Importing this loads no torch; only more than one process needs it.
+Importing this module loads no torch; only several processes need it.
 """
 
 from __future__ import annotations
@@ -19,38 +19,43 @@ from lapwan.errors import UserError
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(hours=2)  # the others wait while the first process plans, validates, samples or saves
+_TIMEOUT = timedelta(hours=2)  # the other processes wait while the first one plans, validates, samples or saves
 
 
 class Processes:
-    """This process among those that share the work; alone by default. `local` is its number on this machine, and so its
-    GPU."""
+    """This process and the group it belongs to; a single process by default.
 
-    def __init__(self, rank: int = 0, count: int = 1, local: int = 0) -> None:
-        self.rank, self.count, self.local = rank, count, local
+    Args:
+        rank: of this process in the group.
+        count: processes in the group (the world size).
+        local_rank: of this process on its machine; also the index of its GPU.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.count, self.local_rank = rank, count, local_rank
 
     @property
     def first(self) -> bool:
-        """True in the one process that plans aloud, writes what is shared, and talks."""
+        """True in the process of rank 0, which prints the plan, logs, and writes shared files."""
         return self.rank == 0
 
-    def own(self, items: Iterable[T]) -> list[T]:
-        """Every `count`-th item: equal shares, also of work sorted by size."""
+    def local_items(self, items: Iterable[T]) -> list[T]:
+        """This process's share: every `count`-th item, so that shares are equal also if items are sorted by size."""
         return list(items)[self.rank :: self.count]
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in the order of ranks, in every process."""
+        """The values of all processes in the order of ranks, in every process."""
         if self.count == 1:
             return [value]
         import torch.distributed as dist
 
         self.join()
-        found: list[T | None] = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found  # type: ignore[return-value]
+        values: list[T | None] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
 
     def from_first(self, value: T) -> T:
-        """The first process's value, everywhere."""
+        """The first process's value, in every process (a broadcast)."""
         if self.count == 1:
             return value
         import torch.distributed as dist
@@ -61,7 +66,7 @@ class Processes:
         return box[0]
 
     def any(self, flag: bool) -> bool:
-        """True everywhere if it is true anywhere."""
+        """True in every process if `flag` is true in any."""
         return flag if self.count == 1 else any(self.gather(flag))
 
     def barrier(self) -> None:
@@ -69,14 +74,14 @@ class Processes:
         self.any(False)
 
     def join(self, backend: str = "gloo") -> None:
-        """Enter the group, once."""
+        """Initialise the process group, once."""
         import torch.distributed as dist
 
         if self.count > 1 and not dist.is_initialized():
-            dist.init_process_group(backend, timeout=_PATIENCE)
+            dist.init_process_group(backend, timeout=_TIMEOUT)
 
     def close(self) -> None:
-        """Leave the group, so that the launcher sees a clean end."""
+        """Destroy the process group, so that the launcher sees a clean exit."""
         if self.count > 1:
             import torch.distributed as dist
 
@@ -85,10 +90,10 @@ class Processes:
 
 
 def launched() -> Processes:
-    """What the launcher said in its environment; one process without a launcher.
+    """The processes described by the launcher's environment; a single process without a launcher.
 
     Raises:
-        UserError: a launcher's environment that is not complete.
+        UserError: the launcher's environment is incomplete.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count <= 1:
@@ -101,20 +106,21 @@ def launched() -> Processes:
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Fresh processes for plain functions; spawned, since a fork of what holds CUDA or torch threads is not safe."""
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_leave_ctrl_c)
+    """A pool of spawned processes for plain functions; forking a process that holds CUDA or torch threads is unsafe."""
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_ctrl_c)
 
 
-def _leave_ctrl_c() -> None:
-    """Ctrl-C reaches the whole process group; ending in order is the main process's matter."""
+def _ignore_ctrl_c() -> None:
+    """Ctrl-C reaches the whole process group; the main process shuts the workers down."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch's own threads off for a while: on thin matrices they wait for each other longer than they work.
+    """Run torch operations on one thread: on thin matrices its threads wait for each other longer than they work.
 
-    For work that brings its own threads, one matrix each. Measured on 2 cores: norms of a 400-module pair 1.3 s of
-    CPU instead of 1.8.
+    For work that brings its own threads, one matrix each. Measured on 2 cores: the norms of a 400-module pair take
+    1.3 s of CPU time instead of 1.8 s.
     """
     import torch
 

@@ -1,7 +1,9 @@
-"""Other names of settings: short forms, names of older versions, and names that other trainers have for ours.
+"""Other names of settings keys: short forms, names of older versions, and the names that other trainers use.
 
-How to add a short form: a row in `SHORT`. How to rename a key: its old name in `RENAMED`. How to change a default: the
-old one in `OLD_DEFAULTS`, and `SETTINGS_VERSION` counted up. How to add another trainer's name: a row in `ELSEWHERE`.
+How to add a short form: a row in `SHORT`.
+How to rename a key: its old name in `RENAMED`; for an option on the command line also a row in `lapwan.cli_aliases`.
+How to change a default: the old one in `OLD_DEFAULTS`, and `SETTINGS_VERSION` counted up.
+How to add another trainer's name: a row in `OTHER_TRAINERS`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from lapwan.errors import nearest
 # Full key -> short one, at the top of a file and in [high] and [low] alike.
 SHORT: Mapping[str, str] = {"optimizer.lr": "lr", "targets.rank": "rank"}
 
-# Older name of a key -> today's, at the top of a file and in [high] and [low] alike. Read for ever.
+# Older name of a key -> today's, at the top of a file and in [high] and [low] alike. Old names are accepted for ever.
 RENAMED: Mapping[str, str] = {
     "optimiser": "optimizer", "optimiser_on_cpu": "optimizer_on_cpu", "experts": "noise_experts",
     "reuse": "first_block_cache",
@@ -23,12 +25,12 @@ RENAMED: Mapping[str, str] = {
 # Written into the settings of a run. A file without it is of version 1.
 SETTINGS_VERSION = 2
 VERSION_KEY = "settings_version"
-# Version -> dotted key -> what its absence meant in run settings of that version and older ones. Such a key is set
-# when they are read again, so that a changed default does not change a run that is resumed or repeated.
+# Version -> dotted key -> its default in run settings of that version and older ones. When such a file lacks the key it
+# is set to this value, so that a changed default does not change a run that is resumed or repeated.
 OLD_DEFAULTS: Mapping[int, Mapping[str, Any]] = {}
 
-# In musubi-tuner, ai-toolkit, diffusion-pipe or diffusers' scripts -> here; only named in an error, never taken.
-ELSEWHERE: Mapping[str, str] = {
+# Name in musubi-tuner, ai-toolkit, diffusion-pipe or diffusers' scripts -> name here. Only used in error messages.
+OTHER_TRAINERS: Mapping[str, str] = {
     "learning_rate": "lr", "network_dim": "rank", "network_alpha": "alpha", "lora_rank": "rank", "linear": "rank",
     "linear_alpha": "alpha", "optimizer_type": "optimizer", "lr_scheduler": "schedule",
     "lr_warmup_steps": "schedule", "warmup_steps": "schedule", "max_train_steps": "steps", "max_train_epochs": "epochs",
@@ -44,7 +46,7 @@ ELSEWHERE: Mapping[str, str] = {
 
 
 def current_key(key: str) -> str:
-    """A dotted key under today's name: `high.optimiser.lr` as `high.optimizer.lr`."""
+    """Today's name of a dotted key: `high.optimiser.lr` -> `high.optimizer.lr`."""
     first, dot, rest = key.partition(".")
     if first in ("high", "low"):
         return first + dot + current_key(rest)
@@ -52,7 +54,7 @@ def current_key(key: str) -> str:
 
 
 def older_key(key: str) -> str | None:
-    """The inverse of `current_key`; None where the key never had another name."""
+    """The inverse of `current_key`; None if the key never had another name."""
     first, dot, rest = key.partition(".")
     if first in ("high", "low"):
         older = older_key(rest)
@@ -61,10 +63,10 @@ def older_key(key: str) -> str | None:
 
 
 def current_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with older keys under today's names.
+    """The tree with older keys renamed to today's.
 
     Raises:
-        ValueError: a key under both names.
+        ValueError: a key is given under both names.
     """
     out: dict[str, Any] = {}
     for key, value in tree.items():
@@ -78,7 +80,7 @@ def current_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
 def with_old_defaults(
     tree: Mapping[str, Any], version: int, table: Mapping[int, Mapping[str, Any]] = OLD_DEFAULTS
 ) -> dict[str, Any]:
-    """Run settings of an older version, with each key that they lack at what its absence meant then."""
+    """Run settings of an older version, with missing keys set to the defaults of that version."""
     out = dict(tree)
     for since in sorted(v for v in table if v >= version):
         for key, value in table[since].items():
@@ -91,51 +93,51 @@ def with_old_defaults(
     return out
 
 
-def spell_out(tree: Mapping[str, Any], sections: tuple[str, ...] = ("high", "low")) -> dict[str, Any]:
-    """The tree with each short form in its section, such as `lr = 1e-4` as `optimizer = {lr = 1e-4}`.
+def expand_short_forms(tree: Mapping[str, Any], sections: tuple[str, ...] = ("high", "low")) -> dict[str, Any]:
+    """The tree with each short form moved into its section: `lr = 1e-4` becomes `optimizer = {lr = 1e-4}`.
 
     Raises:
-        ValueError: a short form and its full key both there.
+        ValueError: a short form and its full key are both given.
     """
     out = dict(tree)
     for full, short in SHORT.items():
         section, leaf = full.split(".")
         if short not in out:
             continue
-        value, held = out.pop(short), out.get(section, {})
-        if isinstance(held, str):  # targets = "last_8"
-            held = {"recipe": held}
-        if not isinstance(held, Mapping):
-            continue  # validation says what is wrong with it
-        if leaf in held:
-            raise ValueError(f"{short} = {value!r} and {full} = {held[leaf]!r} say the same thing; leave one out")
-        out[section] = {**held, leaf: value}
+        value, given = out.pop(short), out.get(section, {})
+        if isinstance(given, str):  # targets = "last_8"
+            given = {"recipe": given}
+        if not isinstance(given, Mapping):
+            continue  # validation reports what is wrong with it
+        if leaf in given:
+            raise ValueError(f"{short} = {value!r} and {full} = {given[leaf]!r} say the same thing; leave one out")
+        out[section] = {**given, leaf: value}
     for name in sections:
         if isinstance(out.get(name), Mapping):
             try:
-                out[name] = spell_out(out[name], ())
+                out[name] = expand_short_forms(out[name], ())
             except ValueError as error:
                 raise ValueError(f"[{name}] {error}") from None
     return out
 
 
-def partner(key: str) -> str | None:
-    """The other form of a dotted key: `lr` of `optimizer.lr` and the reverse, also inside [high] and [low]."""
+def other_form(key: str) -> str | None:
+    """The other form of a dotted key: `lr` for `optimizer.lr` and vice versa, also inside [high] and [low]."""
     for section in ("high.", "low."):
         if key.startswith(section):
-            other = partner(key.removeprefix(section))
+            other = other_form(key.removeprefix(section))
             return None if other is None else section + other
     return SHORT.get(key) or next((full for full, short in SHORT.items() if short == key), None)
 
 
-def takes(fields: Iterable[str]) -> list[str]:
-    """The keys of a section with these fields, short forms among them."""
+def accepted_keys(fields: Iterable[str]) -> list[str]:
+    """The keys that a section with these fields accepts, short forms included."""
     known = list(dict.fromkeys(fields))
     return known + [short for full, short in SHORT.items() if full.split(".")[0] in known and short not in known]
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """What an unknown key may have meant, to append to a message; empty where nothing is near."""
+    """A hint at what an unknown key may have meant, to append to a message; empty if no known key is close."""
     keys = list(known)
-    own = ELSEWHERE.get(word)
-    return f" (here it is '{own}')" if own in keys else nearest(word, keys)
+    here = OTHER_TRAINERS.get(word)
+    return f" (here it is '{here}')" if here in keys else nearest(word, keys)

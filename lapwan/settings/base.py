@@ -1,4 +1,4 @@
-"""What every command's settings share: frozen models, command-line flags as field metadata, and TOML out."""
+"""The base of every command's settings: frozen models, command-line flags as field metadata, and TOML output."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from pydantic.fields import FieldInfo
 class Settings(BaseModel):
     """Base of all settings: frozen, and an unknown key is an error."""
 
-    # defer_build: most of the time of `--help` would go into validators that only a run needs. So a section's default
-    # is a default_factory too: an instance in the class body needs them at once.
     # defer_build: the validators are built by the first run that needs them, not by --help. A section's default is a
     # default_factory for the same reason: an instance in the class body would build them at import.
     model_config = ConfigDict(
@@ -32,8 +30,8 @@ class Settings(BaseModel):
 class Flag:
     """Marks a settings field as a command-line option: `output: Annotated[Path, Flag("-o")]`.
 
-    The long name is the field's own (`--num-frames`) unless `names` holds one. Values arrive as strings and are
-    parsed by the field's validators, so that a file and the command line accept the same spellings.
+    The long name is the field's (`--num-frames`) unless `names` holds one. Values arrive as strings and are parsed by
+    the field's validators, so that a file and the command line accept the same forms.
     """
 
     names: tuple[str, ...]
@@ -48,7 +46,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class FlagField:
-    """A settings field that has a flag, with its dotted place in the settings."""
+    """A settings field that has a flag, with its dotted key."""
 
     key: str
     info: FieldInfo
@@ -56,16 +54,16 @@ class FlagField:
 
     @property
     def long_name(self) -> str:
-        """`--num-frames`: the flag's own long name, or the field's."""
-        own = [name for name in self.flag.names if name.startswith("--")]
-        return own[0] if own else "--" + self.key.rsplit(".", 1)[-1].replace("_", "-")
+        """`--num-frames`: the flag's long name if it has one, else the field's name."""
+        long_names = [name for name in self.flag.names if name.startswith("--")]
+        return long_names[0] if long_names else "--" + self.key.rsplit(".", 1)[-1].replace("_", "-")
 
 
 def height_width(value: Any) -> Any:
-    """(height, width) of the text `480x832`; what is no text as it is.
+    """Parse the text `480x832` as (height, width); any other type is returned unchanged.
 
     Raises:
-        ValueError: another text.
+        ValueError: a text of another form.
     """
     if not isinstance(value, str):
         return value
@@ -80,8 +78,8 @@ def submodel(annotation: Any) -> type[Settings] | None:
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return annotation
     if get_origin(annotation) in (Union, types.UnionType):
-        found = [m for a in get_args(annotation) if (m := submodel(a))]
-        return found[0] if len(found) == 1 else None
+        sections = [section for a in get_args(annotation) if (section := submodel(a))]
+        return sections[0] if len(sections) == 1 else None
     return None
 
 
@@ -94,25 +92,26 @@ def union_members(annotation: Any) -> list[type[Settings]]:
 
 
 def flag_fields(model: type[Settings], prefix: str = "") -> Iterator[FlagField]:
-    """Every field with a Flag, sections included, in the order they are declared."""
+    """Every field with a Flag, also those of sections, in the order of declaration."""
     for name, info in model.model_fields.items():
         flag = next((m for m in info.metadata if isinstance(m, Flag)), None)
         if flag is not None:
             yield FlagField(prefix + name, info, flag)
         elif (section := submodel(info.annotation)) is not None:
             yield from flag_fields(section, f"{prefix}{name}.")
-        elif (kinds := union_members(info.annotation)):  # a union: the options that all its members have
+        elif (kinds := union_members(info.annotation)):  # of a union the options that all members have
             common = set.intersection(*({field.key for field in flag_fields(kind)} for kind in kinds))
             yield from (f for f in flag_fields(kinds[0], f"{prefix}{name}.") if f.key.rsplit(".", 1)[-1] in common)
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """Settings, or a value of theirs, in the types of TOML: absolute paths, None left out."""
     if isinstance(value, BaseModel):
         value = {name: getattr(value, name) for name in type(value).model_fields}
     if isinstance(value, dict):
-        return {str(_plain(k)): _plain(v) for k, v in value.items() if v is not None}
+        return {str(to_plain(k)): to_plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [to_plain(v) for v in value]
     if isinstance(value, Path):
         return str(value.absolute())  # so that the file reproduces the run from any working directory
     if isinstance(value, Enum):
@@ -121,16 +120,17 @@ def _plain(value: Any) -> Any:
 
 
 def to_toml(settings: Settings, header: str = "") -> str:
-    """The settings as TOML that reproduces the run: every field, absolute paths, absent values left out."""
+    """The settings as TOML that reproduces the run: every field, absolute paths, None left out."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    text: str = tomli_w.dumps(_plain(settings))
+    text: str = tomli_w.dumps(to_plain(settings))
     return comment + text
+
 
 @dataclass(frozen=True)
 class RunOptions:
     """The options every command has; they are not written into the resolved settings.
 
-    `dry_run`: check everything that can be checked without the work, print the resolved settings and the plan.
+    `dry_run`: check everything that can be checked without doing the work, print the resolved settings and the plan.
     `overwrite`: replace an existing output.
     """
 

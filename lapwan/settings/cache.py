@@ -21,45 +21,47 @@ class CacheSettings(Settings):
 
     dataset: Annotated[Path | None, Flag("-d", metavar="FILE")] = Field(
         None, description="clips.jsonl, labels.jsonl, or a musubi-tuner dataset.toml.")
-    model: Annotated[str | None, Flag("-m")] = Field(None, description="The model whose VAE and text encoder are used.")
+    model: Annotated[str | None, Flag("-m")] = Field(
+        None, description="Model whose VAE and text encoder are used: tiny, or a model folder.")
     output: Annotated[Path | None, Flag("-o", metavar="DIR")] = Field(
-        None, description="The cache folder; a dataset.toml may name its own.")
+        None, description="Cache folder; a dataset.toml may name its own.")
     size: Annotated[tuple[int, int] | None, Flag(metavar="HEIGHTxWIDTH")] = Field(
-        None, description="Height x width in pixels, such as 480x832; by default the model's.")
+        None, description="Height x width in pixels, such as 480x832; default: the model's.")
     num_frames: Annotated[tuple[int, ...] | None, Flag(metavar="N[,N...]")] = Field(
-        None, description="Frames of a clip, 4N+1; several lengths as 17,33; by default the model's.")
+        None, description="Frames per clip, 4N+1; several lengths as 17,33; default: the model's.")
     latents: Annotated[bool, Flag()] = Field(True, description="Encode the clips.")
     text: Annotated[bool, Flag()] = Field(True, description="Encode the captions.")
     i2v: Annotated[bool | None, Flag("--i2v/--t2v")] = Field(
-        None, description="With or without the image-to-video condition; by default as the model needs.")
+        None, description="Encode the image-to-video condition or not; default: as the model needs.")
     frame_extraction: Annotated[Literal["head", "chunk", "slide", "uniform", "full"], Flag()] = Field(
-        "head", description="Which windows of a clip: head, chunk, slide, uniform or full.")
-    frame_stride: Annotated[int, Flag()] = Field(1, ge=1, description="slide: frames between starts.")
-    frame_sample: Annotated[int, Flag()] = Field(1, ge=1, description="uniform: how many windows.")
-    max_frames: Annotated[int, Flag()] = Field(129, ge=1, description="full: at most this many frames.")
+        "head", description="How windows are taken from a clip: head, chunk, slide, uniform or full.")
+    frame_stride: Annotated[int, Flag()] = Field(1, ge=1, description="For slide: frames between window starts.")
+    frame_sample: Annotated[int, Flag()] = Field(1, ge=1, description="For uniform: number of windows.")
+    max_frames: Annotated[int, Flag()] = Field(129, ge=1, description="For full: largest number of frames.")
     source_fps: Annotated[float | None, Flag()] = Field(
-        None, gt=0, description="The clips' true frame rate, against what the files say.")
+        None, gt=0, description="Frame rate of the clips, instead of the one in the files.")
     buckets: Annotated[bool, Flag()] = Field(
-        False, description="Choose the size by aspect ratio, near the area of --size, instead of cutting to it.")
+        False, description="Choose the size by aspect ratio, near the area of --size, instead of cropping to --size.")
     bucket_no_upscale: Annotated[bool, Flag()] = Field(False, description="With --buckets: never enlarge a clip.")
     negative_prompt: Annotated[str, Flag()] = Field(
-        NEGATIVE_PROMPT, description="Encoded with the empty prompt, for guidance during training.")
+        NEGATIVE_PROMPT, description="Encoded besides the empty prompt, for guidance during training.")
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], Flag()] = Field(
-        "auto", description="Numbers in the files: float32, bfloat16, or auto (latents float32, text as encoded).")
+        "auto", description="Dtype in the files: float32, bfloat16, or auto (latents float32, text as encoded).")
     vae_dtype: Annotated[Literal["float32", "bfloat16"], Flag()] = Field(
-        "float32", description="The VAE computes in float32 (safest) or bfloat16 (faster on a GPU).")
+        "float32", description="Compute dtype of the VAE: float32 (safest) or bfloat16 (faster on a GPU).")
     device: Annotated[str, Flag()] = Field("auto", description="auto, cpu, cuda or cuda:N.")
     workers: Annotated[int | None, Flag()] = Field(
-        None, ge=0, description="Processes that decode; 0 decodes in this one; by default by the work.")
+        None, ge=0, description="Processes that decode clips; 0: decode in the main process; default: chosen by the "
+        "amount of work.")
     batch_size: Annotated[int | None, Flag()] = Field(
-        None, ge=1, description="Clips encoded at once; by size if absent.")
+        None, ge=1, description="Clips encoded at a time; default: chosen by their size.")
     prune: Annotated[bool, Flag()] = Field(
         False, description="Delete cache files of clips that are no longer in the dataset.")
     verify: Annotated[bool, Flag()] = Field(
-        False, description="Read every cached file again and list what is wrong; without --dataset do only that.")
+        False, description="Read every cached file again and list the damaged ones; without --dataset do only that.")
     preview: Annotated[int, Flag(metavar="N")] = Field(
         0, ge=0, description="Decode N cached clips into lapwan_preview.png; without --dataset do only that.")
-    skip_bad: Annotated[bool, Flag()] = Field(False, description="Bad clips are listed, but are no error.")
+    skip_bad: Annotated[bool, Flag()] = Field(False, description="List bad clips, but do not fail.")
 
     _size = field_validator("size", mode="before")(height_width)
 
@@ -79,7 +81,7 @@ class CacheSettings(Settings):
     def _something(self) -> CacheSettings:
         if self.dataset is None and not (self.verify or self.preview):
             raise ValueError(
-                "dataset is required (--dataset FILE), or --verify or --preview N of a cache that is there"
+                "dataset is required (--dataset FILE), or --verify or --preview N of an existing cache"
             )
         if self.dataset is not None and self.model is None:
             raise ValueError("model is required: --model tiny, or a model folder")

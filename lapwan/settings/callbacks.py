@@ -1,4 +1,4 @@
-"""Looking at a run while it goes: figures of the weights, held-out losses, previews, health."""
+"""Settings of the callbacks of a training run: statistics of the weights, validation, previews, health."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from lapwan.settings.base import Flag, Settings
 
 
 class WatchSettings(Settings):
-    """Magnitudes, norms and ratios of what is trained."""
+    """Magnitudes, norms and ratios of the trained weights."""
 
-    every: int = Field(100, ge=1, description="Steps of the run between two looks.")
+    every: int = Field(100, ge=1, description="Steps of the run between two measurements.")
 
 
 class ValidationSettings(Settings):
-    """Loss on held-out clips with noise and sigmas that are always the same, so that two looks can be compared."""
+    """Loss on held-out clips. Noise and sigmas are always the same, so that two evaluations can be compared."""
 
-    every: int | None = Field(None, ge=1, description="Steps of the run between two looks; absent: none.")
+    every: int | None = Field(None, ge=1, description="Steps of the run between two evaluations; absent: none.")
     split: str = Field("test", description="Clips of this split.")
-    clips: int = Field(8, ge=1, description="At most so many, spread over the split.")
-    sigmas: int = Field(4, ge=1, description="Noise levels a clip, at equal parts of each noise expert's draws.")
+    clips: int = Field(8, ge=1, description="Largest number of clips, evenly spaced over the split.")
+    sigmas: int = Field(4, ge=1, description="Noise levels per clip, at equal quantiles of each noise expert's "
+                                             "distribution.")
 
 
 class PreviewSettings(Settings):
-    """Videos sampled through both noise experts with the weights as they are."""
+    """Videos sampled through both noise experts with the current weights."""
 
     every: int | None = Field(None, ge=1, description="Steps of the run between two previews; absent: none.")
     prompts: tuple[str, ...] = ()
     hints: tuple[str, ...] | Literal["families"] = Field(
-        (), description="train-moe: each prompt also with these hints; families: one of every family.")
+        (), description="train-moe: each prompt also with these hints; families: one hint for each family.")
     images: tuple[Path, ...] = Field((), description="First frame of each prompt, for image-to-video models.")
-    steps: int | None = Field(None, ge=1, description="Sampling steps; absent: the model's own.")
-    size: tuple[int, int] | None = Field(None, description="Height, width; absent: of the first clip.")
-    num_frames: int | None = Field(None, ge=1, description="4N+1; absent: of the first clip.")
-    guidance: float | None = Field(None, ge=1, description="Absent: the model's own.")
+    steps: int | None = Field(None, ge=1, description="Sampling steps; absent: the model's default.")
+    size: tuple[int, int] | None = Field(None, description="Height, width; absent: those of the first clip.")
+    num_frames: int | None = Field(None, ge=1, description="4N+1; absent: that of the first clip.")
+    guidance: float | None = Field(None, ge=1, description="Absent: the model's default.")
     seed: int = 42
 
     @model_validator(mode="after")
@@ -49,10 +50,11 @@ class PreviewSettings(Settings):
 
 
 class HealthSettings(Settings):
-    """The rules of `inspect-weights`, applied while training. Their thresholds are one run's experience."""
+    """The rules of `inspect-weights`, applied during training. Their thresholds come from experience with one run."""
 
     preset: Annotated[Literal["motion", "character"] | None, Flag("--preset")] = Field(
-        None, description="Judge the run: motion (the high-noise expert must lead) or character (the low one).")
+        None, description="Check the weights during the run: motion (the high noise expert must lead) or character "
+        "(the low one).")
     on_unhealthy: Literal["warn", "stop"] = Field("warn", description="stop: save the state and end the run.")
-    after: int = Field(100, ge=1, description="Own steps each noise expert must have had before anything is judged.")
-    patience: int = Field(2, ge=1, description="Looks in a row (watch.every) at which a rule must say stop.")
+    after: int = Field(100, ge=1, description="Steps of each noise expert before the first check.")
+    patience: int = Field(2, ge=1, description="Consecutive measurements (watch.every) at which a rule must fail.")

@@ -11,13 +11,13 @@ from lapwan.settings.base import Flag, Settings
 
 
 class DemoSettings(Settings):
-    """The whole road on the embedded model."""
+    """The whole pipeline on the embedded model."""
 
     output: Annotated[Path, Flag("-o", metavar="DIR")] = Field(
-        Path("lapwan-demo"), description="Folder for everything the demo makes.")
+        Path("lapwan-demo"), description="Folder for everything the demo writes.")
     clips: Annotated[int, Flag()] = Field(128, ge=8, description="Synthetic clips to make.")
-    steps: Annotated[int, Flag()] = Field(144, ge=1, description="Optimiser steps of each noise expert, in each stage.")
+    steps: Annotated[int, Flag()] = Field(144, ge=1, description="Optimizer steps of each noise expert, in each stage.")
     prompts: Annotated[int, Flag()] = Field(
-        16, ge=2, description="Held-out prompts that base, stage 1 and stage 2 each make a video of; of three in eight "
-        "as many first frames too.")
-    seed: Annotated[int, Flag()] = Field(7, description="Of clips, training and videos.")
+        16, ge=2, description="Held-out prompts for which base, stage 1 and stage 2 each generate a video; for three "
+        "eighths as many also from a first frame.")
+    seed: Annotated[int, Flag()] = Field(7, description="Seed of clips, training and videos.")

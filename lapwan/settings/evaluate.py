@@ -1,6 +1,6 @@
 """Settings of `lapwan evaluate`.
 
-How to add a metric: a name in `METRICS` and `Metric`, and what `lapwan.evaluation.metrics` says.
+How to add a metric: its name in `METRICS` and `Metric`, and the steps listed in `lapwan.evaluation.metrics`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Metric = Literal["identity", "tip", "reference", "temporal", "reward"]
 
 
 class AdapterSettings(Settings):
-    """One entry of the comparison: LoRAs, a mixture and how its experts are chosen; a name alone is the base."""
+    """One entry of the comparison: LoRAs, or a mixture and how its experts are chosen; a name alone is the base."""
 
-    name: str = Field(pattern=r"^[^/\\\n]+$", description="In tables, JSON and folders.")
-    model: ModelChoice | None = Field(None, description="Another base than the evaluation's own.")
+    name: str = Field(pattern=r"^[^/\\\n]+$", description="Name in tables, JSON and folders.")
+    model: ModelChoice | None = Field(None, description="Another base than the evaluation's.")
     lora: tuple[LoraArgument, ...] = Field((), description="FILE[:STRENGTH], high=FILE, low=FILE, both=FILE.")
     moe: Path | None = Field(None, description="A mixture of LoRA experts.")
     hint: str | None = Field(
-        None, description="Absent: the router chooses; truth: each clip's own label; wrong: another family; or a hint "
-        "as generate takes it.")
+        None, description="Absent: the router chooses; truth: each clip's label; wrong: another family; or a hint as "
+        "for generate.")
     alpha_base: float | None = None
     alpha_expert: float | dict[str, float] | None = None
-    any_base: bool = Field(False, description="Take a mixture of another base or task; what differs is a warning.")
+    any_base: bool = Field(False, description="Accept a mixture trained on another base or task, with a warning.")
 
     @field_validator("alpha_expert", mode="before")
     @classmethod
@@ -57,36 +57,38 @@ class LossSettings(Settings):
     cache: Annotated[Path | None, Flag("--cache", metavar="DIR")] = Field(
         None, description="Cache with held-out clips, for flow losses; absent: none are measured.")
     labels: Path | None = Field(None, description="labels.jsonl for caches that carry no labels.")
-    count: int | None = Field(None, ge=1, description="At most so many clips, spread over the split; absent: all.")
+    count: int | None = Field(
+        None, ge=1, description="Largest number of clips, evenly spaced over the split; absent: all.")
     bins: int = Field(4, ge=1, description="Equal bins of sigma in each noise expert's band.")
-    draws: int = Field(1, ge=1, description="Draws of sigma and noise in each bin, for each clip.")
+    draws: int = Field(1, ge=1, description="Draws of sigma and noise per bin and clip.")
     batch_size: int = Field(4, ge=1, description="Clips at a time.")
 
 
 class EvaluationVideoSettings(Settings):
-    """Videos generated for held-out clips; what is left out is the model's own."""
+    """Videos generated for held-out clips; absent values are the model's defaults."""
 
     clips: Annotated[Path | None, Flag("--clips", metavar="FILE")] = Field(
         None, description="Held-out clips to generate for (clips.jsonl or labels.jsonl); absent: no videos.")
     count: Annotated[int | None, Flag("--count", metavar="N")] = Field(
-        None, ge=1, description="At most so many of the clips, spread over the split; absent: all.")
-    seeds: Annotated[int, Flag("--seeds", metavar="N")] = Field(1, ge=1, description="Videos a clip and adapter.")
+        None, ge=1, description="Generate for at most N clips, evenly spaced over the split; absent: all.")
+    seeds: Annotated[int, Flag("--seeds", metavar="N")] = Field(
+        1, ge=1, description="Videos per clip and adapter, each from its own seed.")
     batch_size: Annotated[int, Flag("--batch-size", metavar="N")] = Field(8, ge=1, description="Videos at a time.")
     metrics: tuple[Metric, ...] | None = Field(
-        None, description=f"Of {', '.join(METRICS)}; absent: all that the clips allow.")
+        None, description=f"Some of {', '.join(METRICS)}; absent: all that the clips allow.")
     rewards: Annotated[Rewards | None, Flag("--reward", metavar=REWARD_METAVAR)] = Field(
         None, description="Also score frames against prompts: clip=FOLDER, hps=FILE, pickscore=FOLDER.")
     num_frames: int | None = Field(None, ge=1, description="4N+1.")
     size: tuple[int, int] | None = Field(None, description="(height, width) in pixels, or HEIGHTxWIDTH.")
     steps: Annotated[int | None, Flag("--steps", metavar="N")] = Field(
-        None, ge=1, description="Sampling steps; absent: the model's own.")
+        None, ge=1, description="Sampling steps; absent: the model's default.")
     guidance: float | dict[NoiseExpert, float] | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     negative_prompt: str | None = None
     flow_shift: float | None = Field(None, gt=0)
     sampler: Literal["unipc", "euler", "dpmpp"] = "unipc"
     ceiling: bool = Field(
-        True, description="Also what the VAE's reconstructions of the clips themselves reach: no video can do better.")
+        True, description="Also measure the VAE's reconstructions of the clips, an upper bound for every video.")
     sheet: int = Field(8, ge=0, description="Clips on the contact sheets; 0: no sheets.")
 
     _size = field_validator("size", mode="before")(height_width)
@@ -104,18 +106,18 @@ class EvaluationVideoSettings(Settings):
 
 
 class RoutingSettings(Settings):
-    """What a mixture's router answers on captions it has not seen."""
+    """The router of a mixture on captions it has not seen."""
 
     captions: Annotated[Path | None, Flag("--captions", metavar="FILE")] = Field(
-        None, description="Labelled captions for the router; absent: those of the clips, else of the cache.")
+        None, description="Labelled captions to test the router on; absent: those of the clips, else of the cache.")
     paraphrases: Annotated[Path | None, Flag("--paraphrases", metavar="FILE")] = Field(
         None, description="A second file of labelled captions, such as paraphrases without any keyword.")
     probe: bool = Field(
-        True, description="Beside it what a linear reader of the text features knows; embedded model only.")
+        True, description="Also a linear probe of the text features for comparison; embedded model only.")
 
 
 class IntervalSettings(Settings):
-    """Percentile intervals of a bootstrap over clips."""
+    """Percentile intervals by bootstrap over clips."""
 
     samples: int = Field(10_000, ge=100, description="Resamples.")
     level: float = Field(0.95, gt=0, lt=1)
@@ -125,18 +127,18 @@ class EvaluateSettings(ModelSettings):
     """Adapters compared on held-out clips at equal noise."""
 
     adapters: tuple[AdapterSettings, ...] = Field(
-        (), description="What is compared, the first being what the others are held against; absent: the base, and "
-        "what --lora and --moe name.")
+        (), description="The adapters to compare; the first one is the reference. Absent: the base, and what --lora "
+        "and --moe name.")
     task: Annotated[Literal["t2v", "i2v"] | None, Flag(metavar="t2v|i2v")] = Field(
-        None, description="For model tiny, which serves both; absent: what the cache was made for, else t2v.")
+        None, description="For the model tiny, which has both; absent: the task of the cache, else t2v.")
     output: Annotated[Path, Flag("-o", "--output", metavar="DIR")] = Field(
         Path("evaluation"), description="Folder for evaluation.json, plot, sheets and videos.")
     resume: Annotated[bool, Flag("--resume")] = Field(
-        False, description="Go on in a folder that exists: its finished videos are used where they still fit.")
+        False, description="Continue in an existing folder; finished videos that still match the settings are kept.")
     split: Annotated[str, Flag("--split", metavar="NAME")] = Field(
-        "test", description="Clips of this split; all for every clip. Files without splits are taken whole.")
+        "test", description="Use the clips of this split; all: every clip. Files without splits are used whole.")
     taxonomy: str = Field("surgical4", description="surgical4, cholec6 or a TOML file; a mixture brings its own.")
-    seed: Annotated[int, Flag("--seed", metavar="N")] = Field(0, ge=0, description="Of noise and intervals.")
+    seed: Annotated[int, Flag("--seed", metavar="N")] = Field(0, ge=0, description="Seed of noise and intervals.")
     loss: LossSettings = Field(default_factory=LossSettings)
     videos: EvaluationVideoSettings = Field(default_factory=EvaluationVideoSettings)
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
@@ -146,7 +148,7 @@ class EvaluateSettings(ModelSettings):
     def _compared(self) -> EvaluateSettings:
         if self.adapters and (self.lora or self.moe is not None):
             raise ValueError("lora and moe are given beside adapters; put them into an entry of adapters")
-        names = [re.sub(r"[^\w.=-]+", "_", adapter.name) for adapter in self.adapters]  # as their folders are called
+        names = [re.sub(r"[^\w.=-]+", "_", adapter.name) for adapter in self.adapters]  # the names of their folders
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two adapters are called '{twice}'; give each its own name")
         if not (self.loss.cache or self.videos.clips or self.routing.captions):
@@ -155,14 +157,14 @@ class EvaluateSettings(ModelSettings):
         return self
 
     def compared(self) -> tuple[AdapterSettings, ...]:
-        """The adapters; without any the base, and beside it what `lora` and `moe` name: a mixture by its router, with
-        the right hint and with a wrong one."""
+        """`adapters` if given. Else the base and what `lora` and `moe` name; a mixture three times: by its router, with
+        the right hint, and with a wrong one."""
         if self.adapters:
             return self.adapters
-        found = [AdapterSettings(name="base")]
+        compared = [AdapterSettings(name="base")]
         if self.lora:
-            found.append(AdapterSettings(name="lora", lora=self.lora))
+            compared.append(AdapterSettings(name="lora", lora=self.lora))
         if self.moe is not None:
-            found += [AdapterSettings(name=name, lora=self.lora, moe=self.moe, hint=hint)
-                      for name, hint in (("router", None), ("hint", "truth"), ("wrong hint", "wrong"))]
-        return tuple(found)
+            compared += [AdapterSettings(name=name, lora=self.lora, moe=self.moe, hint=hint)
+                         for name, hint in (("router", None), ("hint", "truth"), ("wrong hint", "wrong"))]
+        return tuple(compared)

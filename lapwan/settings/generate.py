@@ -1,7 +1,7 @@
-"""What may be asked of `lapwan generate`.
+"""Settings of `lapwan generate`: the model (`ModelSettings`), a video (`VideoSettings`), the command.
 
-How to add an option of a video: a field of `VideoSettings` with a Flag, its use in `lapwan.sampling.request` and
-`lapwan.api`; it then works on the command line, in TOML and in a prompts file.
+How to add an option of a video: a field of `VideoSettings` with a Flag, and its use in `lapwan.sampling.request` and
+`lapwan.api`. It then works on the command line, in TOML and in a prompts file.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lapwan.settings.model import ModelChoice
 
 
 def parse_numbers(text: str, names: str) -> dict[str, float]:
-    """`high=4,low=3` -> {"high": 4.0, "low": 3.0}; `:` and full-width punctuation are taken too.
+    """`high=4,low=3` -> {"high": 4.0, "low": 3.0}; `:` and full-width punctuation are accepted too.
 
     Raises:
         ValueError: a part without a name or number, or a name twice.
     """
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for part in re.split(r"[,，;；]", text):
         match = re.fullmatch(r"\s*(?P<name>.+?)\s*[=＝:：]\s*(?P<number>[^=＝:：]+?)\s*", part)
         try:
@@ -35,14 +35,14 @@ def parse_numbers(text: str, names: str) -> dict[str, float]:
             name, number = match["name"], float(match["number"])
         except ValueError:
             raise ValueError(f"'{part.strip()}' is not understood; write a number, or {names}") from None
-        if name in found:
+        if name in numbers:
             raise ValueError(f"'{name}' is given twice")
-        found[name] = number
-    return found
+        numbers[name] = number
+    return numbers
 
 
 def number_or_named(value: Any, names: str) -> Any:
-    """A number as it is, its text as a number, `name=number,...` as a dict; anything else for pydantic to judge."""
+    """Parse a text as a number, or `name=number,...` as a dict; any other type is left to pydantic."""
     if not isinstance(value, str):
         return value
     try:
@@ -52,108 +52,113 @@ def number_or_named(value: Any, names: str) -> Any:
 
 
 class ModelSettings(Settings):
-    """What is loaded once, for any number of videos."""
+    """The model and its adapters, loaded once for any number of videos."""
 
     model: Annotated[ModelChoice | None, Flag(metavar="MODEL")] = Field(
-        default=None, description="'tiny' (embedded), a model folder in diffusers layout, or a hub id fetched before."
+        default=None, description="'tiny' (embedded), a model folder in diffusers layout, or the hub id of a "
+        "downloaded model."
     )
     lora: Annotated[tuple[LoraArgument, ...], Flag(metavar=LORA_METAVAR)] = Field(
-        default=(), description="A LoRA, repeatable: FILE:0.8, or with its noise expert high=FILE, low=FILE, "
-        "both=FILE; otherwise the file says it."
+        default=(), description="A LoRA, repeatable: FILE:0.8, or for one noise expert high=FILE, low=FILE, or "
+        "both=FILE; by default the file decides."
     )
     fold: Annotated[bool, Flag()] = Field(
-        default=False, description="LoRAs go into the weights in memory, rounded as lapwan merge does, instead of "
-        "acting beside them: each step is shorter, loading longer."
+        default=False, description="Merge the LoRAs into the weights in memory, rounded as by lapwan merge, instead of "
+        "computing them beside the weights: faster steps, slower loading."
     )
     moe: Annotated[Path | None, Flag(metavar="FILE")] = Field(
-        default=None, description="A mixture of LoRA experts; the prompt chooses among them unless a hint does."
+        default=None, description="A mixture of LoRA experts; its router chooses among them by the prompt, unless a "
+        "hint is given."
     )
     device: Annotated[str, Flag(metavar="DEVICE")] = Field(
         default="auto", description="auto, cpu, cuda or cuda:N.", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
     )
     dtype: Annotated[GenerateDtype, Flag(metavar="auto|fp32|bf16|fp16|fp8|int8|nf4")] = Field(
-        default="auto", description="Of the transformers; auto is bf16 on a GPU, fp32 on a CPU. fp8 is faster on new "
-        "GPUs, int8 and nf4 are for small ones; they quantise the blocks and compute the rest as auto does."
+        default="auto", description="Dtype of the transformers; auto: bf16 on a GPU, fp32 on a CPU. fp8 (faster on "
+        "recent GPUs), int8 and nf4 (for little memory) quantise the blocks; the rest is computed as with auto."
     )
     text_dtype: Annotated[Literal["auto", "fp8", "int8"], Flag(metavar="auto|fp8|int8")] = Field(
-        default="auto", description="Of the text encoder; auto: as it is stored."
+        default="auto", description="Dtype of the text encoder; auto: as stored."
     )
     memory: Annotated[MemoryChoice, Flag(metavar=MEMORY_METAVAR)] = Field(
-        default="auto", description="Both noise experts on the device, one at a time, or their blocks streamed from "
-        "host memory; a number is the GiB to stay below; auto: what fits and is fastest."
+        default="auto", description="Keep both noise experts on the device, one at a time (one), or stream their "
+        "blocks from host memory (stream); a number is a limit in GiB; auto: the fastest that fits."
     )
     compile: Annotated[Literal["auto", "on", "off"], Flag(metavar="auto|on|off")] = Field(
-        default="auto", description="Blocks through torch.compile; auto: on a GPU where a video saves what it takes."
+        default="auto", description="Run the blocks through torch.compile; auto: on a GPU, if the videos save more "
+        "time than compiling takes."
     )
 
 
 class VideoSettings(Settings):
-    """One video; what is left out is the model's own. These are also the keys of a line of a prompts file."""
+    """One video; absent values are the model's defaults. These are also the keys of a line of a prompts file."""
 
     prompt: Annotated[str | None, Flag(metavar="TEXT")] = Field(default=None, description="What the video shows.")
     image: Annotated[Path | None, Flag(metavar="FILE")] = Field(
-        default=None, description="First frame, for an image-to-video model; fitted to the size by scaling and cutting."
+        default=None, description="First frame, for an image-to-video model; scaled and cropped to the size."
     )
     last_image: Annotated[Path | None, Flag(metavar="FILE")] = Field(
-        default=None, description="Last frame as well, with --image."
+        default=None, description="Last frame, together with --image."
     )
     video: Annotated[Path | None, Flag(metavar="FILE")] = Field(
-        default=None, description="Start from this video's frames instead of from noise alone; see --start-sigma."
+        default=None, description="Start from the frames of this video instead of from pure noise; see --start-sigma."
     )
     start_sigma: Annotated[float | None, Flag(metavar="SIGMA")] = Field(
-        default=None, gt=0, le=1, description="With --video: noise it starts from, 0 to 1, 0.8 if not given; "
-        "more changes more."
+        default=None, gt=0, le=1, description="With --video: noise level to start from, 0 to 1; larger values change "
+        "the video more. Default: 0.8."
     )
     negative_prompt: Annotated[str | None, Flag(metavar="TEXT")] = Field(
-        default=None, description="What to steer away from; Wan's official one by default, '' for none."
+        default=None, description="What the video must not show; default: Wan's official one; '' for none."
     )
     instrument_hint: Annotated[str | None, Flag(metavar="NAME|MIX")] = Field(
-        default=None, description="The mixture's expert: hook, 电凝钩, or a mix such as hook:0.7,suction:0.3."
+        default=None, description="Expert of the mixture: hook, 电凝钩, or a mix such as hook:0.7,suction:0.3."
     )
     alpha_base: Annotated[float | None, Flag(metavar="NUMBER")] = Field(
-        default=None, description="Strength of the base LoRA the mixture was trained over; 1 if not given."
+        default=None, description="Strength of the base LoRA that the mixture was trained with; default: 1."
     )
     alpha_expert: Annotated[float | dict[str, float] | None, Flag(metavar="X|NAME=X,..")] = Field(
-        default=None, description="Strength of the mixture's experts: 1.2, or hook=1.2,other=0.8; 1 if not given."
+        default=None, description="Strength of the mixture's experts: 1.2, or hook=1.2,other=0.8; default: 1."
     )
     num_frames: Annotated[int | None, Flag(metavar="N")] = Field(
-        default=None, ge=1, description="Frames, 4N+1; the model's own by default."
+        default=None, ge=1, description="Frames, 4N+1; default: the model's."
     )
     size: Annotated[tuple[int, int] | None, Flag(metavar="HEIGHTxWIDTH")] = Field(
-        default=None, description="HEIGHT x WIDTH in pixels; by default the model's own, with an image in its shape."
+        default=None, description="Height x width in pixels; default: the model's, with the aspect ratio of --image."
     )
     steps: Annotated[int | None, Flag(metavar="N")] = Field(
-        default=None, ge=1, description="Sampling steps; the model's own by default."
+        default=None, ge=1, description="Sampling steps; default: the model's."
     )
     guidance: Annotated[float | dict[NoiseExpert, float] | None, Flag(metavar="G|high=G,low=G")] = Field(
-        default=None, description="Classifier-free guidance, 1 for none; each noise expert decides by its own number."
+        default=None, description="Scale of classifier-free guidance, 1 for none; one number, or one for each noise "
+        "expert."
     )
     guidance_interval: Annotated[tuple[float, float] | None, Flag(metavar="LOW,HIGH")] = Field(
-        default=None, description="Guide only where sigma lies in this interval, such as 0.2,0.95."
+        default=None, description="Apply guidance only while sigma is in this interval, such as 0.2,0.95."
     )
     flow_shift: Annotated[float | None, Flag(metavar="S")] = Field(
-        default=None, gt=0, description="More steps at high noise the larger it is; the checkpoint's own by default."
+        default=None, gt=0, description="Shift of the sigma schedule; larger values spend more steps at high noise. "
+        "Default: the checkpoint's."
     )
     boundary: Annotated[float | None, Flag(metavar="SIGMA")] = Field(
-        default=None, gt=0, lt=1, description="The high noise expert serves from this sigma on, the low one below; the "
-        "model's own by default."
+        default=None, gt=0, lt=1, description="Sigma from which on the high noise expert is used, the low one below; "
+        "default: the model's."
     )
     sampler: Annotated[Literal["unipc", "euler", "dpmpp"], Flag(metavar="unipc|euler|dpmpp")] = Field(
-        default="unipc", description="Solver."
+        default="unipc", description="Solver of the sampling steps."
     )
     sigmas: Annotated[tuple[float, ...] | None, Flag(metavar="S,S,...")] = Field(
-        default=None, description="Own noise levels, falling from at most 1, instead of --steps and --flow-shift."
+        default=None, description="Custom noise levels, decreasing from at most 1, instead of --steps and --flow-shift."
     )
     first_block_cache: Annotated[float | dict[NoiseExpert, float] | None, Flag(metavar="E|high=E,low=E")] = Field(
-        default=None, description="Approximate: a step skips all blocks but the first and keeps the last step's where the "
-        "velocity's relative error is predicted under E, such as 0.05."
+        default=None, description="First-block cache (approximate): skip all blocks but the first in steps where the "
+        "predicted relative error of the velocity is below E, such as 0.05."
     )
     seed: Annotated[int, Flag(metavar="N")] = Field(
         default=42, ge=0, lt=2**63, description="The same seed gives the same noise on every machine."
     )
 
     def moe_options(self) -> list[str]:
-        """Names of the options given that act on a mixture only; a strength of 1 is that without any option."""
+        """Names of the given options that act on a mixture only. A strength of 1 is the default, so not counted."""
         names = ("instrument_hint", "alpha_base", "alpha_expert")
         return [name for name in names if getattr(self, name) not in (None, 1.0)]
 
@@ -209,9 +214,9 @@ class VideoSettings(Settings):
     @field_validator("first_block_cache")
     @classmethod
     def _first_block_cache_is_an_error(cls, value: float | dict[NoiseExpert, float] | None) -> Any:
-        for one in value.values() if isinstance(value, dict) else [value]:
-            if one is not None and not 0 < one < 1:
-                raise ValueError(f"{one:g} is no relative error above 0 and below 1, such as 0.05")
+        for error in value.values() if isinstance(value, dict) else [value]:
+            if error is not None and not 0 < error < 1:
+                raise ValueError(f"{error:g} is no relative error above 0 and below 1, such as 0.05")
         return value
 
     @field_validator("alpha_expert", mode="before")
@@ -223,37 +228,38 @@ class VideoSettings(Settings):
 class LineSettings(VideoSettings):
     """A line of a prompts file."""
 
-    output: Path | None = Field(default=None, description="Name of this video inside the output folder.")
+    output: Path | None = Field(default=None, description="File name of this video inside the output folder.")
 
 
 class GenerateSettings(VideoSettings, ModelSettings):
     """Settings of `lapwan generate`."""
 
     prompts: Annotated[Path | None, Flag(metavar="FILE")] = Field(
-        default=None, description="Many videos in one load: JSON lines with prompt and any option of a video."
+        default=None, description="Many videos from one load: JSON lines with a prompt and any options of a video."
     )
     from_video: Annotated[Path | None, Flag("--from", metavar="VIDEO")] = Field(
-        default=None, description="Repeat a video lapwan made, from the settings it carries; other options override."
+        default=None, description="Repeat a video made by lapwan, from the settings stored in it; other options "
+        "override them."
     )
     interactive: Annotated[bool, Flag()] = Field(
         default=False, description="Ask for one prompt after the other; the model stays loaded."
     )
     videos: Annotated[int, Flag(metavar="N")] = Field(
-        default=1, ge=1, le=1000, description="Videos per prompt, with seeds N, N+1, ..."
+        default=1, ge=1, le=1000, description="Videos per prompt, with seeds SEED, SEED+1, ..."
     )
     grid: Annotated[tuple[str, ...], Flag(metavar="OPTION=A,B,...")] = Field(
-        default=(), description="Compare at the same noise, such as alpha_expert=0,0.5,1 or moe=none;A;B, also in one "
-        "video."
+        default=(), description="Compare values of an option at the same noise, such as alpha_expert=0,0.5,1 or "
+        "moe=none;A;B; repeatable. Also writes all videos side by side."
     )
     output: Annotated[Path | None, Flag("-o", "--output", metavar="PATH")] = Field(
         default=None, description="NAME.mp4, .gif, .webp, .png (one frame), .safetensors (latents), or a folder of PNG "
-        "frames; for many videos their folder."
+        "frames; for several videos their folder."
     )
     crf: Annotated[int | None, Flag(metavar="N")] = Field(
-        default=None, ge=0, le=51, description="Quality of an .mp4, 0 (best) to 51; 18 if not given."
+        default=None, ge=0, le=51, description="Quality of an .mp4, 0 (best) to 51; default: 18."
     )
     preview: Annotated[bool, Flag()] = Field(
-        default=False, description="Show what is emerging in a PNG beside the output, after every step."
+        default=False, description="Write the current estimate to a PNG beside the output after every step."
     )
     sheet: Annotated[bool, Flag()] = Field(
         default=False, description="Also write a contact sheet beside the output."

@@ -13,24 +13,23 @@ from lapwan.settings.base import Flag, Settings
 
 
 class InspectWeightsSettings(Settings):
-    """Numbers about a pair of LoRA files, one LoRA or mixture, or a run folder."""
+    """Statistics of a pair of LoRA files, of one LoRA or mixture, or of a run folder."""
 
     files: Annotated[tuple[Path, ...], Flag(positional=True, metavar="HIGH LOW | FILE | RUN_FOLDER")] = Field(
-        default=(), description="The high and the low noise expert's LoRA, one file, or a run folder.")
+        default=(), description="The LoRAs of the high and the low noise expert, one file, or a run folder.")
     preset: Annotated[Literal["motion", "character"], Flag(metavar="motion|character")] = Field(
-        default="motion", description="What the LoRA is for: motion wants the high noise expert to lead, character "
+        default="motion", description="Purpose of the LoRA: for motion the high noise expert must lead, for character "
                                       "(and style) the low one.")
     by: Annotated[Literal["expert", "block", "projection"], Flag(metavar="expert|block|projection")] = Field(
-        default="expert", description="What a row of the table is.")
+        default="expert", description="Rows of the table: one for each noise expert, block, or projection.")
     json_file: Annotated[str | None, Flag("--json", metavar="FILE|-")] = Field(
         default=None, description="Write the figures as JSON to a file, or to stdout with -.")
     plot: Annotated[Path | None, Flag(metavar="FILE.png")] = Field(
-        default=None, description="Draw magnitudes over steps and a heat map by block and projection.")
+        default=None, description="Plot magnitudes over steps and a heat map by block and projection.")
     lr: Annotated[dict[NoiseExpert, float] | None, Flag(metavar="high=A,low=B")] = Field(
-        default=None, description="Learning rates, where neither the files nor metrics.jsonl state them.")
-
+        default=None, description="Learning rates, if neither the files nor metrics.jsonl hold them.")
     base: Annotated[str | None, Flag(metavar="MODEL")] = Field(
-        default=None, description="Also compare the updates with the weights of this model.")
+        default=None, description="Also compare the LoRA's updates with the weights of this model.")
 
     @field_validator("lr", mode="before")
     @classmethod

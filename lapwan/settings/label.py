@@ -1,4 +1,4 @@
-"""What `lapwan label` may be told."""
+"""Settings of `lapwan label`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ class LabelSettings(Settings):
     clips: Annotated[Path, Flag(positional=True, metavar="CLIPS")] = Field(
         description="The clips: JSONL with a 'caption' on every line."
     )
-    output: Annotated[Path, Flag("-o", metavar="FILE")] = Field(description="Where the labelled JSONL goes.")
+    output: Annotated[Path, Flag("-o", metavar="FILE")] = Field(description="The labelled JSONL to write.")
     taxonomy: Annotated[str, Flag(metavar="NAME|FILE.toml")] = Field(
         "surgical4", description="The instrument families: surgical4, cholec6, or a TOML file of your own."
     )
     soft_labels: Annotated[bool, Flag("--soft-labels/--hard-labels")] = Field(
-        True, description="Write family weights (instrument_logits) as well, or the main family only. Default: soft."
+        True, description="Soft labels: the weights of all families (instrument_logits) besides the main family. "
+        "Hard labels: the main family only. Default: soft."
     )
     report: Annotated[Path | None, Flag(metavar="FILE")] = Field(
         None, description="Write counts, co-occurrence and advice as JSON."
     )
     strict: Annotated[bool, Flag()] = Field(
-        False, description="Fail, and write no labels, when a caption names no instrument."
+        False, description="Fail, and write no labels, if a caption names no instrument."
     )
 
     @field_validator("taxonomy")

@@ -1,4 +1,4 @@
-"""From what the user said (TOML, environment, --set, options) to checked settings, with every problem placed.
+"""From TOML, environment, --set and options to validated settings; every problem is reported with its source.
 
 Precedence, strongest first: options, `--set section.key=value`, environment `LAPWAN_SECTION__KEY`, TOML, default.
 """
@@ -19,12 +19,12 @@ from lapwan.errors import UserError
 from lapwan.settings.aliases import (
     SETTINGS_VERSION,
     VERSION_KEY,
+    accepted_keys,
     current_key,
     current_keys,
     older_key,
-    partner,
+    other_form,
     suggestion,
-    takes,
     with_old_defaults,
 )
 from lapwan.settings.base import Settings, flag_fields
@@ -40,7 +40,7 @@ def load(
     options: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> S:
-    """Merge the four sources by precedence and validate them as `model`.
+    """Merge the four sources by precedence and validate the result as `model`.
 
     Args:
         config: a TOML file.
@@ -49,36 +49,36 @@ def load(
         environment: defaults to os.environ; only `LAPWAN_*` names that are fields of `model` count.
 
     Raises:
-        UserError: all problems at once, each with its value and where it was said.
+        UserError: all problems at once, each with its value and its source.
     """
     tree: dict[str, Any] = {}
-    places: dict[str, str] = {}
+    sources: dict[str, str] = {}
     text = ""
     if config is not None:
         text = _read(config)
         tree = upgraded(_parse(text, config), config)
     for key, value in _from_environment(model, os.environ if environment is None else environment).items():
-        _put(tree, key, value, f"environment {_PREFIX}{key.upper().replace('.', '__')}", places)
+        _put(tree, key, value, f"environment {_PREFIX}{key.upper().replace('.', '__')}", sources)
     for item in sets:
         key, value = _parse_set(item)
-        _put(tree, key, value, f"--set {key}", places)
+        _put(tree, key, value, f"--set {key}", sources)
     flags = {field.key: field.long_name for field in flag_fields(model)}
     for key, value in (options or {}).items():
-        _put(tree, current_key(key), value, flags.get(key, key), places)
+        _put(tree, current_key(key), value, flags.get(key, key), sources)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, model, config, text, places)) from None
+        raise UserError(_explain(error, model, config, text, sources)) from None
 
 
 def upgraded(tree: dict[str, Any], path: Path, run: bool = False) -> dict[str, Any]:
-    """A settings file's content under today's names; of a run's settings of an older version also its defaults.
+    """A settings file's content under today's names; for a run's settings also with the defaults of their version.
 
     Args:
-        run: the file is a run's, whether it says a version or not.
+        run: the file is a run's even if it holds no version.
 
     Raises:
-        UserError: a key under two names, or settings of a newer lapwan.
+        UserError: a key is given under two names, or the settings are a newer lapwan's.
     """
     version = tree.pop(VERSION_KEY, None)
     if version is not None and (type(version) is not int or not 1 <= version <= SETTINGS_VERSION):
@@ -91,9 +91,9 @@ def upgraded(tree: dict[str, Any], path: Path, run: bool = False) -> dict[str, A
     return with_old_defaults(tree, version or 1) if run or version is not None else tree
 
 
-def given(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a Python function as options: what is None was not said."""
-    return {name: dict(v) if isinstance(v, Mapping) else v for name, v in said.items() if v is not None}
+def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a Python function as options; None means not given."""
+    return {name: dict(v) if isinstance(v, Mapping) else v for name, v in arguments.items() if v is not None}
 
 
 def _read(config: Path) -> str:
@@ -155,17 +155,17 @@ def _leaf_keys(model: type[Settings], prefix: str = "") -> list[str]:
     return keys
 
 
-def _put(tree: dict[str, Any], key: str, value: Any, place: str, places: dict[str, str]) -> None:
+def _put(tree: dict[str, Any], key: str, value: Any, source: str, sources: dict[str, str]) -> None:
     *sections, leaf = key.split(".")
     node = tree
     for section in sections:
         child = node.setdefault(section, {})
         if not isinstance(child, dict):
-            raise UserError(f"{place}: '{section}' is a value ({child!r}), not a section")
+            raise UserError(f"{source}: '{section}' is a value ({child!r}), not a section")
         node = child
     node[leaf] = value
-    places[key] = place
-    if (other := partner(key)) is not None:  # a weaker source's, under its other name
+    sources[key] = source
+    if (other := other_form(key)) is not None:  # set by a weaker source under its other name
         _drop(tree, other)
 
 
@@ -179,18 +179,19 @@ def _drop(tree: dict[str, Any], key: str) -> None:
 
 
 def _explain(
-    error: ValidationError, model: type[Settings], config: Path | None, text: str, places: Mapping[str, str]
+    error: ValidationError, model: type[Settings], config: Path | None, text: str, sources: Mapping[str, str]
 ) -> str:
     problems = []
     for item in error.errors():
         location = [str(part) for part in item["loc"]]
         key, owners = _real_key(model, item["loc"])
-        place = next((places[k] for k in (key, *_parents(key)) if k in places), None)
-        if place is None and config is not None and item["type"] != "missing":
-            place = f"{config}{next((line for name in (key, partner(key), older_key(key)) if name and (line := _line_of(text, name))), '')}"
-        elif place is None:
-            place = str(config) if config is not None else "settings"
-        problems.append(f"{place}: {_message(item, key, location[-1] if location else '', owners)}")
+        source = next((sources[k] for k in (key, *_parents(key)) if k in sources), None)
+        if source is None and config is not None and item["type"] != "missing":
+            names = (key, other_form(key), older_key(key))
+            source = str(config) + next((line for name in names if name and (line := _line_of(text, name))), "")
+        elif source is None:
+            source = str(config) if config is not None else "settings"
+        problems.append(f"{source}: {_message(item, key, location[-1] if location else '', owners)}")
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems)
@@ -198,7 +199,7 @@ def _explain(
 
 def _message(item: Any, key: str, leaf: str, owners: list[type[Settings]]) -> str:
     if item["type"] == "extra_forbidden":
-        known = takes(name for owner in owners for name in owner.model_fields)
+        known = accepted_keys(name for owner in owners for name in owner.model_fields)
         guess = suggestion(leaf, known)
         allowed = "" if guess else f"; known here: {', '.join(sorted(known))}"
         return f"unknown key '{key}'{guess}{allowed}"
@@ -209,11 +210,11 @@ def _message(item: Any, key: str, leaf: str, owners: list[type[Settings]]) -> st
     if item["type"] == "too_short":
         context = item["ctx"]
         return f"{key}: must hold at least {context['min_length']}, has {context['actual_length']}"
-    said = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    verb = "" if said != item["msg"] and not item["msg"].startswith("Input") else "must be "
+    reason = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    verb = "" if reason != item["msg"] and not item["msg"].startswith("Input") else "must be "
     value = item.get("input")
     shown = "" if isinstance(value, dict | Settings) else f" = {value!r}"
-    return f"{key}{shown}: {verb}{said}" if key else said
+    return f"{key}{shown}: {verb}{reason}" if key else reason
 
 
 def _parents(key: str) -> list[str]:
@@ -222,7 +223,7 @@ def _parents(key: str) -> list[str]:
 
 
 def _real_key(model: type[Settings], location: tuple[int | str, ...]) -> tuple[str, list[type[Settings]]]:
-    """Drop the tags pydantic adds for union members; also the classes that own the last key."""
+    """An error's dotted key without the tags that pydantic adds for union members, and the classes that have it."""
     owners: list[type[Settings]] = [model]
     key: list[str] = []
     for index, part in enumerate(location):
@@ -244,7 +245,7 @@ def _real_key(model: type[Settings], location: tuple[int | str, ...]) -> tuple[s
 
 
 def _line_of(text: str, key: str) -> str:
-    """`, line 12` where `key` is set in the TOML text, as far as a plain reading finds it."""
+    """`, line 12` where `key` is set in the TOML text; empty if a plain scan does not find it."""
     *sections, leaf = re.sub(r"\[\d+\]", "", key).split(".")
     here: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):

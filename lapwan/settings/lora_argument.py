@@ -1,4 +1,4 @@
-"""`[high=|low=|both=]PATH[:STRENGTH]`: how a LoRA is named on the command line and in TOML."""
+"""`[high=|low=|both=]PATH[:STRENGTH]`: a LoRA as given on the command line and in TOML."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ LORA_METAVAR = "FILE[:STRENGTH]"
 
 
 class LoraArgument(Settings):
-    """A LoRA file, the noise expert it is given for (None: the file says), and its strength.
+    """A LoRA file, its noise expert (None: as the file says), and its strength.
 
-    Read from a string `high=motion.safetensors:0.8` or a table `{noise_expert = "high", path = "...", strength = 0.8}`.
+    Parsed from a string `high=motion.safetensors:0.8` or a table
+    `{noise_expert = "high", path = "...", strength = 0.8}`.
     """
 
     noise_expert: Role | None = None
@@ -45,27 +46,27 @@ class LoraArgument(Settings):
 def split_lora(text: str) -> dict[str, Any]:
     """`high=a.safetensors:0.8` -> {"noise_expert": "high", "path": "a.safetensors", "strength": 0.8}.
 
-    A path may hold `=` and `:`; only a leading role word and a number after the last colon are taken off.
+    A path may hold `=` and `:`; only a leading role and a number after the last colon are split off.
 
     Raises:
-        ValueError: a role or strength that is meant but misspelt, or no path.
+        ValueError: a misspelt role or strength, or no path.
     """
-    found: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     word, equals, rest = text.partition("=")
     if equals and word in ROLES:
-        found["noise_expert"], text = word, rest
+        parts["noise_expert"], text = word, rest
     elif equals and re.fullmatch(r"\w+", word) and (guess := nearest(word.lower(), ROLES)):
         raise ValueError(f"unknown noise expert '{word}'{guess}; write high=FILE, low=FILE or both=FILE")
     path, colon, last = text.rpartition(":")
     if colon and (strength := _number(last)) is not None:
         if not math.isfinite(strength):
             raise ValueError(f"strength {last} is not a finite number")
-        found["strength"], text = strength, path
+        parts["strength"], text = strength, path
     elif colon and path.endswith(".safetensors"):
         raise ValueError(f"strength '{last}' is not a number; write FILE.safetensors:0.8")
     if not text.strip():
         raise ValueError("no file named; write [high=|low=|both=]FILE[:STRENGTH]")
-    return {**found, "path": text}
+    return {**parts, "path": text}
 
 
 def _number(text: str) -> float | None:

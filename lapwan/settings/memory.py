@@ -1,4 +1,4 @@
-"""What may be said of memory and precision, by training and generation alike."""
+"""Choices of memory and dtype, shared by training and generation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEMORY_WORDS = ("auto", "both", "one", "stream")
 
 
 def precision_of(dtype: str) -> Precision | None:
-    """The quantised form a dtype names; None for a plain dtype."""
+    """The quantised precision that a dtype names; None for a plain dtype."""
     return Precision(dtype) if dtype in tuple(Precision) else None
 
 

@@ -15,47 +15,47 @@ LoraDtype = Literal["float32", "float16", "bfloat16"]
 
 
 class MergeSettings(Settings):
-    """LoRAs into a model folder, into one transformer, or into one LoRA.
+    """Merge LoRAs into a model folder, into one transformer, or into one LoRA.
 
-    How to add a form: its source field here, its checks in `_form`, a branch in `lapwan.models.merge.merge`.
+    How to add a kind of merge: its source field here, its checks in `_form`, a branch in `lapwan.models.merge.merge`.
     """
 
     model: Annotated[str | None, Flag(metavar="MODEL")] = Field(
-        default=None, description="Merge into this model (a folder, or tiny): writes a model folder.")
+        default=None, description="Merge into this model (a folder, or tiny) and write a model folder.")
     dit: Annotated[Path | None, Flag(metavar="FILE")] = Field(
-        default=None, description="Merge into this one transformer: a .safetensors file, or a folder of shards.")
+        default=None, description="Merge into this single transformer: a .safetensors file, or a folder of shards.")
     lora: Annotated[tuple[LoraArgument, ...], Flag(metavar=LORA_METAVAR)] = Field(
         default=(), description="A LoRA to merge, repeatable: FILE:0.8, or high=FILE, low=FILE, both=FILE. "
                                 "Without --model and --dit the LoRAs become one LoRA.")
     moe: Annotated[Path | None, Flag(metavar="FILE")] = Field(
-        default=None, description="A mixture: written as plain LoRAs at the mix that --mix gives.")
+        default=None, description="A mixture to convert to plain LoRAs at the mix given by --mix.")
     mix: Annotated[str | None, Flag(metavar="NAME=W,...")] = Field(
         default=None, description="With --moe: the experts' shares, such as hook=0.7,suction=0.3.")
     sigma: Annotated[float | None, Flag(metavar="SIGMA")] = Field(
-        default=None, ge=0, le=1, description="With --moe: take the timestep gates at this sigma instead of their "
-                                              "mean over the model's own sampling steps.")
+        default=None, ge=0, le=1, description="With --moe: use the timestep gates at this sigma instead of their mean "
+                                              "over the model's default sampling steps.")
     multiplier: Annotated[float, Flag()] = Field(default=1.0, description="Multiplies every LoRA's strength.")
     output: Annotated[Path, Flag("-o", "--output", metavar="OUT")] = Field(
-        description="What to write: a model folder, or a .safetensors file.")
+        description="The model folder or .safetensors file to write.")
     rank: Annotated[int | None, Flag(metavar="N")] = Field(
         default=None, ge=1, description="Resize the resulting LoRA to at most this rank by SVD.")
     format: Annotated[LoraLayout | None, Flag(metavar="comfy|musubi|diffusers")] = Field(
-        default=None, description="Key layout of the resulting LoRA; comfy unless said.")
+        default=None, description="Key layout of the resulting LoRA; default: comfy.")
     dtype: Annotated[LoraDtype | None, Flag(metavar="float32|float16|bfloat16")] = Field(
-        default=None, description="Dtype of the resulting LoRA; the inputs' own unless said.")
+        default=None, description="Dtype of the resulting LoRA; default: that of the inputs.")
     fold_alpha: Annotated[bool, Flag()] = Field(
         default=False, description="Multiply the scale into B instead of writing alpha, for tools that ignore alpha.")
     one_file: Annotated[bool, Flag()] = Field(
-        default=False, description="Write both noise experts' LoRAs into one file (ai-toolkit's form of the comfy "
-                                   "layout) instead of two; ComfyUI, musubi and diffusers take two.")
+        default=False, description="Write the LoRAs of both noise experts into one file (ai-toolkit's form of the "
+                                   "comfy layout) instead of two; ComfyUI, musubi and diffusers read two.")
     link: Annotated[bool, Flag()] = Field(
-        default=True, description="Hard-link large files that do not change instead of copying them.")
+        default=True, description="Hard-link large unchanged files instead of copying them.")
     verify: Annotated[bool, Flag()] = Field(
         default=False, description="Read a merged model back and compare it with the sum computed in fp64.")
 
     def _check_mixture(self) -> None:
         if self.model is not None or self.dit is not None or self.lora:
-            raise ValueError("--moe is turned into LoRA files by itself; merge those in a second step")
+            raise ValueError("--moe only converts a mixture to LoRA files; merge those in a second step")
         if self.mix is None:
             raise ValueError("--moe needs the shares of its experts: --mix hook=0.7,suction=0.3")
 

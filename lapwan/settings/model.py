@@ -1,4 +1,4 @@
-"""A model that is more than a name: a base with LoRAs merged into it, or separate files as releases come."""
+"""The model setting: a name or folder, a base with LoRAs merged into it, or separate files of an original release."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lapwan.settings.base import Settings
 
 
 class BaseModelSettings(Settings):
-    """A base with stage 1 merged into it in memory."""
+    """A base with LoRAs merged into it in memory, such as those of stage 1."""
 
-    model: str = Field(description="MODEL as everywhere: tiny, or a folder.")
+    model: str = Field(description="The base: tiny, or a folder.")
     lora: dict[NoiseExpert, Path] = Field(description="LoRA file by noise expert.")
-    multiplier: float = Field(1.0, description="Strength at which they are merged.")
+    multiplier: float = Field(1.0, description="Strength at which the LoRAs are merged.")
 
 
 class ModelFilesSettings(Settings):
@@ -28,8 +28,9 @@ class ModelFilesSettings(Settings):
     vae: Path = Field(description="Wan2.1_VAE.pth (TI2V-5B: Wan2.2_VAE.pth) or .safetensors.")
     text_encoder: Path = Field(description="models_t5_umt5-xxl-enc-bf16.pth or .safetensors.")
     tokenizer: Path = Field(description="Folder of umT5's tokenizer (google/umt5-xxl).")
-    boundary: float | None = Field(default=None, gt=0, lt=1, description="Sigma; Wan2.2's own if not given.")
-    flow_shift: float | None = Field(default=None, gt=0, description="Wan's own if not given.")
+    boundary: float | None = Field(
+        default=None, gt=0, lt=1, description="Sigma between the noise experts; default: Wan2.2's.")
+    flow_shift: float | None = Field(default=None, gt=0, description="Shift of the sigma schedule; default: Wan's.")
 
     @model_validator(mode="after")
     def _transformers(self) -> ModelFilesSettings:
@@ -49,8 +50,8 @@ def _kind(value: Any) -> str:
     return "files" if isinstance(value, dict | ModelFilesSettings) else "name"
 
 
-# MODEL as a name or folder; in TOML also a base with LoRAs merged in memory, or separate files. Told apart first, so
-# that a mistake is reported for the one that is meant.
+# A name or folder; in TOML also a base with LoRAs merged in memory, or separate files. The discriminator picks the form
+# first, so that a mistake is reported for that form only.
 ModelChoice = Annotated[
     Annotated[str, Tag("name")]
     | Annotated[BaseModelSettings, Tag("base")]

@@ -1,4 +1,4 @@
-"""Optimisers and their lr schedules.
+"""Optimizers and their lr schedules.
 
 How to add an optimizer: a class here, in `OptimizerSettings`, and a case in `lapwan.train.optimizers.make_optimizer`.
 """
@@ -13,7 +13,8 @@ from lapwan.settings.base import Flag, Settings
 
 
 class _Optimizer(Settings):
-    lora_plus: float = Field(1.0, gt=0, description="LoRA+: lr of B over lr of A (arXiv 2402.12354); 1: the same.")
+    lora_plus: float = Field(
+        1.0, gt=0, description="LoRA+: ratio of the lr of B to that of A (arXiv 2402.12354); 1: the same lr.")
 
 
 class AdamWSettings(_Optimizer):
@@ -27,7 +28,7 @@ class AdamWSettings(_Optimizer):
 
 
 class AdamW8bitSettings(_Optimizer):
-    """AdamW with its state in 8 bits, from bitsandbytes (an extra; on a GPU)."""
+    """AdamW with 8-bit states, from bitsandbytes (an extra; GPU only)."""
 
     type: Literal["adamw8bit"] = "adamw8bit"
     lr: Annotated[float, Flag("--lr")] = Field(1e-4, gt=0, description="Learning rate.")
@@ -37,18 +38,18 @@ class AdamW8bitSettings(_Optimizer):
 
 
 class AutomagicSettings(_Optimizer):
-    """Every element has its own lr, raised or lowered by `lr_bump` a step as its updates agree in sign or not."""
+    """Every element has its own lr, raised by `lr_bump` a step while its updates agree in sign, else lowered."""
 
     type: Literal["automagic"] = "automagic"
     lr: Annotated[float | None, Flag("--lr")] = Field(
-        None, gt=0, description="Where every element's lr starts; absent: min_lr.")
+        None, gt=0, description="Initial lr of every element; absent: min_lr.")
     lr_bump: float = Field(5e-6, gt=0)
     min_lr: float = Field(5e-6, gt=0)
     max_lr: float = Field(1e-4, gt=0)
     beta2: float = Field(0.999, gt=0, lt=1)
     eps: float = Field(1e-30, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
-    clip_threshold: float = Field(1.0, gt=0, description="Root mean square an update is clipped to.")
+    clip_threshold: float = Field(1.0, gt=0, description="Largest root mean square of an update.")
 
     @model_validator(mode="after")
     def _bounds(self) -> AutomagicSettings:
@@ -60,21 +61,21 @@ class AutomagicSettings(_Optimizer):
 
     @property
     def start_lr(self) -> float:
-        """The lr every element starts with."""
+        """The initial lr of every element."""
         return self.min_lr if self.lr is None else self.lr
 
 
 class ProdigySettings(Settings):
-    """Prodigy finds its own step size, one for all (an extra). Source: Mishchenko & Defazio (arXiv 2306.06101)."""
+    """Prodigy (an extra) estimates one step size for all parameters. Source: Mishchenko & Defazio, arXiv 2306.06101."""
 
-    lora_plus: ClassVar[float] = 1.0  # one step size: B cannot have another
+    lora_plus: ClassVar[float] = 1.0  # one step size for all: B cannot have another
 
     type: Literal["prodigy"] = "prodigy"
-    lr: Annotated[float, Flag("--lr")] = Field(1.0, gt=0, description="Multiplies the step size it finds.")
+    lr: Annotated[float, Flag("--lr")] = Field(1.0, gt=0, description="Multiplies the estimated step size.")
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    d0: float = Field(1e-6, gt=0, description="First guess of the step size.")
+    d0: float = Field(1e-6, gt=0, description="Initial estimate of the step size.")
     d_coef: float = Field(1.0, gt=0)
 
 
@@ -90,40 +91,40 @@ OptimizerSettings = Annotated[
 
 
 class ScheduleSettings(Settings):
-    """The lr over the steps of each noise expert; names are diffusers'."""
+    """The lr over the steps of each noise expert; the names are those of diffusers."""
 
     name: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
         "constant_with_warmup")
     warmup_steps: int = Field(0, ge=0)
-    cycles: int = Field(1, ge=1, description="Of cosine_with_restarts.")
-    power: float = Field(1.0, gt=0, description="Of polynomial.")
+    cycles: int = Field(1, ge=1, description="For cosine_with_restarts: number of cycles.")
+    power: float = Field(1.0, gt=0, description="For polynomial: exponent.")
 
     @property
     def changes(self) -> bool:
-        """False where the lr stays what it is."""
+        """False if the lr is constant."""
         return self.warmup_steps > 0 or not self.name.startswith("constant")
 
 
-_USERS_KEYS = ("lr_bump", "min_lr", "max_lr")
+_FLAT_KEYS = ("lr_bump", "min_lr", "max_lr")
 
 
-def take_flat_keys(tree: dict[str, Any]) -> dict[str, Any]:
+def nest_flat_keys(tree: dict[str, Any]) -> dict[str, Any]:
     """Move `high_noise_lr_bump`, `low_noise_max_lr` and so on, at the top or in [optimizer], to [high.optimizer] and
     [low.optimizer], and make the optimizer automagic if none is named."""
     tree = dict(tree)
     optimizer = dict(tree["optimizer"]) if isinstance(tree.get("optimizer"), dict) else {}
-    found = False
+    any_flat = False
     for side in ("high", "low"):
-        for key in _USERS_KEYS:
+        for key in _FLAT_KEYS:
             flat = f"{side}_noise_{key}"
             for holder in (tree, optimizer):
                 if flat in holder:
-                    found = True
+                    any_flat = True
                     over = dict(tree.get(side) or {})
                     over["optimizer"] = {**(over.get("optimizer") or {}), key: holder.pop(flat)}
                     tree[side] = over
-    if found:
-        for key in ("beta2", "weight_decay", "clip_threshold"):  # as they stand beside the flat keys
+    if any_flat:
+        for key in ("beta2", "weight_decay", "clip_threshold"):  # given at the top beside the flat keys
             if key in tree:
                 optimizer[key] = tree.pop(key)
         tree["optimizer"] = {"type": "automagic", **optimizer}

@@ -1,6 +1,6 @@
-"""Which rewards judge the images, with what weights.
+"""The rewards that score images, and their weights.
 
-How to add a reward: see `lapwan.rewards.base`. Here it needs a class, its place in `_Reward` and a row in `_TYPES`.
+How to add a reward: see `lapwan.rewards.base`. Here it needs a class, its entry in `_Reward`, and a row in `_TYPES`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lapwan.settings.base import Settings
 REWARD_METAVAR = "TYPE=PATH[:WEIGHT]"
 Preprocess = Literal["pad", "squash", "crop"]
 _PREPROCESS_HELP = (
-    "How a picture that is not square meets the square input. pad: longest side resized, black around it; squash: both "
-    "sides resized; crop: shortest side resized, the middle cut out.")
+    "How an image is made square. pad: resize the longest side and pad with black; squash: resize both sides; crop: "
+    "resize the shortest side and crop the centre.")
 
 
 class _Weighted(Settings):
-    weight: float = Field(1.0, gt=0, description="Share of this reward; the weights are divided by their sum.")
-    name: str | None = Field(None, pattern=r"^\w+$", description="In logs; its type if not given.")
+    weight: float = Field(1.0, gt=0, description="Weight of this reward; the weights are divided by their sum.")
+    name: str | None = Field(None, pattern=r"^\w+$", description="Name in logs; default: its type.")
 
     @property
     def label(self) -> str:
@@ -33,7 +33,7 @@ class _Weighted(Settings):
 
 class _Clip(_Weighted):
     tokenizer: Path | None = Field(None, description="Folder of a CLIP tokenizer, or bpe_simple_vocab_16e6.txt.gz; "
-                                   "beside the weights if not given.")
+                                   "default: beside the weights.")
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU.")
 
 
@@ -46,7 +46,7 @@ class HpsSettings(_Clip):
 
 
 class ClipSettings(_Clip):
-    """CLIP (Radford et al., arXiv 2103.00020): agreement of picture and text."""
+    """CLIP (Radford et al., arXiv 2103.00020): agreement of image and text."""
 
     type: Literal["clip"] = "clip"
     path: Path = Field(description="A transformers folder, such as CLIP-ViT-H-14-laion2B-s32B-b79K.")
@@ -62,7 +62,7 @@ class PickScoreSettings(_Clip):
 
 
 class TinyRewardSettings(_Weighted):
-    """The embedded model's own reward: the instrument that is seen, and light, colour and detail; needs no file."""
+    """The embedded reward: the visible instrument, and light, colour and detail; needs no file."""
 
     type: Literal["tiny"] = "tiny"
 
@@ -77,7 +77,7 @@ def split_reward(text: str) -> dict[str, Any]:
     The number after the last colon is the weight; `tiny` needs no path.
 
     Raises:
-        ValueError: a type that is not known, or a path missing.
+        ValueError: an unknown type, or a missing path.
     """
     rest, colon, last = text.rpartition(":")
     weight = _number(last) if colon else None
@@ -87,10 +87,10 @@ def split_reward(text: str) -> dict[str, Any]:
                          "pickscore=FOLDER or tiny, each with :WEIGHT if it is not 1")
     if bool(path) == (kind == "tiny"):
         raise ValueError("tiny takes no path" if path else f"{kind} needs a path: {kind}=PATH")
-    found: dict[str, Any] = {"type": kind}
+    parts: dict[str, Any] = {"type": kind}
     if equals:
-        found["path"] = path
-    return found if weight is None else {**found, "weight": weight}
+        parts["path"] = path
+    return parts if weight is None else {**parts, "weight": weight}
 
 
 def _number(text: str) -> float | None:
@@ -110,8 +110,8 @@ def _from_text(value: Any) -> Any:
 
 
 def _type(value: Any) -> str | None:
-    found = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return found if isinstance(found, str) else None
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind if isinstance(kind, str) else None
 
 
 _Reward = Annotated[
@@ -129,7 +129,7 @@ def _as_list(value: Any) -> Any:
 def _distinct(value: tuple[_Weighted, ...]) -> tuple[_Weighted, ...]:
     if not value:
         raise ValueError("no reward; give at least one of hps=FILE, clip=FOLDER, pickscore=FOLDER, tiny")
-    labels = [one.label for one in value]
+    labels = [reward.label for reward in value]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ValueError(f"two rewards are called {twice[0]}; give one of them a name")
@@ -142,4 +142,4 @@ Rewards = Annotated[tuple[RewardSettings, ...], BeforeValidator(_as_list), After
 
 def reward_weights(rewards: tuple[RewardSettings, ...]) -> dict[str, float]:
     """Weight by the reward's label."""
-    return {one.label: one.weight for one in rewards}
+    return {reward.label: reward.weight for reward in rewards}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lapwan.names import NoiseExpert
-from lapwan.settings.aliases import current_keys, spell_out
+from lapwan.settings.aliases import current_keys, expand_short_forms
 from lapwan.settings.base import Flag, Settings, height_width
 from lapwan.settings.cache import NEGATIVE_PROMPT
 from lapwan.settings.memory import TrainDtype, precision_of
@@ -18,22 +18,26 @@ from lapwan.settings.rewards import REWARD_METAVAR, Rewards
 from lapwan.settings.targets import TargetSettings
 
 LR = {"lora": 1e-4, "full": 5e-6}
-_EXPERTS = {
+_NOISE_EXPERTS = {
     "transformer": ("high",), "transformer_2": ("low",), "high": ("high",), "low": ("low",), "both": ("high", "low"),
 }
 
 
 class PromptSettings(Settings):
-    """Captions to train on: a file of them, or the clips of a cache."""
+    """Prompts to train on: from a file, or the captions of a cache."""
 
     file: Annotated[Path | None, Flag("--prompts", metavar="FILE")] = Field(
-        None, description="captions.json, prompts.yaml, clips.jsonl, or text with a prompt a line.")
+        None, description="Prompts to train on: captions.json, prompts.yaml, clips.jsonl, or text with one prompt per "
+        "line.")
     cache: Annotated[Path | None, Flag("--cache", metavar="DIR")] = Field(
-        None, description="Instead: a folder that `lapwan cache` wrote; its captions, and for offline its latents.")
-    split: str | None = Field("train", description="Of a cache: train on clips of this split and those without one.")
+        None, description="Instead of --prompts: a folder written by `lapwan cache`, for its captions, and with "
+        "--offline for its latents.")
+    split: str | None = Field(
+        "train", description="With a cache: train on clips of this split and on those without one.")
     negative: str = Field(NEGATIVE_PROMPT, description="Negative prompt of rollouts with guidance above 1.")
     features: Path | None = Field(
-        None, description="File that keeps the prompts' text features between runs; absent: one in the run folder.")
+        None, description="File that keeps the text features of the prompts between runs; absent: one in the run "
+        "folder.")
 
     @model_validator(mode="after")
     def _one(self) -> PromptSettings:
@@ -42,84 +46,88 @@ class PromptSettings(Settings):
         if self.cache is not None:
             for name, unset in (("features", None), ("negative", NEGATIVE_PROMPT)):
                 if getattr(self, name) != unset:
-                    raise ValueError(f"prompts.{name} is for prompts.file; a cache holds its own text features, of its "
-                                     f"own negative prompt too: leave prompts.{name} out")
+                    raise ValueError(f"prompts.{name} is for prompts.file; a cache holds its own text features, also "
+                                     f"those of its negative prompt: leave prompts.{name} out")
         return self
 
 
 class RolloutSettings(Settings):
-    """How the clean latents come about: sampled through the noise experts by sigma, or read."""
+    """The source of the clean latents: sampled by the noise experts (a rollout), or read from a cache."""
 
     offline: Annotated[bool, Flag("--offline")] = Field(
-        False, description="No rollout: the clean latents are those of the cache's images or clips.")
+        False, description="No rollout: use the latents of the images or clips in --cache as clean latents.")
     steps: int = Field(25, ge=1, description="Euler steps.")
-    guidance: float = Field(1.0, ge=1, description="Classifier-free guidance; 1: none, half the work.")
-    flow_shift: float | None = Field(None, gt=0, description="Absent: the model's own.")
+    guidance: float = Field(
+        1.0, ge=1, description="Scale of classifier-free guidance; 1: none, at half the cost.")
+    flow_shift: float | None = Field(None, gt=0, description="Absent: the model's default.")
 
 
 class PreferenceSettings(Settings):
-    """What the reward compares: the picture with "positive word. caption" against "negative word. caption"."""
+    """The texts that the reward compares for an image: "positive word. caption" and "negative word. caption"."""
 
     positive: tuple[str, ...] = Field(
         ("Natural-lighting", "Detail", "Detailed", "Real"), min_length=1,
-        description="Control words; each sample draws one. Only the reward reads them.")
+        description="Control words; each sample draws one. Only the reward model sees them.")
     negative: tuple[str, ...] = Field(("Concept art", "Painting", "Anime", "Flat", "Oil"), min_length=1)
     branches: Literal["both", "denoise", "inversion"] = Field(
         "both", description="Evaluate above the target sigma (denoise), below it (inversion), or half of each.")
     discount_denoise: tuple[float, float] = Field(
-        (0.1, 0.25), description="Discount at the interval's low and high end; negative ones are allowed.")
+        (0.1, 0.25), description="Discount at the low and the high end of the sigma interval; may be negative.")
     discount_inversion: tuple[float, float] = (0.3, 0.01)
     margin: float = Field(0.7, gt=0, description="m of the hinge relu(m - R), on cosines.")
     frames: Literal["all", "first"] | Annotated[int, Field(ge=1)] = Field(
-        "all", description="Frames of a video that are judged, their reward averaged: all, first, or k evenly spread.")
+        "all", description="Frames of a video whose mean reward counts: all, first, or k evenly spaced ones.")
 
 
 class HeldOutSettings(Settings):
-    """Prompts that are not trained on, sampled again and again from the same noise."""
+    """Prompts that are not trained on, sampled from the same noise at each evaluation."""
 
-    count: int = Field(16, ge=0, description="Prompts split off by seed; 0: none, and nothing below applies.")
-    seed: int | None = Field(None, description="Chooses them and their noise; absent: the run's.")
-    every: int = Field(10, ge=1, description="Steps of the run between two looks.")
-    images: int = Field(8, ge=0, description="Of them, so many are written to previews/ and TensorBoard.")
+    count: int = Field(16, ge=0, description="Prompts held out, chosen by seed; 0: none, and the keys below have no "
+                                             "effect.")
+    seed: int | None = Field(None, description="Chooses the prompts and their noise; absent: the run's seed.")
+    every: int = Field(10, ge=1, description="Steps of the run between two evaluations.")
+    images: int = Field(8, ge=0, description="Number of samples written to previews/ and TensorBoard.")
     size: tuple[int, int] | None = Field(None, description="Height, width; absent: as trained.")
     num_frames: int | None = Field(None, ge=1, description="4N+1; absent: as trained.")
-    steps: int | None = Field(None, ge=1, description="Euler steps; absent: the rollout's.")
-    guidance: float | None = Field(None, ge=1, description="Absent: the rollout's.")
+    steps: int | None = Field(None, ge=1, description="Euler steps; absent: those of the rollout.")
+    guidance: float | None = Field(None, ge=1, description="Absent: that of the rollout.")
     patience: int | None = Field(
-        None, ge=1, description="End the run when the margin has not risen for so many looks; absent: never.")
+        None, ge=1, description="End the run if the margin has not increased for this many evaluations; absent: never.")
 
     _size = field_validator("size", mode="before")(height_width)
 
 
 class SrpoSettings(Settings):
-    """Preference alignment: one noise expert (or both), pushed towards what a reward model prefers."""
+    """Preference alignment of one noise expert, or both, with reward models."""
 
     model: Annotated[str | BaseModelSettings, Flag("--model", metavar="MODEL")] = Field(
         "tiny", description="tiny, or a folder in diffusers layout; in TOML also {model, lora, multiplier}.")
     output: Annotated[Path, Flag("--output", "-o", metavar="DIR")] = Field(description="Run folder.")
     resume: Annotated[bool, Flag("--resume")] = Field(
-        False, description="Go on from the newest checkpoint of the run folder, if it has one.")
+        False, description="Continue from the newest checkpoint of the run folder, if there is one.")
     name: Annotated[str, Flag("--name")] = Field("lapwan", pattern=r"^[\w.-]+$", description="Stem of the LoRA files.")
     noise_experts: Annotated[tuple[NoiseExpert, ...] | None, Flag("--noise-experts")] = Field(
-        None, min_length=1, description="Trained noise experts: low (transformer_2), high (transformer) or both, by "
-        "sigma; absent: low, or the only one.")
+        None, min_length=1, description="Noise experts to train: low (transformer_2), high (transformer) or both; "
+        "default: low, or the only one.")
     train: Annotated[Literal["lora", "full"], Flag("--train")] = Field(
-        "lora", description="A LoRA, or every weight (full: writes a transformer folder).")
+        "lora", description="Train a LoRA, or all weights (full; writes a transformer folder).")
     prompts: PromptSettings
     rewards: Annotated[Rewards, Flag("--reward", metavar=REWARD_METAVAR)] = Field(
-        description="What judges the pictures: hps=FILE, clip=FOLDER, pickscore=FOLDER or tiny; repeatable.")
+        description="Reward model: hps=FILE, clip=FOLDER, pickscore=FOLDER or tiny; repeatable.")
     preference: PreferenceSettings = Field(default_factory=PreferenceSettings)
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     sigma: Annotated[tuple[float, float], Flag(metavar="LOW,HIGH")] = Field(
-        (0.7, 0.95), description="Bounds of the noise levels trained, cut to the trained noise expert's band.")
-    reach: float = Field(0.0215, gt=0, lt=1, description="Largest distance of evaluation and target sigma.")
+        (0.7, 0.95), description="Interval of noise levels to train, limited to the noise expert's band.")
+    reach: float = Field(0.0215, gt=0, lt=1, description="Largest distance between evaluation and target sigma.")
     size: Annotated[tuple[int, int] | None, Flag(metavar="HEIGHTxWIDTH")] = Field(
-        None, description="Height x width in pixels, multiples of 16; by default the model's.")
-    num_frames: Annotated[int, Flag()] = Field(1, ge=1, description="1: an image; 4N+1: a video.")
-    steps: Annotated[int, Flag("--steps")] = Field(20, ge=1, description="Optimiser steps of the run.")
-    batch_size: Annotated[int, Flag("--batch-size")] = Field(1, ge=1, description="Prompts at a time.")
-    accumulate: int = Field(32, ge=1, description="Batches an optimizer step; 32 samples a step are advised.")
-    turn: int = Field(1, ge=1, description="With both noise experts: steps one takes before the other's turn.")
+        None, description="Height x width in pixels, multiples of 16; default: the model's.")
+    num_frames: Annotated[int, Flag()] = Field(
+        1, ge=1, description="Frames of a sample; 1: an image; 4N+1: a video.")
+    steps: Annotated[int, Flag("--steps")] = Field(20, ge=1, description="Optimizer steps of the run.")
+    batch_size: Annotated[int, Flag("--batch-size")] = Field(1, ge=1, description="Prompts per batch.")
+    accumulate: int = Field(
+        32, ge=1, description="Batches per optimizer step; 32 samples per step are recommended.")
+    turn: int = Field(1, ge=1, description="With both noise experts: consecutive steps of one before the other's turn.")
     targets: TargetSettings = Field(default_factory=lambda: TargetSettings(
         last_blocks="all", ffn_last_blocks="all", q=16, k=16, v=16, o=16, ffn_in=16, ffn_out=16))
     alpha: float | None = Field(None, gt=0, description="LoRA alpha; absent: each module's rank, a scale of 1.")
@@ -127,44 +135,49 @@ class SrpoSettings(Settings):
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
     max_grad_norm: float = Field(0.1, gt=0)
     kl_weight: float = Field(
-        0.0, ge=0, description="Weight of the squared distance of the velocity from the base's; LoRA only.")
+        0.0, ge=0, description="Weight of the squared distance between the velocity and the base's; LoRA only.")
     ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="Running mean of what is trained, which is then what is saved; absent: none.")
+        None, gt=0, lt=1, description="Keep an EMA of the trained weights, which is then saved; absent: none.")
     master_weights: Annotated[Literal["fp32", "bf16"], Flag()] = Field(
-        "fp32", description="What the optimizer updates: an fp32 copy, or bf16 itself with stochastic rounding.")
+        "fp32", description="Weights that the optimizer updates: an fp32 copy, or the bf16 weights with stochastic "
+        "rounding.")
     optimizer_on_cpu: Annotated[bool, Flag()] = Field(
-        False, description="Keep the optimizer's states (and an fp32 copy) in host memory; adamw only.")
+        False, description="Keep the optimizer's states (and the fp32 copy) in host memory; adamw only.")
     memory: Literal["auto", "both", "one"] = Field(
-        "auto", description="Noise experts on the device: both, or one with the idle one parked in host memory.")
+        "auto", description="Noise experts on the device: both, or one, with the other offloaded to host memory.")
     activation_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="Recompute the transformer's activations in the backward pass; auto: where needed.")
+        "auto", description="Recompute the transformer's activations in the backward pass; auto: if memory requires "
+        "it.")
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     held_out: HeldOutSettings = Field(default_factory=HeldOutSettings)
-    seed: Annotated[int, Flag("--seed")] = Field(42, description="Order, noise, sigma, words and initial weights.")
+    seed: Annotated[int, Flag("--seed")] = Field(
+        42, description="Seed of order, noise, sigma, control words and initial weights.")
     save_every: Annotated[int, Flag("--save-every")] = Field(10, ge=1, description="Steps between checkpoints.")
     keep_last: int | None = Field(None, ge=1, description="Newest checkpoints to keep; absent: all.")
     keep_best: int | None = Field(
         None, ge=1, description="Checkpoints of the highest held-out margin to keep besides the newest.")
     allow_changed: Annotated[bool, Flag("--allow-changed")] = Field(
-        False, description="With --resume: go on although settings, prompts or base have changed.")
-    sigma_bins: int = Field(4, ge=1, description="Parts of the trained interval whose figures are logged apart.")
+        False, description="With --resume: continue although settings, prompts or base have changed.")
+    sigma_bins: int = Field(4, ge=1, description="Bins of the sigma interval that are logged separately.")
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     device: Annotated[str, Flag("--device")] = Field("auto", description="auto, cpu, cuda or cuda:N.")
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="Blocks through torch.compile; auto: on a GPU, for runs that save more than it takes.")
+        "auto", description="Run the blocks through torch.compile; auto: on a GPU, if the run saves more time than "
+        "compiling takes.")
     dtype: Annotated[TrainDtype, Flag("--dtype", metavar="auto|fp32|bf16|fp8|int8|nf4")] = Field(
-        "auto", description="Of the transformers; auto: bf16 on a GPU. fp8, int8 and nf4 quantise a LoRA's base.")
+        "auto", description="Dtype of the transformers; auto: bf16 on a GPU. fp8, int8 and nf4 quantise the frozen "
+        "base of a LoRA.")
 
     @model_validator(mode="before")
     @classmethod
     def _lr_by_kind(cls, value: Any) -> Any:
-        """Without an optimizer of the user's: the lr that suits a LoRA or all weights."""
+        """Defaults of AdamW that depend on what is trained: a LoRA, or all weights."""
         if isinstance(value, dict):
-            value = spell_out(current_keys(value))
-            own = value.get("optimizer") or {}
-            if isinstance(own, dict) and own.get("type", "adamw") == "adamw":
+            value = expand_short_forms(current_keys(value))
+            optimizer = value.get("optimizer") or {}
+            if isinstance(optimizer, dict) and optimizer.get("type", "adamw") == "adamw":
                 lr = LR.get(str(value.get("train", "lora")), LR["lora"])
-                value = {**value, "optimizer": {"lr": lr, "weight_decay": 1e-4, **own}}
+                value = {**value, "optimizer": {"lr": lr, "weight_decay": 1e-4, **optimizer}}
         return value
 
     @field_validator("noise_experts", mode="before")
@@ -173,10 +186,10 @@ class SrpoSettings(Settings):
         names = value.split(",") if isinstance(value, str) else value
         if isinstance(names, list | tuple):
             names = [name.value if isinstance(name, NoiseExpert) else str(name).strip() for name in names]
-            if unknown := [name for name in names if name not in _EXPERTS]:
+            if unknown := [name for name in names if name not in _NOISE_EXPERTS]:
                 raise ValueError(f"'{unknown[0]}' is no noise expert; give low (transformer_2), high (transformer) or "
                                  "both")
-            return tuple(dict.fromkeys(one for name in names for one in _EXPERTS[name]))
+            return tuple(dict.fromkeys(expert for name in names for expert in _NOISE_EXPERTS[name]))
         return value
 
     _size = field_validator("size", mode="before")(height_width)
@@ -199,13 +212,13 @@ class SrpoSettings(Settings):
         if self.rollout.offline and self.prompts.cache is None:
             raise ValueError("rollout.offline reads clean latents from a cache: set prompts.cache (--cache DIR)")
         if self.train == "full" and self.kl_weight:
-            raise ValueError(f"kl_weight = {self.kl_weight:g} needs the base beside what is trained, which a full "
-                             "fine-tune overwrites; set kl_weight = 0 (the held-out looks log the distance), or train "
-                             "= \"lora\"")
+            raise ValueError(f"kl_weight = {self.kl_weight:g} needs the weights of the base, which a full fine-tune "
+                             "overwrites; set kl_weight = 0 (the held-out evaluations log the distance), or train = "
+                             "\"lora\"")
         for name, wanted in (("master_weights = \"bf16\"", self.master_weights == "bf16"),
                              ("optimizer_on_cpu = true", self.optimizer_on_cpu)):
             if wanted and self.optimizer.type != "adamw":
-                raise ValueError(f"{name} is made for optimizer.type = 'adamw', not '{self.optimizer.type}'")
+                raise ValueError(f"{name} is only for optimizer.type = 'adamw', not '{self.optimizer.type}'")
         if self.train == "full" and precision_of(self.dtype) is not None:
             raise ValueError(f"dtype = '{self.dtype}' is for a base that stays frozen, but train = \"full\" trains it; "
                              "set dtype = \"bf16\", or train = \"lora\"")
@@ -213,16 +226,16 @@ class SrpoSettings(Settings):
             raise ValueError(f"a full fine-tune takes optimizer.type = 'adamw', not '{self.optimizer.type}'")
         frames = self.preference.frames
         if isinstance(frames, int) and frames > self.num_frames:
-            raise ValueError(f"preference.frames = {frames}, but num_frames = {self.num_frames} has no more than "
-                             f"{self.num_frames} to judge; set it to at most that, or to \"all\" or \"first\"")
+            raise ValueError(f"preference.frames = {frames} is more than num_frames = {self.num_frames}; set it to at "
+                             f"most {self.num_frames}, or to \"all\" or \"first\"")
         if self.held_out.patience is not None and not self.held_out.count:
             raise ValueError("held_out.patience needs held-out prompts: set held_out.count above 0")
         if self.keep_best is not None and (not self.held_out.count or self.save_every % self.held_out.every):
-            raise ValueError(f"keep_best needs a held-out look at every checkpoint: save_every = {self.save_every} "
-                             f"must be a multiple of held_out.every = {self.held_out.every}")
+            raise ValueError(f"keep_best needs a held-out evaluation at every checkpoint: save_every = "
+                             f"{self.save_every} must be a multiple of held_out.every = {self.held_out.every}")
         return self
 
     @property
     def held_out_seed(self) -> int:
-        """What the held-out prompts and their noise are chosen by."""
+        """The seed of the held-out prompts and their noise."""
         return self.seed if self.held_out.seed is None else self.held_out.seed

@@ -14,16 +14,16 @@ class TrainLoraSettings(TrainSettings):
     """Stage 1: one LoRA for each noise expert, from one run."""
 
     init_lora: dict[NoiseExpert, Path] = Field(
-        {}, description="LoRA to continue from by noise expert; modules, ranks and alpha are then the file's.")
-
+        {}, description="LoRA to continue from, by noise expert; modules, ranks and alpha are then those of the file.")
     one_file: bool = Field(
-        False, description="Save both noise experts' LoRAs as one file {name}.safetensors (ai-toolkit's form) instead "
-        "of two; ComfyUI, musubi and diffusers take two.")
+        False, description="Save the LoRAs of both noise experts as one file {name}.safetensors (ai-toolkit's form) "
+        "instead of two; ComfyUI, musubi and diffusers read two.")
 
     @model_validator(mode="after")
     def _both(self) -> TrainLoraSettings:
         if self.one_file and len(self.noise_experts) < 2:
-            raise ValueError(f"one_file is for both noise experts, but noise_experts holds only '{self.noise_experts[0].value}'")
+            raise ValueError(
+                f"one_file is for both noise experts, but noise_experts holds only '{self.noise_experts[0].value}'")
         return self
 
     @model_validator(mode="after")
@@ -31,9 +31,10 @@ class TrainLoraSettings(TrainSettings):
         if self.preview.hints:
             raise ValueError("preview.hints chooses among a mixture's experts, and a plain LoRA has none; leave it out")
         for noise_expert in self.init_lora:
+            side = noise_expert.value
             if noise_expert not in self.noise_experts:
-                raise ValueError(f"init_lora.{noise_expert.value} is given, but noise_experts does not hold '{noise_expert.value}'")
+                raise ValueError(f"init_lora.{side} is given, but noise_experts does not hold '{side}'")
             if self.of(noise_expert, 1).alpha_schedule.phases:
-                raise ValueError(f"init_lora.{noise_expert.value} brings its own alpha, alpha_schedule says another; leave "
-                                 "one of them out")
+                raise ValueError(f"init_lora.{side} brings its own alpha, alpha_schedule says another; leave one of "
+                                 "them out")
         return self

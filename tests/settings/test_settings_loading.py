@@ -73,7 +73,8 @@ def test_a_bad_environment_value_names_its_variable(toml):
     ('output = "r"\nsteps = 1\n', r"'data' is required"),
     (GOOD + "[high]\nxyz = 3\n", r"unknown key 'high.xyz'; \[high\] takes steps, start, stop, targets"),
     (GOOD.replace("steps", "epochs = 1\nsteps"), "give exactly one of steps, epochs and"),
-    (GOOD.replace("steps", 'noise_experts = ["high"]\nsteps') + "[low]\nsteps = 3\n", r"\[low\] is set, but noise_experts"),
+    (GOOD.replace("steps", 'noise_experts = ["high"]\nsteps') + "[low]\nsteps = 3\n",
+     r"\[low\] is set, but noise_experts"),
 ])
 def test_one_line_each(toml, text, message):
     with pytest.raises(UserError, match=message) as caught:

@@ -9,7 +9,7 @@ import pytest
 
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
-from lapwan.settings.aliases import ELSEWHERE, takes
+from lapwan.settings.aliases import OTHER_TRAINERS, accepted_keys
 from lapwan.settings.base import to_toml
 from lapwan.settings.load import load
 from lapwan.settings.srpo import SrpoSettings
@@ -81,5 +81,5 @@ def test_patterns_of_its_own_stand_instead_of_what_is_shared(tmp_path):
 
 
 def test_every_name_of_another_trainer_leads_to_one_of_ours():
-    assert set(ELSEWHERE.values()) <= set(takes(TrainLoraSettings.model_fields))
-    assert not set(ELSEWHERE) & set(takes(TrainLoraSettings.model_fields))
+    assert set(OTHER_TRAINERS.values()) <= set(accepted_keys(TrainLoraSettings.model_fields))
+    assert not set(OTHER_TRAINERS) & set(accepted_keys(TrainLoraSettings.model_fields))
