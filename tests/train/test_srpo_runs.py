@@ -251,13 +251,13 @@ def test_what_cannot_be_aligned_is_one_line(tmp_path, changes, said):
 @pytest.mark.parametrize(("changes", "said"), [
     ({"sigma": (0.9, 0.8)}, "bounds must satisfy"), ({"rollout": {"offline": True}}, "set prompts.cache"),
     ({"train": "full", "kl_weight": 1.0}, "a full fine-tune overwrites"),
-    ({"master_weights": "bf16", "optimizer": {"type": "automagic"}}, "is made for optimizer.type = 'adamw'"),
+    ({"master_weights": "bf16", "optimizer": {"type": "automagic"}}, "is only for optimizer.type = 'adamw'"),
     ({"train": "full", "dtype": "fp8"}, "is for a base that stays frozen"),
     ({"prompts": {}}, "give exactly one of prompts.file"),
     ({"held_out": {"count": 0, "patience": 2}}, "needs held-out prompts"),
     ({"noise_experts": "transformer_3"}, "'transformer_3' is no noise expert; give low"),
     ({"rewards": []}, "no reward"),
-    ({"num_frames": 5, "preference": {"frames": 6}}, "num_frames = 5 has no more than 5 to judge"),
+    ({"num_frames": 5, "preference": {"frames": 6}}, "preference.frames = 6 is more than num_frames = 5"),
     ({"prompts": {"cache": "c", "negative": "blurred"}}, "prompts.negative is for prompts.file"),
 ])
 def test_settings_that_contradict_themselves(tmp_path, changes, said):
