@@ -1,1 +1,2 @@
-"""Differentiable judges of images: HPS v2.1, CLIP, PickScore. See `base` for the seam and how to add one."""
+"""Differentiable image rewards: HPS v2.1, CLIP, PickScore. `base` has the interface and how to add one, `build` makes
+them from settings."""

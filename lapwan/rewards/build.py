@@ -1,4 +1,4 @@
-"""From settings to rewards: what is asked for, whether its files are there, how much memory it takes."""
+"""Rewards from settings: build them, check their files, estimate their memory."""
 
 from __future__ import annotations
 
@@ -18,88 +18,92 @@ if TYPE_CHECKING:
 
 _FOLDERS = {"clip": "a CLIPModel's folder, such as laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
             "pickscore": "the folder of yuvalkirstain/PickScore_v1"}
-# A reward that lives in a later package, by its settings' type: made from its settings and the device.
+# Makes a reward of a package above from its settings and a device.
 Maker = Callable[[Any, torch.device | str], Reward]
 
 
 def build_rewards(rewards: Sequence[RewardSettings], device: torch.device | str,
                   others: Mapping[str, Maker] | None = None) -> dict[str, Reward]:
-    """Every reward by its label, on `device`; `others` makes those types that later packages own.
+    """Every reward by its label, on `device`.
+
+    Args:
+        others: makers of rewards that are in packages above, by the type in their settings.
 
     Raises:
-        UserError: a file that is missing or of the wrong kind.
+        UserError: a file is missing or of the wrong kind.
     """
-    made: dict[str, Reward] = {}
-    for one in rewards:
-        if one.type in (others or {}):
-            made[one.label] = others[one.type](one, device)  # type: ignore[index]
-        elif isinstance(one, HpsSettings | ClipSettings | PickScoreSettings):
-            made[one.label] = _clip_reward(one, device)
+    built: dict[str, Reward] = {}
+    for settings in rewards:
+        if settings.type in (others or {}):
+            built[settings.label] = others[settings.type](settings, device)  # type: ignore[index]
+        elif isinstance(settings, HpsSettings | ClipSettings | PickScoreSettings):
+            built[settings.label] = _clip_reward(settings, device)
         else:
-            raise UserError(f"the reward '{one.type}' is not for this command; give hps, clip or pickscore")
-    return made
+            raise UserError(f"the reward '{settings.type}' is not for this command; give hps, clip or pickscore")
+    return built
 
 
-def _dtype(said: str, device_type: str) -> torch.dtype:
-    wide = said == "fp32" or (said == "auto" and device_type == "cpu")
-    return torch.float32 if wide else torch.bfloat16
+def _dtype(name: str, device_type: str) -> torch.dtype:
+    fp32 = name == "fp32" or (name == "auto" and device_type == "cpu")
+    return torch.float32 if fp32 else torch.bfloat16
 
 
-def _clip_reward(one: HpsSettings | ClipSettings | PickScoreSettings, device: torch.device | str) -> ClipReward:
-    dtype = _dtype(one.dtype, torch.device(device).type)
-    place = find_tokenizer(one.tokenizer, one.path, _tokenizer_key(one))
-    if isinstance(one, HpsSettings):
-        model = load_checkpoint(one.path, dtype)
+def _clip_reward(settings: HpsSettings | ClipSettings | PickScoreSettings, device: torch.device | str) -> ClipReward:
+    dtype = _dtype(settings.dtype, torch.device(device).type)
+    tokenizer_path = find_tokenizer(settings.tokenizer, settings.path, _tokenizer_key(settings))
+    if isinstance(settings, HpsSettings):
+        model = load_checkpoint(settings.path, dtype)
     else:
-        model = load_clip_folder(one.path, dtype, _FOLDERS[one.type])
+        model = load_clip_folder(settings.path, dtype, _FOLDERS[settings.type])
     text = model.config.text_config
-    tokenizer = load_tokenizer(place, int(text.vocab_size), int(text.max_position_embeddings))
+    tokenizer = load_tokenizer(tokenizer_path, int(text.vocab_size), int(text.max_position_embeddings))
     # HPS is published as the plain cosine; the others with the model's logit scale.
-    reward = ClipReward(one.label, model, tokenizer, one.preprocess, 1.0 if isinstance(one, HpsSettings) else None)
-    return reward.to(device)
+    scale = 1.0 if isinstance(settings, HpsSettings) else None
+    return ClipReward(settings.label, model, tokenizer, settings.preprocess, scale).to(device)
 
 
-def _tokenizer_key(one: HpsSettings | ClipSettings | PickScoreSettings) -> str:
-    return f'tokenizer = "FOLDER" in the table of the reward {one.label}'
+def _tokenizer_key(settings: HpsSettings | ClipSettings | PickScoreSettings) -> str:
+    return f'tokenizer = "FOLDER" in the table of the reward {settings.label}'
 
 
 def check_rewards(rewards: Sequence[RewardSettings]) -> None:
-    """Look at the files without loading them.
+    """Check the rewards' files without loading them.
 
     Raises:
-        UserError: as `build_rewards` would, as far as headers tell.
+        UserError: as `build_rewards`, as far as headers tell.
     """
-    for one in rewards:
-        if isinstance(one, HpsSettings):
-            read_checkpoint(one.path)
-        elif isinstance(one, ClipSettings | PickScoreSettings):
-            read_clip_config(one.path, _FOLDERS[one.type])
-        if isinstance(one, HpsSettings | ClipSettings | PickScoreSettings):
-            find_tokenizer(one.tokenizer, one.path, _tokenizer_key(one))
+    for settings in rewards:
+        if isinstance(settings, HpsSettings):
+            read_checkpoint(settings.path)
+        elif isinstance(settings, ClipSettings | PickScoreSettings):
+            read_clip_config(settings.path, _FOLDERS[settings.type])
+        if isinstance(settings, HpsSettings | ClipSettings | PickScoreSettings):
+            find_tokenizer(settings.tokenizer, settings.path, _tokenizer_key(settings))
 
 
 def reward_bytes(rewards: Sequence[RewardSettings], device_type: str, images: int) -> int:
-    """Weights of all rewards, and what the backward through `images` pictures keeps, in bytes.
+    """Weights of all rewards, and the activations kept for the backward through `images` images, in bytes.
 
-    A block of a frozen pre-norm transformer keeps 6 widths a token (both norms' inputs, q, k, v and the attention's
-    output) and the activation's input. Rewards run one after the other, but their graphs live together.
+    A block of a frozen pre-norm transformer keeps 6 widths per token (both norms' inputs, q, k, v and the attention's
+    output) and the activation's input. Rewards run one after the other, but their graphs exist at the same time.
     """
     from accelerate import init_empty_weights
     from transformers import CLIPModel
 
     total = 0
-    for one in rewards:
-        if not isinstance(one, HpsSettings | ClipSettings | PickScoreSettings):
+    for settings in rewards:
+        if not isinstance(settings, HpsSettings | ClipSettings | PickScoreSettings):
             continue  # the tiny one: a megabyte
-        config = VIT_H_14.config() if isinstance(one, HpsSettings) else read_clip_config(one.path, _FOLDERS[one.type])
+        hps = isinstance(settings, HpsSettings)
+        config = VIT_H_14.config() if hps else read_clip_config(settings.path, _FOLDERS[settings.type])
         with init_empty_weights():
             weights = sum(p.numel() for p in CLIPModel(config).parameters())
-        total += (weights + images * kept_elements(config)) * _dtype(one.dtype, device_type).itemsize
+        total += (weights + images * activation_elements(config)) * _dtype(settings.dtype, device_type).itemsize
     return total
 
 
-def kept_elements(config: CLIPConfig) -> int:
-    """Elements that one picture's graph keeps in the vision tower."""
+def activation_elements(config: CLIPConfig) -> int:
+    """Elements that the vision tower keeps for the backward through one image."""
     vision = config.vision_config
     tokens = (vision.image_size // vision.patch_size) ** 2 + 1
     block = 6 * vision.hidden_size + vision.intermediate_size

@@ -1,4 +1,4 @@
-"""CLIP-shaped rewards: HPS v2.1, CLIP and PickScore are one model with other weights and another scale.
+"""CLIP rewards: HPS v2.1, CLIP and PickScore are one model with different weights and scales. Models and tokenizers.
 
 Shapes: B images, N captions, D dimensions of the embedding, H, W pixels.
 Source: Radford et al. (arXiv 2103.00020); Wu et al., HPS v2 (arXiv 2306.09341); Kirstain et al. (arXiv 2305.01569).
@@ -18,16 +18,16 @@ from torch.nn import functional as F
 
 from lapwan.errors import UserError
 from lapwan.rewards.base import EmbeddingCache
-from lapwan.rewards.pixels import Convention, to_square
+from lapwan.rewards.preprocess import Convention, to_square
 from lapwan.wan.text import clean_prompt
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
 
-
-# What CLIP was trained with, per channel of [0, 1].
+BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_MERGES = 48894
+START, END = "<|startoftext|>", "<|endoftext|>"
+# CLIP's normalisation, per channel of [0, 1].
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -35,7 +35,9 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 class ClipReward:
     """image = f(normalised square)/‖·‖, text = g(77 tokens)/‖·‖ of a frozen CLIPModel; embeddings in fp32.
 
-    `scale` None takes the model's own logit scale, exp(s).
+    Args:
+        convention: how an image becomes the square input.
+        scale: None: the model's own logit scale, exp(s).
     """
 
     english_text = True
@@ -55,29 +57,29 @@ class ClipReward:
         return self
 
     def text(self, captions: Sequence[str]) -> Tensor:
-        """[N, D] fp32, unit norm, without gradient; longer captions are cut at the model's context."""
+        """[N, D] fp32, unit norm, without gradient; captions are truncated to the model's context."""
         return self._cache.get(captions, self._encode).to(self._model.device)
 
     def _encode(self, captions: list[str]) -> Tensor:
         tokens = self._tokenizer([clean_prompt(caption) for caption in captions], padding="max_length",
                                  truncation=True, max_length=self._tokenizer.model_max_length, return_tensors="pt")
-        # No mask: attention is causal, so what is read at the end mark never sees the padding after it.
-        found = self._model.get_text_features(tokens.input_ids.to(self._model.device)).pooler_output
-        return F.normalize(found.float(), dim=-1)
+        # No mask: attention is causal, so the output at the end token does not depend on the padding after it.
+        features = self._model.get_text_features(tokens.input_ids.to(self._model.device)).pooler_output
+        return F.normalize(features.float(), dim=-1)
 
     def image(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, D] fp32, unit norm; resizing and normalising in fp32 whatever the model's dtype."""
         square = to_square(pixels_BCHW.float(), self._size, self._convention)
         square = (square - self._mean.to(square)) / self._std.to(square)
-        found = self._model.get_image_features(square.to(self._model.dtype)).pooler_output
-        return F.normalize(found.float(), dim=-1)
+        features = self._model.get_image_features(square.to(self._model.dtype)).pooler_output
+        return F.normalize(features.float(), dim=-1)
 
 
 def read_clip_config(folder: Path, what: str) -> CLIPConfig:
-    """The configuration of a CLIPModel's folder, after a look at whether it is one and has weights.
+    """The configuration of a CLIPModel's folder; checks that it is one and has weights.
 
     Raises:
-        UserError: no such folder, another model, or no weights; `what` says what the folder should be.
+        UserError: no such folder, another model, or no weights; `what` tells what the folder should be.
     """
     from transformers import CLIPConfig
 
@@ -87,28 +89,28 @@ def read_clip_config(folder: Path, what: str) -> CLIPConfig:
     if not file.is_file():
         raise UserError(f"{folder} is not a transformers folder (no config.json); give {what}")
     try:
-        said: Any = json.loads(file.read_text(encoding="utf-8"))
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
-    kind = said.get("model_type") if isinstance(said, dict) else None
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "clip":
         raise UserError(f"{folder} holds a model of type {kind!r}, not 'clip'; give {what}")
     if not any(any(folder.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin")):
         raise UserError(f"no weights in {folder} (model.safetensors or pytorch_model.bin); is the download complete?")
-    return CLIPConfig.from_dict(said)
+    return CLIPConfig.from_dict(config)
 
 
 def load_clip_folder(folder: Path, dtype: torch.dtype, what: str) -> CLIPModel:
-    """A frozen CLIPModel in eval mode from a transformers folder, strictly: no tensor missing.
+    """A frozen CLIPModel in eval mode from a transformers folder; no tensor may be missing.
 
     Raises:
-        UserError: as `read_clip_config`, unreadable, incomplete, or of other shapes than its config says.
+        UserError: as `read_clip_config`, or weights that are unreadable, incomplete or do not match the config.
     """
     from safetensors import SafetensorError
     from transformers import CLIPModel
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # it would tear our own progress lines apart
+    disable_progress_bar()  # it would break our own progress lines
     read_clip_config(folder, what)
     try:
         model, report = CLIPModel.from_pretrained(
@@ -120,49 +122,45 @@ def load_clip_folder(folder: Path, dtype: torch.dtype, what: str) -> CLIPModel:
                         f"'{min(report['missing_keys'])}'; give {what}")
     return model.eval().requires_grad_(False)
 
-BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
-_MERGES = 48894
-START, END = "<|startoftext|>", "<|endoftext|>"
 
-
-def find_tokenizer(given: Path | None, weights: Path, key: str) -> Path:
-    """The tokenizer's folder or merges file: `given`, or beside `weights` (a file, or a model folder).
+def find_tokenizer(tokenizer: Path | None, weights: Path, key: str) -> Path:
+    """The tokenizer's folder or merges file: `tokenizer`, or else beside `weights` (a file, or a model folder).
 
     Raises:
-        UserError: none there; with what it takes. `key` names the setting.
+        UserError: there is none; `key` names the setting to give.
     """
-    place = given if given is not None else weights if weights.is_dir() else weights.parent
-    if place.is_file():
-        return place
-    if (place / "tokenizer.json").is_file() or all((place / n).is_file() for n in ("vocab.json", "merges.txt")):
-        return place
-    if (place / BPE_FILE).is_file():
-        return place / BPE_FILE
+    path = tokenizer if tokenizer is not None else weights if weights.is_dir() else weights.parent
+    if path.is_file():
+        return path
+    if (path / "tokenizer.json").is_file() or all((path / n).is_file() for n in ("vocab.json", "merges.txt")):
+        return path
+    if (path / BPE_FILE).is_file():
+        return path / BPE_FILE
     raise UserError(
-        f"no CLIP tokenizer in {place}: it takes tokenizer.json, or vocab.json and merges.txt (any CLIP model's will "
-        f"do, such as openai/clip-vit-large-patch14's), or open_clip's {BPE_FILE}; put it there, or name its folder "
+        f"no CLIP tokenizer in {path}: it needs tokenizer.json, or vocab.json and merges.txt (those of any CLIP model, "
+        f"such as openai/clip-vit-large-patch14), or open_clip's {BPE_FILE}; put it there, or name its folder "
         f"with {key}"
     )
 
 
-def load_tokenizer(place: Path, vocabulary: int, context: int) -> CLIPTokenizer:
-    """The tokenizer at `place` (see `find_tokenizer`), for a model of `vocabulary` pieces and `context` tokens.
+def load_tokenizer(path: Path, vocabulary: int, context: int) -> CLIPTokenizer:
+    """The tokenizer at `path` (see `find_tokenizer`), for a model with `vocabulary` pieces and `context` tokens.
 
     Raises:
-        UserError: unreadable, or not of this model.
+        UserError: it is unreadable, or not this model's.
     """
     from transformers import CLIPTokenizer
 
-    if place.is_file():
-        tokenizer = _from_merges(place)
+    if path.is_file():
+        tokenizer = _from_merges(path)
     else:
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"cannot read the tokenizer in {place}: {str(error).splitlines()[0]}") from None
-    # The end mark is the last piece: there the text is read.
+            raise UserError(f"cannot read the tokenizer in {path}: {str(error).splitlines()[0]}") from None
+    # The end token is the last piece; the text embedding is read there.
     if len(tokenizer) != vocabulary or tokenizer.convert_tokens_to_ids(END) != vocabulary - 1:
-        raise UserError(f"the tokenizer of {place} has {len(tokenizer):,} pieces, the model {vocabulary:,}; "
+        raise UserError(f"the tokenizer of {path} has {len(tokenizer):,} pieces, the model {vocabulary:,}; "
                         "they do not belong together: give a CLIP tokenizer")
     tokenizer.model_max_length = context
     return tokenizer
@@ -192,6 +190,6 @@ def _from_merges(path: Path) -> CLIPTokenizer:
                             f"folder or {BPE_FILE}")
         pairs.append((first, second))
         ids.setdefault(first + second, len(ids))
-    for mark in (START, END):
-        ids[mark] = len(ids)
+    for token in (START, END):
+        ids[token] = len(ids)
     return CLIPTokenizer(vocab=ids, merges=pairs)

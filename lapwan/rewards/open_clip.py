@@ -1,7 +1,7 @@
 """A CLIP checkpoint in open_clip's key layout into transformers' CLIPModel: HPS v2.1 is a ViT-H-14 of this kind.
 
-The two name the same tensors differently; besides, open_clip keeps q, k and v in one matrix and applies its projections
-as x·P, where a Linear keeps Pᵀ. Activations are GELU, positions are learned, text is read at its end mark.
+The two name the same tensors differently. open_clip also keeps q, k and v in one matrix and applies its projections as
+x·P, where a Linear stores Pᵀ. Activations are GELU, positions are learned, the text embedding is that of the end token.
 Source: the published keys of open_clip's checkpoints and of transformers' CLIPModel; Radford et al. (arXiv 2103.00020).
 """
 
@@ -26,7 +26,7 @@ HPS_FILE = "HPS_v2.1_compressed.pt"
 
 @dataclass(frozen=True)
 class Tower:
-    """A transformer of `layers` blocks; heads cannot be read off the weights."""
+    """A transformer of `layers` blocks; the number of heads cannot be read from the weights."""
 
     width: int
     layers: int
@@ -35,7 +35,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Both towers, `embed` dimensions of the common space, `patch` and `image` in pixels, `context` in tokens."""
+    """Both towers, `embed` dimensions of the shared space, `patch` and `image` in pixels, `context` in tokens."""
 
     vision: Tower
     text: Tower
@@ -46,17 +46,17 @@ class Architecture:
     vocabulary: int = 49408
 
     def config(self) -> CLIPConfig:
-        """The same in transformers' words; blocks are four times as wide inside."""
+        """The transformers configuration; the MLPs are four times as wide as the tower."""
         from transformers import CLIPConfig
 
-        def tower(one: Tower) -> dict[str, object]:
-            return {"hidden_size": one.width, "intermediate_size": 4 * one.width, "num_hidden_layers": one.layers,
-                    "num_attention_heads": one.heads, "hidden_act": "gelu", "layer_norm_eps": 1e-5,
-                    "projection_dim": self.embed}
+        def tower_config(tower: Tower) -> dict[str, object]:
+            return {"hidden_size": tower.width, "intermediate_size": 4 * tower.width,
+                    "num_hidden_layers": tower.layers, "num_attention_heads": tower.heads, "hidden_act": "gelu",
+                    "layer_norm_eps": 1e-5, "projection_dim": self.embed}
 
-        text = {**tower(self.text), "vocab_size": self.vocabulary, "max_position_embeddings": self.context,
+        text = {**tower_config(self.text), "vocab_size": self.vocabulary, "max_position_embeddings": self.context,
                 "bos_token_id": self.vocabulary - 2, "eos_token_id": self.vocabulary - 1}
-        vision = {**tower(self.vision), "patch_size": self.patch, "image_size": self.image}
+        vision = {**tower_config(self.vision), "patch_size": self.patch, "image_size": self.image}
         return CLIPConfig(text_config=text, vision_config=vision, projection_dim=self.embed)
 
 
@@ -110,7 +110,7 @@ def _of_block(block: str, inner: str, value: Tensor) -> Iterator[tuple[str, Tens
 
 
 def read_checkpoint(path: Path, architecture: Architecture = VIT_H_14) -> dict[str, Tensor]:
-    """The tensors of an HPS v2.1 file, memory-mapped, in open_clip's layout, after a look at what they are.
+    """The tensors of an HPS v2.1 file, memory-mapped, in open_clip's layout; checks that they are that.
 
     Raises:
         UserError: no such file, unreadable, or not an open_clip checkpoint of this architecture.
@@ -126,25 +126,25 @@ def read_checkpoint(path: Path, architecture: Architecture = VIT_H_14) -> dict[s
         raise UserError(f"{path} is not HPS v2.1: it has no 'visual.conv1.weight' and 'text_projection' "
                         f"(open_clip's ViT-H-14); give {HPS_FILE} of xswu/HPSv2")
     width, _, patch, _ = convolution.shape
-    wanted = architecture.vision
-    if (width, patch) != (wanted.width, architecture.patch):
-        raise UserError(f"{path} holds a CLIP of vision width {width} and patch {patch}, HPS v2.1 has {wanted.width} "
+    expected = architecture.vision
+    if (width, patch) != (expected.width, architecture.patch):
+        raise UserError(f"{path} holds a CLIP of vision width {width} and patch {patch}, HPS v2.1 has {expected.width} "
                         f"and {architecture.patch} (ViT-H-14); give {HPS_FILE} of xswu/HPSv2")
     return tensors
 
 
 def load_checkpoint(path: Path, dtype: torch.dtype, architecture: Architecture = VIT_H_14) -> CLIPModel:
-    """A frozen CLIPModel in eval mode; every tensor of the file has its place and every place its tensor.
+    """A frozen CLIPModel in eval mode; the file's tensors must be exactly the model's.
 
     Raises:
-        UserError: as `read_checkpoint`, or a tensor too many, missing or of another shape.
+        UserError: as `read_checkpoint`, or a tensor that is unexpected, missing or of another shape.
     """
     from accelerate import init_empty_weights
     from transformers import CLIPModel
 
     tensors = read_checkpoint(path, architecture)
-    with init_empty_weights():  # buffers (positions) are made for real
+    with init_empty_weights():  # buffers (positions) are real
         model = CLIPModel(architecture.config())
-    placed = ((name, value.to(dtype)) for name, value in to_transformers(tensors))
-    fill(model, placed, "an open_clip ViT-H-14 (HPS v2.1)", path)
+    converted = ((name, value.to(dtype)) for name, value in to_transformers(tensors))
+    fill(model, converted, "an open_clip ViT-H-14 (HPS v2.1)", path)
     return model.eval().requires_grad_(False)

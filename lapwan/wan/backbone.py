@@ -1,4 +1,4 @@
-"""Load a noise expert's transformer and ask it for a velocity.
+"""Load a noise expert's transformer and evaluate its velocity.
 
 Shapes: B samples, C latent channels, T latent frames, H, W latent height and width, L text tokens, D text features.
 """
@@ -16,9 +16,9 @@ from lapwan.errors import UserError
 from lapwan.models.original_layout import has_original_names, load_transformer_files
 from lapwan.models.spec import ModelSpec, weight_files
 from lapwan.names import NoiseExpert
-from lapwan.wan.transformer.first_block_cache import Side
+from lapwan.wan.transformer.first_block_cache import CacheBranch
 from lapwan.wan.transformer.forward import TokenTimes, predict
-from lapwan.wan.transformer.options import Prompt
+from lapwan.wan.transformer.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -36,8 +36,8 @@ def load_transformer(
     from diffusers import WanTransformer3DModel
 
     if noise_expert not in spec.noise_experts:
-        have = ", ".join(e.value for e in spec.noise_experts)
-        raise UserError(f"model {spec.path} has no {noise_expert.value} noise expert; it has: {have}")
+        available = ", ".join(e.value for e in spec.noise_experts)
+        raise UserError(f"model {spec.path} has no {noise_expert.value} noise expert; it has: {available}")
     folder = spec.component(noise_expert)
     files = weight_files(folder)
     if has_original_names(files):
@@ -50,8 +50,11 @@ def load_transformer(
 
 
 def _aligned(model: WanTransformer3DModel) -> WanTransformer3DModel:
-    """Weights on a CPU where torch itself would have put them: products round by alignment, which in a mapped file
-    depends on the length of its header; so the same weights from another file would give other last bits."""
+    """Copy weights on a CPU that are not aligned as torch aligns its own.
+
+    Matrix products round differently by alignment. In a memory-mapped file it depends on the length of the header, so
+    that the same weights from another file would give other last bits.
+    """
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
             parameter.data = parameter.data.clone()
@@ -62,26 +65,25 @@ def velocity(
     transformer: WanTransformer3DModel,
     x_BCTHW: Tensor,
     timestep: Tensor | TokenTimes,
-    text: Tensor | Sequence[Tensor] | Prompt,
+    text: Tensor | Sequence[Tensor] | PromptCache,
     condition_BCTHW: Tensor | None = None,
-    reuse: Side | None = None,
+    first_block_cache: CacheBranch | None = None,
 ) -> Tensor:
     """v̂ = model([x | condition], timestep, text), in fp32 or the latents' wider dtype.
 
     Args:
-        timestep: 1000·sigma in training, the scheduler's own (integer for UniPC) in sampling; never in bf16. [B], one a
-            token [B, N], or a sequence's few distinct ones.
-        text: features [B, L, D]; those of each sample without padding; or a generation's prompt, which remembers what
-            every step would compute again.
+        timestep: 1000·sigma in training, the scheduler's own (an integer for UniPC) in sampling; never in bf16. [B],
+            [B, N] with one per token, or the few distinct ones of a sequence.
+        text: features [B, L, D]; a list of each sample's without padding; or a generation's prompt cache, which keeps
+            what every step would recompute.
         condition_BCTHW: I2V's mask and image channels [B, 20, T, H, W], None for T2V.
-        reuse: lets a generation's step keep what an earlier one computed.
+        first_block_cache: lets a step of a generation keep the residual of an earlier one, approximately.
     """
     dtype = transformer.patch_embedding.weight.dtype
     hidden = x_BCTHW if condition_BCTHW is None else torch.cat([x_BCTHW, condition_BCTHW.to(x_BCTHW)], dim=1)
-    given: Tensor | Sequence[Tensor] | Prompt
-    if isinstance(text, Prompt):
-        given = text
-    else:
-        given = text.to(dtype) if isinstance(text, Tensor) else [one.to(dtype) for one in text]
-    out = predict(transformer, hidden.to(dtype), timestep, given, reuse)
+    if isinstance(text, Tensor):
+        text = text.to(dtype)
+    elif not isinstance(text, PromptCache):
+        text = [features.to(dtype) for features in text]
+    out = predict(transformer, hidden.to(dtype), timestep, text, first_block_cache)
     return out.to(torch.promote_types(x_BCTHW.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Prompts to umT5 features: cleaned as Wan cleans them, cut to their true length, zero-padded only where used.
+"""Prompts to umT5 features: cleaned as Wan cleans them, kept at their true length, zero-padded only where used.
 
 Shapes: B batch, N tokens, D features.
 """
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.tensors import load
-from lapwan.models.fingerprints import text_identity
+from lapwan.models.fingerprints import text_encoder_fingerprint
 from lapwan.models.original_layout import load_text_file, read_tensors, t5_to_transformers
 from lapwan.models.spec import TEXT_LENGTH, original_file, weight_files
 from lapwan.names import Precision
-from lapwan.wan.quantise.load import Read, fill, kept_folder, linears_of
+from lapwan.wan.quantise.load import ReadTensor, cache_folder, fill, linears_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -40,7 +40,7 @@ class TextEncoder:
 
 
 def clean_prompt(text: str) -> str:
-    """ftfy, HTML entities undone twice, white space collapsed (ftfy also folds full-width punctuation: ， to ,)."""
+    """ftfy, HTML entities unescaped twice, white space collapsed (ftfy also folds full-width punctuation: ， to ,)."""
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
@@ -50,12 +50,16 @@ def load_text_encoder(
     spec: ModelSpec, dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
     precision: Precision | None = None,
 ) -> TextEncoder:
-    """The model's umT5, frozen, in eval mode (it has dropout); `dtype` defaults to the one it is stored in, `precision`
-    quantises its Linears."""
+    """The model's umT5, frozen, in eval mode (it has dropout).
+
+    Args:
+        dtype: None: as stored.
+        precision: quantises the Linears of its blocks; None: not quantised.
+    """
     from transformers import AutoTokenizer, UMT5EncoderModel
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # "Loading weights" of every part would tear our own progress lines apart
+    disable_progress_bar()  # "Loading weights" would break our own progress lines
     folder = spec.path / "text_encoder"
     original = original_file(folder)
     if precision is not None:
@@ -72,11 +76,11 @@ def load_text_encoder(
     return TextEncoder(model.eval().to(device), tokenizer)
 
 
-def _stored(folder: Path) -> dict[str, Read]:
-    """Reads each tensor, by its name in the class."""
+def _tensor_readers(folder: Path) -> dict[str, ReadTensor]:
+    """A function that reads each tensor, by its name in UMT5EncoderModel."""
     if (original := original_file(folder)) is not None:
-        found = read_tensors(original)
-        return {t5_to_transformers(name): partial(found.__getitem__, name) for name in found}
+        tensors = read_tensors(original)
+        return {t5_to_transformers(name): partial(tensors.__getitem__, name) for name in tensors}
     headers = [read_header(file) for file in weight_files(folder)]
     return {name: partial(load, file, name) for file in headers for name in file.tensors}
 
@@ -90,20 +94,20 @@ def _load_quantised(
     folder = spec.path / "text_encoder"
     with init_empty_weights():
         model = UMT5EncoderModel(UMT5Config(**json.loads((folder / "config.json").read_text(encoding="utf-8"))))
-    model.encoder.embed_tokens = model.shared  # one table under two names
-    source = _stored(folder)
+    model.encoder.embed_tokens = model.shared  # the class has the one embedding under two names
+    source = _tensor_readers(folder)
     source.pop("encoder.embed_tokens.weight", None)
     blocks = linears_of(model.encoder.block, "encoder.block")
     fill(model, source, blocks, precision, lambda name, stored: stored if dtype is None else stored.to(dtype), device,
-         kept_folder(f"text {text_identity(spec)}", precision))
+         cache_folder(f"text {text_encoder_fingerprint(spec)}", precision))
     return model
 
 
 @torch.no_grad()
 def encode_text(encoder: TextEncoder, prompts: Sequence[str], length: int = TEXT_LENGTH) -> list[Tensor]:
-    """One [n tokens, D] per prompt, not padded, in the encoder's dtype; a prompt longer than `length` tokens is cut.
+    """[n tokens, D] per prompt, not padded, in the encoder's dtype; a prompt is truncated to `length` tokens.
 
-    The batch is padded to its own longest prompt and masked, so a prompt's features do not depend on its neighbours.
+    The batch is padded to its longest prompt and masked, so that a prompt's features do not depend on the others.
     """
     tokens = encoder.tokenizer(
         [clean_prompt(prompt) for prompt in prompts], padding="longest", max_length=length, truncation=True,
@@ -115,7 +119,7 @@ def encode_text(encoder: TextEncoder, prompts: Sequence[str], length: int = TEXT
 
 
 def pad_text(features: Sequence[Tensor], length: int = TEXT_LENGTH) -> Tensor:
-    """[n, D] tensors -> [B, length, D], zeros after the text; Wan attends those rows too, without a mask."""
+    """[n, D] tensors -> [B, length, D], zeros after the text; Wan attends to those rows too, without a mask."""
     padded = features[0].new_zeros(len(features), length, features[0].shape[-1])
     for row, feature in zip(padded, features, strict=True):
         row[: feature.shape[0]] = feature

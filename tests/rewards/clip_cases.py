@@ -35,7 +35,7 @@ def random_tensors(shape: Architecture, dtype: torch.dtype = torch.float32) -> d
     def draw(*size: int, scale: float = 0.1, around: float = 0.0) -> Tensor:
         return (torch.randn(size, generator=generator) * scale + around).to(dtype)
 
-    found = {
+    tensors = {
         "visual.class_embedding": draw(shape.vision.width),
         "visual.positional_embedding": draw((shape.image // shape.patch) ** 2 + 1, shape.vision.width),
         "visual.conv1.weight": draw(shape.vision.width, 3, shape.patch, shape.patch, scale=0.5 / shape.patch),
@@ -53,11 +53,11 @@ def random_tensors(shape: Architecture, dtype: torch.dtype = torch.float32) -> d
             norms += [(f"{block}.ln_1", width), (f"{block}.ln_2", width)]
             for name, rows, columns in (("attn.in_proj_", 3 * width, width), ("attn.out_proj.", width, width),
                                         ("mlp.c_fc.", 4 * width, width), ("mlp.c_proj.", width, 4 * width)):
-                found[f"{block}.{name}weight"] = draw(rows, columns, scale=columns**-0.5)
-                found[f"{block}.{name}bias"] = draw(rows)
+                tensors[f"{block}.{name}weight"] = draw(rows, columns, scale=columns**-0.5)
+                tensors[f"{block}.{name}bias"] = draw(rows)
     for name, width in norms:
-        found[f"{name}.weight"], found[f"{name}.bias"] = draw(width, around=1.0), draw(width)
-    return found
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = draw(width, around=1.0), draw(width)
+    return tensors
 
 
 def write_hps(path: Path, shape: Architecture, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from lapwan import console
 from lapwan.errors import UserError
-from lapwan.rewards.base import EmbeddingCache, score, warn_chinese
-from lapwan.rewards.build import build_rewards, check_rewards, kept_elements, reward_bytes
+from lapwan.rewards.base import EmbeddingCache, score, select_frames, warn_chinese
+from lapwan.rewards.build import activation_elements, build_rewards, check_rewards, reward_bytes
 from lapwan.rewards.clip import ClipReward, find_tokenizer, load_tokenizer
 from lapwan.rewards.open_clip import Tower
 from lapwan.settings.rewards import ClipSettings, HpsSettings, PickScoreSettings, TinyRewardSettings
@@ -26,15 +26,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random CLIPModel with its tokenizer, as a hub folder lies on disk."""
     from transformers import CLIPModel
 
-    place = tmp_path_factory.mktemp("clip")
+    path = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     model = CLIPModel(SMALL.config())
     for parameter in model.parameters():  # transformers' own draw leaves all captions nearly alike
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    model.save_pretrained(place)
-    load_tokenizer(write_merges(tmp_path_factory.mktemp("merges")), VOCABULARY, 77).save_pretrained(place)
-    return place
+    model.save_pretrained(path)
+    load_tokenizer(write_merges(tmp_path_factory.mktemp("merges")), VOCABULARY, 77).save_pretrained(path)
+    return path
 
 
 @pytest.mark.parametrize("kind", [ClipSettings, PickScoreSettings])
@@ -62,32 +62,32 @@ def test_a_folder_gives_scaled_cosines_with_gradient(folder, kind):
 def test_the_gradient_is_the_difference_quotient(folder):
     reward = build_rewards((ClipSettings(path=folder),), "cpu")["clip"]
     pixels = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    way = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(4))
+    direction = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(4))
 
     def value(at: torch.Tensor) -> torch.Tensor:
         return (reward.image(at) * reward.text(["red"])).sum()
 
     (gradient,) = torch.autograd.grad(value(pixels), pixels)
     with torch.no_grad():
-        quotient = (value(pixels + 1e-2 * way) - value(pixels - 1e-2 * way)) / 2e-2
-    assert float((gradient * way).sum()) == pytest.approx(float(quotient), rel=0.02, abs=2e-4)
+        quotient = (value(pixels + 1e-2 * direction) - value(pixels - 1e-2 * direction)) / 2e-2
+    assert float((gradient * direction).sum()) == pytest.approx(float(quotient), rel=0.02, abs=2e-4)
 
 
 def test_several_rewards_by_label(folder):
     settings = (ClipSettings(path=folder), PickScoreSettings(path=folder, name="pick", preprocess="squash"))
-    found = build_rewards(settings, "cpu")
-    assert list(found) == ["clip", "pick"] and [r.name for r in found.values()] == ["clip", "pick"]
+    rewards = build_rewards(settings, "cpu")
+    assert list(rewards) == ["clip", "pick"] and [r.name for r in rewards.values()] == ["clip", "pick"]
     wide = torch.rand(1, 3, 16, 32)
-    assert not torch.allclose(found["clip"].image(wide), found["pick"].image(wide))  # crop is not squash
+    assert not torch.allclose(rewards["clip"].image(wide), rewards["pick"].image(wide))  # crop is not squash
     with pytest.raises(UserError, match="'tiny' is not for this command"):
         build_rewards((TinyRewardSettings(),), "cpu")
 
 
 def test_a_folder_that_is_not_a_clip_model(folder, tmp_path):
-    def refused(said: str, path: Path) -> None:
-        for look in (check_rewards, lambda r: build_rewards(r, "cpu")):
-            with pytest.raises(UserError, match=said):
-                look((PickScoreSettings(path=path, tokenizer=folder),))
+    def refused(message: str, path: Path) -> None:
+        for call in (check_rewards, lambda r: build_rewards(r, "cpu")):
+            with pytest.raises(UserError, match=message):
+                call((PickScoreSettings(path=path, tokenizer=folder),))
 
     refused("no folder .*PickScore_v1.*hf download", tmp_path / "none")
     refused("no config.json.*PickScore_v1", tmp_path)
@@ -155,8 +155,8 @@ def test_chinese_captions_before_an_english_encoder(folder, capsys):
     rewards = build_rewards((ClipSettings(path=folder),), "cpu")
     console.set_level(console.NORMAL)
     warn_chinese(rewards, ["a hook", "剪刀剪断血管"])
-    said = " ".join(capsys.readouterr().err.split())
-    assert "1 of 2 captions hold Chinese" in said and "clip knows English only" in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert "1 of 2 captions hold Chinese" in message and "clip knows English only" in message
     warn_chinese(rewards, ["a hook"])
     assert capsys.readouterr().err == ""
 
@@ -179,18 +179,18 @@ def test_memory_is_weights_and_what_the_graph_keeps(folder):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         held = reward.image(pixels)
-    predicted = 2 * kept_elements(shape.config()) * 4
+    predicted = 2 * activation_elements(shape.config()) * 4
     assert held.requires_grad and predicted == pytest.approx(sum(kept.values()), rel=0.05)
     total = reward_bytes((ClipSettings(path=folder, dtype="fp32"), TinyRewardSettings()), "cpu", images=2)
     parameters = sum(p.numel() for p in CLIPModel(SMALL.config()).parameters())
-    assert total == 4 * (parameters + 2 * kept_elements(SMALL.config()))
+    assert total == 4 * (parameters + 2 * activation_elements(SMALL.config()))
     hps = reward_bytes((HpsSettings(path=Path("HPS.pt")),), "cuda", images=0)
     assert hps == 2 * 986_109_441  # bf16 on a GPU
 
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 40), (24, 56), (56, 24), (9, 16)])
 def test_conventions(size):
-    from lapwan.rewards.pixels import to_square
+    from lapwan.rewards.preprocess import to_square
 
     pixels = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(5))
     pad, squash, crop = (to_square(pixels, 16, c) for c in ("pad", "squash", "crop"))
@@ -214,7 +214,7 @@ def test_conventions(size):
 
 
 def test_resizing_has_the_exact_gradient_and_linear_kernel():
-    from lapwan.rewards.pixels import resize, resize_matrix
+    from lapwan.rewards.preprocess import resize, resize_matrix
 
     pixels = torch.rand(1, 2, 12, 10, dtype=torch.float64).requires_grad_()
     resized = F.interpolate(pixels.float(), (5, 7), mode="bilinear", antialias=True, align_corners=False)
@@ -223,3 +223,9 @@ def test_resizing_has_the_exact_gradient_and_linear_kernel():
     (gradient,) = torch.autograd.grad((resize(pixels, 5, 7) * weights).sum(), pixels)
     back = resize_matrix(12, 5, "bicubic").double().T @ weights @ resize_matrix(10, 7, "bicubic").double()
     torch.testing.assert_close(gradient, back, rtol=0, atol=1e-12)
+
+
+def test_which_frames_are_scored():
+    assert select_frames(17, "first") == [0] and select_frames(1, "all") == [0]
+    assert select_frames(17, "all") == list(range(17))
+    assert select_frames(17, 1) == [0] and select_frames(17, 3) == [0, 8, 16] and select_frames(5, 9) == [0, 1, 2, 3, 4]

@@ -77,7 +77,7 @@ def test_on_a_gpu_memory_is_as_planned_and_bf16_near_fp32(tmp_path):
     write_hps(tmp_path / HPS_FILE, VIT_H_14, torch.float16)
     write_merges(tmp_path, 48_894)
     pixels = torch.rand(4, 3, 512, 384, device="cuda")
-    found = {}
+    results = {}
     for dtype in ("bf16", "fp32"):
         settings = (HpsSettings(path=tmp_path / HPS_FILE, dtype=dtype),)
         before = torch.cuda.memory_allocated()
@@ -86,22 +86,22 @@ def test_on_a_gpu_memory_is_as_planned_and_bf16_near_fp32(tmp_path):
         held = torch.cuda.memory_allocated() - before
         assert held == pytest.approx(reward_bytes(settings, "cuda", images=4), rel=0.1)
         (gradient,) = torch.autograd.grad((image @ reward.text(CAPTIONS).T).sum(), pixels)
-        found[dtype] = (image.detach() @ reward.text(CAPTIONS).T, gradient)
+        results[dtype] = (image.detach() @ reward.text(CAPTIONS).T, gradient)
         del reward, image
-    torch.testing.assert_close(found["bf16"][0], found["fp32"][0], rtol=0, atol=0.02)
-    both = torch.nn.functional.cosine_similarity(*(g.flatten() for _, g in found.values()), dim=0)
+    torch.testing.assert_close(results["bf16"][0], results["fp32"][0], rtol=0, atol=0.02)
+    both = torch.nn.functional.cosine_similarity(*(g.flatten() for _, g in results.values()), dim=0)
     assert both > 0.9
 
 
 def test_a_tensor_too_many_or_too_few_or_of_another_shape(tmp_path):
     path, tensors = tmp_path / HPS_FILE, random_tensors(SMALL)
-    for change, said in (
+    for change, message in (
         ({**tensors, "visual.transformer.resblocks.7.ln_1.weight": torch.ones(32)}, "does not belong"),
         ({n: t for n, t in tensors.items() if n != "transformer.resblocks.1.mlp.c_fc.bias"}, "lacks 1 tensors"),
         ({**tensors, "positional_embedding": torch.zeros(50, 24)}, r"\[50, 24\]"),
     ):
         torch.save({"state_dict": change}, path)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             load_checkpoint(path, torch.float32, SMALL)
 
 
@@ -116,7 +116,7 @@ def _wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
     return {
         "none": (folder / "none.pt", "no such file.*hf download xswu/HPSv2"),
         "folder": (folder, f"no such file.*{HPS_FILE}"),
-        "lora": (lora, "is not HPS v2.1.*visual.conv1.weight"), "keys": (keys, "no table of tensors|is not HPS v2.1"),
+        "lora": (lora, "is not HPS v2.1.*visual.conv1.weight"), "keys": (keys, "is not a state dict|is not HPS v2.1"),
         "small": (small, r"vision width 32 and patch 4.*1280"), "cut": (cut, "cannot read"),
         "text": (text, "cannot read"),
     }
@@ -124,10 +124,10 @@ def _wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
 
 @pytest.mark.parametrize("which", ["none", "folder", "lora", "keys", "small", "cut", "text"])
 def test_a_wrong_file_is_answered_in_one_line(tmp_path, which):
-    path, said = _wrong_files(tmp_path)[which]
-    for look in (lambda: check_rewards((HpsSettings(path=path),)), lambda: load_checkpoint(path, torch.float32)):
-        with pytest.raises(UserError, match=said) as error:
-            look()
+    path, message = _wrong_files(tmp_path)[which]
+    for call in (lambda: check_rewards((HpsSettings(path=path),)), lambda: load_checkpoint(path, torch.float32)):
+        with pytest.raises(UserError, match=message) as error:
+            call()
         assert "weights_only" not in str(error.value)  # torch's advice to execute what the file holds
         assert "\n" not in str(error.value) and str(path) in str(error.value)
 

@@ -39,9 +39,9 @@ def stored_as(spec: ModelSpec, folder: Path, dtype: torch.dtype) -> Path:
             continue
         names = sorted(tensors)
         shards = {f"{file.stem}-0000{n + 1}-of-00002.safetensors": names[n::2] for n in range(2)}
-        for shard, own in shards.items():
-            save_file({name: tensors[name] for name in own}, file.with_name(shard), metadata={"format": "pt"})
-        index = {"metadata": {}, "weight_map": {name: shard for shard, own in shards.items() for name in own}}
+        for shard, shard_names in shards.items():
+            save_file({name: tensors[name] for name in shard_names}, file.with_name(shard), metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": {n: shard for shard, shard_names in shards.items() for n in shard_names}}
         file.with_name(f"{file.name}.index.json").write_text(json.dumps(index))
     return folder
 
@@ -67,18 +67,20 @@ def write_loras(folder: Path, dtype: torch.dtype) -> dict[NoiseExpert, Path]:
 def test_merged_in_memory_is_the_merged_folder(tmp_path, tiny_t2v, monkeypatch, stored, lora):
     monkeypatch.setattr(rewrite, "TILE_BYTES", 192 * 4 * 50)  # 192 rows in four tiles, the last one shorter
     model, paths = stored_as(tiny_t2v, tmp_path / "model", stored), write_loras(tmp_path, lora)
-    said = {"model": str(model), "lora": [f"{e.value}={p}:0.7" for e, p in paths.items()],
+    options = {"model": str(model), "lora": [f"{e.value}={p}:0.7" for e, p in paths.items()],
             "output": str(tmp_path / "merged")}
-    list(merge_command.merge(load(MergeSettings, options=said, environment={}), RunOptions()))
+    list(merge_command.merge(load(MergeSettings, options=options, environment={}), RunOptions()))
     ours = resolve_base(BaseModelSettings(model=str(model), lora=paths, multiplier=0.7))
     theirs, plain = resolve_base(str(tmp_path / "merged")), resolve_base(str(model))
     for noise_expert in NoiseExpert:
         assert ours.fingerprint(noise_expert) == theirs.fingerprint(noise_expert) != plain.fingerprint(noise_expert)
         for dtype in (torch.float32, torch.bfloat16):
-            one, other, before = (dict(base.load(noise_expert, dtype).named_parameters()) for base in (ours, theirs, plain))
-            assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in other)
-            moved = {name for name in one if not torch.equal(one[name], before[name])}
-            assert moved == {f"blocks.{b}.attn1.{n}.weight" for b in (1, 6) for n in ("to_q", "to_out.0")}
+            merged, expected, before = (
+                dict(base.load(noise_expert, dtype).named_parameters()) for base in (ours, theirs, plain))
+            for name, value in expected.items():
+                assert torch.equal(merged[name], value) and merged[name].dtype == value.dtype
+            changed = {name for name in merged if not torch.equal(merged[name], before[name])}
+            assert changed == {f"blocks.{b}.attn1.{n}.weight" for b in (1, 6) for n in ("to_q", "to_out.0")}
 
 
 def test_what_a_merge_refuses_a_base_refuses(tmp_path, tiny_t2v):

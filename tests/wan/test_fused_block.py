@@ -1,4 +1,4 @@
-"""The block in our kernels is the plain block: through the kernels' torch forms (fp64), and they are Triton's."""
+"""The fused block equals the eager block: in the kernels' torch forms (fp64), and those equal the Triton kernels."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import Tensor
 from lapwan.names import Precision
 from lapwan.tiny.model import TRANSFORMER
 from lapwan.wan.backbone import velocity
-from lapwan.wan.quantise.linears import KINDS
+from lapwan.wan.quantise.linears import LINEAR_CLASSES
 from lapwan.wan.quantise.load import fill, linears_of
 from lapwan.wan.transformer import fused_block, kernels
 from lapwan.wan.transformer.block import block_forward
-from lapwan.wan.transformer.options import forward_options
+from lapwan.wan.transformer.forward_options import forward_options
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Switch the kernels on where there is no GPU: their torch forms run. Gives the number of blocks that went so."""
+    """Switch the fused path on without a GPU: the kernels' torch forms run. Returns one entry per fused block."""
     calls: list[int] = []
     forward = fused_block.forward
 
     def use(on: bool) -> list[int]:
-        monkeypatch.setattr(kernels, "serves", lambda x: on and not torch.is_grad_enabled())
+        monkeypatch.setattr(kernels, "supports", lambda x: on and not torch.is_grad_enabled())
         monkeypatch.setattr(kernels, "HAS_TRITON", True)
         monkeypatch.setattr(fused_block, "forward", lambda *given: (calls.append(1), forward(*given))[1])
         return calls
@@ -53,17 +53,17 @@ def given(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def both(model: WanTransformer3DModel, fused, *inputs: Tensor) -> list[Tensor]:
-    found = []
+    velocities = []
     for on in (False, True):
         calls = fused(on)
         with torch.no_grad():
-            found.append(velocity(model, *inputs))
+            velocities.append(velocity(model, *inputs))
         assert len(calls) == (3 if on else 0)
-    return found
+    return velocities
 
 
 @pytest.mark.parametrize("alike", [False, True])
-def test_it_is_the_plain_block(fused, alike):
+def test_it_is_the_eager_block(fused, alike):
     """With a timestep for each sample, and with one row of modulation for both."""
     x, t, text = given(torch.float64)
     t = torch.tensor(700.0).expand(2) if alike else t
@@ -75,15 +75,15 @@ def test_the_compiler_takes_it_whole(fused):
     """Its lists of outputs and optional arguments, without generating code."""
     model, inputs = made(torch.float32), given(torch.float32)
     calls = fused(True)
-    path = forward_options(model)
+    options = forward_options(model)
     with torch.no_grad():
         plain = velocity(model, *inputs)
-        path.block = torch.compile(block_forward, backend="aot_eager", dynamic=False, fullgraph=True)
+        options.block = torch.compile(block_forward, backend="aot_eager", dynamic=False, fullgraph=True)
         assert torch.equal(velocity(model, *inputs), plain)
     assert calls
 
 
-def test_a_step_with_a_graph_and_tokens_of_their_own_time_go_the_plain_way(fused):
+def test_a_step_with_a_graph_or_with_timesteps_per_token_takes_the_eager_path(fused):
     model = made(torch.float32)
     x, _, text = given(torch.float32)
     calls = fused(True)
@@ -93,14 +93,14 @@ def test_a_step_with_a_graph_and_tokens_of_their_own_time_go_the_plain_way(fused
     assert not calls
 
 
-def test_in_fp8_it_rounds_where_the_plain_block_does(fused, monkeypatch):
-    """Codes are handed from kernel to product; off a GPU the product is fp8's emulation."""
+def test_in_fp8_it_rounds_where_the_eager_block_does(fused, monkeypatch):
+    """Codes go from kernel to product; without a GPU the product is emulated."""
     monkeypatch.setattr("lapwan.wan.transformer.attention.fp8_in_hardware", lambda device: True)
     model = made(torch.float32)
     source = {n: lambda p=p: p.data.clone() for n, p in model.named_parameters()}
     fill(model, source, linears_of(model.blocks, "blocks"), Precision.FP8, lambda name, stored: stored,
          torch.device("cpu"), None)
-    assert isinstance(model.blocks[0].ffn.net[2], KINDS[Precision.FP8])
+    assert isinstance(model.blocks[0].ffn.net[2], LINEAR_CLASSES[Precision.FP8])
     exact = made(torch.float32)
     inputs = given(torch.float32)
     plain, ours = both(model, fused, *inputs)

@@ -17,8 +17,8 @@ from lapwan.lora.attach import Group, attach, initial_state
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.backbone import load_transformer, velocity
-from lapwan.wan.quantise.linears import KINDS, NF4_CODES, Fp8Linear, quantise_fp8
-from lapwan.wan.quantise.load import Recipe, kept_folder
+from lapwan.wan.quantise.linears import LINEAR_CLASSES, NF4_CODES, Fp8Linear, quantise_fp8
+from lapwan.wan.quantise.load import Recipe, cache_folder
 
 ALL = list(Precision)
 
@@ -27,7 +27,7 @@ def layer(precision: Precision, seed: int = 0, dtype: torch.dtype = torch.float3
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(96, 128, generator=generator) / 11
     bias = torch.randn(96, generator=generator)
-    return weight, bias.to(dtype), KINDS[precision].from_weight(weight, bias.to(dtype))
+    return weight, bias.to(dtype), LINEAR_CLASSES[precision].from_weight(weight, bias.to(dtype))
 
 
 def reference(precision: Precision, weight: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ def test_relative_error_of_a_weight(precision, bound) -> None:
 
 @pytest.mark.parametrize("precision", ALL)
 def test_rows_and_groups_of_zeros_stay_zero(precision) -> None:
-    made = KINDS[precision].from_weight(torch.zeros(16, 128), None)
+    made = LINEAR_CLASSES[precision].from_weight(torch.zeros(16, 128), None)
     assert torch.equal(made.weight_as(torch.float32), torch.zeros(16, 128))
     assert torch.equal(made(torch.randn(3, 128)), torch.zeros(3, 16))
 
@@ -77,7 +77,7 @@ def test_the_largest_of_a_row_survives(precision) -> None:
     """No overflow at the top of the range; it is a code of every form."""
     weight = torch.zeros(16, 128)
     weight[:, 5] = torch.linspace(-300.0, 300.0, 16)
-    made = KINDS[precision].from_weight(weight, None).weight_as(torch.float32)
+    made = LINEAR_CLASSES[precision].from_weight(weight, None).weight_as(torch.float32)
     torch.testing.assert_close(made, weight, rtol=4e-3, atol=0)
 
 
@@ -125,11 +125,11 @@ def test_the_inputs_gradient_is_that_of_the_quantised_weight(precision, dtype) -
 @pytest.mark.parametrize("precision", ALL)
 def test_nothing_as_large_as_a_weight_is_kept_for_backward(precision) -> None:
     made = layer(precision)[2]
-    own = {t.untyped_storage().data_ptr() for t in made.buffers()}
+    buffers = {t.untyped_storage().data_ptr() for t in made.buffers()}
     kept: list[int] = []
 
     def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
+        if tensor.untyped_storage().data_ptr() not in buffers:
             kept.append(tensor.nbytes)
         return tensor
 
@@ -146,15 +146,15 @@ def test_a_lora_trains_on_it_with_the_gradients_of_its_plain_twin(precision) -> 
     twin = nn.Sequential(nn.Linear(128, 96), nn.Tanh(), nn.Linear(96, 64)).requires_grad_(False)
     state = initial_state(base, {"0": 4}, None, 7)
     state.entries["0"].up.normal_(generator=torch.Generator().manual_seed(3))
-    for place in ("0", "2"):
-        plain = base.get_submodule(place)
-        if not KINDS[precision].serves(plain.in_features, plain.out_features):
-            twin.get_submodule(place).load_state_dict(plain.state_dict())
+    for path in ("0", "2"):
+        plain = base.get_submodule(path)
+        if not LINEAR_CLASSES[precision].supports(plain.in_features, plain.out_features):
+            twin.get_submodule(path).load_state_dict(plain.state_dict())
             continue
-        made = KINDS[precision].from_weight(plain.weight, plain.bias)
-        setattr(base, place, made)
-        twin.get_submodule(place).weight.data.copy_(made.weight_as(torch.float32))
-        twin.get_submodule(place).bias.data.copy_(plain.bias)
+        made = LINEAR_CLASSES[precision].from_weight(plain.weight, plain.bias)
+        setattr(base, path, made)
+        twin.get_submodule(path).weight.data.copy_(made.weight_as(torch.float32))
+        twin.get_submodule(path).bias.data.copy_(plain.bias)
     adapters = [attach(model, [Group("lora", state, trainable=True)]) for model in (base, twin)]
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
     outputs = []
@@ -199,7 +199,7 @@ def test_loading_quantised_is_loading_and_then_quantising_and_so_is_the_kept_one
         if isinstance(module, nn.Linear):
             ours = first.get_submodule(name)
             if name.startswith("blocks.") and int(name.split(".")[1]) < 6:
-                expected = KINDS[precision].from_weight(module.weight, module.bias)
+                expected = LINEAR_CLASSES[precision].from_weight(module.weight, module.bias)
                 assert torch.equal(ours.codes.view(torch.uint8), expected.codes.view(torch.uint8)), name
                 assert torch.equal(ours.scale, expected.scale) and torch.equal(ours.bias, module.bias)
                 count += 1
@@ -229,9 +229,9 @@ def test_a_damaged_kept_block_is_made_again_and_a_kill_leaves_none(tiny_t2v, cac
 
 
 def test_other_weights_another_form_or_another_version_is_another_folder(monkeypatch) -> None:
-    names = {kept_folder(f, p) for f in ("a", "b") for p in ALL}
+    names = {cache_folder(f, p) for f in ("a", "b") for p in ALL}
     monkeypatch.setattr("lapwan.wan.quantise.load.RECIPE_VERSION", 99)
-    assert len(names | {kept_folder("a", p) for p in ALL}) == 9
+    assert len(names | {cache_folder("a", p) for p in ALL}) == 9
 
 
 # In a process of its own, whose allocator gives back what is freed: else it is other tests' memory that is measured.
@@ -245,7 +245,7 @@ from lapwan.wan.quantise.load import Recipe
 
 spec = ModelSpec.__new__(ModelSpec)
 object.__setattr__(spec, "path", Path(sys.argv[1]))
-object.__setattr__(spec, "experts", (NoiseExpert.HIGH,))
+object.__setattr__(spec, "noise_experts", (NoiseExpert.HIGH,))
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

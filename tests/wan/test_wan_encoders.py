@@ -97,18 +97,18 @@ def test_prompt_cleaning():
 
 
 @pytest.mark.parametrize("frames", [1, 5, 9, 45])
-def test_the_still_encoding_is_bitwise_the_plain_one_and_spares_work(i2v, frames):
-    from lapwan.wan.image_condition import encode_still
+def test_the_static_encoding_is_bitwise_the_plain_one_and_saves_work(i2v, frames):
+    from lapwan.wan.image_condition import encode_static
 
     ours = vae.load_vae(i2v)
     image = torch.rand(2, 3, 16, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
     with torch.no_grad():
         plain = ours.encode(image_condition.condition_video(image, frames)).latent_dist.mode()
-        still, done, all_of_them = encode_still(ours, image, frames)
-    assert torch.equal(still, plain)
-    assert done <= all_of_them
+        static, evaluations, all_evaluations = encode_static(ours, image, frames)
+    assert torch.equal(static, plain)
+    assert evaluations <= all_evaluations
     if frames == 45:
-        assert done < 0.75 * all_of_them  # 12 chunks: the full-size layers settle after a few
+        assert evaluations < 0.75 * all_evaluations  # 12 chunks: the full-size layers converge after a few
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -118,18 +118,18 @@ def test_a_norm_over_channels_is_diffusers_with_its_gradient(i2v, dtype):
 
     module = WanRMS_norm(6, images=False).to(dtype)
     torch.nn.init.normal_(module.gamma)
-    found = []
-    for quick in (False, True):
+    results = []
+    for fast in (False, True):
         x = torch.randn(2, 6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
         x[0, :, 0] = 0
         x.requires_grad_()
-        if quick:
-            vae.quick_norms(module)
+        if fast:
+            vae.use_fast_norms(module)
         out = module(x)
         (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)).sum().backward()
         assert not out[0, :, 0].any()
-        found.append((out.detach(), x.grad[1], module.gamma.grad.clone()))
+        results.append((out.detach(), x.grad[1], module.gamma.grad.clone()))
         module.gamma.grad = None
-    exact = dtype == torch.bfloat16  # the same road
-    for ours, theirs in zip(found[1], found[0], strict=True):
+    exact = dtype == torch.bfloat16  # the same computation
+    for ours, theirs in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if exact else 1e-12)

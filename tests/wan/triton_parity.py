@@ -44,9 +44,9 @@ def main() -> None:
     for rows in (1, 2):
         mul, add, gate = (random(rows, width) for _ in range(3))
         for given in ((None, None), (out, None), (out, gate)):
-            for eight in (False, True):
-                case = (x, *given, mul, add, 1e-6, eight)
-                what = f"add_norm rows={rows} out={given[0] is not None} gate={given[1] is not None} eight={eight}"
+            for to_fp8 in (False, True):
+                case = (x, *given, mul, add, 1e-6, to_fp8)
+                what = f"add_norm rows={rows} out={given[0] is not None} gate={given[1] is not None} to_fp8={to_fp8}"
                 for ours, theirs in zip(triton_kernels.add_norm(*case), kernels.add_norm(*case), strict=True):
                     same(ours, theirs, what)
         same(triton_kernels.add_gated(x, out, gate), kernels.add_gated(x, out, gate), f"add_gated rows={rows}")

@@ -1,20 +1,21 @@
-"""Frozen Linears in fewer bits: fp8 that multiplies as fp8, int8 and nf4 that keep the weight only.
+"""Quantised frozen Linears: fp8 for weights and inputs, int8 and nf4 for weights only.
 
-    fp8   W̃ = s_O · e4m3(W / s_O),  s = amax of the row / 448;  inputs likewise, a scale a token;  fp32 accumulation
+    fp8   W̃ = s_O · e4m3(W / s_O),  s = amax of the row / 448;  inputs likewise, a scale per token;  fp32 accumulation
     int8  W̃ = s_O · round(W / s_O), s = amax of the row / 127
     nf4   W̃ = s · code[q],          s = amax of 64 neighbours in a row, in bf16; 16 codes, 4.25 bits a weight
 
-Rounding to a code is to the nearest; scales are of the numbers as they are stored, so any device gives the same bytes.
-Backward: grad_x = grad_y · W̃, with W̃ made from the codes again (as in QLoRA, arXiv 2305.14314): nothing that is as
-large as an unquantised weight is kept between forward and backward. The rounding of fp8's inputs passes gradients
-unchanged.
+Codes are rounded to nearest, and scales are computed from the weights as stored, so that every device gives the same
+bytes. Backward: grad_x = grad_y · W̃, with W̃ dequantised again from the codes (as in QLoRA, arXiv 2305.14314): nothing
+as large as an unquantised weight is kept between forward and backward. Rounding fp8's inputs passes gradients unchanged
+(straight-through).
 
-Why not torchao (0.18 was tried): its 4-bit layouts need kernels that exist for some GPUs only and are laid out for each
-of them, its nf4 tensor is gone, and at the thousands of tokens of a video every weight-only product is a conversion
-and a plain matrix product anyway. Here one form serves every device, streaming, the file cache and the backward pass.
+Why not torchao (0.18 was tried): its 4-bit layouts need kernels that exist for some GPUs only, a layout for each; its
+nf4 tensor is gone; and at the thousands of tokens of a video every weight-only product is a dequantisation and a
+plain matrix product anyway. Here one format works on every device, for streaming, the file cache and the backward.
 
-Shapes: O out features, I in features, N tokens, J groups of 64 in a row. How to add a precision: a subclass and a row
-in `KINDS`.
+Shapes: O out features, I in features, N tokens, J groups of 64 in a row.
+
+How to add a precision: a member of `names.Precision`, a subclass of `QuantisedLinear` and a row in `LINEAR_CLASSES`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lapwan.names import Precision
 
 _FP8, _FP8_MAX = torch.float8_e4m3fn, 448.0
 _GROUP = 64  # neighbours that share an nf4 scale
-_TILE = 1 << 22  # weights quantised at a time: rows do not depend on each other, and fp32 copies stay small
+_TILE = 1 << 22  # weights quantised at a time, to keep fp32 copies small; rows are independent
 # The quantiles of N(0, 1) that QLoRA's appendix E gives, scaled to [-1, 1], with an exact zero.
 NF4_CODES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -41,7 +42,7 @@ NF4_CODES = (
 
 
 def fp8_in_hardware(device: torch.device) -> bool:
-    """Whether a device multiplies fp8 matrices (NVIDIA from compute capability 8.9 on; shapes alone, too)."""
+    """Whether a device multiplies fp8 matrices: NVIDIA from compute capability 8.9 on, and meta tensors."""
     if device.type == "meta":
         return True
     nvidia = device.type == "cuda" and torch.version.cuda is not None
@@ -49,9 +50,9 @@ def fp8_in_hardware(device: torch.device) -> bool:
 
 
 def _scale_of(rows: Tensor, top: float) -> Tensor:
-    """amax / top of the last dimension in fp32, kept as a dimension; 1 where all is zero.
+    """amax / top over the last dimension in fp32, which stays as a dimension of 1; 1 if all are zero.
 
-    As a product with 1 / top: a GPU divides by a number that way, a CPU does not, and both shall give the same bytes.
+    Computed as a product with 1 / top: a GPU divides by a scalar like this, a CPU does not; the bytes must be equal.
     """
     amax = rows.abs().amax(dim=-1, keepdim=True).float()
     return torch.where(amax > 0, amax * (1.0 / top), torch.ones_like(amax))
@@ -76,7 +77,7 @@ def quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_nf4(rows_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """[O, I] -> (uint8 [O, I/2], the even place in the high half; bf16 scale [O, J])."""
+    """[O, I] -> (uint8 [O, I/2], even columns in the high four bits; bf16 scale [O, J])."""
     groups_OJG = torch.unflatten(rows_OI.float(), -1, (-1, _GROUP))
     scale = _scale_of(groups_OJG, 1.0).to(torch.bfloat16)
     codes = torch.tensor(NF4_CODES, device=rows_OI.device)
@@ -90,16 +91,16 @@ def _codes_weight(dtype: torch.dtype, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _nf4_weight(dtype: torch.dtype, packed_OI: Tensor, scale_OJ: Tensor, pairs: Tensor) -> Tensor:
-    codes = F.embedding(packed_OI.int(), pairs)  # two codes a byte
+    codes = F.embedding(packed_OI.int(), pairs)  # two codes per byte
     return (codes.view(*scale_OJ.shape, _GROUP) * scale_OJ.float().unsqueeze(-1)).to(dtype).flatten(-2)
 
 
 def _fp8_product(x8_NI: Tensor, x_scale: Tensor, w8_OI: Tensor, w_scale: Tensor, bias: Tensor | None,
                  dtype: torch.dtype) -> Tensor:
-    """(x8 · w8ᵀ) ∘ (s_N s_O) + b, accumulated in fp32 and rounded once; in hardware where there is any."""
+    """(x8 · w8ᵀ) ∘ (s_N s_O) + b, accumulated in fp32 and rounded once; in hardware if it supports fp8."""
     if fp8_in_hardware(x8_NI.device):
-        own = None if bias is None else bias.to(torch.bfloat16)
-        y = torch._scaled_mm(x8_NI, w8_OI.t(), scale_a=x_scale, scale_b=w_scale.t(), bias=own,
+        bias = None if bias is None else bias.to(torch.bfloat16)
+        y = torch._scaled_mm(x8_NI, w8_OI.t(), scale_a=x_scale, scale_b=w_scale.t(), bias=bias,
                              out_dtype=torch.bfloat16, use_fast_accum=True)
         return y.to(dtype)
     if x8_NI.device.type == "cuda":  # e4m3 numbers are bf16 numbers: the products are exact
@@ -125,9 +126,9 @@ def _nf4_forward(x: Tensor, bias: Tensor | None, packed: Tensor, scale: Tensor, 
 
 
 class _Fp8Product(torch.autograd.Function):
-    """`_fp8_forward` whose backward makes the weight again from its codes; likewise the two below.
+    """`_fp8_forward` whose backward dequantises the weight from its codes; likewise the two classes below.
 
-    One class a precision rather than one with the functions as arguments: the compiler traces these.
+    One class per precision rather than one with functions as arguments: torch.compile can trace these.
     """
 
     @staticmethod
@@ -163,7 +164,7 @@ class _Nf4Product(torch.autograd.Function):
 
 
 class QuantisedLinear(FrozenLinear):
-    """Codes and scales; `from_weight` quantises."""
+    """A Linear stored as codes and scales; `from_weight` quantises."""
 
     codes: Tensor
     scale: Tensor
@@ -172,7 +173,7 @@ class QuantisedLinear(FrozenLinear):
     product: Callable[..., Tensor]
     with_gradient: type[torch.autograd.Function]
     weight_of: Callable[..., Tensor]
-    bits: float  # a weight, scales of a row not counted
+    bits: float  # per weight, without the scales of rows
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, in_features: int) -> None:
         super().__init__(in_features, codes.shape[0])
@@ -181,20 +182,20 @@ class QuantisedLinear(FrozenLinear):
         self.register_buffer("bias", bias)
 
     @classmethod
-    def serves(cls, in_features: int, out_features: int) -> bool:
-        """Whether a layer of this shape can take the form; others stay as they are."""
+    def supports(cls, in_features: int, out_features: int) -> bool:
+        """Whether a layer of this shape can be quantised; others stay as they are."""
         return in_features % 16 == 0 and out_features % 16 == 0
 
     @classmethod
     def from_weight(cls, weight_OI: Tensor, bias: Tensor | None) -> QuantisedLinear:
-        """Quantise, in tiles of rows: no fp32 copy of the whole weight is made."""
+        """Quantise in tiles of rows, without an fp32 copy of the whole weight."""
         rows = max(1, _TILE // weight_OI.shape[1])
         parts = [cls.quantise(weight_OI[first : first + rows]) for first in range(0, len(weight_OI), rows)]
         return cls(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), bias, weight_OI.shape[1])
 
     @classmethod
     def shaped(cls, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> QuantisedLinear:
-        """One without values, for what only asks for shapes."""
+        """A layer on the meta device, for shapes alone."""
         meta = torch.device("meta")
         codes, scale = cls.quantise(torch.empty(out_features, in_features, device=meta))
         return cls(codes, scale, torch.empty(out_features, device=meta, dtype=dtype) if bias else None, in_features)
@@ -206,18 +207,18 @@ class QuantisedLinear(FrozenLinear):
         return type(self).weight_of(dtype, *self._weight())
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = type(self)
+        cls = type(self)
         if torch.is_grad_enabled() and x.requires_grad:
-            y: Tensor = kind.with_gradient.apply(x, self.bias, *self._weight())  # type: ignore[no-untyped-call]
+            y: Tensor = cls.with_gradient.apply(x, self.bias, *self._weight())  # type: ignore[no-untyped-call]
             return y
-        return kind.product(x, self.bias, *self._weight())
+        return cls.product(x, self.bias, *self._weight())
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"
 
 
 class Fp8Linear(QuantisedLinear):
-    """Weight and input in e4m3, scaled by row and by token; `quantise_input` of [N, I] serves layers that share it."""
+    """Weight and input in e4m3, scaled per row and per token; layers that share an input share its `quantise_input`."""
 
     quantise, product, weight_of = staticmethod(quantise_fp8), staticmethod(_fp8_forward), staticmethod(_codes_weight)
     bits = 8.0
@@ -226,11 +227,11 @@ class Fp8Linear(QuantisedLinear):
     quantise_input = staticmethod(quantise_fp8)
 
     def multiply(self, x8_NI: Tensor, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product for an input that `quantise_fp8` has quantised: q, k and v share theirs. No gradient."""
+        """The product with an input quantised by `quantise_fp8`, such as the one q, k and v share. No gradient."""
         return _fp8_product(x8_NI, x_scale, self.codes, self.scale, self.bias, dtype)
 
     @classmethod
-    def together(cls, layers: Sequence[FrozenLinear], x: Tensor) -> list[Tensor]:
+    def forward_many(cls, layers: Sequence[FrozenLinear], x: Tensor) -> list[Tensor]:
         if torch.is_grad_enabled() and x.requires_grad:
             return [layer(x) for layer in layers]
         x8, x_scale = quantise_fp8(x.flatten(0, -2))
@@ -239,7 +240,7 @@ class Fp8Linear(QuantisedLinear):
 
 
 class Int8Linear(QuantisedLinear):
-    """Weight in int8, scaled by row; the input as it is."""
+    """Weight in int8, scaled per row; the input unquantised."""
 
     quantise, product, weight_of = staticmethod(quantise_int8), staticmethod(_int8_forward), staticmethod(_codes_weight)
     bits = 8.0
@@ -247,7 +248,7 @@ class Int8Linear(QuantisedLinear):
 
 
 class Nf4Linear(QuantisedLinear):
-    """Weight in 4-bit codes, scaled by 64; the input as it is."""
+    """Weight in 4-bit codes, scaled per group of 64; the input unquantised."""
 
     pairs: Tensor
     quantise, product, weight_of = staticmethod(quantise_nf4), staticmethod(_nf4_forward), staticmethod(_nf4_weight)
@@ -261,15 +262,15 @@ class Nf4Linear(QuantisedLinear):
         self.register_buffer("pairs", torch.stack([table[byte >> 4], table[byte & 15]], 1), persistent=False)
 
     @classmethod
-    def serves(cls, in_features: int, out_features: int) -> bool:
+    def supports(cls, in_features: int, out_features: int) -> bool:
         return in_features % _GROUP == 0
 
     def _weight(self) -> tuple[Tensor, ...]:
         return self.codes, self.scale, self.pairs
 
 
-KINDS: dict[Precision, type[QuantisedLinear]] = {
+LINEAR_CLASSES: dict[Precision, type[QuantisedLinear]] = {
     Precision.FP8: Fp8Linear, Precision.INT8: Int8Linear, Precision.NF4: Nf4Linear,
 }
-# Counted up when the bytes that quantising gives change, so that no cache of older ones is read.
+# Increased when quantising gives other bytes, so that older cached ones are not read.
 RECIPE_VERSION = 1

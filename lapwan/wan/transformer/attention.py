@@ -1,4 +1,4 @@
-"""What both ways through a block share: attention and the feed-forward.
+"""Attention and the feed-forward, shared by the eager block (`block`) and the fused block (`fused_block`).
 
 Shapes: B samples, N tokens, L keys, H heads of d, D width, F width of the feed-forward.
 """
@@ -18,30 +18,30 @@ from lapwan.wan.transformer.context_parallel import TokenShards
 
 
 def attend(q_BNHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention of q over k and v, as [B, N, D]; `bias` is added to the logits."""
+    """softmax(q kᵀ / √d + bias) v, as [B, N, D]."""
     out = F.scaled_dot_product_attention(
         q_BNHd.transpose(1, 2), k_BLHd.transpose(1, 2), v_BLHd.transpose(1, 2), attn_mask=bias)
     return out.transpose(1, 2).flatten(2)
 
 
-def attend_tokens(q_BNHd: Tensor, k_BNHd: Tensor, v_BNHd: Tensor, split: TokenShards | None) -> Tensor:
-    """Self-attention [B, N, D]; over the tokens of all processes where they are `split`."""
-    if split is None:
+def attend_tokens(q_BNHd: Tensor, k_BNHd: Tensor, v_BNHd: Tensor, shards: TokenShards | None) -> Tensor:
+    """Self-attention [B, N, D]; with `shards` over the tokens of all processes."""
+    if shards is None:
         return attend(q_BNHd, k_BNHd, v_BNHd)
-    # All three in one exchange. Back from `attend`'s [B, N, h·d].
-    q, k, v = split.to_heads(torch.cat([q_BNHd, k_BNHd, v_BNHd])).chunk(3)
-    return split.to_tokens(torch.unflatten(attend(q, k, v), -1, (q.shape[2], -1))).flatten(2)
+    # q, k and v in one exchange.
+    q, k, v = shards.to_heads(torch.cat([q_BNHd, k_BNHd, v_BNHd])).chunk(3)
+    return shards.to_tokens(torch.unflatten(attend(q, k, v), -1, (q.shape[2], -1))).flatten(2)
 
 
-def multiplies_fp8(layers: Sequence[Any], device: torch.device) -> bool:
-    """Whether all of these Linears take fp8 codes."""
+def accept_fp8(layers: Sequence[Any], device: torch.device) -> bool:
+    """Whether all of these Linears multiply fp8 inputs in hardware."""
     return all(type(layer) is Fp8Linear for layer in layers) and fp8_in_hardware(device)
 
 
-def after_gelu(second: Any, hidden_BNF: Tensor) -> Tensor:
-    """W2 · gelu(hidden), by the tanh approximation."""
+def gelu_linear(second: Any, hidden_BNF: Tensor) -> Tensor:
+    """W2 · gelu(hidden), with the tanh approximation."""
     out: Tensor
-    if kernels.serves(hidden_BNF) and kernels.HAS_TRITON and multiplies_fp8([second], hidden_BNF.device):
+    if kernels.supports(hidden_BNF) and kernels.HAS_TRITON and accept_fp8([second], hidden_BNF.device):
         codes, scale = kernels.gelu_quantise(hidden_BNF.flatten(0, -2))
         out = torch.unflatten(second.multiply(codes, scale, hidden_BNF.dtype), 0, hidden_BNF.shape[:-1])
     else:
@@ -52,8 +52,8 @@ def after_gelu(second: Any, hidden_BNF: Tensor) -> Tensor:
 def feed_forward(ffn: Any, y_BND: Tensor) -> Tensor:
     """W2 · gelu(W1 · y)."""
     first, second = ffn.net[0].proj, ffn.net[2]
-    if kernels.serves(y_BND) and kernels.plain_linear(first):
+    if kernels.supports(y_BND) and kernels.plain_linear(first):
         hidden = kernels.linear_gelu(y_BND.flatten(0, -2), first.weight, first.bias)
         out: Tensor = second(torch.unflatten(hidden, 0, y_BND.shape[:-1]))
         return out
-    return after_gelu(second, first(y_BND))
+    return gelu_linear(second, first(y_BND))

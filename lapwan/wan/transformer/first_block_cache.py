@@ -1,15 +1,15 @@
-"""Steps that keep what the last one computed: only the first block runs, and its change says how far off that is.
+"""First-block cache: where the first block's output changes little, the other blocks keep an earlier step's residual.
 
-A step's blocks add  R = x_end − x_first  to what the first block gives. Between neighbouring steps R changes little,
-and how little is foreseen by the first block's own change
-    c = ‖r − r'‖ / ‖r'‖,  r = x_first − x_in  now,  r' at the last step that was computed.
+A step's blocks add the residual  R = x_end − x_first  to the first block's output. Between neighbouring steps R changes
+little, and how little is predicted by the change of the first block's own residual:
+    c = ‖r − r'‖ / ‖r'‖,  r = x_first − x_in  now,  r' at the last computed step.
 At every computed step the error that keeping R' would have made in the velocity is known,
     e = ‖v − v(x_first + R')‖ / ‖v‖,
-and with it the ratio e / c of this transformer at these steps of this video. The next step, with its change c₁, is kept
-where (e / c)·c₁ is at most the tolerance. Approximate, and off unless asked for.
+and with it the ratio e / c of this transformer at these steps of this video. The next step, with its change c₁, keeps
+R' where (e / c)·c₁ is at most the tolerance. Approximate, and off by default.
 
-Source of the idea: first-block cache (ParaAttention; diffusers' FirstBlockCache), whose threshold is on c and is found
-by trial for each model; here the tolerance is on the error, and the steps find the threshold.
+Source of the idea: first-block cache (ParaAttention; diffusers' FirstBlockCache). Its threshold is on c and is found by
+trial for each model. Here the tolerance is on the error, and the computed steps calibrate the threshold.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lapwan.wan.transformer.context_parallel import TokenShards
 
 
 @dataclass
-class _Kept:
-    """The last computed step of a sequence of evaluations, and what it taught."""
+class _Residuals:
+    """The residuals of the last computed step, and the ratio e / c measured at it."""
 
     first: Tensor | None = None
     rest: Tensor | None = None
@@ -35,62 +35,65 @@ class _Kept:
 
 @dataclass
 class FirstBlockCache:
-    """A noise expert's steps of one video: `errors` as they were at computed steps, `foreseen` those of kept ones."""
+    """A noise expert's steps of one video.
+
+    `errors` are those measured at computed steps, `predicted` those predicted for the skipped ones.
+    """
 
     tolerance: float
     errors: list[float] = field(default_factory=list)
-    foreseen: list[float] = field(default_factory=list)
-    _sides: dict[str, _Kept] = field(default_factory=dict)
+    predicted: list[float] = field(default_factory=list)
+    _branches: dict[str, _Residuals] = field(default_factory=dict)
 
-    def side(self, name: str) -> Side:
-        """One side of guidance, or both as a batch: each follows its own steps."""
-        return Side(self, self._sides.setdefault(name, _Kept()))
+    def branch(self, name: str) -> CacheBranch:
+        """One branch of guidance (text, negative prompt), or both as a batch: each has its own residuals."""
+        return CacheBranch(self, self._branches.setdefault(name, _Residuals()))
 
     def __str__(self) -> str:
-        told = [f"{len(self.foreseen)} evaluations of the blocks spared"]
-        if self.foreseen:
-            told.append(f"their velocity's relative error foreseen at {max(self.foreseen):.3f} or less")
+        parts = [f"{len(self.predicted)} evaluations skipped all blocks but the first"]
+        if self.predicted:
+            parts.append(f"predicted relative error of their velocity at most {max(self.predicted):.3f}")
         if self.errors:
-            told.append(f"at the computed steps keeping would have made it {sum(self.errors) / len(self.errors):.3f}")
-        return "; ".join(told)
+            parts.append(f"at the computed steps skipping would have made it {sum(self.errors) / len(self.errors):.3f}")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
-class Side:
-    """What the forward asks and tells."""
+class CacheBranch:
+    """What the forward calls between the first block and the others, and after the last."""
 
-    reuse: FirstBlockCache
-    kept: _Kept
+    cache: FirstBlockCache
+    residuals: _Residuals
 
-    def end(self, x_in: Tensor, x_first: Tensor, split: TokenShards | None = None) -> Tensor | None:
-        """x_end if R may be kept, else None, alike in all processes that share the tokens; waits for the device."""
-        kept, first = self.kept, x_first - x_in
+    def end(self, x_in: Tensor, x_first: Tensor, shards: TokenShards | None = None) -> Tensor | None:
+        """x_end if R may be kept, else None; the same in all processes that share the tokens. Syncs with the device."""
+        kept, first = self.residuals, x_first - x_in
         if kept.first is None or kept.rest is None or kept.first.shape != first.shape:
             kept.first, kept.rest, kept.ratio = first, None, None
             return None
-        kept.change = _relative(first - kept.first, kept.first, split)
-        foreseen = None if kept.ratio is None else kept.ratio * kept.change
-        if foreseen is not None and foreseen <= self.reuse.tolerance:
-            self.reuse.foreseen.append(foreseen)
+        kept.change = _relative_norm(first - kept.first, kept.first, shards)
+        predicted = None if kept.ratio is None else kept.ratio * kept.change
+        if predicted is not None and predicted <= self.cache.tolerance:
+            self.cache.predicted.append(predicted)
             return x_first + kept.rest
         kept.first = first
         return None
 
     def computed(
-        self, x_first: Tensor, x_end: Tensor, head: Callable[[Tensor], Tensor], split: TokenShards | None = None
+        self, x_first: Tensor, x_end: Tensor, head: Callable[[Tensor], Tensor], shards: TokenShards | None = None
     ) -> None:
-        """A step went through all blocks; `head` makes a velocity of their end."""
-        kept = self.kept
+        """Record a step that went through all blocks; `head` maps x_end to a velocity."""
+        kept = self.residuals
         if kept.rest is not None:
             v = head(x_end)
-            error = _relative(v - head(x_first + kept.rest), v, split)
-            self.reuse.errors.append(error)
+            error = _relative_norm(v - head(x_first + kept.rest), v, shards)
+            self.cache.errors.append(error)
             kept.ratio = error / max(kept.change, 1e-12)
         kept.rest = x_end - x_first
 
 
-def _relative(x: Tensor, whole: Tensor, split: TokenShards | None) -> float:
-    norms = torch.stack([torch.linalg.vector_norm(each.float()) for each in (x, whole)])
-    if split is not None:  # also of what every process has whole, so that all take the same number
-        norms = split.sum(norms.square()).sqrt()
+def _relative_norm(x: Tensor, reference: Tensor, shards: TokenShards | None) -> float:
+    norms = torch.stack([torch.linalg.vector_norm(tensor.float()) for tensor in (x, reference)])
+    if shards is not None:  # summed for replicated tensors too, so that all processes get the same number
+        norms = shards.sum(norms.square()).sqrt()
     return float(norms[0] / norms[1].clamp_min(1e-30))

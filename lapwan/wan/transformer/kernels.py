@@ -1,10 +1,11 @@
-"""Where the compiler leaves time on the table, in a forward without gradients on a GPU: norms with the residual before
-them and the rounding to fp8 after them, RMSNorm with rope, gelu in the product before it or with the rounding after it.
+"""Fused operations for a forward without gradients on a GPU, each with its form in torch, which runs elsewhere.
 
-On an H200 at 5,376 tokens the compiler's kernels beside products and attention take 0.9 of an fp8 block's 4.5 ms, three
-times what reading and writing their tensors once takes: they go over rows several times. Each operation here has its
-torch form, which is what runs elsewhere.
-Shapes: N tokens of all samples, D width, H heads of d, R rows of modulation (1, or one a sample), I in features, O out.
+Norms with the residual addition before them and the quantisation to fp8 after them; RMSNorm with rope; gelu fused into
+the product before it, or with the quantisation after it. On an H200 at 5,376 tokens the compiler's kernels besides
+products and attention take 0.9 of an fp8 block's 4.5 ms, three times what reading and writing their tensors once takes:
+they go over rows several times.
+Shapes: N tokens of all samples, D width, H heads of d, R rows of modulation (1, or one per sample), I in features, O
+out features.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _TRIED = False
 
 
 def prepare(device: torch.device) -> None:
-    """Try Triton once on a GPU: it needs a C compiler there, and a GPU that it knows. Else torch's operations run."""
+    """Try Triton once on a GPU: it needs a C compiler, and a GPU that it supports. Otherwise torch's operations run."""
     global HAS_TRITON, _TRIED
     if device.type != "cuda" or not HAS_TRITON or _TRIED:
         return
@@ -35,15 +36,15 @@ def prepare(device: torch.device) -> None:
         row = torch.zeros(1, 16, device=device, dtype=torch.bfloat16)
         triton_kernels.add_gated(row, row, row)
         torch.cuda.synchronize(device)
-    except Exception as error:  # noqa: BLE001 - whatever a machine lacks
+    except Exception as error:  # noqa: BLE001 - a machine may lack anything
         HAS_TRITON = False
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        console.log(f"Triton cannot build kernels here ({said}); torch's own operations run instead, more slowly")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        console.log(f"Triton cannot build kernels here ({reason}); torch's own operations run instead, more slowly")
 
 
 @torch.library.custom_op("lapwan::linear_gelu", mutates_args=())
 def linear_gelu(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    """gelu(x Wᵀ + b), the tanh approximation; on a GPU within the product's kernel, before it rounds."""
+    """gelu(x Wᵀ + b), the tanh approximation; on a GPU in the epilogue of the product, before it rounds."""
     if x_NI.device.type == "cuda":
         return torch._addmm_activation(bias_O, x_NI, weight_OI.t(), use_gelu=True)
     return F.gelu(F.linear(x_NI, weight_OI, bias_O), approximate="tanh")
@@ -56,7 +57,7 @@ def _(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
 
 @torch.library.custom_op("lapwan::gelu_quantise", mutates_args=())
 def gelu_quantise(x_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 codes [N, K] of gelu(x) (the tanh approximation) and their scales [N, 1], amax of a row / 448."""
+    """e4m3 codes [N, K] of gelu(x) (the tanh approximation) and their scales [N, 1] = amax of the row / 448."""
     if x_NK.device.type == "cuda":
         from lapwan.wan.transformer import triton_kernels
 
@@ -69,51 +70,52 @@ def _(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     return empty_codes(x_NK)
 
 
-def _of_samples(rows_RD: Tensor, tokens: int) -> Tensor:
+def _per_token(rows_RD: Tensor, tokens: int) -> Tensor:
     return rows_RD.repeat_interleave(tokens // rows_RD.shape[0], dim=0)
 
 
 @torch.library.custom_op("lapwan::add_norm", mutates_args=())
 def add_norm(
-    x_ND: Tensor, out_ND: Tensor | None, gate_RD: Tensor | None, mul_RD: Tensor, add_RD: Tensor, eps: float, eight: bool
+    x_ND: Tensor, out_ND: Tensor | None, gate_RD: Tensor | None, mul_RD: Tensor, add_RD: Tensor, eps: float,
+    to_fp8: bool,
 ) -> list[Tensor]:
-    """h = x + out · gate (where there is an `out`), y = LayerNorm(h) · mul + add.
+    """h = x + out · gate (h = x without `out`), y = LayerNorm(h) · mul + add.
 
     Returns:
-        h first, where there is an `out`; then y in x's dtype, or its e4m3 codes and their scales [N, 1].
+        h, if `out` is given; then y in x's dtype, or with `to_fp8` its e4m3 codes and their scales [N, 1].
     """
     if x_ND.device.type == "cuda":
         from lapwan.wan.transformer import triton_kernels
 
-        return triton_kernels.add_norm(x_ND, out_ND, gate_RD, mul_RD, add_RD, eps, eight)
+        return triton_kernels.add_norm(x_ND, out_ND, gate_RD, mul_RD, add_RD, eps, to_fp8)
     wide, tokens = torch.promote_types(x_ND.dtype, torch.float32), len(x_ND)
     h = x_ND
     if out_ND is not None:
-        gated = out_ND if gate_RD is None else out_ND.to(wide) * _of_samples(gate_RD, tokens)
+        gated = out_ND if gate_RD is None else out_ND.to(wide) * _per_token(gate_RD, tokens)
         h = (x_ND.to(wide) + gated).to(x_ND.dtype)
     normed = F.layer_norm(h.to(wide), h.shape[-1:], eps=eps)
-    y = (normed * _of_samples(mul_RD, tokens) + _of_samples(add_RD, tokens)).to(h.dtype)
-    return [*([] if out_ND is None else [h]), *(quantise_fp8(y) if eight else [y])]
+    y = (normed * _per_token(mul_RD, tokens) + _per_token(add_RD, tokens)).to(h.dtype)
+    return [*([] if out_ND is None else [h]), *(quantise_fp8(y) if to_fp8 else [y])]
 
 
 @add_norm.register_fake
 def _(x_ND: Tensor, out_ND: Tensor | None, gate_RD: Tensor | None, mul_RD: Tensor, add_RD: Tensor, eps: float,
-      eight: bool) -> list[Tensor]:
-    found = [] if out_ND is None else [x_ND.new_empty(x_ND.shape)]
-    if not eight:
-        return [*found, x_ND.new_empty(x_ND.shape)]
-    return [*found, *empty_codes(x_ND)]
+      to_fp8: bool) -> list[Tensor]:
+    h = [] if out_ND is None else [x_ND.new_empty(x_ND.shape)]
+    if not to_fp8:
+        return [*h, x_ND.new_empty(x_ND.shape)]
+    return [*h, *empty_codes(x_ND)]
 
 
 @torch.library.custom_op("lapwan::add_gated", mutates_args=())
 def add_gated(x_ND: Tensor, out_ND: Tensor, gate_RD: Tensor) -> Tensor:
-    """x + out · gate, in one pass also where nothing is compiled."""
+    """x + out · gate in one kernel, whether or not the block is compiled."""
     if x_ND.device.type == "cuda":
         from lapwan.wan.transformer import triton_kernels
 
         return triton_kernels.add_gated(x_ND, out_ND, gate_RD)
     wide = torch.promote_types(x_ND.dtype, torch.float32)
-    return (x_ND.to(wide) + out_ND.to(wide) * _of_samples(gate_RD, len(x_ND))).to(x_ND.dtype)
+    return (x_ND.to(wide) + out_ND.to(wide) * _per_token(gate_RD, len(x_ND))).to(x_ND.dtype)
 
 
 @add_gated.register_fake
@@ -123,7 +125,7 @@ def _(x_ND: Tensor, out_ND: Tensor, gate_RD: Tensor) -> Tensor:
 
 @torch.library.custom_op("lapwan::quantise_rows", mutates_args=())
 def quantise_rows(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 codes [N, D] and scales [N, 1] of x: what `precision.quantise_fp8` gives."""
+    """e4m3 codes [N, D] and scales [N, 1] of x, as `quantise_fp8` gives them."""
     if x_ND.device.type == "cuda":
         from lapwan.wan.transformer import triton_kernels
 
@@ -149,7 +151,7 @@ def rms_rotate(
 ) -> Tensor:
     """RMSNorm(x) · weight over D; then (a, b) -> (a·cos − b·sin, b·cos + a·sin) on neighbours in each head.
 
-    The tables have a row a token of one sample; samples follow each other.
+    The tables have one row per token of a sample; the samples in x follow each other.
     """
     if x_ND.device.type == "cuda":
         from lapwan.wan.transformer import triton_kernels
@@ -167,12 +169,12 @@ def _(x_ND: Tensor, weight_D: Tensor, cos_Nd: Tensor | None, signed_sin_Nd: Tens
     return x_ND.new_empty(x_ND.shape)
 
 
-def serves(x: Tensor) -> bool:
-    """Whether these take part: no graph to keep, half precision, a GPU."""
-    device = x.is_cuda or x.is_meta  # shapes alone stand for a GPU's
+def supports(x: Tensor) -> bool:
+    """Whether the fused operations apply to x: no graph, bf16, a GPU."""
+    device = x.is_cuda or x.is_meta  # the memory plan traces a GPU's forward on meta tensors
     return ENABLED and device and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
 
 def plain_linear(module: nn.Module) -> bool:
-    """A Linear with a bias, and nothing else."""
+    """Whether it is an nn.Linear itself, with a bias."""
     return type(module) is nn.Linear and module.bias is not None

@@ -1,4 +1,4 @@
-"""Kernels in Triton, imported only where there is a GPU. Each has its torch form in `kernels`, and a test of both."""
+"""The fused operations of `kernels` in Triton, imported only on a GPU; a test compares them with their torch forms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lapwan.wan.quantise.linears import empty_codes
 def _store_codes(y, codes_ptr, scale_ptr, row, at, inside, columns: tl.constexpr):  # type: ignore[no-untyped-def]
     amax = tl.max(tl.abs(y), axis=0)
     scale = tl.where(amax > 0, amax * (1.0 / 448.0), 1.0)
-    codes = tl.minimum(tl.maximum(y * (1.0 / scale), -448.0), 448.0).to(tl.float8e4nv)  # a division each is slower
+    codes = tl.minimum(tl.maximum(y * (1.0 / scale), -448.0), 448.0).to(tl.float8e4nv)  # dividing each is slower
     tl.store(codes_ptr + row * columns + at, codes, mask=inside)
     tl.store(scale_ptr + row, scale)
 
@@ -32,7 +32,7 @@ def _gelu_quantise(x_ptr, codes_ptr, scale_ptr, columns: tl.constexpr, BLOCK: tl
 
 
 def gelu_quantise(x_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """A row a program, read once: e4m3 codes [N, K] and scales [N, 1] of gelu(x)."""
+    """`kernels.gelu_quantise`, one program per row."""
     rows, columns = x_NK.shape
     codes, scale = empty_codes(x_NK)
     block = triton.next_power_of_2(columns)
@@ -42,11 +42,11 @@ def gelu_quantise(x_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _add_norm(  # type: ignore[no-untyped-def]
-    x_ptr, out_ptr, gate_ptr, mul_ptr, add_ptr, h_ptr, y_ptr, scale_ptr, of_sample, gate_step, mul_step, eps,
-    columns: tl.constexpr, HAS_OUT: tl.constexpr, HAS_GATE: tl.constexpr, EIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, out_ptr, gate_ptr, mul_ptr, add_ptr, h_ptr, y_ptr, scale_ptr, tokens, gate_step, mul_step, eps,
+    columns: tl.constexpr, HAS_OUT: tl.constexpr, HAS_GATE: tl.constexpr, TO_FP8: tl.constexpr, BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    sample = row // of_sample
+    sample = row // tokens
     at = tl.arange(0, BLOCK)
     inside = at < columns
     x = tl.load(x_ptr + row * columns + at, mask=inside, other=0.0).to(tl.float32)
@@ -63,47 +63,48 @@ def _add_norm(  # type: ignore[no-untyped-def]
     mul = tl.load(mul_ptr + sample * mul_step + at, mask=inside, other=0.0)
     add = tl.load(add_ptr + sample * mul_step + at, mask=inside, other=0.0)
     y = (off * deviation * mul + add).to(x_ptr.dtype.element_ty)
-    if EIGHT:
+    if TO_FP8:
         _store_codes(y.to(tl.float32), y_ptr, scale_ptr, row, at, inside, columns)
     else:
         tl.store(y_ptr + row * columns + at, y, mask=inside)
 
 
 def add_norm(
-    x_ND: Tensor, out_ND: Tensor | None, gate_RD: Tensor | None, mul_RD: Tensor, add_RD: Tensor, eps: float, eight: bool
+    x_ND: Tensor, out_ND: Tensor | None, gate_RD: Tensor | None, mul_RD: Tensor, add_RD: Tensor, eps: float,
+    to_fp8: bool,
 ) -> list[Tensor]:
-    """`kernels.add_norm`, a row a program."""
+    """`kernels.add_norm`, one program per row."""
     rows, columns = x_ND.shape
     x_ND = x_ND.contiguous()
     mul_RD, add_RD = (part.float().contiguous() for part in (mul_RD, add_RD))
     gate_RD = None if gate_RD is None else gate_RD.float().contiguous()
     out_ND = None if out_ND is None else out_ND.contiguous()
     h = x_ND if out_ND is None else torch.empty_like(x_ND)
-    y, scale = empty_codes(x_ND) if eight else (torch.empty_like(x_ND),) * 2
+    y, scale = empty_codes(x_ND) if to_fp8 else (torch.empty_like(x_ND),) * 2
     samples = max(len(mul_RD), 1 if gate_RD is None else len(gate_RD))
     block = triton.next_power_of_2(columns)
     _add_norm[(rows,)](
         x_ND, x_ND if out_ND is None else out_ND, mul_RD if gate_RD is None else gate_RD, mul_RD, add_RD, h, y, scale,
         rows // samples, _step(gate_RD), _step(mul_RD), eps, columns, HAS_OUT=out_ND is not None,
-        HAS_GATE=gate_RD is not None, EIGHT=eight, BLOCK=block, num_warps=8)
-    return [*([] if out_ND is None else [h]), *([y, scale] if eight else [y])]
+        HAS_GATE=gate_RD is not None, TO_FP8=to_fp8, BLOCK=block, num_warps=8)
+    return [*([] if out_ND is None else [h]), *([y, scale] if to_fp8 else [y])]
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _add_gated(  # type: ignore[no-untyped-def]
-    x_ptr, out_ptr, gate_ptr, h_ptr, of_sample, gate_step, columns: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, out_ptr, gate_ptr, h_ptr, tokens, gate_step, columns: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
     x = tl.load(x_ptr + row * columns + at, mask=inside, other=0.0).to(tl.float32)
     out = tl.load(out_ptr + row * columns + at, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + (row // of_sample) * gate_step + at, mask=inside, other=0.0)
+    gate = tl.load(gate_ptr + (row // tokens) * gate_step + at, mask=inside, other=0.0)
     tl.store(h_ptr + row * columns + at, (x + out * gate).to(h_ptr.dtype.element_ty), mask=inside)
 
 
 def add_gated(x_ND: Tensor, out_ND: Tensor, gate_RD: Tensor) -> Tensor:
-    """`kernels.add_gated`, a row a program."""
+    """`kernels.add_gated`, one program per row."""
     rows, columns = x_ND.shape
     x_ND, out_ND, gate_RD = x_ND.contiguous(), out_ND.contiguous(), gate_RD.float().contiguous()
     h = torch.empty_like(x_ND)
@@ -113,7 +114,7 @@ def add_gated(x_ND: Tensor, out_ND: Tensor, gate_RD: Tensor) -> Tensor:
 
 
 def _step(rows_RD: Tensor | None) -> int:
-    """From a sample's row to the next one's: none, where all share one."""
+    """Elements from a sample's row to the next sample's; 0 if all share one row."""
     return 0 if rows_RD is None or len(rows_RD) == 1 else rows_RD.shape[1]
 
 
@@ -127,7 +128,7 @@ def _quantise_rows(x_ptr, codes_ptr, scale_ptr, columns: tl.constexpr, BLOCK: tl
 
 
 def quantise_rows(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.quantise_rows`, a row a program."""
+    """`kernels.quantise_rows`, one program per row."""
     rows, columns = x_ND.shape
     codes, scale = empty_codes(x_ND)
     _quantise_rows[(rows,)](x_ND, codes, scale, columns, BLOCK=triton.next_power_of_2(columns), num_warps=8)
@@ -149,9 +150,9 @@ def _rms_rotate(  # type: ignore[no-untyped-def]
     if ROTATES:
         a, b = tl.split(tl.reshape(y.to(tl.float32), [BLOCK // 2, 2]))
         swapped = tl.reshape(tl.join(b, a), [BLOCK])
-        place = (row % tokens) * width + at % width
-        cos = tl.load(cos_ptr + place, mask=inside, other=0.0)
-        sin = tl.load(sin_ptr + place, mask=inside, other=0.0)
+        offset = (row % tokens) * width + at % width
+        cos = tl.load(cos_ptr + offset, mask=inside, other=0.0)
+        sin = tl.load(sin_ptr + offset, mask=inside, other=0.0)
         y = (y.to(tl.float32) * cos + swapped * sin).to(kind)
     tl.store(y_ptr + row * columns + at, y, mask=inside)
 
@@ -159,7 +160,7 @@ def _rms_rotate(  # type: ignore[no-untyped-def]
 def rms_rotate(
     x_ND: Tensor, weight_D: Tensor, cos_Nd: Tensor | None, signed_sin_Nd: Tensor | None, eps: float
 ) -> Tensor:
-    """`kernels.rms_rotate`, a row a program."""
+    """`kernels.rms_rotate`, one program per row."""
     rows, columns = x_ND.shape
     y = torch.empty_like(x_ND)
     if cos_Nd is None or signed_sin_Nd is None:

@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) share a sequence's tokens: velocities, kept steps and a video are those of one."""
+"""Context parallelism over two processes (gloo, CPU): velocities, cached steps and a video are those of one process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from lapwan.wan.backbone import velocity
 from lapwan.wan.transformer.context_parallel import ContextParallel
 from lapwan.wan.transformer.first_block_cache import FirstBlockCache
 from lapwan.wan.transformer.forward import TokenTimes
-from lapwan.wan.transformer.options import Prompt, forward_options
+from lapwan.wan.transformer.forward_options import forward_options
+from lapwan.wan.transformer.prompt_cache import PromptCache
 
 ODD, EVEN = (3, 6, 6), (3, 6, 8)  # 27 and 36 tokens
 
@@ -42,22 +43,22 @@ def model_fp64() -> WanTransformer3DModel:
 
 
 def velocities(model: WanTransformer3DModel, gates: Tensor, holder: object) -> dict[str, Tensor]:
-    """Every form a timestep and a text come in, then steps that may keep what an earlier one computed."""
+    """Every form of timestep and text, then steps with the first-block cache."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 16, *ODD, generator=generator, dtype=torch.float64)
     text = torch.randn(2, 12, model.config.text_dim, generator=generator, dtype=torch.float64)
     values, rows = torch.tensor([[0.0, 600.0], [0.0, 250.0]]).double(), torch.arange(27) >= 9
-    found = {}
+    results = {}
     with torch.no_grad(), holder.scope(gates):  # type: ignore[attr-defined]
-        found["by sample"] = velocity(model, x, values[:, 1], text)
-        found["by token"] = velocity(model, x, values[:, rows.long()], text)
-        found["two values"] = velocity(model, x, TokenTimes(values, rows.long()), Prompt(text))
-        reuse = FirstBlockCache(0.2)
+        results["by sample"] = velocity(model, x, values[:, 1], text)
+        results["by token"] = velocity(model, x, values[:, rows.long()], text)
+        results["two values"] = velocity(model, x, TokenTimes(values, rows.long()), PromptCache(text))
+        cache = FirstBlockCache(0.2)
         for step in range(4):
             t = torch.tensor([500.0 - 5 * step]).expand(2)
-            found[f"kept {step}"] = velocity(model, x, t, text, reuse=reuse.side("text"))
-        found["spared"] = torch.tensor([len(reuse.foreseen), *reuse.foreseen, *reuse.errors]).double()
-    return found
+            results[f"kept {step}"] = velocity(model, x, t, text, first_block_cache=cache.branch("text"))
+        results["cache"] = torch.tensor([len(cache.predicted), *cache.predicted, *cache.errors]).double()
+    return results
 
 
 def ours(rank: int, count: int) -> dict[str, Tensor]:
@@ -75,7 +76,7 @@ def ours(rank: int, count: int) -> dict[str, Tensor]:
         groups.append(Group(str(column), LoraState(entries, {}), trainable=False))
     adapter = attach(model, groups, gates_required=True)
     if count > 1:
-        forward_options(model).spread = ContextParallel(rank, count)
+        forward_options(model).context_parallel = ContextParallel(rank, count)
     return velocities(model, torch.tensor([[0.7, 0.2], [0.1, 0.8]]).double(), adapter.holder)
 
 
@@ -85,14 +86,14 @@ def diffusers_plan(model: WanTransformer3DModel, rank: int) -> None:
     from diffusers.models._modeling_parallel import ParallelConfig
     from torch.distributed.device_mesh import init_device_mesh
 
-    own = ContextParallelConfig(ulysses_degree=2)
-    config = ParallelConfig(context_parallel_config=own)
-    mesh = init_device_mesh("cpu", own.mesh_shape, mesh_dim_names=own.mesh_dim_names)
+    config_cp = ContextParallelConfig(ulysses_degree=2)
+    config = ParallelConfig(context_parallel_config=config_cp)
+    mesh = init_device_mesh("cpu", config_cp.mesh_shape, mesh_dim_names=config_cp.mesh_dim_names)
     config.setup(rank, 2, torch.device("cpu"), mesh=mesh)
     for block in model.blocks:
         for attention in (block.attn1, block.attn2):
             attention.processor._parallel_config = config
-    apply_context_parallel(model, own, model._cp_plan)
+    apply_context_parallel(model, config_cp, model._cp_plan)
 
 
 def settings_for(output: Path, device: str = "cpu") -> GenerateSettings:
@@ -117,7 +118,7 @@ def against_diffusers(rank: int) -> None:
     torch.distributed.broadcast(x, 0)
     torch.distributed.broadcast(text, 0)
     with torch.no_grad():
-        forward_options(model).spread = ContextParallel(rank, 2)
+        forward_options(model).context_parallel = ContextParallel(rank, 2)
         mine = velocity(model, x, t, text)
         diffusers_plan(model, rank)
         theirs = model(x, t, text, return_dict=False)[0]
@@ -137,12 +138,12 @@ def videos_of_one_and_two(folder: Path, device: str, atol: float) -> None:
 def test_two_processes_make_what_one_makes(tmp_path):
     videos_of_one_and_two(tmp_path, "cpu", 1e-4)
     one = ours(0, 1)
-    assert one["spared"][0] >= 1
+    assert one["cache"][0] >= 1
     for rank in range(2):
         two = torch.load(tmp_path / f"ours_{rank}.pt")
         for name, value in one.items():
-            # Norms of a part are summed in fp32 on the way to a foreseen error.
-            torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6 if name == "spared" else 1e-10, msg=name)
+            # Norms of a shard are summed in fp32 on the way to a predicted error.
+            torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6 if name == "cache" else 1e-10, msg=name)
 
 
 @pytest.mark.gpu
@@ -153,7 +154,7 @@ def test_two_gpus_make_what_one_makes(tmp_path):
 
 
 def test_heads_that_do_not_divide_are_refused(tiny_t2v):
-    with pytest.raises(UserError, match="3 processes cannot share this model's 4 heads of attention; start one of 1, "):
+    with pytest.raises(UserError, match="3 processes cannot share this model's 4 attention heads; start one of 1, "):
         Generator(tiny_t2v, processes=Processes(0, 3))
 
 
@@ -166,9 +167,9 @@ def test_one_gpu_named_for_all_is_refused(monkeypatch):
 
 def test_a_share_of_the_tokens_takes_about_that_share_of_the_memory():
     shape = NoiseExpertShape(read_spec(tiny_folder("t2v")), NoiseExpert.HIGH, torch.bfloat16)
-    one, two = (shape.forward_work(ClipShape(2, 81, 256, 256), count) for count in (1, 2))
+    one, two = (shape.forward_memory(ClipShape(2, 81, 256, 256), count) for count in (1, 2))
     assert 0.45 * one < two < 0.85 * one  # its exchange holds q, k and v four times: plain, joined, sent, received
     trained = [GroupShape({f"blocks.{i}.attn1.to_q": 4 for i in (6, 7)}, True)]
     shape = NoiseExpertShape(read_spec(tiny_folder("t2v")), NoiseExpert.HIGH, torch.bfloat16, groups=trained)
-    one, two = (shape.training_work(ClipShape(2, 81, 256, 256), "off", count).total for count in (1, 2))
+    one, two = (shape.training_memory(ClipShape(2, 81, 256, 256), "off", count).total for count in (1, 2))
     assert 0.45 * one < two < 0.65 * one

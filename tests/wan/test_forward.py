@@ -1,4 +1,4 @@
-"""Our forward over diffusers' modules: against theirs, and each of its shortcuts against doing without it (fp64)."""
+"""Our forward over diffusers' modules, compared with theirs, and with and without each optimisation (fp64)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from lapwan.tiny.model import TRANSFORMER
 from lapwan.wan.backbone import load_transformer, velocity
 from lapwan.wan.transformer.block import block_forward
 from lapwan.wan.transformer.forward import TokenTimes
-from lapwan.wan.transformer.options import Prompt, forward_options, selective_block
+from lapwan.wan.transformer.forward_options import forward_options, selective_block
+from lapwan.wan.transformer.prompt_cache import PromptCache
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 BLOCKS, FIRST = 4, 2
@@ -73,8 +74,8 @@ def gradients(
     with adapter.holder.scope(gates):
         v = velocity(model, x, t, text) if run is None else run()
         v.square().mean().backward()
-    found = {n: p.grad.clone() for n, p in adapter.parameters().items() if p.grad is not None}
-    return v.detach(), {**found, "gates": gates.grad}
+    grads = {n: p.grad.clone() for n, p in adapter.parameters().items() if p.grad is not None}
+    return v.detach(), {**grads, "gates": gates.grad}
 
 
 def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -87,7 +88,7 @@ def reference(model: WanTransformer3DModel, x: Tensor, t: Tensor, text: Tensor) 
     return model(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0]
 
 
-@pytest.mark.parametrize("expert", list(NoiseExpert))
+@pytest.mark.parametrize("noise_expert", list(NoiseExpert))
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_the_forward_is_diffusers(task, noise_expert, tiny_t2v, tiny_i2v):
     model = load_transformer(tiny_t2v if task == "t2v" else tiny_i2v, noise_expert)
@@ -147,8 +148,8 @@ def test_gates_with_gradient_alone_make_a_graph(model):
     adapter = adapted(model)
     for parameter in adapter.parameters().values():
         parameter.requires_grad_(False)
-    _, found = gradients(model, adapter)
-    assert float(found["gates"].abs().min()) > 0
+    _, grads = gradients(model, adapter)
+    assert float(grads["gates"].abs().min()) > 0
 
 
 def test_layers_that_share_an_input_are_each_layer_alone(model):
@@ -157,7 +158,7 @@ def test_layers_that_share_an_input_are_each_layer_alone(model):
     layers = [attention.to_q, attention.to_k, attention.to_v]  # to_k is a plain Linear
     assert [isinstance(layer, StackedLoraLinear) for layer in layers] == [True, False, True]
     start = torch.randn(2, 5, layers[1].in_features, dtype=torch.float64)
-    found = []
+    results = []
     for together in (True, False):
         x, gates = start.clone().requires_grad_(), GATES.clone().requires_grad_()
         for parameter in adapter.parameters().values():
@@ -169,9 +170,9 @@ def test_layers_that_share_an_input_are_each_layer_alone(model):
                 without = project(layers, x) if together else [layer(x) for layer in layers]
         for y, z in zip(outputs, without, strict=True):
             torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-12)
-        own = [p.grad for n, p in adapter.parameters().items() if n.startswith(f"blocks.{BLOCKS - 1}.")]
-        found.append([*outputs, x.grad, gates.grad, *own])
-    for ours, theirs in zip(*found, strict=True):
+        layer_grads = [p.grad for n, p in adapter.parameters().items() if n.startswith(f"blocks.{BLOCKS - 1}.")]
+        results.append([*outputs, x.grad, gates.grad, *layer_grads])
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
@@ -198,7 +199,7 @@ def test_recomputation_has_the_gradients_of_keeping(model, kind, whole):
     assert set(calls[len(forward) :]) == set(range(FIRST, BLOCKS if kind != "off" else FIRST + whole))
 
 
-def test_diffusers_own_switch_is_heard(model):
+def test_diffusers_gradient_checkpointing_switch_works(model):
     adapter, calls = adapted(model), []
     forward_options(model).block = lambda *arguments: (calls.append(1), block_forward(*arguments))[1]
     model.enable_gradient_checkpointing()
@@ -219,7 +220,7 @@ def test_guidance_in_one_batch_is_two_passes(model, batch, image):
     adapter = adapted(model, (*ADAPTED, "attn2.to_k"))
     x, both = conditions(model, batch, image)
     with torch.no_grad(), adapter.holder.scope(GATES[:batch]):
-        ours, theirs = (guided_velocity(model, x, torch.tensor(700.0), both, 3.5, one) for one in (True, False))
+        ours, theirs = (guided_velocity(model, x, torch.tensor(700.0), both, 3.5, batched) for batched in (True, False))
         without = guided_velocity(model, x, torch.tensor(700.0), both, 1.0)
     torch.testing.assert_close(ours, theirs, **EXACT)
     assert float((ours - without).abs().max()) > 1e-3
@@ -230,15 +231,17 @@ def test_kept_text_keys_and_values_are_computed_ones(model, modules):
     adapter = adapted(model, modules) if modules else None
     other = WanTransformer3DModel(in_channels=16, **{**TRANSFORMER, "num_layers": BLOCKS}).double().eval()
     x, _, text = given(model)
-    whole = Prompt(text)
+    prompt = PromptCache(text)
+    steps = ((model, 900.0, 1.0), (model, 500.0, 0.3), (other, 400.0, 1.0), (model, 30.0, 2.0))
     with torch.no_grad():
-        for one, timestep, gates in ((model, 900.0, 1.0), (model, 500.0, 0.3), (other, 400.0, 1.0), (model, 30.0, 2.0)):
+        for transformer, timestep, gates in steps:
             t = torch.full((2,), timestep)
             with adapter.holder.scope(gates * GATES) if adapter else nullcontext():
-                torch.testing.assert_close(velocity(one, x, t, whole), velocity(one, x, t, text), **EXACT)
+                ours, theirs = (velocity(transformer, x, t, features) for features in (prompt, text))
+                torch.testing.assert_close(ours, theirs, **EXACT)
             with adapter.holder.scope(gates * GATES[:1]) if adapter else nullcontext():
-                part = velocity(one, x[:1], t[:1], whole.first(1))
-                torch.testing.assert_close(part, velocity(one, x[:1], t[:1], text[:1]), **EXACT)
+                part = velocity(transformer, x[:1], t[:1], prompt.first(1))
+                torch.testing.assert_close(part, velocity(transformer, x[:1], t[:1], text[:1]), **EXACT)
 
 
 def test_the_second_step_of_a_prompt_computes_no_text_keys(model):
@@ -246,7 +249,7 @@ def test_the_second_step_of_a_prompt_computes_no_text_keys(model):
     calls: list[int] = []
     for block in model.blocks:
         block.attn2.to_k.register_forward_hook(lambda *_: calls.append(1))
-    prompt = Prompt(text)
+    prompt = PromptCache(text)
     with torch.no_grad():
         velocity(model, x, t, prompt)
         velocity(model, x, t, prompt)
@@ -266,16 +269,16 @@ def kept_bytes(model: WanTransformer3DModel, adapter: Adapter) -> int:
         v = velocity(model, x, t, text)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     del v
-    return sum(size for place, size in kept.items() if place not in weights)
+    return sum(size for pointer, size in kept.items() if pointer not in weights)
 
 
 def test_a_compiled_block_keeps_what_it_is_told(model):
     """Through torch.compile's own partition into forward and backward, without its code generation."""
-    adapter, path = adapted(model), forward_options(model)
+    adapter, options = adapted(model), forward_options(model)
     plain, all_kept = gradients(model, adapter)[1], kept_bytes(model, adapter)
-    path.block, path.selective = (torch.compile(function, backend="aot_eager_decomp_partition", dynamic=False)
+    options.block, options.selective = (torch.compile(function, backend="aot_eager_decomp_partition", dynamic=False)
                                   for function in (block_forward, selective_block))
-    path.checkpointing = "op"
+    options.checkpointing = "op"
     equal(gradients(model, adapter)[1], plain)
     assert kept_bytes(model, adapter) < 0.75 * all_kept  # by itself a compiled block keeps more than 0.8
 
@@ -289,12 +292,12 @@ def test_compiled_blocks_are_eager_ones(model, kind, monkeypatch, tmp_path):
     adapter = adapted(model.float())
     for layer in adapter.layers.values():
         layer.float()
-    found = []
+    results = []
     forward_options(model).checkpointing = kind
     for compiled in (False, True):
         compile_blocks(model, compiled)
-        found.append(gradients(model, adapter))
-    (v, ours), (again, theirs) = found
+        results.append(gradients(model, adapter))
+    (v, ours), (again, theirs) = results
     torch.testing.assert_close(v, again, rtol=1e-5, atol=1e-5)
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-6 + 1e-4 * float(gradient.abs().max()))

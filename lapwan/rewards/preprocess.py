@@ -1,7 +1,7 @@
-"""Pictures of any size to the square input of a vision encoder, differentiably and repeatably.
+"""Images of any size to the square input of a vision encoder, differentiably and deterministically.
 
-Resizing is two small matrix products, so that its gradient is the same in every run: the interpolation kernels of a GPU
-add up their gradients in no fixed order.
+Resizing is two small matrix products, so that its gradient is the same in every run: GPU interpolation kernels sum
+their gradients in no fixed order.
 Shapes: B images, C channels, H, W pixels. Values in [0, 1].
 """
 
@@ -31,7 +31,7 @@ def _weight(distance: Tensor, kernel: Kernel) -> Tensor:
 def resize_matrix(before: int, after: int, kernel: Kernel) -> Tensor:
     """[after, before]: row i weighs the inputs around (i + 1/2)·s − 1/2, s = before / after, each row summing to 1.
 
-    The kernel is stretched by s where the picture shrinks (antialiasing), as in Pillow.
+    The kernel is stretched by s where the image shrinks (antialiasing), as in Pillow.
     """
     step = before / after
     centre = (torch.arange(after, dtype=torch.float64) + 0.5) * step - 0.5
@@ -48,8 +48,11 @@ def resize(pixels_BCHW: Tensor, height: int, width: int, kernel: Kernel = "bicub
 
 
 def to_square(pixels_BCHW: Tensor, size: int, convention: Convention) -> Tensor:
-    """[B, C, size, size]. pad: the longest side to `size`, black around the picture; squash: both sides to `size`;
-    crop: the shortest side to `size`, the middle of the other. All are one for a square picture."""
+    """[B, C, size, size] by one of three conventions, which are the same for a square image.
+
+    pad: the longest side to `size`, black around the image; squash: both sides to `size`; crop: the shortest side to
+    `size`, the middle of the other.
+    """
     height, width = pixels_BCHW.shape[-2:]
     if convention == "squash" or height == width:
         return resize(pixels_BCHW, size, size)
