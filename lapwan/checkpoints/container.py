@@ -4,7 +4,7 @@ Layout of a file: 8 bytes little-endian header length n, n bytes JSON `{name: {d
 offsets counted from the end of the header, and an optional `__metadata__` of strings; then the tensors' bytes.
 Source: the safetensors format description (github.com/huggingface/safetensors).
 
-Reads are plain `pread`s, not a memory map, so that going through a 28 GB file keeps nothing resident.
+Files are read with `pread`, not memory-mapped, so that no pages of a 28 GB file stay resident.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in its file: bytes [start, end) counted from the beginning of the file."""
+    """A tensor's dtype, shape and byte range [start, end), counted from the beginning of the file."""
 
     name: str
     dtype: str
@@ -63,16 +63,16 @@ class TensorFile:
         """Fill `view` with the bytes of tensor `name` from its byte `offset` on.
 
         Raises:
-            UserError: the file ends before.
+            UserError: the file ends inside the tensor.
         """
         position = self.tensors[name].start + offset
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             while view:
-                got = os.preadv(descriptor, [view], position)
-                if got == 0:
+                count = os.preadv(descriptor, [view], position)
+                if count == 0:
                     raise UserError(f"{self.path} is cut short inside tensor '{name}'; copy or download it again")
-                view, position = view[got:], position + got
+                view, position = view[count:], position + count
         finally:
             os.close(descriptor)
 
@@ -81,15 +81,15 @@ def read_header(path: Path) -> TensorFile:
     """Parse the header of a safetensors file.
 
     Raises:
-        UserError: the file is missing, is no safetensors file, or is cut short.
+        UserError: the file is missing, not a safetensors file, or cut short.
     """
     try:
         if path.is_dir():
             raise UserError(f"{path} is a folder; a .safetensors file is needed here")
         size = path.stat().st_size
         with path.open("rb") as stream:
-            start = stream.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise UserError(f"{path} is not a safetensors file (no header); expected a .safetensors file")
             raw = stream.read(length)
@@ -112,10 +112,10 @@ def _parse(path: Path, raw: bytes, data_start: int, size: int) -> TensorFile:
         raise UserError(f"{path} is not a safetensors file (broken metadata); expected a .safetensors file")
     tensors = [_info(path, name, item, data_start) for name, item in header.items()]
     if tensors and (end := max(info.end for info in tensors)) > size:
-        raise UserError(f"{path} is cut short: {size} bytes, its header names {end}; copy or download it again")
+        raise UserError(f"{path} is cut short: it has {size} bytes, by its header {end}; copy or download it again")
     tensors.sort(key=lambda info: (info.start, info.end))
-    named = {str(key): str(value) for key, value in metadata.items()}
-    return TensorFile(path, named, {info.name: info for info in tensors}, data_start, size)
+    strings = {str(key): str(value) for key, value in metadata.items()}
+    return TensorFile(path, strings, {info.name: info for info in tensors}, data_start, size)
 
 
 def _info(path: Path, name: str, item: Any, data_start: int) -> TensorInfo:
@@ -131,5 +131,5 @@ def _info(path: Path, name: str, item: Any, data_start: int) -> TensorInfo:
 
 
 def _counts(value: Any) -> list[int] | None:
-    """A list of whole numbers from 0 on, or None if it is something else."""
+    """`value` if it is a list of integers >= 0, else None."""
     return value if isinstance(value, list) and all(type(n) is int and n >= 0 for n in value) else None

@@ -1,6 +1,8 @@
-"""Identities of weight files and of merges, without torch.
+"""Fingerprints of weight files and of merges, without torch.
 
-A fingerprint ties a LoRA, a mixture or a cache to the base it was made with; it is no proof against tampering.
+A fingerprint ties a LoRA, a mixture or a cache to the base it was made with; it does not protect against tampering.
+The fingerprint of a LoRA's content is `lapwan.lora.state.LoraState.fingerprint`; those of the VAE and the text encoder
+are in `lapwan.models.fingerprints`.
 """
 
 from __future__ import annotations
@@ -19,27 +21,27 @@ _INNER_PIECES = 4  # strided pieces between the first and the last
 
 
 def checkpoint_fingerprint(files: Sequence[Path]) -> str:
-    """Identity of one component's weights: 64 hex digits.
+    """Identity of one component's weights: 64 hex digits, independent of sharding and key layout.
 
-    The metadata `lapwan.fingerprint` where every file carries the same one (a merge writes it); else sha256 over, by
-    sorted tensor name, (name, dtype, shape, sampled bytes). Sampled are the first and last 4 KiB and four strided
-    pieces of 4 KiB of each tensor: milliseconds on a 28 GB file, independent of sharding. A change confined to bytes
-    between the samples is not seen; any training or merge changes nearly all bytes of a tensor.
+    The metadata `lapwan.fingerprint` if all files have the same one (a merge writes it); else sha256 over (name, dtype,
+    shape, sampled bytes) by sorted tensor name. Of each tensor the first and last 4 KiB and four evenly spaced pieces
+    of 4 KiB are hashed, which takes milliseconds on a 28 GB file. A change only between the samples is not detected;
+    training or a merge changes nearly all bytes of a tensor.
 
     Raises:
-        UserError: a file that is missing, damaged, or no safetensors file.
+        UserError: a file that is missing, damaged, or not a safetensors file.
     """
     headers = [read_header(path) for path in files]
-    said = {header.metadata.get(FINGERPRINT_KEY) for header in headers}
-    if len(said) == 1 and (known := said.pop()):
+    recorded = {header.metadata.get(FINGERPRINT_KEY) for header in headers}
+    if len(recorded) == 1 and (known := recorded.pop()):
         return known
-    where: dict[str, tuple[TensorFile, TensorInfo]] = {}
+    tensors: dict[str, tuple[TensorFile, TensorInfo]] = {}
     for header in headers:
         # By diffusers' names: the same weights in the original layout are the same base.
-        where |= {tensor_to_diffusers(name): (header, info) for name, info in header.tensors.items()}
+        tensors |= {tensor_to_diffusers(name): (header, info) for name, info in header.tensors.items()}
     digest = hashlib.sha256()
-    for name in sorted(where):
-        header, info = where[name]
+    for name in sorted(tensors):
+        header, info = tensors[name]
         digest.update(f"{name}\0{info.dtype}\0{','.join(map(str, info.shape))}\0".encode())
         for start, size in _samples(info.size):
             digest.update(header.read(info.name, start, size))
@@ -47,7 +49,7 @@ def checkpoint_fingerprint(files: Sequence[Path]) -> str:
 
 
 def _samples(size: int) -> list[tuple[int, int]]:
-    """(offset, bytes) of what is hashed of a tensor of `size` bytes: all of it if it is small."""
+    """(offset, size) of the pieces hashed of a tensor of `size` bytes: all of a small one."""
     pieces = _INNER_PIECES + 2
     if size <= pieces * _PIECE:
         return [(0, size)]
@@ -55,9 +57,9 @@ def _samples(size: int) -> list[tuple[int, int]]:
 
 
 def merged_fingerprint(base: str, loras: Sequence[tuple[str, float]]) -> str:
-    """Identity of base + Σ multiplier · LoRA: sha256 over (base, the sorted [(LoRA's fingerprint, multiplier)]).
+    """Identity of base + Σ multiplier · LoRA: sha256 over (base, sorted [(LoRA's fingerprint, multiplier)]).
 
-    The same for a merge in memory and for a merged file, and in any order of the LoRAs; `base` itself without any.
+    The same for a merge in memory and a merged file, in any order of the LoRAs; without LoRAs it is `base`.
     """
     if not loras:
         return base

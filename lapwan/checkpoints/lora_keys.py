@@ -1,4 +1,4 @@
-"""Tensor names in LoRA files: what a key says in any of the layouts people have, and the names we write.
+"""Tensor names in LoRA files: parsing the keys of every layout in use, and the names lapwan writes.
 
 | layout    | example                                                                              |
 |-----------|--------------------------------------------------------------------------------------|
@@ -6,10 +6,14 @@
 | musubi    | `lora_unet_blocks_0_self_attn_q.lora_down.weight`, `.lora_up.weight`, `.alpha`       |
 | diffusers | `transformer.blocks.0.attn1.to_q.lora_A.weight` (also PEFT's `base_model.model.` and `.default.`) |
 
-Either module naming (original or diffusers') is read under any prefix; what is not understood is None or an error,
-never skipped.
+Module names of both key layouts (original and diffusers', see `wan_keys`) are read under any prefix. A key that is not
+understood gives None or an error; it is never skipped.
 
-How to add a layout: its prefix in `_PREFIXES` (or a new way of naming in `_resolve`), a row in `_WRITERS`.
+`is_adapter_key` and `unsupported_kind` tell adapters of other kinds from model weights; where the other kinds of files
+are detected is listed in `lapwan.lora.formats`.
+
+How to add a layout: `Layout` and `LAYOUTS`; to read it, its prefix in `_PREFIXES` (or a case in `_resolve`); to write
+it, a case in `key_names`.
 """
 
 from __future__ import annotations
@@ -34,15 +38,15 @@ _PART = re.compile(
 _KINDS: dict[str, Part] = {
     "lora_A": "down", "lora_down": "down", "lora.down": "down", "lora_B": "up", "lora_up": "up", "lora.up": "up",
 }
-# Wrappers in front of a module path. Those that name a noise expert: transformer_1 and transformer_2 in files that
-# hold both; a plain `transformer` stands for either, since users load such a file into either transformer.
+# Prefixes of a module path -> the transformer they name. transformer_1 and transformer_2 are the noise experts in files
+# that hold both; a plain `transformer` may be either, since users load such a file into either transformer.
 _PREFIXES: dict[str, str | None] = {
     "base_model.model.": None, "model.": None, "diffusion_model.": None, "transformer.": "transformer",
     "transformer_1.": "transformer_1", "transformer_2.": "transformer_2",
 }
 _FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 
-# Kinds of adapters that change more than ΔW = B A, by what gives them away in a key.
+# Kinds of adapters that are more than ΔW = B A, by a pattern in their keys.
 _UNSUPPORTED: tuple[tuple[str, str], ...] = (
     (r"\.diff$", "a full weight difference (.diff)"),
     (r"\.diff_b$", "a bias difference (.diff_b)"),
@@ -59,7 +63,7 @@ _UNSUPPORTED: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class Key:
-    """`path` is diffusers' module path; `component` the transformer a prefix names, if any."""
+    """A parsed key. `path` is diffusers' module path; `component` the transformer that a prefix names, if any."""
 
     path: str
     part: Part
@@ -69,7 +73,7 @@ class Key:
 
 
 def _flat_names() -> dict[str, str]:
-    """`self_attn_q` -> `attn1.to_q`: projections and outer modules with dots as underscores, both namings."""
+    """`self_attn_q` -> `attn1.to_q`: projections and outer modules in both layouts, with underscores for dots."""
     pairs = [(original, path) for original, path in (PROJECTIONS | OUTER_MODULES).items()]
     return {name.replace(".", "_"): path for original, path in pairs for name in (original, path)}
 
@@ -89,14 +93,14 @@ _FLAT_OUTER = {name.replace(".", "_") for pair in OUTER_MODULES.items() for name
 
 
 def canonical_path(path: str) -> str | None:
-    """A module path in either naming as diffusers' path; None if Wan has no such Linear."""
+    """A module path in either layout as diffusers' path; None if Wan has no such Linear."""
     if path == "patch_embedding":  # a Conv3d, not a Linear
         return None
     return to_diffusers(path) or (path if to_original(path) else None)
 
 
 def _resolve(module: str) -> tuple[str, str | None, Layout] | None:
-    """(diffusers path, component named by a prefix, layout) of a key without its part."""
+    """(diffusers' path, component named by a prefix, layout) of a key without its `.lora_A.weight` or the like."""
     for prefix in _FLAT_PREFIXES:
         if module.startswith(prefix):
             flat = module.removeprefix(prefix)
@@ -109,51 +113,57 @@ def _resolve(module: str) -> tuple[str, str | None, Layout] | None:
         for prefix, named in _PREFIXES.items():
             if module.startswith(prefix):
                 module, stripped, component = module.removeprefix(prefix), True, named or component
-    found = canonical_path(module)
-    if found is None:
+    diffusers_path = canonical_path(module)
+    if diffusers_path is None:
         return None
-    return found, component, "comfy" if to_diffusers(module) else "diffusers"
+    return diffusers_path, component, "comfy" if to_diffusers(module) else "diffusers"
 
 
 def parse_key(key: str) -> Key | None:
-    """What a tensor's name says, or None if it is no LoRA key of a Wan Linear that we know."""
+    """Parse a tensor's name; None if it is not the LoRA key of a Wan Linear."""
     match = _PART.match(key)
-    found = _resolve(match["module"]) if match else None
-    if match is None or found is None:
+    resolved = _resolve(match["module"]) if match else None
+    if match is None or resolved is None:
         return None
-    path, component, layout = found
+    path, component, layout = resolved
     part: Part = "alpha" if match["alpha"] else _KINDS[match["kind"]]
     return Key(path, part, component, layout, match["adapter"])
 
 
 def unsupported_kind(key: str) -> str | None:
-    """What an adapter key we do not support belongs to, for the error message."""
+    """The unsupported kind of adapter that a key belongs to, in words for the error message; None if it is not one."""
     return next((kind for pattern, kind in _UNSUPPORTED if re.search(pattern, key)), None)
 
 
 def is_adapter_key(key: str) -> bool:
-    """True if a key is some adapter's, supported or not: tells a foreign LoRA from a checkpoint."""
+    """True if a key belongs to an adapter, supported or not, and so not to a model's weights."""
     return _PART.match(key) is not None or "lora" in key or unsupported_kind(key) not in (None, _UNSUPPORTED[-1][1])
 
 
 def unknown_keys_error(path: object, keys: Sequence[str]) -> UserError:
-    """The error for keys of a LoRA file that are not understood: the first is named, with its kind or a near match."""
+    """The error for keys of a LoRA file that are not understood: names the first, with its kind or a near match."""
     key, more = keys[0], f" (and {len(keys) - 1} more such keys)" if len(keys) > 1 else ""
     kind = unsupported_kind(key)
     if kind:
         return UserError(f"{path}: key {key!r}{more} is {kind}; lapwan reads plain LoRA (A, B and alpha) of Wan's "
-                         "Linear layers: convert the file first, or use one without it")
+                         "Linear layers: convert the file first, or use a file without it")
     match = _PART.match(key)
     known = [*PROJECTIONS, *PROJECTIONS.values(), *OUTER_MODULES, *OUTER_MODULES.values()]
     module = re.sub(r"^.*blocks[._]\d+[._]", "", match["module"]) if match else key
-    return UserError(f"{path}: key {key!r}{more} is not understood{nearest(module, known)}; nothing is skipped "
-                     "silently: expected LoRA keys of Wan's Linear layers, such as "
-                     "'diffusion_model.blocks.0.self_attn.q.lora_A.weight'")
+    return UserError(f"{path}: key {key!r}{more} is not understood{nearest(module, known)}; expected are LoRA keys of "
+                     "Wan's Linear layers, such as 'diffusion_model.blocks.0.self_attn.q.lora_A.weight'")
 
 
 def key_names(path: str, layout: Layout, component: str | None = None) -> dict[Part, str]:
-    """The three names a module's tensors get in `layout`; `component` (comfy only) names the transformer in a file
-    that holds both noise experts."""
+    """Names of a module's tensors by part.
+
+    Args:
+        path: diffusers' module path.
+        component: the transformer, in a file for both noise experts (comfy only).
+
+    Raises:
+        ValueError: not a Linear of a Wan transformer.
+    """
     original = to_original(path)
     if original is None:
         raise ValueError(f"not a Linear of a Wan transformer: {path}")
@@ -165,7 +175,7 @@ def key_names(path: str, layout: Layout, component: str | None = None) -> dict[P
     return {"down": f"{stem}.lora_A.weight", "up": f"{stem}.lora_B.weight", "alpha": f"{stem}.alpha"}
 
 
-# A prefix's component -> the noise expert, in a file that holds both.
+# A prefix's component -> the noise expert, in a file for both.
 COMPONENT_NOISE_EXPERTS: dict[str, NoiseExpert] = {
     "transformer": NoiseExpert.HIGH, "transformer_1": NoiseExpert.HIGH, "transformer_2": NoiseExpert.LOW,
 }

@@ -1,9 +1,9 @@
-"""Rewrite a safetensors file with some Linears changed, without ever holding more than a tile of it.
+"""Rewrite a safetensors file with updates added to some Linears, holding one tile of it in memory at a time.
 
     W' = round(W + Σ_t U_t),    accumulated in fp32, rounded once to W's dtype;  of a LoRA U = m · (alpha / r) · B A
 
-Untouched byte ranges are copied by the kernel (copy_file_range, else sendfile); touched tensors go by row tiles.
-The data keeps its order, so an index of shards stays valid.
+Untouched byte ranges are copied by the kernel (copy_file_range, else sendfile); touched tensors in row tiles.
+The order of the data is kept, so an index of shards stays valid.
 """
 
 from __future__ import annotations
@@ -28,25 +28,23 @@ from lapwan.distributed import one_thread
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
 
-TILE_BYTES = 4 << 20  # of a touched tensor as fp32: a few hundred rows, which stay in a core's cache
+TILE_BYTES = 4 << 20  # of a touched tensor as fp32: a few hundred rows, which fit into a core's cache
 _COPY_BYTES = 64 << 20  # per call into the kernel, so that progress moves
 _MERGEABLE = ("F64", "F32", "F16", "BF16")
-_MOST_WORKERS = 8
-Advance = Callable[[int], None]
-
-
+_MAX_WORKERS = 8
+Advance = Callable[[int], None]  # called with a number of bytes, for a progress bar
 AddRows = Callable[[Tensor, int], None]  # (work [n, in], first): adds rows [first, first + n) of an update to `work`
 
 
 class Update(Protocol):
-    """What is added to a weight, such as a LoRA's ΔW at a strength."""
+    """An update added to a weight, such as multiplier · ΔW of a LoRA."""
 
     def prepare(self, dtype: torch.dtype) -> AddRows:
-        """Read and convert what is needed, once; `dtype` is the accumulation's: fp32, or fp64 for an fp64 weight."""
+        """Read and convert tensors once; `dtype` is that of the accumulation: fp32, or fp64 for an fp64 weight."""
 
 
 def check_mergeable(file: TensorFile, name: str) -> None:
-    """Refuse a weight that cannot take an update.
+    """Refuse a weight in a dtype that updates cannot be added to.
 
     Raises:
         UserError: a quantised dtype.
@@ -63,8 +61,11 @@ def rewrite(
 ) -> None:
     """Write `source` to `target` with the weights named in `updates` changed and the header's metadata replaced.
 
-    Atomic: a failure or an interrupt leaves nothing at `target`. `advance` is told of bytes written; `check` looks at
-    the finished file before it gets its name.
+    Atomic: a failure or an interrupt leaves nothing at `target`.
+
+    Args:
+        advance: called with the bytes written.
+        check: called with the path of the finished file, before it is renamed to `target`.
 
     Raises:
         UserError: a merged weight that is not finite, a quantised dtype, a source that is cut short.
@@ -78,17 +79,17 @@ def rewrite(
         writer.write(header)
         writer.flush()
         touched = sorted((source.tensors[name] for name in updates), key=lambda info: info.start)
-        told = _Told(advance)
-        pool = ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1))
+        advance = _Locked(advance)
+        pool = ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1))
         try:
-            with one_thread():  # a tensor a worker; this thread copies what lies between them
-                jobs = [pool.submit(_merge_tensor, source, info, updates[info.name], writer.fileno(), shift, told)
+            with one_thread():  # each worker merges one tensor at a time; this thread copies the bytes between them
+                jobs = [pool.submit(_merge_tensor, source, info, updates[info.name], writer.fileno(), shift, advance)
                         for info in touched]
                 position = source.data_start
                 for info in touched:
-                    _copy(reader.fileno(), writer.fileno(), position, info.start, shift, told)
+                    _copy(reader.fileno(), writer.fileno(), position, info.start, shift, advance)
                     position = info.end
-                _copy(reader.fileno(), writer.fileno(), position, end, shift, told)
+                _copy(reader.fileno(), writer.fileno(), position, end, shift, advance)
                 for job in as_completed(jobs):
                     job.result()
         finally:
@@ -97,8 +98,8 @@ def rewrite(
             check(temporary)
 
 
-class _Told:
-    """`advance`, called from several threads one at a time."""
+class _Locked:
+    """`advance` behind a lock, since several threads call it."""
 
     def __init__(self, advance: Advance) -> None:
         self._advance, self._lock = advance, threading.Lock()
@@ -121,14 +122,14 @@ def _header(source: TensorFile, metadata: Mapping[str, str]) -> bytes:
 def _merge_tensor(
     source: TensorFile, info: TensorInfo, updates: Sequence[Update], writer: int, shift: int, advance: Advance
 ) -> None:
-    """Merge one tensor and write each of its tiles in its place."""
+    """Merge one tensor and write its tiles at their offsets."""
     for offset, view, _ in _merged_tiles(source, info, updates):
         _write(writer, view, info.start + offset + shift)
         advance(len(view))
 
 
 def merged_tensor(source: TensorFile, name: str, updates: Sequence[Update]) -> Tensor:
-    """W' of the tensor `name`, in memory: bit for bit what `rewrite` writes, in the file's own dtype.
+    """W' of the tensor `name` in memory, in the file's dtype: bit for bit what `rewrite` writes.
 
     Raises:
         UserError: as `rewrite`.
@@ -142,7 +143,7 @@ def merged_tensor(source: TensorFile, name: str, updates: Sequence[Update]) -> T
 def _merged_tiles(
     source: TensorFile, info: TensorInfo, updates: Sequence[Update]
 ) -> Iterator[tuple[int, memoryview, Tensor]]:
-    """(offset in the tensor, bytes, the same as rows) of W', tile by tile; two buffers serve all of them."""
+    """(offset in the tensor, bytes, the same bytes as rows) of W', tile by tile, in two buffers that are reused."""
     rows, columns = info.shape
     dtype, row_bytes = DTYPES[info.dtype], columns * ITEM_SIZE[info.dtype]
     step = max(1, min(rows, TILE_BYTES // (columns * 4)))
@@ -158,35 +159,35 @@ def _merged_tiles(
         for add_rows in additions:
             add_rows(wide, first)
         tile.copy_(wide)
-        # NaN passes through aminmax, which is twenty times as fast as isfinite over all.
+        # aminmax propagates NaN and is twenty times as fast as isfinite over all values.
         if not torch.stack(torch.aminmax(tile)).isfinite().all():
             raise UserError(f"merging makes '{info.name}' non-finite (in {info.dtype}): the LoRA or the base holds "
-                            "NaN or too large values; look at the LoRA with `lapwan inspect-weights`")
+                            "NaN or too large values; check the LoRA with `lapwan inspect-weights`")
         yield first * row_bytes, view, tile
 
 
 def _write(descriptor: int, data: memoryview, position: int) -> None:
     while data:
-        done = os.pwrite(descriptor, data, position)
-        data, position = data[done:], position + done
+        count = os.pwrite(descriptor, data, position)
+        data, position = data[count:], position + count
 
 
 def _copy(reader: int, writer: int, start: int, end: int, shift: int, advance: Advance) -> None:
-    """Copy bytes [start, end) of the source to the same place plus `shift` in the target."""
+    """Copy bytes [start, end) of the source to offset start + `shift` of the target."""
     while start < end:
-        done = _copy_some(reader, writer, start, start + shift, min(_COPY_BYTES, end - start))
-        if done == 0:
+        count = _copy_some(reader, writer, start, start + shift, min(_COPY_BYTES, end - start))
+        if count == 0:
             raise UserError("the model file became shorter while it was read; is something writing to it?")
-        start += done
-        advance(done)
+        start += count
+        advance(count)
 
 
 def _copy_some(reader: int, writer: int, source: int, target: int, size: int) -> int:
-    """Bytes copied, by the best way this system has: in the kernel across files, else through a buffer."""
+    """Copy up to `size` bytes and return how many: in the kernel if the system can, else through a buffer."""
     if sys.platform == "linux":
         try:
             return os.copy_file_range(reader, writer, size, source, target)
-        except OSError as error:  # another file system, or one that cannot: the next best way
+        except OSError as error:  # across file systems, or not supported: fall back to sendfile
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                 raise
         os.lseek(writer, target, os.SEEK_SET)

@@ -1,4 +1,4 @@
-"""Torch tensors out of safetensors bytes, whole or by rows."""
+"""Torch tensors from safetensors files."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def load(file: TensorFile, name: str) -> Tensor:
-    """Tensor `name`, whole, in its stored dtype.
+    """Tensor `name` in its stored dtype.
 
     Raises:
-        UserError: a dtype torch has no name for, or a file that is cut short.
+        UserError: a dtype torch does not have, or a file that is cut short.
     """
     info = file.tensors[name]
     if info.dtype not in DTYPES:
-        raise UserError(f"{file.path}: tensor '{name}' has dtype {info.dtype}; known: {', '.join(DTYPES)}")
+        raise UserError(f"{file.path}: tensor '{name}' has dtype {info.dtype}; supported: {', '.join(DTYPES)}")
     if info.size == 0:
         return torch.empty(info.shape, dtype=DTYPES[info.dtype])
     return torch.frombuffer(file.read(name), dtype=DTYPES[info.dtype]).reshape(info.shape)
