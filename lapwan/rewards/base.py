@@ -4,7 +4,7 @@ The formula is in `losses.preference`.
 
 How to add a reward:
 1. a class with the members of `Reward` below, in a file of this package (`EmbeddingCache` keeps its text embeddings);
-2. a settings class in `settings.reward`, named in its union and in `_TYPES`;
+2. a settings class in `settings.rewards`, named in its union and in `_TYPES`;
 3. a case in `build.build_rewards` (or pass a maker as `others`, if it is in a package above, as the tiny one is);
 4. the check of its files in `build.check_rewards` and its size in `build.reward_bytes`;
 5. a test: unit norm, a gradient to the pixels, a matching caption above a wrong one.

@@ -67,29 +67,29 @@ class CacheBranch:
 
     def end(self, x_in: Tensor, x_first: Tensor, shards: TokenShards | None = None) -> Tensor | None:
         """x_end if R may be kept, else None; the same in all processes that share the tokens. Syncs with the device."""
-        kept, first = self.residuals, x_first - x_in
-        if kept.first is None or kept.rest is None or kept.first.shape != first.shape:
-            kept.first, kept.rest, kept.ratio = first, None, None
+        last, first = self.residuals, x_first - x_in
+        if last.first is None or last.rest is None or last.first.shape != first.shape:
+            last.first, last.rest, last.ratio = first, None, None
             return None
-        kept.change = _relative_norm(first - kept.first, kept.first, shards)
-        predicted = None if kept.ratio is None else kept.ratio * kept.change
+        last.change = _relative_norm(first - last.first, last.first, shards)
+        predicted = None if last.ratio is None else last.ratio * last.change
         if predicted is not None and predicted <= self.cache.tolerance:
             self.cache.predicted.append(predicted)
-            return x_first + kept.rest
-        kept.first = first
+            return x_first + last.rest
+        last.first = first
         return None
 
     def computed(
         self, x_first: Tensor, x_end: Tensor, head: Callable[[Tensor], Tensor], shards: TokenShards | None = None
     ) -> None:
         """Record a step that went through all blocks; `head` maps x_end to a velocity."""
-        kept = self.residuals
-        if kept.rest is not None:
+        last = self.residuals
+        if last.rest is not None:
             v = head(x_end)
-            error = _relative_norm(v - head(x_first + kept.rest), v, shards)
+            error = _relative_norm(v - head(x_first + last.rest), v, shards)
             self.cache.errors.append(error)
-            kept.ratio = error / max(kept.change, 1e-12)
-        kept.rest = x_end - x_first
+            last.ratio = error / max(last.change, 1e-12)
+        last.rest = x_end - x_first
 
 
 def _relative_norm(x: Tensor, reference: Tensor, shards: TokenShards | None) -> float:
