@@ -13,20 +13,26 @@ from lapwan.train.lora import recipe as lora_recipe
 from lapwan.wan.backbone import load_transformer
 from lapwan.wan.transformer import compile, kernels
 from lapwan.wan.transformer.block import block_forward
-from lapwan.wan.transformer.compile import CompileReport, compile_blocks, compiled_block, pays, worth
-from lapwan.wan.transformer.options import forward_options
+from lapwan.wan.transformer.compile import (
+    CompileReport,
+    compile_blocks,
+    compiled_block,
+    compiling_saves,
+    worth_compiling,
+)
+from lapwan.wan.transformer.forward_options import forward_options
 
 A14B = 5120
 
 
 def test_it_pays_from_about_150_steps_or_a_video_at_480p_on():
-    assert worth(A14B, 5376, 200, training=True) and not worth(A14B, 5376, 100, training=True)
-    assert worth(A14B, 32760, 80, training=False) and not worth(A14B, 5376, 80, training=False)
-    assert not worth(192, 200, 10_000, training=True)  # the embedded model
+    assert compiling_saves(A14B, 5376, 200, training=True) and not compiling_saves(A14B, 5376, 100, training=True)
+    assert compiling_saves(A14B, 32760, 80, training=False) and not compiling_saves(A14B, 5376, 80, training=False)
+    assert not compiling_saves(192, 200, 10_000, training=True)  # the embedded model
 
 
 def test_never_by_itself_on_a_cpu(tiny_t2v):
-    assert not pays(load_transformer(tiny_t2v, NoiseExpert.HIGH), (21, 60, 104), 10**9, training=True)
+    assert not worth_compiling(load_transformer(tiny_t2v, NoiseExpert.HIGH), (21, 60, 104), 10**9, training=True)
 
 
 def test_an_evaluation_by_our_kernels_is_not_compiled_by_itself(monkeypatch):
@@ -39,9 +45,9 @@ def test_an_evaluation_by_our_kernels_is_not_compiled_by_itself(monkeypatch):
     for has_triton in (True, False):
         monkeypatch.setattr(kernels, "HAS_TRITON", has_triton)
         size, times = (21, 60, 104), 80
-        assert pays(on_a_gpu(torch.bfloat16), size, times, training=False) is not has_triton
-        assert pays(on_a_gpu(torch.float32), size, times, training=False)
-        assert pays(on_a_gpu(torch.bfloat16), size, times, training=True)
+        assert worth_compiling(on_a_gpu(torch.bfloat16), size, times, training=False) is not has_triton
+        assert worth_compiling(on_a_gpu(torch.float32), size, times, training=False)
+        assert worth_compiling(on_a_gpu(torch.bfloat16), size, times, training=True)
 
 
 @pytest.mark.parametrize("mode", ["on", "off", "auto"])
@@ -73,15 +79,15 @@ def test_it_says_how_long_it_took_once(monkeypatch, capsys):
     monkeypatch.setattr(compile, "_CLOCK", clock)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
     report = CompileReport()
-    report.tell()
+    report.log()
     clock.begin(None)
     clock.begin(None)  # one inside another is one
     clock.end(None)
     clock.end(None)
-    report.tell()
-    report.tell()
+    report.log()
+    report.log()
     said = capsys.readouterr().err
-    assert said.count("compiled 1 kinds of block in") == 1 and "/somewhere" in said
+    assert said.count("compiled 1 block graphs in") == 1 and "/somewhere" in said
 
 
 def test_one_function_serves_all(tiny_t2v):

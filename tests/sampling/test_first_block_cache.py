@@ -23,20 +23,20 @@ def test_a_step_is_kept_where_the_error_is_foreseen_small_and_the_error_is_about
     model, x, text = given(tiny_t2v)
     calls: list[int] = []
     model.blocks[1].attn1.to_q.register_forward_hook(lambda *_: calls.append(1))
-    reuse = FirstBlockCache(0.2)
+    cache = FirstBlockCache(0.2)
     for step, timestep in enumerate((500.0, 495.0, 490.0, 485.0, 300.0)):
         t, before = torch.tensor([timestep]), len(calls)
         exact = velocity(model, x, t, text)
         assert len(calls) == before + 1
-        kept = velocity(model, x, t, text, reuse=reuse.side("text"))
+        kept = velocity(model, x, t, text, first_block_cache=cache.branch("text"))
         if step < 2:  # nothing known yet: computed, and so exact
             assert len(calls) == before + 2
             torch.testing.assert_close(kept, exact, rtol=0, atol=0)
         elif step < 4:
-            assert len(calls) == before + 1 and len(reuse.foreseen) == step - 1
+            assert len(calls) == before + 1 and len(cache.predicted) == step - 1
             error = float((kept - exact).norm() / exact.norm())
-            assert 0 < error < 3 * reuse.foreseen[-1] < 0.6
-    assert len(reuse.errors) >= 1 and 0 < reuse.errors[0] < 0.2
+            assert 0 < error < 3 * cache.predicted[-1] < 0.6
+    assert len(cache.errors) >= 1 and 0 < cache.errors[0] < 0.2
 
 
 @torch.no_grad()
@@ -45,14 +45,14 @@ def test_nothing_is_kept_above_the_tolerance_or_for_another_size(tiny_t2v):
     strict = FirstBlockCache(1e-6)
     for timestep in (500.0, 450.0, 400.0, 350.0):
         t = torch.tensor([timestep])
-        ours = velocity(model, x, t, text, reuse=strict.side("text"))
+        ours = velocity(model, x, t, text, first_block_cache=strict.branch("text"))
         torch.testing.assert_close(ours, velocity(model, x, t, text), rtol=0, atol=0)
-    assert not strict.foreseen and len(strict.errors) == 3
+    assert not strict.predicted and len(strict.errors) == 3
     loose = FirstBlockCache(0.9)
     for index, size in enumerate((6, 6, 4, 6)):
         part = x[..., :size]
-        velocity(model, part, torch.tensor([500.0 - index]), text, reuse=loose.side("text"))
-    assert not loose.foreseen  # a new size begins anew
+        velocity(model, part, torch.tensor([500.0 - index]), text, first_block_cache=loose.branch("text"))
+    assert not loose.predicted  # a new size begins anew
 
 
 def test_a_video_spares_blocks_when_asked_and_stays_near(tiny_t2v, small):
@@ -65,7 +65,7 @@ def test_a_video_spares_blocks_when_asked_and_stays_near(tiny_t2v, small):
 
 def test_the_command_takes_it_says_what_it_did_and_refuses_nonsense(lapwan):
     ran = generate(lapwan, "--reuse", "0.2", "--steps", "8")
-    assert ran.code == 0 and "noise expert: " in ran.err and "evaluations of the blocks spared" in ran.err, ran
+    assert ran.code == 0 and "noise expert: " in ran.err and "evaluations skipped all blocks but the first" in ran.err, ran
     refused(generate(lapwan, "--reuse", "2"), "first_block_cache", "2 is no relative error")
     refused(generate(lapwan, "--first-block-cache", "middle=0.1"), "first_block_cache", "'middle' is no noise expert")
 
