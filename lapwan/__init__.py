@@ -3,7 +3,7 @@
     from lapwan import VideoGenerator
     VideoGenerator("tiny").generate(prompt="电凝钩切割组织").save("out.mp4")
 
-The names below are imported when first used, so that `import lapwan` needs no torch.
+The names below are imported on first use, so that `import lapwan` imports no torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = [
     "UserError", "Video", "VideoGenerator", "__version__", "inspect_weights", "label_caption", "load_taxonomy", "merge",
 ]
 
-_WHERE = {
+_MODULES = {
     "UserError": "lapwan.errors",
     "Video": "lapwan.api",
     "inspect_weights": "lapwan.weights",
@@ -35,10 +35,10 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> object:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'lapwan' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return sorted({*globals(), *_MODULES})

@@ -1,4 +1,4 @@
-"""`python -m lapwan`, the form that `accelerate launch -m lapwan ...` needs."""
+"""`python -m lapwan`, as `accelerate launch -m lapwan ...` needs it."""
 
 from lapwan.cli import main
 

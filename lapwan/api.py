@@ -34,7 +34,7 @@ from lapwan.sampling.request import (
 )
 from lapwan.sampling.result import Video
 from lapwan.sampling.routing import alpha_vector, choose_mix
-from lapwan.sampling.start_image import as_picture, open_image, read_clip
+from lapwan.sampling.start_image import as_rgb_image, open_image, read_clip
 from lapwan.settings.base import to_toml
 from lapwan.settings.generate import ModelSettings, VideoSettings
 from lapwan.settings.load import given, load
@@ -50,7 +50,7 @@ __all__ = ["Prepared", "Video", "VideoGenerator"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A video that has been checked and can be made. `settings` has the model's own values filled in."""
+    """A video that has been checked and can be generated. `settings` has the model's defaults filled in."""
 
     generator: Generator
     base: Base
@@ -61,24 +61,26 @@ class Prepared:
 
 
 class VideoGenerator:
-    """A model with its adapters, loaded piece by piece when first needed and kept for the next video.
+    """A model with its adapters. Components are loaded when first needed and kept for the next video.
 
     Args:
-        model: 'tiny' (embedded; an image decides between its two tasks), a model folder in diffusers layout, a hub id,
-            or a mapping as `[model]` in TOML: separate files, or a base with LoRAs merged in memory.
-        moe: a mixture of LoRA experts.
-        loras: LoRA files, as a path, `"high=FILE:0.8"` or a LoraArgument.
+        model: 'tiny' (embedded; image-to-video if an image is given, else text-to-video), a model folder in diffusers
+            layout, a hub id, or a mapping as `[model]` in TOML: separate files, or a base with LoRAs merged in memory.
+        moe: file of a mixture of LoRA experts.
+        loras: LoRA files, each as a path, `"high=FILE:0.8"` or a LoraArgument.
         device: auto, cpu, cuda or cuda:N.
         dtype: of the transformers: auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16 or fp16; fp8, int8 and nf4 quantise
-            their blocks. `text_dtype`: of the text encoder, auto is as it is stored.
-        memory: both noise experts on the device, one at a time with the idle one in pinned host memory, or "stream":
-            blocks from host memory too; a number: the GiB to stay below; auto: what fits and is fastest. The frames
-            are the same.
-        fold: the LoRAs go into the weights in memory, rounded as `merge` does, instead of acting beside them.
-        compile: the transformers' blocks through torch.compile; auto: on a GPU where a video saves what it takes.
+            their blocks. `text_dtype`: of the text encoder; auto: as stored.
+        memory: "both" keeps both noise experts on the device; "one" offloads the idle one to pinned host memory;
+            "stream" also streams blocks from host memory; a number is a limit in GiB; "auto" takes the fastest that
+            fits. The frames are the same in all cases.
+        fold: merge the LoRAs into the weights in memory, rounded as by `merge`, instead of computing them beside the
+            weights.
+        compile: run the transformers' blocks through torch.compile; auto: on a GPU, if a video saves more time than
+            compiling takes.
 
     Raises:
-        UserError: what cannot be understood. Files are read and checked with the first video.
+        UserError: an invalid argument. Files are read and checked with the first video.
     """
 
     def __init__(
@@ -94,12 +96,12 @@ class VideoGenerator:
         compile: Literal["auto", "on", "off"] = "auto",
         fold: bool = False,
     ) -> None:
-        said: dict[str, Any] = {
+        options: dict[str, Any] = {
             "model": dict(model) if isinstance(model, Mapping) else str(model), "moe": moe, "device": device,
             "dtype": dtype, "text_dtype": text_dtype, "memory": memory, "compile": compile, "fold": fold,
             "lora": [lora if isinstance(lora, LoraArgument) else str(lora) for lora in loras],
         }
-        self._start(load(ModelSettings, options=said, environment={}))
+        self._start(load(ModelSettings, options=options, environment={}))
 
     def _start(self, settings: ModelSettings, device: str | None = None, processes: Processes | None = None) -> None:
         if settings.model is None:
@@ -115,11 +117,11 @@ class VideoGenerator:
     def from_settings(
         cls, settings: ModelSettings, device: str | None = None, processes: Processes | None = None
     ) -> VideoGenerator:
-        """The same from checked settings; several `processes`, each on its own `device`, make every video together."""
-        made = cls.__new__(cls)
-        own = ModelSettings(**{name: getattr(settings, name) for name in ModelSettings.model_fields})
-        made._start(own, device, processes)
-        return made
+        """Build from validated settings. Several `processes`, each on its own `device`, share the work on a video."""
+        generator = cls.__new__(cls)
+        model_settings = ModelSettings(**{name: getattr(settings, name) for name in ModelSettings.model_fields})
+        generator._start(model_settings, device, processes)
+        return generator
 
     def generate(
         self,
@@ -146,32 +148,33 @@ class VideoGenerator:
         reuse: float | Mapping[str, float] | None = None,
         seed: int = 42,
     ) -> Video:
-        """One video; what is left out is the model's own.
+        """Generate one video; None means the model's default.
 
         Args:
-            image: first frame for an image-to-video model, a file, a picture, or uint8 RGB [H, W, 3] such as another
-                video's `frames[-1]`; `last_image` its last frame.
-            video: start from this video at noise `start_sigma` instead of from noise alone.
+            image: first frame for an image-to-video model: a file, an image, or uint8 RGB [H, W, 3] such as another
+                video's `frames[-1]`. `last_image`: its last frame.
+            video: start from this video at noise level `start_sigma` instead of from pure noise.
             negative_prompt: None is Wan's official one, "" none.
             instrument_hint: the mixture's expert: a family, an alias, or a mix such as "hook:0.7,suction:0.3".
-            alpha_expert: strength of the mixture's experts, one number or by family; `alpha_base` of its base LoRA.
+            alpha_expert: strength of the mixture's experts, one number or by family. `alpha_base`: of its base LoRA.
             size: (height, width) in pixels.
-            guidance: one number, or {"high": 4, "low": 3}; 1 is none.
-            boundary: sigma from which on the high noise expert serves.
-            sigmas: own noise levels, falling from at most 1, instead of `steps` and `flow_shift`.
-            first_block_cache: relative error of the velocity that a step may make by keeping the last one's blocks;
-                None: none. `reuse` is its older name.
+            guidance: scale of classifier-free guidance, one number or {"high": 4, "low": 3}; 1 is none.
+            guidance_interval: sigmas (low, high) between which guidance is applied.
+            boundary: sigma from which on the high noise expert is used.
+            sigmas: custom noise levels, decreasing from at most 1, instead of `steps` and `flow_shift`.
+            first_block_cache: skip all blocks but the first in steps where the predicted relative error of the velocity
+                is below this number; None: never. `reuse` is its older name.
 
         Raises:
             UserError: anything the model, the files or the numbers do not allow, before weights are loaded.
         """
         first_block_cache = reuse if first_block_cache is None else first_block_cache
-        said = {name: value for name, value in locals().items() if name in VideoSettings.model_fields}
-        pictures = {}
+        options = {name: value for name, value in locals().items() if name in VideoSettings.model_fields}
+        images = {}
         for name in ("image", "last_image"):
-            if said[name] is not None and not isinstance(said[name], str | Path):
-                pictures[name] = as_picture(said.pop(name), name)
-        prepared = self.prepare(load(VideoSettings, options=given(said), environment={}), **pictures)
+            if options[name] is not None and not isinstance(options[name], str | Path):
+                images[name] = as_rgb_image(options.pop(name), name)
+        prepared = self.prepare(load(VideoSettings, options=given(options), environment={}), **images)
         return self.make(prepared)
 
     def prepare(
@@ -181,7 +184,7 @@ class VideoGenerator:
         """Check a video against the model and the adapters without loading weights.
 
         Args:
-            model: other LoRAs and another mixture on the same model.
+            model: the same model with other LoRAs or another mixture; None: as constructed.
 
         Raises:
             UserError: see `generate`.
@@ -203,26 +206,26 @@ class VideoGenerator:
         return Prepared(generator, base, adapters, request, _filled(settings, generator.spec, request), chosen)
 
     def make(self, prepared: Prepared, preview: Path | None = None) -> Video:
-        """Generate what was prepared; `preview` as in `Generator.generate`.
+        """Generate a prepared video; `preview` as in `Generator.generate`.
 
         Raises:
-            UserError: the GPU's memory ran out.
+            UserError: out of GPU memory.
         """
         prepared.generator.use(prepared.base, prepared.adapters)
         try:
             video = prepared.generator.generate(prepared.request, preview)
         except torch.OutOfMemoryError as error:
             height, width = prepared.request.size
-            frames, said = prepared.request.num_frames, str(error).splitlines()[0]
-            one = "" if prepared.model.memory == "one" else "--memory one, "
-            raise UserError(f"the GPU's memory ran out at {height}x{width}, {frames} frames: use {one}a smaller --size "
-                            f"or --num-frames, or --device cpu ({said})") from None
-        model, own = _plain(prepared.model), _plain(prepared.settings)
-        del model["memory"]  # where weights wait does not change the frames: repeated elsewhere it is decided anew
-        return replace(video, settings={**model, **own})
+            frames, reason = prepared.request.num_frames, str(error).splitlines()[0]
+            memory_one = "" if prepared.model.memory == "one" else "--memory one, "
+            raise UserError(f"the GPU's memory ran out at {height}x{width}, {frames} frames: use {memory_one}a smaller "
+                            f"--size or --num-frames, or --device cpu ({reason})") from None
+        model, options = _plain(prepared.model), _plain(prepared.settings)
+        del model["memory"]  # offloading does not change the frames: a repetition on another machine chooses again
+        return replace(video, settings={**model, **options})
 
     def _check_mixture(self, adapters: AdapterSet, request: Request) -> None:
-        """Refuse a hint or a family that the taxonomy does not know; warn once where α_base has nothing to act on."""
+        """Refuse a hint or a family that the taxonomy does not know; warn once if α_base has no base LoRA to act on."""
         mixture = adapters.mixture
         if mixture is None:
             return
@@ -236,26 +239,25 @@ class VideoGenerator:
 
     def _parts(self, task: Task, chosen: ModelSettings) -> tuple[Generator, Base, AdapterSet]:
         # Only `tiny` leaves the task open; a folder of the wrong task gets the clearer message of check_request.
-        model = self.settings.model
-        assert model is not None
-        key = task if model == TINY else None
-        wanted = key, f"{chosen.lora} {chosen.fold}", chosen.moe
-        if wanted not in self._adapters:
-            if key not in self._bases:
-                self._bases[key] = resolve_base(model, key, generation=True)
-            self._adapters[wanted] = read_adapters(self._bases[key], chosen.lora, chosen.moe, chosen.fold)
-        base, adapters = self._adapters[wanted]
-        if key not in self._generators:
-            dtype = pick_dtype(self.settings.dtype, self._device)
-            own = self.settings
-            self._generators[key] = Generator(
-                base, adapters, self._device, dtype, own.memory, own.compile, precision_of(own.dtype),
-                precision_of(own.text_dtype), self._processes)
-        return self._generators[key], base, adapters
+        settings = self.settings
+        assert settings.model is not None
+        open_task = task if settings.model == TINY else None
+        key = open_task, f"{chosen.lora} {chosen.fold}", chosen.moe
+        if key not in self._adapters:
+            if open_task not in self._bases:
+                self._bases[open_task] = resolve_base(settings.model, open_task, generation=True)
+            self._adapters[key] = read_adapters(self._bases[open_task], chosen.lora, chosen.moe, chosen.fold)
+        base, adapters = self._adapters[key]
+        if open_task not in self._generators:
+            dtype = pick_dtype(settings.dtype, self._device)
+            self._generators[open_task] = Generator(
+                base, adapters, self._device, dtype, settings.memory, settings.compile, precision_of(settings.dtype),
+                precision_of(settings.text_dtype), self._processes)
+        return self._generators[open_task], base, adapters
 
 
 def _plain(settings: ModelSettings | VideoSettings) -> dict[str, Any]:
-    """As TOML says it: absolute paths, nothing that is absent."""
+    """In the types of TOML: absolute paths, None left out."""
     plain = tomllib.loads(to_toml(settings))
     for holder in (plain, plain.get("model")):
         if isinstance(holder, dict) and isinstance(name := holder.get("model"), str) and Path(name).is_dir():
@@ -268,7 +270,7 @@ def _request(
 ) -> Request:
     negative, start = settings.negative_prompt, settings.start_sigma
     if start is not None and settings.video is None:
-        raise UserError("--start-sigma says how far a video is noised; give one with --video FILE")
+        raise UserError("--start-sigma is the noise level at which a video is started from; give one with --video FILE")
     return Request(
         prompt=settings.prompt or "",
         negative_prompt=OFFICIAL_NEGATIVE_PROMPT if negative is None else negative,
@@ -289,22 +291,23 @@ def _request(
         hint=settings.instrument_hint,
         alpha_base=settings.alpha_base,
         alpha_expert=settings.alpha_expert,
-        first_block_cache=_by_expert(spec, settings.first_block_cache),
+        first_block_cache=_by_noise_expert(spec, settings.first_block_cache),
     )
 
 
-def _by_expert(spec: ModelSpec, asked: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:
-    if asked is None or isinstance(asked, float):
-        return {} if asked is None else dict.fromkeys(spec.noise_experts, asked)
-    for noise_expert in asked:
+def _by_noise_expert(spec: ModelSpec, value: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:
+    if value is None or isinstance(value, float):
+        return {} if value is None else dict.fromkeys(spec.noise_experts, value)
+    for noise_expert in value:
         if noise_expert not in spec.noise_experts:
-            raise UserError(f"first_block_cache is given for the {noise_expert.value} noise expert, which {spec.path} lacks")
-    return dict(asked)
+            raise UserError(
+                f"first_block_cache is given for the {noise_expert.value} noise expert, which {spec.path} lacks")
+    return dict(value)
 
 
 def _filled(settings: VideoSettings, spec: ModelSpec, request: Request) -> VideoSettings:
-    own = VideoSettings(**{name: getattr(settings, name) for name in VideoSettings.model_fields})
-    return own.model_copy(update={
+    video = VideoSettings(**{name: getattr(settings, name) for name in VideoSettings.model_fields})
+    return video.model_copy(update={
         "num_frames": request.num_frames, "size": request.size, "steps": request.steps,
         "guidance": dict(request.guidance), "negative_prompt": request.negative_prompt,
         "flow_shift": request.flow_shift or (spec.flow_shift if request.sigmas is None else None),

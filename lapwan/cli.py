@@ -1,10 +1,10 @@
-"""The Typer app. A command's settings are imported only when that command is asked for, so that --help is instant.
+"""The Typer app. A command's settings are imported only when that command is used, so that --help is instant.
 
 Nothing here imports torch; `lapwan --help`, an unknown command and the completion of a command's name import no
 pydantic either.
 
 How to add a command: a settings model in `lapwan/settings/`, `run(settings, options)` in `lapwan/commands/`, and one
-row in `COMMANDS`.
+row in `COMMANDS` of `lapwan/commands/table.py`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from lapwan.errors import Interrupted, UserError
 
 
 class _LazyCommand(TyperCommand):
-    """A row of the table as a command: its settings are imported and its options made when first asked for."""
+    """A row of the table as a command; its settings are imported and its options built on first use."""
 
     def __init__(self, row: Command) -> None:
         super().__init__(row.name, help=row.help, epilog=row.example)
         self._row = row
 
     def get_params(self, ctx: Any) -> Any:
-        """The options; a run, a help and a completion all ask for them before anything else of the command."""
+        """The options; a run, a help and a completion all need them first."""
         if not self.params:
             from lapwan.commands.options import function_of
 
             single = typer.Typer(add_completion=False)
             single.command()(function_of(self._row))
-            made = get_command(single)
-            self.params, self.callback = made.params, made.callback
+            command = get_command(single)
+            self.params, self.callback = command.params, command.callback
         return super().get_params(ctx)
 
 
@@ -48,10 +48,10 @@ class _Commands(TyperGroup):
         super().__init__(**{**attributes, "commands": {row.name: _LazyCommand(row) for row in COMMANDS}})
 
     def get_params(self, ctx: Any) -> Any:
-        """The options of `lapwan` itself. Those of Typer's shell completion take one line of the help.
+        """The options of `lapwan` itself. Those of Typer's shell completion are one line of the help.
 
-        A flag that is not given becomes False: Typer hands a None to pydantic, whose import would take longer than the
-        rest of an answer.
+        A flag that is not given becomes False: Typer would pass None to pydantic, whose import takes longer than
+        everything else.
         """
         params: Any = super().get_params(ctx)
         for param in params:
@@ -88,7 +88,7 @@ def root(
         raise typer.Exit
 
 
-# The libraries' own bars and advice ("install torchvision ...") would stand between our lines and help nobody.
+# The progress bars and advice of other libraries ("install torchvision ...") would only clutter the log.
 _QUIET_LIBRARIES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
@@ -103,9 +103,9 @@ def _stop(message: str, code: int, style: str | None = None) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: exit code 0 done, 1 a fault of ours, 2 the user can mend it, 130 interrupted."""
+    """Entry point. Exit codes: 0 success, 1 a bug in lapwan, 2 an error that the user can fix, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file in an old encoding: Chinese as \\u7535 rather than a crash
+        if isinstance(stream, io.TextIOWrapper):  # another encoding than UTF-8: Chinese as \\u7535, not a crash
             stream.reconfigure(errors="backslashreplace")
     for name, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)

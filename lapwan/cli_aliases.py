@@ -1,4 +1,7 @@
-"""Older names of options, turned into ours before Typer sees them."""
+"""Older names of options, replaced by today's before Typer sees them. They are accepted for ever, but not in any help.
+
+How to rename an option: its old name in `_ALIASES`. Settings keys have their own table, `lapwan.settings.aliases`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 
 from lapwan.errors import UserError
 
-# Command -> older option -> ours.
+# Command -> older option -> today's.
 _ALIASES: dict[str, dict[str, str]] = {
     "generate": {
         "--lora-moe-weights": "--moe",
@@ -17,7 +20,7 @@ _ALIASES: dict[str, dict[str, str]] = {
         "--video-size": "--size",
         "--reuse": "--first-block-cache",
     },
-    "srpo": {"--experts": "--noise-experts"},
+    "srpo": {"--experts": "--noise-experts", "--optimiser-on-cpu": "--optimizer-on-cpu"},
 }
 
 _FILES = (
@@ -25,7 +28,7 @@ _FILES = (
     "[model] high, low, vae, text_encoder, tokenizer"
 )
 
-# generate: options of the old script that lapwan replaces by something else.
+# Command -> option of an older script that lapwan does not have -> what to do instead.
 _REPLACED: dict[str, dict[str, str]] = {
     "generate": {
         "--task": "the task is read from the model; leave it out",
@@ -39,10 +42,10 @@ _REPLACED: dict[str, dict[str, str]] = {
 
 
 def rewrite(arguments: Sequence[str]) -> list[str]:
-    """Dashes for underscores in option names, old names to new, `--video-size H W` to `--size HxW`.
+    """The arguments under today's option names: dashes for underscores, `--size HxW` for `--video-size H W`.
 
     Raises:
-        UserError: an option that lapwan answers with what to use instead.
+        UserError: an option that lapwan does not have; the message says what to do instead.
     """
     if not arguments or arguments[0].startswith("-"):
         return list(arguments)

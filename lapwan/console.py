@@ -1,6 +1,6 @@
-"""Where results, log lines and progress go: stdout carries results, stderr everything else.
+"""Results, log lines and progress: results go to stdout, everything else to stderr.
 
-On a terminal long work shows a rich progress bar; elsewhere it writes one readable line now and then.
+On a terminal long work shows a rich progress bar; elsewhere it writes a line every few seconds.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from rich.text import Text
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
 _SECONDS_BETWEEN_LINES = 15.0
-_SPEED_OVER = 600.0  # seconds: a step of a large model may take a minute
+_SPEED_WINDOW = 600.0  # seconds over which the speed is averaged; a step of a large model may take a minute
 
 _level = NORMAL
-_busy = False  # something shows its progress
+_busy = False  # a progress bar is active
 # soft_wrap: a path or an error must stay on one line when the output is a file or a pipe.
 results = Console(soft_wrap=True, highlight=False)
 log_console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def set_level(level: int) -> None:
-    """How much goes to stderr: QUIET (errors only), NORMAL, VERBOSE."""
+    """Set how much goes to stderr: QUIET (warnings and errors only), NORMAL, VERBOSE."""
     global _level
     _level = level
 
@@ -49,35 +49,35 @@ def log(message: str) -> None:
 
 
 def detail(message: str) -> None:
-    """A line that only -v shows."""
+    """A line on stderr that only -v shows."""
     if _level >= VERBOSE:
         log_console.print(message, markup=False)
 
 
 def warn(message: str) -> None:
-    """`warning: ...` on stderr; shown under -q too, because it may change what the user does."""
+    """`warning: ...` on stderr; also under -q, because it may change what the user does."""
     log_console.print(f"warning: {message}", style="yellow", markup=False)
 
 
 class Bar(Protocol):
-    """What long work tells of itself."""
+    """The progress of long work."""
 
     def advance(self, amount: float = 1, **figures: object) -> None:
-        """Add `amount` done; `figures` (already formatted or numbers) are shown beside the bar."""
+        """Add `amount` of finished work; `figures` (formatted, or numbers) are shown beside the bar."""
 
 
 class _SilentBar:
     def advance(self, amount: float = 1, **figures: object) -> None:
-        """Nothing to show."""
+        """Show nothing."""
 
 
 def speed(rate: float, unit: str) -> str:
-    """`3.20 step/s`; what takes more than a second the other way round: `12.5 s/step`."""
+    """`3.20 step/s`; below one per second the inverse: `12.5 s/step`."""
     return f"{rate:.2f} {unit}/s" if rate >= 1.0 or rate <= 0.0 else f"{1.0 / rate:.3g} s/{unit}"
 
 
 class _SpeedColumn(ProgressColumn):
-    """The unit, and the speed as soon as there is one."""
+    """The speed; the unit alone until it is known."""
 
     def __init__(self, unit: str) -> None:
         super().__init__(table_column=Column(no_wrap=True))
@@ -108,7 +108,7 @@ class _LineBar:
         now = time.monotonic()
         finished = self._done >= self._total
         first, since = self._first or (self._start_done, self._start)
-        self._first = self._first or (self._done, now)  # what is loaded or compiled for it says nothing of the next
+        self._first = self._first or (self._done, now)  # the first unit includes loading and compiling: not averaged
         if _level < NORMAL or not (finished or now - self._last >= _SECONDS_BETWEEN_LINES):
             return
         self._last = now
@@ -125,9 +125,9 @@ def _figures(figures: dict[str, object]) -> str:
 
 @contextmanager
 def progress(title: str, total: float, unit: str = "step", done: float = 0) -> Iterator[Bar]:
-    """A progress bar with speed and ETA for `total` units of work, `done` of which are behind us.
+    """A progress bar with speed and ETA for `total` units of work, of which `done` are finished.
 
-    Work inside other work that shows its progress stays silent: a terminal has room for one bar.
+    A bar inside another one is silent: a terminal shows one at a time.
     """
     global _busy
     if _busy:
@@ -148,5 +148,5 @@ def _bar(title: str, total: float, unit: str, done: float) -> Iterator[Bar]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _SpeedColumn(unit),
                TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, console=log_console, transient=False, speed_estimate_period=_SPEED_OVER) as bar:
+    with Progress(*columns, console=log_console, transient=False, speed_estimate_period=_SPEED_WINDOW) as bar:
         yield _RichBar(bar, bar.add_task(title, total=total, completed=int(done), figures=""))

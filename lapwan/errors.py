@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""The exception for errors that a user can fix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend: printed as one line `error: ...`, exit code 2, no traceback.
+    """An error that the user can fix: printed as one line `error: ...`, exit code 2, no traceback.
 
     The message says what is wrong (with the value), what is allowed, and what to do.
     """
@@ -16,11 +16,11 @@ class UserError(Exception):
 class Interrupted(Exception):
     """The user pressed Ctrl-C and the state is saved: printed as one line, exit code 130.
 
-    The message says how to go on.
+    The message says how to continue.
     """
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest of `known`, or an empty string: to append to a message."""
+    """` (did you mean 'x'?)` for the closest word of `known`, to append to a message; empty if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""

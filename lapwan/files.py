@@ -1,4 +1,4 @@
-"""Writing files so that a kill at any moment leaves the old file or the new one, never half of one."""
+"""Atomic writing: a kill at any moment leaves the old file or the new one, never a partial one. Also path checks."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ _TEMPORARY = ".lapwan-tmp-"
 
 
 def cache_root() -> Path:
-    """Where lapwan keeps what it can make again: $LAPWAN_CACHE_DIR, $XDG_CACHE_HOME/lapwan, or ~/.cache/lapwan."""
-    if own := os.environ.get("LAPWAN_CACHE_DIR"):
-        return Path(own)
+    """The folder of files that lapwan can recreate: $LAPWAN_CACHE_DIR, $XDG_CACHE_HOME/lapwan, or ~/.cache/lapwan."""
+    if folder := os.environ.get("LAPWAN_CACHE_DIR"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lapwan"
 
 
 def _temporary(path: Path) -> Path:
-    # The suffix stays last: writers such as PyAV choose the container by it.
+    # The suffix stays at the end: writers such as PyAV choose the container by it.
     return path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
 
 
 def is_temporary(path: Path) -> bool:
-    """True for what a killed run left behind under a temporary name."""
+    """True for a temporary file or folder, such as a killed run leaves behind."""
     return path.name.startswith(_TEMPORARY)
 
 
 def inside(folder: Path, name: object, named_by: Path) -> Path:
-    """The path of a file that another file names, such as a shard of an index: a plain name inside `folder`.
+    """The path in `folder` of a file whose `name` comes from another file, `named_by`, such as an index of shards.
 
     Raises:
-        UserError: not a plain name. A name such as `../model.safetensors` would read or replace files elsewhere.
+        UserError: not a plain file name; `../model.safetensors` would read or replace files elsewhere.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
         raise UserError(f"{named_by} names the file {name!r}; allowed are plain file names inside {folder}, without a "
@@ -54,14 +54,14 @@ def fsync_path(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success fsync it and rename it to `path`, on failure remove it."""
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on failure remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # as the umask says: safetensors' writer makes its files private
+        temporary.chmod(mode)  # that of the umask: safetensors' writer makes its files private
         fsync_path(temporary)
         temporary.replace(path)
         fsync_path(path.parent)
@@ -71,9 +71,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give an empty temporary folder beside `path`; on success fsync its files and rename it to `path`.
+    """Yield an empty temporary folder beside `path`; on success fsync its files and rename it to `path`.
 
-    `path` may exist only as an empty folder or be replaced by the caller's own decision beforehand: see `claim_output`.
+    A folder at `path` is replaced: check it with `claim_output` first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -102,10 +102,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def claim_output(path: Path, overwrite: bool) -> None:
-    """Refuse an output that exists unless `overwrite`; an empty folder counts as absent.
+    """Refuse an output that exists unless `overwrite`; an empty folder counts as absent. Call it before the work.
 
     Raises:
-        UserError: the output exists, its parent is a file, or nothing can be written there: known before the work.
+        UserError: the output exists, its parent is a file, or nothing can be written there.
     """
     for parent in path.parents:
         if parent.exists():

@@ -27,7 +27,7 @@ class NoiseExpert(StrEnum):
 
 
 class Precision(StrEnum):
-    """Forms of the frozen base's Linears in fewer bits than they are computed in: see `lapwan.wan.quantise`."""
+    """Quantised formats of the frozen base's Linears: see `lapwan.wan.quantise`."""
 
     FP8 = "fp8"
     INT8 = "int8"
@@ -36,7 +36,7 @@ class Precision(StrEnum):
 
 @dataclass(frozen=True)
 class Band:
-    """An interval of sigma in [0, 1] (1 = pure noise) that a noise expert serves."""
+    """The interval of sigma in [0, 1] (1 = pure noise) in which a noise expert is used."""
 
     low: float
     high: float
@@ -46,7 +46,7 @@ class Band:
 
 
 def bands(boundary: float | None) -> dict[NoiseExpert, Band]:
-    """Sigma bands by noise expert; without a boundary one transformer serves all of [0, 1]."""
+    """Sigma bands by noise expert; without a boundary a single transformer covers [0, 1]."""
     if boundary is None:
         return {NoiseExpert.HIGH: Band(0.0, 1.0)}
     return {NoiseExpert.HIGH: Band(boundary, 1.0), NoiseExpert.LOW: Band(0.0, boundary)}

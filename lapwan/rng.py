@@ -1,7 +1,7 @@
-"""Randomness by name instead of by order: the same key gives the same numbers whatever was drawn before.
+"""Random numbers by key instead of by order: the same key gives the same numbers whatever was drawn before.
 
-Noise, sigma, order and initial weights are keyed by (seed, place in the run, sample, purpose). So a batch of two is two
-batches of one, two processes draw what one would, and a resumed run continues bitwise.
+Noise, sigma, order and initial weights are keyed by (seed, step, sample, purpose). So a batch of two equals two batches
+of one, two processes draw the same as one, and a resumed run continues bitwise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def seed_of(*key: int | str) -> int:
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator for a key. Draw on the CPU and move: a GPU's generator gives other numbers."""
+    """A CPU generator for a key. Draw on the CPU, then move: a GPU's generator gives other numbers."""
     import torch
 
     return torch.Generator().manual_seed(seed_of(*key))

@@ -1,4 +1,4 @@
-"""LoRA and model files from Python: `from lapwan import merge, inspect_weights`, as the commands of these names.
+"""The commands `merge` and `inspect-weights` as Python functions: `from lapwan import merge, inspect_weights`.
 
     merge("hook.safetensors", moe="mixture.safetensors", mix="hook")
 """
@@ -34,24 +34,32 @@ def merge(
     one_file: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """`lapwan merge`: LoRAs into a model folder (`model`), one transformer (`dit`), or one LoRA (neither); or a mixture
-    (`moe`) at one `mix` into plain LoRAs. Prints nothing; the log goes to stderr.
+    """Merge LoRAs into a model folder (`model`), into one transformer (`dit`), or into one LoRA (neither is given); or
+    convert a mixture (`moe`) at a fixed `mix` to plain LoRAs. Prints nothing; the log goes to stderr.
 
     Args:
-        loras: paths, `"high=FILE:0.8"` or LoraArguments.
-        mix: as a hint is given, such as "hook=0.7,suction=0.3".
-        rank: resize the resulting LoRA by SVD; `format` its key layout; `one_file` for both noise experts' in one.
+        output: the model folder or .safetensors file to write.
+        loras: each as a path, `"high=FILE:0.8"` or a LoraArgument.
+        mix: shares of the experts, such as "hook=0.7,suction=0.3".
+        multiplier: multiplies the strength of every LoRA.
+        rank: resize the resulting LoRA to at most this rank by SVD.
+        format: key layout of the resulting LoRA.
+        one_file: write the LoRAs of both noise experts into one file.
+        overwrite: replace an existing output.
+
+    Returns:
+        The path of the output.
 
     Raises:
-        UserError: what does not fit together, before anything is written.
+        UserError: arguments that contradict each other, or unusable files; nothing is written then.
     """
-    said: dict[str, Any] = {
+    options: dict[str, Any] = {
         "output": output, "model": None if model is None else with_tiny(str(model)), "dit": dit, "moe": moe, "mix": mix,
         "multiplier": multiplier,
         "lora": [lora if isinstance(lora, LoraArgument) else str(lora) for lora in loras], "rank": rank,
         "format": format, "one_file": one_file,
     }
-    settings = load(MergeSettings, options=given(said), environment={})
+    settings = load(MergeSettings, options=given(options), environment={})
     for line in merging.merge(settings, RunOptions(overwrite=overwrite)):
         console.detail(line)
     return Path(output)
@@ -63,12 +71,17 @@ def inspect_weights(
     by: Literal["expert", "block", "projection"] = "expert",
     base: str | Path | None = None,
 ) -> dict[str, Any]:
-    """`lapwan inspect-weights`: the document that `--json` writes, of HIGH and LOW files, one file, or a run folder.
+    """Statistics of the files HIGH and LOW, of one file, or of a run folder, as `lapwan inspect-weights --json` writes.
+
+    Args:
+        preset: purpose of the LoRA: for motion the high noise expert must lead, for character the low one.
+        by: rows of the table: one for each noise expert, block, or projection.
+        base: model with whose weights the updates are compared; None: no comparison.
 
     Raises:
-        UserError: files that are missing, no LoRA, or not a pair.
+        UserError: missing files, files that are no LoRA, or two files that are no pair.
     """
-    said: dict[str, Any] = {"files": [str(file) for file in files], "preset": preset, "by": by}
-    said["base"] = None if base is None else with_tiny(str(base))
-    settings = load(InspectWeightsSettings, options=given(said), environment={})
+    options: dict[str, Any] = {"files": [str(file) for file in files], "preset": preset, "by": by}
+    options["base"] = None if base is None else with_tiny(str(base))
+    settings = load(InspectWeightsSettings, options=given(options), environment={})
     return inspect(settings, *read_points(settings)).document

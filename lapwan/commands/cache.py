@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lapwan import console
-from lapwan.caching.cache_folder import Choices, Result, cache_set, encoders_of, extraction_of, plan_set
-from lapwan.caching.report import drop_lines, plan_lines
-from lapwan.data.dataset import read_dataset
-from lapwan.data.source_clips import Drop
+from lapwan.caching.cache_folder import CacheOptions, CacheResult, build_cache, encoders_from_settings, plan_cache
+from lapwan.caching.report import plan_lines
+from lapwan.data.dataset import extraction_from_settings, read_dataset
+from lapwan.data.dropped_clips import DroppedClip, dropped_lines
 from lapwan.distributed import launched
 from lapwan.errors import UserError
 from lapwan.files import write_text
@@ -18,8 +18,9 @@ from lapwan.tiny.resolve import resolve
 
 SETTINGS_FILE = "lapwan_settings.toml"
 
+
 def run(settings: CacheSettings, options: RunOptions) -> None:
-    """Cache a dataset, or only look at the cache that is there (--verify, --preview without --dataset)."""
+    """Cache a dataset, or only check or preview an existing cache (--verify, --preview without --dataset)."""
     processes = launched()
     if not processes.first:
         console.set_level(console.QUIET)
@@ -33,27 +34,28 @@ def run(settings: CacheSettings, options: RunOptions) -> None:
             _preview(settings)
     processes.close()
     if drops and not settings.skip_bad and not options.dry_run and processes.first:
-        for line in drop_lines(drops):
+        for line in dropped_lines(drops):
             console.log(line.strip())
-        first = f": {drops[0].where}: {drops[0].reason}" if len(drops) == 1 else ", listed above"
+        first = f": {drops[0].name}: {drops[0].reason}" if len(drops) == 1 else ", listed above"
         raise UserError(f"{len(drops)} of the clips could not be cached{first}; all others are done; "
-                        "mend or remove them, or pass --skip-bad")
+                        "fix or remove them, or pass --skip-bad")
 
 
-def _cache(settings: CacheSettings, options: RunOptions) -> list[Drop]:
+def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
     assert settings.dataset is not None and settings.model is not None
     spec = resolve(settings.model, None if settings.i2v is None else "i2v" if settings.i2v else "t2v")
-    encoders = encoders_of(settings, spec)
-    choices = Choices(settings.latents, settings.text, settings.device, settings.workers, settings.batch_size,
-                      settings.vae_dtype, settings.prune, options.overwrite)
-    drops: list[Drop] = []
-    for cache in read_dataset(settings.dataset, settings.output, extraction_of(settings, spec), spec.temporal_stride):
+    encoders = encoders_from_settings(settings, spec)
+    cache_options = CacheOptions(settings.latents, settings.text, settings.device, settings.workers,
+                                 settings.batch_size, settings.vae_dtype, settings.prune, options.overwrite)
+    drops: list[DroppedClip] = []
+    extraction = extraction_from_settings(settings, spec)
+    for cache in read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride):
         if options.dry_run:
-            plan, before = plan_set(cache, encoders, choices)
+            plan, before = plan_cache(cache, encoders, cache_options)
             for line in plan_lines(plan, before.pixels_per_second if before else None):
                 console.results.print(line, markup=False)
             continue
-        result = cache_set(cache, encoders, spec, choices, launched())
+        result = build_cache(cache, encoders, spec, cache_options, launched())
         drops += result.drops
         if launched().first:
             _report(result)
@@ -62,14 +64,14 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[Drop]:
 
 
 def _keep_settings(folder: Path, settings: CacheSettings) -> None:
-    """Write the resolved settings beside the cache, unless they stand there already."""
+    """Write the resolved settings into the cache folder, unless they are there already."""
     text = to_toml(settings, "lapwan cache --config with this file makes this cache")
     path = folder / SETTINGS_FILE
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
 
 
-def _report(result: Result) -> None:
+def _report(result: CacheResult) -> None:
     if result.pruned:
         console.results.print(f"{result.folder}: {result.pruned} files removed", markup=False)
     if not result.seconds:
@@ -103,7 +105,7 @@ def _preview(settings: CacheSettings) -> None:
         raise UserError("--preview decodes with the model's VAE; add --model MODEL")
     folder = _folder(settings, "--preview")
     path = write_preview(folder, resolve(settings.model), settings.preview, settings.device)
-    console.results.print(f"{path}: what the model will see, a row a clip", markup=False)
+    console.results.print(f"{path}: what the model will see, one row per clip", markup=False)
 
 
 def _folder(settings: CacheSettings, flag: str) -> Path:

@@ -36,24 +36,24 @@ _HELD_OUT = 1000  # added to the seed: scenes that training has not seen
 
 
 @dataclass
-class _Diary:
-    """What the closing table says: stage, where its result is, figures, seconds."""
+class _Summary:
+    """The closing table: per stage its title, the path of its result, figures, and seconds."""
 
     rows: list[tuple[str, str, str, float]] = field(default_factory=list)
-    compared: dict[str, dict[str, Any]] = field(default_factory=dict)  # what evaluate says, by what was evaluated
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # evaluation.json by T2V and I2V
 
     @contextmanager
-    def stage(self, title: str, where: Path) -> Iterator[list[str]]:
+    def stage(self, title: str, path: Path) -> Iterator[list[str]]:
         """Time a stage; the block appends its figures."""
         console.log(f"\n== {title} ==")
         started = time.monotonic()
         figures: list[str] = []
         yield figures
-        self.rows.append((title, str(where), "\n".join(figures), time.monotonic() - started))
+        self.rows.append((title, str(path), "\n".join(figures), time.monotonic() - started))
 
 
 def run(settings: DemoSettings, options: RunOptions) -> None:
-    """Make clips, label, cache, train both stages, merge, generate, evaluate, inspect; print what came of it."""
+    """Make clips, label, cache, train both stages, merge, generate, evaluate, inspect; print the results."""
     out = settings.output
     files.claim_output(out, options.overwrite)
     if options.dry_run:
@@ -61,22 +61,22 @@ def run(settings: DemoSettings, options: RunOptions) -> None:
         return
     files.write_text(out / "settings.toml", to_toml(settings, "lapwan demo --config with this file repeats the demo"))
     started = time.monotonic()
-    diary = _Diary()
-    _prepare(settings, diary)
-    _train(settings, diary)
-    _generate(settings, diary)
-    _evaluate(settings, diary)
-    with diary.stage("inspect-weights: what the weights say", out / "weights.json") as figures:
+    summary = _Summary()
+    _prepare(settings, summary)
+    _train(settings, summary)
+    _generate(settings, summary)
+    _evaluate(settings, summary)
+    with summary.stage("inspect-weights: what the weights say", out / "weights.json") as figures:
         _call("inspect-weights", files=[str(p) for p in _loras(out / "stage1").values()],
               json_file=str(out / "weights.json"))
         document = json.loads((out / "weights.json").read_text(encoding="utf-8"))
         ratio = document["ratios"]["delta_norm"]
         figures.append(f"high/low ΔW {ratio:.2f}, verdict {document['verdict']['status']}")
-    _show(diary, time.monotonic() - started)
+    _show(summary, time.monotonic() - started)
 
 
 def _call(command: str, **options: Any) -> None:
-    """Show a command as it would be typed, then run it; --overwrite, since the demo owns its folder."""
+    """Log a command as a user would type it, then run it with --overwrite, since the folder is the demo's."""
     row = next(c for c in COMMANDS if c.name == command)
     model = row.settings_model()
     flags = {f.key: f for f in flag_fields(model)}
@@ -96,42 +96,42 @@ def _call(command: str, **options: Any) -> None:
     row.run(load(model, sets=sets, options=given, environment={}), RunOptions(overwrite=True))
 
 
-def _prepare(settings: DemoSettings, diary: _Diary) -> None:
+def _prepare(settings: DemoSettings, summary: _Summary) -> None:
     out, defaults = settings.output, read_spec(tiny_folder("t2v")).defaults
-    with diary.stage("clips: synthetic laparoscopic scenes", out / "clips") as figures:
+    with summary.stage("clips: synthetic laparoscopic scenes", out / "clips") as figures:
         shape = defaults.size, defaults.num_frames
         cores = min(8, os.cpu_count() or 1)
         clips = write_dataset(out / "clips", settings.clips, settings.seed, *shape, workers=cores)
-        # Others to evaluate on, without the captions that training has seen.
-        others = write_dataset(
+        # Held-out clips to evaluate on, without the captions that training has seen.
+        held_out = write_dataset(
             out / "held_out", settings.prompts, settings.seed + _HELD_OUT, *shape, test_share=1.0)
         seen = {clip.caption for clip in read_clips(clips)}
-        unseen = [clip.data for clip in read_clips(others) if clip.caption not in seen]
-        files.write_text(others, "".join(to_line(data) for data in unseen))
+        unseen = [clip.data for clip in read_clips(held_out) if clip.caption not in seen]
+        files.write_text(held_out, "".join(to_line(data) for data in unseen))
         height, width = defaults.size
         figures.append(f"{settings.clips} clips, {defaults.num_frames} frames of {height}x{width}; "
-                       f"{len(unseen)} more of captions that training does not see")
-    with diary.stage("label: captions to instruments", out / "labels.jsonl") as figures:
+                       f"{len(unseen)} more with captions that training does not see")
+    with summary.stage("label: captions to instruments", out / "labels.jsonl") as figures:
         _call("label", clips=str(clips), output=str(out / "labels.jsonl"), report=str(out / "labels.report.json"))
         families = json.loads((out / "labels.report.json").read_text(encoding="utf-8"))["families"]
         figures.append(", ".join(f"{name} {count}" for name, count in families.items()))
-    with diary.stage("cache: latents and text features", out / "cache") as figures:
+    with summary.stage("cache: latents and text features", out / "cache") as figures:
         _call("cache", dataset=str(out / "labels.jsonl"), model="tiny", output=str(out / "cache"))
         figures.append(f"{settings.clips} clips, {_megabytes(out / 'cache'):.1f} MB")
 
 
-def _train(settings: DemoSettings, diary: _Diary) -> None:
+def _train(settings: DemoSettings, summary: _Summary) -> None:
     out = settings.output
     common = {"data.cache": str(out / "cache"), "steps": str(settings.steps), "seed": str(settings.seed), **_TRAINING}
-    with diary.stage("train-lora: stage 1, both noise experts", out / "stage1") as figures:
+    with summary.stage("train-lora: stage 1, both noise experts", out / "stage1") as figures:
         _call("train-lora", **common, model="tiny", output=str(out / "stage1"))
         figures += _losses(out / "stage1")
-    with diary.stage("merge: stage 1 into the model", out / "merged") as figures:
+    with summary.stage("merge: stage 1 into the model", out / "merged") as figures:
         _call("merge", model="tiny", lora=[f"{e.value}={p}" for e, p in _loras(out / "stage1").items()],
               output=str(out / "merged"))
         figures.append("both transformers, diffusers layout")
-    with diary.stage("train-moe: stage 2, a mixture of four experts", out / "stage2") as figures:
-        # The defaults keep router and gates at ten times the experts' lr, which here would be too much.
+    with summary.stage("train-moe: stage 2, a mixture of four experts", out / "stage2") as figures:
+        # By default router and gates have ten times the experts' lr, too much for this small model.
         _call("train-moe", **common, model=str(out / "merged"), output=str(out / "stage2"),
               **{"router.lr_scale": "0.5", "timestep_gate.lr_scale": "1"})
         figures += _losses(out / "stage2")
@@ -140,49 +140,49 @@ def _train(settings: DemoSettings, diary: _Diary) -> None:
         figures.append(f"router agrees with the labels on {100 * _mean(accuracy):.0f} % of the last steps' clips")
 
 
-def _generate(settings: DemoSettings, diary: _Diary) -> None:
+def _generate(settings: DemoSettings, summary: _Summary) -> None:
     out = settings.output
-    with diary.stage("generate: a prompt to a video", out / "hook.mp4") as figures:
+    with summary.stage("generate: a prompt to a video", out / "hook.mp4") as figures:
         _call("generate", model=str(out / "merged"), moe=str(out / "stage2" / "lapwan.safetensors"), prompt=_PROMPT,
               seed=str(settings.seed), output=str(out / "hook.mp4"))
         mix = json.loads(read_metadata(out / "hook.mp4")["facts"])["moe"]["mix"]
         figures.append("the router's mix: " + ", ".join(f"{name} {share:.2f}" for name, share in mix.items()))
 
 
-def _evaluate(settings: DemoSettings, diary: _Diary) -> None:
+def _evaluate(settings: DemoSettings, summary: _Summary) -> None:
     """Base, stage 1 and stage 2 on the same prompts and noise: text to video, then from first frames."""
     out = settings.output
     moe, loras = out / "stage2" / "lapwan.safetensors", {e.value: p for e, p in _loras(out / "stage1").items()}
     both: dict[str, Any] = {"output": out / "t2v", "seed": settings.seed, "device": "auto"}
     videos = {"clips": out / "held_out" / "clips.jsonl", "count": settings.prompts, "batch_size": 12}
-    with diary.stage("evaluate: text to video", out / "t2v") as figures:
+    with summary.stage("evaluate: text to video", out / "t2v") as figures:
         adapters = [{"name": "base"}, {"name": "stage 1", "model": str(out / "merged")},
                     {"name": "stage 2", "model": str(out / "merged"), "moe": moe}]
-        said = diary.compared["T2V"] = _compare(EvaluateSettings.model_validate(
+        evaluation = summary.evaluations["T2V"] = _compare(EvaluateSettings.model_validate(
             {**both, "model": "tiny", "adapters": adapters, "routing": {"probe": False},
              "videos": {**videos, "ceiling": False, "metrics": ["identity"]}}))
-        routing = said["routing"]
+        routing = evaluation["routing"]
         figures.append(f"router right on {100 * routing['accuracy']:.0f} % of {routing['n']} held-out captions")
-    with diary.stage("evaluate: image to video", out / "i2v") as figures:
+    with summary.stage("evaluate: image to video", out / "i2v") as figures:
         merged = {"model": "tiny-i2v", "lora": loras}
         adapters = [{"name": "base"}, {"name": "stage 1", "model": merged},
                     {"name": "stage 2", "model": merged, "moe": moe, "any_base": True}]
         few = {**videos, "count": max(1, 3 * settings.prompts // 8), "metrics": ["identity", "tip"], "sheet": 4}
-        diary.compared["I2V"] = _compare(EvaluateSettings.model_validate(
+        summary.evaluations["I2V"] = _compare(EvaluateSettings.model_validate(
             {**both, "output": out / "i2v", "model": "tiny-i2v", "adapters": adapters, "videos": few,
              "routing": {"probe": False}}))
         figures.append("both stages were trained on text to video")
 
 
 def _compare(settings: EvaluateSettings) -> dict[str, Any]:
-    """Run `evaluate` from a file of its own; what its JSON says."""
+    """Run `evaluate` from a TOML file that stays beside the output; its evaluation.json."""
     config = settings.output.with_suffix(".toml")
     files.write_text(config, to_toml(settings))
     console.log(f"$ lapwan evaluate --config {shlex.quote(str(config))}")
     row = next(c for c in COMMANDS if c.name == "evaluate")
     row.run(load(row.settings_model(), config=config, environment={}), RunOptions(overwrite=True))
-    said: dict[str, Any] = json.loads((settings.output / "evaluation.json").read_text(encoding="utf-8"))
-    return said
+    document: dict[str, Any] = json.loads((settings.output / "evaluation.json").read_text(encoding="utf-8"))
+    return document
 
 
 def _percent(estimate: Mapping[str, Any]) -> str:
@@ -199,13 +199,14 @@ def _metrics(run_folder: Path) -> list[Mapping[str, Any]]:
 
 
 def _losses(run_folder: Path) -> list[str]:
-    """Flow loss of each noise expert, mean of the first and of the last quarter of its steps."""
+    """Flow loss of each noise expert: means over the first and over the last quarter of its steps."""
     lines = []
     rows = _metrics(run_folder)
     for noise_expert in NoiseExpert:
         losses = [row["loss/diffusion"] for row in rows if row["noise_expert"] == noise_expert.value]
         quarter = max(1, len(losses) // 4)
-        lines.append(f"{noise_expert.value} noise: flow loss {_mean(losses[:quarter]):.3f} -> {_mean(losses[-quarter:]):.3f}")
+        first, last = _mean(losses[:quarter]), _mean(losses[-quarter:])
+        lines.append(f"{noise_expert.value} noise: flow loss {first:.3f} -> {last:.3f}")
     return lines
 
 
@@ -217,31 +218,31 @@ def _megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
-def _show(diary: _Diary, seconds: float) -> None:
+def _show(summary: _Summary, seconds: float) -> None:
     table = Table(box=box.SIMPLE, show_lines=False)
     for column in ("stage", "result", "figures"):
         table.add_column(column, overflow="fold")
     table.add_column("seconds", justify="right")
-    for title, where, figures, took in diary.rows:
-        table.add_row(title.split(":")[0], where, figures, f"{took:.1f}")
+    for title, path, figures, stage_seconds in summary.rows:
+        table.add_row(title.split(":")[0], path, figures, f"{stage_seconds:.1f}")
     table.add_section()
     table.add_row("all", "", "", f"{seconds:.1f}")
     console.results.print(table)
-    console.results.print(_comparison(diary.compared))
+    console.results.print(_comparison(summary.evaluations))
 
 
-def _comparison(compared: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Identity and tip accuracy, a column an adapter."""
+def _comparison(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Identity and tip accuracy, one column per adapter."""
     table = Table(title="% with 95 % interval: the named instrument is seen; its tip is where it should be",
                   title_justify="left", box=box.SIMPLE)
-    arms = list(next(iter(compared.values()))["generation"])
+    arms = list(next(iter(evaluations.values()))["generation"])
     for column in ("", "n", *arms, "VAE"):
         table.add_column(column, justify="left" if column == "" else "right")
-    for what, said in compared.items():
+    for task, document in evaluations.items():
         for metric in ("identity", "tip_accuracy"):
-            by_arm = [said["generation"][name].get(metric) for name in arms]
+            by_arm = [document["generation"][name].get(metric) for name in arms]
             if None not in by_arm:
-                ceiling = said["ceiling"].get(metric)
-                table.add_row(f"{metric.split('_')[0]} {what}", str(by_arm[0]["n"]), *map(_percent, by_arm),
+                ceiling = document["ceiling"].get(metric)
+                table.add_row(f"{metric.split('_')[0]} {task}", str(by_arm[0]["n"]), *map(_percent, by_arm),
                               "" if ceiling is None else _percent(ceiling))
     return table

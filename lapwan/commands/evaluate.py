@@ -1,4 +1,4 @@
-"""`lapwan evaluate`: adapters on held-out clips at equal noise: losses, routing, videos, with intervals."""
+"""`lapwan evaluate`: adapters compared on held-out clips at equal noise: losses, routing, videos, with intervals."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shutil
 from lapwan import console, files
 from lapwan.commands.plan import print_plan
 from lapwan.errors import Interrupted, UserError
-from lapwan.evaluation.metrics import names_of
-from lapwan.evaluation.recipe import open_store, prepare, write_findings
+from lapwan.evaluation.metrics import metric_names
+from lapwan.evaluation.recipe import open_store, prepare, write_results
 from lapwan.evaluation.routing import ProbeSet
 from lapwan.evaluation.study import Study, run_study
-from lapwan.evaluation.tables import Interval, tables
+from lapwan.evaluation.tables import IntervalRule, tables
 from lapwan.models.base import Base
-from lapwan.models.fingerprints import vae_identity
+from lapwan.models.fingerprints import vae_fingerprint
 from lapwan.models.spec import ModelSpec, Task, read_spec
 from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.evaluate import EvaluateSettings
@@ -30,8 +30,8 @@ def run(settings: EvaluateSettings, options: RunOptions) -> None:
     out = settings.output
     if not settings.resume:
         if (out / "videos").is_dir() and not options.overwrite:
-            raise UserError(f"output exists: {out}; pass --resume to go on with it (finished videos that still fit are "
-                            "used), --overwrite to start over, or choose another path")
+            raise UserError(f"output exists: {out}; pass --resume to continue it (finished videos that still match are "
+                            "kept), --overwrite to start over, or choose another path")
         files.claim_output(out, options.overwrite)
     study = prepare(settings, _resolve, SceneJudge(), _probe_set, {"tiny": make_tiny_reward})
     print_plan(settings, _plan(study), options)
@@ -42,28 +42,28 @@ def run(settings: EvaluateSettings, options: RunOptions) -> None:
     files.write_text(out / "settings.toml", to_toml(settings, "lapwan evaluate --config with this file repeats it"))
     store = open_store(study, out / "videos")
     try:
-        findings = run_study(study, store)
+        results = run_study(study, store)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; finished videos are kept in {store.folder}: the same command with --resume "
-                          "goes on") from None
-    interval = Interval(settings.interval.samples, settings.interval.level, settings.seed)
-    path = write_findings(out, study, findings, interval, store, settings.videos.sheet)
-    for table in tables(study, findings, interval):
+                          "continues") from None
+    interval = IntervalRule(settings.interval.samples, settings.interval.level, settings.seed)
+    path = write_results(out, study, results, interval, store, settings.videos.sheet)
+    for table in tables(study, results, interval):
         console.results.print(table)
     console.results.print(str(path), markup=False)
 
 
 def _resolve(model: ModelChoice | None, task: Task | None) -> Base:
-    """The embedded model where none is named; only its name serves several tasks."""
+    """The base that is named, or the embedded model; only `tiny` names a model for each task."""
     model = TINY if model is None else model
     name = model.model if isinstance(model, BaseModelSettings) else model
     return resolve_base(model, task if name == TINY else None, generation=True)
 
 
 def _probe_set(spec: ModelSpec) -> ProbeSet | None:
-    """The scenes' captions say what the embedded model's text features hold, and nothing of another's."""
+    """Captions of the embedded scenes, if the model is the embedded one: its text features are made for them."""
     embedded = read_spec(tiny_folder("i2v" if spec.task == "i2v" else "t2v"))
-    return probe_captions() if vae_identity(spec) == vae_identity(embedded) else None
+    return probe_captions() if vae_fingerprint(spec) == vae_fingerprint(embedded) else None
 
 
 def _plan(study: Study) -> list[str]:
@@ -75,9 +75,9 @@ def _plan(study: Study) -> list[str]:
                      f"{plan.draws} draws for each noise expert, the same for every adapter")
     if study.sampling is not None:
         s, count = study.sampling, len(study.clips) * study.sampling.seeds
-        lines.append(f"videos: {len(study.clips)} clips x {s.seeds} seeds = {count} an adapter, {s.batch_size} at a "
+        lines.append(f"videos: {len(study.clips)} clips x {s.seeds} seeds = {count} per adapter, {s.batch_size} at a "
                      f"time, {s.shape.frames} frames {s.shape.size[0]}x{s.shape.size[1]}, {s.steps} steps")
-        lines.append(f"metrics: {', '.join(names_of(study.scorers)) or 'none'}")
+        lines.append(f"metrics: {', '.join(metric_names(study.scorers)) or 'none'}")
     for name, captions in study.captions.items():
         lines.append(f"routing: {len(captions)} {name}")
     return lines

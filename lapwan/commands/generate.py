@@ -1,4 +1,4 @@
-"""`lapwan generate`: prompts, and images for image-to-video, to video files."""
+"""`lapwan generate`: video files from prompts, and from images for image-to-video."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from lapwan.commands.plan import distributed_run
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import atomic_file, claim_output, is_temporary
 from lapwan.report.contact_sheet import contact_sheet, side_by_side
-from lapwan.sampling.jobs import UNNAMED, VideoJob, check_options, line_jobs, make_jobs, suffix_of
+from lapwan.sampling.jobs import UNNAMED, VideoJob, check_options, line_jobs, make_video_jobs, suffix_of
 from lapwan.sampling.request import grid_of
-from lapwan.sampling.result import Video, check_output, compare, stored
+from lapwan.sampling.result import Video, check_output, compare_with_record, recorded_settings
 from lapwan.sampling.video import write_video
 from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.generate import GenerateSettings
 from lapwan.train.parallel import Distributed
 
 _SHEET_COLUMNS, _GRID_COLUMNS = 6, 4
-_SEEN_WIDTH = 256  # pixels: room for a caption
+_LEAST_WIDTH = 256  # pixels of a video on a sheet, so that a caption fits
 
 
 def run(settings: GenerateSettings, options: RunOptions) -> None:
-    """Check every video against headers, then load, sample and write one after the other."""
+    """Check every video by the headers of the files, then load, sample and write them one after the other."""
     with distributed_run(settings.device) as (distributed, device):
         if not settings.interactive:
             _run(settings, options, distributed, device)
         elif distributed.count > 1:
-            raise UserError(f"--interactive reads from one terminal; {distributed.count} processes were started: start one, "
-                            "or give the prompts as --prompts FILE")
+            raise UserError(f"--interactive reads from one terminal, but {distributed.count} processes were started; "
+                            "start one, or give the prompts as --prompts FILE")
         else:
             run_interactive(settings, options)
 
@@ -39,9 +39,9 @@ def run(settings: GenerateSettings, options: RunOptions) -> None:
 def _run(settings: GenerateSettings, options: RunOptions, distributed: Distributed, device: str) -> None:
     record = None
     if settings.from_video is not None:
-        record, settings = stored(settings.from_video, settings)
+        record, settings = recorded_settings(settings.from_video, settings)
     output = check_options(settings)
-    jobs = make_jobs(settings)
+    jobs = make_video_jobs(settings)
     generator = VideoGenerator.from_settings(settings, device, distributed)
     prepared = [_prepare(generator, job) for job in jobs]
     sheet = _beside(output, len(jobs), "sheet", ".png") if settings.sheet or settings.grid else None
@@ -56,8 +56,8 @@ def _run(settings: GenerateSettings, options: RunOptions, distributed: Distribut
     if options.dry_run and not distributed.first:
         return
     if options.dry_run:
-        own = prepared[0].settings if len(jobs) == 1 else settings
-        filled = settings.model_copy(update={name: getattr(own, name) for name in type(own).model_fields})
+        video = prepared[0].settings if len(jobs) == 1 else settings
+        filled = settings.model_copy(update={name: getattr(video, name) for name in type(video).model_fields})
         console.results.print(to_toml(filled), markup=False)
         return
     videos = _make_all(generator, jobs, prepared, settings, options, distributed)
@@ -68,14 +68,14 @@ def _run(settings: GenerateSettings, options: RunOptions, distributed: Distribut
     if together is not None:
         _write_together(together, jobs, videos)
     if record is not None:
-        compare(record, videos[0])
+        compare_with_record(record, videos[0])
 
 
 def _prepare(generator: VideoGenerator, job: VideoJob) -> Prepared:
     try:
         return generator.prepare(job.settings, model=job.model)
     except UserError as error:
-        raise UserError(f"{job.place}: {error}" if job.place else str(error)) from None
+        raise UserError(f"{job.source}: {error}" if job.source else str(error)) from None
 
 
 def _show_plan(prepared: Sequence[Prepared], distributed: Distributed) -> None:
@@ -129,15 +129,15 @@ def _beside(output: Path, count: int, name: str, suffix: str) -> Path:
 
 
 def _captions(jobs: Sequence[VideoJob]) -> list[str]:
-    """What a grid varies; else the file's name with its prompt, where there are several."""
+    """The option values of a grid; else the prompts, after the file's name if there are several."""
     names = [f"{job.output.stem} " if len(jobs) > 1 else "" for job in jobs]
     return [job.caption or f"{name}{job.settings.prompt or ''}" for name, job in zip(names, jobs, strict=True)]
 
 
 def _scale(videos: Sequence[Video]) -> int:
-    """So that the embedded model's small frames can be seen."""
+    """Factor by which small frames, such as the embedded model's, are enlarged."""
     smallest: int = min(video.frames.shape[2] for video in videos)
-    return max(1, round(_SEEN_WIDTH / smallest))
+    return max(1, round(_LEAST_WIDTH / smallest))
 
 
 def _write_together(path: Path, jobs: Sequence[VideoJob], videos: Sequence[Video]) -> None:
@@ -154,14 +154,15 @@ def _write_sheet(path: Path, jobs: Sequence[VideoJob], videos: Sequence[Video]) 
         image.save(temporary)
     console.results.print(str(path.absolute()), markup=False)
 
+
 _ASK = "prompt (or a JSON object with options; an empty line ends)> "
 
 
 def run_interactive(settings: GenerateSettings, options: RunOptions) -> None:
-    """Make the videos of each line of stdin into the output folder; a bad line is answered and the next one read.
+    """Generate the videos of each line of stdin into the output folder; after a bad line it warns and reads the next.
 
     Raises:
-        UserError: no output folder, or options that belong to other ways of asking.
+        UserError: no output folder, or options that interactive mode does not have.
     """
     folder = settings.output
     if folder is None or folder.suffix:
@@ -169,7 +170,7 @@ def run_interactive(settings: GenerateSettings, options: RunOptions) -> None:
     if settings.prompt is not None or settings.prompts is not None or settings.from_video is not None or settings.grid:
         raise UserError("--interactive reads its prompts from you; leave --prompt, --prompts, --from and --grid out")
     if settings.sheet:
-        raise UserError("--sheet is made of videos that are known before; leave it out with --interactive")
+        raise UserError("--sheet needs all videos of a run; leave it out with --interactive")
     generator = VideoGenerator.from_settings(settings)
     if options.dry_run:
         console.results.print(to_toml(settings), markup=False)

@@ -1,4 +1,4 @@
-"""`lapwan inspect-weights`: what LoRA files say about themselves."""
+"""`lapwan inspect-weights`: statistics of LoRA files, with a verdict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STDOUT = "-"
 
 
 def run(settings: InspectWeightsSettings, options: RunOptions) -> None:
-    """Read, measure, judge; tables on stdout, JSON where asked."""
+    """Read the files, measure and judge them; tables on stdout, JSON and a plot if asked for."""
     json_file = Path(settings.json_file) if settings.json_file not in (None, _STDOUT) else None
     for output in (json_file, settings.plot):
         if output is not None:
@@ -38,12 +38,12 @@ def run(settings: InspectWeightsSettings, options: RunOptions) -> None:
     if settings.json_file == _STDOUT:
         results.print(text, markup=False)
         return
-    _tell(settings, inspection)
+    _print_tables(settings, inspection)
     if json_file is not None:
         files.write_text(json_file, text + "\n")
 
 
-def _tell_routing(document: dict[str, Any]) -> None:
+def _print_routing(document: dict[str, Any]) -> None:
     if (routed := document.get("routing")) is None:
         return
     for line in (*tables.gate_lines(document["mixture"]), tables.router_line(routed["router"])):
@@ -55,17 +55,18 @@ def _tell_routing(document: dict[str, Any]) -> None:
                       "them", markup=False)
 
 
-def _tell(settings: InspectWeightsSettings, inspection: Inspection) -> None:
+def _print_tables(settings: InspectWeightsSettings, inspection: Inspection) -> None:
     document, step = inspection.document, inspection.step
     results.print(tables.figure_table("" if step is None else f"step {step}", inspection.figures))
-    for label, one in document["experts"].items():
-        if "relative_delta" in one:
-            results.print(f"update / weights of the base, {label}: {tables.format_number(one['relative_delta'])}", markup=False)
+    for label, noise_expert in document["experts"].items():
+        if "relative_delta" in noise_expert:
+            ratio = tables.format_number(noise_expert["relative_delta"])
+            results.print(f"update / weights of the base, {label}: {ratio}", markup=False)
     if rate := document["ratios"]["lr"]:
         results.print(f"lr, high / low: {rate:.4g}", markup=False)
     for label, described in document.get("mixture", {}).items():
         results.print(tables.overlap_table(label, described))
-    _tell_routing(document)
+    _print_routing(document)
     if settings.by != "expert":
         for table in tables.group_tables(tables.grouped(inspection.modules, settings.by), settings.by):
             results.print(table)

@@ -1,4 +1,4 @@
-"""`lapwan label`: captions to instrument labels, as a stream."""
+"""`lapwan label`: instrument labels from captions, clip by clip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from lapwan import console
 from lapwan.data.clips import ClipFile, read_clips, relocated, to_line
 from lapwan.data.label_report import LabelReport
-from lapwan.data.labels import Label, Resolver, rounded
+from lapwan.data.labels import CaptionLabeller, Label, round_weights
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, claim_output, write_text
@@ -44,15 +44,15 @@ def run(settings: LabelSettings, options: RunOptions) -> None:
         if not report.clips:
             raise UserError(f"{settings.clips} has no clips; expected one JSON object a line")
         if settings.strict and report.fallback:
-            _tell(settings, report)
+            _write_report(settings, report)
             raise UserError(f"--strict: {report.fallback} of {report.clips} captions name no instrument "
                             f"({_lines(report)}); no labels written; name it there, or leave --strict out")
     write_text(sidecar, to_toml(settings, "lapwan label --config reproduces the labels beside this file"))
-    _tell(settings, report)
+    _write_report(settings, report)
     console.log(f"wrote {settings.output}")
 
 
-def _tell(settings: LabelSettings, report: LabelReport) -> None:
+def _write_report(settings: LabelSettings, report: LabelReport) -> None:
     if settings.report is not None:
         write_text(settings.report, json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")
     _show(report)
@@ -76,7 +76,7 @@ def _lines(report: LabelReport) -> str:
 
 
 def _plan(settings: LabelSettings, clips: ClipFile, taxonomy: Taxonomy) -> None:
-    """Every line is read and checked; only the labelling is left out."""
+    """Read and check every line without labelling it."""
     count = sum(1 for _ in clips)
     console.results.print(to_toml(settings), markup=False, end="")
     console.results.print(
@@ -88,10 +88,10 @@ def _plan(settings: LabelSettings, clips: ClipFile, taxonomy: Taxonomy) -> None:
 def _label_all(
     settings: LabelSettings, clips: ClipFile, taxonomy: Taxonomy, report: LabelReport, output: Path
 ) -> None:
-    resolver = Resolver(taxonomy)
+    resolver = CaptionLabeller(taxonomy)
     total = max(1, -(-clips.bytes_total // _MEBIBYTE))
     done = 0
-    # Relative paths are read from the JSONL's own folder: elsewhere they would lead nowhere.
+    # Relative paths are relative to the JSONL's folder, so they are rewritten if the output is in another one.
     source, target = settings.clips.resolve().parent, settings.output.resolve().parent
     with output.open("w", encoding="utf-8", newline="\n") as file, console.progress("label", total, "MiB") as bar:
         for clip in clips:
@@ -107,12 +107,12 @@ def _label_all(
 
 
 def _labelled(data: dict[str, Any], label: Label, soft: bool, taxonomy: str) -> dict[str, Any]:
-    """The clip's own fields in their order, then the label; labels of an earlier run are replaced."""
+    """The clip's fields in their order, then the label; labels of an earlier run are replaced."""
     out = {key: value for key, value in data.items() if key not in _FIELDS}
     out["instrument_label"] = label.index
     out["instrument_name"] = label.name
     if soft:
-        out["instrument_logits"] = rounded(label.weights)
+        out["instrument_logits"] = round_weights(label.weights)
     out["instrument_taxonomy"] = taxonomy
     if label.fallback:
         out["label_fallback"] = True
@@ -157,7 +157,7 @@ def _show_cooccurrence(report: LabelReport) -> None:
 
 
 def _print_table(title: str, headings: dict[str, Any], rows: list[list[str]]) -> None:
-    """Aligned by display width (a Chinese character takes two columns); outside a terminal never cropped."""
+    """A table aligned by display width (a Chinese character takes two columns), never cropped outside a terminal."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading, justify in headings.items():
         table.add_column(heading, justify=justify, no_wrap=True)

@@ -11,7 +11,7 @@ from lapwan.tiny.resolve import with_tiny
 
 
 def run(settings: MergeSettings, options: RunOptions) -> None:
-    """Plan, check, write."""
+    """Check, then merge and write; `--dry-run` stops after the checks."""
     if options.dry_run:
         results.print(to_toml(settings), markup=False)
     merged = settings if settings.model is None else settings.model_copy(update={"model": with_tiny(settings.model)})
@@ -19,7 +19,7 @@ def run(settings: MergeSettings, options: RunOptions) -> None:
         results.print(line, markup=False)
     if not options.dry_run:
         output = settings.output
-        # Beside a model folder too: inside it stands what the base has and nothing else.
+        # Beside a model folder, not inside it: the folder holds the files of a model only.
         name = output.name if output.is_dir() else output.stem
         text = to_toml(settings, "lapwan merge --config with this file repeats the merge")
         write_text(output.with_name(f"{name}.settings.toml"), text)

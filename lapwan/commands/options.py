@@ -1,6 +1,6 @@
-"""From a settings model to the command line options of its command, and from their values to a run.
+"""Command-line options made from a settings model, and the function that loads the settings and runs the command.
 
-Imports the settings and so pydantic: `lapwan.cli` imports this module only when a command is asked for.
+Imports the settings and so pydantic: `lapwan.cli` imports this module only when a command is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import typer
 from lapwan.commands.table import Command
 from lapwan.settings.base import FlagField, flag_fields
 
-NO_VALUE = ""  # as a metavar: a flag takes none, and Typer would write <bool> behind it
+NO_VALUE = ""  # metavar of a flag: for None, Typer would write <bool> behind it
 
 
 def _common(name: str, kind: Any, default: Any, *flags: str, help: str, metavar: str = NO_VALUE) -> inspect.Parameter:
@@ -28,12 +28,12 @@ def _common(name: str, kind: Any, default: Any, *flags: str, help: str, metavar:
 _COMMON = (
     _common("config", Path | None, None, "--config", metavar="FILE", help="Settings as TOML."),
     _common("sets", list[str], [], "--set", metavar="KEY=VALUE",
-            help="One setting, as section.key=value; repeatable."),
+            help="Set one key, as section.key=value; repeatable."),
     _common("dry_run", bool, False, "--dry-run", help="Check everything, print the resolved settings and the plan, "
-                                                      "stop."),
-    _common("overwrite", bool, False, "--overwrite", help="Replace an output that exists."),
-    _common("verbose", bool, False, "-v", "--verbose", help="Say more on stderr."),
-    _common("quiet", bool, False, "-q", "--quiet", help="Only warnings and errors on stderr."),
+                                                      "then stop."),
+    _common("overwrite", bool, False, "--overwrite", help="Replace an existing output."),
+    _common("verbose", bool, False, "-v", "--verbose", help="Print more details on stderr."),
+    _common("quiet", bool, False, "-q", "--quiet", help="Print only warnings and errors on stderr."),
 )
 
 
@@ -55,7 +55,7 @@ def _help(field: FlagField) -> str:
 
 
 def _parameter(name: str, field: FlagField) -> inspect.Parameter:
-    """The Typer parameter of a settings field: strings through, so that the settings parse them in one place."""
+    """The Typer parameter of a settings field. Values stay strings: the settings parse them, as they do a file's."""
     annotation, flag = field.info.annotation, field.flag
     many = _is_list(annotation)
     metavar = flag.metavar or field.key.rsplit(".", 1)[-1].upper()
@@ -66,7 +66,7 @@ def _parameter(name: str, field: FlagField) -> inspect.Parameter:
         long = field.long_name
         short = [n for n in flag.names if not n.startswith("--")]
         if _holds(annotation, bool):
-            # What is off by default needs no second name; a file's `true` is taken back by --set.
+            # A flag that is off by default has no --no- form; --set KEY=false overrides a file's `true`.
             if "/" not in long and field.info.default is not False:
                 long = f"{long}/--no-{long[2:]}"
             info = typer.Option(long, *short, metavar=NO_VALUE, help=_help(field), show_default=False)
@@ -79,12 +79,12 @@ def _parameter(name: str, field: FlagField) -> inspect.Parameter:
 
 
 def function_of(command: Command) -> Callable[..., None]:
-    """A function whose keyword arguments are the command's options, as Typer reads them, and that runs the command."""
+    """The function of a command for Typer: its keyword arguments are the options, and it runs the command."""
     settings_model = command.settings_model()
     fields = {field.key.replace(".", "__"): field for field in flag_fields(settings_model)}
 
     def call(**values: Any) -> None:
-        from lapwan import console  # a help needs none of these
+        from lapwan import console  # --help needs none of these
         from lapwan.settings.base import RunOptions
         from lapwan.settings.load import load
 

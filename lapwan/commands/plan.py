@@ -1,26 +1,26 @@
-"""What every training command says before it works."""
+"""What several commands do before their work: joining the processes, finding the task, printing the plan."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from lapwan import console
 from lapwan.caching.read import load_index
 from lapwan.models.spec import Task
 from lapwan.settings.base import RunOptions, Settings, to_toml
-from lapwan.settings.train import DataSettings
 from lapwan.train.parallel import Distributed, join_processes
 
 
-def index_task(data: DataSettings) -> Task | None:
-    """The task the cache was made for: it decides which `tiny` is meant."""
-    task = load_index(data.cache, data.labels).task
+def index_task(cache: Path, labels: Path | None = None) -> Task | None:
+    """The task that a cache was made for; it selects the model that `tiny` names."""
+    task = load_index(cache, labels).task
     return "i2v" if task == "i2v" else "t2v" if task == "t2v" else None
 
 
 def print_plan(settings: Settings, lines: Sequence[str], options: RunOptions) -> None:
-    """The plan on stderr; under --dry-run also the resolved settings on stdout."""
+    """Print the plan on stderr; under --dry-run also the resolved settings on stdout."""
     for line in lines:
         console.log(line)
     if options.dry_run:
@@ -30,11 +30,11 @@ def print_plan(settings: Settings, lines: Sequence[str], options: RunOptions) ->
 
 @contextmanager
 def distributed_run(device: str) -> Iterator[tuple[Distributed, str]]:
-    """This process among the run's, and its device; all but the first keep quiet."""
-    distributed, own = join_processes(device)
+    """The processes of this run and this process's device; all but the first process are quiet."""
+    distributed, local_device = join_processes(device)
     if not distributed.first:
         console.set_level(console.QUIET)
     try:
-        yield distributed, own
+        yield distributed, local_device
     finally:
         distributed.close()

@@ -1,15 +1,13 @@
-"""`lapwan srpo`: a noise expert aligned with what reward models prefer."""
+"""`lapwan srpo`: a noise expert aligned with the preferences of reward models."""
 
 from __future__ import annotations
 
 import torch
 
 from lapwan import console
-from lapwan.caching.read import load_index
-from lapwan.commands.plan import distributed_run, print_plan
+from lapwan.commands.plan import distributed_run, index_task, print_plan
 from lapwan.errors import UserError
 from lapwan.models.device import pick_device
-from lapwan.models.spec import Task
 from lapwan.rewards.base import warn_chinese
 from lapwan.rewards.build import Maker, build_rewards
 from lapwan.settings.base import RunOptions
@@ -31,7 +29,7 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
         planned = plan(settings, device, distributed.count)
         base, data, memory = planned.base, planned.data, planned.memory
         print_plan(settings, [*describe(settings, base, data, planned.intervals), memory.line,
-                              "what this run takes of a GPU:", *memory.table], options)
+                              "GPU memory of this run:", *memory.table], options)
         slow = too_slow(settings, base, data, device)
         if options.dry_run:
             if slow:
@@ -41,7 +39,7 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
             raise UserError(slow)
         if distributed.first:
             start_folder(settings, options.overwrite)
-        rewards = build_rewards(settings.rewards, device, _others())
+        rewards = build_rewards(settings.rewards, device, _embedded_rewards())
         if distributed.first:
             warn_chinese(rewards, [*data.captions, *data.held_out])
         trainer = recipe.prepare(settings, base, data, rewards, memory, device, distributed)
@@ -55,19 +53,12 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
 
 
 def plan(settings: SrpoSettings, device: torch.device, processes: int = 1) -> SrpoPlan:
-    """`plan_run` on the model that the settings name."""
-    return plan_run(settings, resolve_base(settings.model, _task(settings)), device, processes)
+    """`plan_run` on the base that the settings name; prompts without a cache mean text-to-video for `tiny`."""
+    task = None if settings.prompts.cache is None else index_task(settings.prompts.cache)
+    return plan_run(settings, resolve_base(settings.model, task), device, processes)
 
 
-def _others() -> dict[str, Maker]:
+def _embedded_rewards() -> dict[str, Maker]:
     from lapwan.tiny.reward import make_tiny_reward
 
     return {"tiny": make_tiny_reward}
-
-
-def _task(settings: SrpoSettings) -> Task | None:
-    """A cache says which `tiny` is meant; prompts alone are text-to-video's."""
-    if settings.prompts.cache is None:
-        return None
-    task = load_index(settings.prompts.cache).task
-    return "i2v" if task == "i2v" else "t2v" if task == "t2v" else None

@@ -1,4 +1,4 @@
-"""`lapwan train-lora`: one LoRA for each noise expert, from one run."""
+"""`lapwan train-lora`: a LoRA for each noise expert, in one run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
 from lapwan.train.callbacks.build import check_callbacks
 from lapwan.train.checklist import checklist, describe
-from lapwan.train.context_parallel import divided
 from lapwan.train.lora.objective import lora_names
 from lapwan.train.lora.recipe import plan_lora, prepare
+from lapwan.train.parallel import choose_parallelism
 from lapwan.train.run_folder import claim_run, start_folder
 
 
@@ -22,12 +22,13 @@ def run(settings: TrainLoraSettings, options: RunOptions) -> None:
     with distributed_run(settings.device) as (distributed, device_name):
         if distributed.first:
             claim_run(settings, options.overwrite)
-        base = resolve_base(settings.model, index_task(settings.data))
-        distributed = divided(settings, base, distributed)
+        base = resolve_base(settings.model, index_task(settings.data.cache, settings.data.labels))
+        distributed = choose_parallelism(settings, base, distributed)
         data = recipe.read_data(settings, base)
         continued = recipe.initial_loras(settings.init_lora, base)
         device = pick_device(device_name)
-        memory = distributed.alike(plan_lora(settings, base, data, device, options.dry_run, distributed.copies))
+        memory = distributed.agree(
+            plan_lora(settings, base, data, device, options.dry_run, distributed.context_parallel_size))
         plan = [*describe(settings, base, data, continued), memory.line]
         plan += check_callbacks(settings, base, data)
         print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)

@@ -12,8 +12,8 @@ from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
 from lapwan.train.callbacks.build import check_callbacks
 from lapwan.train.checklist import checklist, describe
-from lapwan.train.context_parallel import divided
 from lapwan.train.moe.recipe import base_loras, check_mixture, describe_mixture, plan_mixture, prepare
+from lapwan.train.parallel import choose_parallelism
 from lapwan.train.run_folder import claim_run, start_folder
 
 
@@ -22,16 +22,16 @@ def run(settings: TrainMoeSettings, options: RunOptions) -> None:
     with distributed_run(settings.device) as (distributed, device_name):
         if distributed.first:
             claim_run(settings, options.overwrite)
-        base = resolve_base(settings.model, index_task(settings.data))
-        distributed = divided(settings, base, distributed)
+        base = resolve_base(settings.model, index_task(settings.data.cache, settings.data.labels))
+        distributed = choose_parallelism(settings, base, distributed)
         data = recipe.read_data(settings, base)
         taxonomy = load_taxonomy(settings.taxonomy)
         check_mixture(settings, base, data, taxonomy)
-        frozen = base_loras(settings, base)  # a wrong one is refused now rather than after the weights are loaded
+        frozen = base_loras(settings, base)  # now, so that a wrong file is refused before the weights are loaded
         device = pick_device(device_name)
         plan = [*describe(settings, base, data), *describe_mixture(settings, data, taxonomy)]
-        memory = distributed.alike(
-            plan_mixture(settings, base, data, taxonomy, frozen, device, options.dry_run, distributed.copies))
+        memory = distributed.agree(plan_mixture(
+            settings, base, data, taxonomy, frozen, device, options.dry_run, distributed.context_parallel_size))
         plan.append(memory.line)
         plan += check_callbacks(settings, base, data, taxonomy)
         print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
