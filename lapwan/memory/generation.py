@@ -1,4 +1,4 @@
-"""The memory plan of a generation: what stays on the device while it samples, reads prompts and decodes."""
+"""The memory plan of a generation: what stays on the device while it encodes prompts, samples and decodes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,22 @@ import torch
 
 from lapwan.checkpoints.container import read_header
 from lapwan.lora.attach import Group
-from lapwan.memory.plan import GIB, PLACES, WORKSPACE, MemoryPlan, Rates, Strategy, choose, free_of, placements
+from lapwan.memory.plan import (
+    GIB,
+    RING_SLOTS,
+    WORKSPACE,
+    MemoryPlan,
+    Strategy,
+    Throughput,
+    choose,
+    memory_budget,
+    placements,
+)
 from lapwan.memory.shapes import ClipShape, GroupShape, NoiseExpertShape
 from lapwan.models.original_layout import read_tensors, t5_to_transformers
 from lapwan.models.spec import ModelSpec, original_file, tensor_shapes, weight_files
 from lapwan.names import NoiseExpert, Precision
-from lapwan.wan.quantise.linears import KINDS
+from lapwan.wan.quantise.linears import LINEAR_CLASSES
 from lapwan.wan.quantise.load import Recipe
 
 __all__ = ["Memory", "describe", "forward_bytes", "free_bytes", "plan_generation", "text_encoder_bytes",
@@ -27,12 +37,12 @@ __all__ = ["Memory", "describe", "forward_bytes", "free_bytes", "plan_generation
 Memory = Literal["auto", "both", "one", "stream"] | float
 
 # Beside A14B's bf16 weights diffusers' own forward takes 2.1 GiB at 256x256 and 10.4 GiB at 480x832 (81 frames, H200):
-# at most 40 values of the transformer's width a token.
-_VALUES_A_TOKEN = 40
-# The VAE's decoding works frame by frame: measured on an H200 in fp32, 1.0 GiB at 256x256 and 4.7 at 480x832.
-_DECODED_BYTES = 12_600  # a pixel of one frame, at Wan2.1's decoder width
+# at most 40 values of the transformer's width per token.
+_VALUES_PER_TOKEN = 40
+# The VAE decodes frame by frame: measured on an H200 in fp32, 1.0 GiB at 256x256 and 4.7 at 480x832.
+_DECODED_BYTES = 12_600  # per pixel of one frame, at the width of Wan2.1's decoder
 _DECODER_WIDTH = 96
-_WORDS = 128  # rows of a text whose keys and values are kept: Wan's negative prompt has 126
+_TEXT_ROWS = 128  # text tokens whose keys and values are cached: Wan's negative prompt has 126
 
 
 def weight_bytes(spec: ModelSpec, noise_expert: NoiseExpert, dtype: torch.dtype) -> int:
@@ -42,16 +52,16 @@ def weight_bytes(spec: ModelSpec, noise_expert: NoiseExpert, dtype: torch.dtype)
 
 
 def forward_bytes(spec: ModelSpec, dtype: torch.dtype, num_frames: int, size: tuple[int, int]) -> int:
-    """An upper bound of what a forward pass takes beside the weights: 40 · width · itemsize · tokens, and a GiB."""
+    """An upper bound of the activations of a forward pass: 40 · width · itemsize · tokens, plus a GiB."""
     _, frames, height, width = spec.latent_shape(num_frames, *size)
     patch = spec.pixel_multiple // spec.spatial_stride
     tokens = frames * (height // patch) * (width // patch)
     features = tensor_shapes(weight_files(spec.component(spec.noise_experts[0])))["patch_embedding.weight"][0]
-    return _VALUES_A_TOKEN * features * dtype.itemsize * tokens + GIB
+    return _VALUES_PER_TOKEN * features * dtype.itemsize * tokens + GIB
 
 
-def _text_sizes(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape and bytes of each tensor, without reading it."""
+def _text_encoder_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape and bytes of each tensor, from headers."""
     if (original := original_file(folder)) is not None and original.suffix != ".safetensors":
         tensors = read_tensors(original)
         return {t5_to_transformers(name): (tuple(t.shape), t.nbytes) for name, t in tensors.items()}
@@ -61,22 +71,22 @@ def _text_sizes(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
 
 
 def text_encoder_bytes(spec: ModelSpec, precision: Precision | None = None, streamed: bool = False) -> int:
-    """The text encoder on a device: all of it, or what lies outside its blocks and two of them."""
+    """The text encoder on the device; `streamed`: its weights outside the blocks and the slots of the ring."""
     outer, blocks = 0, dict[str, int]()
-    for name, (shape, size) in _text_sizes(spec.path / "text_encoder").items():
+    for name, (shape, size) in _text_encoder_tensors(spec.path / "text_encoder").items():
         if not name.startswith("encoder.block."):
             outer += 0 if name == "encoder.embed_tokens.weight" else size
             continue
         number = name.split(".")[2]
         if precision is not None and len(shape) == 2 and "relative" not in name:
-            size = int(math.prod(shape) * KINDS[precision].bits / 8)
+            size = int(math.prod(shape) * LINEAR_CLASSES[precision].bits / 8)
         blocks[number] = blocks.get(number, 0) + size
-    return outer + (PLACES * max(blocks.values(), default=0) if streamed else sum(blocks.values()))
+    return outer + (RING_SLOTS * max(blocks.values(), default=0) if streamed else sum(blocks.values()))
 
 
 def decode_bytes(spec: ModelSpec, num_frames: int, size: tuple[int, int]) -> int:
-    """Of the VAE in fp32 and its decoding: work by the frame's pixels and the decoder's width, and the frames
-    themselves, made and joined."""
+    """The VAE in fp32, its activations (by pixels of a frame and decoder width), and the frames twice: decoded and
+    concatenated."""
     folder, pixels = spec.path / "vae", size[0] * size[1]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     width = config.get("decoder_base_dim") or config.get("base_dim") or _DECODER_WIDTH
@@ -87,7 +97,7 @@ def decode_bytes(spec: ModelSpec, num_frames: int, size: tuple[int, int]) -> int
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What torch could still get on a CUDA device, blocks it holds without use included; None on a CPU."""
+    """What torch can still allocate on a CUDA device, its own unused cache included; None on a CPU."""
     if device.type != "cuda":
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -95,9 +105,15 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 @dataclass(frozen=True)
-class Asking:
-    """A generation, as far as its memory goes. `batch` videos at once, `guided`: any step evaluates twice, `processes`
-    share each sequence's tokens."""
+class GenerationWorkload:
+    """What determines the memory of a generation.
+
+    Args:
+        size: (height, width) in pixels.
+        batch: videos at a time.
+        guided: whether any step uses classifier-free guidance.
+        processes: that share each sequence's tokens.
+    """
 
     num_frames: int
     size: tuple[int, int]
@@ -108,67 +124,69 @@ class Asking:
 
 
 def shapes_of(groups: Sequence[Group]) -> list[GroupShape]:
-    """The shapes of LoRAs that are attached without being trained."""
+    """The shapes of attached LoRAs that are not trained."""
     return [GroupShape({path: entry.down.shape[0] for path, entry in group.state.entries.items()}, False)
             for group in groups]
 
 
 def plan_generation(
     spec: ModelSpec, groups: Mapping[NoiseExpert, Sequence[Group]], dtype: torch.dtype, recipe: Recipe | None,
-    asking: Asking, memory: Memory, free: int | None, rates: Rates | None, text_bytes: int,
+    workload: GenerationWorkload, memory: Memory, free: int | None, rates: Throughput | None, text_bytes: int,
     host_free: int | None = None,
 ) -> MemoryPlan:
-    """The quickest way that fits, of: both noise experts or one, more and more blocks streamed, guidance in one batch
-    or in two.
+    """The fastest strategy that fits: both noise experts or one, none to all blocks streamed, guidance in one batch or
+    in two passes.
 
     Args:
-        free: bytes the device could give, weights already there included; None on a CPU, where everything stays.
-        rates: None where nothing is free to be planned with.
-        text_bytes: of the text encoder on the device.
+        free: bytes available on the device, already loaded weights included; None on a CPU, where nothing moves.
+        rates: the device's throughput; None where `free` is.
+        text_bytes: the text encoder on the device.
+        host_free: available host memory; None: unknown.
     """
-    asked, free = memory, free_of(free, memory)
+    free = memory_budget(free, memory)
     if free is None or rates is None:
-        own = placements(len(spec.noise_experts), spec.num_layers, "both" if asked == "auto" else asked)[0]
-        return MemoryPlan(Strategy(own, 0, 0.0), 0, 0, None, asked)
+        placement = placements(spec.num_layers, "both" if memory == "auto" else memory)[0]
+        return MemoryPlan(Strategy(placement, 0, 0.0), 0, 0, None, memory)
     shapes = {e: NoiseExpertShape(spec, e, dtype, recipe, shapes_of(groups.get(e, ()))) for e in spec.noise_experts}
-    each = [shape.bytes() for shape in shapes.values()]
-    phases = {"text": text_bytes, "decode": decode_bytes(spec, asking.num_frames, asking.size)}
+    sizes = [shape.bytes() for shape in shapes.values()]
+    phases = {"text": text_bytes, "decode": decode_bytes(spec, workload.num_frames, workload.size)}
     strategies = []
-    for together in (True, False) if asking.guided else (True,):
-        clip = ClipShape(asking.batch * (2 if asking.guided and together else 1), asking.num_frames, *asking.size)
-        work = max(shape.forward_work(clip, asking.processes) for shape in shapes.values())
+    for batched in (True, False) if workload.guided else (True,):
+        samples = workload.batch * (2 if workload.guided and batched else 1)
+        clip = ClipShape(samples, workload.num_frames, *workload.size)
+        activations = max(shape.forward_memory(clip, workload.processes) for shape in shapes.values())
         first = next(iter(shapes.values()))
-        work += first.text_bytes(clip.batch * _WORDS)
-        flops = first.flops(clip, range(spec.num_layers)).times(1 / asking.processes)
-        once = flops.seconds(rates)
-        passes = 2 if asking.guided and not together else 1
-        for place in placements(len(each), spec.num_layers, asked):
-            copied = max(sum(one.blocks[: place.streamed]) for one in each) / rates.bus
-            swaps = 0.0 if place.both else sum(one.weights for one in each) / rates.bus / asking.steps
-            # Together is a little quicker even where nothing streams: products with more rows.
-            seconds = passes * max(once * (1.0 if passes == 1 else 1.02), copied) + swaps
-            strategies.append(Strategy(place, work, seconds, together=together))
-    return choose(each, strategies, WORKSPACE, free, asked, phases, host_free)
+        activations += first.text_cache_bytes(clip.batch * _TEXT_ROWS)
+        flops = first.flops(clip, range(spec.num_layers)).times(1 / workload.processes)
+        evaluation = flops.seconds(rates)
+        passes = 2 if workload.guided and not batched else 1
+        for placement in placements(spec.num_layers, memory):
+            copies = max(sum(size.blocks[: placement.streamed]) for size in sizes) / rates.bus
+            swaps = 0.0 if placement.both else sum(size.weights for size in sizes) / rates.bus / workload.steps
+            # One batch is a little faster even where nothing streams: matrix products with more rows.
+            seconds = passes * max(evaluation * (1.0 if passes == 1 else 1.02), copies) + swaps
+            strategies.append(Strategy(placement, activations, seconds, batched_guidance=batched))
+    return choose(sizes, strategies, WORKSPACE, free, memory, phases, host_free)
 
 
 def describe(plan: MemoryPlan, device: torch.device, count: int) -> str:
-    """The decision and its numbers, as one line."""
-    place = plan.strategy.placement
-    if place.streamed:
-        what = f"{place.streamed} blocks of the noise expert at work stream from host memory to {device}"
+    """The decision and its numbers in one line; `count`: noise experts of the model."""
+    placement = plan.strategy.placement
+    if placement.streamed:
+        what = f"{placement.streamed} blocks of the active noise expert stream from host memory to {device}"
     elif count > 1:
-        what = f"both noise experts stay on {device}" if place.both else f"one noise expert on {device} at a time"
-    elif place.both:
+        what = f"both noise experts stay on {device}" if placement.both else f"one noise expert on {device} at a time"
+    elif placement.both:
         what = f"the transformer stays on {device}"
     else:
-        what = f"the transformer leaves {device} to the text encoder"
-    why = {"auto": "auto"}.get(str(plan.asked), "as asked")
-    if isinstance(plan.asked, float):
-        why = f"within {plan.asked:g} GiB"
+        what = f"the transformer leaves {device} while prompts are encoded and frames decoded"
+    why = {"auto": "auto"}.get(str(plan.requested), "as asked")
+    if isinstance(plan.requested, float):
+        why = f"within {plan.requested:g} GiB"
     if not plan.parts:
         return f"memory: {what} ({why})"
-    own = ", ".join(f"{name} {size / GIB:.1f}" for name, size in plan.parts.items() if size >= GIB / 20)
-    has = "" if plan.free is None else f" of {plan.free / GIB:.1f}"
-    alone = "" if plan.strategy.together else "; guidance in two passes"
-    return (f"memory: {what} ({why}): predicted peak {plan.peak / GIB:.1f}{has} GiB ({own}){plan.host_words}; "
-            f"{plan.strategy.seconds:.2f} s a step predicted{alone}")
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in plan.parts.items() if size >= GIB / 20)
+    free = "" if plan.free is None else f" of {plan.free / GIB:.1f}"
+    passes = "" if plan.strategy.batched_guidance else "; guidance in two passes"
+    return (f"memory: {what} ({why}): predicted peak {plan.peak / GIB:.1f}{free} GiB ({parts}){plan.host_summary}; "
+            f"{plan.strategy.seconds:.2f} s a step predicted{passes}")

@@ -1,10 +1,13 @@
-"""Where weights stay and what is computed again: every way allowed, its bytes and seconds, and the best that fits.
+"""The choice of a memory strategy: each candidate's bytes and seconds, and the fastest one that fits.
 
-    resident  Σ experts (or the largest, one at a time) of outer + blocks that stay + places of the ring
-    peak      resident + adapters + data + work of the largest phase + workspace
+    resident  Σ noise experts (or the largest, one at a time) of outer + resident blocks + slots of the block ring
+    peak      resident + adapters + activations of the largest phase + fixed (workspace, data)
     step      max(prefix, streamed bytes / bus) + trained blocks (forward, recomputation, backward) + swap
 
-All arithmetic, no torch: bytes in, a plan out. Units: bytes, seconds, flops.
+Arithmetic only, no torch: sizes in, a plan out. `training` and `generation` list the candidates.
+Units: bytes, seconds, flops.
+How to add a strategy: a field of `Strategy` (or `Placement`), its bytes in `resident` or `_evaluate`, and its
+candidates with their seconds in `training._strategies` or `generation.plan_generation`.
 """
 
 from __future__ import annotations
@@ -16,17 +19,17 @@ from pathlib import Path
 from typing import Literal
 
 GIB = 1 << 30
-WORKSPACE = 96 << 20  # of the matrix libraries, taken from torch's allocator
-SLACK, MARGIN = 0.08, 256 << 20  # what fits: predicted · 1.08 + 256 MiB for gaps between blocks
-PLACES = 2  # of a ring
+WORKSPACE = 96 << 20  # of cuBLAS and its like, taken from torch's allocator
+SLACK, MARGIN = 0.08, 256 << 20  # a plan fits if predicted · 1.08 + 256 MiB is free: fragmentation
+RING_SLOTS = 2  # blocks of a `BlockRing` on the device: one computes while the next is copied
 Checkpointing = Literal["off", "op", "block"]
-Asked = str | float
+Requested = str | float
 
 
 @dataclass(frozen=True)
 class NoiseExpertBytes:
-    """Of one noise expert: its blocks, what is outside of them, and the rows of its adapters with all that goes with
-    them (gradients, moments)."""
+    """The size of one noise expert: its blocks, the weights outside them, and its adapters with their gradients and
+    optimizer state."""
 
     blocks: tuple[int, ...]
     outer: int
@@ -34,12 +37,12 @@ class NoiseExpertBytes:
 
     @property
     def weights(self) -> int:
-        """All of the base."""
+        """All base weights."""
         return self.outer + sum(self.blocks)
 
-    def staying(self, streamed: int) -> int:
-        """On the device while it works, with its first `streamed` blocks in a ring of two places."""
-        ring = min(PLACES, streamed) * max(self.blocks[:streamed], default=0)
+    def resident(self, streamed: int) -> int:
+        """Base weights on the device while it runs, with its first `streamed` blocks in a ring."""
+        ring = min(RING_SLOTS, streamed) * max(self.blocks[:streamed], default=0)
         return self.outer + sum(self.blocks[streamed:]) + ring
 
 
@@ -52,62 +55,75 @@ class Placement:
 
 
 def resident(noise_experts: Sequence[NoiseExpertBytes], placement: Placement) -> int:
-    """Base weights and adapters on the device while a noise expert works; adapters of both stay."""
-    each = [noise_expert.staying(placement.streamed) for noise_expert in noise_experts]
+    """Base weights and adapters on the device while a noise expert runs. Adapters of both are never offloaded."""
+    each = [noise_expert.resident(placement.streamed) for noise_expert in noise_experts]
     return (sum(each) if placement.both else max(each)) + sum(noise_expert.adapters for noise_expert in noise_experts)
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Of a device: flops a second of products in the computing dtype and in fp8, of attention, bytes a second of the
-    bus from host memory."""
+class Throughput:
+    """Of a device: flops a second of matrix products in the compute dtype and in fp8, and of attention; bytes a second
+    from host memory over the bus."""
 
-    product: float
-    product8: float
+    matmul: float
+    matmul_fp8: float
     attention: float
     bus: float
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one pass: products, products in fp8, attention."""
+    """Of one pass: matrix products in the compute dtype, in fp8, and attention."""
 
-    product: float = 0.0
-    product8: float = 0.0
+    matmul: float = 0.0
+    matmul_fp8: float = 0.0
     attention: float = 0.0
 
-    def seconds(self, rates: Rates) -> float:
-        """At a device's rates."""
-        return self.product / rates.product + self.product8 / rates.product8 + self.attention / rates.attention
+    def seconds(self, rates: Throughput) -> float:
+        """The time it takes at a device's throughput."""
+        return self.matmul / rates.matmul + self.matmul_fp8 / rates.matmul_fp8 + self.attention / rates.attention
 
     def times(self, factor: float) -> Flops:
-        """All of it `factor` times."""
-        return Flops(self.product * factor, self.product8 * factor, self.attention * factor)
+        """Every count multiplied by `factor`."""
+        return Flops(self.matmul * factor, self.matmul_fp8 * factor, self.attention * factor)
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to run, with what it takes. `whole_blocks`: the first trained blocks that are computed again whole,
-    whatever `checkpointing` says of the others. `together`: guidance's two evaluations as one batch."""
+    """A candidate: where weights are, what is recomputed, how batches are split, and its cost.
+
+    Args:
+        activations: bytes beside weights and adapters at the peak of a step (gradients of activations included).
+        seconds: predicted time of a step.
+        whole_blocks: the first trained blocks, recomputed whole whatever `checkpointing` is for the others.
+        micro_batch: clips at a time; 0: the whole batch.
+        batched_guidance: both evaluations of classifier-free guidance as one batch.
+    """
 
     placement: Placement
-    work: int
+    activations: int
     seconds: float
     checkpointing: Checkpointing = "off"
     whole_blocks: int = 0
     micro_batch: int = 0
-    together: bool = True
+    batched_guidance: bool = True
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The way chosen, what it needs of the device (`peak`) and of the host, and why."""
+    """The chosen strategy, its predicted peak on the device, and the host memory it needs.
+
+    Args:
+        free: bytes the plan may use on the device; None where nothing was predicted.
+        requested: the `memory` setting.
+        parts: the predicted bytes of the main phase by what they are for.
+    """
 
     strategy: Strategy
     peak: int
     host: int
     free: int | None
-    asked: Asked
+    requested: Requested
     parts: Mapping[str, int] = field(default_factory=dict)
     host_free: int | None = None
 
@@ -118,17 +134,17 @@ class MemoryPlan:
 
     @property
     def streamed(self) -> range:
-        """Indices of the blocks that stream."""
+        """Indices of the streamed blocks."""
         return range(self.strategy.placement.streamed)
 
     @property
     def fits_host(self) -> bool:
-        """Whether the host holds what waits there."""
+        """Whether the host has memory for the offloaded weights."""
         return self.host_free is None or self.host <= self.host_free
 
     @property
-    def host_words(self) -> str:
-        """What of the host's memory it takes, for the line that tells the plan."""
+    def host_summary(self) -> str:
+        """The host memory it needs, as the end of a log line; empty if none."""
         if not self.host:
             return ""
         lacking = "" if self.fits_host or self.host_free is None else (
@@ -137,49 +153,51 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the prediction lies below what is free."""
-        return self.free is None or needs(self.peak) <= self.free
+        """Whether the predicted peak is below the free memory, slack included."""
+        return self.free is None or required_bytes(self.peak) <= self.free
 
 
-# What compiled blocks take of the memory that the same operations take one by one, measured on an H200 with 5 and 40
-# blocks at 256x256 and 480x832: they fuse, and their backward computes again what is cheap. By what a step recomputes;
-# an evaluation takes the same either way, since its norms and residuals are kernels of their own.
-COMPILED: Mapping[Checkpointing, float] = {"off": 0.79, "op": 0.97, "block": 0.75}
+# Activation memory of compiled blocks relative to eager ones, by what is recomputed. Measured on an H200 with 5 and 40
+# blocks at 256x256 and 480x832: operations fuse, and the compiled backward recomputes cheap ones. Evaluations take the
+# same either way, since norms and residuals already run as fused kernels.
+COMPILED_ACTIVATIONS: Mapping[Checkpointing, float] = {"off": 0.79, "op": 0.97, "block": 0.75}
 
 
-# Seconds of a training step over those of its products and attention, measured on an H200 with a LoRA: one by one, and
-# compiled. (An evaluation takes what they take.)
-STEP_SECONDS: Mapping[bool, float] = {False: 1.55, True: 1.25}
-OP_SECONDS = 1.06  # of the trained blocks, cheap operations computed again, over nothing computed again
+# Time of a training step relative to that of its matrix products and attention, by whether it is compiled. Measured on
+# an H200 with a LoRA. (An evaluation takes as long as its products and attention.)
+STEP_OVERHEAD: Mapping[bool, float] = {False: 1.55, True: 1.25}
+OP_OVERHEAD = 1.06  # time of trained blocks with cheap operations recomputed, relative to no recomputation
 
 
-def host_memory() -> int | None:
-    """Bytes the host could still give, as Linux says; None elsewhere."""
+def available_host_memory() -> int | None:
+    """MemAvailable of Linux in bytes; None elsewhere."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
         return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
-    return None if found is None else 1024 * int(found[1])
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+    return None if match is None else 1024 * int(match[1])
 
 
-def needs(peak: int) -> int:
-    """What must be free for a predicted peak."""
+def required_bytes(peak: int) -> int:
+    """What must be free for a predicted peak: 1.08 · peak + 256 MiB."""
     return int(peak * (1 + SLACK)) + MARGIN
 
 
 def choose(
-    noise_experts: Sequence[NoiseExpertBytes], strategies: Iterable[Strategy], beside: int, free: int | None, asked: Asked,
-    phases: Mapping[str, int] | None = None, host_free: int | None = None,
+    noise_experts: Sequence[NoiseExpertBytes], strategies: Iterable[Strategy], fixed: int, free: int | None,
+    requested: Requested, phases: Mapping[str, int] | None = None, host_free: int | None = None,
 ) -> MemoryPlan:
-    """The fastest way that fits the device and the host; of equally fast ones the first. If none does, the fastest that
-    fits the device; if none does, the smallest there.
+    """The fastest strategy that fits the device and the host; the first of equally fast ones.
+
+    If none fits both, the fastest that fits the device. If none fits the device, the one with the smallest peak.
 
     Args:
-        beside: bytes that are there in every phase (data, workspace).
-        phases: other phases' bytes beside the weights that must be there with them (reading a prompt, decoding).
-        host_free: host memory for what waits there; None: not known.
+        fixed: bytes present in every phase (workspace, idle gradients).
+        phases: bytes beside the weights of other phases (encoding a prompt, decoding), by name.
+        host_free: available host memory; None: unknown.
     """
-    plans = [replace(_plan(noise_experts, strategy, beside, free, asked, phases or {}), host_free=host_free) for strategy in strategies]
+    plans = [replace(_evaluate(noise_experts, strategy, fixed, free, requested, phases or {}), host_free=host_free)
+             for strategy in strategies]
     fitting = [plan for plan in plans if plan.fits]
     fitting = [plan for plan in fitting if plan.fits_host] or fitting
     if fitting:
@@ -187,40 +205,41 @@ def choose(
     return min(plans, key=lambda plan: plan.peak)
 
 
-def _plan(
-    noise_experts: Sequence[NoiseExpertBytes], strategy: Strategy, beside: int, free: int | None, asked: Asked, phases: Mapping[str, int]
+def _evaluate(
+    noise_experts: Sequence[NoiseExpertBytes], strategy: Strategy, fixed: int, free: int | None,
+    requested: Requested, phases: Mapping[str, int],
 ) -> MemoryPlan:
-    weights, adapters = resident(noise_experts, strategy.placement), sum(noise_expert.adapters for noise_expert in noise_experts)
-    own = {"weights": weights - adapters, "adapters": adapters, "work": strategy.work, "beside": beside}
-    working = sum(own.values())
-    # In another phase a noise expert that is not kept for good has left.
-    elsewhere = {name: size + beside + (weights if strategy.placement.both else adapters) for name, size in phases.items()}
-    peak = max([working, *elsewhere.values()])
-    host = 0 if strategy.placement.both and not strategy.placement.streamed else sum(noise_expert.weights for noise_expert in noise_experts)
-    return MemoryPlan(strategy, peak, host, free, asked, own)
+    both, streamed = strategy.placement.both, strategy.placement.streamed
+    weights = resident(noise_experts, strategy.placement)
+    adapters = sum(noise_expert.adapters for noise_expert in noise_experts)
+    parts = {"weights": weights - adapters, "adapters": adapters, "activations": strategy.activations, "other": fixed}
+    # In the other phases only adapters remain, unless both noise experts stay on the device.
+    others = [size + fixed + (weights if both else adapters) for size in phases.values()]
+    peak = max([sum(parts.values()), *others])
+    host = 0 if both and not streamed else sum(noise_expert.weights for noise_expert in noise_experts)
+    return MemoryPlan(strategy, peak, host, free, requested, parts)
 
 
-def placements(count: int, frozen_blocks: int, asked: Asked) -> list[Placement]:
-    """What may be tried, the quickest first: both, one at a time, and more and more blocks streamed.
+def placements(frozen_blocks: int, requested: Requested) -> list[Placement]:
+    """The placements to try, fastest first: both, one at a time, then more and more streamed blocks.
 
     Args:
-        count: noise experts; of a single one there is no other to make room for.
-        frozen_blocks: the first blocks, which nothing trains.
-        asked: auto or GiB: all; both, one, stream: that.
+        frozen_blocks: the first blocks, in which nothing is trained.
+        requested: auto or GiB: all of them; both, one or stream: that one.
     """
     streams = [Placement(False, n) for n in range(1, frozen_blocks + 1)]
-    if asked == "both":
+    if requested == "both":
         return [Placement(True)]
-    if asked == "one":
+    if requested == "one":
         return [Placement(False)]
-    if asked == "stream":
+    if requested == "stream":
         return streams[-1:] or [Placement(False)]
-    return [Placement(True), *([Placement(False)]), *streams]
+    return [Placement(True), Placement(False), *streams]
 
 
-def free_of(free: int | None, asked: Asked) -> int | None:
-    """What the plan may use: what is free, and no more than was asked for."""
-    if not isinstance(asked, float):
+def memory_budget(free: int | None, requested: Requested) -> int | None:
+    """Bytes the plan may use: the free memory, capped at the GiB that were requested."""
+    if not isinstance(requested, float):
         return free
-    limit = int(asked * GIB)
+    limit = int(requested * GIB)
     return limit if free is None else min(free, limit)

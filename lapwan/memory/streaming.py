@@ -1,4 +1,10 @@
-"""Frozen weights that wait in host memory: pinned next to a GPU, so that copies run at the bus's speed, beside work."""
+"""Frozen weights in host memory, moved to the device whole (`ModelOffload`) or block by block (`BlockRing`).
+
+Next to a GPU the host memory is pinned, so that copies run at the bus's speed and overlap with compute.
+
+    host memory   block 0 | block 1 | block 2 | ...
+    device        slot 0: block i computes    slot 1: block i + 1 is copied on another stream
+"""
 
 from __future__ import annotations
 
@@ -9,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lapwan.wan.transformer.options import forward_options
+from lapwan.memory.plan import RING_SLOTS
+from lapwan.wan.transformer.forward_options import forward_options
 
 _CHUNK = 1 << 30  # of pinned memory: torch rounds every pinned allocation up to a power of two
-ALIGNMENT = 256  # bytes, as the CUDA allocator's; products round by it on a CPU
+ALIGNMENT = 256  # bytes, as in the CUDA allocator; on a CPU the rounding of matrix products depends on alignment too
 
 
 def aligned(size: int) -> int:
@@ -20,251 +27,254 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-class HostSpace:
-    """Host memory handed out piece by piece from large allocations."""
+class HostPool:
+    """Host memory cut from large allocations."""
 
     def __init__(self, pinned: bool) -> None:
-        self._pinned, self._least = pinned, _CHUNK if pinned else 0
+        self._pinned, self._chunk_size = pinned, _CHUNK if pinned else 0
         self.chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
 
-    def take(self, size: int) -> Tensor:
-        """`size` bytes."""
+    def allocate(self, size: int) -> Tensor:
+        """`size` bytes, aligned."""
         if self._used + aligned(size) > len(self.chunk):
-            wanted = max(aligned(size), self._least)
-            self.chunk, self._used = torch.empty(wanted, dtype=torch.uint8, pin_memory=self._pinned), 0
+            length = max(aligned(size), self._chunk_size)
+            self.chunk, self._used = torch.empty(length, dtype=torch.uint8, pin_memory=self._pinned), 0
         start, self._used = self._used, self._used + aligned(size)
         return self.chunk[start : start + size]
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """The tensor's values in this memory."""
-        return like(self.take(tensor.nbytes), tensor).copy_(tensor.data)
+        return view_like(self.allocate(tensor.nbytes), tensor).copy_(tensor.data)
 
 
-def like(memory: Tensor, tensor: Tensor) -> Tensor:
-    """A piece of memory as a tensor of another's dtype and shape."""
+def view_like(memory: Tensor, tensor: Tensor) -> Tensor:
+    """Bytes viewed as a tensor of another's dtype and shape."""
     return memory.view(tensor.dtype).view(tensor.shape)
 
 
 class HostCopy:
-    """Frozen tensors with a copy in host memory, made once: afterwards parking is free and fetching one copy.
+    """Frozen tensors with a copy in host memory, made once: afterwards offloading is free and onloading one copy.
 
     The tensors keep their identity, so that adapters and modules that hold them see the move.
     """
 
     def __init__(self, tensors: Iterable[Tensor], pinned: bool) -> None:
         self._tensors = list(tensors)
-        space = HostSpace(pinned)
+        pool = HostPool(pinned)
         self._copies: list[Tensor] = []
         for tensor in self._tensors:
-            self._copies.append(space.copy_of(tensor))
+            self._copies.append(pool.copy_of(tensor))
             if pinned and tensor.device.type == "cpu":
-                tensor.data = self._copies[-1]  # at once: the weights are in host memory one time only
+                tensor.data = self._copies[-1]  # at once, so that host memory never holds all weights twice
 
     def offload(self) -> None:
         """Leave the device."""
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
             tensor.data = copy
 
-    def fetch(self, device: torch.device) -> None:
-        """Return to the device, ordered before whatever the current stream does next."""
+    def onload(self, device: torch.device) -> None:
+        """Copy to the device; work queued on the current stream afterwards sees the weights."""
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
             tensor.data = copy.to(device, non_blocking=True, copy=True)
 
-DEPTH = 2  # places: one computes while the next is filled
-
 
 @dataclass(frozen=True)
-class _Run:
-    """Bytes that lie together in host memory and in a place: one copy."""
+class _Span:
+    """Bytes that are contiguous both in host memory and in a slot: one copy."""
 
     chunk: Tensor
-    first: int
-    start: int  # in the place
+    chunk_start: int
+    slot_start: int
     size: int
 
 
 @dataclass(frozen=True)
-class _Waiting:
-    """A block in host memory: its tensors, their copies, where each begins in a place, and the runs they make."""
+class _HostBlock:
+    """A block in host memory: its tensors, their copies, each one's offset in a slot, and the spans to copy."""
 
     tensors: list[Tensor]
     copies: list[Tensor]
-    starts: list[int]
-    runs: list[_Run]
+    offsets: list[int]
+    spans: list[_Span]
     size: int
 
 
 @dataclass
-class _Place:
-    """Room for one block on the device. `filled` and `free` are events of the copying and the computing stream."""
+class _Slot:
+    """Device memory for one block. `filled` and `free` are events of the copy stream and of the compute stream."""
 
     memory: Tensor
-    holds: int | None = None
+    block: int | None = None
     filled: Any = None
     free: Any = None
 
 
 class BlockRing:
-    """The residency of a transformer's streamed blocks; `ready` and `done` of others do nothing.
+    """Streams a transformer's blocks through a few slots on the device; other blocks are left alone.
+
+    The `Residency` of a forward: `ready(index)` before a block runs, `done(index)` after it was launched.
 
     Args:
-        blocks: tensors of each streamed block by its index; frozen, and not used by another block.
-        depth: places on the device, at least 2 for copies to overlap with work.
+        blocks: tensors of each streamed block by its index; frozen, and not shared with another block.
+        slots: on the device; at least 2 for copies to overlap with compute.
     """
 
-    def __init__(self, blocks: Mapping[int, Iterable[Tensor]], device: torch.device, depth: int = DEPTH) -> None:
+    def __init__(self, blocks: Mapping[int, Iterable[Tensor]], device: torch.device, slots: int = RING_SLOTS) -> None:
         self._device, self._cuda = device, device.type == "cuda"
-        space = HostSpace(pinned=self._cuda)
-        self._blocks = {index: _to_host(list(own), space) for index, own in sorted(blocks.items())}
+        pool = HostPool(pinned=self._cuda)
+        self._blocks = {index: _to_host(list(tensors), pool) for index, tensors in sorted(blocks.items())}
         self._order = list(self._blocks)
-        self._depth = max(1, min(depth, len(self._order)))
-        self._places: list[_Place] = []
+        self._slot_count = max(1, min(slots, len(self._order)))
+        self._slots: list[_Slot] = []
         self._stream: Any = None
         self._next = 0  # position in the order of the block to copy next
         self.copied_bytes = 0
 
     @property
-    def place_bytes(self) -> int:
-        """Of the device, all places."""
-        return self._depth * max((block.size for block in self._blocks.values()), default=0)
+    def ring_bytes(self) -> int:
+        """Device memory of all slots."""
+        return self._slot_count * max((block.size for block in self._blocks.values()), default=0)
 
     def start(self) -> None:
-        """Take the places and begin to fill them; does nothing if they are there."""
-        if self._places or not self._order:
+        """Allocate the slots and start to fill them; does nothing if they are allocated."""
+        if self._slots or not self._order:
             return
-        size = self.place_bytes // self._depth
-        self._places = [_Place(torch.empty(size, dtype=torch.uint8, device=self._device)) for _ in range(self._depth)]
+        size = self.ring_bytes // self._slot_count
+        self._slots = [
+            _Slot(torch.empty(size, dtype=torch.uint8, device=self._device)) for _ in range(self._slot_count)]
         if self._cuda:
             self._stream = self._stream or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # who had this memory before is done
+            # Whatever used this memory before has finished.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._next = 0
-        for place in self._places:
-            self._fill(place)
+        for slot in self._slots:
+            self._fill(slot)
 
     def release(self) -> None:
-        """Give the places back; the weights are in host memory."""
-        if self._cuda and self._places:
+        """Free the slots; the weights are in host memory."""
+        if self._cuda and self._slots:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        self._places = []
+        self._slots = []
 
-    def _fill(self, place: _Place) -> None:
+    def _fill(self, slot: _Slot) -> None:
         index = self._order[self._next]
         self._next = (self._next + 1) % len(self._order)
-        self._copy(place, index)
+        self._copy(slot, index)
 
-    def _copy(self, place: _Place, index: int) -> None:
+    def _copy(self, slot: _Slot, index: int) -> None:
         block = self._blocks[index]
-        if self._cuda and place.free is not None:
-            self._stream.wait_event(place.free)
-        with torch.cuda.stream(self._stream):  # None, on a CPU, is no other stream
-            for run in block.runs:
-                source = run.chunk[run.first : run.first + run.size]
-                place.memory[run.start : run.start + run.size].copy_(source, non_blocking=True)
+        if self._cuda and slot.free is not None:
+            self._stream.wait_event(slot.free)
+        with torch.cuda.stream(self._stream):  # on a CPU the stream is None, which changes nothing
+            for span in block.spans:
+                source = span.chunk[span.chunk_start : span.chunk_start + span.size]
+                slot.memory[span.slot_start : span.slot_start + span.size].copy_(source, non_blocking=True)
         if self._cuda:
-            place.filled = self._stream.record_event()
-        place.holds = index
+            slot.filled = self._stream.record_event()
+        slot.block = index
         self.copied_bytes += block.size
 
     def ready(self, index: int) -> None:
-        """The block's tensors are in a place; what the current stream does next comes after their copy."""
+        """Point the block's tensors at a slot; work queued on the current stream afterwards sees its weights."""
         block = self._blocks.get(index)
         if block is None:
             return
         self.start()
-        place = next((p for p in self._places if p.holds == index), None)
-        if place is None:  # a forward that was cut short, or another order: begin again from here
-            if self._cuda:  # what was launched may still read a place that was never marked free
+        slot = next((slot for slot in self._slots if slot.block == index), None)
+        if slot is None:  # an interrupted forward, or another order: restart from this block
+            if self._cuda:  # launched work may still read a slot that was never marked free
                 self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            place = self._places[0]
-            self._copy(place, index)
+            slot = self._slots[0]
+            self._copy(slot, index)
             self._next = (self._order.index(index) + 1) % len(self._order)
-            for other in self._places[1:]:
+            for other in self._slots[1:]:
                 self._fill(other)
         if self._cuda:
-            torch.cuda.current_stream(self._device).wait_event(place.filled)
-        for tensor, start in zip(block.tensors, block.starts, strict=True):
-            tensor.data = like(place.memory[start : start + tensor.nbytes], tensor)
+            torch.cuda.current_stream(self._device).wait_event(slot.filled)
+        for tensor, offset in zip(block.tensors, block.offsets, strict=True):
+            tensor.data = view_like(slot.memory[offset : offset + tensor.nbytes], tensor)
 
     def done(self, index: int) -> None:
-        """The block has been launched: when it has run, its place takes the next one."""
+        """The block was launched: once it has run, its slot takes the next block."""
         block = self._blocks.get(index)
         if block is None:
             return
-        place = next(p for p in self._places if p.holds == index)
+        slot = next(slot for slot in self._slots if slot.block == index)
         for tensor, copy in zip(block.tensors, block.copies, strict=True):
             tensor.data = copy
         if self._cuda:
-            place.free = torch.cuda.current_stream(self._device).record_event()
-        if self._depth < len(self._order):
-            self._fill(place)
+            slot.free = torch.cuda.current_stream(self._device).record_event()
+        if self._slot_count < len(self._order):
+            self._fill(slot)
 
 
-def _to_host(tensors: list[Tensor], space: HostSpace) -> _Waiting:
+def _to_host(tensors: list[Tensor], pool: HostPool) -> _HostBlock:
     copies: list[Tensor] = []
-    starts: list[int] = []
-    runs: list[_Run] = []
+    offsets: list[int] = []
+    spans: list[_Span] = []
     size = 0
     for tensor in tensors:
-        copies.append(space.copy_of(tensor))
-        tensor.data = copies[-1]  # at once: a block is never in memory twice
-        starts.append(size)
-        first, length = int(copies[-1].storage_offset()) * tensor.itemsize, aligned(tensor.nbytes)
-        last = runs[-1] if runs else None
-        if last is not None and last.chunk is space.chunk and last.first + last.size == first:
-            runs[-1] = _Run(last.chunk, last.first, last.start, last.size + length)
+        copies.append(pool.copy_of(tensor))
+        tensor.data = copies[-1]  # at once, so that a block is never in memory twice
+        offsets.append(size)
+        start, length = int(copies[-1].storage_offset()) * tensor.itemsize, aligned(tensor.nbytes)
+        last = spans[-1] if spans else None
+        if last is not None and last.chunk is pool.chunk and last.chunk_start + last.size == start:
+            spans[-1] = _Span(last.chunk, last.chunk_start, last.slot_start, last.size + length)
         else:
-            runs.append(_Run(space.chunk, first, size, length))
+            spans.append(_Span(pool.chunk, start, size, length))
         size += length
-    return _Waiting(tensors, copies, starts, runs, size)
+    return _HostBlock(tensors, copies, offsets, spans, size)
 
 
-def by_hooks(blocks: nn.ModuleList, ring: BlockRing) -> None:
-    """Let a ring bring the weights of blocks that another model's own forward calls."""
+def stream_by_hooks(blocks: nn.ModuleList, ring: BlockRing) -> None:
+    """Stream the blocks of a model with a forward of its own, by forward hooks."""
     for index, block in enumerate(blocks):
         block.register_forward_pre_hook(lambda *_, index=index: ring.ready(index))
         block.register_forward_hook(lambda *_, index=index: ring.done(index))
 
 
-class Residence:
-    """One transformer's weights between host and device: what stays while it works, and the blocks that stream.
+class ModelOffload:
+    """Moves a model's frozen weights between host and device; some of its blocks may stream while it runs.
 
     Args:
-        own: tensors that are left where they are (an adapter's rows).
-        streamed: indices of blocks that pass through the ring.
-        blocks_name: of the model's blocks; those of another model than Wan's transformer bring themselves by hooks.
+        excluded: tensors that are never moved (an adapter's rows).
+        streamed: indices of the blocks that pass through a ring.
+        blocks_name: path of the model's blocks. Only Wan's transformer ("blocks") asks its `residency` for them; the
+            blocks of any other model are streamed by hooks.
     """
 
     def __init__(
-        self, transformer: nn.Module, own: Iterable[Tensor], device: torch.device, streamed: Sequence[int] = (),
+        self, model: nn.Module, excluded: Iterable[Tensor], device: torch.device, streamed: Sequence[int] = (),
         blocks_name: str = "blocks",
     ) -> None:
         self._device = device
-        kept_out = {id(tensor) for tensor in own}
-        blocks = transformer.get_submodule(blocks_name)
+        skip = {id(tensor) for tensor in excluded}
+        blocks = model.get_submodule(blocks_name)
         assert isinstance(blocks, nn.ModuleList)
-        by_block = {index: [t for t in tensors_of(blocks[index]) if id(t) not in kept_out] for index in streamed}
+        by_block = {index: [t for t in tensors_of(blocks[index]) if id(t) not in skip] for index in streamed}
         self.ring = BlockRing(by_block, device) if by_block else None
-        kept_out |= {id(tensor) for own_tensors in by_block.values() for tensor in own_tensors}
-        self._rest = HostCopy((t for t in tensors_of(transformer) if id(t) not in kept_out), device.type == "cuda")
+        skip |= {id(tensor) for tensors in by_block.values() for tensor in tensors}
+        self._rest = HostCopy((t for t in tensors_of(model) if id(t) not in skip), device.type == "cuda")
         if blocks_name == "blocks":
-            forward_options(transformer).residency = self.ring
+            forward_options(model).residency = self.ring
         elif self.ring is not None:
-            by_hooks(blocks, self.ring)
-        self.here = False
+            stream_by_hooks(blocks, self.ring)
+        self.on_device = False
 
     def offload(self) -> None:
-        """Leave the device."""
+        """Leave the device; slots of the ring are freed."""
         self._rest.offload()
         if self.ring is not None:
             self.ring.release()
-        self.here = False
+        self.on_device = False
 
-    def fetch(self) -> None:
-        """Come to the device, what streams as far as the ring holds it."""
-        self._rest.fetch(self._device)
+    def onload(self) -> None:
+        """Bring resident weights to the device and start the ring."""
+        self._rest.onload(self._device)
         if self.ring is not None:
             self.ring.start()
-        self.here = True
+        self.on_device = True
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

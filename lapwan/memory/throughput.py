@@ -1,26 +1,26 @@
-"""How fast a device is: measured once a process, in a few hundredths of a second, on products of a common size."""
+"""A device's throughput, measured once per process in a few hundredths of a second on matrix products."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
 
-from lapwan.memory.plan import Rates
+from lapwan.memory.plan import Throughput
 from lapwan.wan.quantise.linears import fp8_in_hardware
 from lapwan.wan.transformer import kernels
 
 _SIZE = {"cuda": 6144, "cpu": 384}
-_COPY = 64 << 20  # bytes
-# Against the rate of plain products, as measured on an H200: fused attention, fp8 with its inputs' rounding.
+_COPY_BYTES = 64 << 20
+# Relative to plain matrix products, measured on an H200: fused attention, and fp8 with the rounding of its inputs.
 _ATTENTION, _FP8 = 0.72, 1.6
-# A product alone runs faster than one among norms, activations and rotations: of a whole block's time, this is product.
-_SHARE = 0.8
+# Of a block's time, this share is matrix products; the rest is norms, activations and rotary embeddings.
+_MATMUL_SHARE = 0.8
 
 
-def _seconds(run: object, device: torch.device, repeats: int) -> float:
-    assert callable(run)
+def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -33,15 +33,16 @@ def _seconds(run: object, device: torch.device, repeats: int) -> float:
 
 
 @cache
-def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
-    """A device's rates in `dtype`."""
-    kernels.prepare(device)  # a plan is of what will run
+def measure_throughput(device: torch.device, dtype: torch.dtype) -> Throughput:
+    """A device's throughput in `dtype`."""
+    kernels.prepare(device)  # so that plans are made for the kernels that will run
     size = _SIZE[device.type]
     a = torch.randn(size, size, device=device, dtype=dtype)
-    product = _SHARE * 2.0 * size**3 / _seconds(lambda: a @ a, device, 5)
+    matmul = _MATMUL_SHARE * 2.0 * size**3 / _seconds(lambda: a @ a, device, 5)
     if device.type != "cuda":
-        return Rates(product, product, product, 5e9)
-    host = torch.empty(_COPY, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty(_COPY, dtype=torch.uint8, device=device)
-    bus = _COPY / _seconds(lambda: there.copy_(host, non_blocking=True), device, 5)
-    return Rates(product, product * (_FP8 if fp8_in_hardware(device) else 1.0), product * _ATTENTION / _SHARE, bus)
+        return Throughput(matmul, matmul, matmul, 5e9)
+    host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
+    bus = _COPY_BYTES / _seconds(lambda: target.copy_(host, non_blocking=True), device, 5)
+    fp8 = matmul * (_FP8 if fp8_in_hardware(device) else 1.0)
+    return Throughput(matmul, fp8, matmul * _ATTENTION / _MATMUL_SHARE, bus)

@@ -1,7 +1,7 @@
-"""The memory a forward, or a forward and backward, takes beside its weights: the real code on tensors without values.
+"""Peak memory of a forward, or a forward and backward, beside the weights: the real code runs on meta tensors.
 
-Every operation of the eager path is met in its order; a storage counts from its creation until nothing holds it, as in
-CUDA's allocator. Attention is the fused one, which keeps q, k, v, its output and one number a row.
+Every operation of the eager path is dispatched in order. A storage counts from its creation until nothing refers to it,
+as in CUDA's allocator. Attention is the fused one, which keeps q, k, v, its output and the log-sum-exp of each row.
 Shapes: B samples, H heads, N queries, L keys, d head width.
 """
 
@@ -20,19 +20,19 @@ from torch.utils._pytree import tree_leaves
 _ROUND = 512  # bytes: CUDA's allocations are multiples of this
 
 
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of storages made while it is on, now and at most."""
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages created while the mode is active: alive now, and at the peak."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.live = self.peak = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {_identity(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {_identity(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (key := _identity(tensor)) not in given and key not in self._known:
+            if isinstance(tensor, Tensor) and (key := _identity(tensor)) not in inputs and key not in self._known:
                 self._add(tensor, key)
         return out
 
@@ -40,13 +40,13 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         size = -(-storage.nbytes() // _ROUND) * _ROUND
         self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self.live += size
+        self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self.now -= size
+        self.live -= size
 
 
 def _identity(tensor: Tensor) -> int:
@@ -59,20 +59,20 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TracedWork:
-    """Bytes beside weights: at most, and what is left at the end (gradients)."""
+class TracedMemory:
+    """Bytes beside the weights: `peak`, and what is `left` at the end (gradients)."""
 
     peak: int
     left: int
 
 
-def measure(run: Callable[[], Any]) -> TracedWork:
-    """The memory of `run`, which works on meta tensors made before."""
-    live = _Live()
-    # Left to itself, a device without values takes the attention that makes all N · L products.
+def trace_memory(run: Callable[[], Any]) -> TracedMemory:
+    """The memory of `run`, which computes on meta tensors created before."""
+    mode = _LiveBytes()
+    # By default the meta device uses the attention that materialises all N · L scores.
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
-        with live:
+        with mode:
             kept = run()
     del kept
-    return TracedWork(live.peak, live.now)
+    return TracedMemory(mode.peak, mode.live)

@@ -1,4 +1,4 @@
-"""Contact sheets: rows of frames of several videos on one picture, to judge them at a glance."""
+"""Contact sheets (rows of frames of several videos in one image) and videos side by side."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from lapwan import console
 
 _GAP, _MARGIN = 2, 6  # pixels
-_GROUND, _INK = (24, 24, 28), (235, 235, 235)
-# Where systems keep a font with Chinese glyphs, tried in this order. Without one Chinese captions are left out.
+_BACKGROUND, _INK = (24, 24, 28), (235, 235, 235)
+# Usual paths of fonts with Chinese glyphs, in this order. Without one, Chinese characters are left out.
 _CJK_FONTS = (
     "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
     "/usr/share/fonts/noto-cjk/NotoSansCJK-Regular.ttc",
@@ -27,13 +27,13 @@ _CJK_FONTS = (
 
 def contact_sheet(videos: Sequence[np.ndarray], columns: int, captions: Sequence[str] | None = None,
                   scale: int = 1) -> Image.Image:
-    """One row a video: `columns` of its frames, evenly spaced from the first to the last, its caption above.
+    """One row per video: `columns` of its frames, evenly spaced from the first to the last, its caption above.
 
     Args:
         videos: uint8 RGB [T, H, W, 3] each; sizes may differ between rows.
         columns: frames shown of each video (fewer where a video has fewer).
-        captions: one a video. Characters that no font at hand can draw are left out.
-        scale: whole-number enlargement of the frames, without smoothing.
+        captions: one per video. Characters that no installed font can draw are left out.
+        scale: integer enlargement of the frames, without smoothing.
     """
     if columns < 1 or not videos:
         raise ValueError(f"a sheet needs at least one video and one column, got {len(videos)} and {columns}")
@@ -46,7 +46,7 @@ def contact_sheet(videos: Sequence[np.ndarray], columns: int, captions: Sequence
     texts = [_drawable(text, font, can_cjk, width - 2 * _MARGIN) for text in texts]
     line = 20 if any(texts) else 0
     height = sum(row.shape[0] + line + _MARGIN for row in rows) + _MARGIN
-    sheet = Image.new("RGB", (width, height), _GROUND)
+    sheet = Image.new("RGB", (width, height), _BACKGROUND)
     pen, top = ImageDraw.Draw(sheet), _MARGIN
     for row, text in zip(rows, texts, strict=True):
         if text:
@@ -57,12 +57,12 @@ def contact_sheet(videos: Sequence[np.ndarray], columns: int, captions: Sequence
 
 
 def side_by_side(videos: Sequence[np.ndarray], captions: Sequence[str], columns: int, scale: int = 1) -> np.ndarray:
-    """Videos played together in a grid, each under its caption: uint8 [T, H, W, 3] of even height and width.
+    """Videos playing side by side in a grid, each under its caption: uint8 [T, H, W, 3] of even height and width.
 
     Args:
         videos: uint8 RGB [T, H, W, 3], all of one shape.
         columns: videos in a row.
-        scale: whole-number enlargement of the frames, without smoothing.
+        scale: integer enlargement of the frames, without smoothing.
     """
     frames, height, width = videos[0].shape[:3]
     height, width = height * scale, width * scale
@@ -70,25 +70,25 @@ def side_by_side(videos: Sequence[np.ndarray], captions: Sequence[str], columns:
     line = 20
     rows = -(-len(videos) // columns)
     shape = (rows * (line + height + _MARGIN) + _MARGIN, columns * (width + _MARGIN) + _MARGIN)
-    ground = Image.new("RGB", (shape[1] + shape[1] % 2, shape[0] + shape[0] % 2), _GROUND)
-    pen = ImageDraw.Draw(ground)
-    places = [
+    background = Image.new("RGB", (shape[1] + shape[1] % 2, shape[0] + shape[0] % 2), _BACKGROUND)
+    pen = ImageDraw.Draw(background)
+    corners = [
         (_MARGIN + n // columns * (line + height + _MARGIN), _MARGIN + n % columns * (width + _MARGIN))
         for n in range(len(videos))
     ]
-    for (top, left), text in zip(places, captions, strict=True):
+    for (top, left), text in zip(corners, captions, strict=True):
         pen.text((left, top), _drawable(text, font, can_cjk, width), fill=_INK, font=font)
-    out = np.repeat(np.asarray(ground)[None], frames, axis=0)
-    for (top, left), video in zip(places, videos, strict=True):
-        big = video.repeat(scale, axis=1).repeat(scale, axis=2)
-        out[:, top + line : top + line + height, left : left + width] = big
+    out = np.repeat(np.asarray(background)[None], frames, axis=0)
+    for (top, left), video in zip(corners, videos, strict=True):
+        enlarged = video.repeat(scale, axis=1).repeat(scale, axis=2)
+        out[:, top + line : top + line + height, left : left + width] = enlarged
     return out
 
 
 def _row(video_THWC: np.ndarray, columns: int, scale: int) -> np.ndarray:
     chosen = np.linspace(0, len(video_THWC) - 1, min(columns, len(video_THWC))).round().astype(int)
     frames = video_THWC[chosen].repeat(scale, axis=1).repeat(scale, axis=2)
-    gap = np.full((frames.shape[1], _GAP, 3), _GROUND, np.uint8)
+    gap = np.full((frames.shape[1], _GAP, 3), _BACKGROUND, np.uint8)
     pieces = [piece for frame in frames for piece in (frame, gap)][:-1]
     return np.concatenate(pieces, axis=1)
 
@@ -101,15 +101,15 @@ def _font(size: int) -> tuple[ImageFont.ImageFont | ImageFont.FreeTypeFont, bool
 
 
 @functools.cache
-def _say_font() -> None:
-    console.warn("captions are drawn without their Chinese characters: no such font was found; install one "
+def _warn_no_cjk_font() -> None:
+    console.warn("captions are drawn without their Chinese characters: no font with them was found; install one "
                  "(apt install fonts-noto-cjk)")
 
 
 def _drawable(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, can_cjk: bool, width: int) -> str:
-    """The part of `text` that the font can draw, cut at `width` pixels; says once what is missing."""
+    """The part of `text` that the font can draw, truncated to `width` pixels; warns once about missing characters."""
     if not can_cjk and not text.isascii():
-        _say_font()
+        _warn_no_cjk_font()
         text = "".join(c if c.isascii() else " " for c in text).rstrip(" :;,")
     text = " ".join(text.split())
     if not text or font.getlength(text) <= width:

@@ -1,0 +1,6 @@
+"""Generation: from a request to a video file.
+
+Start with `generator` (one video, step by step) and `denoise` (the loop and guidance). `sigma_grid` holds samplers,
+`noise_experts` loads and offloads transformers, `adapters` reads LoRAs and mixtures, `routing` picks the mix, `jobs`
+lists the videos of a command, `video` writes containers, `result` saves a video with its settings and repeats it.
+"""

@@ -1,4 +1,4 @@
-"""The LoRAs and the mixture a generation runs with: which file acts on which noise expert, and how strongly.
+"""The LoRAs and the mixture of a generation: which file acts on which noise expert, and with what strength.
 
 Shapes: B samples (1 here), E experts of the mixture, G gate columns: the LoRAs, the mixture's base LoRA, its experts.
 """
@@ -37,13 +37,13 @@ class LoraUse:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of its tensors, whatever the file's layout."""
+        """Hash of its tensors, independent of the file's layout."""
         return self.state.fingerprint()
 
 
 @dataclass(frozen=True)
 class AdapterSet:
-    """Everything low-rank that acts beside the base's weights in a generation; empty by default."""
+    """All adapters applied on top of the base's weights; empty by default."""
 
     loras: Mapping[NoiseExpert, Sequence[LoraUse]] = field(default_factory=dict)
     mixture: Mixture | None = None
@@ -51,19 +51,21 @@ class AdapterSet:
     mixture_base: Mapping[NoiseExpert, LoraUse] = field(default_factory=dict)
 
     def groups(self, noise_expert: NoiseExpert) -> list[Group]:
-        """What to attach to a noise expert's transformer, in the order of the gates' columns."""
-        found = [Group(f"{use.path.name} #{i}", use.state, False) for i, use in enumerate(self.loras.get(noise_expert, ()))]
+        """The groups to attach to a noise expert's transformer, in the order of the gates' columns."""
+        groups = [Group(f"{use.path.name} #{i}", use.state, False)
+                  for i, use in enumerate(self.loras.get(noise_expert, ()))]
         if self.mixture is not None and noise_expert in self.mixture.noise_experts:
             base = self.mixture_base.get(noise_expert)
-            found += self.mixture.groups(noise_expert, None if base is None else base.state)
-        return found
+            groups += self.mixture.groups(noise_expert, None if base is None else base.state)
+        return groups
 
     def mixture_fingerprint(self) -> str | None:
         """sha256 of the mixture's file; None without one."""
         return None if self.mixture_path is None else hashlib.sha256(self.mixture_path.read_bytes()).hexdigest()
 
     def gates(
-        self, noise_expert: NoiseExpert, sigma: float, mix_BE: Tensor | None, alpha_base: float, alpha_expert_E: Tensor | None
+        self, noise_expert: NoiseExpert, sigma: float, mix_BE: Tensor | None, alpha_base: float,
+        alpha_expert_E: Tensor | None,
     ) -> Tensor:
         """[strengths | α_base | w(σ)·g·α_e] for one noise expert at one sigma: [1, G]."""
         strengths = torch.tensor([[use.strength for use in self.loras.get(noise_expert, ())]], dtype=torch.float32)
@@ -72,11 +74,11 @@ class AdapterSet:
         if mix_BE is None:
             raise ValueError("a mixture needs a mix")
         base = self.mixture_base.get(noise_expert)
-        own = self.mixture.gates(
+        mixture_gates = self.mixture.gates(
             noise_expert, mix_BE, torch.tensor([sigma]), alpha_expert_E,
             None if base is None else alpha_base * base.strength,
         )
-        return torch.cat([strengths, own], dim=1)
+        return torch.cat([strengths, mixture_gates], dim=1)
 
 
 def read_adapters(
@@ -85,16 +87,16 @@ def read_adapters(
     """Read and check every adapter against the model's headers, before its weights are loaded.
 
     Args:
-        fold: LoRAs go into the base's weights when these are loaded, W + Σ strength·ΔW rounded once to their dtype, as
-            `lapwan merge` does; else they act beside them, exactly.
+        fold: merge the LoRAs into the base's weights while loading, W + Σ strength·ΔW rounded once to their dtype, as
+            `lapwan merge` does. Else they stay separate, without rounding.
 
     Returns:
-        The base, and the adapters on it. Where a mixture was trained on this base with exactly these LoRAs merged in
-        memory, they are merged here too (the base returned has them) and are no adapters.
+        The base and its adapters. If a mixture was trained on this base with exactly these LoRAs merged in memory, they
+        are merged into the returned base here too, instead of being adapters.
 
     Raises:
-        UserError: not a LoRA (or not a mixture), for the other noise expert, for another model, or a noise expert
-            that neither the file nor the user names; a mixture's base LoRA that cannot be found.
+        UserError: a file that is no LoRA (or no mixture), or is for the other noise expert or another model; a LoRA
+            whose noise expert is unknown; a mixture's base LoRA that cannot be found.
     """
     assigned = assign([(lora.noise_expert, lora.path, lora.strength) for lora in loras], base.spec.noise_experts)
     for noise_expert, files in assigned.items():
@@ -105,16 +107,16 @@ def read_adapters(
     if moe is None:
         return (merged, AdapterSet()) if fold else (base, AdapterSet(_uses(assigned)))
     if fold:
-        raise UserError(f"--fold puts LoRAs into the weights once; the gates of the mixture {moe} change from step to "
-                        "step and need what they act on beside them; leave --fold out")
+        raise UserError(f"--fold merges LoRAs into the weights, but the gates of the mixture {moe} change from step to "
+                        "step; leave --fold out")
     recorded = read_mixture(moe).spec.base
-    if assigned and recorded and all(merged.fingerprint(e) == print_ for e, print_ in recorded.items()):
+    if assigned and recorded and all(merged.fingerprint(e) == fingerprint for e, fingerprint in recorded.items()):
         mixture, uses, base = read_mixture(moe, merged), {}, merged
     else:
         mixture, uses = read_mixture(moe, base), _uses(assigned)
-    bases = {noise_expert: _base_lora(mixture, moe, noise_expert, uses.get(noise_expert, ())) for noise_expert in mixture.base_lora}
-    left = {noise_expert: [use for use in used if use is not bases.get(noise_expert)] for noise_expert, used in uses.items()}
-    return base, AdapterSet(left, mixture, moe, bases)
+    bases = {e: _base_lora(mixture, moe, e, uses.get(e, ())) for e in mixture.base_lora}
+    others = {e: [use for use in used if use is not bases.get(e)] for e, used in uses.items()}
+    return base, AdapterSet(others, mixture, moe, bases)
 
 
 def _uses(assigned: Assigned) -> dict[NoiseExpert, list[LoraUse]]:
@@ -129,17 +131,17 @@ def _check_lora(file: LoraFile, base: Base, noise_expert: NoiseExpert, shapes: M
     if task and task != base.task:
         warn(f"{file.path} was trained for {task}; this model is {base.task}")
     for path, module in file.modules.items():
-        have = shapes.get(f"{path}.weight")
-        if have is None:
-            raise UserError(f"{file.path} has module '{path}', which {base.spec.component(noise_expert)} does not; it was "
-                            "made for another model")
-        if have != tuple(module.shape):
+        shape = shapes.get(f"{path}.weight")
+        if shape is None:
+            raise UserError(f"{file.path} has module '{path}', which {base.spec.component(noise_expert)} lacks; it was "
+                            " made for another model")
+        if shape != tuple(module.shape):
             raise UserError(f"{file.path}: '{path}' is {module.shape[1]} -> {module.shape[0]} features, the model's is "
-                            f"{have[1]} -> {have[0]}; it was made for another model")
+                            f"{shape[1]} -> {shape[0]}; it was made for another model")
 
 
 def _base_lora(mixture: Mixture, moe: Path, noise_expert: NoiseExpert, given: Sequence[LoraUse]) -> LoraUse:
-    """The LoRA the mixture was trained over: a `--lora` of the same fingerprint, else the recorded file."""
+    """The LoRA the mixture was trained on: a `--lora` with the same fingerprint, else the recorded file."""
     recorded = mixture.base_lora[noise_expert]
     for use in given:
         if use.fingerprint == recorded["fingerprint"]:
@@ -154,5 +156,6 @@ def _base_lora(mixture: Mixture, moe: Path, noise_expert: NoiseExpert, given: Se
             return LoraUse(candidate, state, 1.0)
     raise UserError(
         f"{moe} was trained over a base LoRA for the {noise_expert.value} noise expert ({path}, fingerprint "
-        f"{recorded['fingerprint'][:12]}), which is not there or has changed; pass it with --lora {noise_expert.value}=FILE"
+        f"{recorded['fingerprint'][:12]}), which is missing or has changed; pass it with "
+        f"--lora {noise_expert.value}=FILE"
     )

@@ -1,6 +1,6 @@
-"""Several videos in one forward pass, each as it would come alone: for evaluation of small models.
+"""Several videos in one forward pass, with the results each has alone: for evaluation of small models.
 
-Noise, text, image condition and gates are made for each request as for one video, then stacked.
+Noise, text, image condition and gates are computed per request as for a single video, then stacked.
 Shapes: B requests, C channels, T frames, H height, W width, G gate columns.
 """
 
@@ -25,31 +25,31 @@ from lapwan.sampling.sigma_grid import Step
 from lapwan.sampling.start_image import image_fingerprint
 from lapwan.wan.vae import decode
 
-_KEPT = 512  # image conditions in host memory: the same first frames come back with every adapter
-_DECODED = 16  # videos decoded at once
+_CACHED_CONDITIONS = 512  # image conditions in host memory: the same first frames recur with every adapter
+_DECODE_BATCH = 16  # videos decoded at a time
 
 
 class BatchGenerator(Generator):
-    """A generator that also takes requests which differ only in prompt, images, seed and what acts of the adapters."""
+    """A generator for batches of requests that differ only in prompt, images, seed and the gates of the adapters."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._kept: OrderedDict[tuple[object, ...], Conditions] = OrderedDict()
+        self._cached: OrderedDict[tuple[object, ...], Conditions] = OrderedDict()
 
     def generate_batch(self, requests: Sequence[Request]) -> list[np.ndarray]:
-        """Frames uint8 [T, H, W, 3] of each request, in their order.
+        """Frames uint8 [T, H, W, 3] of each request, in order.
 
         Raises:
-            ValueError: none, or requests that cannot share a batch.
-            UserError: what `check_request` refuses; latents that overflowed; the GPU's memory ran out.
+            ValueError: no requests, or requests that cannot share a batch.
+            UserError: what `check_request` refuses; latents that overflowed; the GPU is out of memory.
         """
         try:
             latents = self.batch_latents(requests)
-            self.noise_experts.make_room()
+            self.noise_experts.free_device()
             with torch.no_grad():
-                parts = [decode(self.vae(), part) for part in torch.split(latents, _DECODED)]
+                parts = [decode(self.vae(), part) for part in torch.split(latents, _DECODE_BATCH)]
         except torch.OutOfMemoryError as error:
-            raise UserError(f"the GPU's memory ran out with {len(requests)} videos at a time: set a smaller batch_size "
+            raise UserError(f"the GPU is out of memory with {len(requests)} videos at a time: set a smaller batch_size "
                             f"({str(error).splitlines()[0]})") from None
         return [to_frames(video[None]) for part in parts for video in part]
 
@@ -64,40 +64,40 @@ class BatchGenerator(Generator):
         mixes = [self.route(request, grid) for request in requests]
         guidance = Guidance(first.guidance, first.guidance_interval)
         guided = guidance.needed(grid)
-        conditions = _stacked([self._kept_conditions(request, guided) for request in requests])
+        conditions = _stacked([self._cached_conditions(request, guided) for request in requests])
         start = torch.cat([self._start(request, grid) for request in requests])
 
         def scope(step: Step) -> AbstractContextManager[object]:
             rows = [self._gates(request, step, mix) for request, mix in zip(requests, mixes, strict=True)]
-            return self.noise_experts.scope(step.noise_expert, torch.cat(rows))  # a guided batch repeats them by itself
+            return self.noise_experts.scope(step.noise_expert, torch.cat(rows))  # a guided batch repeats them itself
 
         with console.progress("sampling", len(grid.steps)) as bar:
             latents = denoise(grid, start, conditions, guidance, self.noise_experts.transformer, scope,
                               lambda step, x0: bar.advance(1, noise_expert=step.noise_expert.value, sigma=step.sigma),
-                              together=self.noise_experts.together)
+                              batched_guidance=self.noise_experts.batched_guidance)
         if not bool(torch.isfinite(latents).all()):
             raise UserError(f"the latents are not finite in {str(self.dtype).removeprefix('torch.')}; use --dtype "
                             f"{'bf16' if self.dtype == torch.float16 else 'fp32'}")
         return latents
 
-    def _kept_conditions(self, request: Request, guided: bool) -> Conditions:
-        """A request's conditions; with an image they are kept on the host, because encoding it costs most."""
+    def _cached_conditions(self, request: Request, guided: bool) -> Conditions:
+        """A request's conditions. Those with an image are cached in host memory, since encoding it is slow."""
         if request.image is None:
             return self._conditions(request, guided)
-        kept = self._kept
+        cached = self._cached
         last = None if request.last_image is None else image_fingerprint(request.last_image)
         key = (request.prompt, request.negative_prompt, guided, request.size, request.num_frames,
                image_fingerprint(request.image), last)
-        if key not in kept:
-            kept[key] = _moved(self._conditions(request, guided), torch.device("cpu"))
-            if len(kept) > _KEPT:
-                kept.popitem(last=False)
-        kept.move_to_end(key)
-        return _moved(kept[key], self.device)
+        if key not in cached:
+            cached[key] = _moved(self._conditions(request, guided), torch.device("cpu"))
+            if len(cached) > _CACHED_CONDITIONS:
+                cached.popitem(last=False)
+        cached.move_to_end(key)
+        return _moved(cached[key], self.device)
 
 
 def _shared(request: Request) -> Request:
-    """The request without what may differ within a batch."""
+    """The request without the fields that may differ within a batch."""
     return replace(request, prompt="", image=None, last_image=None, video_THWC=None, seed=0, hint=None, alpha_base=None,
                    alpha_expert=None)
 
@@ -110,7 +110,7 @@ def _moved(conditions: Conditions, device: torch.device) -> Conditions:
     return replace(conditions, **{n: v.to(device) for n, v in _fields(conditions).items() if v is not None})
 
 
-def _stacked(every: Sequence[Conditions]) -> Conditions:
+def _stacked(conditions: Sequence[Conditions]) -> Conditions:
     """One `Conditions` with B rows.
 
     Raises:
@@ -118,8 +118,8 @@ def _stacked(every: Sequence[Conditions]) -> Conditions:
     """
     joined: dict[str, Any] = {}
     for name in Conditions.__dataclass_fields__:
-        present = [value for own in every if (value := _fields(own)[name]) is not None]
-        if present and len(present) != len(every):
+        present = [value for item in conditions if (value := _fields(item)[name]) is not None]
+        if present and len(present) != len(conditions):
             raise ValueError("some requests of the batch have an image and some have none")
         joined[name] = torch.cat(present) if present else None
-    return replace(every[0], **joined)
+    return replace(conditions[0], **joined)

@@ -1,4 +1,4 @@
-"""Generate videos: the parts of a model loaded when first needed and kept, adapters attached, one request at a time.
+"""Generate videos: loads the parts of a model on first use, attaches adapters, and makes one video per request.
 
 Shapes: B samples (1 here), C channels, T frames, H height, W width, L text tokens, D text features.
 """
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from lapwan import __version__, console
-from lapwan.caching.batch import send
+from lapwan.caching.batch import to_device
 from lapwan.distributed import Processes
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
-from lapwan.losses.flow import noised
+from lapwan.losses.flow import add_noise
 from lapwan.memory.generation import Memory
-from lapwan.memory.streaming import Residence
+from lapwan.memory.streaming import ModelOffload
 from lapwan.models.base import Base
 from lapwan.models.device import hardware
-from lapwan.models.fingerprints import text_identity, vae_identity
+from lapwan.models.fingerprints import text_encoder_fingerprint, vae_fingerprint
 from lapwan.models.spec import ModelSpec
 from lapwan.names import Precision
 from lapwan.report.contact_sheet import contact_sheet
@@ -53,12 +53,14 @@ if TYPE_CHECKING:
 
 
 class Generator:
-    """A model with its adapters, ready for requests.
+    """A model with its adapters, ready for requests. On a GPU the text encoder is offloaded between prompts.
 
-    The text encoder waits in pinned host memory between prompts; `memory` as in `NoiseExperts`. `dtype` is the
-    transformers'; VAE and text features keep their own. `precision` quantises the transformers' blocks,
-    `text_precision` the text encoder. Several `processes` make each video together: the first reads the prompts, all
-    share the tokens, and each ends with the whole video.
+    Args:
+        dtype: of the transformers; VAE and text features keep their own.
+        memory: see `NoiseExperts`.
+        precision: quantises the transformers' blocks; `text_precision` the text encoder.
+        processes: generate each video together: the first encodes the prompts, all share the tokens, and each ends up
+            with the whole video.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Generator:
             base, adapters or AdapterSet(), self.device, dtype, memory, compile, precision, text_precision, processes)
         self._text_precision = text_precision
         self._text: TextEncoder | None = None
-        self._text_host: Residence | None = None
+        self._text_offload: ModelOffload | None = None
         self._vae: AutoencoderKLWan | None = None
         self._features: dict[str, Tensor] = {}
 
@@ -89,29 +91,29 @@ class Generator:
         return self.noise_experts.adapters
 
     def use(self, base: Base, adapters: AdapterSet) -> None:
-        """Take other adapters on the same model; what is loaded stays, unless LoRAs are merged into its weights."""
+        """Switch to other adapters of the same model. Loaded weights stay, unless LoRAs are merged into them."""
         self.noise_experts.use(base, adapters)
 
     def text_features(self, prompt: str) -> Tensor:
-        """umT5 features of a prompt, unpadded [n, D]; remembered."""
+        """umT5 features of a prompt, unpadded [n, D]; cached."""
         if prompt not in self._features:
             processes = self.noise_experts.processes
-            own = self._encoded(prompt) if processes.first else None
+            features = self._encode(prompt) if processes.first else None
             if processes.count > 1:
-                own = processes.from_first(None if own is None else own.cpu())
-            assert own is not None
-            self._features[prompt] = own.to(self.device)
+                features = processes.from_first(None if features is None else features.cpu())
+            assert features is not None
+            self._features[prompt] = features.to(self.device)
         return self._features[prompt]
 
-    def _encoded(self, prompt: str) -> Tensor:
+    def _encode(self, prompt: str) -> Tensor:
         if self._text is None:
             self._text = self._load_text()
-        self.noise_experts.make_room()
-        if self._text_host is not None:
-            self._text_host.fetch()
+        self.noise_experts.free_device()
+        if self._text_offload is not None:
+            self._text_offload.onload()
         features = encode_text(self._text, [prompt])[0]
-        if self._text_host is not None:
-            self._text_host.offload()
+        if self._text_offload is not None:
+            self._text_offload.offload()
         return features
 
     def _load_text(self) -> TextEncoder:
@@ -119,7 +121,7 @@ class Generator:
         encoder = load_text_encoder(self.spec, precision=self._text_precision)
         if self.device.type != "cpu" or self.noise_experts.text_streams:
             blocks = range(len(encoder.model.encoder.block)) if self.noise_experts.text_streams else ()
-            self._text_host = Residence(encoder.model, (), self.device, blocks, "encoder.block")
+            self._text_offload = ModelOffload(encoder.model, (), self.device, blocks, "encoder.block")
         return encoder
 
     def vae(self) -> AutoencoderKLWan:
@@ -130,7 +132,7 @@ class Generator:
         return self._vae
 
     def route(self, request: Request, grid: Grid | None = None) -> Mix | None:
-        """The mix of experts for a request; None without a mixture. `grid` None is the one the request asks for."""
+        """The mix of experts for a request; None without a mixture. `grid` None: the request's."""
         if self.adapters.mixture is None:
             return None
         grid = grid or grid_of(self.spec, request)
@@ -152,7 +154,7 @@ class Generator:
         """One video.
 
         Args:
-            preview: a .png to rewrite after each step with three frames of what is emerging.
+            preview: a .png, rewritten after each step with three frames of the current estimate.
 
         Raises:
             UserError: what `check_request` refuses; latents that overflowed in `dtype`.
@@ -165,7 +167,7 @@ class Generator:
         latents = self._sample(request, grid, mix, preview)
         facts["compiled"] = [e.value for e in self.spec.noise_experts if e in self.noise_experts.compiled]
         console.log("decoding")
-        self.noise_experts.make_room()
+        self.noise_experts.free_device()
         with torch.no_grad():
             pixels = decode(self.vae(), latents)
         frames = to_frames(pixels)
@@ -173,7 +175,7 @@ class Generator:
         return Video(frames, request.fps, latents.cpu().contiguous(), facts=facts)
 
     def begin(self, request: Request, videos: int = 1) -> Grid:
-        """Refuse what cannot be made, settle what stays on the device for so many at once, and make the grid.
+        """Check a request, plan the memory for `videos` at a time, and return the grid.
 
         Raises:
             UserError: what `check_request` refuses.
@@ -182,13 +184,14 @@ class Generator:
         grid = grid_of(self.spec, request)
         guidance = Guidance(request.guidance, request.guidance_interval)
         self.noise_experts.plan(request.num_frames, request.size, len(grid.steps), guidance.needed(grid), videos)
-        work = {e: sum(1 + (guidance.at(s) > 1) for s in grid.steps if s.noise_expert is e) for e in self.spec.noise_experts}
-        self.noise_experts.expect(work, self.spec.latent_shape(request.num_frames, *request.size)[1:])
+        evaluations = {e: sum(1 + (guidance.at(step) > 1) for step in grid.steps if step.noise_expert is e)
+                       for e in self.spec.noise_experts}
+        self.noise_experts.expect(evaluations, self.spec.latent_shape(request.num_frames, *request.size)[1:])
         return grid
 
     def _start(self, request: Request, grid: Grid) -> Tensor:
         """x at the grid's first sigma: noise, or x_σ = σ·ε + (1 − σ)·x0 of the video to start from."""
-        # On the CPU, as diffusers draws with a CPU generator: a seed means the same noise on every machine.
+        # On the CPU, as diffusers with a CPU generator: a seed gives the same noise on every machine.
         shape = self.spec.latent_shape(request.num_frames, *request.size)
         noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(request.seed), dtype=torch.float32)
         noise = noise.to(self.device)
@@ -197,7 +200,7 @@ class Generator:
         console.log("encoding the video to start from")
         with torch.no_grad():
             x0 = encode(self.vae(), clip_tensor(request.video_THWC).to(self.device))
-        return noised(x0, noise, torch.tensor([grid.steps[0].sigma], device=self.device))
+        return add_noise(x0, noise, torch.tensor([grid.steps[0].sigma], device=self.device))
 
     def _conditions(self, request: Request, negative: bool) -> Conditions:
         def text(prompt: str) -> Tensor:
@@ -224,29 +227,29 @@ class Generator:
 
         with console.progress("sampling", len(grid.steps)) as bar:
 
-            def tell(step: Step, x0_BCTHW: Tensor) -> None:
+            def on_step(step: Step, x0_BCTHW: Tensor) -> None:
                 bar.advance(1, noise_expert=step.noise_expert.value, sigma=step.sigma)
                 if preview is not None:
-                    self._show(preview, x0_BCTHW)
+                    self._write_preview(preview, x0_BCTHW)
 
             start = self._start(request, grid)
-            reuse = {noise_expert: FirstBlockCache(tolerance) for noise_expert, tolerance in request.first_block_cache.items()}
-            latents = denoise(grid, start, conditions, guidance, self.noise_experts.transformer, scope, tell,
-                              self.noise_experts.together, reuse)
-        for noise_expert, own in reuse.items():
-            console.log(f"{noise_expert.value} noise expert: {own}")
-        self.noise_experts.compiling.tell()
+            caches = {e: FirstBlockCache(tolerance) for e, tolerance in request.first_block_cache.items()}
+            latents = denoise(grid, start, conditions, guidance, self.noise_experts.transformer, scope, on_step,
+                              self.noise_experts.batched_guidance, caches)
+        for noise_expert, cache in caches.items():
+            console.log(f"{noise_expert.value} noise expert: {cache}")
+        self.noise_experts.compiling.log()
         if not bool(torch.isfinite(latents).all()):
             raise UserError(f"the latents are not finite in {_name(self.dtype)}; use --dtype "
                             f"{'bf16' if self.dtype == torch.float16 else 'fp32'}")
         return latents
 
-    def _show(self, path: Path, x0_BCTHW: Tensor) -> None:
-        """First, middle and last latent frame, each decoded as a still: cheap, and near enough to judge by."""
+    def _write_preview(self, path: Path, x0_BCTHW: Tensor) -> None:
+        """First, middle and last latent frame, each decoded as one image: cheap, and close enough for a preview."""
         last = x0_BCTHW.shape[2] - 1
-        stills = [to_frames(decode(self.vae(), x0_BCTHW[:, :, t : t + 1])) for t in sorted({0, last // 2, last})]
+        images = [to_frames(decode(self.vae(), x0_BCTHW[:, :, t : t + 1])) for t in sorted({0, last // 2, last})]
         with atomic_file(path) as temporary:
-            contact_sheet([np.concatenate(stills)], len(stills)).save(temporary)
+            contact_sheet([np.concatenate(images)], len(images)).save(temporary)
 
     def _gates(self, request: Request, step: Step, mix: Mix | None) -> Tensor:
         mixture = self.adapters.mixture
@@ -255,15 +258,15 @@ class Generator:
             1.0 if request.alpha_base is None else request.alpha_base,
             None if mixture is None else alpha_vector(mixture, request.alpha_expert),
         )
-        return send(gates_1G, self.device)  # without waiting for the step before
+        return to_device(gates_1G, self.device)  # without waiting for the previous step
 
     def _facts(self, request: Request, grid: Grid, mix: Mix | None) -> dict[str, Any]:
-        """What the settings name only by path: identities, the gates that acted, versions."""
+        """What the settings do not contain: fingerprints, the gates of every step, versions."""
         import diffusers
 
         facts: dict[str, Any] = {
             "model": {e.value: self.noise_experts.base.fingerprint(e) for e in self.spec.noise_experts},
-            "vae": vae_identity(self.spec), "text_encoder": text_identity(self.spec),
+            "vae": vae_fingerprint(self.spec), "text_encoder": text_encoder_fingerprint(self.spec),
             "steps": {e.value: grid.count(e) for e in self.spec.noise_experts},
             "versions": {"lapwan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
             "device": str(self.device), "dtype": _name(self.dtype), "hardware": hardware(self.device),
@@ -271,10 +274,10 @@ class Generator:
         if self.noise_experts.processes.count > 1:
             facts["processes"] = self.noise_experts.processes.count
         if Guidance(request.guidance, request.guidance_interval).needed(grid):
-            facts["guidance"] = "one batch" if self.noise_experts.together else "two passes"
-        for name, form in (("precision", self.noise_experts.precision), ("text_precision", self._text_precision)):
-            if form is not None:
-                facts[name] = form.value
+            facts["guidance"] = "one batch" if self.noise_experts.batched_guidance else "two passes"
+        for name, precision in (("precision", self.noise_experts.precision), ("text_precision", self._text_precision)):
+            if precision is not None:
+                facts[name] = precision.value
         if loras := lora_facts(self.adapters):
             facts["lora"] = loras
         for name, image in (("image", request.image), ("last_image", request.last_image)):
@@ -284,14 +287,15 @@ class Generator:
             facts["video"] = frames_fingerprint(request.video_THWC)
         if mix is not None:
             columns = {e: [group.name for group in self.adapters.groups(e)] for e in self.spec.noise_experts}
-            gates = {f"{s.sigma:.4f}": _named(columns[s.noise_expert], self._gates(request, s, mix)[0]) for s in grid.steps}
+            gates = {f"{step.sigma:.4f}": _named(columns[step.noise_expert], self._gates(request, step, mix)[0])
+                     for step in grid.steps}
             facts["mixture"] = self.adapters.mixture_fingerprint()
             facts["moe"] = {"by": mix.source, "mix": _named(mix.families, mix.mix_1E[0]), "gates": gates}
         return facts
 
 
 def _named(names: Sequence[str], values_G: Tensor) -> dict[str, float]:
-    """Six digits say what acted; fp32's last ones are noise to a reader."""
+    """Values by name, rounded to six digits."""
     return {name: round(value, 6) for name, value in zip(names, values_G.tolist(), strict=True)}
 
 
@@ -301,7 +305,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def lora_facts(adapters: AdapterSet) -> list[dict[str, Any]]:
     """Noise expert, file name, strength and fingerprint of every LoRA."""
-    uses = [(e, use) for e, found in adapters.loras.items() for use in found] + list(adapters.mixture_base.items())
+    uses = [(e, use) for e, loras in adapters.loras.items() for use in loras] + list(adapters.mixture_base.items())
     return [
         {"noise_expert": e.value, "file": use.path.name, "strength": use.strength, "fingerprint": use.fingerprint}
         for e, use in uses
@@ -312,5 +316,3 @@ def to_frames(pixels_BCTHW: Tensor) -> np.ndarray:
     """[-1, 1] pixels [1, 3, T, H, W] -> uint8 frames [T, H, W, 3]: round(127.5·(x + 1)), clamped."""
     scaled = ((pixels_BCTHW[0].float().clamp(-1, 1) + 1.0) * 127.5).round()
     return scaled.permute(1, 2, 3, 0).to("cpu", torch.uint8).numpy()
-
-

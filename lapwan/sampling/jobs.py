@@ -1,4 +1,4 @@
-"""From the settings of `generate` to the videos to make: prompts of a file, seeds, a comparison grid.
+"""From the settings of `generate` to a list of videos: a prompts file, several seeds, a comparison grid.
 
 Order of videos: lines of the prompts file, then grid values, then seeds.
 """
@@ -18,7 +18,7 @@ from lapwan.errors import UserError, nearest
 from lapwan.settings.generate import GenerateSettings, LineSettings, ModelSettings, VideoSettings
 from lapwan.settings.load import load
 
-# What a grid may vary: what leaves shape and picture alone, so that the noise is the same.
+# What a grid may vary: options that keep the latents' shape and the images, so that all videos start from equal noise.
 _ADAPTERS = ("lora", "moe")
 GRID_OPTIONS = _ADAPTERS + tuple(
     name for name in VideoSettings.model_fields if name not in ("image", "last_image", "video", "size", "num_frames")
@@ -29,18 +29,23 @@ UNNAMED = "*"
 
 @dataclass(frozen=True)
 class VideoJob:
-    """One video: its settings, its model with adapters, where it goes, what tells it from its neighbours, and where it
-    was said."""
+    """One video to generate.
+
+    Args:
+        model: the model with its adapters.
+        caption: what distinguishes it from the other videos.
+        source: where it was requested (a line of a prompts file), for error messages.
+    """
 
     settings: VideoSettings
     model: ModelSettings
     output: Path
     caption: str = ""
-    place: str = ""
+    source: str = ""
 
 
 def check_options(settings: GenerateSettings) -> Path:
-    """Refuse what is missing or contradicts itself; the output's path.
+    """Check that options are complete and do not contradict each other; returns the output path.
 
     Raises:
         UserError: no prompt, two sources of prompts, or no output.
@@ -50,101 +55,102 @@ def check_options(settings: GenerateSettings) -> Path:
     if settings.prompts is not None and settings.prompt is not None:
         raise UserError("--prompt and --prompts are both given; the file's lines have their own prompts: leave one out")
     if settings.prompts is None and settings.prompt is None:
-        raise UserError("nothing to make: give --prompt TEXT, --prompts FILE (JSON lines), or --from VIDEO")
+        raise UserError("no prompt: give --prompt TEXT, --prompts FILE (JSON lines), or --from VIDEO")
     many = settings.prompts is not None or settings.videos > 1 or bool(settings.grid)
     if settings.crf is not None and settings.output.suffix != ".mp4" and (settings.output.suffix or not many):
-        raise UserError(f"--crf is the quality of an .mp4; {settings.output} is none: leave it out")
+        raise UserError(f"--crf is the quality of an .mp4; {settings.output} is not one; leave it out")
     if settings.grid and settings.prompts is not None:
         raise UserError("--grid compares one prompt; leave --prompts out")
     return settings.output
 
 
-def make_jobs(settings: GenerateSettings) -> list[VideoJob]:
-    """Every video that is asked for.
+def make_video_jobs(settings: GenerateSettings) -> list[VideoJob]:
+    """Every requested video.
 
     Raises:
         UserError: a bad line of the prompts file (with its number), a bad grid, or two videos with one output.
     """
-    said = _said(settings)
-    lines = [("", said, None)] if settings.prompts is None else list(_lines(settings.prompts, said))
+    given = _given(settings)
+    lines = [("", given, None)] if settings.prompts is None else list(_lines(settings.prompts, given))
     axes = _axes(settings)
-    found: list[VideoJob] = []
-    for place, tree, own in lines:
+    jobs: list[VideoJob] = []
+    for source, tree, output in lines:
         for values in itertools.product(*(axis[1] for axis in axes)):
             chosen = dict(zip((axis[0] for axis in axes), values, strict=True))
             caption = ", ".join(f"{name}={value}" for name, value in chosen.items())
             model = _model(settings, chosen)
             video = {name: value for name, value in chosen.items() if name not in _ADAPTERS}
-            checked = _checked(VideoSettings, {**tree, **video}, place or "--grid")
+            checked = _checked(VideoSettings, {**tree, **video}, source or "--grid")
             for extra in range(settings.videos):
                 seeded = checked.model_copy(update={"seed": checked.seed + extra})
                 note = f"seed={seeded.seed}" if settings.videos > 1 else ""
-                found.append(VideoJob(seeded, model, own or Path(), ", ".join(filter(None, (caption, note))), place))
-    return _placed(settings, found)
+                label = ", ".join(filter(None, (caption, note)))
+                jobs.append(VideoJob(seeded, model, output or Path(), label, source))
+    return _with_outputs(settings, jobs)
 
 
 def line_jobs(settings: GenerateSettings, line: str, folder: Path) -> list[VideoJob]:
-    """The videos of a line that somebody typed: a prompt, or a JSON object as in a prompts file.
+    """The videos of a typed line: a prompt, or a JSON object as in a prompts file.
 
-    One that the line does not name is called `UNNAMED`: its number is known when its turn comes.
+    If the line names no output, it is `UNNAMED`: the number is chosen when the video is written.
 
     Raises:
         UserError: broken JSON, or an option that is not understood.
     """
-    own: Any = {"prompt": line}
+    options: Any = {"prompt": line}
     if line.startswith("{"):
-        own = _line_object(line, "this line")
-    checked = _checked(LineSettings, {**_said(settings), **own}, "this line")
+        options = _line_object(line, "this line")
+    checked = _checked(LineSettings, {**_given(settings), **options}, "this line")
     video = VideoSettings(**{name: getattr(checked, name) for name in checked.model_fields_set if name != "output"})
-    named, found = folder / (checked.output or UNNAMED), []
+    path, jobs = folder / (checked.output or UNNAMED), []
     for extra in range(settings.videos):
         seeded = video.model_copy(update={"seed": video.seed + extra})
         several = settings.videos > 1 and checked.output is not None
-        output = named.with_stem(f"{named.stem}_seed={seeded.seed}") if several else named
-        found.append(VideoJob(seeded, settings, output))
-    return found
+        output = path.with_stem(f"{path.stem}_seed={seeded.seed}") if several else path
+        jobs.append(VideoJob(seeded, settings, output))
+    return jobs
 
 
 def suffix_of(video: VideoSettings) -> str:
-    """Of a video in a folder of many: one frame is an image."""
+    """The file type of a video in a folder: a single frame is written as an image."""
     return ".png" if video.num_frames == 1 else ".mp4"
 
 
-def _said(settings: GenerateSettings) -> dict[str, Any]:
+def _given(settings: GenerateSettings) -> dict[str, Any]:
     """The video options given on the command line or in TOML."""
     return {name: getattr(settings, name) for name in VideoSettings.model_fields if name in settings.model_fields_set}
 
 
-def _line_object(line: str, place: str) -> dict[str, Any]:
+def _line_object(line: str, source: str) -> dict[str, Any]:
     try:
-        own = json.loads(line)
+        options = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{place}: not valid JSON ({error})") from None
-    if not isinstance(own, dict) or "prompt" not in own:
-        raise UserError(f'{place}: expected an object with a prompt, such as {{"prompt": "...", "seed": 1}}')
-    return own
+        raise UserError(f"{source}: not valid JSON ({error})") from None
+    if not isinstance(options, dict) or "prompt" not in options:
+        raise UserError(f'{source}: expected an object with a prompt, such as {{"prompt": "...", "seed": 1}}')
+    return options
 
 
 def _model(settings: GenerateSettings, chosen: Mapping[str, str]) -> ModelSettings:
     """The model with the grid's adapters: `none`, or files (several LoRAs with commas between)."""
-    own: dict[str, Any] = {name: getattr(settings, name) for name in ModelSettings.model_fields}
+    options: dict[str, Any] = {name: getattr(settings, name) for name in ModelSettings.model_fields}
     if "lora" in chosen:
-        own["lora"] = [] if chosen["lora"] == "none" else [part.strip() for part in chosen["lora"].split(",")]
+        options["lora"] = [] if chosen["lora"] == "none" else [part.strip() for part in chosen["lora"].split(",")]
     if "moe" in chosen:
-        own["moe"] = None if chosen["moe"] == "none" else chosen["moe"]
-    said = {name: value for name, value in own.items() if value is not None}
-    checked: ModelSettings = _checked(ModelSettings, said, "--grid")
+        options["moe"] = None if chosen["moe"] == "none" else chosen["moe"]
+    given = {name: value for name, value in options.items() if value is not None}
+    checked: ModelSettings = _checked(ModelSettings, given, "--grid")
     return checked
 
 
-def _checked(model: type[Any], tree: Mapping[str, Any], place: str) -> Any:
+def _checked(model: type[Any], tree: Mapping[str, Any], source: str) -> Any:
     try:
         return load(model, options=tree, environment={})
     except UserError as error:
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
 
 
-def _lines(path: Path, said: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], Path | None]]:
+def _lines(path: Path, given: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], Path | None]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -155,11 +161,11 @@ def _lines(path: Path, said: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        empty, place = False, f"{path}, line {number}"
-        own = _line_object(line, place)
-        checked = _checked(LineSettings, {**said, **own}, place)
+        empty, source = False, f"{path}, line {number}"
+        options = _line_object(line, source)
+        checked = _checked(LineSettings, {**given, **options}, source)
         tree = {name: getattr(checked, name) for name in checked.model_fields_set if name != "output"}
-        yield place, tree, checked.output
+        yield source, tree, checked.output
     if empty:
         raise UserError(f"{path} holds no prompts; write one JSON object a line")
 
@@ -188,28 +194,28 @@ def _axis(text: str) -> tuple[str, list[str]]:
     return name, [value.strip() for value in rest.split(separator)]
 
 
-def _placed(settings: GenerateSettings, found: list[VideoJob]) -> list[VideoJob]:
-    """The jobs with their outputs; until now `output` held a line's own name, if it had one."""
+def _with_outputs(settings: GenerateSettings, jobs: list[VideoJob]) -> list[VideoJob]:
+    """The jobs with their output paths; `output` holds the name that a line gives, or an empty path."""
     output = settings.output
     assert output is not None
-    if len(found) == 1 and settings.prompts is None:
-        return [replace(found[0], output=output)]
-    digits = max(3, len(str(len(found))))
+    if len(jobs) == 1 and settings.prompts is None:
+        return [replace(jobs[0], output=output)]
+    digits = max(3, len(str(len(jobs))))
     folder = output.parent if output.suffix else output
-    own = Counter((job.place, job.output) for job in found)
-    owners: dict[Path, str] = {}
-    jobs: list[VideoJob] = []
-    for number, job in enumerate(found, 1):
+    videos_per_line = Counter((job.source, job.output) for job in jobs)
+    sources: dict[Path, str] = {}
+    named: list[VideoJob] = []
+    for number, job in enumerate(jobs, 1):
         label = "_".join(filter(None, (f"{number:0{digits}d}", re.sub(r"[^\w.=-]+", "_", job.caption))))
         if job.output != Path():
             path = folder / job.output
-            if own[job.place, job.output] > 1:
+            if videos_per_line[job.source, job.output] > 1:
                 path = path.with_name(f"{path.stem}_{label}{path.suffix}")
         else:
             unnamed = f"{label}{suffix_of(job.settings)}"
             path = folder / (f"{output.stem}_{label}{output.suffix}" if output.suffix else unnamed)
-        if path in owners:
-            raise UserError(f"{job.place}: output {path} is also that of {owners[path]}; give each its own")
-        owners[path] = job.place
-        jobs.append(replace(job, output=path))
-    return jobs
+        if path in sources:
+            raise UserError(f"{job.source}: output {path} is also that of {sources[path]}; give each its own")
+        sources[path] = job.source
+        named.append(replace(job, output=path))
+    return named

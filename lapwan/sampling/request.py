@@ -1,6 +1,7 @@
-"""What one video is asked to be, with the model's own defaults filled in and everything checked before any work.
+"""A request for one video: its parameters with the model's defaults filled in, and their checks.
 
-How to add a knob: a field of `Request`, its use in `generator`, a settings field with a Flag.
+How to add a parameter: a field of `Request`, its use in `generator`, a field with a Flag in
+`settings.generate.VideoSettings`, and its value in `api`, where requests are made from settings.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-DEFAULT_START_SIGMA = 0.8  # of a video that starts from another
+DEFAULT_START_SIGMA = 0.8  # of video-to-video
 
 # The official default of Wan2.2 (sample_neg_prompt of its shared configuration).
 OFFICIAL_NEGATIVE_PROMPT = (
@@ -31,13 +32,20 @@ OFFICIAL_NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class Request:
-    """One video. `guidance` by noise expert, 1 = none; `size` (height, width) in pixels.
+    """One video.
 
-    `flow_shift` and `boundary` (sigma from which on the high noise expert serves) None are the model's; `image` is the
-    first frame, of any size, `last_image` the last; `sigmas` are instead of the sampler's own grid of `steps`;
-    `video_THWC` uint8 frames to start from, noised to `start_sigma`; `hint` a family, alias or mix of the mixture's
-    taxonomy; `alpha_expert` one number or one by family; `guidance_interval` the sigmas (low, high) that are guided;
-    `first_block_cache` the error a step may make by keeping an earlier step's blocks, by noise expert (absent: none).
+    Args:
+        size: (height, width) in pixels.
+        guidance: strength by noise expert; 1: none.
+        image: the first frame, of any size; `last_image`: the last.
+        video_THWC: uint8 frames to start from (video-to-video), noised to `start_sigma`.
+        flow_shift: None: the model's.
+        boundary: sigma at and above which the high noise expert is used; None: the model's.
+        sigmas: `steps` falling sigmas instead of the sampler's grid.
+        hint: a family, alias or mix of the mixture's taxonomy.
+        alpha_expert: one number, or one by family.
+        guidance_interval: (low, high), the sigmas with guidance.
+        first_block_cache: tolerated relative error of a step that skips its blocks, by noise expert (absent: exact).
     """
 
     prompt: str
@@ -64,37 +72,37 @@ class Request:
 
 
 def grid_of(spec: ModelSpec, request: Request) -> Grid:
-    """The noise levels of a request, with the solver.
+    """The sigma grid of a request, with its solver.
 
     Raises:
-        UserError: no step is left below the sigma to start from.
+        UserError: no step is left below the start sigma.
     """
     return make_grid(
         spec, request.sampler, request.steps, request.flow_shift, request.start_sigma, request.boundary,
         request.sigmas)
 
 
-def complete_guidance(spec: ModelSpec, asked: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:
-    """Guidance for each noise expert of the model: what is asked for, else the model's own.
+def complete_guidance(spec: ModelSpec, given: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:
+    """Guidance for each noise expert of the model: the given value, else the model's default.
 
     Raises:
         UserError: below 1, or for a noise expert that the model lacks.
     """
-    if asked is None or isinstance(asked, int | float):
-        found = {e: spec.defaults.guidance[e] if asked is None else float(asked) for e in spec.noise_experts}
+    if given is None or isinstance(given, int | float):
+        guidance = {e: spec.defaults.guidance[e] if given is None else float(given) for e in spec.noise_experts}
     else:
-        for noise_expert in asked:
+        for noise_expert in given:
             if noise_expert not in spec.noise_experts:
                 raise UserError(f"guidance is given for the {noise_expert.value} noise expert, which {spec.path} lacks")
-        found = {e: float(asked.get(e, spec.defaults.guidance[e])) for e in spec.noise_experts}
-    for noise_expert, value in found.items():
+        guidance = {e: float(given.get(e, spec.defaults.guidance[e])) for e in spec.noise_experts}
+    for noise_expert, value in guidance.items():
         if not (math.isfinite(value) and value >= 1.0):
             raise UserError(f"guidance {value:g} for the {noise_expert.value} noise expert: must be 1 (none) or more")
-    return found
+    return guidance
 
 
 def default_size(spec: ModelSpec, image: Image.Image | None) -> tuple[int, int]:
-    """(height, width): the model's own; with an image its aspect ratio at the model's area, as Wan's script does."""
+    """(height, width): the model's default; with an image, its aspect ratio at the default area, as in Wan's script."""
     if image is None:
         return spec.defaults.size
     area, aspect, multiple = math.prod(spec.defaults.size), image.height / image.width, spec.pixel_multiple
@@ -104,10 +112,11 @@ def default_size(spec: ModelSpec, image: Image.Image | None) -> tuple[int, int]:
 
 
 def check_request(spec: ModelSpec, request: Request) -> None:
-    """Refuse what the model cannot make.
+    """Check a request against the model.
 
     Raises:
-        UserError: an image where none is taken or none where one is needed, frames, size, steps, an empty prompt.
+        UserError: an empty prompt, an image for a text-to-video model or none for an image-to-video model, or frames,
+            size, steps, shift or sigmas that the model cannot use.
     """
     if not request.prompt.strip():
         raise UserError("the prompt is empty; say what the video should show")

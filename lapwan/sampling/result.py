@@ -1,4 +1,8 @@
-"""A generated video: its frames, and what made it."""
+"""A generated video: frames, settings and facts, saved with them as metadata, and repeated from that metadata.
+
+`Video.save` writes settings (what the command line names) and facts (fingerprints, gates, versions). For `--from`,
+`recorded_settings` reads them back and `compare_with_record` reports whether the frames are the same.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +26,18 @@ from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.load import load
 
 LATENTS_SUFFIX = ".safetensors"
+_FINGERPRINT = 64  # hex digits
 
 
 @dataclass(frozen=True)
 class Video:
-    """`frames` uint8 RGB [T, H, W, 3]; `latents` normalised [1, C, T, H, W] on the CPU.
+    """A video and its origin.
 
-    `settings` as the command line names them, enough to make it again; `facts`: fingerprints of model, adapters and
-    image, the chosen gates, versions.
+    Args:
+        frames: uint8 RGB [T, H, W, 3].
+        latents: normalised [1, C, T, H, W] on the CPU.
+        settings: as the command line names them, enough to generate the video again.
+        facts: fingerprints of model, adapters and images, the gates of the mixture, versions.
     """
 
     frames: np.ndarray
@@ -39,7 +47,7 @@ class Video:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, str]:
-        """What is stored in the file: settings and facts as JSON."""
+        """The metadata of the file: version, settings and facts, as JSON strings."""
         return {
             "lapwan": __version__,
             "settings": json.dumps(self.settings, ensure_ascii=False),
@@ -47,14 +55,15 @@ class Video:
         }
 
     def save(self, path: str | Path, overwrite: bool = False, crf: int | None = None) -> Path:
-        """Write `.mp4`, `.gif`, `.webp`, `.png` (one frame), a folder of frames, or the latents as `.safetensors`,
-        atomically; the path, absolute.
+        """Write `.mp4`, `.gif`, `.webp`, `.png` (one frame), a folder of frames, or the latents as `.safetensors`.
+
+        The write is atomic. Returns the absolute path.
 
         Args:
             crf: H.264 quality, 0 (best) to 51; None is 18.
 
         Raises:
-            UserError: the output exists and `overwrite` is False, a path that is not written, or a full disk.
+            UserError: the output exists and `overwrite` is False, an unknown suffix, or a full disk.
         """
         target = Path(path).expanduser().absolute()
         claim_output(target, overwrite)
@@ -70,13 +79,13 @@ class Video:
 
 
 def check_output(path: Path, frames: int, size: tuple[int, int]) -> None:
-    """Refuse, before any work, a path that a video of `frames` frames of `size` (H, W) could not be saved to."""
+    """Check, before any work, that a video of `frames` frames of `size` (H, W) can be saved to a path."""
     if path.suffix != LATENTS_SUFFIX:
         check_video_path(path, frames, size)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What `Video.save` stored in a file; {} if it is somebody else's.
+    """The metadata that `Video.save` wrote to a file; {} if another program wrote it.
 
     Raises:
         UserError: missing, or neither a video, an image nor safetensors.
@@ -85,28 +94,28 @@ def read_metadata(path: Path) -> dict[str, str]:
         return read_header(path).metadata
     return read_video_metadata(path)
 
+
 @dataclass(frozen=True)
-class Record:
-    """What a video carries: where, its facts, and whether other options were given along with it."""
+class RecordedVideo:
+    """The facts of a video to repeat; `overridden`: options that were given besides `--from` and change the frames."""
 
     path: Path
     facts: Mapping[str, Any]
     overridden: tuple[str, ...]
 
 
-_HASH = 64  # hex digits of a fingerprint
 _NO_CONTENT = ("from_video", "output", "sheet", "preview", "crf", "memory")  # options that leave the frames as they are
 
 
-def stored(path: Path, settings: GenerateSettings) -> tuple[Record, GenerateSettings]:
-    """The video's record, and its settings under those given now.
+def recorded_settings(path: Path, settings: GenerateSettings) -> tuple[RecordedVideo, GenerateSettings]:
+    """The record of a video, and its settings overridden by those given now.
 
     Raises:
-        UserError: no such video, or none that lapwan made.
+        UserError: no such video, or one that lapwan did not make.
     """
     metadata = read_metadata(path)
     if "settings" not in metadata or "facts" not in metadata:
-        raise UserError(f"{path} carries no settings of lapwan generate; it cannot be repeated from itself")
+        raise UserError(f"{path} carries no settings of lapwan generate; it cannot be repeated with --from")
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
     if "prompts" in given:
         raise UserError("--from repeats one video; leave --prompts out")
@@ -115,11 +124,11 @@ def stored(path: Path, settings: GenerateSettings) -> tuple[Record, GenerateSett
     except UserError as error:
         raise UserError(f"{path} carries settings that this version does not take: {error}") from None
     overridden = tuple(name for name in given if name not in _NO_CONTENT)
-    return Record(path, json.loads(metadata["facts"]), overridden), merged
+    return RecordedVideo(path, json.loads(metadata["facts"]), overridden), merged
 
 
-def compare(record: Record, video: Video) -> None:
-    """Say whether the frames are those of the record; if not, what differs: warnings, one for each fact."""
+def compare_with_record(record: RecordedVideo, video: Video) -> None:
+    """Log whether the frames are those of the record; if not, warn of each fact that differs."""
     if record.facts.get("frames") == video.facts.get("frames"):
         console.log(f"the frames are identical to those of {record.path}")
         return
@@ -130,11 +139,11 @@ def compare(record: Record, video: Video) -> None:
         console.log(f"the frames differ from {record.path}; options given: {', '.join(sorted(record.overridden))}")
     elif not changes:
         console.warn(f"the frames differ from {record.path} although nothing recorded has changed: another machine or "
-                     "number of threads rounds otherwise")
+                     "number of threads rounds differently")
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    said = {
+    messages = {
         "model": "the transformers have changed", "vae": "the VAE has changed",
         "text_encoder": "the text encoder has changed", "lora": "the LoRAs have changed",
         "image": "the image has changed", "last_image": "the last image has changed",
@@ -145,9 +154,9 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         "compiled": "what is compiled is another", "guidance": "guidance's batch is another",
         "processes": "the number of processes is another",
     }
-    for key, text in said.items():
-        unknown = key in ("hardware", "compiled", "guidance") and key not in before  # an older record
-        if before.get(key) != now.get(key) and not unknown:
+    for key, text in messages.items():
+        absent = key in ("hardware", "compiled", "guidance") and key not in before  # written by an older version
+        if before.get(key) != now.get(key) and not absent:
             yield f"{text} ({_difference(before.get(key), now.get(key))})"
     for name, version in dict(now.get("versions", {})).items():
         old = before.get("versions", {}).get(name)
@@ -161,14 +170,14 @@ def _difference(before: Any, now: Any) -> str:
         keys = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
         return ", ".join(f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}" for key in keys)
     if isinstance(before, list) and isinstance(now, list):
-        before, now = [one for one in before if one not in now], [one for one in now if one not in before]
+        before, now = [item for item in before if item not in now], [item for item in now if item not in before]
     return f"{_short(before)} -> {_short(now)}"
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
-        return "; ".join(_short(one) for one in value) or "none"
+        return "; ".join(_short(item) for item in value) or "none"
     if isinstance(value, Mapping):
-        return " ".join(_short(one) for one in value.values())
+        return " ".join(_short(item) for item in value.values())
     text = "none" if value is None else str(value)
-    return f"{text[:12]}..." if len(text) == _HASH and set(text) <= set("0123456789abcdef") else text
+    return f"{text[:12]}..." if len(text) == _FINGERPRINT and set(text) <= set("0123456789abcdef") else text

@@ -1,4 +1,4 @@
-"""Which experts of a mixture act on a video: by hint, by the learned router, or by the prompt's own words.
+"""The mix of experts for a video: from a hint, the learned router, or the rule router (keywords of the prompt).
 
 Shapes: E experts of the mixture (families of its taxonomy, in order); a leading 1 is the batch.
 """
@@ -24,9 +24,9 @@ _BAR = 24  # characters of a full bar
 
 @dataclass(frozen=True)
 class Mix:
-    """g, the experts' shares for one video, and what decided them.
+    """g, the experts' shares for one video, and their source.
 
-    Where the router sees sigma, `by_sigma` holds the mix of every denoising step and `mix_1E` their mean.
+    If the router sees sigma, `by_sigma` holds the mix of every denoising step and `mix_1E` their mean.
     """
 
     families: tuple[str, ...]
@@ -52,11 +52,11 @@ class Mix:
 def choose_mix(
     mixture: Mixture, prompt: str, hint: str | None, features: Callable[[], Tensor], sigmas: Sequence[float] = ()
 ) -> Mix:
-    """The mix for a prompt: a hint's weights as they are (no softmax, no top-k), else the mixture's router.
+    """The mix for a prompt: the hint's weights unchanged (no softmax, no top-k), else the output of the router.
 
     Args:
-        features: gives the prompt's unpadded text features [n, D]; called only for a router that reads text.
-        sigmas: of the video's denoising steps, in order; needed for a router that sees sigma.
+        features: returns the prompt's unpadded text features [n, D]; called only if the router reads text.
+        sigmas: of the denoising steps, in order; needed if the router sees sigma.
     """
     taxonomy = Taxonomy.from_dict(mixture.taxonomy)
     if hint is not None:
@@ -67,22 +67,22 @@ def choose_mix(
     source: Literal["router", "rule"] = "rule" if mixture.spec.router == "rule" else "router"
     if not mixture.spec.router_sigma:
         return Mix(mixture.families, mixture.select(mixture.route(text, labels_1E)), source)
-    along = dict(zip(sigmas, mixture.along(text, labels_1E, sigmas), strict=True))
-    return Mix(mixture.families, torch.stack(list(along.values())).mean(dim=0), source, along)
+    by_sigma = dict(zip(sigmas, mixture.route_over_sigmas(text, labels_1E, sigmas), strict=True))
+    return Mix(mixture.families, torch.stack(list(by_sigma.values())).mean(dim=0), source, by_sigma)
 
 
 def alpha_vector(mixture: Mixture, alpha: float | Mapping[str, float] | None) -> Tensor | None:
-    """α_e by column: one number for all, or by family (a key or any of its names); a family not named keeps 1.
+    """α_e by column: one number for all, or by family (a key or any of its names); families not named keep 1.
 
     Raises:
-        UserError: a name that is no single family, or a number that is not finite.
+        UserError: a name that does not mean a single family, or a number that is not finite.
     """
     if alpha is None:
         return None
-    named: Mapping[str, float] = alpha if isinstance(alpha, Mapping) else dict.fromkeys(mixture.families, alpha)
+    by_name: Mapping[str, float] = alpha if isinstance(alpha, Mapping) else dict.fromkeys(mixture.families, alpha)
     values_E = torch.ones(len(mixture.families))
     taxonomy = Taxonomy.from_dict(mixture.taxonomy)
-    for name, value in named.items():
+    for name, value in by_name.items():
         if not math.isfinite(value):
             raise UserError(f"alpha-expert {name}={value}: must be a finite number")
         weights = resolve_hint(name, taxonomy)

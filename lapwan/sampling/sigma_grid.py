@@ -1,12 +1,14 @@
-"""The noise levels a video is sampled at, which noise expert serves each, and the solver between them.
+"""The sigma grid of a video: the sigma of each step, the noise expert that serves it, and the solver.
 
-The solvers are diffusers' own. Their grids differ, and each is the one its users know (s: flow shift, N steps):
+The solvers are diffusers'. Each has its usual grid (s: flow shift, N steps):
     shift(t) = s·t / (1 + (s − 1)·t)
-    unipc    shift(linspace(1, 1/1000, N + 1)[:-1]), 0 appended, the first lowered by 1e-6, timesteps cut to integers
+    unipc    shift(linspace(1, 1/1000, N + 1)[:-1]), 0 appended, the first lowered by 1e-6, timesteps truncated to
+             integers
     euler    the same sigmas, timesteps 1000·sigma as floats
-    dpmpp    shift(linspace(0.999, 0, N + 1)[:-1]), 0 appended, timesteps cut to integers
-Given sigmas take the grid's place, with timesteps 1000·sigma as the solver has them.
-How to add a sampler: a name in `SamplerName`, a case in `_scheduler`.
+    dpmpp    shift(linspace(0.999, 0, N + 1)[:-1]), 0 appended, timesteps truncated to integers
+Given sigmas replace the grid, with timesteps 1000·sigma in the solver's dtype.
+How to add a sampler: a name in `SamplerName`, a case in `_scheduler`, its name in `settings.generate`,
+`settings.evaluate` and `api`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation point: `timestep` is the scheduler's own (0-d tensor), `sigma` its noise level."""
+    """One step: the scheduler's `timestep` (0-d tensor), its `sigma`, and the noise expert to evaluate."""
 
     timestep: Tensor
     sigma: float
@@ -39,13 +41,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Grid:
-    """A scheduler ready to run once, and its steps in order. Make a new one for every video: solvers keep history."""
+    """A scheduler and its steps in order. Create a new one for every video: solvers keep history."""
 
     scheduler: Any
     steps: tuple[Step, ...]
 
     def count(self, noise_expert: NoiseExpert) -> int:
-        """How many of the steps a noise expert serves."""
+        """The number of steps of a noise expert."""
         return sum(step.noise_expert is noise_expert for step in self.steps)
 
     def __str__(self) -> str:
@@ -93,8 +95,8 @@ def _scheduler(spec: ModelSpec, sampler: SamplerName, steps: int, shift: float) 
 
 
 def _replace(scheduler: Any, sigmas: Sequence[float]) -> None:
-    """Other noise levels in a scheduler that has been set to as many. The multistep solvers work with log((1 − σ)/σ)
-    and integer timesteps."""
+    """Replace the sigmas of a scheduler, which has as many steps. The multistep solvers work with log((1 − σ)/σ) and
+    integer timesteps."""
     floats = scheduler.timesteps.is_floating_point()
     levels = torch.tensor([*sigmas, 0.0], dtype=scheduler.sigmas.dtype)
     scheduler.timesteps = (_TRAIN_TIMESTEPS * levels[:-1]).to(scheduler.timesteps.dtype)
@@ -105,13 +107,13 @@ def make_grid(
     spec: ModelSpec, sampler: SamplerName, steps: int, flow_shift: float | None = None, start: float = 1.0,
     boundary: float | None = None, sigmas: Sequence[float] | None = None,
 ) -> Grid:
-    """The grid of a generation.
+    """The sigma grid of a generation.
 
     Args:
-        flow_shift: None takes the checkpoint's.
-        boundary: sigma from which on the high noise expert serves; None takes the model's.
-        sigmas: own noise levels, falling, `steps` of them; None: the solver's grid.
-        start: begin at the first sigma of the grid that is not above this (video-to-video); 1 begins at pure noise.
+        flow_shift: None: the checkpoint's.
+        start: begin at the first sigma of the grid that is at most this (video-to-video); 1: at pure noise.
+        boundary: sigma at and above which the high noise expert is used; None: the model's.
+        sigmas: `steps` falling sigmas; None: the solver's grid.
 
     Raises:
         UserError: no step is left below `start`.
@@ -120,15 +122,15 @@ def make_grid(
     if sigmas is not None:
         _replace(scheduler, sigmas)
     sigma = spec.boundary if boundary is None else boundary
-    border = None if sigma is None else sigma * _TRAIN_TIMESTEPS
-    found = []
+    boundary_timestep = None if sigma is None else sigma * _TRAIN_TIMESTEPS
+    grid = []
     for timestep, level in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):  # sigmas ends with 0
         # By timestep, after the shift, as diffusers' pipelines decide: for integer boundaries the same as by sigma.
-        high = border is None or float(timestep) >= border
-        found.append(Step(timestep, float(level), NoiseExpert.HIGH if high else NoiseExpert.LOW))
-    first = 0 if start >= 1.0 else next((i for i, step in enumerate(found) if step.sigma <= start), len(found))
-    if first == len(found):
-        raise UserError(f"start sigma {start:g} lies below the grid's last, {found[-1].sigma:.4f}; "
+        high = boundary_timestep is None or float(timestep) >= boundary_timestep
+        grid.append(Step(timestep, float(level), NoiseExpert.HIGH if high else NoiseExpert.LOW))
+    first = 0 if start >= 1.0 else next((i for i, step in enumerate(grid) if step.sigma <= start), len(grid))
+    if first == len(grid):
+        raise UserError(f"start sigma {start:g} is below the last sigma of the grid, {grid[-1].sigma:.4f}; "
                         "start higher or take more steps")
     scheduler.set_begin_index(first)
-    return Grid(scheduler, tuple(found[first:]))
+    return Grid(scheduler, tuple(grid[first:]))

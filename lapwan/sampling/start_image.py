@@ -1,4 +1,4 @@
-"""The image a video starts from: read upright, fitted to the size as training clips are, scaled to [-1, 1]."""
+"""Images and videos to start from: read, resized and cropped as training clips are, scaled to [-1, 1]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lapwan.data.buckets import centre_crop
-from lapwan.data.video import BadClip, fit, probe, read_frames
+from lapwan.data.dropped_clips import BadClip
+from lapwan.data.video import probe, read_frames, resize_and_crop
 from lapwan.errors import UserError
 from lapwan.wan.image_condition import condition_video, first_frame_mask
 from lapwan.wan.vae import encode
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The image as a viewer shows it (EXIF rotation applied), RGB.
+    """Read an image as RGB, with its EXIF rotation applied.
 
     Raises:
         UserError: missing, or not an image.
@@ -38,11 +39,14 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"cannot read {path} as an image: {error}") from None
 
 
-def as_picture(image: Image.Image | np.ndarray, name: str) -> Image.Image:
-    """A picture in RGB, from one of any mode or from uint8 [H, W, 3].
+def as_rgb_image(image: Image.Image | np.ndarray, name: str) -> Image.Image:
+    """An RGB image from one of any mode or from uint8 [H, W, 3].
+
+    Args:
+        name: of the option, for the error message.
 
     Raises:
-        UserError: an array of another kind; `name` says which option it is.
+        UserError: an array of another dtype or shape.
     """
     from PIL import Image
 
@@ -55,12 +59,12 @@ def as_picture(image: Image.Image | np.ndarray, name: str) -> Image.Image:
 
 
 def image_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """[1, 3, H, W] in [-1, 1]: scaled until the tighter side fits, then cut in the centre (no stretching).
+    """[1, 3, H, W] in [-1, 1]: resized to cover the size, then centre-cropped (no stretching).
 
     Args:
-        size: (height, width). An image of exactly this size is taken pixel for pixel.
+        size: (height, width). An image of exactly this size is not resampled.
     """
-    pixels = fit(image, centre_crop(image.width, image.height, (size[1], size[0])))
+    pixels = resize_and_crop(image, centre_crop(image.width, image.height, (size[1], size[0])))
     scaled = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).unsqueeze(0).float() / 255.0
     return 2.0 * scaled - 1.0
 
@@ -68,7 +72,7 @@ def image_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
 def first_last_condition(vae: AutoencoderKLWan, first_BCHW: Tensor, last_BCHW: Tensor, frames: int) -> Tensor:
     """`mask | encode([first, 0, ..., 0, last])`: [B, 20, N+1, H/8, W/8] in fp32.
 
-    The mask has a channel per pixel frame of a latent frame: 1111 on the first, 0001 on the last latent frame.
+    The mask has a channel for each pixel frame of a latent frame: 1111 on the first, 0001 on the last latent frame.
     Source: diffusers' WanImageToVideoPipeline.prepare_latents with `last_image`.
     """
     video = condition_video(first_BCHW, frames)
@@ -80,19 +84,19 @@ def first_last_condition(vae: AutoencoderKLWan, first_BCHW: Tensor, last_BCHW: T
 
 
 def read_clip(path: Path, frames: int, size: tuple[int, int], fps: int) -> np.ndarray:
-    """The first `frames` frames of a video at `fps`, fitted as images are: uint8 [T, H, W, 3].
+    """The first `frames` frames of a video at `fps`, resized and cropped as images are: uint8 [T, H, W, 3].
 
     Raises:
         UserError: missing, unreadable, or too short.
     """
     try:
-        facts = probe(path, fps)
-        count = facts.count_at(fps)
+        info = probe(path, fps)
+        count = info.count_at(fps)
         if count < frames:
-            raise UserError(f"{path} has {count} frames at {fps} fps, {frames} are wanted; ask for fewer with "
+            raise UserError(f"{path} has {count} frames at {fps} fps, {frames} are needed; ask for fewer with "
                             "--num-frames")
-        crop = centre_crop(facts.width, facts.height, (size[1], size[0]))
-        return read_frames(path, range(frames), crop, fps, facts)
+        crop = centre_crop(info.width, info.height, (size[1], size[0]))
+        return read_frames(path, range(frames), crop, fps, info)
     except BadClip as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -103,10 +107,10 @@ def clip_tensor(frames_THWC: np.ndarray) -> Tensor:
 
 
 def image_fingerprint(image: Image.Image) -> str:
-    """sha256 over size and RGB pixels: 64 hex digits, whatever the file's format."""
+    """sha256 of size and RGB pixels: 64 hex digits, independent of the file's format."""
     return frames_fingerprint(np.asarray(image.convert("RGB"))[None])
 
 
 def frames_fingerprint(frames_THWC: np.ndarray) -> str:
-    """sha256 over shape and pixels of uint8 frames: 64 hex digits."""
+    """sha256 of shape and pixels of uint8 frames: 64 hex digits."""
     return hashlib.sha256(f"{frames_THWC.shape}\0".encode() + np.ascontiguousarray(frames_THWC).tobytes()).hexdigest()

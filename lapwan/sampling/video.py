@@ -1,6 +1,7 @@
-"""Writing videos: H.264 in MP4, GIF, WebP, one PNG, or a folder of PNGs; and reading back the metadata they carry.
+"""Video files: writes H.264 in MP4, GIF, WebP, one PNG or a folder of PNGs, and reads back their metadata.
 
-To add an output kind: one `_write_*` function, one `case` in `write_video`, one reader in `read_video_metadata`.
+How to add a container: its suffix in `SUFFIXES`, a function like `_encode_mp4`, a `case` in `write_video`, and its
+reader in `read_video_metadata`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_file, atomic_folder
 
 SUFFIXES = (".mp4", ".png", ".gif", ".webp")
-DEFAULT_CRF = 18  # looks like the source
-_KEY = "comment"  # the one tag that MP4's ilst knows, that players show, and that PNG takes as a keyword
+DEFAULT_CRF = 18  # visually lossless
+_KEY = "comment"  # a tag of MP4's ilst that players show, and a keyword of PNG
 _BT709 = 1  # ITU-T H.273: 1 = BT.709 for primaries, transfer and matrix
 _LIMITED = 1  # libavutil AVCOL_RANGE_MPEG: luma 16..235
 
@@ -28,19 +29,19 @@ def write_video(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[
                 crf: int = DEFAULT_CRF) -> None:
     """Write frames as `.mp4`, `.gif`, `.webp`, `.png` (exactly one) or, without a suffix, a folder of PNG frames.
 
-    MP4 is H.264 yuv420p, converted to and tagged as BT.709 limited range, so that 0 and 255 come back as they were.
-    The same frames, metadata and library versions give the same bytes (one encoder thread).
+    MP4 is H.264 yuv420p, converted to and tagged as BT.709 limited range, so that 0 and 255 are decoded as 0 and 255.
+    Equal frames, metadata and library versions give equal bytes (one encoder thread).
 
     Args:
-        path: replaced atomically if it exists; ask `lapwan.files.claim_output` first whether it may be.
+        path: replaced atomically if it exists; call `lapwan.files.claim_output` first.
         frames_THWC: uint8 RGB.
-        fps: frames a second; stored beside the frames of a folder.
+        fps: frames a second; for a folder stored as metadata of the first frame.
         metadata: strings, stored as JSON in the MP4's `comment` tag, a PNG's `tEXt` chunk (a folder: its first frame),
             a GIF's comment or a WebP's XMP.
         crf: H.264 quality, 0 (lossless luma) to 51.
 
     Raises:
-        UserError: a suffix that is not written, several frames for a PNG, an odd size for MP4, no H.264 encoder.
+        UserError: an unknown suffix, several frames for a PNG, an odd size for MP4, no H.264 encoder.
     """
     check_video_path(path, len(frames_THWC), frames_THWC.shape[1:3])
     if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[3] != 3:
@@ -65,7 +66,7 @@ def write_video(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[
 
 
 def check_video_path(path: Path, frames: int, size: tuple[int, ...]) -> None:
-    """Refuse, before any work, a path that `write_video` could not write `frames` frames of `size` (H, W) to."""
+    """Check, before any work, that `write_video` can write `frames` frames of `size` (H, W) to a path."""
     suffix = path.suffix.lower()
     if suffix and suffix not in SUFFIXES:
         raise UserError(f"cannot write {path}: videos are written as .mp4, .gif, .webp, one frame as .png, or a folder "
@@ -85,7 +86,7 @@ def _encode_mp4(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[
         raise UserError(f"cannot write {path.suffix} at {fps} frames a second: it must be above 0")
     if "libx264" not in av.codec.codecs_available:
         raise UserError("this PyAV has no H.264 encoder (libx264); install PyAV's own wheel: pip install av")
-    # bitexact: no library version in the file, so that equal frames are equal bytes; faststart: index in front.
+    # bitexact: no library version in the file, so that equal frames give equal bytes; faststart: the index comes first.
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}) as container:
         if metadata:
             container.metadata[_KEY] = json.dumps(metadata, ensure_ascii=False)
@@ -106,13 +107,13 @@ def _encode_mp4(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[
 
 
 def _save_animation(path: Path, kind: str, frames_THWC: np.ndarray, fps: float, metadata: dict[str, str]) -> None:
-    """An animation that loops. Each frame's time is cut to what the format counts in, the sum stays right."""
+    """A looping animation. Durations are rounded to the format's unit so that their sum is right."""
     unit = 10 if kind == ".gif" else 1  # ms
     ends = np.round(np.arange(len(frames_THWC) + 1) * 1000 / fps / unit).astype(int) * unit
     text = json.dumps(metadata) if metadata else ""
-    own = {"comment": text.encode()} if kind == ".gif" else {"xmp": text.encode(), "quality": 90, "method": 4}
+    options = {"comment": text.encode()} if kind == ".gif" else {"xmp": text.encode(), "quality": 90, "method": 4}
     first, *rest = (Image.fromarray(frame) for frame in frames_THWC)
-    first.save(path, save_all=True, append_images=rest, loop=0, duration=np.diff(ends).tolist(), **own)
+    first.save(path, save_all=True, append_images=rest, loop=0, duration=np.diff(ends).tolist(), **options)
 
 
 def _save_png(path: Path, frame_HWC: np.ndarray, metadata: dict[str, str]) -> None:
@@ -123,7 +124,7 @@ def _save_png(path: Path, frame_HWC: np.ndarray, metadata: dict[str, str]) -> No
 
 
 def read_video_metadata(path: Path) -> dict[str, str]:
-    """What `write_video` stored in an MP4, a PNG or a folder of PNGs; {} for a video without it.
+    """The metadata that `write_video` stored in a file or folder; {} for a video without it.
 
     Raises:
         UserError: the path is missing or is neither a video nor a PNG.
@@ -145,7 +146,7 @@ def read_video_metadata(path: Path) -> dict[str, str]:
     except (av.FFmpegError, UnidentifiedImageError) as error:
         raise UserError(f"cannot read {path}: not a video or PNG that can be opened ({error})") from error
     try:
-        found = json.loads(text)
+        metadata = json.loads(text)
     except ValueError:
-        return {}  # a comment that somebody else wrote
-    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+        return {}  # a comment of another program
+    return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}

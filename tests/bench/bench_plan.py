@@ -117,7 +117,8 @@ class Bench:
         self._look()
         run = Path(tempfile.mkdtemp(dir=self.work))
         given = {"model": str(self.model), "output": run / "run", "data": {"cache": self.cache(size)}, "steps": 3,
-                 "compile": "off", "noise_experts": ["high"], "save_every": 1000, "device": str(self.device), **settings}
+                 "compile": "off", "noise_experts": ["high"], "save_every": 1000, "device": str(self.device),
+                 **settings}
         try:
             return self._trained(given, moe)
         finally:
@@ -132,16 +133,16 @@ class Bench:
         if moe:
             taxonomy = load_taxonomy("surgical4")
             frozen = base_loras(settings, base)
-            memory = plan_mixture(settings, base, data, taxonomy, frozen, self.device, look=True)
+            memory = plan_mixture(settings, base, data, taxonomy, frozen, self.device, dry_run=True)
             planned = time.perf_counter() - started
             trainer = moe_recipe.prepare(settings, base, data, taxonomy, self.device, memory=memory)
         else:
-            memory = plan_training(settings, base, recipe.workload(data, base), self.device, look=True)
+            memory = plan_training(settings, base, recipe.workload(data, base), self.device, predict=True)
             planned = time.perf_counter() - started
             trainer = lora_recipe.prepare(settings, base, data, self.device, memory=memory)
         loaded = time.perf_counter() - started - planned
         seconds: list[float] = []
-        original = trainer._one_step
+        original = trainer._train_step
 
         def timed(*arguments: Any) -> Any:
             begun = time.perf_counter()
@@ -149,7 +150,7 @@ class Bench:
             seconds.append(time.perf_counter() - begun)
             return found
 
-        trainer._one_step = timed
+        trainer._train_step = timed
         trainer.fit()
         return self._row(memory.plan, memory.line, planned, loaded, min(seconds))
 
@@ -165,7 +166,7 @@ class Bench:
         generator.generate("b", **said)
         [own] = generator._generators.values()
         plan = own.noise_experts._plan
-        return self._row(plan, own.noise_experts._told or "", 0.0, 0.0, (time.perf_counter() - started) / 2)
+        return self._row(plan, own.noise_experts._logged or "", 0.0, 0.0, (time.perf_counter() - started) / 2)
 
     def _look(self) -> None:
         gc.collect()
@@ -190,7 +191,8 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "stream": lambda b: b.train("256", activation_checkpointing="off", memory="stream", **LAST),
     "moe": lambda b: b.train("256", moe=True, activation_checkpointing="off", **LAST),
     "video_bf16": lambda b: b.generate("256", memory="both"),
-    "both_experts": lambda b: b.train("256", noise_experts=["high", "low"], activation_checkpointing="off", turn=1, **LAST),
+    "both_experts": lambda b: b.train(
+        "256", noise_experts=["high", "low"], activation_checkpointing="off", turn=1, **LAST),
     "video_fp8_stream": lambda b: b.generate("256", memory="stream", dtype="fp8"),
     "lora_compiled": lambda b: b.train("256", activation_checkpointing="off", compile="on", **ALL),
     "block_compiled": lambda b: b.train("256", activation_checkpointing="block", compile="on", **ALL),

@@ -34,10 +34,10 @@ from speed_model import (
     targets,
 )
 
-from lapwan.memory.generation import Asking, free_bytes, plan_generation
+from lapwan.memory.generation import GenerationWorkload, free_bytes, plan_generation
 from lapwan.memory.plan import MemoryPlan
-from lapwan.memory.streaming import Residence, tensors_of
-from lapwan.memory.throughput import rates_of
+from lapwan.memory.streaming import ModelOffload, tensors_of
+from lapwan.memory.throughput import measure_throughput
 from lapwan.memory.training import plan_training
 from lapwan.models.base import Base
 from lapwan.models.spec import read_spec
@@ -97,8 +97,8 @@ class Bench:
             shape_folder(Path(folder) / "model", SMALL if self.tiny else A14B)
             return plan_generation(
                 read_spec(Path(folder) / "model"), {}, torch.bfloat16, Recipe(Precision.FP8) if kind == "fp8" else None,
-                Asking(frames, (height, width), steps), memory, int(free_gib * GIB),
-                rates_of(self.device, torch.bfloat16), 0)
+                GenerationWorkload(frames, (height, width), steps), memory, int(free_gib * GIB),
+                measure_throughput(self.device, torch.bfloat16), 0)
 
     def step_plan(self, model: WanTransformer3DModel, size: str, last: int, limit: float | None) -> MemoryPlan:
         """What train-lora would decide for one noise expert, below `limit` GiB or with what is free besides it.
@@ -118,7 +118,7 @@ class Bench:
                 "compile": "off" if self.tiny else "on"})
             base = Base(read_spec(folder))
             work = workload(read_data(settings, base), base, {EXPERT: [targets(model, last, 16)]})
-            return plan_training(settings, base, work, self.device, look=True).plan
+            return plan_training(settings, base, work, self.device, predict=True).plan
 
     def tokens(self, size: str) -> int:
         t, h, w = LATENTS[self.size(size)]
@@ -248,9 +248,9 @@ def video_row(
         plan = None if cap is None else bench.plan(kind, size, steps, cap - CONTEXT, memory)
         streamed = range(0) if plan is None else plan.streamed
         model = bench.model(kind)
-        residence = Residence(model, (), bench.device, streamed) if streamed else None
-        if residence is not None:
-            residence.fetch()
+        offload = ModelOffload(model, (), bench.device, streamed) if streamed else None
+        if offload is not None:
+            offload.onload()
         x, _, text = inputs(model, bench.size(size))
         negative = torch.zeros_like(text)
         negative[:, :NEGATIVE_WORDS] = torch.randn_like(negative[:, :NEGATIVE_WORDS])
@@ -261,20 +261,20 @@ def video_row(
         def work(first: int = steps) -> None:
             grid = Grid(_Euler(sigmas), points[:first])
             denoise(grid, x, conditions, Guidance({NoiseExpert.HIGH: 4.0}), lambda e: model, lambda s: nullcontext(),
-                    together=plan is None or plan.strategy.together)
+                    batched_guidance=plan is None or plan.strategy.batched_guidance)
 
         with _capped(bench.device, cap):
             flops = forward_flops(model, bench.tokens(size)).times(2 * steps)
             work(2)
             row = measure(name, work, flops, bench.seconds, least=1, warm=0, target=target, note=f"{steps} steps")
         if plan is not None:
-            batches = "one batch" if plan.strategy.together else "two"
+            batches = "one batch" if plan.strategy.batched_guidance else "two"
             row.note += (f", {len(streamed)} blocks streamed, guidance in {batches}, predicted "
                          f"{plan.peak / GIB:.2f} GiB, {steps * plan.strategy.seconds:.1f} s")
             row.extra |= {"predicted_gib": plan.peak / GIB, "predicted_seconds": steps * plan.strategy.seconds}
         bench.results.add(row)
-        if residence is not None:
-            residence.offload()
+        if offload is not None:
+            offload.offload()
             bench.drop()
     return run
 
@@ -292,17 +292,18 @@ def planned_step_row(
         plan = bench.step_plan(model, size, count, limit)
         set_checkpointing(model, plan.strategy.checkpointing, plan.strategy.whole_blocks)
         trainer, adapted = (mixture_trainer if mixture else lora_trainer)(model, bench.size(size), count)
-        residence = Residence(model, adapted.adapter.own_tensors(), bench.device, plan.streamed)
-        residence.fetch()
+        offload = ModelOffload(model, adapted.adapter.adapter_tensors(), bench.device, plan.streamed)
+        offload.onload()
         asked = "" if limit is None else f"asked for {limit:g} GiB: "
         note = (f"{asked}{len(plan.streamed)} blocks streamed, recomputing {plan.strategy.checkpointing} and "
-                f"{plan.strategy.whole_blocks} blocks, predicted {plan.peak / GIB:.2f} GiB, {plan.strategy.seconds:.3g} s")
+                f"{plan.strategy.whole_blocks} blocks, predicted {plan.peak / GIB:.2f} GiB, "
+                f"{plan.strategy.seconds:.3g} s")
         with _capped(bench.device, cap):
             flops = step_flops(model, bench.tokens(size), count)
             row = measure(name, lambda: step(trainer), flops, bench.seconds, target=target, note=note)
         row.extra |= {"predicted_gib": plan.peak / GIB, "predicted_seconds": plan.strategy.seconds}
         bench.results.add(row)
-        residence.offload()
+        offload.offload()
         bench.drop()
     return run
 

@@ -16,12 +16,12 @@ import bench_plan
 
 from lapwan import cli
 from lapwan.lora.attach import Group, attach, initial_state
-from lapwan.memory.streaming import Residence
+from lapwan.memory.streaming import ModelOffload
 from lapwan.names import Precision
 from lapwan.wan.backbone import velocity
-from lapwan.wan.quantise.linears import KINDS, Fp8Linear, fp8_in_hardware
+from lapwan.wan.quantise.linears import LINEAR_CLASSES, Fp8Linear, fp8_in_hardware
 from lapwan.wan.quantise.load import fill, linears_of
-from lapwan.wan.transformer.options import forward_options
+from lapwan.wan.transformer.forward_options import forward_options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
@@ -57,7 +57,7 @@ def inputs(batch: int = 1):
 @pytest.mark.parametrize("precision", list(Precision))
 def test_quantising_gives_the_same_bytes_on_both_devices(precision) -> None:
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
-    here, there = (KINDS[precision].from_weight(weight.to(d), None) for d in (CUDA, torch.device("cpu")))
+    here, there = (LINEAR_CLASSES[precision].from_weight(weight.to(d), None) for d in (CUDA, torch.device("cpu")))
     assert torch.equal(here.codes.cpu().view(torch.uint8), there.codes.view(torch.uint8))
     assert torch.equal(here.scale.cpu(), there.scale)
     assert torch.equal(here.weight_as(torch.bfloat16).cpu(), there.weight_as(torch.bfloat16))
@@ -90,30 +90,30 @@ def test_streamed_is_resident_bit_for_bit_whatever_overlaps(precision) -> None:
     twice = velocity(resident, *inputs(2))
     del resident
     streamed = model(precision, home=torch.device("cpu"))
-    home = Residence(streamed, (), CUDA, range(6))
-    home.fetch()
-    for _ in range(20):  # a place that is filled too early would show sooner or later
+    offload = ModelOffload(streamed, (), CUDA, range(6))
+    offload.onload()
+    for _ in range(20):  # a slot that is filled too early would show sooner or later
         assert torch.equal(velocity(streamed, *inputs()), expected)
     assert torch.equal(velocity(streamed, *inputs(2)), twice)
-    home.offload()
+    offload.offload()
     torch.randn(1 << 28, device=CUDA)  # what has the memory now must not be written to
-    home.fetch()
+    offload.onload()
     assert torch.equal(velocity(streamed, *inputs()), expected)
 
 
 @torch.no_grad()
 def test_a_ring_holds_two_blocks() -> None:
     streamed = model(home=torch.device("cpu"), layers=10)
-    home = Residence(streamed, (), CUDA, range(10))
+    offload = ModelOffload(streamed, (), CUDA, range(10))
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    home.fetch()
+    offload.onload()
     block = sum(-(-p.nbytes // 256) * 256 for p in streamed.blocks[0].parameters())
     outer = sum(p.nbytes for n, p in streamed.named_parameters() if not n.startswith("blocks."))
     held = torch.cuda.memory_allocated() - before
     assert 2 * block <= held <= 2 * block + outer + (4 << 20)
-    home.offload()
+    offload.offload()
     assert torch.cuda.memory_allocated() - before < 4 << 20
 
 
@@ -126,10 +126,10 @@ def test_training_over_a_streamed_prefix_has_the_resident_gradients() -> None:
             entry.up.normal_(generator=torch.Generator().manual_seed(1))
         adapter = attach(made, [Group("lora", state, trainable=True)])
         if streamed:
-            home = Residence(made, adapter.own_tensors(), CUDA, range(4))
-            for tensor in adapter.own_tensors():
+            offload = ModelOffload(made, adapter.adapter_tensors(), CUDA, range(4))
+            for tensor in adapter.adapter_tensors():
                 tensor.data = tensor.data.to(CUDA)
-            home.fetch()
+            offload.onload()
         forward_options(made).checkpointing = "block"
         for _ in range(3):
             velocity(made, *inputs()).square().mean().backward()

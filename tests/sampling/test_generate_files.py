@@ -16,7 +16,7 @@ from sampling_cases import SMALL, frames, refused
 from transformers import UMT5EncoderModel
 
 from lapwan.checkpoints.wan_keys import to_original
-from lapwan.models.fingerprints import text_identity, vae_identity
+from lapwan.models.fingerprints import text_encoder_fingerprint, vae_fingerprint
 from lapwan.models.original_layout import t5_to_transformers
 from lapwan.models.separate_files import transformer_config
 from lapwan.models.spec import ModelSpec, read_spec
@@ -159,12 +159,12 @@ def test_the_fingerprint_does_not_depend_on_the_layout(pair) -> None:
 
 
 def test_a_pth_file_has_an_identity(pair, tmp_path) -> None:
-    before = vae_identity(resolve_base(pair.files).spec), text_identity(resolve_base(pair.files).spec)
+    before = vae_fingerprint(resolve_base(pair.files).spec), text_encoder_fingerprint(resolve_base(pair.files).spec)
     state = torch.load(pair.files.vae)
     state["conv1.weight"] += 1
     torch.save(state, tmp_path / "Wan2.1_VAE.pth")
     other = resolve_base(pair.files.model_copy(update={"vae": tmp_path / "Wan2.1_VAE.pth"})).spec
-    assert vae_identity(other) != before[0] and text_identity(other) == before[1]
+    assert vae_fingerprint(other) != before[0] and text_encoder_fingerprint(other) == before[1]
 
 
 def test_bf16_keeps_what_diffusers_keeps_in_fp32(pair) -> None:

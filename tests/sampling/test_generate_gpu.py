@@ -62,7 +62,8 @@ def test_one_at_a_time_parks_the_idle_one_in_pinned_memory(t2v, small) -> None:
     assert {(p.device.type, p.is_pinned()) for p in high.parameters()} == {("cpu", True)}
     waiting = one._text.model.parameters()
     assert {(p.device.type, p.is_pinned()) for p in waiting} == {("cpu", True)}
-    assert {p.device.type for e in t2v.noise_experts for p in both.noise_experts.transformer(e).parameters()} == {"cuda"}
+    models = [both.noise_experts.transformer(e) for e in t2v.noise_experts]
+    assert {p.device.type for model in models for p in model.parameters()} == {"cuda"}
 
 
 def test_memory_is_decided_from_what_the_gpu_has_free(t2v, small, capsys) -> None:

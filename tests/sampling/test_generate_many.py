@@ -132,14 +132,14 @@ def test_other_outputs_carry_their_settings_too(name, opened, lapwan, tmp_path) 
 
 def test_a_preview_is_there_after_every_step_and_changes_nothing(lapwan, tmp_path, monkeypatch) -> None:
     seen = []
-    original = Generator._show
+    original = Generator._write_preview
 
     def show(self, path, x0):
         original(self, path, x0)
         with Image.open(path) as image:
             seen.append(image.size)
 
-    monkeypatch.setattr(Generator, "_show", show)
+    monkeypatch.setattr(Generator, "_write_preview", show)
     assert generate(lapwan, "--preview", output="a").code == 0
     assert generate(lapwan, output="b").code == 0
     assert len(seen) == 3 and seen[0][0] > 2 * 48  # two latent frames side by side

@@ -15,7 +15,7 @@ from lapwan import UserError, VideoGenerator
 from lapwan.lora.attach import Group, attach
 from lapwan.lora.formats import write_lora
 from lapwan.memory.generation import (
-    Asking,
+    GenerationWorkload,
     describe,
     forward_bytes,
     free_bytes,
@@ -23,7 +23,7 @@ from lapwan.memory.generation import (
     text_encoder_bytes,
     weight_bytes,
 )
-from lapwan.memory.plan import Rates, needs
+from lapwan.memory.plan import Throughput, required_bytes
 from lapwan.memory.streaming import HostCopy
 from lapwan.models import base as lapwan_base
 from lapwan.sampling.generator import Generator
@@ -32,14 +32,14 @@ from lapwan.wan.backbone import load_transformer
 from lapwan.wan.text import load_text_encoder
 
 GIB = 1 << 30
-RATES = Rates(600e12, 1000e12, 450e12, 50e9)
+RATES = Throughput(600e12, 1000e12, 450e12, 50e9)
 
 
-def planned(t2v, memory, free_mib, **asking):
+def planned(t2v, memory, free_mib, **workload):
     """The embedded model at 17 x 96 x 96 on a device with this much memory."""
     free = None if free_mib is None else int(free_mib * 2**20)
-    given = Asking(17, (96, 96), **asking)
-    return plan_generation(t2v, {}, torch.float32, None, given, memory, free, RATES, text_bytes=0)
+    video = GenerationWorkload(17, (96, 96), **workload)
+    return plan_generation(t2v, {}, torch.float32, None, video, memory, free, RATES, text_bytes=0)
 
 
 def test_the_plan_takes_the_quickest_that_fits(t2v, monkeypatch) -> None:
@@ -50,15 +50,15 @@ def test_the_plan_takes_the_quickest_that_fits(t2v, monkeypatch) -> None:
     assert planned(t2v, "auto", None).both
     free = 4 * weights + 500
     last = planned(t2v, "auto", free)
-    assert last.both and last.strategy.together
+    assert last.both and last.strategy.batched_guidance
     strategies = []
     while last.fits:
-        assert needs(last.peak) <= free * 2**20
-        strategies.append((last.both, len(last.streamed), last.strategy.together))
+        assert required_bytes(last.peak) <= free * 2**20
+        strategies.append((last.both, len(last.streamed), last.strategy.batched_guidance))
         free = last.peak / 2**20 - 0.1  # a little less than it takes
         last = planned(t2v, "auto", free)
     assert strategies[0] == (True, 0, True) and (False, 0, True) in strategies
-    assert any(streamed for _, streamed, _ in strategies) and any(not together for *_, together in strategies)
+    assert any(streamed for _, streamed, _ in strategies) and any(not batched for *_, batched in strategies)
     assert strategies[-1][1] == 8  # of 8 blocks, when nothing else fits
     assert planned(t2v, "stream", 10_000).strategy.seconds >= planned(t2v, "both", 10_000).strategy.seconds
 
@@ -79,7 +79,8 @@ def test_a_number_is_the_most_it_may_take(t2v) -> None:
 
 
 def test_reading_the_prompt_counts_where_it_needs_more_than_sampling(t2v) -> None:
-    plan = plan_generation(t2v, {}, torch.float32, None, Asking(17, (96, 96)), "auto", 8 * GIB, RATES, 7 * GIB)
+    video = GenerationWorkload(17, (96, 96))
+    plan = plan_generation(t2v, {}, torch.float32, None, video, "auto", 8 * GIB, RATES, 7 * GIB)
     assert plan.peak >= 7 * GIB and plan.fits
 
 
@@ -89,7 +90,7 @@ def test_the_line_says_the_numbers(t2v) -> None:
     assert " of 1.0 GiB (" in line and "s a step predicted" in line
     assert describe(planned(t2v, "auto", None), torch.device("cpu"), 2) == (
         "memory: both noise experts stay on cpu (auto)")
-    assert "8 blocks of the noise expert at work stream from host memory to cuda" in describe(
+    assert "8 blocks of the active noise expert stream from host memory to cuda" in describe(
         planned(t2v, "stream", 1000), torch.device("cuda"), 2)
     assert "(within 0.8 GiB)" in describe(planned(t2v, 0.8, 1000), torch.device("cuda"), 2)
 
@@ -118,7 +119,7 @@ def test_a_host_copy_brings_back_the_same_tensors_and_the_adapters_on_them() -> 
         host.offload()
         waiting = [tensor.data_ptr() for tensor in tensors]
         assert not set(waiting) & set(there)
-        host.fetch(torch.device("cpu"))
+        host.onload(torch.device("cpu"))
         assert not {tensor.data_ptr() for tensor in tensors} & set(waiting)
         for name, value in model.state_dict().items():
             assert value.dtype == before[name].dtype and torch.equal(value, before[name])
@@ -129,7 +130,7 @@ def test_an_adapters_own_tensors_leave_out_the_base(t2v) -> None:
     model = load_transformer(t2v, t2v.noise_experts[0])
     plain = {id(t) for t in (*model.parameters(), *model.buffers())}
     adapter = attach(model, [Group("a", random_lora(0), False)])
-    own = {id(t) for t in adapter.own_tensors()}
+    own = {id(t) for t in adapter.adapter_tensors()}
     assert own and not own & plain
     assert own | plain == {id(t) for t in (*model.parameters(), *model.buffers())}
 

@@ -12,7 +12,7 @@ from sampling_cases import generate, refused
 from lapwan import VideoGenerator
 from lapwan.lora.layer import FrozenLinear
 from lapwan.memory.generation import text_encoder_bytes
-from lapwan.memory.streaming import Residence
+from lapwan.memory.streaming import ModelOffload
 from lapwan.names import Precision
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.result import read_metadata
@@ -58,27 +58,27 @@ def test_a_quantised_text_encoder(form, bound, t2v, tmp_path) -> None:
 def test_a_streamed_text_encoder_gives_the_same_bits(t2v) -> None:
     encoder = load_text_encoder(t2v)
     expected = {len(prompts): encode_text(encoder, prompts) for prompts in (PROMPTS, PROMPTS[:1])}
-    home = Residence(encoder.model, (), torch.device("cpu"), range(3), "encoder.block")
+    offload = ModelOffload(encoder.model, (), torch.device("cpu"), range(3), "encoder.block")
     for _ in range(2):
-        home.fetch()
+        offload.onload()
         for prompts in (PROMPTS, PROMPTS[:1]):
             made = encode_text(encoder, prompts)
             assert all(torch.equal(a, b) for a, b in zip(made, expected[len(prompts)], strict=True))
-        home.offload()
-    assert home.ring is not None and home.ring.copied_bytes > 0
+        offload.offload()
+    assert offload.ring is not None and offload.ring.copied_bytes > 0
     assert text_encoder_bytes(t2v, None, streamed=True) < text_encoder_bytes(t2v)
 
 
 def test_streaming_streams_the_text_encoder_too(t2v, small) -> None:
     generator = Generator(t2v, memory="stream")
     streamed = generator.latents(small(t2v, steps=3))
-    assert generator._text_host is not None and generator._text_host.ring is not None
+    assert generator._text_offload is not None and generator._text_offload.ring is not None
     assert torch.equal(streamed, Generator(t2v).latents(small(t2v, steps=3)))
 
 
 def test_the_options_are_recorded_and_repeated(lapwan, tmp_path) -> None:
     ran = generate(lapwan, "--dtype", "int8", "--text-dtype", "int8", "--memory", "stream", output="a.safetensors")
-    assert ran.code == 0 and "8 blocks of the noise expert at work stream from host memory to cpu" in ran.err, ran.err
+    assert ran.code == 0 and "8 blocks of the active noise expert stream from host memory to cpu" in ran.err, ran.err
     told = read_metadata(tmp_path / "a.safetensors")
     assert json.loads(told["settings"])["dtype"] == "int8" and json.loads(told["facts"])["text_precision"] == "int8"
     again = lapwan("generate", "--from", "a.safetensors", "-o", "b.safetensors")
@@ -114,5 +114,5 @@ def test_the_other_noise_expert_is_read_while_the_first_samples(t2v, small, monk
     assert torch.equal(first, generator.latents(request)) and events.count("read low") == 1
     assert torch.equal(first, Generator(t2v).latents(request))
     resident = Generator(t2v, memory="both")
-    monkeypatch.setattr(resident.noise_experts, "_foresee", None)  # nothing is read ahead where both stay
+    monkeypatch.setattr(resident.noise_experts, "_prefetch", None)  # nothing is prefetched where both stay
     assert torch.equal(first, resident.latents(request))

@@ -79,7 +79,7 @@ def test_every_sampler_solves_a_straight_path_exactly(sampler, start, own, t2v: 
 
 
 def test_start_below_the_grid_is_refused(t2v: ModelSpec) -> None:
-    with pytest.raises(UserError, match=r"start sigma 0\.1 lies below the grid's last, 0\.\d+; start higher"):
+    with pytest.raises(UserError, match=r"start sigma 0\.1 is below the last sigma of the grid, 0\.\d+; start higher"):
         make_grid(t2v, "unipc", 4, start=0.1)
 
 
@@ -103,8 +103,8 @@ def test_guidance_acts_per_noise_expert_and_inside_its_interval(t2v: ModelSpec) 
     assert [inside.at(s) > 1 for s in grid.steps] == [0.5 <= s.sigma <= 0.95 for s in grid.steps]
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_guided_steps_evaluate_twice_and_others_once(together, t2v: ModelSpec) -> None:
+@pytest.mark.parametrize("batched_guidance", [True, False])
+def test_guided_steps_evaluate_twice_and_others_once(batched_guidance, t2v: ModelSpec) -> None:
     """Against Euler steps by hand with diffusers' own forward: x += (σ' − σ)·(v_neg + g·(v_text − v_neg))."""
     models = {noise_expert: load_transformer(t2v, noise_expert) for noise_expert in t2v.noise_experts}
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +122,7 @@ def test_guided_steps_evaluate_twice_and_others_once(together, t2v: ModelSpec) -
     for model in models.values():
         model.proj_out.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
     out = denoise(grid, start, Conditions(text, negative), Guidance(strength), models.__getitem__,
-                  lambda step: contextlib.nullcontext(), together=together)
-    guided = [2] if together else [1, 1]
+                  lambda step: contextlib.nullcontext(), batched_guidance=batched_guidance)
+    guided = [2] if batched_guidance else [1, 1]
     assert rows == [1] * grid.count(HIGH) + guided * grid.count(LOW) and 0 < grid.count(LOW) < 4
     assert (out - x).abs().max() < 1e-5

@@ -22,7 +22,7 @@ from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
-from lapwan.wan.transformer.options import forward_options
+from lapwan.wan.transformer.forward_options import forward_options
 
 CPU = torch.device("cpu")
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
@@ -36,13 +36,13 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def fitted(trainer):
-    trainer.plan.run.mkdir(exist_ok=True)
+    trainer.plan.run_folder.mkdir(exist_ok=True)
     trainer.fit()
     return trainer
 
 
 def losses(trainer) -> list[float]:
-    rows = (trainer.plan.run / "metrics.jsonl").read_text().splitlines()
+    rows = (trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(row)["loss"] for row in rows]
 
 
@@ -55,11 +55,11 @@ def test_both_stages_learn_on_a_quantised_base_as_on_the_plain_one(kind, make_lo
     """The same clips, noise and sigmas: the losses stay within what rounding the base does to it, step by step."""
     make = {"lora": make_lora, "moe": make_moe}[kind]
     bounds = {"fp8": 0.02, "nf4": 0.1, **({"int8": 0.01} if kind == "lora" else {})}
-    found = {dtype: losses(fitted(make(output=tmp_path / dtype, dtype=dtype, steps=4, **LR)))
+    curves = {dtype: losses(fitted(make(output=tmp_path / dtype, dtype=dtype, steps=4, **LR)))
              for dtype in ("fp32", *bounds)}
     for dtype, bound in bounds.items():
-        assert found[dtype] == pytest.approx(found["fp32"], rel=bound), dtype
-        assert found[dtype] != found["fp32"]
+        assert curves[dtype] == pytest.approx(curves["fp32"], rel=bound), dtype
+        assert curves[dtype] != curves["fp32"]
 
 
 @pytest.mark.parametrize(("dtype", "trained_blocks", "quantised"), [
@@ -88,10 +88,10 @@ def test_a_streamed_prefix_trains_to_the_same_bits(kind, dtype, make_lora, make_
     assert same(runs["both"], runs["one"]) and same(runs["both"], runs["stream"])
     offload = runs["stream"].plan.before_turn.__self__
     assert isinstance(offload, NoiseExpertOffload) and not offload.both
-    rings = [home.ring for home in offload._homes.values()]
+    rings = [idle.ring for idle in offload._offloads.values()]
     assert len(rings) == 2 and all(ring is not None and ring.copied_bytes > 0 for ring in rings)
-    waits = offload._homes[HIGH if offload._here is LOW else LOW]
-    assert not waits.here and not waits.ring._places
+    idle = offload._offloads[HIGH if offload._active is LOW else LOW]
+    assert not idle.on_device and not idle.ring._slots
 
 
 def test_recomputation_and_micro_batches_change_nothing(make_lora, tmp_path):
@@ -111,19 +111,20 @@ def test_recomputation_and_micro_batches_change_nothing(make_lora, tmp_path):
 def planned(t2v_cache):
     base = resolve_base("tiny")
 
-    def make(look: bool = False, **changes):
+    def make(predict: bool = False, **changes):
         settings = TrainLoraSettings.model_validate(
             {"output": "run", "model": "tiny", "data": {"cache": t2v_cache}, "steps": 1, **changes})
-        return plan_training(settings, base, recipe.workload(recipe.read_data(settings, base), base), CPU, look)
+        return plan_training(settings, base, recipe.workload(recipe.read_data(settings, base), base), CPU, predict)
 
     return make
 
 
 def test_a_cpu_keeps_everything_unless_told(planned):
     plan = planned()
-    assert plan.both and plan.line == "memory: both noise experts stay on cpu" and plan.plan.strategy.checkpointing == "off"
+    assert plan.both and plan.line == "memory: both noise experts stay on cpu"
+    assert plan.plan.strategy.checkpointing == "off"
     assert not planned(memory="one").both and "one noise expert at a time on cpu" in planned(memory="one").line
-    assert planned(memory="one", noise_experts=["high"]).both  # nothing to park
+    assert planned(memory="one", noise_experts=["high"]).both  # nothing to offload
     assert planned(activation_checkpointing=True).plan.strategy.checkpointing == "block"
     assert planned(activation_checkpointing=False).plan.strategy.checkpointing == "off"
     streamed = planned(memory="stream", targets={"last_blocks": 2, "ffn_last_blocks": 1})
@@ -134,19 +135,20 @@ def test_less_and_less_memory(planned, monkeypatch):
     """First one at a time or streaming or recomputing, whatever costs least; at last smaller parts of a batch."""
     monkeypatch.setattr("lapwan.memory.plan.MARGIN", 0)
     monkeypatch.setattr("lapwan.memory.training.WORKSPACE", 0)
-    # Every plan here is of one model and one batch: look at them once.
-    original, made, found = training._strategies, {}, []
-    monkeypatch.setattr(training, "_ways", lambda *given: found or found.extend(original(*given)) or found)
+    # Every plan here is of one model and one batch: its strategies are listed once.
+    original, made, strategies = training._strategies, {}, []
+    monkeypatch.setattr(
+        training, "_strategies", lambda *given: strategies or strategies.extend(original(*given)) or strategies)
     sizes = NoiseExpertShape.bytes
     monkeypatch.setattr(NoiseExpertShape, "bytes", lambda shape, numbers: made.get(numbers) or made.setdefault(
         numbers, sizes(shape, numbers)))
     settings = {"targets": {"last_blocks": 5, "ffn_last_blocks": 5}, "batch_size": 2}
-    plan = planned(look=True, memory=64.0, **settings)
+    plan = planned(predict=True, memory=64.0, **settings)
     seen, free = [], 64.0
     while plan.plan.fits:
         assert plan.plan.peak * 1.08 <= free * 2**30
         strategy = plan.plan.strategy
-        seen.append((strategy.placement.both, strategy.placement.streamed, strategy.checkpointing, strategy.whole_blocks,
+        seen.append((plan.both, len(plan.plan.streamed), strategy.checkpointing, strategy.whole_blocks,
                      strategy.micro_batch))
         free = plan.plan.peak / 2**30 - 1e-4
         plan = planned(memory=free, **settings)
@@ -155,9 +157,9 @@ def test_less_and_less_memory(planned, monkeypatch):
     assert any(kind == "op" for *_, kind, _, _ in seen) and any(whole for *_, whole, _ in seen)
     assert seen[-1][-1] == 1
     assert "THIS DOES NOT FIT" in plan.line
-    monkeypatch.setattr(training, "_ways", original)
+    monkeypatch.setattr(training, "_strategies", original)
     monkeypatch.setattr(NoiseExpertShape, "bytes", sizes)
-    first, second = (planned(look=True, memory=64.0, dtype=d, **settings).plan.peak for d in ("fp32", "nf4"))
+    first, second = (planned(predict=True, memory=64.0, dtype=d, **settings).plan.peak for d in ("fp32", "nf4"))
     assert second < 0.7 * first
 
 
@@ -170,21 +172,21 @@ def test_a_dry_run_predicts_and_a_run_is_planned_once(t2v_cache, tmp_path, monke
             "output": tmp_path / cls.__name__, "model": "tiny", "data": {"cache": t2v_cache}, "steps": 1,
             "targets": {"last_blocks": 2, "ffn_last_blocks": 1}})
         module.run(settings, RunOptions(dry_run=True))
-        told = capsys.readouterr().err
-        assert "predicted peak" in told and "s a step" in told and "GiB (weights" in told
+        log = capsys.readouterr().err
+        assert "predicted peak" in log and "s a step" in log and "GiB (weights" in log
         before = next(calls)
         module.run(settings, RunOptions())
         assert next(calls) == before + 2
 
 
-@pytest.mark.parametrize(("said", "message"), [
+@pytest.mark.parametrize(("given", "message"), [
     ({"memory": "all"}, "'all' is not understood; write auto, both, one, stream, or the GiB to stay below"),
     ({"memory": "-3"}, "'-3' is not understood"), ({"memory": "0"}, "'0' is not understood"),
     ({"dtype": "fp4"}, "fp4"), ({"activation_checkpointing": "some"}, "some"),
 ])
-def test_what_is_not_understood_is_one_line(said, message, t2v_cache):
+def test_what_is_not_understood_is_one_line(given, message, t2v_cache):
     with pytest.raises(UserError, match=message) as caught:
-        load(TrainLoraSettings, options={"output": "run", "data.cache": str(t2v_cache), "steps": "1", **said},
+        load(TrainLoraSettings, options={"output": "run", "data.cache": str(t2v_cache), "steps": "1", **given},
              environment={})
     assert "\n" not in str(caught.value).strip()
 
@@ -195,26 +197,26 @@ def test_a_cap_is_above_zero(number, t2v_cache):
         TrainLoraSettings.model_validate({"output": "run", "data": {"cache": t2v_cache}, "steps": 1, "memory": number})
 
 
-@pytest.mark.parametrize(("said", "meant"), [
+@pytest.mark.parametrize(("given", "meant"), [
     (12, 12.0), (0.5, 0.5), ("16", 16.0), ("16 GiB", 16.0), ("7.5g", 7.5), ("stream", "stream"),
 ])
-def test_spellings_of_memory(said, meant, t2v_cache):
+def test_aliases_of_memory(given, meant, t2v_cache):
     assert TrainLoraSettings.model_validate(
-        {"output": "run", "data": {"cache": t2v_cache}, "steps": 1, "memory": said}).memory == meant
+        {"output": "run", "data": {"cache": t2v_cache}, "steps": 1, "memory": given}).memory == meant
 
 
 def test_a_lora_that_is_gone_on_with_says_which_blocks_are_trained(make_lora, tmp_path):
     """Its modules lie before the targets: they neither stream nor are they quantised."""
     early = fitted(make_lora(output=tmp_path / "early", targets={"patterns": {"blocks.2.self_attn.q": 4}}, steps=1))
-    files = {e: early.plan.run / f"lapwan_{e.file_suffix}.safetensors" for e in (HIGH, LOW)}
-    said = {"init_lora": {e.value: path for e, path in files.items()}, "steps": 2, **LR}
-    runs = [fitted(make_lora(output=tmp_path / memory, memory=memory, **said)) for memory in ("both", "stream")]
+    files = {e: early.plan.run_folder / f"lapwan_{e.file_suffix}.safetensors" for e in (HIGH, LOW)}
+    given = {"init_lora": {e.value: path for e, path in files.items()}, "steps": 2, **LR}
+    runs = [fitted(make_lora(output=tmp_path / memory, memory=memory, **given)) for memory in ("both", "stream")]
     assert same(*runs)
     offload = runs[1].plan.before_turn.__self__
     assert list(offload._streamed) == [0, 1]
-    quantised = make_lora(output=tmp_path / "fp8", dtype="fp8", **said).objective.adapters[HIGH].transformer
+    quantised = make_lora(output=tmp_path / "fp8", dtype="fp8", **given).objective.adapters[HIGH].transformer
     inside = [any(isinstance(m, FrozenLinear) for m in block.modules()) for block in quantised.blocks]
-    assert [i for i, found in enumerate(inside) if not found] == [2]
+    assert [i for i, quantised in enumerate(inside) if not quantised] == [2]
 
 
 def test_a_trained_block_is_not_streamed(make_lora):
@@ -226,7 +228,7 @@ def test_a_trained_block_is_not_streamed(make_lora):
 def test_a_frozen_lora_beside_a_mixture_needs_its_blocks_too(make_lora, make_moe, tmp_path):
     """The gates carry gradient through it, so its blocks do not stream; and the result is the resident one."""
     early = fitted(make_lora(output=tmp_path / "early", targets={"patterns": {"blocks.3.self_attn.q": 4}}, steps=1))
-    base = {e.value: early.plan.run / f"lapwan_{e.file_suffix}.safetensors" for e in (HIGH, LOW)}
+    base = {e.value: early.plan.run_folder / f"lapwan_{e.file_suffix}.safetensors" for e in (HIGH, LOW)}
     runs = [fitted(make_moe(output=tmp_path / memory, memory=memory, base_lora=base, steps=2, **LR))
             for memory in ("both", "stream")]
     assert same(*runs)

@@ -1,4 +1,4 @@
-"""Streamed blocks give the bits of resident ones, in any order of use, and hold no more than their places."""
+"""Streamed blocks give the bits of resident ones, in any order of use, and hold no more than their slots."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from lapwan.lora.attach import Group, attach, initial_state
-from lapwan.memory.streaming import BlockRing, HostSpace, Residence, tensors_of
+from lapwan.memory.streaming import BlockRing, HostPool, ModelOffload, tensors_of
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.backbone import load_transformer, velocity
 from lapwan.wan.quantise.load import Recipe
-from lapwan.wan.transformer.options import forward_options
+from lapwan.wan.transformer.forward_options import forward_options
 
 CPU = torch.device("cpu")
 
@@ -34,24 +34,24 @@ def loaded(request, tiny_t2v, tmp_path, monkeypatch):
 def test_streamed_is_resident_bit_for_bit(loaded) -> None:
     spec, model = loaded
     expected = [velocity(model, *inputs(spec, batch)) for batch in (1, 2)]
-    residence = Residence(model, (), CPU, range(8))
-    residence.fetch()
+    offload = ModelOffload(model, (), CPU, range(8))
+    offload.onload()
     for _ in range(2):
         assert torch.equal(velocity(model, *inputs(spec)), expected[0])
     assert torch.equal(velocity(model, *inputs(spec, 2)), expected[1])
-    residence.offload()
-    residence.fetch()
+    offload.offload()
+    offload.onload()
     assert torch.equal(velocity(model, *inputs(spec)), expected[0])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("streamed", "depth"), [
+@pytest.mark.parametrize(("streamed", "slots"), [
     ((0,), 2), ((0, 1), 2), ((0, 1), 3), ((2, 3, 4), 1), ((2, 3, 4), 2), ((1, 5, 7), 3), (tuple(range(7)), 2),
 ])
-def test_any_blocks_and_any_depth(streamed, depth, tiny_t2v) -> None:
+def test_any_blocks_and_any_slots(streamed, slots, tiny_t2v) -> None:
     model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
     expected = velocity(model, *inputs(tiny_t2v))
-    forward_options(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in streamed}, CPU, depth)
+    forward_options(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in streamed}, CPU, slots)
     for _ in range(3):
         assert torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
 
@@ -59,13 +59,13 @@ def test_any_blocks_and_any_depth(streamed, depth, tiny_t2v) -> None:
 def test_every_forward_copies_each_block_once(tiny_t2v) -> None:
     model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
     ring = BlockRing({i: tensors_of(model.blocks[i]) for i in range(8)}, CPU)
-    one = sum(-(-t.nbytes // 256) * 256 for t in tensors_of(model.blocks[0]))
-    assert ring.place_bytes == 2 * one and ring.copied_bytes == 0
+    block = sum(-(-t.nbytes // 256) * 256 for t in tensors_of(model.blocks[0]))
+    assert ring.ring_bytes == 2 * block and ring.copied_bytes == 0
     forward_options(model).residency = ring
     with torch.no_grad():
         for count in (1, 2, 3):
             velocity(model, *inputs(tiny_t2v))
-            assert ring.copied_bytes == (8 * count + 2) * one  # and the first two of the next
+            assert ring.copied_bytes == (8 * count + 2) * block  # and the first two of the next
 
 
 @torch.no_grad()
@@ -88,13 +88,13 @@ def test_a_forward_cut_short_does_not_mix_up_the_next(tiny_t2v) -> None:
 
 
 def test_a_block_that_is_not_there_yet_is_seen_if_it_were_used(tiny_t2v) -> None:
-    """The places are what computes: another number in a place changes the result, so equality above says something."""
+    """The slots are what computes: another number in a slot changes the result, so equality above says something."""
     model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
     with torch.no_grad():
         expected = velocity(model, *inputs(tiny_t2v))
         ring = forward_options(model).residency = BlockRing({0: tensors_of(model.blocks[0])}, CPU)
         ring.start()
-        ring._places[0].memory.view(torch.float32)[:1000] += 1.0
+        ring._slots[0].memory.view(torch.float32)[:1000] += 1.0
         assert not torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
 
 
@@ -108,7 +108,7 @@ def test_training_over_a_streamed_prefix_has_the_resident_gradients(tiny_t2v) ->
             entry.up.normal_(generator=torch.Generator().manual_seed(1))
         adapter = attach(model, [Group("lora", state, trainable=True)])
         if streamed:
-            Residence(model, adapter.own_tensors(), CPU, streamed).fetch()
+            ModelOffload(model, adapter.adapter_tensors(), CPU, streamed).onload()
         for _ in range(2):
             velocity(model, *inputs(tiny_t2v)).square().mean().backward()
         gradients.append({name: p.grad for name, p in adapter.parameters().items()})
@@ -119,37 +119,37 @@ def test_training_over_a_streamed_prefix_has_the_resident_gradients(tiny_t2v) ->
 def test_adapters_rows_stay_while_their_block_streams(tiny_t2v) -> None:
     model = load_transformer(tiny_t2v, NoiseExpert.LOW)
     adapter = attach(model, [Group("lora", initial_state(model, {"blocks.2.attn1.to_q": 4}, None, 3), trainable=True)])
-    own = {name: p.data_ptr() for name, p in adapter.parameters().items()}
-    residence = Residence(model, adapter.own_tensors(), CPU, range(8))
-    residence.fetch()
+    addresses = {name: p.data_ptr() for name, p in adapter.parameters().items()}
+    offload = ModelOffload(model, adapter.adapter_tensors(), CPU, range(8))
+    offload.onload()
     with torch.no_grad():
         velocity(model, *inputs(tiny_t2v))
-    residence.offload()
-    assert own == {name: p.data_ptr() for name, p in adapter.parameters().items()}
+    offload.offload()
+    assert addresses == {name: p.data_ptr() for name, p in adapter.parameters().items()}
 
 
-def test_host_space_is_cut_into_aligned_pieces() -> None:
-    space = HostSpace(pinned=False)
-    pieces = [space.take(size) for size in (3, 300, 256)]
+def test_host_memory_is_cut_into_aligned_pieces() -> None:
+    pool = HostPool(pinned=False)
+    pieces = [pool.allocate(size) for size in (3, 300, 256)]
     assert [len(piece) for piece in pieces] == [3, 300, 256]
     tensor = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
-    assert torch.equal(space.copy_of(tensor), tensor)
+    assert torch.equal(pool.copy_of(tensor), tensor)
 
 
 def test_a_block_is_one_copy_as_far_as_its_memory_lies_together(tiny_t2v, monkeypatch) -> None:
     model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
     expected = velocity(model, *inputs(tiny_t2v)).detach()
     block = sum(-(-t.nbytes // 256) * 256 for t in tensors_of(model.blocks[0]))
-    original = HostSpace.__init__
+    original = HostPool.__init__
 
-    def in_chunks(self: HostSpace, pinned: bool) -> None:
+    def in_chunks(self: HostPool, pinned: bool) -> None:
         original(self, pinned)
-        self._least = int(2.5 * block)
+        self._chunk_size = int(2.5 * block)
 
-    monkeypatch.setattr(HostSpace, "__init__", in_chunks)
+    monkeypatch.setattr(HostPool, "__init__", in_chunks)
     ring = forward_options(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in range(8)}, CPU)
-    runs = [len(ring._blocks[i].runs) for i in range(8)]
-    assert sum(runs) < 14 and max(runs) == 2 and min(runs) == 1
+    spans = [len(ring._blocks[i].spans) for i in range(8)]
+    assert sum(spans) < 14 and max(spans) == 2 and min(spans) == 1
     with torch.no_grad():
         assert torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
 

@@ -1,4 +1,4 @@
-"""The plan's arithmetic against closed forms, and the simulated memory against counting by hand."""
+"""The plan's arithmetic against closed forms, and traced memory against counting by hand."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lapwan.memory.plan import (
     Flops,
     NoiseExpertBytes,
     Placement,
-    Rates,
     Strategy,
+    Throughput,
+    available_host_memory,
     choose,
-    free_of,
-    host_memory,
-    needs,
+    memory_budget,
     placements,
+    required_bytes,
     resident,
 )
 from lapwan.memory.shapes import ClipShape, GroupShape, NoiseExpertShape, tokens_of, width_of
 from lapwan.memory.streaming import tensors_of
-from lapwan.memory.trace import measure
+from lapwan.memory.trace import trace_memory
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.backbone import load_transformer
@@ -43,13 +43,14 @@ def test_what_is_resident(placement, expected) -> None:
 
 
 def test_the_quickest_that_fits_and_else_the_smallest() -> None:
-    strategies = [Strategy(Placement(True), 100, 1.0), Strategy(Placement(False), 100, 1.5), Strategy(Placement(False), 10, 1.2, "block"),
-            Strategy(Placement(False, 4), 10, 9.0, "block")]
+    strategies = [Strategy(Placement(True), 100, 1.0), Strategy(Placement(False), 100, 1.5),
+                  Strategy(Placement(False), 10, 1.2, "block"), Strategy(Placement(False, 4), 10, 9.0, "block")]
     peaks = [156 + 100 + 2, 109 + 100 + 2, 109 + 10 + 2, 89 + 10 + 2]
     for strategy, peak in zip(strategies, peaks, strict=True):
         assert choose([HIGH, LOW], [strategy], 2, None, "auto").peak == peak
+
     def with_free(peak: int) -> Strategy:
-        return choose([HIGH, LOW], strategies, 2, needs(peak), "auto").strategy
+        return choose([HIGH, LOW], strategies, 2, required_bytes(peak), "auto").strategy
 
     assert [with_free(peak) for peak in peaks] == [strategies[0], strategies[2], strategies[2], strategies[3]]
     tight = choose([HIGH, LOW], strategies, 2, 0, "auto")
@@ -59,37 +60,40 @@ def test_the_quickest_that_fits_and_else_the_smallest() -> None:
 
 
 def test_the_host_counts_as_far_as_there_is_a_choice() -> None:
-    strategies = [Strategy(Placement(False), 100, 1.0), Strategy(Placement(True), 100, 1.5), Strategy(Placement(False, 4), 10, 9.0)]
+    strategies = [Strategy(Placement(False), 100, 1.0), Strategy(Placement(True), 100, 1.5),
+                  Strategy(Placement(False, 4), 10, 9.0)]
 
     def chosen(free: int, host: int | None) -> Strategy:
         return choose([HIGH, LOW], strategies, 2, free, "auto", host_free=host).strategy
 
-    assert [chosen(needs(258), host) for host in (None, 152, 151)] == [strategies[0], strategies[0], strategies[1]]
-    assert chosen(needs(211), 151) is strategies[0]  # nothing else fits the device
-    line = choose([HIGH, LOW], strategies[:1], 2, None, "auto", host_free=GIB).host_words
+    choices = [chosen(required_bytes(258), host) for host in (None, 152, 151)]
+    assert choices == [strategies[0], strategies[0], strategies[1]]
+    assert chosen(required_bytes(211), 151) is strategies[0]  # nothing else fits the device
+    line = choose([HIGH, LOW], strategies[:1], 2, None, "auto", host_free=GIB).host_summary
     assert line == ", 0.0 GiB of host memory"
-    assert "WHICH HAS ONLY 0.0 GiB" in choose([HIGH, LOW], strategies[:1], 2, None, "auto", host_free=1).host_words
-    assert host_memory() is None or host_memory() > 1 << 20
+    assert "WHICH HAS ONLY 0.0 GiB" in choose([HIGH, LOW], strategies[:1], 2, None, "auto", host_free=1).host_summary
+    assert available_host_memory() is None or available_host_memory() > 1 << 20
 
 
 def test_another_phase_may_be_the_largest() -> None:
     strategies = [Strategy(Placement(True), 1, 1.0), Strategy(Placement(False), 1, 2.0)]
-    both, one = (choose([HIGH, LOW], [strategy], 2, None, "auto", {"text": 1000}) for strategy in strategies)
-    assert both.peak == 156 + 1000 + 2 and one.peak == 4 + 1000 + 2
+    both, single = (choose([HIGH, LOW], [strategy], 2, None, "auto", {"text": 1000}) for strategy in strategies)
+    assert both.peak == 156 + 1000 + 2 and single.peak == 4 + 1000 + 2
 
 
 def test_what_is_tried_and_what_may_be_used() -> None:
-    assert placements(2, 2, "auto") == [Placement(True), Placement(False), Placement(False, 1), Placement(False, 2)]
-    assert placements(2, 2, 16.0) == placements(2, 2, "auto")
-    assert [placements(2, 3, asked) for asked in ("both", "one", "stream")] == [
+    assert placements(2, "auto") == [Placement(True), Placement(False), Placement(False, 1), Placement(False, 2)]
+    assert placements(2, 16.0) == placements(2, "auto")
+    assert [placements(3, memory) for memory in ("both", "one", "stream")] == [
         [Placement(True)], [Placement(False)], [Placement(False, 3)]]
-    assert placements(2, 0, "stream") == [Placement(False)]
-    assert free_of(None, "auto") is None and free_of(3 * GIB, 2.0) == 2 * GIB and free_of(GIB, 2.0) == GIB
-    assert free_of(None, 0.5) == GIB // 2 and free_of(7, "one") == 7
+    assert placements(0, "stream") == [Placement(False)]
+    assert memory_budget(None, "auto") is None
+    assert memory_budget(3 * GIB, 2.0) == 2 * GIB and memory_budget(GIB, 2.0) == GIB
+    assert memory_budget(None, 0.5) == GIB // 2 and memory_budget(7, "one") == 7
 
 
 def test_seconds_are_flops_over_rates() -> None:
-    rates = Rates(product=10.0, product8=20.0, attention=5.0, bus=1.0)
+    rates = Throughput(matmul=10.0, matmul_fp8=20.0, attention=5.0, bus=1.0)
     assert Flops(10, 20, 5).seconds(rates) == 3.0 and Flops(1, 2, 3).times(2) == Flops(2, 4, 6)
 
 
@@ -104,29 +108,29 @@ def test_bytes_from_shapes_are_those_of_the_loaded_model(precision, tiny_t2v, tm
     state = initial_state(load_transformer(tiny_t2v, NoiseExpert.HIGH), ranks, None, 0)
     adapter = attach(model, [Group("a", state, True)])
     shape = NoiseExpertShape(tiny_t2v, NoiseExpert.HIGH, torch.bfloat16, recipe, [GroupShape(ranks, True)])
-    sizes = shape.bytes(numbers=3)
+    sizes = shape.bytes(copies=3)
     assert sizes.blocks == tuple(sum(t.nbytes for t in tensors_of(b) if id(t) in plain) for b in model.blocks)
     # The rope tables are made in another shape on a device without values; what is stored is the same.
     stored = sum(p.nbytes for p in model.parameters() if id(p) in plain) + sum(
         b.nbytes for n, b in model.named_buffers() if id(b) in plain)
     assert sizes.weights == stored
-    own = adapter.own_tensors()
-    assert sizes.adapters == sum(t.nbytes * (3 if t.requires_grad else 1) for t in own)
+    rows = adapter.adapter_tensors()
+    assert sizes.adapters == sum(t.nbytes * (3 if t.requires_grad else 1) for t in rows)
     assert shape.gradients == sum(p.nbytes for p in adapter.parameters().values())
     assert shape.first_trained == 6
 
 
-def test_the_simulation_counts_what_lives() -> None:
+def test_the_trace_counts_what_lives() -> None:
     """x -> W1 x -> relu -> W2: by hand, in units of a tensor of 1024 fp32 numbers."""
     unit = 4096
     layers = nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU(), nn.Linear(32, 32, bias=False)).to("meta")
     x = torch.empty(32, 32, device="meta")
     layers.requires_grad_(False)
     with torch.no_grad():
-        assert measure(lambda: layers(x)).peak == 2 * unit  # input and output of the layer at work
+        assert trace_memory(lambda: layers(x)).peak == 2 * unit  # input and output of the layer at work
     layers[0].weight.requires_grad_()
     # Forward: h, relu(h) (kept), y, and the loss; backward: dy, then d relu(h), dh, and W1's gradient is what is left.
-    work = measure(lambda: layers(x).sum().backward())
+    work = trace_memory(lambda: layers(x).sum().backward())
     assert work.left == unit + 512 or work.left == unit
     assert 3 * unit <= work.peak <= 4 * unit + 4 * 512
 
@@ -134,7 +138,7 @@ def test_the_simulation_counts_what_lives() -> None:
 def test_attention_is_counted_without_its_products(tiny_t2v) -> None:
     """From N tokens to 4N the work grows fourfold, not sixteenfold."""
     shape = NoiseExpertShape(tiny_t2v, NoiseExpert.HIGH, torch.float32)
-    small, large = (shape.forward_work(ClipShape(1, 17, size, size)) for size in (256, 512))
+    small, large = (shape.forward_memory(ClipShape(1, 17, size, size)) for size in (256, 512))
     assert 3.5 < large / small < 4.2
     assert tokens_of(tiny_t2v, (17, 64, 64)) == 5 * 16 and width_of(tiny_t2v) == 192
 
@@ -143,7 +147,7 @@ def test_work_grows_by_trained_block_and_shrinks_with_recomputation(tiny_t2v) ->
     def work(blocks, checkpointing="off", batch=1) -> int:
         ranks = {f"blocks.{i}.{name}": 4 for i in blocks for name in ("attn1.to_q", "ffn.net.2")}
         shape = NoiseExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
-        return shape.training_work(ClipShape(batch, 9, 64, 64), checkpointing).total
+        return shape.training_memory(ClipShape(batch, 9, 64, 64), checkpointing).total
 
     of = {n: work(range(8 - n, 8)) for n in (2, 3, 6)}
     assert of[6] - of[3] == pytest.approx(3 * (of[3] - of[2]), rel=1e-9)  # equal blocks add equally
@@ -151,24 +155,24 @@ def test_work_grows_by_trained_block_and_shrinks_with_recomputation(tiny_t2v) ->
     assert 1.8 < work(range(4, 8), batch=2) / work(range(4, 8)) < 2.1
 
 
-def test_one_of_each_kind_stands_for_all(tiny_t2v) -> None:
-    """What is simulated on a few blocks is what simulating all of them gives."""
+def test_tracing_one_of_equal_blocks_is_enough(tiny_t2v) -> None:
+    """What is traced on a few blocks equals the trace of all of them."""
     ranks = {f"blocks.{i}.attn1.to_q": 4 for i in range(3, 8)} | {f"blocks.{i}.ffn.net.2": 4 for i in range(5, 8)}
     shape = NoiseExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
     clip = ClipShape(1, 9, 64, 64)
     for checkpointing in ("off", "block"):
-        assert shape.training_work(clip, checkpointing).total == pytest.approx(
+        assert shape.training_memory(clip, checkpointing).total == pytest.approx(
             shape._step(shape.kinds, clip, checkpointing), rel=0.02)
 
 
 def test_the_first_trained_blocks_recomputed_whole_lie_between(tiny_t2v) -> None:
-    """What is put together of both kinds is what simulating the mixture gives."""
+    """The sum of both kinds equals the trace of the mixture."""
     ranks = {f"blocks.{i}.{name}": 4 for i in range(1, 8) for name in ("attn1.to_q", "ffn.net.2")}
     shape = NoiseExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, None, [GroupShape(ranks, True)])
     clip = ClipShape(1, 17, 256, 256)
-    off, block = (shape.training_work(clip, kind) for kind in ("off", "block"))
+    off, block = (shape.training_memory(clip, kind) for kind in ("off", "block"))
     assert len(off.each) == len(block.each) == 7
-    works = [off.with_whole(block, count) for count in range(8)]
+    works = [off.with_recomputed(block, count) for count in range(8)]
     assert works[0] == off.total and works[7] == block.total
     for count in (2, 5):
         assert works[count] == pytest.approx(shape._step(shape.kinds, clip, "off", whole_blocks=count), rel=0.02)
@@ -178,8 +182,8 @@ def test_flops_of_a_known_model(tiny_t2v) -> None:
     """8 blocks of width 192 and 768: products 2·(N·(6·192² + 2·192·768) + 512·2·192²), attention 4·192·N·(N + 512)."""
     shape = NoiseExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32)
     tokens = 5 * 36
-    found = shape.flops(ClipShape(1, 17, 96, 96), range(8))
-    assert found.product == 8 * 2 * (tokens * (6 * 192**2 + 2 * 192 * 768) + 512 * 2 * 192**2)
-    assert found.attention == 8 * 4 * 192 * tokens * (tokens + 512) and found.product8 == 0
+    flops = shape.flops(ClipShape(1, 17, 96, 96), range(8))
+    assert flops.matmul == 8 * 2 * (tokens * (6 * 192**2 + 2 * 192 * 768) + 512 * 2 * 192**2)
+    assert flops.attention == 8 * 4 * 192 * tokens * (tokens + 512) and flops.matmul_fp8 == 0
     eight = NoiseExpertShape(tiny_t2v, NoiseExpert.LOW, torch.float32, Recipe(Precision.FP8, frozenset({6, 7})))
-    assert eight.flops(ClipShape(1, 17, 96, 96), range(8)).product8 == found.product * 6 / 8
+    assert eight.flops(ClipShape(1, 17, 96, 96), range(8)).matmul_fp8 == flops.matmul * 6 / 8
