@@ -1,12 +1,12 @@
-"""Automagic: Adafactor's second moment without momentum, and a learning rate of its own for every element.
+"""Automagic: Adafactor's second moment without momentum, and a learning rate for each element.
 
-For a matrix G of gradients, row means R and column means C of G² as running means with β2 (no bias correction):
+For a gradient matrix G, with running means R and C (β2, no bias correction) of the row and column means of G²:
 
     v̂ = R Cᵀ / mean(R);   u = G / √v̂;   u ← u / max(1, rms(u) / clip_threshold)
-    lr ← clamp(lr + bump · (+1 where u has the sign of this tensor's own previous u, else −1), min_lr, max_lr)
+    lr ← clamp(lr + bump · (+1 where u has the sign of the previous u, else −1), min_lr, max_lr)
     W ← W − lr ∘ (weight_decay · W + u)
 
-Vectors keep the whole second moment. At the first step there is no previous update: lr stays where it starts. The sign
+Vectors keep the whole second moment. At the first step there is no previous update, and lr stays at its start. The sign
 of an element is "above 0 or not". The lr is fp32 whatever the weights are: in fewer bits a bump would be rounded away.
 Source: Shazeer & Stern, Adafactor (arXiv 1804.04235) for v̂ and the clipping.
 """
@@ -24,7 +24,7 @@ from lapwan.settings.optimizers import AutomagicSettings
 
 
 class Automagic(Optimizer):
-    """`groups` may carry `scale`, which multiplies start, bump and bounds of the lr."""
+    """Groups may have a `scale`, which multiplies the start, bump and bounds of the lr."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], settings: AutomagicSettings) -> None:
         s = settings
@@ -36,17 +36,17 @@ class Automagic(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Tensors of one shape go through together: a LoRA has hundreds, and a kernel for each would take longer."""
+        """One update; tensors of one shape are stacked: a LoRA has hundreds, and a kernel for each would be slower."""
         for group in self.param_groups:
-            alike: dict[tuple[object, ...], list[Tensor]] = {}
+            stacks: dict[tuple[object, ...], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     key = parameter.shape, parameter.dtype, parameter.device, not self.state[parameter]
-                    alike.setdefault(key, []).append(parameter)
-            for (*_, first), parameters in alike.items():
-                self._step_alike(parameters, group, bool(first))
+                    stacks.setdefault(key, []).append(parameter)
+            for (*_, first), parameters in stacks.items():
+                self._step_stack(parameters, group, bool(first))
 
-    def _step_alike(self, parameters: list[Tensor], group: dict[str, Any], first: bool) -> None:
+    def _step_stack(self, parameters: list[Tensor], group: dict[str, Any], first: bool) -> None:
         """Shapes: n tensors stacked in front of their own dimensions."""
         states = [self.state[p] for p in parameters]
         gradients = torch.stack([p.grad for p in parameters if p.grad is not None])
@@ -91,13 +91,13 @@ class Automagic(Optimizer):
             means = torch.stack([state["square"] for state in states]).lerp_(squares, new)
             _put(states, "square", means)
             updates = gradients * means.rsqrt()
-        own = tuple(range(1, updates.dim()))
-        sizes = updates.square().mean(dim=own, keepdim=True).sqrt() / group["clip_threshold"]
-        clipped: Tensor = updates / sizes.clamp_min(1.0)
+        dims = tuple(range(1, updates.dim()))  # of one tensor
+        rms = updates.square().mean(dim=dims, keepdim=True).sqrt()
+        clipped: Tensor = updates / (rms / group["clip_threshold"]).clamp_min(1.0)
         return clipped
 
     def mean_lr(self) -> Tensor:
-        """Mean of the elements' learning rates."""
+        """The mean learning rate over all elements."""
         rates = [self.state[p]["lr"] for group in self.param_groups for p in group["params"] if self.state.get(p)]
         if not rates:
             return torch.tensor(float(self.param_groups[0]["lr"] * self.param_groups[0]["scale"]))
@@ -112,18 +112,18 @@ class Automagic(Optimizer):
 
 
 def _put(states: list[dict[str, Any]], key: str, stacked: Tensor) -> None:
-    """Each tensor's part of a stack back into its own state."""
+    """Copy each slice of a stack back into its state."""
     torch._foreach_copy_([state[key] for state in states], list(stacked.unbind()))
 
 
 def expected_lr(settings: AutomagicSettings, agreement: float) -> float:
-    """The mean lr an element settles at when its updates agree in sign with probability p, step by step independently.
+    """The mean lr of an element whose successive updates agree in sign with probability p, independently at each step.
 
-    A walk on min, min + bump, ..., max that goes up with probability p, and stays where a bound holds it: the share of
-    its time at the k-th rung is proportional to (p / (1 − p))^k. At p = 0.5 this is (min + max) / 2 whatever the bump.
+    A random walk on min, min + bump, ..., max, up with probability p and held at the bounds: its share of time at the
+    k-th value is proportional to (p / (1 − p))^k. At p = 0.5 the mean is (min + max) / 2 whatever the bump.
     """
     low, high = settings.min_lr, settings.max_lr
-    rungs = max(1, round((high - low) / settings.lr_bump))
+    count = max(1, round((high - low) / settings.lr_bump))
     odds = agreement / (1 - agreement)
-    weights = [odds ** (k - rungs if odds > 1 else k) for k in range(rungs + 1)]  # no overflow either way
-    return low + (high - low) * sum(k * w for k, w in enumerate(weights)) / (rungs * sum(weights))
+    weights = [odds ** (k - count if odds > 1 else k) for k in range(count + 1)]  # no overflow either way
+    return low + (high - low) * sum(k * w for k, w in enumerate(weights)) / (count * sum(weights))

@@ -1,7 +1,7 @@
-"""A run's checkpoints: `step_000100/` with the adapter files and, apart from them, `state/` for resuming.
+"""Checkpoints of a run: `step_000100/` with the adapter files and, apart from them, `state/` for resuming.
 
-Written to a temporary name and renamed, so a killed run leaves whole checkpoints only. The newest adapter files are
-hard-linked into the run folder itself.
+Written to a temporary name and renamed, so that a killed run leaves complete checkpoints only. The newest adapter
+files are hard-linked into the run folder itself.
 """
 
 from __future__ import annotations
@@ -25,102 +25,105 @@ from torch import Tensor, nn
 from lapwan import files
 from lapwan.console import warn
 from lapwan.errors import UserError
-from lapwan.train.parallel import local, part_like
+from lapwan.train.parallel import local_tensor, shard_like
 
 _NAME = re.compile(r"^step_(\d+)$")
 _TRAINED, _REST, _SCORE = "trained.safetensors", "rest.pt", "score.json"
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every whole checkpoint of a run, oldest first."""
-    found = [(int(match[1]), p) for p in run.glob("step_*") if (match := _NAME.match(p.name)) and p.is_dir()]
-    return sorted(found)
+    """(step, folder) of every complete checkpoint of a run, oldest first."""
+    return sorted(
+        (int(match[1]), p) for p in run.glob("step_*") if (match := _NAME.match(p.name)) and p.is_dir())
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Which checkpoints stay: the last n, and the n of the lowest score; both None: all. `score` is this one's."""
+class Retention:
+    """Which checkpoints are kept: the `last` n and the n `best` by score; all if both are None.
+
+    Args:
+        score: of the checkpoint that is being written; lower is better.
+    """
 
     last: int | None = None
     best: int | None = None
     score: float | None = None
 
 
-def save(run: Path, step: int, write_adapters: Callable[[Path], list[Path]], parameters: Mapping[str, nn.Parameter],
-         rest: dict[str, Any], keep: Keep) -> Path:
-    """Write checkpoint `step`, link the run's adapter files to it, drop the checkpoints that need not stay."""
-    return begin(run, step, write_adapters, parameters, rest, keep)()
+def start_checkpoint(
+    run: Path, step: int, write_adapters: Callable[[Path], list[Path]], parameters: Mapping[str, nn.Parameter],
+    rest: dict[str, Any], retention: Retention,
+) -> Callable[[], Path]:
+    """Write the adapter files and copy all that the next step changes; the returned function finishes on any thread.
 
-
-def begin(run: Path, step: int, write_adapters: Callable[[Path], list[Path]], parameters: Mapping[str, nn.Parameter],
-          rest: dict[str, Any], keep: Keep) -> Callable[[], Path]:
-    """Take down all that changes with the next step; what is returned does the rest, on any thread.
-
-    That rest (the state's files, waiting for the disk, the rename) is most of a checkpoint's time. Until the rename the
-    checkpoint does not exist, so a kill in between leaves the older ones.
+    It writes the state's files, syncs and renames, which is most of a checkpoint's time, then links the run's adapter
+    files to the checkpoint and removes those that are not retained. Until the rename the checkpoint does not exist, so
+    a kill in between leaves the older ones.
     """
     folder = run / f"step_{step:06d}"
     with ExitStack() as stack:
         temporary = stack.enter_context(files.atomic_folder(folder))
         adapters = write_adapters(temporary)
-        trained = {name: _taken(p).contiguous() for name, p in parameters.items()}
-        rest = _taken_tree(rest)
-        whole = stack.pop_all()
+        trained = {name: _copy_to_cpu(p).contiguous() for name, p in parameters.items()}
+        rest = _copy_tree_to_cpu(rest)
+        rename_on_exit = stack.pop_all()
 
     def finish() -> Path:
-        with whole:
+        with rename_on_exit:
             state = temporary / "state"
             state.mkdir()
             save_file(trained, state / _TRAINED)
             torch.save(rest, state / _REST)
-            if keep.score is not None:
-                (state / _SCORE).write_text(json.dumps({"validation": keep.score}), encoding="utf-8")
+            if retention.score is not None:
+                (state / _SCORE).write_text(json.dumps({"validation": retention.score}), encoding="utf-8")
         for adapter in adapters:
             _link(folder / adapter.name, run / adapter.name)
-        _prune(run, keep)
+        _prune(run, retention)
         return folder
 
     return finish
 
 
-def _taken(tensor: Tensor) -> Tensor:
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _taken_tree(tree: Any) -> Any:
-    """Plain containers with every tensor copied to host memory; the same tensor in two places stays one."""
-    seen: dict[int, Tensor] = {}
+def _copy_tree_to_cpu(tree: Any) -> Any:
+    """Plain containers with every tensor copied to host memory; a tensor that occurs twice is copied once."""
+    copies: dict[int, Tensor] = {}
 
-    def take(value: Any) -> Any:
+    def copy(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return seen.setdefault(id(value), _taken(value)) if id(value) not in seen else seen[id(value)]
+            if id(value) not in copies:
+                copies[id(value)] = _copy_to_cpu(value)
+            return copies[id(value)]
         if isinstance(value, dict):
-            return type(value)((key, take(one)) for key, one in value.items())
+            return type(value)((key, copy(item)) for key, item in value.items())
         if isinstance(value, list | tuple):
-            return type(value)(take(one) for one in value)
+            return type(value)(copy(item) for item in value)
         return value
 
-    return take(tree)
+    return copy(tree)
 
 
 class CheckpointWriter:
-    """One checkpoint at a time is written beside the training."""
+    """Writes checkpoints in the background, one at a time."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[Path] | None = None
 
     def start(self, finish: Callable[[], Path]) -> None:
-        """Write while the training goes on; waits for the checkpoint before.
+        """Finish a checkpoint in the background; waits for the previous one.
 
         Raises:
-            OSError: that one could not be written.
+            OSError: the previous one could not be written.
         """
         self.wait()
         self._last = self._pool.submit(finish)
 
     def wait(self) -> None:
-        """Until what was started is on the disk.
+        """Wait until the checkpoint that was started is on the disk.
 
         Raises:
             OSError: it could not be written.
@@ -130,17 +133,18 @@ class CheckpointWriter:
             last.result()
 
 
-def _prune(run: Path, keep: Keep) -> None:
-    if keep.last is None and keep.best is None:
+def _prune(run: Path, retention: Retention) -> None:
+    if retention.last is None and retention.best is None:
         return
-    found = [folder for _, folder in checkpoints(run)]
-    stay = set(found[-(keep.last or 1):])  # the newest stays in any case: it is what --resume needs
-    if keep.best is not None:
-        scored = sorted(one for f in found if (one := score(f)) is not None and math.isfinite(one))
-        limit = scored[: keep.best][-1] if scored else -math.inf
-        stay |= {f for f in found if (one := score(f)) is not None and one <= limit}
-    for folder in found:
-        if folder not in stay:
+    folders = [folder for _, folder in checkpoints(run)]
+    kept = set(folders[-(retention.last or 1):])  # always with the newest, which --resume needs
+    if retention.best is not None:
+        scores = {folder: value for folder in folders if (value := score(folder)) is not None}
+        finite = sorted(value for value in scores.values() if math.isfinite(value))
+        limit = finite[: retention.best][-1] if finite else -math.inf
+        kept |= {folder for folder, value in scores.items() if value <= limit}
+    for folder in folders:
+        if folder not in kept:
             shutil.rmtree(folder)
 
 
@@ -150,25 +154,25 @@ def score(folder: Path) -> float | None:
     return float(json.loads(path.read_text(encoding="utf-8"))["validation"]) if path.is_file() else None
 
 
-def check_identity(folder: Path, saved: Mapping[str, str], ours: Mapping[str, str], allowed: bool) -> None:
-    """Refuse to go on with other clips or another base: paths may differ, contents may not.
+def check_identity(folder: Path, saved: Mapping[str, str], current: Mapping[str, str], allow_changed: bool) -> None:
+    """Refuse to resume with other clips or another base: paths may differ, contents may not.
 
     Raises:
-        UserError: they differ and that is not allowed.
+        UserError: they differ and `allow_changed` is False.
     """
-    changed = sorted(key for key in {*saved, *ours} if saved.get(key) != ours.get(key))
+    changed = sorted(key for key in {*saved, *current} if saved.get(key) != current.get(key))
     if not changed:
         return
     text = f"{folder} was trained on other contents of: {', '.join(changed)}"
-    if not allowed:
+    if not allow_changed:
         raise UserError(f"cannot resume: {text}; give the same, start another run, or pass --allow-changed")
     warn(text)
 
 
 def _link(source: Path, target: Path) -> None:
-    """Replace `target` by a hard link to `source` (a copy where the file system has none), in one rename.
+    """Replace `target` by a hard link to `source` (a copy where the file system has no links), in one rename.
 
-    A folder (a whole transformer) is linked file by file; of the old folder what is no longer there goes.
+    A folder (a transformer) is linked file by file; files that only the old folder has are removed.
     """
     if source.is_dir():
         target.mkdir(exist_ok=True)
@@ -187,7 +191,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def load(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """Put a checkpoint's trained tensors into `parameters`, bit for bit, and return the rest.
+    """Copy a checkpoint's trained tensors into `parameters`, bit for bit, and return the rest of its state.
 
     Raises:
         UserError: the checkpoint does not hold exactly these tensors, or is damaged.
@@ -208,5 +212,5 @@ def load(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]
             if parameter.shape != trained[name].shape:
                 raise UserError(f"cannot resume from {folder}: '{name}' has shape {list(trained[name].shape)}, this "
                                 f"run's {list(parameter.shape)}; was a rank changed?")
-            local(parameter).copy_(part_like(trained[name], parameter))
+            local_tensor(parameter).copy_(shard_like(trained[name], parameter))
     return rest

@@ -1,4 +1,4 @@
-"""Cached clips on their way into batches: kept in memory as far as they fit, on the training device."""
+"""Cached clips as batches on the training device, kept in memory as far as they fit; which clips are trained on."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from lapwan.caching.read import read_empty_text, read_item
 from lapwan.console import warn
 from lapwan.data.regions import motion_region
 from lapwan.errors import UserError
-from lapwan.models.fingerprints import text_identity, vae_identity
+from lapwan.models.fingerprints import text_encoder_fingerprint, vae_fingerprint
 from lapwan.models.spec import ModelSpec
 
 _MEMORY_BUDGET = 8 * 2**30  # bytes of cached tensors kept in RAM; a 256 x 256 x 81 clip takes about 5 MB
 
 
 class ClipStore:
-    """The items a run trains on. Each is read once while the budget lasts, else at every use.
+    """The items of a run. Each is read once while the memory budget lasts, else at every use.
 
-    With `keep_on_device` they stay there: nothing of a batch crosses the bus again.
+    Args:
+        families: number of families, to turn a hard label into weights; not needed for soft labels.
+        motion_regions: derive a region from motion for items without one.
+        keep_on_device: keep what was read on the device, so that it crosses the bus once.
     """
 
     def __init__(
@@ -30,18 +33,17 @@ class ClipStore:
         motion_regions: bool = False, keep_on_device: bool = False,
     ) -> None:
         self.index, self.items, self._device = index, list(items), device
-        self._home = device if keep_on_device else torch.device("cpu")
-        self._motion_regions = motion_regions  # for items without a region of their own
-        self._families = families  # turns a hard label into weights; not needed for soft ones
+        self._storage_device = device if keep_on_device else torch.device("cpu")
+        self._motion_regions, self._families = motion_regions, families
         self._kept: dict[str, dict[str, Tensor | None]] = {}
         self._bytes = 0
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Items by index, as one batch on the device."""
+        """The items at these indices as one batch on the device."""
         return collate([(self.items[i], self._read(i)) for i in indices], self._families).to(self._device)
 
     def empty_text(self) -> Tensor:
-        """The empty caption's features, on the device.
+        """The features of the empty caption, on the device.
 
         Raises:
             UserError: the cache has none.
@@ -56,25 +58,25 @@ class ClipStore:
         if self._motion_regions and tensors["roi"] is None and tensors["latents"] is not None:
             tensors["roi"] = motion_region(tensors["latents"])
         size = sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)
-        if self._bytes + size <= _MEMORY_BUDGET or self._home.type != "cpu":
+        if self._bytes + size <= _MEMORY_BUDGET or self._storage_device.type != "cpu":
             self._bytes += size
-            tensors = {name: None if t is None else t.to(self._home) for name, t in tensors.items()}
+            tensors = {name: None if t is None else t.to(self._storage_device) for name, t in tensors.items()}
             self._kept[item.id] = tensors
         return tensors
 
 
 def cached_bytes(index: CacheIndex, items: Sequence[CachedItem]) -> int:
-    """At most what the items take once read: latents are widened to fp32."""
+    """An upper bound of the bytes the items take once read; latents are converted to fp32."""
     latents, texts = {item.latents for item in items}, {item.text for item in items}
     sizes = [2 * (index.folder / name).stat().st_size for name in latents]
     return sum(sizes) + sum((index.folder / name).stat().st_size for name in texts)
 
 
 def training_items(index: CacheIndex, split: str | None) -> list[CachedItem]:
-    """Items of a split and those without one, each as often as its `repeats`.
+    """The items of a split and those without a split, each `repeats` times.
 
     Raises:
-        UserError: none is left.
+        UserError: there are none.
     """
     kept = [item for item in index.items if split is None or item.split in (None, split)]
     if not kept:
@@ -84,7 +86,7 @@ def training_items(index: CacheIndex, split: str | None) -> list[CachedItem]:
 
 
 def check_cache(index: CacheIndex, spec: ModelSpec, items: Sequence[CachedItem]) -> None:
-    """Refuse a cache made for another model; what a foreign cache does not say is checked at the first batch.
+    """Refuse a cache made for another model; what a cache of another tool does not state is checked at its first item.
 
     Raises:
         UserError: another task, text encoder width, or latent channels.
@@ -99,10 +101,12 @@ def check_cache(index: CacheIndex, spec: ModelSpec, items: Sequence[CachedItem])
     if index.text_dim is not None and index.text_dim != spec.text_dim:
         raise UserError(f"{index.folder} holds text features of width {index.text_dim}, the model takes "
                         f"{spec.text_dim}; cache with this model's text encoder")
-    for what, made_with, own in (("VAE", index.vae, vae_identity), ("text encoder", index.text_encoder, text_identity)):
-        # A warning: the same encoder in another precision has another identity and serves as well.
-        if made_with is not None and made_with != own(spec):
-            warn(f"{index.folder} was cached with another {what} than {spec.path}'s; unless it is the same one in "
+    for name, cached_with, fingerprint in (
+        ("VAE", index.vae, vae_fingerprint), ("text encoder", index.text_encoder, text_encoder_fingerprint),
+    ):
+        # Only a warning: the same encoder in another precision has another fingerprint and works as well.
+        if cached_with is not None and cached_with != fingerprint(spec):
+            warn(f"{index.folder} was cached with another {name} than {spec.path}'s; unless it is the same one in "
                  "another precision, cache again with this model")
     first = read_item(index.folder, items[0])
     latents, text = first["latents"], first["text"]
@@ -115,14 +119,16 @@ def check_cache(index: CacheIndex, spec: ModelSpec, items: Sequence[CachedItem])
 
 
 def family_of(item: CachedItem) -> int | None:
-    """The family that weighs most in an item's label; None without a label."""
+    """The index of the family with the largest weight in an item's label; None without a label."""
     if item.label_weights is not None:
         return max(range(len(item.label_weights)), key=item.label_weights.__getitem__)
     return item.label
 
 
 def sampling_weights(items: Sequence[CachedItem], power: float) -> list[float] | None:
-    """w_i ∝ n_f^(−power), n_f the items of i's family: 0 every item once an epoch (None), 1 all families evenly.
+    """w_i ∝ n_f^(−power), n_f the number of items of i's family.
+
+    At 0 each item comes once an epoch (None is returned); at 1 all families are drawn equally often.
 
     Raises:
         UserError: an item without a label.

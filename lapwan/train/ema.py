@@ -1,8 +1,8 @@
-"""A running mean of what is trained: smoother than the last step, and what is saved when it is on.
+"""Exponential moving average of the trained parameters: smoother than the last step, and what is saved when it is on.
 
     m ← d·m + (1 − d)·w after every update of w,   d = min(decay, (1 + n) / (10 + n)) at its n-th update
 
-so that the first steps, where the mean would otherwise hold the starting values, do not count for long.
+so that the starting values, which the mean holds at first, fade quickly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Means by parameter name, on the parameters' device; in fp32 at least: in bf16 small steps would be lost."""
+    """Means by parameter name, on the parameters' device, in at least fp32: in bf16 small steps would be lost."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self._parameters, self._decay = parameters, decay
@@ -26,7 +26,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, names: Iterable[str]) -> None:
-        """Take in the parameters that were just stepped."""
+        """Update the means of the parameters that were just stepped."""
         for name in names:
             count = self._updates[name] = self._updates[name] + 1
             decay = min(self._decay, (1 + count) / (10 + count))
@@ -35,7 +35,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The means in place of the parameters; afterwards these are back bit for bit."""
+        """A scope in which the parameters hold the means; afterwards they are restored bit for bit."""
         kept = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._put(self.means)
         try:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the training loop meets between steps."""
+"""Ctrl-C and SIGTERM as a request to stop, which the training loop checks after each step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lapwan import console
 
 @dataclass
 class Stop:
-    """Whether somebody asked to stop."""
+    """Whether a signal has asked to stop."""
 
     requested: bool = False
 
 
 @contextmanager
 def stop_requested() -> Iterator[Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a request that the loop meets between steps; a second one acts at once."""
+    """A scope in which the first Ctrl-C or SIGTERM sets `requested`, and a second one raises KeyboardInterrupt."""
     stop = Stop()
     before = {}
 

@@ -1,4 +1,8 @@
-"""metrics.jsonl and TensorBoard: one object, or one set of tags, a logged step."""
+"""The metrics of a run: sums over the steps between two log lines, written to metrics.jsonl and TensorBoard.
+
+`StepLog` accumulates on the device, `merge_logs` joins the processes' logs, `MetricsWriter` writes one JSON object a
+logged step and the same figures as TensorBoard scalars.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +22,32 @@ from lapwan.train.objective import Loss
 
 METRICS_FILE = "metrics.jsonl"
 
+HostLog = tuple[dict[str, tuple[float, int]], list[float], list[float]]  # sums and counts, flow losses, sigmas
 
-class Metrics:
-    """Appends to a run's metrics; on resume what lies after the resumed step is cut off first."""
+
+class MetricsWriter:
+    """Appends to a run's metrics; on resume the lines after the resumed step are removed first."""
 
     def __init__(self, run: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run / METRICS_FILE
         if self._path.exists():
-            kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step(line) <= resumed_step]
-            files.write_text(self._path, "".join(f"{line}\n" for line in kept))
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            files.write_text(self._path, "".join(f"{line}\n" for line in lines if _step(line) <= resumed_step))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
 
     @property
     def board(self) -> Any:
-        """TensorBoard's writer, for pictures."""
+        """The TensorBoard writer, for images."""
         return self._board
 
     def write(self, step: int, noise_expert: str, figures: Mapping[str, float], shared: Mapping[str, float]) -> None:
-        """`figures` of this noise expert's step, and `shared` ones of the whole run.
+        """One line: `figures` of this noise expert's steps, and `shared` figures of the whole run.
 
-        Keys that hold a slash are TensorBoard tags; each figure of the step is also kept by noise expert.
+        Keys with a slash are TensorBoard tags, other keys get `train/` in front. Each of the figures is also written
+        under a tag of its noise expert.
         """
         row: dict[str, Any] = {"step": step, "noise_expert": noise_expert}
         row |= {k: v if math.isfinite(v) else None for k, v in {**figures, **shared}.items()}
@@ -60,7 +67,7 @@ class Metrics:
         self._board.add_histogram(tag, np.asarray(values), step)
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush and close both."""
         self._file.close()
         self._board.close()
 
@@ -71,34 +78,35 @@ def _step(line: str) -> int:
     except (ValueError, KeyError, TypeError):
         return 2**63  # a line cut short by a kill
 
+
 @dataclass
-class Logged:
-    """Means of figures, and every sample's flow loss with its sigma."""
+class LogSummary:
+    """Means of figures, and the flow loss and sigma of every sample."""
 
     means: dict[str, float]
     losses: list[float]
     sigmas: list[float]
 
-    def by_bin(self, band: Band, bins: int) -> dict[str, float]:
-        """Mean flow loss of each equal part of the band that was drawn, as `loss_at_sigma/0.900-0.925`."""
+    def by_sigma_bin(self, band: Band, bins: int) -> dict[str, float]:
+        """Mean flow loss in each of `bins` equal sigma bins that has samples, as `loss_at_sigma/0.900-0.925`."""
         width = (band.high - band.low) / bins
         groups: dict[int, list[float]] = {}
         for loss, sigma in zip(self.losses, self.sigmas, strict=True):
             groups.setdefault(bin_of(sigma, band, bins), []).append(loss)
         return {
-            f"loss_at_sigma/{band.low + i * width:.3f}-{band.low + (i + 1) * width:.3f}": sum(own) / len(own)
-            for i, own in sorted(groups.items())
+            f"loss_at_sigma/{band.low + i * width:.3f}-{band.low + (i + 1) * width:.3f}": sum(losses) / len(losses)
+            for i, losses in sorted(groups.items())
         }
 
 
 def bin_of(sigma: float, band: Band, bins: int) -> int:
-    """The equal part of the band that sigma lies in."""
+    """The index of the equal part of the band that sigma lies in."""
     return min(bins - 1, max(0, int((sigma - band.low) / (band.high - band.low) * bins)))
 
 
 @dataclass
 class StepLog:
-    """Sums, counts and samples of one noise expert's steps."""
+    """Sums and counts of one noise expert's figures since the last log line, and its samples."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -107,26 +115,27 @@ class StepLog:
     seconds: float = 0.0
 
     def add(self, loss: Loss, total_B: Tensor, sigma_B: Tensor) -> None:
-        """One batch."""
+        """Add a batch."""
         for name, values in {**loss.figures, "loss": total_B.detach()}.items():
             self.sums[name] = self.sums.get(name, 0) + values.sum()
             self.counts[name] = self.counts.get(name, 0) + values.numel()
         self.losses.append(loss.figures.get("loss/diffusion", total_B.detach()))
         self.sigmas.append(sigma_B.detach())
 
-    def plain(self) -> tuple[dict[str, tuple[float, int]], list[float], list[float]]:
-        """All of it as plain numbers, which waits for the device."""
+    def to_host(self) -> HostLog:
+        """All of it as plain numbers; waits for the device."""
         sums = {name: (float(total), self.counts[name]) for name, total in self.sums.items()}
         losses = torch.cat(self.losses).tolist() if self.losses else []
         return sums, losses, torch.cat(self.sigmas).tolist() if self.sigmas else []
 
 
-def join(parts: Sequence[tuple[dict[str, tuple[float, int]], list[float], list[float]]]) -> Logged:
-    """The processes' logs as one."""
+def merge_logs(logs: Sequence[HostLog]) -> LogSummary:
+    """The logs of all processes as one."""
     totals: dict[str, tuple[float, int]] = {}
-    for sums, _, _ in parts:
+    for sums, _, _ in logs:
         for name, (total, count) in sums.items():
             before = totals.get(name, (0.0, 0))
             totals[name] = (before[0] + total, before[1] + count)
     means = {name: total / count for name, (total, count) in totals.items() if count}
-    return Logged(means, [x for _, losses, _ in parts for x in losses], [x for *_, sigmas in parts for x in sigmas])
+    return LogSummary(
+        means, [loss for _, losses, _ in logs for loss in losses], [sigma for *_, sigmas in logs for sigma in sigmas])

@@ -1,7 +1,8 @@
-"""What a trainer needs of an algorithm, and the draws a loss is made from.
+"""What a trainer needs of an algorithm (`Objective`), the draws of a batch, and the flow-matching loss.
 
 Shapes: B samples, C latent channels, T latent frames, H, W latent height and width.
-How to add an objective: one file with a class that has these members.
+How to add an objective: a class with the members of `Objective`, and a recipe that hands it to `Trainer`; see
+`lapwan/train/lora/objective.py` and `lapwan/train/lora/recipe.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lapwan import rng
-from lapwan.caching.batch import Batch, send
+from lapwan.caching.batch import Batch, to_device
 from lapwan.lora.attach import Adapter
 from lapwan.losses import flow
-from lapwan.losses.sigmas import SigmaSampler, Uniform, Weighting, draw_in_band, stratum_u
+from lapwan.losses.sigmas import SigmaSampler, Uniform, Weighting, draw_in_band, stratified_u
 from lapwan.names import Band, NoiseExpert
 from lapwan.wan.backbone import velocity
 
@@ -33,10 +34,14 @@ Key = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of a batch: sigma (fp64), noise like the latents (fp32), whose caption is dropped (bool).
+    """The random numbers of a batch.
 
-    `weight_B` is the flow loss's weight at each sigma; `keys` names each sample's draws, () where nothing else may be
-    drawn (validation: no dropout).
+    Args:
+        sigma_B: fp64, in [0, 1].
+        noise_BCTHW: fp32, shaped like the latents.
+        dropped_B: bool, whose caption is dropped.
+        weight_B: weight of the flow loss at each sigma.
+        keys: key of each sample's further draws; () where there are none (validation: no dropout).
     """
 
     sigma_B: Tensor
@@ -69,7 +74,7 @@ class SigmaRule:
 
 @lru_cache(maxsize=64)
 def _scale(rule: SigmaRule, tokens: int) -> float:
-    return rule.weighting.over(rule.sampler.for_tokens(tokens), rule.band.low, rule.band.high)
+    return rule.weighting.normalizer(rule.sampler.for_tokens(tokens), rule.band.low, rule.band.high)
 
 
 def _tokens(latent_size: tuple[int, int]) -> int:
@@ -82,10 +87,8 @@ def _strata_order(seed: int | str, stream: int | str, block: int, strata: int) -
     return order
 
 
-def make_draws(
-    batch: Batch, keys: Sequence[Key], rule: SigmaRule, caption_dropout: float = 0.0
-) -> Draws:
-    """Each sample's numbers by its own key, so they do not depend on who shares the batch; sigma inside the band.
+def make_draws(batch: Batch, keys: Sequence[Key], rule: SigmaRule, caption_dropout: float = 0.0) -> Draws:
+    """The draws of each sample by its own key, so that they do not depend on the rest of the batch; sigma in the band.
 
     Args:
         keys: (seed, stream, number of the visit, clip) of each sample.
@@ -97,7 +100,7 @@ def make_draws(
     def stratified(key: Key) -> float:
         seed, stream, number = key[0], key[1], int(key[2])
         order = _strata_order(seed, stream, number // rule.strata, rule.strata)
-        return stratum_u(uniform(key, "sigma"), number, rule.strata, order)
+        return stratified_u(uniform(key, "sigma"), number, rule.strata, order)
 
     shape = batch.latents_BCTHW.shape[1:]
     u_B = torch.tensor([stratified(key) for key in keys], dtype=torch.float64)
@@ -106,15 +109,18 @@ def make_draws(
     device, size = batch.latents_BCTHW.device, (shape[-2], shape[-1])
     sigma_B = rule.sigmas(u_B, size)
     weight_B = rule.weights(sigma_B, size)
-    return Draws(send(sigma_B, device), send(noise, device), dropped_B, send(weight_B, device), tuple(keys))
+    return Draws(
+        to_device(sigma_B, device), to_device(noise, device), dropped_B, to_device(weight_B, device), tuple(keys))
 
 
 @dataclass
 class Loss:
-    """Per-sample terms already weighted, whose mean over the step's samples is what is minimised.
+    """The loss of a batch by sample; the mean over the samples of the step is minimised.
 
-    `figures` are per-sample tensors to be averaged and logged under their tag, without gradient; `sigma_B` where the
-    noise level to log is not the draw itself.
+    Args:
+        terms: weighted terms by tag, [B] each; their sum is the loss.
+        figures: values to average and log by tag, without gradient; [n <= B] each.
+        sigma_B: the sigma to log, where it is not the drawn one.
     """
 
     terms: dict[str, Tensor]
@@ -129,65 +135,67 @@ class Loss:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters one optimizer steps together, by name; `lr_scale` multiplies the optimizer's lr."""
+    """Parameters by name that an optimizer steps at `lr_scale` times its lr."""
 
     parameters: Mapping[str, nn.Parameter]
     lr_scale: float = 1.0
 
 
-Total = Callable[[Tensor], Tensor]
+AllReduce = Callable[[Tensor], Tensor]
 
 
-def alone(tensor: Tensor) -> Tensor:
-    """The sum over the processes of a run in one."""
+def local_sum(tensor: Tensor) -> Tensor:
+    """The sum over processes where there is only one."""
     return tensor
 
 
 class Objective(Protocol):
-    """One algorithm: what is trained, the loss of a batch, what is saved."""
+    """An algorithm: what is trained, the loss of a batch, what is saved."""
 
     @property
     def adapters(self) -> Mapping[NoiseExpert, Adapter]:
         """The low-rank adapters by noise expert."""
 
     @property
-    def optimised(self) -> Mapping[str, list[ParameterGroup]]:
+    def parameter_groups(self) -> Mapping[str, list[ParameterGroup]]:
         """Parameter groups by the name of the optimizer that steps them."""
 
-    def stepped_by(self, noise_expert: NoiseExpert) -> tuple[str, ...]:
-        """Names of the optimizers that step in a turn of `noise_expert`."""
+    def optimizers_for(self, noise_expert: NoiseExpert) -> tuple[str, ...]:
+        """Names of the optimizers that step in the turns of a noise expert."""
 
     def prepare(
-        self, noise_expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
+        self, noise_expert: NoiseExpert, batches: Sequence[Batch], all_reduce: AllReduce = local_sum,
+        draws: Sequence[Draws] = (),
     ) -> None:
-        """Look at all batches of an optimizer step before the first loss: statistics of the whole step. No gradient.
+        """Compute statistics over all batches of an optimizer step, before its first loss; no gradient.
 
-        `draws` are the batches' own; `total` adds a tensor up over the processes, which each hold a part of the step's
-        batches.
+        Args:
+            all_reduce: sums a tensor over the processes, each of which has a part of the batches.
+            draws: of each batch.
         """
 
     def loss(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> AbstractContextManager[Loss]:
-        """The loss as a scope: forward on entering, and backward belongs inside, where the gates still hold."""
+        """The loss as a scope: entering runs the forward; the backward belongs inside, where gates and dropout hold."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What besides parameters must survive a restart: tensors and plain values."""
+        """What must survive a restart besides the parameters: tensors and plain values."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
 
     def save(self, folder: Path, step: int) -> list[Path]:
-        """Write the adapter files into `folder`; returns their paths."""
+        """Write the adapter files into `folder` and return their paths."""
 
 
 def flow_terms(
     transformer: WanTransformer3DModel, batch: Batch, draws: Draws, roi_weight: float, empty_text: Tensor | None
 ) -> Loss:
-    """w(σ)·(L_flow + λ·L_roi) per sample, from one velocity at (x_σ, 1000·σ); the figures carry no weight.
+    """w(σ)·(L_flow + λ·L_roi) per sample, from one velocity at (x_σ, 1000·σ); the figures are unweighted.
 
     Args:
         roi_weight: λ; 0 leaves the region out. A sample without a region adds nothing to it.
-        empty_text: [n, D], put in place of the caption where `draws.dropped_B` says so, which keeps the model's
-            unconditional branch alive for guidance.
+        empty_text: [n, D], replaces the caption where `draws.dropped_B` is set, so that the model keeps its
+            unconditional branch for guidance.
     """
     x0, noise = batch.latents_BCTHW.float(), draws.noise_BCTHW
     text = list(batch.text)
@@ -195,11 +203,11 @@ def flow_terms(
         if empty_text is None:
             raise ValueError("caption dropout needs the empty prompt's features")
         text[index] = empty_text
-    # Asked before the forward, when the device is idle: after it, the answer would wait for all of it.
-    present = [] if batch.roi_BTHW is None else (batch.roi_BTHW.flatten(1).sum(dim=1) > 0).tolist()
+    # Read back before the forward, when the device is idle; afterwards this would wait for all of it.
+    has_region = [] if batch.roi_BTHW is None else (batch.roi_BTHW.flatten(1).sum(dim=1) > 0).tolist()
     v = velocity(
-        transformer, flow.noised(x0, noise, draws.sigma_B), 1000.0 * draws.sigma_B.float(),
-        [one.to(x0.device) for one in text], batch.condition_BCTHW,
+        transformer, flow.add_noise(x0, noise, draws.sigma_B), 1000.0 * draws.sigma_B.float(),
+        [features.to(x0.device) for features in text], batch.condition_BCTHW,
     )
     error = flow.squared_error(v, flow.velocity_target(x0, noise))
     plain = flow.flow_loss(error)
@@ -208,6 +216,6 @@ def flow_terms(
     if roi_weight and batch.roi_BTHW is not None:
         region, _ = flow.roi_loss(error, batch.roi_BTHW)
         loss.terms["loss/roi"] = roi_weight * weight_B * region
-        seen = [one for one, there in zip(region.detach(), present, strict=True) if there]
-        loss.figures["loss/roi"] = torch.stack(seen) if seen else region.detach()[:0]
+        values = [value for value, has in zip(region.detach(), has_region, strict=True) if has]
+        loss.figures["loss/roi"] = torch.stack(values) if values else region.detach()[:0]
     return loss

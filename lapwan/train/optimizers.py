@@ -1,6 +1,7 @@
 """From settings to optimizers and their lr schedules.
 
-How to add an optimizer: a settings member in `lapwan/settings/optimizers.py`, a case in `make_optimizer`.
+How to add an optimizer: a settings member in `lapwan/settings/optimizers.py` and a case in `make_optimizer`; where its
+lr is not `settings.lr`, also cases in `current_lr` and `predicted_lr`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from lapwan.train.automagic import Automagic, expected_lr
 from lapwan.train.objective import ParameterGroup
 
 _EXTRAS = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
-AGREEMENTS = (0.47, 0.50, 0.53)  # sign agreements seen in practice: 0.5 is noise
+AGREEMENTS = (0.47, 0.50, 0.53)  # sign agreements met in practice; 0.5 is noise
 
 
 def check_optimizer(optimizer: OptimizerSettings, schedule: ScheduleSettings) -> None:
-    """Refuse what cannot run, before any weights are loaded.
+    """Refuse an optimizer that cannot run, before any weights are loaded.
 
     Raises:
-        UserError: a library that is not installed, or an lr schedule on an optimizer that has its own.
+        UserError: a library that is not installed, or an lr schedule for an optimizer that sets its own lr.
     """
     library = _EXTRAS.get(optimizer.type)
     if library is not None and importlib.util.find_spec(library) is None:
@@ -72,35 +73,35 @@ def make_optimizer(settings: OptimizerSettings, groups: Sequence[ParameterGroup]
                                 "timestep_gate.lr_scale = 1, or another optimizer")
             from prodigyopt import Prodigy
 
-            with redirect_stdout(io.StringIO()):  # it prints, where results belong
+            with redirect_stdout(io.StringIO()):  # it prints to stdout
                 prodigy: Optimizer = Prodigy(parameters, **plain, d0=settings.d0, d_coef=settings.d_coef)
             return prodigy
 
 
 def _by_factor(group: ParameterGroup, ratio: float) -> list[ParameterGroup]:
-    """LoRA+: B in a group of its own."""
+    """LoRA+: a separate group for B, at `ratio` times the lr."""
     if ratio == 1.0:
         return [group]
     up = {name: p for name, p in group.parameters.items() if name.endswith(".up")}
     rest = {name: p for name, p in group.parameters.items() if name not in up}
-    split = [ParameterGroup(rest, group.lr_scale), ParameterGroup(up, group.lr_scale * ratio)]
-    return [part for part in split if part.parameters]
+    parts = [ParameterGroup(rest, group.lr_scale), ParameterGroup(up, group.lr_scale * ratio)]
+    return [part for part in parts if part.parameters]
 
 
 def make_schedule(settings: ScheduleSettings, optimizer: Optimizer, steps: int) -> Any:
-    """diffusers' lr schedule by name, over the `steps` this optimizer will take."""
+    """The lr schedule of diffusers by name, over the number of `steps` that this optimizer takes."""
     from diffusers.optimization import get_scheduler
 
-    more: dict[str, dict[str, Any]] = {
+    options: dict[str, dict[str, Any]] = {
         "cosine_with_restarts": {"num_cycles": settings.cycles}, "polynomial": {"power": settings.power}}
     return get_scheduler(
         settings.name, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=steps,
-        **more.get(settings.name, {}),
+        **options.get(settings.name, {}),
     )
 
 
 def current_lr(optimizer: Optimizer) -> Tensor | float:
-    """The lr to log: of the first group; for Automagic the mean over elements, for Prodigy lr times its step size."""
+    """The lr to log: that of the first group; for Automagic the mean over elements, for Prodigy lr·d."""
     if isinstance(optimizer, Automagic):
         return optimizer.mean_lr()
     first = optimizer.param_groups[0]
@@ -108,7 +109,7 @@ def current_lr(optimizer: Optimizer) -> Tensor | float:
 
 
 def predicted_lr(settings: OptimizerSettings, agreement: float = 0.5) -> float | None:
-    """Where the lr settles; None if only the run can tell (Prodigy)."""
+    """The lr that a run settles at; None if it cannot be predicted (Prodigy)."""
     match settings:
         case AutomagicSettings():
             return expected_lr(settings, agreement)
@@ -119,7 +120,7 @@ def predicted_lr(settings: OptimizerSettings, agreement: float = 0.5) -> float |
 
 
 def describe_optimizer(settings: OptimizerSettings, schedule: ScheduleSettings) -> str:
-    """One line of everything that decides the lr."""
+    """All that decides the lr, in one line."""
     match settings:
         case AutomagicSettings():
             text = (f"automagic, lr from {settings.start_lr:g}, bump {settings.lr_bump:g}, min {settings.min_lr:g}, "
@@ -137,11 +138,11 @@ def describe_optimizer(settings: OptimizerSettings, schedule: ScheduleSettings) 
 
 
 def ratio_line(high: OptimizerSettings, low: OptimizerSettings) -> str:
-    """The LR ratio to expect, at several sign agreements where that matters."""
+    """The expected LR ratio, at several sign agreements where these matter."""
     pairs = [(p, predicted_lr(high, p), predicted_lr(low, p)) for p in AGREEMENTS]
     known = [(p, a / b) for p, a, b in pairs if a is not None and b is not None]
     if not known:
-        return "LR ratio high / low: only the run can tell (prodigy)"
+        return "LR ratio high / low: not known before the run (prodigy)"
     if len({round(ratio, 6) for _, ratio in known}) == 1:
         return f"LR ratio high / low: {known[0][1]:.2f}"
     shown = ", ".join(f"{ratio:.2f} at sign agreement {p:.2f}" for p, ratio in known)
@@ -149,16 +150,21 @@ def ratio_line(high: OptimizerSettings, low: OptimizerSettings) -> str:
 
 
 def restore(
-    optimizer: Optimizer, schedule: Any, saved: Mapping[str, Any], saved_schedule: Mapping[str, Any], ours: bool
+    optimizer: Optimizer, schedule: Any, saved: Mapping[str, Any], saved_schedule: Mapping[str, Any],
+    keep_hyperparameters: bool,
 ) -> None:
-    """Load an optimizer's and its schedule's state; `ours` keeps this run's hyperparameters instead of the saved."""
-    told = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    """Load the state of an optimizer and its lr schedule.
+
+    Args:
+        keep_hyperparameters: keep those of this run instead of the saved ones.
+    """
+    hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     base_lrs = list(schedule.base_lrs)
     optimizer.load_state_dict(dict(saved))
     schedule.load_state_dict(dict(saved_schedule))
-    if ours:
-        for group, own in zip(optimizer.param_groups, told, strict=True):
-            group.update(own)
+    if keep_hyperparameters:
+        for group, current in zip(optimizer.param_groups, hyperparameters, strict=True):
+            group.update(current)
         schedule.base_lrs = base_lrs
         for group, base, factor in zip(optimizer.param_groups, base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = base * factor(schedule.last_epoch)

@@ -1,4 +1,4 @@
-"""From settings to a run: data, targets, schedule, optimizers, rules."""
+"""From settings to a trainer: what LoRA and mixture runs share (data, schedule, optimizers, step callbacks)."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from lapwan.lora.state import LoraState
 from lapwan.losses.sigmas import LogitNormal, Shifted, ShiftedBySize, SigmaSampler, Squeezed, Uniform, Weighting
 from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import ModuleRanks, TrainingMemory, Workload
-from lapwan.models.base import Base, targets_of
+from lapwan.models.base import Base, target_ranks
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.base import Settings
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train import NoiseExpertSettings, TrainSettings, split_evenly
 from lapwan.train.callbacks.alpha_schedule import AlphaSchedule
-from lapwan.train.callbacks.max_norm import NormLimit
+from lapwan.train.callbacks.max_norm import MaxNorm
 from lapwan.train.clip_store import ClipStore, cached_bytes, check_cache, sampling_weights, training_items
-from lapwan.train.context_parallel import SharedClips, share
 from lapwan.train.objective import Objective, SigmaRule
 from lapwan.train.optimizers import make_optimizer, make_schedule, predicted_lr
-from lapwan.train.parallel import Distributed
+from lapwan.train.parallel import ContextParallelProcesses, Distributed, enable_context_parallel
 from lapwan.train.schedule import SampleOrder, interleave, one_after_the_other
-from lapwan.train.trainer import Track, Trainer, TrainerPlan
-from lapwan.wan.transformer.compile import CompileReport, compile_blocks, pays
+from lapwan.train.trainer import Trainer
+from lapwan.train.trainer_plan import DataStream, TrainerPlan
+from lapwan.wan.transformer.compile import CompileReport, compile_blocks, worth_compiling
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RunData:
     noise_experts: dict[NoiseExpert, NoiseExpertSettings]
 
     def orders(self) -> dict[NoiseExpert, SampleOrder]:
-        """Each noise expert's order of visits."""
+        """The order of samples of each noise expert."""
         s = self.settings
         buckets = [item.bucket for item in self.items]
         weights = sampling_weights(self.items, s.data.balance)
@@ -64,33 +64,34 @@ class RunData:
             phases = []
             for phase in s.phases:
                 joint = split_evenly(phase.joint, len(self.noise_experts))
-                own = {NoiseExpert.HIGH: phase.high, NoiseExpert.LOW: phase.low}
-                phases.append({e: own[e] + share for e, share in zip(self.noise_experts, joint, strict=True)})
+                steps = {NoiseExpert.HIGH: phase.high, NoiseExpert.LOW: phase.low}
+                phases.append({e: steps[e] + shared for e, shared in zip(self.noise_experts, joint, strict=True)})
             return one_after_the_other(phases, s.turn)
-        windows = {e: (own.start, own.stop) for e, own in self.noise_experts.items()}
-        return interleave({e: own.steps for e, own in self.noise_experts.items()}, s.turn, windows)
+        windows = {e: (settings.start, settings.stop) for e, settings in self.noise_experts.items()}
+        return interleave({e: settings.steps for e, settings in self.noise_experts.items()}, s.turn, windows)
 
     def identity(self, base: Base) -> dict[str, str]:
-        """What the run is trained on, by content: the clips with their captions and labels, and the base's weights."""
-        told = [[i.id, i.bucket, i.caption, i.label, i.label_weights, i.repeats, i.fingerprints] for i in self.items]
-        clips = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        """Hashes of what the run is trained on: the clips with their captions and labels, and the base's weights."""
+        items = [[i.id, i.bucket, i.caption, i.label, i.label_weights, i.repeats, i.fingerprints] for i in self.items]
+        clips = hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()
         return {"clips": clips} | {f"base.{e.value}": base.fingerprint(e) for e in self.noise_experts}
 
 
 def read_data(settings: TrainSettings, base: Base) -> RunData:
-    """Read the cache's index and resolve each noise expert's settings; no weights are loaded.
+    """Read the index of the cache and resolve the settings of each noise expert; no weights are loaded.
 
     Raises:
-        UserError: a cache that does not fit the model, or a noise expert the model does not have.
+        UserError: a cache that does not fit the model, or a noise expert that the model does not have.
     """
     for noise_expert in settings.noise_experts:
         if noise_expert not in base.spec.noise_experts:
-            have = [e.value for e in base.spec.noise_experts]
-            raise UserError(f"experts holds '{noise_expert.value}', the model has {have}; set experts = {have}")
+            available = [e.value for e in base.spec.noise_experts]
+            raise UserError(f"noise_experts holds '{noise_expert.value}', the model has {available}; set "
+                            f"noise_experts = {available}")
     index = load_index(settings.data.cache, settings.data.labels)
     items = training_items(index, settings.data.split)
     check_cache(index, base.spec, items)
-    sampling_weights(items, settings.data.balance)  # refuses clips without labels now, not at the first step
+    sampling_weights(items, settings.data.balance)  # to refuse clips without labels now, not at the first step
     per_epoch = SampleOrder([i.bucket for i in items], settings.batch_size, settings.seed, "").batches_per_epoch
     steps = max(1, math.ceil((settings.epochs or 1) * per_epoch / settings.accumulate))
     return RunData(settings, index, items, {e: settings.of(e, steps) for e in settings.noise_experts})
@@ -100,33 +101,39 @@ def workload(
     data: RunData, base: Base, trained: Mapping[NoiseExpert, Sequence[ModuleRanks]] | None = None,
     frozen: Mapping[NoiseExpert, ModuleRanks] | None = None,
 ) -> Workload:
-    """What the run asks of the device; `trained` where that is not one LoRA on each noise expert's targets."""
-    own = {e: [targets_of(settings.targets, base.num_layers)] for e, settings in data.noise_experts.items()}
+    """What the memory plan needs to know of the run.
+
+    Args:
+        trained: ranks by module of what is trained, where that is not one LoRA on each noise expert's targets.
+        frozen: ranks by module of the frozen LoRAs beside it.
+    """
+    defaults = {e: [target_ranks(settings.targets, base.num_layers)] for e, settings in data.noise_experts.items()}
     return Workload(
         max((item.bucket for item in data.items), key=math.prod), cached_bytes(data.index, data.items),
         min(data.schedule.count(e) for e in data.noise_experts),
-        {e: (trained or {}).get(e) or ranks for e, ranks in own.items()}, frozen or {})
+        {e: (trained or {}).get(e) or ranks for e, ranks in defaults.items()}, frozen or {})
 
 
 def use_memory_plan(trainer: Trainer, memory: TrainingMemory, offload: NoiseExpertOffload) -> None:
-    """What the trainer does of the plan, and tells of it."""
-    trainer.plan.before_turn, trainer.plan.memory = offload.turn, memory.line
+    """Hand the parts of a memory plan that the trainer carries out to it."""
+    trainer.plan.before_turn, trainer.plan.memory_summary = offload.activate, memory.line
     trainer.plan.micro_batch, trainer.plan.predicted_peak = memory.micro_batch, memory.plan.peak
 
 
 def initial_loras(paths: Mapping[NoiseExpert, Path], base: Base) -> dict[NoiseExpert, LoraFile]:
-    """The LoRAs to continue from, by noise expert; headers are read, tensors are not.
+    """The LoRAs to start from, by noise expert; headers are read, tensors are not.
 
     Raises:
-        UserError: not a LoRA, or for the other noise expert.
+        UserError: a file that is not a LoRA, or is for the other noise expert.
     """
-    found = assign([(noise_expert.value, path, 1.0) for noise_expert, path in paths.items()], base.spec.noise_experts)
-    return {noise_expert: file for noise_expert, [(file, _)] in found.items()}
+    requests = [(noise_expert.value, path, 1.0) for noise_expert, path in paths.items()]
+    assigned = assign(requests, base.spec.noise_experts)
+    return {noise_expert: file for noise_expert, [(file, _)] in assigned.items()}
 
 
-def sigma_rule(own: NoiseExpertSettings, band: Band) -> SigmaRule:
+def sigma_rule(settings: NoiseExpertSettings, band: Band) -> SigmaRule:
     """How a noise expert's sigmas are drawn and its loss is weighted."""
-    s = own.sigma
+    s, weighting = settings.sigma, settings.weighting
     sampler: SigmaSampler
     match s.sampler:
         case "uniform":
@@ -141,31 +148,31 @@ def sigma_rule(own: NoiseExpertSettings, band: Band) -> SigmaRule:
         sampler = Shifted(sampler, s.shift)
     if s.band == "squeeze":
         sampler = Squeezed(sampler, band.low, band.high)
-    return SigmaRule(sampler, band, s.strata, Weighting(own.weighting.kind, own.weighting.gamma))
+    return SigmaRule(sampler, band, s.strata, Weighting(weighting.kind, weighting.gamma))
 
 
-def fresh_lora(transformer: Any, own: NoiseExpertSettings, seed: int, *key: str) -> LoraState:
-    """A new LoRA on a noise expert's targets."""
-    ranks = targets_of(own.targets, len(transformer.blocks))
-    return initial_state(transformer, ranks, own.first_alpha, seed, *key)
+def fresh_lora(transformer: Any, settings: NoiseExpertSettings, seed: int, *key: str) -> LoraState:
+    """A new LoRA on a noise expert's targets; its A is drawn by (seed, *key)."""
+    ranks = target_ranks(settings.targets, len(transformer.blocks))
+    return initial_state(transformer, ranks, settings.first_alpha, seed, *key)
 
 
-def dropout_of(data: RunData) -> dict[NoiseExpert, DropoutRates]:
-    """Each noise expert's dropout."""
-    return {e: DropoutRates(**own.dropout.model_dump()) for e, own in data.noise_experts.items()}
+def dropout_rates(data: RunData) -> dict[NoiseExpert, DropoutRates]:
+    """The dropout rates of each noise expert."""
+    return {e: DropoutRates(**settings.dropout.model_dump()) for e, settings in data.noise_experts.items()}
 
 
 def settings_hash(settings: Settings) -> str:
-    """sha256 of the resolved settings without where they write: 64 hex digits, to tell which run made a file."""
-    free = {"output", "resume", "allow_changed", "device", "memory", "compile"}
-    plain = settings.model_dump(mode="json", exclude=free)
+    """sha256 of the resolved settings that decide the result, as 64 hex digits: tells which run made a file."""
+    excluded = {"output", "resume", "allow_changed", "device", "memory", "compile"}
+    plain = settings.model_dump(mode="json", exclude=excluded)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def provenance(settings: TrainSettings, base: Base, data: RunData, noise_expert: NoiseExpert) -> dict[str, str]:
-    """What an adapter file says of its making."""
-    band, own = base.bands[noise_expert], data.noise_experts[noise_expert]
-    rate = predicted_lr(own.optimizer)
+    """The metadata of an adapter file: what it was trained on and how."""
+    band, trained = base.bands[noise_expert], data.noise_experts[noise_expert]
+    lr = predicted_lr(trained.optimizer)
     return {
         "lapwan.noise_expert": noise_expert.value,
         "lapwan.task": base.task,
@@ -175,15 +182,15 @@ def provenance(settings: TrainSettings, base: Base, data: RunData, noise_expert:
         "lapwan.items": str(len(data.items)),
         "lapwan.seed": str(settings.seed),
         "lapwan.settings": settings_hash(settings),
-        # What other tools show of a file.
+        # What other tools show.
         "ss_base_model_version": "wan2.1" if base.task == "t2v" and base.spec.boundary is None else "wan2.2",
         "ss_output_name": settings.name,
         "ss_seed": str(settings.seed),
         "ss_num_train_items": str(len(data.items)),
         "ss_max_train_steps": str(data.schedule.count(noise_expert)),
-        "ss_optimizer": own.optimizer.type,
-        "ss_lr_scheduler": own.schedule.name,
-        **({} if rate is None else {"ss_learning_rate": f"{rate:g}"}),
+        "ss_optimizer": trained.optimizer.type,
+        "ss_lr_scheduler": trained.schedule.name,
+        **({} if lr is None else {"ss_learning_rate": f"{lr:g}"}),
         "modelspec.timestep_range": f"{1000 * band.low:g},{1000 * band.high:g}",
         "modelspec.title": f"{settings.name}_{noise_expert.file_suffix}",
     }
@@ -193,66 +200,76 @@ def make_trainer(
     settings: TrainSettings, base: Base, data: RunData, objective: Objective, store: ClipStore, command: str,
     distributed: Distributed,
 ) -> Trainer:
-    """Wire tracks, optimizers, lr schedules and rules around an objective.
+    """A trainer for an objective: data streams, optimizers, lr schedules and step callbacks.
 
     Raises:
-        UserError: fewer batches a step than processes.
+        UserError: batches a step that cannot be divided among the processes.
     """
-    if settings.accumulate % distributed.count and not isinstance(distributed, SharedClips):
+    if settings.accumulate % distributed.count and not isinstance(distributed, ContextParallelProcesses):
         raise UserError(f"accumulate = {settings.accumulate} batches a step cannot be dealt out evenly to "
                         f"{distributed.count} processes; set it to a multiple of {distributed.count}, or divide = "
                         "\"tokens\"")
-    optimizers, schedules = {}, {}
-    for name, groups in objective.optimised.items():
-        # What both noise experts share is stepped in every turn, at the shared settings.
+    optimizers, lr_schedules = {}, {}
+    for name, groups in objective.parameter_groups.items():
+        # What both noise experts share is stepped in every turn, with the settings of the run.
         shared = name not in [e.value for e in data.noise_experts]
-        own: NoiseExpertSettings | TrainSettings = settings if shared else data.noise_experts[NoiseExpert(name)]
-        optimizers[name] = make_optimizer(own.optimizer, groups)
-        count = len(data.schedule) if shared else data.schedule.count(NoiseExpert(name))
-        schedules[name] = make_schedule(own.schedule, optimizers[name], max(1, count))
-    tracks = {
-        noise_expert: Track(order, sigma_rule(data.noise_experts[noise_expert], base.bands[noise_expert]))
+        source: NoiseExpertSettings | TrainSettings = settings if shared else data.noise_experts[NoiseExpert(name)]
+        optimizers[name] = make_optimizer(source.optimizer, groups)
+        steps = len(data.schedule) if shared else data.schedule.count(NoiseExpert(name))
+        lr_schedules[name] = make_schedule(source.schedule, optimizers[name], max(1, steps))
+    data_streams = {
+        noise_expert: DataStream(order, sigma_rule(data.noise_experts[noise_expert], base.bands[noise_expert]))
         for noise_expert, order in data.orders().items()
     }
     plan = TrainerPlan(
-        run=settings.output, schedule=data.schedule, tracks=tracks, optimizers=optimizers, lr_schedules=schedules,
-        load_batch=store.batch, item_ids=[item.id for item in data.items], seed=settings.seed,
-        accumulate=settings.accumulate, max_grad_norm=settings.max_grad_norm, ema_decay=settings.ema_decay,
-        caption_dropout=settings.caption_dropout, save_every=settings.save_every, log_every=settings.log_every,
-        sigma_bins=settings.sigma_bins, keep_last=settings.keep_last, keep_best=settings.keep_best,
-        resume_command=f"{command} --resume", identity=data.identity(base), changes_allowed=settings.allow_changed,
-        distributed=distributed,
+        run_folder=settings.output, schedule=data.schedule, data_streams=data_streams, optimizers=optimizers,
+        lr_schedules=lr_schedules, load_batch=store.batch, item_ids=[item.id for item in data.items],
+        seed=settings.seed, accumulate=settings.accumulate, max_grad_norm=settings.max_grad_norm,
+        ema_decay=settings.ema_decay, caption_dropout=settings.caption_dropout, save_every=settings.save_every,
+        log_every=settings.log_every, sigma_bins=settings.sigma_bins, keep_last=settings.keep_last,
+        keep_best=settings.keep_best, resume_command=f"{command} --resume", identity=data.identity(base),
+        allow_changed=settings.allow_changed, distributed=distributed,
     )
-    if isinstance(distributed, SharedClips):
-        plan.alone = share([adapter.transformer for adapter in objective.adapters.values()], distributed)
+    if isinstance(distributed, ContextParallelProcesses):
+        transformers = [adapter.transformer for adapter in objective.adapters.values()]
+        plan.without_context_parallel = enable_context_parallel(transformers, distributed)
     _compile(settings, base, data, objective, distributed)
-    plan.after_step = CompileReport().tell
+    plan.after_step = CompileReport().log
     trainer = Trainer(plan, objective)
-    limits = {e: own.max_norm for e, own in data.noise_experts.items() if own.max_norm is not None}
-    if limits:
-        trainer.rules["max_norm"] = NormLimit(objective.adapters, limits)
-    for noise_expert, own in data.noise_experts.items():
-        if own.alpha_schedule.phases:
-            mine = {n: p for n, p in trainer.parameters.items() if n.startswith(f"{noise_expert.value}.")}
-            ups = {n: p for n, p in mine.items() if n.endswith(".up")}
-            trainer.rules[f"alpha.{noise_expert.value}"] = AlphaSchedule(
-                noise_expert, own.alpha_schedule, objective.adapters[noise_expert], base.bands[noise_expert], ups,
-                optimizers[noise_expert.value], trainer.ema)
+    _add_step_callbacks(trainer, base, data)
     return trainer
 
 
-def _compile(settings: TrainSettings, base: Base, data: RunData, objective: Objective, distributed: Distributed) -> None:
-    """Each noise expert's blocks compiled, as asked, else where the run is long enough for it."""
+def _add_step_callbacks(trainer: Trainer, base: Base, data: RunData) -> None:
+    """Max norm and alpha phases, where the settings ask for them."""
+    adapters = trainer.objective.adapters
+    limits = {e: settings.max_norm for e, settings in data.noise_experts.items() if settings.max_norm is not None}
+    if limits:
+        trainer.step_callbacks["max_norm"] = MaxNorm(adapters, limits)
+    for noise_expert, settings in data.noise_experts.items():
+        if settings.alpha_schedule.phases:
+            prefix = f"{noise_expert.value}."
+            ups = {n: p for n, p in trainer.parameters.items() if n.startswith(prefix) and n.endswith(".up")}
+            trainer.step_callbacks[f"alpha.{noise_expert.value}"] = AlphaSchedule(
+                noise_expert, settings.alpha_schedule, adapters[noise_expert], base.bands[noise_expert], ups,
+                trainer.plan.optimizers[noise_expert.value], trainer.ema)
+
+
+def _compile(
+    settings: TrainSettings, base: Base, data: RunData, objective: Objective, distributed: Distributed
+) -> None:
+    """Compile the blocks of each noise expert: as `compile` asks, with "auto" where the run is long enough."""
     largest = max((base.spec.latent_shape(*item.bucket)[1:] for item in data.items), key=math.prod)
     for noise_expert, adapter in objective.adapters.items():
-        evaluations = data.schedule.count(noise_expert) * settings.accumulate * settings.batch_size // distributed.copies
+        clips = data.schedule.count(noise_expert) * settings.accumulate * settings.batch_size
         transformer: Any = adapter.transformer
-        auto = settings.compile == "auto" and pays(transformer, largest, evaluations, training=True)
+        auto = settings.compile == "auto" and worth_compiling(
+            transformer, largest, clips // distributed.context_parallel_size, training=True)
         compile_blocks(transformer, auto or settings.compile == "on")
 
 
 def run_training(trainer: Trainer, settings: TrainSettings | SrpoSettings) -> bool:
-    """Resume if asked, then train to the end. False if there was nothing left to do."""
+    """Resume if asked, then train to the end; False if no step was left."""
     if settings.resume:
         if trainer.resume():
             console.log(f"resuming {settings.output} at step {trainer.step} of {len(trainer.plan.schedule)}")
@@ -263,8 +280,3 @@ def run_training(trainer: Trainer, settings: TrainSettings | SrpoSettings) -> bo
         return False
     trainer.fit()
     return True
-
-
-def metadata_of(settings: TrainSettings, base: Base, data: RunData) -> Mapping[NoiseExpert, dict[str, str]]:
-    """`provenance` for every trained noise expert."""
-    return {noise_expert: provenance(settings, base, data, noise_expert) for noise_expert in data.noise_experts}

@@ -1,4 +1,4 @@
-"""A run's folder: whether it may be written, which settings it was made with, and what may differ when it goes on."""
+"""The folder of a run: whether it may be written, its settings.toml, and which settings may differ on resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lapwan import files
 from lapwan.console import warn
 from lapwan.errors import UserError
 from lapwan.settings.aliases import SETTINGS_VERSION, VERSION_KEY
-from lapwan.settings.base import to_toml
+from lapwan.settings.base import Settings, to_plain, to_toml
 from lapwan.settings.load import upgraded
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train import TrainSettings
@@ -19,14 +19,14 @@ from lapwan.train.metrics import METRICS_FILE
 
 SETTINGS_FILE = "settings.toml"
 PREVIEWS = "previews"
-# What may differ between a run and its resumption. Model, data and prompts are checked by what they hold, so that they
-# may have moved (`checkpoint.check_identity`); the rest changes no number that is trained.
+# What may differ on resume. Model, data and prompts are compared by content, since they may have moved
+# (`checkpoint.check_identity`); the others do not change what is trained.
 _FREE = ("output", "resume", "allow_changed", "model", "data", "device", "save_every", "keep_last", "keep_best",
          "log_every", "sigma_bins", "memory", "compile", "watch", "validation", "preview", "health", "prompts")
 
 
 def claim_run(settings: TrainSettings | SrpoSettings, overwrite: bool) -> None:
-    """Check the run folder: new, or one to resume with the same settings.
+    """Check that the run folder is new, or holds a run to resume with the same settings.
 
     Raises:
         UserError: it exists and neither --resume nor --overwrite is given, or it was made with other settings.
@@ -41,49 +41,71 @@ def claim_run(settings: TrainSettings | SrpoSettings, overwrite: bool) -> None:
         if not settings.allow_changed:
             raise UserError(f"cannot resume {run} with other settings ({changed}); put them back, start another run, "
                             "or pass --allow-changed")
-        warn(f"going on with other settings: {changed}")
+        warn(f"resuming with other settings: {changed}")
 
 
 def changes(settings: TrainSettings | SrpoSettings) -> str:
-    """What differs from the settings the run was made with, as `optimizer.lr: 0.0001 -> 0.001; ...`."""
-    told = settings.output / SETTINGS_FILE
-    before = _leaves(upgraded(tomllib.loads(told.read_text(encoding="utf-8")), told, run=True))
-    now = _leaves(tomllib.loads(to_toml(settings)))
-    names = sorted(k for k in {*before, *now} if k.split(".")[0] not in _FREE and before.get(k) != now.get(k))
+    """What differs from the settings the run was made with, as `optimizer.lr: 0.0001 -> 0.001; ...`.
+
+    A key that the stored settings lack counts only if it is not at its default: the run may be older than the key. A
+    key whose default changes what older runs did belongs into `lapwan.settings.aliases.OLD_DEFAULTS`.
+    """
+    path = settings.output / SETTINGS_FILE
+    before = _leaves(upgraded(tomllib.loads(path.read_text(encoding="utf-8")), path, run=True))
+    now, defaults = _leaves(to_plain(settings)), _defaults(settings)
+    names = sorted(k for k in {*before, *now} if k.split(".")[0] not in _FREE and before.get(k) != now.get(k)
+                   and not (k not in before and k in defaults and now[k] == defaults[k]))
     return "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in names)
 
 
+def _defaults(section: Settings, default: Any = None, prefix: str = "") -> dict[str, Any]:
+    """Default by dotted key, for the sections that the settings have: of an optimizer those of its type.
+
+    Args:
+        default: the section's default as a whole, whose values hold where it is of the same type.
+    """
+    leaves: dict[str, Any] = {}
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        usual = getattr(default, name) if type(default) is type(section) else info.get_default(call_default_factory=True)
+        if isinstance(value, Settings):
+            leaves |= _defaults(value, usual, f"{prefix}{name}.")
+        elif not info.is_required():
+            leaves |= _leaves(to_plain({name: usual}), prefix)
+    return leaves
+
+
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
 
 
 def start_folder(settings: TrainSettings | SrpoSettings, overwrite: bool) -> None:
-    """Make the run folder and write the resolved settings into it; an older run is removed under --overwrite.
+    """Make the run folder and write the resolved settings into it; --overwrite removes an older run.
 
-    Settings changed at a resumption replace the old ones, which stay beside them under their step.
+    Settings that changed on resume replace the old ones, which are kept as `settings_until_STEP.toml`.
     """
     run = settings.output
     if overwrite and not settings.resume and run.is_dir():
         _remove_run(run)
     run.mkdir(parents=True, exist_ok=True)
-    told = run / SETTINGS_FILE
-    if settings.resume and told.is_file():
+    path = run / SETTINGS_FILE
+    if settings.resume and path.is_file():
         if not changes(settings):
             return
         done = checkpoints(run)
-        told.replace(run / f"settings_until_{done[-1][0] if done else 0:06d}.toml")
+        path.replace(run / f"settings_until_{done[-1][0] if done else 0:06d}.toml")
     header = "The resolved settings of this run; `--config` with this file repeats it."
     plain = settings.model_copy(update={"resume": False, "allow_changed": False})
-    files.write_text(told, f"# {header}\n{VERSION_KEY} = {SETTINGS_VERSION}\n{to_toml(plain)}")
+    files.write_text(path, f"# {header}\n{VERSION_KEY} = {SETTINGS_VERSION}\n{to_toml(plain)}")
 
 
 def _remove_run(run: Any) -> None:
-    """Remove what a run writes and nothing else: the folder may hold the user's own files."""
+    """Remove what a run writes and nothing else: the folder may hold other files of the user."""
     for _, folder in checkpoints(run):
-        for adapter in folder.glob("*.safetensors"):  # the run's own links to it, whatever it was named
+        for adapter in folder.glob("*.safetensors"):  # the run folder has a link to each, whatever its name
             (run / adapter.name).unlink(missing_ok=True)
         shutil.rmtree(folder)
     for name in ("tensorboard", PREVIEWS):

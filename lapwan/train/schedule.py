@@ -1,7 +1,9 @@
-"""The order of samples as a pure function of (seed, stream, position): resuming it needs one number.
+"""The order of a run: which samples each step takes, and which noise expert each optimizer step trains.
 
-Every visit of a sample has a number of its own, the key of its noise and sigma: the draws do not depend on how visits
-are cut into batches, so a batch of two is two batches of one.
+`SampleOrder` is a pure function of (seed, stream, position), so that a position is all that resuming needs. Every visit
+of a sample has its own number, which keys its noise and sigma: the draws do not depend on how visits are cut into
+batches, so a batch of two equals two batches of one.
+`interleave` gives the turns of the noise experts.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ from lapwan.names import NoiseExpert
 
 @dataclass(frozen=True)
 class Visit:
-    """One use of one sample: its index in the item list, and a number no other visit of the stream has."""
+    """One use of a sample: its index in the item list, and a number that is unique in the stream."""
 
     item: int
     number: int
 
 
 class SampleOrder:
-    """Epoch after epoch of batches, each batch inside one bucket (equal shapes).
+    """Epochs of batches; all samples of a batch are of one bucket (equal shapes).
 
-    Without weights an epoch is a permutation; with weights it is as many draws with replacement, likelier by weight.
+    Without weights an epoch is a permutation of the samples. With weights it is as many draws with replacement, with
+    probabilities proportional to the weights.
     """
 
     def __init__(
@@ -65,13 +68,14 @@ class SampleOrder:
     def batches(self, start: tuple[int, int], count: int) -> tuple[list[list[Visit]], tuple[int, int]]:
         """`count` batches from position (epoch, batch) on, and the position after them."""
         epoch, index = start
-        found: list[list[Visit]] = []
-        while len(found) < count:
-            found.append(self._epoch(epoch)[index])
+        batches: list[list[Visit]] = []
+        while len(batches) < count:
+            batches.append(self._epoch(epoch)[index])
             index += 1
             if index == len(self._epoch(epoch)):
                 epoch, index = epoch + 1, 0
-        return found, (epoch, index)
+        return batches, (epoch, index)
+
 
 Window = tuple[int, int | None]  # steps of the run [start, stop) in which a noise expert has turns
 
@@ -79,24 +83,31 @@ Window = tuple[int, int | None]  # steps of the run [start, stop) in which a noi
 def interleave(
     steps: Mapping[NoiseExpert, int], turn: int, windows: Mapping[NoiseExpert, Window] | None = None
 ) -> list[NoiseExpert]:
-    """The noise expert of every optimizer step: blocks of `turn` steps, in proportion to what is left.
+    """The noise expert of every optimizer step: turns of `turn` steps, in proportion to the steps that are left.
 
-    With equal counts: `turn` steps high, `turn` steps low, and so on. With 1000 high and 500 low, two high turns come
-    for each low one, so that both end together. A noise expert outside its window waits; if nobody else has steps
-    left, the one that would start first starts at once, since a step of nobody makes no sense. Steps that do not fit
-    before a `stop` are left out.
+    With equal counts: `turn` steps high, `turn` steps low, and so on. With 1000 high and 500 low, there are two high
+    turns for each low one, so that both end together. A noise expert outside its window waits. If no other one has
+    steps left, the one whose window starts first starts at once, so that no step is empty. Steps that do not fit before
+    a `stop` are left out.
+
+    Args:
+        steps: optimizer steps of each noise expert.
+        windows: steps of the run [start, stop) in which a noise expert may have turns; without one: always.
     """
     windows = windows or {}
     order: list[NoiseExpert] = []
     left = {noise_expert: count for noise_expert, count in steps.items() if count > 0}
     while any(left.values()):
         at = len(order)
-        waiting = [e for e in left if left[e] and _stop(windows, e, at) > at]
-        ready = [e for e in waiting if windows.get(e, (0, None))[0] <= at]
-        if not waiting:
+        candidates = [e for e in left if left[e] and _stop(windows, e, at) > at]
+        ready = [e for e in candidates if windows.get(e, (0, None))[0] <= at]
+        if not candidates:
             break
-        # The expert that is furthest from done goes next; ties go in the order given (high first).
-        noise_expert = max(ready, key=lambda e: left[e] / steps[e]) if ready else min(waiting, key=lambda e: windows[e][0])
+        # The noise expert with the largest share of its steps left is next; ties go in the order given (high first).
+        if ready:
+            noise_expert = max(ready, key=lambda e: left[e] / steps[e])
+        else:
+            noise_expert = min(candidates, key=lambda e: windows[e][0])
         length = min(turn, left[noise_expert], _stop(windows, noise_expert, at) - at)
         order += [noise_expert] * length
         left[noise_expert] -= length
@@ -109,5 +120,5 @@ def _stop(windows: Mapping[NoiseExpert, Window], noise_expert: NoiseExpert, at: 
 
 
 def one_after_the_other(phases: Sequence[Mapping[NoiseExpert, int]], turn: int) -> list[NoiseExpert]:
-    """Each phase's steps interleaved, one phase after the other: high 1000, low 1500, then both 100."""
+    """The turns of consecutive phases, each interleaved: high 1000, low 1500, then both 100."""
     return [noise_expert for phase in phases for noise_expert in interleave(phase, turn)]

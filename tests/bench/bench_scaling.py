@@ -28,12 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from speed_measure import machine, seconds_of
 from speed_model import A14B, SMALL, lora_trainer, mixture_trainer, random_model, set_checkpointing, spoken, step
 
-from lapwan.train.context_parallel import SharedClips
-from lapwan.train.parallel import Distributed, join_processes
+from lapwan.train.parallel import ContextParallelProcesses, Distributed, join_processes
 from lapwan.wan.backbone import velocity
 from lapwan.wan.transformer.compile import compile_blocks, compile_time
 from lapwan.wan.transformer.context_parallel import ContextParallel
-from lapwan.wan.transformer.options import forward_options
+from lapwan.wan.transformer.forward_options import forward_options
 
 Row = dict[str, float]
 
@@ -62,7 +61,7 @@ def steps(mixture: bool, model: WanTransformer3DModel, ranks: Distributed, repea
     def work(together: bool) -> Callable[[], object]:
         trainer.plan.distributed = ranks if together else Distributed()
         trainer.plan.accumulate = ranks.count if together else 1
-        trainer._ahead.__init__(trainer._make_data)
+        trainer._prefetcher.__init__(trainer.plan)
         return lambda: step(trainer)
 
     row = in_turn(ranks, repeats, work)
@@ -76,14 +75,14 @@ def shared_steps(model: WanTransformer3DModel, ranks: Distributed, repeats: int,
     set_checkpointing(model, "block")
 
     def work(together: bool) -> Callable[[], object]:
-        trainer.plan.distributed = SharedClips(ranks.rank, ranks.count) if together else Distributed()
-        forward_options(model).spread = ContextParallel(ranks.rank, ranks.count) if together else None
-        trainer._ahead.__init__(trainer._make_data)
+        trainer.plan.distributed = ContextParallelProcesses(ranks.rank, ranks.count) if together else Distributed()
+        forward_options(model).context_parallel = ContextParallel(ranks.rank, ranks.count) if together else None
+        trainer._prefetcher.__init__(trainer.plan)
         return lambda: step(trainer)
 
     row = in_turn(ranks, max(3, repeats // 3), work)
     adapted.off()
-    forward_options(model).spread = None
+    forward_options(model).context_parallel = None
     return {**row, "scaling": row["alone"] / max(row["together"], 1e-9)}
 
 
@@ -91,11 +90,11 @@ def shared(size: str, model: WanTransformer3DModel, ranks: Distributed, repeats:
     run = partial(torch.no_grad()(velocity), model, *spoken(model, "small" if tiny else size))
 
     def work(together: bool) -> Callable[[], object]:
-        forward_options(model).spread = ContextParallel(ranks.rank, ranks.count) if together else None
+        forward_options(model).context_parallel = ContextParallel(ranks.rank, ranks.count) if together else None
         return run
 
     row = in_turn(ranks, max(3, repeats // 2), work)
-    forward_options(model).spread = None
+    forward_options(model).context_parallel = None
     return {**row, "scaling": row["alone"] / max(row["together"], 1e-9)}
 
 

@@ -29,9 +29,10 @@ from lapwan.train.moe.objective import MixtureObjective, MixtureWeights
 from lapwan.train.objective import Objective, SigmaRule
 from lapwan.train.optimizers import make_optimizer, make_schedule
 from lapwan.train.schedule import SampleOrder
-from lapwan.train.trainer import Track, Trainer, TrainerPlan
+from lapwan.train.trainer import Trainer
+from lapwan.train.trainer_plan import DataStream, TrainerPlan
 from lapwan.wan.quantise.load import fill, linears_of
-from lapwan.wan.transformer.options import forward_options
+from lapwan.wan.transformer.forward_options import forward_options
 
 A14B = {
     "patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16,
@@ -184,11 +185,12 @@ def _batch(model: WanTransformer3DModel, size: str, clip: int) -> Batch:
 
 def _trainer(objective: Objective, model: WanTransformer3DModel, size: str, clips: int = 8) -> Trainer:
     batches = [_batch(model, size, clip) for clip in range(clips)]
-    optimizers = {n: make_optimizer(AdamWSettings(), groups) for n, groups in objective.optimised.items()}
+    optimizers = {n: make_optimizer(AdamWSettings(), groups) for n, groups in objective.parameter_groups.items()}
     load: Callable[[list[int]], Batch] = lambda indices: batches[indices[0]]  # noqa: E731
     plan = TrainerPlan(
-        run=Path("unused"), schedule=[EXPERT] * 10_000,
-        tracks={EXPERT: Track(SampleOrder([0] * clips, 1, 0, "high"), SigmaRule(band=BAND))}, optimizers=optimizers,
+        run_folder=Path("unused"), schedule=[EXPERT] * 10_000,
+        data_streams={EXPERT: DataStream(SampleOrder([0] * clips, 1, 0, "high"), SigmaRule(band=BAND))},
+        optimizers=optimizers,
         lr_schedules={n: make_schedule(ScheduleSettings(), o, 10_000) for n, o in optimizers.items()},
         load_batch=load, item_ids=[f"clip{i}" for i in range(clips)], seed=0,
     )

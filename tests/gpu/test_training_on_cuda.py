@@ -101,7 +101,7 @@ def test_8_bit_adamw_goes_on_from_its_state_bit_for_bit():
     with torch.no_grad():
         for name, weight in again[0].items():
             weight.copy_(part[0][name])
-    restore(again[1], again[2], saved["optimizer"], saved["schedule"], ours=False)
+    restore(again[1], again[2], saved["optimizer"], saved["schedule"], keep_hyperparameters=False)
     train(*again, gradients[3:])
     assert all(torch.equal(weight, again[0][name]) for name, weight in whole[0].items())
     assert any(value.dtype == torch.uint8 for state in whole[1].state.values() for value in state.values()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lapwan.train import checkpoint
-from lapwan.train.checkpoint import CheckpointWriter, Keep, begin, checkpoints, load
+from lapwan.train.checkpoint import CheckpointWriter, Retention, checkpoints, load, start_checkpoint
 
 
 def parts():
@@ -25,7 +25,7 @@ def adapters(folder):
 
 def test_what_changes_afterwards_is_not_in_it(tmp_path) -> None:
     parameters, rest, moments = parts()
-    finish = begin(tmp_path, 3, adapters, parameters, rest, Keep())
+    finish = start_checkpoint(tmp_path, 3, adapters, parameters, rest, Retention())
     assert checkpoints(tmp_path) == [] and not (tmp_path / "x.safetensors").exists()
     with torch.no_grad():
         parameters["a"].add_(1)
@@ -45,7 +45,7 @@ def test_what_fails_leaves_nothing_and_is_told(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(checkpoint, "save_file", full)
     writer = CheckpointWriter()
     parameters, rest, _ = parts()
-    writer.start(begin(tmp_path, 3, adapters, parameters, rest, Keep()))
+    writer.start(start_checkpoint(tmp_path, 3, adapters, parameters, rest, Retention()))
     with pytest.raises(OSError, match="No space left"):
         writer.wait()
     writer.wait()  # told once
@@ -72,8 +72,8 @@ def test_one_at_a_time(tmp_path) -> None:
 def test_training_goes_on_while_a_checkpoint_is_written(make_lora, tmp_path, monkeypatch) -> None:
     """Checkpoint 2 cannot be finished before step 3 has been taken; that of the end is there when `fit` returns."""
     trainer = make_lora(output=tmp_path / "run", save_every=2, steps=3)
-    trainer.plan.run.mkdir()
-    taken, original, step = threading.Event(), checkpoint.save_file, trainer._one_step
+    trainer.plan.run_folder.mkdir()
+    taken, original, step = threading.Event(), checkpoint.save_file, trainer._train_step
 
     def slow(tensors, path) -> None:
         if "step_000002" in str(path):
@@ -82,13 +82,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(make_lora, tmp_path, mon
 
     def tell(*arguments):
         if trainer.step == 2:
-            assert not checkpoints(trainer.plan.run)
+            assert not checkpoints(trainer.plan.run_folder)
         reason = step(*arguments)
         if trainer.step == 3:
             taken.set()
         return reason
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
-    monkeypatch.setattr(trainer, "_one_step", tell)
+    monkeypatch.setattr(trainer, "_train_step", tell)
     trainer.fit()
-    assert [number for number, _ in checkpoints(trainer.plan.run)] == [2, 4, 6]
+    assert [number for number, _ in checkpoints(trainer.plan.run_folder)] == [2, 4, 6]

@@ -71,15 +71,15 @@ def test_shared_experts_are_one_set_of_parameters_that_both_noise_experts_train(
         randomise(trainer)
         assert any(n.startswith("experts.") and float(g.abs().max()) > 0
                    for n, g in backward(trainer, noise_expert, [0]).items())
-    trainer.plan.run.mkdir()
+    trainer.plan.run_folder.mkdir()
     trainer.fit()
-    again = read_mixture(trainer.plan.run / "lapwan.safetensors", resolve_base("tiny"))
+    again = read_mixture(trainer.plan.run_folder / "lapwan.safetensors", resolve_base("tiny"))
     for family in again.families:
         one, other = (again.states[e][family] for e in NoiseExpert)
         assert one.fingerprint() == other.fingerprint()
         high = trainer.objective.adapters[HIGH].state(family)
         assert high.fingerprint() == trainer.objective.adapters[LOW].state(family).fingerprint() == one.fingerprint()
-    rows = [json.loads(line) for line in (trainer.plan.run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert {row["noise_expert"] for row in rows} == {"high", "low"}
 
 
@@ -112,7 +112,7 @@ def test_experts_start_as_the_stage_1_lora_at_any_rank(make_lora, make_moe, tmp_
     """ΔW of every expert is the LoRA's: exactly at its rank or above, the largest singular values below."""
     stage1 = make_lora(**ONE_BLOCK, output=tmp_path / "stage1")
     randomise(stage1)
-    stage1.plan.run.mkdir()
+    stage1.plan.run_folder.mkdir()
     stage1.save()
     files = {e: tmp_path / "stage1" / f"lapwan_{e.file_suffix}.safetensors" for e in NoiseExpert}
     targets = {**ONE_BLOCK["targets"], **dict.fromkeys(("q", "k", "v", "o", "ffn_in"), rank)}
@@ -131,7 +131,7 @@ def test_experts_start_as_the_stage_1_lora_at_any_rank(make_lora, make_moe, tmp_
 
 def test_a_lora_that_is_merged_already_is_no_start(make_lora, tmp_path, t2v_cache):
     stage1 = make_lora(**ONE_BLOCK, output=tmp_path / "stage1")
-    stage1.plan.run.mkdir()
+    stage1.plan.run_folder.mkdir()
     stage1.save()
     files = {e.value: str(tmp_path / "stage1" / f"lapwan_{e.file_suffix}.safetensors") for e in NoiseExpert}
     settings = TrainMoeSettings.model_validate({
@@ -205,7 +205,7 @@ def test_balanced_sampling_draws_families_evenly_and_says_how_uneven_they_are(
     for make in (make_moe, make_lora):  # a plain LoRA draws in the same order
         for power, share in ((0.0, 0.1), (1.0, 0.5), (0.5, 0.25)):
             trainer = make(**ONE_BLOCK, data={"cache": cache, "balance": power})
-            groups, _ = trainer.plan.tracks[HIGH].order.batches((0, 0), 1000)
+            groups, _ = trainer.plan.data_streams[HIGH].order.batches((0, 0), 1000)
             drawn = sum(trainer.plan.item_ids[v.item] == "clip1" for group in groups for v in group) / 1000
             assert drawn == pytest.approx(share, abs=0.05)
     settings = TrainMoeSettings.model_validate(
@@ -234,7 +234,7 @@ def test_a_region_from_motion_stands_in_only_where_there_is_none(make_moe, make_
 def test_the_plan_says_that_the_region_loss_is_off(tmp_path, t2v_cache, capsys):
     from lapwan.settings.base import RunOptions
     cache = edited_cache(t2v_cache, tmp_path / "bare", lambda items: [replace(item, roi=None) for item in items])
-    for fallback, said in (("none", "so it is off"), ("motion", "take where they move")):
+    for fallback, said in (("none", "so it is off"), ("motion", "use their moving parts")):
         settings = TrainMoeSettings.model_validate({
             "output": tmp_path / "run", "steps": 1, "data": {"cache": cache}, "roi_fallback": fallback})
         train_moe.run(settings, RunOptions(dry_run=True))
@@ -255,9 +255,9 @@ def test_a_router_that_learns_too_fast_is_warned_about(make_moe, capsys, t2v_cac
 def test_what_is_watched_is_in_the_log_and_on_the_board(make_moe):
     trainer = make_moe(**ONE_BLOCK, steps=12, turn=1, batch_size=2, optimizer={"lr": 1e-2}, save_every=100,
                        routing_watch={"every": 12, "after": 12}, watch={"every": 12}, router={"top_k": 4})
-    trainer.plan.run.mkdir()
+    trainer.plan.run_folder.mkdir()
     trainer.fit()
-    rows = [json.loads(line) for line in (trainer.plan.run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()]
     users = {"loss/diffusion", "loss/routing_entropy", "loss/routing_load_balance", "loss/teacher_kl",
              *(f"metrics/expert_usage_{f}" for f in ("scissors", "hook", "suction", "other"))}
     assert all(users <= row.keys() | {"loss/teacher_kl"} for row in rows)
@@ -288,9 +288,9 @@ def test_previews_with_a_hint_for_each_family(make_moe):
                "num_frames": 1, "guidance": 1.0}
     trainer = make_moe(**ONE_BLOCK, steps=1, preview=preview, optimizer={"lr": 3e-2}, router={"kind": "rule"})
     randomise(trainer, 0.2)
-    trainer.plan.run.mkdir()
+    trainer.plan.run_folder.mkdir()
     trainer.fit()
-    made = {p.name: p.read_bytes() for p in (trainer.plan.run / "previews").iterdir()}
+    made = {p.name: p.read_bytes() for p in (trainer.plan.run_folder / "previews").iterdir()}
     assert set(made) == {"step_000002_0.png", *(f"step_000002_0_{f}.png" for f in trainer.objective.mixture.families)}
 
 
@@ -326,9 +326,9 @@ def test_temperature_knots_decay_and_lr_scales_are_what_the_settings_say(make_mo
 def test_thresholds_and_windows_are_what_the_settings_say(make_moe):
     watched = {"every": 6, "after": 0, "entropy": 5.0, "least_usage": 0.9, "most_usage": 0.95, "teacher_kl": 1e-3}
     trainer = make_moe(**ONE_BLOCK, steps=6, turn=1, batch_size=2, routing_watch=watched)
-    trainer.plan.run.mkdir()
+    trainer.plan.run_folder.mkdir()
     trainer.fit()  # windows of 12 clips are too small to judge four experts by, so the second look judges 24
     kinds = [fault.kind for fault in trainer.callbacks["routing"].faults]
     assert kinds == ["collapse", *["underuse"] * 4, "divergence"]
-    rows = [json.loads(line) for line in (trainer.plan.run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "routing/clips" in row] == [12] and rows[-1]["routing/faults"] == 6

@@ -24,7 +24,7 @@ from lapwan.tiny.resolve import resolve_base
 from lapwan.wan.backbone import load_transformer, velocity
 
 FAMILIES = ("scissors", "hook", "suction", "other")
-BOTH = pytest.mark.parametrize("expert", list(NoiseExpert))
+BOTH = pytest.mark.parametrize("noise_expert", list(NoiseExpert))
 
 
 @BOTH
@@ -68,7 +68,7 @@ def test_only_the_experts_that_act_on_a_clip_get_its_gradient(make_moe):
 
 def test_base_weights_are_bit_identical_after_training(make_moe):
     trainer = make_moe(steps=2, save_every=100)
-    trainer.plan.run.mkdir()
+    trainer.plan.run_folder.mkdir()
     base = resolve_base("tiny")
     trainer.fit()
     for noise_expert, adapter in trainer.objective.adapters.items():
@@ -81,11 +81,11 @@ def test_base_weights_are_bit_identical_after_training(make_moe):
 
 def test_training_moves_experts_router_and_gates_and_keeps_doing_so_after_a_save(make_moe):
     trainer = make_moe(steps=4, save_every=2, optimizer={"lr": 1e-2}, router={"top_k": 4})
-    trainer.plan.run.mkdir()
+    trainer.plan.run_folder.mkdir()
     before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
     trainer.fit()
     assert all(not torch.equal(before[n], p) for n, p in trainer.parameters.items() if not n.endswith(".down"))
-    steps = sorted(trainer.plan.run.glob("step_*/lapwan.safetensors"))
+    steps = sorted(trainer.plan.run_folder.glob("step_*/lapwan.safetensors"))
     first, last = load_file(steps[0]), load_file(steps[-1])
     assert all(not torch.equal(first[n], last[n]) for n in first if n.endswith("lora_B.weight"))
 
@@ -176,13 +176,13 @@ def test_fallback_clips_carry_no_teacher(make_moe):
 def test_sigmas_lie_in_each_band(make_moe):
     trainer = make_moe(steps=25)
     for noise_expert in NoiseExpert:
-        band = trainer.plan.tracks[noise_expert].rule.band
+        band = trainer.plan.data_streams[noise_expert].sigma_rule.band
         seen = []
         for index in range(200):
             batch = trainer.plan.load_batch([index % 4])
             keys = [(1, noise_expert.value, index, batch.ids[0])]
             from lapwan.train.objective import make_draws
-            seen.append(float(make_draws(batch, keys, trainer.plan.tracks[noise_expert].rule).sigma_B))
+            seen.append(float(make_draws(batch, keys, trainer.plan.data_streams[noise_expert].sigma_rule).sigma_B))
         assert band.low <= min(seen) and max(seen) <= band.high
         histogram, _ = torch.histogram(torch.tensor(seen), 4, range=(band.low, band.high))
         assert float(histogram.min()) >= 25  # spread over the band, not on one side of it
@@ -193,9 +193,9 @@ def trained(make_moe):
     """A mixture with non-zero experts, saved as a run saves it."""
     trainer = make_moe()
     randomise(trainer)
-    trainer.plan.run.mkdir()
+    trainer.plan.run_folder.mkdir()
     trainer.save()
-    return trainer, trainer.plan.run / "lapwan.safetensors"
+    return trainer, trainer.plan.run_folder / "lapwan.safetensors"
 
 
 def test_the_file_holds_experts_router_and_gates_by_module_name_and_nothing_of_the_base(trained):
@@ -301,7 +301,7 @@ def test_what_does_not_fit_is_refused_by_name(trained, tmp_path):
 
 def test_a_frozen_base_lora_acts_with_alpha_base_and_stays_as_it_was(make_lora, make_moe, tmp_path):
     stage1 = make_lora(output=tmp_path / "stage1", optimizer={"lr": 1e-2})
-    stage1.plan.run.mkdir()
+    stage1.plan.run_folder.mkdir()
     stage1.fit()
     files = {e: tmp_path / "stage1" / f"lapwan_{e.file_suffix}.safetensors" for e in NoiseExpert}
     outputs = []

@@ -150,7 +150,7 @@ def test_missing_extras_and_schedules_without_effect_are_refused_before_weights_
 def test_allowed_changes_reach_a_resumed_optimizer_and_its_history_stays(make_lora, tmp_path):
     bounds = {"type": "automagic", "lr_bump": 1e-3, "min_lr": 1e-3, "max_lr": 1e-2}
     first = make_lora(output=tmp_path / "run", optimizer=bounds)
-    first.plan.run.mkdir()
+    first.plan.run_folder.mkdir()
     first.fit()
     again = make_lora(output=tmp_path / "run", optimizer={**bounds, "max_lr": 3e-2, "weight_decay": 0.5},
                       allow_changed=True)

@@ -63,7 +63,7 @@ def test_resume_is_bitwise(make_lora, tmp_path, row):
     whole, part = (make_lora(output=tmp_path / name, **common) for name in ("whole", "part"))
     part.plan.schedule = part.plan.schedule[:4]
     for trainer in (whole, part):
-        trainer.plan.run.mkdir()
+        trainer.plan.run_folder.mkdir()
         trainer.fit()
     again = make_lora(output=tmp_path / "part", **common)
     assert again.resume() and again.step == 4
@@ -73,7 +73,7 @@ def test_resume_is_bitwise(make_lora, tmp_path, row):
     for name, optimizer in whole.plan.optimizers.items():
         _same(optimizer.state_dict(), again.plan.optimizers[name].state_dict())
         _same(_plain(whole.plan.lr_schedules[name]), _plain(again.plan.lr_schedules[name]))
-    ours, theirs = ([json.loads(line) for line in (t.plan.run / "metrics.jsonl").read_text().splitlines()]
+    ours, theirs = ([json.loads(line) for line in (t.plan.run_folder / "metrics.jsonl").read_text().splitlines()]
                     for t in (whole, again))
     for one, other in zip(ours, theirs, strict=True):  # lr by schedule, loss by sigma, noise, dropout and order
         assert [one[k] for k in ("lr", "loss", "grad_norm")] == [other[k] for k in ("lr", "loss", "grad_norm")]

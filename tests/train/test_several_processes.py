@@ -19,10 +19,9 @@ from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
-from lapwan.train.context_parallel import SharedClips, divided
 from lapwan.train.lora import recipe as lora_recipe
 from lapwan.train.moe import recipe as moe_recipe
-from lapwan.train.parallel import Distributed, join_processes
+from lapwan.train.parallel import ContextParallelProcesses, Distributed, choose_parallelism, join_processes
 
 SETTINGS = {"targets": {"last_blocks": 1, "ffn_last_blocks": 1}, "steps": 2, "turn": 1, "model": "tiny",
             "accumulate": 2, "optimizer": {"lr": 1e-2}, "caption_dropout": 0.3, "roi_weight": 1.0, "ema_decay": 0.9,
@@ -57,10 +56,10 @@ def work(rank: int, cache: Path, folder: Path) -> None:
     ranks, _ = join_processes("cpu")
     for name in ("lora", "moe", "lora_tokens", "moe_tokens"):
         kind, _, shares = name.partition("_")
-        own = SharedClips(rank, 2) if shares else ranks
+        own = ContextParallelProcesses(rank, 2) if shares else ranks
         trainer = trainer_of(kind, cache, folder / name, own)
         if ranks.first:
-            trainer.plan.run.mkdir(parents=True)
+            trainer.plan.run_folder.mkdir(parents=True)
         ranks.any(False)  # the folder is there before anybody looks into it
         trainer.fit()
         trainer._optimizer_step(NoiseExpert.LOW)
@@ -71,9 +70,10 @@ def work(rank: int, cache: Path, folder: Path) -> None:
 
 def test_two_processes_take_the_steps_of_one(t2v_cache, tmp_path):
     with two_processes(work, t2v_cache, tmp_path):
-        alone = {kind: trainer_of(kind, t2v_cache, tmp_path / f"{kind}_alone", Distributed()) for kind in ("lora", "moe")}
+        alone = {kind: trainer_of(kind, t2v_cache, tmp_path / f"{kind}_alone", Distributed())
+                 for kind in ("lora", "moe")}
         for trainer in alone.values():
-            trainer.plan.run.mkdir()
+            trainer.plan.run_folder.mkdir()
             trainer.fit()
             trainer._optimizer_step(NoiseExpert.LOW)
     for kind, shares in itertools.product(("lora", "moe"), ("", "_tokens")):
@@ -114,13 +114,13 @@ def test_tokens_are_shared_where_that_can_be_exact(t2v_cache, tmp_path):
     given = {**SETTINGS, "divide": "tokens", "output": tmp_path / "run", "data": {"cache": t2v_cache}}
     base = resolve_base("tiny")
     settings = TrainLoraSettings.model_validate(given)
-    assert divided(settings, base, Distributed(1, 2)).own([1, 2, 3]) == [1, 2, 3]
-    assert type(divided(settings, base, Distributed())) is Distributed
+    assert choose_parallelism(settings, base, Distributed(1, 2)).local_items([1, 2, 3]) == [1, 2, 3]
+    assert type(choose_parallelism(settings, base, Distributed())) is Distributed
     with pytest.raises(UserError, match="3 processes cannot share this model's 4 heads"):
-        divided(settings, base, Distributed(0, 3))
+        choose_parallelism(settings, base, Distributed(0, 3))
     settings = TrainLoraSettings.model_validate({**given, "dropout": {"neuron": 0.1}})
     with pytest.raises(UserError, match=r"dropout\.neuron draws for all tokens of a clip"):
-        divided(settings, base, Distributed(0, 2))
+        choose_parallelism(settings, base, Distributed(0, 2))
 
 
 def test_an_incomplete_launchers_environment_is_refused(monkeypatch):

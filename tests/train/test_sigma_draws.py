@@ -103,7 +103,7 @@ def test_the_weight_reaches_the_loss_and_not_the_logged_figure(make_lora):
         trainer = make_lora(weighting={"kind": kind})
         batch = trainer.plan.load_batch([0, 1])
         draws = make_draws(batch, [(1, "high", n, clip) for n, clip in enumerate(batch.ids)],
-                           trainer.plan.tracks[HIGH].rule)
+                           trainer.plan.data_streams[HIGH].sigma_rule)
         with trainer.objective.loss(HIGH, batch, draws) as loss:
             figures.append((loss.terms["loss/diffusion"].detach(), loss.figures["loss/diffusion"], draws.weight_B))
     (plain, shown, ones), (weighted, also_shown, weights) = figures

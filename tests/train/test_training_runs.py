@@ -43,15 +43,15 @@ def test_resume_is_bitwise_the_uninterrupted_run(kind, make_lora, make_moe, tmp_
     common = {"steps": 4, "save_every": 3, "accumulate": 2, "schedule": {"name": "cosine", "warmup_steps": 1},
               "optimizer": {"lr": 1e-2}, "caption_dropout": 0.3}
     whole = make(output=tmp_path / "whole", **common)
-    whole.plan.run.mkdir()
+    whole.plan.run_folder.mkdir()
     whole.fit()
     part = make(output=tmp_path / "part", **common)
-    part.plan.run.mkdir()
+    part.plan.run_folder.mkdir()
     full_schedule = part.plan.schedule
     part.plan.schedule = full_schedule[:5]  # dies at step 5, two steps after its checkpoint at 3
     part.plan.save_every = 3
     part.fit()
-    for step, folder in checkpoints(part.plan.run):
+    for step, folder in checkpoints(part.plan.run_folder):
         if step != 3:
             import shutil
             shutil.rmtree(folder)
@@ -60,7 +60,7 @@ def test_resume_is_bitwise_the_uninterrupted_run(kind, make_lora, make_moe, tmp_
     again.fit()
     for name, parameter in whole.parameters.items():
         assert torch.equal(parameter, again.parameters[name]), name
-    for file in whole.plan.run.glob("*.safetensors"):
+    for file in whole.plan.run_folder.glob("*.safetensors"):
         ours, theirs = load_file(file), load_file(tmp_path / "part" / file.name)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     rows = [json.loads(line)["step"] for line in (tmp_path / "part" / "metrics.jsonl").read_text().splitlines()]
@@ -69,7 +69,7 @@ def test_resume_is_bitwise_the_uninterrupted_run(kind, make_lora, make_moe, tmp_
 
 def test_the_newest_adapter_files_are_links_to_the_last_checkpoint(make_lora):
     trainer = make_lora(steps=2, save_every=1, keep_last=2)
-    run = trainer.plan.run
+    run = trainer.plan.run_folder
     run.mkdir()
     trainer.fit()
     assert [step for step, _ in checkpoints(run)] == [3, 4]
@@ -77,7 +77,7 @@ def test_the_newest_adapter_files_are_links_to_the_last_checkpoint(make_lora):
         name = f"lapwan_{noise_expert.file_suffix}.safetensors"
         assert (run / name).stat().st_ino == (run / "step_000004" / name).stat().st_ino
         [(said, file)] = open_lora(run / name).items()
-        assert said is noise_expert and file.said_by == "metadata"
+        assert said is noise_expert and file.noise_expert_source == "metadata"
         assert file.metadata["lapwan.step"] == "4" and file.metadata["lapwan.task"] == "t2v"
         assert len(file.metadata["lapwan.base_fingerprint"]) == 64
         said = file.metadata
@@ -91,7 +91,7 @@ def test_the_newest_adapter_files_are_links_to_the_last_checkpoint(make_lora):
 
 def test_a_non_finite_gradient_drops_the_step_and_many_in_a_row_stop_the_run_with_its_state(make_lora):
     trainer = make_lora(steps=10, optimizer={"lr": 1e-2})
-    trainer.plan.run.mkdir()
+    trainer.plan.run_folder.mkdir()
     load = trainer.plan.load_batch
 
     def poisoned(indices):
@@ -103,14 +103,14 @@ def test_a_non_finite_gradient_drops_the_step_and_many_in_a_row_stop_the_run_wit
         trainer.fit()
     assert trainer.skipped == 5
     assert all(bool(torch.isfinite(p).all()) for p in trainer.parameters.values())
-    assert checkpoints(trainer.plan.run)[-1][0] == 7
+    assert checkpoints(trainer.plan.run_folder)[-1][0] == 7
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(make_lora):
     import signal
 
     trainer = make_lora(steps=10)
-    trainer.plan.run.mkdir()
+    trainer.plan.run_folder.mkdir()
     load = trainer.plan.load_batch
 
     def pressing(indices):
@@ -121,7 +121,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(make_lora):
     trainer.plan.load_batch = pressing
     with pytest.raises(Interrupted, match=r"state saved at step 4 of 20 .*--resume"):
         trainer.fit()
-    assert checkpoints(trainer.plan.run)[-1][0] == 4
+    assert checkpoints(trainer.plan.run_folder)[-1][0] == 4
 
 
 def test_changed_settings_at_resume_are_named_and_refused(tmp_path, t2v_cache):
@@ -152,7 +152,7 @@ def test_overrides_reach_one_noise_expert_only(make_lora):
 
 def test_one_noise_expert_alone(make_lora):
     trainer = make_lora(noise_experts=["high"])
-    assert set(trainer.plan.tracks) == {HIGH} and all(n.startswith("high.") for n in trainer.parameters)
+    assert set(trainer.plan.data_streams) == {HIGH} and all(n.startswith("high.") for n in trainer.parameters)
 
 
 def test_turns_are_blocks_in_proportion():

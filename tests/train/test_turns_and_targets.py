@@ -13,7 +13,7 @@ from lapwan.errors import UserError
 from lapwan.lora.dropout import Dropout, DropoutRates
 from lapwan.lora.formats import open_lora
 from lapwan.lora.targets import resolve_patterns
-from lapwan.models.base import targets_of
+from lapwan.models.base import target_ranks
 from lapwan.names import NoiseExpert
 from lapwan.settings.model import BaseModelSettings
 from lapwan.settings.train_lora import TrainLoraSettings
@@ -53,7 +53,8 @@ def test_windows_start_and_stop_noise_experts():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"steps": 5, "phases": [{"high": 1}]}, "exactly one of steps, epochs and"),
     ({"phases": [{}]}, "a phase needs steps"),
-    ({"noise_experts": ["high"], "phases": [{"low": 1}]}, "a phase has low steps, but noise_experts does not hold 'low'"),
+    ({"noise_experts": ["high"], "phases": [{"low": 1}]},
+     "a phase has low steps, but noise_experts does not hold 'low'"),
     ({"steps": 5, "shares": {"high": 0.5, "low": 0.4}}, "shares must add up to 1, not 0.9"),
     ({"steps": 5, "shares": {"high": 1.0}}, "shares needs a share above 0 for each of high, low"),
     ({"steps": 5, "shares": {"high": 0.5, "low": 0.5}, "low": {"steps": 3}}, "low.steps and shares both say"),
@@ -83,7 +84,7 @@ def test_patterns_name_modules_in_either_layout_and_later_ones_win():
 ])
 def test_recipes_and_one_rank_for_all(t2v_cache, shared, low, modules, ranks):
     _, data = data_of(t2v_cache, steps=1, targets=shared, low={"targets": low})
-    found = targets_of(data.noise_experts[LOW].targets, 8)
+    found = target_ranks(data.noise_experts[LOW].targets, 8)
     assert (len(found), set(found.values())) == (modules, ranks)
 
 
@@ -181,32 +182,32 @@ def test_recomputed_activations_meet_the_same_dropout(make_lora):
 
 def test_a_mixture_gets_dropout_and_max_norm_too(make_moe):
     trainer = make_moe(steps=2, dropout={"rank": 0.4}, max_norm=1e-4, optimizer={"lr": 1e-2})
-    trainer.plan.run.mkdir()
+    trainer.plan.run_folder.mkdir()
     trainer.fit()
     for adapter in trainer.objective.adapters.values():
         for family in adapter.group_names:
             norms = [float(entry.delta(torch.float64).norm()) for entry in adapter.state(family).entries.values()]
             assert max(norms) <= 1e-4 * (1 + 1e-5)
-    row = json.loads((trainer.plan.run / "metrics.jsonl").read_text().splitlines()[-1])
+    row = json.loads((trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["max_norm/scaled_modules"] > 0
 
 
 def test_saved_adapters_are_the_running_mean_and_training_goes_on_from_the_weights(make_lora):
     trainer = make_lora(steps=3, ema_decay=0.9, optimizer={"lr": 1e-2})
-    trainer.plan.run.mkdir()
+    trainer.plan.run_folder.mkdir()
     trainer.fit()
-    [(_, file)] = open_lora(trainer.plan.run / "lapwan_high_noise.safetensors").items()
+    [(_, file)] = open_lora(trainer.plan.run_folder / "lapwan_high_noise.safetensors").items()
     entry = file.read().entries["blocks.7.attn1.to_q"]
     name = "high.blocks.7.attn1.to_q.up"
     assert torch.equal(entry.up, trainer.ema.means[name]) and not torch.equal(entry.up, trainer.parameters[name])
-    raw = load_file(trainer.plan.run / "step_000006" / "state" / "trained.safetensors")
+    raw = load_file(trainer.plan.run_folder / "step_000006" / "state" / "trained.safetensors")
     assert torch.equal(raw[name], trainer.parameters[name])
 
 
 def test_a_lora_to_continue_from_brings_its_modules_ranks_and_alpha(make_lora, tmp_path):
     first = make_lora(output=tmp_path / "first", targets={"patterns": {"blocks.7.self_attn.q": 3}}, alpha=6.0,
                       optimizer={"lr": 1e-2})
-    first.plan.run.mkdir()
+    first.plan.run_folder.mkdir()
     first.fit()
     file = tmp_path / "first" / "lapwan_high_noise.safetensors"
     second = make_lora(output=tmp_path / "second", init_lora={"high": file})
@@ -223,19 +224,19 @@ def test_both_loras_in_one_file_are_the_two_and_serve_wherever_they_do(make_lora
     apart, together = (make_lora(output=tmp_path / str(one), one_file=one, optimizer={"lr": 1e-2}, save_every=4)
                        for one in (False, True))
     for trainer in (apart, together):
-        trainer.plan.run.mkdir()
+        trainer.plan.run_folder.mkdir()
         trainer.fit()
-    assert [p.name for p in sorted(together.plan.run.glob("*.safetensors"))] == ["lapwan.safetensors"]
-    assert (together.plan.run / "step_000004" / "lapwan.safetensors").is_file()
-    both = open_lora(together.plan.run / "lapwan.safetensors")
+    assert [p.name for p in sorted(together.plan.run_folder.glob("*.safetensors"))] == ["lapwan.safetensors"]
+    assert (together.plan.run_folder / "step_000004" / "lapwan.safetensors").is_file()
+    both = open_lora(together.plan.run_folder / "lapwan.safetensors")
     for noise_expert in NoiseExpert:
-        [(_, file)] = open_lora(apart.plan.run / f"lapwan_{noise_expert.file_suffix}.safetensors").items()
+        [(_, file)] = open_lora(apart.plan.run_folder / f"lapwan_{noise_expert.file_suffix}.safetensors").items()
         assert both[noise_expert].fingerprint() == file.fingerprint()
         ours, theirs = both[noise_expert].metadata, file.metadata
         # What was set differs, so the hash of it does; all else a file says of itself is the same.
         assert {k: v for k, v in ours.items() if k != "lapwan.settings"} == {
             k: v for k, v in theirs.items() if k != "lapwan.settings"}
-    files = dict.fromkeys(NoiseExpert, together.plan.run / "lapwan.safetensors")
+    files = dict.fromkeys(NoiseExpert, together.plan.run_folder / "lapwan.safetensors")
     base = resolve_base(BaseModelSettings(model="tiny", lora=files))
     weight = dict(base.load(LOW).named_parameters())["blocks.7.attn1.to_q.weight"]
     delta = together.objective.adapters[LOW].state("lora").entries["blocks.7.attn1.to_q"].delta()
@@ -247,6 +248,6 @@ def test_both_loras_in_one_file_are_the_two_and_serve_wherever_they_do(make_lora
 
 
 def test_one_file_needs_both_noise_experts():
-    with pytest.raises(ValueError, match="one_file is for both noise experts, but experts holds only 'high'"):
+    with pytest.raises(ValueError, match="one_file is for both noise experts, but noise_experts holds only 'high'"):
         TrainLoraSettings.model_validate({"output": "run", "data": {"cache": "c"}, "steps": 1, "one_file": True,
                                           "noise_experts": ["high"]})

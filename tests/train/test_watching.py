@@ -27,11 +27,11 @@ HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 
 
 def rows(trainer) -> list[dict]:
-    return [json.loads(line) for line in (trainer.plan.run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def fitted(trainer):
-    trainer.plan.run.mkdir()
+    trainer.plan.run_folder.mkdir()
     trainer.fit()
     return trainer
 
@@ -48,7 +48,7 @@ def test_logged_figures_of_the_weights_are_those_of_the_saved_files(make_lora):
     seen = {row["step"]: row for row in rows(trainer) if "weights/high/delta_norm" in row}
     assert set(seen) == {4, 8}
     for noise_expert in NoiseExpert:
-        [(_, file)] = open_lora(trainer.plan.run / f"lapwan_{noise_expert.file_suffix}.safetensors").items()
+        [(_, file)] = open_lora(trainer.plan.run_folder / f"lapwan_{noise_expert.file_suffix}.safetensors").items()
         figures = summarise(measure(file.modules))
         for name in ("legacy_mean_abs", "mean_abs_B", "delta_norm", "init_floor"):
             assert seen[8][f"weights/{noise_expert.value}/{name}"] == pytest.approx(getattr(figures, name), rel=1e-6)
@@ -88,11 +88,11 @@ def test_the_ratio_of_the_weights_follows_the_lr_bounds_of_a_motion_run(make_lor
 def test_the_monitor_stops_a_run_whose_low_expert_learns_too_fast_at_the_step_the_rule_says(make_lora):
     trainer = make_lora(steps=40, turn=2, watch={"every": 4}, low={"optimizer": {"lr": 2e-2}}, save_every=1000,
                         health={"preset": "motion", "on_unhealthy": "stop", "after": 6, "patience": 2})
-    trainer.plan.run.mkdir()
-    # Looks at 4, 8, 12, ...: own steps are 6 at 12 for both, so 12 is the first to judge and 16 the second in a row.
-    with pytest.raises(UserError, match=r"2 looks in a row said so: mean\|B\|, high / low: .*saved at step 16 of 80"):
+    trainer.plan.run_folder.mkdir()
+    # Evaluated at 4, 8, 12, ...: at 12 each noise expert has 6 steps, so 12 is the first to judge and 16 the second.
+    with pytest.raises(UserError, match=r"2 evaluations in a row: mean\|B\|, high / low: .*saved at step 16 of 80"):
         trainer.fit()
-    assert checkpoints(trainer.plan.run)[-1][0] == 16 and rows(trainer)[-1]["health/status"] == 2.0
+    assert checkpoints(trainer.plan.run_folder)[-1][0] == 16 and rows(trainer)[-1]["health/status"] == 2.0
     again = make_lora(steps=40, turn=2, watch={"every": 4}, low={"optimizer": {"lr": 2e-2}}, save_every=1000,
                       health={"preset": "motion", "on_unhealthy": "warn", "after": 6, "patience": 2})
     assert again.resume()
@@ -124,7 +124,7 @@ def test_validation_is_the_same_at_every_look_until_the_weights_change(make_lora
     assert first == trainer.callbacks["validation"].losses(HIGH)
     assert len([name for name in first if name.startswith("loss_at_sigma_")]) == 3
     callback = trainer.callbacks["validation"]
-    rule, key = callback._rules[HIGH], (0, "validation")
+    rule, key = callback._sigma_rules[HIGH], (0, "validation")
     noises = [fixed_draws(rule, callback._store.batch([clip]), [0.5], key, place).noise_BCTHW
               for clip, place in ((0, 0), (0, 1), (1, 0))]
     assert not any(torch.equal(noises[0], other) for other in noises[1:])
@@ -134,14 +134,15 @@ def test_validation_is_the_same_at_every_look_until_the_weights_change(make_lora
     assert trainer.callbacks["validation"].losses(HIGH)["loss"] == seen[-1]
     row = rows(trainer)[-1]
     assert row["validation/mean"] == pytest.approx((row["validation/high/loss"] + row["validation/low/loss"]) / 2)
-    other = make_lora(steps=4, **{**make, "batch_size": 2, "accumulate": 2}, output=trainer.plan.run.parent / "other")
+    output = trainer.plan.run_folder.parent / "other"
+    other = make_lora(steps=4, **{**make, "batch_size": 2, "accumulate": 2}, output=output)
     assert other.callbacks["validation"].losses(HIGH) == first  # nothing of how it is trained
 
 
 def test_a_mixture_validates_its_routing_too(make_moe, split_cache):
     trainer = make_moe(data={"cache": split_cache}, validation={"every": 2, "sigmas": 1})
     usage = trainer.objective.usage_E.clone()
-    figures = trainer.callbacks["validation"].look(0, None).figures
+    figures = trainer.callbacks["validation"].run(0, None).figures
     assert 0 <= figures["validation/low/metrics/routing_accuracy"] <= 1
     assert torch.equal(usage, trainer.objective.usage_E)  # looking changes nothing
 
@@ -163,9 +164,10 @@ def test_checkpoints_kept_are_the_newest_and_the_best(make_lora, split_cache, mo
                         validation={"every": 1, "sigmas": 1})
     scores = iter([3.0, 1.0, 2.0, 5.0, 4.0, 6.0, 7.0, 8.0])
     callback = trainer.callbacks["validation"]
-    monkeypatch.setattr(callback, "losses", lambda noise_expert: {"loss": next(scores) if noise_expert is HIGH else 1.0})
+    monkeypatch.setattr(
+        callback, "losses", lambda noise_expert: {"loss": next(scores) if noise_expert is HIGH else 1.0})
     fitted(trainer)
-    assert [step for step, _ in checkpoints(trainer.plan.run)] == [2, 7, 8]
+    assert [step for step, _ in checkpoints(trainer.plan.run_folder)] == [2, 7, 8]
     with pytest.raises(ValueError, match="keep_best needs a validation at every checkpoint: save_every = 3"):
         TrainLoraSettings.model_validate({"output": "run", "steps": 1, "data": {"cache": "c"}, "keep_best": 1,
                                           "save_every": 3, "validation": {"every": 2}})
@@ -179,13 +181,13 @@ def test_previews_go_through_both_noise_experts_and_change_nothing(kind, make_lo
     make = {"lora": make_lora, "moe": make_moe}[kind]
     plain = fitted(make(output=tmp_path / "plain", steps=4, optimizer={"lr": 1e-2}))
     trainer = fitted(make(output=tmp_path / "run", steps=4, optimizer={"lr": 1e-2}, preview=PREVIEW))
-    videos = sorted((trainer.plan.run / "previews").iterdir())
+    videos = sorted((trainer.plan.run_folder / "previews").iterdir())
     assert [video.name for video in videos] == ["step_000004_0.mp4", "step_000008_0.mp4"]
     facts = [json.loads(read_video_metadata(video)["facts"]) for video in videos]
     assert all(fact["steps"]["high"] >= 1 and fact["steps"]["low"] >= 1 for fact in facts)
     assert facts[0]["frames"] != facts[1]["frames"]
     assert all(torch.equal(p, trainer.parameters[n]) for n, p in plain.parameters.items())
-    events = next((trainer.plan.run / "tensorboard").iterdir()).read_bytes()
+    events = next((trainer.plan.run_folder / "tensorboard").iterdir()).read_bytes()
     assert b"preview/0" in events and b"validation/mean" not in events
 
 
@@ -197,13 +199,13 @@ def test_a_preview_is_what_generate_makes_of_the_saved_files(make_lora):
 
     trainer = fitted(make_lora(steps=2, optimizer={"lr": 1e-2}, preview=PREVIEW, ema_decay=0.5))
     base = resolve_base("tiny")
-    files = [LoraArgument(path=trainer.plan.run / f"lapwan_{e.file_suffix}.safetensors", noise_expert=e.value)
+    files = [LoraArgument(path=trainer.plan.run_folder / f"lapwan_{e.file_suffix}.safetensors", noise_expert=e.value)
              for e in NoiseExpert]
     settings = TrainLoraSettings.model_validate(
         {"output": "run", "steps": 1, "data": {"cache": "c"}, "preview": PREVIEW}).preview
     [request] = preview_requests(settings, base.spec, (5, 32, 32))
     again = Generator(*read_adapters(base, files, None)).generate(request)
-    [video] = (trainer.plan.run / "previews").iterdir()
+    [video] = (trainer.plan.run_folder / "previews").iterdir()
     assert json.loads(read_video_metadata(video)["facts"])["frames"] == again.facts["frames"]
 
 
@@ -217,21 +219,21 @@ def checked(cache, **changes) -> dict[str, str]:
 def test_the_checklist_says_what_it_found(t2v_cache):
     cache = t2v_cache
     found = checked(cache, health={"preset": "motion"}, high={"optimizer": {"lr": 4e-4}})
-    assert found["captions"].startswith("check LOOK captions: 0 of 4 name a motion")
+    assert found["captions"].startswith("check warn captions: 0 of 4 name a motion")
     assert found["frames"].startswith("check ok   frames: 4 of 4 clips read, 0 with non-finite")
     assert "check ok   LR, high / low: 4 (wanted for motion: 3 to 5 (4 advised)" in found["LR"]
     assert ": 2000 (wanted for motion: 1800 to 2200; one run's experience)" in found["steps"]
     spec = resolve_base("tiny").spec
     assert f"boundary {spec.boundary:g}, samples with shift {spec.flow_shift:g}" in found["model"]
-    assert "bands: high [0.875, 1], low [0, 0.875]: apart" in found["bands"]
+    assert "bands: high [0.875, 1], low [0, 0.875]: no overlap" in found["bands"]
     assert "length: 5 frames (0.31 to 0.31 s); below 17 frames" in found["length"]
-    assert "LOOK 2000 steps: saves every 100 (20 checkpoints), never validates, never previews (one" in found["2000"]
+    assert "warn 2000 steps: saves every 100 (20 checkpoints), never validates, never previews (one" in found["2000"]
     assert "without previews nobody sees" in found["2000"]
     seen = checked(cache, health={"preset": "motion"}, preview=PREVIEW)
     assert seen["2000"].startswith("check ok ") and "previews every 4" in seen["2000"]
     bad = checked(cache, health={"preset": "motion"}, steps=100, save_every=150)
-    assert "LOOK LR, high / low: 1 " in bad["LR"] and "LOOK steps" in bad["steps"]
-    assert "LOOK 200 steps" in bad["200"] and "save_every = 150 leaves nothing to go back to" in bad["200"]
+    assert "warn LR, high / low: 1 " in bad["LR"] and "warn steps" in bad["steps"]
+    assert "warn 200 steps" in bad["200"] and "save_every = 150 leaves nothing to go back to" in bad["200"]
 
 
 def test_the_checklist_sees_motion_words_and_still_or_broken_clips(tmp_path, t2v_cache):
@@ -245,7 +247,7 @@ def test_the_checklist_sees_motion_words_and_still_or_broken_clips(tmp_path, t2v
     write_latents(cache / "clip2_wan.safetensors", still * float("nan"), None, (32, 32), 5, {})
     found = checked(cache, health={"preset": "motion"})
     assert "captions: 2 of 3 name a motion" in found["captions"] and "'A red wall.'" in found["captions"]
-    assert "LOOK frames: 3 of 3 clips read, 1 with non-finite latents, 1 that do not move" in found["frames"]
+    assert "warn frames: 3 of 3 clips read, 1 with non-finite latents, 1 that do not move" in found["frames"]
     assert "clip2, clip1" in found["frames"]
 
 
@@ -254,8 +256,8 @@ def test_clips_that_cannot_be_read_are_named_before_the_start(tmp_path, t2v_cach
     for name in ("clip1", "clip3"):
         file = cache / f"{name}_wan.safetensors"
         file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(UserError, match=r"2 of 4 clips looked at cannot be read: clip1, clip3; .*clip1_wan.safetensors "
-                                        r"is cut short"):
+    with pytest.raises(UserError, match=r"2 of the 4 clips that were checked cannot be read: clip1, clip3; "
+                                        r".*clip1_wan.safetensors is cut short"):
         checked(cache)
 
 
@@ -266,7 +268,7 @@ def test_inverted_and_shared_bands_are_seen():
 
 def test_out_of_memory_says_what_to_change_and_saves(make_lora, tmp_path, monkeypatch):
     trainer = make_lora(steps=4, output=tmp_path / "run")
-    trainer.plan.run.mkdir()
+    trainer.plan.run_folder.mkdir()
     load = trainer.plan.load_batch
 
     def large(indices):
@@ -320,8 +322,8 @@ def test_one_noise_expert_at_a_time_trains_and_looks_the_same(kind, make_lora, m
     assert both == one and both[2] is not None
     # the idle noise expert's weights lie in their host copy, and only they
     offload = runs[1].plan.before_turn.__self__
-    offload.turn(HIGH)
-    for noise_expert, home in offload._homes.items():
-        copy = home._rest
+    offload.activate(HIGH)
+    for noise_expert, weights in offload._offloads.items():
+        copy = weights._rest
         waits = [tensor.data_ptr() == kept.data_ptr() for tensor, kept in zip(copy._tensors, copy._copies, strict=True)]
         assert all(waits) if noise_expert is LOW else not any(waits)

@@ -31,10 +31,12 @@ def randomise(trainer: Trainer, scale: float = 0.05) -> None:
 def draws_for(trainer: Trainer, noise_expert: NoiseExpert, batch: Batch) -> Draws:
     """Draws keyed by the clips' own ids."""
     keys = [(0, noise_expert.value, 0, clip) for clip in batch.ids]
-    return make_draws(batch, keys, SigmaRule(Uniform(), trainer.plan.tracks[noise_expert].rule.band))
+    return make_draws(batch, keys, SigmaRule(Uniform(), trainer.plan.data_streams[noise_expert].sigma_rule.band))
 
 
-def backward(trainer: Trainer, noise_expert: NoiseExpert, indices: list[int], only: str | None = None) -> dict[str, Tensor]:
+def backward(
+    trainer: Trainer, noise_expert: NoiseExpert, indices: list[int], only: str | None = None
+) -> dict[str, Tensor]:
     """Gradients by name after one loss on these clips; `only` keeps a single term of the loss."""
     for parameter in trainer.parameters.values():
         parameter.grad = None

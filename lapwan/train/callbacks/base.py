@@ -1,6 +1,7 @@
-"""What a run can carry besides its optimizer: rules that take part in every step, watchers that look now and then.
+"""What a run carries besides its optimizers: callbacks of every step, and callbacks every so many steps.
 
-How to add one: a class with these members, and its place in `lapwan.train.recipe`.
+How to add one: a class with the members of `StepCallback` or `PeriodicCallback` in a file beside this one; put it into
+`trainer.step_callbacks` in `lapwan/train/recipe.py`, or into `trainer.callbacks` in `lapwan/train/callbacks/build.py`.
 """
 
 from __future__ import annotations
@@ -16,25 +17,31 @@ from lapwan.names import NoiseExpert
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step that was taken: its number in the run and among this noise expert's, and every sample's flow
-    loss with its sigma (empty unless a rule asks for them)."""
+    """An optimizer step that was taken.
+
+    Args:
+        step: its number in the run, from 1.
+        noise_expert_step: its number among the steps of this noise expert, from 1.
+        losses: flow loss of every sample of the step; empty unless a callback needs them.
+        sigmas: sigma of every sample, in the same order.
+    """
 
     step: int
-    own_step: int
+    noise_expert_step: int
     noise_expert: NoiseExpert
     losses: tuple[float, ...] = ()
     sigmas: tuple[float, ...] = ()
 
 
 class StepCallback(Protocol):
-    """Part of the training: runs in every process after every update, and its state is the run's."""
+    """Part of the training: runs in every process after every update; its state is in the checkpoints."""
 
     @property
     def needs_losses(self) -> bool:
-        """Whether `StepResult` must carry losses, which waits for the device."""
+        """Whether `StepResult` must carry losses and sigmas, which waits for the device."""
 
-    def after_update(self, seen: StepResult) -> dict[str, Tensor | float]:
-        """Act on the weights that were just stepped; figures to log. The gradients are still there."""
+    def after_update(self, result: StepResult) -> dict[str, Tensor | float]:
+        """Act on the weights that were just updated, with their gradients still there; returns figures to log."""
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart."""
@@ -45,10 +52,13 @@ class StepCallback(Protocol):
 
 @dataclass
 class CallbackResult:
-    """What a watcher found: figures to log, and a reason to stop the run if there is one.
+    """What a periodic callback returns.
 
-    `stop` is a fault the user must hear of; `finished` ends the run as done, early. `score` (lower is better) is what
-    the best checkpoints are kept by.
+    Args:
+        figures: to log, by tag.
+        stop: why the run must stop with an error; None to go on.
+        finished: why the run may end early without an error; None to go on.
+        score: what `keep_best` compares checkpoints by; lower is better.
     """
 
     figures: dict[str, float]
@@ -57,34 +67,34 @@ class CallbackResult:
     score: float | None = None
 
 
-@dataclass(frozen=True)
-class OnFirstProcess:
-    """A watcher of the first process, as the others see it: they wait for its word at the same steps."""
-
-    every: int
-
-    def look(self, step: int, board: Any) -> CallbackResult:
-        return CallbackResult({})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The first process has it."""
-
-
 class PeriodicCallback(Protocol):
-    """Looks at the run in the first process, with the weights that would be saved."""
+    """Evaluates the run every so many steps, in the first process, with the weights that would be saved."""
 
     @property
     def every(self) -> int:
-        """Steps of the run between two looks."""
+        """Steps of the run between two evaluations."""
 
-    def look(self, step: int, board: Any) -> CallbackResult:
-        """Look now; `board` takes images for TensorBoard."""
+    def run(self, step: int, board: Any) -> CallbackResult:
+        """Evaluate now; `board` is the TensorBoard writer, for images."""
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
+
+
+@dataclass(frozen=True)
+class OnFirstProcess:
+    """Stands for a callback of the first process in the others, which wait for its result at the same steps."""
+
+    every: int
+
+    def run(self, step: int, board: Any) -> CallbackResult:
+        return CallbackResult({})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The state is the first process's."""

@@ -1,4 +1,4 @@
-"""Which watchers a run gets, from its settings."""
+"""The periodic callbacks of a run, from its settings: figures of the weights, validation, previews."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ from lapwan.train.trainer import Trainer
 def check_callbacks(
     settings: TrainSettings, base: Base, data: RunData, taxonomy: Taxonomy | None = None
 ) -> list[str]:
-    """Refuse, before any weights are loaded, what could not be watched; lines for the plan.
+    """Check the callbacks before any weights are loaded.
 
     Args:
-        taxonomy: of the mixture that is trained: then held-out clips need labels, and previews take hints.
+        taxonomy: of the mixture that is trained: held-out clips then need labels, and previews take hints.
+
+    Returns:
+        Lines for the plan of the run.
 
     Raises:
-        UserError: no held-out clips, clips without labels, previews the model cannot make.
+        UserError: no held-out clips, clips without labels, or previews that the model cannot generate.
     """
     lines = []
     if settings.validation.every is not None:
@@ -42,9 +45,9 @@ def check_callbacks(
                      f"{settings.validation.sigmas} sigmas of each noise expert")
     if settings.preview.every is not None:
         requests = preview_requests(settings.preview, base.spec, data.items[0].bucket, taxonomy)
-        r = requests[0]
-        lines.append(f"previews every {settings.preview.every} steps: {len(requests)} videos of {r.num_frames} frames "
-                     f"{r.size[0]}x{r.size[1]} in {r.steps} steps")
+        first = requests[0]
+        lines.append(f"previews every {settings.preview.every} steps: {len(requests)} videos of {first.num_frames} "
+                     f"frames {first.size[0]}x{first.size[1]} in {first.steps} steps")
     return lines
 
 
@@ -52,30 +55,31 @@ def add_callbacks(
     trainer: Trainer, settings: TrainSettings, base: Base, data: RunData, device: torch.device,
     adapter_set: AdapterSet | None = None, taxonomy: Taxonomy | None = None,
 ) -> None:
-    """Give the trainer what looks at it; only the first process looks.
+    """Add the periodic callbacks to a trainer; they run in the first process only.
 
     Args:
-        adapter_set: for previews of a mixture: the mixture and its base LoRAs, as its gates need them.
+        adapter_set: for previews of a mixture: the mixture and its base LoRAs, which its gates need.
     """
     plan, adapters = trainer.plan, trainer.objective.adapters
 
-    def rates() -> dict[str, float]:
+    def learning_rates() -> dict[str, float]:
         return {e.value: float(current_lr(plan.optimizers[e.value])) for e in adapters}
 
-    def own_steps() -> dict[str, int]:
-        return {e.value: track.steps for e, track in plan.tracks.items()}
+    def steps() -> dict[str, int]:
+        return {e.value: stream.steps for e, stream in plan.data_streams.items()}
 
     if not plan.distributed.first:
-        wanted = {"weights": settings.watch.every, "validation": settings.validation.every,
-                  "preview": settings.preview.every}
-        trainer.callbacks |= {name: OnFirstProcess(every) for name, every in wanted.items() if every is not None}
+        periods = {"weights": settings.watch.every, "validation": settings.validation.every,
+                   "preview": settings.preview.every}
+        trainer.callbacks |= {name: OnFirstProcess(every) for name, every in periods.items() if every is not None}
         return
-    trainer.callbacks["weights"] = WeightFigures(adapters, rates, own_steps, settings.watch.every, settings.health)
+    trainer.callbacks["weights"] = WeightFigures(
+        adapters, learning_rates, steps, settings.watch.every, settings.health)
     if settings.validation.every is not None:
         store = ClipStore(data.index, held_out(data.index, settings), device)
-        rules = {e: track.rule for e, track in plan.tracks.items()}
+        sigma_rules = {e: stream.sigma_rule for e, stream in plan.data_streams.items()}
         trainer.callbacks["validation"] = Validation(
-            trainer.objective, rules, store, settings.validation.every, settings.validation.sigmas, settings.seed,
+            trainer.objective, sigma_rules, store, settings.validation.every, settings.validation.sigmas, settings.seed,
             plan.before_turn)
     if settings.preview.every is not None:
         console.detail("encoding the previews' prompts")

@@ -1,4 +1,4 @@
-"""Keep a low-rank update's norm within bounds while it is trained."""
+"""Max-norm regularisation: the norm of each low-rank update is kept at or below a limit while it is trained."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lapwan.train.callbacks.base import StepResult
 
 
 @torch.no_grad()
-def limit_norms(adapter: Adapter, limit: float) -> tuple[Tensor, Tensor]:
-    """Scale A and B of every trained module with ‖ΔW‖_F > limit by √(limit / ‖ΔW‖_F) each, so that its norm is `limit`.
+def apply_max_norm(adapter: Adapter, limit: float) -> tuple[Tensor, Tensor]:
+    """A, B ← √(limit / ‖ΔW‖_F)·(A, B) for every trained module with ‖ΔW‖_F > limit, after which ‖ΔW‖_F = limit.
 
     ‖(α/r)·BA‖²_F = (α/r)²·Σ (A Aᵀ) ∘ (Bᵀ B), in fp64. Nothing waits for the device.
 
     Returns:
-        How many modules were scaled, and the largest norm before.
+        The number of modules that were scaled, and the largest norm before.
     """
     norms = []
     for layer in adapter.layers.values():
@@ -35,25 +35,26 @@ def limit_norms(adapter: Adapter, limit: float) -> tuple[Tensor, Tensor]:
             factor = (limit / norm.clamp_min(1e-30)).clamp_max(1.0).sqrt()
             down_RI.mul_(factor.to(down_RI.dtype))
             up_OR.mul_(factor.to(up_OR.dtype))
-    joined = torch.stack(norms)
-    return (joined > limit).sum(), joined.max()
+    norms_M = torch.stack(norms)
+    return (norms_M > limit).sum(), norms_M.max()
 
-class NormLimit:
-    """A rule: after every step of a noise expert, its modules are scaled back to the bound."""
+
+class MaxNorm:
+    """A step callback: after every step of a noise expert, its modules are scaled back to the limit."""
 
     needs_losses = False
 
     def __init__(self, adapters: Mapping[NoiseExpert, Adapter], limits: Mapping[NoiseExpert, float]) -> None:
         self._adapters, self._limits = adapters, limits
 
-    def after_update(self, seen: StepResult) -> dict[str, Tensor | float]:
-        if (limit := self._limits.get(seen.noise_expert)) is None:
+    def after_update(self, result: StepResult) -> dict[str, Tensor | float]:
+        if (limit := self._limits.get(result.noise_expert)) is None:
             return {}
-        scaled, largest = limit_norms(self._adapters[seen.noise_expert], limit)
+        scaled, largest = apply_max_norm(self._adapters[result.noise_expert], limit)
         return {"max_norm/scaled_modules": scaled, "max_norm/largest": largest}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is none: what it did is in the weights."""
+        """There is none."""

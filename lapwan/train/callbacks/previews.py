@@ -1,4 +1,4 @@
-"""Previews: videos sampled through both noise experts, high then low, with the weights as they are now.
+"""Previews: videos sampled through both noise experts, high then low, with the current weights.
 
 A noise expert that is not trained is loaded for the first preview and kept.
 """
@@ -44,13 +44,14 @@ _UNSAFE = re.compile(r"[^\w.-]+")
 def preview_requests(
     settings: PreviewSettings, spec: ModelSpec, bucket: tuple[int, int, int], taxonomy: Taxonomy | None = None
 ) -> list[Request]:
-    """One request a prompt, and one more for each hint; size and length are the clips' where nothing else is said.
+    """One request for each prompt, and one more for each of its hints.
 
     Args:
+        bucket: (frames, height, width) of the clips, the default length and size.
         taxonomy: of the mixture that is trained, for hints.
 
     Raises:
-        UserError: what the model cannot make, or a hint that means no family.
+        UserError: a request that the model cannot generate, or a hint that names no family.
     """
     frames, height, width = bucket
     images = [open_image(path) for path in settings.images] or [None] * len(settings.prompts)
@@ -70,11 +71,11 @@ def preview_requests(
     for hint in hints:
         assert taxonomy is not None
         resolve_hint(hint, taxonomy)
-    return [one for request in requests for one in (request, *(replace(request, hint=hint) for hint in hints))]
+    return [variant for request in requests for variant in (request, *(replace(request, hint=h) for h in hints))]
 
 
 class _InTraining(NoiseExperts):
-    """Transformers that are in training, with their adapters on them; another noise expert is loaded and kept."""
+    """The transformers in training with their adapters; a noise expert that is not trained is loaded and kept."""
 
     def __init__(
         self, base: Base, adapter_set: AdapterSet, device: torch.device, dtype: torch.dtype,
@@ -86,11 +87,11 @@ class _InTraining(NoiseExperts):
     def plan(
         self, num_frames: int, size: tuple[int, int], steps: int = 40, guided: bool = True, batch: int = 1
     ) -> MemoryPlan:
-        """Training decided what stays on the device."""
+        """What stays on the device is decided by the plan of the training."""
         return self._plan
 
-    def make_room(self) -> None:
-        """Nothing of a training leaves for a preview."""
+    def free_device(self) -> None:
+        """Nothing of the training is offloaded for a preview."""
 
     def transformer(self, noise_expert: NoiseExpert) -> WanTransformer3DModel:
         if noise_expert in self._training:
@@ -99,7 +100,7 @@ class _InTraining(NoiseExperts):
         return super().transformer(noise_expert)
 
     def scope(self, noise_expert: NoiseExpert, gates_1G: Tensor) -> AbstractContextManager[object]:
-        """A mixture's gates; a plain LoRA in training acts with gate 1."""
+        """The gates of a mixture; a plain LoRA in training has gate 1."""
         if noise_expert not in self._training:
             return super().scope(noise_expert, gates_1G)
         holder = self._training[noise_expert].holder
@@ -107,7 +108,7 @@ class _InTraining(NoiseExperts):
 
 
 class PreviewGenerator(Generator):
-    """A generator over the transformers in training, whose text encoder leaves once all prompts are encoded."""
+    """A generator over the transformers in training; the text encoder is dropped once all prompts are encoded."""
 
     def __init__(
         self, base: Base, adapter_set: AdapterSet, device: torch.device, dtype: torch.dtype,
@@ -124,18 +125,18 @@ class PreviewGenerator(Generator):
 
 
 class Previews:
-    """A watcher: an MP4 (a PNG for one frame) for each prompt in `previews/`, a strip of frames in TensorBoard."""
+    """A periodic callback: an MP4 (a PNG for one frame) of each prompt in `previews/`, a strip of it in TensorBoard."""
 
     def __init__(self, generator: Generator, requests: Sequence[Request], folder: Path, every: int) -> None:
         self.every = every
         self._generator, self._requests, self._folder = generator, list(requests), folder
 
     @torch.no_grad()
-    def look(self, step: int, board: Any) -> CallbackResult:
+    def run(self, step: int, board: Any) -> CallbackResult:
         mixture = self._generator.adapters.mixture
         if mixture is None:
             return self._sample(step, board)
-        # A generation routes on the CPU; moving there and back keeps the parameters, bit for bit.
+        # Sampling routes on the CPU; moving the mixture there and back keeps its parameters bit for bit.
         device = next(mixture.parameters()).device
         mixture.to("cpu")
         try:
@@ -146,7 +147,7 @@ class Previews:
     def _sample(self, step: int, board: Any) -> CallbackResult:
         index = -1
         for request in self._requests:
-            index += request.hint is None  # the same prompt's hints follow it
+            index += request.hint is None  # the hints of a prompt follow it
             video = self._generator.generate(request)
             suffix = "png" if len(video.frames) == 1 else "mp4"
             name = f"{index}" if request.hint is None else f"{index}_{_UNSAFE.sub('_', request.hint)}"
@@ -160,4 +161,4 @@ class Previews:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is none: every preview starts from its own seed."""
+        """There is none: each preview has a fixed seed."""

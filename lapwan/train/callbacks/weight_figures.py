@@ -103,8 +103,8 @@ class WeightFigures:
     def _report(self, verdict: Mapping[str, Any], step: int) -> str | None:
         """Log the verdict where it changed; the reason to stop once `patience` evaluations in a row said stop."""
         bad = [rule for rule in verdict["rules"] if rule["status"] != "good"]
-        lines = {f"{r['rule']}: {format_number(r['value'])} (wanted {r['threshold']}, from {r['source']}); {r['action']}": r
-                 for r in bad}
+        lines = {f"{rule['rule']}: {format_number(rule['value'])} (wanted {rule['threshold']}, from {rule['source']}); "
+                 f"{rule['action']}": rule for rule in bad}
         now = frozenset(f"{rule['rule']} {rule['status']}" for rule in bad)
         if now != self._reported:
             for line, rule in lines.items():

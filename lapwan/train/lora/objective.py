@@ -14,13 +14,13 @@ from lapwan.lora.attach import Adapter
 from lapwan.lora.dropout import Dropout, DropoutRates
 from lapwan.lora.formats import write_both, write_lora
 from lapwan.names import NoiseExpert
-from lapwan.train.objective import Draws, Loss, ParameterGroup, Total, alone, flow_terms
+from lapwan.train.objective import AllReduce, Draws, Loss, ParameterGroup, flow_terms, local_sum
 
 LORA_GROUP = "lora"
 
 
 class LoraObjective:
-    """One adapter a noise expert; each is stepped in its own turns only."""
+    """One adapter for each noise expert, which steps in its own turns only."""
 
     def __init__(
         self,
@@ -35,18 +35,20 @@ class LoraObjective:
         self.adapters, self._name, self._metadata, self._one_file = dict(adapters), name, metadata, one_file
         self._roi_weight, self._empty_text = roi_weight, empty_text
         self._dropout = {e: Dropout((dropout or {}).get(e, DropoutRates()), a.layers) for e, a in adapters.items()}
-        self.optimised = {
-            noise_expert.value: [ParameterGroup({f"{noise_expert.value}.{n}": p for n, p in adapter.parameters().items()})]
+        self.parameter_groups = {
+            noise_expert.value: [
+                ParameterGroup({f"{noise_expert.value}.{name}": p for name, p in adapter.parameters().items()})]
             for noise_expert, adapter in self.adapters.items()
         }
 
-    def stepped_by(self, noise_expert: NoiseExpert) -> tuple[str, ...]:
+    def optimizers_for(self, noise_expert: NoiseExpert) -> tuple[str, ...]:
         return (noise_expert.value,)
 
     def prepare(
-        self, noise_expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
+        self, noise_expert: NoiseExpert, batches: Sequence[Batch], all_reduce: AllReduce = local_sum,
+        draws: Sequence[Draws] = (),
     ) -> None:
-        """Nothing of a plain LoRA's loss depends on the other batches of a step."""
+        """The loss of a batch does not depend on the other batches of the step."""
 
     @contextmanager
     def loss(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:

@@ -1,4 +1,4 @@
-"""From settings to a stage-1 run: the memory plan, the noise experts, a LoRA on each, the trainer."""
+"""From settings to a LoRA run: the memory plan, the noise experts, a LoRA on each, the trainer."""
 
 from __future__ import annotations
 
@@ -20,37 +20,40 @@ from lapwan.train.trainer import Trainer
 
 
 def prepare(
-    settings: TrainLoraSettings, base: Base, data: recipe.RunData, device: torch.device, distributed: Distributed | None = None,
-    memory: TrainingMemory | None = None,
+    settings: TrainLoraSettings, base: Base, data: recipe.RunData, device: torch.device,
+    distributed: Distributed | None = None, memory: TrainingMemory | None = None,
 ) -> Trainer:
-    """Load the noise experts, put a LoRA on each, and wire the trainer."""
+    """Load the noise experts, attach a LoRA to each, and make the trainer."""
     memory = memory or plan_lora(settings, base, data, device)
     store = ClipStore(data.index, data.items, device, motion_regions=settings.roi_fallback == "motion",
                       keep_on_device=memory.keep_data)
     offload = NoiseExpertOffload(device, memory.both, memory.plan.streamed)
     adapters = {}
     for noise_expert in data.noise_experts:
-        transformer = memory.load(settings, base, noise_expert, offload.load_on, device)
+        transformer = memory.load(settings, base, noise_expert, offload.load_device, device)
         adapters[noise_expert] = _adapter(settings, base, data, noise_expert, transformer)
         offload.add({noise_expert: adapters[noise_expert]})
+    metadata = {e: recipe.provenance(settings, base, data, e) for e in data.noise_experts}
     objective = LoraObjective(
-        adapters, settings.name, recipe.metadata_of(settings, base, data), settings.roi_weight,
-        store.empty_text() if settings.caption_dropout else None, recipe.dropout_of(data), settings.one_file,
+        adapters, settings.name, metadata, settings.roi_weight,
+        store.empty_text() if settings.caption_dropout else None, recipe.dropout_rates(data), settings.one_file,
     )
-    trainer = recipe.make_trainer(settings, base, data, objective, store, "lapwan train-lora", distributed or Distributed())
+    trainer = recipe.make_trainer(
+        settings, base, data, objective, store, "lapwan train-lora", distributed or Distributed())
     recipe.use_memory_plan(trainer, memory, offload)
     add_callbacks(trainer, settings, base, data, device)
     return trainer
 
 
 def plan_lora(
-    settings: TrainLoraSettings, base: Base, data: recipe.RunData, device: torch.device, look: bool = False,
+    settings: TrainLoraSettings, base: Base, data: recipe.RunData, device: torch.device, dry_run: bool = False,
     processes: int = 1,
 ) -> TrainingMemory:
-    """The memory plan; a LoRA that is gone on with brings its own modules and ranks."""
-    given = recipe.initial_loras(settings.init_lora, base)
-    ranks = {noise_expert: [{path: module.rank for path, module in file.modules.items()}] for noise_expert, file in given.items()}
-    return plan_training(settings, base, recipe.workload(data, base, ranks), device, look, processes)
+    """The memory plan; with `init_lora`, modules and ranks are those of its files."""
+    initial = recipe.initial_loras(settings.init_lora, base)
+    ranks = {noise_expert: [{path: module.rank for path, module in file.modules.items()}]
+             for noise_expert, file in initial.items()}
+    return plan_training(settings, base, recipe.workload(data, base, ranks), device, dry_run, processes)
 
 
 def _adapter(

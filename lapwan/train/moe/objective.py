@@ -1,4 +1,4 @@
-"""Stage 2: a mixture of LoRA experts on both noise experts, a learned router, timestep gates.
+"""Stage 2: a mixture of LoRA experts on both noise experts, with a learned router and timestep gates.
 
     L = L_flow + λ_roi·L_roi + λ_ent·L_entropy + λ_bal·L_balance + λ_kl·L_teacher_kl
 
@@ -26,21 +26,21 @@ from lapwan.losses import routing
 from lapwan.moe.mixture import BASE_GROUP, Mixture
 from lapwan.moe.mixture_file import write_mixture
 from lapwan.names import NoiseExpert
-from lapwan.train.objective import Draws, Key, Loss, ParameterGroup, Total, alone, flow_terms
+from lapwan.train.objective import AllReduce, Draws, Key, Loss, ParameterGroup, flow_terms, local_sum
 
 ROUTER, SHARED = "router", "experts"
 
 
 @dataclass(frozen=True)
 class MixtureWeights:
-    """Weights of the loss's terms and what they need; the defaults are the users' recipe."""
+    """Weights of the loss terms and the numbers they need."""
 
     roi: float = 3.0
     entropy: float = 0.02
     balance: float = 0.1
     teacher_kl: float = 1.0
     teacher_kl_end: float | None = None
-    steps: int = 1  # of the run, over which the teacher's weight goes to `teacher_kl_end`
+    steps: int = 1  # of the run, over which the weight of the teacher goes to `teacher_kl_end`
     teacher_temperature: float = 0.35
     entropy_floor: float = 0.5  # nats
     usage_decay: float = 0.99
@@ -50,7 +50,7 @@ class MixtureWeights:
     expert_dropout: float = 0.0
 
     def teacher_at(self, step: int) -> float:
-        """λ_kl at a step of the run: a straight line from `teacher_kl` to `teacher_kl_end`."""
+        """λ_kl at a step of the run, linear from `teacher_kl` to `teacher_kl_end`."""
         if self.teacher_kl_end is None:
             return self.teacher_kl
         return self.teacher_kl + (self.teacher_kl_end - self.teacher_kl) * min(1.0, step / max(1, self.steps - 1))
@@ -66,7 +66,7 @@ class _StepStatistics:
 
 
 class MixtureObjective:
-    """Routes each sample, sets the gates, and holds them until backward is done."""
+    """Routes each sample, sets its gates, and holds them until the backward is done."""
 
     def __init__(
         self,
@@ -83,47 +83,49 @@ class MixtureObjective:
         self._device = next((p.device for p in mixture.parameters()), torch.device("cpu"))
         experts = len(mixture.families)
         self.usage_E = torch.full((experts,), 1 / experts, dtype=torch.float64, device=self._device)
-        self.totals = RoutingTotals.none(experts)  # since the start of the run, of all processes
+        self.totals = RoutingTotals.zeros(experts)  # since the start of the run, over all processes
         self._steps = 0
         self._step = _StepStatistics(0.0, 1.0, weights.teacher_at(0))
         self._dropout = {e: Dropout((dropout or {}).get(e, DropoutRates()), a.layers) for e, a in adapters.items()}
-        self.optimised = self._parameter_groups()
+        self.parameter_groups = self._parameter_groups()
 
     def _parameter_groups(self) -> dict[str, list[ParameterGroup]]:
-        found: dict[str, list[ParameterGroup]] = {}
+        by_optimizer: dict[str, list[ParameterGroup]] = {}
         if self.mixture.spec.shared_experts:
             first = next(iter(self.adapters.values()))
-            found[SHARED] = [ParameterGroup({f"{SHARED}.{n}": p for n, p in first.parameters().items()})]
+            by_optimizer[SHARED] = [ParameterGroup({f"{SHARED}.{n}": p for n, p in first.parameters().items()})]
         for noise_expert, adapter in self.adapters.items():
-            own = {} if SHARED in found else {f"{noise_expert.value}.{n}": p for n, p in adapter.parameters().items()}
-            gate = {f"{noise_expert.value}.timestep_gate.values_K": self.mixture.timestep_gate(noise_expert).values_K}
-            groups = [ParameterGroup(own), ParameterGroup(gate, self.weights.gate_lr_scale)]
-            found[noise_expert.value] = [group for group in groups if group.parameters]
+            prefix, shared = noise_expert.value, SHARED in by_optimizer
+            experts = {} if shared else {f"{prefix}.{n}": p for n, p in adapter.parameters().items()}
+            gate = {f"{prefix}.timestep_gate.values_K": self.mixture.timestep_gate(noise_expert).values_K}
+            groups = [ParameterGroup(experts), ParameterGroup(gate, self.weights.gate_lr_scale)]
+            by_optimizer[noise_expert.value] = [group for group in groups if group.parameters]
         router = {f"{ROUTER}.{n}": p for n, p in self.mixture.router.named_parameters()}
         if router:  # the rule router has nothing to learn
-            found[ROUTER] = [ParameterGroup(router, self.weights.router_lr_scale)]
-        return found
+            by_optimizer[ROUTER] = [ParameterGroup(router, self.weights.router_lr_scale)]
+        return by_optimizer
 
-    def stepped_by(self, noise_expert: NoiseExpert) -> tuple[str, ...]:
-        return tuple(name for name in self.optimised if name in (SHARED, noise_expert.value, ROUTER))
+    def optimizers_for(self, noise_expert: NoiseExpert) -> tuple[str, ...]:
+        return tuple(name for name in self.parameter_groups if name in (SHARED, noise_expert.value, ROUTER))
 
     def _route(self, batch: Batch, draws: Draws | None) -> Tensor:
         return self.mixture.route(batch.text, _labels(batch), None if draws is None else draws.sigma_B)
 
     def prepare(
-        self, noise_expert: NoiseExpert, batches: Sequence[Batch], total: Total = alone, draws: Sequence[Draws] = ()
+        self, noise_expert: NoiseExpert, batches: Sequence[Batch], all_reduce: AllReduce = local_sum,
+        draws: Sequence[Draws] = (),
     ) -> None:
-        """Mean entropy and usage of the whole step, so that its loss does not depend on how it is cut into batches."""
+        """Mean entropy and usage over the step, so that its loss does not depend on how it is cut into batches."""
         w = self.weights
-        own: Sequence[Draws | None] = draws or [None] * len(batches)
+        draws_or_none: Sequence[Draws | None] = draws or [None] * len(batches)
         with torch.no_grad():
-            student_BE = torch.cat([self._route(b, d) for b, d in zip(batches, own, strict=True)]).double()
+            student_BE = torch.cat([self._route(b, d) for b, d in zip(batches, draws_or_none, strict=True)]).double()
             label_BE = torch.cat([_labels(b) for b in batches]).double()
             labelled_B = torch.cat([~b.fallback_B for b in batches]).double()
             kl_B = routing.teacher_kl(student_BE, routing.teacher(label_BE, w.teacher_temperature))
-            here = RoutingTotals.of(
+            local = RoutingTotals.of(
                 student_BE, self.mixture.select(student_BE), label_BE, labelled_B, routing.entropy(student_BE), kl_B)
-            step = RoutingTotals(total(here.flat).cpu(), here.experts)
+            step = RoutingTotals(all_reduce(local.flat).cpu(), local.experts)
         self.usage_E = routing.update_usage(self.usage_E, step.usage_E.to(self._device), w.usage_decay)
         self.totals = self.totals + step
         self._step = _StepStatistics(step.entropy, step.labelled / step.clips, w.teacher_at(self._steps))
@@ -131,7 +133,7 @@ class MixtureObjective:
 
     @contextmanager
     def loss(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:
-        """Gates first, then the forward, then (in the caller's block) the backward, all under the same gates."""
+        """Route, then forward and (in the caller's block) backward under the same gates."""
         adapter, w = self.adapters[noise_expert], self.weights
         families, labelled = _labels(batch).argmax(dim=1).tolist(), (~batch.fallback_B).tolist()
         student_BE = self._route(batch, draws)
@@ -145,18 +147,18 @@ class MixtureObjective:
             yield loss
 
     def drop_experts(self, mix_BE: Tensor, keys: Sequence[Key]) -> Tensor:
-        """Each acting expert sits a clip out with probability p, the others' shares are scaled to the clip's sum.
+        """Expert dropout: each expert of a clip is dropped with probability p, the others are scaled to the same sum.
 
-        A mix that would lose all its experts stays as it is. Keyed by visit; without keys nothing is dropped.
+        A mix that would lose all its experts is left unchanged. Keyed by visit; without keys nothing is dropped.
         """
         rate = self.weights.expert_dropout
         if not (rate and keys):
             return mix_BE
-        drawn = [torch.rand(mix_BE.shape[1], generator=rng.generator(*key, "expert dropout")) for key in keys]
-        left_BE = mix_BE * (torch.stack(drawn) >= rate).to(mix_BE)
-        rest_B1 = left_BE.sum(dim=1, keepdim=True)
-        scaled_BE = left_BE * (mix_BE.sum(dim=1, keepdim=True) / rest_B1.clamp_min(1e-12))
-        return torch.where(rest_B1 > 0, scaled_BE, mix_BE)
+        uniform = [torch.rand(mix_BE.shape[1], generator=rng.generator(*key, "expert dropout")) for key in keys]
+        kept_BE = mix_BE * (torch.stack(uniform) >= rate).to(mix_BE)
+        sum_B1 = kept_BE.sum(dim=1, keepdim=True)
+        scaled_BE = kept_BE * (mix_BE.sum(dim=1, keepdim=True) / sum_B1.clamp_min(1e-12))
+        return torch.where(sum_B1 > 0, scaled_BE, mix_BE)
 
     def _add_routing(self, loss: Loss, student_BE: Tensor, mix_BE: Tensor, batch: Batch) -> None:
         w = self.weights
@@ -164,8 +166,8 @@ class MixtureObjective:
         hinge_B = routing.entropy_hinge(student_BE, self._step.mean_entropy, w.entropy_floor)
         balance_B = routing.balance(self.usage_E, student_BE)
         kl_B = routing.teacher_kl(student_BE, routing.teacher(_labels(batch), w.teacher_temperature))
-        if ROUTER in self.optimised:
-            # A mean over the labelled samples of the step, written as a mean over all of them.
+        if ROUTER in self.parameter_groups:
+            # The mean over the labelled samples of the step, written as a mean over all samples.
             kl_term_B = kl_B * ~batch.fallback_B / max(self._step.labelled_share, 1e-12)
             loss.terms["loss/routing_entropy"] = (w.entropy * hinge_B).to(dtype)
             loss.terms["loss/routing_load_balance"] = (w.balance * balance_B).to(dtype)
@@ -178,18 +180,18 @@ class MixtureObjective:
     def _add_figures(
         self, loss: Loss, student_BE: Tensor, mix_BE: Tensor, families: Sequence[int], labelled: Sequence[bool]
     ) -> None:
-        """What users watch, under the tags they watch it by."""
+        """Routing figures, and the flow loss by family."""
         student_BE, mix_BE = student_BE.detach(), mix_BE.detach()
-        with_label = [i for i, known in enumerate(labelled) if known]
+        with_label = [i for i, has_label in enumerate(labelled) if has_label]
         loss.figures["loss/routing_entropy"] = routing.entropy(student_BE)
-        loss.figures["loss/teacher_kl"] = _of(loss.figures["loss/teacher_kl"], with_label)
+        loss.figures["loss/teacher_kl"] = _select(loss.figures["loss/teacher_kl"], with_label)
         chosen_B = student_BE.argmax(dim=1)
         right_B = torch.stack([chosen_B[i] == family for i, family in enumerate(families)]).float()
-        loss.figures["metrics/routing_accuracy"] = _of(right_B, with_label)
+        loss.figures["metrics/routing_accuracy"] = _select(right_B, with_label)
         for index, family in enumerate(self.mixture.families):
             loss.figures[f"metrics/expert_usage_{family}"] = mix_BE[:, index]
-            own = [i for i, f in enumerate(families) if f == index]
-            loss.figures[f"loss_by_family/{family}"] = _of(loss.figures["loss/diffusion"], own)
+            of_family = [i for i, f in enumerate(families) if f == index]
+            loss.figures[f"loss_by_family/{family}"] = _select(loss.figures["loss/diffusion"], of_family)
 
     def state_dict(self) -> dict[str, Any]:
         return {"usage_E": self.usage_E.cpu(), "totals": self.totals.flat, "steps": self._steps}
@@ -206,8 +208,8 @@ class MixtureObjective:
         return [path]
 
 
-def _of(values_B: Tensor, indices: Sequence[int]) -> Tensor:
-    """Some samples' values, by whole numbers known on the host: a mask would wait for the device."""
+def _select(values_B: Tensor, indices: Sequence[int]) -> Tensor:
+    """The values at indices known on the host; a mask would wait for the device."""
     return torch.stack([values_B[i] for i in indices]) if indices else values_B[:0]
 
 

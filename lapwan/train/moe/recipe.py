@@ -1,4 +1,7 @@
-"""A fresh mixture on a model's noise experts, from the settings of a run."""
+"""From settings to a mixture run: checks, the memory plan, the noise experts with a new mixture, the trainer.
+
+`prepare`, at the end, is the entry point.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from lapwan.lora.combine import resize
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import TrainingMemory, plan_training
-from lapwan.models.base import Base, targets_of
+from lapwan.models.base import Base, target_ranks
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.adapters import AdapterSet, LoraUse
@@ -32,18 +35,18 @@ from lapwan.train.moe.objective import MixtureObjective, MixtureWeights
 from lapwan.train.parallel import Distributed
 from lapwan.train.trainer import Trainer
 
-ROUTER_LR_LIMIT = 5e-3  # above it text routers were seen to diverge: 10 x 1e-4 is right, 10 x 2e-3 is not
-_IMBALANCE = 3.0  # largest family over smallest, from which it is worth a warning
+ROUTER_LR_LIMIT = 5e-3  # text routers were seen to diverge above it: 10 x 1e-4 is right, 10 x 2e-3 is not
+_IMBALANCE = 3.0  # largest over smallest family, from which a warning is given
 
 BaseLoras = Mapping[NoiseExpert, tuple[Path, LoraState]]
 
 
 def check_mixture(settings: TrainMoeSettings, base: Base, data: recipe.RunData, taxonomy: Taxonomy) -> None:
-    """Refuse what cannot be trained, before any weights are loaded.
+    """Refuse a mixture that cannot be trained, before any weights are loaded.
 
     Raises:
-        UserError: labels of another taxonomy, more experts to act than there are, an unknown family, a LoRA that the
-            base has already.
+        UserError: labels of another taxonomy, a top_k above the number of experts, an unknown family, or an init_lora
+            that is merged into the base already.
     """
     _check_labels(data, taxonomy)
     experts = len(taxonomy.families)
@@ -57,8 +60,8 @@ def check_mixture(settings: TrainMoeSettings, base: Base, data: recipe.RunData, 
     for noise_expert, file in recipe.initial_loras(settings.init_lora, base).items():
         merged = {lora.fingerprint() for lora, _ in base.loras.get(noise_expert, ())}
         if file.fingerprint() in merged:
-            raise UserError(f"init_lora.{noise_expert.value} = {file.path} is merged into the model already, and would act "
-                            "twice; leave init_lora out, or train on the model without it")
+            raise UserError(f"init_lora.{noise_expert.value} = {file.path} is merged into the model already, and would "
+                            "act twice; leave init_lora out, or train on the model without it")
 
 
 def _check_labels(data: recipe.RunData, taxonomy: Taxonomy) -> None:
@@ -79,12 +82,10 @@ def _check_labels(data: recipe.RunData, taxonomy: Taxonomy) -> None:
 
 
 def base_loras(settings: TrainMoeSettings, base: Base) -> dict[NoiseExpert, tuple[Path, LoraState]]:
-    """The frozen LoRAs beside the experts, read."""
+    """The frozen LoRAs beside the experts, with their tensors."""
     requests = [(noise_expert.value, path, 1.0) for noise_expert, path in settings.base_lora.items()]
-    found = {}
-    for noise_expert, [(file, _)] in assign(requests, base.spec.noise_experts).items():
-        found[noise_expert] = (file.path.absolute(), file.read())
-    return found
+    return {noise_expert: (file.path.absolute(), file.read())
+            for noise_expert, [(file, _)] in assign(requests, base.spec.noise_experts).items()}
 
 
 def describe_mixture(settings: TrainMoeSettings, data: recipe.RunData, taxonomy: Taxonomy) -> list[str]:
@@ -92,42 +93,42 @@ def describe_mixture(settings: TrainMoeSettings, data: recipe.RunData, taxonomy:
     counts = dict.fromkeys(taxonomy.keys, 0)
     for item in data.items:
         counts[taxonomy.keys[family_of(item) or 0]] += 1
-    least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-    ratio = counts[most] / counts[least] if counts[least] else float("inf")
+    smallest, largest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    ratio = counts[largest] / counts[smallest] if counts[smallest] else float("inf")
     lines = [f"{len(counts)} experts{' for both noise experts' if settings.shared_experts else ''}: "
              + ", ".join(f"{family} {n} clips" for family, n in counts.items())
              + f"; imbalance {ratio:.3g}, drawn by clips of a family to the power -{settings.data.balance:g}"]
     if ratio >= _IMBALANCE and settings.data.balance < 1:
-        console.warn(f"{most} has {counts[most]} clips, {least} {counts[least]}: experts of rare families learn little "
-                     "and the router learns to leave them out; set data.balance = 1 to draw families evenly")
-    learns = "" if settings.router.kind == "rule" else (
+        console.warn(f"{largest} has {counts[largest]} clips, {smallest} {counts[smallest]}: experts of rare families "
+                     "learn little and the router learns to avoid them; set data.balance = 1 to draw families evenly")
+    learned = "" if settings.router.kind == "rule" else (
         f", top {settings.router.top_k}, teacher temperature {settings.routing_loss.teacher_temperature:g}")
     region = "" if settings.roi_weight else "; region loss off (roi_weight = 0)"
-    lines.append(f"router {settings.router.kind}{' with sigma' if settings.router.sigma else ''}{learns}{region}")
-    steep = settings.router.kind not in ("rule", "linear")
-    if steep and (rate := router_lr(settings)) is not None and rate > ROUTER_LR_LIMIT:
-        console.warn(f"the router's lr is lr x router.lr_scale = {rate:g}, above {ROUTER_LR_LIMIT:g}, where routers "
-                     f"were seen to diverge; set router.lr_scale = {settings.router.lr_scale * 1e-3 / rate:.2g} or so")
+    lines.append(f"router {settings.router.kind}{' with sigma' if settings.router.sigma else ''}{learned}{region}")
+    may_diverge = settings.router.kind not in ("rule", "linear")
+    if may_diverge and (lr := router_lr(settings)) is not None and lr > ROUTER_LR_LIMIT:
+        console.warn(f"the lr of the router, lr x router.lr_scale, is {lr:g}, above {ROUTER_LR_LIMIT:g}, where routers "
+                     f"were seen to diverge; set router.lr_scale = {settings.router.lr_scale * 1e-3 / lr:.2g} or so")
     return lines
 
 
 def plan_mixture(
     settings: TrainMoeSettings, base: Base, data: recipe.RunData, taxonomy: Taxonomy, frozen: BaseLoras,
-    device: torch.device, look: bool = False, processes: int = 1,
+    device: torch.device, dry_run: bool = False, processes: int = 1,
 ) -> TrainingMemory:
-    """The memory plan of a mixture: an expert a family on every target, and the LoRA beside them."""
-    beside = {noise_expert: {path: entry.down.shape[0] for path, entry in state.entries.items()}
+    """The memory plan of a mixture: one expert for each family on every target, and the frozen LoRA beside them."""
+    frozen_ranks = {noise_expert: {path: entry.down.shape[0] for path, entry in state.entries.items()}
               for noise_expert, (_, state) in frozen.items()}
     ranks = {
-        noise_expert: [targets_of(settings.targets_for(family, own.targets), base.num_layers)
-                 for family in taxonomy.keys]
-        for noise_expert, own in data.noise_experts.items()
+        noise_expert: [target_ranks(settings.targets_for(family, own_settings.targets), base.num_layers)
+                       for family in taxonomy.keys]
+        for noise_expert, own_settings in data.noise_experts.items()
     }
-    return plan_training(settings, base, recipe.workload(data, base, ranks, beside), device, look, processes)
+    return plan_training(settings, base, recipe.workload(data, base, ranks, frozen_ranks), device, dry_run, processes)
 
 
 def router_lr(settings: TrainMoeSettings) -> float | None:
-    """The largest lr the router can see; None where only the run can tell (Prodigy)."""
+    """The largest lr the router can have; None where it cannot be predicted (Prodigy)."""
     optimizer = settings.optimizer
     if isinstance(optimizer, ProdigySettings):
         return None
@@ -139,25 +140,24 @@ def assemble(
     settings: TrainMoeSettings, base: Base, data: recipe.RunData, taxonomy: Taxonomy, frozen: BaseLoras,
     device: torch.device, offload: NoiseExpertOffload, memory: TrainingMemory,
 ) -> tuple[Mixture, dict[NoiseExpert, Adapter]]:
-    """Load the noise experts, and put the mixture's experts on them."""
+    """Load the noise experts, and attach the experts of a new mixture to them."""
+    noise_experts = list(data.noise_experts)
     spec = MixtureSpec(
         families=taxonomy.keys, taxonomy=taxonomy.to_dict(), task=base.task, text_dim=base.text_dim,
-        bands={noise_expert: (base.bands[noise_expert].low, base.bands[noise_expert].high) for noise_expert in data.noise_experts},
+        bands={e: (base.bands[e].low, base.bands[e].high) for e in noise_experts},
         router=settings.router.kind, router_temperature=settings.router.temperature, top_k=settings.router.top_k,
         knots=settings.timestep_gate.knots, flow_shift=base.spec.flow_shift, steps=base.spec.defaults.steps,
-        base={noise_expert: base.fingerprint(noise_expert) for noise_expert in data.noise_experts},
-        base_lora={
-            noise_expert: {"path": str(path), "fingerprint": state.fingerprint()}
-            for noise_expert, (path, state) in frozen.items() if noise_expert in data.noise_experts
-        },
+        base={e: base.fingerprint(e) for e in noise_experts},
+        base_lora={e: {"path": str(path), "fingerprint": state.fingerprint()}
+                   for e, (path, state) in frozen.items() if e in noise_experts},
         router_sigma=settings.router.sigma, gate_ema=settings.router.gate_ema, shared_experts=settings.shared_experts,
     )
-    transformers = {e: memory.load(settings, base, e, offload.load_on, device) for e in data.noise_experts}
-    given = {e: file.read() for e, file in recipe.initial_loras(settings.init_lora, base).items()}
+    transformers = {e: memory.load(settings, base, e, offload.load_device, device) for e in noise_experts}
+    initial = {e: file.read() for e, file in recipe.initial_loras(settings.init_lora, base).items()}
     states = {
-        noise_expert: {family: _expert(settings, transformers[noise_expert], own, noise_expert, family, given.get(noise_expert))
-                 for family in taxonomy.keys}
-        for noise_expert, own in data.noise_experts.items()
+        e: {family: _initial_expert(settings, transformers[e], own_settings, e, family, initial.get(e))
+            for family in taxonomy.keys}
+        for e, own_settings in data.noise_experts.items()
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of(settings.seed, "router"))
@@ -165,38 +165,40 @@ def assemble(
     mixture.to(device)
     adapters = {}
     for noise_expert, transformer in transformers.items():
-        own = frozen[noise_expert][1] if noise_expert in frozen else None
-        adapters[noise_expert] = attach(transformer, mixture.groups(noise_expert, own, trainable=True), gates_required=True)
+        base_lora = frozen[noise_expert][1] if noise_expert in frozen else None
+        groups = mixture.groups(noise_expert, base_lora, trainable=True)
+        adapters[noise_expert] = attach(transformer, groups, gates_required=True)
     if settings.shared_experts:
-        _share(adapters)
+        _share_parameters(adapters)
     offload.add(adapters)
     return mixture, adapters
 
 
-def _expert(
-    settings: TrainMoeSettings, transformer: torch.nn.Module, own: NoiseExpertSettings, noise_expert: NoiseExpert, family: str,
-    given: LoraState | None,
+def _initial_expert(
+    settings: TrainMoeSettings, transformer: torch.nn.Module, own_settings: NoiseExpertSettings,
+    noise_expert: NoiseExpert, family: str, initial: LoraState | None,
 ) -> LoraState:
-    targets = settings.targets_for(family, own.targets)
-    # Shared experts start from one draw, whichever noise expert they are attached to first.
-    side = "shared" if settings.shared_experts else noise_expert.value
-    fresh = recipe.fresh_lora(transformer, own.model_copy(update={"targets": targets}), settings.seed, side, family)
-    return fresh if given is None else started_from(fresh, given)
+    targets = settings.targets_for(family, own_settings.targets)
+    # Shared experts have one draw, whichever noise expert they are attached to first.
+    key = "shared" if settings.shared_experts else noise_expert.value
+    fresh = recipe.fresh_lora(
+        transformer, own_settings.model_copy(update={"targets": targets}), settings.seed, key, family)
+    return fresh if initial is None else started_from(fresh, initial)
 
 
-def started_from(fresh: LoraState, given: LoraState) -> LoraState:
-    """`given` at the modules and ranks of `fresh`: the same ΔW, as far as a lower rank holds it.
+def started_from(fresh: LoraState, initial: LoraState) -> LoraState:
+    """`initial` at the modules and ranks of `fresh`: the same ΔW, or its best approximation at a lower rank.
 
-    A larger rank takes `given`'s own A and B and keeps fresh rows of A (with B = 0) for the rest; a smaller one its
-    largest singular values. Modules that only `given` has are left out, with a warning.
+    A higher rank keeps A and B of `initial` and the remaining fresh rows of A, with B = 0. A lower rank keeps the
+    largest singular values. Modules that only `initial` has are left out, with a warning.
     """
-    lost = [path for path in given.entries if path not in fresh.entries]
-    if lost:
-        console.warn(f"init_lora has {len(lost)} modules that the experts do not (such as {lost[0]}); what it changes "
-                     "there is left out: widen [targets] to keep it")
+    missing = [path for path in initial.entries if path not in fresh.entries]
+    if missing:
+        console.warn(f"init_lora has {len(missing)} modules that the experts do not have (such as {missing[0]}); its "
+                     "changes there are left out; widen [targets] to keep them")
     entries = {}
     for path, new in fresh.entries.items():
-        old = given.entries.get(path)
+        old = initial.entries.get(path)
         if old is None:
             entries[path] = new
             continue
@@ -209,8 +211,8 @@ def started_from(fresh: LoraState, given: LoraState) -> LoraState:
     return LoraState(entries, dict(fresh.metadata))
 
 
-def _share(adapters: Mapping[NoiseExpert, Adapter]) -> None:
-    """Let every adapter's trained rows be the first one's: the same parameters, not copies."""
+def _share_parameters(adapters: Mapping[NoiseExpert, Adapter]) -> None:
+    """Make the trained rows of all adapters the same parameters, those of the first adapter."""
     first, *others = adapters.values()
     for other in others:
         for path, layer in other.layers.items():
@@ -218,7 +220,7 @@ def _share(adapters: Mapping[NoiseExpert, Adapter]) -> None:
 
 
 def weights_of(settings: TrainMoeSettings, steps: int) -> MixtureWeights:
-    """The objective's numbers for a run of so many steps."""
+    """The weights of the objective for a run of `steps` steps."""
     loss = settings.routing_loss
     return MixtureWeights(
         roi=settings.roi_weight, entropy=loss.entropy, balance=loss.balance, teacher_kl=loss.teacher_kl,
@@ -233,7 +235,7 @@ def prepare(
     settings: TrainMoeSettings, base: Base, data: recipe.RunData, taxonomy: Taxonomy, device: torch.device,
     distributed: Distributed | None = None, memory: TrainingMemory | None = None,
 ) -> Trainer:
-    """Load the noise experts, put a fresh mixture on them, and wire the trainer."""
+    """Load the noise experts, attach a new mixture to them, and make the trainer."""
     families, frozen = len(taxonomy.families), base_loras(settings, base)
     memory = memory or plan_mixture(settings, base, data, taxonomy, frozen, device)
     store = ClipStore(
@@ -243,16 +245,18 @@ def prepare(
     first = next(iter(data.noise_experts))
     metadata = recipe.provenance(settings, base, data, first)
     for key in ("lapwan.noise_expert", "lapwan.base_fingerprint", "modelspec.timestep_range"):
-        metadata.pop(key)  # a mixture is for both; its spec holds the fingerprints
+        metadata.pop(key)  # a mixture is for both noise experts; its spec has their fingerprints
     objective = MixtureObjective(
         mixture, adapters, weights_of(settings, len(data.schedule)), settings.name, metadata,
-        store.empty_text() if settings.caption_dropout else None, recipe.dropout_of(data),
+        store.empty_text() if settings.caption_dropout else None, recipe.dropout_rates(data),
     )
-    trainer = recipe.make_trainer(settings, base, data, objective, store, "lapwan train-moe", distributed or Distributed())
+    trainer = recipe.make_trainer(
+        settings, base, data, objective, store, "lapwan train-moe", distributed or Distributed())
     recipe.use_memory_plan(trainer, memory, offload)
-    trainer.rules["expert_gradients"] = ExpertGradients(adapters, settings.routing_watch.every)
+    every = settings.routing_watch.every
+    trainer.step_callbacks["expert_gradients"] = ExpertGradients(adapters, every)
     bases = {e: LoraUse(path, state, settings.alpha_base) for e, (path, state) in frozen.items()}
     add_callbacks(trainer, settings, base, data, device, AdapterSet(mixture=mixture, mixture_base=bases), taxonomy)
-    every = settings.routing_watch.every
-    trainer.callbacks["routing"] = RoutingCallback(objective, settings) if trainer.plan.distributed.first else OnFirstProcess(every)
+    first_process = trainer.plan.distributed.first
+    trainer.callbacks["routing"] = RoutingCallback(objective, settings) if first_process else OnFirstProcess(every)
     return trainer
