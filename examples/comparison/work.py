@@ -26,9 +26,9 @@ from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.clips import EvaluationClip, read_eval_clips
-from lapwan.evaluation.engine import Sampling, default_sampling, generate_and_score
-from lapwan.evaluation.metrics import Made
+from lapwan.evaluation.metrics import GeneratedVideo
 from lapwan.evaluation.routing import fit_probe, routing_scores
+from lapwan.evaluation.videos import Sampling, default_sampling, generate_and_score
 from lapwan.models.base import Base
 from lapwan.models.device import pick_device
 from lapwan.names import NoiseExpert
@@ -71,15 +71,15 @@ class Judge:
         self._device, self._net = device, load_evaluator().to(device)
 
     @torch.no_grad()
-    def score(self, made: Made) -> Mapping[str, float]:
-        names, tip_maps = self._net(network_input(made.frames_THWC).to(self._device))
+    def score(self, video: GeneratedVideo) -> Mapping[str, float]:
+        names, tip_maps = self._net(network_input(video.frames_THWC).to(self._device))
         seen = INSTRUMENTS[int(names.log_softmax(dim=1).mean(dim=0).argmax())]
         scores = {f"seen_{name}": float(name == seen) for name in INSTRUMENTS}
-        scores["identity"] = float(seen == made.clip.instrument)
-        truth = made.clip.tips_T2
+        scores["identity"] = float(seen == video.clip.instrument)
+        truth = video.clip.tips_T2
         scores["tip_accuracy"] = float("nan")
-        if truth is not None and len(truth) >= len(made.frames_THWC):
-            hits = tip_hits(place_of(tip_maps).cpu().numpy(), truth[: len(made.frames_THWC)], made.shape.size)
+        if truth is not None and len(truth) >= len(video.frames_THWC):
+            hits = tip_hits(place_of(tip_maps).cpu().numpy(), truth[: len(video.frames_THWC)], video.shape.size)
             scores["tip_accuracy"] = float(hits.mean()) if len(hits) else float("nan")
         return scores
 
@@ -216,7 +216,8 @@ def arm_of(workspace: Workspace, task: TaskName, folder: Path | None, arm: str, 
     if arm == MIXTURE:
         path = folder / "run" / "lapwan.safetensors"
         return make_arm(arm, stage1_base(workspace, task), moe=path, **choice)
-    loras = [LoraArgument(noise_expert=e, path=folder / "run" / f"lapwan_{e.file_suffix}.safetensors") for e in NoiseExpert]
+    loras = [LoraArgument(noise_expert=e, path=folder / "run" / f"lapwan_{e.file_suffix}.safetensors")
+             for e in NoiseExpert]
     return make_arm(arm, resolve_base(f"tiny-{task}") if arm == CONTINUED else stage1_base(workspace, task), loras)
 
 
@@ -280,7 +281,7 @@ def routing(workspace: Workspace, task: TaskName, folder: Path) -> dict[str, Any
     for name, pairs in sets.items():
         features, labels_N = encoded([text for text, _ in pairs]), weights([instrument for _, instrument in pairs])
         scores = routing_scores(mixture, features, labels_N)
-        right = probe.answers(features) == torch.tensor(labels_N).argmax(dim=1).numpy()
+        right = probe.predict(features) == torch.tensor(labels_N).argmax(dim=1).numpy()
         result[name] = {
             "right": scores.right_N.tolist(), "probe": [float(x) for x in right],
             "confusion": scores.confusion_EE.tolist(), "entropy": float(scores.entropy_N.mean()),

@@ -1,4 +1,4 @@
-"""What is compared: adapters on a base, and how a mixture's experts are chosen."""
+"""The arms of a comparison, as in a clinical trial: adapters on a base, and how a mixture's experts are chosen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.evaluation.clips import EvaluationClip
 from lapwan.models.base import Base
-from lapwan.models.fingerprints import text_identity, vae_identity
+from lapwan.models.fingerprints import text_encoder_fingerprint, vae_fingerprint
 from lapwan.sampling.adapters import AdapterSet, read_adapters
 from lapwan.sampling.generator import lora_facts
 from lapwan.settings.lora_argument import LoraArgument
@@ -25,10 +25,10 @@ TRUTH, WRONG = "truth", "wrong"
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """One entry of a comparison.
+    """One adapter (or none) under comparison; every arm is evaluated on the same clips, noise and seeds.
 
     `hint`: None leaves the choice to the mixture's router; "truth" gives each clip's own label, "wrong" another
-    family, anything else is a hint as `generate` takes it.
+    family, anything else is a hint as for `generate`.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Arm:
 
     @property
     def routed(self) -> bool:
-        """Whether a mixture's router chooses."""
+        """Whether a mixture's router chooses the experts."""
         return self.adapters.mixture is not None and self.hint is None
 
     def hint_for(self, clip: EvaluationClip) -> str | None:
-        """The hint for a clip's video; None without a mixture or with its router."""
+        """The hint for a clip's video; None without a mixture, and if its router chooses."""
         mixture = self.adapters.mixture
         if mixture is None or self.hint not in (TRUTH, WRONG):
             return self.hint
@@ -53,16 +53,16 @@ class Arm:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of everything that decides its videos, apart from clips and sampling."""
+        """Identity of everything that its videos depend on, apart from clips and sampling."""
         spec = self.base.spec
-        said = {
+        inputs = {
             "base": {e.value: self.base.fingerprint(e) for e in spec.noise_experts}, "task": spec.task,
-            "boundary": spec.boundary, "vae": vae_identity(spec), "text": text_identity(spec),
+            "boundary": spec.boundary, "vae": vae_fingerprint(spec), "text": text_encoder_fingerprint(spec),
             "loras": [{k: v for k, v in fact.items() if k != "file"} for fact in lora_facts(self.adapters)],
             "mixture": self.adapters.mixture_fingerprint(), "hint": self.hint, "alpha_base": self.alpha_base,
             "alpha_expert": self.alpha_expert,
         }
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def make_arm(
@@ -72,16 +72,16 @@ def make_arm(
     """An arm from files, checked against the model's headers.
 
     Args:
-        any_base: take a mixture that was trained on another base; what differs is a warning.
-        fold: LoRAs go into the weights, as `read_adapters` says.
+        any_base: accept a mixture that was trained on another base, with a warning.
+        fold: merge the LoRAs into the weights, as in `read_adapters`.
         choice: `hint`, `alpha_base`, `alpha_expert`.
 
     Raises:
-        UserError: what `read_adapters` refuses, or a hint without a mixture.
+        UserError: files that `read_adapters` rejects, or a hint without a mixture.
     """
-    said = [key for key, value in choice.items() if value is not None]
-    if said and moe is None:
-        raise UserError(f"adapter '{name}': {said[0]} acts on a mixture; give it one with moe = FILE")
+    given = [key for key, value in choice.items() if value is not None]
+    if given and moe is None:
+        raise UserError(f"adapter '{name}': {given[0]} acts on a mixture; give it one with moe = FILE")
     try:
         if moe is not None and any_base and not fold:  # with fold: refused below
             base, adapters = _on_another_base(name, base, loras, moe)
@@ -97,13 +97,13 @@ def _on_another_base(name: str, base: Base, loras: Sequence[LoraArgument], moe: 
 
     mixture = read_mixture(moe)
     if mixture.base_lora:
-        raise UserError(f"{moe} needs the base LoRA it was trained over, which any_base does not look for; leave "
+        raise UserError(f"{moe} needs the base LoRA that it was trained with, which any_base does not load; leave "
                         "any_base out")
-    base, set_ = read_adapters(base, loras, None)
+    base, adapters = read_adapters(base, loras, None)
     spec = mixture.spec
     other = [e.value for e in base.spec.noise_experts if spec.base.get(e) not in (None, base.fingerprint(e))]
     if spec.task != base.task:
         console.warn(f"adapter '{name}': {moe} was trained for {spec.task}; this model is {base.task}")
     elif other:
         console.warn(f"adapter '{name}': {moe} was trained on another base ({', '.join(other)} noise differs)")
-    return base, AdapterSet(set_.loras, mixture, moe)
+    return base, AdapterSet(adapters.loras, mixture, moe)

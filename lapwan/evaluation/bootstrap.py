@@ -1,10 +1,10 @@
-"""Means with intervals, and differences of adapters judged on the same prompts and seeds.
+"""Bootstrap intervals of means, and of paired differences between adapters on the same prompts and seeds.
 
     mean = Σ_ps m_ps·x_ps / Σ_ps m_ps,    resampled with weights u_p (and v_s): Σ u_p·v_s·m_ps·x_ps / Σ u_p·v_s·m_ps
 
-u and v count how often a prompt (a seed) is drawn with replacement. Videos of one prompt resemble each other, so whole
+u and v count how often a prompt (a seed) is drawn with replacement. Videos of one prompt are correlated, so whole
 prompts are drawn, never single videos. `crossed` draws seeds as well: for training seeds, which all prompts share.
-Shapes: P prompts, S seeds, R resamples. NaN marks what could not be measured.
+Shapes: P prompts, S seeds, R resamples. NaN marks a missing value.
 Sources: Efron & Tibshirani, An Introduction to the Bootstrap, ch. 13 (percentile); Owen, The pigeonhole bootstrap
 (arXiv 0712.1111) for two crossed factors.
 """
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 SAMPLES, LEVEL = 10_000, 0.95
-_CHUNK = 1_000  # resamples at a time: bounds memory with many prompts
+_CHUNK = 1_000  # resamples at a time, to bound memory with many prompts
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` prompts with the ends of its interval; NaN ends where one prompt alone allows none."""
+    """A mean over `n` prompts with the ends of its interval, which are NaN for a single prompt."""
 
     mean: float
     low: float
@@ -36,9 +36,8 @@ class Estimate:
 
     def as_json(self) -> dict[str, Any]:
         """`{"mean", "ci95", "n"}`; `ci95` is null without an interval."""
-        known = not (np.isnan(self.low) or np.isnan(self.high))
-        return {"mean": None if np.isnan(self.mean) else self.mean, "ci95": [self.low, self.high] if known else None,
-                "n": self.n}
+        interval = None if np.isnan(self.low) or np.isnan(self.high) else [self.low, self.high]
+        return {"mean": None if np.isnan(self.mean) else self.mean, "ci95": interval, "n": self.n}
 
 
 def bootstrap(
@@ -48,19 +47,18 @@ def bootstrap(
 
     Args:
         values_PS: [P, S], or [P] for one seed.
-        crossed: seeds are shared by all prompts (training seeds) and are drawn too; otherwise a prompt's seeds are its
-            own repetitions and stay with it.
+        crossed: seeds are shared by all prompts (training seeds) and are resampled too; otherwise a prompt's seeds are
+            repetitions that stay with it.
 
     Raises:
-        ValueError: no array of one or two dimensions.
+        ValueError: an array of neither one nor two dimensions.
     """
     values_PS = np.asarray(values_PS, dtype=np.float64)
     if values_PS.ndim == 1:
         values_PS = values_PS[:, None]
     if values_PS.ndim != 2:
         raise ValueError(f"values of {values_PS.ndim} dimensions; expected [prompts] or [prompts, seeds]")
-    kept = ~np.isnan(values_PS).all(axis=1)
-    values_PS = values_PS[kept]
+    values_PS = values_PS[~np.isnan(values_PS).all(axis=1)]
     mask_PS = ~np.isnan(values_PS)
     prompts, seeds = values_PS.shape
     if not mask_PS.any():
@@ -89,10 +87,10 @@ def paired_bootstrap(
     a_PS: np.ndarray, b_PS: np.ndarray, crossed: bool = False, samples: int = SAMPLES, level: float = LEVEL,
     seed: int = 0,
 ) -> Estimate:
-    """`bootstrap` of a − b, pair by pair; a pair with a missing side is left out.
+    """`bootstrap` of a − b, pair by pair; pairs with a missing value are left out.
 
     Raises:
-        ValueError: shapes that differ: not the same prompts and seeds.
+        ValueError: different shapes, so not the same prompts and seeds.
     """
     a_PS, b_PS = np.asarray(a_PS, dtype=np.float64), np.asarray(b_PS, dtype=np.float64)
     if a_PS.shape != b_PS.shape:

@@ -1,8 +1,8 @@
-"""Held-out clips to generate for: prompt, family, reference video, and what is known of each frame.
+"""Held-out clips to evaluate on: prompt, label weights, reference video, and annotations of its frames.
 
-A line of clips.jsonl needs `caption`; used besides where given: `video_path`, `split`, `instrument_logits` or
-`instrument_label` (as `lapwan label` writes them), `roi` (boxes by frame) or `mask_path`, `instrument` and
-`tip` ([x, y] in 0..1 for every frame at the clip's own rate, as the embedded scenes carry them).
+A line of clips.jsonl needs `caption`. Optional: `video_path`, `split`, `instrument_logits` or `instrument_label` (as
+`lapwan label` writes them), `roi` (boxes by frame) or `mask_path`, `instrument`, and `tip` ([x, y] in 0..1 for every
+frame at the clip's own rate, as the embedded scenes have it).
 How to add a field: read it in `_clip`, use it in a scorer.
 """
 
@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 
 from lapwan.data.buckets import Crop, centre_crop
-from lapwan.data.clips import Clip, read_clips, resolve_video
+from lapwan.data.clips import Clip, label_fields, read_clips, resolve_video
+from lapwan.data.dropped_clips import BadClip
 from lapwan.data.labels import label_caption, resolve_hint
 from lapwan.data.regions import box_masks, boxes_at
-from lapwan.data.source_clips import label_fields
 from lapwan.data.taxonomy import Taxonomy
-from lapwan.data.video import BadClip, probe, read_frames, source_times
+from lapwan.data.video import probe, read_frames, source_times
 from lapwan.errors import UserError
 from lapwan.sampling.start_image import read_clip
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class VideoShape:
-    """What videos are made and references read at; `size` is (height, width)."""
+    """Length, (height, width) and frame rate at which videos are generated and references are read."""
 
     frames: int
     size: tuple[int, int]
@@ -57,32 +57,32 @@ class EvaluationClip:
     _first: dict[tuple[int, int], Image.Image] = field(default_factory=dict, repr=False)
 
     def frames(self, shape: VideoShape) -> np.ndarray:
-        """The reference video: uint8 [T, H, W, 3]; read anew each time, because many do not fit in memory."""
+        """The reference video, uint8 [T, H, W, 3]; read on each call, because many do not fit in memory."""
         if self.video is None:
             raise UserError(f"clip '{self.id}' has no video_path, which its first frame and its reference need")
         return read_clip(self.video, shape.frames, shape.size, shape.fps)
 
-    def lacking(self, shape: VideoShape) -> str | None:
-        """Why the reference video cannot stand beside one of `shape`, from its header; None if it can."""
+    def reference_error(self, shape: VideoShape) -> str | None:
+        """Why the reference video cannot be compared with one of `shape`, from its header; None if it can."""
         if self.video is None:
-            return f"clip '{self.id}' has no video_path, which it needs"
+            return f"clip '{self.id}' has no video_path, which is required"
         try:
             count = probe(self.video, shape.fps).count_at(shape.fps)
         except BadClip as error:
             return f"{self.video}: {error}"
         if count < shape.frames:
-            return (f"clip '{self.id}' has {count} frames at {shape.fps} fps, {shape.frames} are made; set "
+            return (f"clip '{self.id}' has {count} frames at {shape.fps} fps, {shape.frames} are generated; set "
                     "videos.num_frames to fewer")
         return None
 
     def first_frame(self, shape: VideoShape) -> Image.Image:
-        """The reference video's first frame; kept."""
+        """The reference video's first frame; read once."""
         if shape.size not in self._first:
             self._first[shape.size] = Image.fromarray(self.frames(replace(shape, frames=1))[0])
         return self._first[shape.size]
 
     def regions(self, shape: VideoShape) -> np.ndarray | None:
-        """[T, H, W] in 0..1: the part of each pixel inside the clip's mask or boxes; None without them."""
+        """[T, H, W] in 0..1: how much of each pixel lies in the clip's mask or boxes; None without them."""
         if self.video is None or not (self.roi or self.mask):
             return None
         try:
@@ -92,59 +92,60 @@ class EvaluationClip:
                 masks = self._masks(self.mask, shape, crop)
             else:
                 times = source_times(self.video, facts, shape.fps, None)
-                wanted = [max(0, bisect.bisect_right(times, i / shape.fps + facts.late) - 1)
-                          for i in range(shape.frames)]
-                masks = box_masks(boxes_at(self.roi, wanted), crop)
+                indices = [max(0, bisect.bisect_right(times, i / shape.fps + facts.late) - 1)
+                           for i in range(shape.frames)]
+                masks = box_masks(boxes_at(self.roi, indices), crop)
         except BadClip as error:
             raise UserError(f"{self.video}: {error}") from None
         return masks if masks.any() else None
 
     @staticmethod
     def _masks(mask: Path, shape: VideoShape, crop: Crop) -> np.ndarray:
-        """White is inside; one picture holds for every frame."""
+        """Masks from a video, or from one picture for every frame; white is inside."""
         facts = probe(mask, shape.fps)
         pixels = read_frames(mask, [0] if facts.is_image else range(shape.frames), crop, shape.fps, facts)
         white = (pixels.mean(axis=-1) > 127.5).astype(np.float32)
         return np.repeat(white, shape.frames, axis=0) if facts.is_image else white
 
     def hint(self, taxonomy: Taxonomy) -> str:
-        """The clip's own label as a hint."""
+        """The clip's label as a hint."""
         return ",".join(f"{key}:{w:.6g}" for key, w in zip(taxonomy.keys, self.weights, strict=True) if w > 0)
 
     def wrong_hint(self, taxonomy: Taxonomy) -> str:
-        """A family that is not the clip's: of those with the least weight the next one in the taxonomy's order."""
-        own, count = max(range(len(self.weights)), key=self.weights.__getitem__), len(self.weights)
-        others = [(own + step) % count for step in range(1, count)]
-        return taxonomy.keys[min(others, key=self.weights.__getitem__, default=own)]
+        """A family other than the clip's: the first one after it with the least weight, in the taxonomy's order."""
+        family, count = max(range(len(self.weights)), key=self.weights.__getitem__), len(self.weights)
+        others = [(family + step) % count for step in range(1, count)]
+        return taxonomy.keys[min(others, key=self.weights.__getitem__, default=family)]
 
 
 def read_eval_clips(
     path: Path, taxonomy: Taxonomy, split: str | None = "test", count: int | None = None
 ) -> list[EvaluationClip]:
-    """The clips of a split (None: all), at most `count` of them spread evenly over it.
+    """The clips of a split (None: all), at most `count` of them, evenly spaced.
 
     Raises:
-        UserError: a broken line, an empty split, or label weights that do not fit the taxonomy.
+        UserError: an invalid line, an empty split, or label weights of another taxonomy.
     """
     lines = list(read_clips(path))
     if not lines:
-        raise UserError(f"{path} holds no clips; write one JSON object a line")
+        raise UserError(f"{path} holds no clips; write one JSON object per line")
     splits = {clip.data.get("split") for clip in lines}
-    # A file without splits is held out as a whole: the user made it for this.
+    # A file without splits is used whole: it was made for evaluation.
     chosen = lines if split is None or splits == {None} else [c for c in lines if c.data.get("split") == split]
     if not chosen:
         have = ", ".join(sorted(str(s) for s in splits))
         raise UserError(f"{path} has no clips of split '{split}' (it has: {have}); set split, or hold some out with "
                         f'"split": "{split}"')
-    seen = Counter(str(clip.data.get("video_path")) for clip in chosen)
-    return [_clip(path, clip, taxonomy, seen[str(clip.data.get("video_path"))] > 1) for clip in spread(chosen, count)]
+    uses = Counter(str(clip.data.get("video_path")) for clip in chosen)
+    return [_clip(path, clip, taxonomy, uses[str(clip.data.get("video_path"))] > 1)
+            for clip in evenly_spaced(chosen, count)]
 
 
-def spread(every: Sequence[T], count: int | None) -> list[T]:
-    """At most `count` of them, evenly spaced."""
-    if count is None or count >= len(every):
-        return list(every)
-    return [every[i * len(every) // count] for i in range(count)]
+def evenly_spaced(items: Sequence[T], count: int | None) -> list[T]:
+    """At most `count` of the items, evenly spaced; None: all."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _clip(path: Path, clip: Clip, taxonomy: Taxonomy, repeated: bool) -> EvaluationClip:
@@ -163,20 +164,20 @@ def _clip(path: Path, clip: Clip, taxonomy: Taxonomy, repeated: bool) -> Evaluat
 
 
 def _weights(path: Path, clip: Clip, taxonomy: Taxonomy) -> tuple[tuple[float, ...], bool]:
-    """The label the line carries, else what the taxonomy makes of its caption, else of its `instrument`."""
-    families, place = len(taxonomy.families), f"{path}, line {clip.line}"
-    said = label_fields(clip.data, place)
+    """Label weights (and whether they are a fallback) from the line's label, else its caption, else `instrument`."""
+    families, where = len(taxonomy.families), f"{path}, line {clip.line}"
+    fields = label_fields(clip.data, where)
     relabel = f"label it with --taxonomy {taxonomy.name}, or set taxonomy"
-    if (soft := said.get("label_weights")) is not None:
+    if (soft := fields.get("label_weights")) is not None:
         if len(soft) != families:
-            raise UserError(f"{place}: {len(soft)} label weights, taxonomy {taxonomy.name} has {families} families; "
+            raise UserError(f"{where}: {len(soft)} label weights, taxonomy {taxonomy.name} has {families} families; "
                             f"{relabel}")
-        return soft, bool(said.get("fallback"))
-    if (hard := said.get("label")) is not None:
+        return soft, bool(fields.get("fallback"))
+    if (hard := fields.get("label")) is not None:
         if hard >= families:
-            raise UserError(f"{place}: instrument_label {hard}, taxonomy {taxonomy.name} has {families} families; "
+            raise UserError(f"{where}: instrument_label {hard}, taxonomy {taxonomy.name} has {families} families; "
                             f"{relabel}")
-        return tuple(float(i == hard) for i in range(families)), bool(said.get("fallback"))
+        return tuple(float(i == hard) for i in range(families)), bool(fields.get("fallback"))
     label = label_caption(clip.caption, taxonomy)
     if label.fallback and isinstance(named := clip.data.get("instrument"), str):
         return resolve_hint(named, taxonomy), False
@@ -189,5 +190,5 @@ def _points(path: Path, line: int, tips: Any) -> np.ndarray:
     except (TypeError, ValueError):
         points = np.empty(0)
     if points.ndim != 2 or points.shape[1] != 2:
-        raise UserError(f"{path}, line {line}: 'tip' must be a list of [x, y], one a frame, in 0..1")
+        raise UserError(f"{path}, line {line}: 'tip' must be a list of [x, y] in 0..1, one per frame")
     return points

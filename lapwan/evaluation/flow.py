@@ -1,7 +1,7 @@
-"""Flow losses on held-out clips, at draws that every adapter shares: the terms that training minimises, unweighted.
+"""Flow losses on held-out clips: the terms that training minimises, unweighted, at the same draws for every adapter.
 
-Each noise expert's band is cut into equal bins; in each, sigma and noise are keyed by the clip.
-    outside the region:  (N·L − M·L_roi) / (N − M),  M = Σ m the region's mass, N the number of latent cells
+Each noise expert's band is divided into equal bins; in each, sigma and noise are keyed by the clip.
+    loss outside the region = (N·L − M·L_roi) / (N − M),  M = Σ m the region's mass, N the number of latent cells
 Shapes: P clips, K draws of a clip (bin by bin), B samples, T latent frames, H, W latent height and width.
 """
 
@@ -29,13 +29,13 @@ from lapwan.train.callbacks.validation import fixed_draws
 from lapwan.train.clip_store import ClipStore
 from lapwan.train.objective import Draws, SigmaRule, flow_terms
 
-# Of a region that covers nearly all, the difference above is rounding: 1e-7 of the whole over the share left outside.
-_LEAST_OUTSIDE = 1e-4
+# If the region covers nearly everything, the difference above is rounding: 1e-7 of L over the fraction left outside.
+_MIN_OUTSIDE = 1e-4
 
 
 @dataclass(frozen=True)
 class FlowPlan:
-    """`bins` of sigma for each noise expert, `draws` in each, `batch_size` clips at a time."""
+    """`bins` of sigma per noise expert, `draws` per bin, `batch_size` clips at a time."""
 
     bins: int = 4
     draws: int = 1
@@ -56,32 +56,32 @@ class FlowLosses:
     outside_PK: np.ndarray
 
 
-def clip_of(item: CachedItem, families: int) -> EvaluationClip:
-    """A cached item as a clip to evaluate."""
+def evaluation_clip(item: CachedItem, families: int) -> EvaluationClip:
+    """A cached item as an evaluation clip."""
     weights = item.label_weights or ()
     if not weights and item.label is not None:
         weights = tuple(float(i == item.label) for i in range(families))
     return EvaluationClip(item.id, item.caption, weights, item.fallback)
 
 
-def check_labels(arm: Arm, items: Sequence[CachedItem], place: Path) -> None:
-    """Whether a mixture's hints and router can be held against the labels of a cache in folder `place`.
+def check_labels(arm: Arm, items: Sequence[CachedItem], folder: Path) -> None:
+    """Check that the labels of a cache `folder` fit a mixture's families and its arm's hints.
 
     Raises:
-        UserError: labels of other families than the mixture's, or none where a hint is made of them.
+        UserError: labels of other families than the mixture's, or no labels for hints that need them.
     """
     families = _families(arm)
     if not families:
         return
     for item in items:
-        clip = clip_of(item, families)
+        clip = evaluation_clip(item, families)
         if clip.weights and (len(clip.weights) != families or not any(clip.weights)):
-            said = f"{len(clip.weights)} weights" if item.label_weights else f"number {item.label}"
-            raise UserError(f"{place}: the label of '{item.id}' ({said}) is not of the {families} families of adapter "
-                            f"'{arm.name}'; give labels of its taxonomy: loss.labels=FILE")
+            label = f"{len(clip.weights)} weights" if item.label_weights else f"number {item.label}"
+            raise UserError(f"{folder}: the label of '{item.id}' ({label}) does not fit the {families} families of "
+                            f"adapter '{arm.name}'; give labels of its taxonomy: loss.labels=FILE")
         if not clip.weights and arm.hint in (TRUTH, WRONG):
-            raise UserError(f"{place}: '{item.id}' has no label, of which adapter '{arm.name}' makes its hint "
-                            f"({arm.hint}); give labels: loss.labels=FILE, or adapters without such a hint")
+            raise UserError(f"{folder}: '{item.id}' has no label, which the hint of adapter '{arm.name}' ({arm.hint}) "
+                            "needs; give labels: loss.labels=FILE, or adapters without such a hint")
 
 
 @torch.no_grad()
@@ -92,26 +92,26 @@ def flow_losses(
     """An arm's losses on every clip of a store, by noise expert.
 
     Args:
-        generator: on the arm's model; it takes the arm's adapters here and keeps what is loaded.
-        advance: told how many forward samples are done (clips × bins × draws × noise experts in all).
+        generator: on the arm's model; this call sets the arm's adapters and keeps the loaded weights.
+        advance: called with the number of finished samples (clips × bins × draws × noise experts in all).
     """
     generator.use(arm.base, arm.adapters)
-    clips = [clip_of(item, _families(arm)) for item in store.items]
+    clips = [evaluation_clip(item, _families(arm)) for item in store.items]
     frames, height, width = max((item.bucket for item in store.items), key=math.prod)
     generator.noise_experts.plan(frames, (height, width), guided=False, batch=plan.batch_size)
-    generator.noise_experts.expect({}, (0, 0, 0))  # no video is being made: what the last one asked for decides nothing here
-    found = {}
+    generator.noise_experts.expect({}, (0, 0, 0))  # no video is generated: forget the last request
+    losses = {}
     for noise_expert in arm.base.spec.noise_experts:
         table = np.full((4, len(clips), plan.bins * plan.draws), np.nan)
         rule = SigmaRule(Uniform(), arm.base.bands[noise_expert])
         for part in _batches(store, plan.batch_size):
             batch = store.batch(part)
-            for place in range(plan.bins * plan.draws):
-                draws = fixed_draws(rule, batch, _places(plan, noise_expert, batch, place), (plan.seed, "evaluate"), place)
-                table[:, part, place] = _losses(generator, arm, noise_expert, [clips[i] for i in part], batch, draws)
+            for k in range(plan.bins * plan.draws):
+                draws = fixed_draws(rule, batch, _positions(plan, noise_expert, batch, k), (plan.seed, "evaluate"), k)
+                table[:, part, k] = _losses(generator, arm, noise_expert, [clips[i] for i in part], batch, draws)
                 advance(len(part))
-        found[noise_expert] = FlowLosses(*table)
-    return found
+        losses[noise_expert] = FlowLosses(*table)
+    return losses
 
 
 def _families(arm: Arm) -> int:
@@ -119,27 +119,28 @@ def _families(arm: Arm) -> int:
 
 
 def _batches(store: ClipStore, size: int) -> list[list[int]]:
-    """Indices of clips that can share a batch: of one bucket."""
+    """Indices of clips in batches, each of one bucket."""
     buckets: dict[tuple[int, int, int], list[int]] = {}
     for index, item in enumerate(store.items):
         buckets.setdefault(item.bucket, []).append(index)
-    return [own[i : i + size] for own in buckets.values() for i in range(0, len(own), size)]
+    return [indices[i : i + size] for indices in buckets.values() for i in range(0, len(indices), size)]
 
 
-def _places(plan: FlowPlan, noise_expert: NoiseExpert, batch: Batch, place: int) -> list[float]:
-    """u of each clip's draw, somewhere in its bin."""
-    found = []
+def _positions(plan: FlowPlan, noise_expert: NoiseExpert, batch: Batch, k: int) -> list[float]:
+    """Position in [0, 1) of each clip's draw k in the band, uniform within its bin."""
+    positions = []
     for clip in batch.ids:
-        own = torch.rand((), dtype=torch.float64, generator=rng.generator(
-            plan.seed, "evaluate", clip, noise_expert.value, place, "sigma"))
-        found.append((place // plan.draws + float(own)) / plan.bins)
-    return found
+        u = torch.rand((), dtype=torch.float64, generator=rng.generator(
+            plan.seed, "evaluate", clip, noise_expert.value, k, "sigma"))
+        positions.append((k // plan.draws + float(u)) / plan.bins)
+    return positions
 
 
 def _losses(
-    generator: Generator, arm: Arm, noise_expert: NoiseExpert, clips: Sequence[EvaluationClip], batch: Batch, draws: Draws
+    generator: Generator, arm: Arm, noise_expert: NoiseExpert, clips: Sequence[EvaluationClip], batch: Batch,
+    draws: Draws,
 ) -> np.ndarray:
-    """[4, B]: sigma, whole, inside, outside."""
+    """[4, B]: sigma, and the loss over the whole latent, inside the region, outside it."""
     transformer = generator.noise_experts.transformer(noise_expert)
     gates_BG = torch.cat([_gates(arm, noise_expert, clip, text.cpu(), float(sigma)) for clip, text, sigma in
                           zip(clips, batch.text, draws.sigma_B.tolist(), strict=True)])
@@ -153,13 +154,13 @@ def _losses(
         inside_B[present] = loss.figures["loss/roi"].double().cpu()
         rest_B = cells - mass_B
         outside_B = (cells * whole_B - mass_B * inside_B) / rest_B
-        outside_B[rest_B < _LEAST_OUTSIDE * cells] = torch.nan
-    found: np.ndarray = torch.stack([draws.sigma_B.double().cpu(), whole_B, inside_B, outside_B]).numpy()
-    return found
+        outside_B[rest_B < _MIN_OUTSIDE * cells] = torch.nan
+    rows_4B: np.ndarray = torch.stack([draws.sigma_B.double().cpu(), whole_B, inside_B, outside_B]).numpy()
+    return rows_4B
 
 
 def _gates(arm: Arm, noise_expert: NoiseExpert, clip: EvaluationClip, text: torch.Tensor, sigma: float) -> torch.Tensor:
-    """[1, G], as a generation of this clip would have them at this sigma."""
+    """[1, G]: the gates that a generation of this clip would have at this sigma."""
     mixture = arm.adapters.mixture
     mix = None if mixture is None else choose_mix(mixture, clip.prompt, arm.hint_for(clip), lambda: text, [sigma])
     return arm.adapters.gates(

@@ -1,6 +1,9 @@
-"""What a generated video is judged by: one number a video and metric.
+"""Metrics of a generated video: PSNR, SSIM, temporal consistency, rewards, and judges of its content.
 
-How to add a metric: a class with `names` and `score`, a line in `refusals` and a case in `make_scorers`.
+How to add a metric: a class with `names` and `score`, a line in `unavailable_metrics` and a case in `make_scorers`.
+How to add a judge: a class with the members of `Judge`, given to `make_scorers` by whoever runs the evaluation, as
+`lapwan.tiny.evaluators.SceneJudge` is for the embedded model's scenes. A metric that no judge has had yet also needs
+its name in `lapwan.settings.evaluate.METRICS` and a line in `unavailable_metrics`.
 Shapes: T frames, H, W pixels.
 """
 
@@ -13,19 +16,22 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lapwan.errors import UserError
-from lapwan.evaluation import pixels
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
-from lapwan.evaluation.judge import Judge
 from lapwan.models.spec import Task
 from lapwan.rewards.base import Reward, score
 
+_WINDOW, _SIGMA = 11, 1.5
+_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+PSNR_CAP = 100.0  # dB, of identical frames: a mean over videos stays finite
+
 
 @dataclass(frozen=True, eq=False)
-class Made:
-    """A video, the clip it was made for, and that clip's own frames, read when asked for."""
+class GeneratedVideo:
+    """A video, the clip it was made for, and that clip's reference frames, read on first use."""
 
     frames_THWC: np.ndarray
     clip: EvaluationClip
@@ -33,20 +39,52 @@ class Made:
 
     @cached_property
     def reference_THWC(self) -> np.ndarray:
-        """The clip's own frames, in the same shape."""
+        """The clip's reference frames, in the same shape."""
         return self.clip.frames(self.shape)
 
 
 class Scorer(Protocol):
-    """`names` are its metrics; `score` gives each its value for a video, NaN where it has none."""
+    """`names` are its metrics; `score` returns the value of each for a video, NaN where it has none."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
 
-    def score(self, made: Made) -> Mapping[str, float]: ...
+    def score(self, video: GeneratedVideo) -> Mapping[str, float]: ...
 
 
-class Judged:
+class Judge(Protocol):
+    """Reads a video and scores it against the clip that it was made for."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Its classes in the order of its outputs; "none" and "unclear" may be among them."""
+        ...
+
+    @property
+    def figures(self) -> Mapping[str, tuple[str, ...]]:
+        """The figures of each of its metrics: `{"identity": ("identity",), "tip": ("tip_accuracy",)}`."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of its weights: stored scores of another judge are not used. "" if the weights change only with
+        lapwan's version."""
+        ...
+
+    def refuses(self, clip: EvaluationClip) -> str | None:
+        """Why videos made for this clip cannot be judged; None if they can."""
+        ...
+
+    def refuses_shape(self, shape: VideoShape) -> str | None:
+        """Why videos of this shape cannot be judged; None if they can."""
+        ...
+
+    def score(self, metric: str, frames_THWC: np.ndarray, clip: EvaluationClip) -> Mapping[str, float]:
+        """The figures of one metric for one video (uint8 RGB), NaN where it has none."""
+        ...
+
+
+class JudgeMetrics:
     """A judge's figures of one metric: `identity`, or `tip_accuracy`."""
 
     def __init__(self, judge: Judge, metric: str) -> None:
@@ -54,52 +92,90 @@ class Judged:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """As the judge calls them."""
+        """The judge's names of the figures."""
         return self._judge.figures[self._metric]
 
-    def score(self, made: Made) -> Mapping[str, float]:
-        return self._judge.score(self._metric, made.frames_THWC, made.clip)
+    def score(self, video: GeneratedVideo) -> Mapping[str, float]:
+        return self._judge.score(self._metric, video.frames_THWC, video.clip)
 
 
-class Reference:
-    """`psnr`, `ssim` against the clip's own frames, and `roi_psnr`, `roi_ssim` inside its boxes."""
+def psnr(a_THWC: np.ndarray, b_THWC: np.ndarray, region_THW: np.ndarray | None = None) -> float:
+    """10·log10(255² / MSE) in dB over all frames, at most 100; `region_THW` weights the pixels."""
+    error_THW = np.square(a_THWC.astype(np.float64) - b_THWC.astype(np.float64)).mean(axis=-1)
+    mse = float(error_THW.mean() if region_THW is None else (error_THW * region_THW).sum() / region_THW.sum())
+    return PSNR_CAP if mse == 0 else min(PSNR_CAP, float(10 * np.log10(255.0**2 / mse)))
+
+
+def _luma(frames_THWC: np.ndarray) -> Tensor:
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
+    return (torch.from_numpy(np.ascontiguousarray(frames_THWC)).double() @ weights).unsqueeze(1)
+
+
+def _blur(x_T1HW: Tensor) -> Tensor:
+    offsets = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
+    kernel = torch.exp(-offsets.square() / (2 * _SIGMA**2))
+    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
+    pad = _WINDOW // 2
+    x_T1HW = F.pad(x_T1HW, (pad, pad, pad, pad), mode="replicate")
+    return F.conv2d(F.conv2d(x_T1HW, kernel), kernel.transpose(2, 3))
+
+
+def ssim_map(a_THWC: np.ndarray, b_THWC: np.ndarray) -> np.ndarray:
+    """SSIM of the luma at every pixel [T, H, W]; Gaussian window of 11 pixels, σ = 1.5, edges replicated.
+
+        (2·μ_a·μ_b + C1)(2·σ_ab + C2) / ((μ_a² + μ_b² + C1)(σ_a² + σ_b² + C2))
+
+    Source: Wang et al., Image quality assessment (IEEE TIP 2004).
+    """
+    a, b = _luma(a_THWC), _luma(b_THWC)
+    mean_a, mean_b = _blur(a), _blur(b)
+    var_a, var_b = _blur(a * a) - mean_a.square(), _blur(b * b) - mean_b.square()
+    covariance = _blur(a * b) - mean_a * mean_b
+    numerator = (2 * mean_a * mean_b + _C1) * (2 * covariance + _C2)
+    denominator = (mean_a.square() + mean_b.square() + _C1) * (var_a + var_b + _C2)
+    ssim_THW: np.ndarray = (numerator / denominator)[:, 0].numpy()
+    return ssim_THW
+
+
+class ReferenceMetrics:
+    """`psnr`, `ssim` against the clip's reference frames, and `roi_psnr`, `roi_ssim` inside its mask or boxes."""
 
     names: tuple[str, ...] = ("psnr", "ssim", "roi_psnr", "roi_ssim")
 
-    def score(self, made: Made) -> Mapping[str, float]:
-        ours, truth = made.frames_THWC, made.reference_THWC
-        structure_THW = pixels.ssim_map(ours, truth)
-        found = {"psnr": pixels.psnr(ours, truth), "ssim": float(structure_THW.mean()), "roi_psnr": float("nan"),
-                 "roi_ssim": float("nan")}
-        region_THW = made.clip.regions(made.shape)
+    def score(self, video: GeneratedVideo) -> Mapping[str, float]:
+        frames, reference = video.frames_THWC, video.reference_THWC
+        ssim_THW = ssim_map(frames, reference)
+        scores = {"psnr": psnr(frames, reference), "ssim": float(ssim_THW.mean()), "roi_psnr": float("nan"),
+                  "roi_ssim": float("nan")}
+        region_THW = video.clip.regions(video.shape)
         if region_THW is not None:
-            found["roi_psnr"] = pixels.psnr(ours, truth, region_THW)
-            found["roi_ssim"] = float((structure_THW * region_THW).sum() / region_THW.sum())
-        return found
+            scores["roi_psnr"] = psnr(frames, reference, region_THW)
+            scores["roi_ssim"] = float((ssim_THW * region_THW).sum() / region_THW.sum())
+        return scores
 
 
-class Temporal:
-    """`temporal_consistency`: mean SSIM of neighbouring frames; `motion`: mean change a frame, in grey levels.
+class TemporalMetrics:
+    """`temporal_consistency`: mean SSIM of neighbouring frames; `motion`: mean change per frame, in grey levels.
 
-    A still picture is perfectly consistent, so the two are read together.
+    A static video is perfectly consistent, so read the two together.
     """
 
     names: tuple[str, ...] = ("temporal_consistency", "motion")
 
-    def score(self, made: Made) -> Mapping[str, float]:
-        frames = made.frames_THWC
+    def score(self, video: GeneratedVideo) -> Mapping[str, float]:
+        frames = video.frames_THWC
         if len(frames) < 2:
             return dict.fromkeys(self.names, float("nan"))
         change = np.abs(frames[1:].astype(np.float32) - frames[:-1].astype(np.float32)).mean()
-        return {"temporal_consistency": float(pixels.ssim_map(frames[1:], frames[:-1]).mean()), "motion": float(change)}
+        return {"temporal_consistency": float(ssim_map(frames[1:], frames[:-1]).mean()), "motion": float(change)}
 
 
-def names_of(scorers: Sequence[Scorer]) -> tuple[str, ...]:
+def metric_names(scorers: Sequence[Scorer]) -> tuple[str, ...]:
     """All metrics, in order."""
     return tuple(name for scorer in scorers for name in scorer.names)
 
 
-class RewardScore:
+class RewardMetrics:
     """`NAME_score`: mean over frames of a reward's score against the prompt (CLIP: 100·cosine with its own scale), and
     `NAME_steadiness`: mean cosine of neighbouring frames' embeddings."""
 
@@ -116,11 +192,12 @@ class RewardScore:
         return self._load()
 
     @torch.no_grad()
-    def score(self, made: Made) -> Mapping[str, float]:
-        chosen = np.linspace(0, len(made.frames_THWC) - 1, min(self._frames, len(made.frames_THWC))).round().astype(int)
-        pixels = torch.from_numpy(made.frames_THWC[chosen]).permute(0, 3, 1, 2).float().to(self._device) / 255
-        told = score(self._reward, pixels, [made.clip.prompt] * len(pixels))
-        return {self.names[0]: float(told.mean()), self.names[1]: _steadiness(self._reward.image(pixels))}
+    def score(self, video: GeneratedVideo) -> Mapping[str, float]:
+        count = len(video.frames_THWC)
+        indices = np.linspace(0, count - 1, min(self._frames, count)).round().astype(int)
+        pixels = torch.from_numpy(video.frames_THWC[indices]).permute(0, 3, 1, 2).float().to(self._device) / 255
+        scores = score(self._reward, pixels, [video.clip.prompt] * len(pixels))
+        return {self.names[0]: float(scores.mean()), self.names[1]: _steadiness(self._reward.image(pixels))}
 
 
 def _steadiness(embeddings_ND: Tensor) -> float:
@@ -130,66 +207,67 @@ def _steadiness(embeddings_ND: Tensor) -> float:
 
 
 def make_scorers(
-    asked: Sequence[str] | None, clips: Sequence[EvaluationClip], task: Task, shape: VideoShape, judge: Judge | None,
+    metrics: Sequence[str] | None, clips: Sequence[EvaluationClip], task: Task, shape: VideoShape, judge: Judge | None,
     rewards: Mapping[str, Callable[[], Reward]], device: torch.device,
 ) -> list[Scorer]:
-    """The scorers of the metrics asked for; None: all that the clips allow.
+    """The scorers of `metrics`; None: every metric that the clips allow.
 
     Args:
-        judge: gives `identity` and `tip`; without one they are refused.
+        judge: measures `identity` and `tip`; without one they are not available.
         rewards: how to load each reward, by its label.
 
     Raises:
         UserError: a metric that the clips, the task or the judge do not allow.
     """
-    refused = refusals(clips, task, shape, judge, rewards)
-    if asked is None:
-        # Against a reference only where the video starts as it does: text alone does not say how a clip looks.
-        asked = [m for m, why in refused.items() if why is None and (m != "reference" or task == "i2v")]
+    unavailable = unavailable_metrics(clips, task, shape, judge, rewards)
+    if metrics is None:
+        # Compare with a reference only if the video starts from its first frame: text does not determine a clip's look.
+        metrics = [m for m, reason in unavailable.items() if reason is None and (m != "reference" or task == "i2v")]
     scorers: list[Scorer] = []
-    for metric in dict.fromkeys(asked):
-        if (why := refused[metric]) is not None:
-            raise UserError(f"metric '{metric}': {why}")
+    for metric in dict.fromkeys(metrics):
+        if (reason := unavailable[metric]) is not None:
+            raise UserError(f"metric '{metric}': {reason}")
         match metric:
             case "reference":
-                scorers.append(Reference())
+                scorers.append(ReferenceMetrics())
             case "temporal":
-                scorers.append(Temporal())
+                scorers.append(TemporalMetrics())
             case "reward":
-                scorers += [RewardScore(name, load, device) for name, load in rewards.items()]
+                scorers += [RewardMetrics(name, load, device) for name, load in rewards.items()]
             case _ if judge is not None:
-                scorers.append(Judged(judge, metric))
+                scorers.append(JudgeMetrics(judge, metric))
     return scorers
 
 
-def refusals(
+def unavailable_metrics(
     clips: Sequence[EvaluationClip], task: Task, shape: VideoShape, judge: Judge | None, rewards: Mapping[str, object]
 ) -> dict[str, str | None]:
     """Why each metric cannot be measured; None if it can."""
     return {
         "identity": _not_judged("identity", judge, clips, shape), "tip": _no_tip(judge, clips, task, shape),
-        "reference": next((why for clip in clips if (why := clip.lacking(shape)) is not None), None),
+        "reference": next((error for clip in clips if (error := clip.reference_error(shape)) is not None), None),
         "temporal": None, "reward": None if rewards else "no rewards are given; set rewards, such as clip=FOLDER",
     }
 
 
 def _not_judged(metric: str, judge: Judge | None, clips: Sequence[EvaluationClip], shape: VideoShape) -> str | None:
     if judge is None:
-        return "it needs a judge of videos, and none is given"
+        return "it needs a judge of videos, and none was given"
     if metric not in judge.figures:
         return f"the judge does not measure it; it measures {', '.join(judge.figures)}"
-    return next((why for clip in clips if (why := judge.refuses(clip)) is not None), None) or judge.refuses_shape(shape)
+    refused = next((reason for clip in clips if (reason := judge.refuses(clip)) is not None), None)
+    return refused or judge.refuses_shape(shape)
 
 
 def _no_tip(judge: Judge | None, clips: Sequence[EvaluationClip], task: Task, shape: VideoShape) -> str | None:
     if task != "i2v":
-        return "where the tip goes follows from the first frame, so it is measured on image-to-video only"
-    if (why := _not_judged("tip", judge, clips, shape)) is not None:
-        return why
+        return "the tip's path follows from the first frame, so it is measured on image-to-video only"
+    if (reason := _not_judged("tip", judge, clips, shape)) is not None:
+        return reason
     if any(clip.tips_T2 is None for clip in clips):
         first = next(clip for clip in clips if clip.tips_T2 is None)
         return f"clip '{first.id}' has no tip, which it needs"
     short = next((clip for clip in clips if clip.tips_T2 is not None and len(clip.tips_T2) < shape.frames), None)
     if short is not None and short.tips_T2 is not None:
-        return f"clip '{short.id}' says its tip in {len(short.tips_T2)} frames, {shape.frames} are made"
+        return f"clip '{short.id}' has its tip in {len(short.tips_T2)} frames, {shape.frames} are generated"
     return None

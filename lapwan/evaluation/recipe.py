@@ -1,4 +1,4 @@
-"""From `EvaluateSettings` to a study that is checked and ready to run, and from its findings to files."""
+"""From `EvaluateSettings` to a checked study, and from its results to files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from lapwan.caching.read import load_index
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.errors import UserError
 from lapwan.evaluation.arms import Arm, make_arm
-from lapwan.evaluation.clips import EvaluationClip, VideoShape, read_eval_clips, spread
-from lapwan.evaluation.engine import Sampling, request_for
-from lapwan.evaluation.flow import FlowPlan, check_labels, clip_of
-from lapwan.evaluation.judge import Judge
-from lapwan.evaluation.metrics import Judged, Reference, make_scorers
-from lapwan.evaluation.plots import arm_sheet, picture, side_by_side_sheet
+from lapwan.evaluation.clips import EvaluationClip, VideoShape, evenly_spaced, read_eval_clips
+from lapwan.evaluation.flow import FlowPlan, check_labels, evaluation_clip
+from lapwan.evaluation.metrics import Judge, JudgeMetrics, ReferenceMetrics, make_scorers
+from lapwan.evaluation.plots import arm_sheet, draw_plot, side_by_side_sheet
 from lapwan.evaluation.routing import ProbeSet
-from lapwan.evaluation.store import VideoStore
-from lapwan.evaluation.study import Findings, Machine, Study, check_taxonomies
-from lapwan.evaluation.tables import Interval, document
+from lapwan.evaluation.study import ExecutionOptions, Study, StudyResults, check_taxonomies
+from lapwan.evaluation.tables import IntervalRule, document
+from lapwan.evaluation.videos import Sampling, VideoStore, request_for
 from lapwan.models.base import Base
 from lapwan.models.device import pick_device, pick_dtype
 from lapwan.models.spec import ModelSpec, Task, check_frames, check_size
@@ -40,9 +38,9 @@ from lapwan.settings.rewards import RewardSettings
 from lapwan.train.clip_store import check_cache
 
 JSON_FILE = "evaluation.json"
-_BOUNDED = (Judged, Reference)  # what a reconstruction of the clip itself can be asked
+_CEILING_METRICS = (JudgeMetrics, ReferenceMetrics)  # those that are meaningful for a reconstruction of the clip
 
-# MODEL as the settings have it (None: none is named) -> a checked base; the task chooses where a name serves several.
+# MODEL of the settings (None: not set) -> a checked base; the task decides if a name stands for several models.
 Resolve = Callable[[ModelChoice | None, Task | None], Base]
 
 
@@ -50,16 +48,16 @@ def prepare(
     settings: EvaluateSettings, resolve: Resolve, judge: Judge | None = None,
     probe_set: Callable[[ModelSpec], ProbeSet | None] | None = None, rewards: Mapping[str, Maker] | None = None,
 ) -> Study:
-    """Read and check all that is named, without loading weights.
+    """Read and check everything that the settings name, without loading weights.
 
     Args:
         resolve: from MODEL to a base that can generate.
-        judge: gives the metrics `identity` and `tip`.
-        probe_set: captions for the linear probe of a model's text features; None where there are none for it.
-        rewards: makers of rewards that `lapwan.rewards` does not know, by their type.
+        judge: measures the metrics `identity` and `tip`.
+        probe_set: captions for the linear probe of a model's text features; it returns None if it has none for it.
+        rewards: makers of rewards that `lapwan.rewards` does not have, by their type.
 
     Raises:
-        UserError: what does not exist or does not fit together.
+        UserError: files that do not exist, or files and settings that do not fit together.
     """
     device = pick_device(settings.device)
     loss = settings.loss
@@ -73,18 +71,17 @@ def prepare(
         loaders = _rewards(settings.videos.rewards or (), device, rewards or {})
         task = arms[0].base.task
         scorers = make_scorers(settings.videos.metrics, clips, task, sampling.shape, judge, loaders, device)
-        bounded = [scorer for scorer in scorers if isinstance(scorer, _BOUNDED) and settings.videos.ceiling]
-        if any(clip.lacking(sampling.shape) for clip in clips):
-            bounded = []
-        videos = {"clips": clips, "sampling": sampling, "scorers": scorers, "bounded": bounded}
+        ceiling = settings.videos.ceiling and not any(clip.reference_error(sampling.shape) for clip in clips)
+        ceiling_scorers = [scorer for scorer in scorers if ceiling and isinstance(scorer, _CEILING_METRICS)]
+        videos = {"clips": clips, "sampling": sampling, "scorers": scorers, "ceiling_scorers": ceiling_scorers}
     captions = _captions(settings, taxonomy, videos.get("clips", ()), items) if any(a.routed for a in arms) else {}
     probe = probe_set(arms[0].base.spec) if probe_set is not None and captions and settings.routing.probe else None
     return Study(
         arms, taxonomy,
-        Machine(device, pick_dtype(settings.dtype, device), settings.memory, settings.compile,
+        ExecutionOptions(device, pick_dtype(settings.dtype, device), settings.memory, settings.compile,
                 precision_of(settings.dtype), precision_of(settings.text_dtype)),
         index=index, items=items, flow=FlowPlan(loss.bins, loss.draws, settings.seed, loss.batch_size),
-        captions=captions, probe=probe, decides=_decides(settings, judge), **videos,
+        captions=captions, probe=probe, depends_on=_depends_on(settings, judge), **videos,
     )
 
 
@@ -100,12 +97,12 @@ def _arms(settings: EvaluateSettings, task: Task | None, resolve: Resolve) -> li
             hint=adapter.hint, alpha_base=adapter.alpha_base, alpha_expert=adapter.alpha_expert))
     if len({arm.base.task for arm in arms}) > 1:
         tasks = ", ".join(f"{arm.name} {arm.base.task}" for arm in arms)
-        raise UserError(f"the adapters are on models of different tasks ({tasks}); evaluate them apart")
+        raise UserError(f"the adapters are on models of different tasks ({tasks}); evaluate them separately")
     return arms
 
 
 def _task(index: CacheIndex | None) -> Task | None:
-    """What the cache was made for."""
+    """The task that the cache was made for."""
     if index is None or index.task is None:
         return None
     return "i2v" if index.task == "i2v" else "t2v"
@@ -120,7 +117,7 @@ def _items(settings: EvaluateSettings, index: CacheIndex, arms: Sequence[Arm]) -
                         f"{', '.join(sorted(map(str, splits)))}); set split, or hold some out")
     for base in {id(arm.base): arm.base for arm in arms}.values():
         check_cache(index, base.spec, items)
-    items = spread(items, settings.loss.count)
+    items = evenly_spaced(items, settings.loss.count)
     for arm in arms:
         check_labels(arm, items, index.folder)
     return items
@@ -129,7 +126,7 @@ def _items(settings: EvaluateSettings, index: CacheIndex, arms: Sequence[Arm]) -
 def _sampling(
     settings: EvaluateSettings, arms: Sequence[Arm], taxonomy: Taxonomy
 ) -> tuple[list[EvaluationClip], Sampling]:
-    """The clips and how their videos are made; the first request of every arm is checked."""
+    """The clips and the sampling of their videos; the first request of every arm is checked."""
     videos, spec = settings.videos, arms[0].base.spec
     assert videos.clips is not None
     clips = read_eval_clips(videos.clips, taxonomy, None if settings.split == "all" else settings.split, videos.count)
@@ -145,14 +142,14 @@ def _sampling(
         request_for(arm.base.spec, arm, clips[0], sampling, 0)
     if spec.task == "i2v":
         for clip in clips:
-            clip.first_frame(shape)  # read now, kept: one that cannot be read is found before the work
+            clip.first_frame(shape)  # fails early on a file that cannot be read; the frame is kept
     return clips, sampling
 
 
 def _rewards(
     rewards: Sequence[RewardSettings], device: torch.device, makers: Mapping[str, Maker]
 ) -> dict[str, Callable[[], Reward]]:
-    """How to load each reward, by its label; their files are checked."""
+    """Loaders of the rewards by label; their files are checked here."""
     check_rewards(rewards)
     return {reward.label: partial(_load_reward, reward, device, makers) for reward in rewards}
 
@@ -161,15 +158,15 @@ def _load_reward(reward: RewardSettings, device: torch.device, makers: Mapping[s
     return build_rewards((reward,), device, makers)[reward.label]
 
 
-def _decides(settings: EvaluateSettings, judge: Judge | None) -> list[str]:
-    decides = [reward_identity(reward) for reward in settings.videos.rewards or ()]
-    return [*decides, judge.fingerprint] if judge is not None and judge.fingerprint else decides
+def _depends_on(settings: EvaluateSettings, judge: Judge | None) -> list[str]:
+    depends_on = [reward_identity(reward) for reward in settings.videos.rewards or ()]
+    return [*depends_on, judge.fingerprint] if judge is not None and judge.fingerprint else depends_on
 
 
 def reward_identity(reward: RewardSettings) -> str:
-    """Its settings with size and time of its files: scores of other weights are not those of a finished video."""
+    """A reward's settings with size and time of its files: stored scores of other weights are not used."""
     settings = reward.model_dump(mode="json", exclude={"weight"})
-    path = getattr(reward, "path", None)  # the tiny one has none
+    path = getattr(reward, "path", None)  # the tiny reward has none
     paths = sorted(path.iterdir()) if path is not None and path.is_dir() else [path] if path is not None else []
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in paths if file.is_file()]
     return json.dumps([settings, facts], sort_keys=True)
@@ -178,9 +175,9 @@ def reward_identity(reward: RewardSettings) -> str:
 def _captions(
     settings: EvaluateSettings, taxonomy: Taxonomy, clips: Sequence[EvaluationClip], items: Sequence[CachedItem]
 ) -> dict[str, Sequence[EvaluationClip]]:
-    """Captions for the router: a file of their own, else those of the clips, else those of the cache."""
+    """Captions for the router: a separate file, else those of the clips, else those of the cache."""
     routing, split = settings.routing, None if settings.split == "all" else settings.split
-    cached = [clip_of(item, len(taxonomy.families)) for item in items]
+    cached = [evaluation_clip(item, len(taxonomy.families)) for item in items]
     sets: dict[str, Sequence[EvaluationClip]] = {}
     if routing.captions is not None:
         sets["captions"] = read_eval_clips(routing.captions, taxonomy, split)
@@ -196,22 +193,22 @@ def _captions(
 
 
 def open_store(study: Study, folder: Path) -> VideoStore:
-    """The videos of a study, kept in a folder with all that their scores depend on."""
-    machine = study.machine
-    precisions = [str(form) for form in (machine.precision, machine.text_precision) if form is not None]
-    return VideoStore(folder, str(machine.device.type), str(machine.dtype), *precisions, *study.decides)
+    """The store of a study's videos in `folder`, keyed by everything that their scores depend on."""
+    execution = study.execution
+    precisions = [str(form) for form in (execution.precision, execution.text_precision) if form is not None]
+    return VideoStore(folder, str(execution.device.type), str(execution.dtype), *precisions, *study.depends_on)
 
 
-def write_findings(
-    folder: Path, study: Study, findings: Findings, interval: Interval, store: VideoStore, sheet: int
+def write_results(
+    folder: Path, study: Study, results: StudyResults, interval: IntervalRule, store: VideoStore, sheet: int
 ) -> Path:
     """Contact sheets of `sheet` clips (0: none), the plot, and evaluation.json, whose path is returned."""
     if study.clips and sheet:
         _save(side_by_side_sheet(study, store, sheet), folder / "sheet.png")
         for arm in study.arms:
             _save(arm_sheet(study, store, arm.name, sheet), folder / f"sheet_{store.folder_of(arm).name}.png")
-    _save(picture(study, findings, interval), folder / "evaluation.png")
-    text = json.dumps(document(study, findings, interval), ensure_ascii=False, indent=1)
+    _save(draw_plot(study, results, interval), folder / "evaluation.png")
+    text = json.dumps(document(study, results, interval), ensure_ascii=False, indent=1)
     files.write_text(folder / JSON_FILE, text + "\n")
     return folder / JSON_FILE
 

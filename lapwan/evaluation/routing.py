@@ -1,8 +1,8 @@
-"""Does a mixture's router read the family from a caption? Its answers against the labels, and beside them what a linear
-probe of the frozen text features can know: the ceiling of any text router.
+"""Accuracy of a mixture's router on captions, and of a linear probe of the frozen text features, the ceiling of any
+text router.
 
-The probe is a ridge regression of one-hot classes on mean-pooled features, W = (XᵀX + λI)⁻¹ XᵀY; the largest output
-decides.
+The probe is a ridge regression of one-hot classes on mean-pooled features, W = (XᵀX + λI)⁻¹ XᵀY; the class with the
+largest output is its prediction.
 Shapes: N captions, E families, D features.
 """
 
@@ -24,7 +24,7 @@ _RIDGE = 1e-2
 
 @dataclass(frozen=True)
 class RoutingScores:
-    """`right_N` per caption (1 or 0), `confusion_EE` with a row a label and a column an answer, entropy in nats."""
+    """`right_N` is 1 or 0 per caption; `confusion_EE` has a row per label and a column per choice; entropy in nats."""
 
     families: tuple[str, ...]
     right_N: np.ndarray
@@ -33,7 +33,7 @@ class RoutingScores:
 
     @property
     def accuracy(self) -> float:
-        """Share of captions whose likeliest expert is their label's family."""
+        """Share of captions whose first choice is their label's family."""
         return float(self.right_N.mean()) if len(self.right_N) else float("nan")
 
 
@@ -46,25 +46,25 @@ def routing_scores(
     Args:
         features: text features of each caption, unpadded [n, D], on the CPU.
         weights: each caption's label weights; the largest is its family.
-        sigma: where a router that sees sigma is asked.
+        sigma: at which a router that reads sigma is evaluated.
 
     Raises:
         ValueError: no captions, or weights of another number of families.
     """
-    if not len(features) or any(len(own) != len(mixture.families) for own in weights):
+    if not len(features) or any(len(caption_weights) != len(mixture.families) for caption_weights in weights):
         raise ValueError(f"routing needs captions with {len(mixture.families)} label weights each")
-    labels_NE = torch.tensor([list(own) for own in weights], dtype=torch.float32)
+    labels_NE = torch.tensor([list(caption_weights) for caption_weights in weights], dtype=torch.float32)
     student_NE = mixture.route(list(features), labels_NE, torch.full((len(features),), sigma)).double()
-    answers, truth = student_NE.argmax(dim=1).numpy(), labels_NE.argmax(dim=1).numpy()
+    choices_N, truth_N = student_NE.argmax(dim=1).numpy(), labels_NE.argmax(dim=1).numpy()
     confusion_EE = np.zeros((len(mixture.families),) * 2, dtype=int)
-    np.add.at(confusion_EE, (truth, answers), 1)
+    np.add.at(confusion_EE, (truth_N, choices_N), 1)
     entropy_N = -(student_NE * student_NE.clamp_min(1e-30).log()).sum(dim=1).numpy()
-    return RoutingScores(mixture.families, (answers == truth).astype(float), confusion_EE, entropy_N)
+    return RoutingScores(mixture.families, (choices_N == truth_N).astype(float), confusion_EE, entropy_N)
 
 
 @dataclass(frozen=True)
 class ProbeCaption:
-    """A caption and the name of its class, which a taxonomy understands as a hint; `held_out`: only asked about."""
+    """A caption and the name of its class, which a taxonomy accepts as a hint; `held_out`: not used for fitting."""
 
     text: str
     label: str
@@ -73,7 +73,7 @@ class ProbeCaption:
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Captions to fit a probe on, some of them held out, and what the set is called in figures."""
+    """Captions to fit a probe on, some of them held out, and the name of the set in the results."""
 
     name: str
     captions: Sequence[ProbeCaption]
@@ -81,7 +81,7 @@ class ProbeSet:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Shares of captions whose class is read rightly."""
+    """Accuracy on the fitted and on the held-out captions, and their number."""
 
     fitted: float
     held_out: float
@@ -93,14 +93,14 @@ def _pooled(features: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """W, and the mean and deviation of the features it was fitted on."""
+class LinearProbe:
+    """W, and the mean and deviation of the features that it was fitted on."""
 
     weights: Tensor
     mean: Tensor
     deviation: Tensor
 
-    def answers(self, features: Sequence[Tensor]) -> np.ndarray:
+    def predict(self, features: Sequence[Tensor]) -> np.ndarray:
         """[N] the class with the largest output."""
         classes_N: np.ndarray = (self._inputs(_pooled(features)) @ self.weights).argmax(dim=1).numpy()
         return classes_N
@@ -110,22 +110,22 @@ class Probe:
         return torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
 
 
-def fit_probe(features: Sequence[Tensor], classes_N: Tensor, count: int) -> Probe:
+def fit_probe(features: Sequence[Tensor], classes_N: Tensor, count: int) -> LinearProbe:
     """Ridge regression of one-hot classes on standardised mean-pooled features with a constant.
 
     Args:
-        features: [n tokens, D] each.
-        classes_N: index of each one's class, of `count`.
+        features: [n tokens, D] of each caption.
+        classes_N: index of each caption's class, below `count`.
     """
     pooled = _pooled(features)
-    probe = Probe(torch.empty(0), pooled.mean(dim=0), pooled.std(dim=0))
-    x, wanted = probe._inputs(pooled), torch.eye(count, dtype=torch.float64)[classes_N]
+    probe = LinearProbe(torch.empty(0), pooled.mean(dim=0), pooled.std(dim=0))
+    x, y = probe._inputs(pooled), torch.eye(count, dtype=torch.float64)[classes_N]
     ridge = _RIDGE * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
-    return replace(probe, weights=torch.linalg.solve(x.T @ x + ridge, x.T @ wanted))
+    return replace(probe, weights=torch.linalg.solve(x.T @ x + ridge, x.T @ y))
 
 
 def measure_probe(captions: Sequence[ProbeCaption], features: Sequence[Tensor]) -> ProbeResult:
-    """Fit on the captions that are not held out, and ask about all.
+    """Fit on the captions that are not held out, and predict all.
 
     Args:
         features: of each caption, [n tokens, D].
@@ -133,13 +133,13 @@ def measure_probe(captions: Sequence[ProbeCaption], features: Sequence[Tensor]) 
     names = list(dict.fromkeys(caption.label for caption in captions))
     classes_N = np.array([names.index(caption.label) for caption in captions])
     held_out_N = np.array([caption.held_out for caption in captions])
-    known = [rows for rows, held_out in zip(features, held_out_N, strict=True) if not held_out]
-    probe = fit_probe(known, torch.from_numpy(classes_N[~held_out_N]), len(names))
-    right_N = probe.answers(features) == classes_N
+    fitted = [rows for rows, held_out in zip(features, held_out_N, strict=True) if not held_out]
+    probe = fit_probe(fitted, torch.from_numpy(classes_N[~held_out_N]), len(names))
+    right_N = probe.predict(features) == classes_N
     return ProbeResult(float(right_N[~held_out_N].mean()), float(right_N[held_out_N].mean()), len(captions))
 
 
-def family_probe(captions: Sequence[ProbeCaption], features: Sequence[Tensor], taxonomy: Taxonomy) -> Probe:
+def family_probe(captions: Sequence[ProbeCaption], features: Sequence[Tensor], taxonomy: Taxonomy) -> LinearProbe:
     """A probe of the taxonomy's families, fitted on all captions."""
     family = {name: int(np.argmax(resolve_hint(name, taxonomy))) for name in {caption.label for caption in captions}}
     return fit_probe(features, torch.tensor([family[caption.label] for caption in captions]), len(taxonomy.families))

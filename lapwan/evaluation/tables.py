@@ -1,4 +1,4 @@
-"""What an evaluation says: the JSON that scripts rely on, and tables.
+"""Output of an evaluation: the JSON document, and tables for the terminal.
 
     {"routing": {"accuracy", "confusion", "n"}, "loss": {adapter: {noise_expert: {"mean", "ci95"}}},
      "generation": {adapter: {metric: {"mean", "ci95"}}}, "differences": [{"a", "b", "metric", "mean", "ci95"}]}
@@ -20,15 +20,15 @@ from rich.table import Table
 from lapwan.evaluation.bootstrap import LEVEL, SAMPLES, Estimate, bootstrap, paired_bootstrap
 from lapwan.evaluation.flow import FlowLosses
 from lapwan.evaluation.routing import RoutingScores
-from lapwan.evaluation.study import Findings, Study
+from lapwan.evaluation.study import Study, StudyResults
 
 FORMAT = 1
-SHARES = ("identity", "tip_accuracy")  # shown as percentages
+SHARES = ("identity", "tip_accuracy")  # printed as percentages
 
 
 @dataclass(frozen=True)
-class Interval:
-    """How intervals are made."""
+class IntervalRule:
+    """Settings of the bootstrap intervals."""
 
     samples: int = SAMPLES
     level: float = LEVEL
@@ -39,81 +39,81 @@ class Interval:
         return bootstrap(values, samples=self.samples, level=self.level, seed=self.seed)
 
     def between(self, a: np.ndarray, b: np.ndarray) -> Estimate:
-        """Of a − b, paired."""
+        """Mean and interval of the paired difference a − b."""
         return paired_bootstrap(a, b, samples=self.samples, level=self.level, seed=self.seed)
 
 
-def document(study: Study, found: Findings, interval: Interval) -> dict[str, Any]:
+def document(study: Study, results: StudyResults, interval: IntervalRule) -> dict[str, Any]:
     """The whole evaluation as plain values."""
     families = _families(study)
-    said: dict[str, Any] = {
+    result: dict[str, Any] = {
         "format": FORMAT, "level": interval.level, "adapters": [arm.name for arm in study.arms],
-        "routing": _routing(study, found, interval),
-        "loss": {name: {e.value: _loss(study, own, families, interval) for e, own in by.items()}
-                 for name, by in found.losses.items()},
-        "generation": {name: _figures(scores, interval) for name, scores in found.scores.items()},
-        "ceiling": _figures(found.ceiling, interval),
+        "routing": _routing(study, results, interval),
+        "loss": {name: {e.value: _loss(study, losses, families, interval) for e, losses in by_noise_expert.items()}
+                 for name, by_noise_expert in results.losses.items()},
+        "generation": {name: _figures(scores, interval) for name, scores in results.scores.items()},
+        "ceiling": _figures(results.ceiling, interval),
         "differences": [
             {"a": a, "b": b, "metric": metric, **estimate.as_json()}
-            for a, b, metric, estimate in differences(found, interval)
+            for a, b, metric, estimate in differences(results, interval)
         ],
     }
     if study.clips:
-        said["clips"] = [{"id": clip.id, "prompt": clip.prompt} for clip in study.clips]
-        said["scores"] = {name: {metric: _plain(values) for metric, values in scores.items()}
-                          for name, scores in found.scores.items()}
-    return said
+        result["clips"] = [{"id": clip.id, "prompt": clip.prompt} for clip in study.clips]
+        result["scores"] = {name: {metric: _plain(values) for metric, values in scores.items()}
+                            for name, scores in results.scores.items()}
+    return result
 
 
 def _families(study: Study) -> list[str]:
     """Main family of each cached item; "" without a label."""
     keys = study.taxonomy.keys
-    found = []
+    families = []
     for item in study.items:
         index = int(np.argmax(item.label_weights)) if item.label_weights else item.label
-        found.append("" if index is None or index >= len(keys) else keys[index])
-    return found
+        families.append("" if index is None or index >= len(keys) else keys[index])
+    return families
 
 
-def _loss(study: Study, own: FlowLosses, families: list[str], interval: Interval) -> dict[str, Any]:
+def _loss(study: Study, losses: FlowLosses, families: list[str], interval: IntervalRule) -> dict[str, Any]:
     plan = study.flow
-    said: dict[str, Any] = interval.of(own.whole_PK.mean(axis=1)).as_json()
-    said["bins"] = []
+    entry: dict[str, Any] = interval.of(losses.whole_PK.mean(axis=1)).as_json()
+    entry["bins"] = []
     for bin_ in range(plan.bins):
         part = slice(bin_ * plan.draws, (bin_ + 1) * plan.draws)
-        sigma = own.sigma_PK[:, part]
-        said["bins"].append({"sigma": [float(sigma.min()), float(sigma.max())],
-                             **interval.of(own.whole_PK[:, part].mean(axis=1)).as_json()})
-    of_family = {name: np.array([f == name for f in families]) for name in dict.fromkeys(families) if name}
-    said["families"] = {
-        name: interval.of(own.whole_PK[rows].mean(axis=1)).as_json() for name, rows in of_family.items()}
-    said["roi"], said["outside"] = (interval.of(values.mean(axis=1)).as_json()
-                                    for values in (own.roi_PK, own.outside_PK))
-    return said
+        sigma = losses.sigma_PK[:, part]
+        entry["bins"].append({"sigma": [float(sigma.min()), float(sigma.max())],
+                              **interval.of(losses.whole_PK[:, part].mean(axis=1)).as_json()})
+    rows_of = {name: np.array([f == name for f in families]) for name in dict.fromkeys(families) if name}
+    entry["families"] = {
+        name: interval.of(losses.whole_PK[rows].mean(axis=1)).as_json() for name, rows in rows_of.items()}
+    entry["roi"], entry["outside"] = (interval.of(values.mean(axis=1)).as_json()
+                                      for values in (losses.roi_PK, losses.outside_PK))
+    return entry
 
 
-def _figures(scores: Mapping[str, np.ndarray], interval: Interval) -> dict[str, Any]:
+def _figures(scores: Mapping[str, np.ndarray], interval: IntervalRule) -> dict[str, Any]:
     return {metric: {**interval.of(values).as_json(), "videos": int((~np.isnan(values)).sum())}
             for metric, values in scores.items()}
 
 
-def _routing(study: Study, found: Findings, interval: Interval) -> dict[str, Any]:
-    """The first routed arm's answers at the top, every arm's under `adapters`."""
-    if not found.routing:
+def _routing(study: Study, results: StudyResults, interval: IntervalRule) -> dict[str, Any]:
+    """The first routed arm's scores at the top, those of every arm under `adapters`."""
+    if not results.routing:
         return {"accuracy": None, "confusion": None, "n": 0}
-    by_arm = {name: {which: _answers(scores, interval) for which, scores in sets.items()}
-              for name, sets in found.routing.items()}
+    by_arm = {name: {which: _routing_scores(scores, interval) for which, scores in sets.items()}
+              for name, sets in results.routing.items()}
     first = next(iter(by_arm.values()))
     which = next(iter(first))
-    said = {**first[which], "captions": which, "adapters": by_arm}
+    entry = {**first[which], "captions": which, "adapters": by_arm}
     if "paraphrases" in first:
-        said["paraphrases"] = first["paraphrases"]
-    if found.probe:
-        said["probe"] = found.probe
-    return said
+        entry["paraphrases"] = first["paraphrases"]
+    if results.probe:
+        entry["probe"] = results.probe
+    return entry
 
 
-def _answers(scores: RoutingScores, interval: Interval) -> dict[str, Any]:
+def _routing_scores(scores: RoutingScores, interval: IntervalRule) -> dict[str, Any]:
     estimate = interval.of(scores.right_N)
     return {"accuracy": scores.accuracy, "ci95": estimate.as_json()["ci95"], "n": len(scores.right_N),
             "families": list(scores.families), "confusion": scores.confusion_EE.tolist(),
@@ -124,72 +124,73 @@ def _plain(values: np.ndarray) -> list[list[float | None]]:
     return [[None if np.isnan(value) else float(value) for value in row] for row in values]
 
 
-def measured(found: Findings, name: str) -> dict[str, np.ndarray]:
-    """Everything of an arm that can be paired, [P] or [P, S]: `loss/high`, `loss/high/roi`, `identity`, ..."""
-    every: dict[str, np.ndarray] = {}
-    for noise_expert, own in found.losses.get(name, {}).items():
-        every[f"loss/{noise_expert.value}"] = own.whole_PK.mean(axis=1)
-        every[f"loss/{noise_expert.value}/roi"] = own.roi_PK.mean(axis=1)
-    every |= found.scores.get(name, {})
-    return {metric: values for metric, values in every.items() if not np.isnan(values).all()}
+def metrics_of(results: StudyResults, name: str) -> dict[str, np.ndarray]:
+    """All metrics of an arm that can be paired, [P] or [P, S]: `loss/high`, `loss/high/roi`, `identity`, ..."""
+    metrics: dict[str, np.ndarray] = {}
+    for noise_expert, losses in results.losses.get(name, {}).items():
+        metrics[f"loss/{noise_expert.value}"] = losses.whole_PK.mean(axis=1)
+        metrics[f"loss/{noise_expert.value}/roi"] = losses.roi_PK.mean(axis=1)
+    metrics |= results.scores.get(name, {})
+    return {metric: values for metric, values in metrics.items() if not np.isnan(values).all()}
 
 
-def differences(found: Findings, interval: Interval) -> Iterator[tuple[str, str, str, Estimate]]:
-    """(a, b, metric, a − b) of every two arms, the later one first."""
-    names = list(dict.fromkeys([*found.losses, *found.scores]))
+def differences(results: StudyResults, interval: IntervalRule) -> Iterator[tuple[str, str, str, Estimate]]:
+    """(a, b, metric, a − b) of every pair of arms, the later arm first."""
+    names = list(dict.fromkeys([*results.losses, *results.scores]))
     for b, a in combinations(names, 2):
-        of_a, of_b = measured(found, a), measured(found, b)
+        of_a, of_b = metrics_of(results, a), metrics_of(results, b)
         for metric in of_a:
             if metric in of_b:
                 yield a, b, metric, interval.between(of_a[metric], of_b[metric])
 
 
-def tables(study: Study, found: Findings, interval: Interval) -> list[Table]:
+def tables(study: Study, results: StudyResults, interval: IntervalRule) -> list[Table]:
     """Figures by adapter, differences to the first adapter, routing."""
-    made = []
-    if found.losses or found.scores:
-        made.append(_figure_table(study, found, interval))
-    made += [_routing_table(name, which, scores, found.probe) for name, sets in found.routing.items()
+    tables_ = []
+    if results.losses or results.scores:
+        tables_.append(_figure_table(study, results, interval))
+    tables_ += [_routing_table(name, which, scores, results.probe) for name, sets in results.routing.items()
              for which, scores in sets.items()]
-    return [table for table in made if table.row_count]
+    return [table for table in tables_ if table.row_count]
 
 
-def shown(metric: str, value: float, sign: bool = False, digits: int = 3) -> str:
-    """`62.5` of a share in percent, else `digits` digits."""
+def format_value(metric: str, value: float, sign: bool = False, digits: int = 3) -> str:
+    """`62.5` for a share in percent, else `digits` digits."""
     if np.isnan(value):
         return "-"
     plus = "+" if sign else ""
     return f"{100 * value:{plus}.1f}" if metric in SHARES else f"{value:{plus}.{digits}g}"
 
 
-def told(metric: str, estimate: Estimate, sign: bool = False) -> str:
+def format_estimate(metric: str, estimate: Estimate, sign: bool = False) -> str:
     """`62.5 [50.0, 75.0]`."""
-    mean = shown(metric, estimate.mean, sign)
+    mean = format_value(metric, estimate.mean, sign)
     if np.isnan(estimate.low):
         return mean
-    return f"{mean} [{shown(metric, estimate.low, sign, 2)}, {shown(metric, estimate.high, sign, 2)}]"
+    return f"{mean} [{format_value(metric, estimate.low, sign, 2)}, {format_value(metric, estimate.high, sign, 2)}]"
 
 
-def _figure_table(study: Study, found: Findings, interval: Interval) -> Table:
+def _figure_table(study: Study, results: StudyResults, interval: IntervalRule) -> Table:
     """A row for each metric and adapter: its mean, and the paired difference to the first adapter."""
-    by_arm = {arm.name: measured(found, arm.name) for arm in study.arms}
+    by_arm = {arm.name: metrics_of(results, arm.name) for arm in study.arms}
     first = study.arms[0].name
     table = Table(title=f"means and differences, each with its {100 * interval.level:g} % interval", box=box.SIMPLE,
                   title_justify="left", padding=(0, 1, 0, 0))
     for column in ("adapter", "mean", f"difference to {first}", ""):
         table.add_column(column, justify="left" if column in ("adapter", "") else "right", no_wrap=True)
-    for metric in dict.fromkeys(metric for own in by_arm.values() for metric in own):
+    for metric in dict.fromkeys(metric for metrics in by_arm.values() for metric in metrics):
         table.add_section()
         table.add_row(f"{metric} %" if metric in SHARES else metric, style="bold")
-        for name, own in by_arm.items():
-            if metric not in own:
+        control = by_arm[first].get(metric)
+        for name, metrics in by_arm.items():
+            if metric not in metrics:
                 continue
-            gap = None if name == first or metric not in by_arm[first] else interval.between(
-                own[metric], by_arm[first][metric])
-            table.add_row(f"  {name}", told(metric, interval.of(own[metric])),
-                          "" if gap is None else told(metric, gap, sign=True), "*" if gap and gap.excludes_zero else "")
-        if metric in found.ceiling:
-            table.add_row("  (VAE's ceiling)", told(metric, interval.of(found.ceiling[metric])))
+            gap = None if name == first or control is None else interval.between(metrics[metric], control)
+            table.add_row(f"  {name}", format_estimate(metric, interval.of(metrics[metric])),
+                          "" if gap is None else format_estimate(metric, gap, sign=True),
+                          "*" if gap and gap.excludes_zero else "")
+        if metric in results.ceiling:
+            table.add_row("  (VAE's ceiling)", format_estimate(metric, interval.of(results.ceiling[metric])))
     return table
 
 

@@ -120,7 +120,7 @@ def tip_hits(found_T2: np.ndarray, truth_T2: np.ndarray, size: tuple[int, int], 
 
 
 class SceneJudge:
-    """An `evaluation.judge.Judge` of the embedded model's scenes.
+    """An `evaluation.metrics.Judge` of the embedded model's scenes.
 
     `identity`: 1 if the instrument that the clip shows is the one seen in the video. `tip_accuracy`: share of frames
     with the tip within 5 % of the diagonal of where it truly is; frames whose true tip is out of view do not count.

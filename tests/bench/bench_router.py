@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.comparison.captions import paraphrases
-from lapwan.data.labels import Resolver, resolve_hint
+from lapwan.data.labels import CaptionLabeller, resolve_hint
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.evaluation.routing import fit_probe
 from lapwan.losses import routing
@@ -111,7 +111,7 @@ def read_captions(work: Path) -> dict[str, Captions]:
             found = {name: masked_mean([encode_text(encoder, [text])[0] for text, _ in own])
                      for name, own in pairs.items()}
         torch.save(found, work / "captions.pt")
-    features, resolver = torch.load(work / "captions.pt"), Resolver(TAXONOMY)
+    features, resolver = torch.load(work / "captions.pt"), CaptionLabeller(TAXONOMY)
     made = {}
     for name, own in pairs.items():
         families = torch.tensor([resolve_hint(instrument, TAXONOMY) for _, instrument in own]).argmax(dim=1)
@@ -179,7 +179,7 @@ def trained(row: Row, data: Captions, seed: int) -> Reader:
 
 def probe(data: Captions) -> Reader:
     found = fit_probe(list(data.text_ND[:, None]), data.family_N, EXPERTS)
-    return lambda text_ND: torch.from_numpy(found.answers(list(text_ND[:, None])))
+    return lambda text_ND: torch.from_numpy(found.predict(list(text_ND[:, None])))
 
 
 def by_family(right_N: Tensor, family_N: Tensor) -> float:

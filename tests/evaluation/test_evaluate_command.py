@@ -169,8 +169,8 @@ def test_killed_and_resumed_it_is_the_uninterrupted_one(tmp_path, held_out, tiny
 
 
 @pytest.mark.parametrize(("families", "labelled", "adapters", "message"), [
-    (4, False, "", "'clip0' has no label, of which adapter 'hint' makes its hint (truth); give labels"),
-    (6, True, "", "(6 weights) is not of the 4 families of adapter 'router'"),
+    (4, False, "", "'clip0' has no label, which the hint of adapter 'hint' (truth) needs; give labels"),
+    (6, True, "", "(6 weights) does not fit the 4 families of adapter 'router'"),
     (4, False, 'adapters=[{name="by router", moe="%s"}]', None),
 ])
 def test_labels_that_a_mixture_needs_are_missed_before_the_work(lapwan, tmp_path, tiny_t2v, mixture_path, families,
@@ -191,7 +191,8 @@ def test_a_clip_shorter_than_the_videos_is_no_reference(lapwan, tmp_path, held_o
     assert set(said["generation"]["base"]) == {"identity", "temporal_consistency", "motion"} and said["ceiling"] == {}
     for task, metric in (("i2v", "reference"), ("i2v", "tip")):
         code, _, err = lapwan("--clips", held_out, "--task", task, "--set", f'videos.metrics=["{metric}"]', *longer)
-        assert code == 2 and err.startswith(f"error: metric '{metric}'") and "5 frames" in err and "9 are made" in err
+        assert code == 2 and err.startswith(f"error: metric '{metric}'")
+        assert "5 frames" in err and "9 are generated" in err
     code, _, err = lapwan("--clips", held_out, "--task", "i2v", *longer, "--dry-run")
     assert code == 0 and "metrics: identity, temporal_consistency, motion" in err
 

@@ -15,12 +15,11 @@ from lapwan.caching.read import load_index
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.bootstrap import paired_bootstrap
-from lapwan.evaluation.clips import EvaluationClip, VideoShape, read_eval_clips, spread
-from lapwan.evaluation.engine import Sampling, default_sampling, generate_and_score, request_for
+from lapwan.evaluation.clips import EvaluationClip, VideoShape, evenly_spaced, read_eval_clips
 from lapwan.evaluation.flow import FlowPlan, flow_losses
-from lapwan.evaluation.metrics import Judged, Temporal
+from lapwan.evaluation.metrics import JudgeMetrics, TemporalMetrics
 from lapwan.evaluation.routing import routing_scores
-from lapwan.evaluation.store import VideoStore
+from lapwan.evaluation.videos import Sampling, VideoStore, default_sampling, generate_and_score, request_for
 from lapwan.losses import flow
 from lapwan.losses.sigmas import Uniform
 from lapwan.models.base import Base
@@ -88,7 +87,7 @@ def test_a_batch_of_image_to_video_is_its_videos_one_at_a_time(tiny_i2v, clips):
 
 def test_videos_of_no_adapter_twice_are_the_same_and_seeds_and_clips_differ(t2v_generator, arms, clips):
     sampling = small(t2v_generator.spec, seeds=2, batch_size=3)
-    one, two = (generate_and_score(t2v_generator, arms[name], clips[:2], sampling, [Temporal()])
+    one, two = (generate_and_score(t2v_generator, arms[name], clips[:2], sampling, [TemporalMetrics()])
                 for name in ("none", "again"))
     for metric, values in one.items():
         gap = paired_bootstrap(values, two[metric])
@@ -105,7 +104,7 @@ def test_the_wrong_hint_is_another_family_and_changes_the_video(t2v_generator, a
         assert wrong != TAXONOMY.keys[int(np.argmax(clip.weights))]
     assert arms["router"].hint_for(clips[0]) is None
     sampling = small(t2v_generator.spec)
-    found = {name: generate_and_score(t2v_generator, arms[name], clips[:2], sampling, [Temporal()])["motion"]
+    found = {name: generate_and_score(t2v_generator, arms[name], clips[:2], sampling, [TemporalMetrics()])["motion"]
              for name in ("none", "lora", "hint", "wrong")}
     assert len({values.tobytes() for values in found.values()}) == 4
 
@@ -133,7 +132,8 @@ def test_flow_losses_are_paired_by_clip_and_do_not_depend_on_the_batch(t2v_gener
         assert np.isnan(one[noise_expert].roi_PK[1]).all() and not np.isnan(one[noise_expert].roi_PK[0]).any()
         band = t2v_generator.spec.bands[noise_expert]
         edges = np.linspace(band.low, band.high, 4)
-        assert ((one[noise_expert].sigma_PK >= edges[:-1]) & (one[noise_expert].sigma_PK <= edges[1:])).all(), "one draw a bin"
+        sigma_PK = one[noise_expert].sigma_PK
+        assert ((sigma_PK >= edges[:-1]) & (sigma_PK <= edges[1:])).all(), "one draw a bin"
     same = _losses(t2v_generator, arms["again"], t2v_cache, batch_size=3)
     assert all(np.array_equal(one[e].whole_PK, same[e].whole_PK) for e in one)
 
@@ -149,7 +149,7 @@ def test_a_flow_loss_is_the_mean_error_over_the_region_and_over_the_rest(t2v_gen
                         (4, "evaluate"), 1)
     x0, noise = batch.latents_BCTHW, draws.noise_BCTHW
     with torch.no_grad():
-        v = velocity(t2v_generator.noise_experts.transformer(LOW), flow.noised(x0, noise, draws.sigma_B),
+        v = velocity(t2v_generator.noise_experts.transformer(LOW), flow.add_noise(x0, noise, draws.sigma_B),
                      1000 * draws.sigma_B.float(), pad_text(batch.text))
     error, mask = (v - (noise - x0)).square().mean(dim=1)[0], batch.roi_BTHW[0]
     assert found.whole_PK[2, 1] == pytest.approx(float(error.mean()), rel=1e-5)
@@ -169,12 +169,12 @@ def test_a_region_that_covers_everything_leaves_no_outside(t2v_generator, arms, 
 def test_finished_videos_are_used_again_unless_what_decides_them_changed(t2v_generator, arms, clips, tmp_path,
                                                                          monkeypatch):
     sampling, store = small(t2v_generator.spec, batch_size=2), VideoStore(tmp_path, "cpu")
-    made = generate_and_score(t2v_generator, arms["none"], clips, sampling, [Temporal()], store)
+    made = generate_and_score(t2v_generator, arms["none"], clips, sampling, [TemporalMetrics()], store)
     (tmp_path / "none").joinpath(store.path(arms["none"], clips[3], 0).with_suffix(".json").name).unlink()
     asked = []
     real = t2v_generator.generate_batch
     monkeypatch.setattr(t2v_generator, "generate_batch", lambda requests: asked.append(len(requests)) or real(requests))
-    again = generate_and_score(t2v_generator, arms["none"], clips, sampling, [Temporal()], store)
+    again = generate_and_score(t2v_generator, arms["none"], clips, sampling, [TemporalMetrics()], store)
     assert asked == [2], "only the batch of the missing one, as it was cut before"
     assert all(np.array_equal(made[metric], again[metric]) for metric in made)
     names = ("temporal_consistency", "motion")
@@ -190,7 +190,7 @@ def test_finished_videos_are_used_again_unless_what_decides_them_changed(t2v_gen
 
 
 def test_identity_is_a_matter_of_what_is_seen(held_out):
-    from lapwan.evaluation.engine import score
+    from lapwan.evaluation.videos import score
     from lapwan.tiny.evaluators import SceneJudge
     from lapwan.tiny.scenes import SceneSpec, render
 
@@ -198,7 +198,7 @@ def test_identity_is_a_matter_of_what_is_seen(held_out):
     frames = render(SceneSpec("hook", seed=77, size=(96, 96), frames=5)).frames_THWC
     for instrument, value in (("hook", 1.0), ("grasper", 0.0)):
         clip = EvaluationClip("a", "b", instrument=instrument)
-        assert score(frames, clip, shape, [Judged(SceneJudge(), "identity")]) == {"identity": value}
+        assert score(frames, clip, shape, [JudgeMetrics(SceneJudge(), "identity")]) == {"identity": value}
 
 
 def test_routing_counts_labels_by_row_and_answers_by_column(arms, t2v_generator, clips):
@@ -217,7 +217,8 @@ def test_routing_counts_labels_by_row_and_answers_by_column(arms, t2v_generator,
 
 
 def test_spread_takes_evenly_and_all_when_few():
-    assert spread(list(range(10)), 4) == [0, 2, 5, 7] and spread([1, 2], 5) == [1, 2] and spread([1, 2], None) == [1, 2]
+    assert evenly_spaced(list(range(10)), 4) == [0, 2, 5, 7]
+    assert evenly_spaced([1, 2], 5) == [1, 2] and evenly_spaced([1, 2], None) == [1, 2]
 
 
 def test_folded_loras_are_the_same_adapter_in_the_weights(t2v_generator, tiny_t2v, tmp_path, t2v_cache):

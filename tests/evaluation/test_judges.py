@@ -13,12 +13,11 @@ from evaluation_cases import write_random_mixture
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.errors import UserError
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
-from lapwan.evaluation.engine import score
-from lapwan.evaluation.judge import Judge
-from lapwan.evaluation.metrics import make_scorers, names_of
+from lapwan.evaluation.metrics import Judge, make_scorers, metric_names
 from lapwan.evaluation.recipe import open_store, prepare
 from lapwan.evaluation.routing import ProbeCaption, ProbeSet, family_probe, measure_probe
 from lapwan.evaluation.study import run_study
+from lapwan.evaluation.videos import score
 from lapwan.models.base import Base
 from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.load import load
@@ -57,7 +56,7 @@ def scorers_of(asked: list[str] | None, clips: list[EvaluationClip], judge: Judg
 def test_a_judge_of_another_kind_gives_its_own_figures() -> None:
     clip = EvaluationClip("a", "b", instrument="bright")
     scorers = scorers_of(None, [clip], BrightnessJudge())
-    assert names_of(scorers) == ("identity", "brightness", "temporal_consistency", "motion")
+    assert metric_names(scorers) == ("identity", "brightness", "temporal_consistency", "motion")
     for value, identity in ((200, 1.0), (20, 0.0)):
         found = score(np.full((5, 32, 32, 3), value, np.uint8), clip, SHAPE, scorers)
         assert (found["identity"], found["brightness"]) == (identity, value)
@@ -65,8 +64,8 @@ def test_a_judge_of_another_kind_gives_its_own_figures() -> None:
 
 
 @pytest.mark.parametrize(("metric", "judge", "clips", "changes", "message"), [
-    ("identity", None, [SCENE], {}, "needs a judge of videos, and none is given"),
-    ("tip", None, [SCENE], {"task": "i2v"}, "needs a judge of videos, and none is given"),
+    ("identity", None, [SCENE], {}, "needs a judge of videos, and none was given"),
+    ("tip", None, [SCENE], {"task": "i2v"}, "needs a judge of videos, and none was given"),
     ("tip", BrightnessJudge(), [SCENE], {"task": "i2v"}, "does not measure it; it measures identity"),
     ("identity", BrightnessJudge(), [SCENE], {}, "clip 'scene' has no brightness"),
     ("identity", BrightnessJudge(), [replace(SCENE, instrument="dark")], {"shape": replace(SHAPE, frames=1)},
@@ -79,7 +78,7 @@ def test_a_judge_of_another_kind_gives_its_own_figures() -> None:
     ("tip", SceneJudge(), [replace(SCENE, synthetic=False)], {}, "image-to-video only"),
     ("tip", SceneJudge(), [SCENE, replace(SCENE, id="other", tips_T2=None)], {"task": "i2v"}, "'other' has no tip"),
     ("tip", SceneJudge(), [SCENE], {"task": "i2v", "shape": replace(SHAPE, frames=9)},
-     "clip 'scene' says its tip in 5 frames, 9 are made"),
+     "clip 'scene' has its tip in 5 frames, 9 are generated"),
 ])
 def test_what_cannot_be_judged_is_refused_and_left_out(metric, judge, clips, changes, message) -> None:
     with pytest.raises(UserError) as refusal:
@@ -88,7 +87,7 @@ def test_what_cannot_be_judged_is_refused_and_left_out(metric, judge, clips, cha
     figure = {"identity": "identity", "tip": "tip_accuracy"}[metric]
     left = scorers_of(None, [replace(clip, video=None) for clip in clips], judge, changes.get("task", "t2v"),
                       changes.get("shape", SHAPE))
-    assert figure not in names_of(left)
+    assert figure not in metric_names(left)
 
 
 def test_a_study_takes_its_judge_and_probe_from_whoever_prepares_it(held_out, tiny_t2v, tmp_path) -> None:
@@ -106,9 +105,9 @@ def test_a_study_takes_its_judge_and_probe_from_whoever_prepares_it(held_out, ti
 
     alone = prepare(settings, resolve)
     assert asked == [(None, None)] and alone.probe is None
-    assert names_of(alone.scorers) == ("temporal_consistency", "motion") and not alone.bounded
+    assert metric_names(alone.scorers) == ("temporal_consistency", "motion") and not alone.bounded
     judged = prepare(settings, resolve, SceneJudge())
-    assert names_of(judged.scorers)[0] == "identity" and load_evaluator.cache_info().misses == 0
+    assert metric_names(judged.scorers)[0] == "identity" and load_evaluator.cache_info().misses == 0
 
     texts = {"scissors": "剪刀剪断组织", "hook": "电凝钩烧灼", "suction": "吸引器吸引", "grasper": "抓钳夹持"}
     captions = [ProbeCaption(text, label, held_out) for held_out in (False, True) for label, text in texts.items()]
@@ -138,5 +137,5 @@ def test_a_probe_reads_what_is_linear_in_the_features() -> None:
     assert (found.fitted, found.held_out, found.captions) == (1.0, 1.0, 120)
     assert measure_probe(captions, noise).held_out < 0.5
     taxonomy = load_taxonomy("surgical4")
-    answers = family_probe(captions, apart, taxonomy).answers(apart[:4])
+    answers = family_probe(captions, apart, taxonomy).predict(apart[:4])
     assert [taxonomy.keys[i] for i in answers] == ["scissors", "hook", "suction", "other"]

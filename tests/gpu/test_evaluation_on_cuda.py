@@ -12,9 +12,9 @@ from evaluation_cases import write_random_mixture
 from lapwan.caching.read import load_index
 from lapwan.evaluation.arms import make_arm
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
-from lapwan.evaluation.engine import default_sampling, generate_and_score, request_for
 from lapwan.evaluation.flow import FlowPlan, flow_losses
-from lapwan.evaluation.metrics import Temporal
+from lapwan.evaluation.metrics import TemporalMetrics
+from lapwan.evaluation.videos import default_sampling, generate_and_score, request_for
 from lapwan.models.base import Base
 from lapwan.sampling.batch import BatchGenerator
 from lapwan.train.clip_store import ClipStore
@@ -42,7 +42,7 @@ def test_a_batch_is_its_videos_one_at_a_time(tiny_t2v, mixture):
         together = generator.batch_latents(requests)
         alone = torch.cat([generator.latents(request) for request in requests])
         assert together.is_cuda and (together - alone).abs().max() < 1e-3 * alone.abs().max(), hint
-    found = generate_and_score(generator, arm, clips, replace(sampling, batch_size=3), [Temporal()])
+    found = generate_and_score(generator, arm, clips, replace(sampling, batch_size=3), [TemporalMetrics()])
     assert found["motion"].shape == (5, 1) and not np.isnan(found["motion"]).any()
 
 
