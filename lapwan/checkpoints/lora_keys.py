@@ -12,8 +12,8 @@ understood gives None or an error; it is never skipped.
 `is_adapter_key` and `unsupported_kind` tell adapters of other kinds from model weights; where the other kinds of files
 are detected is listed in `lapwan.lora.formats`.
 
-How to add a layout: `Layout` and `LAYOUTS`; to read it, its prefix in `_PREFIXES` (or a case in `_resolve`); to write
-it, a case in `key_names`.
+How to add a layout: its name in `Layout` and `LAYOUTS`. To read it: its prefix in `_PREFIXES` or a case in `_resolve`.
+To write it: a case in `key_names`, and its name in `LoraLayout` of settings/merge.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Flow matching on rectified paths, as Wan2.2 is trained.
+"""The flow-matching loss on rectified paths, with which Wan2.2 is trained.
 
 Shapes: B samples, C latent channels, T latent frames, H, W latent height and width. sigma in [0, 1], 1 = pure noise.
 Source: Lipman et al., Flow Matching (arXiv 2210.02747); Liu et al., Rectified Flow (arXiv 2209.03003).
@@ -25,7 +25,7 @@ def velocity_target(x0_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
 
 
 def squared_error(velocity_BCTHW: Tensor, target_BCTHW: Tensor) -> Tensor:
-    """Mean over channels of (v̂ − v)²: [B, T, H, W]; the prediction is promoted to the target's dtype first."""
+    """Mean over channels of (v̂ − v)²: [B, T, H, W]; the prediction is cast to the target's dtype first."""
     return (velocity_BCTHW.to(target_BCTHW.dtype) - target_BCTHW).square().mean(dim=1)
 
 
@@ -37,9 +37,10 @@ def flow_loss(error_BTHW: Tensor) -> Tensor:
 def roi_loss(error_BTHW: Tensor, roi_BTHW: Tensor) -> tuple[Tensor, Tensor]:
     """L_roi = Σ m·e / Σ m over a region m in [0, 1] of each sample.
 
+    Divided by the size of the region, so that a small instrument counts as much as a large one.
+
     Returns:
-        ([B] losses, 0 where a sample's region is empty; [B] bool, True where it is not). Normalising by the region
-        makes the weight mean the same for a small instrument as for a large one.
+        ([B] losses, 0 for a sample with an empty region; [B] bool, False for an empty region).
     """
     mass = roi_BTHW.flatten(1).sum(dim=1)
     present = mass > 0

@@ -1,12 +1,12 @@
 """Preference alignment of a flow model: Direct-Align's one-step recovery and the relative preference of rewards.
 
-A clean x0 and the very noise ε that its path began with are known, so one prediction v̂ at σ_e gives an estimate of x0
-whose error is v̂'s error times a small gain: rewards can be differentiated at any noise. Two branches: *denoise*
-predicts at σ_e > σ* and steps down to σ*, *inversion* predicts at σ_e < σ* and steps up to it; the gain has opposite
-signs, so does the preference (see `relative_preference`), and both push v̂ the same way.
+The clean x0 and the noise ε of its path are known, so one prediction v̂ at σ_e gives an estimate of x0 whose error is
+the error of v̂ times a small gain: rewards can be differentiated at any noise level. Two branches: *denoise* predicts at
+σ_e > σ* and steps down to σ*, *inversion* predicts at σ_e < σ* and steps up to it. The gain has opposite signs in the
+two, and so has the preference (see `relative_preference`): both push v̂ in the same direction.
 
 Shapes: B samples, D dimensions of an embedding, C latent channels, T latent frames, H, W latent height and width. sigma
-in [0, 1], 1 = pure noise. Latents are fp32 or fp64: half precision is refused, in bf16 alone x̂0 moves by 0.08.
+in [0, 1], 1 = pure noise. Latents are fp32 or fp64; half precision is refused, since bf16 alone changes x̂0 by 0.08.
 Source: Semantic Relative Preference Optimization (arXiv 2509.06942), restated; rectified flow as in `losses.flow`.
 """
 
@@ -30,10 +30,14 @@ def _per_sample(value_B: Tensor, like_BCTHW: Tensor) -> Tensor:
 def draw_sigmas(
     u_B2: Tensor, denoise_B: Tensor, low: float, high: float, reach: float
 ) -> tuple[Tensor, Tensor]:
-    """(σ_e, σ*), both in [low, high] and |σ_e − σ*| in (0, reach]: [B] each, of the draws' dtype.
+    """(σ_e, σ*), both in [low, high] and |σ_e − σ*| in (0, reach]: [B] each, in the dtype of the draws.
 
-    d = reach·(1 − u_1); the pair's lower end is low + u_0·(high − low − d). Denoise: σ_e is the upper end; inversion:
-    the lower one. `u_B2` is uniform in [0, 1), `denoise_B` bool.
+    d = reach·(1 − u_1); the lower of the two is low + u_0·(high − low − d). σ_e is the upper one in the denoise branch,
+    the lower one in inversion.
+
+    Args:
+        u_B2: uniform in [0, 1).
+        denoise_B: bool, True for the denoise branch.
 
     Raises:
         ValueError: not 0 <= low < high < 1, or reach not in (0, high − low].
@@ -44,7 +48,7 @@ def draw_sigmas(
         raise ValueError(f"reach = {reach:g} must lie in (0, {high - low:g}], the interval's length")
     distance_B = reach * (1 - u_B2[:, 1])
     lower_B = low + u_B2[:, 0] * (high - low - distance_B)
-    upper_B = (lower_B + distance_B).clamp(max=high)  # a rounding above the band would be outside of it
+    upper_B = (lower_B + distance_B).clamp(max=high)  # rounding must not leave the band
     return torch.where(denoise_B, upper_B, lower_B), torch.where(denoise_B, lower_B, upper_B)
 
 
@@ -79,7 +83,7 @@ def discount(sigma_star_B: Tensor, low: float, high: float, at_low: float, at_hi
 
 @dataclass(frozen=True)
 class Preference:
-    """How one reward sees a batch, [B] each: cosines with the positive and the negative text, and the R to train on."""
+    """One reward of a batch, [B] each: cosines with the positive and the negative text, and R of the loss."""
 
     positive_B: Tensor
     negative_B: Tensor
@@ -87,7 +91,7 @@ class Preference:
 
     @property
     def margin_B(self) -> Tensor:
-        """⟨e, e_P⟩ − ⟨e, e_N⟩ without discount or branch: the figure to watch."""
+        """⟨e, e_P⟩ − ⟨e, e_N⟩, without discount or branch: the figure to monitor."""
         return self.positive_B - self.negative_B
 
 
@@ -97,8 +101,8 @@ def relative_preference(
     """R = ⟨e, (1 + k)·e_P − e_N⟩ in the denoise branch; P and N swapped in inversion.
 
     With x̂0 = x0 ∓ c·(v̂ − v) the gradient of R in v̂ is −c·J^T((1 + k)·e_P − e_N) and +c·J^T((1 + k)·e_N − e_P): equal at
-    k = 0, and so of one sign for small k. R is linear in e: a video's embedding is the plain mean over its frames,
-    not made unit again.
+    k = 0, and so of the same sign for small k. R is linear in e: a video's embedding is the mean over its frames,
+    without normalising it again.
 
     Args:
         image_BD: unit-norm embeddings (or means of them) with gradient.
@@ -108,33 +112,34 @@ def relative_preference(
     """
     positive_B = (image_BD * positive_BD.to(image_BD)).sum(dim=-1)
     negative_B = (image_BD * negative_BD.to(image_BD)).sum(dim=-1)
-    wanted_B = torch.where(denoise_B, positive_B, negative_B)
+    preferred_B = torch.where(denoise_B, positive_B, negative_B)
     other_B = torch.where(denoise_B, negative_B, positive_B)
-    return Preference(positive_B, negative_B, (1 + discount_B.to(image_BD)) * wanted_B - other_B)
+    return Preference(positive_B, negative_B, (1 + discount_B.to(image_BD)) * preferred_B - other_B)
 
 
 def hinge(relative_B: Tensor, margin: float = MARGIN) -> Tensor:
-    """relu(margin − R): [B]; on cosines, where a logit scale inside R would make it 0 from the start."""
+    """relu(margin − R): [B]. R is of cosines: with a logit scale in R the hinge would be 0 from the start."""
     return (margin - relative_B).relu()
 
 
 def preference_loss(
-    seen: Mapping[str, Preference], weights: Mapping[str, float], margin: float = MARGIN
+    preferences: Mapping[str, Preference], weights: Mapping[str, float], margin: float = MARGIN
 ) -> Tensor:
     """Σ_r w_r·relu(margin − R_r) / Σ_r w_r over rewards r: [B].
 
-    Each reward has its own hinge, so one that is satisfied neither hides nor feeds another.
+    Each reward has its own hinge, so that a satisfied one does not offset another.
     """
-    return weighted_mean({name: hinge(one.relative_B, margin) for name, one in seen.items()}, weights)
+    return weighted_mean({name: hinge(item.relative_B, margin) for name, item in preferences.items()}, weights)
 
 
 def weighted_mean(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Σ_r w_r·value_r / Σ_r w_r over rewards r; also for the margin to watch.
+    """Σ_r w_r·value_r / Σ_r w_r over rewards r.
 
     Raises:
         ValueError: the two do not name the same rewards, or the weights do not sum to more than 0.
     """
     total = sum(weights.values())
     if values.keys() != weights.keys() or not total > 0:
-        raise ValueError(f"weights {dict(weights)} for rewards {', '.join(values)}; one each, and a sum above 0")
+        raise ValueError(f"weights {dict(weights)} for rewards {', '.join(values)}: give one weight per reward, with a "
+                         "sum above 0")
     return torch.stack([value * (weights[name] / total) for name, value in values.items()]).sum(dim=0)

@@ -1,4 +1,4 @@
-"""What makes a router specialise and stay healthy: teacher, entropy floor, load balance.
+"""Losses on a mixture's router: KL to the label teacher, entropy floor, load balance.
 
 Shapes: B samples, E experts. Probabilities are the router's softmax before top-k; logarithms are natural (nats).
 Sources: Hinton et al. (arXiv 1503.02531) for the teacher; Fedus et al., Switch (arXiv 2101.03961) for the balance term.
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_TINY = 1e-30  # keeps 0·log 0 = 0 without moving any probability that fp32 can tell from 0
+_TINY = 1e-30  # makes 0·log 0 = 0, and is below any probability that matters in fp32
 
 
 def teacher(label_weights_BE: Tensor, temperature: float) -> Tensor:
-    """softmax(weights / T) over the families; T = 0.35 on a one-hot label of four has 0.58 nats."""
+    """softmax(weights / T) over the families; for T = 0.35 and a one-hot label of four its entropy is 0.58 nats."""
     return F.softmax(label_weights_BE / temperature, dim=-1)
 
 
@@ -26,8 +26,10 @@ def entropy(probabilities_BE: Tensor) -> Tensor:
 def entropy_hinge(probabilities_BE: Tensor, mean_entropy: float, floor: float = 0.5) -> Tensor:
     """Per sample, 1[H̄ < floor]·(floor − H_b): [B]. Its mean over the step's samples is relu(floor − H̄).
 
-    H̄, the mean entropy over *all* samples of the step, is given: the hinge is then the same however the step is cut
-    into batches. It pushes back only when the router gets too sure of itself.
+    It acts only when the router becomes too certain.
+
+    Args:
+        mean_entropy: H̄ over *all* samples of the step, so that the hinge does not depend on the split into batches.
     """
     return (floor - entropy(probabilities_BE)) * float(mean_entropy < floor)
 
@@ -39,14 +41,15 @@ def teacher_kl(student_BE: Tensor, teacher_BE: Tensor) -> Tensor:
 
 
 def balance(usage_E: Tensor, probabilities_BE: Tensor) -> Tensor:
-    """E·Σ_e stopgrad(usage_e)·p_be − 1 per sample: [B]; its mean is 0 at uniform usage, E − 1 when one expert has all.
+    """E·Σ_e stopgrad(usage_e)·p_be − 1 per sample: [B]; its mean is 0 at uniform usage, E − 1 if one expert gets all.
 
-    `usage_E` is a running mean over many steps (see `update_usage`), so that a batch of one has a meaning.
+    Args:
+        usage_E: running mean over many steps (see `update_usage`), so that the term is meaningful for a batch of one.
     """
     usage = usage_E.detach().to(probabilities_BE)
     return usage_E.numel() * (usage * probabilities_BE).sum(dim=-1) - 1
 
 
 def update_usage(usage_E: Tensor, batch_mean_E: Tensor, decay: float = 0.99) -> Tensor:
-    """EMA of usage, once per optimizer step, from the mean over the whole global batch."""
+    """EMA of usage; call it once per optimizer step with the mean over the global batch."""
     return torch.lerp(batch_mean_E.detach().to(usage_E.dtype), usage_E, decay)

@@ -1,8 +1,10 @@
-"""Sigma samplers as inverse distribution functions, restricted to a noise expert's band: no draw is ever wasted.
+"""Sigma samplers (timestep sampling) by inverse CDF, restricted to a noise expert's band; loss weighting by sigma.
 
 A sampler maps u ~ U(0, 1) to sigma. Truncation to [a, b] draws u' = F(a) + u·(F(b) − F(a)) and returns F⁻¹(u'): the
-distribution itself, conditioned on the band. Squeezing (`Squeezed`) instead maps the whole distribution onto the band:
-its shape is kept, its place is not. How to add a sampler: a frozen dataclass with `cdf`, `inverse`, `for_tokens`.
+distribution conditioned on the band, without rejected draws. `Squeezed` instead maps the whole distribution linearly
+onto the band.
+
+How to add a sampler: a frozen dataclass with `cdf`, `inverse`, `for_tokens`.
 """
 
 from __future__ import annotations
@@ -27,18 +29,18 @@ class SigmaSampler(Protocol):
         """F⁻¹(u), in fp64."""
 
     def for_tokens(self, tokens: int) -> SigmaSampler:
-        """The sampler for clips of `tokens` tokens a frame; itself where the size does not matter."""
+        """The sampler for clips of `tokens` tokens per frame; itself if it does not depend on the size."""
 
 
-class _AnySize:
-    """A sampler that does not look at the clip's size."""
+class _SizeIndependent:
+    """A sampler that does not depend on the clip's size."""
 
     def for_tokens(self, tokens: int) -> Self:
         return self
 
 
 @dataclass(frozen=True)
-class Uniform(_AnySize):
+class Uniform(_SizeIndependent):
     """sigma ~ U(0, 1)."""
 
     def cdf(self, sigma: float) -> float:
@@ -49,7 +51,7 @@ class Uniform(_AnySize):
 
 
 @dataclass(frozen=True)
-class LogitNormal(_AnySize):
+class LogitNormal(_SizeIndependent):
     """sigma = sigmoid(mean + std·z), z ~ N(0, 1). Source: Esser et al., SD3 (arXiv 2403.03206)."""
 
     mean: float = 0.0
@@ -67,7 +69,7 @@ class LogitNormal(_AnySize):
 
 @dataclass(frozen=True)
 class Shifted:
-    """sigma' = s·sigma / (1 + (s − 1)·sigma) of another sampler's sigma: more draws near pure noise for s > 1."""
+    """sigma' = s·sigma / (1 + (s − 1)·sigma) of the inner sampler's sigma: more draws near pure noise for s > 1."""
 
     inner: SigmaSampler
     shift: float
@@ -86,14 +88,14 @@ class Shifted:
 def shift_for_tokens(tokens: int) -> float:
     """s = exp(μ), μ linear in the tokens of a frame: 0.5 at 256 (256 x 256 pixels), 1.15 at 4096.
 
-    Source: Flux's schedule, `calculate_shift` of diffusers.
+    Source: Flux's schedule, `calculate_shift` in diffusers.
     """
     return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
 
 
 @dataclass(frozen=True)
 class ShiftedBySize:
-    """`Shifted` with the shift of the clip's own size, so larger clips are trained at more noise."""
+    """`Shifted` with a shift by the clip's size: larger clips are trained at more noise."""
 
     inner: SigmaSampler
 
@@ -109,7 +111,7 @@ class ShiftedBySize:
 
 @dataclass(frozen=True)
 class Squeezed:
-    """sigma' = low + (high − low)·sigma of another sampler's sigma: the whole distribution, squeezed into the band."""
+    """sigma' = low + (high − low)·sigma of the inner sampler's sigma: the whole distribution squeezed into the band."""
 
     inner: SigmaSampler
     low: float
@@ -126,7 +128,7 @@ class Squeezed:
 
 
 def stratified_u(u: float, number: int, strata: int, order: Sequence[int]) -> float:
-    """u moved into the stratum of visit `number`: (order[number mod K] + u) / K. Any K visits in a row cover [0, 1]."""
+    """u moved into the stratum of visit `number`: (order[number mod K] + u) / K. K successive visits cover [0, 1]."""
     return (order[number % strata] + u) / strata
 
 
@@ -140,37 +142,38 @@ def draw_in_band(sampler: SigmaSampler, u_B: Tensor, low: float, high: float) ->
     if not last > first:
         raise ValueError(f"{sampler} never draws a sigma in [{low:g}, {high:g}]")
     u = first + u_B.double() * (last - first)
-    # The clamp takes back rounding only: a sigma a hair outside would belong to the other noise expert.
+    # The clamp removes rounding only: a sigma just outside the band belongs to the other noise expert.
     return sampler.inverse(u).clamp(low, high)
 
 
 def band_probability(sampler: SigmaSampler, low: float, high: float) -> float:
-    """The probability the untruncated sampler gives to [low, high]."""
+    """Probability of [low, high] under the untruncated sampler."""
     return sampler.cdf(high) - sampler.cdf(low)
 
 
 def bin_probabilities(sampler: SigmaSampler, low: float, high: float, bins: int) -> list[float]:
-    """The share of the draws in [low, high] that falls into each of `bins` equal parts of it; they sum to 1."""
+    """Probability of each of `bins` equal parts of [low, high], conditioned on the band; they sum to 1."""
     edges = [low + (high - low) * i / bins for i in range(bins + 1)]
-    whole = band_probability(sampler, low, high)
-    return [band_probability(sampler, a, b) / whole for a, b in pairwise(edges)]
+    total = band_probability(sampler, low, high)
+    return [band_probability(sampler, a, b) / total for a, b in pairwise(edges)]
+
 
 WeightingKind = Literal["none", "x0", "min_snr", "cosmap"]
-_GRID = 4096  # draws over which the mean is taken
+_GRID = 4096  # draws in the mean of `Weighting.normalizer`
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """Which weight; `gamma` is min_snr's cap."""
+    """A loss weighting by sigma; `gamma` is the cap of min_snr."""
 
     kind: WeightingKind = "none"
     gamma: float = 5.0
 
     def raw(self, sigma_B: Tensor) -> Tensor:
-        """The weight of ‖v̂ − v‖² before it is brought to mean 1.
+        """The weight of ‖v̂ − v‖² before it is normalised to mean 1.
 
-        none: 1. x0: σ², which is the loss of the clean latents. min_snr: σ²·min(SNR, γ), the same with its weight
-        capped (Hang et al., arXiv 2303.09556). cosmap: 2 / (π·(1 − 2σ + 2σ²)) (Esser et al., arXiv 2403.03206).
+        none: 1. x0: σ², the loss on x0. min_snr: σ²·min(SNR, γ) (Hang et al., arXiv 2303.09556). cosmap:
+        2 / (π·(1 − 2σ + 2σ²)) (Esser et al., arXiv 2403.03206).
         """
         match self.kind:
             case "none":
@@ -183,7 +186,7 @@ class Weighting:
                 return 2 / (math.pi * (1 - 2 * sigma_B + 2 * sigma_B.square()))
 
     def normalizer(self, sampler: SigmaSampler, low: float, high: float) -> float:
-        """What brings the mean over the sampler's draws in [low, high] to 1."""
+        """1 / mean of the raw weight over the sampler's draws in [low, high]."""
         if self.kind == "none":
             return 1.0
         u = (torch.arange(_GRID, dtype=torch.float64) + 0.5) / _GRID

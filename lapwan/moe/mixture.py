@@ -2,7 +2,7 @@
 
     y = W x + α_base·ΔW_base x + w(σ)·Σ_e g_e·α_e·ΔW_e x
 
-Shapes: B samples, D text features, E experts (one a family), G gate columns = E, or 1 + E over a frozen base LoRA.
+Shapes: B samples, D text features, E experts (one per family), G gate columns: E, or 1 + E with a frozen base LoRA.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ BASE_GROUP = "base"
 
 @dataclass(frozen=True)
 class MixtureSpec:
-    """What a mixture is, apart from its tensors; stored in the file's metadata.
+    """A mixture without its tensors; stored in the file's metadata.
 
-    `taxonomy` is the whole taxonomy as a dict, so that hints and prompts mean at generation what labels meant in
-    training. `bands` are the noise experts' sigma bands as [low, high]; `base` their base fingerprints;
-    `base_lora` path and fingerprint of a frozen base LoRA, by noise expert, empty without one. `flow_shift` and
-    `steps` are the base model's own: the sigmas at which the mixture will mostly be used. `router_sigma`: the router
-    sees sigma too, and `gate_ema` smooths what it says over a video's denoising steps. `shared_experts`: both noise
-    experts carry the same LoRA experts.
+    `taxonomy` is the whole taxonomy as a dict, so that hints and prompts mean the same at generation as labels in
+    training. `bands` are the noise experts' sigma bands as [low, high]; `base` their base fingerprints; `base_lora`
+    path and fingerprint of a frozen base LoRA by noise expert, empty without one. `flow_shift` and `steps` are the
+    base model's, which give the sigmas of its sampling grid. `router_sigma`: the router also gets sigma; `gate_ema`
+    smooths its output over a video's denoising steps. `shared_experts`: both noise experts have the same LoRA experts.
     """
 
     families: tuple[str, ...]
@@ -56,7 +55,7 @@ class MixtureSpec:
 class Mixture(nn.Module):
     """Router and timestep gates as modules, and each noise expert's LoRA experts as states by family.
 
-    While training, the experts live in the transformers' adapters; `collect` copies them back here for saving.
+    During training the experts are in the transformers' adapters; `collect` copies them back for saving.
     """
 
     def __init__(self, spec: MixtureSpec, states: Mapping[NoiseExpert, Mapping[str, LoraState]]) -> None:
@@ -71,7 +70,7 @@ class Mixture(nn.Module):
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Keys of the families, in the taxonomy's order: the experts' order."""
+        """Keys of the families, in the taxonomy's order, which is that of the experts."""
         return self.spec.families
 
     @property
@@ -81,7 +80,7 @@ class Mixture(nn.Module):
 
     @property
     def noise_experts(self) -> tuple[NoiseExpert, ...]:
-        """The noise experts that carry LoRA experts."""
+        """The noise experts that have LoRA experts."""
         return tuple(self.states)
 
     @property
@@ -90,7 +89,7 @@ class Mixture(nn.Module):
         return self.spec.base_lora
 
     def groups(self, noise_expert: NoiseExpert, base_lora: LoraState | None, trainable: bool = False) -> list[Group]:
-        """What to attach to a noise expert's transformer: the frozen base LoRA first, if any, then a group a family."""
+        """Groups to attach to a noise expert's transformer: the frozen base LoRA, if any, then one per family."""
         base = [Group(BASE_GROUP, base_lora, trainable=False)] if base_lora is not None else []
         return base + [Group(family, self.states[noise_expert][family], trainable) for family in self.families]
 
@@ -101,27 +100,31 @@ class Mixture(nn.Module):
     def route(
         self, text: Sequence[Tensor], labels_BE: Tensor | None = None, sigma_B: Tensor | None = None
     ) -> Tensor:
-        """The router's probabilities before top-k: [B, E]. `text` is one [n, D] tensor a sample, unpadded.
+        """The router's probabilities before top-k: [B, E].
 
         Args:
-            sigma_B: needed where the router sees sigma (`spec.router_sigma`), else not looked at.
+            text: one unpadded [n, D] tensor per sample.
+            labels_BE: label weights, for routers that read them.
+            sigma_B: for a router with sigma (`spec.router_sigma`); else ignored.
         """
         probabilities: Tensor = self.router(text, labels_BE, sigma_B)
         return probabilities
 
-    def route_over_sigmas(self, text: Sequence[Tensor], labels_1E: Tensor | None, sigmas: Sequence[float]) -> list[Tensor]:
+    def route_over_sigmas(
+        self, text: Sequence[Tensor], labels_1E: Tensor | None, sigmas: Sequence[float]
+    ) -> list[Tensor]:
         """ḡ_i = β·ḡ_{i−1} + (1 − β)·g_i with ḡ_0 = g_0: one video's mixes [1, E] over its denoising steps.
 
-        g_i is the selected mix at the i-th sigma and β `spec.gate_ema`: experts are handed over gradually.
+        g_i is the selected mix at the i-th sigma and β is `spec.gate_ema`, so that the experts change gradually.
         """
-        found: list[Tensor] = []
+        mixes: list[Tensor] = []
         for sigma in sigmas:
             mix_1E = self.select(self.route(text, labels_1E, torch.tensor([sigma])))
-            found.append(torch.lerp(mix_1E, found[-1], self.spec.gate_ema) if found else mix_1E)
-        return found
+            mixes.append(torch.lerp(mix_1E, mixes[-1], self.spec.gate_ema) if mixes else mix_1E)
+        return mixes
 
     def select(self, probabilities_BE: Tensor) -> Tensor:
-        """The mix g that acts: top-k of a learned router, the weights themselves of the rule router."""
+        """The mix g: top-k of a learned router's probabilities, or the rule router's label weights."""
         if self.spec.router == "rule":
             return probabilities_BE
         return select_top_k(probabilities_BE, self.spec.top_k)

@@ -1,8 +1,10 @@
-"""The mixture's file: experts of both noise experts, router and timestep gates by module name; nothing of the base.
+"""The file of a mixture: experts of both noise experts, router and timestep gates; nothing of the base model.
 
 Tensors: `{high|low}_noise.{module path}.{family}.lora_A.weight`, `.lora_B.weight`, `.alpha`;
-`both_noise.{module path}…` once where the noise experts share their experts; `{high|low}_noise.timestep_gate.values_K`;
+`both_noise.{module path}…` if the noise experts share their experts; `{high|low}_noise.timestep_gate.values_K`;
 `router.*`. Metadata: `lapwan.format = mixture/1`, `lapwan.mixture` (JSON).
+
+`is_mixture` detects such a file; where the other kinds of files are detected is listed in `lapwan.lora.formats`.
 """
 
 from __future__ import annotations
@@ -21,17 +23,18 @@ from torch import Tensor
 from lapwan import files
 from lapwan.checkpoints.wan_keys import split_block
 from lapwan.errors import UserError
+from lapwan.lora.metadata import FORMAT_KEY
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.names import Band, NoiseExpert
 
 FORMAT = "mixture/1"
-_FORMAT_KEY, _SPEC_KEY = "lapwan.format", "lapwan.mixture"
+_SPEC_KEY = "lapwan.mixture"
 _SHARED = "both_noise"
 
 
-class BaseFacts(Protocol):
-    """What a mixture must agree with in the model it is put on."""
+class MixtureBase(Protocol):
+    """What a mixture must match of the base model; `lapwan.models.base.Base` has it."""
 
     @property
     def task(self) -> str: ...
@@ -46,7 +49,7 @@ class BaseFacts(Protocol):
 
 def is_mixture(metadata: Mapping[str, str] | None) -> bool:
     """True if a safetensors file with this metadata is a mixture."""
-    return bool(metadata) and (metadata or {}).get(_FORMAT_KEY, "").startswith("mixture/")
+    return bool(metadata) and (metadata or {}).get(FORMAT_KEY, "").startswith("mixture/")
 
 
 def write_mixture(path: Path, mixture: Mixture, metadata: Mapping[str, str] | None = None) -> None:
@@ -55,30 +58,30 @@ def write_mixture(path: Path, mixture: Mixture, metadata: Mapping[str, str] | No
     for noise_expert, states in mixture.states.items():
         if mixture.spec.shared_experts and noise_expert is not mixture.noise_experts[0]:
             continue
-        side = _SHARED if mixture.spec.shared_experts else noise_expert.file_suffix
+        stem = _SHARED if mixture.spec.shared_experts else noise_expert.file_suffix
         for family, state in states.items():
             for module, entry in state.entries.items():
-                prefix = f"{side}.{module}.{family}"
+                prefix = f"{stem}.{module}.{family}"
                 tensors[f"{prefix}.lora_A.weight"] = entry.down
                 tensors[f"{prefix}.lora_B.weight"] = entry.up
                 tensors[f"{prefix}.alpha"] = torch.tensor(entry.alpha, dtype=torch.float64)
     for noise_expert in mixture.noise_experts:
         tensors[f"{noise_expert.file_suffix}.timestep_gate.values_K"] = mixture.timestep_gate(noise_expert).values_K
     tensors |= {f"router.{name}": value for name, value in mixture.router.state_dict().items()}
-    said = {_FORMAT_KEY: FORMAT, _SPEC_KEY: json.dumps(asdict(mixture.spec), ensure_ascii=False)}
+    spec = {FORMAT_KEY: FORMAT, _SPEC_KEY: json.dumps(asdict(mixture.spec), ensure_ascii=False)}
     with files.atomic_file(path) as temporary:
         save_file(
             # A copy of each: safetensors refuses tensors that share storage.
             {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, temporary,
-            metadata={**(metadata or {}), **said},
+            metadata={**(metadata or {}), **spec},
         )
 
 
-def read_mixture(path: Path, base: BaseFacts | None = None) -> Mixture:
-    """Read a mixture and, given the model it is to act on, check that it was made for it.
+def read_mixture(path: Path, base: MixtureBase | None = None) -> Mixture:
+    """Read a mixture and, with `base`, check that it was made for this base model.
 
     Raises:
-        UserError: no mixture, a damaged or incomplete one, or another base, task, boundary, block, rank or router.
+        UserError: not a mixture, a damaged or incomplete one, or another base, task, boundary, block, rank or router.
     """
     tensors, spec = _read(path)
     if base is not None:
@@ -87,11 +90,11 @@ def read_mixture(path: Path, base: BaseFacts | None = None) -> Mixture:
     for noise_expert in spec.bands:
         states[noise_expert] = {family: LoraState({}, {}) for family in spec.families}
     mixture = Mixture(spec, states)
-    _take_router(path, mixture, tensors)
+    _load_router(path, mixture, tensors)
     for noise_expert in spec.bands:
         values_K = mixture.timestep_gate(noise_expert).values_K
         _copy(path, values_K, tensors, f"{noise_expert.file_suffix}.timestep_gate.values_K", "timestep gate")
-    _take_experts(path, mixture, tensors, None if base is None else base.num_layers)
+    _load_experts(path, mixture, tensors, None if base is None else base.num_layers)
     return mixture.requires_grad_(False)
 
 
@@ -103,9 +106,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], MixtureSpec]:
             metadata = file.metadata() or {}
             if not is_mixture(metadata):
                 raise UserError(f"{path} is not a lapwan mixture; if it is a LoRA, pass it with --lora")
-            if metadata[_FORMAT_KEY] != FORMAT:
-                said = metadata[_FORMAT_KEY]
-                raise UserError(f"{path} has format {said}; this version reads {FORMAT}: update lapwan")
+            if metadata[FORMAT_KEY] != FORMAT:
+                raise UserError(f"{path} has format {metadata[FORMAT_KEY]}; this version reads {FORMAT}: update lapwan")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}; a mixture is the .safetensors that train-moe wrote") from None
@@ -114,15 +116,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], MixtureSpec]:
     return tensors, _spec(json.loads(metadata[_SPEC_KEY]))
 
 
-def _spec(said: dict[str, Any]) -> MixtureSpec:
-    by_expert = {
-        key: {NoiseExpert(name): value for name, value in said[key].items()} for key in ("bands", "base", "base_lora")
+def _spec(values: dict[str, Any]) -> MixtureSpec:
+    by_noise_expert = {
+        key: {NoiseExpert(name): value for name, value in values[key].items()} for key in ("bands", "base", "base_lora")
     }
-    bands = {noise_expert: (float(low), float(high)) for noise_expert, (low, high) in by_expert["bands"].items()}
-    return MixtureSpec(**{**said, **by_expert, "bands": bands, "families": tuple(said["families"])})
+    bands = {noise_expert: (float(low), float(high)) for noise_expert, (low, high) in by_noise_expert["bands"].items()}
+    return MixtureSpec(**{**values, **by_noise_expert, "bands": bands, "families": tuple(values["families"])})
 
 
-def _check_base(path: Path, spec: MixtureSpec, base: BaseFacts) -> None:
+def _check_base(path: Path, spec: MixtureSpec, base: MixtureBase) -> None:
     if spec.task != base.task:
         raise UserError(f"{path} was trained for {spec.task}, the model is {base.task}; use one for {spec.task}")
     if spec.text_dim != base.text_dim:
@@ -134,13 +136,13 @@ def _check_base(path: Path, spec: MixtureSpec, base: BaseFacts) -> None:
             raise UserError(f"{path} has experts for the {noise_expert.value} noise expert, which the model lacks; "
                             "use the model it was trained on")
         if (model.low, model.high) != band:
-            raise UserError(f"{path}: trained with sigma band {Band(*band)} for the {noise_expert.value} noise expert, the "
-                            f"model's is {model}; use the model it was trained on")
+            raise UserError(f"{path}: trained with sigma band {Band(*band)} for the {noise_expert.value} noise expert, "
+                            f"the model's is {model}; use the model it was trained on")
         want, have = spec.base.get(noise_expert), base.fingerprint(noise_expert)
         if want is not None and want != have:
-            raise UserError(f"{path} was trained on another base: its {noise_expert.value} noise expert has fingerprint "
-                            f"{want[:12]}, this model's {have[:12]}; use the model it was trained on (merged the same "
-                            "way, if a LoRA was merged first)")
+            raise UserError(f"{path} was trained on another base: its {noise_expert.value} noise expert has "
+                            f"fingerprint {want[:12]}, this model's {have[:12]}; use the model it was trained on "
+                            "(with the same LoRA at the same strength, if one was merged into it)")
 
 
 def _copy(path: Path, target: Tensor, tensors: dict[str, Tensor], name: str, what: str) -> None:
@@ -154,18 +156,18 @@ def _copy(path: Path, target: Tensor, tensors: dict[str, Tensor], name: str, wha
         target.copy_(value)
 
 
-def _take_router(path: Path, mixture: Mixture, tensors: dict[str, Tensor]) -> None:
+def _load_router(path: Path, mixture: Mixture, tensors: dict[str, Tensor]) -> None:
     for name, value in mixture.router.state_dict(keep_vars=True).items():
         _copy(path, value, tensors, f"router.{name}", "router")
 
 
-def _take_experts(path: Path, mixture: Mixture, tensors: dict[str, Tensor], num_layers: int | None) -> None:
-    """Fill the states from what is left of the tensors; anything not understood is named and refused."""
+def _load_experts(path: Path, mixture: Mixture, tensors: dict[str, Tensor], num_layers: int | None) -> None:
+    """Fill the states from the remaining tensors; a tensor that does not belong to the mixture is refused by name."""
     entries: dict[tuple[NoiseExpert, str, str], dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        side, _, rest = name.partition(".")
-        sides = [_SHARED if mixture.spec.shared_experts else e.file_suffix for e in mixture.noise_experts]
-        noise_expert = mixture.noise_experts[sides.index(side)] if side in sides else None
+        stem, _, rest = name.partition(".")
+        stems = [_SHARED if mixture.spec.shared_experts else e.file_suffix for e in mixture.noise_experts]
+        noise_expert = mixture.noise_experts[stems.index(stem)] if stem in stems else None
         suffix = next((s for s in (".lora_A.weight", ".lora_B.weight", ".alpha") if rest.endswith(s)), None)
         module, _, family = rest.removesuffix(suffix or "").rpartition(".")
         if noise_expert is None or suffix is None or family not in mixture.families or split_block(module) is None:
@@ -178,14 +180,14 @@ def _take_experts(path: Path, mixture: Mixture, tensors: dict[str, Tensor], num_
         entries.setdefault((noise_expert, family, module), {})[suffix] = value
     for (noise_expert, family, module), parts in entries.items():
         if len(parts) != 3:
-            raise UserError(f"{path}: {noise_expert.file_suffix}.{module}.{family} lacks one of lora_A, lora_B, alpha; "
-                            "the file is damaged or was edited")
+            raise UserError(f"{path}: {noise_expert.file_suffix}.{module}.{family} lacks one of lora_A, lora_B and "
+                            "alpha; the file is damaged or was edited")
         try:
             entry = LoraEntry(parts[".lora_A.weight"], parts[".lora_B.weight"], float(parts[".alpha"]))
         except ValueError as error:
             raise UserError(f"{path}: {noise_expert.file_suffix}.{module}.{family}: rank mismatch: {error}") from None
-        for one in mixture.noise_experts if mixture.spec.shared_experts else (noise_expert,):
-            mixture.states[one][family].entries[module] = entry
+        for target in mixture.noise_experts if mixture.spec.shared_experts else (noise_expert,):
+            mixture.states[target][family].entries[module] = entry
     for noise_expert, states in mixture.states.items():
         for family, state in states.items():
             if not state.entries:

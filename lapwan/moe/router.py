@@ -1,7 +1,7 @@
-"""Routers: from what is known of a clip to a probability for each expert.
+"""Routers: from the text or label features of a clip, and optionally sigma, to a probability for each expert.
 
-Shapes: B samples, n tokens of a text, D text features, E experts, S sigma features.
-How to add a router: a class here, a case in `make_router`, a settings member.
+Shapes: B samples, n tokens of a text, D text features, E experts, S sigma features, N width of the layer sigma enters.
+How to add a router: a class here, its name in `RouterKind`, a case in `make_router`, a member in settings/train_moe.py.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from torch import Tensor, nn
 
 RouterKind = Literal["text", "linear", "label", "rule"]
 READS_TEXT = ("text", "linear")
-_HIDDEN = (512, 64)  # the users' router: LayerNorm -> 512 -> 64 -> E
+_HIDDEN = (512, 64)  # widths of the hidden layers: LayerNorm -> 512 -> 64 -> E
 _SIGMA_FEATURES = 8
 
 
 def masked_mean(text: Sequence[Tensor]) -> Tensor:
-    """Mean over each text's own tokens, padding left out: list of [n, D] -> [B, D] fp32."""
+    """Mean over each text's tokens, without padding: list of [n, D] -> [B, D] fp32."""
     return torch.stack([features.float().mean(dim=0) for features in text])
 
 
 def sigma_features(sigma_B: Tensor) -> Tensor:
-    """cos(π·k·σ), k = 1..8: smooth in σ, the same scale for all: [B] -> [B, S]."""
+    """cos(π·k·σ), k = 1..8: [B] -> [B, S]."""
     return torch.cos(math.pi * torch.arange(1, _SIGMA_FEATURES + 1).to(sigma_B) * sigma_B[:, None])
 
 
 class _SigmaInput(nn.Module):
-    """What sigma adds to a router's inner values: U·φ(σ), zero at the start; nothing for a router blind to it."""
+    """Adds U·φ(σ) to a router's hidden values; U is zero at the start. The identity for a router without sigma."""
 
-    def __init__(self, width: int, sees_sigma: bool) -> None:
+    def __init__(self, width: int, enabled: bool) -> None:
         super().__init__()
-        self.sees_sigma = sees_sigma
-        if sees_sigma:
+        self.enabled = enabled
+        if enabled:
             self.weight = nn.Parameter(torch.zeros(width, _SIGMA_FEATURES))
 
-    def forward(self, inner_BN: Tensor, sigma_B: Tensor | None) -> Tensor:
-        if not self.sees_sigma:
-            return inner_BN
+    def forward(self, hidden_BN: Tensor, sigma_B: Tensor | None) -> Tensor:
+        if not self.enabled:
+            return hidden_BN
         if sigma_B is None:
-            raise ValueError("this router sees sigma: route needs it")
-        return inner_BN + sigma_features(sigma_B.to(inner_BN)) @ self.weight.T
+            raise ValueError("this router needs sigma")
+        return hidden_BN + sigma_features(sigma_B.to(hidden_BN)) @ self.weight.T
 
 
 class TextRouter(nn.Module):
-    """p = softmax(MLP(LayerNorm(mean of the text features)) / T): learns the family from the prompt itself.
+    """p = softmax(MLP(LayerNorm(mean of the text features)) / T): learns the family from the prompt.
 
-    Without hidden layers, softmax((W·LayerNorm(mean) + b) / T): little to overfit where captions are few.
+    Without hidden layers, softmax((W·LayerNorm(mean) + b) / T): less overfitting with few captions.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class TextRouter(nn.Module):
         self.text_dim, self.temperature = text_dim, temperature
         widths = (text_dim, *hidden, experts)
         layers: list[nn.Module] = [nn.LayerNorm(text_dim)]
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.GELU()]
+        for in_features, out_features in pairwise(widths):
+            layers += [nn.Linear(in_features, out_features), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.sigma = _SigmaInput(widths[1], sigma)
 
@@ -73,30 +73,30 @@ class TextRouter(nn.Module):
 
 
 class LabelRouter(nn.Module):
-    """p = softmax(W·label weights / T): learns from labels only, for captions in a language the encoder reads badly."""
+    """p = softmax((W·label weights + b) / T): for captions in a language that the text encoder encodes badly."""
 
     def __init__(self, experts: int, temperature: float = 1.0, sigma: bool = False) -> None:
         super().__init__()
         self.temperature = temperature
         self.linear = nn.Linear(experts, experts)
-        with torch.no_grad():  # starts near the rule: a family's own expert is the likeliest
+        with torch.no_grad():  # starts close to the rule router: a family's expert is the most probable
             self.linear.weight.copy_(torch.eye(experts))
             self.linear.bias.zero_()
         self.sigma = _SigmaInput(experts, sigma)
 
     def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None, sigma_B: Tensor | None = None) -> Tensor:
-        logits: Tensor = self.sigma(self.linear(_needed(labels_BE).to(self.linear.weight)), sigma_B)
+        logits: Tensor = self.sigma(self.linear(_required(labels_BE).to(self.linear.weight)), sigma_B)
         return torch.softmax(logits / self.temperature, dim=-1)
 
 
 class RuleRouter(nn.Module):
-    """p = the label weights themselves: nothing to learn, no softmax, no top-k."""
+    """p = the label weights: no parameters, no softmax, no top-k."""
 
     def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None, sigma_B: Tensor | None = None) -> Tensor:
-        return _needed(labels_BE).float()
+        return _required(labels_BE).float()
 
 
-def _needed(labels_BE: Tensor | None) -> Tensor:
+def _required(labels_BE: Tensor | None) -> Tensor:
     if labels_BE is None:
         raise ValueError("this router needs label weights")
     return labels_BE
@@ -105,7 +105,7 @@ def _needed(labels_BE: Tensor | None) -> Tensor:
 def make_router(
     kind: RouterKind, text_dim: int, experts: int, temperature: float = 1.0, sigma: bool = False
 ) -> nn.Module:
-    """The router of a kind; its weights come from torch's default generator. `sigma`: the router sees sigma too."""
+    """A router by kind, initialised with torch's default generator. `sigma`: the router also gets sigma."""
     match kind:
         case "text":
             return TextRouter(text_dim, experts, temperature, sigma)
@@ -120,7 +120,7 @@ def make_router(
 def select_top_k(probabilities_BE: Tensor, k: int) -> Tensor:
     """Keep the k largest of each row; renormalise to 1 for k ≥ 2.
 
-    Not for k = 1: a renormalised single gate is the constant 1 and would get no gradient.
+    Not for k = 1: a single renormalised gate would be the constant 1, without gradient.
     """
     if k >= probabilities_BE.shape[-1]:
         return probabilities_BE

@@ -1,4 +1,4 @@
-"""w(σ): how strongly the experts act at each noise level, learned, one curve for a noise expert."""
+"""The timestep gate w(σ): the learned strength of the experts at each noise level, one curve per noise expert."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 
 class TimestepGate(nn.Module):
-    """w(σ) = Σ_k φ_k(σ)·softplus(v_k), φ the hat functions over knots spread evenly on the band [low, high].
+    """w(σ) = Σ_k φ_k(σ)·softplus(v_k), with φ the hat functions over evenly spaced knots on the band [low, high].
 
-    Piecewise linear, positive, constant beyond the ends. Starts at `at_low` at the low end of sigma and `at_high`
-    at the high end: stronger late in sampling, where detail such as an instrument's head is made.
+    Piecewise linear, positive, constant beyond the ends. Starts at `at_low` at the low end of sigma and at `at_high`
+    at the high end: stronger late in sampling, where detail such as an instrument's head is formed.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class TimestepGate(nn.Module):
     def forward(self, sigma_B: Tensor) -> Tensor:
         """[B] sigmas -> [B] strengths."""
         strength_K = F.softplus(self.values_K)
-        place = (sigma_B.to(strength_K) - self.low) / (self.high - self.low) * (self.knots - 1)
-        place = place.clamp(0, self.knots - 1)
-        left = place.floor().clamp_max(self.knots - 2).long()
-        return torch.lerp(strength_K[left], strength_K[left + 1], place - left)
+        position_B = (sigma_B.to(strength_K) - self.low) / (self.high - self.low) * (self.knots - 1)
+        position_B = position_B.clamp(0, self.knots - 1)
+        left_B = position_B.floor().clamp_max(self.knots - 2).long()
+        return torch.lerp(strength_K[left_B], strength_K[left_B + 1], position_B - left_B)

@@ -1,8 +1,8 @@
-"""A mixture at one given mix as a plain LoRA, for tools that know no router.
+"""A mixture at a given mix as a plain LoRA, for tools without a router.
 
     ΔW = w̄·Σ_e g_e·α_e/r_e·B_e A_e,    w̄ = mean of w(σ) over the noise expert's inference sigmas
 
-Exact where w is constant over those sigmas; the spread of w says how far it is from that.
+Exact if w is constant over those sigmas; `gate_range` tells how far w is from that.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from lapwan.names import NoiseExpert
 
 
 def inference_sigmas(mixture: Mixture, noise_expert: NoiseExpert) -> list[float]:
-    """The sigmas of the base model's own sampling grid that fall to a noise expert.
-
-    σ_i = s·t_i / (1 + (s − 1)·t_i), t = linspace(1, 1/1000, N + 1) without its end: diffusers' UniPC grid.
-    """
+    """σ_i = s·t_i / (1 + (s − 1)·t_i), t = linspace(1, 1/1000, N + 1) without its end (diffusers' UniPC grid): those of
+    the base model's N sampling steps that are in the band of `noise_expert`."""
     spec = mixture.spec
     low, high = spec.bands[noise_expert]
     t_N = torch.linspace(1, 1 / 1000, spec.steps + 1, dtype=torch.float64)[:-1]
@@ -33,7 +31,7 @@ def inference_sigmas(mixture: Mixture, noise_expert: NoiseExpert) -> list[float]
 
 @dataclass(frozen=True)
 class GateRange:
-    """w(σ) over the sigmas it was averaged over."""
+    """Mean and range of w(σ)."""
 
     mean: float
     lowest: float
@@ -41,20 +39,21 @@ class GateRange:
 
 
 def gate_range(mixture: Mixture, noise_expert: NoiseExpert, sigmas: Sequence[float]) -> GateRange:
-    """Mean and range of a noise expert's w(σ) over `sigmas`."""
+    """Mean and range of w(σ) of a noise expert over `sigmas`."""
     with torch.no_grad():
         w = mixture.timestep_gate(noise_expert)(torch.tensor(sigmas, dtype=torch.float32)).double()
     return GateRange(float(w.mean()), float(w.min()), float(w.max()))
 
 
 def mixture_to_lora(mixture: Mixture, noise_expert: NoiseExpert, mix: Sequence[float], w_bar: float) -> LoraState:
-    """The concatenated LoRA of a noise expert; families whose weight in the mix is 0 are left out.
+    """The concatenated LoRA of a noise expert; families with weight 0 are left out.
 
     Args:
-        mix: g in the families' order, with α_e multiplied in if wanted.
+        mix: g in the order of the families, with α_e multiplied in if wanted.
+        w_bar: mean of w(σ), see `gate_range`.
 
     Raises:
-        ValueError: a mix of the wrong length, or one that is all zero.
+        ValueError: a mix of the wrong length, or all zero.
     """
     if len(mix) != len(mixture.families):
         raise ValueError(f"{len(mix)} weights for {len(mixture.families)} families")

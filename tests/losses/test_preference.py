@@ -124,7 +124,7 @@ def test_the_hinge_is_the_weighted_mean_over_rewards_of_each_ones_own():
     assert p.hinge(relative).tolist() == pytest.approx([0.5, 0.0, 0.0])
     seen = {"a": p.Preference(zero, zero, relative), "b": p.Preference(zero, zero, zero)}
     assert p.preference_loss(seen, {"a": 3.0, "b": 1.0}).tolist() == pytest.approx([0.55, 0.175, 0.175])
-    with pytest.raises(ValueError, match="one each"):
+    with pytest.raises(ValueError, match="give one weight per reward"):
         p.preference_loss(seen, {"a": 1.0})
 
 

@@ -47,11 +47,11 @@ def test_a_router_sees_sigma_only_where_asked_and_starts_as_if_it_did_not(kind):
         seeing.sigma.weight.normal_()
     assert not torch.allclose(seeing(text, labels, sigma), seeing(text, labels, sigma + 0.4))
     assert torch.equal(blind(text, labels, sigma), blind(text, labels, sigma + 0.4))
-    with pytest.raises(ValueError, match="route needs it"):
+    with pytest.raises(ValueError, match="this router needs sigma"):
         seeing(text, labels)
 
 
-def test_gates_along_a_video_are_a_running_mean_of_what_the_router_says():
+def test_gates_along_a_video_are_a_running_mean_of_the_routers_output():
     torch.manual_seed(0)
     spec = MixtureSpec(FAMILIES, {}, "t2v", BANDS, 6, router_sigma=True, gate_ema=0.75, top_k=2)
     mixture = Mixture(spec, {})
