@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from lapwan.data.labels import Resolver
+from lapwan.data.labels import CaptionLabeller
 from lapwan.data.taxonomy import load_taxonomy
-from lapwan.tiny.captions import describe_deed
+from lapwan.tiny.captions import describe_action
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import sample_spec
 
@@ -23,12 +23,12 @@ def paraphrases(count: int, seed: int) -> list[tuple[str, str]]:
     Raises:
         ValueError: an instrument without such captions.
     """
-    resolver, rng = Resolver(load_taxonomy("surgical4")), np.random.default_rng([seed, 77])
+    resolver, rng = CaptionLabeller(load_taxonomy("surgical4")), np.random.default_rng([seed, 77])
     captions: list[tuple[str, str]] = []
     while len(captions) < count:
         instrument = INSTRUMENTS[len(captions) % len(INSTRUMENTS)]
         for _ in range(_TRIES):
-            text = describe_deed(sample_spec(rng, instrument), rng)
+            text = describe_action(sample_spec(rng, instrument), rng)
             if all(mention.action for mention in resolver.label(text).mentions):
                 captions.append((text, instrument))
                 break

@@ -1,4 +1,4 @@
-"""What a training step takes: cached items of one bucket, stacked.
+"""The batch of a training step: cached items of one bucket, stacked.
 
 Shapes: B batch, C channels, T latent frames, H, W latent height and width, N tokens, D text features, E experts.
 """
@@ -31,13 +31,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Every tensor on `device`."""
-        where = torch.device(device)
-        moved: dict[str, Any] = {k: send(v, where) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved, text=tuple(send(text, where) for text in self.text))
+        target = torch.device(device)
+        moved: dict[str, Any] = {k: to_device(v, target) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved, text=tuple(to_device(text, target) for text in self.text))
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor.to(device)`; towards a GPU through pinned memory, in order with what it does, without waiting for it."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor.to(device)`; to a GPU from pinned memory, asynchronously, in the order of the current stream."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -69,7 +69,7 @@ def collate(
     latents = torch.stack([_tensor(tensors["latents"]) for _, tensors in pairs])
     weights = [label_weights(item, families) for item in items]
     rois = [tensors["roi"] for _, tensors in pairs]
-    nowhere = torch.zeros(latents.shape[2:], device=latents.device)  # cached clips may already be on a GPU
+    no_region = torch.zeros(latents.shape[2:], device=latents.device)  # cached clips may already be on a GPU
     has_roi = any(roi is not None for roi in rois)
     return Batch(
         ids=tuple(item.id for item in items),
@@ -78,7 +78,7 @@ def collate(
         condition_BCTHW=_all_or_none([tensors["condition"] for _, tensors in pairs], "condition", items),
         label_weights_BE=_all_or_none(weights, "label", items),
         fallback_B=torch.tensor([item.fallback for item in items]),
-        roi_BTHW=torch.stack([nowhere if r is None else r.float() for r in rois]) if has_roi else None,
+        roi_BTHW=torch.stack([no_region if r is None else r.float() for r in rois]) if has_roi else None,
         has_roi_B=torch.tensor([roi is not None for roi in rois]),
         captions=tuple(item.caption for item in items),
     )

@@ -1,6 +1,6 @@
-"""Decoding ahead of the encoder: windows of clips, read in worker processes, handed over in a bounded queue.
+"""Prefetching decoded frames for the encoder: worker processes decode windows of clips into a bounded queue.
 
-A job decodes one clip once for several of its windows. Workers import no torch.
+A job decodes a clip once for several of its windows. Workers import no torch. Decoding itself: `data/video.py`.
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from lapwan.caching.plan import Wanted
+from lapwan.caching.plan import PlannedItem
 from lapwan.data.buckets import Crop
-from lapwan.data.video import BadClip, VideoFacts, read_frames
+from lapwan.data.dropped_clips import BadClip
+from lapwan.data.video import VideoFacts, read_frames
 from lapwan.distributed import worker_pool
 
-_FRAMES_PER_JOB = 256  # bounds what one job holds: frames of the union of its windows
-_BYTES_AHEAD = 2 * 2**30  # decoded frames that may wait for the encoder
+_FRAMES_PER_JOB = 256  # at most, in the union of its windows: bounds the memory of a job
+_PREFETCH_BYTES = 2 * 2**30  # decoded frames that may wait for the encoder
 
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """Windows of one clip. Small and picklable: this is what crosses to a worker."""
+    """Windows of a clip to decode. Small and picklable, to be sent to a worker."""
 
     path: Path
     windows: tuple[tuple[str, range], ...]  # (item id, frames at the model's rate)
@@ -37,13 +38,13 @@ class DecodeJob:
 
     @property
     def bytes(self) -> int:
-        """What its frames take once decoded."""
+        """Bytes of its decoded frames."""
         return len({i for _, indices in self.windows for i in indices}) * self.crop.bucket[0] * self.crop.bucket[1] * 3
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An item's frames, uint8 [T, H, W, 3], or `failure`; `seconds` of decoding, shared out over the job's items."""
+    """An item's frames, uint8 [T, H, W, 3], or `failure`; `seconds` is its share of the job's decoding time."""
 
     id: str
     frames: np.ndarray | None
@@ -51,31 +52,31 @@ class Decoded:
     seconds: float
 
 
-def make_jobs(items: Sequence[Wanted], fps: float) -> list[DecodeJob]:
+def make_jobs(items: Sequence[PlannedItem], fps: float) -> list[DecodeJob]:
     """Group neighbouring windows of a clip so that its frames are decoded once."""
     jobs: list[DecodeJob] = []
-    group: list[Wanted] = []
+    group: list[PlannedItem] = []
 
     def flush() -> None:
         if group:
             first = group[0]
-            jobs.append(DecodeJob(first.clip.path, tuple((w.id, w.indices) for w in group), first.crop, fps, first.facts,
-                            first.source_fps))
+            windows = tuple((item.id, item.indices) for item in group)
+            jobs.append(DecodeJob(first.clip.path, windows, first.crop, fps, first.facts, first.source_fps))
             group.clear()
 
-    for wanted in items:
-        if group and wanted.stem != group[0].stem:
+    for item in items:
+        if group and item.stem != group[0].stem:
             flush()
-        together = {index for w in (*group, wanted) for index in w.indices}
-        if group and len(together) > _FRAMES_PER_JOB:
+        union = {index for other in (*group, item) for index in other.indices}
+        if group and len(union) > _FRAMES_PER_JOB:
             flush()
-        group.append(wanted)
+        group.append(item)
     flush()
     return jobs
 
 
 def run_job(job: DecodeJob) -> list[Decoded]:
-    """Decode a job's windows. A clip that cannot be decoded whole is tried window by window."""
+    """Decode a job's windows; if that fails, window by window."""
     start = time.perf_counter()
     union = sorted({index for _, indices in job.windows for index in indices})
     try:
@@ -83,8 +84,8 @@ def run_job(job: DecodeJob) -> list[Decoded]:
     except BadClip as error:
         if len(job.windows) == 1:
             return [Decoded(job.windows[0][0], None, str(error), time.perf_counter() - start)]
-        alone = [DecodeJob(job.path, (window,), job.crop, job.fps, job.facts, job.source_fps) for window in job.windows]
-        return [decoded for single in alone for decoded in run_job(single)]
+        singles = [replace(job, windows=(window,)) for window in job.windows]
+        return [decoded for single in singles for decoded in run_job(single)]
     row = {index: position for position, index in enumerate(union)}
     seconds = (time.perf_counter() - start) / len(job.windows)
     return [
@@ -95,17 +96,17 @@ def run_job(job: DecodeJob) -> list[Decoded]:
 class Decoder:
     """The jobs' items, in order: `with Decoder(jobs, workers) as items: for decoded in items`.
 
-    With `workers` processes the work begins at once, up to two jobs a worker ahead of the reader as far as memory
-    allows; 0 decodes in this process, as it is read.
+    With `workers` processes, decoding begins at once and prefetches up to two jobs per worker as far as memory allows;
+    with 0, each job is decoded in this process when it is read.
     """
 
     def __init__(self, jobs: Sequence[DecodeJob], workers: int) -> None:
-        self._left = deque(jobs)
+        self._remaining = deque(jobs)
         self._workers = min(workers, len(jobs))
-        self._waiting: deque[tuple[DecodeJob, Future[list[Decoded]]]] = deque()
+        self._pending: deque[tuple[DecodeJob, Future[list[Decoded]]]] = deque()
         self._pool = worker_pool(self._workers) if self._workers else None
         largest = max((job.bytes for job in jobs), default=1)
-        self._ahead = max(self._workers, min(2 * self._workers, _BYTES_AHEAD // largest))
+        self._prefetch = max(self._workers, min(2 * self._workers, _PREFETCH_BYTES // largest))
         self._fill()
 
     def __enter__(self) -> Iterator[Decoded]:
@@ -116,15 +117,15 @@ class Decoder:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _fill(self) -> None:
-        while self._pool is not None and self._left and len(self._waiting) < self._ahead:
-            job = self._left.popleft()
-            self._waiting.append((job, self._pool.submit(run_job, job)))
+        while self._pool is not None and self._remaining and len(self._pending) < self._prefetch:
+            job = self._remaining.popleft()
+            self._pending.append((job, self._pool.submit(run_job, job)))
 
     def _items(self) -> Iterator[Decoded]:
-        while self._pool is None and self._left:
-            yield from run_job(self._left.popleft())
-        while self._waiting:
-            job, future = self._waiting.popleft()
+        while self._pool is None and self._remaining:
+            yield from run_job(self._remaining.popleft())
+        while self._pending:
+            job, future = self._pending.popleft()
             try:
                 decoded = future.result()
             except BrokenProcessPool:
@@ -133,17 +134,17 @@ class Decoder:
             yield from decoded
 
     def _recover(self, job: DecodeJob) -> list[Decoded]:
-        """A decoder that crashes takes the pool with it: this job is tried alone, the others again."""
+        """A decoder that crashes breaks the pool: run this job in a pool of its own, and submit the others again."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-        self._left.extendleft(reversed([other for other, _ in self._waiting]))
-        self._waiting.clear()
-        decoded = _alone(job)
+        self._remaining.extendleft(reversed([other for other, _ in self._pending]))
+        self._pending.clear()
+        decoded = _run_isolated(job)
         self._pool = worker_pool(self._workers)
         return decoded
 
 
-def _alone(job: DecodeJob) -> list[Decoded]:
+def _run_isolated(job: DecodeJob) -> list[Decoded]:
     pool = worker_pool(1)
     try:
         return pool.submit(run_job, job).result()

@@ -1,7 +1,9 @@
-"""The index of a cache folder, without torch.
+"""The index of a cache folder: its format, writing and parsing. No torch.
 
-`lapwan_index.jsonl`: the first line describes the cache, every other line is one item; file names are relative to the
-folder. A folder made by musubi-tuner has no index: it is read by its file names.
+`lapwan_index.jsonl`: the first line describes the cache, each other line is an item; file names are relative to the
+folder. `read.py` reads a folder; one made by musubi-tuner has no index (`musubi_cache.py`).
+
+How to add a field of an item: a field of `CachedItem` with a default, set in `_index_item` of `plan.py`.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ class CachedItem:
     source: str | None = None
     clip: str | None = None
     repeats: int = 1
-    probe: str | None = None  # identity of the source file's bytes
-    facts: dict[str, Any] | None = None  # what the source file says of itself (VideoFacts)
+    probe: str | None = None  # fingerprint of the source file
+    facts: dict[str, Any] | None = None  # VideoFacts of the source file
     fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -56,7 +58,7 @@ class CachedItem:
 
 @dataclass(frozen=True)
 class CacheIndex:
-    """A cache folder. Facts that musubi's caches do not carry are None there, and `verified` is False."""
+    """A cache folder. For caches of musubi-tuner, fields it does not store are None and `verified` is False."""
 
     folder: Path
     items: tuple[CachedItem, ...]
@@ -75,8 +77,8 @@ class CacheIndex:
 def write_index(index: CacheIndex) -> None:
     """Write the index atomically."""
     head = {"lapwan_index": INDEX_FORMAT}
-    apart = ("folder", "items", "verified")
-    head |= {f.name: getattr(index, f.name) for f in fields(CacheIndex) if f.name not in apart}
+    not_in_head = ("folder", "items", "verified")
+    head |= {f.name: getattr(index, f.name) for f in fields(CacheIndex) if f.name not in not_in_head}
     lines = [head, *({k: v for k, v in asdict(item).items() if v is not None} for item in index.items)]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     files.write_text(index.folder / INDEX_FILE, text)
@@ -86,7 +88,7 @@ def parse_index(path: Path) -> CacheIndex:
     """The index at `path`, checked line by line.
 
     Raises:
-        UserError: a damaged index, one of another format, or one that names files elsewhere.
+        UserError: a damaged index, one of another format, or one that names files outside the folder.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -101,7 +103,7 @@ def parse_index(path: Path) -> CacheIndex:
                 files.inside(path.parent, name, path)
         return CacheIndex(path.parent, items, **{k: v for k, v in head.items() if k in known})
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} is damaged ({error}); run lapwan cache again: files that are there are kept") from None
+        raise UserError(f"{path} is damaged ({error}); run lapwan cache again; existing files are kept") from None
 
 
 def _item(row: dict[str, Any]) -> CachedItem:

@@ -3,12 +3,12 @@
 - `{stem}_{start:05d}-{frames:03d}_{W:04d}x{H:04d}_wan.safetensors` (an image: without the frames part):
   `latents_{T}x{H}x{W}_{dtype}` [16, T, H, W]; I2V also `latents_image_{T}x{H}x{W}_{dtype}` [4 mask + 16, T, H, W].
 - `{stem}_wan_te.safetensors`: `varlen_t5_{dtype}` [n tokens, D], not padded.
-- `..._lapwan_roi.safetensors` in place of `_wan` (ours): `roi_{T}x{H}x{W}_float32` [T, H, W].
+- `..._lapwan_roi.safetensors` instead of `_wan` (ours): `roi_{T}x{H}x{W}_float32` [T, H, W].
 - `lapwan_prompts.safetensors` (ours): `empty_{dtype}`, `negative_{dtype}` [n, D].
 
 `{W}x{H}` of a name and `width`, `height` of the metadata are the *original* frame size. Extra tensors would enter
 musubi's batch and stray `*_wan.safetensors` are deleted by it, so ours carry another ending; extra metadata is ignored.
-Our metadata: `lapwan.recipe`, what a file was made from as JSON, so that a stale file is known and can say why.
+Our metadata: `lapwan.recipe`, what a file was made from as JSON, which shows whether it is stale and why (`stale.py`).
 Source: musubi-tuner's dataset documentation and cache files.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lapwan.checkpoints.container import TensorFile, read_header
-from lapwan.data.buckets import Window
+from lapwan.data.frame_extraction import Window
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
 
@@ -43,7 +43,7 @@ Recipe = Mapping[str, Any]
 
 
 def latents_name(stem: str, window: Window | None, width: int, height: int) -> str:
-    """`width`, `height` are the original frame's; `window` None is an image."""
+    """The name of a latents file. `width`, `height` are the original frame's; `window` None is an image."""
     part = "" if window is None else f"_{window.start:05d}-{window.frames:03d}"
     return f"{stem}{part}_{width:04d}x{height:04d}{LATENTS_END}"
 
@@ -60,7 +60,7 @@ def roi_name(latents: str) -> str:
 
 @dataclass(frozen=True)
 class LatentsName:
-    """What a latents file's name says."""
+    """The parts of a latents file's name."""
 
     stem: str
     window: Window | None
@@ -88,7 +88,7 @@ def recipe_fingerprint(recipe: Recipe) -> str:
 
 
 def read_recipe(file: TensorFile) -> dict[str, Any] | None:
-    """What a cache file was made from; None for one that lapwan did not make."""
+    """The recipe of a cache file, {} if it is damaged; None for a file that lapwan did not make."""
     text = file.metadata.get(RECIPE_KEY)
     if text is None:
         return None
@@ -100,7 +100,7 @@ def read_recipe(file: TensorFile) -> dict[str, Any] | None:
 
 
 def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")  # musubi's spelling: bfloat16, float32
+    return str(tensor.dtype).removeprefix("torch.")  # as musubi-tuner writes it: bfloat16, float32
 
 
 def _latents_key(kind: str, tensor: Tensor) -> str:
@@ -150,7 +150,7 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
 
 
 def _atomically(path: Path, save: Callable[[Path], None]) -> None:
-    """Raises OSError, whatever the writer calls a full disk."""
+    """Write a file atomically; errors of safetensors, such as a full disk, become OSError."""
     from safetensors import SafetensorError
 
     with atomic_file(path) as temporary:
@@ -158,11 +158,11 @@ def _atomically(path: Path, save: Callable[[Path], None]) -> None:
             save(temporary)
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error)) from None
-        _share(temporary)
+        _set_permissions(temporary)
 
 
-def _share(path: Path) -> None:
-    """The permissions any other new file gets: safetensors makes its files readable by their owner only."""
+def _set_permissions(path: Path) -> None:
+    """Give a file the usual permissions: safetensors makes its files readable by their owner only."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -172,22 +172,22 @@ def find_tensor(file: TensorFile, kind: str, required: bool = True) -> str | Non
     """The key of tensor `kind` (`latents`, `latents_image`, `varlen_t5`, `roi`, ...) whatever its shape and dtype.
 
     Raises:
-        UserError: none, though `required`.
+        UserError: none though `required`, or more than one.
     """
     pattern = re.compile(re.escape(kind) + r"(_\d+x\d+x\d+)?_[a-z0-9]+")
-    found = [key for key in file.tensors if pattern.fullmatch(key)]
+    keys = [key for key in file.tensors if pattern.fullmatch(key)]
     if kind == "latents":
-        found = [key for key in found if not key.startswith("latents_image")]
-    if len(found) == 1:
-        return found[0]
-    if not found and not required:
+        keys = [key for key in keys if not key.startswith("latents_image")]
+    if len(keys) == 1:
+        return keys[0]
+    if not keys and not required:
         return None
-    raise UserError(f"{file.path}: {'no' if not found else 'more than one'} '{kind}' tensor; is it a Wan cache file? "
+    raise UserError(f"{file.path}: {'no' if not keys else 'more than one'} '{kind}' tensor; is it a Wan cache file? "
                     "Delete it and cache again")
 
 
 def open_cache_file(path: Path) -> TensorFile:
-    """`read_header` with what to do about a damaged cache file.
+    """`read_header`, with advice in the error of a damaged cache file.
 
     Raises:
         UserError: missing or damaged.

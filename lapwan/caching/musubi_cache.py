@@ -1,4 +1,7 @@
-"""Caches made by musubi-tuner: no index, no recipe; read by file names and shapes, so they are unverified."""
+"""Caches made by musubi-tuner, read by file names and shapes, and labels joined to them.
+
+They have no index and no recipe, so their items are unverified.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ from typing import Any
 
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.layout import LATENTS_END, find_tensor, open_cache_file, parse_latents_name, read_recipe, text_name
-from lapwan.data.clips import MEDIA_KEYS, read_clips
-from lapwan.data.source_clips import label_fields
+from lapwan.data.clips import MEDIA_KEYS, label_fields, read_clips
 from lapwan.errors import UserError
 from lapwan.files import is_temporary
 
-_TEMPORAL, _SPATIAL = 4, 8  # of the VAE that these caches are made with
+_TEMPORAL, _SPATIAL = 4, 8  # strides of the VAE that these caches are made with
+_LISTED = 5  # items without labels that an error lists
 
 
-def scan(folder: Path) -> tuple[CachedItem, ...]:
+def scan_musubi_cache(folder: Path) -> tuple[CachedItem, ...]:
     """The items of a cache folder without an index, sorted by name.
 
     Raises:
@@ -49,64 +52,63 @@ def _item(path: Path) -> CachedItem:
         start=name.window.start if name.window else 0,
     )
 
-_SHOWN = 5
-
 
 def join_labels(index: CacheIndex, labels: Path) -> CacheIndex:
-    """`index` with the labels of `labels`. A line belongs to an item if its path names the item's clip; where the
-    cache does not know its clips' paths, by the file's stem.
+    """`index` with the labels of a labels JSONL, joined by the clip's path, or by its stem if the cache lacks the path.
 
     Raises:
-        UserError: an item without a line, or one that several different labels fit.
+        UserError: an item without a line, or with several lines of different labels.
     """
-    by_path, by_stem = _read(labels)
+    by_path, by_stem = _read_labels(labels)
     items: list[CachedItem] = []
     missing: list[str] = []
     for item in index.items:
-        found = by_path.get(item.clip or "")
-        if found is None:
-            stem = stem_of(item)
+        fields = by_path.get(item.clip or "")
+        if fields is None:
+            stem = clip_stem(item)
             candidates = by_stem.get(stem, [])
             if not candidates:
                 missing.append(stem)
                 continue
-            distinct = [fields for at, (_, fields) in enumerate(candidates) if fields not in
-                        [other for _, other in candidates[:at]]]
+            distinct: list[dict[str, Any]] = []
+            for _, candidate in candidates:
+                if candidate not in distinct:
+                    distinct.append(candidate)
             if len(distinct) > 1:
-                raise UserError(f"{labels}: lines {', '.join(str(line) for line, _ in candidates)} all fit item "
-                                f"'{stem}' with different labels; keep the one that is meant")
-            found = distinct[0]
-        items.append(replace(item, **found))
+                raise UserError(f"{labels}: lines {', '.join(str(line) for line, _ in candidates)} all match "
+                                f"item '{stem}' with different labels; keep only the right one")
+            fields = distinct[0]
+        items.append(replace(item, **fields))
     if missing:
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
         raise UserError(f"{labels} has no line for {len(missing)} of {len(index.items)} items: "
-                        f"{', '.join(missing[:_SHOWN])}{more}; label those clips too")
+                        f"{', '.join(missing[:_LISTED])}{more}; label those clips too")
     return replace(index, items=tuple(items))
 
 
-def stem_of(item: CachedItem) -> str:
+def clip_stem(item: CachedItem) -> str:
     """The stem of the clip an item is cut from."""
     name = parse_latents_name(item.id + LATENTS_END)
     return item.id if name is None else name.stem
 
 
-def _read(labels: Path) -> tuple[dict[str, dict[str, Any]], dict[str, list[tuple[int, dict[str, Any]]]]]:
+def _read_labels(labels: Path) -> tuple[dict[str, dict[str, Any]], dict[str, list[tuple[int, dict[str, Any]]]]]:
     """Label fields by absolute path and, with line numbers, by stem."""
     by_path: dict[str, dict[str, Any]] = {}
     by_stem: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for clip in read_clips(labels):
-        place = f"{labels}, line {clip.line}"
+        location = f"{labels}, line {clip.line}"
         media: Any = next((clip.data[key] for key in MEDIA_KEYS if key in clip.data), None)
         if not isinstance(media, str):
-            raise UserError(f"{place}: no 'video_path' to join labels by")
-        fields = _labelled(clip.data, place)
+            raise UserError(f"{location}: no 'video_path' to join labels by")
+        fields = _labelled(clip.data, location)
         by_stem.setdefault(Path(media).stem, []).append((clip.line, fields))
         by_path[str(labels.absolute().parent / media)] = fields
     return by_path, by_stem
 
 
-def _labelled(data: Mapping[str, Any], place: str) -> dict[str, Any]:
-    fields = label_fields(data, place)
+def _labelled(data: Mapping[str, Any], location: str) -> dict[str, Any]:
+    fields = label_fields(data, location)
     if "label" not in fields and "label_weights" not in fields:
-        raise UserError(f"{place} has no instrument_label; make the file with lapwan label")
+        raise UserError(f"{location} has no instrument_label; make the file with lapwan label")
     return fields

@@ -1,4 +1,4 @@
-"""A strip of frames for each of a few cached clips, decoded from the cache: what the model will see."""
+"""A preview of a cache: frames of a few cached clips, decoded from their latents as the model is trained on them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _GAP = 4  # pixels between frames
 
 
 def write_preview(folder: Path, spec: ModelSpec, count: int, device: str = "auto") -> Path:
-    """Write `lapwan_preview.png`: a row for each of `count` items spread over the cache, up to six frames each; a
-    clip's region is outlined.
+    """Write `lapwan_preview.png`: a row for each of `count` items, evenly spaced in the cache, with up to six frames.
+
+    A clip's region is outlined.
 
     Raises:
         UserError: no cache there, or a damaged file.

@@ -1,4 +1,4 @@
-"""Reading a cache folder: its items (no torch) and the tensors of one."""
+"""Reading a cache folder: its items (no torch) and the tensors of an item."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lapwan.caching.index import INDEX_FILE, CachedItem, CacheIndex, parse_index
 from lapwan.caching.layout import PROMPTS_FILE, find_tensor, open_cache_file, read_recipe, recipe_fingerprint
-from lapwan.caching.musubi_cache import join_labels, scan
+from lapwan.caching.musubi_cache import join_labels, scan_musubi_cache
 from lapwan.checkpoints.container import TensorFile
 from lapwan.errors import UserError
 
@@ -20,11 +20,11 @@ def load_index(folder: Path, labels: Path | None = None, empty: bool = False) ->
 
     Args:
         labels: a labels JSONL, for caches that carry none; joined by the clip's stem.
-        empty: a cache without a single finished item is no error.
+        empty: allow a cache without any finished item.
 
     Raises:
-        UserError: no cache there, a damaged index or one that names files elsewhere, a missing file, or labels that
-            do not fit the items.
+        UserError: no cache, a damaged index or one that names files outside the folder, a missing file, or labels
+            that do not fit the items.
     """
     if not folder.is_dir():
         raise UserError(f"no cache folder {folder}; make one with lapwan cache")
@@ -32,7 +32,7 @@ def load_index(folder: Path, labels: Path | None = None, empty: bool = False) ->
     if path.is_file():
         index = parse_index(path)
     else:
-        index = CacheIndex(folder, scan(folder), verified=False)
+        index = CacheIndex(folder, scan_musubi_cache(folder), verified=False)
     if not index.items and not empty:
         raise UserError(f"{folder} holds no cached items; make them with lapwan cache")
     if labels is not None:
@@ -64,11 +64,11 @@ def read_item(folder: Path, item: CachedItem) -> dict[str, Tensor | None]:
 
 
 def _open(folder: Path, item: CachedItem, kind: str, name: str) -> TensorFile:
-    """A file of an item, if it still is what the index says."""
+    """A file of an item, checked to be the one that the index means."""
     file = open_cache_file(folder / name)
     recipe = read_recipe(file)
     if recipe is not None and recipe_fingerprint(recipe) != item.fingerprints.get(kind):
-        raise UserError(f"{folder / name} is not the file its index means (it was cached again since); "
+        raise UserError(f"{folder / name} is not the file that its index means (it was cached again since); "
                         "run lapwan cache again")
     return file
 

@@ -1,48 +1,139 @@
-"""Whether a cache file is what is wanted now, and if not, why."""
+"""What makes a cache file stale: a difference between its recipe, what it was made from, and the one wanted now.
+
+A recipe is stored in the file's metadata (see `layout.py`). It holds the source video, frame rate, window, size, crop,
+model weights, dtype, caption, mask or boxes. A file without a recipe was made by another tool and is compared by shape
+and caption. No torch.
+
+How to add a dependency: a key in one of the `..._recipe` functions. Caches made before lack it, so they become stale.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapwan.caching.layout import TEXT_END, Recipe, find_tensor, read_recipe
+from lapwan.caching.layout import TEXT_END, Recipe, find_tensor, read_recipe, recipe_fingerprint
 from lapwan.checkpoints.container import TensorFile, read_header
+from lapwan.data.buckets import Crop
+from lapwan.data.clips import SourceClip
+from lapwan.data.frame_extraction import Window
+from lapwan.data.video import frame_files
 from lapwan.errors import UserError
 
 MISSING = "missing"
-_TEMPORAL = 4  # of the VAE that caches without a recipe are made with
+_HASHED = 65536  # bytes from each end of a source file
+_TEMPORAL, _SPATIAL = 4, 8  # strides of the VAE that caches without a recipe are made with
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """`reason` is what is wrong, None if the file is right; `recipe` is what a right file was made from, None where it
-    does not say (another tool made it: right by shape and caption only)."""
+class EncoderSpec:
+    """The model's part of the recipes, and what planning needs of the model.
+
+    `vae` and `text` are fingerprints of weights and settings; `strides` are (temporal, spatial); dtypes are those of
+    the files; `negative` is the negative prompt.
+    """
+
+    task: str
+    fps: float
+    vae: str
+    text: str
+    text_dim: int
+    text_length: int
+    latent_channels: int
+    strides: tuple[int, int]
+    vae_dtype: str
+    latents_dtype: str
+    text_dtype: str
+    condition: bool
+    negative: str
+
+
+def source_fingerprint(path: Path) -> str:
+    """16 hex digits over size and both ends of a file; over names and sizes for a folder of images.
+
+    Blind to a change that keeps the size and both ends, and to the file's time.
+    """
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in frame_files(path):
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        return digest.hexdigest()[:16]
+    size = path.stat().st_size
+    digest.update(str(size).encode())
+    with path.open("rb") as stream:
+        digest.update(stream.read(_HASHED))
+        if size > _HASHED:
+            stream.seek(max(_HASHED, size - _HASHED))
+            digest.update(stream.read(_HASHED))
+    return digest.hexdigest()[:16]
+
+
+def frames_recipe(source: str, window: Window | None, crop: Crop, fps: float) -> Recipe:
+    """The frames of a training item: `source` is the clip's fingerprint with its frame rate, `window` None an image."""
+    return {
+        "source": source, "fps": fps, "window": None if window is None else list(window),
+        "size": list(crop.bucket), "crop": [*crop.resized, crop.left, crop.top],
+    }
+
+
+def latents_recipe(frames: Recipe, encoders: EncoderSpec) -> Recipe:
+    """Latents: the frames, the VAE, its precision and the stored one, and whether the image condition is there."""
+    return {**frames, "vae": encoders.vae, "computed": encoders.vae_dtype, "dtype": encoders.latents_dtype,
+            "i2v": encoders.condition}
+
+
+def roi_recipe(frames: Recipe, clip: SourceClip) -> Recipe | None:
+    """A region: the frames, and the mask or the boxes; None for a clip without either."""
+    if clip.mask is not None:
+        return {**frames, "mask": source_fingerprint(clip.mask)}
+    if clip.roi:
+        return {**frames, "boxes": recipe_fingerprint({"roi": [dict(entry) for entry in clip.roi]})}
+    return None
+
+
+def text_recipe(caption: str, encoders: EncoderSpec) -> Recipe:
+    """Text features of a caption."""
+    return {"encoder": encoders.text, "caption": caption, "length": encoders.text_length,
+            "dtype": encoders.text_dtype}
+
+
+def prompts_recipe(encoders: EncoderSpec) -> Recipe:
+    """Text features of the empty and the negative prompt."""
+    return {"encoder": encoders.text, "negative": encoders.negative, "length": encoders.text_length,
+            "dtype": encoders.text_dtype}
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """`reason` is why a file must be made again, None if it is up to date; `recipe` is that of an up-to-date file, None
+    for a file of another tool, which is checked by shape and caption only."""
 
     reason: str | None
     recipe: Recipe | None = None
 
 
-def judge(path: Path, wanted: Recipe) -> Verdict:
-    """Compare a file with the recipe wanted."""
+def check_file(path: Path, wanted: Recipe) -> FileCheck:
+    """Compare a cache file with the recipe wanted."""
     if not path.exists():
-        return Verdict(MISSING)
+        return FileCheck(MISSING)
     try:
         file = read_header(path)
     except UserError:
-        return Verdict("damaged")
+        return FileCheck("damaged")
     made = read_recipe(file)
     if made is None:
-        return Verdict(_unlike(file, wanted))
+        return FileCheck(_shape_difference(file, wanted))
     reason = _difference(made, wanted, file.metadata.get("caption1"))
-    return Verdict(reason, made if reason is None else None)
+    return FileCheck(reason, made if reason is None else None)
 
 
 def _difference(made: Mapping[str, Any], wanted: Recipe, caption: str | None) -> str | None:
     changed = [key for key in wanted if made.get(key) != wanted[key]]
     if changed == ["i2v"] and made.get("i2v") is True:
-        return None  # a condition that is not asked for does no harm
+        return None  # an image condition that is not needed does no harm
     if "caption" in wanted and caption != wanted["caption"] and "caption" not in changed:
         changed.append("caption")  # another tool rewrote the features and kept our metadata
     shown = [f"{key} {_shown(made.get(key))} -> {_shown(wanted[key])}" if key not in ("caption", "negative") else
@@ -54,8 +145,8 @@ def _shown(value: Any) -> str:
     return "x".join(str(part) for part in value) if isinstance(value, list) else str(value)[:12]
 
 
-def _unlike(file: TensorFile, wanted: Recipe) -> str | None:
-    """What shape and caption alone give away."""
+def _shape_difference(file: TensorFile, wanted: Recipe) -> str | None:
+    """What differs, as far as shape and caption show it."""
     if file.path.name.endswith(TEXT_END):
         return None if file.metadata.get("caption1") == wanted.get("caption") else "caption changed"
     key = find_tensor(file, "latents", required=False)
@@ -66,7 +157,7 @@ def _unlike(file: TensorFile, wanted: Recipe) -> str | None:
     expected = 1 if wanted["window"] is None else wanted["window"][1]
     if height * bucket_width != width * bucket_height or (frames - 1) * _TEMPORAL + 1 != expected:
         return f"size changed (latents are {frames}x{height}x{width})"
-    if bucket_width != 8 * width:
+    if bucket_width != _SPATIAL * width:
         return f"size changed (latents are {frames}x{height}x{width})"
     if wanted["i2v"] and find_tensor(file, "latents_image", required=False) is None:
         return "no image condition"

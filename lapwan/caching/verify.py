@@ -1,4 +1,4 @@
-"""Reading every file of a cache again: whole, of the right shapes, finite, and what the index says. No torch."""
+"""Verifying a cache: every file is complete, finite, of the right shape, and the one the index means. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EXPONENT = {
 
 
 def verify_folder(folder: Path) -> tuple[int, list[str]]:
-    """(files read, a line for each that is wrong).
+    """(number of files read, a line for each that is wrong).
 
     Raises:
         UserError: the folder has no usable index.
@@ -39,7 +39,7 @@ def verify_folder(folder: Path) -> tuple[int, list[str]]:
     with console.progress("verify", len(checks), "file") as bar:
         for name, (kind, item) in checks.items():
             try:
-                reason = _wrong(open_cache_file(folder / name), kind, item, index)
+                reason = _problem(open_cache_file(folder / name), kind, item, index)
             except UserError as error:
                 reason = str(error).removeprefix(f"{folder / name} ").split("; ")[0]
             if reason:
@@ -48,25 +48,25 @@ def verify_folder(folder: Path) -> tuple[int, list[str]]:
     return len(checks), problems
 
 
-def _wrong(file: TensorFile, kind: str, item: CachedItem | None, index: CacheIndex) -> str | None:
+def _problem(file: TensorFile, kind: str, item: CachedItem | None, index: CacheIndex) -> str | None:
     for name in file.tensors:
-        if not finite(file, name):
+        if not is_finite(file, name):
             return f"tensor {name} holds infinities or NaN"
     if item is None:
         return None
     recipe = read_recipe(file)
     if recipe is not None and recipe_fingerprint(recipe) != item.fingerprints.get(kind):
-        return "made from something else than the index says"
+        return "made from something other than the index says"
     if kind == "text":
         shape = file.tensors[str(find_tensor(file, "varlen_t5"))].shape
         if file.metadata.get("caption1") != item.caption:
             return "made from another caption than the index says"
         return None if len(shape) == 2 and index.text_dim in (None, shape[1]) else f"features {list(shape)}"
-    return _wrong_shape(file, kind, item)
+    return _shape_problem(file, kind, item)
 
 
-def _wrong_shape(file: TensorFile, kind: str, item: CachedItem) -> str | None:
-    """Latent frames are (frames - 1) / 4 + 1; height and width shrink alike."""
+def _shape_problem(file: TensorFile, kind: str, item: CachedItem) -> str | None:
+    """Latents have (frames - 1) / 4 + 1 frames and the aspect ratio of the item."""
     kinds = [("roi", 3)] if kind == "roi" else [("latents", 4), *([("latents_image", 4)] if item.condition else [])]
     for name, rank in kinds:
         shape = file.tensors[str(find_tensor(file, name))].shape
@@ -76,7 +76,7 @@ def _wrong_shape(file: TensorFile, kind: str, item: CachedItem) -> str | None:
     return None
 
 
-def finite(file: TensorFile, name: str) -> bool:
+def is_finite(file: TensorFile, name: str) -> bool:
     """Whether no element of a floating-point tensor has all its exponent bits set."""
     kind = _EXPONENT.get(file.tensors[name].dtype)
     if kind is None:

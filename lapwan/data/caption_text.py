@@ -1,4 +1,7 @@
-"""Captions in one spelling: full-width, case, traditional characters, English inflections.
+"""The text of captions: normalisation, Chinese word segmentation (jieba), and the longest match of phrases.
+
+Normalisation makes full-width forms, case, traditional characters and regular English inflections equal. Segmentation
+finds word boundaries in Chinese, so that 呼吸 does not count as a mention of 吸.
 
 How to add a character: append the pair to `_TRADITIONAL`; only characters that occur in instrument vocabulary, in
 negations, or beside them matter here.
@@ -6,12 +9,14 @@ negations, or beside them matter here.
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 # Traditional character followed by its simplified form.
 _TRADITIONAL = (
@@ -34,7 +39,7 @@ _TABLE |= {ord(c): " " for c in "-‐‑‒–_"}
 _TABLE |= {ord(c): None for c in "\u200b\u200c\u200d\ufeff\u00ad"}
 
 IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
-PIECE = re.compile(rf"(?P<han>[{IDEOGRAPHS}]+)|(?P<word>[^\W{IDEOGRAPHS}]+(?:'[^\W{IDEOGRAPHS}]+)?)|(?P<mark>\S)")
+TOKEN = re.compile(rf"(?P<han>[{IDEOGRAPHS}]+)|(?P<word>[^\W{IDEOGRAPHS}]+(?:'[^\W{IDEOGRAPHS}]+)?)|(?P<mark>\S)")
 _VOWEL = re.compile(r"[aeiouy]")
 
 
@@ -48,7 +53,7 @@ def stem(word: str) -> str:
     """One form for the regular inflections of an English word: plural, possessive, -ing, -ed, a final e.
 
     `suctioned`, `suctioning`, `suctions` -> `suction`; `irrigates`, `irrigating` -> `irrigat`. Irregular forms
-    (`cut`, `held`) are the taxonomy's to list.
+    (`cut`, `held`) have to be listed in the taxonomy.
     """
     word = word.removesuffix("'s").removesuffix("'")
     if len(word) <= 3 or not word.isascii() or not word.isalpha():
@@ -75,9 +80,9 @@ def _singular(word: str) -> str:
 
 
 def units(text: str) -> tuple[str, ...]:
-    """A phrase in comparable pieces: every Chinese character, every stemmed word, every mark by itself."""
+    """A phrase in comparable units: each Chinese character, each stemmed word, each punctuation mark."""
     out: list[str] = []
-    for match in PIECE.finditer(normalise(text)):
+    for match in TOKEN.finditer(normalise(text)):
         if match.lastgroup == "word":
             out.append(stem(match[0]))
         else:
@@ -86,26 +91,31 @@ def units(text: str) -> tuple[str, ...]:
 
 
 def weight_length(phrase: tuple[str, ...]) -> int:
-    """Length in the sense of the label rule: 1 for a Chinese character, 2 for a word (so that scissors = 剪刀)."""
+    """Length by which the label rule weighs a phrase: 1 per Chinese character, 2 per word (scissors = 剪刀)."""
     return sum(2 if _is_word(unit) else 1 for unit in phrase)
 
 
 def is_han(unit: str) -> bool:
     """A Chinese (Japanese, Korean) character, or a run of them."""
-    match = PIECE.fullmatch(unit)
+    match = TOKEN.fullmatch(unit)
     return match is not None and match.lastgroup == "han"
 
 
 def _is_word(unit: str) -> bool:
-    match = PIECE.fullmatch(unit)
+    match = TOKEN.fullmatch(unit)
     return match is not None and match.lastgroup == "word"
+
+# Word frequencies for phrases of the taxonomy, against jieba's total of 6e7. High enough that the phrase is preferred
+# to its own parts, low enough that a common word across its edge wins: 呼吸|引起 has no 吸引.
+_FREQUENCY = {2: 20_000}
+_FREQUENCY_LONG = 200_000
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class SplitText:
-    """A text in units (see `lapwan.data.caption_text.units`); `boundary[i]`: a word begins or ends before unit i.
+    """A text in units (see `units`); `boundary[i]`: a word begins or ends before unit i.
 
     `boundary` has one entry more than `units`: the end of the text.
     """
@@ -114,46 +124,97 @@ class SplitText:
     boundary: tuple[bool, ...]
 
 
+class ChineseSegmenter:
+    """jieba's maximum-probability segmentation, with `phrases` added to its dictionary.
+
+    It holds its own tokenizer and changes none of jieba's global state.
+    """
+
+    def __init__(self, phrases: Iterable[str]) -> None:
+        frequencies, total = _jieba_dictionary()
+        import jieba  # after _jieba_dictionary, which silences it
+
+        self._jieba = jieba.Tokenizer()
+        self._jieba.FREQ, self._jieba.total = frequencies.copy(), total
+        self._jieba.initialized = True
+        for phrase in phrases:
+            if len(phrase) > 1:  # a single character keeps its own frequency, or it would split common words
+                frequency = _FREQUENCY.get(len(phrase), _FREQUENCY_LONG)
+                self._jieba.add_word(phrase, max(frequency, frequencies.get(phrase, 0)))
+
+    def words(self, text: str) -> list[str]:
+        """Consecutive words of a run of Chinese characters."""
+        # HMM off: it invents words from single characters and could swallow a keyword
+        words: list[str] = self._jieba.lcut(text, HMM=False)
+        return words
+
+    def split(self, text: str) -> SplitText:
+        """A text, normalised, in units with its word boundaries."""
+        out: list[str] = []
+        boundary: list[bool] = []
+        for match in TOKEN.finditer(normalise(text)):
+            if match.lastgroup == "han":
+                for word in self.words(match[0]):
+                    out += word
+                    boundary += [True, *[False] * (len(word) - 1)]
+            else:
+                out.append(stem(match[0]) if match.lastgroup == "word" else match[0])
+                boundary.append(True)
+        return SplitText(tuple(out), (*boundary, True))
+
+
+@lru_cache(maxsize=1)
+def _jieba_dictionary() -> tuple[dict[str, int], int]:
+    # Read straight from the package: jieba's own cache in a world-writable temporary folder is no faster, and trusted
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import jieba
+    jieba.setLogLevel(logging.WARNING)
+    tokenizer = jieba.Tokenizer()
+    pair: tuple[dict[str, Any], int] = tokenizer.gen_pfdict(tokenizer.get_dict_file())
+    return pair
+
+
 @dataclass(frozen=True)
-class Found(Generic[T]):
-    """`what` stands at units[start:end]."""
+class PhraseMatch(Generic[T]):
+    """A phrase at units[start:end]; `value` is what the matcher was given for it."""
 
     start: int
     end: int
-    what: T
+    value: T
 
 
-class Matcher(Generic[T]):
+class PhraseMatcher(Generic[T]):
     """Finds phrases bounded by word edges: longer before shorter, then left before right, without overlap.
 
-    A phrase inside an occurrence of a longer one is never found, even where that one gave way to a third.
+    A phrase inside an occurrence of a longer one never matches, even if that occurrence itself lost to a third.
     """
 
     def __init__(self, phrases: Iterable[tuple[tuple[str, ...], T]]) -> None:
         self._by_first: dict[str, list[tuple[tuple[str, ...], T]]] = {}
-        for phrase, what in sorted(phrases, key=lambda p: -len(p[0])):
-            self._by_first.setdefault(phrase[0], []).append((phrase, what))
+        for phrase, value in sorted(phrases, key=lambda p: -len(p[0])):
+            self._by_first.setdefault(phrase[0], []).append((phrase, value))
         self.first_units = frozenset(self._by_first)
 
-    def find(self, text: SplitText, taken: Sequence[tuple[int, int]] = ()) -> list[Found[T]]:
+    def find(self, text: SplitText, taken: Sequence[tuple[int, int]] = ()) -> list[PhraseMatch[T]]:
         """All matches outside the spans of `taken`, in order."""
         if self.first_units.isdisjoint(text.units):
             return []
         blocked = {at for start, end in taken for at in range(start, end)}
         candidates = [
-            hit for at in range(len(text.units))
-            if text.boundary[at] and (hit := self._longest(text, at, blocked)) is not None
+            match for at in range(len(text.units))
+            if text.boundary[at] and (match := self._longest(text, at, blocked)) is not None
         ]
-        found: list[Found[T]] = []
-        for hit in sorted(candidates, key=lambda f: (f.start - f.end, f.start)):
-            inside = any(c.start <= hit.start and hit.end <= c.end and c is not hit for c in candidates)
-            if not inside and not any(f.start < hit.end and hit.start < f.end for f in found):
-                found.append(hit)
-        return sorted(found, key=lambda f: f.start)
+        matches: list[PhraseMatch[T]] = []
+        for match in sorted(candidates, key=lambda m: (m.start - m.end, m.start)):
+            inside = any(c.start <= match.start and match.end <= c.end and c is not match for c in candidates)
+            if not inside and not any(m.start < match.end and match.start < m.end for m in matches):
+                matches.append(match)
+        return sorted(matches, key=lambda m: m.start)
 
-    def _longest(self, text: SplitText, at: int, blocked: set[int]) -> Found[T] | None:
-        for phrase, what in self._by_first.get(text.units[at], ()):
+    def _longest(self, text: SplitText, at: int, blocked: set[int]) -> PhraseMatch[T] | None:
+        for phrase, value in self._by_first.get(text.units[at], ()):
             end = at + len(phrase)
             if text.units[at:end] == phrase and text.boundary[end] and blocked.isdisjoint(range(at, end)):
-                return Found(at, end, what)
+                return PhraseMatch(at, end, value)
         return None

@@ -1,6 +1,8 @@
-"""clips.jsonl: one JSON object a line, read as a stream, with line numbers in every complaint.
+"""clips.jsonl and labels.jsonl: one JSON object per line, read as a stream, with the line number in every error.
 
-How to add a field: nothing to do here. Unknown fields travel through `label` unchanged and in order.
+`read_clips` gives the lines as they are; `read_source_clips` resolves them to files with captions, labels and regions.
+How to add a field: `lapwan label` copies unknown fields unchanged and in order, so nothing to do for that; a field that
+caching uses is read in `_source_clip`.
 """
 
 from __future__ import annotations
@@ -8,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lapwan.data.dropped_clips import DroppedClip
+from lapwan.data.frame_extraction import Extraction
 from lapwan.errors import UserError, nearest
 
 _SHOWN = 60  # characters of a broken line that an error shows
@@ -22,7 +26,7 @@ PATH_KEYS = (*MEDIA_KEYS, "mask_path")
 
 @dataclass(frozen=True)
 class Clip:
-    """A line of a clips file. `data` is the object as it stands there: every field, in order."""
+    """A line of a clips file. `data` is the JSON object: every field, in order."""
 
     line: int
     data: dict[str, Any]
@@ -35,10 +39,10 @@ class Clip:
 
 
 class ClipFile:
-    """Iterates over the clips of a JSONL file; `bytes_read` tells how far, for progress.
+    """Iterates over the clips of a JSONL file; `bytes_read` of `bytes_total` is the progress.
 
     Raises (while iterating):
-        UserError: broken JSON, a line that is no object, a missing or empty caption, each with its line number.
+        UserError: broken JSON, a line that is not an object, a missing or empty caption, each with its line number.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,8 +75,10 @@ class ClipFile:
             data = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
         except ValueError as error:
             # json's own "line 1" would be mistaken for the file's line
-            said = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            self._fail(number, f"broken JSON, {said}: {_short(text)}")
+            reason = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"{error.msg} at character {error.colno}"
+            self._fail(number, f"broken JSON, {reason}: {_short(text)}")
         except RecursionError:
             self._fail(number, f"broken JSON, nested too deep: {_short(text)}")
         if not isinstance(data, dict):
@@ -102,7 +108,7 @@ def read_clips(path: Path) -> ClipFile:
 
 
 def to_line(data: dict[str, Any]) -> str:
-    """One line of JSONL, keys in their order, Chinese as it is."""
+    """One line of JSONL, keys in their order, non-ASCII text unescaped."""
     line = json.dumps(data, ensure_ascii=False)
     try:
         line.encode("utf-8")
@@ -112,10 +118,10 @@ def to_line(data: dict[str, Any]) -> str:
 
 
 def resolve_video(path: str | Path, jsonl: Path) -> Path:
-    """The file a `video_path` means: absolute, else beside the JSONL file, else in the working directory.
+    """The file that a path in a JSONL refers to: absolute, else beside the JSONL, else in the working directory.
 
     Raises:
-        UserError: no such file (with the places tried), or two different files fit.
+        UserError: no such file (with the paths tried), or two different files match.
     """
     given = Path(path)
     if given.is_absolute():
@@ -123,19 +129,19 @@ def resolve_video(path: str | Path, jsonl: Path) -> Path:
             raise UserError(f"no such file: {given}")
         return given
     beside, here = jsonl.absolute().parent / given, Path.cwd() / given
-    found = [candidate for candidate in (beside, here) if candidate.exists()]
-    if not found:
-        places = f"{beside} and {here}" if beside != here else f"{beside}"
-        raise UserError(f"no such file: {given}; looked for {places}")
-    if len(found) == 2 and not beside.samefile(here):
+    existing = [candidate for candidate in (beside, here) if candidate.exists()]
+    if not existing:
+        tried = f"{beside} and {here}" if beside != here else f"{beside}"
+        raise UserError(f"no such file: {given}; looked for {tried}")
+    if len(existing) == 2 and not beside.samefile(here):
         raise UserError(f"'{given}' is ambiguous: both {beside} and {here} exist; write the absolute path")
-    return found[0]
+    return existing[0]
 
 
 def relocated(data: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
-    """The fields for a JSONL in folder `target`, from one in `source`: paths beside the old file still lead there.
+    """The fields of a line moved from a JSONL in folder `source` to one in `target`: its paths lead to the same files.
 
-    Only relative paths that exist beside the old file change; the order of the fields stays.
+    Only relative paths that exist beside the old file change; the order of the fields is kept.
     """
     out = dict(data)
     for key in PATH_KEYS:
@@ -164,3 +170,120 @@ def _short(text: str) -> str:
 def _kind(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+@dataclass(frozen=True)
+class SourceClip:
+    """A clip of a dataset, resolved to its file. `name` is for messages; `labels` are CachedItem's label fields."""
+
+    path: Path
+    name: str
+    caption: str
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    roi: tuple[Mapping[str, Any], ...] = ()
+    mask: Path | None = None
+    split: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class CacheSet:
+    """The clips that go into one cache folder."""
+
+    folder: Path
+    dataset: Path
+    extraction: Extraction
+    clips: tuple[SourceClip, ...]
+    drops: tuple[DroppedClip, ...] = ()
+    repeats: int = 1
+    taxonomy: str | None = None
+
+
+def read_source_clips(path: Path) -> tuple[tuple[SourceClip, ...], tuple[DroppedClip, ...], str | None]:
+    """(clips, clips without a file, the taxonomy's name if the lines have one) of a clips or labels JSONL.
+
+    Raises:
+        UserError: a broken line, a line without a media path, a field that Wan does not support, or no clips.
+    """
+    clips: list[SourceClip] = []
+    drops: list[DroppedClip] = []
+    taxonomy: str | None = None
+    for clip in read_clips(path):
+        name = f"{path.name}, line {clip.line}"
+        key = next((key for key in MEDIA_KEYS if key in clip.data), None)
+        media = clip.data.get(key) if key else None
+        if not isinstance(media, str) or not media:
+            raise UserError(f"{path}, line {clip.line}: no 'video_path' (or 'image_path') with a file name")
+        for unsupported in ("control_path", *(k for k in clip.data if k.startswith("control_path_"))):
+            if unsupported in clip.data:
+                raise UserError(f"{path}, line {clip.line}: '{unsupported}' (control images) is not supported for Wan")
+        try:
+            file = resolve_video(media, path)
+        except UserError as error:
+            drops.append(DroppedClip(name, str(error), Path(media).stem))
+            continue
+        named = clip.data.get("instrument_taxonomy")
+        taxonomy = taxonomy or (named if isinstance(named, str) else None)
+        clips.append(_source_clip(path, clip, file, f"{name} ({media})"))
+    if not clips and not drops:
+        raise UserError(f"{path} holds no clips")
+    return tuple(clips), tuple(drops), taxonomy
+
+
+def _source_clip(path: Path, clip: Clip, file: Path, name: str) -> SourceClip:
+    location, data = f"{path}, line {clip.line}", clip.data
+    roi, mask = data.get("roi") or [], data.get("mask_path")
+    if not isinstance(roi, list):
+        raise UserError(f"{location}: 'roi' must be a list of {{\"frame\": i, \"box\": [x0, y0, x1, y1]}}")
+    for entry in roi:
+        _check_box(location, entry)
+    source = SourceClip(
+        file, name, clip.caption, labels=label_fields(data, location), roi=tuple(roi),
+        split=_text(data.get("split")), source=_text(data.get("source")),
+    )
+    return replace(source, mask=resolve_video(str(mask), path)) if mask else source
+
+
+def label_fields(data: Mapping[str, Any], location: str) -> dict[str, Any]:
+    """The fields that `lapwan label` adds, under CachedItem's names.
+
+    Args:
+        location: file and line, for messages.
+
+    Raises:
+        UserError: weights that are not a distribution, or a label index beyond them.
+    """
+    fields: dict[str, Any] = {}
+    label, weights = data.get("instrument_label"), data.get("instrument_logits")
+    if label is not None:
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise UserError(f"{location}: instrument_label = {label!r} must be a whole number from 0 on")
+        fields["label"] = label
+    if weights is not None:
+        numbers = isinstance(weights, list) and all(isinstance(w, int | float) and w >= 0 for w in weights)
+        if not numbers or abs(sum(weights) - 1) > 1e-3:
+            raise UserError(f"{location}: instrument_logits = {weights!r} must be weights of at least 0 that sum to 1")
+        if label is not None and label >= len(weights):
+            raise UserError(f"{location}: instrument_label = {label}, but there are {len(weights)} instrument_logits")
+        fields["label_weights"] = tuple(float(w) for w in weights)
+    if (name := _text(data.get("instrument_name"))) is not None:
+        fields["label_name"] = name
+    if data.get("label_fallback") is True:
+        fields["fallback"] = True
+    return fields
+
+
+def _check_box(location: str, entry: Any) -> None:
+    box = entry.get("box") if isinstance(entry, dict) else None
+    frame = entry.get("frame") if isinstance(entry, dict) else None
+    good = (
+        isinstance(frame, int) and frame >= 0 and isinstance(box, list) and len(box) == 4
+        and all(isinstance(v, int | float) for v in box) and box[0] <= box[2] and box[1] <= box[3]
+    )
+    if not good:
+        raise UserError(f"{location}: roi entry {entry!r} must be {{\"frame\": i, \"box\": [x0, y0, x1, y1]}}, "
+                        "corners as fractions of width and height")
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None

@@ -1,32 +1,72 @@
-"""A dataset, in any form people have one, as the clips to cache.
+"""A dataset, from clips.jsonl, labels.jsonl or musubi-tuner's dataset.toml, as the clips to cache.
 
-How to add a form: a function that returns `CacheSet`s and a case in `read_dataset`.
+How to add a format: a function that returns `CacheSet`s (see `musubi_dataset.py`) and a case in `read_dataset`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from lapwan.data.buckets import Buckets
+from lapwan.data.clips import CacheSet, read_source_clips
+from lapwan.data.frame_extraction import Extraction
 from lapwan.data.musubi_dataset import read_musubi_dataset
-from lapwan.data.source_clips import CacheSet, Extraction, read_jsonl
 from lapwan.errors import UserError
+from lapwan.models.spec import ModelSpec, check_frames, check_size
+from lapwan.settings.cache import CacheSettings
+
+# Settings that a musubi dataset file gives for itself.
+_IN_DATASET_FILE = (
+    "size", "num_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps", "buckets",
+    "bucket_no_upscale",
+)
+
+
+def extraction_from_settings(settings: CacheSettings, spec: ModelSpec) -> Extraction:
+    """The sizes and frames to take of each clip; both default to the model's.
+
+    Raises:
+        UserError: frames not 4N+1, a size the model does not take, or one of these settings with a dataset file.
+    """
+    if settings.dataset is not None and _is_musubi(settings.dataset):
+        changed = [name for name in _IN_DATASET_FILE
+                   if getattr(settings, name) != CacheSettings.model_fields[name].default]
+        if changed:
+            raise UserError(f"{', '.join(changed)}: not allowed with a dataset file; set it in {settings.dataset} "
+                            "(resolution, target_frames, frame_extraction, ...)")
+    height, width = settings.size or spec.defaults.size
+    check_size(height, width, spec.pixel_multiple)
+    frames = settings.num_frames or (spec.defaults.num_frames,)
+    for count in frames:
+        check_frames(count, spec.temporal_stride)
+    return Extraction(
+        Buckets((width, height), settings.buckets, settings.bucket_no_upscale, spec.pixel_multiple), frames,
+        settings.frame_extraction, settings.frame_stride, settings.frame_sample, settings.max_frames,
+        settings.source_fps,
+    )
 
 
 def read_dataset(path: Path, folder: Path | None, extraction: Extraction, stride: int = 4) -> list[CacheSet]:
-    """The clips of a JSONL file, cut by `extraction`, or of musubi's dataset file, which says itself how to cut.
+    """The clips of a dataset, one CacheSet for each cache folder.
 
     Args:
-        stride: pixel frames of a latent frame.
+        folder: the cache folder; a musubi dataset file may name its own instead.
+        extraction: sizes and frames for a JSONL file; a musubi dataset file gives its own.
+        stride: pixel frames per latent frame.
 
     Raises:
-        UserError: the file cannot be read or is wrong; missing videos are `drops`, not errors.
+        UserError: the file cannot be read or is wrong. Clips whose video is missing are `drops`, not errors.
     """
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"dataset {path}: {kind}; expected clips.jsonl, labels.jsonl or a dataset.toml")
-    if path.suffix.lower() in (".toml", ".json"):
+    if _is_musubi(path):
         return read_musubi_dataset(path, folder, extraction.buckets.step, stride)
     if folder is None:
         raise UserError("a clips file needs a folder for its cache; add --output DIR")
-    clips, drops, taxonomy = read_jsonl(path)
+    clips, drops, taxonomy = read_source_clips(path)
     return [CacheSet(folder, path, extraction, clips, drops, taxonomy=taxonomy)]
+
+
+def _is_musubi(path: Path) -> bool:
+    return path.suffix.lower() in (".toml", ".json")

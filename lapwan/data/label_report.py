@@ -1,4 +1,7 @@
-"""Counts over a labelled set, and what they mean for training a mixture on it. Memory does not grow with the clips."""
+"""The report of `lapwan label`: counts over a labelled set, warnings and advice for training a mixture on it.
+
+Memory does not grow with the number of clips.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from typing import Any
 from lapwan.data.labels import Label
 from lapwan.data.taxonomy import Taxonomy
 
-# Shares of usage that users call unhealthy for four families are 5 % and 70 %; scaled by 1/E for E families.
+# A family is rare below 5 % and dominant above 70 % for four families; both scale with 1/E for E families.
 RARE_SHARE, DOMINANT_SHARE = 0.2, 2.8
-IMBALANCE = 5.0  # largest family over smallest, from which the report warns
+IMBALANCE = 5.0  # largest family over smallest; above this the report warns
 FALLBACK_SHARE = 0.1
-SMALLEST_FAMILY = 20  # clips below which an expert has too little to learn from, whatever the balance
-_MAX_REPEAT = 10.0  # a clip drawn more than ten times as often as its share is memorised rather than learned
+SMALLEST_FAMILY = 20  # clips; below this an expert has too little to learn from, whatever the balance
+_MAX_REPEAT = 10.0  # a clip drawn more than ten times its share is memorised
 _EXAMPLES = 10
 
 
@@ -64,7 +67,7 @@ class LabelReport:
 
     @property
     def sampling_weights(self) -> dict[str, float]:
-        """How often to draw a clip of each family, relative to drawing all alike, so that families are drawn evenly.
+        """Relative frequency of drawing a clip of each family, so that families are drawn evenly.
 
         clips / (E · n_f), at most 10; 0 for a family without clips. Over all clips the mean is 1 unless capped.
         """
@@ -75,48 +78,49 @@ class LabelReport:
         }
 
     def warnings(self) -> list[str]:
-        """What is wrong with the set, each with its figure."""
+        """Problems of the set, each with its figure."""
         if not self.clips:
             return []
-        found = []
+        messages = []
         n = len(self.counts)
         for name, count in zip(self.names, self.counts, strict=True):
             share = count / self.clips
             if count == 0:
-                found.append(f"{name}: no clip; its expert would learn nothing")
+                messages.append(f"{name}: no clip; its expert would learn nothing")
             elif share < RARE_SHARE / n:
-                found.append(f"{name}: only {count} of {self.clips} clips ({share:.1%}, below {RARE_SHARE / n:.1%})")
+                messages.append(f"{name}: only {count} of {self.clips} clips ({share:.1%}, below {RARE_SHARE / n:.1%})")
             elif share > min(DOMINANT_SHARE / n, 0.95):
-                found.append(f"{name}: {share:.0%} of the clips (above {min(DOMINANT_SHARE / n, 0.95):.0%}); "
-                             "routing tends to collapse onto it")
+                messages.append(f"{name}: {share:.0%} of the clips (above {min(DOMINANT_SHARE / n, 0.95):.0%}); "
+                                "routing tends to collapse onto it")
         if self.imbalance is not None and self.imbalance > IMBALANCE:
-            found.append(f"imbalance {self.imbalance:.1f}: the largest family has that many times the smallest's clips")
+            messages.append(f"imbalance {self.imbalance:.1f}: the largest family has that many times the smallest's "
+                            "clips")
         if self.fallback > FALLBACK_SHARE * self.clips:
-            found.append(f"{self.fallback} of {self.clips} captions ({self.fallback / self.clips:.0%}) name no "
-                         "instrument and fall back; they teach the router nothing")
-        return found
+            messages.append(f"{self.fallback} of {self.clips} captions ({self.fallback / self.clips:.0%}) name no "
+                            "instrument and fall back; they teach the router nothing")
+        return messages
 
     def advice(self) -> list[str]:
         """What to do about it."""
         if not self.clips:
             return []
         n = len(self.counts)
-        found = []
-        wanted = max(SMALLEST_FAMILY, round(max(self.counts) / IMBALANCE))
+        messages = []
+        target = max(SMALLEST_FAMILY, round(max(self.counts) / IMBALANCE))
         for name, count in zip(self.names, self.counts, strict=True):
-            if count < wanted and (count < SMALLEST_FAMILY or count * IMBALANCE < max(self.counts)):
-                found.append(f"add about {wanted - count} clips of {name} (has {count}, aim for {wanted})")
+            if count < target and (count < SMALLEST_FAMILY or count * IMBALANCE < max(self.counts)):
+                messages.append(f"add about {target - count} clips of {name} (has {count}, aim for {target})")
         if min(self.counts) > 0 and max(self.counts) * n > 1.5 * self.clips:
             weights = ", ".join(f"{family.key}={weight:g}" for family, weight in
                                 zip(self.taxonomy.families, self.sampling_weights.values(), strict=True))
-            found.append(f"sample families evenly: weights {weights}")
+            messages.append(f"sample families evenly: weights {weights}")
         if self.fallback:
-            found.append("name the instrument in the captions listed as unmatched, or add their words to a taxonomy "
-                         "file of your own (--taxonomy my.toml)")
-        return found
+            messages.append("name the instrument in the captions listed as unmatched, or add their words to a taxonomy "
+                            "file of your own (--taxonomy my.toml)")
+        return messages
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON report; the first five keys are what scripts rely on."""
+        """The JSON report; scripts rely on the first five keys."""
         names = self.names
         return {
             "clips": self.clips,

@@ -1,59 +1,29 @@
-"""Chinese word boundaries, so that 呼吸 is no mention of 吸: jieba with a user dictionary made from a taxonomy."""
+"""The instrument label of a caption: which families it names, with weights, by the words of a taxonomy.
+
+The rule: find keywords (longest match on word boundaries, `caption_text.py`), leave out those that are denied
+(`negation.py`) and those of `ignore`. Only if no keyword counts, actions count instead; without either, the label is
+the taxonomy's default family, as a fallback. A mention weighs length^1.5; a family's weight is its share of the sum.
+"""
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
-from lapwan.data.caption_text import PIECE, Found, Matcher, SplitText, is_han, normalise, stem, units, weight_length
+from lapwan.data.caption_text import (
+    ChineseSegmenter,
+    PhraseMatch,
+    PhraseMatcher,
+    SplitText,
+    is_han,
+    units,
+    weight_length,
+)
 from lapwan.data.negation import negated
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError, nearest
-
-# Word frequencies for phrases of the taxonomy, against jieba's total of 6e7. High enough that the phrase is preferred
-# to its own parts, low enough that a common word across its edge wins: 呼吸|引起 has no 吸引.
-_FREQUENCY = {2: 20_000}
-_FREQUENCY_LONG = 200_000
-
-
-class Segmenter:
-    """jieba's maximum-probability segmentation with `phrases` as words; private, so it changes no global state."""
-
-    def __init__(self, phrases: Iterable[str]) -> None:
-        frequencies, total = _dictionary()
-        import jieba  # after _dictionary, which silences it
-
-        self._jieba = jieba.Tokenizer()
-        self._jieba.FREQ, self._jieba.total = frequencies.copy(), total
-        self._jieba.initialized = True
-        for phrase in phrases:
-            if len(phrase) > 1:  # a single character keeps its own frequency, or it would split common words
-                wanted = _FREQUENCY.get(len(phrase), _FREQUENCY_LONG)
-                self._jieba.add_word(phrase, max(wanted, frequencies.get(phrase, 0)))
-
-    def words(self, text: str) -> list[str]:
-        """Consecutive words of a run of Chinese characters."""
-        # HMM off: it invents words from single characters and could swallow a keyword
-        words: list[str] = self._jieba.lcut(text, HMM=False)
-        return words
-
-
-@lru_cache(maxsize=1)
-def _dictionary() -> tuple[dict[str, int], int]:
-    # Read straight from the package: jieba's own cache in a world-writable temporary folder is no faster, and trusted
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import jieba
-    jieba.setLogLevel(logging.WARNING)
-    tokenizer = jieba.Tokenizer()
-    pair: tuple[dict[str, Any], int] = tokenizer.gen_pfdict(tokenizer.get_dict_file())
-    return pair
 
 LENGTH_POWER = 1.5
 _MIX_PUNCTUATION = str.maketrans("，；：＝", ",;:=")
@@ -61,7 +31,7 @@ _MIX_PUNCTUATION = str.maketrans("，；：＝", ",;:=")
 
 @dataclass(frozen=True)
 class Mention:
-    """A phrase of the taxonomy found in a text. `start` and `end` count units of the normalised text."""
+    """An occurrence of a taxonomy's phrase in a text. `start` and `end` count units of the normalised text."""
 
     phrase: str
     family: int
@@ -74,10 +44,10 @@ class Mention:
 
 @dataclass(frozen=True)
 class Label:
-    """What a caption says: `weights` in taxonomy order, sum 1; `index` and `name` of the main family.
+    """The label of a caption: `weights` in taxonomy order, sum 1; `index` and `name` of the main family.
 
-    `fallback`: nothing in the caption counted, the label is the taxonomy's default family. `mentions`: the evidence,
-    negated mentions included.
+    `fallback`: no mention counted, the label is the taxonomy's default family. `mentions`: the evidence, negated
+    mentions included.
     """
 
     weights: tuple[float, ...]
@@ -95,45 +65,32 @@ class _Phrase:
     action: bool
 
 
-class Resolver:
-    """Labels captions by one taxonomy. Building one loads jieba's dictionary (half a second, once a process)."""
+class CaptionLabeller:
+    """Labels captions by one taxonomy. The first one loads jieba's dictionary (half a second, once per process)."""
 
     def __init__(self, taxonomy: Taxonomy) -> None:
         self.taxonomy = taxonomy
         keywords = [_phrase(k, i) for i, family in enumerate(taxonomy.families) for k in family.keywords]
         keywords += [_phrase(word, -1) for word in taxonomy.ignore]
         actions = [_phrase(a, i, action=True) for i, family in enumerate(taxonomy.families) for a in family.actions]
-        self._keywords, self._actions = Matcher(keywords), Matcher(actions)
-        self._segmenter = Segmenter("".join(p) for p, _ in (*keywords, *actions) if all(map(is_han, p)))
+        self._keywords, self._actions = PhraseMatcher(keywords), PhraseMatcher(actions)
+        self._segmenter = ChineseSegmenter("".join(p) for p, _ in (*keywords, *actions) if all(map(is_han, p)))
 
     def label(self, caption: str) -> Label:
         """The label of a caption or prompt; see the module for the rule."""
-        text = self._split(caption)
-        matches = self._keywords.find(text)
-        found = [f for f in matches if f.what.family >= 0]
-        mentions = _judged(text, found)
+        text = self._segmenter.split(caption)
+        keywords = self._keywords.find(text)
+        matches = [match for match in keywords if match.value.family >= 0]
+        mentions = _mentions(text, matches)
         counted = [m for m in mentions if not m.negated]
         if not counted:
-            found += self._actions.find(text, [(f.start, f.end) for f in matches])
+            matches += self._actions.find(text, [(match.start, match.end) for match in keywords])
             denied = {m.family for m in mentions}
-            mentions = _judged(text, sorted(found, key=lambda f: f.start))
+            mentions = _mentions(text, sorted(matches, key=lambda match: match.start))
             counted = [m for m in mentions if m.action and not m.negated and m.family not in denied]
-        return self._conclude(counted, tuple(mentions))
+        return self._to_label(counted, tuple(mentions))
 
-    def _split(self, caption: str) -> SplitText:
-        text: list[str] = []
-        boundary: list[bool] = []
-        for match in PIECE.finditer(normalise(caption)):
-            if match.lastgroup == "han":
-                for word in self._segmenter.words(match[0]):
-                    text += word
-                    boundary += [True, *[False] * (len(word) - 1)]
-            else:
-                text.append(stem(match[0]) if match.lastgroup == "word" else match[0])
-                boundary.append(True)
-        return SplitText(tuple(text), (*boundary, True))
-
-    def _conclude(self, counted: list[Mention], mentions: tuple[Mention, ...]) -> Label:
+    def _to_label(self, counted: list[Mention], mentions: tuple[Mention, ...]) -> Label:
         families = self.taxonomy.families
         default = self.taxonomy.default
         if not counted:
@@ -142,17 +99,17 @@ class Resolver:
         scores = [math.fsum(m.weight for m in counted if m.family == i) for i in range(len(families))]
         total = math.fsum(scores)
         first = {i: next((m.start for m in counted if m.family == i), math.inf) for i in range(len(families))}
-        # A tie goes to a specific instrument before the catch-all default, then to the one mentioned first
+        # A tie goes to a specific instrument before the catch-all default, then to the family mentioned first
         index = min(range(len(families)), key=lambda i: (-round(scores[i], 9), i == default, first[i]))
         return Label(tuple(s / total for s in scores), index, families[index].name, False, mentions)
 
 
 def label_caption(caption: str, taxonomy: Taxonomy) -> Label:
-    """The label of one caption or prompt; keep a `Resolver` for many with one taxonomy, it is the same code."""
-    return _resolver(taxonomy).label(caption)
+    """The label of one caption or prompt, by `CaptionLabeller`; for many captions, keep one of those."""
+    return _labeller(taxonomy).label(caption)
 
 
-def rounded(weights: tuple[float, ...], digits: int = 3) -> list[float]:
+def round_weights(weights: tuple[float, ...], digits: int = 3) -> list[float]:
     """Weights with `digits` decimals that still sum to 1: the largest remainders are rounded up."""
     scale = 10**digits
     floors = [math.floor(weight * scale + 1e-9) for weight in weights]
@@ -170,7 +127,7 @@ def resolve_hint(text: str, taxonomy: Taxonomy) -> tuple[float, ...]:
     of a mix are divided by their sum.
 
     Raises:
-        UserError: a name without a family, a weight that is no number >= 0, a mix that sums to 0.
+        UserError: a name without a family, a weight that is not a number >= 0, a mix that sums to 0.
     """
     if (index := _hint_names(taxonomy).get(units(text))) is not None:
         return _one_hot(index, taxonomy)
@@ -227,15 +184,15 @@ def _hint_names(taxonomy: Taxonomy) -> dict[tuple[str, ...], int]:
 
 
 @lru_cache(maxsize=4)  # each holds a dictionary of some 40 MB
-def _resolver(taxonomy: Taxonomy) -> Resolver:
-    return Resolver(taxonomy)
+def _labeller(taxonomy: Taxonomy) -> CaptionLabeller:
+    return CaptionLabeller(taxonomy)
 
 
-def _judged(text: SplitText, found: list[Found[_Phrase]]) -> list[Mention]:
-    denied = negated(text, [Found(f.start, f.end, f.what.family) for f in found])
+def _mentions(text: SplitText, matches: list[PhraseMatch[_Phrase]]) -> list[Mention]:
+    denied = negated(text, [PhraseMatch(match.start, match.end, match.value.family) for match in matches])
     return [
-        Mention(f.what.text, f.what.family, f.start, f.end, f.what.weight, f.what.action, no)
-        for f, no in zip(found, denied, strict=True)
+        Mention(m.value.text, m.value.family, m.start, m.end, m.value.weight, m.value.action, is_negated)
+        for m, is_negated in zip(matches, denied, strict=True)
     ]
 
 

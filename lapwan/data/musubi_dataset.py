@@ -1,6 +1,9 @@
-"""musubi-tuner's dataset file, as it is: `[general]` and `[[datasets]]`, TOML or JSON.
+"""musubi-tuner's dataset file, unchanged: `[general]` and `[[datasets]]`, TOML or JSON.
 
-Fallback of the shared keys: dataset, then general, then default. Source: musubi-tuner's dataset documentation.
+`SharedKeys` and `DatasetEntry` are its keys; `read_musubi_dataset` gives the clips to cache. Fallback of the shared
+keys: dataset, then general, then default. Source: musubi-tuner's dataset documentation.
+
+How to add a key: a field of `DatasetEntry`, or of `SharedKeys` if `[general]` may give it too.
 """
 
 from __future__ import annotations
@@ -8,13 +11,15 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lapwan import console
-from lapwan.data.buckets import Buckets, round_frames
-from lapwan.data.source_clips import CacheSet, Drop, Extraction, SourceClip, read_jsonl
+from lapwan.data.buckets import Buckets
+from lapwan.data.clips import CacheSet, SourceClip, read_source_clips
+from lapwan.data.dropped_clips import DroppedClip
+from lapwan.data.frame_extraction import Extraction, FrameExtraction, round_frames
 from lapwan.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from lapwan.errors import UserError, nearest
 from lapwan.settings.base import Settings
@@ -36,7 +41,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class SharedKeys(Settings):
-    """The six keys that `[general]` may give for all datasets. `resolution` is (width, height)."""
+    """The keys that `[general]` may give for all datasets. `resolution` is (width, height)."""
 
     resolution: tuple[Positive, Positive] = (960, 544)
     caption_extension: str | None = None
@@ -60,7 +65,7 @@ class DatasetEntry(SharedKeys):
     video_jsonl_file: Path | None = None
     cache_directory: Path | None = None
     target_frames: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1,)
-    frame_extraction: Literal["head", "chunk", "slide", "uniform", "full"] = "head"
+    frame_extraction: FrameExtraction = "head"
     frame_stride: Positive = 1
     frame_sample: Positive = 1
     max_frames: Positive = 129
@@ -70,8 +75,7 @@ class DatasetEntry(SharedKeys):
     def _one_source(self) -> DatasetEntry:
         given = [key for key in SOURCES if getattr(self, key) is not None]
         if len(given) != 1:
-            said = " and ".join(given) if given else "none"
-            raise ValueError(f"needs exactly one of {', '.join(SOURCES)}; found {said}")
+            raise ValueError(f"needs exactly one of {', '.join(SOURCES)}; found {' and '.join(given) or 'none'}")
         if given[0].startswith("image"):
             video_only = [key for key in _VIDEO_KEYS if key in self.model_fields_set]
             if video_only:
@@ -89,7 +93,7 @@ def read_entries(path: Path) -> list[DatasetEntry]:
     """The datasets of a file, with `[general]` filled in.
 
     Raises:
-        UserError: all problems at once, each with its place and value.
+        UserError: all problems at once, each with its key and value.
     """
     tree = _parse(path)
     general, entries = tree.pop("general", {}), tree.pop("datasets", None)
@@ -101,18 +105,17 @@ def read_entries(path: Path) -> list[DatasetEntry]:
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         problems.append("no [[datasets]]")
         entries = []
-    _, bad = _validated(SharedKeys, general, "general")
-    problems += bad
-    found: list[DatasetEntry] = []
+    problems += _validated(SharedKeys, general, "general")[1]
+    valid: list[DatasetEntry] = []
     for number, entry in enumerate(entries):
-        model, bad = _validated(DatasetEntry, general | entry if not problems else entry, f"datasets[{number}]")
-        problems += bad
+        model, wrong = _validated(DatasetEntry, general | entry if not problems else entry, f"datasets[{number}]")
+        problems += wrong
         if isinstance(model, DatasetEntry):
-            found.append(model)
+            valid.append(model)
     if problems:
         raise UserError(f"{path}: {problems[0]}" if len(problems) == 1 else
                         f"{path}: {len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
-    return found
+    return valid
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -128,8 +131,8 @@ def _parse(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _validated(model: type[SharedKeys], data: dict[str, Any], place: str) -> tuple[SharedKeys | None, list[str]]:
-    problems = [f"{place}.{key}: {UNSUPPORTED[key]} are not supported for Wan; remove the key"
+def _validated(model: type[SharedKeys], data: dict[str, Any], table: str) -> tuple[SharedKeys | None, list[str]]:
+    problems = [f"{table}.{key}: {UNSUPPORTED[key]} are not supported for Wan; remove the key"
                 for key in data if key in UNSUPPORTED]
     rest = {key: value for key, value in data.items() if key not in UNSUPPORTED}
     try:
@@ -137,53 +140,55 @@ def _validated(model: type[SharedKeys], data: dict[str, Any], place: str) -> tup
     except ValidationError as error:
         for item in error.errors():
             key = str(item["loc"][0]) if item["loc"] else ""
-            said = item["msg"].removeprefix("Value error, ")
+            message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
-                only = "" if key not in DatasetEntry.model_fields else f"; it belongs into [[datasets]], not [{place}]"
+                only = "" if key not in DatasetEntry.model_fields else f"; it belongs into [[datasets]], not [{table}]"
                 guess = nearest(key, model.model_fields) or only or f"; known: {', '.join(model.model_fields)}"
-                problems.append(f"{place}: unknown key '{key}'{only or guess}")
+                problems.append(f"{table}: unknown key '{key}'{only or guess}")
             elif key:
-                problems.append(f"{place}.{key} = {rest.get(key)!r}: {said[0].lower() + said[1:]}")
+                problems.append(f"{table}.{key} = {rest.get(key)!r}: {message[0].lower() + message[1:]}")
             else:
-                problems.append(f"{place}: {said}")
+                problems.append(f"{table}: {message}")
         return None, problems
 
+
 def read_musubi_dataset(path: Path, output: Path | None, step: int, stride: int) -> list[CacheSet]:
-    """One CacheSet a dataset.
+    """One CacheSet per dataset.
 
     Args:
-        output: where the cache of a dataset without `cache_directory` goes; several get numbered folders in it.
-        step: the size step of buckets; stride: frames of a latent frame.
+        output: the cache folder of a dataset without `cache_directory`; several get numbered folders in it.
+        step: the size step of buckets, in pixels.
+        stride: pixel frames per latent frame.
 
     Raises:
         UserError: a wrong file, a missing folder, or two datasets with one cache folder.
     """
     entries = read_entries(path)
-    homeless = sum(entry.cache_directory is None for entry in entries)
-    found: list[CacheSet] = []
+    without_folder = sum(entry.cache_directory is None for entry in entries)
+    sets: list[CacheSet] = []
     for number, entry in enumerate(entries):
-        place = f"{path}, datasets[{number}]"
-        clips, drops, taxonomy = _clips(entry, path, place)
-        folder = _cache_folder(entry, path, output, number if homeless > 1 else None, place)
-        same = next((at for at, other in enumerate(found) if other.folder.absolute() == folder.absolute()), None)
+        location = f"{path}, datasets[{number}]"
+        clips, drops, taxonomy = _clips(entry, path, location)
+        folder = _cache_folder(entry, path, output, number if without_folder > 1 else None, location)
+        same = next((at for at, other in enumerate(sets) if other.folder.absolute() == folder.absolute()), None)
         if same is not None:
-            raise UserError(f"{place}: cache folder {folder} is that of datasets[{same}] too; give each its own")
-        found.append(CacheSet(folder, path, _extraction(entry, step, stride, place), clips, drops, entry.num_repeats,
-                              taxonomy))
+            raise UserError(f"{location}: cache folder {folder} is that of datasets[{same}] too; give each its own")
+        sets.append(CacheSet(folder, path, _extraction(entry, step, stride, location), clips, drops, entry.num_repeats,
+                             taxonomy))
     if any(entry.batch_size > 1 for entry in entries):
         console.log(f"{path}: batch_size is for training; set it in the training settings")
-    return found
+    return sets
 
 
-def _extraction(entry: DatasetEntry, step: int, stride: int, place: str) -> Extraction:
+def _extraction(entry: DatasetEntry, step: int, stride: int, location: str) -> Extraction:
     width, height = entry.resolution
     if not entry.enable_bucket and (width % step or height % step):
         near = [max(step, round(side / step) * step) for side in entry.resolution]
-        raise UserError(f"{place}: resolution [{width}, {height}] ([width, height]): both must be multiples of {step}; "
-                        f"try {near}, or enable_bucket")
+        raise UserError(f"{location}: resolution [{width}, {height}] ([width, height]): both must be multiples of "
+                        f"{step}; try {near}, or enable_bucket")
     rounded = tuple(sorted({round_frames(frames, stride) for frames in entry.target_frames}))
     if rounded != tuple(sorted(set(entry.target_frames))):
-        console.warn(f"{place}: target_frames {list(entry.target_frames)} are rounded down to {list(rounded)} "
+        console.warn(f"{location}: target_frames {list(entry.target_frames)} are rounded down to {list(rounded)} "
                      f"({stride}N+1)")
     return Extraction(Buckets(entry.resolution, entry.enable_bucket, entry.bucket_no_upscale, step), rounded,
                       entry.frame_extraction, entry.frame_stride, entry.frame_sample, entry.max_frames,
@@ -191,19 +196,19 @@ def _extraction(entry: DatasetEntry, step: int, stride: int, place: str) -> Extr
 
 
 def _clips(
-    entry: DatasetEntry, path: Path, place: str
-) -> tuple[tuple[SourceClip, ...], tuple[Drop, ...], str | None]:
+    entry: DatasetEntry, path: Path, location: str
+) -> tuple[tuple[SourceClip, ...], tuple[DroppedClip, ...], str | None]:
     key = next(key for key in SOURCES if getattr(entry, key) is not None)
-    source = _existing(getattr(entry, key), path, f"{place}.{key}")
+    source = _existing(getattr(entry, key), path, f"{location}.{key}")
     if key.endswith("jsonl_file"):
         if not source.is_file():
-            raise UserError(f"{place}.{key}: {source} is no file")
-        return read_jsonl(source)
+            raise UserError(f"{location}.{key}: {source} is not a file")
+        return read_source_clips(source)
     if not source.is_dir():
-        raise UserError(f"{place}.{key}: {source} is no folder")
+        raise UserError(f"{location}.{key}: {source} is not a folder")
     suffixes = IMAGE_SUFFIXES if key.startswith("image") else VIDEO_SUFFIXES
     clips: list[SourceClip] = []
-    drops: list[Drop] = []
+    drops: list[DroppedClip] = []
     for file in sorted(source.iterdir()):
         if file.suffix.lower() not in suffixes or not file.is_file():
             continue
@@ -213,31 +218,31 @@ def _clips(
             clips.append(SourceClip(file, str(file), text))
         else:
             reason = f"empty caption {caption.name}" if text == "" else f"no caption file {caption.name}"
-            drops.append(Drop(str(file), reason, file.stem))
+            drops.append(DroppedClip(str(file), reason, file.stem))
     if not clips and not drops:
-        raise UserError(f"{place}.{key}: {source} holds none of {', '.join(sorted(suffixes))}")
+        raise UserError(f"{location}.{key}: {source} holds none of {', '.join(sorted(suffixes))}")
     return tuple(clips), tuple(drops), None
 
 
-def _cache_folder(entry: DatasetEntry, path: Path, output: Path | None, number: int | None, place: str) -> Path:
+def _cache_folder(entry: DatasetEntry, path: Path, output: Path | None, number: int | None, location: str) -> Path:
     if entry.cache_directory is not None:
         beside = path.absolute().parent / entry.cache_directory
         return beside if beside.is_dir() and not entry.cache_directory.is_dir() else entry.cache_directory
     if output is not None:
         return output if number is None else output / f"{number}"
-    own = entry.video_directory or entry.image_directory
-    if own is None:
-        raise UserError(f"{place}: a JSONL dataset needs cache_directory (or --output DIR)")
-    return _existing(own, path, place)
+    media = entry.video_directory or entry.image_directory
+    if media is None:
+        raise UserError(f"{location}: a JSONL dataset needs cache_directory (or --output DIR)")
+    return _existing(media, path, location)
 
 
-def _existing(given: Path, path: Path, place: str) -> Path:
-    """Beside the dataset file, else in the working directory, as musubi reads it."""
+def _existing(given: Path, path: Path, location: str) -> Path:
+    """A path beside the dataset file, else in the working directory, where musubi-tuner looks."""
     beside = path.absolute().parent / given
-    found = [candidate for candidate in dict.fromkeys((beside, Path.cwd() / given)) if candidate.exists()]
-    if not found:
-        raise UserError(f"{place}: no such path: {given}; looked beside {path.name} and in the working directory")
-    if len(found) == 2 and not found[0].samefile(found[1]):
-        raise UserError(f"{place}: '{given}' is ambiguous: both {found[0]} and {found[1]} exist; "
+    existing = [candidate for candidate in dict.fromkeys((beside, Path.cwd() / given)) if candidate.exists()]
+    if not existing:
+        raise UserError(f"{location}: no such path: {given}; looked beside {path.name} and in the working directory")
+    if len(existing) == 2 and not existing[0].samefile(existing[1]):
+        raise UserError(f"{location}: '{given}' is ambiguous: both {existing[0]} and {existing[1]} exist; "
                         "write the absolute path")
-    return found[0]
+    return existing[0]

@@ -1,10 +1,11 @@
-"""Prompts to align on, in the forms people have them, and the split into trained and held-out ones.
+"""Prompts for alignment, from several file formats, and the split into training and held-out prompts.
 
     captions.json   [{"caption": "..."}, ...], or a list of strings
     prompts.yaml    prompts: ["...", ...], or a list of strings
     clips.jsonl     one object a line with a "caption"
-    anything else   text, one prompt a line
-How to add a form: a case in `read_prompts`.
+    anything else   text, one prompt per line
+
+How to add a format: a case in `read_prompts`.
 """
 
 from __future__ import annotations
@@ -15,27 +16,27 @@ from pathlib import Path
 from typing import Any
 
 from lapwan import rng
-from lapwan.data.caption_text import PIECE
+from lapwan.data.caption_text import TOKEN
 from lapwan.data.clips import read_clips
 from lapwan.errors import UserError
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file in its order, each once; white space around them goes.
+    """The distinct prompts of a file, in its order and stripped of white space.
 
     Raises:
-        UserError: not readable, of another form, or without a single prompt.
+        UserError: the file cannot be read, has another form, or holds no prompt.
     """
     match path.suffix.lower():
         case ".jsonl":
-            found: Iterable[str] = [clip.caption for clip in read_clips(path)]
+            lines: Iterable[str] = [clip.caption for clip in read_clips(path)]
         case ".json":
-            found = _captions(_json(path), path, "a list of objects with a \"caption\", or of strings")
+            lines = _captions(_json(path), path, "a list of objects with a \"caption\", or of strings")
         case ".yaml" | ".yml":
-            found = _captions(_yaml(path), path, "`prompts:` with a list, or a list")
+            lines = _captions(_yaml(path), path, "`prompts:` with a list, or a list")
         case _:
-            found = _text(path).splitlines()
-    prompts = list(dict.fromkeys(text for one in found if (text := one.strip())))
+            lines = _text(path).splitlines()
+    prompts = list(dict.fromkeys(text for line in lines if (text := line.strip())))
     if not prompts:
         raise UserError(f"{path} holds no prompt")
     return prompts
@@ -63,24 +64,24 @@ def _yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(_text(path))
     except yaml.YAMLError as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"{path} is not valid YAML: {said}") from None
+        message = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {message}") from None
 
 
-def _captions(value: Any, path: Path, wanted: str) -> list[str]:
+def _captions(value: Any, path: Path, expected: str) -> list[str]:
     rows = value.get("prompts", value.get("captions")) if isinstance(value, dict) else value
     if not isinstance(rows, list):
-        raise UserError(f"{path}: expected {wanted}")
+        raise UserError(f"{path}: expected {expected}")
     texts: list[Any] = [row.get("caption", row.get("prompt")) if isinstance(row, dict) else row for row in rows]
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise UserError(f"{path}: entry {number} is {json.dumps(rows[number - 1], ensure_ascii=False)[:60]}; "
-                            f"expected {wanted}")
+                            f"expected {expected}")
     return texts
 
 
 def held_out(prompts: Sequence[str], count: int, seed: int) -> set[str]:
-    """`count` of the prompts, chosen by seed and text: other prompts in the file do not change a prompt's lot.
+    """`count` of the prompts, chosen by seed and text, so that the rank of a prompt does not depend on the others.
 
     Raises:
         UserError: nothing would be left to train on.
@@ -92,6 +93,6 @@ def held_out(prompts: Sequence[str], count: int, seed: int) -> set[str]:
     return set(sorted(distinct, key=lambda text: (rng.seed_of(seed, "held out", text), text))[:count])
 
 
-def holds_chinese(prompts: Iterable[str]) -> int:
-    """How many of the prompts hold Chinese (Japanese, Korean) characters."""
-    return sum(any(match.lastgroup == "han" for match in PIECE.finditer(prompt)) for prompt in prompts)
+def count_chinese(prompts: Iterable[str]) -> int:
+    """The number of prompts with Chinese (Japanese, Korean) characters."""
+    return sum(any(match.lastgroup == "han" for match in TOKEN.finditer(prompt)) for prompt in prompts)

@@ -25,10 +25,10 @@ _KEY = re.compile(r"[a-z][a-z0-9_]*")
 
 @dataclass(frozen=True)
 class Family:
-    """One instrument family, which one expert learns.
+    """An instrument family, which one expert learns.
 
     `keywords` always count as evidence; `actions` only in a caption where no keyword counted; `aliases` and names are
-    understood as hints but are no evidence in a caption (`other` is a word of everyday prose).
+    understood as hints but are not evidence in a caption (`other` is a word of everyday prose).
     """
 
     key: str
@@ -46,14 +46,14 @@ class Family:
 
     @property
     def hints(self) -> tuple[str, ...]:
-        """Every spelling that means exactly this family."""
+        """Every name that means exactly this family."""
         return (self.key, *self.names, *self.names_zh, *self.aliases)
 
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """Families in order; `default` is the index for captions without any evidence; `ignore` are phrases that contain a
-    keyword's characters and mean something else (钩突, 呼吸)."""
+    """Families in order; `default` is the family's index for captions without any evidence; `ignore` are phrases that
+    contain a keyword's characters and mean something else (钩突, 呼吸)."""
 
     name: str
     families: tuple[Family, ...]
@@ -63,7 +63,7 @@ class Taxonomy:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The families' slugs in order."""
+        """The families' keys in order."""
         return tuple(family.key for family in self.families)
 
     @cached_property
@@ -77,7 +77,7 @@ class Taxonomy:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        """The taxonomy as its TOML says it: what a mixture file embeds, and `from_dict` reads."""
+        """The taxonomy as in its TOML file: what a mixture file embeds, and `from_dict` reads."""
         return {
             "name": self.name,
             "description": self.description,
@@ -90,13 +90,13 @@ class Taxonomy:
         }
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any], place: str = "taxonomy") -> Taxonomy:
+    def from_dict(data: Mapping[str, Any], source: str = "taxonomy") -> Taxonomy:
         """The inverse of `to_dict`, with every check of a file.
 
         Raises:
             UserError: unknown key, wrong type, empty family, a phrase in two families, an unknown default.
         """
-        return _Reader(place).taxonomy(data)
+        return _Reader(source).taxonomy(data)
 
 
 def shipped() -> list[str]:
@@ -131,12 +131,12 @@ def load_taxonomy(name_or_path: str) -> Taxonomy:
 class _Reader:
     """Checks a taxonomy's tables and reports every problem at once."""
 
-    def __init__(self, place: str) -> None:
-        self._place = place
+    def __init__(self, source: str) -> None:
+        self._source = source
         self._problems: list[str] = []
 
     def taxonomy(self, data: Mapping[str, Any]) -> Taxonomy:
-        self._unknown(data, ("name", "description", "default", "ignore", "families"), "")
+        self._check_keys(data, ("name", "description", "default", "ignore", "families"), "")
         tables = data.get("families")
         if not isinstance(tables, list) or not tables or not all(isinstance(t, Mapping) for t in tables):
             self._problems.append("'families' must be one or more tables, each written as [[families]]")
@@ -147,7 +147,7 @@ class _Reader:
             self._problems.append(f"two families have the key '{key}'; keys must differ")
         default = self._text(data, "default", "", required=True)
         if default and families and default not in keys:
-            self._problems.append(f"default = '{default}' is no family{nearest(default, keys)}; "
+            self._problems.append(f"default = '{default}' is not a family{nearest(default, keys)}; "
                                   f"one of: {', '.join(keys)}")
         ignore = self._words(data, "ignore", "")
         name, description = self._text(data, "name", "", required=True), self._text(data, "description", "")
@@ -155,33 +155,33 @@ class _Reader:
             if not family.keywords and family.key != default:
                 self._problems.append(f"family '{family.key}' is empty: give it at least one keyword "
                                       "(only the default family may have none)")
-        self._clashes(families, ignore)
+        self._check_clashes(families, ignore)
         if self._problems:
-            raise UserError(self._explain())
+            raise UserError(self._message())
         return Taxonomy(name, families, keys.index(default), description, ignore)
 
-    def _family(self, table: Mapping[str, Any], where: str) -> Family:
-        self._unknown(table, tuple(f.name for f in fields(Family)), where)
-        key = self._text(table, "key", where, required=True)
+    def _family(self, table: Mapping[str, Any], path: str) -> Family:
+        self._check_keys(table, tuple(f.name for f in fields(Family)), path)
+        key = self._text(table, "key", path, required=True)
         if key and not _KEY.fullmatch(key):
-            self._problems.append(f"{where}.key = '{key}': lower-case ASCII letters, digits and _ only, such as 'hook'")
-        names = self._words(table, "names", where)
+            self._problems.append(f"{path}.key = '{key}': lower-case ASCII letters, digits and _ only, such as 'hook'")
+        names = self._words(table, "names", path)
         return Family(
-            key, names or (key.replace("_", " ").capitalize(),), self._words(table, "names_zh", where),
-            self._text(table, "description", where), self._words(table, "keywords", where),
-            self._words(table, "actions", where), self._words(table, "aliases", where),
+            key, names or (key.replace("_", " ").capitalize(),), self._words(table, "names_zh", path),
+            self._text(table, "description", path), self._words(table, "keywords", path),
+            self._words(table, "actions", path), self._words(table, "aliases", path),
         )
 
-    def _unknown(self, table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    def _check_keys(self, table: Mapping[str, Any], known: tuple[str, ...], path: str) -> None:
         for key in table:
             if key not in known:
-                prefix = f"{where}: " if where else ""
+                prefix = f"{path}: " if path else ""
                 self._problems.append(
                     f"{prefix}unknown key '{key}'{nearest(key, known) or '; known here: ' + ', '.join(known)}"
                 )
 
-    def _text(self, table: Mapping[str, Any], key: str, where: str, required: bool = False) -> str:
-        dotted, value = f"{where}.{key}".lstrip("."), table.get(key, "")
+    def _text(self, table: Mapping[str, Any], key: str, path: str, required: bool = False) -> str:
+        dotted, value = f"{path}.{key}".lstrip("."), table.get(key, "")
         if not isinstance(value, str):
             self._problems.append(f"{dotted} = {value!r}: must be a string")
             return ""
@@ -189,8 +189,8 @@ class _Reader:
             self._problems.append(f"'{dotted}' is required")
         return value.strip()
 
-    def _words(self, table: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-        dotted, value = f"{where}.{key}".lstrip("."), table.get(key, [])
+    def _words(self, table: Mapping[str, Any], key: str, path: str) -> tuple[str, ...]:
+        dotted, value = f"{path}.{key}".lstrip("."), table.get(key, [])
         if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
             self._problems.append(f"{dotted} = {value!r}: must be a list of strings")
             return ()
@@ -199,21 +199,22 @@ class _Reader:
                 self._problems.append(f"{dotted}: empty phrase {word!r}; remove it")
         return tuple(value)
 
-    def _clashes(self, families: tuple[Family, ...], ignore: tuple[str, ...]) -> None:
-        """A phrase may mean one family only, in whatever inflection or script it is written."""
+    def _check_clashes(self, families: tuple[Family, ...], ignore: tuple[str, ...]) -> None:
+        """A phrase may belong to one family only, whatever inflection or script it is written in."""
         owner: dict[tuple[str, ...], tuple[str, str, str]] = {}
         for key, role, phrase in _phrases(families, ignore):
             first = owner.setdefault(units(phrase), (key, role, phrase))
             if first[0] != key:
                 same = f"'{phrase}'" if first[2] == phrase else f"'{first[2]}' = '{phrase}'"
-                self._problems.append(f"{same} is in {_of(first)} and in {_of((key, role, phrase))}; keep it in one")
+                self._problems.append(f"{same} is in {_describe(first)} and in {_describe((key, role, phrase))}; "
+                                      "keep it in one")
             elif {first[1], role} == {"keywords", "actions"}:
                 self._problems.append(f"'{phrase}' is a keyword and an action of '{key}'; keep it in one")
 
-    def _explain(self) -> str:
+    def _message(self) -> str:
         if len(self._problems) == 1:
-            return f"{self._place}: {self._problems[0]}"
-        return f"{self._place}: {len(self._problems)} problems:\n" + "\n".join(f"  {p}" for p in self._problems)
+            return f"{self._source}: {self._problems[0]}"
+        return f"{self._source}: {len(self._problems)} problems:\n" + "\n".join(f"  {p}" for p in self._problems)
 
 
 def _phrases(families: tuple[Family, ...], ignore: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
@@ -226,5 +227,5 @@ def _phrases(families: tuple[Family, ...], ignore: tuple[str, ...]) -> Iterator[
         yield "", "ignore", phrase
 
 
-def _of(owner: tuple[str, str, str]) -> str:
+def _describe(owner: tuple[str, str, str]) -> str:
     return "'ignore'" if owner[1] == "ignore" else f"{owner[1]} of '{owner[0]}'"

@@ -1,7 +1,9 @@
 """Decoding: a video, an image or a folder of images to upright RGB frames at the model's frame rate.
 
-Time 0 is the first frame shown. Frame k at `fps` is the frame on display at k / fps (timestamps decide, so a variable
-frame rate comes out even). No torch here: worker processes start fast.
+Time 0 is the first frame. Frame k at `fps` is the frame on display at k / fps, by timestamps, so a variable frame rate
+is resampled evenly. No torch here: worker processes start fast.
+
+How to add a container: its suffix in `VIDEO_SUFFIXES`, if FFmpeg (PyAV) reads it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lapwan.data.buckets import Crop
-from lapwan.errors import UserError
+from lapwan.data.dropped_clips import BadClip
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,18 +27,14 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
 VIDEO_SUFFIXES = frozenset({
     ".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".ts", ".gif",
 })
-_LATE = 0.0011  # seconds a timestamp may come late and still count: containers round to milliseconds
-_SEEK_AFTER = 2.0  # seconds; before that, decoding from the start is cheaper than being sure of a seek
-
-
-class BadClip(UserError):
-    """One clip cannot be used; the message is the reason, without the clip's name."""
+_LATE = 0.0011  # seconds a timestamp may be late: containers round to milliseconds
+_SEEK_AFTER = 2.0  # seconds; before that, decoding from the start is as cheap as a seek, and safer
 
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What a file says of itself. `width`, `height`: upright pixels; `fps`: mean source rate (0 for an image);
-    `frames`: source frames; `seconds`: shown duration; `origin`: the file's own time of its first frame."""
+    """Facts of a media file. `width`, `height`: upright pixels; `fps`: mean source rate (0 for an image);
+    `frames`: source frames; `seconds`: duration; `origin`: the file's timestamp of its first frame."""
 
     width: int
     height: int
@@ -47,30 +45,30 @@ class VideoFacts:
 
     @property
     def is_image(self) -> bool:
-        """One still picture, not a video of one frame."""
+        """An image file, not a video of one frame."""
         return self.fps == 0
 
     def count_at(self, fps: float) -> int:
-        """How many frames the clip has at `fps`."""
+        """The number of frames the clip has at `fps`."""
         if self.is_image:
             return 1
         return max(1, int((self.seconds + 2 * self.late) * fps))
 
     @property
     def late(self) -> float:
-        """Seconds a frame's timestamp may come late and still count."""
+        """Seconds that a frame's timestamp may be late."""
         return min(0.1 / self.fps, _LATE) if self.fps else 0.0
 
 
 def probe(path: Path, fps: float, source_fps: float | None = None) -> VideoFacts:
-    """Read a file's facts without decoding it: packets are only counted.
+    """Read a file's facts. Only the first frame is decoded; packets are counted.
 
     Args:
-        fps: the model's rate; a folder of images without `source_fps` is taken to have it.
-        source_fps: the true rate, against what the file says.
+        fps: the model's rate, which a folder of images without `source_fps` is assumed to have.
+        source_fps: the true rate, overriding the file's.
 
     Raises:
-        BadClip: missing, unreadable, cut short, or without video.
+        BadClip: missing, unreadable, truncated, or without video.
     """
     if path.is_dir():
         images = frame_files(path)
@@ -93,7 +91,7 @@ def _probe_video(path: Path, source_fps: float | None) -> VideoFacts:
         with _open(path) as container:
             stream = _video_stream(container)
             packets, times, skipped = _packet_times(container, stream)
-            said = stream.frames - skipped
+            declared = stream.frames - skipped
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             container.seek(0)
             first = next(container.decode(stream), None)
@@ -101,21 +99,21 @@ def _probe_video(path: Path, source_fps: float | None) -> VideoFacts:
         raise BadClip(f"cannot be read as video ({_short(error)})") from None
     if first is None or packets == 0:
         raise BadClip("no frame can be decoded")
-    if said > packets + 1:
-        raise BadClip(f"cut short: {packets} of its {said} frames are there")
+    if declared > packets + 1:
+        raise BadClip(f"cut short: {packets} of its {declared} frames are there")
     width, height = (first.height, first.width) if first.rotation % 180 else (first.width, first.height)
     return _timed(width, height, packets, times, rate, source_fps)
 
 
 def _open(path: Path) -> Any:
-    """A container; titles in another encoding than UTF-8 (GBK is common) are no obstacle."""
+    """An open container; metadata that is not UTF-8 (GBK is common) does not fail."""
     import av
 
     return av.open(str(path), metadata_errors="replace")
 
 
 def _video_stream(container: Any) -> Any:
-    """The film, not a cover picture that comes before it."""
+    """The video stream, not a cover image that comes before it."""
     stream = container.streams.best("video")
     if stream is None:
         raise BadClip("the file has no video stream")
@@ -123,7 +121,7 @@ def _video_stream(container: Any) -> Any:
 
 
 def _packet_times(container: Any, stream: Any) -> tuple[int, list[float], int]:
-    """(shown packets, their times in display order where they have one, packets that an edit list hides)."""
+    """(number of shown packets, times of those that have one in display order, number hidden by an edit list)."""
     packets, skipped = 0, 0
     times: list[float] = []
     for packet in container.demux(stream):
@@ -139,7 +137,7 @@ def _packet_times(container: Any, stream: Any) -> tuple[int, list[float], int]:
 
 
 def source_times(path: Path, facts: VideoFacts, fps: float, source_fps: float | None) -> list[float]:
-    """When each source frame is shown, in seconds from the first: what annotations by frame number refer to."""
+    """The display time of each source frame, in seconds from the first; annotations refer to frames by number."""
     if facts.is_image:
         return [0.0]
     if path.is_file() and source_fps is None:
@@ -166,38 +164,38 @@ def _timed(
         if seconds > 0:
             return VideoFacts(width, height, packets / seconds, packets, seconds, times[0])
     if rate <= 0:
-        raise BadClip("the file says no frame rate; give source_fps")
+        raise BadClip("the file gives no frame rate; set source_fps")
     return VideoFacts(width, height, rate, packets, packets / rate, times[0] if times else 0.0)
 
 
 def read_frames(
     path: Path, indices: Sequence[int], crop: Crop, fps: float, facts: VideoFacts, source_fps: float | None = None
 ) -> np.ndarray:
-    """Frames `indices` (ascending, counted at `fps`) as uint8 [T, H, W, 3], resized and cut by `crop`.
+    """Frames `indices` (ascending, counted at `fps`) as uint8 [T, H, W, 3], resized and cropped by `crop`.
 
     Raises:
         BadClip: a frame is damaged or missing.
     """
     out = np.empty((len(indices), crop.bucket[1], crop.bucket[0], 3), np.uint8)
-    wanted = [index / fps for index in indices]
+    times = [index / fps for index in indices]
     position, shown, shown_at = 0, None, 0.0
-    for at, frame in _timed_frames(path, facts, wanted[0], source_fps):
-        while shown is not None and position < len(wanted) and at > wanted[position] + facts.late:
-            position = _place(out, position, shown, crop)
-        if position == len(wanted):
+    for at, frame in _timed_frames(path, facts, times[0], source_fps):
+        while shown is not None and position < len(times) and at > times[position] + facts.late:
+            position = _store(out, position, shown, crop)
+        if position == len(times):
             return out
         shown, shown_at = frame, at
-    # The last frame stays on display for its own duration; beyond it nothing is there.
-    while shown is not None and position < len(wanted) and wanted[position] <= shown_at + 1.5 / (facts.fps or 1.0):
-        position = _place(out, position, shown, crop)
-    if position < len(wanted):
+    # The last frame stays on display for its own duration, and no longer.
+    while shown is not None and position < len(times) and times[position] <= shown_at + 1.5 / (facts.fps or 1.0):
+        position = _store(out, position, shown, crop)
+    if position < len(times):
         raise BadClip(f"decoding ends at {shown_at:.2f} s, frame {indices[position]} "
-                      f"({wanted[position]:.2f} s at {fps:g} fps) is missing")
+                      f"({times[position]:.2f} s at {fps:g} fps) is missing")
     return out
 
 
-def _place(out: np.ndarray, position: int, frame: Any, crop: Crop) -> int:
-    out[position] = fit(_upright(frame), crop)
+def _store(out: np.ndarray, position: int, frame: Any, crop: Crop) -> int:
+    out[position] = resize_and_crop(_upright(frame), crop)
     return position + 1
 
 
@@ -218,21 +216,21 @@ def _timed_frames(
         with _open(path) as container:
             stream = _video_stream(container)
             stream.thread_type = "AUTO"
-            own_times = source_fps is None
-            if own_times and start > _SEEK_AFTER and stream.time_base:
+            use_timestamps = source_fps is None
+            if use_timestamps and start > _SEEK_AFTER and stream.time_base:
                 target = int((start + facts.origin - 0.5) / stream.time_base)
                 container.seek(target, stream=stream, backward=True)
             for index, frame in enumerate(container.decode(stream)):
                 if frame.is_corrupt:
                     raise BadClip(f"frame {index} is damaged")
-                timed = own_times and frame.time is not None
+                timed = use_timestamps and frame.time is not None
                 yield (frame.time - facts.origin if timed else index / facts.fps), frame
     except (av.FFmpegError, OSError, EOFError) as error:
         raise BadClip(f"decoding fails ({_short(error)})") from None
 
 
 def _upright(frame: Any) -> Image.Image:
-    """An RGB image as a viewer shows it: the rotation of the metadata applied, grey spread, alpha dropped."""
+    """An RGB image as a player shows it: rotated by the metadata, grey repeated, alpha dropped."""
     from PIL import Image
 
     if isinstance(frame, Image.Image):
@@ -242,8 +240,8 @@ def _upright(frame: Any) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels)
 
 
-def fit(image: Image.Image, crop: Crop) -> np.ndarray:
-    """uint8 [H, W, 3]: resized with antialias (bicubic down, Lanczos up), then cut."""
+def resize_and_crop(image: Image.Image, crop: Crop) -> np.ndarray:
+    """uint8 [H, W, 3]: resized with antialias (bicubic down, Lanczos up), then cropped."""
     from PIL import Image
 
     if image.size != crop.resized:
@@ -261,10 +259,10 @@ def frame_files(folder: Path) -> list[Path]:
     Raises:
         BadClip: there are none.
     """
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
         raise BadClip(f"the folder holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return found
+    return files
 
 
 def _open_image(path: Path) -> Image.Image:

@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from cache_clips import write_jsonl
 
-from lapwan.caching.cache_folder import Choices, cache_set, encoders_of, extraction_of
-from lapwan.data.dataset import read_dataset
+from lapwan.caching.cache_folder import CacheOptions, build_cache, encoders_from_settings
+from lapwan.data.dataset import extraction_from_settings, read_dataset
 from lapwan.distributed import Processes
 from lapwan.models.device import pick_device
 from lapwan.models.spec import read_spec
@@ -101,11 +101,11 @@ def plain_loop(dataset: Path, spec, settings: CacheSettings, out: Path, conditio
 def ours(dataset: Path, spec, settings: CacheSettings, out: Path, condition: bool) -> dict:
     import dataclasses
 
-    encoders = dataclasses.replace(encoders_of(settings, spec), condition=condition)
-    (cache,) = read_dataset(dataset, out, extraction_of(settings, spec))
+    encoders = dataclasses.replace(encoders_from_settings(settings, spec), condition=condition)
+    (cache,) = read_dataset(dataset, out, extraction_from_settings(settings, spec))
     begun = time.perf_counter()
-    result = cache_set(cache, encoders, spec, Choices(text=False, device=settings.device, vae_dtype=settings.vae_dtype),
-                       Processes())
+    options = CacheOptions(text=False, device=settings.device, vae_dtype=settings.vae_dtype)
+    result = build_cache(cache, encoders, spec, options, Processes())
     return result.seconds | {"total": time.perf_counter() - begun, "latents written": result.latents}
 
 

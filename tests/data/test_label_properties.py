@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lapwan.data.caption_text import units
-from lapwan.data.labels import Resolver, Segmenter, resolve_hint, rounded
+from lapwan.data.caption_text import ChineseSegmenter, units
+from lapwan.data.labels import CaptionLabeller, resolve_hint, round_weights
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.errors import UserError
 
@@ -50,11 +50,11 @@ def cases(draw: st.DrawFn) -> tuple[Taxonomy, str]:
 @_FEW
 def test_weights_are_a_distribution_in_taxonomy_order(case: tuple[Taxonomy, str]) -> None:
     taxonomy, caption = case
-    label = Resolver(taxonomy).label(caption)
+    label = CaptionLabeller(taxonomy).label(caption)
     assert len(label.weights) == len(taxonomy.families)
     assert math.fsum(label.weights) == pytest.approx(1, abs=1e-12)
     assert all(0 <= weight <= 1 for weight in label.weights)
-    assert math.fsum(rounded(label.weights)) == pytest.approx(1, abs=1e-12)
+    assert math.fsum(round_weights(label.weights)) == pytest.approx(1, abs=1e-12)
     assert label.weights[label.index] == pytest.approx(max(label.weights))
     assert label.name == taxonomy.families[label.index].name
     # every family's weight comes from its own mentions, in the place of its own index
@@ -74,15 +74,15 @@ def test_order_of_families_only_permutes_the_weights(case: tuple[Taxonomy, str],
     order = list(range(len(taxonomy.families)))
     random.shuffle(order)
     shuffled = Taxonomy.from_dict({**data, "families": [data["families"][i] for i in order]})
-    weights = Resolver(taxonomy).label(caption).weights
-    assert Resolver(shuffled).label(caption).weights == pytest.approx([weights[i] for i in order])
+    weights = CaptionLabeller(taxonomy).label(caption).weights
+    assert CaptionLabeller(shuffled).label(caption).weights == pytest.approx([weights[i] for i in order])
 
 
 @given(cases())
 @_FEW
 def test_no_keyword_counts_inside_a_longer_one(case: tuple[Taxonomy, str]) -> None:
     taxonomy, caption = case
-    mentions = Resolver(taxonomy).label(caption).mentions
+    mentions = CaptionLabeller(taxonomy).label(caption).mentions
     spans = [(m.start, m.end) for m in mentions]
     assert all(first[1] <= second[0] for first, second in pairwise(spans))
     text = units(caption)
@@ -99,7 +99,7 @@ def test_no_keyword_counts_inside_a_longer_one(case: tuple[Taxonomy, str]) -> No
 
 def _word_edges(taxonomy: Taxonomy, caption: str) -> set[int]:
     """Word boundaries by jieba itself over each run of Chinese characters, counted in units."""
-    segmenter = Segmenter(k for family in taxonomy.families for k in family.keywords if not k.isascii())
+    segmenter = ChineseSegmenter(k for family in taxonomy.families for k in family.keywords if not k.isascii())
     edges, at, run = {0}, 0, ""
     for unit in [*units(caption), ""]:
         if unit and "\u4e00" <= unit <= "\u9fff":
@@ -127,7 +127,7 @@ def test_a_family_whose_every_mention_is_negated_disappears(data: st.DataObject)
     for _ in range(data.draw(st.integers(0, 2))):
         clauses.append(data.draw(st.sampled_from(others)) + data.draw(st.sampled_from(["", "胆囊", " liver"])))
     caption = data.draw(st.sampled_from(["。", "，", "; ", ". "])).join(data.draw(st.permutations(clauses)))
-    label = Resolver(taxonomy).label(caption)
+    label = CaptionLabeller(taxonomy).label(caption)
     if label.fallback:
         assert label.index == taxonomy.default
     else:
@@ -151,4 +151,4 @@ def test_any_hint_is_weights_or_one_clear_error(text: str) -> None:
     assert math.fsum(weights) == pytest.approx(1)
 
 
-_SURGICAL = Resolver(load_taxonomy("surgical4"))
+_SURGICAL = CaptionLabeller(load_taxonomy("surgical4"))

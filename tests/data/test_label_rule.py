@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lapwan.data.labels import Label, Resolver, label_caption, resolve_hint, rounded
+from lapwan.data.labels import CaptionLabeller, Label, label_caption, resolve_hint, round_weights
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.errors import UserError
 
@@ -70,8 +70,8 @@ def surgical() -> Taxonomy:
 
 
 @pytest.fixture(scope="module")
-def resolver(surgical: Taxonomy) -> Resolver:
-    return Resolver(surgical)
+def resolver(surgical: Taxonomy) -> CaptionLabeller:
+    return CaptionLabeller(surgical)
 
 
 @pytest.mark.parametrize(("caption", "weights"), [
@@ -82,14 +82,14 @@ def resolver(surgical: Taxonomy) -> Resolver:
     ("吸引清理术野", [0, 0, 1, 0]),
     ("剪刀剪断组织", [1, 0, 0, 0]),
 ])
-def test_documented_examples(resolver: Resolver, caption: str, weights: list[float]) -> None:
+def test_documented_examples(resolver: CaptionLabeller, caption: str, weights: list[float]) -> None:
     label = resolver.label(caption)
-    assert rounded(label.weights) == weights
+    assert round_weights(label.weights) == weights
     assert label.index == weights.index(max(weights))
     assert not label.fallback
 
 
-def test_weight_is_length_to_the_three_halves(resolver: Resolver) -> None:
+def test_weight_is_length_to_the_three_halves(resolver: CaptionLabeller) -> None:
     # 抓钳 (2) against 电凝钩 (3); a word of Latin script counts two, so scissors = 剪刀
     expected = 3**1.5 / (3**1.5 + 2**1.5)
     assert resolver.label("抓钳，电凝钩").weights[1] == pytest.approx(expected, abs=1e-12)
@@ -108,19 +108,19 @@ def test_weight_is_length_to_the_three_halves(resolver: Resolver) -> None:
     ("剪刀剪开口子", ["剪刀", "剪开"]),
     ("monopolar scissors", ["monopolar scissors"]),
 ])
-def test_each_mention_counts_once(resolver: Resolver, caption: str, phrases: list[str]) -> None:
+def test_each_mention_counts_once(resolver: CaptionLabeller, caption: str, phrases: list[str]) -> None:
     assert [mention.phrase for mention in resolver.label(caption).mentions] == phrases
 
 
 @pytest.mark.parametrize("caption", DENIED)
-def test_negated_mentions_do_not_count(resolver: Resolver, caption: str) -> None:
+def test_negated_mentions_do_not_count(resolver: CaptionLabeller, caption: str) -> None:
     label = resolver.label(caption)
     assert label.weights == (0, 1, 0, 0), label.mentions
     assert any(mention.negated and mention.family == 0 for mention in label.mentions)
 
 
 @pytest.mark.parametrize("caption", NOT_DENIED)
-def test_what_only_looks_like_negation_counts(resolver: Resolver, caption: str) -> None:
+def test_what_only_looks_like_negation_counts(resolver: CaptionLabeller, caption: str) -> None:
     label = resolver.label(caption)
     assert label.weights == (0, 0, 0, 1), label.mentions
     assert not label.fallback
@@ -135,7 +135,7 @@ def test_what_only_looks_like_negation_counts(resolver: Resolver, caption: str) 
     ("without scissors and with suction", {2}),
     ("no scissors are used and suction clears the field", {2}),
 ])
-def test_negation_reaches_joined_mentions_only(resolver: Resolver, caption: str, counted: set[int]) -> None:
+def test_negation_reaches_joined_mentions_only(resolver: CaptionLabeller, caption: str, counted: set[int]) -> None:
     label = resolver.label(caption)
     assert {i for i, weight in enumerate(label.weights) if weight} == counted, label.mentions
 
@@ -149,7 +149,7 @@ def test_negation_reaches_joined_mentions_only(resolver: Resolver, caption: str,
     ("hook’s", "hook"),
     ("雙極電凝，沖洗，標本袋，戳卡，鑷子夾持", "双极电凝，冲洗，标本袋，戳卡，镊子夹持"),
 ])
-def test_spellings_are_one(resolver: Resolver, caption: str, same: str) -> None:
+def test_spellings_are_one(resolver: CaptionLabeller, caption: str, same: str) -> None:
     first, second = resolver.label(caption), resolver.label(same)
     assert first.weights == second.weights
     assert not first.fallback
@@ -159,11 +159,11 @@ def test_spellings_are_one(resolver: Resolver, caption: str, same: str) -> None:
     "suction", "suctions", "suctioned", "suctioning", "irrigate", "irrigates", "irrigated", "irrigating", "aspirating",
     "aspirated", "Aspirators",
 ])
-def test_english_inflections(resolver: Resolver, word: str) -> None:
+def test_english_inflections(resolver: CaptionLabeller, word: str) -> None:
     assert resolver.label(f"they were {word} here").weights == (0, 0, 1, 0)
 
 
-def test_actions_count_only_without_keywords(resolver: Resolver) -> None:
+def test_actions_count_only_without_keywords(resolver: CaptionLabeller) -> None:
     assert resolver.label("切开浆膜").weights == (0, 1, 0, 0)
     assert resolver.label("抓钳切开浆膜").weights == (0, 0, 0, 1)
     # the keyword is denied, so the action speaks; but not for the family that was denied
@@ -172,14 +172,14 @@ def test_actions_count_only_without_keywords(resolver: Resolver) -> None:
     assert denied.fallback and denied.index == 3
 
 
-def test_no_evidence_falls_back_and_says_so(resolver: Resolver) -> None:
+def test_no_evidence_falls_back_and_says_so(resolver: CaptionLabeller) -> None:
     for caption in ("腹腔镜视野", "The camera moves", "……", "未使用吸引器"):
         label = resolver.label(caption)
         assert (label.index, label.name, label.fallback) == (3, "Other", True)
         assert label.weights == (0, 0, 0, 1)
 
 
-def test_ties_go_to_the_specific_then_to_the_first(resolver: Resolver) -> None:
+def test_ties_go_to_the_specific_then_to_the_first(resolver: CaptionLabeller) -> None:
     assert resolver.label("抓钳，剪刀").index == 0
     assert resolver.label("吸引，剪刀").index == 2
     assert resolver.label("剪刀，吸引").index == 0
@@ -194,9 +194,9 @@ def test_cholec6_reads_the_same_words(surgical: Taxonomy) -> None:
 
 
 def test_weights_are_rounded_to_a_sum_of_one() -> None:
-    assert rounded((1 / 3, 1 / 3, 1 / 3)) == [0.334, 0.333, 0.333]
-    assert rounded((0.0, 1.0)) == [0.0, 1.0]
-    assert math.fsum(rounded((1 / 7,) * 7)) == pytest.approx(1, abs=1e-15)
+    assert round_weights((1 / 3, 1 / 3, 1 / 3)) == [0.334, 0.333, 0.333]
+    assert round_weights((0.0, 1.0)) == [0.0, 1.0]
+    assert math.fsum(round_weights((1 / 7,) * 7)) == pytest.approx(1, abs=1e-15)
 
 
 @pytest.mark.parametrize(("hint", "weights"), [
@@ -235,7 +235,7 @@ def _outcome(label: Label) -> tuple[str, str]:
     return str(label.index), ",".join(str(i) for i, weight in enumerate(label.weights) if weight)
 
 
-def test_captions_judged_by_reading(resolver: Resolver) -> None:
+def test_captions_judged_by_reading(resolver: CaptionLabeller) -> None:
     rows = [line.split("\t") for line in TABLE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     assert len(rows) >= 120
     outcomes = [(main, families, caption, *_outcome(resolver.label(caption))) for main, families, caption in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lapwan.data.caption_text import Matcher, SplitText
+from lapwan.data.caption_text import PhraseMatcher, SplitText
 
 
 def find(phrases: str, text: str, taken: tuple[tuple[int, int], ...] = ()) -> list[tuple[int, str]]:
@@ -17,8 +17,8 @@ def find(phrases: str, text: str, taken: tuple[tuple[int, int], ...] = ()) -> li
             boundary[at] = True
         else:
             at += 1
-    matcher = Matcher((tuple(phrase), phrase) for phrase in phrases.split())
-    return [(found.start, found.what) for found in matcher.find(SplitText(units, (*boundary, True)), taken)]
+    matcher = PhraseMatcher((tuple(phrase), phrase) for phrase in phrases.split())
+    return [(match.start, match.value) for match in matcher.find(SplitText(units, (*boundary, True)), taken)]
 
 
 @pytest.mark.parametrize(("phrases", "text", "expected"), [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lapwan.data.prompts import held_out, holds_chinese, read_prompts
+from lapwan.data.prompts import count_chinese, held_out, read_prompts
 from lapwan.errors import UserError
 
 WANT = ["剪刀剪断血管", "a hook cuts"]
@@ -54,4 +54,4 @@ def test_held_out_prompts_follow_from_seed_and_text():
 
 
 def test_chinese_is_counted():
-    assert holds_chinese(["hook", "电凝钩 cuts", "剪刀"]) == 2
+    assert count_chinese(["hook", "电凝钩 cuts", "剪刀"]) == 2

@@ -82,7 +82,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     ('ignore = ["钩突"]', 'ignore = ["钩"]', "'钩' is in keywords of 'hook' and in 'ignore'"),
     ('names_zh = ["电凝钩"]', 'name_zh = ["电凝钩"]', "families[0]: unknown key 'name_zh' (did you mean 'names_zh'?)"),
     ('default = "rest"', 'defualt = "rest"', "unknown key 'defualt' (did you mean 'default'?)"),
-    ('default = "rest"', 'default = "rset"', "'rset' is no family (did you mean 'rest'?); one of: hook, rest"),
+    ('default = "rest"', 'default = "rset"', "'rset' is not a family (did you mean 'rest'?); one of: hook, rest"),
     ('default = "rest"', "", "'default' is required"),
     ('default = "rest"', "default = 1", "default = 1: must be a string"),
     ('key = "rest"', 'key = "hook"', "two families have the key 'hook'"),
@@ -90,7 +90,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     ('key = "rest"', "", "'families[1].key' is required"),
     ('actions = ["切割"]', 'actions = "切割"', "families[0].actions = '切割': must be a list of strings"),
     ('actions = ["切割"]', 'actions = [" "]', "families[0].actions: empty phrase ' '"),
-    ("[[families]]\nkey = \"rest\"", "", "'rest' is no family; one of: hook"),
+    ("[[families]]\nkey = \"rest\"", "", "'rest' is not a family; one of: hook"),
 ])
 def test_mistakes_are_named(tmp_path: Path, old: str, new: str, said: str) -> None:
     assert old in GOOD

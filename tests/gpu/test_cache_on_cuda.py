@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import gc
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from cache_clips import cache_tiny, make_video, write_jsonl
 
 from lapwan.caching.read import load_index, read_item
@@ -41,14 +37,14 @@ def test_files_agree_with_the_cpu(dataset, tmp_path, vae_dtype, error):
 def test_the_still_encoding_is_bitwise_the_plain_one():
     from lapwan.models.spec import read_spec
     from lapwan.tiny.model import tiny_folder
-    from lapwan.wan.image_condition import condition_video, encode_still
+    from lapwan.wan.image_condition import condition_video, encode_static
     from lapwan.wan.vae import channels_last, load_vae
 
     vae = load_vae(read_spec(tiny_folder("i2v")), device="cuda")
     channels_last(vae)
     image = torch.rand(2, 3, 64, 64, device="cuda") * 2 - 1
     with torch.no_grad():
-        still, done, plain_count = encode_still(vae, image, 81)
+        still, done, plain_count = encode_static(vae, image, 81)
         assert torch.equal(still, vae.encode(condition_video(image, 81)).latent_dist.mode())
     assert done < 0.6 * plain_count
 
@@ -60,7 +56,7 @@ def test_a_clip_too_large_for_the_memory_is_one_line(dataset, tmp_path):
     torch.cuda.empty_cache()  # what torch holds from other tests it would give without asking the device
     torch.cuda.set_per_process_memory_fraction(0.001)  # 140 MB of an H200
     try:
-        with pytest.raises(UserError, match="does not hold the VAE on 45 frames of 512x512"):
+        with pytest.raises(UserError, match="too small for the VAE on 45 frames of 512x512"):
             cache_tiny(dataset, tmp_path / "cache", device="cuda", num_frames=(45,), size=(512, 512))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lapwan.data.clips import read_clips, resolve_video
-from lapwan.data.labels import Resolver
+from lapwan.data.labels import CaptionLabeller
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.sampling.video import read_video_metadata
 from lapwan.tiny import motion as paths
@@ -20,7 +20,7 @@ from lapwan.tiny.captions import caption_for
 from lapwan.tiny.dataset import plan, write_dataset
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import FAMILIES, STYLES, SceneSpec, render, sample_spec
-from lapwan.tiny.surgery import TARGETS
+from lapwan.tiny.scene_targets import TARGETS
 
 PAIRS = [(instrument, motion) for instrument in INSTRUMENTS for motion in paths.CHARACTERISTIC[instrument]]
 SMALL = {"size": (64, 64), "frames": 9}
@@ -209,7 +209,7 @@ def test_instruments_differ_more_between_than_within() -> None:
 def test_captions_name_the_family() -> None:
     """The users' label rule gives every caption to its scene's family, alone."""
     taxonomy = load_taxonomy("surgical4")
-    resolver = Resolver(taxonomy)
+    resolver = CaptionLabeller(taxonomy)
     rng = np.random.default_rng(1)
     names = [family.name for family in taxonomy.families]
     for instrument, motion in PAIRS:
@@ -263,7 +263,7 @@ def test_captions_are_true(style: str) -> None:
 
 
 def test_neutral_captions_name_no_instrument() -> None:
-    resolver = Resolver(load_taxonomy("surgical4"))
+    resolver = CaptionLabeller(load_taxonomy("surgical4"))
     rng = np.random.default_rng(6)
     for spec in _specs(10, style="neutral"):
         caption = caption_for(spec, rng, 0.5)

@@ -118,7 +118,7 @@ def test_a_file_made_again_under_an_old_index_is_refused(dataset, tmp_path):
     folder = cache_tiny(dataset, tmp_path / "cache")
     old = load_index(folder)
     cache_tiny(dataset, folder, size=(48, 48))
-    with pytest.raises(UserError, match="not the file its index means"):
+    with pytest.raises(UserError, match="not the file that its index means"):
         read_item(folder, old.items[0])
 
 
@@ -211,7 +211,7 @@ def test_labels_join_by_stem(foreign, tmp_path):
     assert index.items[2].label_weights == (0.0, 0.0, 1.0, 0.0)
     with labels.open("a") as file:
         file.write('{"video_path": "more/c1.mp4", "caption": "x", "instrument_label": 3}\n')
-    with pytest.raises(UserError, match=r"lines 2, 4 all fit item 'c1'"):
+    with pytest.raises(UserError, match=r"lines 2, 4 all match item 'c1'"):
         load_index(foreign, labels=labels)
     write_jsonl(labels, [{"video_path": "c0.mp4", "caption": "x", "instrument_label": 3}])
     with pytest.raises(UserError, match="no line for 2 of 3 items: c1, c2"):

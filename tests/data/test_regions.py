@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lapwan.data.buckets import centre_crop
-from lapwan.data.regions import box_masks, boxes_at, region, to_latent
-from lapwan.data.video import BadClip, probe
+from lapwan.data.dropped_clips import BadClip
+from lapwan.data.regions import box_masks, boxes_at, latent_region, mask_to_latent
+from lapwan.data.video import probe
 
 fractions = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted)
 
@@ -21,7 +22,7 @@ def test_area_is_exact(across, down, size):
     """The mask's sum is the box's area after resize and crop, in cells of 64 pixels."""
     crop = centre_crop(*size, (48, 32))
     box = (across[0], down[0], across[1], down[1])
-    mask = to_latent(box_masks([[box]], crop), 4, 8)
+    mask = mask_to_latent(box_masks([[box]], crop), 4, 8)
     x0, x1 = (np.clip(v * crop.resized[0] - crop.left, 0, 48) for v in across)
     y0, y1 = (np.clip(v * crop.resized[1] - crop.top, 0, 32) for v in down)
     assert mask.shape == (1, 4, 6)
@@ -40,7 +41,7 @@ def test_latent_frames_average_their_four_frames():
     masks = np.zeros((9, 8, 8), np.float32)
     masks[0] = 1  # the first frame has a cell of its own
     masks[5:7] = 1  # two of the frames 5..8
-    np.testing.assert_allclose(to_latent(masks, 4, 8)[:, 0, 0], [1, 0, 0.5])
+    np.testing.assert_allclose(mask_to_latent(masks, 4, 8)[:, 0, 0], [1, 0, 0.5])
 
 
 def box(frame, x):
@@ -64,7 +65,7 @@ def test_boxes_follow_the_resampling(tmp_path):
     video = make_video(tmp_path / "a.mp4", frames=28, fps=32)
     facts = probe(video, 16)
     roi = [{"frame": i, "box": [0, 0, 1 if i >= 10 else 0, 1]} for i in range(28)]
-    mask = region(roi, None, video, range(9), centre_crop(96, 64, (96, 64)), 16, facts, None, (4, 8))
+    mask = latent_region(roi, None, video, range(9), centre_crop(96, 64, (96, 64)), 16, facts, None, (4, 8))
     # Model frames 5.. show source frames 10..: latent frame 1 is frames 1-4, latent frame 2 is 5-8.
     np.testing.assert_allclose(mask.mean(axis=(1, 2)), [0, 0, 1])
 
@@ -75,12 +76,12 @@ def test_mask_image_and_mask_video(tmp_path):
     pixels = np.zeros((64, 96), np.uint8)
     pixels[:, 48:] = 255
     Image.fromarray(pixels).save(tmp_path / "mask.png")
-    mask = region((), tmp_path / "mask.png", video, range(9), crop, 16, facts, None, (4, 8))
+    mask = latent_region((), tmp_path / "mask.png", video, range(9), crop, 16, facts, None, (4, 8))
     np.testing.assert_allclose(mask, np.broadcast_to([0, 0, 0, 1, 1, 1], (3, 4, 6)))
     (tmp_path / "masks").mkdir()
     for index in range(12):
         Image.fromarray(np.full((64, 96), 255 * (index >= 5), np.uint8)).save(tmp_path / "masks" / f"{index:02d}.png")
-    mask = region((), tmp_path / "masks", video, range(9), crop, 16, facts, None, (4, 8))
+    mask = latent_region((), tmp_path / "masks", video, range(9), crop, 16, facts, None, (4, 8))
     np.testing.assert_allclose(mask.mean(axis=(1, 2)), [0, 0, 1])
     with pytest.raises(BadClip, match="no such file"):
-        region((), tmp_path / "none.png", video, range(9), crop, 16, facts, None, (4, 8))
+        latent_region((), tmp_path / "none.png", video, range(9), crop, 16, facts, None, (4, 8))

@@ -88,7 +88,7 @@ def test_ctrl_c_says_how_to_go_on(dataset, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in said and said.strip().splitlines()[-1].startswith("interrupted; what is cached")
+    assert "Traceback" not in said and said.strip().splitlines()[-1].startswith("interrupted; finished files")
     assert 1 <= whole(folder) < CLIPS
 
 
@@ -174,7 +174,7 @@ def test_a_decoder_that_dies_takes_only_its_clip(dataset, tmp_path):
     for index in range(4):
         path = dataset.parent / f"c{index:02d}.mp4"
         facts = probe(path, 16)
-        jobs.append(decoding.Job(path, ((f"i{index}", range(9)),), centre_crop(96, 64, (48, 32)), 16, facts, None))
+        jobs.append(decoding.DecodeJob(path, ((f"i{index}", range(9)),), centre_crop(96, 64, (48, 32)), 16, facts, None))
     found = []
     with decoding.Decoder(jobs, workers=1) as items:
         for decoded in items:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapwan.data.buckets import Buckets, Window, centre_crop, windows
+from lapwan.data.buckets import Buckets, centre_crop
+from lapwan.data.frame_extraction import Window, frame_windows
 
 counts = st.integers(1, 400)
 targets = st.lists(st.integers(1, 130), min_size=1, max_size=4)
@@ -21,18 +22,18 @@ def rounded(values):
 
 @given(counts, targets)
 def test_head_is_the_first_frames_of_every_target_that_fits(count, wanted):
-    assert windows(count, "head", wanted) == [Window(0, t) for t in rounded(wanted) if t <= count]
+    assert frame_windows(count, "head", wanted) == [Window(0, t) for t in rounded(wanted) if t <= count]
 
 
 @given(counts, targets)
 def test_chunks_tile_from_the_start_and_stay_whole(count, wanted):
-    found = windows(count, "chunk", wanted)
+    found = frame_windows(count, "chunk", wanted)
     assert found == [Window(k * t, t) for t in rounded(wanted) for k in range(count // t)]
 
 
 @given(counts, targets, st.integers(1, 50))
 def test_slide_starts_every_stride(count, wanted, stride):
-    found = windows(count, "slide", wanted, frame_stride=stride)
+    found = frame_windows(count, "slide", wanted, frame_stride=stride)
     assert found == [Window(s, t) for t in rounded(wanted) for s in range(count) if s % stride == 0 and s + t <= count]
 
 
@@ -42,17 +43,17 @@ def test_uniform_starts_as_numpy_spaces_them(count, wanted, samples):
         Window(int(s), t) for t in rounded(wanted) if t <= count
         for s in dict.fromkeys(np.linspace(0, count - t, samples, dtype=int).tolist())
     ]
-    assert windows(count, "uniform", wanted, frame_sample=samples) == expected
+    assert frame_windows(count, "uniform", wanted, frame_sample=samples) == expected
 
 
 @given(counts, targets)
 def test_one_uniform_sample_is_head(count, wanted):
-    assert windows(count, "uniform", wanted, frame_sample=1) == windows(count, "head", wanted)
+    assert frame_windows(count, "uniform", wanted, frame_sample=1) == frame_windows(count, "head", wanted)
 
 
 @given(counts, st.integers(1, 200))
 def test_full_is_one_window_rounded_down(count, most):
-    (window,) = windows(count, "full", (1,), max_frames=most)
+    (window,) = frame_windows(count, "full", (1,), max_frames=most)
     assert window.start == 0 and window.frames % 4 == 1
     assert window.frames <= min(count, most) < window.frames + 4
 
@@ -60,7 +61,7 @@ def test_full_is_one_window_rounded_down(count, most):
 @given(counts, targets, st.sampled_from(["head", "chunk", "slide", "uniform", "full"]), st.integers(1, 9),
        st.integers(1, 9))
 def test_every_window_lies_in_the_clip_once(count, wanted, extraction, stride, samples):
-    found = windows(count, extraction, wanted, stride, samples)
+    found = frame_windows(count, extraction, wanted, stride, samples)
     assert len(set(found)) == len(found)
     assert all(w.start >= 0 and w.start + w.frames <= count and w.frames % 4 == 1 for w in found)
 
@@ -74,7 +75,7 @@ def test_every_window_lies_in_the_clip_once(count, wanted, extraction, stride, s
 ])
 def test_a_clip_of_40_frames(extraction, expected):
     """Worked by hand from the rule: targets 13 and 25 (27 rounds down), stride 10, four samples."""
-    found = windows(40, extraction, (13, 27), frame_stride=10, frame_sample=4)
+    found = frame_windows(40, extraction, (13, 27), frame_stride=10, frame_sample=4)
     assert [tuple(w) for w in found] == expected
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lapwan.data.buckets import centre_crop
-from lapwan.data.video import BadClip, probe, read_frames
+from lapwan.data.dropped_clips import BadClip
+from lapwan.data.video import probe, read_frames
 
 
 def shown(path: Path, indices, fps=16.0, source_fps=None) -> list[int]:

@@ -185,7 +185,7 @@ def test_control_in_a_jsonl_is_refused(media):
 
 def test_options_that_the_file_says_itself_are_refused(media):
     path = write(media, VIDEO + "resolution = [48, 32]\n")
-    with pytest.raises(UserError, match="size, num_frames: with a dataset file"):
+    with pytest.raises(UserError, match="size, num_frames: not allowed with a dataset file"):
         cache_tiny(path, None, size=(32, 48), num_frames=(9,))
 
 
