@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lapwan.errors import UserError, nearest
+from lapwan.settings.aliases import current_key
 from lapwan.settings.generate import GenerateSettings, LineSettings, ModelSettings, VideoSettings
 from lapwan.settings.load import load
 
@@ -184,7 +185,7 @@ def _axes(settings: GenerateSettings) -> list[tuple[str, list[str]]]:
 def _axis(text: str) -> tuple[str, list[str]]:
     """`alpha_expert=0,0.5,1` -> its name and values; `;` separates values that hold commas."""
     name, equals, rest = text.partition("=")
-    name = name.strip().replace("-", "_")
+    name = current_key(name.strip().replace("-", "_"))
     if not equals or not rest.strip():
         raise UserError(f"--grid {text}: expected OPTION=A,B,..., such as alpha_expert=0,0.5,1")
     if name not in GRID_OPTIONS:

@@ -1,4 +1,4 @@
-"""The command line as users type it: help, exit codes, older spellings, examples."""
+"""The command line as users type it: help, exit codes, older names of options, examples."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import click
 import pytest
 from evaluation_cases import write_random_lora, write_random_mixture
+from typer.main import get_command
 
+from lapwan.cli import app
 from lapwan.cli_aliases import rewrite
 from lapwan.commands.table import COMMANDS
 from lapwan.errors import UserError
@@ -18,7 +22,10 @@ from lapwan.lora.assign import assign
 from lapwan.models.base import Base
 from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert
+from lapwan.sampling.jobs import make_video_jobs
 from lapwan.settings.base import flag_fields
+from lapwan.settings.generate import GenerateSettings
+from lapwan.settings.load import load
 from lapwan.tiny.model import tiny_folder
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
@@ -116,7 +123,24 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(arguments, message, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_older_spellings():
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_options_of_older_versions_are_accepted(command):
+    stored = tomllib.loads((Path(__file__).parent / "released_options.toml").read_text(encoding="utf-8"))
+    typed = get_command(app).commands[command.name]
+    params = typed.get_params(click.Context(typed))
+    accepted = {name for param in params for name in (*param.opts, *param.secondary_opts)}
+    released = {*stored["every_command"], *stored[command.name]}
+    assert {name for name in released if rewrite([command.name, name])[1] not in accepted} == set()
+    assert accepted - released - {"files", "clips"} == set(), "a new option is added to released_options.toml"
+
+
+def test_older_names_in_a_grid():
+    settings = load(GenerateSettings, environment={}, options={
+        "model": "tiny", "prompt": "x", "output": "out", "grid": ["reuse=0.05,0.1"]})
+    assert [job.settings.first_block_cache for job in make_video_jobs(settings)] == [0.05, 0.1]
+
+
+def test_older_option_names():
     assert rewrite(["generate", "--lora_moe_weights", "m", "--output_path=o.mp4", "--video_size", "480", "832"]) == [
         "generate", "--moe", "m", "--output=o.mp4", "--size", "480x832"]
     assert rewrite(["generate", "--instrument_hint", "a_b"]) == ["generate", "--instrument-hint", "a_b"]
