@@ -59,15 +59,16 @@ def changes(settings: TrainSettings | SrpoSettings) -> str:
 
 
 def _defaults(section: Settings, default: Any = None, prefix: str = "") -> dict[str, Any]:
-    """Default by dotted key, for the sections that the settings have: of an optimizer those of its type.
+    """Default by dotted key, for the sections as they are: an optimizer has the defaults of its type.
 
     Args:
-        default: the section's default as a whole, whose values hold where it is of the same type.
+        default: of the section as a whole; its values are used if it is of the same type.
     """
     leaves: dict[str, Any] = {}
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
-        usual = getattr(default, name) if type(default) is type(section) else info.get_default(call_default_factory=True)
+        same_type = type(default) is type(section)
+        usual = getattr(default, name) if same_type else info.get_default(call_default_factory=True)
         if isinstance(value, Settings):
             leaves |= _defaults(value, usual, f"{prefix}{name}.")
         elif not info.is_required():
