@@ -174,7 +174,8 @@ def test_a_decoder_that_dies_takes_only_its_clip(dataset, tmp_path):
     for index in range(4):
         path = dataset.parent / f"c{index:02d}.mp4"
         facts = probe(path, 16)
-        jobs.append(decoding.DecodeJob(path, ((f"i{index}", range(9)),), centre_crop(96, 64, (48, 32)), 16, facts, None))
+        crop = centre_crop(96, 64, (48, 32))
+        jobs.append(decoding.DecodeJob(path, ((f"i{index}", range(9)),), crop, 16, facts, None))
     found = []
     with decoding.Decoder(jobs, workers=1) as items:
         for decoded in items:
