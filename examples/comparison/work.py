@@ -43,7 +43,7 @@ from lapwan.settings.train import TrainSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.dataset import write_dataset
-from lapwan.tiny.evaluators import load_evaluator, network_input, place_of, tip_hits
+from lapwan.tiny.evaluators import load_evaluator, network_input, tip_hits, tip_position
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
@@ -79,7 +79,7 @@ class Judge:
         truth = video.clip.tips_T2
         scores["tip_accuracy"] = float("nan")
         if truth is not None and len(truth) >= len(video.frames_THWC):
-            hits = tip_hits(place_of(tip_maps).cpu().numpy(), truth[: len(video.frames_THWC)], video.shape.size)
+            hits = tip_hits(tip_position(tip_maps).cpu().numpy(), truth[: len(video.frames_THWC)], video.shape.size)
             scores["tip_accuracy"] = float(hits.mean()) if len(hits) else float("nan")
         return scores
 

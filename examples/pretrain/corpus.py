@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from lapwan.tiny import motion as paths
-from lapwan.tiny import surgery
+from lapwan.tiny import scene_targets
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import SceneSpec, render
@@ -62,8 +62,8 @@ def _scene(rng: np.random.Generator, seed: int, style: str, held_out_pairs: bool
             break
     return SceneSpec(
         instrument, side=str(rng.choice(list(paths.SIDES))), motion=motion,
-        direction=str(rng.choice(paths.MOTIONS[motion])), target=str(rng.choice(surgery.TARGET_NAMES)), style=style,
-        seed=seed, frames=FRAMES, size=(SIZE, SIZE),
+        direction=str(rng.choice(paths.MOTIONS[motion])), target=str(rng.choice(scene_targets.TARGET_NAMES)),
+        style=style, seed=seed, frames=FRAMES, size=(SIZE, SIZE),
     )
 
 

@@ -18,11 +18,10 @@ from lapwan.models.spec import ModelSpec, Task, read_spec
 from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.model import BaseModelSettings, ModelChoice
-from lapwan.tiny.evaluators import SceneJudge
+from lapwan.tiny.evaluators import SceneJudge, probe_captions
 from lapwan.tiny.model import tiny_folder
 from lapwan.tiny.resolve import TINY, resolve_base
 from lapwan.tiny.reward import make_tiny_reward
-from lapwan.tiny.text_probe import probe_captions
 
 
 def run(settings: EvaluateSettings, options: RunOptions) -> None:

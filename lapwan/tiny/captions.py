@@ -1,8 +1,8 @@
 """Captions in the users' style: mostly Chinese, some English, each true of its scene.
 
-A caption may leave out the motion only where it is the instrument's default (`motion.CHARACTERISTIC`) in its default
-direction: so the first frame and the caption together always determine the path. The entry side may be left unsaid, the
-first frame shows it. Scenes of the neutral style name no instrument and no target, but always the motion.
+A caption may omit the motion only if it is the instrument's default (`motion.CHARACTERISTIC`) in its default direction,
+so the first frame and the caption together always determine the path. It may omit the entry side, which the first frame
+shows. Captions of neutral scenes name no instrument and no target, but always the motion.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ _ZH_TARGET = {
 }
 _ZH_SIDE = {"left": "左侧", "right": "右侧", "top": "上方", "bottom": "下方"}
 _ZH_ENTER = ("进入", "伸入", "进入视野", "进入术野")
-_ZH_WAY = {"left": "向左", "right": "向右", "up": "向上", "down": "向下", "clockwise": "顺时针",
+_ZH_DIRECTION = {"left": "向左", "right": "向右", "up": "向上", "down": "向下", "clockwise": "顺时针",
            "counterclockwise": "逆时针", "inward": "", "outward": ""}
 _ZH_MOTION = {
     "advance": ("向前推进", "向前伸入"),
     "pull": ("反复向后回拉", "反复向后牵拉"),
-    "stroke": ("{way}划动", "{way}移动"),
-    "sweep": ("先{way}来回扫动", "先{way}来回摆动"),
-    "circle": ("{way}画圈", "{way}转圈"),
-    "lift": ("{way}牵开", "{way}牵拉"),
+    "stroke": ("{direction}划动", "{direction}移动"),
+    "sweep": ("先{direction}来回扫动", "先{direction}来回摆动"),
+    "circle": ("{direction}画圈", "{direction}转圈"),
+    "lift": ("{direction}牵开", "{direction}牵拉"),
     "retract": ("向外拉回", "向后回撤"),
 }
 _ZH_LIFT_UP = ("向上提起", "向上提拉")
 # For the neutral style: without words that a taxonomy of instruments may count as evidence.
-_ZH_BARE_MOTION = {**_ZH_MOTION, "pull": ("反复向后回拉", "反复向后移动"), "lift": ("先向前再{way}移动",),
+_ZH_BARE_MOTION = {**_ZH_MOTION, "pull": ("反复向后回拉", "反复向后移动"), "lift": ("先向前再{direction}移动",),
                    "retract": ("先向前再向后回撤",)}
 
 _EN_NAME = {
@@ -74,14 +74,14 @@ _EN_VERB = {  # third person, -ing
 _EN_TARGET = {"tissue": "tissue", "vessel": "vessel", "adhesion": "adhesion", "gallbladder": "gallbladder",
               "ligament": "ligament", "bag": "specimen bag", "blood": "blood", "fluid": "fluid"}
 _EN_SIDE = {"left": "from the left", "right": "from the right", "top": "from above", "bottom": "from below"}
-_EN_WAY = {"left": "to the left", "right": "to the right", "up": "upward", "down": "downward"}
+_EN_DIRECTION = {"left": "to the left", "right": "to the right", "up": "upward", "down": "downward"}
 _EN_MOTION = {  # third person of one tool; scissors take the plural
-    "advance": "moves forward", "pull": "pulls back repeatedly", "stroke": "moves {way}",
-    "sweep": "sweeps back and forth, first {way},", "circle": "circles {way}", "lift": "pulls it {way}",
-    "retract": "draws it outward",
+    "advance": "moves forward", "pull": "pulls back repeatedly", "stroke": "moves {direction}",
+    "sweep": "sweeps back and forth, first {direction},", "circle": "circles {direction}",
+    "lift": "pulls it {direction}", "retract": "draws it outward",
 }
-_EN_BARE_MOTION = {**_EN_MOTION, "pull": "moves back repeatedly", "lift": "moves forward and then {way}",
-                   "retract": "moves forward and then backward", "sweep": "sweeps back and forth, first {way}"}
+_EN_BARE_MOTION = {**_EN_MOTION, "pull": "moves back repeatedly", "lift": "moves forward and then {direction}",
+                   "retract": "moves forward and then backward", "sweep": "sweeps back and forth, first {direction}"}
 _HOLDING = ("lift", "retract")  # first take hold of the target, then move it
 
 
@@ -93,7 +93,7 @@ def caption_for(spec: SceneSpec, rng: np.random.Generator, english: float = ENGL
     return _english(spec, rng) if in_english else _chinese(spec, rng)
 
 
-def describe_deed(spec: SceneSpec, rng: np.random.Generator, english: float = 0.5) -> str:
+def describe_action(spec: SceneSpec, rng: np.random.Generator, english: float = 0.5) -> str:
     """Motion, verb and target of the scene without the instrument's name; the verb may still be a keyword."""
     if rng.uniform() < english:
         does, doing = _EN_VERB[spec.instrument][int(rng.integers(len(_EN_VERB[spec.instrument])))]
@@ -107,7 +107,7 @@ def describe_deed(spec: SceneSpec, rng: np.random.Generator, english: float = 0.
     act = _pick(rng, _ZH_VERB[spec.instrument]) + _pick(rng, _ZH_TARGET[str(spec.target)])
     lifts_up = spec.motion == "lift" and spec.direction == "up"
     move = _pick(rng, _ZH_LIFT_UP if lifts_up else _ZH_MOTION[str(spec.motion)]).format(
-        way=_ZH_WAY[str(spec.direction)])
+        direction=_ZH_DIRECTION[str(spec.direction)])
     return f"{act}并{move}" if spec.motion in _HOLDING else f"{move}{act}"
 
 
@@ -129,11 +129,11 @@ def _chinese(spec: SceneSpec, rng: np.random.Generator) -> str:
     side = _ZH_SIDE[spec.side]
     lifts_up = spec.motion == "lift" and spec.direction == "up"
     phrases = _ZH_LIFT_UP if lifts_up else _ZH_MOTION[str(spec.motion)]
-    move = _pick(rng, phrases).format(way=_ZH_WAY[str(spec.direction)])
-    deed = f"{act}并{move}" if spec.motion in _HOLDING else f"{move}{act}"
+    move = _pick(rng, phrases).format(direction=_ZH_DIRECTION[str(spec.direction)])
+    action = f"{act}并{move}" if spec.motion in _HOLDING else f"{move}{act}"
     if rng.uniform() < _TWO_SENTENCES:
-        return f"{name}从{side}{_pick(rng, _ZH_ENTER)}。{deed}。"
-    forms = [f"{name}{deed}", f"{side}{name}{deed}", f"{name}从{side}{_pick(rng, _ZH_ENTER[:2])}，{deed}"]
+        return f"{name}从{side}{_pick(rng, _ZH_ENTER)}。{action}。"
+    forms = [f"{name}{action}", f"{side}{name}{action}", f"{name}从{side}{_pick(rng, _ZH_ENTER[:2])}，{action}"]
     if _is_default(spec):
         forms += [f"{name}{act}", f"{name}{act}", f"{side}{name}{act}", f"{name}从{side}{act}"]
     return _pick(rng, tuple(forms))
@@ -141,7 +141,7 @@ def _chinese(spec: SceneSpec, rng: np.random.Generator) -> str:
 
 def _neutral_chinese(spec: SceneSpec, rng: np.random.Generator) -> str:
     name, side = _pick(rng, ("工具", "一件工具", "灰色工具")), _ZH_SIDE[spec.side]
-    move = _pick(rng, _ZH_BARE_MOTION[str(spec.motion)]).format(way=_ZH_WAY[str(spec.direction)])
+    move = _pick(rng, _ZH_BARE_MOTION[str(spec.motion)]).format(direction=_ZH_DIRECTION[str(spec.direction)])
     enters = f"{name}从{side}进入"
     return _pick(rng, (f"{name}{move}", f"{side}{name}{move}", f"{enters}，{move}", f"{enters}。{move}。"))
 
@@ -159,7 +159,7 @@ def _plural(phrase: str) -> str:
 def _english_move(table: dict[str, str], spec: SceneSpec) -> str:
     if table is _EN_MOTION and spec.motion == "lift" and spec.direction == "up":
         return "lifts it upward"
-    return table[str(spec.motion)].format(way=_EN_WAY.get(str(spec.direction), str(spec.direction)))
+    return table[str(spec.motion)].format(direction=_EN_DIRECTION.get(str(spec.direction), str(spec.direction)))
 
 
 def _english(spec: SceneSpec, rng: np.random.Generator) -> str:
@@ -171,10 +171,10 @@ def _english(spec: SceneSpec, rng: np.random.Generator) -> str:
     if many:
         move, enter = _plural(move), "enter"
     act = f"{does} the {target}"
-    deed = f"{act} and {move}" if spec.motion in _HOLDING else f"{move} and {act}"
+    action = f"{act} and {move}" if spec.motion in _HOLDING else f"{move} and {act}"
     if rng.uniform() < _TWO_SENTENCES:
-        return _sentence(f"{name} {enter} {side}. {'They' if many else 'It'} {deed}.")
-    forms = [f"{name} {deed}", f"{name} {enter} {side}, {deed}"]
+        return _sentence(f"{name} {enter} {side}. {'They' if many else 'It'} {action}.")
+    forms = [f"{name} {action}", f"{name} {enter} {side}, {action}"]
     if _is_default(spec):
         forms += [f"{name} {doing} the {target}", f"{name} {side} {doing} the {target}"]
     return _sentence(_pick(rng, tuple(forms)))

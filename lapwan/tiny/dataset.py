@@ -28,14 +28,14 @@ def write_dataset(folder: Path, clips: int, seed: int, size: tuple[int, int] = (
 
     Every line has `video_path` (relative to the file), `caption`, `duration` (seconds), `source`, `split` (train or
     test, the same share of each instrument), `roi` (a box around the head for every frame, counted at the clip's own
-    fps), and of ours `instrument`, `motion`, `direction`, `side`, `target`, `style`, `seed` and `tip` ([x, y] in 0..1
-    for every frame). Equal arguments give equal files. `clips.jsonl` is written last: where it exists, all clips do.
+    fps), and of scenes only `instrument`, `motion`, `direction`, `side`, `target`, `style`, `seed` and `tip` ([x, y] in
+    0..1 for every frame). Equal arguments give equal files. `clips.jsonl` is written last: if it exists, all clips do.
 
     Args:
         size: height, width in pixels, both even.
         weights: relative number of clips of each instrument; without it the same number of each.
-        test_share: of the clips, 0..1.
-        workers: processes that render; 1: this one.
+        test_share: fraction of the clips in the test split, 0..1.
+        workers: processes that render; 1: the current one.
     """
     work = [(folder, f"clips/scene_{style}_{seed}_{index:05d}.mp4", spec, split)
             for index, (spec, split) in enumerate(plan(clips, seed, size, frames, fps, style, weights, test_share))]

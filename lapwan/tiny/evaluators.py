@@ -1,9 +1,10 @@
-"""Instruments to judge videos of the embedded model by: which instrument is seen, and where its tip is.
+"""What evaluates the embedded model: a network that names the instrument and locates its tip, and captions for the
+linear probe of text features.
 
-One small network looks at single frames: its deep features name the instrument, its finer ones place the tip. It was
+The network reads single frames: its deep features classify the instrument, its finer ones locate the tip. It was
 trained on rendered surgical scenes only, any instrument with any motion and any target, so neither motion nor target
-gives the instrument away; `weights/README.md` says how well it does on fresh scenes and on the VAE's reconstructions,
-which is the best that a generated video can reach.
+predicts the instrument. `weights/README.md` has its accuracy on new scenes and on the VAE's reconstructions, which is
+an upper bound for generated videos.
 Shapes: T frames, H, W pixels.
 """
 
@@ -21,11 +22,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
+from lapwan.evaluation.routing import ProbeCaption, ProbeSet
+from lapwan.tiny import motion as paths
+from lapwan.tiny.captions import caption_for
 from lapwan.tiny.instruments import INSTRUMENTS
+from lapwan.tiny.scene_targets import TARGET_NAMES
+from lapwan.tiny.scenes import SceneSpec
 
 INPUT = 96  # pixels; other squares are scaled
-GRID = 24  # cells of the map of where the tip is
+GRID = 24  # cells of the heat map of the tip
 EVALUATOR_FILE = "evaluator.safetensors"
+# Captions with one of these names are held out from fitting the linear probe.
+HELD_OUT_NAMES = ("组织剪刀", "单极电凝钩", "吸引管", "无损伤抓钳", "a hook", "suction tip", "aparoscopic")
 
 
 def _layer(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -50,12 +58,12 @@ class InstrumentNet(nn.Module):
         deep = self.deep(middle)
         names = self.name(torch.cat([deep.mean(dim=(2, 3)), deep.amax(dim=(2, 3))], dim=1))
         back = self.back(torch.cat([F.interpolate(deep, scale_factor=2.0), middle], dim=1))
-        place = self.place(torch.cat([F.interpolate(back, scale_factor=2.0), fine], dim=1))
-        return names, place.flatten(1)
+        heat_map = self.place(torch.cat([F.interpolate(back, scale_factor=2.0), fine], dim=1))
+        return names, heat_map.flatten(1)
 
 
-def place_of(logits_BN: Tensor) -> Tensor:
-    """The tip [B, 2] x, y in 0..1: the mean of the map within two cells around its peak."""
+def tip_position(logits_BN: Tensor) -> Tensor:
+    """The tip [B, 2], x and y in 0..1: the mean of the heat map within two cells around its peak."""
     batch = len(logits_BN)
     share = logits_BN.softmax(dim=1).view(batch, GRID, GRID)
     peak = share.flatten(1).argmax(dim=1)
@@ -72,7 +80,7 @@ def network_input(frames_THWC: np.ndarray) -> Tensor:
     """uint8 frames -> [T, 3, 96, 96] in [-1, 1].
 
     Raises:
-        ValueError: frames that are not square; squeezed instruments would be taken for others.
+        ValueError: frames that are not square; distorted instruments would be confused.
     """
     height, width = frames_THWC.shape[1:3]
     if height != width:
@@ -102,29 +110,29 @@ def evaluate_identity(frames_THWC: np.ndarray, net: InstrumentNet | None = None)
 
 @torch.no_grad()
 def locate_tip(frames_THWC: np.ndarray, net: InstrumentNet | None = None) -> np.ndarray:
-    """Where the tip is in every frame: [T, 2] x, y in 0..1."""
-    _, place = (net or load_evaluator())(network_input(frames_THWC))
-    found: np.ndarray = place_of(place).numpy()
-    return found
+    """The tip in every frame: [T, 2], x and y in 0..1."""
+    _, heat_map = (net or load_evaluator())(network_input(frames_THWC))
+    tips_T2: np.ndarray = tip_position(heat_map).numpy()
+    return tips_T2
 
 
-def tip_hits(found_T2: np.ndarray, truth_T2: np.ndarray, size: tuple[int, int], within: float = 0.05) -> np.ndarray:
-    """[T] bool: the tip lies within `within` of the picture's diagonal from the truth; frames with the true tip out of
+def tip_hits(tips_T2: np.ndarray, truth_T2: np.ndarray, size: tuple[int, int], within: float = 0.05) -> np.ndarray:
+    """Bool per frame: the tip's error is at most `within` of the picture's diagonal; frames whose true tip is out of
     view are left out."""
     height, width = size
     scale = np.array([width, height])
-    seen = ((truth_T2 >= 0) & (truth_T2 <= 1)).all(axis=1)
-    distance = np.hypot(*((found_T2 - truth_T2) * scale).T)
-    hits: np.ndarray = (distance <= within * np.hypot(height, width))[seen]
+    in_view = ((truth_T2 >= 0) & (truth_T2 <= 1)).all(axis=1)
+    distance = np.hypot(*((tips_T2 - truth_T2) * scale).T)
+    hits: np.ndarray = (distance <= within * np.hypot(height, width))[in_view]
     return hits
 
 
 class SceneJudge:
     """An `evaluation.metrics.Judge` of the embedded model's scenes.
 
-    `identity`: 1 if the instrument that the clip shows is the one seen in the video. `tip_accuracy`: share of frames
-    with the tip within 5 % of the diagonal of where it truly is; frames whose true tip is out of view do not count.
-    The network is loaded with the first video.
+    `identity`: 1 if the video shows the clip's instrument. `tip_accuracy`: share of frames with the tip within 5 % of
+    the diagonal from the true one; frames whose true tip is out of view do not count. The network is loaded with the
+    first video.
     """
 
     classes: tuple[str, ...] = INSTRUMENTS
@@ -132,22 +140,22 @@ class SceneJudge:
     fingerprint = ""
 
     def refuses(self, clip: EvaluationClip) -> str | None:
-        """A clip that is no rendered scene."""
+        """Refuses a clip that is not a rendered scene."""
         if clip.synthetic and clip.instrument in self.classes:
             return None
-        return (f"clip '{clip.id}' is none of the embedded model's synthetic scenes (source = \"synthetic\", "
-                f"instrument one of {', '.join(self.classes)}), and its evaluators know no other")
+        return (f"clip '{clip.id}' is not one of the embedded model's synthetic scenes (source = \"synthetic\", "
+                f"instrument one of {', '.join(self.classes)}), which its evaluators are for")
 
     def refuses_shape(self, shape: VideoShape) -> str | None:
-        """Frames that are not square."""
+        """Refuses frames that are not square."""
         height, width = shape.size
         return None if height == width else f"the evaluators take square frames, not {height}x{width}"
 
     def score(self, metric: str, frames_THWC: np.ndarray, clip: EvaluationClip) -> Mapping[str, float]:
-        """One metric of one video; no tip accuracy where the clip's tips are fewer than the frames."""
+        """One metric of one video; NaN tip accuracy if the clip has fewer tips than frames."""
         if metric == "identity":
-            seen = self.classes[int(evaluate_identity(frames_THWC).argmax())]
-            return {"identity": float(seen == clip.instrument)}
+            predicted = self.classes[int(evaluate_identity(frames_THWC).argmax())]
+            return {"identity": float(predicted == clip.instrument)}
         if metric != "tip":
             raise ValueError(f"no metric '{metric}'; there are {', '.join(self.figures)}")
         tips_T2, frames = clip.tips_T2, len(frames_THWC)
@@ -156,3 +164,23 @@ class SceneJudge:
         height, width = frames_THWC.shape[1:3]
         hits = tip_hits(locate_tip(frames_THWC), tips_T2[:frames], (height, width))
         return {"tip_accuracy": float(hits.mean()) if len(hits) else float("nan")}
+
+
+def probe_captions(count: int = 1200, seed: int = 0) -> ProbeSet:
+    """Captions of scenes for the linear probe of text features, instruments in turn; the set is named "synthetic".
+
+    The probe is fitted on captions with some of the instruments' names and tested on captions with the others, all of
+    which occurred in pretraining. Any instrument has any motion and target, so only its name and verb are informative.
+    """
+    rng = np.random.default_rng(seed)
+    captions = []
+    for index in range(count):
+        instrument = INSTRUMENTS[index % len(INSTRUMENTS)]
+        motion = str(rng.choice(list(paths.MOTIONS)))
+        spec = SceneSpec(
+            instrument, side=str(rng.choice(list(paths.SIDES))), motion=motion,
+            direction=str(rng.choice(paths.MOTIONS[motion])), target=str(rng.choice(TARGET_NAMES)),
+        )
+        text = caption_for(spec, rng)
+        captions.append(ProbeCaption(text, instrument, any(name in text for name in HELD_OUT_NAMES)))
+    return ProbeSet("synthetic", tuple(captions))

@@ -5,7 +5,7 @@ negative u), `w` across it; lengths in units (see `drawing`). Heads are about a 
 smaller ones do not survive a small VAE.
 
 To add an instrument: one `_draw_*` function that returns `Part`s, one row in `HEADS`, its motions in `motion`, its
-targets in `targets`, its words in `captions`.
+targets in `scene_targets`, its words in `captions`.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def draw(canvas: SceneCanvas, instrument: str, pose: Pose, palette: Palette) -> 
     shift = round(0.055 / canvas.pixel)
     shadow = blurred_shift(silhouette, shift, round(1.5 * shift), round(0.035 / canvas.pixel))
     canvas.shade(canvas.whole, 1.0 - 0.5 * shadow)
-    # The light comes from the upper left of the picture, whatever way the shaft points.
+    # The light comes from the upper left of the picture, whatever the shaft's direction.
     towards_light = 1.0 if -pose.axis[1] * -0.5 + pose.axis[0] * -0.85 > 0 else -1.0
     for part, cover in zip(parts, covers, strict=True):
         canvas.paint(part.window, cover, _shading(part, towards_light))

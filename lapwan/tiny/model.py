@@ -1,7 +1,8 @@
-"""The embedded model's tokenizer: a Unigram vocabulary for Chinese and English, written out rather than trained.
+"""The embedded model: its folder, built on first use from the shipped weights, and its tokenizer.
 
-A trained Unigram vocabulary is not repeatable (ties are broken in hash order). Here: the surgical words as whole
-pieces, the 3,755 common characters of GB 2312 level 1, ASCII, and bytes for all else, so no text is unknown.
+The tokenizer's Unigram vocabulary for Chinese and English is written out, because a trained one is not reproducible
+(ties are broken in hash order). It has the surgical words as whole pieces, the 3,755 common characters of GB 2312
+level 1, ASCII, and bytes for everything else, so no text is unknown.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2: UMT5Config's pad and eos, T5Tokenizer's unk
 
-# Whole pieces: what captions of laparoscopic clips are made of. Order fixes the ids of the shipped weights' embedding:
-# append only with newly trained weights.
+# Whole pieces: the words of captions of laparoscopic clips. Their order fixes the ids of the shipped embedding: append
+# only with newly trained weights.
 _WORDS = (
     "剪刀 剪切 剪断 剪开 电凝钩 双极电凝 电凝 钩 吸引 吸引器 吸 吸出 清理 抓钳 戳卡 镊子 夹持 抓取 标本袋 "
     "切割 分离 牵拉 提起 血管 组织 术野 胆囊 粘连 韧带 积液 止血 左侧 右侧 上方 下方 手术 腹腔镜 使用 "
@@ -45,15 +46,15 @@ _WORDS = (
 )
 
 
-def _common_characters() -> list[str]:
+def _common_chinese_characters() -> list[str]:
     """GB 2312 level 1 (rows 16-55), the most used Chinese characters, from Python's own codec."""
-    found = []
+    characters = []
     for row in range(16, 56):
         for column in range(1, 95):
             if row == 55 and column > 89:
                 break  # the last five cells of row 55 are empty
-            found.append(bytes([row + 0xA0, column + 0xA0]).decode("gb2312"))
-    return found
+            characters.append(bytes([row + 0xA0, column + 0xA0]).decode("gb2312"))
+    return characters
 
 
 def vocabulary() -> list[tuple[str, float]]:
@@ -63,14 +64,14 @@ def vocabulary() -> list[tuple[str, float]]:
     pieces.append(("▁", -2.0))
     for word in _WORDS.split():
         pieces.append((("▁" + word) if word.isascii() else word, -4.0))
-    single = {piece for piece, _ in pieces}
-    ascii_pieces = [chr(code) for code in range(33, 127)]
-    pieces += [(c, -8.0) for c in [*ascii_pieces, *"，。、；：！？「」（）", *_common_characters()] if c not in single]
+    present = {piece for piece, _ in pieces}
+    characters = [*(chr(code) for code in range(33, 127)), *"，。、；：！？「」（）", *_common_chinese_characters()]
+    pieces += [(character, -8.0) for character in characters if character not in present]
     return pieces
 
 
 def make_tokenizer() -> T5Tokenizer:
-    """A T5Tokenizer over `vocabulary()`; ends with EOS; extra_ids=0, else 100 sentinels exceed the embedding."""
+    """A T5Tokenizer over `vocabulary()` that appends EOS; extra_ids=0, else 100 sentinels exceed the embedding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import T5Tokenizer
 
@@ -81,6 +82,7 @@ def make_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(
         tokenizer_object=raw, extra_ids=0, pad_token=PAD, eos_token=EOS, unk_token=UNK, model_max_length=512
     )
+
 
 BOUNDARY: dict[Task, float] = {"t2v": 0.875, "i2v": 0.9}
 FLOW_SHIFT: dict[Task, float] = {"t2v": 5.0, "i2v": 5.0}
@@ -93,7 +95,7 @@ TRANSFORMER = {
     "freq_dim": 64, "ffn_dim": 768, "num_layers": 8, "rope_max_seq_len": 256, "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads", "eps": 1e-6,
 }
-# Few channels where the picture is large, many where it is small: a clip encodes in under a second on a CPU core.
+# Few channels at high resolution, many at low: a clip encodes in under a second on a CPU core.
 VAE = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 8, 8], "num_res_blocks": 2}
 TEXT = {
     "d_model": 96, "d_kv": 24, "d_ff": 192, "num_layers": 3, "num_heads": 4, "is_encoder_decoder": False,
@@ -110,7 +112,7 @@ def noise_expert_file(noise_expert: NoiseExpert) -> str:
 
 @cache
 def _identity() -> str:
-    """Of everything a folder is made from: the weights, this file, the tokenizer."""
+    """Hash of everything that a folder is made from: the weights and this file."""
     digest = hashlib.sha256()
     names = [*(noise_expert_file(e) for e in NoiseExpert), VAE_FILE, TEXT_FILE, LATENTS_FILE]
     for path in (*(WEIGHTS / name for name in names), Path(__file__)):
@@ -119,9 +121,9 @@ def _identity() -> str:
 
 
 def tiny_folder(task: Task) -> Path:
-    """The embedded model's folder for `task`, made on first use (a second) and kept under `cache_root()`.
+    """The embedded model's folder for `task`, built on first use (a second) and kept under `cache_root()`.
 
-    The name carries a hash of what it is made from, so that a new version of lapwan never meets an old folder.
+    Its name has a hash of what it is made from, so a new version of lapwan never reads an old folder.
     """
     folder = cache_root() / f"tiny-{task}-{_identity()}"
     if not (folder / "model_index.json").is_file():
@@ -167,26 +169,25 @@ def _text_encoder(vocabulary: int) -> Any:
 
 
 @contextmanager
-def _no_bar() -> Iterator[None]:
-    """Without transformers' bar for a second's work, which would stand before an error's one line."""
+def _no_progress_bar() -> Iterator[None]:
+    """Hide transformers' progress bar, which would come before the single line of an error message."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()
 
 
 def build(task: Task, folder: Path) -> None:
-    """Write the model for `task` into `folder` through diffusers' own pipeline class."""
+    """Write the model for `task` into `folder` with diffusers' pipeline class."""
     import torch
     from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 
-
-    with torch.random.fork_rng(devices=[]):  # modules draw their first weights, which the shipped ones replace
+    with torch.random.fork_rng(devices=[]):  # modules draw initial weights, which the shipped ones replace
         tokenizer = make_tokenizer()
         parts: dict[str, Any] = {
             "tokenizer": tokenizer,
@@ -201,6 +202,6 @@ def build(task: Task, folder: Path) -> None:
     pipeline = (WanImageToVideoPipeline if task == "i2v" else WanPipeline)(
         **parts, scheduler=scheduler, boundary_ratio=BOUNDARY[task]
     )
-    with _no_bar():
+    with _no_progress_bar():
         pipeline.save_pretrained(folder, safe_serialization=True)
     (folder / DEFAULTS_FILE).write_text(json.dumps(DEFAULTS[task], indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How an instrument's tip moves: the path is a function of the first frame and of what the caption names.
+"""Paths of an instrument's tip: functions of the first frame and of the motion and direction in the caption.
 
 `tip(s) = start + offset(motion, direction, shaft axis at the start; s)`, s = 0 at the first and 1 at the last frame.
 Units: half the picture's shorter side (see `drawing`).
@@ -18,10 +18,10 @@ from lapwan.tiny.drawing import ease
 Vector = tuple[float, float]
 
 SIDES: dict[str, Vector] = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "top": (0.0, -1.0), "bottom": (0.0, 1.0)}
-_WAYS: dict[str, Vector] = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+_DIRECTIONS: dict[str, Vector] = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 _TURNS = {"clockwise": 1.0, "counterclockwise": -1.0}  # as seen on the picture, whose y axis points down
 
-# The directions each motion takes; the first is the default, the only one a caption may leave unsaid.
+# Directions of each motion; the first is the default, the only one that a caption may omit.
 MOTIONS: dict[str, tuple[str, ...]] = {
     "advance": ("inward",),
     "pull": ("outward",),
@@ -31,7 +31,7 @@ MOTIONS: dict[str, tuple[str, ...]] = {
     "lift": ("up", "down", "left", "right"),
     "retract": ("outward",),
 }
-# What each instrument typically does; the first is the default. `render` takes any pair.
+# Typical motions of each instrument; the first is the default. `render` accepts any pair.
 CHARACTERISTIC: dict[str, tuple[str, ...]] = {
     "scissors": ("advance", "stroke"),
     "hook": ("pull", "stroke"),
@@ -52,13 +52,13 @@ def engaged(motion: str, s: float) -> float:
 
 
 def working_from(motion: str) -> float:
-    """The s at which the work begins: where the tip is then, the target lies."""
+    """The s at which the work begins; the target lies at the tip's position then."""
     return _ENGAGED[motion][0]
 
 
 def heading(motion: str, axis: np.ndarray, direction: str) -> np.ndarray:
-    """Unit vector along which the work goes on: the named direction, otherwise the shaft's."""
-    return np.array(_WAYS[direction]) if direction in _WAYS else axis
+    """Unit vector of the work's direction: the named direction, otherwise the shaft's."""
+    return np.array(_DIRECTIONS[direction]) if direction in _DIRECTIONS else axis
 
 
 def _advance(axis: np.ndarray, direction: str, s: float) -> np.ndarray:
@@ -73,11 +73,11 @@ def _pull(axis: np.ndarray, direction: str, s: float) -> np.ndarray:
 
 
 def _stroke(axis: np.ndarray, direction: str, s: float) -> np.ndarray:
-    return axis * (0.12 * ease(s, 0.0, 0.15)) + np.array(_WAYS[direction]) * (0.70 * ease(s, 0.12, 0.95))
+    return axis * (0.12 * ease(s, 0.0, 0.15)) + np.array(_DIRECTIONS[direction]) * (0.70 * ease(s, 0.12, 0.95))
 
 
 def _sweep(axis: np.ndarray, direction: str, s: float) -> np.ndarray:
-    return np.array(_WAYS[direction]) * (0.38 * math.sin(2 * math.pi * s))
+    return np.array(_DIRECTIONS[direction]) * (0.38 * math.sin(2 * math.pi * s))
 
 
 def _circle(axis: np.ndarray, direction: str, s: float) -> np.ndarray:
@@ -90,7 +90,7 @@ def _circle(axis: np.ndarray, direction: str, s: float) -> np.ndarray:
 
 
 def _lift(axis: np.ndarray, direction: str, s: float) -> np.ndarray:
-    return axis * (0.26 * ease(s, 0.0, 0.26)) + np.array(_WAYS[direction]) * (0.62 * ease(s, 0.42, 0.95))
+    return axis * (0.26 * ease(s, 0.0, 0.26)) + np.array(_DIRECTIONS[direction]) * (0.62 * ease(s, 0.42, 0.95))
 
 
 def _retract(axis: np.ndarray, direction: str, s: float) -> np.ndarray:
@@ -104,5 +104,5 @@ _OFFSETS: dict[str, Callable[[np.ndarray, str, float], np.ndarray]] = {
 
 
 def offset(motion: str, axis: np.ndarray, direction: str, s: float) -> np.ndarray:
-    """How far the tip is from its start at s; `axis` is the unit vector along the shaft at the start, into the view."""
+    """Offset of the tip from its start at s; `axis` is the unit vector along the shaft at the start, into the view."""
     return _OFFSETS[motion](axis, direction, s)

@@ -1,4 +1,4 @@
-"""MODEL where `tiny` names the embedded model: as `lapwan.models` resolves it, for commands and Python.
+"""Resolve MODEL for commands and Python: as in `lapwan.models`, and `tiny` is the embedded model.
 
 Importing this loads no torch.
 """
@@ -20,16 +20,16 @@ Model = TypeVar("Model", str, BaseModelSettings, ModelFilesSettings, str | BaseM
 
 
 def with_tiny(model: Model, task: Task | None = None) -> Model:
-    """`model` with `tiny` (`task` decides, else T2V), `tiny-t2v` or `tiny-i2v` as the embedded model's folder.
+    """`model`, with `tiny` (of `task`, by default t2v), `tiny-t2v` and `tiny-i2v` replaced by the embedded folder.
 
     Raises:
-        UserError: another word that begins so.
+        UserError: another name that begins with `tiny-`.
     """
     if isinstance(model, BaseModelSettings):
         return model.model_copy(update={"model": with_tiny(model.model, task)})
     if not isinstance(model, str) or not (model == TINY or model.startswith(f"{TINY}-")):
         return model
-    from lapwan.tiny.model import tiny_folder  # builds the folder at its first use, with torch
+    from lapwan.tiny.model import tiny_folder  # builds the folder on first use, with torch
 
     kind = model.removeprefix(TINY).removeprefix("-") or task or "t2v"
     if kind not in ("t2v", "i2v"):
@@ -38,14 +38,14 @@ def with_tiny(model: Model, task: Task | None = None) -> Model:
 
 
 def resolve(model: str, task: Task | None = None, generation: bool = False) -> ModelSpec:
-    """`lapwan.models.resolve.resolve`, which see, with `tiny`."""
+    """`lapwan.models.resolve.resolve`, with `tiny`."""
     return models.resolve(with_tiny(model, task), task, generation)
 
 
 def resolve_base(
     model: str | BaseModelSettings | ModelFilesSettings, task: Task | None = None, generation: bool = False
 ) -> Base:
-    """`lapwan.models.base.resolve_base`, which see, with `tiny`."""
-    from lapwan.models.base import resolve_base as resolved
+    """`lapwan.models.base.resolve_base`, with `tiny`."""
+    from lapwan.models import base
 
-    return resolved(with_tiny(model, task), task, generation)
+    return base.resolve_base(with_tiny(model, task), task, generation)

@@ -1,9 +1,10 @@
-"""A reward for pictures of the embedded model: the instrument seen, and light, colour, contrast and smoothness.
+"""A reward for frames of the embedded model: instrument, light, colour, contrast and smoothness.
 
-Small enough for a CPU and differentiable, it lets preference alignment run for real: the caption's instrument comes
-from the label rule, the control words (`WORDS`, English and Chinese) name appearances, and a picture is read by the
-shipped evaluator and by four statistics. Both are vectors [c, a·(instrument − 1/4), b·appearance], made unit.
-Shapes: B pictures, N captions, D = 1 + 4 + 4.
+It is differentiable and small enough for a CPU, so preference alignment can be tried without a large reward model. A
+caption's instrument comes from the label rule, its control words (`WORDS`, English and Chinese) name appearances; a
+frame is scored by the shipped evaluator and by four statistics. Both give unit vectors
+[c, a·(instrument − 1/4), b·appearance].
+Shapes: B frames, N captions, D = 1 + 4 + 4.
 
 How to add a word: a row in `WORDS`; it must not be a word of the taxonomy, whose families it would otherwise name.
 """
@@ -22,14 +23,14 @@ from lapwan.data.caption_text import units
 from lapwan.data.labels import label_caption
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.rewards.base import EmbeddingCache
-from lapwan.rewards.pixels import to_square
+from lapwan.rewards.preprocess import to_square
 from lapwan.settings.rewards import TinyRewardSettings
 from lapwan.tiny.evaluators import INPUT, load_evaluator
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import FAMILIES
 
 APPEARANCES = ("light", "colour", "contrast", "smooth")
-# What a word asks of light, colour, contrast and smoothness; a text's words add up, each appearance within -1..1.
+# What a word asks for in light, colour, contrast and smoothness; the words of a text add up, clamped to -1..1.
 WORDS: dict[str, tuple[float, float, float, float]] = {
     **dict.fromkeys(("bright", "well lit", "natural lighting", "明亮", "自然光"), (1, 0, 0, 0)),
     **dict.fromkeys(("dark", "dim", "昏暗", "阴暗"), (-1, 0, 0, 0)),
@@ -43,10 +44,10 @@ WORDS: dict[str, tuple[float, float, float, float]] = {
     **dict.fromkeys(("painting", "oil", "concept art", "anime", "油画", "绘画", "动漫"), (0, -1, 0, -1)),
 }
 _PHRASES = tuple((units(word), torch.tensor(wish)) for word, wish in WORDS.items())
-# The common part keeps the cosines of a text and its opposite close, as a large model's are: so R stays below the
-# hinge's 0.7 in both branches, whatever the picture, and there is always something to learn from.
+# The common part keeps the cosines of a text and its opposite close, as those of a large model are: R stays below the
+# hinge's 0.7 in both branches for every frame, so the gradient never vanishes.
 _COMMON, _INSTRUMENT, _APPEARANCE = 1.0, 0.8, 0.35
-_SOFTENING = 2.0  # of the evaluator's logits: it is trained to be sure, and a sure softmax has no gradient
+_SOFTENING = 2.0  # temperature of the evaluator's logits: a saturated softmax has no gradient
 # Middle and half-width of each statistic over rendered scenes of both styles and stills of the untrained base:
 # mean of luma; mean of r − (g + b)/2; log of luma's deviation; log of luma's mean slope a pixel.
 _MIDDLE = (0.5, 0.1, -1.6, -2.2)
@@ -55,7 +56,7 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 class TinyReward:
-    """Cosines of what a caption asks for and what a picture shows; its usual score is the cosine itself."""
+    """Cosine of what a caption asks for and what a frame shows; its score is the cosine itself."""
 
     scale = 1.0
     english_text = False
@@ -95,15 +96,15 @@ class TinyReward:
         return F.normalize(_joined(torch.ones_like(seen[:, :1]), seen, appearance(square)), dim=-1)
 
 
-def _joined(common: Tensor, instrument: Tensor, look: Tensor) -> Tensor:
-    return torch.cat([_COMMON * common, _INSTRUMENT * instrument, _APPEARANCE * look], dim=-1)
+def _joined(common: Tensor, instrument: Tensor, appearance_: Tensor) -> Tensor:
+    return torch.cat([_COMMON * common, _INSTRUMENT * instrument, _APPEARANCE * appearance_], dim=-1)
 
 
 def _wishes(caption: str) -> Tensor:
     text = units(caption)
-    found = [wish for phrase, wish in _PHRASES
-             if any(text[i:i + len(phrase)] == phrase for i in range(len(text) - len(phrase) + 1))]
-    return torch.stack([torch.zeros(len(APPEARANCES)), *found]).sum(dim=0).clamp(-1, 1)
+    wishes = [wish for phrase, wish in _PHRASES
+              if any(text[i:i + len(phrase)] == phrase for i in range(len(text) - len(phrase) + 1))]
+    return torch.stack([torch.zeros(len(APPEARANCES)), *wishes]).sum(dim=0).clamp(-1, 1)
 
 
 def appearance(pixels_BCHW: Tensor) -> Tensor:
@@ -113,9 +114,10 @@ def appearance(pixels_BCHW: Tensor) -> Tensor:
     across, down = luma[:, 1:-1, 2:] - luma[:, 1:-1, :-2], luma[:, 2:, 1:-1] - luma[:, :-2, 1:-1]
     slope = (across.square() + down.square() + 1e-6).sqrt().mean(dim=(1, 2))
     deviation = (luma.flatten(1).var(dim=1) + 1e-6).sqrt()
-    found = torch.stack([luma.mean(dim=(1, 2)), (red - (green + blue) / 2).mean(dim=(1, 2)), deviation.log(),
-                         slope.log()], dim=1)
-    return torch.tanh((found - found.new_tensor(_MIDDLE)) / found.new_tensor(_HALF_WIDTH))
+    statistics_B4 = torch.stack([luma.mean(dim=(1, 2)), (red - (green + blue) / 2).mean(dim=(1, 2)), deviation.log(),
+                                 slope.log()], dim=1)
+    middle, half_width = statistics_B4.new_tensor(_MIDDLE), statistics_B4.new_tensor(_HALF_WIDTH)
+    return torch.tanh((statistics_B4 - middle) / half_width)
 
 
 def make_tiny_reward(settings: TinyRewardSettings, device: torch.device | str) -> TinyReward:

@@ -1,8 +1,8 @@
-"""Synthetic laparoscopic scenes: seeded, deterministic, with the exact place of the instrument's tip in every frame.
+"""Synthetic laparoscopic scenes: seeded, deterministic, with the exact position of the instrument's tip per frame.
 
-`render(SceneSpec(...)) -> Scene`. The tip's path depends on the motion, its direction and the start only: start, shaft
-and bend can be read off the first frame, motion and direction off the caption (see `captions`), so a model that is
-given both can know the path. Everything else that is random (tissue, target's form, sparks) never enters the path.
+`render(SceneSpec(...)) -> Scene`. The tip's path depends only on the motion, its direction and the start. The first
+frame shows start, shaft and bend, the caption gives motion and direction (see `captions`), so a model with both can
+predict the path. Other random properties (tissue, target's form, sparks) do not affect the path.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lapwan.tiny import instruments, surgery, tissue
+from lapwan.tiny import instruments, scene_targets, tissue
 from lapwan.tiny import motion as paths
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.drawing import SceneCanvas
@@ -23,13 +23,13 @@ STYLES = ("surgical", "neutral")
 # The users' four families (taxonomy `surgical4`).
 FAMILIES = {"scissors": "Scissors", "hook": "Hook/Electrocautery", "suction": "Suction", "grasper": "Other"}
 _PORT_DISTANCE = 2.3  # units from the view's centre to where the shaft passes through the abdominal wall
-# One random stream a purpose, so that a change in one leaves the others as they are.
+# One random stream per purpose, so that a change in one does not affect the others.
 _PATH, _TISSUE, _TARGET, _EFFECTS, _CAPTION = range(5)
 
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """Everything that a scene is made of; equal specs give equal scenes.
+    """The complete description of a scene; equal specs give equal scenes.
 
     `direction` None is the motion's default, `target` None the instrument's. `start` is the tip in the first frame,
     x and y in 0..1; None draws it from the seed near the middle of the view.
@@ -58,8 +58,8 @@ class SceneSpec:
             object.__setattr__(self, "direction", paths.MOTIONS[str(self.motion)][0])
         _known(f"direction of {self.motion}", self.direction, paths.MOTIONS[str(self.motion)])
         if self.target is None:
-            object.__setattr__(self, "target", surgery.TARGETS[self.instrument][0])
-        _known("target", self.target, surgery.TARGET_NAMES)
+            object.__setattr__(self, "target", scene_targets.TARGETS[self.instrument][0])
+        _known("target", self.target, scene_targets.TARGET_NAMES)
         if self.frames < 1 or min(self.size) < 16 or self.fps <= 0:
             raise ValueError(f"a scene needs frames >= 1, a size of at least 16x16 and fps > 0, got {self.frames} "
                              f"frames of {self.size[0]}x{self.size[1]} at {self.fps}")
@@ -90,14 +90,14 @@ def _known(what: str, value: str | None, known: Sequence[str]) -> None:
 def sample_spec(rng: np.random.Generator, instrument: str, motion: str | None = None, **fixed: object) -> SceneSpec:
     """A random scene of `instrument` among its characteristic motions and usual targets; `fixed` fields are kept.
 
-    Four scenes in ten or more take the motion's default direction, so that short captions are not rare.
+    At least four scenes in ten have the motion's default direction, so that short captions are not rare.
     """
     motion = motion or str(rng.choice(paths.CHARACTERISTIC[instrument]))
     directions = paths.MOTIONS[motion]
     drawn = {
         "side": str(rng.choice(list(paths.SIDES))),
         "direction": directions[0] if rng.uniform() < 0.4 else str(rng.choice(directions)),
-        "target": str(rng.choice(surgery.TARGETS[instrument])),
+        "target": str(rng.choice(scene_targets.TARGETS[instrument])),
         "seed": int(rng.integers(2**31)),
     }
     return replace(SceneSpec(instrument, motion=motion), **{**drawn, **fixed})  # type: ignore[arg-type]
@@ -122,8 +122,8 @@ def _poses(spec: SceneSpec, canvas: SceneCanvas) -> list[Pose]:
         # The whole path, not its first point, is centred near the middle of the view; a little beyond it as seen
         # from the port, because the head lies behind the tip.
         middle = away * np.array([math.cos(angle), math.sin(angle)]) - 0.14 * out
-        way = np.array([paths.offset(motion, axis_at(middle), direction, s) for s in np.linspace(0, 1, 33)])
-        start = middle - (way.min(axis=0) + way.max(axis=0)) / 2
+        path = np.array([paths.offset(motion, axis_at(middle), direction, s) for s in np.linspace(0, 1, 33)])
+        start = middle - (path.min(axis=0) + path.max(axis=0)) / 2
     else:
         start = (2 * np.array(spec.start) - 1) * [canvas.half_width, canvas.half_height]
     axis = axis_at(start)
@@ -144,10 +144,10 @@ def render(spec: SceneSpec, with_instrument: bool = True) -> Scene:
     ground = tissue.Tissue(np.random.default_rng([spec.seed, _TISSUE]),
                            tissue.SURGICAL if surgical else tissue.NEUTRAL, canvas)
     poses = _poses(spec, canvas)
-    stage = _Stage(spec, canvas, ground, poses)
+    renderer = _FrameRenderer(spec, canvas, ground, poses)
     frames = np.empty((spec.frames, height, width, 3), np.uint8)
     for index in range(spec.frames):
-        stage.draw_frame(index, with_instrument)
+        renderer.draw_frame(index, with_instrument)
         frames[index] = np.clip(canvas.rgb_HWC + 0.5, 0, 255).astype(np.uint8)
     half = np.array([canvas.half_width, canvas.half_height])
     tips = np.array([(pose.tip / half + 1) / 2 for pose in poses])
@@ -157,7 +157,7 @@ def render(spec: SceneSpec, with_instrument: bool = True) -> Scene:
     return Scene(spec, frames, tips, boxes, caption, spec.family)
 
 
-class _Stage:
+class _FrameRenderer:
     """Draws one scene frame by frame, back to front."""
 
     def __init__(self, spec: SceneSpec, canvas: SceneCanvas, ground: tissue.Tissue, poses: list[Pose]) -> None:
@@ -169,7 +169,7 @@ class _Stage:
         self._flicker = effects.uniform(0, 1, spec.frames)
         self._drift = effects.uniform(-1, 1)
         tips = np.array([pose.tip for pose in poses])
-        # The target lies where the work begins; what is passed over lies in the middle of the way.
+        # The target lies where the work begins, or in the middle of the path for motions that pass over it.
         begin = paths.working_from(self._motion) * (spec.frames - 1)
         low = int(begin)
         high = min(low + 1, spec.frames - 1)
@@ -185,23 +185,24 @@ class _Stage:
         self._ground.paint(seconds)
         work = self._work(pose, s, self._ground.displacement(seconds))
         burning = self._surgical and spec.instrument == "hook" and 0.0 < paths.engaged(self._motion, s) < 1.0
-        surgery.draw(canvas, str(spec.target), work, surgery.surgical_tone if self._surgical else surgery.neutral_tone)
+        tone = scene_targets.surgical_tone if self._surgical else scene_targets.neutral_tone
+        scene_targets.draw(canvas, str(spec.target), work, tone)
         if self._surgical and spec.instrument == "hook" and self._motion != "pull":
-            surgery.scorch(canvas, self._trail(index))
+            scene_targets.scorch(canvas, self._trail(index))
         if self._surgical:
             self._ground.glint(seconds)
             if spec.instrument == "suction" and spec.target in ("blood", "fluid"):
                 colour = (124.0, 6.0, 14.0) if spec.target == "blood" else (168.0, 158.0, 40.0)
-                surgery.droplets(canvas, pose.tip, work.anchor, 1.7 * s, colour)
+                scene_targets.droplets(canvas, pose.tip, work.anchor, 1.7 * s, colour)
         if with_instrument:
             palette = instruments.SURGICAL if self._surgical else instruments.NEUTRAL
             instruments.draw(canvas, spec.instrument, pose, palette)
         if burning:
-            surgery.spark(canvas, pose.tip, float(self._flicker[index]))
-            surgery.smoke(canvas, work.anchor, paths.engaged(self._motion, s), self._drift)
+            scene_targets.spark(canvas, pose.tip, float(self._flicker[index]))
+            scene_targets.smoke(canvas, work.anchor, paths.engaged(self._motion, s), self._drift)
         self._ground.see_through_scope()
 
-    def _work(self, pose: Pose, s: float, displacement: np.ndarray) -> surgery.Work:
+    def _work(self, pose: Pose, s: float, displacement: np.ndarray) -> scene_targets.Work:
         spec, motion = self._spec, self._motion
         progress = paths.engaged(motion, s)
         anchor = self._anchor + displacement
@@ -213,8 +214,8 @@ class _Stage:
             # A hook lifts before it burns through; a stroke parts the target when it passes its middle.
             late = {"pull": 0.70, "stroke": 0.35}.get(motion, 0.0)
             cut = max(0.0, (progress - late) / (1.0 - late))
-        return surgery.Work(anchor, pose.tip, self._poses[0].axis, self._heading, self._begin + displacement, pull,
-                            progress, cut, self._shape)
+        return scene_targets.Work(anchor, pose.tip, self._poses[0].axis, self._heading, self._begin + displacement,
+                                  pull, progress, cut, self._shape)
 
     def _trail(self, index: int) -> np.ndarray:
         first = math.ceil(paths.working_from(self._motion) * (self._spec.frames - 1))

@@ -1,7 +1,7 @@
-"""What lies behind the instrument: tissue that breathes, wet glints, the round view and its vignette.
+"""The background of a scene: tissue that breathes, wet glints, the round view and its vignette.
 
-The tissue is painted once a scene as a texture somewhat larger and finer than the picture, then sampled every frame at
-coordinates displaced by breathing and pulse. Units and suffixes as in `drawing`.
+The tissue is painted once per scene as a texture somewhat larger and finer than the picture, then sampled for every
+frame at coordinates displaced by breathing and pulse. Units and suffixes as in `drawing`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FINENESS = 1.4  # texels per pixel
 
 @dataclass(frozen=True)
 class Ground:
-    """Colours of the tissue, and which details it has."""
+    """Colours and details of the tissue."""
 
     base: tuple[Colour, ...]  # two are drawn from these and mixed
     lobe: tuple[Colour, ...]
@@ -65,14 +65,14 @@ class Tissue:
         self._stretch = grid_noise(rng, 3, canvas.whole.x_HW, canvas.whole.y_HW, 2.0)
 
     def displacement(self, seconds: float) -> np.ndarray:
-        """[2] how far the tissue at the picture's centre has moved, in units."""
+        """[2] displacement of the tissue at the picture's centre, in units."""
         breath = math.sin(2 * math.pi * seconds / self._period + self._phase)
         pulse = 0.006 * math.sin(2 * math.pi * 1.2 * seconds + self._pulse_phase)
         moved: np.ndarray = self._sway * breath + np.array([0.0, pulse])
         return moved
 
     def paint(self, seconds: float) -> None:
-        """Fill the canvas with the tissue as it lies at this time."""
+        """Fill the canvas with the tissue at this time."""
         whole = self._canvas.whole
         dx, dy = self.displacement(seconds)
         uneven = 1.0 + 0.35 * self._stretch

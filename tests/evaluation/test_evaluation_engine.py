@@ -179,14 +179,14 @@ def test_finished_videos_are_used_again_unless_what_decides_them_changed(t2v_gen
     assert all(np.array_equal(made[metric], again[metric]) for metric in made)
     names = ("temporal_consistency", "motion")
     keep = {"arm": arms["none"], "clip": clips[0], "sampling": sampling, "index": 0, "names": names}
-    assert store.find(**keep) is not None
+    assert store.load(**keep) is not None
     other = {"sampling": replace(sampling, steps=4), "arm": arms["lora"], "names": ("identity",), "index": 1,
              "clip": replace(clips[0], prompt="剪刀")}
     for name, value in other.items():
-        assert store.find(**{**keep, name: value}) is None, name
-    assert VideoStore(tmp_path, "cuda").find(**keep) is None
+        assert store.load(**{**keep, name: value}) is None, name
+    assert VideoStore(tmp_path, "cuda").load(**keep) is None
     store.path(arms["none"], clips[0], 0).unlink()
-    assert store.find(**keep) is None, "the video itself is gone"
+    assert store.load(**keep) is None, "the video itself is gone"
 
 
 def test_identity_is_a_matter_of_what_is_seen(held_out):

@@ -71,9 +71,9 @@ def test_a_judge_of_another_kind_gives_its_own_figures() -> None:
     ("identity", BrightnessJudge(), [replace(SCENE, instrument="dark")], {"shape": replace(SHAPE, frames=1)},
      "one frame is too few"),
     ("identity", SceneJudge(), [SCENE, replace(SCENE, id="film", synthetic=False)], {},
-     "clip 'film' is none of the embedded model's synthetic scenes (source = \"synthetic\", instrument one of "
-     "scissors, hook, suction, grasper), and its evaluators know no other"),
-    ("identity", SceneJudge(), [replace(SCENE, instrument="drill")], {}, "clip 'scene' is none"),
+     "clip 'film' is not one of the embedded model's synthetic scenes (source = \"synthetic\", instrument one of "
+     "scissors, hook, suction, grasper), which its evaluators are for"),
+    ("identity", SceneJudge(), [replace(SCENE, instrument="drill")], {}, "clip 'scene' is not one"),
     ("identity", SceneJudge(), [SCENE], {"shape": replace(SHAPE, size=(32, 48))}, "square frames, not 32x48"),
     ("tip", SceneJudge(), [replace(SCENE, synthetic=False)], {}, "image-to-video only"),
     ("tip", SceneJudge(), [SCENE, replace(SCENE, id="other", tips_T2=None)], {"task": "i2v"}, "'other' has no tip"),
@@ -105,7 +105,7 @@ def test_a_study_takes_its_judge_and_probe_from_whoever_prepares_it(held_out, ti
 
     alone = prepare(settings, resolve)
     assert asked == [(None, None)] and alone.probe is None
-    assert metric_names(alone.scorers) == ("temporal_consistency", "motion") and not alone.bounded
+    assert metric_names(alone.scorers) == ("temporal_consistency", "motion") and not alone.ceiling_scorers
     judged = prepare(settings, resolve, SceneJudge())
     assert metric_names(judged.scorers)[0] == "identity" and load_evaluator.cache_info().misses == 0
 
@@ -113,12 +113,12 @@ def test_a_study_takes_its_judge_and_probe_from_whoever_prepares_it(held_out, ti
     captions = [ProbeCaption(text, label, held_out) for held_out in (False, True) for label, text in texts.items()]
     study = prepare(settings, resolve, SceneJudge(), lambda spec: ProbeSet("mine", captions))
     arm, store = study.arms[0], open_store(study, tmp_path / "videos")
-    findings = run_study(replace(study, arms=study.arms[:2], bounded=()), store)
+    findings = run_study(replace(study, arms=study.arms[:2], ceiling_scorers=()), store)
     assert set(findings.probe) == {"mine", "captions"} and findings.probe["mine"] == 1.0
     key = {"arm": arm, "clip": study.clips[0], "sampling": study.sampling, "index": 0, "names": ("identity",)}
-    assert open_store(study, tmp_path / "videos").find(**key) is not None
-    other = replace(study, decides=prepare(settings, resolve, _fingerprinted(SceneJudge())).decides)
-    assert open_store(other, tmp_path / "videos").find(**key) is None
+    assert open_store(study, tmp_path / "videos").load(**key) is not None
+    other = replace(study, depends_on=prepare(settings, resolve, _fingerprinted(SceneJudge())).depends_on)
+    assert open_store(other, tmp_path / "videos").load(**key) is None
 
 
 def _fingerprinted(judge: SceneJudge) -> SceneJudge:

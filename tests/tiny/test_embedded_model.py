@@ -79,7 +79,7 @@ def test_words_of_scenes_are_whole_pieces() -> None:
 
 def test_velocity_beats_knowing_nothing(tiny_t2v: ModelSpec) -> None:
     """On a fresh scene: far below the error of the constant answer 0, by both noise experts in their own bands."""
-    from lapwan.losses.flow import noised, velocity_target
+    from lapwan.losses.flow import add_noise, velocity_target
     from lapwan.tiny.scenes import SceneSpec, render
     from lapwan.wan.backbone import load_transformer, velocity
     from lapwan.wan.text import encode_text, load_text_encoder, pad_text
@@ -95,7 +95,7 @@ def test_velocity_beats_knowing_nothing(tiny_t2v: ModelSpec) -> None:
         for noise_expert, sigma in ((NoiseExpert.HIGH, 0.95), (NoiseExpert.LOW, 0.5)):
             model = load_transformer(tiny_t2v, noise_expert)
             s = torch.tensor([sigma])
-            error = (velocity(model, noised(x0, noise, s), 1000 * s, text) - target).square().mean()
+            error = (velocity(model, add_noise(x0, noise, s), 1000 * s, text) - target).square().mean()
             assert error < 0.4 * target.square().mean(), noise_expert
     assert np.isfinite(x0.numpy()).all() and 0.5 < x0.std() < 2.0
 

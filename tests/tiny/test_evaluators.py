@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from lapwan.evaluation.routing import measure_probe
 from lapwan.models.spec import ModelSpec
-from lapwan.tiny.evaluators import evaluate_identity, locate_tip, tip_hits
+from lapwan.tiny.evaluators import evaluate_identity, locate_tip, probe_captions, tip_hits
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import Scene, SceneSpec, render
-from lapwan.tiny.text_probe import probe_text
 from lapwan.wan.text import encode_text, load_text_encoder
 from lapwan.wan.vae import decode, encode, load_vae
 
@@ -71,8 +71,8 @@ def test_tip_hits_count_by_the_diagonal_and_skip_what_is_out_of_view() -> None:
 
 def test_text_features_tell_the_instruments_apart(tiny_t2v: ModelSpec) -> None:
     encoder = load_text_encoder(tiny_t2v)
-    result = probe_text(lambda texts: encode_text(encoder, texts), count=600)
+    captions = probe_captions(600).captions
+    result = measure_probe(captions, encode_text(encoder, [caption.text for caption in captions]))
     assert result.fitted > 0.9 and result.held_out > 0.7
-    blind = probe_text(lambda texts: [torch.randn(3, 96, generator=torch.Generator().manual_seed(i))
-                                      for i in range(len(texts))], count=600)
-    assert blind.held_out < 0.5
+    noise = [torch.randn(3, 96, generator=torch.Generator().manual_seed(i)) for i in range(len(captions))]
+    assert measure_probe(captions, noise).held_out < 0.5

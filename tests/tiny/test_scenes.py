@@ -19,8 +19,8 @@ from lapwan.tiny import motion as paths
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.dataset import plan, write_dataset
 from lapwan.tiny.instruments import INSTRUMENTS
-from lapwan.tiny.scenes import FAMILIES, STYLES, SceneSpec, render, sample_spec
 from lapwan.tiny.scene_targets import TARGETS
+from lapwan.tiny.scenes import FAMILIES, STYLES, SceneSpec, render, sample_spec
 
 PAIRS = [(instrument, motion) for instrument in INSTRUMENTS for motion in paths.CHARACTERISTIC[instrument]]
 SMALL = {"size": (64, 64), "frames": 9}

@@ -1,4 +1,4 @@
-"""What the instrument works on, and the traces of its work: cuts, scorch marks, sparks, smoke, pools of fluid.
+"""Targets of the instruments (tissue, vessel, bag, blood...) and the traces of the work: cuts, scorch marks, smoke.
 
 Units and suffixes as in `drawing`. To add a target: a `_draw_*` function, a row in `_DRAW`, its words in `captions`.
 """
@@ -13,16 +13,14 @@ import numpy as np
 
 from lapwan.tiny.drawing import Colour, Field, SceneCanvas, SceneWindow, ellipse, polygon, polyline, segment, smoothstep
 
-# What each instrument works on; the first is the default, the only one a caption may leave unsaid.
+# Targets of each instrument; the first is the default, the only one that a caption may omit.
 TARGETS: dict[str, tuple[str, ...]] = {
     "scissors": ("tissue", "vessel", "adhesion", "ligament"),
     "hook": ("vessel", "tissue", "adhesion", "gallbladder", "ligament"),
     "suction": ("blood", "fluid"),
     "grasper": ("bag", "gallbladder", "tissue", "ligament"),
 }
-
-
-_LONG = 2.5  # units: vessels and ligaments run out of the view
+_LONG = 2.5  # units: vessels and ligaments extend beyond the view
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Work:
     anchor: np.ndarray  # [2] where the target lies in the tissue, in units
     tip: np.ndarray  # [2] the instrument's tip
     axis: np.ndarray  # [2] the shaft's direction at the start
-    heading: np.ndarray  # [2] unit vector, which way the work goes on: strands lie across it
+    heading: np.ndarray  # [2] unit vector of the work's direction: strands lie across it
     begin: np.ndarray  # [2] where the work began
     pull: np.ndarray  # [2] how far a held target has been drawn from the anchor
     progress: float  # 0 = untouched, 1 = done
@@ -51,7 +49,7 @@ def _frame(window: SceneWindow, centre: np.ndarray, turn: float) -> tuple[Field,
 
 
 def _across(work: Work) -> float:
-    """The angle across the work, give or take: strands lie so that the tool meets them."""
+    """The angle across the work, with some variation: strands lie so that the tool meets them."""
     return math.atan2(work.heading[1], work.heading[0]) + math.pi / 2 + 0.7 * (float(work.shape[0]) - 0.5)
 
 
@@ -86,7 +84,7 @@ def _draw_tissue(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colou
         distance = np.minimum(distance, _tether(window, work, 0.20, 0.07))
     _lump(canvas, window, distance, tone((240, 160, 140)), 0.16)
     if work.cut > 0:
-        # The slit opens along the way of the work, from where it began to where the tip has got.
+        # The slit opens along the work's direction, from its start to the tip.
         done = float(np.dot(work.tip - work.begin, work.heading))
         back, front = work.begin - 0.14 * work.cut * work.heading, work.begin + max(done, 0.1 * work.cut) * work.heading
         slit = segment(window.x_HW, window.y_HW, back, front, 0.015 + 0.030 * work.cut, 0.012)
@@ -125,10 +123,10 @@ def _draw_adhesion(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Col
     along = np.linspace(-0.58, 0.58, 7)
     fade = np.clip((0.60 - np.abs(u)) / 0.12, 0.0, 1.0)
     for strand in range(5):
-        spread = (strand - 2) * 0.055 * (1.0 + 4.0 * along * along)
+        fan = (strand - 2) * 0.055 * (1.0 + 4.0 * along * along)
         sag = 0.10 * (work.shape[2 + strand] - 0.5) * np.cos(2.6 * along + 3.0 * work.shape[strand])
         tent = np.exp(-((along / 0.25) ** 2))[:, None] * work.pull
-        points = work.anchor + along[:, None] * direction + (spread + sag)[:, None] * side + tent
+        points = work.anchor + along[:, None] * direction + (fan + sag)[:, None] * side + tent
         distance = polyline(window.x_HW, window.y_HW, points, 0.013 + 0.012 * work.shape[7 - strand])
         canvas.paint(window, 0.92 * canvas.coverage(distance) * torn * fade, tone((255, 240, 226)))
 
@@ -229,7 +227,7 @@ def neutral_tone(colour: Colour) -> Colour:
 
 
 def draw(canvas: SceneCanvas, target: str, work: Work, tone: Callable[[Colour], Colour]) -> None:
-    """Composite the target in the state that `work` says."""
+    """Composite the target in the state `work`."""
     _DRAW[target](canvas, work, tone)
 
 
@@ -266,16 +264,16 @@ def smoke(canvas: SceneCanvas, origin: np.ndarray, amount: float, drift: float) 
 
 
 def droplets(canvas: SceneCanvas, tip: np.ndarray, anchor: np.ndarray, phase: float, colour: Colour) -> None:
-    """Drops on their way from the pool into the suction hole; `phase` moves them on."""
-    way = tip - anchor
-    away = float(np.hypot(*way))
-    if away < 0.12:
+    """Drops that move from the pool into the suction hole; `phase` advances them."""
+    path = tip - anchor
+    length = float(np.hypot(*path))
+    if length < 0.12:
         return
     for k in range(4):
         share = (phase + k / 4) % 1.0
-        spot = anchor + way * share
-        side = np.array([-way[1], way[0]]) / away * 0.05 * math.sin(7 * k + 3 * share) * (1 - share)
-        spot = spot + side
-        window = canvas.window(spot, 0.12)
-        distance = np.hypot(window.x_HW - spot[0], window.y_HW - spot[1]) - (0.045 - 0.015 * share)
+        drop = anchor + path * share
+        side = np.array([-path[1], path[0]]) / length * 0.05 * math.sin(7 * k + 3 * share) * (1 - share)
+        drop = drop + side
+        window = canvas.window(drop, 0.12)
+        distance = np.hypot(window.x_HW - drop[0], window.y_HW - drop[1]) - (0.045 - 0.015 * share)
         canvas.paint(window, 0.9 * canvas.coverage(distance), colour)
