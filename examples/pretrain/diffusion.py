@@ -22,7 +22,7 @@ from examples.pretrain.transformer_forward import block_forward, predict, rope_t
 from examples.pretrain.vae import to_pixels
 from examples.pretrain.vae_forward import moments
 from lapwan import console
-from lapwan.losses.flow import noised, velocity_target
+from lapwan.losses.flow import add_noise, velocity_target
 from lapwan.losses.sigmas import Shifted, Uniform, draw_in_band
 from lapwan.names import NoiseExpert
 from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT
@@ -190,7 +190,7 @@ def train_diffusion(
             for noise_expert, model in models.noise_experts.items():
                 sigma, noise = draws.sigma(noise_expert), draws.noise(x0)
                 keep = (draws.uniform() >= settings.condition_dropout).float().view(-1, 1, 1, 1, 1)
-                x = torch.cat([noised(x0, noise, sigma), keep * with_mask(image)], dim=1)
+                x = torch.cat([add_noise(x0, noise, sigma), keep * with_mask(image)], dim=1)
                 v = predict(model, x, 1000 * sigma, text, bias, ropes[noise_expert], block)
                 error = (v - velocity_target(x0, noise)).square().mean(dim=1)
                 losses.append((weight * error).sum() / weight.sum())

@@ -23,7 +23,7 @@ from examples.pretrain.vae_forward import moments
 from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.lora.attach import Adapter, Group, attach, initial_state
 from lapwan.lora.targets import TargetRule, resolve_targets
-from lapwan.losses.flow import noised, velocity_target
+from lapwan.losses.flow import add_noise, velocity_target
 from lapwan.losses.sigmas import Shifted, Uniform, draw_in_band
 from lapwan.names import NoiseExpert
 from lapwan.tiny.captions import caption_for
@@ -92,7 +92,7 @@ def try_fine_tuning(
             sampler = Uniform() if noise_expert is NoiseExpert.HIGH else Shifted(Uniform(), 2.0)
             sigma = draw_in_band(sampler, u, *_BANDS[noise_expert]).float()
             noise = torch.randn(x0.shape, device=device, generator=generator)
-            x = torch.cat([noised(x0, noise, sigma), x0.new_zeros(batch, 20, *x0.shape[2:])], dim=1)
+            x = torch.cat([add_noise(x0, noise, sigma), x0.new_zeros(batch, 20, *x0.shape[2:])], dim=1)
             with adapters[noise_expert].holder.scope(_gates(clips.named[chosen], groups)):
                 v = predict(model, x, 1000 * sigma, clips.text[chosen], clips.bias[chosen], ropes[noise_expert])
                 torch.autograd.backward((v - velocity_target(x0, noise)).square().mean())

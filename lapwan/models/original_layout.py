@@ -72,9 +72,9 @@ def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], what: str, pat
     Raises:
         UserError: a tensor that is unknown, of another shape or quantised, or a parameter without a tensor.
     """
-    want = dict(model.named_parameters())
+    missing = dict(model.named_parameters())
     for name, value in tensors:
-        target = want.pop(name, None)
+        target = missing.pop(name, None)
         if target is None:
             raise UserError(f"{path}: tensor '{name}' does not belong to {what}; is it the right file?")
         if target.shape != value.shape:
@@ -84,8 +84,9 @@ def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], what: str, pat
                             "or fp32")
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
-    if want:
-        raise UserError(f"{path} lacks {len(want)} tensors of {what}, such as '{next(iter(want))}'; is it complete?")
+    if missing:
+        raise UserError(f"{path} lacks {len(missing)} tensors of {what}, such as '{next(iter(missing))}'; "
+                        "is it complete?")
 
 
 def load_transformer_files(

@@ -138,11 +138,11 @@ def _check_base(path: Path, spec: MixtureSpec, base: MixtureBase) -> None:
         if (model.low, model.high) != band:
             raise UserError(f"{path}: trained with sigma band {Band(*band)} for the {noise_expert.value} noise expert, "
                             f"the model's is {model}; use the model it was trained on")
-        want, have = spec.base.get(noise_expert), base.fingerprint(noise_expert)
-        if want is not None and want != have:
+        trained_on, given = spec.base.get(noise_expert), base.fingerprint(noise_expert)
+        if trained_on is not None and trained_on != given:
             raise UserError(f"{path} was trained on another base: its {noise_expert.value} noise expert has "
-                            f"fingerprint {want[:12]}, this model's {have[:12]}; use the model it was trained on "
-                            "(with the same LoRA at the same strength, if one was merged into it)")
+                            f"fingerprint {trained_on[:12]}, this model's {given[:12]}; use the model it was trained "
+                            "on (with the same LoRA at the same strength, if one was merged into it)")
 
 
 def _copy(path: Path, target: Tensor, tensors: dict[str, Tensor], name: str, what: str) -> None:

@@ -47,7 +47,7 @@ def test_both_stages_and_a_video(lapwan, t2v_cache, tmp_path):
     assert (tmp_path / "x.mp4").stat().st_size > 0
 
 
-@pytest.mark.parametrize("expert", list(NoiseExpert))
+@pytest.mark.parametrize("noise_expert", list(NoiseExpert))
 def test_recomputation_on_autograds_threads_meets_the_gates_of_its_forward(noise_expert, t2v_cache, tmp_path):
     from lapwan.settings.train_moe import TrainMoeSettings
     from lapwan.tiny.resolve import resolve_base

@@ -134,7 +134,7 @@ def test_a_generation_with_a_lora_equals_diffusers_that_loads_the_file(
     assert (latents_with(lora_files, spec, image) - expected).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("expert", list(NoiseExpert))
+@pytest.mark.parametrize("noise_expert", list(NoiseExpert))
 def test_velocity_equals_the_pipelines_transformer(noise_expert, pipelines, i2v) -> None:
     model = getattr(pipelines["i2v"], noise_expert.component)
     generator = torch.Generator().manual_seed(3)
