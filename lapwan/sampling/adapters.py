@@ -134,7 +134,7 @@ def _check_lora(file: LoraFile, base: Base, noise_expert: NoiseExpert, shapes: M
         shape = shapes.get(f"{path}.weight")
         if shape is None:
             raise UserError(f"{file.path} has module '{path}', which {base.spec.component(noise_expert)} lacks; it was "
-                            " made for another model")
+                            "made for another model")
         if shape != tuple(module.shape):
             raise UserError(f"{file.path}: '{path}' is {module.shape[1]} -> {module.shape[0]} features, the model's is "
                             f"{shape[1]} -> {shape[0]}; it was made for another model")

@@ -78,13 +78,13 @@ def _scheduler(spec: ModelSpec, sampler: SamplerName, steps: int, shift: float) 
     match sampler:
         case "unipc":
             file = spec.path / "scheduler" / "scheduler_config.json"
-            own = json.loads(file.read_text(encoding="utf-8"))
-            if own.get("_class_name") != "UniPCMultistepScheduler":
-                own = {}  # another class's options mean other things
-            scheduler = UniPCMultistepScheduler.from_config({**own, **flow})
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if config.get("_class_name") != "UniPCMultistepScheduler":
+                config = {}  # options of another class mean other things
+            scheduler = UniPCMultistepScheduler.from_config({**config, **flow})
             scheduler.set_timesteps(steps)
         case "euler":
-            # Shift 1 here: it would shift the sigmas handed over again, and its own sigma_min twice.
+            # Shift 1 here: the scheduler would shift the given sigmas again, and its sigma_min twice.
             scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=_TRAIN_TIMESTEPS, shift=1.0)
             plain = np.linspace(1, 1 / _TRAIN_TIMESTEPS, steps + 1)[:-1]
             scheduler.set_timesteps(sigmas=shifted(plain, shift).tolist())
