@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import Started
+from forkserver import PATIENCE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_srpo_objective import PlainReward, randomise, settings_for
-from two_processes import PATIENCE, two_processes
+from test_srpo_objective import PlainReward, settings_for
+from training_cases import randomise
+from two_processes import two_processes
 
-from lapwan.cli import app
 from lapwan.commands import srpo
+from lapwan.commands.table import COMMANDS
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 from lapwan.settings.srpo import SrpoSettings
@@ -44,39 +44,31 @@ def prompts_file(folder: Path) -> Path:
     return path
 
 
-def command(run: Path, prompts: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "lapwan", "srpo", "--prompts", str(prompts), "--reward", "tiny", "-o", str(run),
-            "--size", "32x32", "--device", "cpu", "--set", "rollout.steps=2", "--set", "accumulate=2",
-            "--set", "targets.last_blocks=2", "--set", "targets.ffn_last_blocks=1", "--set", "held_out.count=2",
-            "--set", "held_out.every=2", *more]
+def arguments(run: Path, prompts: Path, *more: str) -> list[object]:
+    return ["srpo", "--prompts", prompts, "--reward", "tiny", "-o", run, "--size", "32x32", "--device", "cpu",
+            "--set", "rollout.steps=2", "--set", "accumulate=2", "--set", "targets.last_blocks=2",
+            "--set", "targets.ffn_last_blocks=1", "--set", "held_out.count=2", "--set", "held_out.every=2", *more]
 
 
-def start(*arguments: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
-
-
-def test_resume_after_kill_9_is_bitwise_the_uninterrupted_run(tmp_path):
+def test_resume_after_kill_9_is_bitwise_the_uninterrupted_run(succeed, tmp_path):
     prompts = prompts_file(tmp_path)
     more = ("--steps", "4", "--save-every", "1", "--lr", "1e-2", "--set", "ema_decay=0.9",
             "--set", "master_weights=bf16", "--set", "kl_weight=0.1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference, victim = start(whole, prompts, *more), start(killed, prompts, *more)
+    victim = Started(*arguments(killed, prompts, *more))
     deadline = time.monotonic() + PATIENCE
     while not checkpoints(killed) and time.monotonic() < deadline and victim.poll() is None:
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
-    _, said = victim.communicate()
-    assert victim.returncode == -signal.SIGKILL, said
-    _, said = reference.communicate(timeout=PATIENCE)
-    assert reference.returncode == 0, said
+    ended = victim.wait()
+    assert ended.code == -signal.SIGKILL, ended
     done = [step for step, _ in checkpoints(killed)]
     assert done and done[-1] < 4, "the process was to die in the middle"
-    again = start(killed, prompts, *more, "--resume")
-    out, said = again.communicate(timeout=PATIENCE)
-    assert again.returncode == 0 and f"at step {done[-1]} of 4" in said, said
-    assert out.strip() == str(killed / "lapwan_low_noise.safetensors")
+    again = Started(*arguments(killed, prompts, *more, "--resume"))
+    succeed(*arguments(whole, prompts, *more))
+    ended = again.wait()
+    assert ended.code == 0 and f"at step {done[-1]} of 4" in ended.err, ended
+    assert ended.out.strip() == str(killed / "lapwan_low_noise.safetensors")
     for name in ("lapwan_low_noise.safetensors", "step_000004/state/trained.safetensors"):
         ours, theirs = load_file(killed / name), load_file(whole / name)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
@@ -290,14 +282,20 @@ def test_a_model_too_large_for_a_cpu_is_refused_but_planned(tmp_path):
     assert too_slow(quick, planned.base, srpo.plan(quick, CPU).data, CPU) is None
 
 
+<<<<<<< /work/wt-rooms/tests/train/test_srpo_runs.py
 def test_dry_run_prints_the_memory_of_this_configuration_by_gpu(tmp_path):
     done = subprocess.run(command(tmp_path / "run", prompts_file(tmp_path), "--dry-run"), capture_output=True,
                           text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     for text in ("sigma [0.7, 0.874999] (sigma = [0.7, 0.95], cut to its band)", "   24 GB: ", "  141 GB: ",
+=======
+def test_dry_run_prints_the_memory_of_this_configuration_by_gpu(succeed, tmp_path):
+    done = succeed(*arguments(tmp_path / "run", prompts_file(tmp_path), "--dry-run"))
+    for text in ("sigma [0.7, 0.874999] (asked: [0.7, 0.95], cut to its band)", "   24 GB: ", "  141 GB: ",
+>>>>>>> /work/wt-tt/tests/train/test_srpo_runs.py
                  "rollout: 2 Euler steps", "4 prompts, 2 held out", "dry run"):
-        assert text in done.stderr, text
-    assert 'type = "tiny"' in done.stdout and not (tmp_path / "run").exists()
+        assert text in done.err, text
+    assert 'type = "tiny"' in done.out and not (tmp_path / "run").exists()
 
 
 def test_the_plan_counts_what_each_measure_saves(tmp_path):
@@ -335,4 +333,4 @@ def test_a_gpu_too_small_is_one_line_with_what_to_change(tmp_path):
 
 
 def test_the_embedded_folder_and_the_command_are_known():
-    assert tiny_folder("t2v").is_dir() and "srpo" in [command.name for command in app.registered_commands]
+    assert tiny_folder("t2v").is_dir() and "srpo" in [row.name for row in COMMANDS]
