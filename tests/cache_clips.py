@@ -52,7 +52,8 @@ def cache_tiny(dataset: Path | None, output: Path, overwrite: bool = False, **se
     from lapwan.settings.base import RunOptions
     from lapwan.settings.cache import CacheSettings
 
-    chosen = {"model": "tiny-t2v", "device": "cpu"} | settings
+    # Workers that decode are a matter of test_cache_faults.py; here they would take longer to start than to decode.
+    chosen = {"model": "tiny-t2v", "device": "cpu", "workers": 0} | settings
     if dataset is not None and dataset.suffix == ".jsonl":
         chosen = {"size": (32, 48), "num_frames": (9,)} | chosen
     run(CacheSettings(dataset=dataset, output=output, **chosen), RunOptions(overwrite=overwrite))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any
 
 import torch
+from forkserver import PATIENCE, fork_server, take_environment
 from torch.distributed import TCPStore
 
-PATIENCE = 600.0  # seconds; only what hangs takes so long, also on a machine that has much else to do
 
-
-def _as_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _as_rank(rank: int, port: int, environment: Mapping[str, str], work: Callable[..., None],
+             arguments: tuple[Any, ...]) -> None:
+    take_environment(environment)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
@@ -31,8 +31,9 @@ def two_processes(work: Callable[..., None], *arguments: Any) -> Iterator[None]:
     the body does, the other is ended instead of waiting for it.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_as_rank, args=(rank, store.port, work, arguments)) for rank in range(2)]
+    context = fork_server()
+    processes = [context.Process(target=_as_rank, args=(rank, store.port, dict(os.environ), work, arguments))
+                 for rank in range(2)]
     try:
         for process in processes:
             process.start()

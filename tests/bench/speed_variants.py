@@ -26,7 +26,7 @@ from lapwan.wan.backbone import velocity
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.block import block_forward
 from lapwan.wan.transformer.compile import compiled_block
-from lapwan.wan.transformer.options import forward_options
+from lapwan.wan.transformer.forward_options import forward_options
 
 MULTI, DESCENT = {"triton.multi_kernel": 1}, {"coordinate_descent_tuning": True}
 # Options of the compiler, and whether our own kernels take part.

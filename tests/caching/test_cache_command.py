@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cache_clips import make_video, write_jsonl
+from cache_clips import cache_tiny, make_video, write_jsonl
 from safetensors import safe_open
 
 from lapwan.caching.batch import collate
@@ -21,10 +21,7 @@ from lapwan.settings.cache import CacheSettings
 
 
 def cache(dataset, output, model="tiny-t2v", **more):
-    more.setdefault("size", (32, 48))
-    more.setdefault("num_frames", (9,))
-    run(CacheSettings(dataset=dataset, model=model, output=output, device="cpu", **more), RunOptions())
-    return output
+    return cache_tiny(dataset, output, model=model, **more)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,7 @@ def labelled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def i2v_cache(labelled, tmp_path_factory):
-    return cache(labelled, tmp_path_factory.mktemp("i2v") / "cache", "tiny-i2v")
+    return cache(labelled, tmp_path_factory.mktemp("i2v") / "cache", "tiny-i2v", workers=None)
 
 
 def test_index_carries_what_training_needs(i2v_cache):
@@ -264,23 +261,22 @@ def test_windows_of_a_clip_equal_its_own_frames(labelled, tmp_path):
     assert (starts[0] - starts[1]).abs().max() > 1e-3
 
 
-def test_exit_codes_of_the_command(labelled, tmp_path):
-    run_it = [sys.executable, "-m", "lapwan", "cache", "--model", "tiny", "--size", "32x48", "--num-frames", "9"]
+def test_exit_codes_of_the_command(lapwan, labelled, tmp_path):
+    run_it = ["cache", "--model", "tiny", "--size", "32x48", "--num-frames", "9"]
     config = tmp_path / "cache.toml"
     config.write_text(f'dataset = "{labelled}"\nmodel = "tiny"\noutput = "{tmp_path / "cache"}"\nsize = [32, 48]\n'
                       "num_frames = 9\n")
-    done = subprocess.run([sys.executable, "-m", "lapwan", "cache", "--config", str(config)], capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and "3 items" in done.stdout
+    done = lapwan("cache", "--config", config)
+    assert done.code == 0 and "3 items" in done.out
     rows = [{"video_path": str(labelled.parent / "clips" / "clip_0.mp4"), "caption": "x"},
             {"video_path": "gone.mp4", "caption": "x"}]
     dataset = write_jsonl(tmp_path / "clips.jsonl", rows)
-    run_it += ["--dataset", str(dataset), "-o", str(tmp_path / "c")]
-    bad = subprocess.run(run_it, capture_output=True, text=True)
-    assert bad.returncode == 2
-    last = bad.stderr.strip().splitlines()[-1]
+    run_it += ["--dataset", dataset, "-o", tmp_path / "c"]
+    bad = lapwan(*run_it)
+    assert bad.code == 2
+    last = bad.err.strip().splitlines()[-1]
     assert last.startswith("error: 1 of the clips could not be cached: clips.jsonl, line 2")
     report = json.loads((tmp_path / "c" / "lapwan_report.json").read_text(encoding="utf-8"))
     assert report["items"] == 1 and report["dropped"][0]["clip"] == "clips.jsonl, line 2"
-    odd = subprocess.run([*run_it, "--size", "48"], capture_output=True, text=True)
-    assert odd.returncode == 2 and "HEIGHTxWIDTH" in odd.stderr and "Traceback" not in odd.stderr
+    odd = lapwan(*run_it, "--size", "48")
+    assert odd.code == 2 and "HEIGHTxWIDTH" in odd.err and "Traceback" not in odd.err

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cache_clips import cache_tiny, make_video, write_jsonl
+from command_line import Started
 
 from lapwan.caching.read import load_index, read_item
 from lapwan.checkpoints.container import read_header
@@ -38,8 +39,8 @@ def reference(dataset, tmp_path_factory):
 
 
 def command(dataset: Path, folder: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "lapwan", "cache", "--dataset", str(dataset), "--model", "tiny-t2v", "-o",
-            str(folder), "--size", "32x48", "--num-frames", "9", "--device", "cpu", "--batch-size", "1", *more]
+    return ["cache", "--dataset", str(dataset), "--model", "tiny-t2v", "-o", str(folder), "--size", "32x48",
+            "--num-frames", "9", "--device", "cpu", "--batch-size", "1", *more]
 
 
 def whole(folder: Path) -> int:
@@ -52,15 +53,14 @@ def whole(folder: Path) -> int:
 
 def test_a_kill_in_the_middle_leaves_whole_files_and_the_next_run_goes_on(dataset, reference, tmp_path):
     folder = tmp_path / "cache"
-    process = subprocess.Popen(command(dataset, folder, "--workers", "1"), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+    process = Started(*command(dataset, folder, "--workers", "1"))
     try:
         deadline = time.monotonic() + 60
         while len([path for path in folder.glob("*_wan.safetensors") if not is_temporary(path)]) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         process.wait()
     count = whole(folder)
     assert 3 <= count < CLIPS
@@ -78,16 +78,14 @@ def test_a_kill_in_the_middle_leaves_whole_files_and_the_next_run_goes_on(datase
 
 def test_ctrl_c_says_how_to_go_on(dataset, tmp_path):
     folder = tmp_path / "cache"
-    process = subprocess.Popen(command(dataset, folder, "--workers", "1"), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    process = Started(*command(dataset, folder, "--workers", "1"))
     deadline = time.monotonic() + 60
     while not list(folder.glob("c*_wan.safetensors")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    process.send_signal(signal.SIGINT)
+    code, _, said = process.wait()
+    assert code == 130
     assert "Traceback" not in said and said.strip().splitlines()[-1].startswith("interrupted; finished files")
     assert 1 <= whole(folder) < CLIPS
 
@@ -95,8 +93,7 @@ def test_ctrl_c_says_how_to_go_on(dataset, tmp_path):
 def test_a_kill_while_replacing_leaves_only_right_items_in_the_index(dataset, reference, tmp_path):
     """Half of the files are of the new size, under the names of the old ones."""
     folder = shutil.copytree(reference, tmp_path / "cache")
-    process = subprocess.Popen([*command(dataset, folder)[:-6], "--size", "48x48", "--num-frames", "9", "--batch-size",
-                                "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = Started(*command(dataset, folder, "--size", "48x48"))
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*_wan.safetensors")}
     try:
         deadline = time.monotonic() + 60
@@ -104,7 +101,7 @@ def test_a_kill_while_replacing_leaves_only_right_items_in_the_index(dataset, re
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         process.wait()
     with pytest.raises(UserError, match="no cached items"):
         load_index(folder)
@@ -115,11 +112,9 @@ def test_a_kill_while_replacing_leaves_only_right_items_in_the_index(dataset, re
 
 def test_two_processes_on_one_folder(dataset, tmp_path):
     folder = tmp_path / "cache"
-    both = [subprocess.Popen(command(dataset, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for _ in range(2)]
-    said = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert sorted("nothing to do" in out for out, _ in said) == [False, True]
+    both = [ran.wait() for ran in [Started(*command(dataset, folder)) for _ in range(2)]]
+    assert [ran.code for ran in both] == [0, 0], both
+    assert sorted("nothing to do" in ran.out for ran in both) == [False, True]
     assert len(load_index(folder).items) == CLIPS and whole(folder) == CLIPS
 
 
@@ -138,12 +133,12 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_one_line_and_what_is_there_is_whole(dataset, tmp_path, small_disk):
+def test_a_full_disk_is_one_line_and_what_is_there_is_whole(lapwan, dataset, tmp_path, small_disk):
     folder = small_disk / "cache"
-    result = subprocess.run(command(dataset, folder), capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("error: cannot write to")
-    assert "Traceback" not in result.stderr
+    result = lapwan(*command(dataset, folder))
+    assert result.code == 2
+    assert result.err.strip().splitlines()[-1].startswith("error: cannot write to")
+    assert "Traceback" not in result.err
     assert 1 <= whole(folder) < CLIPS
     assert not [p for p in folder.iterdir() if is_temporary(p)]
     # With room, the same folder goes on.
@@ -153,15 +148,15 @@ def test_a_full_disk_is_one_line_and_what_is_there_is_whole(dataset, tmp_path, s
     assert len(load_index(roomy).items) == CLIPS
 
 
-def test_a_read_only_folder_is_one_line(dataset, tmp_path):
+def test_a_read_only_folder_is_one_line(lapwan, dataset, tmp_path):
     if os.geteuid() == 0:
         target = Path("/proc/lapwan-cache")  # where not even root may write
     else:
         target = tmp_path / "locked"
         target.mkdir(mode=0o500)
         target = target / "cache"
-    result = subprocess.run(command(dataset, target), capture_output=True, text=True)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
+    result = lapwan(*command(dataset, target))
+    assert result.code == 2 and "Traceback" not in result.err
 
 
 def test_a_decoder_that_dies_takes_only_its_clip(dataset, tmp_path):
@@ -207,7 +202,8 @@ def test_processes_of_a_launcher_share_the_work(dataset, reference, tmp_path):
     folder = tmp_path / "cache"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
                 "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    result = subprocess.run([*launcher, *command(dataset, folder)[1:]], capture_output=True, text=True, timeout=180)
+    result = subprocess.run([*launcher, "-m", "lapwan", *command(dataset, folder)], capture_output=True, text=True,
+                            timeout=180)
     assert result.returncode == 0, result.stderr
     assert f"{CLIPS} items; {CLIPS} latents, {CLIPS} texts" in result.stdout
     assert result.stdout.count("items;") == 1

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 from cache_clips import cache_tiny, make_video, strip_recipes, write_jsonl
 
 
-def test_a_foreign_cache_with_labels_trains_the_mixture(tmp_path):
+def test_a_foreign_cache_with_labels_trains_the_mixture(lapwan, tmp_path):
     names = [f"c{i}" for i in range(4)]
     for index, name in enumerate(names):
         make_video(tmp_path / f"{name}.mp4", frames=6, seed=index)
@@ -19,11 +16,9 @@ def test_a_foreign_cache_with_labels_trains_the_mixture(tmp_path):
         {"video_path": f"somewhere/{name}.mp4", "caption": "剪刀", "instrument_label": index,
          "instrument_name": "x", "instrument_logits": [float(i == index) for i in range(4)]}
         for index, name in enumerate(names)])
-    command = [sys.executable, "-m", "lapwan", "train-moe", "--cache", str(folder), "--labels", str(labels), "--model",
-               "tiny-i2v", "-o", str(tmp_path / "run"), "--steps", "1"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    command = ["train-moe", "--cache", folder, "--model", "tiny-i2v", "--steps", "1"]
+    result = lapwan(*command, "--labels", labels, "-o", tmp_path / "run")
+    assert result.code == 0, result.err
     assert list((tmp_path / "run").glob("*.safetensors"))
-    unlabelled = subprocess.run([*command[:6], *command[8:-4], "-o", str(tmp_path / "run2"), "--steps", "1"],
-                                capture_output=True, text=True)
-    assert unlabelled.returncode == 2 and "Traceback" not in unlabelled.stderr
+    unlabelled = lapwan(*command, "-o", tmp_path / "run2")
+    assert unlabelled.code == 2 and "Traceback" not in unlabelled.err

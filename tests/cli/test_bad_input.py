@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Ran
 
-from lapwan import cli
 from lapwan.lora.formats import write_lora
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.models.spec import ModelSpec
@@ -24,17 +23,13 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def refused(lapwan: Callable[..., Ran]) -> Run:
     """Run a command that must fail; gives its last line of stderr."""
-    monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object, lines: int | None = 1) -> str:
-        monkeypatch.setattr(sys, "argv", ["lapwan", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        said = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2, said
+        ran = lapwan(*arguments)
+        said = ran.err.strip().splitlines()
+        assert ran.code == 2, said
         assert said[-1].startswith("error: ") and (lines is None or len(said) == lines), said
         return said[-1]
 

@@ -1,8 +1,10 @@
-"""The command line as users type it: help, exit codes, older names of options, examples."""
+"""The command line as users type it: help, exit codes, older names of options, examples.
+
+Few tests start a process of its own, since each pays for imports; what `python -m lapwan` adds is held by those.
+"""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -11,9 +13,11 @@ from pathlib import Path
 
 import click
 import pytest
-from evaluation_cases import write_random_lora, write_random_mixture
+from adapter_cases import write_random_lora, write_random_mixture
+from command_line import Ran, run_lapwan, run_successfully
 from typer.main import get_command
 
+from lapwan import __version__
 from lapwan.cli import app
 from lapwan.cli_aliases import rewrite
 from lapwan.commands.table import COMMANDS
@@ -26,16 +30,19 @@ from lapwan.sampling.jobs import make_video_jobs
 from lapwan.settings.base import flag_fields
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.load import load
+from lapwan.tiny.dataset import write_dataset
 from lapwan.tiny.model import tiny_folder
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
 
 
-def lapwan(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lapwan", *arguments], capture_output=True, text=True, encoding="utf-8",
-        env={**os.environ, "COLUMNS": "160", "NO_COLOR": "1", **environment}, timeout=120,
-    )
+WIDE = {"COLUMNS": "200", "NO_COLOR": "1"}
+
+
+def program(*arguments: str, cwd: Path) -> Ran:
+    done = subprocess.run([sys.executable, "-m", "lapwan", *arguments], cwd=cwd, capture_output=True, text=True,
+                          encoding="utf-8", timeout=120)
+    return Ran(done.returncode, done.stdout, done.stderr)
 
 
 def test_help_lists_every_command_and_imports_no_torch():
@@ -48,15 +55,14 @@ def test_help_lists_every_command_and_imports_no_torch():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
 def test_command_help_shows_every_flag_with_its_description(command):
-    done = lapwan(command.name, "--help")
-    assert done.returncode == 0
-    text = re.sub(r"[\s│]+", "", done.stdout)
+    done = run_successfully(command.name, "--help", environment={**WIDE, "COLUMNS": "160"})
+    text = re.sub(r"[\s│]+", "", done.out)
     for field in flag_fields(command.settings_model()):
         assert field.info.description, f"{field.key} has no help"
         assert re.sub(r"\s+", "", field.info.description) in text, field.key
         if not field.flag.positional:
-            assert field.long_name.split("/")[0] in done.stdout
-    assert not [line for line in done.stdout.splitlines() if "<bool>" in line and "--help" not in line]
+            assert field.long_name.split("/")[0] in done.out
+    assert not [line for line in done.out.splitlines() if "<bool>" in line and "--help" not in line]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
@@ -71,13 +77,8 @@ def test_example_of_the_help_uses_real_options(command):
 def test_every_example_passes_a_dry_run(example, example_inputs):
     command = re.search(r"lapwan (\S+) --config", example.read_text(encoding="utf-8"))
     assert command is not None, f"{example} does not say its command in a comment"
-    done = subprocess.run(
-        [sys.executable, "-m", "lapwan", command[1], "--config", str(example), "--dry-run", "--overwrite"],
-        cwd=example_inputs,
-        capture_output=True, text=True, timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "dry run" in done.stderr or done.stdout
+    done = run_successfully(command[1], "--config", example, "--dry-run", "--overwrite", cwd=example_inputs)
+    assert "dry run" in done.err or done.out
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +86,13 @@ def example_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with what the examples expect: labelled clips, their cache, as the README makes them,
     and adapters named as the two stages name them."""
     folder = tmp_path_factory.mktemp("examples")
-    code = (
-        "from pathlib import Path\n"
-        "from lapwan.tiny.dataset import write_dataset\n"
-        "write_dataset(Path('clips'), clips=8, seed=1, size=(64, 64), frames=17, test_share=0.5)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+    write_dataset(folder / "clips", clips=8, seed=1, size=(64, 64), frames=17, test_share=0.5)
     for arguments in (
         ("label", "clips/clips.jsonl", "-o", "clips/labels.jsonl"),
         ("cache", "--dataset", "clips/labels.jsonl", "--model", "tiny", "-o", "cache", "--size", "32x32",
          "--num-frames", "5"),
     ):
-        subprocess.run([sys.executable, "-m", "lapwan", *arguments], cwd=folder, check=True, capture_output=True)
+        run_successfully(*arguments, cwd=folder)
     loras = [tuple(text.split("=", 1)) for text in write_random_lora(folder / "stage1")]
     merged = assign([(noise_expert, Path(path), 1.0) for noise_expert, path in loras], tuple(NoiseExpert))
     write_random_mixture(folder / "stage2" / "lapwan.safetensors", Base(read_spec(tiny_folder("t2v")), merged))
@@ -113,14 +109,22 @@ def example_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (("generate", "--no-such-option"), "No such option"),
 ])
 def test_what_a_user_can_mend_is_one_line_and_exit_code_2(arguments, message, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "lapwan", *arguments], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}, timeout=120)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    if done.stderr.startswith("error:"):
-        assert done.stderr.strip().count("\n") == 0
+    check_refusal(run_lapwan(*arguments, cwd=tmp_path, environment=WIDE), message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_as_a_program_it_refuses_alike(tmp_path):
+    check_refusal(program("train-lora", "-o", "x", "--cache", "nowhere", "--steps", "1", cwd=tmp_path),
+                  "error: no cache folder nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def check_refusal(ran: Ran, message: str) -> None:
+    assert ran.code == 2, ran
+    assert message in ran.err
+    assert "Traceback" not in ran.err
+    if ran.err.startswith("error:"):
+        assert ran.err.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
@@ -150,6 +154,5 @@ def test_older_option_names():
         rewrite(["generate", "--dit_high_noise", "x"])
 
 
-def test_the_version_is_the_packages():
-    import lapwan as package
-    assert lapwan("--version").stdout.strip() == f"lapwan {package.__version__}"
+def test_the_version_is_the_packages(tmp_path):
+    assert program("--version", cwd=tmp_path) == (0, f"lapwan {__version__}\n", "")

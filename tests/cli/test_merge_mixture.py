@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 
 import pytest
 import torch
 
-from lapwan import cli
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.lora.attach import attach
 from lapwan.lora.formats import read_lora
@@ -42,24 +41,16 @@ def mixture(tiny_t2v, tmp_path):
 
 
 @pytest.fixture
-def merge(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lapwan", "merge", "--moe", "m.safetensors", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        said = capsys.readouterr()
-        return int(stop.value.code or 0), said.out, said.err
-
-    return run
+def merge(lapwan):
+    return partial(lapwan, "merge", "--moe", "m.safetensors")
 
 
 def test_delta_is_the_mix_times_the_mean_gate_over_the_sampling_steps(mixture, merge, tmp_path):
     code, out, _ = merge("--mix", "hook=0.7,suction=0.3", "-o", "flat.safetensors")
     assert code == 0
     for noise_expert in NoiseExpert:
-        w_bar = float(mixture.timestep_gate(noise_expert)(torch.tensor(inference_sigmas(mixture, noise_expert))).mean().detach())
+        sigmas = torch.tensor(inference_sigmas(mixture, noise_expert))
+        w_bar = float(mixture.timestep_gate(noise_expert)(sigmas).mean().detach())
         assert f"{noise_expert.value} noise: w = {w_bar:.4f} (from " in out
         [(said, state)] = read_lora(tmp_path / f"flat_{noise_expert.file_suffix}.safetensors").items()
         assert said is noise_expert and state.metadata["lapwan.task"] == "t2v"

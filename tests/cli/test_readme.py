@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import io
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from command_line import Ran, run_successfully
 
 from lapwan.commands.table import COMMANDS
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.load import load
+from lapwan.tiny.dataset import write_dataset
 
 README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -50,13 +51,8 @@ def inline() -> list[list[str]]:
     return [words for words in found if words[0] in {command.name for command in COMMANDS} and len(words) > 1]
 
 
-def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, capture_output=True, text=True, encoding="utf-8",
-        input="电凝钩切割组织\n", env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
-    )
-    assert done.returncode == 0, f"{words}\n{done.stderr}"
-    return done
+def run(words: list[str], folder: Path) -> Ran:
+    return run_successfully(*words, cwd=folder, stdin="电凝钩切割组织\n")
 
 
 def small(words: list[str]) -> list[str]:
@@ -72,12 +68,10 @@ def small(words: list[str]) -> list[str]:
 def toured(tmp_path_factory) -> Path:
     """The folder that the tour leaves behind."""
     folder = tmp_path_factory.mktemp("tour")
-    code = ("from pathlib import Path\nfrom lapwan.tiny.dataset import write_dataset\n"
-            "write_dataset(Path('clips'), clips=8, seed=1, size=(64, 64), frames=17, test_share=0.5)\n")
-    run(["-c", code], folder)
+    write_dataset(folder / "clips", clips=8, seed=1, size=(64, 64), frames=17, test_share=0.5)
     (folder / "examples").symlink_to(README.parent / "examples")
     for words in shown("A tour"):
-        run(["-m", "lapwan", *small(words)], folder)
+        run(small(words), folder)
     return folder
 
 
@@ -93,7 +87,7 @@ def test_the_tour_runs_as_it_stands(toured) -> None:
 def test_generating_runs_as_it_stands(toured) -> None:
     said = {}
     for words in shown("Generating"):
-        said[words[-1]] = run(["-m", "lapwan", *small(words)], toured).stderr
+        said[words[-1]] = run(small(words), toured).err
     assert "the frames are identical to those of hook.mp4" in said["again.mp4"], said["again.mp4"]
     names = ["first.png", "from_image.mp4", "loras.mp4", "dpmpp.mp4", "videos/sheet.png", "videos/grasper.mp4",
              "alphas_grid.mp4", "alphas_sheet.png", "again.mp4", "restyled.mp4", "session/001.mp4"]
@@ -101,7 +95,10 @@ def test_generating_runs_as_it_stands(toured) -> None:
 
 
 def test_the_python_runs_as_it_stands(toured) -> None:
-    lines = run(["-c", block("Generating", "python")], toured).stdout.splitlines()
+    printed = io.StringIO()
+    with contextlib.chdir(toured), contextlib.redirect_stdout(printed):
+        exec(compile(block("Generating", "python"), str(README), "exec"), {"__name__": "__main__"})
+    lines = printed.getvalue().splitlines()
     assert lines[0].startswith("(5, 96, 96, 3) ") and "must be 4N+1" in lines[1], lines
     assert lines[2] == "(0.0, 0.0, 0.0, 1.0)" and lines[3] in ("good", "warn", "stop") and len(lines) == 4, lines
     assert (toured / "python.mp4").is_file() and (toured / "both.safetensors").is_file()
@@ -120,7 +117,7 @@ def test_the_commands_in_the_text_pass_their_checks(toured) -> None:
         "label", "cache", "train-lora", "merge", "train-moe", "generate", "evaluate"}
     for words in commands:
         words = [PLACES.get(word, word) for word in words]
-        run(["-m", "lapwan", *words, "--dry-run", "--overwrite"], toured)
+        run([*words, "--dry-run", "--overwrite"], toured)
 
 
 def test_the_readme_holds_the_two_commands_that_ci_runs():

@@ -7,13 +7,14 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Ran
 from rich.cells import cell_len
 
-from lapwan import cli
 from lapwan.data.clips import resolve_video
 
 CLIPS = [
@@ -22,7 +23,7 @@ CLIPS = [
     {"video_path": "c.mp4", "caption": "腹腔镜视野", "split": "train"},
     {"video_path": "d.mp4", "caption": "The scissors cut the duct"},
 ]
-Run = Callable[..., int]
+Run = Callable[..., Ran]
 
 
 @pytest.fixture
@@ -33,14 +34,8 @@ def clips(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def label(monkeypatch: pytest.MonkeyPatch) -> Run:
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["lapwan", "label", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0)
-
-    return run
+def label(lapwan: Run) -> Run:
+    return partial(lapwan, "label")
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -49,7 +44,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def test_labels_are_added_after_what_was_there(clips: Path, label: Run, tmp_path: Path) -> None:
     out = tmp_path / "out" / "labels.jsonl"
-    assert label(clips, "-o", out) == 0
+    assert label(clips, "-o", out).code == 0
     written = rows(out)
     added = ["instrument_label", "instrument_name", "instrument_logits", "instrument_taxonomy"]
     for clip, row in zip(CLIPS, written, strict=True):
@@ -68,7 +63,7 @@ def test_labels_are_added_after_what_was_there(clips: Path, label: Run, tmp_path
 def test_relative_paths_still_lead_to_the_clips_from_another_folder(clips: Path, label: Run, tmp_path: Path) -> None:
     (tmp_path / "a.mp4").touch()
     out = tmp_path / "deep" / "er" / "labels.jsonl"
-    assert label(clips, "-o", out) == 0
+    assert label(clips, "-o", out).code == 0
     first, second, *_ = rows(out)
     assert first["video_path"] == "../../a.mp4" and resolve_video(first["video_path"], out).samefile(tmp_path / "a.mp4")
     assert second["video_path"] == "b.mp4"  # there is no such file: what it means is not ours to guess
@@ -76,9 +71,9 @@ def test_relative_paths_still_lead_to_the_clips_from_another_folder(clips: Path,
 
 def test_hard_labels_and_another_taxonomy(clips: Path, label: Run, tmp_path: Path) -> None:
     soft, hard = tmp_path / "soft.jsonl", tmp_path / "hard.jsonl"
-    assert label(clips, "-o", soft) == 0
+    assert label(clips, "-o", soft).code == 0
     # relabelling replaces every trace of the earlier labels
-    assert label(soft, "-o", hard, "--hard-labels", "--taxonomy", "cholec6") == 0
+    assert label(soft, "-o", hard, "--hard-labels", "--taxonomy", "cholec6").code == 0
     written = rows(hard)
     assert all("instrument_logits" not in row for row in written)
     assert [row["instrument_name"] for row in written] == ["Grasper", "Hook", "Grasper", "Scissors"]
@@ -90,13 +85,13 @@ def test_a_taxonomy_of_ones_own(clips: Path, label: Run, tmp_path: Path) -> None
     mine = tmp_path / "mine.toml"
     mine.write_text('default = "rest"\n[[families]]\nkey = "cut"\nkeywords = ["scissors", "电凝钩"]\n'
                     '[[families]]\nkey = "rest"\n', encoding="utf-8")
-    assert label(clips, "-o", tmp_path / "l.jsonl", "--taxonomy", mine) == 0
+    assert label(clips, "-o", tmp_path / "l.jsonl", "--taxonomy", mine).code == 0
     assert [row["instrument_label"] for row in rows(tmp_path / "l.jsonl")] == [1, 0, 1, 0]
 
 
 def test_report_has_the_keys_scripts_rely_on(clips: Path, label: Run, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    assert label(clips, "-o", tmp_path / "l.jsonl", "--report", report) == 0
+    assert label(clips, "-o", tmp_path / "l.jsonl", "--report", report).code == 0
     data = json.loads(report.read_text(encoding="utf-8"))
     assert data["clips"] == 4
     assert data["families"] == {"Scissors": 1, "Hook/Electrocautery": 1, "Suction": 0, "Other": 2}
@@ -112,10 +107,9 @@ def test_report_has_the_keys_scripts_rely_on(clips: Path, label: Run, tmp_path: 
     assert any("clips of Suction" in advice for advice in data["advice"])
 
 
-def test_table_is_aligned_and_complete_in_a_pipe(clips: Path, label: Run, tmp_path: Path,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    assert label(clips, "-o", tmp_path / "l.jsonl") == 0
-    output = capsys.readouterr()
+def test_table_is_aligned_and_complete_in_a_pipe(clips: Path, label: Run, tmp_path: Path) -> None:
+    output = label(clips, "-o", tmp_path / "l.jsonl")
+    assert output.code == 0
     lines = output.out.splitlines()
     table = [line for line in lines if line.lstrip()[:1].isdigit() and "%" in line]
     assert [line.split()[1] for line in table] == ["Scissors", "Hook/Electrocautery", "Suction", "Other"]
@@ -125,30 +119,27 @@ def test_table_is_aligned_and_complete_in_a_pipe(clips: Path, label: Run, tmp_pa
     assert "warning: Suction: no clip" in output.err and "warning" not in output.out
 
 
-def test_strict_fails_and_leaves_nothing(clips: Path, label: Run, tmp_path: Path,
-                                         capsys: pytest.CaptureFixture[str]) -> None:
-    assert label(clips, "-o", tmp_path / "l.jsonl", "--strict") == 2
-    assert "1 of 4 captions name no instrument (line 3)" in capsys.readouterr().err
+def test_strict_fails_and_leaves_nothing(clips: Path, label: Run, tmp_path: Path) -> None:
+    ran = label(clips, "-o", tmp_path / "l.jsonl", "--strict")
+    assert ran.code == 2 and "1 of 4 captions name no instrument (line 3)" in ran.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips.jsonl"]
 
 
-def test_dry_run_checks_every_line_and_writes_nothing(clips: Path, label: Run, tmp_path: Path,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    assert label(clips, "-o", tmp_path / "l.jsonl", "--dry-run") == 0
-    assert "would label 4 clips" in capsys.readouterr().out
+def test_dry_run_checks_every_line_and_writes_nothing(clips: Path, label: Run, tmp_path: Path) -> None:
+    ran = label(clips, "-o", tmp_path / "l.jsonl", "--dry-run")
+    assert ran.code == 0 and "would label 4 clips" in ran.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips.jsonl"]
     clips.write_text(clips.read_text(encoding="utf-8") + "{", encoding="utf-8")
-    assert label(clips, "-o", tmp_path / "l.jsonl", "--dry-run") == 2
-    assert "line 5: broken JSON" in capsys.readouterr().err
+    ran = label(clips, "-o", tmp_path / "l.jsonl", "--dry-run")
+    assert ran.code == 2 and "line 5: broken JSON" in ran.err
 
 
 def test_written_settings_reproduce_the_run(clips: Path, label: Run, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert label("clips.jsonl", "-o", "l.jsonl", "--hard-labels") == 0
+    assert label("clips.jsonl", "-o", "l.jsonl", "--hard-labels").code == 0
     first = (tmp_path / "l.jsonl").read_bytes()
     monkeypatch.chdir("/")
-    assert label("--config", tmp_path / "l.settings.toml", "--overwrite") == 0
+    assert label("--config", tmp_path / "l.settings.toml", "--overwrite").code == 0
     assert (tmp_path / "l.jsonl").read_bytes() == first
 
 
@@ -168,17 +159,16 @@ def test_written_settings_reproduce_the_run(clips: Path, label: Run, tmp_path: P
     (["broken.jsonl", "-o", "l.jsonl"], "broken.jsonl, line 2: broken JSON"),
     (["empty-caption.jsonl", "-o", "l.jsonl"], "empty-caption.jsonl, line 1: empty caption of x.mp4"),
 ])
-def test_mistakes_are_one_line_and_exit_code_2(clips: Path, label: Run, tmp_path: Path, arguments: list[str], said: str,
-                                               monkeypatch: pytest.MonkeyPatch,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_mistakes_are_one_line_and_exit_code_2(clips: Path, label: Run, tmp_path: Path, arguments: list[str],
+                                               said: str) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "old.jsonl").write_text("kept")
     (tmp_path / "broken.jsonl").write_text('{"caption": "hook"}\n{"caption": \n')
     (tmp_path / "empty-caption.jsonl").write_text('{"video_path": "x.mp4", "caption": ""}\n')
     before = clips.read_bytes()
-    assert label(*arguments) == 2
-    [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    ran = label(*arguments)
+    assert ran.code == 2
+    [error] = [line for line in ran.err.splitlines() if line.startswith("error: ")]
     assert said in error
     assert clips.read_bytes() == before and (tmp_path / "old.jsonl").read_text() == "kept"
     assert not (tmp_path / "l.jsonl").exists() and not list(tmp_path.glob(".lapwan-tmp-*"))
@@ -187,16 +177,16 @@ def test_mistakes_are_one_line_and_exit_code_2(clips: Path, label: Run, tmp_path
 def test_a_linked_input_is_not_overwritten(clips: Path, label: Run, tmp_path: Path) -> None:
     link = tmp_path / "link.jsonl"
     link.symlink_to(clips)
-    assert label(clips, "-o", link, "--overwrite") == 2
+    assert label(clips, "-o", link, "--overwrite").code == 2
     hard = tmp_path / "hard.jsonl"
     hard.hardlink_to(clips)
-    assert label(clips, "-o", hard, "--overwrite") == 2
+    assert label(clips, "-o", hard, "--overwrite").code == 2
 
 
-def test_an_empty_file_says_so(label: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_file_says_so(label: Run, tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text("\n")
-    assert label(tmp_path / "none.jsonl", "-o", tmp_path / "l.jsonl") == 2
-    assert "has no clips" in capsys.readouterr().err
+    ran = label(tmp_path / "none.jsonl", "-o", tmp_path / "l.jsonl")
+    assert ran.code == 2 and "has no clips" in ran.err
     assert not (tmp_path / "l.jsonl").exists()
 
 

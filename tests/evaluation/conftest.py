@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from evaluation_cases import write_random_mixture
 
 from lapwan.models.base import Base
 from lapwan.models.spec import ModelSpec
@@ -15,11 +14,6 @@ from lapwan.tiny.dataset import write_dataset
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four scenes of 32 x 32 pixels and 5 frames, one of each instrument."""
     return write_dataset(tmp_path_factory.mktemp("held_out"), 4, 3, (32, 32), 5, test_share=1.0)
-
-
-@pytest.fixture(scope="session")
-def mixture_path(tmp_path_factory: pytest.TempPathFactory, tiny_t2v: ModelSpec) -> Path:
-    return write_random_mixture(tmp_path_factory.mktemp("mixtures") / "mixture.safetensors", Base(tiny_t2v))
 
 
 @pytest.fixture(scope="session")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from adapter_cases import write_random_lora, write_random_mixture
 from cache_cases import write_random_cache
-from evaluation_cases import write_random_lora, write_random_mixture
+from command_line import Started
 from PIL import Image
 
-from lapwan import cli
 from lapwan.caching.read import load_index
 from lapwan.evaluation.recipe import reward_identity
 from lapwan.models.base import Base
@@ -29,32 +27,19 @@ SMALL = ("--device", "cpu", "--steps", "2", "--set", "videos.size=[32, 32]", "--
 
 
 @pytest.fixture
-def lapwan(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lapwan", "evaluate", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+def evaluate(lapwan):
+    return partial(lapwan, "evaluate")
 
 
 def estimate(value: dict) -> None:
     assert value["ci95"] is None or value["ci95"][0] <= value["mean"] <= value["ci95"][1], value
 
 
-def test_the_json_holds_what_scripts_rely_on(lapwan, tmp_path, held_out, mixture_path, t2v_cache):
+def test_the_json_holds_what_scripts_rely_on(evaluate, tmp_path, held_out, mixture_path, t2v_cache):
     paraphrases = tmp_path / "paraphrases.jsonl"
     lines = [{"caption": "把组织分开", "instrument_label": 0}, {"caption": "烧灼止血", "instrument": "hook"}]
     paraphrases.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    code, out, err = lapwan(
+    code, out, err = evaluate(
         "--moe", mixture_path, "--clips", held_out, "--cache", t2v_cache, "--split", "all", "-o", "out", *SMALL,
         "--paraphrases", paraphrases, "--set", "loss.bins=2")
     assert code == 0, err
@@ -88,12 +73,12 @@ def test_the_json_holds_what_scripts_rely_on(lapwan, tmp_path, held_out, mixture
             assert min(image.size) > 40, picture
     again = load(EvaluateSettings, config=tmp_path / "out" / "settings.toml", environment={})
     assert again.moe == mixture_path and again.videos.guidance == 1
-    code, _, err = lapwan("--moe", mixture_path, "--clips", held_out, "-o", "out", *SMALL)
+    code, _, err = evaluate("--moe", mixture_path, "--clips", held_out, "-o", "out", *SMALL)
     assert code == 2 and "output exists: out; pass --resume" in err
 
 
-def test_dry_run_says_the_plan_and_writes_nothing(lapwan, tmp_path, held_out, mixture_path):
-    code, out, err = lapwan("--moe", mixture_path, "--clips", held_out, "--seeds", "3", "--dry-run", *SMALL)
+def test_dry_run_says_the_plan_and_writes_nothing(evaluate, tmp_path, held_out, mixture_path):
+    code, out, err = evaluate("--moe", mixture_path, "--clips", held_out, "--seeds", "3", "--dry-run", *SMALL)
     assert code == 0, err
     assert "4 clips x 3 seeds = 12 an adapter" in err and "identity, temporal_consistency" in err
     assert "seeds = 3" in out and list(tmp_path.iterdir()) == []
@@ -117,51 +102,46 @@ def test_dry_run_says_the_plan_and_writes_nothing(lapwan, tmp_path, held_out, mi
     (("--clips", "{clips}", "--set", 'adapters=[{name="a"}, {name="b", model="tiny-i2v"}]'), "different tasks"),
     (("--clips", "{clips}", "--reward", "clip=nowhere"), "nowhere"),
 ])
-def test_bad_input_is_one_line(lapwan, tmp_path, held_out, arguments, message):
-    code, _, err = lapwan(*(str(held_out) if word == "{clips}" else word for word in arguments))
+def test_bad_input_is_one_line(evaluate, tmp_path, held_out, arguments, message):
+    code, _, err = evaluate(*(str(held_out) if word == "{clips}" else word for word in arguments))
     assert code == 2, err
     lines = [line for line in err.strip().splitlines() if not line.startswith("warning")]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mixture_of_another_task_needs_to_be_asked_for(lapwan, tmp_path, held_out, mixture_path):
+def test_a_mixture_of_another_task_needs_to_be_asked_for(evaluate, tmp_path, held_out, mixture_path):
     adapters = f'adapters=[{{name="base"}}, {{name="moved", moe="{mixture_path}"%s}}]'
-    code, _, err = lapwan("--clips", held_out, "--task", "i2v", "--set", adapters % "", "--dry-run", *SMALL)
+    code, _, err = evaluate("--clips", held_out, "--task", "i2v", "--set", adapters % "", "--dry-run", *SMALL)
     assert code == 2 and "was trained for t2v, the model is i2v" in err
-    code, _, err = lapwan("--clips", held_out, "--task", "i2v", "--set", adapters % ", any_base=true", "--dry-run",
+    code, _, err = evaluate("--clips", held_out, "--task", "i2v", "--set", adapters % ", any_base=true", "--dry-run",
                           *SMALL)
     assert code == 0 and "warning: adapter 'moved'" in err and "tip_accuracy" in err and "psnr" in err
 
 
-def test_killed_and_resumed_it_is_the_uninterrupted_one(tmp_path, held_out, tiny_t2v: ModelSpec):
+def test_killed_and_resumed_it_is_the_uninterrupted_one(lapwan, tmp_path, held_out, tiny_t2v: ModelSpec):
     """kill -9 between two batches; finished ones are not made again."""
     mixture = write_random_mixture(tmp_path / "mixture.safetensors", Base(tiny_t2v))
     loras = write_random_lora(tmp_path)
     adapters = (f'adapters=[{{name="base"}}, {{name="lora", lora={loras}}}, {{name="moe", moe="{mixture}"}}]')
 
-    def start(out: str, *more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "lapwan", "evaluate", "--clips", str(held_out), "-o", out, *SMALL,
-             "--steps", "6", "--batch-size", "2", "--set", adapters, "--set", "routing.probe=false", *more],
-            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    def arguments(out: str) -> list[object]:
+        return ["evaluate", "--clips", held_out, "-o", out, *SMALL, "--steps", "6", "--batch-size", "2",
+                "--set", adapters, "--set", "routing.probe=false"]
 
     def kept() -> list[Path]:
         return sorted((tmp_path / "killed" / "videos").rglob("*.json"))
 
-    victim = start("killed")
+    victim = Started(*arguments("killed"))
     deadline = time.monotonic() + 120
     while not kept() and time.monotonic() < deadline and victim.poll() is None:
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    assert victim.returncode == -signal.SIGKILL and 0 < len(kept()) < 12
+    assert victim.wait().code == -signal.SIGKILL and 0 < len(kept()) < 12
     before = {path: path.stat().st_mtime_ns for path in kept()}
-    done, whole = start("killed", "--resume"), start("whole")
-    for process in (done, whole):
-        _, said = process.communicate(timeout=180)
-        assert process.returncode == 0, said
+    again = Started(*arguments("killed"), "--resume")
+    for ran in (lapwan(*arguments("whole")), again.wait()):
+        assert ran.code == 0, ran.err
     full = len(before) - len(before) % 2  # whole batches of two; half a batch is made again
     assert sum(path.stat().st_mtime_ns == time_ for path, time_ in before.items()) >= full
     ours, theirs = (json.loads((tmp_path / out / "evaluation.json").read_text()) for out in ("killed", "whole"))
@@ -173,27 +153,27 @@ def test_killed_and_resumed_it_is_the_uninterrupted_one(tmp_path, held_out, tiny
     (6, True, "", "(6 weights) does not fit the 4 families of adapter 'router'"),
     (4, False, 'adapters=[{name="by router", moe="%s"}]', None),
 ])
-def test_labels_that_a_mixture_needs_are_missed_before_the_work(lapwan, tmp_path, tiny_t2v, mixture_path, families,
+def test_labels_that_a_mixture_needs_are_missed_before_the_work(evaluate, tmp_path, tiny_t2v, mixture_path, families,
                                                                 labelled, adapters, message):
     cache = write_random_cache(tmp_path / "cache", tiny_t2v, 6, labelled, families=tuple("abcdef"[:families]))
     chosen = ("--set", adapters % mixture_path) if adapters else ("--moe", mixture_path)
-    code, _, err = lapwan("--cache", cache, "--split", "all", *chosen, "--dry-run")
+    code, _, err = evaluate("--cache", cache, "--split", "all", *chosen, "--dry-run")
     assert code == (0 if message is None else 2), err
     assert message is None or (err.startswith("error: ") and err.count("\n") == 1 and message in err)
 
 
-def test_a_clip_shorter_than_the_videos_is_no_reference(lapwan, tmp_path, held_out):
+def test_a_clip_shorter_than_the_videos_is_no_reference(evaluate, tmp_path, held_out):
     """Text to video needs no clip: hours of work must not end at the sheet. Five frames are there, nine are made."""
     longer = [*SMALL, "--set", "videos.num_frames=9", "--set", "videos.count=2"]
-    code, _, err = lapwan("--clips", held_out, "-o", "out", *longer)
+    code, _, err = evaluate("--clips", held_out, "-o", "out", *longer)
     assert code == 0, err
     said = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     assert set(said["generation"]["base"]) == {"identity", "temporal_consistency", "motion"} and said["ceiling"] == {}
     for task, metric in (("i2v", "reference"), ("i2v", "tip")):
-        code, _, err = lapwan("--clips", held_out, "--task", task, "--set", f'videos.metrics=["{metric}"]', *longer)
+        code, _, err = evaluate("--clips", held_out, "--task", task, "--set", f'videos.metrics=["{metric}"]', *longer)
         assert code == 2 and err.startswith(f"error: metric '{metric}'")
         assert "5 frames" in err and "9 are generated" in err
-    code, _, err = lapwan("--clips", held_out, "--task", "i2v", *longer, "--dry-run")
+    code, _, err = evaluate("--clips", held_out, "--task", "i2v", *longer, "--dry-run")
     assert code == 0 and "metrics: identity, temporal_consistency, motion" in err
 
 
@@ -216,9 +196,9 @@ def test_lora_and_moe_on_the_command_line_make_the_comparison(held_out):
         ("hint", "truth", True, True), ("wrong hint", "wrong", True, True)]
 
 
-def test_the_cache_decides_which_tiny_is_meant(lapwan, tmp_path, t2v_cache):
+def test_the_cache_decides_which_tiny_is_meant(evaluate, tmp_path, t2v_cache):
     assert load_index(t2v_cache).task == "t2v"
-    code, _, err = lapwan("--cache", t2v_cache, "--split", "all", "--dry-run")
+    code, _, err = evaluate("--cache", t2v_cache, "--split", "all", "--dry-run")
     assert code == 0 and "(t2v)" in err
-    code, _, err = lapwan("--cache", t2v_cache, "--split", "all", "--task", "i2v", "--dry-run")
+    code, _, err = evaluate("--cache", t2v_cache, "--split", "all", "--task", "i2v", "--dry-run")
     assert code == 2 and "was cached for t2v, the model is i2v" in err

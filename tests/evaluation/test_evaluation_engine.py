@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from adapter_cases import write_random_lora
 from cache_cases import write_random_cache
-from evaluation_cases import write_random_lora
 
 from lapwan.caching.layout import write_roi
 from lapwan.caching.read import load_index

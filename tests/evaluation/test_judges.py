@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import write_random_mixture
+from adapter_cases import write_random_mixture
 
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.errors import UserError

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import write_random_mixture
 
 from lapwan.caching.read import load_index
 from lapwan.evaluation.arms import make_arm
@@ -24,19 +23,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 PROMPTS = ("电凝钩切割组织", "剪刀剪断血管", "吸引清理术野", "抓钳抓取标本袋", "吸引器从左侧进入，清理积液")
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory, tiny_t2v):
-    return write_random_mixture(tmp_path_factory.mktemp("mixture") / "mixture.safetensors", Base(tiny_t2v))
-
-
-def test_a_batch_is_its_videos_one_at_a_time(tiny_t2v, mixture):
+def test_a_batch_is_its_videos_one_at_a_time(tiny_t2v, mixture_path):
     base = Base(tiny_t2v)
     weights = np.eye(4)[[1, 0, 2, 3, 2]]
     clips = [EvaluationClip(text, text, tuple(own)) for text, own in zip(PROMPTS, weights.tolist(), strict=True)]
     generator = BatchGenerator(base, None, "cuda", torch.float32)
     sampling = replace(default_sampling(tiny_t2v), shape=VideoShape(9, (64, 64), 16), steps=6)
     for hint in (None, "truth", "wrong"):
-        arm = make_arm("moe", base, moe=mixture, hint=hint)
+        arm = make_arm("moe", base, moe=mixture_path, hint=hint)
         generator.use(arm.base, arm.adapters)
         requests = [request_for(tiny_t2v, arm, clip, sampling, 0) for clip in clips]
         together = generator.batch_latents(requests)
@@ -46,9 +40,9 @@ def test_a_batch_is_its_videos_one_at_a_time(tiny_t2v, mixture):
     assert found["motion"].shape == (5, 1) and not np.isnan(found["motion"]).any()
 
 
-def test_flow_losses_are_those_of_the_cpu(tiny_t2v, mixture, t2v_cache):
+def test_flow_losses_are_those_of_the_cpu(tiny_t2v, mixture_path, t2v_cache):
     base, index = Base(tiny_t2v), load_index(t2v_cache)
-    arm = make_arm("moe", base, moe=mixture, hint="truth")
+    arm = make_arm("moe", base, moe=mixture_path, hint="truth")
     here, there = (
         flow_losses(BatchGenerator(base, None, device, torch.float32), arm,
                     ClipStore(index, index.items, torch.device(device), 4), FlowPlan(bins=2, batch_size=2))

@@ -17,7 +17,7 @@ from lapwan.wan.backbone import load_transformer, velocity
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.compile import compile_blocks, compile_time
-from lapwan.wan.transformer.options import forward_options
+from lapwan.wan.transformer.forward_options import forward_options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

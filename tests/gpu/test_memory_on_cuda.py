@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bench_plan
 
-from lapwan import cli
 from lapwan.lora.attach import Group, attach, initial_state
 from lapwan.memory.streaming import ModelOffload
 from lapwan.names import Precision
@@ -138,42 +137,27 @@ def test_training_over_a_streamed_prefix_has_the_resident_gradients() -> None:
         assert (ours - theirs).norm() < 1e-3 * theirs.norm()  # attention's backward adds in any order
 
 
-@pytest.fixture
-def lapwan(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LAPWAN_CACHE_DIR", str(tmp_path / "cache"))
-
-    def run(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["lapwan", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            assert stop.code in (0, None)
-
-    return run
-
-
-def test_a_video_is_the_same_wherever_its_weights_wait(lapwan, tmp_path) -> None:
+def test_a_video_is_the_same_wherever_its_weights_wait(succeed, own_cache, tmp_path) -> None:
     common = ("--model", "tiny", "--prompt", "电凝钩切割组织", "--size", "64x64", "--num-frames", "9", "--steps", "4",
               "--compile", "off")
     for dtype in ("bf16", "fp8", "nf4"):
         made = []
         for memory in ("both", "one", "stream"):
             out = f"{dtype}-{memory}.safetensors"
-            lapwan("generate", *common, "--dtype", dtype, "--memory", memory, "-o", out)
+            succeed("generate", *common, "--dtype", dtype, "--memory", memory, "-o", out)
             made.append(load_file(tmp_path / out)["latents"])
         assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "int8", "nf4"])
-def test_both_stages_train_on_a_quantised_base(dtype, lapwan, t2v_cache, tmp_path) -> None:
+def test_both_stages_train_on_a_quantised_base(dtype, succeed, own_cache, t2v_cache, tmp_path) -> None:
     small = ("--cache", t2v_cache, "--dtype", dtype, "--steps", "3", "--set", "targets.last_blocks=2",
              "--set", "targets.ffn_last_blocks=1")
     for command in ("train-lora", "train-moe"):
         losses = {}
         for memory in ("both", "stream"):
             run = f"{command}-{memory}"
-            lapwan(command, *small, "--memory", memory, "-o", run)
+            succeed(command, *small, "--memory", memory, "-o", run)
             rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
             losses[memory] = [row["loss"] for row in rows]
         assert losses["both"] == pytest.approx(losses["stream"], rel=1e-3)

@@ -22,11 +22,12 @@ def inputs(spec, batch: int = 1):
     return x, torch.full((batch,), 700.0), torch.randn(batch, 512, spec.text_dim, generator=generator) * 0.3
 
 
-@pytest.fixture(params=[None, *Precision], ids=lambda p: p.value if p else "plain")
-def loaded(request, tiny_t2v, tmp_path, monkeypatch):
+@pytest.fixture(params=[None, *(
+    p if p is Precision.NF4 else pytest.param(p, marks=pytest.mark.slow) for p in Precision
+)], ids=lambda p: p.value if p else "plain")
+def loaded(request, tiny_t2v, own_cache):
     if request.param is None:
         return tiny_t2v, load_transformer(tiny_t2v, NoiseExpert.LOW)
-    monkeypatch.setenv("LAPWAN_CACHE_DIR", str(tmp_path))
     return tiny_t2v, Base(tiny_t2v).load(NoiseExpert.LOW, recipe=Recipe(request.param))
 
 

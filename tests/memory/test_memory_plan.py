@@ -98,8 +98,7 @@ def test_seconds_are_flops_over_rates() -> None:
 
 
 @pytest.mark.parametrize("precision", [None, *Precision])
-def test_bytes_from_shapes_are_those_of_the_loaded_model(precision, tiny_t2v, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("LAPWAN_CACHE_DIR", str(tmp_path))
+def test_bytes_from_shapes_are_those_of_the_loaded_model(precision, tiny_t2v, own_cache) -> None:
     recipe = None if precision is None else Recipe(precision, frozenset({7}))
     ranks = {"blocks.6.attn1.to_q": 4, "blocks.7.attn1.to_q": 4, "blocks.7.ffn.net.2": 8}
     base = Base(tiny_t2v)

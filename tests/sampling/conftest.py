@@ -1,27 +1,24 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sampling_cases import Ran, random_mixture
+from adapter_cases import random_mixture
 
-from lapwan import cli
-from lapwan.models.spec import ModelSpec, read_spec
+from lapwan.models.spec import ModelSpec
 from lapwan.moe.mixture_file import write_mixture
 from lapwan.sampling.request import Request, complete_guidance
-from lapwan.tiny.model import tiny_folder
 
 
 @pytest.fixture(scope="session")
-def t2v() -> ModelSpec:
-    return read_spec(tiny_folder("t2v"))
+def t2v(tiny_t2v: ModelSpec) -> ModelSpec:
+    return tiny_t2v
 
 
 @pytest.fixture(scope="session")
-def i2v() -> ModelSpec:
-    return read_spec(tiny_folder("i2v"))
+def i2v(tiny_i2v: ModelSpec) -> ModelSpec:
+    return tiny_i2v
 
 
 @pytest.fixture
@@ -44,25 +41,6 @@ def small() -> Callable[..., Request]:
         return Request(**{**base, **changes, "guidance": complete_guidance(spec, guidance)})  # type: ignore[arg-type]
 
     return make
-
-
-@pytest.fixture
-def lapwan(monkeypatch, capsys, tmp_path) -> Callable[..., Ran]:
-    """Run the command in a folder of its own; the exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["lapwan", *arguments])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return Ran(code, said.out, said.err)
-
-    return run
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from adapter_cases import random_lora
 from safetensors.torch import load_file
-from sampling_cases import generate, random_lora, refused
+from sampling_cases import generate, refused
 
 from lapwan.lora.formats import write_lora
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapter_cases import random_lora
 from PIL import Image
-from sampling_cases import frames, generate, random_lora, refused
+from sampling_cases import frames, generate, refused
 
 from lapwan.lora.formats import write_lora
 from lapwan.sampling.generator import Generator

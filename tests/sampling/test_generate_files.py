@@ -28,12 +28,6 @@ from lapwan.wan.backbone import load_transformer
 from lapwan.wan.vae import decode
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory) -> None:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("lapwan.tiny.model.cache_root", lambda: folder)
-
-
 def original_transformer(name: str) -> str:
     """The inverse of the layouts' table in the notes, by hand."""
     path, _, leaf = name.rpartition(".")

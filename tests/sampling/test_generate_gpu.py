@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapter_cases import random_lora
 from PIL import Image
-from sampling_cases import random_lora
 
 from lapwan import VideoGenerator
 from lapwan.lora.formats import write_lora

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from adapter_cases import random_lora
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from sampling_cases import SMALL, frames, generate, random_lora, refused
+from sampling_cases import SMALL, frames, generate, refused
 
 from lapwan.lora.formats import write_lora
 from lapwan.models import base as lapwan_base
@@ -251,11 +248,9 @@ def test_first_and_last_frame_equal_diffusers(i2v, small) -> None:
     assert (Generator(i2v).latents(request) - expected).abs().max() < 1e-4
 
 
-def test_chinese_on_an_output_that_cannot_hold_it(tmp_path) -> None:
-    words = ["generate", "--model", "tiny", "--prompt", "电凝钩", "-o", "a.mp4", "--dry-run"]
-    ran = subprocess.run([sys.executable, "-m", "lapwan", *words], cwd=tmp_path, capture_output=True, text=True,
-                         check=False, env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
-    assert ran.returncode == 0 and 'prompt = "\\u7535\\u51dd\\u94a9"' in ran.stdout, ran.stderr
+def test_chinese_on_an_output_that_cannot_hold_it(lapwan) -> None:
+    ran = lapwan("generate", "--model", "tiny", "--prompt", "电凝钩", "-o", "a.mp4", "--dry-run", encoding="ascii")
+    assert ran.code == 0 and 'prompt = "\\u7535\\u51dd\\u94a9"' in ran.out, ran.err
 
 
 def test_interactive_keeps_the_model_and_survives_a_bad_line(lapwan, tmp_path, monkeypatch) -> None:
@@ -263,11 +258,11 @@ def test_interactive_keeps_the_model_and_survives_a_bad_line(lapwan, tmp_path, m
         "电凝钩切割组织", '{"prompt": "x", "num_frames": 6}', '{"prompt": "suction", "seed": 5, "output": "s.mp4"}',
         '{"prompt": "again", "output": "s.mp4"}', "",
     ]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     loads = []
     original = lapwan_base.load_transformer
     monkeypatch.setattr(lapwan_base, "load_transformer", lambda *a: loads.append(a[1]) or original(*a))
-    ran = lapwan("generate", "--model", "tiny", "--interactive", "-o", "chat", *SMALL)
+    ran = lapwan("generate", "--model", "tiny", "--interactive", "-o", "chat", *SMALL,
+                 stdin="\n".join(lines) + "\n")
     assert ran.code == 0, ran.err
     assert [Path(line).name for line in ran.out.splitlines()] == ["001.mp4", "s.mp4"]
     assert "not made: frames = 6: must be 4N+1" in ran.err and loads == ["high", "low"]
@@ -279,18 +274,18 @@ def test_interactive_keeps_the_model_and_survives_a_bad_line(lapwan, tmp_path, m
     refused(lapwan("generate", "--model", "tiny", "--interactive", "-o", "a.mp4"), "give it as --output DIR")
 
 
-def test_one_frame_of_many_is_an_image(lapwan, tmp_path, monkeypatch) -> None:
+def test_one_frame_of_many_is_an_image(lapwan) -> None:
     still = ("--num-frames", "1", "--size", "32x48", "--steps", "1", "--guidance", "1")
     ran = lapwan("generate", "--model", "tiny", "--prompt", "x", "--videos", "2", "-o", "stills", *still)
     assert [Path(line).name for line in ran.out.splitlines()] == ["001_seed=42.png", "002_seed=43.png"], ran.err
-    monkeypatch.setattr(sys, "stdin", io.StringIO('x\n{"prompt": "x", "num_frames": 5}\n'))
-    ran = lapwan("generate", "--model", "tiny", "--interactive", "-o", "chat", *still)
+    ran = lapwan("generate", "--model", "tiny", "--interactive", "-o", "chat", *still,
+                 stdin='x\n{"prompt": "x", "num_frames": 5}\n')
     assert [Path(line).name for line in ran.out.splitlines()] == ["001.png", "002.mp4"], ran.err
 
 
-def test_interactive_makes_several_videos_of_a_line_with_previews(lapwan, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO('hook\n{"prompt": "x", "seed": 5, "output": "x.gif"}\n'))
-    ran = lapwan("generate", "--model", "tiny", "--interactive", "-o", "chat", "--videos", "2", "--preview", *SMALL)
+def test_interactive_makes_several_videos_of_a_line_with_previews(lapwan, tmp_path) -> None:
+    ran = lapwan("generate", "--model", "tiny", "--interactive", "-o", "chat", "--videos", "2", "--preview", *SMALL,
+                 stdin='hook\n{"prompt": "x", "seed": 5, "output": "x.gif"}\n')
     assert ran.code == 0, ran.err
     names = ["001.mp4", "002.mp4", "x_seed=5.gif", "x_seed=6.gif"]
     assert [Path(line).name for line in ran.out.splitlines()] == names

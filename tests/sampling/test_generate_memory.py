@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
+from adapter_cases import random_lora
 from PIL import Image
 from safetensors.torch import load_file
-from sampling_cases import generate, random_lora
+from sampling_cases import generate
 from torch import nn
 
 from lapwan import UserError, VideoGenerator

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sampling_cases import frames, generate, random_lora, random_mixture
+from adapter_cases import random_lora, random_mixture
+from sampling_cases import frames, generate
 
 from lapwan.errors import UserError
 from lapwan.lora.assign import assign

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapter_cases import random_lora
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
-from sampling_cases import random_lora
 
 from lapwan.lora.formats import write_lora
 from lapwan.models.base import Base

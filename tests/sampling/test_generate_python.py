@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapter_cases import random_lora
 from PIL import Image
-from sampling_cases import random_lora
 
 import lapwan as lapwan_package
 from lapwan import UserError, VideoGenerator

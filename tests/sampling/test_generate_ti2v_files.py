@@ -132,12 +132,6 @@ def parts(tmp_path_factory) -> tuple[ModelFilesSettings, Path]:
     ), folder
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory) -> None:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("lapwan.tiny.model.cache_root", lambda: folder)
-
-
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_released_name_and_its_place(name) -> None:
     assert original_layout.wan22_vae_to_diffusers(name) == RELEASED[name]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from adapter_cases import random_mixture
 from diffusers import WanPipeline
-from sampling_cases import random_mixture
 
 from lapwan.moe.mixture_file import write_mixture
 from lapwan.sampling.adapters import AdapterSet

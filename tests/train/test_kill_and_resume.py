@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Started
+from forkserver import PATIENCE
 from safetensors.torch import load_file
-from two_processes import PATIENCE
 
 from lapwan.train.checkpoint import checkpoints
 
 STEPS = 16  # of each noise expert
 
 
-def start(command: str, run: Path, cache: Path, *more: str) -> subprocess.Popen[str]:
-    arguments = [
-        sys.executable, "-m", "lapwan", command, "--model", "tiny", "--cache", str(cache), "-o", str(run),
-        "--steps", str(STEPS), "--save-every", "4", "--lr", "1e-2", "--device", "cpu",
-        "--set", "targets.last_blocks=2", "--set", "targets.ffn_last_blocks=1", "--set", "turn=3",
+def arguments(command: str, run: Path, cache: Path) -> list[object]:
+    return [
+        command, "--model", "tiny", "--cache", cache, "-o", run, "--steps", STEPS, "--save-every", "4", "--lr", "1e-2",
+        "--device", "cpu", "--set", "targets.last_blocks=2", "--set", "targets.ffn_last_blocks=1", "--set", "turn=3",
         "--set", "accumulate=2", "--set", "caption_dropout=0.2", "--set", "ema_decay=0.9",
-        "--set", "dropout.rank=0.1", *more,
+        "--set", "dropout.rank=0.1", *OWN[command],
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 # What has a state or draws of its own besides what every run has.
@@ -39,23 +34,21 @@ OWN = {"train-lora": (), "train-moe": tuple(word for setting in (
 
 
 @pytest.mark.parametrize("command", ["train-lora", "train-moe"])
-def test_resume_after_kill_9_is_bitwise_the_uninterrupted_run(command, tmp_path, t2v_cache):
+def test_resume_after_kill_9_is_bitwise_the_uninterrupted_run(succeed, command, tmp_path, t2v_cache):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference = start(command, whole, t2v_cache, *OWN[command])
-    victim = start(command, killed, t2v_cache, *OWN[command])
+    victim = Started(*arguments(command, killed, t2v_cache))
     deadline = time.monotonic() + PATIENCE
     while not checkpoints(killed) and time.monotonic() < deadline and victim.poll() is None:
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
-    _, said = victim.communicate()
-    assert victim.returncode == -signal.SIGKILL, said
-    _, said = reference.communicate(timeout=PATIENCE)
-    assert reference.returncode == 0, said
+    ended = victim.wait()
+    assert ended.code == -signal.SIGKILL, ended
     done = [step for step, _ in checkpoints(killed)]
     assert done and done[-1] < 2 * STEPS, "the process was to die in the middle"
-    again = start(command, killed, t2v_cache, "--resume", *OWN[command])
-    _, said = again.communicate(timeout=PATIENCE)
-    assert again.returncode == 0 and f"at step {done[-1]} of {2 * STEPS}" in said, said
+    again = Started(*arguments(command, killed, t2v_cache), "--resume")
+    succeed(*arguments(command, whole, t2v_cache))
+    ended = again.wait()
+    assert ended.code == 0 and f"at step {done[-1]} of {2 * STEPS}" in ended.err, ended
     files = sorted(path.name for path in whole.glob("*.safetensors"))
     assert files == (["lapwan.safetensors"] if command == "train-moe" else
                      ["lapwan_high_noise.safetensors", "lapwan_low_noise.safetensors"])

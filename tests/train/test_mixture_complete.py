@@ -236,7 +236,7 @@ def test_the_plan_says_that_the_region_loss_is_off(tmp_path, t2v_cache, capsys):
     cache = edited_cache(t2v_cache, tmp_path / "bare", lambda items: [replace(item, roi=None) for item in items])
     for fallback, said in (("none", "so it is off"), ("motion", "use their moving parts")):
         settings = TrainMoeSettings.model_validate({
-            "output": tmp_path / "run", "steps": 1, "data": {"cache": cache}, "roi_fallback": fallback})
+            **ONE_BLOCK, "output": tmp_path / "run", "steps": 1, "data": {"cache": cache}, "roi_fallback": fallback})
         train_moe.run(settings, RunOptions(dry_run=True))
         err = capsys.readouterr().err
         assert "0 of 4 clips have a region" in err.replace("\n", " ") and said in " ".join(err.split())

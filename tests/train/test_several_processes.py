@@ -116,7 +116,7 @@ def test_tokens_are_shared_where_that_can_be_exact(t2v_cache, tmp_path):
     settings = TrainLoraSettings.model_validate(given)
     assert choose_parallelism(settings, base, Distributed(1, 2)).local_items([1, 2, 3]) == [1, 2, 3]
     assert type(choose_parallelism(settings, base, Distributed())) is Distributed
-    with pytest.raises(UserError, match="3 processes cannot share this model's 4 heads"):
+    with pytest.raises(UserError, match="3 processes cannot share this model's 4 attention heads"):
         choose_parallelism(settings, base, Distributed(0, 3))
     settings = TrainLoraSettings.model_validate({**given, "dropout": {"neuron": 0.1}})
     with pytest.raises(UserError, match=r"dropout\.neuron draws for all tokens of a clip"):

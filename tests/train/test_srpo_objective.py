@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from training_cases import randomise
 
 from lapwan import rng
 from lapwan.caching.batch import Batch
@@ -173,14 +174,6 @@ def make(tmp_path: Path) -> Callable[..., Any]:
         rewards = {"tiny": make_tiny_reward(TinyRewardSettings(), "cpu")}
         return recipe.prepare(settings, planned.base, planned.data, rewards, planned.memory, torch.device("cpu"))
     return made
-
-
-def randomise(trainer: Any) -> None:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in trainer.parameters.items():
-            if name.endswith(".up"):
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.mark.parametrize("changes", [

@@ -27,7 +27,7 @@ from lapwan.train.schedule import SampleOrder, interleave
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 
 
-@pytest.mark.parametrize("expert", list(NoiseExpert))
+@pytest.mark.parametrize("noise_expert", list(NoiseExpert))
 def test_every_trainable_tensor_of_a_plain_lora_gets_its_gradient(make_lora, noise_expert):
     trainer = make_lora()
     randomise(trainer)

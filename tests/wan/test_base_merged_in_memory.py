@@ -62,8 +62,10 @@ def write_loras(folder: Path, dtype: torch.dtype) -> dict[NoiseExpert, Path]:
     return paths
 
 
-@pytest.mark.parametrize("lora", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("stored", "lora"), [
+    (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.float32),
+    *(pytest.param(*dtypes, marks=pytest.mark.slow) for dtypes in (
+        (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)))])
 def test_merged_in_memory_is_the_merged_folder(tmp_path, tiny_t2v, monkeypatch, stored, lora):
     monkeypatch.setattr(rewrite, "TILE_BYTES", 192 * 4 * 50)  # 192 rows in four tiles, the last one shorter
     model, paths = stored_as(tiny_t2v, tmp_path / "model", stored), write_loras(tmp_path, lora)

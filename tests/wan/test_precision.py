@@ -184,9 +184,8 @@ def _same(a: nn.Module, b: nn.Module) -> None:
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("LAPWAN_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "quantised"
+def cache(own_cache) -> Path:
+    return own_cache / "quantised"
 
 
 @pytest.mark.parametrize("precision", ALL)
