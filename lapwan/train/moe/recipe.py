@@ -107,7 +107,7 @@ def describe_mixture(settings: TrainMoeSettings, data: recipe.RunData, taxonomy:
     lines.append(f"router {settings.router.kind}{' with sigma' if settings.router.sigma else ''}{learned}{region}")
     may_diverge = settings.router.kind not in ("rule", "linear")
     if may_diverge and (lr := router_lr(settings)) is not None and lr > ROUTER_LR_LIMIT:
-        console.warn(f"the lr of the router, lr x router.lr_scale, is {lr:g}, above {ROUTER_LR_LIMIT:g}, where routers "
+        console.warn(f"the router's lr is lr x router.lr_scale = {lr:g}, above {ROUTER_LR_LIMIT:g}, where routers "
                      f"were seen to diverge; set router.lr_scale = {settings.router.lr_scale * 1e-3 / lr:.2g} or so")
     return lines
 
