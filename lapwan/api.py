@@ -23,6 +23,7 @@ from lapwan.models.device import pick_device, pick_dtype
 from lapwan.models.spec import ModelSpec, Task
 from lapwan.names import NoiseExpert
 from lapwan.sampling.adapters import AdapterSet, read_adapters
+from lapwan.sampling.expert_mix import alpha_vector, choose_mix
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.request import (
     DEFAULT_START_SIGMA,
@@ -33,7 +34,6 @@ from lapwan.sampling.request import (
     default_size,
 )
 from lapwan.sampling.result import Video
-from lapwan.sampling.routing import alpha_vector, choose_mix
 from lapwan.sampling.start_image import as_rgb_image, open_image, read_clip
 from lapwan.settings.base import to_toml
 from lapwan.settings.generate import ModelSettings, VideoSettings

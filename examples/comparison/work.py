@@ -27,7 +27,7 @@ from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.clips import EvaluationClip, read_eval_clips
 from lapwan.evaluation.metrics import GeneratedVideo
-from lapwan.evaluation.routing import fit_probe, routing_scores
+from lapwan.evaluation.router_accuracy import fit_probe, routing_scores
 from lapwan.evaluation.videos import Sampling, default_sampling, generate_and_score
 from lapwan.models.base import Base
 from lapwan.models.device import pick_device
@@ -47,7 +47,7 @@ from lapwan.tiny.evaluators import load_evaluator, network_input, tip_hits, tip_
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
-from lapwan.train.callbacks.routing import RoutingCallback
+from lapwan.train.callbacks.routing_windows import RoutingCallback
 from lapwan.train.lora import recipe as lora_recipe
 from lapwan.train.metrics import METRICS_FILE
 from lapwan.train.moe import recipe as moe_recipe

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 
 from lapwan import console, files
-from lapwan.commands.plan import print_plan
+from lapwan.commands.run_setup import print_plan
 from lapwan.errors import Interrupted, UserError
 from lapwan.evaluation.metrics import metric_names
 from lapwan.evaluation.recipe import open_store, prepare, write_results
-from lapwan.evaluation.routing import ProbeSet
+from lapwan.evaluation.router_accuracy import ProbeSet
 from lapwan.evaluation.study import Study, run_study
 from lapwan.evaluation.tables import IntervalRule, tables
 from lapwan.models.base import Base

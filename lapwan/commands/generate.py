@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lapwan import console
 from lapwan.api import Prepared, VideoGenerator
-from lapwan.commands.plan import distributed_run
+from lapwan.commands.run_setup import distributed_run
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import atomic_file, claim_output, is_temporary
 from lapwan.report.contact_sheet import contact_sheet, side_by_side

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lapwan import console
-from lapwan.commands.plan import distributed_run, index_task, print_plan
+from lapwan.commands.run_setup import distributed_run, index_task, print_plan
 from lapwan.errors import UserError
 from lapwan.models.device import pick_device
 from lapwan.rewards.base import warn_chinese

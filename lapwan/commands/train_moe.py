@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lapwan import console
-from lapwan.commands.plan import distributed_run, index_task, print_plan
+from lapwan.commands.run_setup import distributed_run, index_task, print_plan
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.models.device import pick_device
 from lapwan.settings.base import RunOptions

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from lapwan.diagnostics.lora_figures import Figures
 from lapwan.diagnostics.mixture import MIN_WINDOW_LINES
-from lapwan.diagnostics.routing import RoutingThresholds
+from lapwan.diagnostics.router_health import RoutingThresholds
 
 Status = Literal["good", "warn", "stop"]
 PresetName = Literal["motion", "character"]

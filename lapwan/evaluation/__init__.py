@@ -1,2 +1,2 @@
-"""Adapters compared at equal noise: `study` runs the arms, `videos` and `metrics` score generations, `flow` measures
-losses, `routing` routers; `bootstrap` gives the intervals."""
+"""Adapters compared at equal noise: `study` runs the arms, `videos` and `metrics` score generations, `flow_losses`
+measures losses, `router_accuracy` routers; `bootstrap` gives the intervals."""

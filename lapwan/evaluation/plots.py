@@ -10,7 +10,7 @@ from PIL import Image
 
 from lapwan.evaluation.bootstrap import Estimate
 from lapwan.evaluation.clips import EvaluationClip, VideoShape, evenly_spaced
-from lapwan.evaluation.routing import RoutingScores
+from lapwan.evaluation.router_accuracy import RoutingScores
 from lapwan.evaluation.study import Study, StudyResults
 from lapwan.evaluation.tables import SHARES, IntervalRule, metrics_of
 from lapwan.evaluation.videos import VideoStore

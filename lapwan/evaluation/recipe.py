@@ -18,10 +18,10 @@ from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.errors import UserError
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.clips import EvaluationClip, VideoShape, evenly_spaced, read_eval_clips
-from lapwan.evaluation.flow import FlowPlan, check_labels, evaluation_clip
+from lapwan.evaluation.flow_losses import FlowPlan, check_labels, evaluation_clip
 from lapwan.evaluation.metrics import Judge, JudgeMetrics, ReferenceMetrics, make_scorers
 from lapwan.evaluation.plots import arm_sheet, draw_plot, side_by_side_sheet
-from lapwan.evaluation.routing import ProbeSet
+from lapwan.evaluation.router_accuracy import ProbeSet
 from lapwan.evaluation.study import ExecutionOptions, Study, StudyResults, check_taxonomies
 from lapwan.evaluation.tables import IntervalRule, document
 from lapwan.evaluation.videos import Sampling, VideoStore, request_for

@@ -14,9 +14,9 @@ from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.evaluation.arms import Arm
 from lapwan.evaluation.clips import EvaluationClip
-from lapwan.evaluation.flow import FlowLosses, FlowPlan, flow_losses
+from lapwan.evaluation.flow_losses import FlowLosses, FlowPlan, flow_losses
 from lapwan.evaluation.metrics import Scorer
-from lapwan.evaluation.routing import ProbeSet, RoutingScores, family_probe, measure_probe, routing_scores
+from lapwan.evaluation.router_accuracy import ProbeSet, RoutingScores, family_probe, measure_probe, routing_scores
 from lapwan.evaluation.videos import Sampling, Scores, VideoStore, ceilings, generate_and_score
 from lapwan.memory.generation import Memory
 from lapwan.models.base import Base

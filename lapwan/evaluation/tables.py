@@ -18,8 +18,8 @@ from rich import box
 from rich.table import Table
 
 from lapwan.evaluation.bootstrap import LEVEL, SAMPLES, Estimate, bootstrap, paired_bootstrap
-from lapwan.evaluation.flow import FlowLosses
-from lapwan.evaluation.routing import RoutingScores
+from lapwan.evaluation.flow_losses import FlowLosses
+from lapwan.evaluation.router_accuracy import RoutingScores
 from lapwan.evaluation.study import Study, StudyResults
 
 FORMAT = 1

@@ -31,13 +31,10 @@ from lapwan.checkpoints.lora_keys import (
 from lapwan.checkpoints.tensors import load
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
-from lapwan.lora.metadata import (
-    FORMAT_KEY,
+from lapwan.lora.metadata import FORMAT_KEY, AdapterConfig, adapter_config, file_metadata
+from lapwan.lora.noise_expert import (
     NOISE_EXPERT_KEY,
     ONE_FILE_COMPONENTS,
-    AdapterConfig,
-    adapter_config,
-    file_metadata,
     join_metadata,
     metadata_for,
     noise_expert_from_file_name,

@@ -13,6 +13,7 @@ import torch
 
 from lapwan.checkpoints.container import read_header
 from lapwan.lora.attach import Group
+from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape
 from lapwan.memory.plan import (
     GIB,
     RING_SLOTS,
@@ -24,7 +25,6 @@ from lapwan.memory.plan import (
     memory_budget,
     placements,
 )
-from lapwan.memory.shapes import ClipShape, GroupShape, NoiseExpertShape
 from lapwan.models.original_layout import read_tensors, t5_to_transformers
 from lapwan.models.spec import ModelSpec, original_file, tensor_shapes, weight_files
 from lapwan.names import NoiseExpert, Precision

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from lapwan.errors import UserError
+from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape
 from lapwan.memory.generation import free_bytes
-from lapwan.memory.shapes import ClipShape, GroupShape, NoiseExpertShape
 from lapwan.memory.trace import trace_memory
 from lapwan.models.base import Base, target_ranks
 from lapwan.models.device import pick_dtype

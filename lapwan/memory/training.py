@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lapwan.checkpoints.wan_keys import split_block
+from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape, tokens_of, width_of
 from lapwan.memory.generation import free_bytes
 from lapwan.memory.plan import (
     COMPILED_ACTIVATIONS,
@@ -29,7 +30,6 @@ from lapwan.memory.plan import (
     placements,
     required_bytes,
 )
-from lapwan.memory.shapes import ClipShape, GroupShape, NoiseExpertShape, tokens_of, width_of
 from lapwan.memory.throughput import measure_throughput
 from lapwan.models.base import Base
 from lapwan.models.device import limit_memory, pick_dtype

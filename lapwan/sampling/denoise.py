@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lapwan.caching.batch import to_device
+from lapwan.caching.collate import to_device
 from lapwan.names import NoiseExpert
 from lapwan.sampling.sigma_grid import Grid, Step
 from lapwan.wan.backbone import velocity

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lapwan import __version__, console
-from lapwan.caching.batch import to_device
+from lapwan.caching.collate import to_device
 from lapwan.distributed import Processes
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
@@ -30,10 +30,10 @@ from lapwan.names import Precision
 from lapwan.report.contact_sheet import contact_sheet
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
+from lapwan.sampling.expert_mix import Mix, alpha_vector, choose_mix
 from lapwan.sampling.noise_experts import NoiseExperts
 from lapwan.sampling.request import Request, check_request, grid_of
 from lapwan.sampling.result import Video
-from lapwan.sampling.routing import Mix, alpha_vector, choose_mix
 from lapwan.sampling.sigma_grid import Grid, Step
 from lapwan.sampling.start_image import (
     clip_tensor,

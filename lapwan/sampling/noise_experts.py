@@ -14,6 +14,7 @@ from torch import Tensor
 from lapwan import console
 from lapwan.distributed import Processes
 from lapwan.lora.attach import Adapter, attach
+from lapwan.memory.cost import heads_of
 from lapwan.memory.generation import (
     GenerationWorkload,
     Memory,
@@ -23,7 +24,6 @@ from lapwan.memory.generation import (
     text_encoder_bytes,
 )
 from lapwan.memory.plan import MemoryPlan, Placement, Strategy, available_host_memory, memory_budget, required_bytes
-from lapwan.memory.shapes import heads_of
 from lapwan.memory.streaming import ModelOffload, tensors_of
 from lapwan.memory.throughput import measure_throughput
 from lapwan.models.base import Base

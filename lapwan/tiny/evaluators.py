@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
-from lapwan.evaluation.routing import ProbeCaption, ProbeSet
+from lapwan.evaluation.router_accuracy import ProbeCaption, ProbeSet
 from lapwan.tiny import motion as paths
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.instruments import INSTRUMENTS

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lapwan.caching.batch import Batch, collate
+from lapwan.caching.collate import Batch, collate
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import read_empty_text, read_item
 from lapwan.console import warn

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lapwan import rng
-from lapwan.caching.batch import Batch, to_device
+from lapwan.caching.collate import Batch, to_device
 from lapwan.lora.attach import Adapter
 from lapwan.losses import flow
 from lapwan.losses.sigmas import SigmaSampler, Uniform, Weighting, draw_in_band, stratified_u

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lapwan import console
 from lapwan.distributed import Processes, T, launched
 from lapwan.errors import UserError
-from lapwan.memory.shapes import heads_of
+from lapwan.memory.cost import heads_of
 from lapwan.models.base import Base
 from lapwan.settings.train import TrainSettings
 from lapwan.wan.transformer.context_parallel import ContextParallel, check_heads

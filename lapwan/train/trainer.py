@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lapwan import console
-from lapwan.caching.batch import Batch
+from lapwan.caching.collate import Batch
 from lapwan.errors import Interrupted, UserError
 from lapwan.memory.out_of_memory import memory_figures, out_of_memory, peak_line, start_peak
 from lapwan.names import NoiseExpert

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lapwan.caching.batch import Batch
+from lapwan.caching.collate import Batch
 from lapwan.names import NoiseExpert
 from lapwan.train.objective import Draws, SigmaRule, make_draws
 from lapwan.train.parallel import Distributed

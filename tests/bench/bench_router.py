@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from examples.comparison.captions import paraphrases
 from lapwan.data.labels import CaptionLabeller, resolve_hint
 from lapwan.data.taxonomy import load_taxonomy
-from lapwan.evaluation.routing import fit_probe
+from lapwan.evaluation.router_accuracy import fit_probe
 from lapwan.losses import routing
 from lapwan.models.spec import read_spec
 from lapwan.moe.router import TextRouter, masked_mean

@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from lapwan.caching.batch import Batch
+from lapwan.caching.collate import Batch
 from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.lora.attach import Adapter, Group, attach, initial_state

@@ -2,7 +2,7 @@
 
     python tests/bench/srpo_proof.py --work DIR [--device cuda] [--modes online,offline] [--seeds 1,2,3] [--parallel]
 
-`srpo_criterion.toml` says what must hold and was there first. Settings: `examples/srpo_tiny.toml`; offline the same
+`srpo_criterion.toml` says what must hold and was there first. Settings: `tests/bench/srpo_proof.toml`; offline the same
 with the clips' own latents. What is done stays in DIR (clips, caches, runs, a JSON a run), so a second call goes on;
 --prepare stops once clips and caches are made. Writes DIR/srpo_proof.json and DIR/{mode}.png: base, below it aligned.
 """
@@ -45,7 +45,7 @@ from lapwan.train.srpo.held_out import HeldOut, begin
 from lapwan.train.trainer import Trainer
 
 HERE = Path(__file__).parent
-SETTINGS = HERE.parents[1] / "examples" / "srpo_tiny.toml"
+SETTINGS = HERE / "srpo_proof.toml"
 PROMPTS, TRAIN_CLIPS, SIGMAS, SHOWN = 400, 224, 4, 8
 
 

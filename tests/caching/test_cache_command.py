@@ -12,7 +12,7 @@ import torch
 from cache_clips import cache_tiny, make_video, write_jsonl
 from safetensors import safe_open
 
-from lapwan.caching.batch import collate
+from lapwan.caching.collate import collate
 from lapwan.caching.read import load_index, read_empty_text, read_item, read_prompt
 from lapwan.commands.cache import run
 from lapwan.errors import UserError

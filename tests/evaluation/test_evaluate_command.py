@@ -80,7 +80,7 @@ def test_the_json_holds_what_scripts_rely_on(evaluate, tmp_path, held_out, mixtu
 def test_dry_run_says_the_plan_and_writes_nothing(evaluate, tmp_path, held_out, mixture_path):
     code, out, err = evaluate("--moe", mixture_path, "--clips", held_out, "--seeds", "3", "--dry-run", *SMALL)
     assert code == 0, err
-    assert "4 clips x 3 seeds = 12 an adapter" in err and "identity, temporal_consistency" in err
+    assert "4 clips x 3 seeds = 12 per adapter" in err and "identity, temporal_consistency" in err
     assert "seeds = 3" in out and list(tmp_path.iterdir()) == []
 
 

@@ -16,9 +16,9 @@ from lapwan.data.taxonomy import load_taxonomy
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.bootstrap import paired_bootstrap
 from lapwan.evaluation.clips import EvaluationClip, VideoShape, evenly_spaced, read_eval_clips
-from lapwan.evaluation.flow import FlowPlan, flow_losses
+from lapwan.evaluation.flow_losses import FlowPlan, flow_losses
 from lapwan.evaluation.metrics import JudgeMetrics, TemporalMetrics
-from lapwan.evaluation.routing import routing_scores
+from lapwan.evaluation.router_accuracy import routing_scores
 from lapwan.evaluation.videos import Sampling, VideoStore, default_sampling, generate_and_score, request_for
 from lapwan.losses import flow
 from lapwan.losses.sigmas import Uniform

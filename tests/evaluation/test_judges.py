@@ -15,7 +15,7 @@ from lapwan.errors import UserError
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
 from lapwan.evaluation.metrics import Judge, make_scorers, metric_names
 from lapwan.evaluation.recipe import open_store, prepare
-from lapwan.evaluation.routing import ProbeCaption, ProbeSet, family_probe, measure_probe
+from lapwan.evaluation.router_accuracy import ProbeCaption, ProbeSet, family_probe, measure_probe
 from lapwan.evaluation.study import run_study
 from lapwan.evaluation.videos import score
 from lapwan.models.base import Base

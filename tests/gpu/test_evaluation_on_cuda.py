@@ -11,7 +11,7 @@ import torch
 from lapwan.caching.read import load_index
 from lapwan.evaluation.arms import make_arm
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
-from lapwan.evaluation.flow import FlowPlan, flow_losses
+from lapwan.evaluation.flow_losses import FlowPlan, flow_losses
 from lapwan.evaluation.metrics import TemporalMetrics
 from lapwan.evaluation.videos import default_sampling, generate_and_score, request_for
 from lapwan.models.base import Base

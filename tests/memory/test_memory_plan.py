@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lapwan.lora.attach import Group, attach, initial_state
+from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape, tokens_of, width_of
 from lapwan.memory.plan import (
     GIB,
     Flops,
@@ -21,7 +22,6 @@ from lapwan.memory.plan import (
     required_bytes,
     resident,
 )
-from lapwan.memory.shapes import ClipShape, GroupShape, NoiseExpertShape, tokens_of, width_of
 from lapwan.memory.streaming import tensors_of
 from lapwan.memory.trace import trace_memory
 from lapwan.models.base import Base

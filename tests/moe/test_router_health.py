@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lapwan.data.regions import motion_region
-from lapwan.diagnostics.routing import RoutingThresholds, RoutingTotals, judge_routing
+from lapwan.diagnostics.router_health import RoutingThresholds, RoutingTotals, judge_routing
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.losses import routing
 from lapwan.moe.mixture import Mixture, MixtureSpec

@@ -20,8 +20,8 @@ from lapwan.moe.mixture import Mixture
 from lapwan.moe.mixture_file import read_mixture, write_mixture
 from lapwan.names import NoiseExpert
 from lapwan.sampling.adapters import read_adapters
+from lapwan.sampling.expert_mix import alpha_vector, choose_mix
 from lapwan.sampling.generator import Generator
-from lapwan.sampling.routing import alpha_vector, choose_mix
 from lapwan.settings.lora_argument import LoraArgument
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lapwan.evaluation.routing import measure_probe
+from lapwan.evaluation.router_accuracy import measure_probe
 from lapwan.models.spec import ModelSpec
 from lapwan.tiny.evaluators import evaluate_identity, locate_tip, probe_captions, tip_hits
 from lapwan.tiny.instruments import INSTRUMENTS

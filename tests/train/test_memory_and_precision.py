@@ -12,8 +12,8 @@ from lapwan.commands import train_lora, train_moe
 from lapwan.errors import UserError
 from lapwan.lora.layer import FrozenLinear
 from lapwan.memory import training
+from lapwan.memory.cost import NoiseExpertShape
 from lapwan.memory.offload import NoiseExpertOffload
-from lapwan.memory.shapes import NoiseExpertShape
 from lapwan.memory.training import plan_training
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import RunOptions

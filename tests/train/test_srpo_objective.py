@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from training_cases import randomise
 
 from lapwan import rng
-from lapwan.caching.batch import Batch
+from lapwan.caching.collate import Batch
 from lapwan.commands.srpo import plan
 from lapwan.losses import flow
 from lapwan.models.spec import ModelSpec

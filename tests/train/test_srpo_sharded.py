@@ -49,7 +49,7 @@ def trainer_of(settings: SrpoSettings, ranks: Distributed, device: torch.device)
 def keep_gradients(trainer: Any) -> dict[str, torch.Tensor]:
     """Will hold those of the first step, before they are clipped: by name, put together."""
     found: dict[str, torch.Tensor] = {}
-    clip = trainer.plan.distributed.clip
+    clip = trainer.plan.distributed.clip_gradients
 
     def seen(parameters: Any, limit: float) -> torch.Tensor:
         if not found:
@@ -57,7 +57,7 @@ def keep_gradients(trainer: Any) -> dict[str, torch.Tensor]:
                           if p.grad is not None})
         return clip(parameters, limit)
 
-    trainer.plan.distributed.clip = seen
+    trainer.plan.distributed.clip_gradients = seen
     return found
 
 

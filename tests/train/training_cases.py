@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lapwan.caching.batch import Batch
+from lapwan.caching.collate import Batch
 from lapwan.caching.index import CachedItem, write_index
 from lapwan.caching.read import load_index
 from lapwan.losses.sigmas import Uniform

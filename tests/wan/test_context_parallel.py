@@ -17,7 +17,7 @@ from lapwan.distributed import Processes
 from lapwan.errors import UserError
 from lapwan.lora.attach import Group, attach
 from lapwan.lora.state import LoraEntry, LoraState
-from lapwan.memory.shapes import ClipShape, GroupShape, NoiseExpertShape
+from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape
 from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.generator import Generator

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lapwan import rng
-from lapwan.caching.batch import Batch
+from lapwan.caching.collate import Batch
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert

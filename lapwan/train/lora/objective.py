@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lapwan.caching.batch import Batch
+from lapwan.caching.collate import Batch
 from lapwan.lora.attach import Adapter
 from lapwan.lora.dropout import Dropout, DropoutRates
 from lapwan.lora.formats import write_both, write_lora

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lapwan import rng
-from lapwan.caching.batch import Batch
-from lapwan.diagnostics.routing import RoutingTotals
+from lapwan.caching.collate import Batch
+from lapwan.diagnostics.router_health import RoutingTotals
 from lapwan.errors import UserError
 from lapwan.lora.attach import Adapter
 from lapwan.lora.dropout import Dropout, DropoutRates

@@ -29,7 +29,7 @@ from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train import recipe
 from lapwan.train.callbacks.base import OnFirstProcess
 from lapwan.train.callbacks.build import add_callbacks
-from lapwan.train.callbacks.routing import ExpertGradients, RoutingCallback
+from lapwan.train.callbacks.routing_windows import ExpertGradients, RoutingCallback
 from lapwan.train.clip_store import ClipStore, family_of
 from lapwan.train.moe.objective import MixtureObjective, MixtureWeights
 from lapwan.train.parallel import Distributed

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lapwan import console, files
-from lapwan.caching.batch import Batch
+from lapwan.caching.collate import Batch
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import load_index, read_prompt
 from lapwan.checkpoints.container import read_header

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lapwan import console, rng
-from lapwan.caching.batch import Batch
+from lapwan.caching.collate import Batch
 from lapwan.losses import flow
 from lapwan.losses.preference import weighted_mean
 from lapwan.names import NoiseExpert

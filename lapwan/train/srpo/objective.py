@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lapwan import rng
-from lapwan.caching.batch import Batch
+from lapwan.caching.collate import Batch
 from lapwan.losses import flow, preference
 from lapwan.losses.preference import Preference
 from lapwan.names import Band, NoiseExpert

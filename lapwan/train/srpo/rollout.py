@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lapwan.caching.batch import Batch
+from lapwan.caching.collate import Batch
 from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.denoise import Conditions, guided_velocity

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lapwan import console
-from lapwan.diagnostics.routing import RoutingFault, RoutingThresholds, RoutingTotals, judge_routing
+from lapwan.diagnostics.router_health import RoutingFault, RoutingThresholds, RoutingTotals, judge_routing
 from lapwan.lora.attach import Adapter
 from lapwan.names import NoiseExpert
 from lapwan.report.canvas import Box, Canvas, Colour

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 
 from lapwan import rng
-from lapwan.caching.batch import Batch
+from lapwan.caching.collate import Batch
 from lapwan.caching.index import CachedItem
 from lapwan.errors import UserError
 from lapwan.evaluation.arms import TRUTH, WRONG, Arm
 from lapwan.evaluation.clips import EvaluationClip
 from lapwan.losses.sigmas import Uniform
 from lapwan.names import NoiseExpert
+from lapwan.sampling.expert_mix import alpha_vector, choose_mix
 from lapwan.sampling.generator import Generator
-from lapwan.sampling.routing import alpha_vector, choose_mix
 from lapwan.train.callbacks.validation import fixed_draws
 from lapwan.train.clip_store import ClipStore
 from lapwan.train.objective import Draws, SigmaRule, flow_terms
