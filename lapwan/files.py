@@ -70,10 +70,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, first_wins: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; on success fsync its files and rename it to `path`.
 
     A folder at `path` is replaced: check it with `claim_output` first.
+
+    Args:
+        first_wins: a folder that another process has put there meanwhile stays, and this one's is dropped. For what
+            every process would make alike, and reads as soon as it is there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -83,7 +87,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file() and not file.is_symlink():
                 fsync_path(file)
-        if path.is_dir():
+        if first_wins:
+            try:
+                temporary.rename(path)  # in one step: refused where a folder with files is there
+            except OSError:
+                if not path.is_dir():
+                    raise
+        elif path.is_dir():
             old = _temporary(path)
             path.rename(old)
             temporary.rename(path)

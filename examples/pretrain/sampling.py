@@ -13,7 +13,7 @@ from examples.pretrain.diffusion import LATENT, Models, TokenTable
 from examples.pretrain.transformer_forward import predict, rope_tables, text_and_bias
 from examples.pretrain.vae_forward import moments, reconstruct
 from lapwan.names import noise_expert_for
-from lapwan.sampling.sigma_grid import shifted
+from lapwan.sampling.scheduler import shifted
 from lapwan.wan.image_condition import condition_video, with_mask
 from lapwan.wan.vae import normalise
 

@@ -6,7 +6,6 @@ A file is a LoRA or a mixture. Its content is labelled `high`, `low`, or `file` 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,13 @@ from lapwan.errors import UserError
 from lapwan.files import is_temporary
 from lapwan.lora.assign import check_role
 from lapwan.lora.formats import open_lora
+from lapwan.lora.metadata import saved_step
 from lapwan.lora.state import Entry
 from lapwan.names import NoiseExpert
 
 UNLABELLED = "file"
 METRICS = "metrics.jsonl"
-_STEP_FOLDER = re.compile(r"^step_(\d+)$")
 # Other trainers' names: `name-step00000400.safetensors`, `name-000012.safetensors` (epochs), `name_000000600_...`.
-_STEP_NAME = re.compile(r"(?:step[-_]?|[-_])0*(\d+)(?=[-_.]|$)")
 
 
 class LoraSource(Protocol):
@@ -75,19 +73,8 @@ def _open(path: Path) -> Mapping[str, LoraSource]:
 
 
 def _common_step(loras: Mapping[str, LoraSource]) -> int | None:
-    steps = {step_of(lora) for lora in loras.values()}
+    steps = {saved_step(lora.path, lora.metadata) for lora in loras.values()}
     return steps.pop() if len(steps) == 1 else None
-
-
-def step_of(lora: LoraSource) -> int | None:
-    """The step a file was saved at, from its folder `step_400`, its metadata, or its name."""
-    if match := _STEP_FOLDER.match(lora.path.parent.name):
-        return int(match[1])
-    for key in ("lapwan.step", "ss_steps"):
-        if lora.metadata.get(key, "").isdigit():
-            return int(lora.metadata[key])
-    numbers = _STEP_NAME.findall(lora.path.stem)
-    return int(numbers[-1]) if numbers else None
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
@@ -104,12 +91,13 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
     by_step: dict[int | None, dict[str, LoraSource]] = {}
     for path in sorted(paths):
         for label, lora in _open(path).items():
-            loras = by_step.setdefault(step_of(lora), {})
+            step = saved_step(lora.path, lora.metadata)
+            loras = by_step.setdefault(step, {})
             if (other := loras.setdefault(label, lora)) is lora:
                 continue
             if not other.path.samefile(path) and other.fingerprint() != lora.fingerprint():
-                raise UserError(f"{other.path} and {path} are both the {label} noise expert at step {step_of(lora)}; "
-                                "give one run's folder, or the two files")
+                raise UserError(f"{other.path} and {path} are both the {label} noise expert at step {step}; give one "
+                                "run's folder, or the two files")
     if None in by_step and len(by_step) > 1:  # final files of a run that does not record steps in them
         del by_step[None]
     return [Checkpoint(step, by_step[step]) for step in sorted(by_step, key=lambda s: -1 if s is None else s)]

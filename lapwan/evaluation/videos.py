@@ -27,7 +27,7 @@ from lapwan.names import NoiseExpert
 from lapwan.sampling.batch import BatchGenerator
 from lapwan.sampling.generator import to_frames
 from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT, Request, check_request, complete_guidance
-from lapwan.sampling.sigma_grid import SamplerName
+from lapwan.sampling.scheduler import SamplerName
 from lapwan.sampling.start_image import clip_tensor
 from lapwan.sampling.video import write_video
 from lapwan.wan.vae import decode, encode

@@ -25,6 +25,8 @@ from lapwan.names import NoiseExpert
 
 FORMAT_KEY, FORMAT = "lapwan.format", "lora/1"
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
+_STEP_FOLDER = re.compile(r"^step_(\d+)$")
+_STEP_NAME = re.compile(r"(?:step[-_]?|[-_])0*(\d+)(?=[-_.]|$)")
 _COMPONENT_PREFIXES = ("transformer.", "transformer_2.", "transformer_1.")
 
 
@@ -34,6 +36,17 @@ def boundary_from_metadata(metadata: Mapping[str, str]) -> float | None:
         return float(metadata["lapwan.boundary"])
     except (KeyError, ValueError):
         return None
+
+
+def saved_step(path: Path, metadata: Mapping[str, str]) -> int | None:
+    """The step a file was saved at: by its folder `step_400`, its metadata (`lapwan.step`, `ss_steps`), or its name."""
+    if match := _STEP_FOLDER.match(path.parent.name):
+        return int(match[1])
+    for key in ("lapwan.step", "ss_steps"):
+        if metadata.get(key, "").isdigit():
+            return int(metadata[key])
+    numbers = _STEP_NAME.findall(path.stem)
+    return int(numbers[-1]) if numbers else None
 
 
 class AdapterConfig:

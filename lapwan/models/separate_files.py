@@ -44,7 +44,7 @@ def make_folder(
     key = json.dumps([[e.value for e in files], stamp, boundary, flow_shift])
     folder = root / f"files-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (folder / "model_index.json").is_file():
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, first_wins=True) as temporary:
             _write(temporary, files, vae, text_encoder, tokenizer, boundary, flow_shift)
     return folder
 

@@ -21,7 +21,7 @@ from lapwan.errors import UserError
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.generator import Generator, to_frames
 from lapwan.sampling.request import Request, check_request
-from lapwan.sampling.sigma_grid import Step
+from lapwan.sampling.scheduler import Step
 from lapwan.sampling.start_image import image_fingerprint
 from lapwan.wan.vae import decode
 

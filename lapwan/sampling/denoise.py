@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lapwan.caching.collate import to_device
 from lapwan.names import NoiseExpert
-from lapwan.sampling.sigma_grid import Grid, Step
+from lapwan.sampling.scheduler import Grid, Step
 from lapwan.wan.backbone import velocity
 from lapwan.wan.transformer.first_block_cache import FirstBlockCache
 from lapwan.wan.transformer.forward import TokenTimes

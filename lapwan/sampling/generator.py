@@ -34,7 +34,7 @@ from lapwan.sampling.expert_mix import Mix, alpha_vector, choose_mix
 from lapwan.sampling.noise_experts import NoiseExperts
 from lapwan.sampling.request import Request, check_request, grid_of
 from lapwan.sampling.result import Video
-from lapwan.sampling.sigma_grid import Grid, Step
+from lapwan.sampling.scheduler import Grid, Step
 from lapwan.sampling.start_image import (
     clip_tensor,
     first_last_condition,

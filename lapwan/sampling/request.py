@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lapwan.errors import UserError
 from lapwan.models.spec import ModelSpec, check_frames, check_size
 from lapwan.names import NoiseExpert
-from lapwan.sampling.sigma_grid import Grid, SamplerName, make_grid
+from lapwan.sampling.scheduler import Grid, SamplerName, make_grid
 
 if TYPE_CHECKING:
     import numpy as np

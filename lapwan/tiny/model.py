@@ -127,7 +127,7 @@ def tiny_folder(task: Task) -> Path:
     """
     folder = cache_root() / f"tiny-{task}-{_identity()}"
     if not (folder / "model_index.json").is_file():
-        with files.atomic_folder(folder) as temporary:
+        with files.atomic_folder(folder, first_wins=True) as temporary:
             build(task, temporary)
     return folder
 

@@ -34,7 +34,8 @@ from lapwan.train.clip_store import ClipStore, cached_bytes, check_cache, sampli
 from lapwan.train.objective import Objective, SigmaRule
 from lapwan.train.optimizers import make_optimizer, make_schedule, predicted_lr
 from lapwan.train.parallel import ContextParallelProcesses, Distributed, enable_context_parallel
-from lapwan.train.schedule import SampleOrder, interleave, one_after_the_other
+from lapwan.train.sample_order import SampleOrder
+from lapwan.train.schedule import interleave, one_after_the_other
 from lapwan.train.trainer import Trainer
 from lapwan.train.trainer_plan import DataStream, TrainerPlan
 from lapwan.wan.transformer.compile import CompileReport, compile_blocks, worth_compiling

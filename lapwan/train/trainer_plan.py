@@ -19,7 +19,7 @@ from lapwan.caching.collate import Batch
 from lapwan.names import NoiseExpert
 from lapwan.train.objective import Draws, SigmaRule, make_draws
 from lapwan.train.parallel import Distributed
-from lapwan.train.schedule import SampleOrder
+from lapwan.train.sample_order import SampleOrder
 
 
 @dataclass

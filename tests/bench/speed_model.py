@@ -28,7 +28,7 @@ from lapwan.train.lora.objective import LORA_GROUP, LoraObjective
 from lapwan.train.moe.objective import MixtureObjective, MixtureWeights
 from lapwan.train.objective import Objective, SigmaRule
 from lapwan.train.optimizers import make_optimizer, make_schedule
-from lapwan.train.schedule import SampleOrder
+from lapwan.train.sample_order import SampleOrder
 from lapwan.train.trainer import Trainer
 from lapwan.train.trainer_plan import DataStream, TrainerPlan
 from lapwan.wan.quantise.load import fill, linears_of

@@ -43,7 +43,7 @@ from lapwan.models.base import Base
 from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
-from lapwan.sampling.sigma_grid import Grid, Step
+from lapwan.sampling.scheduler import Grid, Step
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.train.recipe import read_data, workload
 from lapwan.wan.backbone import velocity

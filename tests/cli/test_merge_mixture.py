@@ -15,7 +15,7 @@ from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.moe.mixture_file import write_mixture
 from lapwan.moe.to_lora import inference_sigmas
 from lapwan.names import NoiseExpert
-from lapwan.sampling.sigma_grid import make_grid
+from lapwan.sampling.scheduler import make_grid
 from lapwan.wan.backbone import load_transformer, velocity
 
 PATH = "blocks.7.attn1.to_q"

@@ -14,7 +14,7 @@ from sampling_cases import frames, generate, refused
 
 from lapwan.lora.formats import write_lora
 from lapwan.sampling.generator import Generator
-from lapwan.sampling.sigma_grid import make_grid
+from lapwan.sampling.scheduler import make_grid
 from lapwan.sampling.video import read_video_metadata
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.load import load

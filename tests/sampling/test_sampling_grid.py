@@ -13,7 +13,7 @@ from lapwan.errors import UserError
 from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
-from lapwan.sampling.sigma_grid import Grid, SamplerName, make_grid, shifted
+from lapwan.sampling.scheduler import Grid, SamplerName, make_grid, shifted
 from lapwan.wan.backbone import load_transformer
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW

@@ -22,7 +22,8 @@ from lapwan.settings.base import RunOptions
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train.checkpoint import checkpoints
-from lapwan.train.schedule import SampleOrder, interleave
+from lapwan.train.sample_order import SampleOrder
+from lapwan.train.schedule import interleave
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 

@@ -34,7 +34,8 @@ from lapwan.train.optimizers import current_lr, make_optimizer, make_schedule
 from lapwan.train.parallel import Distributed, full_tensors, is_sharded, shard
 from lapwan.train.recipe import settings_hash
 from lapwan.train.run_folder import PREVIEWS
-from lapwan.train.schedule import SampleOrder, interleave
+from lapwan.train.sample_order import SampleOrder
+from lapwan.train.schedule import interleave
 from lapwan.train.srpo.data import FEATURES_FILE, PromptStore, SrpoData, TextFeatures
 from lapwan.train.srpo.held_out import FullWeightFigures, HeldOut, HeldOutRule
 from lapwan.train.srpo.objective import AlignedNoiseExpert, PreferenceRule, RewardModels, SrpoObjective

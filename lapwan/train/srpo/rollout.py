@@ -22,7 +22,7 @@ from lapwan.caching.collate import Batch
 from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.denoise import Conditions, guided_velocity
-from lapwan.sampling.sigma_grid import Step, make_grid
+from lapwan.sampling.scheduler import Step, make_grid
 from lapwan.train.objective import Draws
 from lapwan.wan.text import pad_text
 
