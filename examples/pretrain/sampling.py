@@ -55,5 +55,3 @@ def decode_frames(vae: Any, x_BCTHW: Tensor) -> np.ndarray:
     made = [reconstruct(vae, part * std + mean).clamp(-1, 1) for part in torch.split(x_BCTHW, 16)]
     pixels = ((torch.cat(made) + 1) * 127.5).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
-
-

@@ -105,6 +105,7 @@ def _is_word(unit: str) -> bool:
     match = TOKEN.fullmatch(unit)
     return match is not None and match.lastgroup == "word"
 
+
 # Word frequencies for phrases of the taxonomy, against jieba's total of 6e7. High enough that the phrase is preferred
 # to its own parts, low enough that a common word across its edge wins: 呼吸|引起 has no 吸引.
 _FREQUENCY = {2: 20_000}

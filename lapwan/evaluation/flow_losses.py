@@ -167,4 +167,3 @@ def _gates(arm: Arm, noise_expert: NoiseExpert, clip: EvaluationClip, text: torc
         noise_expert, sigma, None if mix is None else mix.at(sigma), 1.0 if arm.alpha_base is None else arm.alpha_base,
         None if mixture is None else alpha_vector(mixture, arm.alpha_expert),
     )
-

@@ -94,7 +94,6 @@ def _confusion(canvas: Canvas, box: Box, title: str, scores: RoutingScores) -> N
     canvas.heat_map(box, f"{title}: label (row) and answer", families, families, values, 1.0)
 
 
-
 def side_by_side_sheet(study: Study, store: VideoStore, count: int) -> Image.Image:
     """Reference and every arm's video at the first seed, for `count` evenly spaced clips."""
     assert study.sampling is not None

@@ -205,4 +205,3 @@ def _routing_table(name: str, which: str, scores: RoutingScores, probe: Mapping[
     for family, row in zip(scores.families, scores.confusion_EE.tolist(), strict=True):
         table.add_row(family, *map(str, row))
     return table
-

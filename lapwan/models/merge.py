@@ -230,6 +230,7 @@ def _check_and_log(plans: Sequence[ComponentPlan], output: Path, needed: int) ->
     check_disk(output, needed)
     log(f"{output}: {needed / 2**30:.3g} GiB to write")
 
+
 # Bytes from which a file is hard-linked: weights. Smaller ones are configs, which people edit in place.
 _LINK_FROM = 1 << 20
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")

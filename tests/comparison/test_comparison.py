@@ -99,6 +99,7 @@ def test_the_published_settings_are_fair(tmp_path):
 
 def test_an_arms_lr_is_the_best_of_its_sweep_on_validation():
     settings = load(ComparisonSettings, CONFIG, ["lrs=[1e-3, 2e-3, 4e-3]"])
+
     def rows(*values):
         return {f"sweep t2v mixture {lr:g}": {"validation": {"identity": v}}
                 for lr, v in zip(settings.lrs, values, strict=True)}

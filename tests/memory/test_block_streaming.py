@@ -153,4 +153,3 @@ def test_a_block_is_one_copy_as_far_as_its_memory_lies_together(tiny_t2v, monkey
     assert sum(spans) < 14 and max(spans) == 2 and min(spans) == 1
     with torch.no_grad():
         assert torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
-

@@ -231,4 +231,3 @@ def check_negative(data: SrpoData, guidance: Sequence[float]) -> None:
     """
     if max(guidance) > 1 and data.index is not None:
         read_prompt(data.index, "negative")
-
