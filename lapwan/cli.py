@@ -24,6 +24,14 @@ from lapwan.commands.table import COMMANDS, Command
 from lapwan.errors import Interrupted, UserError
 
 
+def _without_bool(params: Any) -> Any:
+    """The parameters of a command, its --help without the `<bool>` that Typer writes behind a flag."""
+    for param in params:
+        if param.name == "help":
+            param.metavar = ""
+    return params
+
+
 class _LazyCommand(TyperCommand):
     """A row of the table as a command; its settings are imported and its options built on first use."""
 
@@ -40,7 +48,7 @@ class _LazyCommand(TyperCommand):
             single.command()(function_of(self._row))
             command = get_command(single)
             self.params, self.callback = command.params, command.callback
-        return super().get_params(ctx)
+        return _without_bool(super().get_params(ctx))
 
 
 class _Commands(TyperGroup):
@@ -53,7 +61,7 @@ class _Commands(TyperGroup):
         A flag that is not given becomes False: Typer would pass None to pydantic, whose import takes longer than
         everything else.
         """
-        params: Any = super().get_params(ctx)
+        params = _without_bool(super().get_params(ctx))
         for param in params:
             if param.is_flag and param.default is None:
                 param.default = False
