@@ -168,6 +168,8 @@ class VideoGenerator:
         Raises:
             UserError: anything the model, the files or the numbers do not allow, before weights are loaded.
         """
+        if reuse is not None and first_block_cache is not None:
+            raise UserError("reuse is the older name of first_block_cache, and both are given; leave reuse out")
         first_block_cache = reuse if first_block_cache is None else first_block_cache
         options = {name: value for name, value in locals().items() if name in VideoSettings.model_fields}
         images = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lapwan.errors import UserError, nearest
-from lapwan.settings.aliases import current_key
+from lapwan.settings.aliases import current_key, current_keys
 from lapwan.settings.generate import GenerateSettings, LineSettings, ModelSettings, VideoSettings
 from lapwan.settings.load import load
 
@@ -129,7 +129,10 @@ def _line_object(line: str, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: not valid JSON ({error})") from None
     if not isinstance(options, dict) or "prompt" not in options:
         raise UserError(f'{source}: expected an object with a prompt, such as {{"prompt": "...", "seed": 1}}')
-    return options
+    try:
+        return current_keys(options)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def _model(settings: GenerateSettings, chosen: Mapping[str, str]) -> ModelSettings:

@@ -8,6 +8,7 @@ How to add another trainer's name: a row in `OTHER_TRAINERS`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,26 +55,33 @@ def current_key(key: str) -> str:
 
 
 def older_key(key: str) -> str | None:
-    """The inverse of `current_key`; None if the key never had another name."""
-    first, dot, rest = key.partition(".")
+    """The inverse of `current_key`, of a list's item the list's; None if the key never had another name."""
+    first, dot, rest = re.sub(r"\[\d+\]", "", key).partition(".")
     if first in ("high", "low"):
         older = older_key(rest)
         return None if older is None else first + dot + older
     return next((old + dot + rest for old, new in RENAMED.items() if new == first), None)
 
 
-def current_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with older keys renamed to today's.
+def current_keys(
+    tree: Mapping[str, Any], renamed: Mapping[str, str] = RENAMED, sections: tuple[str, ...] = ("high", "low")
+) -> dict[str, Any]:
+    """The tree with older keys renamed to today's, also in `sections`.
 
     Raises:
         ValueError: a key is given under both names.
     """
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        name = RENAMED.get(key, key)
+        name = renamed.get(key, key)
         if name != key and name in tree:
             raise ValueError(f"{key} is the older name of {name}, and both are given; leave {key} out")
-        out[name] = current_keys(value) if key in ("high", "low") and isinstance(value, Mapping) else value
+        if key in sections and isinstance(value, Mapping):
+            try:
+                value = current_keys(value, renamed, ())
+            except ValueError as error:
+                raise ValueError(f"[{key}] {error}") from None
+        out[name] = value
     return out
 
 

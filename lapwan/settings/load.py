@@ -57,11 +57,11 @@ def load(
     if config is not None:
         text = _read(config)
         tree = upgraded(_parse(text, config), config)
-    for key, value in _from_environment(model, os.environ if environment is None else environment).items():
-        _put(tree, key, value, f"environment {_PREFIX}{key.upper().replace('.', '__')}", sources)
+    for key, (name, value) in _from_environment(model, os.environ if environment is None else environment).items():
+        _put(tree, key, value, f"environment {name}", sources)
     for item in sets:
         key, value = _parse_set(item)
-        _put(tree, key, value, f"--set {key}", sources)
+        _put(tree, current_key(key), value, f"--set {key}", sources)
     flags = {field.key: field.long_name for field in flag_fields(model)}
     for key, value in (options or {}).items():
         _put(tree, current_key(key), value, flags.get(key, key), sources)
@@ -116,22 +116,36 @@ def _parse_set(item: str) -> tuple[str, Any]:
     key, equals, raw = item.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {item}: expected section.key=value, such as --set optimizer.lr=1e-4")
-    key = current_key(key.strip().replace("-", "_"))
+    key = key.strip().replace("-", "_")
     try:
         return key, tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         return key, raw.strip()
 
 
-def _from_environment(model: type[Settings], environment: Mapping[str, str]) -> dict[str, Any]:
+def _from_environment(model: type[Settings], environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Variable and value by dotted key.
+
+    Raises:
+        UserError: a key is given under two names.
+    """
     keys = _leaf_keys(model)
-    named = {older: key for key in keys if (older := older_key(key)) is not None} | {key: key for key in keys}
-    known = {name.upper().replace(".", "__"): key for name, key in named.items()}
-    return {
-        known[name.removeprefix(_PREFIX)]: value
-        for name, value in environment.items()
-        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) in known
-    }
+    older_names = {older: key for key in keys if (older := older_key(key)) is not None}
+    known = {_variable(name): key for name, key in (older_names | {key: key for key in keys}).items()}
+    given: dict[str, tuple[str, str]] = {}
+    for name, value in environment.items():
+        if (key := known.get(name)) is None:
+            continue
+        if key in given:
+            older = given[key][0] if name == _variable(key) else name
+            raise UserError(f"environment: {older} is the older name of {_variable(key)}, and both are set; leave "
+                            f"{older} out")
+        given[key] = name, value
+    return given
+
+
+def _variable(key: str) -> str:
+    return _PREFIX + key.upper().replace(".", "__")
 
 
 def _sections(annotation: Any, lists: bool = False) -> list[type[Settings]]:

@@ -10,11 +10,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lapwan.errors import nearest
+from lapwan.settings.aliases import current_keys
 from lapwan.settings.base import Settings
 
 Role = Literal["high", "low", "both"]
 ROLES: tuple[Role, ...] = ("high", "low", "both")
 LORA_METAVAR = "FILE[:STRENGTH]"
+_RENAMED = {"expert": "noise_expert"}
 
 
 class LoraArgument(Settings):
@@ -33,9 +35,7 @@ class LoraArgument(Settings):
     def _from_text(cls, value: Any) -> Any:
         if isinstance(value, str):
             return split_lora(value)
-        if isinstance(value, dict) and "expert" in value and "noise_expert" not in value:  # its older name
-            return {"noise_expert" if key == "expert" else key: item for key, item in value.items()}
-        return value
+        return current_keys(value, _RENAMED, ()) if isinstance(value, dict) else value
 
     def __str__(self) -> str:
         role = f"{self.noise_expert}=" if self.noise_expert else ""

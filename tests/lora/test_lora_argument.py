@@ -45,4 +45,8 @@ def test_mistakes_are_named(text: str, says: str):
 
 
 def test_a_table_reads_too():
-    assert LoraArgument.model_validate({"expert": "low", "path": "a", "strength": 0.5}).path == Path("a")
+    read = LoraArgument.model_validate({"noise_expert": "low", "path": "a", "strength": 0.5})
+    assert read.path == Path("a")
+    assert LoraArgument(expert="low", path=Path("a"), strength=0.5) == read  # the key's older name
+    with pytest.raises(ValidationError, match="expert is the older name of noise_expert, and both are given"):
+        LoraArgument.model_validate({"expert": "low", "noise_expert": "low", "path": "a"})

@@ -54,6 +54,8 @@ def test_a_prompts_file_makes_each_line_as_it_would_alone(lapwan, prompts, tmp_p
     ('["x"]', ("line 2", "expected an object with a prompt")),
     ('{"seed": 1}', ("line 2", "expected an object with a prompt")),
     ('{"prompt": "x", "sed": 1}', ("line 2", "unknown key 'sed'", "'seed'")),
+    ('{"prompt": "x", "reuse": 0.1, "first_block_cache": 0.2}', ("line 2", "reuse is the older name")),
+    ('{"prompt": "x", "reuse": 7}', ("line 2", "first_block_cache = 7")),
     ('{"prompt": "x", "num_frames": 6}', ("line 2", "must be 4N+1")),
     ('{"prompt": "x", "size": "30"}', ("line 2", "HEIGHTxWIDTH")),
     ('{"prompt": "x", "output": "first.mp4"}', ("line 2", "is also that of", "line 1")),

@@ -43,6 +43,14 @@ def test_strengths_of_one_may_be_said_without_a_mixture(mixture_file, capsys) ->
         VideoGenerator("tiny").prepare(VideoSettings(prompt="x", alpha_base=0.5))
 
 
+def test_the_older_name_of_an_argument_is_not_given_beside_its_name_today() -> None:
+    generator = VideoGenerator("tiny")
+    with pytest.raises(UserError, match="reuse is the older name of first_block_cache, and both are given"):
+        generator.generate("x", reuse=0.1, first_block_cache=0.2)
+    with pytest.raises(UserError, match="first_block_cache = 2"):
+        generator.generate("x", reuse=2)
+
+
 def test_importing_lapwan_needs_no_torch() -> None:
     code = "import sys, lapwan; assert 'VideoGenerator' in dir(lapwan); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -134,12 +134,33 @@ def test_a_stronger_source_wins_whatever_name_it_uses(tmp_path):
     (tmp_path / "both.toml").write_text(OLD_NAMES + "[optimizer]\nlr = 1.0\n")
     with pytest.raises(UserError, match="optimiser is the older name of optimizer, and both are given"):
         load(TrainLoraSettings, tmp_path / "both.toml", environment={})
+    (tmp_path / "both.toml").write_text(OLD_NAMES + "[high.optimizer]\nlr = 1.0\n")
+    with pytest.raises(UserError, match=r"\[high\] optimiser is the older name of optimizer, and both are given"):
+        load(TrainLoraSettings, tmp_path / "both.toml", environment={})
 
 
-def test_an_error_in_an_older_key_is_found_in_the_file(tmp_path):
-    (tmp_path / "old.toml").write_text(OLD_NAMES.replace("lr = 2e-4", "lr = -1.0"))
-    with pytest.raises(UserError, match=r"old.toml, line 9: optimizer.lr = -1.0"):
+@pytest.mark.parametrize("names", [("OPTIMISER", "OPTIMIZER"), ("OPTIMIZER", "OPTIMISER")])
+def test_both_names_in_the_environment_are_refused_in_any_order(names, toml):
+    environment = {f"LAPWAN_{name}__LR": "1e-4" for name in names}
+    with pytest.raises(UserError, match="LAPWAN_OPTIMISER__LR is the older name of LAPWAN_OPTIMIZER__LR, and both"):
+        load(TrainLoraSettings, toml(GOOD), environment=environment)
+
+
+@pytest.mark.parametrize(("old", "bad", "message"), [
+    ("lr = 2e-4", "lr = -1.0", r"old.toml, line 9: optimizer.lr = -1.0"),
+    ('["high"]', '["hihg"]', r"old.toml, line 4: noise_experts\[0\] = 'hihg'"),
+])
+def test_an_error_in_an_older_key_is_found_in_the_file(old, bad, message, tmp_path):
+    (tmp_path / "old.toml").write_text(OLD_NAMES.replace(old, bad))
+    with pytest.raises(UserError, match=message):
         load(TrainLoraSettings, tmp_path / "old.toml", environment={})
+
+
+def test_an_error_names_the_older_key_that_was_given(toml):
+    with pytest.raises(UserError, match=r"environment LAPWAN_OPTIMISER__LR: optimizer.lr = '-1'"):
+        load(TrainLoraSettings, toml(GOOD), environment={"LAPWAN_OPTIMISER__LR": "-1"})
+    with pytest.raises(UserError, match=r"--set optimiser.lr: optimizer.lr = -1"):
+        load(TrainLoraSettings, toml(GOOD), ["optimiser.lr=-1"], environment={})
 
 
 def test_settings_of_an_older_version_keep_what_was_the_default():
