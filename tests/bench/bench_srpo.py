@@ -1,6 +1,6 @@
 """Preference alignment at the full size: LoRA on the low-noise expert, 512x512, within 80 GB.
 
-    python tests/bench/bench_srpo.py [--cap 80] [--out srpo.json] [--cases 1x4,4x1] [--parked] [--tiny]
+    python tests/bench/bench_srpo.py [--cap 80] [--out srpo.json] [--cases 1x4,4x1] [--offload] [--tiny]
 
 Both noise experts have A14B's shapes and random weights made on the device, the VAE and the reward (ViT-H-14, as HPS
 v2.1 is) their full size; the run is the command's: rollouts of 25 steps, three optimizer steps, checkpoint. A case is
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--cap", type=float, default=80.0, help="GB that this process may take")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--cases", default="1x4,4x1")
-    parser.add_argument("--parked", action="store_true", help="one noise expert at a time, in a case of its own")
+    parser.add_argument("--offload", action="store_true", help="one noise expert at a time, in a case of its own")
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     device = torch.device("cpu" if asked.tiny else "cuda")
@@ -179,7 +179,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.get_device_properties(0).total_memory))
     cases = [Case(*map(int, text.split("x"))) for text in asked.cases.split(",")]
-    if asked.offloaded:
+    if asked.offload:
         cases.append(Case(cases[0].batch, cases[0].accumulate, "one"))
     results = []
     if asked.out is not None and asked.out.is_file():

@@ -176,7 +176,7 @@ def forward_flops(model: WanTransformer3DModel, tokens: int, text: int = 512) ->
 def step_flops(model: WanTransformer3DModel, tokens: int, last: int) -> Flops:
     """A forward, and through the last blocks the gradients of inputs: Linears once more, attention's twice.
 
-    What is computed again does not count, nor do the two and a half times that fused attention takes for its gradients.
+    What is recomputed does not count, nor do the two and a half times that fused attention takes for its gradients.
     """
     whole, share = forward_flops(model, tokens), last / model.config.num_layers
     each = (whole.product + whole.product8) / model.config.num_layers

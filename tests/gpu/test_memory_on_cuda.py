@@ -1,4 +1,4 @@
-"""Precision, streaming, parking and the plan on a GPU: `pytest -m gpu`."""
+"""Precision, streaming, offload and the plan on a GPU: `pytest -m gpu`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preference alignment on a GPU in bf16: parking changes nothing, masters and states lie where asked, it resumes."""
+"""Preference alignment on a GPU in bf16: offload changes nothing, masters and states lie where asked, it resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training's extras on a GPU in bf16: optimizers, dropout, max-norm, running mean, alpha phases, previews, parking."""
+"""Training's extras on a GPU in bf16: optimizers, dropout, max-norm, running mean, alpha phases, previews, offload."""
 
 from __future__ import annotations
 

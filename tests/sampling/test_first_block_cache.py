@@ -1,4 +1,4 @@
-"""Steps that keep an earlier one's blocks: never without being asked, and by no more than was foreseen."""
+"""Steps that keep an earlier one's blocks: never without being asked, and by no more than was predicted."""
 
 from __future__ import annotations
 

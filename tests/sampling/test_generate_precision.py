@@ -1,4 +1,4 @@
-"""Generating with quantised transformers and text encoder, streamed or not; the low noise expert read ahead."""
+"""Generating with quantised transformers and text encoder, streamed or not; the low noise expert prefetched."""
 
 from __future__ import annotations
 
