@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from lapwan.commands.table import Command
-from lapwan.settings.base import FlagField, flag_fields
+from lapwan.settings.base import FlagField, RunOptions, flag_fields
 
 NO_VALUE = ""  # metavar of a flag: for None, Typer would write <bool> behind it
 
@@ -84,8 +84,7 @@ def function_of(command: Command) -> Callable[..., None]:
     fields = {field.key.replace(".", "__"): field for field in flag_fields(settings_model)}
 
     def call(**values: Any) -> None:
-        from lapwan import console  # --help needs none of these
-        from lapwan.settings.base import RunOptions
+        from lapwan import console  # --help needs neither of these
         from lapwan.settings.load import load
 
         common = {p.name: values.pop(p.name) for p in _COMMON}

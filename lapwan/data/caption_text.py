@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
+T = TypeVar("T")
+
 # Traditional character followed by its simplified form.
 _TRADITIONAL = (
     "鉗钳電电鉤钩鈎钩極极雙双單单斷断開开夾夹鑷镊標标無无沒没術术離离組组織织膽胆沖冲縫缝針针線线燒烧狀状氣气結结紮扎"
@@ -110,8 +112,6 @@ def _is_word(unit: str) -> bool:
 # to its own parts, low enough that a common word across its edge wins: 呼吸|引起 has no 吸引.
 _FREQUENCY = {2: 20_000}
 _FREQUENCY_LONG = 200_000
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from lapwan.names import NoiseExpert
 
 UNLABELLED = "file"
 METRICS = "metrics.jsonl"
-# Other trainers' names: `name-step00000400.safetensors`, `name-000012.safetensors` (epochs), `name_000000600_...`.
 
 
 class LoraSource(Protocol):

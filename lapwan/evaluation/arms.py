@@ -16,6 +16,7 @@ from lapwan.errors import UserError
 from lapwan.evaluation.clips import EvaluationClip
 from lapwan.models.base import Base
 from lapwan.models.fingerprints import text_encoder_fingerprint, vae_fingerprint
+from lapwan.moe.mixture_file import read_mixture
 from lapwan.sampling.adapters import AdapterSet, read_adapters
 from lapwan.sampling.generator import lora_facts
 from lapwan.settings.lora_argument import LoraArgument
@@ -93,8 +94,6 @@ def make_arm(
 
 
 def _on_another_base(name: str, base: Base, loras: Sequence[LoraArgument], moe: Path) -> tuple[Base, AdapterSet]:
-    from lapwan.moe.mixture_file import read_mixture
-
     mixture = read_mixture(moe)
     if mixture.base_lora:
         raise UserError(f"{moe} needs the base LoRA that it was trained with, which any_base does not load; leave "

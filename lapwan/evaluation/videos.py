@@ -86,7 +86,7 @@ class VideoStore:
     on: a video counts only with its JSON, and only if that hash is the same now.
 
     Args:
-        decides: what else decides the pixels or scores: the machine's kind, the precision, the rewards' weights.
+        depends_on: what else the pixels or scores depend on: the machine's kind, the precision, the rewards' weights.
     """
 
     def __init__(self, folder: Path, *depends_on: str) -> None:

@@ -26,6 +26,7 @@ from lapwan.names import NoiseExpert
 FORMAT_KEY, FORMAT = "lapwan.format", "lora/1"
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
 _STEP_FOLDER = re.compile(r"^step_(\d+)$")
+# Other trainers' names: `name-step00000400.safetensors`, `name-000012.safetensors` (epochs), `name_000000600_...`.
 _STEP_NAME = re.compile(r"(?:step[-_]?|[-_])0*(\d+)(?=[-_.]|$)")
 _COMPONENT_PREFIXES = ("transformer.", "transformer_2.", "transformer_1.")
 

@@ -4,7 +4,8 @@ A sampler maps u ~ U(0, 1) to sigma. Truncation to [a, b] draws u' = F(a) + u·(
 distribution conditioned on the band, without rejected draws. `Squeezed` instead maps the whole distribution linearly
 onto the band.
 
-How to add a sampler: a frozen dataclass with `cdf`, `inverse`, `for_tokens`.
+How to add a sampler: a frozen dataclass with `cdf`, `inverse`, `for_tokens`; its name in `SigmaSettings.sampler`
+(settings/sigma.py), and a case in `sigma_rule` (train/recipe.py).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _META = torch.device("meta")
 # fp32 copies of a trained parameter: itself and two moments (its gradient counts as activation memory).
-_TRAINED_COPIES = 3
+TRAINED_COPIES = 3
 _TRACED: dict[tuple[Any, ...], StepMemory] = {}
 _BACKWARD = 2.5  # flops of attention's backward relative to its forward, in fused kernels
 
@@ -165,7 +165,7 @@ class NoiseExpertShape:
     def _distinct(self) -> list[_BlockKind]:
         return list(dict.fromkeys(self.kinds))
 
-    def bytes(self, copies: int = _TRAINED_COPIES) -> NoiseExpertBytes:
+    def bytes(self, copies: int = TRAINED_COPIES) -> NoiseExpertBytes:
         """Weights by block, and adapters with `copies` fp32 numbers for each trained parameter."""
         model, adapter = self._model(self._distinct)
         adapters = {id(t) for t in (() if adapter is None else adapter.adapter_tensors())}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lapwan.checkpoints.wan_keys import split_block
-from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape, tokens_of, width_of
+from lapwan.memory.cost import TRAINED_COPIES, ClipShape, GroupShape, NoiseExpertShape, tokens_of, width_of
 from lapwan.memory.generation import free_bytes
 from lapwan.memory.plan import (
     COMPILED_ACTIVATIONS,
@@ -42,8 +42,6 @@ from lapwan.wan.transformer.forward_options import forward_options
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
-
-_TRAINED_COPIES = 3  # fp32 copies of a trained parameter: itself and two moments
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ def plan_training(
         plan = _unpredicted(settings, base, groups)
         return TrainingMemory(plan, recipes, True, _line(plan, device, len(groups), settings.batch_size))
     shapes = [NoiseExpertShape(base.spec, e, dtype, recipes[e], loras, len(loras) > 1) for e, loras in groups.items()]
-    sizes = [shape.bytes(_TRAINED_COPIES + (settings.ema_decay is not None)) for shape in shapes]
+    sizes = [shape.bytes(TRAINED_COPIES + (settings.ema_decay is not None)) for shape in shapes]
     compiled = _compiles(settings, base, work, device, processes)
     rates = measure_throughput(device, dtype)
     strategies = _strategies(settings, shapes, sizes, work.bucket, rates, compiled, processes)

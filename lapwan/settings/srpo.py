@@ -189,7 +189,7 @@ class SrpoSettings(Settings):
             if unknown := [name for name in names if name not in _NOISE_EXPERTS]:
                 raise ValueError(f"'{unknown[0]}' is no noise expert; give low (transformer_2), high (transformer) or "
                                  "both")
-            return tuple(dict.fromkeys(expert for name in names for expert in _NOISE_EXPERTS[name]))
+            return tuple(dict.fromkeys(noise_expert for name in names for noise_expert in _NOISE_EXPERTS[name]))
         return value
 
     _size = field_validator("size", mode="before")(height_width)

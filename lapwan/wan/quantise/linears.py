@@ -15,7 +15,8 @@ plain matrix product anyway. Here one format works on every device, for streamin
 
 Shapes: O out features, I in features, N tokens, J groups of 64 in a row.
 
-How to add a precision: a member of `names.Precision`, a subclass of `QuantisedLinear` and a row in `LINEAR_CLASSES`.
+How to add a precision: a member of `names.Precision`, a subclass of `QuantisedLinear`, a row in `LINEAR_CLASSES`, and
+its name in `TrainDtype` and `GenerateDtype` (settings/memory.py).
 """
 
 from __future__ import annotations
