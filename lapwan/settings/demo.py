@@ -18,6 +18,6 @@ class DemoSettings(Settings):
     clips: Annotated[int, Flag()] = Field(128, ge=8, description="Synthetic clips to make.")
     steps: Annotated[int, Flag()] = Field(144, ge=1, description="Optimizer steps of each noise expert, in each stage.")
     prompts: Annotated[int, Flag()] = Field(
-        16, ge=2, description="Held-out prompts for which base, stage 1 and stage 2 each generate a video; for three "
-        "eighths as many also from a first frame.")
+        16, ge=2, description="Held-out prompts. Base, stage 1 and stage 2 each generate a video for every prompt; "
+        "for three of eight also a video from a first frame.")
     seed: Annotated[int, Flag()] = Field(7, description="Seed of clips, training and videos.")
