@@ -40,7 +40,7 @@ class PromptSettings(Settings):
         "folder.")
 
     @model_validator(mode="after")
-    def _one(self) -> PromptSettings:
+    def _one_source(self) -> PromptSettings:
         if (self.file is None) == (self.cache is None):
             raise ValueError("give exactly one of prompts.file (--prompts FILE) and prompts.cache (--cache DIR)")
         if self.cache is not None:

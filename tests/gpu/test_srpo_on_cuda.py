@@ -50,7 +50,7 @@ def repeatable(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def test_parking_the_idle_noise_expert_changes_no_bit(repeatable, tmp_path):
+def test_offload_of_the_idle_noise_expert_changes_no_bit(repeatable, tmp_path):
     both, again, one = (tensors(trained(tmp_path, name, memory=memory))
                         for name, memory in (("both", "both"), ("again", "both"), ("one", "one")))
     assert all(torch.equal(value, again[name]) for name, value in both.items()), "no two runs are alike here"

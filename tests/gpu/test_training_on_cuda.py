@@ -52,7 +52,7 @@ def test_everything_at_once(kind, optimizer, memory, t2v_cache, tmp_path):
     assert rows(tmp_path / "run")[-1]["step"] == 16
 
 
-def test_parking_changes_nothing_but_the_memory(t2v_cache, tmp_path):
+def test_offload_changes_nothing_but_the_memory(t2v_cache, tmp_path):
     found = {}
     for memory in ("both", "one"):
         gc.collect()  # the run before must not count in this one's peak

@@ -19,7 +19,7 @@ def given(tiny_t2v):
 
 
 @torch.no_grad()
-def test_a_step_is_kept_where_the_error_is_foreseen_small_and_the_error_is_about_that(tiny_t2v):
+def test_a_step_is_kept_where_the_error_is_predicted_small_and_the_error_is_about_that(tiny_t2v):
     model, x, text = given(tiny_t2v)
     calls: list[int] = []
     model.blocks[1].attn1.to_q.register_forward_hook(lambda *_: calls.append(1))
