@@ -62,8 +62,8 @@ class TrainingMemory:
         self, settings: TrainSettings, base: Base, noise_expert: NoiseExpert, load_device: torch.device,
         device: torch.device,
     ) -> WanTransformer3DModel:
-        """Load a noise expert as planned onto `load_device`, quantised on `device`. A cap in GiB
-        applies from here on."""
+        """Load a noise expert as planned onto `load_device`, quantised on `device`. A cap in GiB applies from
+        here on."""
         if isinstance(settings.memory, float):
             limit_memory(device, settings.memory)
         dtype, recipe = pick_dtype(settings.dtype, device), self.recipes[noise_expert]
