@@ -88,14 +88,14 @@ def _plan(settings: LabelSettings, clips: ClipFile, taxonomy: Taxonomy) -> None:
 def _label_all(
     settings: LabelSettings, clips: ClipFile, taxonomy: Taxonomy, report: LabelReport, output: Path
 ) -> None:
-    resolver = CaptionLabeller(taxonomy)
+    labeller = CaptionLabeller(taxonomy)
     total = max(1, -(-clips.bytes_total // _MEBIBYTE))
     done = 0
     # Relative paths are relative to the JSONL's folder, so they are rewritten if the output is in another one.
     source, target = settings.clips.resolve().parent, settings.output.resolve().parent
     with output.open("w", encoding="utf-8", newline="\n") as file, console.progress("label", total, "MiB") as bar:
         for clip in clips:
-            label = resolver.label(clip.caption)
+            label = labeller.label(clip.caption)
             report.add(clip.line, clip.caption, label)
             report.relabelled += "instrument_label" in clip.data
             data = clip.data if source == target else relocated(clip.data, source, target)

@@ -256,7 +256,8 @@ def _add_callbacks(
     if settings.train == "lora":
         trainer.callbacks["weights"] = WeightFigures(
             objective.adapters, lambda: {e.value: float(current_lr(plan.optimizers[e.value])) for e in parts.trained},
-            lambda: {e.value: track.steps for e, track in plan.data_streams.items()}, held_out.every, HealthSettings())
+            lambda: {e.value: stream.steps for e, stream in plan.data_streams.items()}, held_out.every,
+            HealthSettings())
     else:
         trainer.callbacks["weights"] = FullWeightFigures(
             objective, lambda e: base.load(e, pick_dtype(settings.dtype, parts.offload.device)), held_out.every)
