@@ -209,7 +209,7 @@ def encode_prompts(
     if data.index is None:
         if distributed.first:
             features.ensure([*data.captions, *data.held_out, "", data.negative], spec, device)
-        distributed.any(False)  # a barrier: the file is complete before any process reads it
+        distributed.barrier()  # the file is complete before any process reads it
     return features
 
 
