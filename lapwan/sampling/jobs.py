@@ -76,9 +76,9 @@ def make_video_jobs(settings: GenerateSettings) -> list[VideoJob]:
     axes = _axes(settings)
     jobs: list[VideoJob] = []
     for source, tree, output in lines:
-        for values in itertools.product(*(axis[1] for axis in axes)):
-            chosen = dict(zip((axis[0] for axis in axes), values, strict=True))
-            caption = ", ".join(f"{name}={value}" for name, value in chosen.items())
+        for values in itertools.product(*(axis.values for axis in axes)):
+            chosen = {axis.name: value for axis, value in zip(axes, values, strict=True)}
+            caption = ", ".join(f"{axis.label}={value}" for axis, value in zip(axes, values, strict=True))
             model = _model(settings, chosen)
             video = {name: value for name, value in chosen.items() if name not in _ADAPTERS}
             checked = _checked(VideoSettings, {**tree, **video}, source or "--grid")
@@ -174,9 +174,18 @@ def _lines(path: Path, given: Mapping[str, Any]) -> Iterator[tuple[str, dict[str
         raise UserError(f"{path} holds no prompts; write one JSON object a line")
 
 
-def _axes(settings: GenerateSettings) -> list[tuple[str, list[str]]]:
+@dataclass(frozen=True)
+class _GridAxis:
+    """An option and its values; `label` is the name it was given under, which file names and captions show."""
+
+    name: str
+    label: str
+    values: list[str]
+
+
+def _axes(settings: GenerateSettings) -> list[_GridAxis]:
     axes = [_axis(text) for text in settings.grid]
-    names = [name for name, _ in axes]
+    names = [axis.name for axis in axes]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--grid varies '{name}' twice; give all its values at once: --grid {name}=A,B,...")
@@ -185,17 +194,18 @@ def _axes(settings: GenerateSettings) -> list[tuple[str, list[str]]]:
     return axes
 
 
-def _axis(text: str) -> tuple[str, list[str]]:
-    """`alpha_expert=0,0.5,1` -> its name and values; `;` separates values that hold commas."""
-    name, equals, rest = text.partition("=")
-    name = current_key(name.strip().replace("-", "_"))
+def _axis(text: str) -> _GridAxis:
+    """Parse `alpha_expert=0,0.5,1`; `;` separates values that hold commas."""
+    label, equals, rest = text.partition("=")
+    label = label.strip().replace("-", "_")
+    name = current_key(label)
     if not equals or not rest.strip():
         raise UserError(f"--grid {text}: expected OPTION=A,B,..., such as alpha_expert=0,0.5,1")
     if name not in GRID_OPTIONS:
         raise UserError(f"--grid {text}: '{name}' cannot be compared{nearest(name, GRID_OPTIONS)}; "
                         f"allowed: {', '.join(GRID_OPTIONS)}")
     separator = ";" if ";" in rest else ","
-    return name, [value.strip() for value in rest.split(separator)]
+    return _GridAxis(name, label, [value.strip() for value in rest.split(separator)])
 
 
 def _with_outputs(settings: GenerateSettings, jobs: list[VideoJob]) -> list[VideoJob]:

@@ -17,9 +17,12 @@ from sampling_cases import SMALL, frames, generate, refused
 from lapwan.lora.formats import write_lora
 from lapwan.models import base as lapwan_base
 from lapwan.sampling.generator import Generator, to_frames
+from lapwan.sampling.jobs import make_video_jobs
 from lapwan.sampling.result import read_metadata
 from lapwan.sampling.start_image import clip_tensor, read_clip
 from lapwan.sampling.video import read_video_metadata, write_video
+from lapwan.settings.generate import GenerateSettings
+from lapwan.settings.load import load
 from lapwan.wan.vae import decode, encode, load_vae
 
 
@@ -89,6 +92,13 @@ def test_a_grid_varies_one_thing_at_the_same_noise(lapwan, mixture_file, tmp_pat
     assert base == off != on
     width, height = Image.open(tmp_path / "g_sheet.png").size
     assert width > height > 2 * 32
+
+
+def test_a_grid_over_an_older_option_names_its_videos_as_before() -> None:
+    options = {"model": "tiny", "prompt": "x", "output": "grid", "grid": ["reuse=0.05,0.5"]}
+    jobs = make_video_jobs(load(GenerateSettings, options=options, environment={}))
+    assert [job.output.name for job in jobs] == ["001_reuse=0.05.mp4", "002_reuse=0.5.mp4"]
+    assert [job.settings.first_block_cache for job in jobs] == [0.05, 0.5]
 
 
 def test_a_grid_over_adapters_shares_the_loaded_model(lapwan, mixture_file, tmp_path, monkeypatch) -> None:
