@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lapwan.checkpoints.container import read_header
 from lapwan.diagnostics.mixture import is_mixture_file, open_mixture
 from lapwan.errors import UserError
 from lapwan.files import is_temporary
@@ -22,6 +23,7 @@ from lapwan.names import NoiseExpert
 
 UNLABELLED = "file"
 METRICS = "metrics.jsonl"
+_TEXT_FEATURES = "lapwan.text_encoder"  # metadata of the prompts' text features, which an srpo run keeps in its folder
 
 
 class LoraSource(Protocol):
@@ -82,7 +84,8 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
     Raises:
         UserError: no such files, or two of one noise expert and step.
     """
-    paths = [p for p in [*folder.glob("*.safetensors"), *folder.glob("step_*/*.safetensors")] if not is_temporary(p)]
+    paths = [p for p in [*folder.glob("*.safetensors"), *folder.glob("step_*/*.safetensors")]
+             if not is_temporary(p) and _TEXT_FEATURES not in read_header(p).metadata]
     paths = [p for p in paths if not is_mixture_file(p)] or paths
     if not paths:
         raise UserError(f"{folder} holds no LoRA or mixture (*.safetensors, or step_N/*.safetensors); give a run "

@@ -19,6 +19,7 @@ from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.settings.base import RunOptions
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.load import load
+from lapwan.train.srpo.data import FEATURES_FILE, TextFeatures
 
 # In and out features of Wan-14B's block Linears, and the floor they give at B = 0.
 WIDTH, FFN = 5120, 13824
@@ -217,6 +218,13 @@ def test_a_run_folder_over_time_tells_noise_from_growth(tmp_path, capsys):
     assert found["value"] == pytest.approx(0.218 / 0.125, rel=0.02) and found["status"] == "stop"
     assert "step 2400" in found["action"]
     assert document["ratios"]["lr"] == pytest.approx(4.0)
+
+
+def test_text_features_in_the_folder_of_an_srpo_run_are_no_lora(tmp_path, tiny_t2v, capsys):
+    run_folder(tmp_path / "run")
+    before = inspect(tmp_path / "run", capsys=capsys)
+    TextFeatures(tmp_path / "run" / FEATURES_FILE).ensure(["a hook cuts"], tiny_t2v, torch.device("cpu"))
+    assert inspect(tmp_path / "run", capsys=capsys) == before
 
 
 def test_own_steps_of_a_noise_expert_set_its_sqrt_step(tmp_path, capsys):
