@@ -40,7 +40,7 @@ from lapwan.train.clip_store import check_cache
 JSON_FILE = "evaluation.json"
 _CEILING_METRICS = (JudgeMetrics, ReferenceMetrics)  # those that are meaningful for a reconstruction of the clip
 
-# MODEL of the settings (None: not set) -> a checked base; the task decides if a name stands for several models.
+# MODEL of the settings (None: not set) -> a checked base; the task decides if a name means several models.
 Resolve = Callable[[ModelChoice | None, Task | None], Base]
 
 

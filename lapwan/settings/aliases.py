@@ -23,7 +23,8 @@ RENAMED: Mapping[str, str] = {
     "reuse": "first_block_cache",
 }
 
-# Written into the settings of a run. A file without it is of version 1.
+# Written into the settings of a run, behind this first line. With the line but without a version they are of version 1.
+RUN_HEADER = "# The resolved settings of this run; `--config` with this file repeats it."
 SETTINGS_VERSION = 2
 VERSION_KEY = "settings_version"
 # Version -> dotted key -> its default in run settings of that version and older ones. When such a file lacks the key it

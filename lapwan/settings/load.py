@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from lapwan.errors import UserError
 from lapwan.settings.aliases import (
+    RUN_HEADER,
     SETTINGS_VERSION,
     VERSION_KEY,
     accepted_keys,
@@ -56,7 +57,7 @@ def load(
     text = ""
     if config is not None:
         text = _read(config)
-        tree = upgraded(_parse(text, config), config)
+        tree = upgraded(_parse(text, config), config, run=text.startswith(RUN_HEADER))
     for key, (name, value) in _from_environment(model, os.environ if environment is None else environment).items():
         _put(tree, key, value, f"environment {name}", sources)
     for item in sets:

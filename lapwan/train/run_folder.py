@@ -9,7 +9,7 @@ from typing import Any
 from lapwan import files
 from lapwan.console import warn
 from lapwan.errors import UserError
-from lapwan.settings.aliases import SETTINGS_VERSION, VERSION_KEY
+from lapwan.settings.aliases import RUN_HEADER, SETTINGS_VERSION, VERSION_KEY
 from lapwan.settings.base import Settings, to_plain, to_toml
 from lapwan.settings.load import upgraded
 from lapwan.settings.srpo import SrpoSettings
@@ -98,9 +98,8 @@ def start_folder(settings: TrainSettings | SrpoSettings, overwrite: bool) -> Non
             return
         done = checkpoints(run)
         path.replace(run / f"settings_until_{done[-1][0] if done else 0:06d}.toml")
-    header = "The resolved settings of this run; `--config` with this file repeats it."
     plain = settings.model_copy(update={"resume": False, "allow_changed": False})
-    files.write_text(path, f"# {header}\n{VERSION_KEY} = {SETTINGS_VERSION}\n{to_toml(plain)}")
+    files.write_text(path, f"{RUN_HEADER}\n{VERSION_KEY} = {SETTINGS_VERSION}\n{to_toml(plain)}")
 
 
 def _remove_run(run: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
-from lapwan.settings.aliases import with_old_defaults
+from lapwan.settings.aliases import OLD_DEFAULTS, RUN_HEADER, with_old_defaults
 from lapwan.settings.base import to_toml
 from lapwan.settings.load import load
 from lapwan.settings.train_lora import TrainLoraSettings
@@ -169,6 +169,17 @@ def test_settings_of_an_older_version_keep_what_was_the_default():
         "router": {"top_k": 2, "kind": "text"}, "seed": 1, "dropout": {"rank": 0.5}}
     assert with_old_defaults({"seed": 9}, 2, table) == {"seed": 9, "dropout": {"rank": 0.5}}
     assert with_old_defaults({"seed": 9}, 3, table) == {"seed": 9}
+
+
+def test_a_runs_settings_without_a_version_are_of_the_first(tmp_path, monkeypatch):
+    """As `--config` too; a file that a user wrote has today's defaults."""
+    monkeypatch.setitem(OLD_DEFAULTS, 1, {"seed": 7})
+    text = 'output = "run"\nsteps = 1\ndata = {cache = "cache"}\n'
+    seeds = {}
+    for name, first in (("user", ""), ("run", f"{RUN_HEADER}\n"), ("new", f"{RUN_HEADER}\nsettings_version = 2\n")):
+        (tmp_path / f"{name}.toml").write_text(first + text)
+        seeds[name] = load(TrainLoraSettings, tmp_path / f"{name}.toml", environment={}).seed
+    assert seeds == {"user": 42, "run": 7, "new": 42}
 
 
 @pytest.mark.parametrize("version", ["99", "0", "'2'", "true"])
