@@ -58,9 +58,9 @@ def _print_routing(document: dict[str, Any]) -> None:
 def _print_tables(settings: InspectWeightsSettings, inspection: Inspection) -> None:
     document, step = inspection.document, inspection.step
     results.print(tables.figure_table("" if step is None else f"step {step}", inspection.figures))
-    for label, noise_expert in document["experts"].items():
-        if "relative_delta" in noise_expert:
-            ratio = tables.format_number(noise_expert["relative_delta"])
+    for label, figures in document["experts"].items():
+        if "relative_delta" in figures:
+            ratio = tables.format_number(figures["relative_delta"])
             results.print(f"update / weights of the base, {label}: {ratio}", markup=False)
     if rate := document["ratios"]["lr"]:
         results.print(f"lr, high / low: {rate:.4g}", markup=False)

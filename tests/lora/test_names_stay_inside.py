@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import run_lapwan
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapwan import cli
 from lapwan.caching.read import load_index
 from lapwan.errors import UserError
 from lapwan.files import inside
 
 OUTSIDE = ["../victim/model.safetensors", "/victim/model.safetensors", "sub/model.safetensors", "..", "", ".", None, 7,
            ["model.safetensors"], "..\\victim\\model.safetensors", "model\0.safetensors"]
-
-
-def merge(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str]:
-    """(exit code, stderr) of `lapwan merge ...`."""
-    monkeypatch.setattr(sys, "argv", ["lapwan", "merge", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0), capsys.readouterr().err
 
 
 @given(st.text(max_size=30))
@@ -39,7 +30,7 @@ def test_a_path_is_inside_or_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_merge_replaces_nothing_outside_its_output(name, model_folder, pair, tmp_path, capsys, monkeypatch) -> None:
+def test_merge_replaces_nothing_outside_its_output(name, model_folder, pair, tmp_path) -> None:
     """A shard index from elsewhere named another model's file, and merge wrote there."""
     model = tmp_path / "model"
     shutil.copytree(model_folder, model)
@@ -50,18 +41,18 @@ def test_merge_replaces_nothing_outside_its_output(name, model_folder, pair, tmp
     index = {"metadata": {}, "weight_map": {"blocks.0.attn1.to_q.weight": name}}
     (model / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
     loras = [word for noise_expert, path in pair.items() for word in ("--lora", f"{noise_expert.value}={path}")]
-    code, error = merge(capsys, monkeypatch, "--model", model, *loras, "-o", tmp_path / "out")
+    code, _, error = run_lapwan("merge", "--model", model, *loras, "-o", tmp_path / "out")
     assert code == 2 and error.startswith("error: ") and f"names the file {name!r}" in error, error
     assert victim.read_bytes() == before and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["model.safetensors"]}])
-def test_an_index_without_a_map_is_named(index, model_folder, pair, tmp_path, capsys, monkeypatch) -> None:
+def test_an_index_without_a_map_is_named(index, model_folder, pair, tmp_path) -> None:
     model = tmp_path / "model"
     shutil.copytree(model_folder, model)
     (model / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
     loras = [word for noise_expert, path in pair.items() for word in ("--lora", f"{noise_expert.value}={path}")]
-    code, error = merge(capsys, monkeypatch, "--model", model, *loras, "-o", tmp_path / "out")
+    code, _, error = run_lapwan("merge", "--model", model, *loras, "-o", tmp_path / "out")
     assert code == 2 and "weight_map" in error
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -59,36 +54,6 @@ INSPECTED: dict[str, tuple[str, ...]] = {
     "mixture_base_lora": ("stage2_base_lora/lapwan.safetensors",),
     "run": ("runs/train_moe",),
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Exit code and what was written to stdout and stderr."""
-
-    code: int
-    out: str
-    err: str
-
-
-def lapwan_command(*words: str | Path) -> Outcome:
-    """Run the command line in this process, in the current directory."""
-    from lapwan import cli
-
-    out, err = io.StringIO(), io.StringIO()
-    with (mock.patch.object(sys, "argv", ["lapwan", *map(str, words)]), redirect_stdout(out), redirect_stderr(err)):
-        try:
-            cli.main()
-            code: Any = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-    return Outcome(code if isinstance(code, int) else 1, out.getvalue(), err.getvalue())
-
-
-def succeed(*words: str | Path) -> Outcome:
-    """`lapwan_command` that must succeed."""
-    outcome = lapwan_command(*words)
-    assert outcome.code == 0, f"lapwan {' '.join(map(str, words))}\n{outcome.out}\n{outcome.err}"
-    return outcome
 
 
 def text_files(folder: Path) -> Iterator[Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run_successfully
 from net_cases import (
     INSPECTED,
     LATENTS,
@@ -17,7 +18,6 @@ from net_cases import (
     delta_weights,
     fingerprints,
     read_json,
-    succeed,
     tensors,
 )
 from safetensors import safe_open
@@ -41,7 +41,7 @@ def lora_words(layout: str, named: bool = False) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("layout", [*LORAS, "one_file"])
 def test_a_lora_of_every_layout_has_the_same_delta_w(net: Path, layout: str) -> None:
-    succeed("merge", *lora_words(layout, named=True), "--format", "comfy", "-o", "again.safetensors")
+    run_successfully("merge", *lora_words(layout, named=True), "--format", "comfy", "-o", "again.safetensors")
     stored = read_json(net / "expected" / "delta_w.json")
     for side in SIDES:
         now = fingerprints(net / f"again_{side}_noise.safetensors")
@@ -51,7 +51,7 @@ def test_a_lora_of_every_layout_has_the_same_delta_w(net: Path, layout: str) -> 
 
 def test_every_layout_merges_into_the_same_model(net: Path) -> None:
     for layout in (*LORAS, "one_file"):
-        succeed("merge", "--model", "base", *lora_words(layout), "-o", f"merged_{layout}")
+        run_successfully("merge", "--model", "base", *lora_words(layout), "-o", f"merged_{layout}")
     for side, folder in zip(SIDES, ("transformer", "transformer_2"), strict=True):
         name = f"{folder}/diffusion_pytorch_model.safetensors"
         base, merged = tensors(net / "base" / name), tensors(net / "merged_comfy" / name)
@@ -69,7 +69,7 @@ def test_every_layout_merges_into_the_same_model(net: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["stage2", "stage2_base_lora"])
 def test_a_mixture_at_one_mix_has_the_same_delta_w(net: Path, folder: str) -> None:
-    outcome = succeed("merge", "--moe", f"{folder}/lapwan.safetensors", "--mix", MIX, "-o", "mix.safetensors")
+    outcome = run_successfully("merge", "--moe", f"{folder}/lapwan.safetensors", "--mix", MIX, "-o", "mix.safetensors")
     assert ("trained over a base LoRA" in outcome.err) == (folder == "stage2_base_lora")
     for side in SIDES:
         stored = read_json(net / "expected" / "mix_delta_w.json")[folder][side]
@@ -78,7 +78,7 @@ def test_a_mixture_at_one_mix_has_the_same_delta_w(net: Path, folder: str) -> No
 
 @pytest.mark.parametrize("name", LATENTS)
 def test_generation_with_stored_adapters_gives_the_stored_latents(net: Path, name: str) -> None:
-    succeed(*LATENTS[name], "-o", "now.safetensors")
+    run_successfully(*LATENTS[name], "-o", "now.safetensors")
     stored, now = net / "latents" / f"{name}.safetensors", net / "now.safetensors"
     torch.testing.assert_close(tensors(now)["latents"], tensors(stored)["latents"], rtol=1e-4, atol=1e-4)
     if name not in ("base", "loras"):
@@ -93,7 +93,7 @@ def test_latents_repeat_from_the_settings_they_carry(net: Path) -> None:
     made_in = Path(read_settings(metadata)["model"]).parent
     moved = {key: value.replace(str(made_in), str(net)) for key, value in metadata.items()}
     save_file(tensors(path), net / "moved.safetensors", moved)
-    succeed("generate", "--from", "moved.safetensors", "-o", "now.safetensors")
+    run_successfully("generate", "--from", "moved.safetensors", "-o", "now.safetensors")
     torch.testing.assert_close(tensors(net / "now.safetensors")["latents"], tensors(path)["latents"],
                                rtol=1e-4, atol=1e-4)
 
@@ -106,7 +106,7 @@ def read_settings(metadata: dict[str, str]) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", INSPECTED)
 def test_inspect_weights_says_what_it_said(net: Path, name: str) -> None:
-    succeed("inspect-weights", *INSPECTED[name], "--json", "now.json")
+    run_successfully("inspect-weights", *INSPECTED[name], "--json", "now.json")
     assert_figures(read_json(net / "expected" / f"inspect_{name}.json"), read_json(net / "now.json"), 1e-4, 1e-7)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from net_cases import STAGE1, assert_figures, read_json, succeed, tensors, video_frames
+from command_line import run_successfully
+from net_cases import STAGE1, assert_figures, read_json, tensors, video_frames
 
 import lapwan
 
@@ -17,14 +18,14 @@ CACHE = ("cache", "--dataset", "clips/labels.jsonl", "--model", "base", "--worke
 
 def test_the_stored_cache_needs_nothing(net: Path) -> None:
     before = {path.name: path.read_bytes() for path in (net / "cache").glob("*.safetensors")}
-    outcome = succeed(*CACHE, "-o", "cache")
+    outcome = run_successfully(*CACHE, "-o", "cache")
     assert "all 8 items are cached; nothing to do" in outcome.out
     assert {path.name: path.read_bytes() for path in (net / "cache").glob("*.safetensors")} == before
-    assert "all are right" in succeed("cache", "--verify", "-o", "cache").out
+    assert "all are right" in run_successfully("cache", "--verify", "-o", "cache").out
 
 
 def test_caching_the_clips_again_gives_the_stored_features(net: Path) -> None:
-    succeed(*CACHE, "-o", "now")
+    run_successfully(*CACHE, "-o", "now")
     names = sorted(path.name for path in (net / "cache").glob("*.safetensors"))
     assert names == sorted(path.name for path in (net / "now").glob("*.safetensors")) and len(names) == 21
     for name in names:
@@ -34,7 +35,7 @@ def test_caching_the_clips_again_gives_the_stored_features(net: Path) -> None:
 
 
 def test_labels_are_the_stored_ones(net: Path) -> None:
-    succeed("label", "clips/clips.jsonl", "-o", "clips/now.jsonl")
+    run_successfully("label", "clips/clips.jsonl", "-o", "clips/now.jsonl")
     stored = (net / "clips" / "labels.jsonl").read_text(encoding="utf-8")
     assert (net / "clips" / "now.jsonl").read_text(encoding="utf-8") == stored
 
@@ -44,7 +45,7 @@ def test_a_video_repeats_from_the_settings_it_carries(net: Path, folder: str) ->
     """The files it names are not where they were, so they are given again."""
     if folder != "base":
         shutil.copytree("base", folder)
-    outcome = succeed("generate", "--from", "videos/hook.mp4", "--model", folder, *STAGE1, "--moe",
+    outcome = run_successfully("generate", "--from", "videos/hook.mp4", "--model", folder, *STAGE1, "--moe",
                       "stage2/lapwan.safetensors", "-o", "again.mp4")
     stored, now = video_frames(net / "videos" / "hook.mp4"), video_frames(net / "again.mp4")
     assert stored.shape == now.shape == (5, 48, 32, 3)
@@ -57,7 +58,7 @@ def test_an_interrupted_evaluation_is_finished(net: Path) -> None:
     finished = {path: path.read_bytes() for path in (net / "evaluation" / "videos").rglob("*.json")}
     assert 0 < len(finished) < 16
     made = {path.with_suffix(".mp4"): path.with_suffix(".mp4").stat().st_mtime_ns for path in finished}
-    succeed("evaluate", "--config", "settings/evaluate.toml", "--resume", "-o", "evaluation")
+    run_successfully("evaluate", "--config", "settings/evaluate.toml", "--resume", "-o", "evaluation")
     assert len(list((net / "evaluation" / "videos").rglob("*.json"))) == 16
     if lapwan.__version__ == "0.1.0":  # of another version no video is used
         assert {path: path.read_bytes() for path in finished} == finished

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from net_cases import ARTEFACTS, EXAMPLES, succeed
+from command_line import run_successfully
+from net_cases import ARTEFACTS, EXAMPLES
 
 FILES = sorted((ARTEFACTS / EXAMPLES).glob("*.toml"))
 
@@ -23,6 +24,6 @@ def test_an_old_example_passes_a_dry_run(net: Path, example: Path) -> None:
     config = net / example.name
     config.write_text(text.replace('model = "tiny"', 'model = "base"'), encoding="utf-8")
     before = sorted(path for path in net.rglob("*") if path.is_file())
-    outcome = succeed(command[1], "--config", config, "--dry-run", "--overwrite")
+    outcome = run_successfully(command[1], "--config", config, "--dry-run", "--overwrite")
     assert "error" not in outcome.err.lower()
     assert sorted(path for path in net.rglob("*") if path.is_file()) == before
