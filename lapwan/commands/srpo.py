@@ -16,7 +16,6 @@ from lapwan.tiny.resolve import resolve_base
 from lapwan.train.recipe import run_training
 from lapwan.train.run_folder import claim_run, start_folder
 from lapwan.train.srpo import recipe
-from lapwan.train.srpo.held_out import begin
 from lapwan.train.srpo.plan import SrpoPlan, describe, plan_run, too_slow
 
 
@@ -43,7 +42,6 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
         if distributed.first:
             warn_chinese(rewards, [*data.captions, *data.held_out])
         trainer = recipe.prepare(settings, base, data, rewards, memory, device, distributed)
-        begin(trainer, settings)
         if run_training(trainer, settings) and distributed.first:
             if trainer.finished:
                 console.log(f"ended early at step {trainer.step}: {trainer.finished}")

@@ -1,18 +1,19 @@
 """What a trainer needs of an algorithm (`Objective`), the draws of a batch, and the flow-matching loss.
 
 Shapes: B samples, C latent channels, T latent frames, H, W latent height and width.
-How to add an objective: a class with the members of `Objective`, and a recipe that hands it to `Trainer`; see
-`lapwan/train/lora/objective.py` and `lapwan/train/lora/recipe.py`.
+How to add an objective: a subclass of `Objective`, and a recipe that hands it to `make_trainer` of
+`lapwan/train/recipe.py`; see `lapwan/train/lora/objective.py` and `lapwan/train/lora/recipe.py`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -149,40 +150,54 @@ def local_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class Objective(Protocol):
-    """An algorithm: what is trained, the loss of a batch, what is saved."""
+class Objective(ABC):
+    """An algorithm: what is trained, the loss of a batch, what is saved.
+
+    Attributes:
+        adapters: the low-rank adapters in training, by noise expert.
+        parameter_groups: by the name of the optimizer that steps them; a noise expert's own are named by its value.
+    """
+
+    adapters: Mapping[NoiseExpert, Adapter]
+    parameter_groups: Mapping[str, Sequence[ParameterGroup]]
 
     @property
-    def adapters(self) -> Mapping[NoiseExpert, Adapter]:
-        """The low-rank adapters by noise expert."""
-
-    @property
-    def parameter_groups(self) -> Mapping[str, list[ParameterGroup]]:
-        """Parameter groups by the name of the optimizer that steps them."""
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that is trained, by name."""
+        return {name: parameter for groups in self.parameter_groups.values() for group in groups
+                for name, parameter in group.parameters.items()}
 
     def optimizers_for(self, noise_expert: NoiseExpert) -> tuple[str, ...]:
         """Names of the optimizers that step in the turns of a noise expert."""
+        return (noise_expert.value,)
 
     def prepare(
         self, noise_expert: NoiseExpert, batches: Sequence[Batch], all_reduce: AllReduce = local_sum,
         draws: Sequence[Draws] = (),
-    ) -> None:
-        """Compute statistics over all batches of an optimizer step, before its first loss; no gradient.
+    ) -> Sequence[Batch]:
+        """The batches that an optimizer step's losses are of, before the first of them; no gradient.
+
+        An objective that generates its latents (a rollout from the draws' noise) completes the batches here; one whose
+        loss needs statistics over the whole step computes them.
 
         Args:
             all_reduce: sums a tensor over the processes, each of which has a part of the batches.
             draws: of each batch.
         """
+        return batches
 
+    @abstractmethod
     def loss(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> AbstractContextManager[Loss]:
         """The loss as a scope: entering runs the forward; the backward belongs inside, where gates and dropout hold."""
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart besides the parameters: tensors and plain values."""
+        return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have no state
         """The inverse of `state_dict`."""
 
+    @abstractmethod
     def save(self, folder: Path, step: int) -> list[Path]:
         """Write the adapter files into `folder` and return their paths."""
 

@@ -10,10 +10,11 @@ import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lapwan.errors import UserError
@@ -100,6 +101,58 @@ def make_schedule(settings: ScheduleSettings, optimizer: Optimizer, steps: int) 
     )
 
 
+@dataclass(frozen=True)
+class ScheduledOptimizer:
+    """An optimizer and its lr schedule, which steps with it."""
+
+    optimizer: Optimizer
+    lr_schedule: Any
+
+    @property
+    def kind(self) -> str:
+        """Which optimizer it is: its state is of no use to another one."""
+        return type(self.optimizer).__name__
+
+    @property
+    def lr(self) -> Tensor | float:
+        """The lr to log."""
+        return current_lr(self.optimizer)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that it steps."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """Update the parameters, then the lr."""
+        self.optimizer.step()
+        self.lr_schedule.step()
+
+    def restore(
+        self, saved: Mapping[str, Any], saved_schedule: Mapping[str, Any], keep_hyperparameters: bool
+    ) -> None:
+        """Load the state of optimizer and schedule.
+
+        Args:
+            keep_hyperparameters: keep those of this run instead of the saved ones.
+        """
+        optimizer, schedule = self.optimizer, self.lr_schedule
+        hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        base_lrs = list(schedule.base_lrs)
+        optimizer.load_state_dict(dict(saved))
+        schedule.load_state_dict(dict(saved_schedule))
+        if keep_hyperparameters:
+            for group, current in zip(optimizer.param_groups, hyperparameters, strict=True):
+                group.update(current)
+            schedule.base_lrs = base_lrs
+            for group, base, factor in zip(optimizer.param_groups, base_lrs, schedule.lr_lambdas, strict=True):
+                group["lr"] = base * factor(schedule.last_epoch)
+
+
 def current_lr(optimizer: Optimizer) -> Tensor | float:
     """The lr to log: that of the first group; for Automagic the mean over elements, for Prodigy lr·d."""
     if isinstance(optimizer, Automagic):
@@ -147,24 +200,3 @@ def ratio_line(high: OptimizerSettings, low: OptimizerSettings) -> str:
         return f"LR ratio high / low: {known[0][1]:.2f}"
     shown = ", ".join(f"{ratio:.2f} at sign agreement {p:.2f}" for p, ratio in known)
     return f"predicted LR ratio high / low: {shown} (set by min and max, not by the bumps)"
-
-
-def restore(
-    optimizer: Optimizer, schedule: Any, saved: Mapping[str, Any], saved_schedule: Mapping[str, Any],
-    keep_hyperparameters: bool,
-) -> None:
-    """Load the state of an optimizer and its lr schedule.
-
-    Args:
-        keep_hyperparameters: keep those of this run instead of the saved ones.
-    """
-    hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    base_lrs = list(schedule.base_lrs)
-    optimizer.load_state_dict(dict(saved))
-    schedule.load_state_dict(dict(saved_schedule))
-    if keep_hyperparameters:
-        for group, current in zip(optimizer.param_groups, hyperparameters, strict=True):
-            group.update(current)
-        schedule.base_lrs = base_lrs
-        for group, base, factor in zip(optimizer.param_groups, base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = base * factor(schedule.last_epoch)

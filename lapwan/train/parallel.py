@@ -14,8 +14,8 @@ a time.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ from lapwan.memory.cost import heads_of
 from lapwan.models.base import Base
 from lapwan.settings.train import TrainSettings
 from lapwan.wan.transformer.context_parallel import ContextParallel, check_heads
-from lapwan.wan.transformer.forward_options import forward_options
+from lapwan.wan.transformer.forward_options import ForwardOptions, forward_options
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -42,6 +42,10 @@ class Distributed(Processes):
     def context_parallel_size(self) -> int:
         """Processes that share each clip, and so compute the same loss."""
         return 1
+
+    def without_context_parallel(self) -> AbstractContextManager[None]:
+        """A scope in which one process can run the transformers on its own (validation, previews)."""
+        return nullcontext()
 
     def gather_samples(self, value: T) -> list[T]:
         """What every process logged of its samples, each sample once."""
@@ -115,11 +119,46 @@ def join_processes(device: str) -> tuple[Distributed, str]:
     return distributed, local_device
 
 
+def check_accumulate(accumulate: int, distributed: Distributed, otherwise: str = "") -> None:
+    """Refuse batches of a step that cannot be divided among the processes.
+
+    Args:
+        otherwise: what else to do, for the end of the message.
+
+    Raises:
+        UserError: `accumulate` is no multiple of the number of processes.
+    """
+    if accumulate % distributed.count:
+        raise UserError(f"accumulate = {accumulate} batches a step cannot be divided evenly among {distributed.count} "
+                        f"processes; set it to a multiple of {distributed.count}{otherwise}")
+
+
 # Context parallel
 
 
 class ContextParallelProcesses(Distributed):
     """The processes of a training run under context parallelism: they share the tokens of every clip."""
+
+    def __init__(self, rank: int, count: int, local_rank: int = 0) -> None:
+        super().__init__(rank, count, local_rank)
+        self._shared: list[ForwardOptions] = []
+
+    def share_tokens(self, transformers: Iterable[nn.Module]) -> None:
+        """Split every sequence of these transformers over the processes from now on."""
+        self._shared += [forward_options(transformer) for transformer in transformers]
+        self._set(ContextParallel(self.rank, self.count))
+
+    def _set(self, context_parallel: ContextParallel | None) -> None:
+        for options in self._shared:
+            options.context_parallel = context_parallel
+
+    @contextmanager
+    def without_context_parallel(self) -> Iterator[None]:
+        self._set(None)
+        try:
+            yield
+        finally:
+            self._set(ContextParallel(self.rank, self.count))
 
     @property
     def context_parallel_size(self) -> int:
@@ -154,32 +193,6 @@ def choose_parallelism(settings: TrainSettings, base: Base, distributed: Distrib
                             "process a part; use dropout.rank or dropout.module, or divide = \"batches\"")
     console.log(f"{distributed.count} processes share the tokens of each clip")
     return ContextParallelProcesses(distributed.rank, distributed.count, distributed.local_rank)
-
-
-def enable_context_parallel(
-    transformers: Iterable[nn.Module], distributed: ContextParallelProcesses
-) -> Callable[[], AbstractContextManager[None]]:
-    """Split every sequence of these transformers over the processes.
-
-    Returns:
-        A scope without it, in which one process runs the transformers on its own (validation, previews).
-    """
-    options = [forward_options(transformer) for transformer in transformers]
-
-    def set_all(context_parallel: ContextParallel | None) -> None:
-        for forward in options:
-            forward.context_parallel = context_parallel
-
-    @contextmanager
-    def disabled() -> Iterator[None]:
-        set_all(None)
-        try:
-            yield
-        finally:
-            set_all(ContextParallel(distributed.rank, distributed.count))
-
-    set_all(ContextParallel(distributed.rank, distributed.count))
-    return disabled
 
 
 # FSDP2

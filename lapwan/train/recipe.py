@@ -1,4 +1,4 @@
-"""From settings to a trainer: what LoRA and mixture runs share (data, schedule, optimizers, step callbacks)."""
+"""From settings to a trainer: what the recipes of the stages share (data, schedule, optimizers, the trainer itself)."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from lapwan.names import Band, NoiseExpert
 from lapwan.settings.base import Settings
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train import NoiseExpertSettings, TrainSettings, split_evenly
-from lapwan.train.callbacks.alpha_schedule import AlphaSchedule
-from lapwan.train.callbacks.max_norm import MaxNorm
+from lapwan.train.callbacks.base import Callback
 from lapwan.train.clip_store import ClipStore, cached_bytes, check_cache, sampling_weights, training_items
+from lapwan.train.ema import Ema
 from lapwan.train.objective import Objective, SigmaRule
-from lapwan.train.optimizers import make_optimizer, make_schedule, predicted_lr
-from lapwan.train.parallel import ContextParallelProcesses, Distributed, enable_context_parallel
+from lapwan.train.optimizers import ScheduledOptimizer, make_optimizer, make_schedule, predicted_lr
+from lapwan.train.parallel import ContextParallelProcesses, Distributed, check_accumulate
 from lapwan.train.sample_order import SampleOrder
 from lapwan.train.schedule import interleave, one_after_the_other
-from lapwan.train.trainer import Trainer
-from lapwan.train.trainer_plan import DataStream, TrainerPlan
+from lapwan.train.trainer import Trainer, TrainerConfig
+from lapwan.train.training_data import DataStream, TrainingData
 from lapwan.wan.transformer.compile import CompileReport, compile_blocks, worth_compiling
 
 
@@ -113,12 +113,6 @@ def workload(
         max((item.bucket for item in data.items), key=math.prod), cached_bytes(data.index, data.items),
         min(data.schedule.count(e) for e in data.noise_experts),
         {e: (trained or {}).get(e) or ranks for e, ranks in defaults.items()}, frozen or {})
-
-
-def use_memory_plan(trainer: Trainer, memory: TrainingMemory, offload: NoiseExpertOffload) -> None:
-    """Hand the parts of a memory plan that the trainer carries out to it."""
-    trainer.plan.before_turn, trainer.plan.memory_summary = offload.activate, memory.line
-    trainer.plan.micro_batch, trainer.plan.predicted_peak = memory.micro_batch, memory.plan.peak
 
 
 def initial_loras(paths: Mapping[NoiseExpert, Path], base: Base) -> dict[NoiseExpert, LoraFile]:
@@ -197,63 +191,106 @@ def provenance(settings: TrainSettings, base: Base, data: RunData, noise_expert:
     }
 
 
-def make_trainer(
-    settings: TrainSettings, base: Base, data: RunData, objective: Objective, store: ClipStore, command: str,
-    distributed: Distributed,
-) -> Trainer:
-    """A trainer for an objective: data streams, optimizers, lr schedules and step callbacks.
+@dataclass(frozen=True)
+class RunParts:
+    """What the recipe of every stage makes of its settings: what callbacks look at and the trainer takes.
+
+    Args:
+        optimizers: by the names of the objective's parameter groups.
+        schedule: the noise expert of every optimizer step.
+        identity: hashes of what the run is trained on, checked on resume.
+        offload: brings a noise expert to the device.
+        command: what the user typed, such as "lapwan train-lora".
+    """
+
+    objective: Objective
+    data: TrainingData
+    optimizers: Mapping[str, ScheduledOptimizer]
+    schedule: Sequence[NoiseExpert]
+    identity: Mapping[str, str]
+    offload: NoiseExpertOffload
+    command: str
+    distributed: Distributed
+    ema: Ema | None = None
+
+
+def run_parts(
+    settings: TrainSettings, base: Base, data: RunData, objective: Objective, store: ClipStore,
+    memory: TrainingMemory, offload: NoiseExpertOffload, command: str, distributed: Distributed,
+) -> RunParts:
+    """The parts of a flow-matching run: its optimizers and data streams follow each noise expert's own settings.
 
     Raises:
         UserError: batches a step that cannot be divided among the processes.
     """
-    if settings.accumulate % distributed.count and not isinstance(distributed, ContextParallelProcesses):
-        raise UserError(f"accumulate = {settings.accumulate} batches a step cannot be dealt out evenly to "
-                        f"{distributed.count} processes; set it to a multiple of {distributed.count}, or divide = "
-                        "\"tokens\"")
-    optimizers, lr_schedules = {}, {}
+    if not isinstance(distributed, ContextParallelProcesses):
+        check_accumulate(settings.accumulate, distributed, ", or divide = \"tokens\"")
+    optimizers = {}
     for name, groups in objective.parameter_groups.items():
         # What both noise experts share is stepped in every turn, with the settings of the run.
         shared = name not in [e.value for e in data.noise_experts]
         source: NoiseExpertSettings | TrainSettings = settings if shared else data.noise_experts[NoiseExpert(name)]
-        optimizers[name] = make_optimizer(source.optimizer, groups)
+        optimizer = make_optimizer(source.optimizer, groups)
         steps = len(data.schedule) if shared else data.schedule.count(NoiseExpert(name))
-        lr_schedules[name] = make_schedule(source.schedule, optimizers[name], max(1, steps))
-    data_streams = {
+        optimizers[name] = ScheduledOptimizer(optimizer, make_schedule(source.schedule, optimizer, max(1, steps)))
+    streams = {
         noise_expert: DataStream(order, sigma_rule(data.noise_experts[noise_expert], base.bands[noise_expert]))
         for noise_expert, order in data.orders().items()
     }
-    plan = TrainerPlan(
-        run_folder=settings.output, schedule=data.schedule, data_streams=data_streams, optimizers=optimizers,
-        lr_schedules=lr_schedules, load_batch=store.batch, item_ids=[item.id for item in data.items],
-        seed=settings.seed, accumulate=settings.accumulate, max_grad_norm=settings.max_grad_norm,
-        ema_decay=settings.ema_decay, caption_dropout=settings.caption_dropout, save_every=settings.save_every,
-        log_every=settings.log_every, sigma_bins=settings.sigma_bins, keep_last=settings.keep_last,
-        keep_best=settings.keep_best, resume_command=f"{command} --resume", identity=data.identity(base),
-        allow_changed=settings.allow_changed, distributed=distributed,
-    )
+    training_data = TrainingData(
+        streams, store.batch, [item.id for item in data.items], settings.seed, settings.accumulate,
+        memory.micro_batch, settings.caption_dropout, distributed)
     if isinstance(distributed, ContextParallelProcesses):
-        transformers = [adapter.transformer for adapter in objective.adapters.values()]
-        plan.without_context_parallel = enable_context_parallel(transformers, distributed)
+        distributed.share_tokens(adapter.transformer for adapter in objective.adapters.values())
     _compile(settings, base, data, objective, distributed)
-    plan.after_step = CompileReport().log
-    trainer = Trainer(plan, objective)
-    _add_step_callbacks(trainer, base, data)
-    return trainer
+    ema = None if settings.ema_decay is None else Ema(objective.parameters, settings.ema_decay)
+    return RunParts(objective, training_data, optimizers, data.schedule, data.identity(base), offload, command,
+                    distributed, ema)
 
 
-def _add_step_callbacks(trainer: Trainer, base: Base, data: RunData) -> None:
-    """Max norm and alpha phases, where the settings ask for them."""
-    adapters = trainer.objective.adapters
-    limits = {e: settings.max_norm for e, settings in data.noise_experts.items() if settings.max_norm is not None}
-    if limits:
-        trainer.step_callbacks["max_norm"] = MaxNorm(adapters, limits)
-    for noise_expert, settings in data.noise_experts.items():
-        if settings.alpha_schedule.phases:
-            prefix = f"{noise_expert.value}."
-            ups = {n: p for n, p in trainer.parameters.items() if n.startswith(prefix) and n.endswith(".up")}
-            trainer.step_callbacks[f"alpha.{noise_expert.value}"] = AlphaSchedule(
-                noise_expert, settings.alpha_schedule, adapters[noise_expert], base.bands[noise_expert], ups,
-                trainer.plan.optimizers[noise_expert.value], trainer.ema)
+class Onload(Callback):
+    """Brings the weights of the noise expert whose turn it is to the device."""
+
+    name = "onload"
+
+    def __init__(self, offload: NoiseExpertOffload) -> None:
+        self.offload = offload
+
+    def before_turn(self, noise_expert: NoiseExpert) -> None:
+        self.offload.activate(noise_expert)
+
+
+class CompileTimes(Callback):
+    """Logs how long the blocks' graphs took to compile, after the step that compiled them."""
+
+    name = "compile_times"
+
+    def __init__(self) -> None:
+        self._report = CompileReport()
+
+    def after_backward(self, noise_expert: NoiseExpert) -> None:
+        self._report.log()
+
+
+def make_trainer(
+    settings: TrainSettings | SrpoSettings, parts: RunParts, callbacks: Sequence[Callback], memory_summary: str,
+    predicted_peak: int = 0,
+) -> Trainer:
+    """The trainer of a run.
+
+    Args:
+        callbacks: of the stage, besides those that bring weights to the device and log compilations.
+        memory_summary: the memory plan in one line.
+        predicted_peak: bytes on the device; 0: not predicted.
+    """
+    config = TrainerConfig(
+        run_folder=settings.output, max_grad_norm=settings.max_grad_norm, save_every=settings.save_every,
+        log_every=settings.log_every, sigma_bins=settings.sigma_bins, keep_last=settings.keep_last,
+        keep_best=settings.keep_best, identity=parts.identity, allow_changed=settings.allow_changed,
+        resume_command=f"{parts.command} --resume", memory_summary=memory_summary, predicted_peak=predicted_peak)
+    return Trainer(
+        parts.objective, parts.data, parts.schedule, parts.optimizers, config,
+        [Onload(parts.offload), CompileTimes(), *callbacks], parts.ema, parts.distributed)
 
 
 def _compile(
@@ -273,10 +310,10 @@ def run_training(trainer: Trainer, settings: TrainSettings | SrpoSettings) -> bo
     """Resume if asked, then train to the end; False if no step was left."""
     if settings.resume:
         if trainer.resume():
-            console.log(f"resuming {settings.output} at step {trainer.step} of {len(trainer.plan.schedule)}")
+            console.log(f"resuming {settings.output} at step {trainer.step} of {len(trainer.schedule)}")
         else:
             console.log(f"{settings.output} has no checkpoint yet; starting at step 0")
-    if trainer.step >= len(trainer.plan.schedule):
+    if trainer.step >= len(trainer.schedule):
         console.log(f"{settings.output} is complete: {trainer.step} steps; nothing to do")
         return False
     trainer.fit()

@@ -26,7 +26,17 @@ from diffusers import WanTransformer3DModel
 sys.path.insert(0, str(Path(__file__).parent))
 
 from speed_measure import machine, seconds_of
-from speed_model import A14B, SMALL, lora_trainer, mixture_trainer, random_model, set_checkpointing, spoken, step
+from speed_model import (
+    A14B,
+    SMALL,
+    lora_trainer,
+    mixture_trainer,
+    random_model,
+    set_checkpointing,
+    share_steps,
+    spoken,
+    step,
+)
 
 from lapwan.train.parallel import ContextParallelProcesses, Distributed, join_processes
 from lapwan.wan.backbone import velocity
@@ -59,9 +69,7 @@ def steps(mixture: bool, model: WanTransformer3DModel, ranks: Distributed, repea
     set_checkpointing(model, "off")
 
     def work(together: bool) -> Callable[[], object]:
-        trainer.plan.distributed = ranks if together else Distributed()
-        trainer.plan.accumulate = ranks.count if together else 1
-        trainer._prefetcher.__init__(trainer.plan)
+        share_steps(trainer, ranks if together else Distributed(), ranks.count if together else 1)
         return lambda: step(trainer)
 
     row = in_turn(ranks, repeats, work)
@@ -75,9 +83,8 @@ def shared_steps(model: WanTransformer3DModel, ranks: Distributed, repeats: int,
     set_checkpointing(model, "block")
 
     def work(together: bool) -> Callable[[], object]:
-        trainer.plan.distributed = ContextParallelProcesses(ranks.rank, ranks.count) if together else Distributed()
+        share_steps(trainer, ContextParallelProcesses(ranks.rank, ranks.count) if together else Distributed())
         forward_options(model).context_parallel = ContextParallel(ranks.rank, ranks.count) if together else None
-        trainer._prefetcher.__init__(trainer.plan)
         return lambda: step(trainer)
 
     row = in_turn(ranks, max(3, repeats // 3), work)

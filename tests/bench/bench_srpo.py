@@ -119,12 +119,12 @@ def seconds_of(function: Any, device: torch.device) -> tuple[float, Any]:
 
 def parts_of_a_step(trainer: Any, case: Case, device: torch.device) -> dict[str, float]:
     """Seconds of one batch's rollout, and of its loss with backward."""
-    noise_expert = trainer.plan.schedule[0]
-    trainer.plan.before_turn(noise_expert)
-    batch = trainer.plan.load_batch(list(range(case.batch)))
+    noise_expert = trainer.schedule[0]
+    trainer.callbacks["onload"].before_turn(noise_expert)
+    batch = trainer.data.load_batch(list(range(case.batch)))
     keys = [(7, noise_expert.value, i, own) for i, own in enumerate(batch.ids)]
-    draws = make_draws(batch, keys, trainer.plan.data_streams[noise_expert].sigma_rule)
-    rollout, [batch] = seconds_of(lambda: trainer.plan.complete_batches(noise_expert, [batch], [draws]), device)
+    draws = make_draws(batch, keys, trainer.data.streams[noise_expert].sigma_rule)
+    rollout, [batch] = seconds_of(lambda: trainer.objective.prepare(noise_expert, [batch], draws=[draws]), device)
 
     def gradient() -> None:
         with trainer.objective.loss(noise_expert, batch, draws) as loss:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +27,11 @@ from lapwan.tiny.model import tiny_folder
 from lapwan.train.lora.objective import LORA_GROUP, LoraObjective
 from lapwan.train.moe.objective import MixtureObjective, MixtureWeights
 from lapwan.train.objective import Objective, SigmaRule
-from lapwan.train.optimizers import make_optimizer, make_schedule
+from lapwan.train.optimizers import ScheduledOptimizer, make_optimizer, make_schedule
+from lapwan.train.parallel import Distributed
 from lapwan.train.sample_order import SampleOrder
-from lapwan.train.trainer import Trainer
-from lapwan.train.trainer_plan import DataStream, TrainerPlan
+from lapwan.train.trainer import Trainer, TrainerConfig
+from lapwan.train.training_data import DataStream, TrainingData
 from lapwan.wan.quantise.load import fill, linears_of
 from lapwan.wan.transformer.forward_options import forward_options
 
@@ -186,15 +187,17 @@ def _batch(model: WanTransformer3DModel, size: str, clip: int) -> Batch:
 def _trainer(objective: Objective, model: WanTransformer3DModel, size: str, clips: int = 8) -> Trainer:
     batches = [_batch(model, size, clip) for clip in range(clips)]
     optimizers = {n: make_optimizer(AdamWSettings(), groups) for n, groups in objective.parameter_groups.items()}
-    load: Callable[[list[int]], Batch] = lambda indices: batches[indices[0]]  # noqa: E731
-    plan = TrainerPlan(
-        run_folder=Path("unused"), schedule=[EXPERT] * 10_000,
-        data_streams={EXPERT: DataStream(SampleOrder([0] * clips, 1, 0, "high"), SigmaRule(band=BAND))},
-        optimizers=optimizers,
-        lr_schedules={n: make_schedule(ScheduleSettings(), o, 10_000) for n, o in optimizers.items()},
-        load_batch=load, item_ids=[f"clip{i}" for i in range(clips)], seed=0,
-    )
-    return Trainer(plan, objective)
+    scheduled = {n: ScheduledOptimizer(o, make_schedule(ScheduleSettings(), o, 10_000)) for n, o in optimizers.items()}
+    streams = {EXPERT: DataStream(SampleOrder([0] * clips, 1, 0, "high"), SigmaRule(band=BAND))}
+    data = TrainingData(streams, lambda indices: batches[indices[0]], [f"clip{i}" for i in range(clips)], seed=0)
+    return Trainer(objective, data, [EXPERT] * 10_000, scheduled, TrainerConfig(Path("unused")))
+
+
+def share_steps(trainer: Trainer, distributed: Distributed, accumulate: int = 1) -> None:
+    """Take the next steps in these processes, with `accumulate` batches each."""
+    data = trainer.data
+    trainer.data = TrainingData(data.streams, data.load_batch, data.item_ids, 0, accumulate, distributed=distributed)
+    trainer.distributed = distributed
 
 
 def step(trainer: Trainer) -> None:

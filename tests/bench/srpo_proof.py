@@ -41,7 +41,7 @@ from lapwan.train.objective import SigmaRule, flow_terms
 from lapwan.train.recipe import run_training
 from lapwan.train.run_folder import start_folder
 from lapwan.train.srpo import recipe
-from lapwan.train.srpo.held_out import HeldOut, begin
+from lapwan.train.srpo.held_out import HeldOut
 from lapwan.train.trainer import Trainer
 
 HERE = Path(__file__).parent
@@ -84,7 +84,7 @@ def settings_of(work: Path, mode: str, seed: int, device: str) -> SrpoSettings:
 def flow_loss(trainer: Trainer, cache: Path, base: bool) -> list[float]:
     """Each held-out clip's mean flow loss over the trained noise expert's own band, with the LoRA or without."""
     [(noise_expert, one)] = trainer.objective.trained.items()
-    index, device = load_index(cache), trainer.plan.load_batch([0]).latents_BCTHW.device
+    index, device = load_index(cache), trainer.data.load_batch([0]).latents_BCTHW.device
     store, rule = ClipStore(index, index.items, device), SigmaRule(Uniform(), BANDS[noise_expert])
     losses = []
     with one.adapter.holder.scope(torch.full((1, 1), 0.0 if base else 1.0, device=device)):
@@ -112,7 +112,6 @@ def run(work: Path, mode: str, seed: int, device_name: str) -> dict[str, Any]:
     rewards = build_rewards(settings.rewards, device, {"tiny": make_tiny_reward})
     started = time.monotonic()
     trainer = recipe.prepare(settings, planned.base, planned.data, rewards, planned.memory, device)
-    begin(trainer, settings)
     run_training(trainer, settings)
     seconds = time.monotonic() - started
     callback = trainer.callbacks["held_out"]

@@ -51,9 +51,9 @@ def test_recomputation_on_autograds_threads_meets_the_gates_of_its_forward(noise
             for name, parameter in trainer.parameters.items():
                 if name.endswith(".up"):
                     parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-        batch = trainer.plan.load_batch([0, 1])
+        batch = trainer.data.load_batch([0, 1])
         trainer.objective.prepare(noise_expert, [batch])
-        stream = trainer.plan.data_streams[noise_expert]
+        stream = trainer.data.streams[noise_expert]
         draws = make_draws(batch, [(0, noise_expert.value, 0, clip) for clip in batch.ids], stream.sigma_rule)
         with trainer.objective.loss(noise_expert, batch, draws) as loss:
             loss.total_B.mean().backward()

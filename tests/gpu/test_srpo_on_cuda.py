@@ -14,7 +14,6 @@ from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.reward import make_tiny_reward
 from lapwan.train.recipe import run_training
 from lapwan.train.srpo import recipe
-from lapwan.train.srpo.held_out import begin
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -32,7 +31,6 @@ def trained(folder: Path, name: str, **changes: Any) -> Any:
     settings.output.mkdir(exist_ok=True)
     rewards = build_rewards(settings.rewards, device, {"tiny": make_tiny_reward})
     trainer = recipe.prepare(settings, planned.base, planned.data, rewards, planned.memory, device)
-    begin(trainer, settings)
     run_training(trainer, settings)
     return trainer
 
@@ -66,7 +64,7 @@ def test_offload_of_the_idle_noise_expert_changes_no_bit(repeatable, tmp_path):
 def test_masters_and_states_are_where_they_were_asked_for(tmp_path, changes):
     trainer = trained(tmp_path, "run", **changes)
     assert all(p.is_cuda for p in trainer.parameters.values())
-    found = [(p.dtype, one) for p, one in trainer.plan.optimizers["low"].state.items()]
+    found = [(p.dtype, one) for p, one in trainer.optimizers["low"].optimizer.state.items()]
     bf16, full = changes.get("master_weights") == "bf16", changes.get("train") == "full"
     for dtype, one in found:
         kept = [value for value in one.values() if isinstance(value, torch.Tensor)]

@@ -55,7 +55,7 @@ def test_delta_w_is_continuous_at_a_transition_and_the_other_noise_expert_is_not
     trainer = make_lora(steps=3, optimizer=optimizer, ema_decay=0.5,
                         high={"alpha_schedule": phases(8.0, 20.0, max_steps=2)})
     randomise(trainer)
-    rule = trainer.step_callbacks["alpha.high"]
+    rule = trainer.callbacks["alpha.high"]
     before = {}
     rescale = rule._rescale
 
@@ -65,7 +65,7 @@ def test_delta_w_is_continuous_at_a_transition_and_the_other_noise_expert_is_not
         entries = trainer.objective.adapters[HIGH].state("lora").entries
         before["delta"] = {path: e.delta(torch.float64) * factor for path, e in entries.items()}
         before["low"] = {path: e.delta(torch.float64) for path, e in low.items()}
-        before["state"] = {n: {k: v.clone() for k, v in trainer.plan.optimizers["high"].state[p].items()
+        before["state"] = {n: {k: v.clone() for k, v in trainer.optimizers["high"].optimizer.state[p].items()
                                if isinstance(v, torch.Tensor)} for n, p in rule._ups.items()}
         before["ema"] = {n: trainer.ema.means[n].clone() for n in rule._ups}
         rescale(factor)
@@ -75,18 +75,18 @@ def test_delta_w_is_continuous_at_a_transition_and_the_other_noise_expert_is_not
             was = before["delta"][path]  # equal up to the rounding of B to fp32
             torch.testing.assert_close(entry.delta(torch.float64), was, rtol=0, atol=1e-6 * float(was.abs().max()))
         for name, parameter in rule._ups.items():
-            now, was = trainer.plan.optimizers["high"].state[parameter], before["state"][name]
+            now, was = trainer.optimizers["high"].optimizer.state[parameter], before["state"][name]
             for key, power in (("exp_avg", 1), ("exp_avg_sq", 2), ("row", 2), ("column", 2), ("lr", 0)):
                 if key in was:
                     torch.testing.assert_close(now[key], was[key] * 2.5**power)
             torch.testing.assert_close(trainer.ema.means[name], before["ema"][name] / 2.5)
 
     rule._rescale = watched
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     trainer.fit()
     assert before and rule.alpha == 20.0
     assert all(e.alpha != 20.0 for e in trainer.objective.adapters[LOW].state("lora").entries.values())
-    [(_, file)] = open_lora(trainer.plan.run_folder / "lapwan_high_noise.safetensors").items()
+    [(_, file)] = open_lora(trainer.config.run_folder / "lapwan_high_noise.safetensors").items()
     assert {entry.alpha for entry in file.read().entries.values()} == {20.0}
 
 
@@ -94,9 +94,9 @@ def test_a_flat_loss_ends_the_phase_and_the_log_says_the_numbers(make_lora, caps
     trainer = make_lora(noise_experts=["high"], steps=40, alpha_schedule={
         **phases(4.0, 8.0, min_steps=22, min_gradient_stability=0.47, loss_improvement_rate_below=0.005),
         "decrease_below": 10.0, "confirmations": 2, "check_every": 5, "window": 100})
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     trainer.fit()
-    rows = [json.loads(line) for line in (trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trainer.config.run_folder / "metrics.jsonl").read_text().splitlines()]
     values = [row["alpha/value"] for row in rows]
     # 20 losses are the fewest that say anything; the second check in a row, and past min_steps, is at 25
     assert values == [4.0] * 24 + [8.0] * 16
@@ -109,9 +109,9 @@ def test_a_flat_loss_ends_the_phase_and_the_log_says_the_numbers(make_lora, caps
 def test_a_phase_that_still_falls_goes_on_until_max_steps(make_lora):
     trainer = make_lora(noise_experts=["high"], steps=30, alpha_schedule={
         **phases(4.0, 8.0, max_steps=27), "decrease_below": 1e-9, "check_every": 5})
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     trainer.fit()
-    rows = [json.loads(line) for line in (trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trainer.config.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["alpha/value"] for row in rows] == [4.0] * 26 + [8.0] * 4
 
 
@@ -119,17 +119,17 @@ def test_resume_after_a_transition_is_bitwise(make_lora, make_moe, tmp_path):
     common = {"steps": 6, "alpha_schedule": phases(4.0, 8.0, 2.0, max_steps=2), "optimizer": {"lr": 1e-2}}
     for kind, make in (("lora", make_lora), ("moe", make_moe)):
         whole = make(output=tmp_path / f"{kind}whole", **common)
-        whole.plan.run_folder.mkdir()
+        whole.config.run_folder.mkdir()
         whole.fit()
         part = make(output=tmp_path / f"{kind}part", **common)
-        part.plan.run_folder.mkdir()
-        part.plan.schedule = part.plan.schedule[:5]
+        part.config.run_folder.mkdir()
+        part.schedule = part.schedule[:5]
         part.fit()
         again = make(output=tmp_path / f"{kind}part", **common)
-        assert again.resume() and again.step_callbacks["alpha.high"].alpha == 8.0
+        assert again.resume() and again.callbacks["alpha.high"].alpha == 8.0
         again.fit()
         assert all(torch.equal(p, again.parameters[n]) for n, p in whole.parameters.items())
-        assert again.step_callbacks["alpha.low"].alpha == 2.0
+        assert again.callbacks["alpha.low"].alpha == 2.0
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -27,11 +27,11 @@ HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 
 
 def rows(trainer) -> list[dict]:
-    return [json.loads(line) for line in (trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (trainer.config.run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def fitted(trainer):
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     trainer.fit()
     return trainer
 
@@ -48,7 +48,7 @@ def test_logged_figures_of_the_weights_are_those_of_the_saved_files(make_lora):
     seen = {row["step"]: row for row in rows(trainer) if "weights/high/delta_norm" in row}
     assert set(seen) == {4, 8}
     for noise_expert in NoiseExpert:
-        [(_, file)] = open_lora(trainer.plan.run_folder / f"lapwan_{noise_expert.file_suffix}.safetensors").items()
+        [(_, file)] = open_lora(trainer.config.run_folder / f"lapwan_{noise_expert.file_suffix}.safetensors").items()
         figures = summarise(measure(file.modules))
         for name in ("legacy_mean_abs", "mean_abs_B", "delta_norm", "init_floor"):
             assert seen[8][f"weights/{noise_expert.value}/{name}"] == pytest.approx(getattr(figures, name), rel=1e-6)
@@ -88,15 +88,15 @@ def test_the_ratio_of_the_weights_follows_the_lr_bounds_of_a_motion_run(make_lor
 def test_the_monitor_stops_a_run_whose_low_expert_learns_too_fast_at_the_step_the_rule_says(make_lora):
     trainer = make_lora(steps=40, turn=2, watch={"every": 4}, low={"optimizer": {"lr": 2e-2}}, save_every=1000,
                         health={"preset": "motion", "on_unhealthy": "stop", "after": 6, "patience": 2})
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     # Evaluated at 4, 8, 12, ...: at 12 each noise expert has 6 steps, so 12 is the first to judge and 16 the second.
     with pytest.raises(UserError, match=r"2 evaluations in a row: mean\|B\|, high / low: .*saved at step 16 of 80"):
         trainer.fit()
-    assert checkpoints(trainer.plan.run_folder)[-1][0] == 16 and rows(trainer)[-1]["health/status"] == 2.0
+    assert checkpoints(trainer.config.run_folder)[-1][0] == 16 and rows(trainer)[-1]["health/status"] == 2.0
     again = make_lora(steps=40, turn=2, watch={"every": 4}, low={"optimizer": {"lr": 2e-2}}, save_every=1000,
                       health={"preset": "motion", "on_unhealthy": "warn", "after": 6, "patience": 2})
     assert again.resume()
-    again.plan.schedule = again.plan.schedule[:20]
+    again.schedule = again.schedule[:20]
     again.fit()
     assert again.step == 20
 
@@ -119,7 +119,7 @@ def test_validation_is_the_same_at_every_look_until_the_weights_change(make_lora
     make = {"data": {"cache": split_cache}, "validation": {"every": 2, "sigmas": 3}, "optimizer": {"lr": 1e-2},
             "dropout": {"rank": 0.5}, "caption_dropout": 0.5}
     trainer = make_lora(steps=4, **make)
-    assert len(trainer.plan.item_ids) == 2 and len(trainer.callbacks["validation"]._store.items) == 2
+    assert len(trainer.data.item_ids) == 2 and len(trainer.callbacks["validation"]._store.items) == 2
     first = trainer.callbacks["validation"].losses(HIGH)
     assert first == trainer.callbacks["validation"].losses(HIGH)
     assert len([name for name in first if name.startswith("loss_at_sigma_")]) == 3
@@ -134,7 +134,7 @@ def test_validation_is_the_same_at_every_look_until_the_weights_change(make_lora
     assert trainer.callbacks["validation"].losses(HIGH)["loss"] == seen[-1]
     row = rows(trainer)[-1]
     assert row["validation/mean"] == pytest.approx((row["validation/high/loss"] + row["validation/low/loss"]) / 2)
-    output = trainer.plan.run_folder.parent / "other"
+    output = trainer.config.run_folder.parent / "other"
     other = make_lora(steps=4, **{**make, "batch_size": 2, "accumulate": 2}, output=output)
     assert other.callbacks["validation"].losses(HIGH) == first  # nothing of how it is trained
 
@@ -142,7 +142,7 @@ def test_validation_is_the_same_at_every_look_until_the_weights_change(make_lora
 def test_a_mixture_validates_its_routing_too(make_moe, split_cache):
     trainer = make_moe(data={"cache": split_cache}, validation={"every": 2, "sigmas": 1})
     usage = trainer.objective.usage_E.clone()
-    figures = trainer.callbacks["validation"].run(0, None).figures
+    figures = trainer.callbacks["validation"].on_step(0, None).figures
     assert 0 <= figures["validation/low/metrics/routing_accuracy"] <= 1
     assert torch.equal(usage, trainer.objective.usage_E)  # looking changes nothing
 
@@ -167,7 +167,7 @@ def test_checkpoints_kept_are_the_newest_and_the_best(make_lora, split_cache, mo
     monkeypatch.setattr(
         callback, "losses", lambda noise_expert: {"loss": next(scores) if noise_expert is HIGH else 1.0})
     fitted(trainer)
-    assert [step for step, _ in checkpoints(trainer.plan.run_folder)] == [2, 7, 8]
+    assert [step for step, _ in checkpoints(trainer.config.run_folder)] == [2, 7, 8]
     with pytest.raises(ValueError, match="keep_best needs a validation at every checkpoint: save_every = 3"):
         TrainLoraSettings.model_validate({"output": "run", "steps": 1, "data": {"cache": "c"}, "keep_best": 1,
                                           "save_every": 3, "validation": {"every": 2}})
@@ -181,13 +181,13 @@ def test_previews_go_through_both_noise_experts_and_change_nothing(kind, make_lo
     make = {"lora": make_lora, "moe": make_moe}[kind]
     plain = fitted(make(output=tmp_path / "plain", steps=4, optimizer={"lr": 1e-2}))
     trainer = fitted(make(output=tmp_path / "run", steps=4, optimizer={"lr": 1e-2}, preview=PREVIEW))
-    videos = sorted((trainer.plan.run_folder / "previews").iterdir())
+    videos = sorted((trainer.config.run_folder / "previews").iterdir())
     assert [video.name for video in videos] == ["step_000004_0.mp4", "step_000008_0.mp4"]
     facts = [json.loads(read_video_metadata(video)["facts"]) for video in videos]
     assert all(fact["steps"]["high"] >= 1 and fact["steps"]["low"] >= 1 for fact in facts)
     assert facts[0]["frames"] != facts[1]["frames"]
     assert all(torch.equal(p, trainer.parameters[n]) for n, p in plain.parameters.items())
-    events = next((trainer.plan.run_folder / "tensorboard").iterdir()).read_bytes()
+    events = next((trainer.config.run_folder / "tensorboard").iterdir()).read_bytes()
     assert b"preview/0" in events and b"validation/mean" not in events
 
 
@@ -199,13 +199,13 @@ def test_a_preview_is_what_generate_makes_of_the_saved_files(make_lora):
 
     trainer = fitted(make_lora(steps=2, optimizer={"lr": 1e-2}, preview=PREVIEW, ema_decay=0.5))
     base = resolve_base("tiny")
-    files = [LoraArgument(path=trainer.plan.run_folder / f"lapwan_{e.file_suffix}.safetensors", noise_expert=e.value)
+    files = [LoraArgument(path=trainer.config.run_folder / f"lapwan_{e.file_suffix}.safetensors", noise_expert=e.value)
              for e in NoiseExpert]
     settings = TrainLoraSettings.model_validate(
         {"output": "run", "steps": 1, "data": {"cache": "c"}, "preview": PREVIEW}).preview
     [request] = preview_requests(settings, base.spec, (5, 32, 32))
     again = Generator(*read_adapters(base, files, None)).generate(request)
-    [video] = (trainer.plan.run_folder / "previews").iterdir()
+    [video] = (trainer.config.run_folder / "previews").iterdir()
     assert json.loads(read_video_metadata(video)["facts"])["frames"] == again.facts["frames"]
 
 
@@ -268,15 +268,15 @@ def test_inverted_and_shared_bands_are_seen():
 
 def test_out_of_memory_says_what_to_change_and_saves(make_lora, tmp_path, monkeypatch):
     trainer = make_lora(steps=4, output=tmp_path / "run")
-    trainer.plan.run_folder.mkdir()
-    load = trainer.plan.load_batch
+    trainer.config.run_folder.mkdir()
+    load = trainer.data.load_batch
 
     def large(indices):
         if trainer.step == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return load(indices)
 
-    trainer.plan.load_batch = large
+    trainer.data.load_batch = large
     with pytest.raises(UserError, match=r"out of memory in step 4.*20.00 GiB.*the plan was memory: both.*"
                                         r"the state of step 3 is saved.*memory = .stream., act.*--allow-changed"):
         trainer.fit()
@@ -321,7 +321,7 @@ def test_one_noise_expert_at_a_time_trains_and_looks_the_same(kind, make_lora, m
     both, one = ([row.get("validation/mean") for row in rows(run)] for run in runs)
     assert both == one and both[2] is not None
     # the idle noise expert's weights lie in their host copy, and only they
-    offload = runs[1].plan.before_turn.__self__
+    offload = runs[1].callbacks["onload"].offload
     offload.activate(HIGH)
     for noise_expert, weights in offload._offloads.items():
         copy = weights._rest

@@ -72,7 +72,7 @@ def test_one_at_a_time(tmp_path) -> None:
 def test_training_goes_on_while_a_checkpoint_is_written(make_lora, tmp_path, monkeypatch) -> None:
     """Checkpoint 2 cannot be finished before step 3 has been taken; that of the end is there when `fit` returns."""
     trainer = make_lora(output=tmp_path / "run", save_every=2, steps=3)
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     taken, original, step = threading.Event(), checkpoint.save_file, trainer._train_step
 
     def slow(tensors, path) -> None:
@@ -82,7 +82,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(make_lora, tmp_path, mon
 
     def tell(*arguments):
         if trainer.step == 2:
-            assert not checkpoints(trainer.plan.run_folder)
+            assert not checkpoints(trainer.config.run_folder)
         reason = step(*arguments)
         if trainer.step == 3:
             taken.set()
@@ -91,4 +91,4 @@ def test_training_goes_on_while_a_checkpoint_is_written(make_lora, tmp_path, mon
     monkeypatch.setattr(checkpoint, "save_file", slow)
     monkeypatch.setattr(trainer, "_train_step", tell)
     trainer.fit()
-    assert [number for number, _ in checkpoints(trainer.plan.run_folder)] == [2, 4, 6]
+    assert [number for number, _ in checkpoints(trainer.config.run_folder)] == [2, 4, 6]

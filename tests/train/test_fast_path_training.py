@@ -27,7 +27,7 @@ def test_a_run_ends_with_the_losses_of_diffusers_forward(stage, make_lora, make_
         if name == "theirs":
             monkeypatch.setattr("lapwan.train.objective.velocity", through_diffusers)
         trainer = make(output=tmp_path / name, steps=6, optimizer={"lr": 3e-3})
-        trainer.plan.run_folder.mkdir()
+        trainer.config.run_folder.mkdir()
         trainer.fit()
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         files = sorted((tmp_path / name).glob("*.safetensors"))

@@ -32,13 +32,13 @@ LR = {"optimizer": {"lr": 5e-3}}
 
 
 def fitted(trainer):
-    trainer.plan.run_folder.mkdir(exist_ok=True)
+    trainer.config.run_folder.mkdir(exist_ok=True)
     trainer.fit()
     return trainer
 
 
 def losses(trainer) -> list[float]:
-    rows = (trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()
+    rows = (trainer.config.run_folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(row)["loss"] for row in rows]
 
 
@@ -83,7 +83,7 @@ def test_a_streamed_prefix_trains_to_the_same_bits(kind, dtype, make_lora, make_
     runs = {memory: fitted(make(output=tmp_path / memory, memory=memory, dtype=dtype, steps=3, **LR))
             for memory in ("both", "one", "stream")}
     assert same(runs["both"], runs["one"]) and same(runs["both"], runs["stream"])
-    offload = runs["stream"].plan.before_turn.__self__
+    offload = runs["stream"].callbacks["onload"].offload
     assert isinstance(offload, NoiseExpertOffload) and not offload.both
     rings = [idle.ring for idle in offload._offloads.values()]
     assert len(rings) == 2 and all(ring is not None and ring.copied_bytes > 0 for ring in rings)
@@ -98,7 +98,7 @@ def test_recomputation_and_micro_batches_change_nothing(make_lora, tmp_path):
         assert forward_options(other.objective.adapters[HIGH].transformer).checkpointing == kind
         assert same(plain, other)
     small = make_lora(output=tmp_path / "micro", batch_size=2, steps=3, **LR)
-    small.plan.micro_batch = 1
+    small.data.micro_batch = 1
     fitted(small)
     assert losses(small) == pytest.approx(losses(plain), rel=1e-5)
     assert not same(plain, small)  # sums in another order, so it did run in parts
@@ -206,11 +206,11 @@ def test_aliases_of_memory(given, meant, t2v_cache):
 def test_a_lora_that_is_gone_on_with_says_which_blocks_are_trained(make_lora, tmp_path):
     """Its modules lie before the targets: they neither stream nor are they quantised."""
     early = fitted(make_lora(output=tmp_path / "early", targets={"patterns": {"blocks.2.self_attn.q": 4}}, steps=1))
-    files = {e: early.plan.run_folder / f"lapwan_{e.file_suffix}.safetensors" for e in (HIGH, LOW)}
+    files = {e: early.config.run_folder / f"lapwan_{e.file_suffix}.safetensors" for e in (HIGH, LOW)}
     given = {"init_lora": {e.value: path for e, path in files.items()}, "steps": 2, **LR}
     runs = [fitted(make_lora(output=tmp_path / memory, memory=memory, **given)) for memory in ("both", "stream")]
     assert same(*runs)
-    offload = runs[1].plan.before_turn.__self__
+    offload = runs[1].callbacks["onload"].offload
     assert list(offload._streamed) == [0, 1]
     quantised = make_lora(output=tmp_path / "fp8", dtype="fp8", **given).objective.adapters[HIGH].transformer
     inside = [any(isinstance(m, FrozenLinear) for m in block.modules()) for block in quantised.blocks]
@@ -226,8 +226,8 @@ def test_a_trained_block_is_not_streamed(make_lora):
 def test_a_frozen_lora_beside_a_mixture_needs_its_blocks_too(make_lora, make_moe, tmp_path):
     """The gates carry gradient through it, so its blocks do not stream; and the result is the resident one."""
     early = fitted(make_lora(output=tmp_path / "early", targets={"patterns": {"blocks.3.self_attn.q": 4}}, steps=1))
-    base = {e.value: early.plan.run_folder / f"lapwan_{e.file_suffix}.safetensors" for e in (HIGH, LOW)}
+    base = {e.value: early.config.run_folder / f"lapwan_{e.file_suffix}.safetensors" for e in (HIGH, LOW)}
     runs = [fitted(make_moe(output=tmp_path / memory, memory=memory, base_lora=base, steps=2, **LR))
             for memory in ("both", "stream")]
     assert same(*runs)
-    assert list(runs[1].plan.before_turn.__self__._streamed) == [0, 1, 2]
+    assert list(runs[1].callbacks["onload"].offload._streamed) == [0, 1, 2]

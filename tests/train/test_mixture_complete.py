@@ -71,15 +71,15 @@ def test_shared_experts_are_one_set_of_parameters_that_both_noise_experts_train(
         randomise(trainer)
         assert any(n.startswith("experts.") and float(g.abs().max()) > 0
                    for n, g in backward(trainer, noise_expert, [0]).items())
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     trainer.fit()
-    again = read_mixture(trainer.plan.run_folder / "lapwan.safetensors", resolve_base("tiny"))
+    again = read_mixture(trainer.config.run_folder / "lapwan.safetensors", resolve_base("tiny"))
     for family in again.families:
         one, other = (again.states[e][family] for e in NoiseExpert)
         assert one.fingerprint() == other.fingerprint()
         high = trainer.objective.adapters[HIGH].state(family)
         assert high.fingerprint() == trainer.objective.adapters[LOW].state(family).fingerprint() == one.fingerprint()
-    rows = [json.loads(line) for line in (trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trainer.config.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert {row["noise_expert"] for row in rows} == {"high", "low"}
 
 
@@ -112,7 +112,7 @@ def test_experts_start_as_the_stage_1_lora_at_any_rank(make_lora, make_moe, tmp_
     """ΔW of every expert is the LoRA's: exactly at its rank or above, the largest singular values below."""
     stage1 = make_lora(**ONE_BLOCK, output=tmp_path / "stage1")
     randomise(stage1)
-    stage1.plan.run_folder.mkdir()
+    stage1.config.run_folder.mkdir()
     stage1.save()
     files = {e: tmp_path / "stage1" / f"lapwan_{e.file_suffix}.safetensors" for e in NoiseExpert}
     targets = {**ONE_BLOCK["targets"], **dict.fromkeys(("q", "k", "v", "o", "ffn_in"), rank)}
@@ -131,7 +131,7 @@ def test_experts_start_as_the_stage_1_lora_at_any_rank(make_lora, make_moe, tmp_
 
 def test_a_lora_that_is_merged_already_is_no_start(make_lora, tmp_path, t2v_cache):
     stage1 = make_lora(**ONE_BLOCK, output=tmp_path / "stage1")
-    stage1.plan.run_folder.mkdir()
+    stage1.config.run_folder.mkdir()
     stage1.save()
     files = {e.value: str(tmp_path / "stage1" / f"lapwan_{e.file_suffix}.safetensors") for e in NoiseExpert}
     settings = TrainMoeSettings.model_validate({
@@ -161,7 +161,7 @@ def test_the_teachers_weight_goes_in_a_straight_line_and_is_the_terms(make_moe):
     trainer = make_moe(**ONE_BLOCK, steps=2, turn=1, routing_loss={"teacher_kl": 2.0, "teacher_kl_end": 0.5})
     shares = []
     for _ in range(4):
-        batch = trainer.plan.load_batch([1])
+        batch = trainer.data.load_batch([1])
         trainer.objective.prepare(HIGH, [batch])
         with trainer.objective.loss(HIGH, batch, draws_for(trainer, HIGH, batch)) as loss:
             shares.append(float(loss.terms["loss/teacher_kl"].detach() / loss.figures["loss/teacher_kl"]))
@@ -173,7 +173,7 @@ def test_entropy_is_of_the_router_before_top_k(make_moe):
     terms = []
     for k in (1, 2, 4):
         trainer = make_moe(**ONE_BLOCK, router={"top_k": k}, routing_loss={"entropy": 1.0, "entropy_floor": 3.0})
-        batch = trainer.plan.load_batch([0, 1])
+        batch = trainer.data.load_batch([0, 1])
         trainer.objective.prepare(LOW, [batch])
         with trainer.objective.loss(LOW, batch, draws_for(trainer, LOW, batch)) as loss:
             h_B = loss.figures["loss/routing_entropy"]
@@ -185,7 +185,7 @@ def test_entropy_is_of_the_router_before_top_k(make_moe):
 
 def test_losses_by_family_are_those_clips_losses(make_moe):
     trainer = make_moe(**ONE_BLOCK)
-    batch = trainer.plan.load_batch([0, 1, 2])
+    batch = trainer.data.load_batch([0, 1, 2])
     trainer.objective.prepare(LOW, [batch])
     with trainer.objective.loss(LOW, batch, draws_for(trainer, LOW, batch)) as loss:
         for i, family in enumerate(("scissors", "hook", "suction")):
@@ -205,8 +205,8 @@ def test_balanced_sampling_draws_families_evenly_and_says_how_uneven_they_are(
     for make in (make_moe, make_lora):  # a plain LoRA draws in the same order
         for power, share in ((0.0, 0.1), (1.0, 0.5), (0.5, 0.25)):
             trainer = make(**ONE_BLOCK, data={"cache": cache, "balance": power})
-            groups, _ = trainer.plan.data_streams[HIGH].order.batches((0, 0), 1000)
-            drawn = sum(trainer.plan.item_ids[v.item] == "clip1" for group in groups for v in group) / 1000
+            groups, _ = trainer.data.streams[HIGH].order.batches((0, 0), 1000)
+            drawn = sum(trainer.data.item_ids[v.item] == "clip1" for group in groups for v in group) / 1000
             assert drawn == pytest.approx(share, abs=0.05)
     settings = TrainMoeSettings.model_validate(
         {"output": tmp_path / "r", "steps": 1, "data": {"cache": cache}, "optimizer": {"lr": 2e-3}})
@@ -226,7 +226,7 @@ def test_clips_without_labels_cannot_be_balanced(make_lora, tmp_path, t2v_cache)
 def test_a_region_from_motion_stands_in_only_where_there_is_none(make_moe, make_lora):
     for make in (make_moe, make_lora):
         plain, motion = make(**ONE_BLOCK, roi_weight=3.0), make(**ONE_BLOCK, roi_weight=3.0, roi_fallback="motion")
-        own, other = (trainer.plan.load_batch([0, 1]).roi_BTHW for trainer in (plain, motion))
+        own, other = (trainer.data.load_batch([0, 1]).roi_BTHW for trainer in (plain, motion))
         assert torch.equal(own[0], other[0])  # clip 0 has boxes of its own
         assert float(own[1].sum()) == 0.0 and 0 < float(other[1].mean()) < 0.6
 
@@ -255,9 +255,9 @@ def test_a_router_that_learns_too_fast_is_warned_about(make_moe, capsys, t2v_cac
 def test_what_is_watched_is_in_the_log_and_on_the_board(make_moe):
     trainer = make_moe(**ONE_BLOCK, steps=12, turn=1, batch_size=2, optimizer={"lr": 1e-2}, save_every=100,
                        routing_watch={"every": 12, "after": 12}, watch={"every": 12}, router={"top_k": 4})
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     trainer.fit()
-    rows = [json.loads(line) for line in (trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trainer.config.run_folder / "metrics.jsonl").read_text().splitlines()]
     users = {"loss/diffusion", "loss/routing_entropy", "loss/routing_load_balance", "loss/teacher_kl",
              *(f"metrics/expert_usage_{f}" for f in ("scissors", "hook", "suction", "other"))}
     assert all(users <= row.keys() | {"loss/teacher_kl"} for row in rows)
@@ -288,9 +288,9 @@ def test_previews_with_a_hint_for_each_family(make_moe):
                "num_frames": 1, "guidance": 1.0}
     trainer = make_moe(**ONE_BLOCK, steps=1, preview=preview, optimizer={"lr": 3e-2}, router={"kind": "rule"})
     randomise(trainer, 0.2)
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     trainer.fit()
-    made = {p.name: p.read_bytes() for p in (trainer.plan.run_folder / "previews").iterdir()}
+    made = {p.name: p.read_bytes() for p in (trainer.config.run_folder / "previews").iterdir()}
     assert set(made) == {"step_000002_0.png", *(f"step_000002_0_{f}.png" for f in trainer.objective.mixture.families)}
 
 
@@ -309,15 +309,15 @@ def test_what_does_not_fit_the_taxonomy_is_refused(tmp_path, t2v_cache, change, 
 def test_temperature_knots_decay_and_lr_scales_are_what_the_settings_say(make_moe):
     trainer = make_moe(**ONE_BLOCK, router={"temperature": 0.5, "lr_scale": 3.0}, optimizer={"lr": 1e-3},
                        timestep_gate={"knots": 5, "lr_scale": 2.0}, routing_loss={"usage_decay": 0.5})
-    mixture, plan = trainer.objective.mixture, trainer.plan
+    mixture, optimizers = trainer.objective.mixture, trainer.optimizers
     assert mixture.timestep_gate(HIGH).values_K.shape == (5,)
-    batch = plan.load_batch([0])
+    batch = trainer.data.load_batch([0])
     sharp = mixture.route(batch.text)
     mixture.router.temperature = 1.0
     torch.testing.assert_close(sharp, torch.softmax(2.0 * mixture.route(batch.text).log(), dim=-1))
     mixture.router.temperature = 0.5
-    assert [group["lr"] for group in plan.optimizers["router"].param_groups] == [pytest.approx(3e-3)]
-    assert sorted(group["lr"] for group in plan.optimizers["high"].param_groups) == pytest.approx([1e-3, 2e-3])
+    assert [group["lr"] for group in optimizers["router"].optimizer.param_groups] == [pytest.approx(3e-3)]
+    assert sorted(group["lr"] for group in optimizers["high"].optimizer.param_groups) == pytest.approx([1e-3, 2e-3])
     trainer.objective.prepare(HIGH, [batch])
     used = mixture.select(mixture.route(batch.text))[0].double()
     torch.testing.assert_close(trainer.objective.usage_E, 0.5 * 0.25 + 0.5 * used.detach(), rtol=0, atol=1e-7)
@@ -326,9 +326,9 @@ def test_temperature_knots_decay_and_lr_scales_are_what_the_settings_say(make_mo
 def test_thresholds_and_windows_are_what_the_settings_say(make_moe):
     watched = {"every": 6, "after": 0, "entropy": 5.0, "least_usage": 0.9, "most_usage": 0.95, "teacher_kl": 1e-3}
     trainer = make_moe(**ONE_BLOCK, steps=6, turn=1, batch_size=2, routing_watch=watched)
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     trainer.fit()  # windows of 12 clips are too small to judge four experts by, so the second look judges 24
     kinds = [fault.kind for fault in trainer.callbacks["routing"].faults]
     assert kinds == ["collapse", *["underuse"] * 4, "divergence"]
-    rows = [json.loads(line) for line in (trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trainer.config.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "routing/clips" in row] == [12] and rows[-1]["routing/faults"] == 6

@@ -40,7 +40,7 @@ def advised(settings: dict, changes: dict[str, float]) -> dict:
 def test_a_collapse_is_told_and_the_advice_mends_it(make_moe, skewed_cache, tmp_path, capsys):
     settings = {**COLLAPSING, "data": {"cache": skewed_cache}}
     sick = make_moe(**settings)
-    sick.plan.run_folder.mkdir()
+    sick.config.run_folder.mkdir()
     sick.fit()
     faults = sick.callbacks["routing"].faults
     said = " ".join(capsys.readouterr().err.split())
@@ -50,7 +50,7 @@ def test_a_collapse_is_told_and_the_advice_mends_it(make_moe, skewed_cache, tmp_
     assert changes["data.balance"] == 1.0 and changes["routing_loss.balance"] == 0.2
     assert changes["routing_loss.teacher_kl"] == 2.0
     mended = make_moe(**advised(settings, changes), output=tmp_path / "mended")
-    mended.plan.run_folder.mkdir()
+    mended.config.run_folder.mkdir()
     mended.fit()
     assert mended.callbacks["routing"].faults == [], [str(f) for f in mended.callbacks["routing"].faults]
     assert "of the gates" not in capsys.readouterr().err
@@ -59,7 +59,7 @@ def test_a_collapse_is_told_and_the_advice_mends_it(make_moe, skewed_cache, tmp_
 def test_a_collapsed_run_stops_where_that_is_wanted(make_moe, skewed_cache):
     stopping = {"health": {"on_unhealthy": "stop", "patience": 2}}
     trainer = make_moe(**{**COLLAPSING, **stopping, "data": {"cache": skewed_cache}})
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     with pytest.raises(UserError, match=r"2 windows in a row: .* has collapsed; .*saved at step 60 of 60"):
         trainer.fit()
-    assert checkpoints(trainer.plan.run_folder)[-1][0] == 60
+    assert checkpoints(trainer.config.run_folder)[-1][0] == 60

@@ -19,7 +19,7 @@ def test_the_loss_is_flow_3_region_002_entropy_01_balance_and_1_teacher(make_moe
     mixture, adapter = objective.mixture, objective.adapters[noise_expert]
     if sure:
         mixture.router.temperature = 0.01
-    batch = trainer.plan.load_batch([0, 1, 2, 3])  # the first has boxes, the last is a fallback
+    batch = trainer.data.load_batch([0, 1, 2, 3])  # the first has boxes, the last is a fallback
     draws = draws_for(trainer, noise_expert, batch)
     usage = 0.99 * torch.full((4,), 0.25)
     objective.prepare(noise_expert, [batch], draws=[draws])

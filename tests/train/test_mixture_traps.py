@@ -68,7 +68,7 @@ def test_only_the_experts_that_act_on_a_clip_get_its_gradient(make_moe):
 
 def test_base_weights_are_bit_identical_after_training(make_moe):
     trainer = make_moe(steps=2, save_every=100)
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     base = resolve_base("tiny")
     trainer.fit()
     for noise_expert, adapter in trainer.objective.adapters.items():
@@ -81,11 +81,11 @@ def test_base_weights_are_bit_identical_after_training(make_moe):
 
 def test_training_moves_experts_router_and_gates_and_keeps_doing_so_after_a_save(make_moe):
     trainer = make_moe(steps=4, save_every=2, optimizer={"lr": 1e-2}, router={"top_k": 4})
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
     trainer.fit()
     assert all(not torch.equal(before[n], p) for n, p in trainer.parameters.items() if not n.endswith(".down"))
-    steps = sorted(trainer.plan.run_folder.glob("step_*/lapwan.safetensors"))
+    steps = sorted(trainer.config.run_folder.glob("step_*/lapwan.safetensors"))
     first, last = load_file(steps[0]), load_file(steps[-1])
     assert all(not torch.equal(first[n], last[n]) for n in first if n.endswith("lora_B.weight"))
 
@@ -127,7 +127,7 @@ def test_gates_are_those_of_this_forward_not_of_the_last_one(make_moe):
     for before in (None, 1, 2):
         if before is not None:
             backward(trainer, NoiseExpert.HIGH, [before])
-        batch = trainer.plan.load_batch([0])
+        batch = trainer.data.load_batch([0])
         trainer.objective.prepare(NoiseExpert.HIGH, [batch])
         with trainer.objective.loss(NoiseExpert.HIGH, batch, draws_for(trainer, NoiseExpert.HIGH, batch)) as loss:
             losses.append(float(loss.total_B[0].detach()))
@@ -136,7 +136,7 @@ def test_gates_are_those_of_this_forward_not_of_the_last_one(make_moe):
 
 def test_labels_and_text_of_each_clip_reach_router_and_teacher(make_moe):
     trainer = make_moe()
-    batch = trainer.plan.load_batch([0, 1])
+    batch = trainer.data.load_batch([0, 1])
     mixture = trainer.objective.mixture
     p = mixture.route(batch.text, batch.label_weights_BE)
     assert not torch.allclose(p[0], p[1])
@@ -152,7 +152,7 @@ def test_labels_and_text_of_each_clip_reach_router_and_teacher(make_moe):
 
 def test_the_text_router_reads_the_text_and_not_the_label_it_is_judged_by(make_moe):
     trainer = make_moe()
-    batch = trainer.plan.load_batch([0, 1])
+    batch = trainer.data.load_batch([0, 1])
     mixture = trainer.objective.mixture
     p = mixture.route(batch.text, batch.label_weights_BE)
     assert torch.equal(p, mixture.route(batch.text, batch.label_weights_BE.flip(0)))
@@ -163,7 +163,7 @@ def test_hard_labels_are_one_hot_weights(make_moe, tiny_t2v, tmp_path):
     cache = write_random_cache(tmp_path / "hard", tiny_t2v)
     index = load_index(cache)
     write_index(replace(index, items=tuple(replace(item, label_weights=None) for item in index.items)))
-    batch = make_moe(data={"cache": cache}).plan.load_batch([0, 2])
+    batch = make_moe(data={"cache": cache}).data.load_batch([0, 2])
     assert batch.label_weights_BE.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
 
 
@@ -176,13 +176,13 @@ def test_fallback_clips_carry_no_teacher(make_moe):
 def test_sigmas_lie_in_each_band(make_moe):
     trainer = make_moe(steps=25)
     for noise_expert in NoiseExpert:
-        band = trainer.plan.data_streams[noise_expert].sigma_rule.band
+        band = trainer.data.streams[noise_expert].sigma_rule.band
         seen = []
         for index in range(200):
-            batch = trainer.plan.load_batch([index % 4])
+            batch = trainer.data.load_batch([index % 4])
             keys = [(1, noise_expert.value, index, batch.ids[0])]
             from lapwan.train.objective import make_draws
-            seen.append(float(make_draws(batch, keys, trainer.plan.data_streams[noise_expert].sigma_rule).sigma_B))
+            seen.append(float(make_draws(batch, keys, trainer.data.streams[noise_expert].sigma_rule).sigma_B))
         assert band.low <= min(seen) and max(seen) <= band.high
         histogram, _ = torch.histogram(torch.tensor(seen), 4, range=(band.low, band.high))
         assert float(histogram.min()) >= 25  # spread over the band, not on one side of it
@@ -193,9 +193,9 @@ def trained(make_moe):
     """A mixture with non-zero experts, saved as a run saves it."""
     trainer = make_moe()
     randomise(trainer)
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     trainer.save()
-    return trainer, trainer.plan.run_folder / "lapwan.safetensors"
+    return trainer, trainer.config.run_folder / "lapwan.safetensors"
 
 
 def test_the_file_holds_experts_router_and_gates_by_module_name_and_nothing_of_the_base(trained):
@@ -221,7 +221,7 @@ def test_save_then_load_gives_the_identical_output_on_both_noise_experts(trained
     trainer, path = trained
     base = resolve_base("tiny")
     loaded = read_mixture(path, base)
-    batch = trainer.plan.load_batch([0, 1])
+    batch = trainer.data.load_batch([0, 1])
     x, sigma = torch.randn(batch.latents_BCTHW.shape), torch.tensor([0.9, 0.4])
     text = torch.randn(2, 8, base.text_dim)
     outputs = {}
@@ -301,7 +301,7 @@ def test_what_does_not_fit_is_refused_by_name(trained, tmp_path):
 
 def test_a_frozen_base_lora_acts_with_alpha_base_and_stays_as_it_was(make_lora, make_moe, tmp_path):
     stage1 = make_lora(output=tmp_path / "stage1", optimizer={"lr": 1e-2})
-    stage1.plan.run_folder.mkdir()
+    stage1.config.run_folder.mkdir()
     stage1.fit()
     files = {e: tmp_path / "stage1" / f"lapwan_{e.file_suffix}.safetensors" for e in NoiseExpert}
     outputs = []
@@ -312,7 +312,7 @@ def test_a_frozen_base_lora_acts_with_alpha_base_and_stays_as_it_was(make_lora, 
         assert not layer.frozen_down_RI.requires_grad and layer.frozen_down_RI.shape[0] > 0
         frozen = layer.frozen_up_OR.clone()
         assert float(frozen.abs().max()) > 0
-        batch = trainer.plan.load_batch([0])
+        batch = trainer.data.load_batch([0])
         trainer.objective.prepare(NoiseExpert.LOW, [batch])
         with trainer.objective.loss(NoiseExpert.LOW, batch, draws_for(trainer, NoiseExpert.LOW, batch)) as loss:
             outputs.append(float(loss.terms["loss/diffusion"][0].detach()))

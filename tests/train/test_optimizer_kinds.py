@@ -128,7 +128,7 @@ def test_another_type_for_one_noise_expert_starts_from_its_own_defaults():
 
 def test_lora_plus_gives_b_its_own_lr(make_lora):
     trainer = make_lora(optimizer={"lr": 1e-4, "lora_plus": 16.0})
-    groups = trainer.plan.optimizers["high"].param_groups
+    groups = trainer.optimizers["high"].optimizer.param_groups
     ups = {id(p) for n, p in trainer.parameters.items() if n.endswith(".up")}
     for group in groups:
         assert group["lr"] == pytest.approx(16e-4 if {id(p) for p in group["params"]} <= ups else 1e-4)
@@ -148,17 +148,17 @@ def test_missing_extras_and_schedules_without_effect_are_refused_before_weights_
 def test_allowed_changes_reach_a_resumed_optimizer_and_its_history_stays(make_lora, tmp_path):
     bounds = {"type": "automagic", "lr_bump": 1e-3, "min_lr": 1e-3, "max_lr": 1e-2}
     first = make_lora(output=tmp_path / "run", optimizer=bounds)
-    first.plan.run_folder.mkdir()
+    first.config.run_folder.mkdir()
     first.fit()
     again = make_lora(output=tmp_path / "run", optimizer={**bounds, "max_lr": 3e-2, "weight_decay": 0.5},
                       allow_changed=True)
     assert again.resume()
-    optimizer = again.plan.optimizers["high"]
+    optimizer = again.optimizers["high"].optimizer
     assert (optimizer.param_groups[0]["max_lr"], optimizer.param_groups[0]["weight_decay"]) == (3e-2, 0.5)
-    state, was = (next(iter(o.state.values())) for o in (optimizer, first.plan.optimizers["high"]))
+    state, was = (next(iter(o.state.values())) for o in (optimizer, first.optimizers["high"].optimizer))
     assert torch.equal(state["lr"], was["lr"]) and state["positive"].dtype == torch.bool
     other = make_lora(output=tmp_path / "run", optimizer={"type": "adamw"}, allow_changed=True)
-    assert other.resume() and not other.plan.optimizers["high"].state  # another kind starts without a history
+    assert other.resume() and not other.optimizers["high"].optimizer.state  # another kind starts without a history
 
 
 def test_8_bit_adamw_needs_a_gpu():

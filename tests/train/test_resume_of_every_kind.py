@@ -61,19 +61,19 @@ def test_resume_is_bitwise(make_lora, tmp_path, row):
     common = {"steps": 3, "ema_decay": 0.9, "max_norm": 0.05, "caption_dropout": 0.3,
               "dropout": {"rank": 0.2, "neuron": 0.1, "module": 0.1}, **ROWS[row]}
     whole, part = (make_lora(output=tmp_path / name, **common) for name in ("whole", "part"))
-    part.plan.schedule = part.plan.schedule[:4]
+    part.schedule = part.schedule[:4]
     for trainer in (whole, part):
-        trainer.plan.run_folder.mkdir()
+        trainer.config.run_folder.mkdir()
         trainer.fit()
     again = make_lora(output=tmp_path / "part", **common)
     assert again.resume() and again.step == 4
     again.fit()
     assert all(torch.equal(p, again.parameters[n]) for n, p in whole.parameters.items())
     assert all(torch.equal(m, again.ema.means[n]) for n, m in whole.ema.means.items())
-    for name, optimizer in whole.plan.optimizers.items():
-        _same(optimizer.state_dict(), again.plan.optimizers[name].state_dict())
-        _same(_plain(whole.plan.lr_schedules[name]), _plain(again.plan.lr_schedules[name]))
-    ours, theirs = ([json.loads(line) for line in (t.plan.run_folder / "metrics.jsonl").read_text().splitlines()]
+    for name, optimizer in whole.optimizers.items():
+        _same(optimizer.optimizer.state_dict(), again.optimizers[name].optimizer.state_dict())
+        _same(_plain(optimizer.lr_schedule), _plain(again.optimizers[name].lr_schedule))
+    ours, theirs = ([json.loads(line) for line in (t.config.run_folder / "metrics.jsonl").read_text().splitlines()]
                     for t in (whole, again))
     for one, other in zip(ours, theirs, strict=True):  # lr by schedule, loss by sigma, noise, dropout and order
         assert [one[k] for k in ("lr", "loss", "grad_norm")] == [other[k] for k in ("lr", "loss", "grad_norm")]

@@ -59,7 +59,7 @@ def work(rank: int, cache: Path, folder: Path) -> None:
         own = ContextParallelProcesses(rank, 2) if shares else ranks
         trainer = trainer_of(kind, cache, folder / name, own)
         if ranks.first:
-            trainer.plan.run_folder.mkdir(parents=True)
+            trainer.config.run_folder.mkdir(parents=True)
         ranks.any(False)  # the folder is there before anybody looks into it
         trainer.fit()
         trainer._optimizer_step(NoiseExpert.LOW)
@@ -73,7 +73,7 @@ def test_two_processes_take_the_steps_of_one(t2v_cache, tmp_path):
         alone = {kind: trainer_of(kind, t2v_cache, tmp_path / f"{kind}_alone", Distributed())
                  for kind in ("lora", "moe")}
         for trainer in alone.values():
-            trainer.plan.run_folder.mkdir()
+            trainer.config.run_folder.mkdir()
             trainer.fit()
             trainer._optimizer_step(NoiseExpert.LOW)
     for kind, shares in itertools.product(("lora", "moe"), ("", "_tokens")):
@@ -106,7 +106,7 @@ def test_batches_that_cannot_be_dealt_out_are_refused(t2v_cache, tmp_path):
     settings = TrainLoraSettings.model_validate(
         {**SETTINGS, "accumulate": 3, "output": tmp_path / "run", "data": {"cache": t2v_cache}})
     base = resolve_base("tiny")
-    with pytest.raises(UserError, match="accumulate = 3 batches a step cannot be dealt out evenly to 2 processes"):
+    with pytest.raises(UserError, match="accumulate = 3 batches a step cannot be divided evenly among 2 processes"):
         lora_recipe.prepare(settings, base, recipe.read_data(settings, base), torch.device("cpu"), Distributed(0, 2))
 
 

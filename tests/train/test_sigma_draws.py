@@ -70,8 +70,8 @@ def test_a_shift_by_resolution_grows_with_the_frame():
 
 def test_strata_cover_the_distribution_and_do_not_depend_on_how_visits_are_batched(make_lora):
     trainer = make_lora()
-    batch = trainer.plan.load_batch([0])
-    two = trainer.plan.load_batch([0, 1])
+    batch = trainer.data.load_batch([0])
+    two = trainer.data.load_batch([0, 1])
     ours = SigmaRule(Uniform(), Band(0.0, 1.0), strata=8)
     keys = [(42, "high", number, "clip") for number in range(32)]
     one_by_one = [float(make_draws(batch, [key], ours).sigma_B) for key in keys]
@@ -101,9 +101,9 @@ def test_the_weight_reaches_the_loss_and_not_the_logged_figure(make_lora):
     figures = []
     for kind in ("none", "x0"):
         trainer = make_lora(weighting={"kind": kind})
-        batch = trainer.plan.load_batch([0, 1])
+        batch = trainer.data.load_batch([0, 1])
         draws = make_draws(batch, [(1, "high", n, clip) for n, clip in enumerate(batch.ids)],
-                           trainer.plan.data_streams[HIGH].sigma_rule)
+                           trainer.data.streams[HIGH].sigma_rule)
         with trainer.objective.loss(HIGH, batch, draws) as loss:
             figures.append((loss.terms["loss/diffusion"].detach(), loss.figures["loss/diffusion"], draws.weight_B))
     (plain, shown, ones), (weighted, also_shown, weights) = figures

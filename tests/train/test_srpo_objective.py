@@ -183,13 +183,13 @@ def make(tmp_path: Path) -> Callable[..., Any]:
 def test_the_gradient_reaches_every_trained_tensor(make, changes):
     trainer = make(**changes)
     randomise(trainer)
-    for noise_expert in trainer.plan.data_streams:
+    for noise_expert in trainer.data.streams:
         for parameter in trainer.parameters.values():
             parameter.grad = None
-        batch = trainer.plan.load_batch([0, 1])
+        batch = trainer.data.load_batch([0, 1])
         keys = [(1, noise_expert.value, n, own) for n, own in enumerate(batch.ids)]
-        draws = make_draws(batch, keys, trainer.plan.data_streams[noise_expert].sigma_rule)
-        [batch] = trainer.plan.complete_batches(noise_expert, [batch], [draws])
+        draws = make_draws(batch, keys, trainer.data.streams[noise_expert].sigma_rule)
+        [batch] = trainer.objective.prepare(noise_expert, [batch], draws=[draws])
         with trainer.objective.loss(noise_expert, batch, draws) as loss:
             loss.total_B.sum().backward()
         mine = {n: p for n, p in trainer.parameters.items() if n.startswith(f"{noise_expert.value}.")}
@@ -203,16 +203,16 @@ def test_a_batch_of_two_is_two_of_one_in_fp64(make):
     trainer = make(num_frames=5)
     randomise(trainer)
     objective, parts = trainer.objective, []
-    for one in trainer.plan.complete_batches._transformers.values():
+    for one in trainer.objective.rollout._transformers.values():
         one.double()
     objective.reward_models.decode.vae.double()
     objective.reward_models = RewardModels({"plain": PlainReward()}, {"plain": 1.0}, objective.reward_models.decode)
     for indices in ([0, 1], [0], [1]):
-        batch = trainer.plan.load_batch(indices)
+        batch = trainer.data.load_batch(indices)
         keys = [(1, "low", 7 + i, own) for i, own in zip(indices, batch.ids, strict=True)]
-        draws = make_draws(batch, keys, trainer.plan.data_streams[LOW].sigma_rule)
+        draws = make_draws(batch, keys, trainer.data.streams[LOW].sigma_rule)
         wide = Draws(draws.sigma_B, draws.noise_BCTHW.double(), draws.dropped_B, draws.weight_B, draws.keys)
-        [batch] = trainer.plan.complete_batches(LOW, [batch], [wide])
+        [batch] = trainer.objective.prepare(LOW, [batch], draws=[wide])
         for parameter in trainer.parameters.values():
             parameter.grad = None
         with objective.loss(LOW, batch, wide) as loss:

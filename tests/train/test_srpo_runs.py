@@ -29,7 +29,6 @@ from lapwan.train.parallel import Distributed, join_processes
 from lapwan.train.recipe import run_training
 from lapwan.train.run_folder import claim_run, start_folder
 from lapwan.train.srpo import recipe
-from lapwan.train.srpo.held_out import begin
 from lapwan.train.srpo.objective import RewardModels
 from lapwan.train.srpo.plan import too_slow
 
@@ -103,23 +102,22 @@ def test_offline_takes_the_caches_latents_and_never_loads_the_other_noise_expert
     settings = offline_settings(tmp_path, t2v_cache, num_frames=5, preference={"frames": 2})
     trainer = prepared(settings)
     assert "loading the high" not in capsys.readouterr().err
-    noise_expert, (batch,) = LOW, trainer.plan.complete_batches(LOW, [trainer.plan.load_batch([0])], [])
+    noise_expert, (batch,) = LOW, trainer.objective.prepare(LOW, [trainer.data.load_batch([0])])
     latents = load_file(t2v_cache / "clip0_wan.safetensors")
     [name] = [key for key in latents if key.startswith("latents_") and "image" not in key]
     assert torch.equal(batch.latents_BCTHW[0], latents[name].float())
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     run_training(trainer, settings)
-    assert trainer.plan.data_streams[noise_expert].steps == 2
+    assert trainer.data.streams[noise_expert].steps == 2
     assert any(not torch.equal(before[name], p) for name, p in trainer.parameters.items())
     one_frame = prepared(offline_settings(tmp_path, t2v_cache, output=tmp_path / "still"))
-    assert torch.equal(one_frame.plan.load_batch([0]).latents_BCTHW[0], latents[name].float()[:, :1])
+    assert torch.equal(one_frame.data.load_batch([0]).latents_BCTHW[0], latents[name].float()[:, :1])
 
 
 def test_a_full_fine_tune_writes_a_transformer_folder_that_loads(tmp_path):
     settings = settings_for(tmp_path, train="full", steps=1, optimizer={"lr": 1e-3}, dtype="bf16",
                             master_weights="bf16", held_out={"count": 1, "every": 1})
     trainer = prepared(settings)
-    begin(trainer, settings)
     run_training(trainer, settings)
     from diffusers import WanTransformer3DModel
 
@@ -134,7 +132,6 @@ def test_the_run_ends_early_when_the_margin_stops_rising(tmp_path):
     settings = settings_for(tmp_path, steps=9, max_grad_norm=1e-30, keep_best=1, save_every=1, keep_last=1,
                             held_out={"count": 1, "every": 1, "patience": 2, "images": 0})
     trainer = prepared(settings)
-    begin(trainer, settings)
     run_training(trainer, settings)
     # Steps too small to change anything: the margin of the first look is never beaten.
     assert trainer.finished is not None and "has not risen for 2 evaluations" in trainer.finished
@@ -144,7 +141,7 @@ def test_the_run_ends_early_when_the_margin_stops_rising(tmp_path):
 def test_a_new_lora_belongs_to_its_noise_expert_and_says_how_it_was_made(tmp_path):
     settings = settings_for(tmp_path, noise_experts="both", steps=4, sigma=(0.6, 0.95))
     trainer = prepared(settings)
-    assert [e.value for e in trainer.plan.schedule].count("low") == 3, "steps in proportion to each one's part"
+    assert [e.value for e in trainer.schedule].count("low") == 3, "steps in proportion to each one's part"
     run_training(trainer, settings)
     for noise_expert, band in ((NoiseExpert.HIGH, "875,950"), (LOW, "600,874.999")):
         with safe_open(settings.output / f"lapwan_{noise_expert.file_suffix}.safetensors", "pt") as file:
@@ -159,7 +156,6 @@ def test_one_noise_expert_at_a_time_changes_no_bit(tmp_path):
         settings = settings_for(tmp_path, output=tmp_path / memory, memory=memory, noise_experts="both", steps=3,
                                 held_out={"count": 1, "every": 2, "images": 0})
         trainer = prepared(settings)
-        begin(trainer, settings)
         run_training(trainer, settings)
         found.append({name: p.detach().clone() for name, p in trainer.parameters.items()})
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
@@ -188,13 +184,11 @@ def sharing(folder: Path, name: str, ranks: Distributed) -> Any:
     settings = settings_for(folder, output=folder / name, **PARTS)
     trainer = prepared(settings, ranks)
     randomise(trainer)
-    for one in trainer.plan.complete_batches._transformers.values():
+    for one in trainer.objective.rollout._transformers.values():
         one.double()
     trainer.objective.reward_models.decode.vae.double()
     decode = trainer.objective.reward_models.decode
     trainer.objective.reward_models = RewardModels({"tiny": PlainReward()}, {"tiny": 1.0}, decode)
-    if ranks.first:
-        begin(trainer, settings)
     trainer.fit()
     return trainer
 

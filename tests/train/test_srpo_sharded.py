@@ -19,7 +19,6 @@ from lapwan.names import NoiseExpert
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.parallel import Distributed, full_tensors, is_sharded, join_processes
 from lapwan.train.srpo import recipe
-from lapwan.train.srpo.held_out import begin
 from lapwan.wan.transformer.forward_options import forward_options
 
 LOW = NoiseExpert.LOW
@@ -49,7 +48,7 @@ def trainer_of(settings: SrpoSettings, ranks: Distributed, device: torch.device)
 def keep_gradients(trainer: Any) -> dict[str, torch.Tensor]:
     """Will hold those of the first step, before they are clipped: by name, put together."""
     found: dict[str, torch.Tensor] = {}
-    clip = trainer.plan.distributed.clip_gradients
+    clip = trainer.distributed.clip_gradients
 
     def seen(parameters: Any, limit: float) -> torch.Tensor:
         if not found:
@@ -57,7 +56,7 @@ def keep_gradients(trainer: Any) -> dict[str, torch.Tensor]:
                           if p.grad is not None})
         return clip(parameters, limit)
 
-    trainer.plan.distributed.clip_gradients = seen
+    trainer.distributed.clip_gradients = seen
     return found
 
 
@@ -67,7 +66,6 @@ def sharing(folder: Path, name: str, ranks: Distributed, device: torch.device) -
     more = keep_gradients(trainer)
     parted = [n for n, p in trainer.parameters.items() if is_sharded(p)]
     assert bool(parted) == (ranks.count > 1)
-    begin(trainer, settings)
     trainer.fit()
     weights = {n: p.detach().clone() for n, p in full_tensors(dict(trainer.parameters)).items()}
     ranks.any(False)  # the first has written the checkpoint before anybody reads it

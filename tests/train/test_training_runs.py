@@ -44,15 +44,15 @@ def test_resume_is_bitwise_the_uninterrupted_run(kind, make_lora, make_moe, tmp_
     common = {"steps": 4, "save_every": 3, "accumulate": 2, "schedule": {"name": "cosine", "warmup_steps": 1},
               "optimizer": {"lr": 1e-2}, "caption_dropout": 0.3}
     whole = make(output=tmp_path / "whole", **common)
-    whole.plan.run_folder.mkdir()
+    whole.config.run_folder.mkdir()
     whole.fit()
     part = make(output=tmp_path / "part", **common)
-    part.plan.run_folder.mkdir()
-    full_schedule = part.plan.schedule
-    part.plan.schedule = full_schedule[:5]  # dies at step 5, two steps after its checkpoint at 3
-    part.plan.save_every = 3
+    part.config.run_folder.mkdir()
+    full_schedule = part.schedule
+    part.schedule = full_schedule[:5]  # dies at step 5, two steps after its checkpoint at 3
+    part.config = replace(part.config, save_every=3)
     part.fit()
-    for step, folder in checkpoints(part.plan.run_folder):
+    for step, folder in checkpoints(part.config.run_folder):
         if step != 3:
             import shutil
             shutil.rmtree(folder)
@@ -61,7 +61,7 @@ def test_resume_is_bitwise_the_uninterrupted_run(kind, make_lora, make_moe, tmp_
     again.fit()
     for name, parameter in whole.parameters.items():
         assert torch.equal(parameter, again.parameters[name]), name
-    for file in whole.plan.run_folder.glob("*.safetensors"):
+    for file in whole.config.run_folder.glob("*.safetensors"):
         ours, theirs = load_file(file), load_file(tmp_path / "part" / file.name)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     rows = [json.loads(line)["step"] for line in (tmp_path / "part" / "metrics.jsonl").read_text().splitlines()]
@@ -70,7 +70,7 @@ def test_resume_is_bitwise_the_uninterrupted_run(kind, make_lora, make_moe, tmp_
 
 def test_the_newest_adapter_files_are_links_to_the_last_checkpoint(make_lora):
     trainer = make_lora(steps=2, save_every=1, keep_last=2)
-    run = trainer.plan.run_folder
+    run = trainer.config.run_folder
     run.mkdir()
     trainer.fit()
     assert [step for step, _ in checkpoints(run)] == [3, 4]
@@ -92,37 +92,37 @@ def test_the_newest_adapter_files_are_links_to_the_last_checkpoint(make_lora):
 
 def test_a_non_finite_gradient_drops_the_step_and_many_in_a_row_stop_the_run_with_its_state(make_lora):
     trainer = make_lora(steps=10, optimizer={"lr": 1e-2})
-    trainer.plan.run_folder.mkdir()
-    load = trainer.plan.load_batch
+    trainer.config.run_folder.mkdir()
+    load = trainer.data.load_batch
 
     def poisoned(indices):
         batch = load(indices)  # a step's clips are loaded during the step before
         return batch if trainer.step < 1 else replace(batch, latents_BCTHW=batch.latents_BCTHW * 1e30)
 
-    trainer.plan.load_batch = poisoned
+    trainer.data.load_batch = poisoned
     with pytest.raises(UserError, match=r"5 steps in a row had a non-finite loss or gradient.*saved at step 7"):
         trainer.fit()
     assert trainer.skipped == 5
     assert all(bool(torch.isfinite(p).all()) for p in trainer.parameters.values())
-    assert checkpoints(trainer.plan.run_folder)[-1][0] == 7
+    assert checkpoints(trainer.config.run_folder)[-1][0] == 7
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(make_lora):
     import signal
 
     trainer = make_lora(steps=10)
-    trainer.plan.run_folder.mkdir()
-    load = trainer.plan.load_batch
+    trainer.config.run_folder.mkdir()
+    load = trainer.data.load_batch
 
     def pressing(indices):
         if trainer.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return load(indices)
 
-    trainer.plan.load_batch = pressing
+    trainer.data.load_batch = pressing
     with pytest.raises(Interrupted, match=r"state saved at step 4 of 20 .*--resume"):
         trainer.fit()
-    assert checkpoints(trainer.plan.run_folder)[-1][0] == 4
+    assert checkpoints(trainer.config.run_folder)[-1][0] == 4
 
 
 def test_changed_settings_at_resume_are_named_and_refused(tmp_path, t2v_cache):
@@ -144,16 +144,16 @@ def test_changed_settings_at_resume_are_named_and_refused(tmp_path, t2v_cache):
 
 def test_overrides_reach_one_noise_expert_only(make_lora):
     trainer = make_lora(steps=6, turn=2, low={"steps": 3, "optimizer": {"lr": 5e-5}, "targets": {"q": 2}})
-    assert len(trainer.plan.schedule) == 9 and trainer.plan.schedule.count(LOW) == 3
-    assert trainer.plan.optimizers["high"].param_groups[0]["lr"] == 1e-4
-    assert trainer.plan.optimizers["low"].param_groups[0]["lr"] == 5e-5
+    assert len(trainer.schedule) == 9 and trainer.schedule.count(LOW) == 3
+    assert trainer.optimizers["high"].optimizer.param_groups[0]["lr"] == 1e-4
+    assert trainer.optimizers["low"].optimizer.param_groups[0]["lr"] == 5e-5
     assert trainer.parameters["low.blocks.7.attn1.to_q.down"].shape[0] == 2
     assert trainer.parameters["high.blocks.7.attn1.to_q.down"].shape[0] == 8
 
 
 def test_one_noise_expert_alone(make_lora):
     trainer = make_lora(noise_experts=["high"])
-    assert set(trainer.plan.data_streams) == {HIGH} and all(n.startswith("high.") for n in trainer.parameters)
+    assert set(trainer.data.streams) == {HIGH} and all(n.startswith("high.") for n in trainer.parameters)
 
 
 def test_turns_are_blocks_in_proportion():

@@ -130,7 +130,7 @@ def test_dropout_is_keyed_scaled_and_off_without_keys(make_lora):
     dropped = sum(int((r == 0).sum()) for r in rows)
     total = sum(r.numel() for r in rows)
     assert 0.1 < dropped / total < 0.4  # both clips' halves: a row is untouched with probability 1/4
-    batch = trainer.plan.load_batch([0])
+    batch = trainer.data.load_batch([0])
     draws = draws_for(trainer, HIGH, batch)
     quiet = type(draws)(**{**vars(draws), "keys": ()})
     plain = make_lora()
@@ -182,32 +182,32 @@ def test_recomputed_activations_meet_the_same_dropout(make_lora):
 
 def test_a_mixture_gets_dropout_and_max_norm_too(make_moe):
     trainer = make_moe(steps=2, dropout={"rank": 0.4}, max_norm=1e-4, optimizer={"lr": 1e-2})
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     trainer.fit()
     for adapter in trainer.objective.adapters.values():
         for family in adapter.group_names:
             norms = [float(entry.delta(torch.float64).norm()) for entry in adapter.state(family).entries.values()]
             assert max(norms) <= 1e-4 * (1 + 1e-5)
-    row = json.loads((trainer.plan.run_folder / "metrics.jsonl").read_text().splitlines()[-1])
+    row = json.loads((trainer.config.run_folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["max_norm/scaled_modules"] > 0
 
 
 def test_saved_adapters_are_the_running_mean_and_training_goes_on_from_the_weights(make_lora):
     trainer = make_lora(steps=3, ema_decay=0.9, optimizer={"lr": 1e-2})
-    trainer.plan.run_folder.mkdir()
+    trainer.config.run_folder.mkdir()
     trainer.fit()
-    [(_, file)] = open_lora(trainer.plan.run_folder / "lapwan_high_noise.safetensors").items()
+    [(_, file)] = open_lora(trainer.config.run_folder / "lapwan_high_noise.safetensors").items()
     entry = file.read().entries["blocks.7.attn1.to_q"]
     name = "high.blocks.7.attn1.to_q.up"
     assert torch.equal(entry.up, trainer.ema.means[name]) and not torch.equal(entry.up, trainer.parameters[name])
-    raw = load_file(trainer.plan.run_folder / "step_000006" / "state" / "trained.safetensors")
+    raw = load_file(trainer.config.run_folder / "step_000006" / "state" / "trained.safetensors")
     assert torch.equal(raw[name], trainer.parameters[name])
 
 
 def test_a_lora_to_continue_from_brings_its_modules_ranks_and_alpha(make_lora, tmp_path):
     first = make_lora(output=tmp_path / "first", targets={"patterns": {"blocks.7.self_attn.q": 3}}, alpha=6.0,
                       optimizer={"lr": 1e-2})
-    first.plan.run_folder.mkdir()
+    first.config.run_folder.mkdir()
     first.fit()
     file = tmp_path / "first" / "lapwan_high_noise.safetensors"
     second = make_lora(output=tmp_path / "second", init_lora={"high": file})
@@ -224,19 +224,19 @@ def test_both_loras_in_one_file_are_the_two_and_serve_wherever_they_do(make_lora
     apart, together = (make_lora(output=tmp_path / str(one), one_file=one, optimizer={"lr": 1e-2}, save_every=4)
                        for one in (False, True))
     for trainer in (apart, together):
-        trainer.plan.run_folder.mkdir()
+        trainer.config.run_folder.mkdir()
         trainer.fit()
-    assert [p.name for p in sorted(together.plan.run_folder.glob("*.safetensors"))] == ["lapwan.safetensors"]
-    assert (together.plan.run_folder / "step_000004" / "lapwan.safetensors").is_file()
-    both = open_lora(together.plan.run_folder / "lapwan.safetensors")
+    assert [p.name for p in sorted(together.config.run_folder.glob("*.safetensors"))] == ["lapwan.safetensors"]
+    assert (together.config.run_folder / "step_000004" / "lapwan.safetensors").is_file()
+    both = open_lora(together.config.run_folder / "lapwan.safetensors")
     for noise_expert in NoiseExpert:
-        [(_, file)] = open_lora(apart.plan.run_folder / f"lapwan_{noise_expert.file_suffix}.safetensors").items()
+        [(_, file)] = open_lora(apart.config.run_folder / f"lapwan_{noise_expert.file_suffix}.safetensors").items()
         assert both[noise_expert].fingerprint() == file.fingerprint()
         ours, theirs = both[noise_expert].metadata, file.metadata
         # What was set differs, so the hash of it does; all else a file says of itself is the same.
         assert {k: v for k, v in ours.items() if k != "lapwan.settings"} == {
             k: v for k, v in theirs.items() if k != "lapwan.settings"}
-    files = dict.fromkeys(NoiseExpert, together.plan.run_folder / "lapwan.safetensors")
+    files = dict.fromkeys(NoiseExpert, together.config.run_folder / "lapwan.safetensors")
     base = resolve_base(BaseModelSettings(model="tiny", lora=files))
     weight = dict(base.load(LOW).named_parameters())["blocks.7.attn1.to_q.weight"]
     delta = together.objective.adapters[LOW].state("lora").entries["blocks.7.attn1.to_q"].delta()

@@ -31,7 +31,7 @@ def randomise(trainer: Trainer, scale: float = 0.05) -> None:
 def draws_for(trainer: Trainer, noise_expert: NoiseExpert, batch: Batch) -> Draws:
     """Draws keyed by the clips' own ids."""
     keys = [(0, noise_expert.value, 0, clip) for clip in batch.ids]
-    return make_draws(batch, keys, SigmaRule(Uniform(), trainer.plan.data_streams[noise_expert].sigma_rule.band))
+    return make_draws(batch, keys, SigmaRule(Uniform(), trainer.data.streams[noise_expert].sigma_rule.band))
 
 
 def backward(
@@ -40,7 +40,7 @@ def backward(
     """Gradients by name after one loss on these clips; `only` keeps a single term of the loss."""
     for parameter in trainer.parameters.values():
         parameter.grad = None
-    batch = trainer.plan.load_batch(indices)
+    batch = trainer.data.load_batch(indices)
     draws = draws_for(trainer, noise_expert, batch)
     trainer.objective.prepare(noise_expert, [batch], draws=[draws])
     with trainer.objective.loss(noise_expert, batch, draws) as loss:

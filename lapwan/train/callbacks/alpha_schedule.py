@@ -25,7 +25,7 @@ from lapwan import console
 from lapwan.lora.attach import Adapter, set_alpha
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.train import AlphaScheduleSettings
-from lapwan.train.callbacks.base import StepResult
+from lapwan.train.callbacks.base import Callback, StepResult
 from lapwan.train.ema import Ema
 from lapwan.train.metrics import bin_of
 
@@ -92,8 +92,8 @@ def plain_slope(losses: Sequence[float]) -> tuple[float, float]:
     return slope, slope * slope * steps_squared / total if total else 0.0
 
 
-class AlphaSchedule:
-    """A step callback: the alpha phases of one noise expert."""
+class AlphaSchedule(Callback):
+    """The alpha phases of one noise expert."""
 
     needs_losses = True
 
@@ -101,6 +101,7 @@ class AlphaSchedule:
         self, noise_expert: NoiseExpert, settings: AlphaScheduleSettings, adapter: Adapter, band: Band,
         ups: Mapping[str, nn.Parameter], optimizer: Optimizer, ema: Ema | None,
     ) -> None:
+        self.name = f"alpha.{noise_expert.value}"
         self._noise_expert, self._settings, self._adapter, self._band = noise_expert, settings, adapter, band
         self._ups, self._optimizer, self._ema = dict(ups), optimizer, ema
         self._phase, self._phase_start, self._confirmations = 0, 0, 0

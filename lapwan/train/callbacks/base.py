@@ -1,14 +1,15 @@
-"""What a run carries besides its optimizers: callbacks of every step, and callbacks every so many steps.
+"""What a run does besides its optimizer steps: a `Callback` with hooks, which the trainer calls in the order of its
+list.
 
-How to add one: a class with the members of `StepCallback` or `PeriodicCallback` in a file beside this one; put it into
-`trainer.step_callbacks` in `lapwan/train/recipe.py`, or into `trainer.callbacks` in `lapwan/train/callbacks/build.py`.
+How to add one: a subclass of `Callback` with the hooks it needs, in a file beside this one, and a line in
+`lapwan/train/callbacks/build.py` (or in the recipe of the stage it is for) that makes it from the settings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -33,26 +34,9 @@ class StepResult:
     sigmas: tuple[float, ...] = ()
 
 
-class StepCallback(Protocol):
-    """Part of the training: runs in every process after every update; its state is in the checkpoints."""
-
-    @property
-    def needs_losses(self) -> bool:
-        """Whether `StepResult` must carry losses and sigmas, which waits for the device."""
-
-    def after_update(self, result: StepResult) -> dict[str, Tensor | float]:
-        """Act on the weights that were just updated, with their gradients still there; returns figures to log."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-
-
 @dataclass
-class CallbackResult:
-    """What a periodic callback returns.
+class Evaluation:
+    """What `Callback.on_step` returns.
 
     Args:
         figures: to log, by tag.
@@ -67,34 +51,52 @@ class CallbackResult:
     score: float | None = None
 
 
-class PeriodicCallback(Protocol):
-    """Evaluates the run every so many steps, in the first process, with the weights that would be saved."""
+class Callback:
+    """Hooks of a run; each does nothing unless a subclass overrides it.
 
-    @property
-    def every(self) -> int:
-        """Steps of the run between two evaluations."""
+    Attributes:
+        name: its key in checkpoints; unique in a run.
+        every: steps of the run between two calls of `on_step`, which also follows the last step; None: no calls.
+        needs_losses: whether `StepResult` must carry losses and sigmas, which waits for the device.
+        on_all_processes: whether `on_start` and `on_step` run in every process, not in the first one only: sharded
+            weights run a forward only in all processes at once.
+    """
 
-    def run(self, step: int, board: Any) -> CallbackResult:
-        """Evaluate now; `board` is the TensorBoard writer, for images."""
+    name: str
+    every: int | None = None
+    needs_losses = False
+    on_all_processes = False
+
+    def on_start(self, board: Any) -> None:
+        """Before the first step of this process, after the state was loaded; `board` as in `on_step`."""
+
+    def before_turn(self, noise_expert: NoiseExpert) -> None:
+        """Before a step of this noise expert, in every process."""
+
+    def after_backward(self, noise_expert: NoiseExpert) -> None:
+        """After the last backward of a step, in every process; the gradients are not summed over processes yet."""
+
+    def after_update(self, result: StepResult) -> dict[str, Tensor | float]:
+        """Act on the weights that were just updated, in every process, with their gradients still there.
+
+        Part of the training: it is skipped with an update that is dropped. Returns figures to log.
+        """
+        return {}
+
+    def on_step(self, step: int, board: Any) -> Evaluation:
+        """Evaluate the run with the weights that would be saved.
+
+        Args:
+            board: the TensorBoard writer, for images; None in processes that write nothing.
+        """
+        return Evaluation({})
+
+    def before_save(self) -> None:
+        """Before a checkpoint is written, in every process."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-
-
-@dataclass(frozen=True)
-class OnFirstProcess:
-    """Stands for a callback of the first process in the others, which wait for its result at the same steps."""
-
-    every: int
-
-    def run(self, step: int, board: Any) -> CallbackResult:
-        return CallbackResult({})
-
-    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The state is the first process's."""
+        """The inverse of `state_dict`."""

@@ -1,25 +1,27 @@
-"""The periodic callbacks of a run, from its settings: figures of the weights, validation, previews."""
+"""The callbacks of a run, from its settings: max norm, alpha phases, figures of the weights, validation, previews."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from lapwan import console
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.models.base import Base
 from lapwan.models.device import pick_dtype
 from lapwan.sampling.adapters import AdapterSet
+from lapwan.settings.callbacks import HealthSettings
 from lapwan.settings.train import TrainSettings
-from lapwan.train.callbacks.base import OnFirstProcess
+from lapwan.train.callbacks.alpha_schedule import AlphaSchedule
+from lapwan.train.callbacks.base import Callback
+from lapwan.train.callbacks.max_norm import MaxNorm
 from lapwan.train.callbacks.previews import PreviewGenerator, Previews, preview_requests
 from lapwan.train.callbacks.validation import Validation, held_out, labelled
 from lapwan.train.callbacks.weight_figures import WeightFigures
 from lapwan.train.clip_store import ClipStore
-from lapwan.train.optimizers import current_lr
-from lapwan.train.recipe import RunData
+from lapwan.train.recipe import RunData, RunParts
 from lapwan.train.run_folder import PREVIEWS
-from lapwan.train.trainer import Trainer
 
 
 def check_callbacks(
@@ -51,41 +53,56 @@ def check_callbacks(
     return lines
 
 
-def add_callbacks(
-    trainer: Trainer, settings: TrainSettings, base: Base, data: RunData, device: torch.device,
+def make_callbacks(
+    settings: TrainSettings, parts: RunParts, base: Base, data: RunData, device: torch.device,
     adapter_set: AdapterSet | None = None, taxonomy: Taxonomy | None = None,
-) -> None:
-    """Add the periodic callbacks to a trainer; they run in the first process only.
+) -> list[Callback]:
+    """The callbacks of a flow-matching run, in the order of their hooks.
 
     Args:
         adapter_set: for previews of a mixture: the mixture and its base LoRAs, which its gates need.
     """
-    plan, adapters = trainer.plan, trainer.objective.adapters
+    return [*_step_callbacks(parts, base, data),
+            *_periodic_callbacks(settings, parts, base, data, device, adapter_set or AdapterSet(), taxonomy)]
 
-    def learning_rates() -> dict[str, float]:
-        return {e.value: float(current_lr(plan.optimizers[e.value])) for e in adapters}
 
-    def steps() -> dict[str, int]:
-        return {e.value: stream.steps for e, stream in plan.data_streams.items()}
+def _step_callbacks(parts: RunParts, base: Base, data: RunData) -> Iterator[Callback]:
+    """Max norm and alpha phases."""
+    adapters = parts.objective.adapters
+    limits = {e: settings.max_norm for e, settings in data.noise_experts.items() if settings.max_norm is not None}
+    if limits:
+        yield MaxNorm(adapters, limits)
+    for noise_expert, settings in data.noise_experts.items():
+        if settings.alpha_schedule.phases:
+            prefix = f"{noise_expert.value}."
+            ups = {n: p for n, p in parts.objective.parameters.items() if n.startswith(prefix) and n.endswith(".up")}
+            yield AlphaSchedule(
+                noise_expert, settings.alpha_schedule, adapters[noise_expert], base.bands[noise_expert], ups,
+                parts.optimizers[noise_expert.value].optimizer, parts.ema)
 
-    if not plan.distributed.first:
-        periods = {"weights": settings.watch.every, "validation": settings.validation.every,
-                   "preview": settings.preview.every}
-        trainer.callbacks |= {name: OnFirstProcess(every) for name, every in periods.items() if every is not None}
-        return
-    trainer.callbacks["weights"] = WeightFigures(
-        adapters, learning_rates, steps, settings.watch.every, settings.health)
+
+def _periodic_callbacks(
+    settings: TrainSettings, parts: RunParts, base: Base, data: RunData, device: torch.device,
+    adapter_set: AdapterSet, taxonomy: Taxonomy | None,
+) -> Iterator[Callback]:
+    """Figures of the weights, validation, previews."""
+    yield weight_figures(parts, settings.watch.every, settings.health)
+    onload = parts.offload.activate
     if settings.validation.every is not None:
         store = ClipStore(data.index, held_out(data.index, settings), device)
-        sigma_rules = {e: stream.sigma_rule for e, stream in plan.data_streams.items()}
-        trainer.callbacks["validation"] = Validation(
-            trainer.objective, sigma_rules, store, settings.validation.every, settings.validation.sigmas, settings.seed,
-            plan.before_turn)
+        sigma_rules = {e: stream.sigma_rule for e, stream in parts.data.streams.items()}
+        yield Validation(parts.objective, sigma_rules, store, settings.validation.every, settings.validation.sigmas,
+                         settings.seed, onload)
     if settings.preview.every is not None:
-        console.detail("encoding the previews' prompts")
         requests = preview_requests(settings.preview, base.spec, data.items[0].bucket, taxonomy)
-        dtype = pick_dtype(settings.dtype, device)
         generator = PreviewGenerator(
-            base, adapter_set or AdapterSet(), device, dtype, adapters, requests, plan.before_turn)
-        folder = settings.output / PREVIEWS
-        trainer.callbacks["preview"] = Previews(generator, requests, folder, settings.preview.every)
+            base, adapter_set, device, pick_dtype(settings.dtype, device), parts.objective.adapters, onload)
+        yield Previews(generator, requests, settings.output / PREVIEWS, settings.preview.every)
+
+
+def weight_figures(parts: RunParts, every: int, health: HealthSettings) -> WeightFigures:
+    """Figures of the LoRAs in training, which look up each noise expert's lr and steps."""
+    adapters, streams = parts.objective.adapters, parts.data.streams
+    return WeightFigures(
+        adapters, lambda: {e.value: float(parts.optimizers[e.value].lr) for e in adapters},
+        lambda: {e.value: stream.steps for e, stream in streams.items()}, every, health)

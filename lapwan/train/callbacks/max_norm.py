@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lapwan.lora.attach import Adapter
 from lapwan.names import NoiseExpert
-from lapwan.train.callbacks.base import StepResult
+from lapwan.train.callbacks.base import Callback, StepResult
 
 
 @torch.no_grad()
@@ -39,10 +38,10 @@ def apply_max_norm(adapter: Adapter, limit: float) -> tuple[Tensor, Tensor]:
     return (norms_M > limit).sum(), norms_M.max()
 
 
-class MaxNorm:
-    """A step callback: after every step of a noise expert, its modules are scaled back to the limit."""
+class MaxNorm(Callback):
+    """After every step of a noise expert, its modules are scaled back to the limit."""
 
-    needs_losses = False
+    name = "max_norm"
 
     def __init__(self, adapters: Mapping[NoiseExpert, Adapter], limits: Mapping[NoiseExpert, float]) -> None:
         self._adapters, self._limits = adapters, limits
@@ -52,9 +51,3 @@ class MaxNorm:
             return {}
         scaled, largest = apply_max_norm(self._adapters[result.noise_expert], limit)
         return {"max_norm/scaled_modules": scaled, "max_norm/largest": largest}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is none."""

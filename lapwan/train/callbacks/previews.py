@@ -32,7 +32,7 @@ from lapwan.sampling.noise_experts import NoiseExperts
 from lapwan.sampling.request import Request, check_request, complete_guidance
 from lapwan.sampling.start_image import open_image
 from lapwan.settings.callbacks import PreviewSettings
-from lapwan.train.callbacks.base import CallbackResult
+from lapwan.train.callbacks.base import Callback, Evaluation
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -79,10 +79,10 @@ class _InTraining(NoiseExperts):
 
     def __init__(
         self, base: Base, adapter_set: AdapterSet, device: torch.device, dtype: torch.dtype,
-        adapters: Mapping[NoiseExpert, Adapter], before_turn: Callable[[NoiseExpert], None],
+        adapters: Mapping[NoiseExpert, Adapter], onload: Callable[[NoiseExpert], None],
     ) -> None:
         super().__init__(base, adapter_set, device, dtype, memory="both")
-        self._training, self._before_turn = dict(adapters), before_turn
+        self._training, self._onload = dict(adapters), onload
 
     def plan(
         self, num_frames: int, size: tuple[int, int], steps: int = 40, guided: bool = True, batch: int = 1
@@ -95,7 +95,7 @@ class _InTraining(NoiseExperts):
 
     def transformer(self, noise_expert: NoiseExpert) -> WanTransformer3DModel:
         if noise_expert in self._training:
-            self._before_turn(noise_expert)
+            self._onload(noise_expert)
             return cast("WanTransformer3DModel", self._training[noise_expert].transformer)
         return super().transformer(noise_expert)
 
@@ -108,15 +108,17 @@ class _InTraining(NoiseExperts):
 
 
 class PreviewGenerator(Generator):
-    """A generator over the transformers in training; the text encoder is dropped once all prompts are encoded."""
+    """A generator over the transformers in training."""
 
     def __init__(
         self, base: Base, adapter_set: AdapterSet, device: torch.device, dtype: torch.dtype,
-        adapters: Mapping[NoiseExpert, Adapter], requests: Sequence[Request],
-        before_turn: Callable[[NoiseExpert], None],
+        adapters: Mapping[NoiseExpert, Adapter], onload: Callable[[NoiseExpert], None],
     ) -> None:
         super().__init__(base, adapter_set, device, dtype)
-        self.noise_experts = _InTraining(base, adapter_set, device, dtype, adapters, before_turn)
+        self.noise_experts = _InTraining(base, adapter_set, device, dtype, adapters, onload)
+
+    def encode(self, requests: Sequence[Request]) -> None:
+        """Encode the prompts of all requests that will be generated, and drop the text encoder."""
         for request in requests:
             self.text_features(request.prompt)
             if max(request.guidance.values()) > 1:
@@ -124,15 +126,25 @@ class PreviewGenerator(Generator):
         self._text = None
 
 
-class Previews:
-    """A periodic callback: an MP4 (a PNG for one frame) of each prompt in `previews/`, a strip of it in TensorBoard."""
+class Previews(Callback):
+    """An MP4 (a PNG for one frame) of each prompt in `previews/`, a strip of it in TensorBoard.
 
-    def __init__(self, generator: Generator, requests: Sequence[Request], folder: Path, every: int) -> None:
+    There is no state: each preview has a fixed seed.
+    """
+
+    name = "preview"
+
+    def __init__(self, generator: PreviewGenerator, requests: Sequence[Request], folder: Path, every: int) -> None:
         self.every = every
         self._generator, self._requests, self._folder = generator, list(requests), folder
 
+    def on_start(self, board: Any) -> None:
+        """Encode the prompts."""
+        console.detail("encoding the previews' prompts")
+        self._generator.encode(self._requests)
+
     @torch.no_grad()
-    def run(self, step: int, board: Any) -> CallbackResult:
+    def on_step(self, step: int, board: Any) -> Evaluation:
         mixture = self._generator.adapters.mixture
         if mixture is None:
             return self._sample(step, board)
@@ -144,7 +156,7 @@ class Previews:
         finally:
             mixture.to(device)
 
-    def _sample(self, step: int, board: Any) -> CallbackResult:
+    def _sample(self, step: int, board: Any) -> Evaluation:
         index = -1
         for request in self._requests:
             index += request.hint is None  # the hints of a prompt follow it
@@ -155,10 +167,4 @@ class Previews:
             strip = np.asarray(contact_sheet([video.frames], _COLUMNS))
             board.add_image(f"preview/{name}", strip, step, dataformats="HWC")
             console.detail(f"preview {path}")
-        return CallbackResult({})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is none: each preview has a fixed seed."""
+        return Evaluation({})

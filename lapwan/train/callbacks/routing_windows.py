@@ -15,15 +15,17 @@ from lapwan.lora.attach import Adapter
 from lapwan.names import NoiseExpert
 from lapwan.report.canvas import Box, Canvas, Colour
 from lapwan.settings.train_moe import TrainMoeSettings
-from lapwan.train.callbacks.base import CallbackResult, StepResult
+from lapwan.train.callbacks.base import Callback, Evaluation, StepResult
 from lapwan.train.moe.objective import MixtureObjective
 
 _COLOURS: dict[str, Colour] = {"high": (208, 72, 52), "low": (38, 98, 168)}
 _CLIPS_PER_EXPERT = 5  # a window with fewer clips for each expert is not judged but extended
 
 
-class RoutingCallback:
-    """A periodic callback: routing since the last evaluation, the timestep gates, and warnings with advice."""
+class RoutingCallback(Callback):
+    """Routing since the last evaluation, the timestep gates, and warnings with advice."""
+
+    name = "routing"
 
     def __init__(self, objective: MixtureObjective, settings: TrainMoeSettings) -> None:
         self.every = settings.routing_watch.every
@@ -35,22 +37,22 @@ class RoutingCallback:
         self._bad_in_a_row = 0
         self.faults: list[RoutingFault] = []  # of the last window that was judged
 
-    def run(self, step: int, board: Any) -> CallbackResult:
+    def on_step(self, step: int, board: Any) -> Evaluation:
         window = self._objective.totals - self._before
         figures = self._gates(board, step)
         if window.clips < _CLIPS_PER_EXPERT * window.experts:
-            return CallbackResult(figures)
+            return Evaluation(figures)
         self._before = self._objective.totals
         figures |= window_figures(window, self._objective.mixture.families)
         board.add_image("routing/confusion", _confusion_image(window, self._objective.mixture.families), step,
                         dataformats="HWC")
         if step < self._settings.routing_watch.after:
-            return CallbackResult(figures)
+            return Evaluation(figures)
         learned = self._objective.mixture.spec.router != "rule"
         self.faults = judge_routing(
             window, self._objective.mixture.families, self._thresholds, _advised_settings(self._settings), learned)
         figures["routing/faults"] = float(len(self.faults))
-        return CallbackResult(figures, self._report(step))
+        return Evaluation(figures, self._report(step))
 
     def _report(self, step: int) -> str | None:
         """Warn of new faults; the reason to stop after `patience` bad windows in a row, if that is asked for."""
@@ -120,19 +122,19 @@ def _advised_settings(settings: TrainMoeSettings) -> dict[str, float]:
             "routing_loss.teacher_kl": loss.teacher_kl, "data.balance": settings.data.balance}
 
 
-class ExpertGradients:
-    """A step callback: √(Σ ‖∇A_f‖² + ‖∇B_f‖²) for each expert f, over the layers of the noise expert that was stepped.
+class ExpertGradients(Callback):
+    """√(Σ ‖∇A_f‖² + ‖∇B_f‖²) for each expert f, over the layers of the noise expert that was stepped.
 
     After clipping, every `every` steps of the run.
     """
 
-    needs_losses = False
+    name = "expert_gradients"
 
     def __init__(self, adapters: Mapping[NoiseExpert, Adapter], every: int) -> None:
-        self._adapters, self._every = adapters, every
+        self._adapters, self._interval = adapters, every
 
     def after_update(self, result: StepResult) -> dict[str, Tensor | float]:
-        if result.step % self._every:
+        if result.step % self._interval:
             return {}
         adapter = self._adapters[result.noise_expert]
         layers = [layer for layer in adapter.layers.values() if layer.down_RI.grad is not None]
@@ -146,9 +148,3 @@ class ExpertGradients:
         trained = {group.column for layer in layers for group in layer.groups if group.trainable}
         norms = squares_G.sqrt()
         return {f"grad_norm_of/{name}": norms[i] for i, name in enumerate(adapter.group_names) if i in trained}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is none."""

@@ -14,7 +14,7 @@ from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 from lapwan.settings.train import TrainSettings
-from lapwan.train.callbacks.base import CallbackResult
+from lapwan.train.callbacks.base import Callback, Evaluation
 from lapwan.train.clip_store import ClipStore
 from lapwan.train.objective import Draws, Key, Objective, SigmaRule
 
@@ -50,25 +50,32 @@ def fixed_draws(rule: SigmaRule, batch: Batch, u: Sequence[float], key: Key, ind
                  torch.ones_like(sigma_B).to(device))
 
 
-class Validation:
-    """A periodic callback: the mean flow loss of each noise expert over clips and sigmas, and by sigma."""
+class Validation(Callback):
+    """The mean flow loss of each noise expert over clips and sigmas, and by sigma.
+
+    Args:
+        onload: brings a noise expert to the device.
+    """
+
+    name = "validation"
 
     def __init__(
         self, objective: Objective, sigma_rules: Mapping[NoiseExpert, SigmaRule], store: ClipStore, every: int,
-        sigmas: int, seed: int, before_turn: Callable[[NoiseExpert], None] = lambda noise_expert: None,
+        sigmas: int, seed: int, onload: Callable[[NoiseExpert], None] = lambda noise_expert: None,
     ) -> None:
-        self.every, self._before_turn = every, before_turn
+        self.every, self._onload = every, onload
         self._objective, self._sigma_rules, self._store, self._seed = objective, sigma_rules, store, seed
         self._u = [(i + 0.5) / sigmas for i in range(sigmas)]
 
-    def run(self, step: int, board: Any) -> CallbackResult:
+    def on_step(self, step: int, board: Any) -> Evaluation:
         figures: dict[str, float] = {}
         for noise_expert in self._sigma_rules:
-            self._before_turn(noise_expert)
+            self._onload(noise_expert)
             for name, value in self.losses(noise_expert).items():
                 figures[f"validation/{noise_expert.value}/{name}"] = value
         means = [figures[f"validation/{noise_expert.value}/loss"] for noise_expert in self._sigma_rules]
-        return CallbackResult({**figures, "validation/mean": sum(means) / len(means)})
+        mean = sum(means) / len(means)
+        return Evaluation({**figures, "validation/mean": mean}, score=mean)
 
     @torch.no_grad()
     def losses(self, noise_expert: NoiseExpert) -> dict[str, float]:
@@ -86,12 +93,6 @@ class Validation:
                     values.setdefault(name, []).append(values_B)
         joined = {name: torch.cat(parts) for name, parts in values.items()}
         return {name: float(all_values.mean()) for name, all_values in joined.items() if all_values.numel()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is none."""
 
 
 def labelled(items: Sequence[CachedItem]) -> bool:

@@ -17,7 +17,7 @@ from lapwan.lora.attach import Adapter
 from lapwan.lora.state import LoraEntry
 from lapwan.names import NoiseExpert
 from lapwan.settings.callbacks import HealthSettings
-from lapwan.train.callbacks.base import CallbackResult
+from lapwan.train.callbacks.base import Callback, Evaluation
 
 _LEVELS = ("good", "warn", "stop")
 
@@ -42,14 +42,16 @@ def _expert_figures(
     return values
 
 
-class WeightFigures:
-    """A periodic callback: figures of the weights; with a health preset also its verdict, which may stop the run.
+class WeightFigures(Callback):
+    """Figures of the weights; with a health preset also its verdict, which may stop the run.
 
     Args:
         learning_rates: current lr by noise expert.
         steps: optimizer steps taken by noise expert.
         every: steps of the run between two evaluations.
     """
+
+    name = "weights"
 
     def __init__(
         self, adapters: Mapping[NoiseExpert, Adapter], learning_rates: Callable[[], dict[str, float]],
@@ -63,7 +65,7 @@ class WeightFigures:
         self._bad_in_a_row = 0
         self._reported: frozenset[str] = frozenset()  # rules and their status at the last evaluation
 
-    def run(self, step: int, board: Any) -> CallbackResult:
+    def on_step(self, step: int, board: Any) -> Evaluation:
         groups = {e.value: trained_entries(adapter) for e, adapter in self._adapters.items()}
         figures = {}
         for label, experts in groups.items():
@@ -89,7 +91,7 @@ class WeightFigures:
             values["health/status"] = float(_LEVELS.index(verdict["status"]))
             stop_reason = self._report(verdict, step)
         self._before, self._steps_before, self._step_before = figures, steps, step
-        return CallbackResult({name: value for name, value in values.items() if value is not None}, stop_reason)
+        return Evaluation({name: value for name, value in values.items() if value is not None}, stop_reason)
 
     def _growth(self, figures: Mapping[str, Figures], steps: Mapping[str, int], step: int) -> list[dict[str, Any]]:
         if not self._before:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -14,12 +13,12 @@ from lapwan.lora.attach import Adapter
 from lapwan.lora.dropout import Dropout, DropoutRates
 from lapwan.lora.formats import write_both, write_lora
 from lapwan.names import NoiseExpert
-from lapwan.train.objective import AllReduce, Draws, Loss, ParameterGroup, flow_terms, local_sum
+from lapwan.train.objective import Draws, Loss, Objective, ParameterGroup, flow_terms
 
 LORA_GROUP = "lora"
 
 
-class LoraObjective:
+class LoraObjective(Objective):
     """One adapter for each noise expert, which steps in its own turns only."""
 
     def __init__(
@@ -41,27 +40,12 @@ class LoraObjective:
             for noise_expert, adapter in self.adapters.items()
         }
 
-    def optimizers_for(self, noise_expert: NoiseExpert) -> tuple[str, ...]:
-        return (noise_expert.value,)
-
-    def prepare(
-        self, noise_expert: NoiseExpert, batches: Sequence[Batch], all_reduce: AllReduce = local_sum,
-        draws: Sequence[Draws] = (),
-    ) -> None:
-        """The loss of a batch does not depend on the other batches of the step."""
-
     @contextmanager
     def loss(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:
         """Forward, then (in the caller's block) backward, under the same dropout."""
         adapter = self.adapters[noise_expert]
         with self._dropout[noise_expert].scope(adapter.holder, draws.keys):
             yield flow_terms(adapter.transformer, batch, draws, self._roi_weight, self._empty_text)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is none."""
 
     def save(self, folder: Path, step: int) -> list[Path]:
         states = {noise_expert: adapter.state(LORA_GROUP) for noise_expert, adapter in self.adapters.items()}

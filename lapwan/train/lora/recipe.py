@@ -12,7 +12,7 @@ from lapwan.models.base import Base
 from lapwan.names import NoiseExpert
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.train import recipe
-from lapwan.train.callbacks.build import add_callbacks
+from lapwan.train.callbacks.build import make_callbacks
 from lapwan.train.clip_store import ClipStore
 from lapwan.train.lora.objective import LORA_GROUP, LoraObjective
 from lapwan.train.parallel import Distributed
@@ -38,11 +38,10 @@ def prepare(
         adapters, settings.name, metadata, settings.roi_weight,
         store.empty_text() if settings.caption_dropout else None, recipe.dropout_rates(data), settings.one_file,
     )
-    trainer = recipe.make_trainer(
-        settings, base, data, objective, store, "lapwan train-lora", distributed or Distributed())
-    recipe.use_memory_plan(trainer, memory, offload)
-    add_callbacks(trainer, settings, base, data, device)
-    return trainer
+    parts = recipe.run_parts(
+        settings, base, data, objective, store, memory, offload, "lapwan train-lora", distributed or Distributed())
+    callbacks = make_callbacks(settings, parts, base, data, device)
+    return recipe.make_trainer(settings, parts, callbacks, memory.line, memory.plan.peak)
 
 
 def plan_lora(

@@ -26,7 +26,7 @@ from lapwan.losses import routing
 from lapwan.moe.mixture import BASE_GROUP, Mixture
 from lapwan.moe.mixture_file import write_mixture
 from lapwan.names import NoiseExpert
-from lapwan.train.objective import AllReduce, Draws, Key, Loss, ParameterGroup, flow_terms, local_sum
+from lapwan.train.objective import AllReduce, Draws, Key, Loss, Objective, ParameterGroup, flow_terms, local_sum
 
 ROUTER, SHARED = "router", "experts"
 
@@ -65,7 +65,7 @@ class _StepStatistics:
     teacher_kl: float
 
 
-class MixtureObjective:
+class MixtureObjective(Objective):
     """Routes each sample, sets its gates, and holds them until the backward is done."""
 
     def __init__(
@@ -114,7 +114,7 @@ class MixtureObjective:
     def prepare(
         self, noise_expert: NoiseExpert, batches: Sequence[Batch], all_reduce: AllReduce = local_sum,
         draws: Sequence[Draws] = (),
-    ) -> None:
+    ) -> Sequence[Batch]:
         """Mean entropy and usage over the step, so that its loss does not depend on how it is cut into batches."""
         w = self.weights
         draws_or_none: Sequence[Draws | None] = draws or [None] * len(batches)
@@ -130,6 +130,7 @@ class MixtureObjective:
         self.totals = self.totals + step
         self._step = _StepStatistics(step.entropy, step.labelled / step.clips, w.teacher_at(self._steps))
         self._steps += 1
+        return batches
 
     @contextmanager
     def loss(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:

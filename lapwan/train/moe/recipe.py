@@ -27,8 +27,7 @@ from lapwan.settings.optimizers import AutomagicSettings, ProdigySettings
 from lapwan.settings.train import NoiseExpertSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train import recipe
-from lapwan.train.callbacks.base import OnFirstProcess
-from lapwan.train.callbacks.build import add_callbacks
+from lapwan.train.callbacks.build import make_callbacks
 from lapwan.train.callbacks.routing_windows import ExpertGradients, RoutingCallback
 from lapwan.train.clip_store import ClipStore, family_of
 from lapwan.train.moe.objective import MixtureObjective, MixtureWeights
@@ -250,13 +249,11 @@ def prepare(
         mixture, adapters, weights_of(settings, len(data.schedule)), settings.name, metadata,
         store.empty_text() if settings.caption_dropout else None, recipe.dropout_rates(data),
     )
-    trainer = recipe.make_trainer(
-        settings, base, data, objective, store, "lapwan train-moe", distributed or Distributed())
-    recipe.use_memory_plan(trainer, memory, offload)
-    every = settings.routing_watch.every
-    trainer.step_callbacks["expert_gradients"] = ExpertGradients(adapters, every)
+    parts = recipe.run_parts(
+        settings, base, data, objective, store, memory, offload, "lapwan train-moe", distributed or Distributed())
     bases = {e: LoraUse(path, state, settings.alpha_base) for e, (path, state) in frozen.items()}
-    add_callbacks(trainer, settings, base, data, device, AdapterSet(mixture=mixture, mixture_base=bases), taxonomy)
-    first_process = trainer.plan.distributed.first
-    trainer.callbacks["routing"] = RoutingCallback(objective, settings) if first_process else OnFirstProcess(every)
-    return trainer
+    adapter_set = AdapterSet(mixture=mixture, mixture_base=bases)
+    callbacks = [ExpertGradients(adapters, settings.routing_watch.every),
+                 *make_callbacks(settings, parts, base, data, device, adapter_set, taxonomy),
+                 RoutingCallback(objective, settings)]
+    return recipe.make_trainer(settings, parts, callbacks, memory.line, memory.plan.peak)

@@ -26,14 +26,10 @@ from lapwan.names import NoiseExpert
 from lapwan.report.contact_sheet import contact_sheet
 from lapwan.sampling.generator import to_frames
 from lapwan.sampling.result import Video
-from lapwan.settings.srpo import SrpoSettings
-from lapwan.train.callbacks.base import CallbackResult
-from lapwan.train.checkpoint import checkpoints
-from lapwan.train.metrics import MetricsWriter
+from lapwan.train.callbacks.base import Callback, Evaluation
 from lapwan.train.parallel import full_tensors
 from lapwan.train.srpo.objective import SrpoObjective, augment_prompt
 from lapwan.train.srpo.rollout import Rollout
-from lapwan.train.trainer import Trainer
 from lapwan.wan.vae import decode
 
 if TYPE_CHECKING:
@@ -64,31 +60,35 @@ class HeldOutRule:
     batch_size: int = 1
 
 
-class HeldOut:
-    """A periodic callback: held-out reward, distance from the base, samples in `previews/` and TensorBoard; it may end
-    the run early."""
+class HeldOut(Callback):
+    """Held-out reward, distance from the base, samples in `previews/` and TensorBoard; it may end the run early."""
+
+    name = "held_out"
 
     def __init__(
         self, objective: SrpoObjective, rollout: Rollout, batches: Sequence[Batch], vae: AutoencoderKLWan,
-        rule: HeldOutRule, folder: Path, seed: int, fetch: Callable[[NoiseExpert], None],
+        rule: HeldOutRule, folder: Path, seed: int, onload: Callable[[NoiseExpert], None],
+        on_all_processes: bool = False,
     ) -> None:
-        self.every = rule.every
+        self.every, self.on_all_processes = rule.every, on_all_processes
         self._objective, self._rollout, self._batches, self._vae = objective, rollout, list(batches), vae
-        self._rule, self._folder, self._seed, self._fetch = rule, folder, seed, fetch
+        self._rule, self._folder, self._seed, self._onload = rule, folder, seed, onload
         self._base: dict[str, list[float]] = {}
         self._points: dict[str, dict[str, Tensor]] = {}  # by noise expert: x, sigma, and the base's velocity there
         self._best: tuple[float, int] | None = None
         self._evaluations_since_best = 0
 
     @torch.no_grad()
-    def begin(self, board: Any) -> None:
-        """Before the first step: sample and score the base, and store its velocities for the KL proxy."""
+    def on_start(self, board: Any) -> None:
+        """Sample and score the base, and store its velocities for the KL proxy; a resumed run has them in its state."""
+        if self._base:
+            return
         console.log(f"sampling {len(self._batches)} held-out prompts from the base")
         latents = self._sample()
         self._base = self._scores(latents)
         self._show(latents, 0, board)
         for noise_expert in self._objective.trained:
-            self._fetch(noise_expert)
+            self._onload(noise_expert)
             x0 = torch.cat(latents[:_KL_PROMPTS])
             noise = torch.cat([self._noise(batch) for batch in self._batches[:_KL_PROMPTS]])
             band = self._objective.rule.interval[noise_expert]
@@ -97,7 +97,7 @@ class HeldOut:
             self._points[noise_expert.value] = {"x": x, "sigma": sigma_B, "v": self._velocity(noise_expert, x, sigma_B)}
 
     @torch.no_grad()
-    def run(self, step: int, board: Any) -> CallbackResult:
+    def on_step(self, step: int, board: Any) -> Evaluation:
         latents = self._sample()
         scores = self._scores(latents)
         self._show(latents, step, board)
@@ -107,11 +107,11 @@ class HeldOut:
             figures["held_out/margin_over_base"] = float(gain.mean())
         for noise_expert in self._objective.trained:
             if point := self._points.get(noise_expert.value):
-                self._fetch(noise_expert)
+                self._onload(noise_expert)
                 v = self._velocity(noise_expert, point["x"], point["sigma"])
                 figures[f"held_out/{noise_expert.value}/kl_proxy"] = float((v - point["v"]).square().mean() / 2)
         margin = figures["held_out/margin"]
-        return CallbackResult(figures, finished=self._early_stop(margin, step), score=-margin)
+        return Evaluation(figures, finished=self._early_stop(margin, step), score=-margin)
 
     @torch.no_grad()
     def scores(self) -> dict[str, list[float]]:
@@ -120,7 +120,7 @@ class HeldOut:
 
     @property
     def base_scores(self) -> dict[str, list[float]]:
-        """The same of the base; empty before `begin`."""
+        """The same of the base; empty before `on_start`."""
         return self._base
 
     def _early_stop(self, margin: float, step: int) -> str | None:
@@ -209,15 +209,19 @@ class HeldOut:
                         for e, tensors in state["points"].items()}
 
 
-class FullWeightFigures:
-    """A periodic callback of a full fine-tune: ‖W − W_0‖, and ‖W − W_0‖ / ‖W_0‖, by noise expert."""
+class FullWeightFigures(Callback):
+    """‖W − W_0‖, and ‖W − W_0‖ / ‖W_0‖, of a full fine-tune, by noise expert."""
 
-    def __init__(self, objective: SrpoObjective, load_base: Callable[[NoiseExpert], Any], every: int) -> None:
-        self.every = every
+    name = "weights"
+
+    def __init__(
+        self, objective: SrpoObjective, load_base: Callable[[NoiseExpert], Any], every: int, on_all_processes: bool
+    ) -> None:
+        self.every, self.on_all_processes = every, on_all_processes
         self._objective, self._load_base = objective, load_base
 
     @torch.no_grad()
-    def run(self, step: int, board: Any) -> CallbackResult:
+    def on_step(self, step: int, board: Any) -> Evaluation:
         figures: dict[str, float] = {}
         for noise_expert, trained in self._objective.trained.items():
             base = dict(self._load_base(noise_expert).named_parameters())
@@ -228,25 +232,4 @@ class FullWeightFigures:
                 norm += float(start.square().sum())
             figures[f"weights/{noise_expert.value}/delta_norm"] = delta**0.5
             figures[f"weights/{noise_expert.value}/delta_share"] = (delta / max(norm, 1e-30)) ** 0.5
-        return CallbackResult(figures)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """This callback has no state."""
-
-
-def begin(trainer: Trainer, settings: SrpoSettings) -> None:
-    """Score the base on the held-out prompts before a new run; a resumed run has the scores in its state."""
-    callback = trainer.callbacks.get("held_out")
-    if not isinstance(callback, HeldOut) or (settings.resume and checkpoints(settings.output)):
-        return
-    if not trainer.plan.distributed.first:
-        callback.begin(None)
-        return
-    metrics = MetricsWriter(settings.output, 0)
-    try:
-        callback.begin(metrics.board)
-    finally:
-        metrics.close()
+        return Evaluation(figures)

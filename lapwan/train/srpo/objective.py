@@ -29,7 +29,8 @@ from lapwan.losses import flow, preference
 from lapwan.losses.preference import Preference
 from lapwan.names import Band, NoiseExpert
 from lapwan.train.metrics import bin_of
-from lapwan.train.objective import AllReduce, Draws, Loss, ParameterGroup, local_sum
+from lapwan.train.objective import AllReduce, Draws, Loss, Objective, ParameterGroup, local_sum
+from lapwan.train.srpo.rollout import Rollout
 from lapwan.wan.backbone import velocity
 
 if TYPE_CHECKING:
@@ -116,32 +117,33 @@ class PreferenceDraws:
     negative: list[str] = field(default_factory=list)
 
 
-class SrpoObjective:
-    """Preference alignment of one or both noise experts, which take turns."""
+class SrpoObjective(Objective):
+    """Preference alignment of one or both noise experts, which take turns.
+
+    Args:
+        save: writes the aligned weights into a folder, at a step.
+        rollout: makes the latents of a step's batches; None: they are the cache's.
+    """
 
     def __init__(
         self, trained: Mapping[NoiseExpert, AlignedNoiseExpert], reward_models: RewardModels, rule: PreferenceRule,
-        save: Save,
+        save: Save, rollout: Rollout | None = None,
     ) -> None:
         self.trained, self.reward_models, self.rule, self._save = dict(trained), reward_models, rule, save
+        self.rollout = rollout
+        # The LoRAs in training; none in a full fine-tune.
+        self.adapters = {e: part.adapter for e, part in self.trained.items() if part.adapter is not None}
         self.parameter_groups = {
             e.value: [ParameterGroup({f"{e.value}.{name}": p for name, p in trained.parameters.items()})]
             for e, trained in self.trained.items()
         }
 
-    @property
-    def adapters(self) -> dict[NoiseExpert, Adapter]:
-        """The LoRAs in training; none in a full fine-tune."""
-        return {e: trained.adapter for e, trained in self.trained.items() if trained.adapter is not None}
-
-    def optimizers_for(self, noise_expert: NoiseExpert) -> tuple[str, ...]:
-        return (noise_expert.value,)
-
     def prepare(
         self, noise_expert: NoiseExpert, batches: Sequence[Batch], all_reduce: AllReduce = local_sum,
         draws: Sequence[Draws] = (),
-    ) -> None:
-        """Nothing to prepare: a sample's loss does not depend on the others of the step."""
+    ) -> Sequence[Batch]:
+        """The batches with clean latents sampled from their draws' noise, or as they were read."""
+        return batches if self.rollout is None else self.rollout(noise_expert, batches, draws)
 
     @contextmanager
     def loss(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:
@@ -247,12 +249,6 @@ class SrpoObjective:
                     key = f"reward_by_branch/{tag}/{name}"
                     figures[key] = torch.cat([figures[key], value]) if key in figures else value
         return figures
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """This objective has no state."""
 
     def save(self, folder: Path, step: int) -> list[Path]:
         return self._save(folder, step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,15 @@ from lapwan.settings.callbacks import HealthSettings
 from lapwan.settings.optimizers import AdamWSettings
 from lapwan.settings.rewards import reward_weights
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.train.callbacks.base import OnFirstProcess
-from lapwan.train.callbacks.weight_figures import WeightFigures
+from lapwan.train.callbacks.base import Callback
+from lapwan.train.callbacks.build import weight_figures
+from lapwan.train.ema import Ema
 from lapwan.train.lora.objective import LORA_GROUP
 from lapwan.train.master_weights import MasterAdamW
 from lapwan.train.objective import ParameterGroup, SigmaRule
-from lapwan.train.optimizers import current_lr, make_optimizer, make_schedule
-from lapwan.train.parallel import Distributed, full_tensors, is_sharded, shard
-from lapwan.train.recipe import settings_hash
+from lapwan.train.optimizers import ScheduledOptimizer, make_optimizer, make_schedule
+from lapwan.train.parallel import Distributed, check_accumulate, full_tensors, is_sharded, shard
+from lapwan.train.recipe import RunParts, make_trainer, settings_hash
 from lapwan.train.run_folder import PREVIEWS
 from lapwan.train.sample_order import SampleOrder
 from lapwan.train.schedule import interleave
@@ -48,7 +49,7 @@ from lapwan.train.srpo.plan import (
 )
 from lapwan.train.srpo.rollout import Rollout, RolloutRule
 from lapwan.train.trainer import Trainer
-from lapwan.train.trainer_plan import DataStream, TrainerPlan
+from lapwan.train.training_data import DataStream, TrainingData
 from lapwan.wan.transformer.compile import compile_blocks, worth_compiling
 from lapwan.wan.vae import decode_frames, load_vae
 
@@ -178,27 +179,21 @@ def prepare(
         UserError: batches of a step that cannot be divided among the processes, or EMA of sharded weights.
     """
     distributed, spec = distributed or Distributed(), base.spec
-    if settings.accumulate % distributed.count:
-        raise UserError(f"accumulate = {settings.accumulate} batches a step cannot be divided evenly among "
-                        f"{distributed.count} processes; set it to a multiple of {distributed.count}")
+    check_accumulate(settings.accumulate, distributed)
     noise_experts = trained_noise_experts(settings, spec)
     bands = intervals(settings, spec, noise_experts)
     store = PromptStore(data, spec, encode_prompts(settings, data, spec, device, distributed), device)
     if settings.train == "full" and distributed.count > 1 and settings.ema_decay is not None:
         raise UserError("ema_decay with a full fine-tune on several processes is not supported: the weights are "
                         "sharded; leave ema_decay out")
-    parts = load_parts(settings, base, noise_experts, data, memory, rewards, device, distributed.count)
-    writer = AlignedModelWriter(settings, base, len(data.captions), parts.trained, bands)
-    objective = SrpoObjective(parts.trained, parts.reward_models, preference_rule(settings, bands), writer)
-    trainer = Trainer(_trainer_plan(settings, base, data, objective, store, distributed, bands), objective)
-    trainer.plan.before_turn, trainer.plan.memory_summary = parts.offload.activate, memory.line
-    trainer.plan.before_save = writer.gather
-    trainer.plan.callbacks_on_all_processes = settings.train == "full" and distributed.count > 1
-    if not data.offline:
-        rule = RolloutRule(settings.rollout.steps, settings.rollout.guidance, settings.rollout.flow_shift)
-        trainer.plan.complete_batches = _rollout(rule, spec, parts, store)
-    _add_callbacks(trainer, objective, settings, base, data, parts, store)
-    return trainer
+    loaded = load_parts(settings, base, noise_experts, data, memory, rewards, device, distributed.count)
+    writer = AlignedModelWriter(settings, base, len(data.captions), loaded.trained, bands)
+    rule = RolloutRule(settings.rollout.steps, settings.rollout.guidance, settings.rollout.flow_shift)
+    rollout = None if data.offline else _rollout(rule, spec, loaded, store)
+    objective = SrpoObjective(loaded.trained, loaded.reward_models, preference_rule(settings, bands), writer, rollout)
+    parts = _run_parts(settings, base, data, objective, store, loaded.offload, distributed, bands)
+    callbacks = [*_callbacks(settings, parts, objective, base, data, loaded, store), GatherShards(writer)]
+    return make_trainer(settings, parts, callbacks, memory.line)
 
 
 def encode_prompts(
@@ -213,66 +208,63 @@ def encode_prompts(
     return features
 
 
-def _rollout(rule: RolloutRule, spec: ModelSpec, parts: LoadedParts, store: PromptStore) -> Rollout:
+def _rollout(rule: RolloutRule, spec: ModelSpec, loaded: LoadedParts, store: PromptStore) -> Rollout:
     negative = store.negative() if rule.guidance > 1 else None
-    return Rollout(spec, rule, parts.transformers, parts.offload.activate, negative)
+    return Rollout(spec, rule, loaded.transformers, loaded.offload.activate, negative)
 
 
-def _trainer_plan(
+def _run_parts(
     settings: SrpoSettings, base: Base, data: SrpoData, objective: SrpoObjective, store: PromptStore,
-    distributed: Distributed, bands: Mapping[NoiseExpert, Band],
-) -> TrainerPlan:
-    optimizers = optimizers_of(settings, objective)
+    offload: NoiseExpertOffload, distributed: Distributed, bands: Mapping[NoiseExpert, Band],
+) -> RunParts:
     schedule = interleave(steps_by_noise_expert(settings, bands), settings.turn)
-    lr_schedules = {name: make_schedule(settings.schedule, optimizer, schedule.count(NoiseExpert(name)))
-                    for name, optimizer in optimizers.items()}
+    optimizers = {
+        name: ScheduledOptimizer(optimizer, make_schedule(
+            settings.schedule, optimizer, schedule.count(NoiseExpert(name))))
+        for name, optimizer in optimizers_of(settings, objective).items()
+    }
     buckets = [item.bucket for item in data.items] if data.offline else [data.bucket] * len(data.ids)
-    data_streams = {
+    streams = {
         e: DataStream(SampleOrder(buckets, settings.batch_size, settings.seed, e.value), SigmaRule(band=band))
         for e, band in bands.items()
     }
+    training_data = TrainingData(
+        streams, store.batch, data.ids, settings.seed, settings.accumulate, distributed=distributed)
     identity = data.identity | {f"base.{e.value}": base.fingerprint(e) for e in base.spec.noise_experts}
-    return TrainerPlan(
-        run_folder=settings.output, schedule=schedule, data_streams=data_streams, optimizers=optimizers,
-        lr_schedules=lr_schedules, load_batch=store.batch, item_ids=data.ids, seed=settings.seed,
-        accumulate=settings.accumulate, max_grad_norm=settings.max_grad_norm, ema_decay=settings.ema_decay,
-        save_every=settings.save_every, log_every=settings.log_every, sigma_bins=settings.sigma_bins,
-        keep_last=settings.keep_last, keep_best=settings.keep_best, resume_command="lapwan srpo --resume",
-        identity=identity, allow_changed=settings.allow_changed, distributed=distributed,
-    )
+    ema = None if settings.ema_decay is None else Ema(objective.parameters, settings.ema_decay)
+    return RunParts(objective, training_data, optimizers, schedule, identity, offload, "lapwan srpo", distributed, ema)
 
 
-def _add_callbacks(
-    trainer: Trainer, objective: SrpoObjective, settings: SrpoSettings, base: Base, data: SrpoData, parts: LoadedParts,
+def _callbacks(
+    settings: SrpoSettings, parts: RunParts, objective: SrpoObjective, base: Base, data: SrpoData, loaded: LoadedParts,
     store: PromptStore,
-) -> None:
-    """Held-out prompts and weight figures; the other processes wait at the same steps unless weights are sharded."""
-    plan, held_out, spec = trainer.plan, settings.held_out, base.spec
-    if not plan.distributed.first and not plan.callbacks_on_all_processes:
-        trainer.callbacks["weights"] = OnFirstProcess(held_out.every)
-        if data.held_out:
-            trainer.callbacks["held_out"] = OnFirstProcess(held_out.every)
-        return
+) -> Iterator[Callback]:
+    """Figures of the weights and held-out prompts; sharded weights are evaluated in all processes at once."""
+    every, sharded = settings.held_out.every, settings.train == "full" and parts.distributed.count > 1
     if settings.train == "lora":
-        trainer.callbacks["weights"] = WeightFigures(
-            objective.adapters, lambda: {e.value: float(current_lr(plan.optimizers[e.value])) for e in parts.trained},
-            lambda: {e.value: stream.steps for e, stream in plan.data_streams.items()}, held_out.every,
-            HealthSettings())
+        yield weight_figures(parts, every, HealthSettings())
     else:
-        trainer.callbacks["weights"] = FullWeightFigures(
-            objective, lambda e: base.load(e, pick_dtype(settings.dtype, parts.offload.device)), held_out.every)
-    if not data.held_out:
-        return
+        yield FullWeightFigures(
+            objective, lambda e: base.load(e, pick_dtype(settings.dtype, parts.offload.device)), every, sharded)
+    if data.held_out:
+        yield _held_out(settings, parts, objective, base.spec, data, loaded, store, sharded)
+
+
+def _held_out(
+    settings: SrpoSettings, parts: RunParts, objective: SrpoObjective, spec: ModelSpec, data: SrpoData,
+    loaded: LoadedParts, store: PromptStore, sharded: bool,
+) -> HeldOut:
+    held_out = settings.held_out
     frames, height, width = data.bucket
     size = held_out.size or (height, width)
     guidance = settings.rollout.guidance if held_out.guidance is None else held_out.guidance
-    rule = RolloutRule(held_out.steps or settings.rollout.steps, guidance, settings.rollout.flow_shift)
-    rollout = _rollout(rule, spec, parts, store)
-    trainer.callbacks["held_out"] = HeldOut(
-        objective, rollout, store.held_out(), parts.vae,
-        HeldOutRule(held_out.every, held_out.images, held_out.patience,
-                    spec.latent_shape(held_out.num_frames or frames, *size), spec.defaults.fps, settings.batch_size),
-        settings.output / PREVIEWS, settings.held_out_seed, parts.offload.activate)
+    rollout_rule = RolloutRule(held_out.steps or settings.rollout.steps, guidance, settings.rollout.flow_shift)
+    rule = HeldOutRule(
+        held_out.every, held_out.images, held_out.patience,
+        spec.latent_shape(held_out.num_frames or frames, *size), spec.defaults.fps, settings.batch_size)
+    return HeldOut(
+        objective, _rollout(rollout_rule, spec, loaded, store), store.held_out(), loaded.vae, rule,
+        settings.output / PREVIEWS, settings.held_out_seed, parts.offload.activate, sharded)
 
 
 class AlignedModelWriter:
@@ -286,7 +278,7 @@ class AlignedModelWriter:
         self._gathered: dict[NoiseExpert, dict[str, Tensor]] = {}
 
     def gather(self) -> None:
-        """Gather sharded weights; called in every process before the first one writes."""
+        """Gather sharded weights; must be called in every process before the first one writes."""
         self._gathered = {
             e: {name: value.contiguous() for name, value in full_tensors(dict(trained.parameters)).items()}
             for e, trained in self._trained.items() if any(is_sharded(p) for p in trained.parameters.values())
@@ -328,3 +320,15 @@ class AlignedModelWriter:
             "modelspec.timestep_range": f"{1000 * band.low:g},{1000 * band.high:g}",
             "modelspec.title": f"{self._settings.name}_{noise_expert.file_suffix}",
         }
+
+
+class GatherShards(Callback):
+    """Gathers sharded weights before the first process writes them."""
+
+    name = "gather_shards"
+
+    def __init__(self, writer: AlignedModelWriter) -> None:
+        self._writer = writer
+
+    def before_save(self) -> None:
+        self._writer.gather()
