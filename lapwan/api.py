@@ -20,7 +20,7 @@ from lapwan.distributed import Processes
 from lapwan.errors import UserError
 from lapwan.models.base import Base
 from lapwan.models.device import pick_device, pick_dtype
-from lapwan.models.spec import ModelSpec, Task
+from lapwan.models.spec import ModelSpec, Task, task_with
 from lapwan.names import NoiseExpert
 from lapwan.sampling.adapters import AdapterSet, read_adapters
 from lapwan.sampling.expert_mix import alpha_vector, choose_mix
@@ -198,7 +198,7 @@ class VideoGenerator:
         image = open_image(settings.image) if image is None and settings.image is not None else image
         if last_image is None and settings.last_image is not None:
             last_image = open_image(settings.last_image)
-        generator, base, adapters = self._parts("t2v" if image is None else "i2v", chosen)
+        generator, base, adapters = self._parts(task_with(image is not None), chosen)
         request = _request(generator.spec, settings, image, last_image)
         check_request(generator.spec, request)
         self._check_mixture(adapters, request)

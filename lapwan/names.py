@@ -21,6 +21,11 @@ class NoiseExpert(StrEnum):
         return "transformer" if self is NoiseExpert.HIGH else "transformer_2"
 
     @property
+    def one_file_component(self) -> str:
+        """The component's name in the keys of a LoRA file for all noise experts."""
+        return "transformer_1" if self is NoiseExpert.HIGH else "transformer_2"
+
+    @property
     def file_suffix(self) -> str:
         """`{name}_{file_suffix}.safetensors` is this noise expert's LoRA file."""
         return f"{self.value}_noise"
@@ -41,6 +46,10 @@ class Band:
     low: float
     high: float
 
+    def __contains__(self, sigma: float) -> bool:
+        """A boundary belongs to the band above it, and sigma 1 to the highest band."""
+        return self.low <= sigma < self.high or sigma == self.high == 1.0
+
     def __str__(self) -> str:
         return f"[{self.low:g}, {self.high:g}]"
 
@@ -52,6 +61,6 @@ def bands(boundary: float | None) -> dict[NoiseExpert, Band]:
     return {NoiseExpert.HIGH: Band(boundary, 1.0), NoiseExpert.LOW: Band(0.0, boundary)}
 
 
-def noise_expert_for(sigma: float, boundary: float | None) -> NoiseExpert:
-    """The noise expert for `sigma`; sigma equal to the boundary belongs to the high one."""
-    return NoiseExpert.HIGH if boundary is None or sigma >= boundary else NoiseExpert.LOW
+def noise_expert_for(level: float, boundary: float | None) -> NoiseExpert:
+    """The noise expert for a sigma, or for a timestep if `boundary` is one; the boundary belongs to the high one."""
+    return NoiseExpert.HIGH if boundary is None or level >= boundary else NoiseExpert.LOW

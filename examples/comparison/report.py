@@ -123,8 +123,8 @@ def _task(results: Results, task: TaskName, goals: list[dict[str, Any]]) -> dict
                 goals.append(_goal(f"{task}: {metric} of the mixture above {b}", difference, 0.0))
                 goals.append({"goal": f"{task}: at least a quarter fewer errors than {b}", "value": reduction.mean,
                               "wanted": _ERROR_REDUCTION, "met": reduction.mean >= _ERROR_REDUCTION})
-            if task == "t2v" and b in (NONE, WRONG):
-                goals.append(_goal(f"t2v: identity of the mixture above {'alpha_expert 0' if b == NONE else b}",
+            if metric == "identity" and b in (NONE, WRONG):
+                goals.append(_goal(f"{task}: identity of the mixture above {'alpha_expert 0' if b == NONE else b}",
                                    difference, 0.0))
     seen = [results.wrong_seen(task, arm) for arm in (WRONG, ROUTER)]
     if seen[0] is not None and seen[1] is not None:
@@ -132,8 +132,8 @@ def _task(results: Results, task: TaskName, goals: list[dict[str, Any]]) -> dict
         summary["wrong_hint"] = {"seen_with_it": bootstrap(seen[0], crossed=True).as_json(),
                                "seen_with_the_router": bootstrap(seen[1], crossed=True).as_json(),
                                "difference": difference.as_json()}
-        if task == "t2v":
-            goals.append(_goal("t2v: a wrong hint makes the instrument it names appear", difference, 0.0))
+        if metric == "identity":
+            goals.append(_goal(f"{task}: a wrong hint makes the instrument it names appear", difference, 0.0))
     summary["sweep"] = {
         arm: {"validation": {f"{lr:g}": results.rows[name]["validation"][metric]
                              for lr, name in zip(s.lrs, sweep_names(s, task, arm), strict=True)},

@@ -42,7 +42,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _arms(task: str, summary: Mapping[str, Any]) -> str:
-    metric, other = summary["metric"], "tip_accuracy" if summary["metric"] == "identity" else "identity"
+    metric, columns = summary["metric"], ["identity"] if summary["metric"] != "identity" else []
     chosen = {arm: f"{entry['chosen']:g}" for arm, entry in summary["sweep"].items()}
     against = {(d["a"], d["b"]): d for d in summary["differences"]}
     rows = []
@@ -51,10 +51,8 @@ def _arms(task: str, summary: Mapping[str, Any]) -> str:
         same = against.get((arm, "plain, same size"))
         rows.append([arm, lr, _percent(scores.get(metric)), _percent(same, sign=True),
                      _percent(same["relative_error_reduction"]) if same else "",
-                     _percent(scores.get(other)) if task == "i2v" else ""])
-    header = ["arm", "lr", metric, "against plain, same size", "fewer errors", other if task == "i2v" else ""]
-    if task != "i2v":
-        header, rows = header[:-1], [row[:-1] for row in rows]
+                     *(_percent(scores.get(other)) for other in columns)])
+    header = ["arm", "lr", metric, "against plain, same size", "fewer errors", *columns]
     text = f"**{_TITLES[task]}** ({summary['prompts']} prompts, training seeds {summary['training_seeds']})\n\n"
     text += _table(header, rows)
     if (wrong := summary.get("wrong_hint")) is not None:

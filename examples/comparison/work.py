@@ -117,7 +117,7 @@ def caches(workspace: Workspace, task: TaskName) -> dict[str, Any]:
     cache.run(CacheSettings.model_validate({
         "dataset": workspace.labels(TAXONOMY), "model": f"tiny-{task}", "output": workspace.cache(task),
         "device": workspace.device,
-        "size": f"{c.size[0]}x{c.size[1]}", "num_frames": (c.frames,), "i2v": task == "i2v",
+        "size": f"{c.size[0]}x{c.size[1]}", "num_frames": (c.frames,),
     }), RunOptions(overwrite=True))
     return {}
 

@@ -210,9 +210,9 @@ def encoders_from_settings(settings: CacheSettings, spec: ModelSpec) -> EncoderS
     Raises:
         UserError: a model that this version cannot train.
     """
-    if spec.task == "ti2v":
-        raise UserError(f"{spec.path} is a TI2V-5B model, which this version generates with but does not train; "
-                        "cache with Wan2.2 T2V-A14B or I2V-A14B")
+    if not spec.family.trainable:
+        raise UserError(f"{spec.path} is a {spec.family.title} model, which this version generates with but does not "
+                        "train; cache with Wan2.2 T2V-A14B or I2V-A14B")
     stored = text_dtype(spec)
     return EncoderSpec(
         task=spec.task, fps=float(spec.defaults.fps), vae=vae_fingerprint(spec), text=text_encoder_fingerprint(spec),
@@ -220,5 +220,5 @@ def encoders_from_settings(settings: CacheSettings, spec: ModelSpec) -> EncoderS
         strides=(spec.temporal_stride, spec.spatial_stride), vae_dtype=settings.vae_dtype,
         latents_dtype="float32" if settings.dtype == "auto" else settings.dtype,
         text_dtype=stored if settings.dtype == "auto" else settings.dtype,
-        condition=spec.task == "i2v", negative=settings.negative_prompt,
+        condition=spec.image_channels > 0, negative=settings.negative_prompt,
     )

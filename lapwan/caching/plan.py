@@ -125,7 +125,9 @@ def latents_size(encoders: EncoderSpec, item: PlannedItem) -> int:
     """Bytes of a latents file without its header."""
     frames, stride = len(item.indices), encoders.strides[1]
     cells = ((frames - 1) // encoders.strides[0] + 1) * (item.crop.bucket[0] // stride)
-    channels = encoders.latent_channels * (2 if encoders.condition else 1) + (4 if encoders.condition else 0)
+    channels = encoders.latent_channels
+    if encoders.condition:
+        channels += encoders.strides[0] + encoders.latent_channels  # mask and condition
     return channels * cells * (item.crop.bucket[1] // stride) * (2 if encoders.latents_dtype == "bfloat16" else 4)
 
 

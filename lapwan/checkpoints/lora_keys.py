@@ -177,5 +177,6 @@ def key_names(path: str, layout: Layout, component: str | None = None) -> dict[P
 
 # A prefix's component -> the noise expert, in a file for both.
 COMPONENT_NOISE_EXPERTS: dict[str, NoiseExpert] = {
-    "transformer": NoiseExpert.HIGH, "transformer_1": NoiseExpert.HIGH, "transformer_2": NoiseExpert.LOW,
+    name: noise_expert for noise_expert in NoiseExpert
+    for name in (noise_expert.component, noise_expert.one_file_component)
 }

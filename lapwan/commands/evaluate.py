@@ -14,14 +14,14 @@ from lapwan.evaluation.study import Study, run_study
 from lapwan.evaluation.tables import IntervalRule, tables
 from lapwan.models.base import Base
 from lapwan.models.fingerprints import vae_fingerprint
-from lapwan.models.spec import ModelSpec, Task, read_spec
+from lapwan.models.spec import ModelSpec, Task, read_spec, task_with
 from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.model import BaseModelSettings, ModelChoice
 from lapwan.tiny.evaluators import SceneJudge, probe_captions
 from lapwan.tiny.model import tiny_folder
 from lapwan.tiny.resolve import TINY, resolve_base
-from lapwan.tiny.reward import make_tiny_reward
+from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS
 
 
 def run(settings: EvaluateSettings, options: RunOptions) -> None:
@@ -32,7 +32,7 @@ def run(settings: EvaluateSettings, options: RunOptions) -> None:
             raise UserError(f"output exists: {out}; pass --resume to continue it (finished videos that still match are "
                             "kept), --overwrite to start over, or choose another path")
         files.claim_output(out, options.overwrite)
-    study = prepare(settings, _resolve, SceneJudge(), _probe_set, {"tiny": make_tiny_reward})
+    study = prepare(settings, _resolve, SceneJudge(), _probe_set, EMBEDDED_REWARD_KINDS)
     print_plan(settings, _plan(study), options)
     if options.dry_run:
         return
@@ -61,7 +61,7 @@ def _resolve(model: ModelChoice | None, task: Task | None) -> Base:
 
 def _probe_set(spec: ModelSpec) -> ProbeSet | None:
     """Captions of the embedded scenes, if the model is the embedded one: its text features are made for them."""
-    embedded = read_spec(tiny_folder("i2v" if spec.task == "i2v" else "t2v"))
+    embedded = read_spec(tiny_folder(task_with(spec.requires_image)))
     return probe_captions() if vae_fingerprint(spec) == vae_fingerprint(embedded) else None
 
 

@@ -8,15 +8,14 @@ from pathlib import Path
 
 from lapwan import console
 from lapwan.caching.read import load_index
-from lapwan.models.spec import Task
+from lapwan.models.spec import Task, task_named
 from lapwan.settings.base import RunOptions, Settings, to_toml
 from lapwan.train.parallel import Distributed, join_processes
 
 
 def index_task(cache: Path, labels: Path | None = None) -> Task | None:
     """The task that a cache was made for; it selects the model that `tiny` names."""
-    task = load_index(cache, labels).task
-    return "i2v" if task == "i2v" else "t2v" if task == "t2v" else None
+    return task_named(load_index(cache, labels).task)
 
 
 def print_plan(settings: Settings, lines: Sequence[str], options: RunOptions) -> None:

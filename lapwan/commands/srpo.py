@@ -9,10 +9,11 @@ from lapwan.commands.run_setup import distributed_run, index_task, print_plan
 from lapwan.errors import UserError
 from lapwan.models.device import pick_device
 from lapwan.rewards.base import warn_chinese
-from lapwan.rewards.build import Maker, build_rewards
+from lapwan.rewards.build import build_rewards
 from lapwan.settings.base import RunOptions
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.resolve import resolve_base
+from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS
 from lapwan.train.recipe import run_training
 from lapwan.train.run_folder import claim_run, start_folder
 from lapwan.train.srpo import recipe
@@ -38,7 +39,7 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
             raise UserError(slow)
         if distributed.first:
             start_folder(settings, options.overwrite)
-        rewards = build_rewards(settings.rewards, device, _embedded_rewards())
+        rewards = build_rewards(settings.rewards, device, EMBEDDED_REWARD_KINDS)
         if distributed.first:
             warn_chinese(rewards, [*data.captions, *data.held_out])
         trainer = recipe.prepare(settings, base, data, rewards, memory, device, distributed)
@@ -53,10 +54,4 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
 def plan(settings: SrpoSettings, device: torch.device, processes: int = 1) -> SrpoPlan:
     """`plan_run` on the base that the settings name; prompts without a cache mean text-to-video for `tiny`."""
     task = None if settings.prompts.cache is None else index_task(settings.prompts.cache)
-    return plan_run(settings, resolve_base(settings.model, task), device, processes)
-
-
-def _embedded_rewards() -> dict[str, Maker]:
-    from lapwan.tiny.reward import make_tiny_reward
-
-    return {"tiny": make_tiny_reward}
+    return plan_run(settings, resolve_base(settings.model, task), EMBEDDED_REWARD_KINDS, device, processes)

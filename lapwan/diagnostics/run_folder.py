@@ -53,7 +53,7 @@ def pair(high: Path, low: Path) -> Checkpoint:
         UserError: a file whose metadata names the other noise expert.
     """
     loras: dict[str, LoraSource] = {}
-    for noise_expert, path in ((NoiseExpert.HIGH, high), (NoiseExpert.LOW, low)):
+    for noise_expert, path in zip(NoiseExpert, (high, low), strict=True):
         by_noise_expert = open_lora(path)
         lora = by_noise_expert.get(noise_expert) or by_noise_expert.get(None) or next(iter(by_noise_expert.values()))
         check_role(lora, noise_expert)

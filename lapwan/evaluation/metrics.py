@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lapwan.errors import UserError
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
-from lapwan.models.spec import Task
 from lapwan.rewards.base import Reward, score
 
 _WINDOW, _SIGMA = 11, 1.5
@@ -207,22 +206,23 @@ def _steadiness(embeddings_ND: Tensor) -> float:
 
 
 def make_scorers(
-    metrics: Sequence[str] | None, clips: Sequence[EvaluationClip], task: Task, shape: VideoShape, judge: Judge | None,
-    rewards: Mapping[str, Callable[[], Reward]], device: torch.device,
+    metrics: Sequence[str] | None, clips: Sequence[EvaluationClip], from_image: bool, shape: VideoShape,
+    judge: Judge | None, rewards: Mapping[str, Callable[[], Reward]], device: torch.device,
 ) -> list[Scorer]:
     """The scorers of `metrics`; None: every metric that the clips allow.
 
     Args:
+        from_image: whether every video starts from its clip's first frame.
         judge: measures `identity` and `tip`; without one they are not available.
         rewards: how to load each reward, by its label.
 
     Raises:
-        UserError: a metric that the clips, the task or the judge do not allow.
+        UserError: a metric that the clips, the model or the judge do not allow.
     """
-    unavailable = unavailable_metrics(clips, task, shape, judge, rewards)
+    unavailable = unavailable_metrics(clips, from_image, shape, judge, rewards)
     if metrics is None:
         # Compare with a reference only if the video starts from its first frame: text does not determine a clip's look.
-        metrics = [m for m, reason in unavailable.items() if reason is None and (m != "reference" or task == "i2v")]
+        metrics = [m for m, reason in unavailable.items() if reason is None and (m != "reference" or from_image)]
     scorers: list[Scorer] = []
     for metric in dict.fromkeys(metrics):
         if (reason := unavailable[metric]) is not None:
@@ -240,11 +240,12 @@ def make_scorers(
 
 
 def unavailable_metrics(
-    clips: Sequence[EvaluationClip], task: Task, shape: VideoShape, judge: Judge | None, rewards: Mapping[str, object]
+    clips: Sequence[EvaluationClip], from_image: bool, shape: VideoShape, judge: Judge | None,
+    rewards: Mapping[str, object],
 ) -> dict[str, str | None]:
     """Why each metric cannot be measured; None if it can."""
     return {
-        "identity": _not_judged("identity", judge, clips, shape), "tip": _no_tip(judge, clips, task, shape),
+        "identity": _not_judged("identity", judge, clips, shape), "tip": _no_tip(judge, clips, from_image, shape),
         "reference": next((error for clip in clips if (error := clip.reference_error(shape)) is not None), None),
         "temporal": None, "reward": None if rewards else "no rewards are given; set rewards, such as clip=FOLDER",
     }
@@ -259,8 +260,8 @@ def _not_judged(metric: str, judge: Judge | None, clips: Sequence[EvaluationClip
     return refused or judge.refuses_shape(shape)
 
 
-def _no_tip(judge: Judge | None, clips: Sequence[EvaluationClip], task: Task, shape: VideoShape) -> str | None:
-    if task != "i2v":
+def _no_tip(judge: Judge | None, clips: Sequence[EvaluationClip], from_image: bool, shape: VideoShape) -> str | None:
+    if not from_image:
         return "the tip's path follows from the first frame, so it is measured on image-to-video only"
     if (reason := _not_judged("tip", judge, clips, shape)) is not None:
         return reason

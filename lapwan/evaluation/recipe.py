@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from lapwan.evaluation.tables import IntervalRule, document
 from lapwan.evaluation.videos import Sampling, VideoStore, request_for
 from lapwan.models.base import Base
 from lapwan.models.device import pick_device, pick_dtype
-from lapwan.models.spec import ModelSpec, Task, check_frames, check_size
-from lapwan.rewards.base import Reward
-from lapwan.rewards.build import Maker, build_rewards, check_rewards
+from lapwan.models.spec import ModelSpec, Task, check_frames, check_size, task_named
+from lapwan.rewards.base import Reward, RewardKinds
+from lapwan.rewards.build import REWARD_KINDS, check_rewards, kind_of
 from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT, complete_guidance
 from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.memory import precision_of
@@ -46,7 +46,7 @@ Resolve = Callable[[ModelChoice | None, Task | None], Base]
 
 def prepare(
     settings: EvaluateSettings, resolve: Resolve, judge: Judge | None = None,
-    probe_set: Callable[[ModelSpec], ProbeSet | None] | None = None, rewards: Mapping[str, Maker] | None = None,
+    probe_set: Callable[[ModelSpec], ProbeSet | None] | None = None, rewards: RewardKinds = REWARD_KINDS,
 ) -> Study:
     """Read and check everything that the settings name, without loading weights.
 
@@ -54,7 +54,7 @@ def prepare(
         resolve: from MODEL to a base that can generate.
         judge: measures the metrics `identity` and `tip`.
         probe_set: captions for the linear probe of a model's text features; it returns None if it has none for it.
-        rewards: makers of rewards that `lapwan.rewards` does not have, by their type.
+        rewards: kinds of rewards, by their settings.
 
     Raises:
         UserError: files that do not exist, or files and settings that do not fit together.
@@ -62,15 +62,15 @@ def prepare(
     device = pick_device(settings.device)
     loss = settings.loss
     index = None if loss.cache is None else load_index(loss.cache, loss.labels)
-    arms = _arms(settings, settings.task or _task(index), resolve)
+    arms = _arms(settings, settings.task or task_named(index.task if index else None), resolve)
     taxonomy = check_taxonomies(arms, load_taxonomy(settings.taxonomy))
     items = [] if index is None else _items(settings, index, arms)
     videos: dict[str, Any] = {}
     if settings.videos.clips is not None:
         clips, sampling = _sampling(settings, arms, taxonomy)
-        loaders = _rewards(settings.videos.rewards or (), device, rewards or {})
-        task = arms[0].base.task
-        scorers = make_scorers(settings.videos.metrics, clips, task, sampling.shape, judge, loaders, device)
+        loaders = _rewards(settings.videos.rewards or (), device, rewards)
+        from_image = arms[0].base.spec.requires_image
+        scorers = make_scorers(settings.videos.metrics, clips, from_image, sampling.shape, judge, loaders, device)
         ceiling = settings.videos.ceiling and not any(clip.reference_error(sampling.shape) for clip in clips)
         ceiling_scorers = [scorer for scorer in scorers if ceiling and isinstance(scorer, _CEILING_METRICS)]
         videos = {"clips": clips, "sampling": sampling, "scorers": scorers, "ceiling_scorers": ceiling_scorers}
@@ -81,7 +81,7 @@ def prepare(
         ExecutionOptions(device, pick_dtype(settings.dtype, device), settings.memory, settings.compile,
                 precision_of(settings.dtype), precision_of(settings.text_dtype)),
         index=index, items=items, flow=FlowPlan(loss.bins, loss.draws, settings.seed, loss.batch_size),
-        captions=captions, probe=probe, depends_on=_depends_on(settings, judge), **videos,
+        captions=captions, probe=probe, depends_on=_depends_on(settings, judge, rewards), **videos,
     )
 
 
@@ -99,13 +99,6 @@ def _arms(settings: EvaluateSettings, task: Task | None, resolve: Resolve) -> li
         tasks = ", ".join(f"{arm.name} {arm.base.task}" for arm in arms)
         raise UserError(f"the adapters are on models of different tasks ({tasks}); evaluate them separately")
     return arms
-
-
-def _task(index: CacheIndex | None) -> Task | None:
-    """The task that the cache was made for."""
-    if index is None or index.task is None:
-        return None
-    return "i2v" if index.task == "i2v" else "t2v"
 
 
 def _items(settings: EvaluateSettings, index: CacheIndex, arms: Sequence[Arm]) -> list[CachedItem]:
@@ -140,34 +133,30 @@ def _sampling(
     check_size(*shape.size, spec.pixel_multiple)
     for arm in arms:
         request_for(arm.base.spec, arm, clips[0], sampling, 0)
-    if spec.task == "i2v":
+    if spec.requires_image:
         for clip in clips:
             clip.first_frame(shape)  # fails early on a file that cannot be read; the frame is kept
     return clips, sampling
 
 
 def _rewards(
-    rewards: Sequence[RewardSettings], device: torch.device, makers: Mapping[str, Maker]
+    rewards: Sequence[RewardSettings], device: torch.device, kinds: RewardKinds
 ) -> dict[str, Callable[[], Reward]]:
     """Loaders of the rewards by label; their files are checked here."""
-    check_rewards(rewards)
-    return {reward.label: partial(_load_reward, reward, device, makers) for reward in rewards}
+    check_rewards(rewards, kinds)
+    return {reward.label: partial(kind_of(reward, kinds).make, reward, device) for reward in rewards}
 
 
-def _load_reward(reward: RewardSettings, device: torch.device, makers: Mapping[str, Maker]) -> Reward:
-    return build_rewards((reward,), device, makers)[reward.label]
-
-
-def _depends_on(settings: EvaluateSettings, judge: Judge | None) -> list[str]:
-    depends_on = [reward_identity(reward) for reward in settings.videos.rewards or ()]
+def _depends_on(settings: EvaluateSettings, judge: Judge | None, kinds: RewardKinds) -> list[str]:
+    depends_on = [reward_identity(reward, kinds) for reward in settings.videos.rewards or ()]
     return [*depends_on, judge.fingerprint] if judge is not None and judge.fingerprint else depends_on
 
 
-def reward_identity(reward: RewardSettings) -> str:
+def reward_identity(reward: RewardSettings, kinds: RewardKinds = REWARD_KINDS) -> str:
     """A reward's settings with size and time of its files: stored scores of other weights are not used."""
     settings = reward.model_dump(mode="json", exclude={"weight"})
-    path = getattr(reward, "path", None)  # the tiny reward has none
-    paths = sorted(path.iterdir()) if path is not None and path.is_dir() else [path] if path is not None else []
+    paths = [file for path in kind_of(reward, kinds).files(reward)
+             for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in paths if file.is_file()]
     return json.dumps([settings, facts], sort_keys=True)
 

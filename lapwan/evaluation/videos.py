@@ -70,7 +70,7 @@ def request_for(spec: ModelSpec, arm: Arm, clip: EvaluationClip, sampling: Sampl
     request = Request(
         prompt=clip.prompt, num_frames=shape.frames, size=shape.size, steps=sampling.steps, guidance=sampling.guidance,
         fps=shape.fps, negative_prompt=sampling.negative_prompt,
-        image=clip.first_frame(shape) if spec.task == "i2v" else None, flow_shift=sampling.flow_shift,
+        image=clip.first_frame(shape) if spec.requires_image else None, flow_shift=sampling.flow_shift,
         sampler=sampling.sampler, seed=rng.seed_of(sampling.seed, "evaluate", clip.id, index),
         hint=arm.hint_for(clip), alpha_base=arm.alpha_base, alpha_expert=arm.alpha_expert,
         guidance_interval=sampling.guidance_interval,

@@ -34,7 +34,6 @@ from lapwan.files import atomic_file
 from lapwan.lora.metadata import FORMAT_KEY, AdapterConfig, adapter_config, file_metadata
 from lapwan.lora.noise_expert import (
     NOISE_EXPERT_KEY,
-    ONE_FILE_COMPONENTS,
     join_metadata,
     metadata_for,
     noise_expert_from_file_name,
@@ -233,7 +232,7 @@ def write_both(
     metadata: dict[NoiseExpert, dict[str, str]] = {}
     for noise_expert in NoiseExpert:
         named, metadata[noise_expert] = _named(
-            path, states[noise_expert], "comfy", dtype, fold_alpha, ONE_FILE_COMPONENTS[noise_expert])
+            path, states[noise_expert], "comfy", dtype, fold_alpha, noise_expert.one_file_component)
         tensors |= named
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=join_metadata(metadata))

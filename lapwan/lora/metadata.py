@@ -21,7 +21,7 @@ from lapwan.checkpoints.lora_keys import Layout
 from lapwan.errors import UserError
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
 from lapwan.lora.state import LoraState
-from lapwan.names import NoiseExpert
+from lapwan.names import NoiseExpert, bands
 
 FORMAT_KEY, FORMAT = "lapwan.format", "lora/1"
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
@@ -129,8 +129,8 @@ def file_metadata(state: LoraState, layout: Layout) -> dict[str, str]:
     metadata.setdefault("ss_network_module", "networks.lora_wan")
     noise_expert, boundary = metadata.get(NOISE_EXPERT_KEY), boundary_from_metadata(metadata)
     if noise_expert and boundary is not None and "modelspec.timestep_range" not in metadata:
-        edge = f"{boundary * 1000:g}"
-        metadata["modelspec.timestep_range"] = f"{edge},1000" if noise_expert == NoiseExpert.HIGH else f"0,{edge}"
+        band = bands(boundary)[NoiseExpert(noise_expert)]
+        metadata["modelspec.timestep_range"] = f"{1000 * band.low:g},{1000 * band.high:g}"
     if layout == "diffusers":
         metadata[ADAPTER_METADATA_KEY] = _diffusers_adapter_metadata(ranks, alphas)
     return metadata

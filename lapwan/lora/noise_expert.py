@@ -10,8 +10,6 @@ from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 
 NOISE_EXPERT_KEY = "lapwan.noise_expert"
-# Names of the two transformers in the keys of a file that holds both noise experts' LoRAs.
-ONE_FILE_COMPONENTS = {NoiseExpert.HIGH: "transformer_1", NoiseExpert.LOW: "transformer_2"}
 # Training ranges in timesteps of 1000. One that ends below _LOW_ENDS_BELOW is the low noise expert's, one that starts
 # at _HIGH_STARTS_FROM or above the high one's: Wan2.2's boundaries are 875 and 900, and people train with overlap.
 _LOW_ENDS_BELOW = 960.0

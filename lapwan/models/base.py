@@ -19,6 +19,7 @@ from lapwan.files import cache_root
 from lapwan.lora.assign import assign
 from lapwan.lora.formats import LoraFile
 from lapwan.lora.merge import linear_weights, plan_terms
+from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
 from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
 from lapwan.models.resolve import refuse_generation_only, resolve
 from lapwan.models.separate_files import make_folder
@@ -43,7 +44,7 @@ class Base:
 
     @property
     def task(self) -> Task:
-        """t2v or i2v."""
+        """The name of the model's task in caches, mixtures and metadata."""
         return self.spec.task
 
     @property
@@ -65,6 +66,15 @@ class Base:
         """Identity of a noise expert's weights with its LoRAs."""
         loras = [(file.fingerprint(), strength) for file, strength in self.loras.get(noise_expert, ())]
         return merged_fingerprint(self.spec.fingerprint(noise_expert), loras)
+
+    def metadata(self, noise_expert: NoiseExpert) -> dict[str, str]:
+        """What an adapter file says about the noise expert it was trained on."""
+        boundary = self.spec.boundary
+        return {
+            NOISE_EXPERT_KEY: noise_expert.value, "lapwan.task": self.task,
+            "lapwan.boundary": "" if boundary is None else repr(boundary),
+            "lapwan.base_fingerprint": self.fingerprint(noise_expert),
+        }
 
     def load(
         self, noise_expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
@@ -145,8 +155,6 @@ def resolve_base(
 
 
 def _from_files(files: ModelFilesSettings) -> ModelSpec:
-    paths = {NoiseExpert.HIGH: files.high or files.transformer, NoiseExpert.LOW: files.low}
-    transformers = {noise_expert: path for noise_expert, path in paths.items() if path is not None}
     return read_spec(make_folder(
-        cache_root(), transformers, files.vae, files.text_encoder, files.tokenizer, files.boundary, files.flow_shift
-    ))
+        cache_root(), files.transformers, files.vae, files.text_encoder, files.tokenizer, files.boundary,
+        files.flow_shift))

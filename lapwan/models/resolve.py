@@ -13,7 +13,7 @@ def resolve(model: str, task: Task | None = None, generation: bool = False) -> M
     """A folder in diffusers layout, or a hub id such as `Wan-AI/Wan2.2-T2V-A14B-Diffusers` in the local hub cache.
 
     Args:
-        generation: also accept models that lapwan only generates with (TI2V-5B).
+        generation: also accept models that lapwan only generates with.
 
     Raises:
         UserError: no such model, or a model for another task than `task`.
@@ -23,7 +23,7 @@ def resolve(model: str, task: Task | None = None, generation: bool = False) -> M
     if not generation:
         refuse_generation_only(spec, model)
     if task is not None and spec.task != task:
-        wants = "takes an image (image-to-video)" if spec.task == "i2v" else "takes no image (text-to-video)"
+        wants = "takes an image (image-to-video)" if spec.requires_image else "takes no image (text-to-video)"
         raise UserError(f"model {model} {wants}, but {task} was asked for")
     return spec
 
@@ -32,10 +32,11 @@ def refuse_generation_only(spec: ModelSpec, model: object) -> None:
     """Refuse a model that lapwan does not train; `model` names it in the message.
 
     Raises:
-        UserError: a TI2V-5B model.
+        UserError: a model that is only for generation.
     """
-    if spec.task == "ti2v":
-        raise UserError(f"model {model} is a TI2V-5B model, which lapwan only generates with; use T2V-A14B or I2V-A14B")
+    if not spec.family.trainable:
+        raise UserError(f"model {model} is a {spec.family.title} model, which lapwan only generates with; use T2V-A14B "
+                        "or I2V-A14B")
 
 
 def _is_hub_id(folder: Path, model: str) -> bool:

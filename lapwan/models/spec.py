@@ -1,6 +1,8 @@
-"""The spec of a model folder in diffusers layout: task, noise experts, boundary, channels, strides, shift. No torch.
+"""The spec of a model folder in diffusers layout: capabilities, noise experts, boundary, channels, strides. No torch.
 
-How to add a model family: a row in `_FAMILY_DEFAULTS` and, if its channels differ, a case in `_task_of`.
+How to add a base model in diffusers layout: a `ModelFamily` here and its case in `_family_of`, which reads the
+checkpoint. What differs between models is asked of the spec (`requires_image`, `clean_first_frame`, `image_channels`,
+...); task names are compared only with a name that a file or the user gives. Original files: `separate_files`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from lapwan.errors import UserError
 from lapwan.files import inside
 from lapwan.names import Band, NoiseExpert, bands
 
-Task = Literal["t2v", "i2v", "ti2v"]  # ti2v: TI2V-5B, with or without a first frame; generation only
+Task = Literal["t2v", "i2v", "ti2v"]  # ti2v: with or without a first frame
 TEXT_LENGTH = 512  # tokens; Wan also attends to the zero rows that pad the text
 
 
@@ -33,12 +35,39 @@ class Defaults:
     fps: int
 
 
-_FAMILY_DEFAULTS: dict[str, Defaults] = {
-    "t2v-2.1": Defaults(50, {NoiseExpert.HIGH: 5.0}, (480, 832), 81, 16),
-    "ti2v": Defaults(50, {NoiseExpert.HIGH: 5.0}, (704, 1280), 121, 24),
-    "t2v": Defaults(40, {NoiseExpert.HIGH: 4.0, NoiseExpert.LOW: 3.0}, (480, 832), 81, 16),
-    "i2v": Defaults(40, {NoiseExpert.HIGH: 3.5, NoiseExpert.LOW: 3.5}, (480, 832), 81, 16),
-}
+@dataclass(frozen=True)
+class ModelFamily:
+    """What the models of a family have in common.
+
+    Args:
+        title: the name that users know.
+        task: the name in caches, mixtures and metadata.
+        release: as other tools show it in a LoRA's metadata.
+        image: whether a video starts from a given first frame.
+        clean_first_frame: that frame is the first latent frame of x, at noise level 0 by timesteps per token; False: it
+            comes in `ModelSpec.image_channels`.
+        trainable: False: only for generation.
+    """
+
+    title: str
+    task: Task
+    defaults: Defaults
+    release: Literal["wan2.1", "wan2.2"] = "wan2.2"
+    image: Literal["none", "optional", "required"] = "none"
+    clean_first_frame: bool = False
+    trainable: bool = True
+
+
+_T2V_21 = ModelFamily(
+    "Wan2.1 T2V", "t2v", Defaults(50, {NoiseExpert.HIGH: 5.0}, (480, 832), 81, 16), release="wan2.1")
+_T2V_A14B = ModelFamily(
+    "T2V-A14B", "t2v", Defaults(40, {NoiseExpert.HIGH: 4.0, NoiseExpert.LOW: 3.0}, (480, 832), 81, 16))
+_I2V_A14B = ModelFamily(
+    "I2V-A14B", "i2v", Defaults(40, {NoiseExpert.HIGH: 3.5, NoiseExpert.LOW: 3.5}, (480, 832), 81, 16),
+    image="required")
+_TI2V_5B = ModelFamily(
+    "TI2V-5B", "ti2v", Defaults(50, {NoiseExpert.HIGH: 5.0}, (704, 1280), 121, 24), image="optional",
+    clean_first_frame=True, trainable=False)
 ORIGINAL = "original"  # stem of a link to weights in the original layout: original.pth, original.safetensors
 DEFAULTS_FILE = "lapwan.json"  # optional, in the model folder: overrides the defaults (the embedded model has one)
 
@@ -52,7 +81,7 @@ class ModelSpec:
     """
 
     path: Path
-    task: Task
+    family: ModelFamily
     noise_experts: tuple[NoiseExpert, ...]
     boundary: float | None
     in_channels: int
@@ -64,6 +93,36 @@ class ModelSpec:
     spatial_stride: int
     pixel_multiple: int
     defaults: Defaults
+
+    @property
+    def task(self) -> Task:
+        """The name of the model's task in caches, mixtures and metadata."""
+        return self.family.task
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether a video can start from a given first frame."""
+        return self.family.image != "none"
+
+    @property
+    def requires_image(self) -> bool:
+        """Whether every video starts from a given first frame."""
+        return self.family.image == "required"
+
+    @property
+    def clean_first_frame(self) -> bool:
+        """Whether a given first frame is the first latent frame of x, at noise level 0."""
+        return self.family.clean_first_frame
+
+    @property
+    def image_channels(self) -> int:
+        """Input channels of the image condition, mask and latents; 0: the model has none."""
+        return self.in_channels - self.latent_channels
+
+    @property
+    def takes_last_image(self) -> bool:
+        """Whether the last frame can be given too: the mask of the image condition marks it."""
+        return self.image_channels > 0
 
     @property
     def bands(self) -> dict[NoiseExpert, Band]:
@@ -158,13 +217,25 @@ def _present(index: dict[str, Any], name: str) -> bool:
     return isinstance(entry, list) and any(part is not None for part in entry)
 
 
-def _task_of(in_channels: int, latent_channels: int, temporal_stride: int, per_token: bool, path: Path) -> Task:
+def task_with(image: bool) -> Task:
+    """The task that is meant by giving an image, or none, where a name such as `tiny` names several models."""
+    return "i2v" if image else "t2v"
+
+
+def task_named(name: str | None) -> Task | None:
+    """The task that a file names; None: none that is trained."""
+    return "i2v" if name == "i2v" else "t2v" if name == "t2v" else None
+
+
+def _family_of(
+    in_channels: int, latent_channels: int, temporal_stride: int, per_token: bool, boundary: float | None, path: Path
+) -> ModelFamily:
     if per_token and in_channels == latent_channels:
-        return "ti2v"
+        return _TI2V_5B
     if in_channels == latent_channels == 16:
-        return "t2v"
+        return _T2V_21 if boundary is None else _T2V_A14B
     if in_channels == 2 * latent_channels + temporal_stride:  # latent | mask | condition
-        return "i2v"
+        return _I2V_A14B
     raise UserError(
         f"{path}: a transformer with {in_channels} input channels over a VAE of {latent_channels} is not supported; "
         "Wan2.2 T2V-A14B (16 over 16), I2V-A14B (36 over 16) and TI2V-5B (48 over 48) are"
@@ -186,8 +257,7 @@ def _noise_experts(folder: Path, index: dict[str, Any], boundary: float | None) 
     return (NoiseExpert.HIGH, NoiseExpert.LOW) if two else (NoiseExpert.HIGH,)
 
 
-def _defaults(folder: Path, task: Task, boundary: float | None) -> Defaults:
-    base = _FAMILY_DEFAULTS["t2v-2.1" if task == "t2v" and boundary is None else task]
+def _defaults(folder: Path, base: Defaults) -> Defaults:
     file = folder / DEFAULTS_FILE
     if not file.is_file():
         return base
@@ -222,11 +292,12 @@ def read_spec(folder: Path) -> ModelSpec:
     vae = _json(folder / "vae" / "config.json")
     scheduler = _json(folder / "scheduler" / "scheduler_config.json")
     temporal, spatial = int(vae.get("scale_factor_temporal") or 4), int(vae.get("scale_factor_spatial") or 8)
-    task = _task_of(int(main["in_channels"]), int(vae["z_dim"]), temporal, bool(index.get("expand_timesteps")), folder)
+    per_token = bool(index.get("expand_timesteps"))
+    family = _family_of(int(main["in_channels"]), int(vae["z_dim"]), temporal, per_token, boundary, folder)
     return ModelSpec(
-        path=folder, task=task, noise_experts=noise_experts, boundary=None if boundary is None else float(boundary),
+        path=folder, family=family, noise_experts=noise_experts, boundary=None if boundary is None else float(boundary),
         in_channels=int(main["in_channels"]), latent_channels=int(vae["z_dim"]), num_layers=int(main["num_layers"]),
         text_dim=int(main["text_dim"]), flow_shift=float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0),
         temporal_stride=temporal, spatial_stride=spatial, pixel_multiple=spatial * int(main["patch_size"][1]),
-        defaults=_defaults(folder, task, boundary),
+        defaults=_defaults(folder, family.defaults),
     )

@@ -15,18 +15,17 @@ import torch
 from lapwan.lora.combine import concatenate
 from lapwan.lora.state import LoraState
 from lapwan.moe.mixture import Mixture
-from lapwan.names import NoiseExpert
+from lapwan.names import Band, NoiseExpert
 
 
 def inference_sigmas(mixture: Mixture, noise_expert: NoiseExpert) -> list[float]:
     """σ_i = s·t_i / (1 + (s − 1)·t_i), t = linspace(1, 1/1000, N + 1) without its end (diffusers' UniPC grid): those of
     the base model's N sampling steps that are in the band of `noise_expert`."""
     spec = mixture.spec
-    low, high = spec.bands[noise_expert]
+    band = Band(*spec.bands[noise_expert])
     t_N = torch.linspace(1, 1 / 1000, spec.steps + 1, dtype=torch.float64)[:-1]
     sigmas = (spec.flow_shift * t_N / (1 + (spec.flow_shift - 1) * t_N)).tolist()
-    # Sigma equal to the boundary belongs to the high noise expert.
-    return [s for s in sigmas if low <= s <= high and (noise_expert is NoiseExpert.HIGH or s < high)]
+    return [sigma for sigma in sigmas if sigma in band]
 
 
 @dataclass(frozen=True)

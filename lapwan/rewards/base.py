@@ -3,25 +3,31 @@
 The formula is in `losses.preference`.
 
 How to add a reward:
-1. a class with the members of `Reward` below, in a file of this package (`EmbeddingCache` keeps its text embeddings);
-2. a settings class in `settings.rewards`, named in its union and in `_TYPES`;
-3. a case in `build.build_rewards` (or pass a maker as `others`, if it is in a package above, as the tiny one is);
-4. the check of its files in `build.check_rewards` and its size in `build.reward_bytes`;
-5. a test: unit norm, a gradient to the pixels, a matching caption above a wrong one.
+1. its settings: a subclass of `RewardSettings` in `lapwan/settings/rewards.py`, named in `REWARDS` there;
+2. a file in this package: a class with the members of `Reward` below (`EmbeddingCache` keeps its text embeddings), and
+   a `RewardKind` with its files, their check, its bytes and how it is made from its settings;
+3. a row in `build.REWARD_KINDS`, by its settings (a reward of a package above, such as the tiny one, is added to it by
+   whoever runs the command);
+4. a test: unit norm, a gradient to the pixels, a matching caption above a wrong one.
 
 Shapes: B images, N captions, D dimensions of the embedding, H, W pixels.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol, Self
+from pathlib import Path
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from lapwan import console
 from lapwan.data.prompts import count_chinese
+from lapwan.settings.rewards import RewardSettings
+
+SettingsOfKind = TypeVar("SettingsOfKind", bound=RewardSettings)
 
 
 class Reward(Protocol):
@@ -48,6 +54,36 @@ class Reward(Protocol):
     def to(self, device: torch.device | str) -> Self:
         """Move the weights."""
         ...
+
+
+class RewardKind(ABC, Generic[SettingsOfKind]):
+    """What a kind of reward needs, by its settings. Without files of its own it only has to be made."""
+
+    def files(self, settings: SettingsOfKind) -> Sequence[Path]:
+        """Its files and folders, by which a change of weights is noticed."""
+        return ()
+
+    def check(self, settings: SettingsOfKind) -> None:
+        """Check its files without loading them.
+
+        Raises:
+            UserError: as `make`, as far as headers tell.
+        """
+
+    def bytes(self, settings: SettingsOfKind, device_type: str, images: int) -> int:
+        """Bytes of its weights, and of the activations kept for the backward through `images` images."""
+        return 0
+
+    @abstractmethod
+    def make(self, settings: SettingsOfKind, device: torch.device | str) -> Reward:
+        """The reward on the device.
+
+        Raises:
+            UserError: a file is missing or of the wrong kind.
+        """
+
+
+RewardKinds = Mapping[type[RewardSettings], RewardKind[Any]]
 
 
 class EmbeddingCache:

@@ -17,13 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lapwan.errors import UserError
-from lapwan.rewards.base import EmbeddingCache
+from lapwan.rewards.base import EmbeddingCache, RewardKind
 from lapwan.rewards.preprocess import Convention, to_square
+from lapwan.settings.rewards import ClipSettings, HpsSettings, PickScoreSettings
 from lapwan.wan.text import clean_prompt
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+AnyClip = ClipSettings | PickScoreSettings | HpsSettings
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _MERGES = 48894
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -73,6 +75,75 @@ class ClipReward:
         square = (square - self._mean.to(square)) / self._std.to(square)
         features = self._model.get_image_features(square.to(self._model.dtype)).pooler_output
         return F.normalize(features.float(), dim=-1)
+
+
+class ClipFolder(RewardKind[AnyClip]):
+    """A CLIPModel in a transformers folder; `what` tells in messages what the folder should be."""
+
+    scale: float | None = None  # the model's own
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def config(self, settings: AnyClip) -> CLIPConfig:
+        """The model's configuration.
+
+        Raises:
+            UserError: as `read_clip_config`.
+        """
+        return read_clip_config(settings.path, self._what)
+
+    def load(self, settings: AnyClip, dtype: torch.dtype) -> CLIPModel:
+        """The frozen model, on the CPU.
+
+        Raises:
+            UserError: as `load_clip_folder`.
+        """
+        return load_clip_folder(settings.path, dtype, self._what)
+
+    def files(self, settings: AnyClip) -> Sequence[Path]:
+        return (settings.path,)
+
+    def check(self, settings: AnyClip) -> None:
+        self.config(settings)
+        self._tokenizer(settings)
+
+    def bytes(self, settings: AnyClip, device_type: str, images: int) -> int:
+        from accelerate import init_empty_weights
+        from transformers import CLIPModel
+
+        config = self.config(settings)
+        with init_empty_weights():
+            weights = sum(p.numel() for p in CLIPModel(config).parameters())
+        return (weights + images * activation_elements(config)) * _dtype(settings.dtype, device_type).itemsize
+
+    def make(self, settings: AnyClip, device: torch.device | str) -> ClipReward:
+        tokenizer_path = self._tokenizer(settings)
+        model = self.load(settings, _dtype(settings.dtype, torch.device(device).type))
+        text = model.config.text_config
+        tokenizer = load_tokenizer(tokenizer_path, int(text.vocab_size), int(text.max_position_embeddings))
+        return ClipReward(settings.label, model, tokenizer, settings.preprocess, self.scale).to(device)
+
+    def _tokenizer(self, settings: AnyClip) -> Path:
+        key = f'tokenizer = "FOLDER" in the table of the reward {settings.label}'
+        return find_tokenizer(settings.tokenizer, settings.path, key)
+
+
+def _dtype(name: str, device_type: str) -> torch.dtype:
+    fp32 = name == "fp32" or (name == "auto" and device_type == "cpu")
+    return torch.float32 if fp32 else torch.bfloat16
+
+
+def activation_elements(config: CLIPConfig) -> int:
+    """Elements that the vision tower keeps for the backward through one image.
+
+    A block of a frozen pre-norm transformer keeps 6 widths per token (both norms' inputs, q, k, v and the attention's
+    output) and the activation's input.
+    """
+    vision = config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+    block = 6 * vision.hidden_size + vision.intermediate_size
+    return int(tokens * (vision.num_hidden_layers * block + 2 * vision.hidden_size))  # and the first norm
 
 
 def read_clip_config(folder: Path, what: str) -> CLIPConfig:

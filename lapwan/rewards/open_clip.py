@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lapwan.errors import UserError
 from lapwan.models.original_layout import fill, read_tensors
+from lapwan.rewards.clip import AnyClip, ClipFolder
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel
@@ -107,6 +108,25 @@ def _of_block(block: str, inner: str, value: Tensor) -> Iterator[tuple[str, Tens
             yield f"{block}.self_attn.{letter}_proj.{leaf}", part.clone()
     else:
         yield f"{block}.{inner}", value
+
+
+class HpsFile(ClipFolder):
+    """HPS v2.1 in its file of open_clip's layout; it is published as the plain cosine."""
+
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__(HPS_FILE)
+
+    def config(self, settings: AnyClip) -> CLIPConfig:
+        return VIT_H_14.config()
+
+    def load(self, settings: AnyClip, dtype: torch.dtype) -> CLIPModel:
+        return load_checkpoint(settings.path, dtype)
+
+    def check(self, settings: AnyClip) -> None:
+        read_checkpoint(settings.path)
+        super().check(settings)
 
 
 def read_checkpoint(path: Path, architecture: Architecture = VIT_H_14) -> dict[str, Tensor]:

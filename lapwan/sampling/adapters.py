@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lapwan.console import warn
 from lapwan.errors import UserError
-from lapwan.lora.assign import Assigned, assign
+from lapwan.lora.assign import Assigned, assign, warn_mismatch
 from lapwan.lora.attach import Group
 from lapwan.lora.formats import LoraFile, open_lora
 from lapwan.lora.state import LoraState
@@ -127,9 +126,7 @@ def _uses(assigned: Assigned) -> dict[NoiseExpert, list[LoraUse]]:
 
 
 def _check_lora(file: LoraFile, base: Base, noise_expert: NoiseExpert, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    task = file.metadata.get("lapwan.task")
-    if task and task != base.task:
-        warn(f"{file.path} was trained for {task}; this model is {base.task}")
+    warn_mismatch(file, base.task)
     for path, module in file.modules.items():
         shape = shapes.get(f"{path}.weight")
         if shape is None:

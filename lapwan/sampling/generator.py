@@ -211,7 +211,7 @@ class Generator:
             return Conditions(*texts)
         first = image_tensor(request.image, request.size).to(self.device)
         with torch.no_grad():
-            if self.spec.task == "ti2v":
+            if self.spec.clean_first_frame:
                 return Conditions(*texts, first_BC1HW=encode(self.vae(), first.unsqueeze(2)))
             if request.last_image is None:
                 return Conditions(*texts, image_condition(self.vae(), first, request.num_frames))

@@ -120,15 +120,15 @@ def check_request(spec: ModelSpec, request: Request) -> None:
     """
     if not request.prompt.strip():
         raise UserError("the prompt is empty; say what the video should show")
-    if spec.task == "i2v" and request.image is None:
+    if spec.requires_image and request.image is None:
         raise UserError(f"{spec.path} is an image-to-video model; give the first frame with --image FILE")
-    if spec.task == "t2v" and request.image is not None:
+    if not spec.takes_image and request.image is not None:
         raise UserError(f"{spec.path} is a text-to-video model and takes no image; leave --image out, "
                         "or use an image-to-video model")
     if request.last_image is not None and (request.image is None or request.num_frames < 2):
         raise UserError("a last frame needs a first one (--image) and more than one frame")
-    if request.last_image is not None and spec.task == "ti2v":
-        raise UserError(f"{spec.path} (TI2V-5B) takes a first frame only; leave --last-image out")
+    if request.last_image is not None and not spec.takes_last_image:
+        raise UserError(f"{spec.path} ({spec.family.title}) takes a first frame only; leave --last-image out")
     check_frames(request.num_frames, spec.temporal_stride)
     check_size(*request.size, spec.pixel_multiple)
     if request.steps < 1:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lapwan.errors import UserError
 from lapwan.models.spec import ModelSpec
-from lapwan.names import NoiseExpert
+from lapwan.names import NoiseExpert, noise_expert_for
 
 SamplerName = Literal["unipc", "euler", "dpmpp"]
 _TRAIN_TIMESTEPS = 1000
@@ -126,8 +126,7 @@ def make_grid(
     grid = []
     for timestep, level in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):  # sigmas ends with 0
         # By timestep, after the shift, as diffusers' pipelines decide: for integer boundaries the same as by sigma.
-        high = boundary_timestep is None or float(timestep) >= boundary_timestep
-        grid.append(Step(timestep, float(level), NoiseExpert.HIGH if high else NoiseExpert.LOW))
+        grid.append(Step(timestep, float(level), noise_expert_for(float(timestep), boundary_timestep)))
     first = 0 if start >= 1.0 else next((i for i, step in enumerate(grid) if step.sigma <= start), len(grid))
     if first == len(grid):
         raise UserError(f"start sigma {start:g} is below the last sigma of the grid, {grid[-1].sigma:.4f}; "

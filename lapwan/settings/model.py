@@ -32,6 +32,14 @@ class ModelFilesSettings(Settings):
         default=None, gt=0, lt=1, description="Sigma between the noise experts; default: Wan2.2's.")
     flow_shift: float | None = Field(default=None, gt=0, description="Shift of the sigma schedule; default: Wan's.")
 
+    @property
+    def transformers(self) -> dict[NoiseExpert, Path]:
+        """The transformer's file or folder by noise expert; a single one is the high noise expert."""
+        if self.transformer is not None:
+            return {NoiseExpert.HIGH: self.transformer}
+        paths: dict[NoiseExpert, Path | None] = {e: getattr(self, e.value) for e in NoiseExpert}
+        return {noise_expert: path for noise_expert, path in paths.items() if path is not None}
+
     @model_validator(mode="after")
     def _transformers(self) -> ModelFilesSettings:
         pair = self.high is not None, self.low is not None

@@ -14,7 +14,7 @@ from lapwan.settings.cache import NEGATIVE_PROMPT
 from lapwan.settings.memory import TrainDtype, precision_of
 from lapwan.settings.model import BaseModelSettings
 from lapwan.settings.optimizers import AdamWSettings, OptimizerSettings, ScheduleSettings
-from lapwan.settings.rewards import REWARD_METAVAR, Rewards
+from lapwan.settings.rewards import REWARD_EXAMPLES, REWARD_METAVAR, Rewards
 from lapwan.settings.targets import TargetSettings
 
 LR = {"lora": 1e-4, "full": 5e-6}
@@ -113,7 +113,7 @@ class SrpoSettings(Settings):
         "lora", description="Train a LoRA, or all weights (full; writes a transformer folder).")
     prompts: PromptSettings
     rewards: Annotated[Rewards, Flag("--reward", metavar=REWARD_METAVAR)] = Field(
-        description="Reward model: hps=FILE, clip=FOLDER, pickscore=FOLDER or tiny; repeatable.")
+        description=f"Reward model: {', '.join(REWARD_EXAMPLES[:-1])} or {REWARD_EXAMPLES[-1]}; repeatable.")
     preference: PreferenceSettings = Field(default_factory=PreferenceSettings)
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     sigma: Annotated[tuple[float, float], Flag(metavar="LOW,HIGH")] = Field(

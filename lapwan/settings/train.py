@@ -137,7 +137,7 @@ class TrainSettings(Settings):
     name: Annotated[str, Flag("--name")] = Field(
         "lapwan", pattern=r"^[\w.-]+$", description="Stem of the adapter files.")
     noise_experts: tuple[NoiseExpert, ...] = Field(
-        (NoiseExpert.HIGH, NoiseExpert.LOW), min_length=1, description="The noise experts to train.")
+        tuple(NoiseExpert), min_length=1, description="The noise experts to train.")
     data: DataSettings
     steps: Annotated[int | None, Flag("--steps")] = Field(
         None, ge=1, description="Optimizer steps of each noise expert; give this or epochs.")
@@ -249,7 +249,8 @@ class TrainSettings(Settings):
                 raise ValueError(f"a phase has {side} steps, but noise_experts does not hold '{side}'")
 
     def _override(self, noise_expert: NoiseExpert) -> dict[str, Any]:
-        return self.high if noise_expert is NoiseExpert.HIGH else self.low
+        override: dict[str, Any] = getattr(self, noise_expert.value)
+        return override
 
     def of(self, noise_expert: NoiseExpert, steps: int) -> NoiseExpertSettings:
         """The settings of a noise expert: the shared ones, overridden by `[high]` or `[low]`.

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -84,11 +85,25 @@ def make_tokenizer() -> T5Tokenizer:
     )
 
 
-BOUNDARY: dict[Task, float] = {"t2v": 0.875, "i2v": 0.9}
-FLOW_SHIFT: dict[Task, float] = {"t2v": 5.0, "i2v": 5.0}
-DEFAULTS: dict[Task, dict[str, Any]] = {
-    "t2v": {"steps": 12, "guidance": {"high": 3.5, "low": 3.5}, "size": [96, 96], "num_frames": 17, "fps": 16},
-    "i2v": {"steps": 12, "guidance": {"high": 2.0, "low": 2.0}, "size": [96, 96], "num_frames": 17, "fps": 16},
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """What differs between the embedded models; `in_channels` are the first of the shipped patch embedding's."""
+
+    pipeline: str
+    in_channels: int
+    boundary: float
+    guidance: float
+    flow_shift: float = 5.0
+
+    def defaults(self) -> dict[str, Any]:
+        """The content of the folder's `lapwan.json`."""
+        guidance = {noise_expert.value: self.guidance for noise_expert in NoiseExpert}
+        return {"steps": 12, "guidance": guidance, "size": [96, 96], "num_frames": 17, "fps": 16}
+
+
+EMBEDDED: dict[Task, EmbeddedModel] = {
+    "t2v": EmbeddedModel("WanPipeline", 16, boundary=0.875, guidance=3.5),
+    "i2v": EmbeddedModel("WanImageToVideoPipeline", 36, boundary=0.9, guidance=2.0),
 }
 TRANSFORMER = {
     "patch_size": (1, 2, 2), "num_attention_heads": 4, "attention_head_dim": 48, "out_channels": 16, "text_dim": 96,
@@ -138,13 +153,12 @@ def _read(name: str) -> dict[str, Any]:
     return {key: value.float() for key, value in load_file(WEIGHTS / name).items()}
 
 
-def _transformer(noise_expert: NoiseExpert, task: Task) -> Any:
+def _transformer(noise_expert: NoiseExpert, in_channels: int) -> Any:
     from diffusers import WanTransformer3DModel
 
     state = _read(noise_expert_file(noise_expert))
-    if task == "t2v":
-        state["patch_embedding.weight"] = state["patch_embedding.weight"][:, :16].clone()
-    model = WanTransformer3DModel(in_channels=state["patch_embedding.weight"].shape[1], **TRANSFORMER)
+    state["patch_embedding.weight"] = state["patch_embedding.weight"][:, :in_channels].clone()
+    model = WanTransformer3DModel(in_channels=in_channels, **TRANSFORMER)
     model.load_state_dict(state)
     return model.eval()
 
@@ -184,24 +198,22 @@ def _no_progress_bar() -> Iterator[None]:
 
 def build(task: Task, folder: Path) -> None:
     """Write the model for `task` into `folder` with diffusers' pipeline class."""
+    import diffusers
     import torch
-    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 
+    embedded = EMBEDDED[task]
     with torch.random.fork_rng(devices=[]):  # modules draw initial weights, which the shipped ones replace
         tokenizer = make_tokenizer()
         parts: dict[str, Any] = {
             "tokenizer": tokenizer,
             "text_encoder": _text_encoder(len(tokenizer)),
             "vae": _vae(),
-            "transformer": _transformer(NoiseExpert.HIGH, task),
-            "transformer_2": _transformer(NoiseExpert.LOW, task),
+            **{e.component: _transformer(e, embedded.in_channels) for e in NoiseExpert},
         }
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=FLOW_SHIFT[task]
-    )
-    pipeline = (WanImageToVideoPipeline if task == "i2v" else WanPipeline)(
-        **parts, scheduler=scheduler, boundary_ratio=BOUNDARY[task]
-    )
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000,
+        flow_shift=embedded.flow_shift)
+    pipeline = getattr(diffusers, embedded.pipeline)(**parts, scheduler=scheduler, boundary_ratio=embedded.boundary)
     with _no_progress_bar():
         pipeline.save_pretrained(folder, safe_serialization=True)
-    (folder / DEFAULTS_FILE).write_text(json.dumps(DEFAULTS[task], indent=2) + "\n", encoding="utf-8")
+    (folder / DEFAULTS_FILE).write_text(json.dumps(embedded.defaults(), indent=2) + "\n", encoding="utf-8")

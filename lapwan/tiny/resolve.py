@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lapwan.errors import UserError
 from lapwan.models import resolve as models
-from lapwan.models.spec import ModelSpec, Task
+from lapwan.models.spec import ModelSpec, Task, task_named
 from lapwan.settings.model import BaseModelSettings, ModelFilesSettings
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ def with_tiny(model: Model, task: Task | None = None) -> Model:
         return model
     from lapwan.tiny.model import tiny_folder  # builds the folder on first use, with torch
 
-    kind = model.removeprefix(TINY).removeprefix("-") or task or "t2v"
-    if kind not in ("t2v", "i2v"):
+    kind = task_named(model.removeprefix(TINY).removeprefix("-") or task or "t2v")
+    if kind is None:
         raise UserError(f"no embedded model '{model}'; there are tiny, tiny-t2v and tiny-i2v")
-    return str(tiny_folder("i2v" if kind == "i2v" else "t2v"))
+    return str(tiny_folder(kind))
 
 
 def resolve(model: str, task: Task | None = None, generation: bool = False) -> ModelSpec:

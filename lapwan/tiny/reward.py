@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from lapwan.data.caption_text import units
 from lapwan.data.labels import label_caption
 from lapwan.data.taxonomy import load_taxonomy
-from lapwan.rewards.base import EmbeddingCache
+from lapwan.rewards.base import EmbeddingCache, RewardKind, RewardKinds
+from lapwan.rewards.build import REWARD_KINDS
 from lapwan.rewards.preprocess import to_square
 from lapwan.settings.rewards import TinyRewardSettings
 from lapwan.tiny.evaluators import INPUT, load_evaluator
@@ -120,6 +121,12 @@ def appearance(pixels_BCHW: Tensor) -> Tensor:
     return torch.tanh((statistics_B4 - middle) / half_width)
 
 
-def make_tiny_reward(settings: TinyRewardSettings, device: torch.device | str) -> TinyReward:
-    """For `rewards.build.build_rewards`, as `others = {"tiny": make_tiny_reward}`."""
-    return TinyReward(settings.label).to(device)
+class TinyRewardKind(RewardKind[TinyRewardSettings]):
+    """The embedded reward has no file of its own; it is a megabyte."""
+
+    def make(self, settings: TinyRewardSettings, device: torch.device | str) -> TinyReward:
+        return TinyReward(settings.label).to(device)
+
+
+# Rewards for the commands: those of `lapwan.rewards` and the embedded one.
+EMBEDDED_REWARD_KINDS: RewardKinds = {**REWARD_KINDS, TinyRewardSettings: TinyRewardKind()}

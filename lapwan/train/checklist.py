@@ -61,9 +61,8 @@ def describe(
             extras.append(f"running mean {settings.ema_decay:g}")
         lines.append(f"{noise_expert.value} noise: " + "; ".join(extras))
         lines += histogram_lines(own_settings, base, data, noise_expert)
-    if len(data.noise_experts) == 2:
-        lines.append(ratio_line(*(data.noise_experts[e].optimizer for e in (NoiseExpert.HIGH, NoiseExpert.LOW))))
-    return lines
+    trained = [data.noise_experts[e].optimizer for e in NoiseExpert if e in data.noise_experts]
+    return lines + [ratio_line(*pair) for pair in pairwise(trained)]
 
 
 def region_line(settings: TrainSettings, data: RunData) -> str:
@@ -90,7 +89,7 @@ def histogram_lines(
     """The exact distribution of sigma within the band, for clips of the smallest bucket."""
     rule = sigma_rule(settings, base.bands[noise_expert])
     _, height, width = min(data.items, key=lambda item: item.bucket).bucket
-    tokens = (height // base.spec.spatial_stride) * (width // base.spec.spatial_stride) // 4
+    tokens = (height // base.spec.pixel_multiple) * (width // base.spec.pixel_multiple)
     sampler, band = rule.sampler.for_tokens(tokens), rule.band
     share = band_probability(sampler, band.low, band.high)
     if share <= 0:
@@ -250,11 +249,11 @@ def _sampling(base: Base, data: RunData) -> ChecklistItem:
 def _bands(bands: Mapping[NoiseExpert, Band]) -> ChecklistItem:
     if len(bands) < 2:
         return ChecklistItem(True, "bands: one transformer for all sigmas")
-    high, low = bands[NoiseExpert.HIGH], bands[NoiseExpert.LOW]
-    text = f"bands: high {high}, low {low}"
-    if high.low < low.low:
+    text = "bands: " + ", ".join(f"{noise_expert} {bands[noise_expert]}" for noise_expert in bands)
+    pairs = list(pairwise(bands.values()))  # from the highest noise on
+    if any(upper.low < lower.low for upper, lower in pairs):
         return ChecklistItem(False, text + "; they are inverted: the high-noise expert must have the larger sigmas")
-    if high.low < low.high:
+    if any(upper.low < lower.high for upper, lower in pairs):
         return ChecklistItem(False, text + "; they overlap: the noise experts would share sigmas")
     return ChecklistItem(True, text + ": no overlap")
 

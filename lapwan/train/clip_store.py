@@ -94,7 +94,7 @@ def check_cache(index: CacheIndex, spec: ModelSpec, items: Sequence[CachedItem])
     if index.task is not None and index.task != spec.task:
         raise UserError(f"{index.folder} was cached for {index.task}, the model is {spec.task}; "
                         f"run lapwan cache with --{spec.task}")
-    if spec.task == "i2v" and not all(item.condition for item in items):
+    if spec.image_channels and not all(item.condition for item in items):
         missing = next(item.id for item in items if not item.condition)
         raise UserError(f"{index.folder}: {missing} has no image condition, which an I2V model needs; "
                         "run lapwan cache with --i2v")

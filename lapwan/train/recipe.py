@@ -65,8 +65,8 @@ class RunData:
             phases = []
             for phase in s.phases:
                 joint = split_evenly(phase.joint, len(self.noise_experts))
-                steps = {NoiseExpert.HIGH: phase.high, NoiseExpert.LOW: phase.low}
-                phases.append({e: steps[e] + shared for e, shared in zip(self.noise_experts, joint, strict=True)})
+                phases.append({e: getattr(phase, e.value) + shared
+                               for e, shared in zip(self.noise_experts, joint, strict=True)})
             return one_after_the_other(phases, s.turn)
         windows = {e: (settings.start, settings.stop) for e, settings in self.noise_experts.items()}
         return interleave({e: settings.steps for e, settings in self.noise_experts.items()}, s.turn, windows)
@@ -169,16 +169,13 @@ def provenance(settings: TrainSettings, base: Base, data: RunData, noise_expert:
     band, trained = base.bands[noise_expert], data.noise_experts[noise_expert]
     lr = predicted_lr(trained.optimizer)
     return {
-        "lapwan.noise_expert": noise_expert.value,
-        "lapwan.task": base.task,
-        "lapwan.boundary": "" if base.spec.boundary is None else repr(base.spec.boundary),
-        "lapwan.base_fingerprint": base.fingerprint(noise_expert),
+        **base.metadata(noise_expert),
         "lapwan.clips": str(len({item.id for item in data.items})),
         "lapwan.items": str(len(data.items)),
         "lapwan.seed": str(settings.seed),
         "lapwan.settings": settings_hash(settings),
         # What other tools show.
-        "ss_base_model_version": "wan2.1" if base.task == "t2v" and base.spec.boundary is None else "wan2.2",
+        "ss_base_model_version": base.spec.family.release,
         "ss_output_name": settings.name,
         "ss_seed": str(settings.seed),
         "ss_num_train_items": str(len(data.items)),

@@ -34,7 +34,7 @@ from lapwan.tiny.captions import caption_for
 from lapwan.tiny.dataset import plan as plan_scenes
 from lapwan.tiny.dataset import write_dataset
 from lapwan.tiny.model import tiny_folder
-from lapwan.tiny.reward import make_tiny_reward
+from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS
 from lapwan.train.callbacks.validation import fixed_draws
 from lapwan.train.clip_store import ClipStore
 from lapwan.train.objective import SigmaRule, flow_terms
@@ -109,7 +109,7 @@ def run(work: Path, mode: str, seed: int, device_name: str) -> dict[str, Any]:
     planned = plan(settings, device)
     BANDS.update(planned.base.bands)
     start_folder(settings, overwrite=False)
-    rewards = build_rewards(settings.rewards, device, {"tiny": make_tiny_reward})
+    rewards = build_rewards(settings.rewards, device, EMBEDDED_REWARD_KINDS)
     started = time.monotonic()
     trainer = recipe.prepare(settings, planned.base, planned.data, rewards, planned.memory, device)
     run_training(trainer, settings)

@@ -49,8 +49,9 @@ class BrightnessJudge:
                 "brightness": mean}
 
 
-def scorers_of(asked: list[str] | None, clips: list[EvaluationClip], judge: Judge | None, task="t2v", shape=SHAPE):
-    return make_scorers(asked, clips, task, shape, judge, {}, CPU)
+def scorers_of(asked: list[str] | None, clips: list[EvaluationClip], judge: Judge | None, from_image=False,
+               shape=SHAPE):
+    return make_scorers(asked, clips, from_image, shape, judge, {}, CPU)
 
 
 def test_a_judge_of_another_kind_gives_its_own_figures() -> None:
@@ -65,8 +66,8 @@ def test_a_judge_of_another_kind_gives_its_own_figures() -> None:
 
 @pytest.mark.parametrize(("metric", "judge", "clips", "changes", "message"), [
     ("identity", None, [SCENE], {}, "needs a judge of videos, and none was given"),
-    ("tip", None, [SCENE], {"task": "i2v"}, "needs a judge of videos, and none was given"),
-    ("tip", BrightnessJudge(), [SCENE], {"task": "i2v"}, "does not measure it; it measures identity"),
+    ("tip", None, [SCENE], {"from_image": True}, "needs a judge of videos, and none was given"),
+    ("tip", BrightnessJudge(), [SCENE], {"from_image": True}, "does not measure it; it measures identity"),
     ("identity", BrightnessJudge(), [SCENE], {}, "clip 'scene' has no brightness"),
     ("identity", BrightnessJudge(), [replace(SCENE, instrument="dark")], {"shape": replace(SHAPE, frames=1)},
      "one frame is too few"),
@@ -76,8 +77,9 @@ def test_a_judge_of_another_kind_gives_its_own_figures() -> None:
     ("identity", SceneJudge(), [replace(SCENE, instrument="drill")], {}, "clip 'scene' is not one"),
     ("identity", SceneJudge(), [SCENE], {"shape": replace(SHAPE, size=(32, 48))}, "square frames, not 32x48"),
     ("tip", SceneJudge(), [replace(SCENE, synthetic=False)], {}, "image-to-video only"),
-    ("tip", SceneJudge(), [SCENE, replace(SCENE, id="other", tips_T2=None)], {"task": "i2v"}, "'other' has no tip"),
-    ("tip", SceneJudge(), [SCENE], {"task": "i2v", "shape": replace(SHAPE, frames=9)},
+    ("tip", SceneJudge(), [SCENE, replace(SCENE, id="other", tips_T2=None)], {"from_image": True},
+     "'other' has no tip"),
+    ("tip", SceneJudge(), [SCENE], {"from_image": True, "shape": replace(SHAPE, frames=9)},
      "clip 'scene' has its tip in 5 frames, 9 are generated"),
 ])
 def test_what_cannot_be_judged_is_refused_and_left_out(metric, judge, clips, changes, message) -> None:
@@ -85,7 +87,7 @@ def test_what_cannot_be_judged_is_refused_and_left_out(metric, judge, clips, cha
         scorers_of([metric], clips, judge, **changes)
     assert str(refusal.value).startswith(f"metric '{metric}': ") and message in str(refusal.value)
     figure = {"identity": "identity", "tip": "tip_accuracy"}[metric]
-    left = scorers_of(None, [replace(clip, video=None) for clip in clips], judge, changes.get("task", "t2v"),
+    left = scorers_of(None, [replace(clip, video=None) for clip in clips], judge, changes.get("from_image", False),
                       changes.get("shape", SHAPE))
     assert figure not in metric_names(left)
 

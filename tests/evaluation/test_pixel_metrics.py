@@ -22,7 +22,7 @@ from lapwan.evaluation.metrics import (
 )
 from lapwan.settings.rewards import TinyRewardSettings
 from lapwan.tiny.dataset import write_dataset
-from lapwan.tiny.reward import make_tiny_reward
+from lapwan.tiny.reward import TinyRewardKind
 from lapwan.tiny.scenes import SceneSpec, render
 
 
@@ -92,7 +92,7 @@ def test_a_mask_is_a_region_too(scene_clip, tmp_path):
 def test_a_reward_scores_frames_against_the_prompt(scene_clip):
     """The embedded model's own reward: the clip's instrument above another one."""
     device = torch.device("cpu")
-    scorer = RewardMetrics("tiny", lambda: make_tiny_reward(TinyRewardSettings(), device), device)
+    scorer = RewardMetrics("tiny", lambda: TinyRewardKind().make(TinyRewardSettings(), device), device)
     shape = VideoShape(5, (96, 96), 16)
     frames = render(SceneSpec("suction", seed=8, size=(96, 96), frames=5)).frames_THWC
     scores = {text: scorer.score(GeneratedVideo(frames, EvaluationClip("a", text), shape))

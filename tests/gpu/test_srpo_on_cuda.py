@@ -11,7 +11,7 @@ import torch
 from lapwan.commands import srpo
 from lapwan.rewards.build import build_rewards
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.tiny.reward import make_tiny_reward
+from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS
 from lapwan.train.recipe import run_training
 from lapwan.train.srpo import recipe
 
@@ -29,7 +29,7 @@ def trained(folder: Path, name: str, **changes: Any) -> Any:
     device = torch.device("cuda")
     planned = srpo.plan(settings, device)
     settings.output.mkdir(exist_ok=True)
-    rewards = build_rewards(settings.rewards, device, {"tiny": make_tiny_reward})
+    rewards = build_rewards(settings.rewards, device, EMBEDDED_REWARD_KINDS)
     trainer = recipe.prepare(settings, planned.base, planned.data, rewards, planned.memory, device)
     run_training(trainer, settings)
     return trainer

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from lapwan import console
 from lapwan.errors import UserError
 from lapwan.rewards.base import EmbeddingCache, score, select_frames, warn_chinese
-from lapwan.rewards.build import activation_elements, build_rewards, check_rewards, reward_bytes
-from lapwan.rewards.clip import ClipReward, find_tokenizer, load_tokenizer
+from lapwan.rewards.build import build_rewards, check_rewards, reward_bytes
+from lapwan.rewards.clip import ClipReward, activation_elements, find_tokenizer, load_tokenizer
 from lapwan.rewards.open_clip import Tower
 from lapwan.settings.rewards import ClipSettings, HpsSettings, PickScoreSettings, TinyRewardSettings
 

@@ -16,7 +16,7 @@ from lapwan.rewards.build import build_rewards
 from lapwan.settings.rewards import TinyRewardSettings
 from lapwan.tiny.evaluators import load_evaluator
 from lapwan.tiny.instruments import INSTRUMENTS
-from lapwan.tiny.reward import WORDS, TinyReward, make_tiny_reward
+from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS, WORDS, TinyReward
 from lapwan.tiny.scenes import SceneSpec, render
 
 PUBLISHED = (("Natural-lighting", "Detail", "Detailed", "Real"), ("Concept art", "Painting", "Anime", "Flat", "Oil"))
@@ -131,7 +131,7 @@ def test_embeddings_are_unit_and_of_each_picture_alone(reward, scenes):
 
 
 def test_it_is_built_by_its_settings_and_leaves_the_shared_evaluator_alone():
-    made = build_rewards((TinyRewardSettings(name="own"),), "cpu", {"tiny": make_tiny_reward})
+    made = build_rewards((TinyRewardSettings(name="own"),), "cpu", EMBEDDED_REWARD_KINDS)
     assert list(made) == ["own"] and made["own"].name == "own" and not made["own"].english_text
     made["own"].to("meta")
     assert next(load_evaluator().parameters()).device.type == "cpu"

@@ -19,7 +19,7 @@ from lapwan.models.spec import ModelSpec
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.rewards import TinyRewardSettings
 from lapwan.settings.srpo import SrpoSettings
-from lapwan.tiny.reward import make_tiny_reward
+from lapwan.tiny.reward import TinyRewardKind
 from lapwan.train.objective import Draws, SigmaRule, make_draws
 from lapwan.train.srpo import recipe
 from lapwan.train.srpo.objective import AlignedNoiseExpert, PreferenceRule, RewardModels, SrpoObjective
@@ -171,7 +171,7 @@ def make(tmp_path: Path) -> Callable[..., Any]:
         settings = settings_for(tmp_path, **changes)
         planned = plan(settings, torch.device("cpu"))
         settings.output.mkdir(exist_ok=True)
-        rewards = {"tiny": make_tiny_reward(TinyRewardSettings(), "cpu")}
+        rewards = {"tiny": TinyRewardKind().make(TinyRewardSettings(), "cpu")}
         return recipe.prepare(settings, planned.base, planned.data, rewards, planned.memory, torch.device("cpu"))
     return made
 

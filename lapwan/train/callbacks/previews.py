@@ -64,7 +64,7 @@ def preview_requests(
         for prompt, image in zip(settings.prompts, images, strict=True)
     ]
     for request in requests:
-        if spec.task == "i2v" and request.image is None:
+        if spec.requires_image and request.image is None:
             raise UserError("previews of an image-to-video model need a first frame: set preview.images, one a prompt")
         check_request(spec, request)
     hints = () if taxonomy is None else taxonomy.keys if settings.hints == "families" else settings.hints

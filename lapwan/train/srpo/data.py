@@ -72,11 +72,11 @@ def read_data(settings: SrpoSettings, spec: ModelSpec) -> SrpoData:
     """
     height, width = settings.size or spec.defaults.size
     spec.latent_shape(settings.num_frames, height, width)  # refuses odd sizes and lengths
-    if spec.task == "i2v" and settings.num_frames == 1:
+    if spec.requires_image and settings.num_frames == 1:
         raise UserError("num_frames = 1 on an image-to-video model: its only frame is the given image, so nothing is "
                         "left to align; set num_frames to a video's (4N+1), or take a text-to-video model")
     rule = settings.held_out
-    if spec.task == "i2v" and (rule.size is not None or rule.num_frames is not None):
+    if spec.requires_image and (rule.size is not None or rule.num_frames is not None):
         raise UserError("held_out.size and held_out.num_frames are for text-to-video models; an image-to-video model's "
                         "held-out clips keep the size of their first frame")
     if rule.count and (rule.size is not None or rule.num_frames is not None):
@@ -87,7 +87,7 @@ def read_data(settings: SrpoSettings, spec: ModelSpec) -> SrpoData:
     if settings.prompts.features is not None:
         TextFeatures(settings.prompts.features).encoder()  # raises on another program's file before anything is loaded
     if settings.prompts.file is not None:
-        if spec.task == "i2v":
+        if spec.requires_image:
             raise UserError("prompts.file with an image-to-video model: a rollout needs first frames; give "
                             "prompts.cache (--cache DIR), made by lapwan cache with --i2v")
         prompts = read_prompts(settings.prompts.file)
@@ -104,7 +104,7 @@ def _from_cache(settings: SrpoSettings, spec: ModelSpec, size: tuple[int, int]) 
     index = load_index(settings.prompts.cache)
     items = training_items(index, settings.prompts.split)
     check_cache(index, spec, items)
-    if settings.rollout.offline or spec.task == "i2v":  # cached latents or first frames are used: their size decides
+    if settings.rollout.offline or spec.requires_image:  # cached latents or first frames are used: their size decides
         sizes = sorted({(item.height, item.width) for item in items})
         if settings.size is not None and sizes != [settings.size]:
             have = ", ".join(f"{h}x{w}" for h, w in sizes)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from lapwan.caching.collate import Batch
 from lapwan.losses import flow, preference
 from lapwan.losses.preference import Preference
 from lapwan.names import Band, NoiseExpert
+from lapwan.rewards.base import Reward
 from lapwan.train.metrics import bin_of
 from lapwan.train.objective import AllReduce, Draws, Loss, Objective, ParameterGroup, local_sum
 from lapwan.train.srpo.rollout import Rollout
@@ -35,16 +36,6 @@ from lapwan.wan.backbone import velocity
 
 if TYPE_CHECKING:
     from lapwan.lora.attach import Adapter
-
-
-class ImageReward(Protocol):
-    """The part of a reward model that the objective uses; see `lapwan.rewards`."""
-
-    def text(self, texts: Sequence[str]) -> Tensor:
-        """Unit-norm embeddings [N, D]."""
-
-    def image(self, pixels_BCHW: Tensor) -> Tensor:
-        """Unit-norm embeddings [B, D] of pixels in [0, 1], differentiable."""
 
 
 Decode = Callable[[Tensor], Tensor]  # latents [B, C, T, H, W] -> [B, N, 3, H, W] in [-1, 1], with gradient
@@ -81,7 +72,7 @@ class PreferenceRule:
 class RewardModels:
     """Reward models by name with their weights, and the decoder of the frames they score."""
 
-    models: Mapping[str, ImageReward]
+    models: Mapping[str, Reward]
     weights: Mapping[str, float]
     decode: Decode
 

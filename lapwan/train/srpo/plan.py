@@ -14,6 +14,7 @@ from lapwan.memory.srpo import SrpoMemory, plan_srpo
 from lapwan.models.base import Base, target_ranks
 from lapwan.models.spec import ModelSpec, tensor_shapes, weight_files
 from lapwan.names import Band, NoiseExpert
+from lapwan.rewards.base import RewardKinds
 from lapwan.rewards.build import check_rewards
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.optimizers import check_optimizer, describe_optimizer
@@ -35,13 +36,15 @@ class SrpoPlan:
     memory: SrpoMemory
 
 
-def plan_run(settings: SrpoSettings, base: Base, device: torch.device, processes: int = 1) -> SrpoPlan:
+def plan_run(
+    settings: SrpoSettings, base: Base, rewards: RewardKinds, device: torch.device, processes: int = 1
+) -> SrpoPlan:
     """Read the prompts and check the reward files, then choose the sigma intervals and the memory plan.
 
     Raises:
         UserError: settings that cannot work with this model, data or device.
     """
-    check_rewards(settings.rewards)
+    check_rewards(settings.rewards, rewards)
     check_optimizer(settings.optimizer, settings.schedule)
     data = read_data(settings, base.spec)
     noise_experts = trained_noise_experts(settings, base.spec)
@@ -86,7 +89,7 @@ def intervals(settings: SrpoSettings, spec: ModelSpec, noise_experts: Sequence[N
     bands = {}
     for noise_expert in noise_experts:
         full = spec.bands[noise_expert]
-        top = full.high - _BELOW if noise_expert is NoiseExpert.LOW else full.high
+        top = full.high if full.high in full else full.high - _BELOW
         band = Band(max(low, full.low), min(high, top))
         if band.low >= band.high:
             raise UserError(f"sigma = [{low:g}, {high:g}] lies outside the {noise_expert.value} noise expert's band "

@@ -312,9 +312,7 @@ class AlignedModelWriter:
     def _metadata(self, noise_expert: NoiseExpert) -> dict[str, str]:
         band, base = self._bands[noise_expert], self._base
         return {
-            "lapwan.noise_expert": noise_expert.value, "lapwan.task": base.task,
-            "lapwan.boundary": "" if base.spec.boundary is None else repr(base.spec.boundary),
-            "lapwan.base_fingerprint": base.fingerprint(noise_expert), "lapwan.prompts": str(self._prompts),
+            **base.metadata(noise_expert), "lapwan.prompts": str(self._prompts),
             "lapwan.rewards": ", ".join(reward_weights(self._settings.rewards)),
             "lapwan.seed": str(self._settings.seed), "lapwan.settings": settings_hash(self._settings),
             "modelspec.timestep_range": f"{1000 * band.low:g},{1000 * band.high:g}",
