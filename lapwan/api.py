@@ -20,19 +20,11 @@ from lapwan.distributed import Processes
 from lapwan.errors import UserError
 from lapwan.models.base import Base
 from lapwan.models.device import pick_device, pick_dtype
-from lapwan.models.spec import ModelSpec, Task, task_with
-from lapwan.names import NoiseExpert
+from lapwan.models.spec import Task, task_with
 from lapwan.sampling.adapters import AdapterSet, read_adapters
 from lapwan.sampling.expert_mix import alpha_vector, choose_mix
 from lapwan.sampling.generator import Generator
-from lapwan.sampling.request import (
-    DEFAULT_START_SIGMA,
-    OFFICIAL_NEGATIVE_PROMPT,
-    Request,
-    check_request,
-    complete_guidance,
-    default_size,
-)
+from lapwan.sampling.request import Request, check_request, completed, make_request
 from lapwan.sampling.result import Video
 from lapwan.sampling.start_image import as_rgb_image, open_image, read_clip
 from lapwan.settings.base import to_toml
@@ -199,13 +191,13 @@ class VideoGenerator:
         if last_image is None and settings.last_image is not None:
             last_image = open_image(settings.last_image)
         generator, base, adapters = self._parts(task_with(image is not None), chosen)
-        request = _request(generator.spec, settings, image, last_image)
+        request = make_request(generator.spec, settings, image, last_image)
         check_request(generator.spec, request)
         self._check_mixture(adapters, request)
         if settings.video is not None:
             clip = read_clip(settings.video, request.num_frames, request.size, request.fps)
             request = replace(request, video_THWC=clip)
-        return Prepared(generator, base, adapters, request, _filled(settings, generator.spec, request), chosen)
+        return Prepared(generator, base, adapters, request, completed(settings, generator.spec, request), chosen)
 
     def make(self, prepared: Prepared, preview: Path | None = None) -> Video:
         """Generate a prepared video; `preview` as in `Generator.generate`.
@@ -265,54 +257,3 @@ def _plain(settings: ModelSettings | VideoSettings) -> dict[str, Any]:
         if isinstance(holder, dict) and isinstance(name := holder.get("model"), str) and Path(name).is_dir():
             holder["model"] = str(Path(name).absolute())
     return plain
-
-
-def _request(
-    spec: ModelSpec, settings: VideoSettings, image: Image.Image | None, last_image: Image.Image | None
-) -> Request:
-    negative, start = settings.negative_prompt, settings.start_sigma
-    if start is not None and settings.video is None:
-        raise UserError("--start-sigma is the noise level at which a video is started from; give one with --video FILE")
-    return Request(
-        prompt=settings.prompt or "",
-        negative_prompt=OFFICIAL_NEGATIVE_PROMPT if negative is None else negative,
-        image=image,
-        last_image=last_image,
-        start_sigma=(start or DEFAULT_START_SIGMA) if settings.video is not None else 1.0,
-        num_frames=settings.num_frames or spec.defaults.num_frames,
-        size=settings.size or default_size(spec, image),
-        steps=settings.steps or len(settings.sigmas or ()) or spec.defaults.steps,
-        guidance=complete_guidance(spec, settings.guidance),
-        guidance_interval=settings.guidance_interval or (0.0, 1.0),
-        fps=spec.defaults.fps,
-        flow_shift=settings.flow_shift,
-        boundary=settings.boundary,
-        sigmas=settings.sigmas,
-        sampler=settings.sampler,
-        seed=settings.seed,
-        hint=settings.instrument_hint,
-        alpha_base=settings.alpha_base,
-        alpha_expert=settings.alpha_expert,
-        first_block_cache=_by_noise_expert(spec, settings.first_block_cache),
-    )
-
-
-def _by_noise_expert(spec: ModelSpec, value: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:
-    if value is None or isinstance(value, float):
-        return {} if value is None else dict.fromkeys(spec.noise_experts, value)
-    for noise_expert in value:
-        if noise_expert not in spec.noise_experts:
-            raise UserError(
-                f"first_block_cache is given for the {noise_expert.value} noise expert, which {spec.path} lacks")
-    return dict(value)
-
-
-def _filled(settings: VideoSettings, spec: ModelSpec, request: Request) -> VideoSettings:
-    video = VideoSettings(**{name: getattr(settings, name) for name in VideoSettings.model_fields})
-    return video.model_copy(update={
-        "num_frames": request.num_frames, "size": request.size, "steps": request.steps,
-        "guidance": dict(request.guidance), "negative_prompt": request.negative_prompt,
-        "flow_shift": request.flow_shift or (spec.flow_shift if request.sigmas is None else None),
-        "boundary": spec.boundary if request.boundary is None else request.boundary,
-        "start_sigma": request.start_sigma if settings.video is not None else None,
-    })

@@ -1,20 +1,21 @@
-"""A request for one video: its parameters with the model's defaults filled in, and their checks.
+"""A request for one video: its options with the model's defaults filled in, and their checks.
 
-How to add a parameter: a field of `Request`, its use in `generator`, a field with a Flag in
-`settings.generate.VideoSettings`, and its value in `api`, where requests are made from settings.
+How to add an option of a video: see `lapwan.settings.generate`. Here it is a field of `Request` with the same name,
+which the generator reads.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from lapwan.errors import UserError
 from lapwan.models.spec import ModelSpec, check_frames, check_size
 from lapwan.names import NoiseExpert
 from lapwan.sampling.scheduler import Grid, SamplerName, make_grid
+from lapwan.settings.generate import VideoSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +70,56 @@ class Request:
     alpha_expert: float | Mapping[str, float] | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     first_block_cache: Mapping[NoiseExpert, float] = field(default_factory=dict)
+
+
+def make_request(
+    spec: ModelSpec, settings: VideoSettings, image: Image.Image | None = None, last_image: Image.Image | None = None
+) -> Request:
+    """The request of a video: its options under the same names, and defaults for those that are not given.
+
+    Raises:
+        UserError: guidance or a first-block cache for a noise expert that the model lacks, or a start sigma without a
+            video.
+    """
+    if settings.start_sigma is not None and settings.video is None:
+        raise UserError("--start-sigma is the noise level at which a video is started from; give one with --video FILE")
+    defaults, given = spec.defaults, _given(settings)
+    options: dict[str, Any] = {
+        "num_frames": defaults.num_frames, "size": default_size(spec, image), "prompt": "",
+        "steps": len(settings.sigmas or ()) or defaults.steps,
+        "start_sigma": 1.0 if settings.video is None else DEFAULT_START_SIGMA, **given,
+        "image": image, "last_image": last_image, "fps": defaults.fps, "hint": settings.instrument_hint,
+        "guidance": complete_guidance(spec, settings.guidance),
+        "first_block_cache": _by_noise_expert(spec, settings.first_block_cache),
+    }
+    return Request(**options)
+
+
+def _given(settings: VideoSettings) -> dict[str, Any]:
+    named = {option.name: getattr(settings, option.name, None) for option in fields(Request)}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _by_noise_expert(spec: ModelSpec, value: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:
+    if value is None or isinstance(value, float):
+        return {} if value is None else dict.fromkeys(spec.noise_experts, value)
+    for noise_expert in value:
+        if noise_expert not in spec.noise_experts:
+            raise UserError(
+                f"first_block_cache is given for the {noise_expert.value} noise expert, which {spec.path} lacks")
+    return dict(value)
+
+
+def completed(settings: VideoSettings, spec: ModelSpec, request: Request) -> VideoSettings:
+    """The settings that repeat a request, whatever the model's defaults become."""
+    video = VideoSettings(**{name: getattr(settings, name) for name in VideoSettings.model_fields})
+    return video.model_copy(update={
+        "num_frames": request.num_frames, "size": request.size, "steps": request.steps,
+        "guidance": dict(request.guidance), "negative_prompt": request.negative_prompt,
+        "flow_shift": request.flow_shift or (spec.flow_shift if request.sigmas is None else None),
+        "boundary": spec.boundary if request.boundary is None else request.boundary,
+        "start_sigma": request.start_sigma if settings.video is not None else None,
+    })
 
 
 def grid_of(spec: ModelSpec, request: Request) -> Grid:

@@ -1,7 +1,8 @@
 """Settings of `lapwan generate`: the model (`ModelSettings`), a video (`VideoSettings`), the command.
 
-How to add an option of a video: a field of `VideoSettings` with a Flag, and its use in `lapwan.sampling.request` and
-`lapwan.api`. It then works on the command line, in TOML and in a prompts file.
+How to add an option of a video: a field of `VideoSettings` with a Flag, and a field of the same name in
+`lapwan.sampling.request.Request`, which the generator reads. It then works on the command line, in TOML, in a prompts
+file, in --grid and --from, and is in the video's metadata. Python takes it once `VideoGenerator.generate` has it.
 """
 
 from __future__ import annotations
