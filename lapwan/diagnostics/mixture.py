@@ -145,7 +145,7 @@ def describe_router(mixture: Mixture) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in mixture.router.parameters()), "largest_entropy": math.log(len(families)),
         "by_label": None,
     }
-    if spec.router == "label":
+    if mixture.router.learned and not mixture.router.reads_text:
         with torch.no_grad():
             # At sigma = 0.5, for a router that reads sigma.
             sigma_E = torch.full((len(families),), 0.5)

@@ -170,7 +170,7 @@ def router_line(router: Mapping[str, Any]) -> str:
     """The router in one line."""
     learned = router["parameters"]
     size = f", {learned} parameters, temperature {router['temperature']:g}" if learned else ""
-    gates = "gates are the label weights" if router["kind"] == "rule" else f"top-{router['top_k']} experts"
+    gates = f"top-{router['top_k']} experts" if learned else "gates are the label weights"
     return f"router: {router['kind']}{size}; {gates}; largest entropy {router['largest_entropy']:.3f} nats"
 
 

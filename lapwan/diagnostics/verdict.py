@@ -206,8 +206,8 @@ def _last_window(evidence: Evidence) -> Mapping[str, Any] | None:
 
 def _entropy(evidence: Evidence) -> Rule | None:
     window = _last_window(evidence)
-    if window is None or window["entropy"] is None or (evidence.routing or {})["router"]["kind"] == "rule":
-        return None
+    if window is None or window["entropy"] is None or not (evidence.routing or {})["router"]["parameters"]:
+        return None  # gates without parameters are the labels themselves
     low = RoutingThresholds().scaled(len(window["usage"]))[0]
     return Rule("routing entropy, nats, over the last steps", window["entropy"], f">= {low:.2g}",
                 _grade(window["entropy"], low), "what users were told: below it the router has collapsed",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lapwan.lora.attach import Adapter, Group
 from lapwan.lora.state import LoraState
-from lapwan.moe.router import RouterKind, make_router, select_top_k
+from lapwan.moe.router import RouterShape, router_class, select_top_k
 from lapwan.moe.timestep_gate import TimestepGate
 from lapwan.names import NoiseExpert
 
@@ -39,7 +39,7 @@ class MixtureSpec:
     task: str
     bands: Mapping[NoiseExpert, tuple[float, float]]
     text_dim: int
-    router: RouterKind = "text"
+    router: str = "text"
     router_temperature: float = 1.0
     top_k: int = 2
     knots: int = 8
@@ -62,8 +62,8 @@ class Mixture(nn.Module):
         super().__init__()
         self.spec = spec
         self.states: dict[NoiseExpert, dict[str, LoraState]] = {e: dict(s) for e, s in states.items()}
-        self.router = make_router(
-            spec.router, spec.text_dim, len(spec.families), spec.router_temperature, spec.router_sigma)
+        shape = RouterShape(spec.text_dim, len(spec.families), spec.router_temperature, spec.router_sigma)
+        self.router = router_class(spec.router).make(shape)
         self.timestep_gates = nn.ModuleDict(
             {noise_expert.value: TimestepGate(*band, knots=spec.knots) for noise_expert, band in spec.bands.items()}
         )
@@ -125,9 +125,7 @@ class Mixture(nn.Module):
 
     def select(self, probabilities_BE: Tensor) -> Tensor:
         """The mix g: top-k of a learned router's probabilities, or the rule router's label weights."""
-        if self.spec.router == "rule":
-            return probabilities_BE
-        return select_top_k(probabilities_BE, self.spec.top_k)
+        return select_top_k(probabilities_BE, self.spec.top_k) if self.router.learned else probabilities_BE
 
     def gates(
         self,

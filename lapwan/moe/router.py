@@ -1,21 +1,24 @@
 """Routers: from the text or label features of a clip, and optionally sigma, to a probability for each expert.
 
 Shapes: B samples, n tokens of a text, D text features, E experts, S sigma features, N width of the layer sigma enters.
-How to add a router: a class here, its name in `RouterKind`, a case in `make_router`, a member in settings/train_moe.py.
+
+How to add a router: a subclass of `Router` with its `kind`, here, and that kind in `RouterSettings.kind`
+(lapwan/settings/train_moe.py). The mixture's file holds its tensors as `router.*`; `make` must give their shapes again.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-RouterKind = Literal["text", "linear", "label", "rule"]
-READS_TEXT = ("text", "linear")
+from lapwan.errors import UserError, nearest
+
 _HIDDEN = (512, 64)  # widths of the hidden layers: LayerNorm -> 512 -> 64 -> E
 _SIGMA_FEATURES = 8
 
@@ -47,11 +50,63 @@ class _SigmaInput(nn.Module):
         return hidden_BN + sigma_features(sigma_B.to(hidden_BN)) @ self.weight.T
 
 
-class TextRouter(nn.Module):
+@dataclass(frozen=True)
+class RouterShape:
+    """What a router is made from. `sigma`: it also gets sigma."""
+
+    text_dim: int
+    experts: int
+    temperature: float = 1.0
+    sigma: bool = False
+
+
+class Router(nn.Module):
+    """Probabilities of the experts: (text, label weights, sigma) -> [B, E].
+
+    `reads_text`: from text features, else from label weights. `learned`: its top-k experts are used, and its entropy
+    and lr matter; False: its output is used as it is. `may_diverge`: at a large lr.
+    """
+
+    kinds: ClassVar[dict[str, type[Router]]] = {}
+    kind: ClassVar[str]
+    reads_text: ClassVar[bool] = False
+    learned: ClassVar[bool] = True
+    may_diverge: ClassVar[bool] = True
+
+    def __init_subclass__(cls, kind: str, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.kind = kind
+        Router.kinds[kind] = cls
+
+    @classmethod
+    def make(cls, shape: RouterShape) -> Router:
+        """A new router, initialised with torch's default generator."""
+        raise NotImplementedError
+
+    def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None, sigma_B: Tensor | None = None) -> Tensor:
+        """Probabilities before top-k: [B, E]."""
+        raise NotImplementedError
+
+
+def router_class(kind: str) -> type[Router]:
+    """The router of a kind.
+
+    Raises:
+        UserError: an unknown kind, as in the file of a later version.
+    """
+    if kind not in Router.kinds:
+        raise UserError(f"no router of kind '{kind}'{nearest(kind, Router.kinds)}; there are "
+                        f"{', '.join(Router.kinds)}; for a mixture of a later version, update lapwan")
+    return Router.kinds[kind]
+
+
+class TextRouter(Router, kind="text"):
     """p = softmax(MLP(LayerNorm(mean of the text features)) / T): learns the family from the prompt.
 
     Without hidden layers, softmax((W·LayerNorm(mean) + b) / T): less overfitting with few captions.
     """
+
+    reads_text = True
 
     def __init__(
         self, text_dim: int, experts: int, temperature: float = 1.0, sigma: bool = False,
@@ -66,13 +121,27 @@ class TextRouter(nn.Module):
         self.mlp = nn.Sequential(*layers[:-1])
         self.sigma = _SigmaInput(widths[1], sigma)
 
+    @classmethod
+    def make(cls, shape: RouterShape) -> Router:
+        return cls(shape.text_dim, shape.experts, shape.temperature, shape.sigma)
+
     def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None, sigma_B: Tensor | None = None) -> Tensor:
         means_BD = masked_mean(text).to(next(self.mlp.parameters()))
         logits: Tensor = self.mlp[2:](self.sigma(self.mlp[:2](means_BD), sigma_B))
         return torch.softmax(logits / self.temperature, dim=-1)
 
 
-class LabelRouter(nn.Module):
+class LinearTextRouter(TextRouter, kind="linear"):
+    """The text router without hidden layers."""
+
+    may_diverge = False
+
+    @classmethod
+    def make(cls, shape: RouterShape) -> Router:
+        return cls(shape.text_dim, shape.experts, shape.temperature, shape.sigma, hidden=())
+
+
+class LabelRouter(Router, kind="label"):
     """p = softmax((W·label weights + b) / T): for captions in a language that the text encoder encodes badly."""
 
     def __init__(self, experts: int, temperature: float = 1.0, sigma: bool = False) -> None:
@@ -84,13 +153,24 @@ class LabelRouter(nn.Module):
             self.linear.bias.zero_()
         self.sigma = _SigmaInput(experts, sigma)
 
+    @classmethod
+    def make(cls, shape: RouterShape) -> Router:
+        return cls(shape.experts, shape.temperature, shape.sigma)
+
     def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None, sigma_B: Tensor | None = None) -> Tensor:
         logits: Tensor = self.sigma(self.linear(_required(labels_BE).to(self.linear.weight)), sigma_B)
         return torch.softmax(logits / self.temperature, dim=-1)
 
 
-class RuleRouter(nn.Module):
+class RuleRouter(Router, kind="rule"):
     """p = the label weights: no parameters, no softmax, no top-k."""
+
+    learned = False
+    may_diverge = False
+
+    @classmethod
+    def make(cls, shape: RouterShape) -> Router:
+        return cls()
 
     def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None, sigma_B: Tensor | None = None) -> Tensor:
         return _required(labels_BE).float()
@@ -100,21 +180,6 @@ def _required(labels_BE: Tensor | None) -> Tensor:
     if labels_BE is None:
         raise ValueError("this router needs label weights")
     return labels_BE
-
-
-def make_router(
-    kind: RouterKind, text_dim: int, experts: int, temperature: float = 1.0, sigma: bool = False
-) -> nn.Module:
-    """A router by kind, initialised with torch's default generator. `sigma`: the router also gets sigma."""
-    match kind:
-        case "text":
-            return TextRouter(text_dim, experts, temperature, sigma)
-        case "linear":
-            return TextRouter(text_dim, experts, temperature, sigma, hidden=())
-        case "label":
-            return LabelRouter(experts, temperature, sigma)
-        case "rule":
-            return RuleRouter()
 
 
 def select_top_k(probabilities_BE: Tensor, k: int) -> Tensor:

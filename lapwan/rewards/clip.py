@@ -115,7 +115,8 @@ class ClipFolder(RewardKind[AnyClip]):
         config = self.config(settings)
         with init_empty_weights():
             weights = sum(p.numel() for p in CLIPModel(config).parameters())
-        return (weights + images * activation_elements(config)) * _dtype(settings.dtype, device_type).itemsize
+        dtype = _dtype(settings.dtype, device_type)
+        return int(weights + images * activation_elements(config)) * dtype.itemsize
 
     def make(self, settings: AnyClip, device: torch.device | str) -> ClipReward:
         tokenizer_path = self._tokenizer(settings)

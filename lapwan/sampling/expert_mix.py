@@ -17,7 +17,6 @@ from lapwan.data.labels import label_caption, resolve_hint
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.moe.mixture import Mixture
-from lapwan.moe.router import READS_TEXT
 
 _BAR = 24  # characters of a full bar
 
@@ -61,10 +60,10 @@ def choose_mix(
     taxonomy = Taxonomy.from_dict(mixture.taxonomy)
     if hint is not None:
         return Mix(mixture.families, torch.tensor([resolve_hint(hint, taxonomy)]), "hint")
-    reads_text = mixture.spec.router in READS_TEXT
+    reads_text = mixture.router.reads_text
     text = [features()] if reads_text else []
     labels_1E = None if reads_text else torch.tensor([label_caption(prompt, taxonomy).weights])
-    source: Literal["router", "rule"] = "rule" if mixture.spec.router == "rule" else "router"
+    source: Literal["router", "rule"] = "router" if mixture.router.learned else "rule"
     if not mixture.spec.router_sigma:
         return Mix(mixture.families, mixture.select(mixture.route(text, labels_1E)), source)
     by_sigma = dict(zip(sigmas, mixture.route_over_sigmas(text, labels_1E, sigmas), strict=True))

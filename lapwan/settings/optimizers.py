@@ -1,24 +1,69 @@
-"""Optimizers and their lr schedules.
+"""Optimizers: their settings and what each kind can do; lr schedules. No torch.
 
-How to add an optimizer: a class here, in `OptimizerSettings`, and a case in `lapwan.train.optimizers.make_optimizer`.
+How to add an optimizer: a subclass of `OptimizerSettings` here, named in `OPTIMIZERS`, which says what it can do, and a
+case of `lapwan.train.optimizers.build`, which makes it.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from lapwan.settings.base import Flag, Settings
 
 
-class _Optimizer(Settings):
+class OptimizerSettings(Settings):
+    """What a kind of optimizer can do. A kind adds its keys: `type`, a literal, and those that `describe` names.
+
+    `gradient_powers`: the tensors of its state that change with the scale of the gradient, by the power of that scale,
+    which alpha phases rescale; None: its state cannot be rescaled. `separate_lrs`: its groups may have different lrs.
+    `takes_master_weights`: it can step fp32 or bf16 master weights, and keep its state on the CPU. `library`: the extra
+    that it comes from. `own_schedule`: why an lr schedule has no effect on it.
+    """
+
+    gradient_powers: ClassVar[Mapping[str, int] | None] = None
+    separate_lrs: ClassVar[bool] = True
+    takes_master_weights: ClassVar[bool] = False
+    library: ClassVar[str | None] = None
+    own_schedule: ClassVar[str | None] = None
+
+    @property
+    def kind(self) -> str:
+        """The type in the settings."""
+        return _type_of(type(self))
+
+    @property
+    def up_lr_scale(self) -> float:
+        """LoRA+: the ratio of the lr of B to that of A."""
+        return float(getattr(self, "lora_plus", 1.0))
+
+    @property
+    def largest_lr(self) -> float | None:
+        """The largest lr that it can reach; None if that cannot be predicted."""
+        return self.predicted_lr()
+
+    def predicted_lr(self, agreement: float = 0.5) -> float | None:
+        """The lr that a run settles at, if successive updates agree in sign with this probability; None: not known."""
+        lr: float = getattr(self, "lr")  # noqa: B009 - a key of the kind
+        return lr
+
+    def describe(self) -> str:
+        """Its lr, betas and weight decay, for the plan of a run."""
+        raise NotImplementedError
+
+
+class _LoraPlus(OptimizerSettings):
     lora_plus: float = Field(
         1.0, gt=0, description="LoRA+: ratio of the lr of B to that of A (arXiv 2402.12354); 1: the same lr.")
 
 
-class AdamWSettings(_Optimizer):
+class AdamWSettings(_LoraPlus):
     """AdamW. Source: Loshchilov & Hutter (arXiv 1711.05101)."""
+
+    gradient_powers: ClassVar[Mapping[str, int] | None] = {"exp_avg": 1, "exp_avg_sq": 2}
+    takes_master_weights = True
 
     type: Literal["adamw"] = "adamw"
     lr: Annotated[float, Flag("--lr")] = Field(1e-4, gt=0, description="Learning rate.")
@@ -26,9 +71,15 @@ class AdamWSettings(_Optimizer):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
 
+    def describe(self) -> str:
+        beta1, beta2 = self.betas
+        return f"{self.kind} lr {self.lr:g}, betas {beta1:g}, {beta2:g}, weight decay {self.weight_decay:g}"
 
-class AdamW8bitSettings(_Optimizer):
+
+class AdamW8bitSettings(_LoraPlus):
     """AdamW with 8-bit states, from bitsandbytes (an extra; GPU only)."""
+
+    library = "bitsandbytes"
 
     type: Literal["adamw8bit"] = "adamw8bit"
     lr: Annotated[float, Flag("--lr")] = Field(1e-4, gt=0, description="Learning rate.")
@@ -36,9 +87,16 @@ class AdamW8bitSettings(_Optimizer):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
 
+    def describe(self) -> str:
+        beta1, beta2 = self.betas
+        return f"{self.kind} lr {self.lr:g}, betas {beta1:g}, {beta2:g}, weight decay {self.weight_decay:g}"
 
-class AutomagicSettings(_Optimizer):
+
+class AutomagicSettings(_LoraPlus):
     """Every element has its own lr, raised by `lr_bump` a step while its updates agree in sign, else lowered."""
+
+    gradient_powers: ClassVar[Mapping[str, int] | None] = {"row": 2, "column": 2, "square": 2}
+    own_schedule = "whose elements find their own lr between min_lr and max_lr"
 
     type: Literal["automagic"] = "automagic"
     lr: Annotated[float | None, Flag("--lr")] = Field(
@@ -64,11 +122,33 @@ class AutomagicSettings(_Optimizer):
         """The initial lr of every element."""
         return self.min_lr if self.lr is None else self.lr
 
+    @property
+    def largest_lr(self) -> float | None:
+        return self.max_lr
 
-class ProdigySettings(Settings):
+    def predicted_lr(self, agreement: float = 0.5) -> float:
+        """The mean lr of an element whose successive updates agree in sign with probability p, independently.
+
+        A random walk on min, min + bump, ..., max, up with probability p and held at the bounds: its share of time at
+        the k-th value is proportional to (p / (1 − p))^k. At p = 0.5 the mean is (min + max) / 2 whatever the bump.
+        """
+        low, high = self.min_lr, self.max_lr
+        count = max(1, round((high - low) / self.lr_bump))
+        odds = agreement / (1 - agreement)
+        weights = [odds ** (k - count if odds > 1 else k) for k in range(count + 1)]  # no overflow either way
+        return low + (high - low) * sum(k * w for k, w in enumerate(weights)) / (count * sum(weights))
+
+    def describe(self) -> str:
+        return (f"automagic, lr from {self.start_lr:g}, bump {self.lr_bump:g}, min {self.min_lr:g}, max "
+                f"{self.max_lr:g}, beta2 {self.beta2:g}, clip {self.clip_threshold:g}, weight decay "
+                f"{self.weight_decay:g}")
+
+
+class ProdigySettings(OptimizerSettings):
     """Prodigy (an extra) estimates one step size for all parameters. Source: Mishchenko & Defazio, arXiv 2306.06101."""
 
-    lora_plus: ClassVar[float] = 1.0  # one step size for all: B cannot have another
+    library = "prodigyopt"
+    separate_lrs = False  # one step size for all, B of LoRA+ too
 
     type: Literal["prodigy"] = "prodigy"
     lr: Annotated[float, Flag("--lr")] = Field(1.0, gt=0, description="Multiplies the estimated step size.")
@@ -78,16 +158,41 @@ class ProdigySettings(Settings):
     d0: float = Field(1e-6, gt=0, description="Initial estimate of the step size.")
     d_coef: float = Field(1.0, gt=0)
 
+    def predicted_lr(self, agreement: float = 0.5) -> None:
+        return None
+
+    def describe(self) -> str:
+        return (f"prodigy, lr {self.lr:g} times its own step size (from {self.d0:g}), weight decay "
+                f"{self.weight_decay:g}")
+
+
+OPTIMIZERS: tuple[type[OptimizerSettings], ...] = (
+    AdamWSettings, AdamW8bitSettings, AutomagicSettings, ProdigySettings)
+
+
+def _type_of(kind: type[OptimizerSettings]) -> str:
+    return str(kind.model_fields["type"].default)
+
+
+def kinds_that(can: str) -> list[str]:
+    """The types of the optimizers that have a capability of `OptimizerSettings`, for messages."""
+    return [_type_of(kind) for kind in OPTIMIZERS if getattr(kind, can)]
+
 
 def _type(value: Any) -> str:
     return str(value.get("type", "adamw") if isinstance(value, dict) else getattr(value, "type", "adamw"))
 
 
-OptimizerSettings = Annotated[
-    Annotated[AdamWSettings, Tag("adamw")] | Annotated[AdamW8bitSettings, Tag("adamw8bit")]
-    | Annotated[AutomagicSettings, Tag("automagic")] | Annotated[ProdigySettings, Tag("prodigy")],
-    Discriminator(_type),
-]
+def optimizer_of(settings: Sequence[type[OptimizerSettings]]) -> Any:
+    """The annotation of a key that takes an optimizer of these kinds, by its `type`."""
+    members = tuple(Annotated[kind, Tag(_type_of(kind))] for kind in settings)
+    return Annotated[Union[members], Discriminator(_type)]  # noqa: UP007 - made at run time
+
+
+if TYPE_CHECKING:
+    OptimizerChoice = OptimizerSettings
+else:
+    OptimizerChoice = optimizer_of(OPTIMIZERS)
 
 
 class ScheduleSettings(Settings):

@@ -148,8 +148,9 @@ def rewards_of(settings: Sequence[type[RewardSettings]]) -> Any:
         return value
 
     members = tuple(Annotated[kind, Tag(name)] for name, kind in kinds.items())
-    one = Annotated[Union[members], Discriminator(_type), BeforeValidator(from_text)]  # noqa: UP007 - made at run time
-    return Annotated[tuple[one, ...], BeforeValidator(_as_list), AfterValidator(distinct)]
+    union: Any = Union[members]  # noqa: UP007 - made at run time
+    reward: Any = Annotated[union, Discriminator(_type), BeforeValidator(from_text)]
+    return Annotated[tuple[reward, ...], BeforeValidator(_as_list), AfterValidator(distinct)]
 
 
 def _as_list(value: Any) -> Any:

@@ -13,7 +13,7 @@ from lapwan.settings.base import Flag, Settings, height_width
 from lapwan.settings.cache import NEGATIVE_PROMPT
 from lapwan.settings.memory import TrainDtype, precision_of
 from lapwan.settings.model import BaseModelSettings
-from lapwan.settings.optimizers import AdamWSettings, OptimizerSettings, ScheduleSettings
+from lapwan.settings.optimizers import AdamWSettings, OptimizerChoice, ScheduleSettings, kinds_that
 from lapwan.settings.rewards import REWARD_EXAMPLES, REWARD_METAVAR, Rewards
 from lapwan.settings.targets import TargetSettings
 
@@ -131,7 +131,7 @@ class SrpoSettings(Settings):
     targets: TargetSettings = Field(default_factory=lambda: TargetSettings(
         last_blocks="all", ffn_last_blocks="all", q=16, k=16, v=16, o=16, ffn_in=16, ffn_out=16))
     alpha: float | None = Field(None, gt=0, description="LoRA alpha; absent: each module's rank, a scale of 1.")
-    optimizer: OptimizerSettings = Field(default_factory=lambda: AdamWSettings(lr=LR["lora"], weight_decay=1e-4))
+    optimizer: OptimizerChoice = Field(default_factory=lambda: AdamWSettings(lr=LR["lora"], weight_decay=1e-4))
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
     max_grad_norm: float = Field(0.1, gt=0)
     kl_weight: float = Field(
@@ -215,15 +215,16 @@ class SrpoSettings(Settings):
             raise ValueError(f"kl_weight = {self.kl_weight:g} needs the weights of the base, which a full fine-tune "
                              "overwrites; set kl_weight = 0 (the held-out evaluations log the distance), or train = "
                              "\"lora\"")
+        masters = " or ".join(f"'{kind}'" for kind in kinds_that("takes_master_weights"))
         for name, wanted in (("master_weights = \"bf16\"", self.master_weights == "bf16"),
                              ("optimizer_on_cpu = true", self.optimizer_on_cpu)):
-            if wanted and self.optimizer.type != "adamw":
-                raise ValueError(f"{name} is only for optimizer.type = 'adamw', not '{self.optimizer.type}'")
+            if wanted and not self.optimizer.takes_master_weights:
+                raise ValueError(f"{name} is only for optimizer.type = {masters}, not '{self.optimizer.kind}'")
         if self.train == "full" and precision_of(self.dtype) is not None:
             raise ValueError(f"dtype = '{self.dtype}' is for a base that stays frozen, but train = \"full\" trains it; "
                              "set dtype = \"bf16\", or train = \"lora\"")
-        if self.train == "full" and self.optimizer.type != "adamw":
-            raise ValueError(f"a full fine-tune takes optimizer.type = 'adamw', not '{self.optimizer.type}'")
+        if self.train == "full" and not self.optimizer.takes_master_weights:
+            raise ValueError(f"a full fine-tune takes optimizer.type = {masters}, not '{self.optimizer.kind}'")
         frames = self.preference.frames
         if isinstance(frames, int) and frames > self.num_frames:
             raise ValueError(f"preference.frames = {frames} is more than num_frames = {self.num_frames}; set it to at "

@@ -14,7 +14,14 @@ from lapwan.settings.base import Flag, Settings, submodel, union_members
 from lapwan.settings.callbacks import HealthSettings, PreviewSettings, ValidationSettings, WatchSettings
 from lapwan.settings.memory import MEMORY_METAVAR, MemoryChoice, TrainDtype
 from lapwan.settings.model import BaseModelSettings
-from lapwan.settings.optimizers import AdamWSettings, OptimizerSettings, ScheduleSettings, nest_flat_keys
+from lapwan.settings.optimizers import (
+    OPTIMIZERS,
+    AdamWSettings,
+    OptimizerChoice,
+    ScheduleSettings,
+    kinds_that,
+    nest_flat_keys,
+)
 from lapwan.settings.sigma import SigmaSettings, WeightingSettings, refuse_ddpm_weighting
 from lapwan.settings.targets import TargetSettings, override_targets
 
@@ -100,7 +107,7 @@ class NoiseExpertSettings(Settings):
     stop: int | None = Field(ge=1)
     targets: TargetSettings
     alpha: float | None = Field(gt=0)
-    optimizer: OptimizerSettings
+    optimizer: OptimizerChoice
     schedule: ScheduleSettings
     sigma: SigmaSettings
     weighting: WeightingSettings
@@ -112,9 +119,10 @@ class NoiseExpertSettings(Settings):
     def _one_alpha(self) -> NoiseExpertSettings:
         if self.alpha_schedule.phases and self.alpha is not None:
             raise ValueError(f"alpha = {self.alpha:g} and alpha_schedule both say alpha; leave alpha out")
-        if self.alpha_schedule.phases and self.optimizer.type not in ("adamw", "automagic"):
+        if self.alpha_schedule.phases and self.optimizer.gradient_powers is None:
             raise ValueError(f"alpha_schedule rescales the optimizer's state at a transition, which is not possible "
-                             f"with optimizer.type = '{self.optimizer.type}'; use adamw or automagic")
+                             f"with optimizer.type = '{self.optimizer.kind}'; use "
+                             f"{' or '.join(kinds_that('gradient_powers'))}")
         return self
 
     @property
@@ -159,7 +167,7 @@ class TrainSettings(Settings):
                                                      "[low].")
     alpha: float | None = Field(None, gt=0, description="LoRA alpha; absent: each module's rank, a scale of 1.")
     targets: TargetSettings = Field(default_factory=TargetSettings)
-    optimizer: OptimizerSettings = Field(default_factory=AdamWSettings)
+    optimizer: OptimizerChoice = Field(default_factory=AdamWSettings)
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="Keep an EMA of the trained weights, which is then saved; absent: none.")
@@ -268,7 +276,7 @@ class TrainSettings(Settings):
             return NoiseExpertSettings.model_validate(_merge_sections(plain, override))
         except ValidationError as error:
             first = error.errors()[0]
-            tags = {"adamw", "adamw8bit", "automagic", "prodigy"}
+            tags = {kind.model_fields["type"].default for kind in OPTIMIZERS}
             key = ".".join([noise_expert.value, *(str(part) for part in first["loc"] if part not in tags)])
             if first["type"] == "extra_forbidden":
                 known = accepted_keys(_known_at(first["loc"]))

@@ -114,16 +114,3 @@ class Automagic(Optimizer):
 def _put(states: list[dict[str, Any]], key: str, stacked: Tensor) -> None:
     """Copy each slice of a stack back into its state."""
     torch._foreach_copy_([state[key] for state in states], list(stacked.unbind()))
-
-
-def expected_lr(settings: AutomagicSettings, agreement: float) -> float:
-    """The mean lr of an element whose successive updates agree in sign with probability p, independently at each step.
-
-    A random walk on min, min + bump, ..., max, up with probability p and held at the bounds: its share of time at the
-    k-th value is proportional to (p / (1 − p))^k. At p = 0.5 the mean is (min + max) / 2 whatever the bump.
-    """
-    low, high = settings.min_lr, settings.max_lr
-    count = max(1, round((high - low) / settings.lr_bump))
-    odds = agreement / (1 - agreement)
-    weights = [odds ** (k - count if odds > 1 else k) for k in range(count + 1)]  # no overflow either way
-    return low + (high - low) * sum(k * w for k, w in enumerate(weights)) / (count * sum(weights))

@@ -21,7 +21,7 @@ from lapwan.losses.sigmas import band_probability, bin_probabilities, shift_for_
 from lapwan.models.base import Base, target_ranks
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.train import NoiseExpertSettings, TrainSettings
-from lapwan.train.optimizers import check_optimizer, describe_optimizer, predicted_lr, ratio_line
+from lapwan.train.optimizers import check_optimizer, describe_optimizer, ratio_line
 from lapwan.train.recipe import RunData, sigma_rule
 
 _BINS, _WIDTH = 10, 30  # of the histogram: rows, characters of the longest bar
@@ -221,7 +221,7 @@ def _lengths(clips: Sequence[CachedItem], fps: float | None) -> ChecklistItem:
 
 def _preset(settings: TrainSettings, data: RunData) -> list[ChecklistItem]:
     """LR ratio and number of steps, by the health rules of inspect-weights."""
-    predicted = {e.value: predicted_lr(own_settings.optimizer) for e, own_settings in data.noise_experts.items()}
+    predicted = {e.value: own_settings.optimizer.predicted_lr() for e, own_settings in data.noise_experts.items()}
     rates = {name: lr for name, lr in predicted.items() if lr is not None}
     if settings.health.preset is None:
         return [ChecklistItem(True, f"{len(data.schedule)} steps; no health.preset: LR ratio and steps are not judged")]

@@ -1,7 +1,6 @@
 """From settings to optimizers and their lr schedules.
 
-How to add an optimizer: a settings member in `lapwan/settings/optimizers.py` and a case in `make_optimizer`; where its
-lr is not `settings.lr`, also cases in `current_lr` and `predicted_lr`.
+How to add an optimizer: see `lapwan.settings.optimizers`. Here it is a case of `build`, registered by its settings.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ import io
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from functools import singledispatch
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,10 @@ from lapwan.settings.optimizers import (
     ProdigySettings,
     ScheduleSettings,
 )
-from lapwan.train.automagic import Automagic, expected_lr
+from lapwan.train.automagic import Automagic
+from lapwan.train.master_weights import Master, MasterAdamW
 from lapwan.train.objective import ParameterGroup
 
-_EXTRAS = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 AGREEMENTS = (0.47, 0.50, 0.53)  # sign agreements met in practice; 0.5 is noise
 
 
@@ -39,44 +39,88 @@ def check_optimizer(optimizer: OptimizerSettings, schedule: ScheduleSettings) ->
     Raises:
         UserError: a library that is not installed, or an lr schedule for an optimizer that sets its own lr.
     """
-    library = _EXTRAS.get(optimizer.type)
+    kind, library = optimizer.kind, optimizer.library
     if library is not None and importlib.util.find_spec(library) is None:
-        raise UserError(f"optimizer.type = '{optimizer.type}' needs {library}, which is not installed; "
-                        f"pip install 'lapwan[{optimizer.type}]', or set optimizer.type = 'adamw'")
-    if isinstance(optimizer, AutomagicSettings) and schedule.changes:
+        raise UserError(f"optimizer.type = '{kind}' needs {library}, which is not installed; "
+                        f"pip install 'lapwan[{kind}]', or set optimizer.type = 'adamw'")
+    if optimizer.own_schedule is not None and schedule.changes:
         raise UserError(f"schedule.name = '{schedule.name}' with warmup_steps = {schedule.warmup_steps} has no effect "
-                        "on automagic, whose elements find their own lr between min_lr and max_lr; leave it out")
+                        f"on {kind}, {optimizer.own_schedule}; leave it out")
 
 
-def make_optimizer(settings: OptimizerSettings, groups: Sequence[ParameterGroup]) -> Optimizer:
-    """The optimizer over the groups, each at `lr · lr_scale`, B matrices at `lora_plus` times that."""
-    parts = [part for group in groups for part in _by_factor(group, settings.lora_plus)]
-    if isinstance(settings, AutomagicSettings):
-        return Automagic([{"params": [*part.parameters.values()], "scale": part.lr_scale} for part in parts], settings)
-    parameters: list[dict[str, Any]] = [
-        {"params": list(part.parameters.values()), "lr": settings.lr * part.lr_scale} for part in parts
-    ]
-    cuda = any(p.is_cuda for part in parts for p in part.parameters.values())
-    plain: dict[str, Any] = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
-    match settings:
-        case AdamWSettings():
-            return torch.optim.AdamW(parameters, **plain, fused=True)
-        case AdamW8bitSettings():
-            if not cuda:
-                raise UserError("optimizer.type = 'adamw8bit' needs a GPU; set optimizer.type = 'adamw'")
-            from bitsandbytes.optim import AdamW8bit
+@dataclass(frozen=True)
+class MasterWeights:
+    """The dtype in which weights are stepped, where the state is, and the seed of stochastic rounding."""
 
-            eight_bit: Optimizer = AdamW8bit(parameters, **plain)
-            return eight_bit
-        case ProdigySettings():
-            if len({part.lr_scale for part in parts}) > 1:
-                raise UserError("optimizer.type = 'prodigy' finds one step size for all it steps; set "
-                                "timestep_gate.lr_scale = 1, or another optimizer")
-            from prodigyopt import Prodigy
+    dtype: Master
+    on_cpu: bool
+    seed: int
 
-            with redirect_stdout(io.StringIO()):  # it prints to stdout
-                prodigy: Optimizer = Prodigy(parameters, **plain, d0=settings.d0, d_coef=settings.d_coef)
-            return prodigy
+
+def make_optimizer(
+    settings: OptimizerSettings, groups: Sequence[ParameterGroup], master: MasterWeights | None = None
+) -> Optimizer:
+    """The optimizer over the groups, each at `lr · lr_scale`, B matrices at LoRA+'s ratio times that.
+
+    Args:
+        master: step master weights, if `settings.takes_master_weights`; None: the parameters themselves.
+
+    Raises:
+        UserError: different lrs for an optimizer with one step size, or no GPU for one that needs it.
+    """
+    parts = [part for group in groups for part in _by_factor(group, settings.up_lr_scale)]
+    if not settings.separate_lrs and len({part.lr_scale for part in parts}) > 1:
+        raise UserError(f"optimizer.type = '{settings.kind}' finds one step size for all it steps; set "
+                        "timestep_gate.lr_scale = 1, or another optimizer")
+    return build(settings, parts, master)
+
+
+@singledispatch
+def build(settings: OptimizerSettings, parts: Sequence[ParameterGroup], master: MasterWeights | None) -> Optimizer:
+    """The optimizer of these settings; a case for each kind is registered below."""
+    raise NotImplementedError(f"no optimizer is registered for {type(settings).__name__}")
+
+
+def lr_groups(lr: float, parts: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
+    """Parameter groups for torch, each with its lr."""
+    return [{"params": list(part.parameters.values()), "lr": lr * part.lr_scale} for part in parts]
+
+
+def _plain(settings: AdamWSettings | AdamW8bitSettings | ProdigySettings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
+
+
+@build.register
+def _adamw(settings: AdamWSettings, parts: Sequence[ParameterGroup], master: MasterWeights | None) -> Optimizer:
+    parameters = lr_groups(settings.lr, parts)
+    if master is not None:
+        return MasterAdamW(parameters, settings, master.dtype, master.on_cpu, master.seed)
+    return torch.optim.AdamW(parameters, **_plain(settings), fused=True)
+
+
+@build.register
+def _adamw8bit(settings: AdamW8bitSettings, parts: Sequence[ParameterGroup], master: MasterWeights | None) -> Optimizer:
+    if not any(p.is_cuda for part in parts for p in part.parameters.values()):
+        raise UserError("optimizer.type = 'adamw8bit' needs a GPU; set optimizer.type = 'adamw'")
+    from bitsandbytes.optim import AdamW8bit
+
+    eight_bit: Optimizer = AdamW8bit(lr_groups(settings.lr, parts), **_plain(settings))
+    return eight_bit
+
+
+@build.register
+def _automagic(settings: AutomagicSettings, parts: Sequence[ParameterGroup], master: MasterWeights | None) -> Optimizer:
+    return Automagic([{"params": [*part.parameters.values()], "scale": part.lr_scale} for part in parts], settings)
+
+
+@build.register
+def _prodigy(settings: ProdigySettings, parts: Sequence[ParameterGroup], master: MasterWeights | None) -> Optimizer:
+    from prodigyopt import Prodigy
+
+    with redirect_stdout(io.StringIO()):  # it prints to stdout
+        prodigy: Optimizer = Prodigy(
+            lr_groups(settings.lr, parts), **_plain(settings), d0=settings.d0, d_coef=settings.d_coef)
+    return prodigy
 
 
 def _by_factor(group: ParameterGroup, ratio: float) -> list[ParameterGroup]:
@@ -153,38 +197,27 @@ class ScheduledOptimizer:
                 group["lr"] = base * factor(schedule.last_epoch)
 
 
+@runtime_checkable
+class OwnLr(Protocol):
+    """An optimizer whose elements have their own lrs."""
+
+    def mean_lr(self) -> Tensor:
+        """The mean lr over all elements."""
+
+
 def current_lr(optimizer: Optimizer) -> Tensor | float:
     """The lr to log: that of the first group; for Automagic the mean over elements, for Prodigy lr·d."""
-    if isinstance(optimizer, Automagic):
+    if isinstance(optimizer, OwnLr):
         return optimizer.mean_lr()
     first = optimizer.param_groups[0]
     return float(first["lr"]) * float(first.get("d", 1.0))
 
 
-def predicted_lr(settings: OptimizerSettings, agreement: float = 0.5) -> float | None:
-    """The lr that a run settles at; None if it cannot be predicted (Prodigy)."""
-    match settings:
-        case AutomagicSettings():
-            return expected_lr(settings, agreement)
-        case ProdigySettings():
-            return None
-        case _:
-            return settings.lr
-
-
 def describe_optimizer(settings: OptimizerSettings, schedule: ScheduleSettings) -> str:
     """All that decides the lr, in one line."""
-    match settings:
-        case AutomagicSettings():
-            text = (f"automagic, lr from {settings.start_lr:g}, bump {settings.lr_bump:g}, min {settings.min_lr:g}, "
-                    f"max {settings.max_lr:g}, beta2 {settings.beta2:g}, clip {settings.clip_threshold:g}")
-        case ProdigySettings():
-            text = f"prodigy, lr {settings.lr:g} times its own step size (from {settings.d0:g})"
-        case _:
-            text = f"{settings.type} lr {settings.lr:g}, betas {settings.betas[0]:g}, {settings.betas[1]:g}"
-    text += f", weight decay {settings.weight_decay:g}"
-    if settings.lora_plus != 1:
-        text += f", B at {settings.lora_plus:g} times the lr"
+    text = settings.describe()
+    if settings.up_lr_scale != 1:
+        text += f", B at {settings.up_lr_scale:g} times the lr"
     if schedule.changes:
         text += f", {schedule.name} with {schedule.warmup_steps} warm-up steps"
     return text
@@ -192,7 +225,7 @@ def describe_optimizer(settings: OptimizerSettings, schedule: ScheduleSettings) 
 
 def ratio_line(high: OptimizerSettings, low: OptimizerSettings) -> str:
     """The expected LR ratio, at several sign agreements where these matter."""
-    pairs = [(p, predicted_lr(high, p), predicted_lr(low, p)) for p in AGREEMENTS]
+    pairs = [(p, high.predicted_lr(p), low.predicted_lr(p)) for p in AGREEMENTS]
     known = [(p, a / b) for p, a, b in pairs if a is not None and b is not None]
     if not known:
         return "LR ratio high / low: not known before the run (prodigy)"

@@ -32,7 +32,7 @@ from lapwan.train.callbacks.base import Callback
 from lapwan.train.clip_store import ClipStore, cached_bytes, check_cache, sampling_weights, training_items
 from lapwan.train.ema import Ema
 from lapwan.train.objective import Objective, SigmaRule
-from lapwan.train.optimizers import ScheduledOptimizer, make_optimizer, make_schedule, predicted_lr
+from lapwan.train.optimizers import ScheduledOptimizer, make_optimizer, make_schedule
 from lapwan.train.parallel import ContextParallelProcesses, Distributed, check_accumulate
 from lapwan.train.sample_order import SampleOrder
 from lapwan.train.schedule import interleave, one_after_the_other
@@ -167,7 +167,7 @@ def settings_hash(settings: Settings) -> str:
 def provenance(settings: TrainSettings, base: Base, data: RunData, noise_expert: NoiseExpert) -> dict[str, str]:
     """The metadata of an adapter file: what it was trained on and how."""
     band, trained = base.bands[noise_expert], data.noise_experts[noise_expert]
-    lr = predicted_lr(trained.optimizer)
+    lr = trained.optimizer.predicted_lr()
     return {
         **base.metadata(noise_expert),
         "lapwan.clips": str(len({item.id for item in data.items})),
@@ -180,7 +180,7 @@ def provenance(settings: TrainSettings, base: Base, data: RunData, noise_expert:
         "ss_seed": str(settings.seed),
         "ss_num_train_items": str(len(data.items)),
         "ss_max_train_steps": str(data.schedule.count(noise_expert)),
-        "ss_optimizer": trained.optimizer.type,
+        "ss_optimizer": trained.optimizer.kind,
         "ss_lr_scheduler": trained.schedule.name,
         **({} if lr is None else {"ss_learning_rate": f"{lr:g}"}),
         "modelspec.timestep_range": f"{1000 * band.low:g},{1000 * band.high:g}",

@@ -12,7 +12,7 @@ from lapwan.diagnostics.router_health import RoutingThresholds, RoutingTotals, j
 from lapwan.lora.state import LoraEntry, LoraState
 from lapwan.losses import routing
 from lapwan.moe.mixture import Mixture, MixtureSpec
-from lapwan.moe.router import make_router, select_top_k, sigma_features
+from lapwan.moe.router import RouterShape, router_class, select_top_k, sigma_features
 from lapwan.names import NoiseExpert
 
 FAMILIES = ("a", "b", "c", "d")
@@ -38,7 +38,7 @@ def test_sigma_features_are_cosines_of_one_scale():
 def test_a_router_sees_sigma_only_where_asked_and_starts_as_if_it_did_not(kind):
     def made(sigma: bool):
         torch.manual_seed(1)
-        return make_router(kind, 6, 4, sigma=sigma)
+        return router_class(kind).make(RouterShape(6, 4, sigma=sigma))
 
     text, labels, sigma = [torch.randn(3, 6)], torch.tensor([[0.0, 1.0, 0.0, 0.0]]), torch.tensor([0.3])
     blind, seeing = made(False), made(True)

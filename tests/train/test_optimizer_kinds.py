@@ -12,7 +12,7 @@ from lapwan.names import NoiseExpert
 from lapwan.settings.optimizers import AdamW8bitSettings, AutomagicSettings, ScheduleSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.train import optimizers
-from lapwan.train.automagic import Automagic, expected_lr
+from lapwan.train.automagic import Automagic
 from lapwan.train.objective import ParameterGroup
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
@@ -97,11 +97,11 @@ def test_predicted_ratios_of_the_users_block_and_a_simulated_walk():
     high, low = (settings.of(e, 1).optimizer for e in (HIGH, LOW))
     assert (high.type, high.lr_bump, high.min_lr, high.max_lr) == ("automagic", 2e-5, 2e-5, 5e-4)
     assert (low.lr_bump, low.min_lr, low.max_lr, low.weight_decay) == (5e-6, 5e-6, 1e-4, 1e-4)
-    ratios = [expected_lr(high, p) / expected_lr(low, p) for p in (0.47, 0.50, 0.53)]
+    ratios = [high.predicted_lr(p) / low.predicted_lr(p) for p in (0.47, 0.50, 0.53)]
     assert [round(ratio, 2) for ratio in ratios] == [4.40, 4.95, 5.22]
     assert "4.40 at sign agreement 0.47, 4.95 at sign agreement 0.50, 5.22 at" in optimizers.ratio_line(high, low)
-    assert expected_lr(high, 0.53) / high.max_lr == pytest.approx(0.74, abs=0.005)
-    assert expected_lr(high, 0.486) == pytest.approx(2.0e-4, rel=0.03)
+    assert high.predicted_lr(0.53) / high.max_lr == pytest.approx(0.74, abs=0.005)
+    assert high.predicted_lr(0.486) == pytest.approx(2.0e-4, rel=0.03)
     up = torch.rand(3000, 4000, generator=torch.Generator().manual_seed(1)) < 0.53
     rung = torch.zeros(4000)
     seen = torch.zeros(())
@@ -109,7 +109,7 @@ def test_predicted_ratios_of_the_users_block_and_a_simulated_walk():
         rung = (rung + torch.where(going_up, 1.0, -1.0)).clamp(0, 24)
         seen += rung.mean() * (step >= 1500)
     simulated = 2e-5 + float(seen) / 1500 * 2e-5
-    assert simulated == pytest.approx(expected_lr(high, 0.53), rel=0.01)
+    assert simulated == pytest.approx(high.predicted_lr(0.53), rel=0.01)
 
 
 def test_flat_keys_inside_the_optimizer_section_and_clashes():

@@ -32,8 +32,6 @@ from lapwan.train.metrics import bin_of
 _FEWEST = 20  # observations that a trend needs
 _BINS = 8  # of sigma
 _ADVISORY_WINDOW = 200  # losses, as other trainers use
-_FIRST_MOMENTS = ("exp_avg",)
-_SECOND_MOMENTS = ("exp_avg_sq", "row", "column", "square")
 
 
 @dataclass(frozen=True)
@@ -99,11 +97,11 @@ class AlphaSchedule(Callback):
 
     def __init__(
         self, noise_expert: NoiseExpert, settings: AlphaScheduleSettings, adapter: Adapter, band: Band,
-        ups: Mapping[str, nn.Parameter], optimizer: Optimizer, ema: Ema | None,
+        ups: Mapping[str, nn.Parameter], optimizer: Optimizer, gradient_powers: Mapping[str, int], ema: Ema | None,
     ) -> None:
         self.name = f"alpha.{noise_expert.value}"
         self._noise_expert, self._settings, self._adapter, self._band = noise_expert, settings, adapter, band
-        self._ups, self._optimizer, self._ema = dict(ups), optimizer, ema
+        self._ups, self._optimizer, self._powers, self._ema = dict(ups), optimizer, dict(gradient_powers), ema
         self._phase, self._phase_start, self._confirmations = 0, 0, 0
         self._observations: deque[Observation] = deque()
         self._agreements: deque[Tensor] = deque(maxlen=_ADVISORY_WINDOW)
@@ -190,16 +188,15 @@ class AlphaSchedule(Callback):
 
     @torch.no_grad()
     def _rescale(self, factor: float) -> None:
-        """Multiply B by a factor, and the moments of its gradient by the inverse."""
+        """Multiply B by a factor, and what the optimizer keeps of its gradient by the inverse, to its power."""
         for name, up in self._ups.items():
             up.mul_(factor)
             if self._ema is not None:
                 self._ema.means[name].mul_(factor)
             state = self._optimizer.state.get(up, {})
-            for keys, power in ((_FIRST_MOMENTS, -1), (_SECOND_MOMENTS, -2)):
-                for key in keys:
-                    if key in state:
-                        state[key].mul_(factor**power)
+            for key, power in self._powers.items():
+                if key in state:
+                    state[key].mul_(factor**-power)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -78,7 +78,7 @@ def _step_callbacks(parts: RunParts, base: Base, data: RunData) -> Iterator[Call
             ups = {n: p for n, p in parts.objective.parameters.items() if n.startswith(prefix) and n.endswith(".up")}
             yield AlphaSchedule(
                 noise_expert, settings.alpha_schedule, adapters[noise_expert], base.bands[noise_expert], ups,
-                parts.optimizers[noise_expert.value].optimizer, parts.ema)
+                parts.optimizers[noise_expert.value].optimizer, settings.optimizer.gradient_powers or {}, parts.ema)
 
 
 def _periodic_callbacks(

@@ -48,7 +48,7 @@ class RoutingCallback(Callback):
                         dataformats="HWC")
         if step < self._settings.routing_watch.after:
             return Evaluation(figures)
-        learned = self._objective.mixture.spec.router != "rule"
+        learned = self._objective.mixture.router.learned
         self.faults = judge_routing(
             window, self._objective.mixture.families, self._thresholds, _advised_settings(self._settings), learned)
         figures["routing/faults"] = float(len(self.faults))

@@ -21,9 +21,9 @@ from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import TrainingMemory, plan_training
 from lapwan.models.base import Base, target_ranks
 from lapwan.moe.mixture import Mixture, MixtureSpec
+from lapwan.moe.router import router_class
 from lapwan.names import NoiseExpert
 from lapwan.sampling.adapters import AdapterSet, LoraUse
-from lapwan.settings.optimizers import AutomagicSettings, ProdigySettings
 from lapwan.settings.train import NoiseExpertSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train import recipe
@@ -100,12 +100,12 @@ def describe_mixture(settings: TrainMoeSettings, data: recipe.RunData, taxonomy:
     if ratio >= _IMBALANCE and settings.data.balance < 1:
         console.warn(f"{largest} has {counts[largest]} clips, {smallest} {counts[smallest]}: experts of rare families "
                      "learn little and the router learns to avoid them; set data.balance = 1 to draw families evenly")
-    learned = "" if settings.router.kind == "rule" else (
+    router = router_class(settings.router.kind)
+    learned = "" if not router.learned else (
         f", top {settings.router.top_k}, teacher temperature {settings.routing_loss.teacher_temperature:g}")
     region = "" if settings.roi_weight else "; region loss off (roi_weight = 0)"
     lines.append(f"router {settings.router.kind}{' with sigma' if settings.router.sigma else ''}{learned}{region}")
-    may_diverge = settings.router.kind not in ("rule", "linear")
-    if may_diverge and (lr := router_lr(settings)) is not None and lr > ROUTER_LR_LIMIT:
+    if router.may_diverge and (lr := router_lr(settings)) is not None and lr > ROUTER_LR_LIMIT:
         console.warn(f"the router's lr is lr x router.lr_scale = {lr:g}, above {ROUTER_LR_LIMIT:g}, where routers "
                      f"were seen to diverge; set router.lr_scale = {settings.router.lr_scale * 1e-3 / lr:.2g} or so")
     return lines
@@ -128,11 +128,8 @@ def plan_mixture(
 
 def router_lr(settings: TrainMoeSettings) -> float | None:
     """The largest lr the router can have; None where it cannot be predicted (Prodigy)."""
-    optimizer = settings.optimizer
-    if isinstance(optimizer, ProdigySettings):
-        return None
-    lr = optimizer.max_lr if isinstance(optimizer, AutomagicSettings) else optimizer.lr
-    return lr * settings.router.lr_scale
+    lr = settings.optimizer.largest_lr
+    return None if lr is None else lr * settings.router.lr_scale
 
 
 def assemble(

@@ -22,16 +22,14 @@ from lapwan.models.spec import ModelSpec
 from lapwan.names import Band, NoiseExpert
 from lapwan.rewards.base import Reward, select_frames
 from lapwan.settings.callbacks import HealthSettings
-from lapwan.settings.optimizers import AdamWSettings
 from lapwan.settings.rewards import reward_weights
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.callbacks.base import Callback
 from lapwan.train.callbacks.build import weight_figures
 from lapwan.train.ema import Ema
 from lapwan.train.lora.objective import LORA_GROUP
-from lapwan.train.master_weights import MasterAdamW
-from lapwan.train.objective import ParameterGroup, SigmaRule
-from lapwan.train.optimizers import ScheduledOptimizer, make_optimizer, make_schedule
+from lapwan.train.objective import SigmaRule
+from lapwan.train.optimizers import MasterWeights, ScheduledOptimizer, make_optimizer, make_schedule
 from lapwan.train.parallel import Distributed, check_accumulate, full_tensors, is_sharded, shard
 from lapwan.train.recipe import RunParts, make_trainer, settings_hash
 from lapwan.train.run_folder import PREVIEWS
@@ -146,27 +144,12 @@ def _trained(settings: SrpoSettings, model: Any, noise_expert: NoiseExpert) -> A
 
 
 def optimizers_of(settings: SrpoSettings, objective: SrpoObjective) -> dict[str, torch.optim.Optimizer]:
-    """One per noise expert; `MasterAdamW` for bf16 master weights, optimizer state on the CPU, or a full fine-tune."""
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    master = settings.train == "full" or settings.master_weights == "bf16" or settings.optimizer_on_cpu
-    for name, groups in objective.parameter_groups.items():
-        if master and isinstance(settings.optimizer, AdamWSettings):
-            optimizers[name] = MasterAdamW(_lora_plus_groups(groups, settings.optimizer), settings.optimizer,
-                                           settings.master_weights, settings.optimizer_on_cpu, settings.seed)
-        else:
-            optimizers[name] = make_optimizer(settings.optimizer, groups)
-    return optimizers
-
-
-def _lora_plus_groups(groups: Sequence[ParameterGroup], optimizer: AdamWSettings) -> list[dict[str, Any]]:
-    """Parameter groups for torch; LoRA+ multiplies the learning rate of B by its ratio."""
-    ratio, parts = optimizer.lora_plus, []
-    for group in groups:
-        up = [p for n, p in group.parameters.items() if n.endswith(".up")] if ratio != 1 else []
-        rest = [p for n, p in group.parameters.items() if ratio == 1 or not n.endswith(".up")]
-        parts += [{"params": parameters, "lr": optimizer.lr * group.lr_scale * factor}
-                  for parameters, factor in ((rest, 1.0), (up, ratio)) if parameters]
-    return parts
+    """One per noise expert; master weights for bf16 masters, optimizer state on the CPU, or a full fine-tune."""
+    master = None
+    if settings.train == "full" or settings.master_weights == "bf16" or settings.optimizer_on_cpu:
+        master = MasterWeights(settings.master_weights, settings.optimizer_on_cpu, settings.seed)
+    return {name: make_optimizer(settings.optimizer, groups, master)
+            for name, groups in objective.parameter_groups.items()}
 
 
 def prepare(
