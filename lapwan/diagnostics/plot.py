@@ -15,7 +15,8 @@ from lapwan.diagnostics.verdict import Preset
 from lapwan.report.canvas import Box, Canvas, Colour
 
 _WIDTH, _CHART, _MARGIN, _BAR = 1100, 320, 28, 90
-_COLOURS: dict[str, Colour] = {"high": (208, 72, 52), "low": (38, 98, 168), "file": (80, 80, 80)}
+NOISE_EXPERT_COLOURS: dict[str, Colour] = {"high": (208, 72, 52), "low": (38, 98, 168)}
+_COLOURS: dict[str, Colour] = {**NOISE_EXPERT_COLOURS, "file": (80, 80, 80)}
 _RATIO_COLOURS: dict[str, Colour] = {
     "mean|w|": (150, 150, 150), "mean|B|": (20, 130, 110), "update": (140, 70, 160),
 }

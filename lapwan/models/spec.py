@@ -129,6 +129,11 @@ class ModelSpec:
         """Sigma band by noise expert."""
         return bands(self.boundary)
 
+    @property
+    def boundary_text(self) -> str:
+        """The boundary for messages."""
+        return "none" if self.boundary is None else f"{self.boundary:g}"
+
     def component(self, noise_expert: NoiseExpert) -> Path:
         """The folder of a noise expert's transformer."""
         return self.path / noise_expert.component

@@ -239,10 +239,9 @@ def _preset(settings: TrainSettings, data: RunData) -> list[ChecklistItem]:
 
 def _sampling(base: Base, data: RunData) -> ChecklistItem:
     spec = base.spec
-    boundary = "none" if spec.boundary is None else f"{spec.boundary:g}"
     shifts = {e.value: settings.sigma.shift for e, settings in data.noise_experts.items()}
     trained = ", ".join(f"{name} {shift if isinstance(shift, str) else f'{shift:g}'}" for name, shift in shifts.items())
-    return ChecklistItem(True, f"model: {spec.task}, boundary {boundary}, samples with shift {spec.flow_shift:g}; "
+    return ChecklistItem(True, f"model: {spec.task}, boundary {spec.boundary_text}, samples with shift {spec.flow_shift:g}; "
                                f"trained with shift {trained}")
 
 

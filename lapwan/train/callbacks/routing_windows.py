@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from lapwan import console
+from lapwan.diagnostics.plot import NOISE_EXPERT_COLOURS
 from lapwan.diagnostics.router_health import RoutingFault, RoutingThresholds, RoutingTotals, judge_routing
 from lapwan.lora.attach import Adapter
 from lapwan.names import NoiseExpert
-from lapwan.report.canvas import Box, Canvas, Colour
+from lapwan.report.canvas import Box, Canvas
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train.callbacks.base import Callback, Evaluation, StepResult
 from lapwan.train.moe.objective import MixtureObjective
 
-_COLOURS: dict[str, Colour] = {"high": (208, 72, 52), "low": (38, 98, 168)}
 _CLIPS_PER_EXPERT = 5  # a window with fewer clips for each expert is not judged but extended
 
 
@@ -79,7 +79,7 @@ class RoutingCallback(Callback):
             lines[noise_expert.value] = list(zip(sigmas.tolist(), strengths, strict=True))
             figures |= {f"timestep_gate/{noise_expert.value}/w_at_{s:.3f}": w for s, w in lines[noise_expert.value]}
         canvas = Canvas(480, 300)
-        canvas.line_chart(Box(24, 24, 456, 270), "w(sigma)", lines, _COLOURS, "sigma")
+        canvas.line_chart(Box(24, 24, 456, 270), "w(sigma)", lines, NOISE_EXPERT_COLOURS, "sigma")
         board.add_image("timestep_gate/curve", np.asarray(canvas.finish()), step, dataformats="HWC")
         return figures
 
