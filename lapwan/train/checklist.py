@@ -241,8 +241,8 @@ def _sampling(base: Base, data: RunData) -> ChecklistItem:
     spec = base.spec
     shifts = {e.value: settings.sigma.shift for e, settings in data.noise_experts.items()}
     trained = ", ".join(f"{name} {shift if isinstance(shift, str) else f'{shift:g}'}" for name, shift in shifts.items())
-    return ChecklistItem(True, f"model: {spec.task}, boundary {spec.boundary_text}, samples with shift {spec.flow_shift:g}; "
-                               f"trained with shift {trained}")
+    return ChecklistItem(True, f"model: {spec.task}, boundary {spec.boundary_text}, samples with shift "
+                               f"{spec.flow_shift:g}; trained with shift {trained}")
 
 
 def _bands(bands: Mapping[NoiseExpert, Band]) -> ChecklistItem:
