@@ -72,7 +72,7 @@ class BatchGenerator(Generator):
             return self.noise_experts.scope(step.noise_expert, torch.cat(rows))  # a guided batch repeats them itself
 
         with console.progress("sampling", len(grid.steps)) as bar:
-            latents = denoise(grid, start, conditions, guidance, self.noise_experts.transformer, scope,
+            latents = denoise(grid, start, conditions, guidance, self.noise_experts.backbone, scope,
                               lambda step, x0: bar.advance(1, noise_expert=step.noise_expert.value, sigma=step.sigma),
                               batched_guidance=self.noise_experts.batched_guidance)
         if not bool(torch.isfinite(latents).all()):

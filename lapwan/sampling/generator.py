@@ -21,7 +21,7 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_file
 from lapwan.losses.flow import add_noise
 from lapwan.memory.generation import Memory
-from lapwan.memory.streaming import ModelOffload
+from lapwan.memory.streaming import ModelOffload, offload_by_hooks
 from lapwan.models.base import Base
 from lapwan.models.device import hardware
 from lapwan.models.fingerprints import text_encoder_fingerprint, vae_fingerprint
@@ -121,7 +121,7 @@ class Generator:
         encoder = load_text_encoder(self.spec, precision=self._text_precision)
         if self.device.type != "cpu" or self.noise_experts.text_streams:
             blocks = range(len(encoder.model.encoder.block)) if self.noise_experts.text_streams else ()
-            self._text_offload = ModelOffload(encoder.model, (), self.device, blocks, "encoder.block")
+            self._text_offload = offload_by_hooks(encoder.model, self.device, blocks, "encoder.block")
         return encoder
 
     def vae(self) -> AutoencoderKLWan:
@@ -234,7 +234,7 @@ class Generator:
 
             start = self._start(request, grid)
             caches = {e: FirstBlockCache(tolerance) for e, tolerance in request.first_block_cache.items()}
-            latents = denoise(grid, start, conditions, guidance, self.noise_experts.transformer, scope, on_step,
+            latents = denoise(grid, start, conditions, guidance, self.noise_experts.backbone, scope, on_step,
                               self.noise_experts.batched_guidance, caches)
         for noise_expert, cache in caches.items():
             console.log(f"{noise_expert.value} noise expert: {cache}")

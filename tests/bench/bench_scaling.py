@@ -25,6 +25,7 @@ from diffusers import WanTransformer3DModel
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from lapwan.wan.transformer.forward_options import forward_options
 from speed_measure import machine, seconds_of
 from speed_model import (
     A14B,
@@ -42,7 +43,6 @@ from lapwan.train.parallel import ContextParallelProcesses, Distributed, join_pr
 from lapwan.wan.backbone import velocity
 from lapwan.wan.transformer.compile import compile_blocks, compile_time
 from lapwan.wan.transformer.context_parallel import ContextParallel
-from lapwan.wan.transformer.forward_options import forward_options
 
 Row = dict[str, float]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
+from lapwan.wan.transformer.forward_options import forward_options
 from torch import Tensor
 
 from lapwan.caching.collate import Batch
@@ -33,7 +34,6 @@ from lapwan.train.sample_order import SampleOrder
 from lapwan.train.trainer import Trainer, TrainerConfig
 from lapwan.train.training_data import DataStream, TrainingData
 from lapwan.wan.quantise.load import fill, linears_of
-from lapwan.wan.transformer.forward_options import forward_options
 
 A14B = {
     "patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16,

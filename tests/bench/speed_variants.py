@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
+from lapwan.wan.transformer.forward_options import forward_options
 from speed_measure import seconds_of
 from speed_model import A14B, LATENTS, SMALL, lora_trainer, mixture_trainer, random_model, spoken, step
 from speed_smoke import FAULTS, show
@@ -26,7 +27,6 @@ from lapwan.wan.backbone import velocity
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.block import block_forward
 from lapwan.wan.transformer.compile import compiled_block
-from lapwan.wan.transformer.forward_options import forward_options
 
 MULTI, DESCENT = {"triton.multi_kernel": 1}, {"coordinate_descent_tuning": True}
 # Options of the compiler, and whether our own kernels take part.

@@ -30,7 +30,6 @@ from lapwan.settings.lora_argument import LoraArgument
 from lapwan.train.callbacks.validation import fixed_draws
 from lapwan.train.clip_store import ClipStore
 from lapwan.train.objective import SigmaRule
-from lapwan.wan.backbone import velocity
 from lapwan.wan.text import pad_text
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
@@ -149,8 +148,8 @@ def test_a_flow_loss_is_the_mean_error_over_the_region_and_over_the_rest(t2v_gen
                         (4, "evaluate"), 1)
     x0, noise = batch.latents_BCTHW, draws.noise_BCTHW
     with torch.no_grad():
-        v = velocity(t2v_generator.noise_experts.transformer(LOW), flow.add_noise(x0, noise, draws.sigma_B),
-                     1000 * draws.sigma_B.float(), pad_text(batch.text))
+        v = t2v_generator.noise_experts.backbone(LOW).velocity(
+            flow.add_noise(x0, noise, draws.sigma_B), 1000 * draws.sigma_B.float(), pad_text(batch.text))
     error, mask = (v - (noise - x0)).square().mean(dim=1)[0], batch.roi_BTHW[0]
     assert found.whole_PK[2, 1] == pytest.approx(float(error.mean()), rel=1e-5)
     assert found.roi_PK[2, 1] == pytest.approx(float((error * mask).sum() / mask.sum()), rel=1e-5)

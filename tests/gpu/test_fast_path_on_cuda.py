@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lapwan.wan.transformer.forward_options import forward_options
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +18,6 @@ from lapwan.wan.backbone import load_transformer, velocity
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.compile import compile_blocks, compile_time
-from lapwan.wan.transformer.forward_options import forward_options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bench_plan
+from lapwan.wan.transformer.forward_options import forward_options
 
 from lapwan.lora.attach import Group, attach, initial_state
 from lapwan.memory.streaming import ModelOffload
@@ -20,7 +21,6 @@ from lapwan.names import Precision
 from lapwan.wan.backbone import velocity
 from lapwan.wan.quantise.linears import LINEAR_CLASSES, Fp8Linear, fp8_in_hardware
 from lapwan.wan.quantise.load import fill, linears_of
-from lapwan.wan.transformer.forward_options import forward_options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")

@@ -14,7 +14,7 @@ from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.scheduler import Grid, SamplerName, make_grid, shifted
-from lapwan.wan.backbone import load_transformer
+from lapwan.wan.backbone import WanBackbone, load_transformer
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 OWN = (1.0, 0.95, 0.86, 0.6, 0.31)
@@ -121,7 +121,7 @@ def test_guided_steps_evaluate_twice_and_others_once(batched_guidance, t2v: Mode
     rows: list[int] = []
     for model in models.values():
         model.proj_out.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
-    out = denoise(grid, start, Conditions(text, negative), Guidance(strength), models.__getitem__,
+    out = denoise(grid, start, Conditions(text, negative), Guidance(strength), lambda e: WanBackbone(models[e]),
                   lambda step: contextlib.nullcontext(), batched_guidance=batched_guidance)
     guided = [2] if batched_guidance else [1, 1]
     assert rows == [1] * grid.count(HIGH) + guided * grid.count(LOW) and 0 < grid.count(LOW) < 4

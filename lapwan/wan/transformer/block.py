@@ -9,6 +9,7 @@ sequence has timesteps).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lapwan.wan.transformer.kernels import rotate
 
 Rope = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
+BlockFunction = Callable[..., Tensor]
 
 
 def widened(x: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def text_keys_values(attention: Any, text_BLD: Tensor) -> KeysValues:
 
 
 def cross_attention(attention: Any, y_BND: Tensor, keys_values: KeysValues, bias: Tensor | None = None) -> Tensor:
-    """Attention over the text; `bias` is added to the logits (see `text_padding`)."""
+    """Attention over the text; `bias` is added to the logits (see `prompt`)."""
     q = _normalised_heads(attention, attention.norm_q, attention.to_q(y_BND))
     out: Tensor = attention.to_out[0](attend(q, *keys_values, bias))
     return out
