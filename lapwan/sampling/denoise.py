@@ -5,9 +5,9 @@ Shapes: B samples, C latent channels, T latent frames, H, W latent height and wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 
 import torch
@@ -51,6 +51,27 @@ class Conditions:
         tokens_per_frame = (height // patch[1]) * (width // patch[2])
         tokens = torch.arange((frames // patch[0]) * tokens_per_frame, device=x_BCTHW.device)
         return TokenTimes(values.expand(batch, 2), (tokens >= tokens_per_frame).long())
+
+    @staticmethod
+    def stack(conditions: Sequence[Conditions]) -> Conditions:
+        """The conditions of several videos as those of a batch.
+
+        Raises:
+            ValueError: some have an image (or a last frame) and some have none.
+        """
+        joined: dict[str, Tensor | None] = {}
+        for field in fields(Conditions):
+            values = [getattr(item, field.name) for item in conditions]
+            present = [value for value in values if value is not None]
+            if present and len(present) != len(values):
+                raise ValueError("some requests of the batch have an image and some have none")
+            joined[field.name] = torch.cat(present) if present else None
+        return replace(conditions[0], **joined)
+
+    def to(self, device: torch.device) -> Conditions:
+        """The same on a device."""
+        present = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in present.items() if value is not None})
 
     def with_negative(self) -> Conditions:
         """Prompt and negative prompt in one batch: [2B, ...]."""

@@ -24,7 +24,7 @@ from lapwan.losses import flow
 from lapwan.losses.sigmas import Uniform
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert
-from lapwan.sampling.batch import BatchGenerator
+from lapwan.sampling.generator import Generator
 from lapwan.sampling.request import complete_guidance
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.train.callbacks.validation import fixed_draws
@@ -66,7 +66,7 @@ def test_a_batch_is_its_videos_one_at_a_time(t2v_generator, arms, clips, name, g
     sampling = small(t2v_generator.spec, guidance)
     t2v_generator.use(arm.base, arm.adapters)
     requests = [request_for(t2v_generator.spec, arm, clip, sampling, i) for i, clip in enumerate(clips[:3])]
-    together = t2v_generator.batch_latents(requests)
+    together = t2v_generator.latents(*requests)
     alone = torch.cat([t2v_generator.latents(request) for request in requests])
     assert (together - alone).abs().max() < 2e-5 * alone.abs().max()
     assert (alone[0] - alone[1]).abs().max() > 0.1
@@ -74,14 +74,14 @@ def test_a_batch_is_its_videos_one_at_a_time(t2v_generator, arms, clips, name, g
 
 def test_a_batch_of_image_to_video_is_its_videos_one_at_a_time(tiny_i2v, clips):
     base = Base(tiny_i2v)
-    generator, sampling = BatchGenerator(base), small(tiny_i2v)
+    generator, sampling = Generator(base, cache_conditions=True), small(tiny_i2v)
     requests = [request_for(tiny_i2v, Arm("none", base), clip, sampling, 0) for clip in clips[:2]]
-    together = generator.batch_latents(requests)
+    together = generator.latents(*requests)
     alone = torch.cat([generator.latents(request) for request in requests])
     assert (together - alone).abs().max() < 2e-5 * alone.abs().max()
-    assert torch.equal(generator.batch_latents(requests), together), "conditions that were kept are those made"
+    assert torch.equal(generator.latents(*requests), together), "conditions that were kept are those made"
     with pytest.raises(ValueError, match="one size"):
-        generator.batch_latents([requests[0], replace(requests[1], steps=4)])
+        generator.latents(requests[0], replace(requests[1], steps=4))
 
 
 def test_videos_of_no_adapter_twice_are_the_same_and_seeds_and_clips_differ(t2v_generator, arms, clips):
