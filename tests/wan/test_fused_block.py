@@ -17,7 +17,8 @@ from lapwan.tiny.model import TRANSFORMER
 from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.linears import LINEAR_CLASSES
 from lapwan.wan.quantise.load import fill, linears_of
-from lapwan.wan.transformer import fused_block, kernels
+from lapwan.wan.transformer import block as wan_block
+from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.block import block_forward
 
 
@@ -25,12 +26,12 @@ from lapwan.wan.transformer.block import block_forward
 def fused(monkeypatch):
     """Switch the fused path on without a GPU: the kernels' torch forms run. Returns one entry per fused block."""
     calls: list[int] = []
-    forward = fused_block.forward
+    forward = wan_block.fused_forward
 
     def use(on: bool) -> list[int]:
         monkeypatch.setattr(kernels, "supports", lambda x: on and not torch.is_grad_enabled())
         monkeypatch.setattr(kernels, "HAS_TRITON", True)
-        monkeypatch.setattr(fused_block, "forward", lambda *given: (calls.append(1), forward(*given))[1])
+        monkeypatch.setattr(wan_block, "fused_forward", lambda *given: (calls.append(1), forward(*given))[1])
         return calls
 
     return use
@@ -94,7 +95,7 @@ def test_a_step_with_a_graph_or_with_timesteps_per_token_takes_the_eager_path(fu
 
 def test_in_fp8_it_rounds_where_the_eager_block_does(fused, monkeypatch):
     """Codes go from kernel to product; without a GPU the product is emulated."""
-    monkeypatch.setattr("lapwan.wan.transformer.attention.fp8_in_hardware", lambda device: True)
+    monkeypatch.setattr("lapwan.wan.transformer.block.fp8_in_hardware", lambda device: True)
     model = made(torch.float32)
     transformer = model.transformer
     source = {n: lambda p=p: p.data.clone() for n, p in transformer.named_parameters()}

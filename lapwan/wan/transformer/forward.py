@@ -215,7 +215,8 @@ def _run_block(
 
     # Without a graph, each row's keys are computed once. With one, the block computes them and may recompute them.
     text_BLD = None if text.last_row_count > 1 and not torch.is_grad_enabled() else text.all_BLD
-    return run_checkpointed(run, kind, x_BND, text_BLD, inputs.time.modulation_BK6D)
+    arguments = x_BND, text_BLD, inputs.time.modulation_BK6D
+    return run(*arguments) if kind == "off" else run_checkpointed(run, kind, *arguments)
 
 
 def predict(

@@ -56,10 +56,10 @@ class TextRows:
         k, v = keys_values
         return repeat_last(k, self.last_row_count), repeat_last(v, self.last_row_count)
 
-    def first(self, samples: int) -> TextRows:
-        """The first samples of the batch."""
-        bias = None if self.bias is None else self.bias[:samples]
-        return TextRows(self.rows_BMD[:samples], bias, self.last_row_count)
+    def take(self, samples: slice | Tensor) -> TextRows:
+        """Some samples of the batch."""
+        bias = None if self.bias is None else self.bias[samples]
+        return TextRows(self.rows_BMD[samples], bias, self.last_row_count)
 
     def embedded(self, transformer: WanTransformer3DModel) -> TextRows:
         """The rows after the transformer's text embedder."""
@@ -80,7 +80,7 @@ class Prompt:
 
     def first(self, samples: int) -> Prompt:
         """The first samples of this batch."""
-        return Prompt(self.text.first(samples), self)
+        return Prompt(self.text.take(slice(samples)), self)
 
 
 class PromptCache:
@@ -99,7 +99,7 @@ class PromptCache:
 
     def first(self, samples: int) -> PromptCache:
         """The first samples of this batch."""
-        return PromptCache(self.text.first(samples), self)
+        return PromptCache(self.text.take(slice(samples)), self)
 
     def keys_values(self, index: int, block: Any) -> KeysValues | None:
         """Keys and values of block `index`; None if they may change."""
