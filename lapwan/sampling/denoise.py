@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class Conditions:
         Raises:
             ValueError: some have an image (or a last frame) and some have none.
         """
-        joined: dict[str, Tensor | None] = {}
+        joined: dict[str, Any] = {}
         for field in fields(Conditions):
             values = [getattr(item, field.name) for item in conditions]
             present = [value for value in values if value is not None]
