@@ -82,6 +82,8 @@ def test_a_batch_of_image_to_video_is_its_videos_one_at_a_time(tiny_i2v, clips):
     assert torch.equal(generator.latents(*requests), together), "conditions that were kept are those made"
     with pytest.raises(ValueError, match="one size"):
         generator.latents(requests[0], replace(requests[1], steps=4))
+    with pytest.raises(ValueError, match="a first-block cache decides for one video"):
+        generator.latents(*(replace(request, first_block_cache={LOW: 0.1}) for request in requests))
 
 
 def test_videos_of_no_adapter_twice_are_the_same_and_seeds_and_clips_differ(t2v_generator, arms, clips):

@@ -258,7 +258,12 @@ def test_the_second_step_of_a_prompt_computes_no_text_keys(model):
     with torch.no_grad():
         model.velocity(x, t, prompt)
         model.velocity(x, t, prompt)
-    assert len(calls) == BLOCKS
+        model.velocity(x[:1], t[:1], prompt.first(1))
+        assert len(calls) == BLOCKS
+        model.forget_prompts()
+        model.velocity(x[:1], t[:1], prompt.first(1))
+        model.velocity(x, t, prompt)
+        assert len(calls) == 2 * BLOCKS
 
 
 def kept_bytes(model: WanBackbone, adapter: Adapter) -> int:
