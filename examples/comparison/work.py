@@ -32,7 +32,7 @@ from lapwan.evaluation.videos import Sampling, default_sampling, generate_and_sc
 from lapwan.models.base import Base
 from lapwan.models.device import pick_device
 from lapwan.names import NoiseExpert
-from lapwan.sampling.batch import BatchGenerator
+from lapwan.sampling.generator import Generator
 from lapwan.sampling.request import complete_guidance
 from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.cache import CacheSettings
@@ -221,7 +221,7 @@ def arm_of(workspace: Workspace, task: TaskName, folder: Path | None, arm: str, 
     return make_arm(arm, resolve_base(f"tiny-{task}") if arm == CONTINUED else stage1_base(workspace, task), loras)
 
 
-_GENERATORS: dict[TaskName, BatchGenerator] = {}  # of this worker process: text encoder and VAE are loaded once
+_GENERATORS: dict[TaskName, Generator] = {}  # of this worker process: text encoder and VAE are loaded once
 _JUDGES: list[Judge] = []
 
 
@@ -230,7 +230,7 @@ def judge(workspace: Workspace, task: TaskName, arm: Arm, part: str) -> dict[str
     device = pick_device(workspace.device)
     if task not in _GENERATORS:
         dtype = torch.bfloat16 if workspace.settings.dtype == "bf16" else torch.float32
-        _GENERATORS[task] = BatchGenerator(arm.base, None, device, dtype, "both", "off")
+        _GENERATORS[task] = Generator(arm.base, None, device, dtype, "both", "off", cache_conditions=True)
     if not _JUDGES:
         _JUDGES.append(Judge(device))
     clips = read_eval_clips(workspace.clips(part), load_taxonomy(TAXONOMY), split=None)

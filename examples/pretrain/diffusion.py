@@ -7,6 +7,7 @@ patch embedding is the first 16 input channels of this one.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,21 +15,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from examples.pretrain.corpus import CAPTIONS, FRAMES, SIZE, Clips, sample
 from examples.pretrain.settings import SEED, DiffusionSettings
 from examples.pretrain.training import EmaWeights, box_mask, cosine, set_lr
-from examples.pretrain.transformer_forward import block_forward, predict, rope_tables, text_and_bias
 from examples.pretrain.vae import to_pixels
 from examples.pretrain.vae_forward import moments
 from lapwan import console
 from lapwan.losses.flow import add_noise, velocity_target
 from lapwan.losses.sigmas import Shifted, Uniform, draw_in_band
+from lapwan.models.spec import TEXT_LENGTH
 from lapwan.names import NoiseExpert
 from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT
 from lapwan.tiny.model import TEXT, TRANSFORMER
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.image_condition import condition_video, with_mask
 from lapwan.wan.text import clean_prompt
+from lapwan.wan.transformer.block import BlockFunction, block_forward
+from lapwan.wan.transformer.forward import ForwardOptions
+from lapwan.wan.transformer.prompt import TextRows
 from lapwan.wan.vae import normalise
 
 TOKENS = 144  # the official negative prompt, the longest, has 139
@@ -91,26 +97,42 @@ class Latents:
 class Models:
     """What is trained here."""
 
-    noise_experts: dict[NoiseExpert, Any]
+    noise_experts: dict[NoiseExpert, WanBackbone]
     text: Any
 
     def modules(self) -> nn.ModuleList:
-        return nn.ModuleList([*self.noise_experts.values(), self.text])
+        return nn.ModuleList([*(backbone.transformer for backbone in self.noise_experts.values()), self.text])
 
 
-def new_models(vocabulary: int, device: torch.device) -> Models:
+def text_rows(hidden_BLD: Tensor, mask_BL: Tensor) -> TextRows:
+    """Features with their padding zeroed, and one zero row that represents all rows up to 512."""
+    mask = mask_BL.bool()
+    text = torch.where(mask[..., None], hidden_BLD, 0.0)
+    count = torch.log((TEXT_LENGTH - mask.sum(dim=1)).to(text.dtype))
+    bias = torch.zeros_like(text[..., 0]).masked_fill(~mask, -math.inf)
+    return TextRows(F.pad(text, (0, 0, 0, 1)), torch.cat([bias, count[:, None]], dim=1)[:, None, None])
+
+
+def bf16_block(*inputs: Any) -> Tensor:
+    """A block whose products and attention are in bf16; the weights and the residual stream stay in fp32."""
+    with torch.autocast("cuda", torch.bfloat16):
+        return block_forward(*inputs)
+
+
+def new_models(vocabulary: int, device: torch.device, block: BlockFunction = block_forward) -> Models:
     """Untrained, on `device`; the output starts at zero."""
     from diffusers import WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(SEED + 1)
-    noise_experts = {e: WanTransformer3DModel(in_channels=36, **TRANSFORMER) for e in NoiseExpert}
-    for model in noise_experts.values():
+    transformers = {e: WanTransformer3DModel(in_channels=36, **TRANSFORMER) for e in NoiseExpert}
+    for model in transformers.values():
         nn.init.zeros_(model.proj_out.weight)
         nn.init.zeros_(model.proj_out.bias)
     text = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, dropout_rate=0.0, **TEXT))
     nn.init.normal_(text.shared.weight, std=0.5)
-    models = Models({e: m.to(device) for e, m in noise_experts.items()}, text.to(device))
+    backbones = {e: WanBackbone(model.to(device), ForwardOptions(block=block)) for e, model in transformers.items()}
+    models = Models(backbones, text.to(device))
     models.modules().requires_grad_(True).train()
     return models
 
@@ -151,7 +173,7 @@ class _Draws:
 
 
 def _build_optimizer(models: Models, settings: DiffusionSettings, fused: bool) -> torch.optim.Optimizer:
-    weights = [p for m in models.noise_experts.values() for p in m.parameters()]
+    weights = [p for b in models.noise_experts.values() for p in b.transformer.parameters()]
     groups = [
         {"params": [p for p in weights if p.dim() > 1], "base_lr": settings.lr, "weight_decay": settings.weight_decay},
         {"params": [p for p in weights if p.dim() <= 1], "base_lr": settings.lr, "weight_decay": 0.0},
@@ -165,15 +187,13 @@ def train_diffusion(
 ) -> Models:
     """Both noise experts and the text encoder with averaged weights, in eval mode, on `device`."""
     tokens = TokenTable()
-    models = new_models(tokens.size, device)
+    block = bf16_block if device.type == "cuda" else block_forward
+    models = new_models(tokens.size, device, torch.compile(block, dynamic=False) if compiled else block)
     latents = Latents(clips, vae, tokens, device)
     draws = _Draws(latents, tokens, settings, device)
     optimizer = _build_optimizer(models, settings, device.type == "cuda")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average = EmaWeights(models.modules(), settings.ema)
-    block = torch.compile(block_forward, dynamic=False) if compiled else block_forward
-    example = torch.empty((1, 36, *LATENT[1:]), device=device)
-    ropes = {e: rope_tables(m, example) for e, m in models.noise_experts.items()}
     started, sums, count = time.monotonic(), torch.zeros(3, device=device), 0
     for step in range(settings.steps):
         if step % _EXTEND_EVERY == 0:
@@ -186,14 +206,13 @@ def train_diffusion(
         losses = []
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             hidden = models.text(ids, mask).last_hidden_state.float()
-            text, bias = text_and_bias(hidden, mask)
-            for noise_expert, model in models.noise_experts.items():
-                sigma, noise = draws.sigma(noise_expert), draws.noise(x0)
-                keep = (draws.uniform() >= settings.condition_dropout).float().view(-1, 1, 1, 1, 1)
-                x = torch.cat([add_noise(x0, noise, sigma), keep * with_mask(image)], dim=1)
-                v = predict(model, x, 1000 * sigma, text, bias, ropes[noise_expert], block)
-                error = (v - velocity_target(x0, noise)).square().mean(dim=1)
-                losses.append((weight * error).sum() / weight.sum())
+        text = text_rows(hidden, mask)
+        for noise_expert, backbone in models.noise_experts.items():
+            sigma, noise = draws.sigma(noise_expert), draws.noise(x0)
+            keep = (draws.uniform() >= settings.condition_dropout).float().view(-1, 1, 1, 1, 1)
+            v = backbone.velocity(add_noise(x0, noise, sigma), 1000 * sigma, text, keep * with_mask(image))
+            error = (v - velocity_target(x0, noise)).square().mean(dim=1)
+            losses.append((weight * error).sum() / weight.sum())
         loss = losses[0] + losses[1]
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.pretrain.diffusion import Models, TokenTable
+from examples.pretrain.diffusion import Models, TokenTable, text_rows
 from examples.pretrain.reports import measure_identity, typical_scenes
 from examples.pretrain.sampling import sample_videos
 from examples.pretrain.settings import SEED
-from examples.pretrain.transformer_forward import predict, rope_tables, text_and_bias
 from examples.pretrain.vae import to_pixels
 from examples.pretrain.vae_forward import moments
 from lapwan.checkpoints.wan_keys import PROJECTIONS
@@ -30,6 +29,7 @@ from lapwan.tiny.captions import caption_for
 from lapwan.tiny.evaluators import InstrumentNet
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import SceneSpec, render
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.vae import normalise
 
 _BANDS = {NoiseExpert.HIGH: (0.875, 1.0), NoiseExpert.LOW: (0.0, 0.875)}
@@ -44,7 +44,7 @@ class FineTuningClips:
         tokens = TokenTable()
         ids, mask = (x.to(device) for x in tokens([scene.caption for scene in scenes]))
         with torch.no_grad():
-            self.text, self.bias = text_and_bias(models.text(ids, mask).last_hidden_state.float(), mask)
+            self.text = text_rows(models.text(ids, mask).last_hidden_state.float(), mask)
             frames = torch.from_numpy(np.stack([scene.frames_THWC for scene in scenes]))
             latents = [normalise(vae, moments(vae, to_pixels(part.to(device)))[0]) for part in torch.split(frames, 32)]
         self.x0 = torch.cat(latents)
@@ -58,9 +58,10 @@ def _gates(named: Tensor, groups: int) -> Tensor:
 
 
 def _adapted(models: Models, rank: int, groups: int) -> tuple[Models, dict[NoiseExpert, Adapter]]:
-    copied = Models({e: deepcopy(m) for e, m in models.noise_experts.items()}, models.text)
+    copied = Models({e: WanBackbone(deepcopy(b.transformer)) for e, b in models.noise_experts.items()}, models.text)
     adapters = {}
-    for noise_expert, model in copied.noise_experts.items():
+    for noise_expert, backbone in copied.noise_experts.items():
+        model = backbone.transformer
         ranks = resolve_targets([TargetRule(None, dict.fromkeys(PROJECTIONS, rank))], len(model.blocks))
         states = [initial_state(model, ranks, None, SEED, noise_expert.value, group) for group in range(groups)]
         lora_groups = [Group(str(i), state, True) for i, state in enumerate(states)]
@@ -81,20 +82,20 @@ def try_fine_tuning(
     generator = torch.Generator(device).manual_seed(SEED)
     captions = [caption_for(spec, np.random.default_rng(10_000 + i)) for i, spec in enumerate(prompts)]
     named = torch.tensor([INSTRUMENTS.index(s.instrument) for s in prompts], device=device)
-    ropes = {e: rope_tables(m, clips.x0[:1]) for e, m in adapted.noise_experts.items()}
+    no_image = clips.x0.new_zeros(batch, 20, *clips.x0.shape[2:])
     identity: dict[int, float] = {}
     videos = np.empty(0)
     for step in range(1, max(at) + 1):
         chosen = torch.randint(len(clips.x0), (batch,), device=device, generator=generator)
         x0 = clips.x0[chosen]
-        for noise_expert, model in adapted.noise_experts.items():
+        text = clips.text.take(chosen)
+        for noise_expert, backbone in adapted.noise_experts.items():
             u = torch.rand(batch, device=device, generator=generator)
             sampler = Uniform() if noise_expert is NoiseExpert.HIGH else Shifted(Uniform(), 2.0)
             sigma = draw_in_band(sampler, u, *_BANDS[noise_expert]).float()
             noise = torch.randn(x0.shape, device=device, generator=generator)
-            x = torch.cat([add_noise(x0, noise, sigma), x0.new_zeros(batch, 20, *x0.shape[2:])], dim=1)
             with adapters[noise_expert].holder.scope(_gates(clips.named[chosen], groups)):
-                v = predict(model, x, 1000 * sigma, clips.text[chosen], clips.bias[chosen], ropes[noise_expert])
+                v = backbone.velocity(add_noise(x0, noise, sigma), 1000 * sigma, text, no_image)
                 torch.autograd.backward((v - velocity_target(x0, noise)).square().mean())
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.pretrain.diffusion import LATENT, Models, TokenTable
-from examples.pretrain.transformer_forward import predict, rope_tables, text_and_bias
+from examples.pretrain.diffusion import LATENT, Models, TokenTable, text_rows
 from examples.pretrain.vae_forward import moments, reconstruct
 from lapwan.names import noise_expert_for
 from lapwan.sampling.scheduler import shifted
@@ -29,7 +28,7 @@ def sample_videos(
     both = []
     for texts in (captions, [negative] * len(captions)):
         ids, mask = (x.to(device) for x in tokens(texts))
-        both.append(text_and_bias(models.text(ids, mask).last_hidden_state.float(), mask))
+        both.append(text_rows(models.text(ids, mask).last_hidden_state.float(), mask))
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn((len(captions), *LATENT), generator=generator).to(device)
     extra = torch.zeros((len(captions), 20, *LATENT[1:]), device=device)
@@ -38,10 +37,9 @@ def sample_videos(
         extra = with_mask(normalise(vae, moments(vae, condition_video(images_BCHW.to(device), frames))[0]))
     sigmas = [*shifted(np.linspace(1, 1 / 1000, steps + 1)[:-1], shift).tolist(), 0.0]
     for here, then in pairwise(sigmas):
-        model = models.noise_experts[noise_expert_for(here, boundary)]
-        rope = rope_tables(model, torch.cat([x, extra], dim=1))
+        backbone = models.noise_experts[noise_expert_for(here, boundary)]
         time = torch.full((len(captions),), 1000 * here, device=device)
-        v, plain = (predict(model, torch.cat([x, extra], dim=1), time, text, bias, rope) for text, bias in both)
+        v, plain = (backbone.velocity(x, time, text, extra) for text in both)
         x = x + (then - here) * (plain + guidance * (v - plain))
     return decode_frames(vae, x)
 

@@ -54,16 +54,16 @@ def load_vae(folder: Path, device: torch.device) -> Any:
 def save_models(models: Models, folder: Path) -> None:
     """Both noise experts and the text encoder."""
     save_module(models.text, folder / TEXT_FILE)
-    for noise_expert, model in models.noise_experts.items():
-        save_module(model, folder / noise_expert_file(noise_expert))
+    for noise_expert, backbone in models.noise_experts.items():
+        save_module(backbone.transformer, folder / noise_expert_file(noise_expert))
 
 
 def load_models(folder: Path, vocabulary: int, device: torch.device) -> Models:
     """Noise experts and text encoder as they are shipped (rounded)."""
     models = new_models(vocabulary, torch.device("cpu"))
     _load(models.text, folder / TEXT_FILE)
-    for noise_expert, model in models.noise_experts.items():
-        _load(model, folder / noise_expert_file(noise_expert))
+    for noise_expert, backbone in models.noise_experts.items():
+        _load(backbone.transformer, folder / noise_expert_file(noise_expert))
     models.modules().requires_grad_(False).eval().to(device)
     return models
 

@@ -26,7 +26,7 @@ from lapwan.data.regions import latent_region
 from lapwan.errors import UserError
 from lapwan.memory.generation import free_bytes, text_encoder_bytes
 from lapwan.memory.plan import GIB, required_bytes
-from lapwan.memory.streaming import ModelOffload
+from lapwan.memory.streaming import offload_by_hooks
 from lapwan.models.device import pick_device
 from lapwan.models.spec import ModelSpec
 from lapwan.wan.image_condition import encode_condition, with_mask
@@ -254,7 +254,7 @@ def _text_encoder(spec: ModelSpec, device: torch.device) -> TextEncoder:
         return load_text_encoder(spec, device=device)
     console.log(f"the text encoder does not fit in the {free / GIB:.1f} GiB of {device}; it streams from host memory")
     encoder = load_text_encoder(spec)
-    ModelOffload(encoder.model, (), device, range(len(encoder.model.encoder.block)), "encoder.block").onload()
+    offload_by_hooks(encoder.model, device, range(len(encoder.model.encoder.block)), "encoder.block").onload()
     return encoder
 
 

@@ -18,7 +18,7 @@ from lapwan.models.base import Base
 from lapwan.models.fingerprints import text_encoder_fingerprint, vae_fingerprint
 from lapwan.moe.mixture_file import read_mixture
 from lapwan.sampling.adapters import AdapterSet, read_adapters
-from lapwan.sampling.generator import lora_facts
+from lapwan.sampling.facts import lora_facts
 from lapwan.settings.lora_argument import LoraArgument
 
 TRUTH, WRONG = "truth", "wrong"

@@ -141,11 +141,11 @@ def _losses(
     draws: Draws,
 ) -> np.ndarray:
     """[4, B]: sigma, and the loss over the whole latent, inside the region, outside it."""
-    transformer = generator.noise_experts.transformer(noise_expert)
+    backbone = generator.noise_experts.backbone(noise_expert)
     gates_BG = torch.cat([_gates(arm, noise_expert, clip, text.cpu(), float(sigma)) for clip, text, sigma in
                           zip(clips, batch.text, draws.sigma_B.tolist(), strict=True)])
     with generator.noise_experts.scope(noise_expert, gates_BG.to(generator.device)):
-        loss = flow_terms(transformer, batch, draws, 1.0, None)
+        loss = flow_terms(backbone, batch, draws, 1.0, None)
     whole_B = loss.figures["loss/diffusion"].double().cpu()
     inside_B, outside_B = torch.full_like(whole_B, torch.nan), torch.full_like(whole_B, torch.nan)
     if batch.roi_BTHW is not None:

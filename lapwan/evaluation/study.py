@@ -21,7 +21,7 @@ from lapwan.evaluation.videos import Sampling, Scores, VideoStore, ceilings, gen
 from lapwan.memory.generation import Memory
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
-from lapwan.sampling.batch import BatchGenerator
+from lapwan.sampling.generator import Generator
 from lapwan.train.clip_store import ClipStore
 from lapwan.wan.transformer.compile import Compile
 
@@ -79,15 +79,16 @@ class GeneratorPool:
     def __init__(self, execution: ExecutionOptions) -> None:
         self._execution, self._current = execution, None
 
-    _current: BatchGenerator | None
+    _current: Generator | None
 
-    def generator_for(self, base: Base) -> BatchGenerator:
+    def generator_for(self, base: Base) -> Generator:
         """The generator of a base's folder; that of another folder is freed first."""
         if self._current is None or self._current.spec.path != base.spec.path:
             self._current = None
             e = self._execution
-            self._current = BatchGenerator(
-                base, None, e.device, e.dtype, e.memory, e.compile, e.precision, e.text_precision)
+            self._current = Generator(
+                base, None, e.device, e.dtype, e.memory, e.compile, e.precision, e.text_precision,
+                cache_conditions=True)
         return self._current
 
 
@@ -115,7 +116,7 @@ def run_study(study: Study, store: VideoStore | None = None) -> StudyResults:
     return results
 
 
-def _losses(study: Study, generator: BatchGenerator, arm: Arm) -> dict[NoiseExpert, FlowLosses]:
+def _losses(study: Study, generator: Generator, arm: Arm) -> dict[NoiseExpert, FlowLosses]:
     assert study.index is not None
     plan, noise_experts = study.flow, len(arm.base.spec.noise_experts)
     clips = ClipStore(study.index, study.items, study.execution.device, len(study.taxonomy.families))
@@ -125,13 +126,13 @@ def _losses(study: Study, generator: BatchGenerator, arm: Arm) -> dict[NoiseExpe
 
 
 def _videos(
-    study: Study, generator: BatchGenerator, arm: Arm, sampling: Sampling, store: VideoStore | None
+    study: Study, generator: Generator, arm: Arm, sampling: Sampling, store: VideoStore | None
 ) -> Scores:
     with console.progress(f"{arm.name}: videos", len(study.clips) * sampling.seeds, "video") as bar:
         return generate_and_score(generator, arm, study.clips, sampling, study.scorers, store, bar.advance)
 
 
-def _routing(study: Study, generator: BatchGenerator, arm: Arm) -> dict[str, RoutingScores]:
+def _routing(study: Study, generator: Generator, arm: Arm) -> dict[str, RoutingScores]:
     mixture = arm.adapters.mixture
     assert mixture is not None
     scores = {}
@@ -142,7 +143,7 @@ def _routing(study: Study, generator: BatchGenerator, arm: Arm) -> dict[str, Rou
     return scores
 
 
-def _probe(study: Study, probe_set: ProbeSet, generator: BatchGenerator) -> dict[str, float]:
+def _probe(study: Study, probe_set: ProbeSet, generator: Generator) -> dict[str, float]:
     """Accuracy of a linear probe on its held-out captions and, fitted on all of them, on each set of captions."""
 
     def encode(texts: Sequence[str]) -> list[torch.Tensor]:

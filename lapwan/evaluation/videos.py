@@ -24,8 +24,7 @@ from lapwan.evaluation.clips import EvaluationClip, VideoShape
 from lapwan.evaluation.metrics import GeneratedVideo, Scorer, metric_names
 from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
-from lapwan.sampling.batch import BatchGenerator
-from lapwan.sampling.generator import to_frames
+from lapwan.sampling.generator import Generator, to_frames
 from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT, Request, check_request, complete_guidance
 from lapwan.sampling.scheduler import SamplerName
 from lapwan.sampling.start_image import clip_tensor
@@ -153,13 +152,13 @@ def _file_name(name: str) -> str:
 
 
 def generate_and_score(
-    generator: BatchGenerator, arm: Arm, clips: Sequence[EvaluationClip], sampling: Sampling, scorers: Sequence[Scorer],
+    generator: Generator, arm: Arm, clips: Sequence[EvaluationClip], sampling: Sampling, scorers: Sequence[Scorer],
     store: VideoStore | None = None, advance: Callable[[int], None] = lambda done: None,
 ) -> Scores:
     """Every metric of every clip and seed with one arm.
 
     Args:
-        generator: on the arm's model (`BatchGenerator(arm.base, arm.adapters, device, dtype)`); this call sets the
+        generator: on the arm's model (`Generator(arm.base, arm.adapters, device, dtype)`); this call sets the
             arm's adapters and keeps the loaded weights.
         store: keeps videos and scores; its finished videos are not generated again.
         advance: called with the number of finished videos after each batch.
@@ -183,7 +182,7 @@ def generate_and_score(
 
 
 def _score_batch(
-    generator: BatchGenerator, arm: Arm, batch: Sequence[tuple[EvaluationClip, int]], sampling: Sampling,
+    generator: Generator, arm: Arm, batch: Sequence[tuple[EvaluationClip, int]], sampling: Sampling,
     scorers: Sequence[Scorer], store: VideoStore | None,
 ) -> list[dict[str, float]]:
     """Generate one batch of videos, score them, and keep them in the store."""
@@ -207,7 +206,7 @@ def score(frames: np.ndarray, clip: EvaluationClip, shape: VideoShape, scorers: 
 
 @torch.no_grad()
 def ceilings(
-    generator: BatchGenerator, clips: Sequence[EvaluationClip], shape: VideoShape, scorers: Sequence[Scorer],
+    generator: Generator, clips: Sequence[EvaluationClip], shape: VideoShape, scorers: Sequence[Scorer],
     batch_size: int = 8,
 ) -> Scores:
     """The same metrics on the VAE's reconstructions of the clips, [P, 1]: an upper bound for generated videos."""

@@ -23,12 +23,12 @@ from lapwan.memory.streaming import tensors_of
 from lapwan.memory.trace import trace_memory
 from lapwan.models.spec import TEXT_LENGTH, ModelSpec
 from lapwan.names import NoiseExpert, Precision
-from lapwan.wan.backbone import velocity
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.linears import LINEAR_CLASSES
 from lapwan.wan.quantise.load import Recipe, linears_of
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.context_parallel import ContextParallel
-from lapwan.wan.transformer.forward_options import forward_options
+from lapwan.wan.transformer.forward import ForwardOptions
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -210,10 +210,10 @@ class NoiseExpertShape:
     def forward_memory(self, clip: ClipShape, processes: int = 1) -> int:
         """Peak bytes of an evaluation without gradients beside the weights, in each of the processes that share it."""
         model, adapter = self._model(self._distinct)
-        forward_options(model).context_parallel = ContextParallel(0, processes) if processes > 1 else None
-        inputs = self._inputs(clip)
+        options = ForwardOptions(context_parallel=ContextParallel(0, processes) if processes > 1 else None)
+        backbone, inputs = WanBackbone(model, options), self._inputs(clip)
         with self._gates(adapter, clip, False), torch.no_grad():
-            return trace_memory(lambda: velocity(model, *inputs)).peak
+            return trace_memory(lambda: backbone.velocity(*inputs)).peak
 
     def training_memory(self, clip: ClipShape, checkpointing: Checkpointing, processes: int = 1) -> StepMemory:
         """Peak bytes of a forward and backward beside the weights, gradients of trained parameters included.
@@ -251,13 +251,13 @@ class NoiseExpertShape:
         whole_blocks: int = 0,
     ) -> int:
         model, adapter = self._model(kinds)
-        forward_options(model).context_parallel = ContextParallel(0, processes) if processes > 1 else None
-        inputs = self._inputs(clip)
-        options = forward_options(model)
-        options.checkpointing, options.whole_blocks = checkpointing, whole_blocks
+        options = ForwardOptions(
+            checkpointing=checkpointing, whole_blocks=whole_blocks,
+            context_parallel=ContextParallel(0, processes) if processes > 1 else None)
+        backbone, inputs = WanBackbone(model, options), self._inputs(clip)
 
         def step() -> None:
-            torch.autograd.backward((velocity(model, *inputs) - inputs[0]).square().mean())
+            torch.autograd.backward((backbone.velocity(*inputs) - inputs[0]).square().mean())
 
         with self._gates(adapter, clip, True):
             return trace_memory(step).peak

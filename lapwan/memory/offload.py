@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lapwan.lora.attach import Adapter
 from lapwan.lora.layer import StackedLoraLinear
-from lapwan.memory.streaming import ModelOffload
+from lapwan.memory.streaming import ModelOffload, offload_backbone
 from lapwan.names import NoiseExpert
+from lapwan.wan.backbone import WanBackbone
 
 
 class NoiseExpertOffload:
@@ -33,26 +33,24 @@ class NoiseExpertOffload:
         """Where to load a noise expert before `add`."""
         return self.device if self.both else torch.device("cpu")
 
-    def add(self, adapters: Mapping[NoiseExpert, Adapter]) -> None:
-        """Manage noise experts that were loaded on `load_device`.
+    def add(self, noise_expert: NoiseExpert, backbone: WanBackbone, kept: Sequence[Tensor] = ()) -> None:
+        """Manage a noise expert that was loaded on `load_device`.
+
+        Args:
+            kept: its tensors that stay on the device, those of an adapter.
 
         Raises:
             RuntimeError: a streamed block holds something trained.
         """
         if self.both:
             return
-        for noise_expert, adapter in adapters.items():
-            blocks = adapter.transformer.get_submodule("blocks")
-            assert isinstance(blocks, nn.ModuleList)
-            # A backward needs the weights after their slot has gone to another block.
-            if any(_needs_graph(blocks[index]) for index in self._streamed):
-                raise RuntimeError("a block with trained parameters cannot stream")
-            rows = adapter.adapter_tensors()
-            offload = ModelOffload(adapter.transformer, rows, self.device, self._streamed)
-            self._offloads[noise_expert] = offload
-            offload.offload()
-            for tensor in rows:
-                tensor.data = tensor.data.to(self.device)
+        # A backward needs the weights after their slot has gone to another block.
+        if any(_needs_graph(backbone.transformer.blocks[index]) for index in self._streamed):
+            raise RuntimeError("a block with trained parameters cannot stream")
+        offload = self._offloads[noise_expert] = offload_backbone(backbone, kept, self.device, self._streamed)
+        offload.offload()
+        for tensor in kept:
+            tensor.data = tensor.data.to(self.device)
 
     def activate(self, noise_expert: NoiseExpert) -> None:
         """Bring this noise expert's weights to the device, after offloading the others'."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lapwan.memory.plan import RING_SLOTS
-from lapwan.wan.transformer.forward_options import forward_options
+from lapwan.wan.backbone import WanBackbone
 
 _CHUNK = 1 << 30  # of pinned memory: torch rounds every pinned allocation up to a power of two
 ALIGNMENT = 256  # bytes, as in the CUDA allocator; on a CPU the rounding of matrix products depends on alignment too
@@ -227,21 +227,15 @@ def _to_host(tensors: list[Tensor], pool: HostPool) -> _HostBlock:
     return _HostBlock(tensors, copies, offsets, spans, size)
 
 
-def stream_by_hooks(blocks: nn.ModuleList, ring: BlockRing) -> None:
-    """Stream the blocks of a model with a forward of its own, by forward hooks."""
-    for index, block in enumerate(blocks):
-        block.register_forward_pre_hook(lambda *_, index=index: ring.ready(index))
-        block.register_forward_hook(lambda *_, index=index: ring.done(index))
-
-
 class ModelOffload:
     """Moves a model's frozen weights between host and device; some of its blocks may stream while it runs.
+
+    Whoever runs the model asks the ring for its blocks: see `offload_backbone` and `offload_by_hooks`.
 
     Args:
         excluded: tensors that are never moved (an adapter's rows).
         streamed: indices of the blocks that pass through a ring.
-        blocks_name: path of the model's blocks. Only Wan's transformer ("blocks") asks its `residency` for them; the
-            blocks of any other model are streamed by hooks.
+        blocks_name: path of the model's blocks.
     """
 
     def __init__(
@@ -256,10 +250,6 @@ class ModelOffload:
         self.ring = BlockRing(by_block, device) if by_block else None
         skip |= {id(tensor) for tensors in by_block.values() for tensor in tensors}
         self._rest = HostCopy((t for t in tensors_of(model) if id(t) not in skip), device.type == "cuda")
-        if blocks_name == "blocks":
-            forward_options(model).residency = self.ring
-        elif self.ring is not None:
-            stream_by_hooks(blocks, self.ring)
         self.on_device = False
 
     def offload(self) -> None:
@@ -275,6 +265,29 @@ class ModelOffload:
         if self.ring is not None:
             self.ring.start()
         self.on_device = True
+
+
+def offload_backbone(
+    backbone: WanBackbone, excluded: Iterable[Tensor], device: torch.device, streamed: Sequence[int] = ()
+) -> ModelOffload:
+    """Offload a noise expert's frozen weights; its forward asks the ring for the `streamed` blocks."""
+    offload = ModelOffload(backbone.transformer, excluded, device, streamed)
+    backbone.stream(offload.ring)
+    return offload
+
+
+def offload_by_hooks(
+    model: nn.Module, device: torch.device, streamed: Sequence[int], blocks_name: str
+) -> ModelOffload:
+    """Offload a model that has a forward of its own; its `streamed` blocks ask the ring by forward hooks."""
+    offload, blocks = ModelOffload(model, (), device, streamed, blocks_name), model.get_submodule(blocks_name)
+    ring = offload.ring
+    if ring is not None:
+        assert isinstance(blocks, nn.ModuleList)
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda *_, index=index: ring.ready(index))
+            block.register_forward_hook(lambda *_, index=index: ring.done(index))
+    return offload
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,12 +35,10 @@ from lapwan.models.device import limit_memory, pick_dtype
 from lapwan.names import NoiseExpert, Precision
 from lapwan.settings.memory import precision_of
 from lapwan.settings.train import TrainSettings
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer.compile import compiling_saves
-from lapwan.wan.transformer.forward_options import forward_options
-
-if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
+from lapwan.wan.transformer.forward import ForwardOptions
 
 
 @dataclass(frozen=True)
@@ -61,16 +58,14 @@ class TrainingMemory:
     def load(
         self, settings: TrainSettings, base: Base, noise_expert: NoiseExpert, load_device: torch.device,
         device: torch.device,
-    ) -> WanTransformer3DModel:
+    ) -> WanBackbone:
         """Load a noise expert as planned onto `load_device`, quantised on `device`. A cap in GiB applies from
         here on."""
         if isinstance(settings.memory, float):
             limit_memory(device, settings.memory)
-        dtype, recipe = pick_dtype(settings.dtype, device), self.recipes[noise_expert]
-        transformer = base.load(noise_expert, dtype, load_device, recipe, device)
-        options, strategy = forward_options(transformer), self.plan.strategy
-        options.checkpointing, options.whole_blocks = strategy.checkpointing, strategy.whole_blocks
-        return transformer
+        dtype, recipe, strategy = pick_dtype(settings.dtype, device), self.recipes[noise_expert], self.plan.strategy
+        options = ForwardOptions(checkpointing=strategy.checkpointing, whole_blocks=strategy.whole_blocks)
+        return base.load(noise_expert, dtype, load_device, recipe, device, options)
 
     @property
     def micro_batch(self) -> int | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,11 +26,9 @@ from lapwan.models.spec import ModelSpec, Task, read_spec, weight_files
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.model import BaseModelSettings, ModelFilesSettings
 from lapwan.settings.targets import TargetSettings
-from lapwan.wan.backbone import load_transformer
+from lapwan.wan.backbone import WanBackbone, load_transformer
 from lapwan.wan.quantise.load import Recipe, load_quantised_transformer
-
-if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
+from lapwan.wan.transformer.forward import ForwardOptions
 
 
 @dataclass(frozen=True)
@@ -78,25 +75,27 @@ class Base:
 
     def load(
         self, noise_expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-        recipe: Recipe | None = None, work_on: str | torch.device | None = None,
-    ) -> WanTransformer3DModel:
-        """The frozen transformer of a noise expert, with the LoRAs in its weights.
+        recipe: Recipe | None = None, work_on: str | torch.device | None = None, options: ForwardOptions | None = None,
+    ) -> WanBackbone:
+        """A noise expert with a frozen transformer, the LoRAs in its weights.
 
         Args:
             recipe: quantise the blocks' Linears, after the merge.
             work_on: device that quantises; None: `device`.
+            options: how its forward runs.
 
         Raises:
             UserError: a LoRA made for another model, or a merge that `lapwan merge` would refuse.
         """
         merged = self.merged_weights(noise_expert)
         if recipe is not None:
-            return load_quantised_transformer(
+            transformer = load_quantised_transformer(
                 self.spec, noise_expert, recipe, self.fingerprint(noise_expert), dtype, device, merged, work_on)
+            return WanBackbone(transformer, options)
         transformer = load_transformer(self.spec, noise_expert, dtype, device)
         for name, weight in merged.items():
             transformer.get_parameter(name).data.copy_(weight())
-        return transformer
+        return WanBackbone(transformer, options)
 
     def merged_weights(self, noise_expert: NoiseExpert) -> dict[str, Callable[[], Tensor]]:
         """Weights that the LoRAs change, by parameter name: each is read and merged when its function is called."""

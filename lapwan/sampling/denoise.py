@@ -5,10 +5,11 @@ Shapes: B samples, C latent channels, T latent frames, H, W latent height and wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,10 @@ from torch import Tensor
 from lapwan.caching.collate import to_device
 from lapwan.names import NoiseExpert
 from lapwan.sampling.scheduler import Grid, Step
-from lapwan.wan.backbone import velocity
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.transformer.first_block_cache import FirstBlockCache
 from lapwan.wan.transformer.forward import TokenTimes
-from lapwan.wan.transformer.prompt_cache import PromptCache
-
-if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
+from lapwan.wan.transformer.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,27 @@ class Conditions:
         tokens = torch.arange((frames // patch[0]) * tokens_per_frame, device=x_BCTHW.device)
         return TokenTimes(values.expand(batch, 2), (tokens >= tokens_per_frame).long())
 
+    @staticmethod
+    def stack(conditions: Sequence[Conditions]) -> Conditions:
+        """The conditions of several videos as those of a batch.
+
+        Raises:
+            ValueError: some have an image (or a last frame) and some have none.
+        """
+        joined: dict[str, Any] = {}
+        for field in fields(Conditions):
+            values = [getattr(item, field.name) for item in conditions]
+            present = [value for value in values if value is not None]
+            if present and len(present) != len(values):
+                raise ValueError("some requests of the batch have an image and some have none")
+            joined[field.name] = torch.cat(present) if present else None
+        return replace(conditions[0], **joined)
+
+    def to(self, device: torch.device) -> Conditions:
+        """The same on a device."""
+        present = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in present.items() if value is not None})
+
     def with_negative(self) -> Conditions:
         """Prompt and negative prompt in one batch: [2B, ...]."""
         if self.negative_BLD is None:
@@ -82,7 +101,7 @@ class Guidance:
 
 
 def guided_velocity(
-    transformer: WanTransformer3DModel, x_BCTHW: Tensor, timestep: Tensor, conditions: Conditions, guidance: float,
+    backbone: WanBackbone, x_BCTHW: Tensor, timestep: Tensor, conditions: Conditions, guidance: float,
     batched_guidance: bool = True, prompts: Prompts | None = None, cache: FirstBlockCache | None = None,
 ) -> Tensor:
     """v = v_neg + g·(v_text − v_neg); for g ≤ 1 v_text, with one evaluation. In fp32.
@@ -90,19 +109,19 @@ def guided_velocity(
     Args:
         batched_guidance: both evaluations in one batch, which reads the weights once; else one after the other, with
             half the activations.
-        prompts: the same text with cached keys and values; only without gradients.
+        prompts: the same text, of which the backbone keeps the keys and values; only without gradients.
         cache: the noise expert's first-block cache, which may skip most of an evaluation, approximately.
 
     Source: Ho & Salimans, Classifier-Free Diffusion Guidance (arXiv 2207.12598).
     """
-    patch = transformer.config.patch_size
+    patch = backbone.transformer.config.patch_size
 
-    def evaluate(x: Tensor, given: Conditions, text: Tensor | PromptCache, branch: str = "text") -> Tensor:
+    def evaluate(x: Tensor, given: Conditions, text: Tensor | Prompt, branch: str = "text") -> Tensor:
         x = given.with_first_frame(x)
         branch_cache = None if cache is None else cache.branch(branch)
-        return velocity(transformer, x, given.timesteps(x, timestep, patch), text, given.image_BCTHW, branch_cache)
+        return backbone.velocity(x, given.timesteps(x, timestep, patch), text, given.image_BCTHW, branch_cache)
 
-    text: Tensor | PromptCache = conditions.text_BLD if prompts is None else prompts.text
+    text: Tensor | Prompt = conditions.text_BLD if prompts is None else prompts.text
     if guidance <= 1.0:
         return evaluate(x_BCTHW, conditions, text)
     if batched_guidance:
@@ -120,26 +139,26 @@ def guided_velocity(
 
 
 class Prompts:
-    """The texts of one generation, each with its cached cross-attention keys and values."""
+    """The texts of one generation, without most of their padding."""
 
     def __init__(self, conditions: Conditions, batched_guidance: bool) -> None:
-        self._both: PromptCache | None = None
-        self._negative: PromptCache | None = None
+        self._both: Prompt | None = None
+        self._negative: Prompt | None = None
         if conditions.negative_BLD is None:
-            self.text = PromptCache(conditions.text_BLD)
+            self.text = Prompt(conditions.text_BLD)
         elif batched_guidance:
-            self._both = PromptCache(torch.cat([conditions.text_BLD, conditions.negative_BLD]))
+            self._both = Prompt(torch.cat([conditions.text_BLD, conditions.negative_BLD]))
             self.text = self._both.first(len(conditions.text_BLD))
         else:
-            self.text, self._negative = PromptCache(conditions.text_BLD), PromptCache(conditions.negative_BLD)
+            self.text, self._negative = Prompt(conditions.text_BLD), Prompt(conditions.negative_BLD)
 
-    def both(self) -> PromptCache:
+    def both(self) -> Prompt:
         """Prompt and negative prompt as a batch."""
         if self._both is None:
             raise ValueError("guidance above 1 needs the negative prompt's text")
         return self._both
 
-    def negative(self) -> PromptCache:
+    def negative(self) -> Prompt:
         """The negative prompt."""
         if self._negative is None:
             raise ValueError("guidance above 1 needs the negative prompt's text")
@@ -155,7 +174,7 @@ def denoise(
     x_BCTHW: Tensor,
     conditions: Conditions,
     guidance: Guidance,
-    transformer: Callable[[NoiseExpert], WanTransformer3DModel],
+    backbone: Callable[[NoiseExpert], WanBackbone],
     scope: Scope,
     on_step: Callable[[Step, Tensor], None] = lambda step, x0: None,
     batched_guidance: bool = True,
@@ -164,8 +183,8 @@ def denoise(
     """Run the grid from x at its first sigma to sigma 0.
 
     Args:
-        transformer: returns a noise expert's transformer. Called at each of its steps, so that a noise expert without
-            steps is never loaded.
+        backbone: returns a noise expert. Called before its first step, so that a noise expert without steps is never
+            loaded.
         scope: context that holds the adapters' gates of a step during its evaluations.
         on_step: called after each step with its estimate of the clean latents, x0 = x − σ·v.
         batched_guidance: see `guided_velocity`.
@@ -173,16 +192,19 @@ def denoise(
     """
     prompts = Prompts(conditions, batched_guidance)
 
-    def evaluate(step: Step, x_BCTHW: Tensor) -> Tensor:
-        model = transformer(step.noise_expert)  # not held between steps: it may be released for the next
-        with scope(step):
-            return guided_velocity(
-                model, x_BCTHW, step.timestep, conditions, guidance.at(step), batched_guidance, prompts,
-                None if caches is None else caches.get(step.noise_expert),
-            )
+    def run(noise_expert: WanBackbone, steps: Iterable[Step], x: Tensor) -> Tensor:
+        try:
+            for step in steps:
+                cache = None if caches is None else caches.get(step.noise_expert)
+                with scope(step):
+                    v = guided_velocity(
+                        noise_expert, x, step.timestep, conditions, guidance.at(step), batched_guidance, prompts, cache)
+                on_step(step, x - step.sigma * v)
+                x = grid.scheduler.step(v, step.timestep, x, return_dict=False)[0]
+        finally:
+            noise_expert.forget_prompts()
+        return x
 
-    for step in grid.steps:
-        v = evaluate(step, x_BCTHW)
-        on_step(step, x_BCTHW - step.sigma * v)
-        x_BCTHW = grid.scheduler.step(v, step.timestep, x_BCTHW, return_dict=False)[0]
+    for noise_expert, steps in groupby(grid.steps, key=lambda step: step.noise_expert):
+        x_BCTHW = run(backbone(noise_expert), steps, x_BCTHW)  # not held here: it may be released for the next
     return conditions.with_first_frame(x_BCTHW)

@@ -1,36 +1,38 @@
-"""Generate videos: loads the parts of a model on first use, attaches adapters, and makes one video per request.
+"""Generate videos: loads the parts of a model on first use, attaches adapters, and samples requests in batches.
 
-Shapes: B samples (1 here), C channels, T frames, H height, W width, L text tokens, D text features.
+One video is a batch of one. Noise, text, image condition and gates are computed per request, then stacked.
+Shapes: B requests, G gate columns, C channels, T frames, H height, W width, L text tokens, D text features.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lapwan import __version__, console
+from lapwan import console
 from lapwan.caching.collate import to_device
 from lapwan.distributed import Processes
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
 from lapwan.losses.flow import add_noise
 from lapwan.memory.generation import Memory
-from lapwan.memory.streaming import ModelOffload
+from lapwan.memory.streaming import ModelOffload, offload_by_hooks
 from lapwan.models.base import Base
-from lapwan.models.device import hardware
-from lapwan.models.fingerprints import text_encoder_fingerprint, vae_fingerprint
 from lapwan.models.spec import ModelSpec
 from lapwan.names import Precision
 from lapwan.report.contact_sheet import contact_sheet
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.expert_mix import Mix, alpha_vector, choose_mix
+from lapwan.sampling.facts import dtype_name, video_facts
 from lapwan.sampling.noise_experts import NoiseExperts
 from lapwan.sampling.request import Request, check_request, grid_of
 from lapwan.sampling.result import Video
@@ -51,6 +53,9 @@ from lapwan.wan.vae import decode, encode, load_vae
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
+_CACHED_CONDITIONS = 512
+_DECODE_BATCH = 16  # videos decoded at a time
+
 
 class Generator:
     """A model with its adapters, ready for requests. On a GPU the text encoder is offloaded between prompts.
@@ -61,6 +66,7 @@ class Generator:
         precision: quantises the transformers' blocks; `text_precision` the text encoder.
         processes: generate each video together: the first encodes the prompts, all share the tokens, and each ends up
             with the whole video.
+        cache_conditions: keep image conditions in host memory, for studies in which the same first frames recur.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Generator:
         precision: Precision | None = None,
         text_precision: Precision | None = None,
         processes: Processes | None = None,
+        cache_conditions: bool = False,
     ) -> None:
         base = base if isinstance(base, Base) else Base(base)
         self.spec, self.device, self.dtype = base.spec, torch.device(device), dtype
@@ -84,6 +91,8 @@ class Generator:
         self._text_offload: ModelOffload | None = None
         self._vae: AutoencoderKLWan | None = None
         self._features: dict[str, Tensor] = {}
+        self._cache_conditions = cache_conditions
+        self._cached: OrderedDict[tuple[object, ...], Conditions] = OrderedDict()
 
     @property
     def adapters(self) -> AdapterSet:
@@ -121,7 +130,7 @@ class Generator:
         encoder = load_text_encoder(self.spec, precision=self._text_precision)
         if self.device.type != "cpu" or self.noise_experts.text_streams:
             blocks = range(len(encoder.model.encoder.block)) if self.noise_experts.text_streams else ()
-            self._text_offload = ModelOffload(encoder.model, (), self.device, blocks, "encoder.block")
+            self._text_offload = offload_by_hooks(encoder.model, self.device, blocks, "encoder.block")
         return encoder
 
     def vae(self) -> AutoencoderKLWan:
@@ -141,14 +150,15 @@ class Generator:
             [step.sigma for step in grid.steps],
         )
 
-    def latents(self, request: Request) -> Tensor:
-        """The sampled latents of a request [1, C, T, H, W], normalised, fp32.
+    def latents(self, *requests: Request) -> Tensor:
+        """The sampled latents of requests that may share a batch [B, C, T, H, W], normalised, fp32.
 
         Raises:
+            ValueError: no requests, or requests that cannot share a batch.
             UserError: what `check_request` refuses; latents that overflowed in `dtype`.
         """
-        grid = self.begin(request)
-        return self._sample(request, grid, self.route(request, grid))
+        grid = self.begin(*requests)
+        return self._sample(requests, grid, [self.route(request, grid) for request in requests])
 
     def generate(self, request: Request, preview: Path | None = None) -> Video:
         """One video.
@@ -163,30 +173,54 @@ class Generator:
         mix = self.route(request, grid)
         if mix is not None:
             console.log(f"gates by {mix.source}:\n" + "\n".join(f"  {line}" for line in mix.bars()))
-        facts = self._facts(request, grid, mix)
-        latents = self._sample(request, grid, mix, preview)
+        facts = video_facts(self.noise_experts, self._text_precision, request, grid, mix,
+                            lambda step: self._gates(request, step, mix))
+        latents = self._sample([request], grid, [mix], preview)
         facts["compiled"] = [e.value for e in self.spec.noise_experts if e in self.noise_experts.compiled]
         console.log("decoding")
-        self.noise_experts.free_device()
-        with torch.no_grad():
-            pixels = decode(self.vae(), latents)
-        frames = to_frames(pixels)
+        [frames] = self._frames(latents)
         facts["frames"] = frames_fingerprint(frames)
         return Video(frames, request.fps, latents.cpu().contiguous(), facts=facts)
 
-    def begin(self, request: Request, videos: int = 1) -> Grid:
-        """Check a request, plan the memory for `videos` at a time, and return the grid.
+    def generate_batch(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        """Frames uint8 [T, H, W, 3] of each request, in order: those that each has alone.
 
         Raises:
+            ValueError: no requests, or requests that cannot share a batch.
+            UserError: what `check_request` refuses; latents that overflowed; the GPU is out of memory.
+        """
+        try:
+            return self._frames(self.latents(*requests))
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the GPU is out of memory with {len(requests)} videos at a time: set a smaller batch_size "
+                            f"({str(error).splitlines()[0]})") from None
+
+    def _frames(self, latents_BCTHW: Tensor) -> list[np.ndarray]:
+        self.noise_experts.free_device()
+        with torch.no_grad():
+            parts = [decode(self.vae(), part) for part in torch.split(latents_BCTHW, _DECODE_BATCH)]
+        return [to_frames(video[None]) for part in parts for video in part]
+
+    def begin(self, *requests: Request) -> Grid:
+        """Check requests that share a batch, plan its memory, and return the grid.
+
+        Raises:
+            ValueError: no requests, or requests that cannot share a batch.
             UserError: what `check_request` refuses.
         """
-        check_request(self.spec, request)
-        grid = grid_of(self.spec, request)
-        guidance = Guidance(request.guidance, request.guidance_interval)
-        self.noise_experts.plan(request.num_frames, request.size, len(grid.steps), guidance.needed(grid), videos)
+        first = requests[0] if requests else None
+        if first is None or any(_shared(request) != _shared(first) for request in requests):
+            raise ValueError("a batch needs requests of one size, grid and guidance")
+        if len(requests) > 1 and first.first_block_cache:
+            raise ValueError("a first-block cache decides for one video: generate them one at a time")
+        for request in requests:
+            check_request(self.spec, request)
+        grid = grid_of(self.spec, first)
+        guidance = Guidance(first.guidance, first.guidance_interval)
+        self.noise_experts.plan(first.num_frames, first.size, len(grid.steps), guidance.needed(grid), len(requests))
         evaluations = {e: sum(1 + (guidance.at(step) > 1) for step in grid.steps if step.noise_expert is e)
                        for e in self.spec.noise_experts}
-        self.noise_experts.expect(evaluations, self.spec.latent_shape(request.num_frames, *request.size)[1:])
+        self.noise_experts.expect(evaluations, self.spec.latent_shape(first.num_frames, *first.size)[1:])
         return grid
 
     def _start(self, request: Request, grid: Grid) -> Tensor:
@@ -202,11 +236,24 @@ class Generator:
             x0 = encode(self.vae(), clip_tensor(request.video_THWC).to(self.device))
         return add_noise(x0, noise, torch.tensor([grid.steps[0].sigma], device=self.device))
 
-    def _conditions(self, request: Request, negative: bool) -> Conditions:
+    def _conditions(self, request: Request, guided: bool) -> Conditions:
+        if not self._cache_conditions or request.image is None:
+            return self._new_conditions(request, guided)
+        last = None if request.last_image is None else image_fingerprint(request.last_image)
+        key = (request.prompt, request.negative_prompt, guided, request.size, request.num_frames,
+               image_fingerprint(request.image), last)
+        if key not in self._cached:
+            self._cached[key] = self._new_conditions(request, guided).to(torch.device("cpu"))
+            if len(self._cached) > _CACHED_CONDITIONS:
+                self._cached.popitem(last=False)
+        self._cached.move_to_end(key)
+        return self._cached[key].to(self.device)
+
+    def _new_conditions(self, request: Request, guided: bool) -> Conditions:
         def text(prompt: str) -> Tensor:
             return pad_text([self.text_features(prompt)]).to(self.device)
 
-        texts = text(request.prompt), text(request.negative_prompt) if negative else None
+        texts = text(request.prompt), text(request.negative_prompt) if guided else None
         if request.image is None:
             return Conditions(*texts)
         first = image_tensor(request.image, request.size).to(self.device)
@@ -218,12 +265,19 @@ class Generator:
             last = image_tensor(request.last_image, request.size).to(self.device)
             return Conditions(*texts, first_last_condition(self.vae(), first, last, request.num_frames))
 
-    def _sample(self, request: Request, grid: Grid, mix: Mix | None, preview: Path | None = None) -> Tensor:
-        guidance = Guidance(request.guidance, request.guidance_interval)
-        conditions = self._conditions(request, guidance.needed(grid))
+    def _sample(
+        self, requests: Sequence[Request], grid: Grid, mixes: Sequence[Mix | None], preview: Path | None = None
+    ) -> Tensor:
+        first = requests[0]
+        guidance = Guidance(first.guidance, first.guidance_interval)
+        conditions = Conditions.stack([self._conditions(request, guidance.needed(grid)) for request in requests])
+        gates_BG = {  # a guided batch repeats them itself
+            (step.noise_expert, step.sigma): torch.cat(
+                [self._gates(request, step, mix) for request, mix in zip(requests, mixes, strict=True)])
+            for step in grid.steps}
 
         def scope(step: Step) -> AbstractContextManager[object]:
-            return self.noise_experts.scope(step.noise_expert, self._gates(request, step, mix))
+            return self.noise_experts.scope(step.noise_expert, gates_BG[step.noise_expert, step.sigma])
 
         with console.progress("sampling", len(grid.steps)) as bar:
 
@@ -232,15 +286,15 @@ class Generator:
                 if preview is not None:
                     self._write_preview(preview, x0_BCTHW)
 
-            start = self._start(request, grid)
-            caches = {e: FirstBlockCache(tolerance) for e, tolerance in request.first_block_cache.items()}
-            latents = denoise(grid, start, conditions, guidance, self.noise_experts.transformer, scope, on_step,
+            start = torch.cat([self._start(request, grid) for request in requests])
+            caches = {e: FirstBlockCache(tolerance) for e, tolerance in first.first_block_cache.items()}
+            latents = denoise(grid, start, conditions, guidance, self.noise_experts.backbone, scope, on_step,
                               self.noise_experts.batched_guidance, caches)
         for noise_expert, cache in caches.items():
             console.log(f"{noise_expert.value} noise expert: {cache}")
         self.noise_experts.compiling.log()
         if not bool(torch.isfinite(latents).all()):
-            raise UserError(f"the latents are not finite in {_name(self.dtype)}; use --dtype "
+            raise UserError(f"the latents are not finite in {dtype_name(self.dtype)}; use --dtype "
                             f"{'bf16' if self.dtype == torch.float16 else 'fp32'}")
         return latents
 
@@ -260,56 +314,11 @@ class Generator:
         )
         return to_device(gates_1G, self.device)  # without waiting for the previous step
 
-    def _facts(self, request: Request, grid: Grid, mix: Mix | None) -> dict[str, Any]:
-        """What the settings do not contain: fingerprints, the gates of every step, versions."""
-        import diffusers
 
-        facts: dict[str, Any] = {
-            "model": {e.value: self.noise_experts.base.fingerprint(e) for e in self.spec.noise_experts},
-            "vae": vae_fingerprint(self.spec), "text_encoder": text_encoder_fingerprint(self.spec),
-            "steps": {e.value: grid.count(e) for e in self.spec.noise_experts},
-            "versions": {"lapwan": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
-            "device": str(self.device), "dtype": _name(self.dtype), "hardware": hardware(self.device),
-        }
-        if self.noise_experts.processes.count > 1:
-            facts["processes"] = self.noise_experts.processes.count
-        if Guidance(request.guidance, request.guidance_interval).needed(grid):
-            facts["guidance"] = "one batch" if self.noise_experts.batched_guidance else "two passes"
-        for name, precision in (("precision", self.noise_experts.precision), ("text_precision", self._text_precision)):
-            if precision is not None:
-                facts[name] = precision.value
-        if loras := lora_facts(self.adapters):
-            facts["lora"] = loras
-        for name, image in (("image", request.image), ("last_image", request.last_image)):
-            if image is not None:
-                facts[name] = image_fingerprint(image)
-        if request.video_THWC is not None:
-            facts["video"] = frames_fingerprint(request.video_THWC)
-        if mix is not None:
-            columns = {e: [group.name for group in self.adapters.groups(e)] for e in self.spec.noise_experts}
-            gates = {f"{step.sigma:.4f}": _named(columns[step.noise_expert], self._gates(request, step, mix)[0])
-                     for step in grid.steps}
-            facts["mixture"] = self.adapters.mixture_fingerprint()
-            facts["moe"] = {"by": mix.source, "mix": _named(mix.families, mix.mix_1E[0]), "gates": gates}
-        return facts
-
-
-def _named(names: Sequence[str], values_G: Tensor) -> dict[str, float]:
-    """Values by name, rounded to six digits."""
-    return {name: round(value, 6) for name, value in zip(names, values_G.tolist(), strict=True)}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def lora_facts(adapters: AdapterSet) -> list[dict[str, Any]]:
-    """Noise expert, file name, strength and fingerprint of every LoRA."""
-    uses = [(e, use) for e, loras in adapters.loras.items() for use in loras] + list(adapters.mixture_base.items())
-    return [
-        {"noise_expert": e.value, "file": use.path.name, "strength": use.strength, "fingerprint": use.fingerprint}
-        for e, use in uses
-    ]
+def _shared(request: Request) -> Request:
+    """The request without the fields that may differ within a batch."""
+    return replace(request, prompt="", image=None, last_image=None, video_THWC=None, seed=0, hint=None, alpha_base=None,
+                   alpha_expert=None)
 
 
 def to_frames(pixels_BCTHW: Tensor) -> np.ndarray:

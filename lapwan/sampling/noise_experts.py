@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,26 +23,24 @@ from lapwan.memory.generation import (
     text_encoder_bytes,
 )
 from lapwan.memory.plan import MemoryPlan, Placement, Strategy, available_host_memory, memory_budget, required_bytes
-from lapwan.memory.streaming import ModelOffload, tensors_of
+from lapwan.memory.streaming import ModelOffload, offload_backbone, tensors_of
 from lapwan.memory.throughput import measure_throughput
 from lapwan.models.base import Base
 from lapwan.models.device import limit_memory
 from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.adapters import AdapterSet
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.load import Recipe
-from lapwan.wan.transformer.compile import Compile, CompileReport, compile_blocks, worth_compiling
+from lapwan.wan.transformer.compile import Compile, CompileReport, worth_compiling
 from lapwan.wan.transformer.context_parallel import ContextParallel, check_heads
-from lapwan.wan.transformer.forward_options import forward_options
-
-if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
+from lapwan.wan.transformer.forward import ForwardOptions
 
 
 @dataclass
 class _Loaded:
     """A noise expert in memory; `offload` once it has been in host memory."""
 
-    model: WanTransformer3DModel
+    backbone: WanBackbone
     adapter: Adapter | None = None
     offload: ModelOffload | None = None
     offloaded: bool = False
@@ -97,7 +94,7 @@ class NoiseExperts:
         self.base, self.adapters = base, adapters
         self._plans.clear()
         for noise_expert, loaded in self._loaded.items():
-            loaded.adapter = self._attach(loaded.model, noise_expert)
+            loaded.adapter = self._attach(loaded.backbone, noise_expert)
             if not loaded.offloaded:  # rows are created next to the weights: of streamed blocks, in host memory
                 _move(loaded.adapter, self.device)
 
@@ -140,7 +137,7 @@ class NoiseExperts:
     def _host_free(self) -> int | None:
         """Host memory this process can use, weights it already holds there included."""
         free = available_host_memory()
-        models = [loaded.model for loaded in self._loaded.values() if loaded.offload is not None]
+        models = [loaded.backbone.transformer for loaded in self._loaded.values() if loaded.offload is not None]
         held = sum(t.nbytes for model in models for t in tensors_of(model))
         if free is None:
             return None
@@ -151,7 +148,7 @@ class NoiseExperts:
 
     def _device_bytes(self) -> int:
         """Bytes of loaded transformers on the device."""
-        models = [loaded.model for loaded in self._loaded.values()]
+        models = [loaded.backbone.transformer for loaded in self._loaded.values()]
         held = sum(t.nbytes for model in models for t in tensors_of(model) if t.device.type == self.device.type)
         offloads = [loaded.offload for loaded in self._loaded.values() if loaded.offload is not None]
         rings = [offload.ring for offload in offloads if offload.on_device]
@@ -166,8 +163,8 @@ class NoiseExperts:
         """The noise experts on the device now."""
         return tuple(noise_expert for noise_expert, loaded in self._loaded.items() if not loaded.offloaded)
 
-    def transformer(self, noise_expert: NoiseExpert) -> WanTransformer3DModel:
-        """A noise expert's transformer on the device, with its adapters attached."""
+    def backbone(self, noise_expert: NoiseExpert) -> WanBackbone:
+        """A noise expert on the device, with its adapters attached."""
         placement = self._plan.strategy.placement
         if not placement.both:
             self._offload(keep=noise_expert)
@@ -187,11 +184,12 @@ class NoiseExperts:
             _move(loaded.adapter, self.device)
             loaded.offloaded = False
         evaluations = self._evaluations.get(noise_expert, 0) // self.processes.count
-        auto = self._compile == "auto" and worth_compiling(loaded.model, self._latents_THW, evaluations, training=False)
+        auto = self._compile == "auto" and worth_compiling(
+            loaded.backbone.transformer, self._latents_THW, evaluations, training=False)
         compiles = auto or self._compile == "on"
-        compile_blocks(loaded.model, compiles)
+        loaded.backbone.compile(compiles)
         self.compiled.update({noise_expert} if compiles else ())
-        return loaded.model
+        return loaded.backbone
 
     def _uses_host(self, placement: Placement) -> bool:
         """Whether noise experts are loaded into host memory and moved to the device for their steps."""
@@ -200,13 +198,14 @@ class NoiseExperts:
     def _load(self, noise_expert: NoiseExpert, placement: Placement) -> _Loaded:
         # Offloaded noise experts are loaded into host memory, but quantised on the device.
         load_device = torch.device("cpu") if self._uses_host(placement) else self.device
-        model = self.base.load(noise_expert, self.dtype, load_device, self._recipe(), self.device)
-        if self.processes.count > 1:
-            forward_options(model).context_parallel = ContextParallel(self.processes.rank, self.processes.count)
-        loaded = _Loaded(model, self._attach(model, noise_expert), streamed=placement.streamed)
+        processes = self.processes
+        options = ForwardOptions(
+            context_parallel=ContextParallel(processes.rank, processes.count) if processes.count > 1 else None)
+        backbone = self.base.load(noise_expert, self.dtype, load_device, self._recipe(), self.device, options)
+        loaded = _Loaded(backbone, self._attach(backbone, noise_expert), streamed=placement.streamed)
         if self._uses_host(placement):
             rows = () if loaded.adapter is None else loaded.adapter.adapter_tensors()
-            loaded.offload = ModelOffload(model, rows, self.device, range(placement.streamed))
+            loaded.offload = offload_backbone(backbone, rows, self.device, range(placement.streamed))
             loaded.offloaded = True
         return loaded
 
@@ -237,14 +236,14 @@ class NoiseExperts:
                 continue
             if loaded.offload is None:
                 rows = () if loaded.adapter is None else loaded.adapter.adapter_tensors()
-                loaded.offload = ModelOffload(loaded.model, rows, self.device)
+                loaded.offload = offload_backbone(loaded.backbone, rows, self.device)
             loaded.offload.offload()
             _move(loaded.adapter, torch.device("cpu"))
             loaded.offloaded = True
 
-    def _attach(self, model: WanTransformer3DModel, noise_expert: NoiseExpert) -> Adapter | None:
+    def _attach(self, backbone: WanBackbone, noise_expert: NoiseExpert) -> Adapter | None:
         groups = self.adapters.groups(noise_expert)
-        return attach(model, groups, gates_required=True) if groups else None
+        return attach(backbone.transformer, groups, gates_required=True) if groups else None
 
 
 def _move(adapter: Adapter | None, device: torch.device) -> None:

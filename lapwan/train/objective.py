@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,7 @@ from lapwan.lora.attach import Adapter
 from lapwan.losses import flow
 from lapwan.losses.sigmas import SigmaSampler, Uniform, Weighting, draw_in_band, stratified_u
 from lapwan.names import Band, NoiseExpert
-from lapwan.wan.backbone import velocity
-
-if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
-
+from lapwan.wan.backbone import WanBackbone
 
 Key = tuple[int | str, ...]
 
@@ -154,10 +150,12 @@ class Objective(ABC):
     """An algorithm: what is trained, the loss of a batch, what is saved.
 
     Attributes:
+        backbones: the noise experts in training.
         adapters: the low-rank adapters in training, by noise expert.
         parameter_groups: by the name of the optimizer that steps them; a noise expert's own are named by its value.
     """
 
+    backbones: Mapping[NoiseExpert, WanBackbone]
     adapters: Mapping[NoiseExpert, Adapter]
     parameter_groups: Mapping[str, Sequence[ParameterGroup]]
 
@@ -203,7 +201,7 @@ class Objective(ABC):
 
 
 def flow_terms(
-    transformer: WanTransformer3DModel, batch: Batch, draws: Draws, roi_weight: float, empty_text: Tensor | None
+    backbone: WanBackbone, batch: Batch, draws: Draws, roi_weight: float, empty_text: Tensor | None
 ) -> Loss:
     """w(σ)·(L_flow + λ·L_roi) per sample, from one velocity at (x_σ, 1000·σ); the figures are unweighted.
 
@@ -220,8 +218,8 @@ def flow_terms(
         text[index] = empty_text
     # Read back before the forward, when the device is idle; afterwards this would wait for all of it.
     has_region = [] if batch.roi_BTHW is None else (batch.roi_BTHW.flatten(1).sum(dim=1) > 0).tolist()
-    v = velocity(
-        transformer, flow.add_noise(x0, noise, draws.sigma_B), 1000.0 * draws.sigma_B.float(),
+    v = backbone.velocity(
+        flow.add_noise(x0, noise, draws.sigma_B), 1000.0 * draws.sigma_B.float(),
         [features.to(x0.device) for features in text], batch.condition_BCTHW,
     )
     error = flow.squared_error(v, flow.velocity_target(x0, noise))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,8 @@ from lapwan.errors import UserError
 from lapwan.memory.cost import heads_of
 from lapwan.models.base import Base
 from lapwan.settings.train import TrainSettings
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.transformer.context_parallel import ContextParallel, check_heads
-from lapwan.wan.transformer.forward_options import ForwardOptions, forward_options
-
-if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
 
 
 class Distributed(Processes):
@@ -44,7 +41,7 @@ class Distributed(Processes):
         return 1
 
     def without_context_parallel(self) -> AbstractContextManager[None]:
-        """A scope in which one process can run the transformers on its own (validation, previews)."""
+        """A scope in which one process can run the noise experts on its own (validation, previews)."""
         return nullcontext()
 
     def gather_samples(self, value: T) -> list[T]:
@@ -141,16 +138,16 @@ class ContextParallelProcesses(Distributed):
 
     def __init__(self, rank: int, count: int, local_rank: int = 0) -> None:
         super().__init__(rank, count, local_rank)
-        self._shared: list[ForwardOptions] = []
+        self._shared: list[WanBackbone] = []
 
-    def share_tokens(self, transformers: Iterable[nn.Module]) -> None:
-        """Split every sequence of these transformers over the processes from now on."""
-        self._shared += [forward_options(transformer) for transformer in transformers]
+    def share_tokens(self, backbones: Iterable[WanBackbone]) -> None:
+        """Split every sequence of these noise experts over the processes from now on."""
+        self._shared += backbones
         self._set(ContextParallel(self.rank, self.count))
 
     def _set(self, context_parallel: ContextParallel | None) -> None:
-        for options in self._shared:
-            options.context_parallel = context_parallel
+        for backbone in self._shared:
+            backbone.share_tokens(context_parallel)
 
     @contextmanager
     def without_context_parallel(self) -> Iterator[None]:
@@ -198,13 +195,14 @@ def choose_parallelism(settings: TrainSettings, base: Base, distributed: Distrib
 # FSDP2
 
 
-def shard(transformer: WanTransformer3DModel, processes: int, device: torch.device) -> None:
+def shard(backbone: WanBackbone, processes: int, device: torch.device) -> None:
     """Shard the weights over the processes, in place; afterwards a forward needs all processes at once."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of a view, which nothing here writes to
-    forward_options(transformer).diffusers_forward = True
+    backbone.use_diffusers_forward()
+    transformer = backbone.transformer
     mesh = init_device_mesh(device.type, (processes,))
     dtype = transformer.patch_embedding.weight.dtype
     replicated = {p for p in transformer.parameters() if p.dtype != dtype}

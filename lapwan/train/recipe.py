@@ -38,7 +38,7 @@ from lapwan.train.sample_order import SampleOrder
 from lapwan.train.schedule import interleave, one_after_the_other
 from lapwan.train.trainer import Trainer, TrainerConfig
 from lapwan.train.training_data import DataStream, TrainingData
-from lapwan.wan.transformer.compile import CompileReport, compile_blocks, worth_compiling
+from lapwan.wan.transformer.compile import CompileReport, worth_compiling
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def run_parts(
         streams, store.batch, [item.id for item in data.items], settings.seed, settings.accumulate,
         memory.micro_batch, settings.caption_dropout, distributed)
     if isinstance(distributed, ContextParallelProcesses):
-        distributed.share_tokens(adapter.transformer for adapter in objective.adapters.values())
+        distributed.share_tokens(objective.backbones.values())
     _compile(settings, base, data, objective, distributed)
     ema = None if settings.ema_decay is None else Ema(objective.parameters, settings.ema_decay)
     return RunParts(objective, training_data, optimizers, data.schedule, data.identity(base), offload, command,
@@ -295,12 +295,11 @@ def _compile(
 ) -> None:
     """Compile the blocks of each noise expert: as `compile` asks, with "auto" where the run is long enough."""
     largest = max((base.spec.latent_shape(*item.bucket)[1:] for item in data.items), key=math.prod)
-    for noise_expert, adapter in objective.adapters.items():
+    for noise_expert, backbone in objective.backbones.items():
         clips = data.schedule.count(noise_expert) * settings.accumulate * settings.batch_size
-        transformer: Any = adapter.transformer
         auto = settings.compile == "auto" and worth_compiling(
-            transformer, largest, clips // distributed.context_parallel_size, training=True)
-        compile_blocks(transformer, auto or settings.compile == "on")
+            backbone.transformer, largest, clips // distributed.context_parallel_size, training=True)
+        backbone.compile(auto or settings.compile == "on")
 
 
 def run_training(trainer: Trainer, settings: TrainSettings | SrpoSettings) -> bool:

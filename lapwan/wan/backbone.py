@@ -1,4 +1,4 @@
-"""Load a noise expert's transformer and evaluate its velocity.
+"""`WanBackbone`: a noise expert that answers `velocity(x, timestep, text, condition)`.
 
 Shapes: B samples, C latent channels, T latent frames, H, W latent height and width, L text tokens, D text features.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +17,14 @@ from lapwan.errors import UserError
 from lapwan.models.original_layout import has_original_names, load_transformer_files
 from lapwan.models.spec import ModelSpec, weight_files
 from lapwan.names import NoiseExpert
+from lapwan.wan.text import pad_text
+from lapwan.wan.transformer.block import block_forward
+from lapwan.wan.transformer.checkpointing import Checkpointing
+from lapwan.wan.transformer.compile import compiled_block
+from lapwan.wan.transformer.context_parallel import ContextParallel
 from lapwan.wan.transformer.first_block_cache import CacheBranch
-from lapwan.wan.transformer.forward import TokenTimes, predict
-from lapwan.wan.transformer.prompt_cache import PromptCache
+from lapwan.wan.transformer.forward import ForwardOptions, Residency, TokenTimes, predict
+from lapwan.wan.transformer.prompt import Prompt, PromptCache, TextRows
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -61,29 +67,104 @@ def _aligned(model: WanTransformer3DModel) -> WanTransformer3DModel:
     return model
 
 
-def velocity(
-    transformer: WanTransformer3DModel,
-    x_BCTHW: Tensor,
-    timestep: Tensor | TokenTimes,
-    text: Tensor | Sequence[Tensor] | PromptCache,
-    condition_BCTHW: Tensor | None = None,
-    first_block_cache: CacheBranch | None = None,
-) -> Tensor:
-    """v̂ = model([x | condition], timestep, text), in fp32 or the latents' wider dtype.
+class WanBackbone:
+    """A noise expert: its transformer, how the transformer's forward runs, and what it keeps of a generation's prompts.
 
     Args:
-        timestep: 1000·sigma in training, the scheduler's own (an integer for UniPC) in sampling; never in bf16. [B],
-            [B, N] with one per token, or the few distinct ones of a sequence.
-        text: features [B, L, D]; a list of each sample's without padding; or a generation's prompt cache, which keeps
-            what every step would recompute.
-        condition_BCTHW: I2V's mask and image channels [B, 20, T, H, W], None for T2V.
-        first_block_cache: lets a step of a generation keep the residual of an earlier one, approximately.
+        transformer: diffusers' module, whose Linears may be any module that maps [..., I] to [..., O].
+        options: afterwards changed through the methods below only.
     """
-    dtype = transformer.patch_embedding.weight.dtype
-    hidden = x_BCTHW if condition_BCTHW is None else torch.cat([x_BCTHW, condition_BCTHW.to(x_BCTHW)], dim=1)
+
+    def __init__(self, transformer: WanTransformer3DModel, options: ForwardOptions | None = None) -> None:
+        self.transformer, self.options = transformer, options or ForwardOptions()
+        self._prompts: dict[Prompt, PromptCache] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype it computes in."""
+        dtype: torch.dtype = self.transformer.patch_embedding.weight.dtype
+        return dtype
+
+    def velocity(
+        self, x_BCTHW: Tensor, timestep: Tensor | TokenTimes, text: Tensor | Sequence[Tensor] | TextRows | Prompt,
+        condition_BCTHW: Tensor | None = None, first_block_cache: CacheBranch | None = None,
+    ) -> Tensor:
+        """v̂ = model([x | condition], timestep, text), in fp32 or the latents' wider dtype.
+
+        Args:
+            timestep: 1000·sigma in training, the scheduler's own (an integer for UniPC) in sampling; never in bf16.
+                [B], [B, N] with one per token, or the few distinct ones of a sequence.
+            text: features [B, L, D]; a list of each sample's without padding; rows without most of their padding; or a
+                generation's prompt, of which is kept what every step would recompute.
+            condition_BCTHW: I2V's mask and image channels [B, 20, T, H, W], None for T2V.
+            first_block_cache: lets a step of a generation keep the residual of an earlier one, approximately.
+        """
+        dtype = self.dtype
+        hidden = x_BCTHW if condition_BCTHW is None else torch.cat([x_BCTHW, condition_BCTHW.to(x_BCTHW)], dim=1)
+        hidden = hidden.to(dtype)
+        if isinstance(text, Prompt):
+            out = predict(self.transformer, self.options, hidden, timestep, self._cached(text), first_block_cache)
+        else:
+            features = _in_dtype(text, dtype)
+            if self.options.diffusers_forward:
+                out = self._diffusers_forward(hidden, timestep, features)
+            else:
+                out = predict(self.transformer, self.options, hidden, timestep, features, first_block_cache)
+        return out.to(torch.promote_types(x_BCTHW.dtype, torch.float32))
+
+    def _diffusers_forward(
+        self, hidden_BCTHW: Tensor, timestep: Tensor | TokenTimes, text: Tensor | Sequence[Tensor] | TextRows
+    ) -> Tensor:
+        assert not isinstance(text, TextRows)
+        features = text if isinstance(text, Tensor) else pad_text(text)
+        out: Tensor = self.transformer(hidden_BCTHW, timestep, features, return_dict=False)[0]
+        return out
+
+    def _cached(self, prompt: Prompt) -> PromptCache:
+        """What this backbone has computed from a prompt; created at its first evaluation."""
+        if prompt not in self._prompts:
+            if prompt.batch is None:
+                rows = _in_dtype(prompt.text, self.dtype)
+                assert isinstance(rows, TextRows)
+                self._prompts[prompt] = PromptCache(rows.embedded(self.transformer))
+            else:
+                self._prompts[prompt] = self._cached(prompt.batch).first(len(prompt.text.rows_BMD))
+        return self._prompts[prompt]
+
+    def forget_prompts(self) -> None:
+        """Free what was computed from prompts, when another noise expert takes over or the weights change."""
+        self._prompts.clear()
+
+    def compile(self, on: bool = True) -> None:
+        """Run the blocks compiled (or eagerly) from now on; they are compiled at first use."""
+        self.options.block = compiled_block() if on else block_forward
+        self.options.selective = compiled_block(selective=True) if on else None
+
+    def checkpoint(self, kind: Checkpointing, whole_blocks: int = 0) -> None:
+        """Choose what a backward recomputes; see `ForwardOptions`."""
+        self.options.checkpointing, self.options.whole_blocks = kind, whole_blocks
+        if self.options.diffusers_forward and kind == "block":
+            self.transformer.enable_gradient_checkpointing()
+
+    def stream(self, residency: Residency | None) -> None:
+        """Ask `residency` for each block's weights; None: they are on the device."""
+        self.options.residency = residency
+
+    def share_tokens(self, context_parallel: ContextParallel | None) -> None:
+        """Share each sequence's tokens with other processes; None: compute all of them here."""
+        self.options.context_parallel = context_parallel
+
+    def use_diffusers_forward(self) -> None:
+        """Run diffusers' own forward from now on, with the same activation checkpointing: FSDP needs it."""
+        self.options.diffusers_forward = True
+        self.checkpoint(self.options.checkpointing, self.options.whole_blocks)
+
+
+def _in_dtype(
+    text: Tensor | Sequence[Tensor] | TextRows, dtype: torch.dtype
+) -> Tensor | Sequence[Tensor] | TextRows:
     if isinstance(text, Tensor):
-        text = text.to(dtype)
-    elif not isinstance(text, PromptCache):
-        text = [features.to(dtype) for features in text]
-    out = predict(transformer, hidden.to(dtype), timestep, text, first_block_cache)
-    return out.to(torch.promote_types(x_BCTHW.dtype, torch.float32))
+        return text.to(dtype)
+    if isinstance(text, TextRows):
+        return replace(text, rows_BMD=text.rows_BMD.to(dtype))
+    return [features.to(dtype) for features in text]

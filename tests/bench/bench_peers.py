@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -33,14 +32,12 @@ from speed_model import (
     inputs,
     lora_trainer,
     random_model,
-    set_checkpointing,
     spoken,
     step,
     targets,
 )
 
-from lapwan.wan.backbone import velocity
-from lapwan.wan.transformer.compile import compile_blocks
+from lapwan.wan.backbone import WanBackbone
 
 
 def _tokens(size: str) -> int:
@@ -48,38 +45,39 @@ def _tokens(size: str) -> int:
     return t * (h // 2) * (w // 2)
 
 
-def _theirs(model: WanTransformer3DModel, size: str) -> Callable[[], torch.Tensor]:
+def _theirs(model: WanBackbone, size: str) -> Callable[[], torch.Tensor]:
     x, t, text = inputs(model, size)
     x = x.bfloat16()
 
     def run() -> torch.Tensor:
-        out: torch.Tensor = model(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0]
+        given = {"hidden_states": x, "timestep": t, "encoder_hidden_states": text}
+        out: torch.Tensor = model.transformer(**given, return_dict=False)[0]
         return out
     return run
 
 
-def forward(results: Results, model: WanTransformer3DModel, size: str, tiny: bool, seconds: float) -> None:
+def forward(results: Results, model: WanBackbone, size: str, tiny: bool, seconds: float) -> None:
     """A forward without gradients: ours, theirs eager, theirs compiled, ours again."""
     title, size = size, "small" if tiny else size
-    flops = forward_flops(model, _tokens(size))
-    compile_blocks(model, not tiny)
-    ours = partial(torch.no_grad()(velocity), model, *spoken(model, size))
+    flops = forward_flops(model.transformer, _tokens(size))
+    model.compile(not tiny)
+    ours = partial(torch.no_grad()(model.velocity), *spoken(model, size))
     run = torch.no_grad()(_theirs(model, size))
     results.add(measure(f"forward_{title}_ours_first", ours, flops, seconds))
     results.add(measure(f"forward_{title}_diffusers", run, flops, seconds))
     if not tiny:
-        model.compile_repeated_blocks(fullgraph=True)
+        model.transformer.compile_repeated_blocks(fullgraph=True)
         results.add(measure(f"forward_{title}_diffusers_compiled", run, flops, seconds))
-        for block in model.blocks:
+        for block in model.transformer.blocks:
             block._compiled_call_impl = None
     results.add(measure(f"forward_{title}_ours_again", ours, flops, seconds))
 
 
-def _peft_step(model: WanTransformer3DModel, size: str, last: int, rank: int = 16) -> Callable[[], None]:
+def _peft_step(model: WanBackbone, size: str, last: int, rank: int = 16) -> Callable[[], None]:
     from peft import LoraConfig
 
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets(model, last, rank))))
-    trained = [p for p in model.parameters() if p.requires_grad]
+    model.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets(model, last, rank))))
+    trained = [p for p in model.transformer.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=trained[0].is_cuda)
@@ -97,16 +95,16 @@ def _peft_step(model: WanTransformer3DModel, size: str, last: int, rank: int = 1
 
 
 def lora_step(
-    results: Results, model: WanTransformer3DModel, name: str, size: str, last: int, kind: str, tiny: bool,
+    results: Results, model: WanBackbone, name: str, size: str, last: int, kind: str, tiny: bool,
     seconds: float,
 ) -> None:
     """A LoRA step on the last blocks: ours, theirs, ours again."""
     size = "small" if tiny else size
-    flops = step_flops(model, _tokens(size), last)
-    compile_blocks(model, not tiny)
+    flops = step_flops(model.transformer, _tokens(size), last)
+    model.compile(not tiny)
 
     def ours(when: str) -> None:
-        set_checkpointing(model, kind)
+        model.checkpoint(kind)
         trainer, adapted = lora_trainer(model, size, last)
         results.add(measure(f"{name}_ours_{when}", lambda: step(trainer), flops, seconds, note=kind))
         adapted.off()
@@ -114,12 +112,12 @@ def lora_step(
     ours("first")
     try:
         if kind == "block":
-            model.enable_gradient_checkpointing()
+            model.transformer.enable_gradient_checkpointing()
         results.add(measure(f"{name}_diffusers_peft", _peft_step(model, size, last), flops, seconds, note=kind))
     finally:  # a step that the card does not hold must not change the rows after it
-        model.disable_gradient_checkpointing()
-        model.unload_lora()
-        model.requires_grad_(False)
+        model.transformer.disable_gradient_checkpointing()
+        model.transformer.unload_lora()
+        model.transformer.requires_grad_(False)
     ours("again")
 
 
@@ -134,7 +132,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results, seconds = Results(args.out), 0.3 if args.tiny else args.seconds
     model = random_model(device, SMALL if args.tiny else A14B)
-    count, started = len(model.blocks), time.monotonic()
+    count, started = len(model.transformer.blocks), time.monotonic()
     last = 2 if args.tiny else 8
     rows: dict[str, Callable[[], None]] = {
         "forward_256": lambda: forward(results, model, "256", args.tiny, seconds),

@@ -63,7 +63,8 @@ def train(command: str, dtype: str, work: Path, cache: Path, steps: int, lr: flo
 def block_errors(precision: Precision, noise_expert: NoiseExpert) -> list[float]:
     """Relative error of what each block adds, given the plain model's inputs."""
     spec = read_spec(tiny_folder("t2v"))
-    plain, made = load_transformer(spec, noise_expert), Base(spec).load(noise_expert, recipe=Recipe(precision))
+    plain = load_transformer(spec, noise_expert)
+    made = Base(spec).load(noise_expert, recipe=Recipe(precision)).transformer
     seen: list[tuple[tuple[torch.Tensor, ...], torch.Tensor]] = []
     for block in plain.blocks:
         block.register_forward_hook(lambda module, given, out: seen.append((given, out)))

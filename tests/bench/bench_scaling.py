@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from diffusers import WanTransformer3DModel
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -32,17 +31,15 @@ from speed_model import (
     lora_trainer,
     mixture_trainer,
     random_model,
-    set_checkpointing,
     share_steps,
     spoken,
     step,
 )
 
 from lapwan.train.parallel import ContextParallelProcesses, Distributed, join_processes
-from lapwan.wan.backbone import velocity
-from lapwan.wan.transformer.compile import compile_blocks, compile_time
+from lapwan.wan.backbone import WanBackbone
+from lapwan.wan.transformer.compile import compile_time
 from lapwan.wan.transformer.context_parallel import ContextParallel
-from lapwan.wan.transformer.forward_options import forward_options
 
 Row = dict[str, float]
 
@@ -64,9 +61,9 @@ def in_turn(ranks: Distributed, repeats: int, work: Callable[[bool], Callable[[]
             "compile_seconds": compile_time()[0]}
 
 
-def steps(mixture: bool, model: WanTransformer3DModel, ranks: Distributed, repeats: int, tiny: bool) -> Row:
+def steps(mixture: bool, model: WanBackbone, ranks: Distributed, repeats: int, tiny: bool) -> Row:
     trainer, adapted = (mixture_trainer if mixture else lora_trainer)(model, *(("small", 2) if tiny else ("256", 8)))
-    set_checkpointing(model, "off")
+    model.checkpoint("off")
 
     def work(together: bool) -> Callable[[], object]:
         share_steps(trainer, ranks if together else Distributed(), ranks.count if together else 1)
@@ -77,31 +74,31 @@ def steps(mixture: bool, model: WanTransformer3DModel, ranks: Distributed, repea
     return {**row, "scaling": ranks.count * row["alone"] / max(row["together"], 1e-9)}
 
 
-def shared_steps(model: WanTransformer3DModel, ranks: Distributed, repeats: int, tiny: bool) -> Row:
+def shared_steps(model: WanBackbone, ranks: Distributed, repeats: int, tiny: bool) -> Row:
     """Of one clip at 480p, recomputing blocks."""
     trainer, adapted = lora_trainer(model, *(("small", 2) if tiny else ("480", 8)))
-    set_checkpointing(model, "block")
+    model.checkpoint("block")
 
     def work(together: bool) -> Callable[[], object]:
         share_steps(trainer, ContextParallelProcesses(ranks.rank, ranks.count) if together else Distributed())
-        forward_options(model).context_parallel = ContextParallel(ranks.rank, ranks.count) if together else None
+        model.share_tokens(ContextParallel(ranks.rank, ranks.count) if together else None)
         return lambda: step(trainer)
 
     row = in_turn(ranks, max(3, repeats // 3), work)
     adapted.off()
-    forward_options(model).context_parallel = None
+    model.share_tokens(None)
     return {**row, "scaling": row["alone"] / max(row["together"], 1e-9)}
 
 
-def shared(size: str, model: WanTransformer3DModel, ranks: Distributed, repeats: int, tiny: bool) -> Row:
-    run = partial(torch.no_grad()(velocity), model, *spoken(model, "small" if tiny else size))
+def shared(size: str, model: WanBackbone, ranks: Distributed, repeats: int, tiny: bool) -> Row:
+    run = partial(torch.no_grad()(model.velocity), *spoken(model, "small" if tiny else size))
 
     def work(together: bool) -> Callable[[], object]:
-        forward_options(model).context_parallel = ContextParallel(ranks.rank, ranks.count) if together else None
+        model.share_tokens(ContextParallel(ranks.rank, ranks.count) if together else None)
         return run
 
     row = in_turn(ranks, max(3, repeats // 2), work)
-    forward_options(model).context_parallel = None
+    model.share_tokens(None)
     return {**row, "scaling": row["alone"] / max(row["together"], 1e-9)}
 
 
@@ -125,7 +122,7 @@ def main() -> None:
     wanted = ranks.from_first([row for row in args.rows.split(",") if row not in found])
     config, last = (SMALL, 2) if args.tiny else (A14B, 8)
     model = random_model(torch.device(name), config, range(int(config["num_layers"]) - last))
-    compile_blocks(model, not args.tiny)
+    model.compile(not args.tiny)
     for title in wanted:
         row = ROWS[title](model, ranks, args.steps, args.tiny)
         if ranks.first:

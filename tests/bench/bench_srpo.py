@@ -57,7 +57,9 @@ class RandomBase(Base):
     def load(self, noise_expert: NoiseExpert, dtype: torch.dtype = torch.bfloat16, device: Any = "cpu", *_: Any) -> Any:
         config = json.loads((self.spec.component(noise_expert) / "config.json").read_text(encoding="utf-8"))
         made_on = "cuda" if torch.cuda.is_available() else "cpu"  # also what will wait in host memory
-        return random_model(torch.device(made_on), {k: config[k] for k in A14B}).to(device)
+        made = random_model(torch.device(made_on), {k: config[k] for k in A14B})
+        made.transformer.to(device)
+        return made
 
 
 class RandomReward(ClipReward):

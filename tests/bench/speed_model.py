@@ -32,8 +32,8 @@ from lapwan.train.parallel import Distributed
 from lapwan.train.sample_order import SampleOrder
 from lapwan.train.trainer import Trainer, TrainerConfig
 from lapwan.train.training_data import DataStream, TrainingData
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.load import fill, linears_of
-from lapwan.wan.transformer.forward_options import forward_options
 
 A14B = {
     "patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16,
@@ -57,7 +57,7 @@ def _random(shape: tuple[int, ...], name: str, device: torch.device) -> Tensor:
 def random_model(
     device: torch.device, config: dict[str, object] = A14B, quantised: Iterable[int] = (),
     precision: Precision = Precision.FP8,
-) -> WanTransformer3DModel:
+) -> WanBackbone:
     """Random weights in bf16 (fp32 where Wan keeps it), `quantised` blocks in a `precision`; made tensor by tensor."""
     with init_empty_weights():  # buffers (the rope tables) are made for real
         model = WanTransformer3DModel(**config)
@@ -71,7 +71,7 @@ def random_model(
     full = frozenset(range(len(model.blocks))) - frozenset(quantised)
     fill(model, source, linears_of(model.blocks, "blocks", full), precision, cast, device, None)
     model.requires_grad_(False)
-    return model.eval().to(device)
+    return WanBackbone(model.eval().to(device))
 
 
 def shape_folder(folder: Path, config: dict[str, object]) -> None:
@@ -100,9 +100,9 @@ def _sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         file.truncate(8 + len(text) + at)
 
 
-def inputs(model: WanTransformer3DModel, size: str, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(model: WanBackbone, size: str, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Latents, timestep and text features (512 rows, `WORDS` of them not zero)."""
-    device, dim = model.patch_embedding.weight.device, model.config.text_dim
+    device, dim = next(model.transformer.parameters()).device, model.transformer.config.text_dim
     generator = torch.Generator(device).manual_seed(1)
     x = torch.randn(batch, 16, *LATENTS[size], device=device, generator=generator)
     text = torch.zeros(batch, 512, dim, device=device, dtype=torch.bfloat16)
@@ -110,7 +110,7 @@ def inputs(model: WanTransformer3DModel, size: str, batch: int = 1) -> tuple[Ten
     return x, torch.full((batch,), 937.5, device=device), text
 
 
-def spoken(model: WanTransformer3DModel, size: str, batch: int = 1) -> tuple[Tensor, Tensor, list[Tensor]]:
+def spoken(model: WanBackbone, size: str, batch: int = 1) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The same with the texts as training has them, without their padding."""
     x, t, text = inputs(model, size, batch)
     return x, t, [one[:WORDS] for one in text]
@@ -137,41 +137,41 @@ class Adapted:
             setattr(self.adapter.transformer.get_submodule(parent), leaf, module)
 
 
-def targets(model: WanTransformer3DModel, last: int, rank: int) -> dict[str, int]:
+def targets(model: WanBackbone, last: int, rank: int) -> dict[str, int]:
     """Every Linear of the last blocks."""
-    return resolve_targets([TargetRule(last, dict.fromkeys(PROJECTIONS, rank))], len(model.blocks))
+    return resolve_targets([TargetRule(last, dict.fromkeys(PROJECTIONS, rank))], len(model.transformer.blocks))
 
 
-def _state(model: WanTransformer3DModel, last: int, rank: int, *key: str) -> LoraState:
-    state = initial_state(model, targets(model, last, rank), None, 0, *key)
+def _state(model: WanBackbone, last: int, rank: int, *key: str) -> LoraState:
+    state = initial_state(model.transformer, targets(model, last, rank), None, 0, *key)
     for entry in state.entries.values():
         entry.up.normal_(std=1e-3)  # a step of a run, not the first one
     return state
 
 
-def lora_trainer(model: WanTransformer3DModel, size: str, last: int, rank: int = 16) -> tuple[Trainer, Adapted]:
+def lora_trainer(model: WanBackbone, size: str, last: int, rank: int = 16) -> tuple[Trainer, Adapted]:
     """A plain LoRA on every Linear of the last blocks."""
-    adapter = attach(model, [Group(LORA_GROUP, _state(model, last, rank), True)])
-    objective = LoraObjective({EXPERT: adapter}, "bench", {EXPERT: {}}, roi_weight=3.0)
+    adapter = attach(model.transformer, [Group(LORA_GROUP, _state(model, last, rank), True)])
+    objective = LoraObjective({EXPERT: model}, {EXPERT: adapter}, "bench", {EXPERT: {}}, roi_weight=3.0)
     return _trainer(objective, model, size), Adapted(adapter)
 
 
-def mixture_trainer(model: WanTransformer3DModel, size: str, last: int, rank: int = 4) -> tuple[Trainer, Adapted]:
+def mixture_trainer(model: WanBackbone, size: str, last: int, rank: int = 4) -> tuple[Trainer, Adapted]:
     """Four experts on the same Linears with a text router and a timestep gate: stage 2 as train-moe builds it."""
     taxonomy = load_taxonomy("surgical4")
     spec = MixtureSpec(
         families=taxonomy.keys, taxonomy=taxonomy.to_dict(), task="t2v", bands={EXPERT: (BAND.low, BAND.high)},
-        text_dim=model.config.text_dim,
+        text_dim=model.transformer.config.text_dim,
     )
     mixture = Mixture(spec, {EXPERT: {family: _state(model, last, rank, family) for family in taxonomy.keys}})
-    mixture.to(model.patch_embedding.weight.device)
-    adapter = attach(model, mixture.groups(EXPERT, None, trainable=True), gates_required=True)
-    objective = MixtureObjective(mixture, {EXPERT: adapter}, MixtureWeights(), "bench", {})
+    mixture.to(next(model.transformer.parameters()).device)
+    adapter = attach(model.transformer, mixture.groups(EXPERT, None, trainable=True), gates_required=True)
+    objective = MixtureObjective(mixture, {EXPERT: model}, {EXPERT: adapter}, MixtureWeights(), "bench", {})
     return _trainer(objective, model, size), Adapted(adapter)
 
 
-def _batch(model: WanTransformer3DModel, size: str, clip: int) -> Batch:
-    device, dim = model.patch_embedding.weight.device, model.config.text_dim
+def _batch(model: WanBackbone, size: str, clip: int) -> Batch:
+    device, dim = next(model.transformer.parameters()).device, model.transformer.config.text_dim
     generator = torch.Generator(device).manual_seed(clip)
     shape = LATENTS[size]
     roi = torch.zeros(1, *shape, device=device)
@@ -184,7 +184,7 @@ def _batch(model: WanTransformer3DModel, size: str, clip: int) -> Batch:
     )
 
 
-def _trainer(objective: Objective, model: WanTransformer3DModel, size: str, clips: int = 8) -> Trainer:
+def _trainer(objective: Objective, model: WanBackbone, size: str, clips: int = 8) -> Trainer:
     batches = [_batch(model, size, clip) for clip in range(clips)]
     optimizers = {n: make_optimizer(AdamWSettings(), groups) for n, groups in objective.parameter_groups.items()}
     scheduled = {n: ScheduledOptimizer(o, make_schedule(ScheduleSettings(), o, 10_000)) for n, o in optimizers.items()}
@@ -205,8 +205,3 @@ def step(trainer: Trainer) -> None:
     trainer._optimizer_step(EXPERT)
     trainer.step += 1
     trainer._logs[EXPERT].__init__()
-
-
-def set_checkpointing(model: WanTransformer3DModel, kind: str | None, whole_blocks: int = 0) -> None:
-    """off, op or block; None: as the model says. The first trained blocks may be recomputed whole."""
-    forward_options(model).checkpointing, forward_options(model).whole_blocks = kind, whole_blocks  # type: ignore[assignment]

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -27,7 +26,6 @@ from speed_model import (
     lora_trainer,
     mixture_trainer,
     random_model,
-    set_checkpointing,
     shape_folder,
     spoken,
     step,
@@ -36,7 +34,7 @@ from speed_model import (
 
 from lapwan.memory.generation import GenerationWorkload, free_bytes, plan_generation
 from lapwan.memory.plan import MemoryPlan
-from lapwan.memory.streaming import ModelOffload, tensors_of
+from lapwan.memory.streaming import offload_backbone, tensors_of
 from lapwan.memory.throughput import measure_throughput
 from lapwan.memory.training import plan_training
 from lapwan.models.base import Base
@@ -46,10 +44,9 @@ from lapwan.sampling.denoise import Conditions, Guidance, denoise
 from lapwan.sampling.scheduler import Grid, Step
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.train.recipe import read_data, workload
-from lapwan.wan.backbone import velocity
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.linears import Fp8Linear
 from lapwan.wan.quantise.load import Recipe
-from lapwan.wan.transformer.compile import compile_blocks
 
 NEGATIVE_WORDS = 126  # of Wan's own negative prompt
 CONTEXT = 1.0  # GiB a process takes on a card beside what torch allocates
@@ -73,7 +70,7 @@ class Bench:
             count = int(config["num_layers"])
             quantised = {"bf16": 0, "fp8": count, "mixed": count - self.last}[kind]
             model = random_model(self.device, config, range(quantised))
-            compile_blocks(model, not self.tiny)
+            model.compile(not self.tiny)
             self._made = kind, model
         return self._made[1]
 
@@ -100,7 +97,7 @@ class Bench:
                 GenerationWorkload(frames, (height, width), steps), memory, int(free_gib * GIB),
                 measure_throughput(self.device, torch.bfloat16), 0)
 
-    def step_plan(self, model: WanTransformer3DModel, size: str, last: int, limit: float | None) -> MemoryPlan:
+    def step_plan(self, model: WanBackbone, size: str, last: int, limit: float | None) -> MemoryPlan:
         """What train-lora would decide for one noise expert, below `limit` GiB or with what is free besides it.
 
         Stage 2's four experts of rank 4 take what a LoRA of rank 16 takes.
@@ -109,9 +106,9 @@ class Bench:
             folder, cache = Path(made) / "model", Path(made) / "clips"
             shape_folder(folder, SMALL if self.tiny else A14B)
             write_cache(cache, folder, self.size(size))
-            fp8 = any(isinstance(block.ffn.net[2], Fp8Linear) for block in model.blocks)
+            fp8 = any(isinstance(block.ffn.net[2], Fp8Linear) for block in model.transformer.blocks)
             if limit is None and self.device.type == "cuda":
-                limit = (sum(t.nbytes for t in tensors_of(model)) + (free_bytes(self.device) or 0)) / GIB
+                limit = (sum(t.nbytes for t in tensors_of(model.transformer)) + (free_bytes(self.device) or 0)) / GIB
             settings = TrainLoraSettings.model_validate({
                 "model": str(folder), "output": "unused", "data": {"cache": cache}, "steps": 10,
                 "dtype": "fp8" if fp8 else "auto", "noise_experts": [EXPERT], "memory": limit or "auto",
@@ -128,12 +125,12 @@ class Bench:
 def forward_row(name: str, kind: str, size: str, target: str = "", compiled: bool = True) -> Callable[[Bench], None]:
     def run(bench: Bench) -> None:
         model = bench.model(kind)
-        compile_blocks(model, compiled and not bench.tiny)
-        work = partial(torch.no_grad()(velocity), model, *spoken(model, bench.size(size)))
+        model.compile(compiled and not bench.tiny)
+        work = partial(torch.no_grad()(model.velocity), *spoken(model, bench.size(size)))
         bench.results.add(measure(
-            name, work, forward_flops(model, bench.tokens(size)), bench.seconds, target=target,
+            name, work, forward_flops(model.transformer, bench.tokens(size)), bench.seconds, target=target,
         ))
-        compile_blocks(model, not bench.tiny)
+        model.compile(not bench.tiny)
     return run
 
 
@@ -142,13 +139,13 @@ def peer_row(name: str, size: str) -> Callable[[Bench], None]:
     def run(bench: Bench) -> None:
         model = bench.model("bf16")
         x, t, text = inputs(model, bench.size(size))
-        work = partial(torch.no_grad()(model), x.bfloat16(), t, text, return_dict=False)
-        flops = forward_flops(model, bench.tokens(size))
+        work = partial(torch.no_grad()(model.transformer), x.bfloat16(), t, text, return_dict=False)
+        flops = forward_flops(model.transformer, bench.tokens(size))
         bench.results.add(measure(f"{name}_eager", work, flops, bench.seconds))
         if not bench.tiny:
-            model.compile_repeated_blocks(fullgraph=True)
+            model.transformer.compile_repeated_blocks(fullgraph=True)
             bench.results.add(measure(name, work, flops, bench.seconds, note="compile_repeated_blocks"))
-            for block in model.blocks:
+            for block in model.transformer.blocks:
                 block._compiled_call_impl = None
     return run
 
@@ -157,9 +154,9 @@ def adapted_forward_row(name: str, kind: str, size: str) -> Callable[[Bench], No
     """A forward with a LoRA in rank space on every Linear: what folding it into the weights would save."""
     def run(bench: Bench) -> None:
         model = bench.model(kind)
-        _, adapted = lora_trainer(model, bench.size(size), len(model.blocks), rank=32)
-        work = partial(torch.no_grad()(velocity), model, *spoken(model, bench.size(size)))
-        flops = forward_flops(model, bench.tokens(size))
+        _, adapted = lora_trainer(model, bench.size(size), len(model.transformer.blocks), rank=32)
+        work = partial(torch.no_grad()(model.velocity), *spoken(model, bench.size(size)))
+        flops = forward_flops(model.transformer, bench.tokens(size))
         bench.results.add(measure(name, work, flops, bench.seconds, note="rank 32 on all 400 Linears"))
         adapted.off()
     return run
@@ -173,18 +170,18 @@ def step_row(
     def attempt(bench: Bench, strategy: str) -> None:
         bench.free()  # of the trainer of a row before
         model = bench.model(kind)
-        count = len(model.blocks) if last is None else bench.last
-        set_checkpointing(model, strategy)
+        count = len(model.transformer.blocks) if last is None else bench.last
+        model.checkpoint(strategy)
         make = mixture_trainer if mixture else lora_trainer
         trainer, adapted = make(model, bench.size(size), count)
         try:
             bench.results.add(measure(
-                name, lambda: step(trainer), step_flops(model, bench.tokens(size), count), bench.seconds,
+                name, lambda: step(trainer), step_flops(model.transformer, bench.tokens(size), count), bench.seconds,
                 target=target, note=f"checkpointing {strategy}",
             ))
         finally:
             adapted.off()
-            set_checkpointing(model, None)
+            model.checkpoint("off")
 
     def run(bench: Bench) -> None:
         for strategy in (checkpointing,) if checkpointing else ("off", "block"):
@@ -248,7 +245,7 @@ def video_row(
         plan = None if cap is None else bench.plan(kind, size, steps, cap - CONTEXT, memory)
         streamed = range(0) if plan is None else plan.streamed
         model = bench.model(kind)
-        offload = ModelOffload(model, (), bench.device, streamed) if streamed else None
+        offload = offload_backbone(model, (), bench.device, streamed) if streamed else None
         if offload is not None:
             offload.onload()
         x, _, text = inputs(model, bench.size(size))
@@ -264,7 +261,7 @@ def video_row(
                     batched_guidance=plan is None or plan.strategy.batched_guidance)
 
         with _capped(bench.device, cap):
-            flops = forward_flops(model, bench.tokens(size)).times(2 * steps)
+            flops = forward_flops(model.transformer, bench.tokens(size)).times(2 * steps)
             work(2)
             row = measure(name, work, flops, bench.seconds, least=1, warm=0, target=target, note=f"{steps} steps")
         if plan is not None:
@@ -287,19 +284,19 @@ def planned_step_row(
     def run(bench: Bench) -> None:
         bench.free()
         model = bench.model(kind)
-        count = len(model.blocks) if last is None else bench.last
+        count = len(model.transformer.blocks) if last is None else bench.last
         limit = memory if memory is not None or cap is None else cap - CONTEXT
         plan = bench.step_plan(model, size, count, limit)
-        set_checkpointing(model, plan.strategy.checkpointing, plan.strategy.whole_blocks)
+        model.checkpoint(plan.strategy.checkpointing, plan.strategy.whole_blocks)
         trainer, adapted = (mixture_trainer if mixture else lora_trainer)(model, bench.size(size), count)
-        offload = ModelOffload(model, adapted.adapter.adapter_tensors(), bench.device, plan.streamed)
+        offload = offload_backbone(model, adapted.adapter.adapter_tensors(), bench.device, plan.streamed)
         offload.onload()
         asked = "" if limit is None else f"asked for {limit:g} GiB: "
         note = (f"{asked}{len(plan.streamed)} blocks streamed, recomputing {plan.strategy.checkpointing} and "
                 f"{plan.strategy.whole_blocks} blocks, predicted {plan.peak / GIB:.2f} GiB, "
                 f"{plan.strategy.seconds:.3g} s")
         with _capped(bench.device, cap):
-            flops = step_flops(model, bench.tokens(size), count)
+            flops = step_flops(model.transformer, bench.tokens(size), count)
             row = measure(name, lambda: step(trainer), flops, bench.seconds, target=target, note=note)
         row.extra |= {"predicted_gib": plan.peak / GIB, "predicted_seconds": plan.strategy.seconds}
         bench.results.add(row)

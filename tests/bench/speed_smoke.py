@@ -18,15 +18,13 @@ from speed_model import (
     lora_trainer,
     mixture_trainer,
     random_model,
-    set_checkpointing,
     spoken,
     step,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from lapwan.wan.backbone import velocity
-from lapwan.wan.transformer.compile import compile_blocks, compile_time
+from lapwan.wan.transformer.compile import compile_time
 
 FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, KeyError, ImportError)
 BLOCKS = 8
@@ -90,13 +88,13 @@ def forwards(device: torch.device, tiny: bool, fp8: bool) -> None:
     model = random_model(device, config, range(BLOCKS) if fp8 else ())
     for size in ("small",) if tiny else ("256", "480"):
         given = spoken(model, size)
-        work = partial(torch.no_grad()(velocity), model, *given)
+        work = partial(torch.no_grad()(model.velocity), *given)
         tokens = LATENTS[size][0] * LATENTS[size][1] * LATENTS[size][2] // 4
-        flops, outs = forward_flops(model, tokens), {}
+        flops, outs = forward_flops(model.transformer, tokens), {}
         for mode in ("eager", "compiled"):
             if tiny and mode == "compiled":
                 continue
-            compile_blocks(model, mode == "compiled")
+            model.compile(mode == "compiled")
             before = compile_time()[0]
             outs[mode] = work()
             taken = median(work, 5)
@@ -109,7 +107,7 @@ def forwards(device: torch.device, tiny: bool, fp8: bool) -> None:
         if size != "480" and device.type == "cuda":
             show(f"{'fp8' if fp8 else 'bf16'} {size} forward of {BLOCKS} blocks, compiled", work)
             if not fp8:
-                compile_blocks(model, False)
+                model.compile(False)
                 show("the same, eager", work, 14)
 
 
@@ -123,19 +121,19 @@ def steps(device: torch.device, tiny: bool) -> None:
         for mode in ("eager", "compiled"):
             if tiny and mode == "compiled":
                 continue
-            compile_blocks(model, mode == "compiled")
+            model.compile(mode == "compiled")
             for kind in ("off", "op", "block"):
-                set_checkpointing(model, kind)
+                model.checkpoint(kind)
                 before = compile_time()[0]
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 taken = median(lambda trainer=trainer: step(trainer), 5)
                 peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
-                rate = step_flops(model, tokens, 4).total / taken
+                rate = step_flops(model.transformer, tokens, 4).total / taken
                 print(f"   {title} step, 4 of {BLOCKS} blocks, {mode}, checkpointing {kind}: {1e3 * taken:.1f} ms, "
                       f"{rate / 1e12:.0f} TFLOP/s, peak {peak:.1f} GiB, compiled in "
                       f"{compile_time()[0] - before:.1f} s")
-            set_checkpointing(model, "off")
+            model.checkpoint("off")
             if device.type == "cuda" and (mode == "compiled" or title == "moe"):
                 show(f"{title} step {mode}", lambda trainer=trainer: step(trainer), 30)
         adapted.off()

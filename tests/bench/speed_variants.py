@@ -17,16 +17,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
 from speed_measure import seconds_of
 from speed_model import A14B, LATENTS, SMALL, lora_trainer, mixture_trainer, random_model, spoken, step
 from speed_smoke import FAULTS, show
 
-from lapwan.wan.backbone import velocity
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.block import block_forward
 from lapwan.wan.transformer.compile import compiled_block
-from lapwan.wan.transformer.forward_options import forward_options
 
 MULTI, DESCENT = {"triton.multi_kernel": 1}, {"coordinate_descent_tuning": True}
 # Options of the compiler, and whether our own kernels take part.
@@ -41,8 +39,8 @@ class Variant:
     function: Callable[..., torch.Tensor]
     kernels: bool
 
-    def use(self, model: WanTransformer3DModel) -> None:
-        forward_options(model).block, kernels.ENABLED = self.function, self.kernels
+    def use(self, model: WanBackbone) -> None:
+        model.options.block, kernels.ENABLED = self.function, self.kernels
 
 
 def variants(tiny: bool) -> dict[str, Variant]:
@@ -58,7 +56,7 @@ def variants(tiny: bool) -> dict[str, Variant]:
 
 
 def in_turn(
-    title: str, model: WanTransformer3DModel, made: dict[str, Variant], work: Callable[[], object], rounds: int = 8,
+    title: str, model: WanBackbone, made: dict[str, Variant], work: Callable[[], object], rounds: int = 8,
     repeats: int = 3,
 ) -> dict[str, float]:
     times: dict[str, list[float]] = {}
@@ -114,7 +112,7 @@ def main() -> None:
     for kind in ("bf16", "fp8"):
         config = {**(SMALL if tiny else A14B), "num_layers": blocks}
         model = random_model(device, config, range(blocks) if kind == "fp8" else ())
-        work = partial(torch.no_grad()(velocity), model, *spoken(model, size))
+        work = partial(torch.no_grad()(model.velocity), *spoken(model, size))
         found.append(in_turn(f"{kind} forward {LATENTS[size]}", model, made, work))
         if not tiny:
             for name in ("kernels", "multi_kernels"):

@@ -92,7 +92,7 @@ def flow_loss(trainer: Trainer, cache: Path, base: bool) -> list[float]:
             batch, found = store.batch([place_clip]), []
             for place in range(SIGMAS):
                 draws = fixed_draws(rule, batch, [(place + 0.5) / SIGMAS], (5, "proof"), place)
-                found.append(float(flow_terms(one.transformer, batch, draws, 0.0, None).total_B[0]))
+                found.append(float(flow_terms(one.backbone, batch, draws, 0.0, None).total_B[0]))
             losses.append(sum(found) / len(found))
     return losses
 

@@ -16,7 +16,7 @@ from lapwan.moe.mixture_file import write_mixture
 from lapwan.moe.to_lora import inference_sigmas
 from lapwan.names import NoiseExpert
 from lapwan.sampling.scheduler import make_grid
-from lapwan.wan.backbone import load_transformer, velocity
+from lapwan.wan.backbone import WanBackbone, load_transformer
 
 PATH = "blocks.7.attn1.to_q"
 
@@ -84,7 +84,7 @@ def test_at_one_sigma_it_is_what_the_mixture_does_there(mixture, merge, tiny_t2v
             [state] = read_lora(tmp_path / "flat_low_noise.safetensors").values()
             holder, gates = attach(transformer, [Group("flat", state, False)]).holder, torch.ones(1, 1)
         with torch.no_grad(), holder.scope(gates):
-            outputs.append(velocity(transformer, x, 1000 * sigma, text))
+            outputs.append(WanBackbone(transformer).velocity(x, 1000 * sigma, text))
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from lapwan.models.base import Base
 from lapwan.models.spec import ModelSpec
-from lapwan.sampling.batch import BatchGenerator
+from lapwan.sampling.generator import Generator
 from lapwan.tiny.dataset import write_dataset
 
 
@@ -17,6 +17,6 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def t2v_generator(tiny_t2v: ModelSpec) -> BatchGenerator:
+def t2v_generator(tiny_t2v: ModelSpec) -> Generator:
     """Loaded once; tests give it the adapters they want."""
-    return BatchGenerator(Base(tiny_t2v))
+    return Generator(Base(tiny_t2v), cache_conditions=True)

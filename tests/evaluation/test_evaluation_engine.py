@@ -24,13 +24,12 @@ from lapwan.losses import flow
 from lapwan.losses.sigmas import Uniform
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert
-from lapwan.sampling.batch import BatchGenerator
+from lapwan.sampling.generator import Generator
 from lapwan.sampling.request import complete_guidance
 from lapwan.settings.lora_argument import LoraArgument
 from lapwan.train.callbacks.validation import fixed_draws
 from lapwan.train.clip_store import ClipStore
 from lapwan.train.objective import SigmaRule
-from lapwan.wan.backbone import velocity
 from lapwan.wan.text import pad_text
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
@@ -67,7 +66,7 @@ def test_a_batch_is_its_videos_one_at_a_time(t2v_generator, arms, clips, name, g
     sampling = small(t2v_generator.spec, guidance)
     t2v_generator.use(arm.base, arm.adapters)
     requests = [request_for(t2v_generator.spec, arm, clip, sampling, i) for i, clip in enumerate(clips[:3])]
-    together = t2v_generator.batch_latents(requests)
+    together = t2v_generator.latents(*requests)
     alone = torch.cat([t2v_generator.latents(request) for request in requests])
     assert (together - alone).abs().max() < 2e-5 * alone.abs().max()
     assert (alone[0] - alone[1]).abs().max() > 0.1
@@ -75,14 +74,16 @@ def test_a_batch_is_its_videos_one_at_a_time(t2v_generator, arms, clips, name, g
 
 def test_a_batch_of_image_to_video_is_its_videos_one_at_a_time(tiny_i2v, clips):
     base = Base(tiny_i2v)
-    generator, sampling = BatchGenerator(base), small(tiny_i2v)
+    generator, sampling = Generator(base, cache_conditions=True), small(tiny_i2v)
     requests = [request_for(tiny_i2v, Arm("none", base), clip, sampling, 0) for clip in clips[:2]]
-    together = generator.batch_latents(requests)
+    together = generator.latents(*requests)
     alone = torch.cat([generator.latents(request) for request in requests])
     assert (together - alone).abs().max() < 2e-5 * alone.abs().max()
-    assert torch.equal(generator.batch_latents(requests), together), "conditions that were kept are those made"
+    assert torch.equal(generator.latents(*requests), together), "conditions that were kept are those made"
     with pytest.raises(ValueError, match="one size"):
-        generator.batch_latents([requests[0], replace(requests[1], steps=4)])
+        generator.latents(requests[0], replace(requests[1], steps=4))
+    with pytest.raises(ValueError, match="a first-block cache decides for one video"):
+        generator.latents(*(replace(request, first_block_cache={LOW: 0.1}) for request in requests))
 
 
 def test_videos_of_no_adapter_twice_are_the_same_and_seeds_and_clips_differ(t2v_generator, arms, clips):
@@ -149,8 +150,8 @@ def test_a_flow_loss_is_the_mean_error_over_the_region_and_over_the_rest(t2v_gen
                         (4, "evaluate"), 1)
     x0, noise = batch.latents_BCTHW, draws.noise_BCTHW
     with torch.no_grad():
-        v = velocity(t2v_generator.noise_experts.transformer(LOW), flow.add_noise(x0, noise, draws.sigma_B),
-                     1000 * draws.sigma_B.float(), pad_text(batch.text))
+        v = t2v_generator.noise_experts.backbone(LOW).velocity(
+            flow.add_noise(x0, noise, draws.sigma_B), 1000 * draws.sigma_B.float(), pad_text(batch.text))
     error, mask = (v - (noise - x0)).square().mean(dim=1)[0], batch.roi_BTHW[0]
     assert found.whole_PK[2, 1] == pytest.approx(float(error.mean()), rel=1e-5)
     assert found.roi_PK[2, 1] == pytest.approx(float((error * mask).sum() / mask.sum()), rel=1e-5)

@@ -15,7 +15,7 @@ from lapwan.evaluation.flow_losses import FlowPlan, flow_losses
 from lapwan.evaluation.metrics import TemporalMetrics
 from lapwan.evaluation.videos import default_sampling, generate_and_score, request_for
 from lapwan.models.base import Base
-from lapwan.sampling.batch import BatchGenerator
+from lapwan.sampling.generator import Generator
 from lapwan.train.clip_store import ClipStore
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -27,13 +27,13 @@ def test_a_batch_is_its_videos_one_at_a_time(tiny_t2v, mixture_path):
     base = Base(tiny_t2v)
     weights = np.eye(4)[[1, 0, 2, 3, 2]]
     clips = [EvaluationClip(text, text, tuple(own)) for text, own in zip(PROMPTS, weights.tolist(), strict=True)]
-    generator = BatchGenerator(base, None, "cuda", torch.float32)
+    generator = Generator(base, None, "cuda", torch.float32)
     sampling = replace(default_sampling(tiny_t2v), shape=VideoShape(9, (64, 64), 16), steps=6)
     for hint in (None, "truth", "wrong"):
         arm = make_arm("moe", base, moe=mixture_path, hint=hint)
         generator.use(arm.base, arm.adapters)
         requests = [request_for(tiny_t2v, arm, clip, sampling, 0) for clip in clips]
-        together = generator.batch_latents(requests)
+        together = generator.latents(*requests)
         alone = torch.cat([generator.latents(request) for request in requests])
         assert together.is_cuda and (together - alone).abs().max() < 1e-3 * alone.abs().max(), hint
     found = generate_and_score(generator, arm, clips, replace(sampling, batch_size=3), [TemporalMetrics()])
@@ -44,7 +44,7 @@ def test_flow_losses_are_those_of_the_cpu(tiny_t2v, mixture_path, t2v_cache):
     base, index = Base(tiny_t2v), load_index(t2v_cache)
     arm = make_arm("moe", base, moe=mixture_path, hint="truth")
     here, there = (
-        flow_losses(BatchGenerator(base, None, device, torch.float32), arm,
+        flow_losses(Generator(base, None, device, torch.float32), arm,
                     ClipStore(index, index.items, torch.device(device), 4), FlowPlan(bins=2, batch_size=2))
         for device in ("cpu", "cuda"))
     for noise_expert, own in here.items():

@@ -13,25 +13,24 @@ from lapwan.lora.targets import TargetRule, resolve_targets
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.denoise import Conditions, guided_velocity
-from lapwan.wan.backbone import load_transformer, velocity
+from lapwan.wan.backbone import WanBackbone, load_transformer
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer import kernels
-from lapwan.wan.transformer.compile import compile_blocks, compile_time
-from lapwan.wan.transformer.forward_options import forward_options
+from lapwan.wan.transformer.compile import compile_time
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def prepared(tiny_t2v, dtype: torch.dtype):
-    model = load_transformer(tiny_t2v, NoiseExpert.HIGH, dtype, "cuda")
-    ranks = resolve_targets([TargetRule(3, dict.fromkeys(PROJECTIONS, 4))], len(model.blocks))
+    model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.HIGH, dtype, "cuda"))
+    ranks = resolve_targets([TargetRule(3, dict.fromkeys(PROJECTIONS, 4))], len(model.transformer.blocks))
     groups = []
     for column in range(2):
-        state = initial_state(model, ranks, None, column)
+        state = initial_state(model.transformer, ranks, None, column)
         for entry in state.entries.values():
             entry.up.normal_(std=0.05, generator=torch.Generator().manual_seed(column))
         groups.append(Group(str(column), state, trainable=True))
-    adapter = attach(model, groups, gates_required=True)
+    adapter = attach(model.transformer, groups, gates_required=True)
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(2, 16, 5, 16, 16, device="cuda", generator=generator)
     text = torch.randn(2, 512, 96, device="cuda", generator=generator)
@@ -43,7 +42,7 @@ def gradients(model, adapter: Adapter, x: Tensor, t: Tensor, text: Tensor) -> li
     for parameter in adapter.parameters().values():
         parameter.grad = None
     with adapter.holder.scope(gates):
-        v = velocity(model, x, t, text)
+        v = model.velocity(x, t, text)
         v.square().mean().backward()
     return [v.detach(), gates.grad, *(p.grad for p in adapter.parameters().values())]
 
@@ -52,9 +51,9 @@ def gradients(model, adapter: Adapter, x: Tensor, t: Tensor, text: Tensor) -> li
 @pytest.mark.parametrize("kind", ["off", "op", "block"])
 def test_compiled_blocks_are_eager_ones(tiny_t2v, dtype, tolerance, kind):
     model, adapter, *given = prepared(tiny_t2v, dtype)
-    forward_options(model).checkpointing = kind
+    model.checkpoint(kind)
     eager = gradients(model, adapter, *given)
-    compile_blocks(model)
+    model.compile()
     compiled = gradients(model, adapter, *given)
     for ours, theirs in zip(compiled, eager, strict=True):
         assert float((ours - theirs).norm()) <= tolerance * float(theirs.norm())
@@ -72,7 +71,7 @@ def test_a_step_and_a_guided_evaluation_wait_for_nothing(tiny_t2v):
     try:
         torch.cuda.set_sync_debug_mode("error")
         with adapter.holder.scope(gates):
-            velocity(model, x, t, text).square().mean().backward()
+            model.velocity(x, t, text).square().mean().backward()
             with torch.no_grad():
                 guided_velocity(model, x[:1], step, both, 3.0)
     finally:
@@ -141,7 +140,7 @@ def test_norms_and_rope_are_torchs_operations(columns, rows):
 @pytest.mark.parametrize("precision", [None, Precision.FP8])
 def test_a_forward_with_our_kernels_is_one_without(tiny_t2v, monkeypatch, precision):
     if precision is None:
-        model = load_transformer(tiny_t2v, NoiseExpert.HIGH, torch.bfloat16, "cuda")
+        model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.HIGH, torch.bfloat16, "cuda"))
     else:
         model = Base(tiny_t2v).load(NoiseExpert.HIGH, torch.bfloat16, "cuda", Recipe(precision))
     generator = torch.Generator("cuda").manual_seed(0)
@@ -151,6 +150,6 @@ def test_a_forward_with_our_kernels_is_one_without(tiny_t2v, monkeypatch, precis
     for enabled in (False, True):
         monkeypatch.setattr(kernels, "ENABLED", enabled)
         with torch.no_grad():
-            found.append(velocity(model, x, torch.tensor([950.0, 900.0], device="cuda"), text))
+            found.append(model.velocity(x, torch.tensor([950.0, 900.0], device="cuda"), text))
     assert float((found[0] - found[1]).norm()) <= 3e-2 * float(found[0].norm())
     assert not torch.equal(*found)  # the kernels took part

@@ -15,12 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bench_plan
 
 from lapwan.lora.attach import Group, attach, initial_state
-from lapwan.memory.streaming import ModelOffload
+from lapwan.memory.streaming import offload_backbone
 from lapwan.names import Precision
-from lapwan.wan.backbone import velocity
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.linears import LINEAR_CLASSES, Fp8Linear, fp8_in_hardware
 from lapwan.wan.quantise.load import fill, linears_of
-from lapwan.wan.transformer.forward_options import forward_options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
@@ -44,7 +43,7 @@ def model(precision: Precision | None = None, layers: int = 6, home: torch.devic
     source = {n: lambda v=v: v for n, v in values.items()}
     blocks = [] if precision is None else linears_of(made.blocks, "blocks")
     fill(made, source, blocks, precision or Precision.FP8, lambda name, stored: stored, home, None, CUDA)
-    return made.requires_grad_(False).eval().to(home)
+    return WanBackbone(made.requires_grad_(False).eval().to(home))
 
 
 def inputs(batch: int = 1):
@@ -85,31 +84,31 @@ def test_fp8_in_hardware_is_its_emulation_up_to_accumulation(rows) -> None:
 @pytest.mark.parametrize("precision", [None, *Precision])
 def test_streamed_is_resident_bit_for_bit_whatever_overlaps(precision) -> None:
     resident = model(precision)
-    expected = velocity(resident, *inputs())
-    twice = velocity(resident, *inputs(2))
+    expected = resident.velocity(*inputs())
+    twice = resident.velocity(*inputs(2))
     del resident
     streamed = model(precision, home=torch.device("cpu"))
-    offload = ModelOffload(streamed, (), CUDA, range(6))
+    offload = offload_backbone(streamed, (), CUDA, range(6))
     offload.onload()
     for _ in range(20):  # a slot that is filled too early would show sooner or later
-        assert torch.equal(velocity(streamed, *inputs()), expected)
-    assert torch.equal(velocity(streamed, *inputs(2)), twice)
+        assert torch.equal(streamed.velocity(*inputs()), expected)
+    assert torch.equal(streamed.velocity(*inputs(2)), twice)
     offload.offload()
     torch.randn(1 << 28, device=CUDA)  # what has the memory now must not be written to
     offload.onload()
-    assert torch.equal(velocity(streamed, *inputs()), expected)
+    assert torch.equal(streamed.velocity(*inputs()), expected)
 
 
 @torch.no_grad()
 def test_a_ring_holds_two_blocks() -> None:
     streamed = model(home=torch.device("cpu"), layers=10)
-    offload = ModelOffload(streamed, (), CUDA, range(10))
+    offload = offload_backbone(streamed, (), CUDA, range(10))
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     offload.onload()
-    block = sum(-(-p.nbytes // 256) * 256 for p in streamed.blocks[0].parameters())
-    outer = sum(p.nbytes for n, p in streamed.named_parameters() if not n.startswith("blocks."))
+    block = sum(-(-p.nbytes // 256) * 256 for p in streamed.transformer.blocks[0].parameters())
+    outer = sum(p.nbytes for n, p in streamed.transformer.named_parameters() if not n.startswith("blocks."))
     held = torch.cuda.memory_allocated() - before
     assert 2 * block <= held <= 2 * block + outer + (4 << 20)
     offload.offload()
@@ -120,18 +119,18 @@ def test_training_over_a_streamed_prefix_has_the_resident_gradients() -> None:
     found = []
     for streamed in (False, True):
         made = model(home=torch.device("cpu") if streamed else CUDA)
-        state = initial_state(made, {f"blocks.{i}.attn1.to_q": 8 for i in (4, 5)}, None, 3)
+        state = initial_state(made.transformer, {f"blocks.{i}.attn1.to_q": 8 for i in (4, 5)}, None, 3)
         for entry in state.entries.values():
             entry.up.normal_(generator=torch.Generator().manual_seed(1))
-        adapter = attach(made, [Group("lora", state, trainable=True)])
+        adapter = attach(made.transformer, [Group("lora", state, trainable=True)])
         if streamed:
-            offload = ModelOffload(made, adapter.adapter_tensors(), CUDA, range(4))
+            offload = offload_backbone(made, adapter.adapter_tensors(), CUDA, range(4))
             for tensor in adapter.adapter_tensors():
                 tensor.data = tensor.data.to(CUDA)
             offload.onload()
-        forward_options(made).checkpointing = "block"
+        made.checkpoint("block")
         for _ in range(3):
-            velocity(made, *inputs()).square().mean().backward()
+            made.velocity(*inputs()).square().mean().backward()
         found.append([p.grad for p in adapter.parameters().values()])
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).norm() < 1e-3 * theirs.norm()  # attention's backward adds in any order

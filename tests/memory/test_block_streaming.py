@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from lapwan.lora.attach import Group, attach, initial_state
-from lapwan.memory.streaming import BlockRing, HostPool, ModelOffload, tensors_of
+from lapwan.memory.streaming import BlockRing, HostPool, offload_backbone, tensors_of
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
-from lapwan.wan.backbone import load_transformer, velocity
+from lapwan.wan.backbone import WanBackbone, load_transformer
 from lapwan.wan.quantise.load import Recipe
-from lapwan.wan.transformer.forward_options import forward_options
 
 CPU = torch.device("cpu")
 
@@ -27,22 +26,22 @@ def inputs(spec, batch: int = 1):
 )], ids=lambda p: p.value if p else "plain")
 def loaded(request, tiny_t2v, own_cache):
     if request.param is None:
-        return tiny_t2v, load_transformer(tiny_t2v, NoiseExpert.LOW)
+        return tiny_t2v, WanBackbone(load_transformer(tiny_t2v, NoiseExpert.LOW))
     return tiny_t2v, Base(tiny_t2v).load(NoiseExpert.LOW, recipe=Recipe(request.param))
 
 
 @torch.no_grad()
 def test_streamed_is_resident_bit_for_bit(loaded) -> None:
     spec, model = loaded
-    expected = [velocity(model, *inputs(spec, batch)) for batch in (1, 2)]
-    offload = ModelOffload(model, (), CPU, range(8))
+    expected = [model.velocity(*inputs(spec, batch)) for batch in (1, 2)]
+    offload = offload_backbone(model, (), CPU, range(8))
     offload.onload()
     for _ in range(2):
-        assert torch.equal(velocity(model, *inputs(spec)), expected[0])
-    assert torch.equal(velocity(model, *inputs(spec, 2)), expected[1])
+        assert torch.equal(model.velocity(*inputs(spec)), expected[0])
+    assert torch.equal(model.velocity(*inputs(spec, 2)), expected[1])
     offload.offload()
     offload.onload()
-    assert torch.equal(velocity(model, *inputs(spec)), expected[0])
+    assert torch.equal(model.velocity(*inputs(spec)), expected[0])
 
 
 @torch.no_grad()
@@ -50,30 +49,30 @@ def test_streamed_is_resident_bit_for_bit(loaded) -> None:
     ((0,), 2), ((0, 1), 2), ((0, 1), 3), ((2, 3, 4), 1), ((2, 3, 4), 2), ((1, 5, 7), 3), (tuple(range(7)), 2),
 ])
 def test_any_blocks_and_any_slots(streamed, slots, tiny_t2v) -> None:
-    model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
-    expected = velocity(model, *inputs(tiny_t2v))
-    forward_options(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in streamed}, CPU, slots)
+    model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.HIGH))
+    expected = model.velocity(*inputs(tiny_t2v))
+    model.options.residency = BlockRing({i: tensors_of(model.transformer.blocks[i]) for i in streamed}, CPU, slots)
     for _ in range(3):
-        assert torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
+        assert torch.equal(model.velocity(*inputs(tiny_t2v)), expected)
 
 
 def test_every_forward_copies_each_block_once(tiny_t2v) -> None:
-    model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
-    ring = BlockRing({i: tensors_of(model.blocks[i]) for i in range(8)}, CPU)
-    block = sum(-(-t.nbytes // 256) * 256 for t in tensors_of(model.blocks[0]))
+    model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.HIGH))
+    ring = BlockRing({i: tensors_of(model.transformer.blocks[i]) for i in range(8)}, CPU)
+    block = sum(-(-t.nbytes // 256) * 256 for t in tensors_of(model.transformer.blocks[0]))
     assert ring.ring_bytes == 2 * block and ring.copied_bytes == 0
-    forward_options(model).residency = ring
+    model.stream(ring)
     with torch.no_grad():
         for count in (1, 2, 3):
-            velocity(model, *inputs(tiny_t2v))
+            model.velocity(*inputs(tiny_t2v))
             assert ring.copied_bytes == (8 * count + 2) * block  # and the first two of the next
 
 
 @torch.no_grad()
 def test_a_forward_cut_short_does_not_mix_up_the_next(tiny_t2v) -> None:
-    model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
-    expected = velocity(model, *inputs(tiny_t2v))
-    ring = forward_options(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in range(6)}, CPU)
+    model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.HIGH))
+    expected = model.velocity(*inputs(tiny_t2v))
+    ring = model.options.residency = BlockRing({i: tensors_of(model.transformer.blocks[i]) for i in range(6)}, CPU)
     original = ring.done
 
     def stop(index: int) -> None:
@@ -83,48 +82,49 @@ def test_a_forward_cut_short_does_not_mix_up_the_next(tiny_t2v) -> None:
 
     ring.done = stop
     with pytest.raises(KeyboardInterrupt):
-        velocity(model, *inputs(tiny_t2v))
+        model.velocity(*inputs(tiny_t2v))
     ring.done = original
-    assert torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
+    assert torch.equal(model.velocity(*inputs(tiny_t2v)), expected)
 
 
 def test_a_block_that_is_not_there_yet_is_seen_if_it_were_used(tiny_t2v) -> None:
     """The slots are what computes: another number in a slot changes the result, so equality above says something."""
-    model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
+    model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.HIGH))
     with torch.no_grad():
-        expected = velocity(model, *inputs(tiny_t2v))
-        ring = forward_options(model).residency = BlockRing({0: tensors_of(model.blocks[0])}, CPU)
+        expected = model.velocity(*inputs(tiny_t2v))
+        ring = model.options.residency = BlockRing({0: tensors_of(model.transformer.blocks[0])}, CPU)
         ring.start()
         ring._slots[0].memory.view(torch.float32)[:1000] += 1.0
-        assert not torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
+        assert not torch.equal(model.velocity(*inputs(tiny_t2v)), expected)
 
 
 def test_training_over_a_streamed_prefix_has_the_resident_gradients(tiny_t2v) -> None:
     gradients = []
     for streamed in ((), range(6)):
-        model = load_transformer(tiny_t2v, NoiseExpert.LOW)
+        model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.LOW))
         ranks = {f"blocks.{i}.attn1.to_{part}": 4 for i in (6, 7) for part in "qv"}
-        state = initial_state(model, ranks, None, 3)
+        state = initial_state(model.transformer, ranks, None, 3)
         for entry in state.entries.values():
             entry.up.normal_(generator=torch.Generator().manual_seed(1))
-        adapter = attach(model, [Group("lora", state, trainable=True)])
+        adapter = attach(model.transformer, [Group("lora", state, trainable=True)])
         if streamed:
-            ModelOffload(model, adapter.adapter_tensors(), CPU, streamed).onload()
+            offload_backbone(model, adapter.adapter_tensors(), CPU, streamed).onload()
         for _ in range(2):
-            velocity(model, *inputs(tiny_t2v)).square().mean().backward()
+            model.velocity(*inputs(tiny_t2v)).square().mean().backward()
         gradients.append({name: p.grad for name, p in adapter.parameters().items()})
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0 and torch.equal(gradient, gradients[1][name]), name
 
 
 def test_adapters_rows_stay_while_their_block_streams(tiny_t2v) -> None:
-    model = load_transformer(tiny_t2v, NoiseExpert.LOW)
-    adapter = attach(model, [Group("lora", initial_state(model, {"blocks.2.attn1.to_q": 4}, None, 3), trainable=True)])
+    model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.LOW))
+    state = initial_state(model.transformer, {"blocks.2.attn1.to_q": 4}, None, 3)
+    adapter = attach(model.transformer, [Group("lora", state, trainable=True)])
     addresses = {name: p.data_ptr() for name, p in adapter.parameters().items()}
-    offload = ModelOffload(model, adapter.adapter_tensors(), CPU, range(8))
+    offload = offload_backbone(model, adapter.adapter_tensors(), CPU, range(8))
     offload.onload()
     with torch.no_grad():
-        velocity(model, *inputs(tiny_t2v))
+        model.velocity(*inputs(tiny_t2v))
     offload.offload()
     assert addresses == {name: p.data_ptr() for name, p in adapter.parameters().items()}
 
@@ -138,9 +138,9 @@ def test_host_memory_is_cut_into_aligned_pieces() -> None:
 
 
 def test_a_block_is_one_copy_as_far_as_its_memory_lies_together(tiny_t2v, monkeypatch) -> None:
-    model = load_transformer(tiny_t2v, NoiseExpert.HIGH)
-    expected = velocity(model, *inputs(tiny_t2v)).detach()
-    block = sum(-(-t.nbytes // 256) * 256 for t in tensors_of(model.blocks[0]))
+    model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.HIGH))
+    expected = model.velocity(*inputs(tiny_t2v)).detach()
+    block = sum(-(-t.nbytes // 256) * 256 for t in tensors_of(model.transformer.blocks[0]))
     original = HostPool.__init__
 
     def in_chunks(self: HostPool, pinned: bool) -> None:
@@ -148,8 +148,8 @@ def test_a_block_is_one_copy_as_far_as_its_memory_lies_together(tiny_t2v, monkey
         self._chunk_size = int(2.5 * block)
 
     monkeypatch.setattr(HostPool, "__init__", in_chunks)
-    ring = forward_options(model).residency = BlockRing({i: tensors_of(model.blocks[i]) for i in range(8)}, CPU)
+    ring = model.options.residency = BlockRing({i: tensors_of(model.transformer.blocks[i]) for i in range(8)}, CPU)
     spans = [len(ring._blocks[i].spans) for i in range(8)]
     assert sum(spans) < 14 and max(spans) == 2 and min(spans) == 1
     with torch.no_grad():
-        assert torch.equal(velocity(model, *inputs(tiny_t2v)), expected)
+        assert torch.equal(model.velocity(*inputs(tiny_t2v)), expected)

@@ -102,7 +102,7 @@ def test_bytes_from_shapes_are_those_of_the_loaded_model(precision, tiny_t2v, ow
     recipe = None if precision is None else Recipe(precision, frozenset({7}))
     ranks = {"blocks.6.attn1.to_q": 4, "blocks.7.attn1.to_q": 4, "blocks.7.ffn.net.2": 8}
     base = Base(tiny_t2v)
-    model = base.load(NoiseExpert.HIGH, torch.bfloat16, recipe=recipe)
+    model = base.load(NoiseExpert.HIGH, torch.bfloat16, recipe=recipe).transformer
     plain = {id(t) for t in tensors_of(model)}
     state = initial_state(load_transformer(tiny_t2v, NoiseExpert.HIGH), ranks, None, 0)
     adapter = attach(model, [Group("a", state, True)])

@@ -10,17 +10,15 @@ import torch
 from lapwan.names import NoiseExpert
 from lapwan.sampling.generator import Generator
 from lapwan.train.lora import recipe as lora_recipe
-from lapwan.wan.backbone import load_transformer
+from lapwan.wan.backbone import WanBackbone, load_transformer
 from lapwan.wan.transformer import compile, kernels
 from lapwan.wan.transformer.block import block_forward
 from lapwan.wan.transformer.compile import (
     CompileReport,
-    compile_blocks,
     compiled_block,
     compiling_saves,
     worth_compiling,
 )
-from lapwan.wan.transformer.forward_options import forward_options
 
 A14B = 5120
 
@@ -61,8 +59,8 @@ def test_training_does_as_told(mode, tiny_t2v, t2v_cache, tmp_path):
         "targets": {"last_blocks": 1, "ffn_last_blocks": 1}})
     base = resolve_base("tiny")
     trainer = lora_recipe.prepare(settings, base, recipe.read_data(settings, base), torch.device("cpu"))
-    for adapter in trainer.objective.adapters.values():
-        assert forward_options(adapter.transformer).block is (compiled_block() if mode == "on" else block_forward)
+    for backbone in trainer.objective.backbones.values():
+        assert backbone.options.block is (compiled_block() if mode == "on" else block_forward)
 
 
 @pytest.mark.parametrize("mode", ["on", "off", "auto"])
@@ -91,9 +89,9 @@ def test_it_says_how_long_it_took_once(monkeypatch, capsys):
 
 
 def test_one_function_serves_all(tiny_t2v):
-    models = [load_transformer(tiny_t2v, noise_expert) for noise_expert in NoiseExpert]
+    models = [WanBackbone(load_transformer(tiny_t2v, noise_expert)) for noise_expert in NoiseExpert]
     for model in models:
-        compile_blocks(model)
-    assert forward_options(models[0]).block is forward_options(models[1]).block is compiled_block()
-    compile_blocks(models[0], False)
-    assert forward_options(models[0]).block is block_forward
+        model.compile()
+    assert models[0].options.block is models[1].options.block is compiled_block()
+    models[0].compile(False)
+    assert models[0].options.block is block_forward

@@ -8,12 +8,12 @@ from sampling_cases import generate, refused
 
 from lapwan.names import NoiseExpert
 from lapwan.sampling.generator import Generator
-from lapwan.wan.backbone import load_transformer, velocity
+from lapwan.wan.backbone import WanBackbone, load_transformer
 from lapwan.wan.transformer.first_block_cache import FirstBlockCache
 
 
 def given(tiny_t2v):
-    model = load_transformer(tiny_t2v, NoiseExpert.LOW)
+    model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.LOW))
     generator = torch.Generator().manual_seed(0)
     return model, torch.randn(1, 16, 3, 6, 6, generator=generator), torch.randn(1, 512, 96, generator=generator)
 
@@ -22,13 +22,13 @@ def given(tiny_t2v):
 def test_a_step_is_kept_where_the_error_is_predicted_small_and_the_error_is_about_that(tiny_t2v):
     model, x, text = given(tiny_t2v)
     calls: list[int] = []
-    model.blocks[1].attn1.to_q.register_forward_hook(lambda *_: calls.append(1))
+    model.transformer.blocks[1].attn1.to_q.register_forward_hook(lambda *_: calls.append(1))
     cache = FirstBlockCache(0.2)
     for step, timestep in enumerate((500.0, 495.0, 490.0, 485.0, 300.0)):
         t, before = torch.tensor([timestep]), len(calls)
-        exact = velocity(model, x, t, text)
+        exact = model.velocity(x, t, text)
         assert len(calls) == before + 1
-        kept = velocity(model, x, t, text, first_block_cache=cache.branch("text"))
+        kept = model.velocity(x, t, text, first_block_cache=cache.branch("text"))
         if step < 2:  # nothing known yet: computed, and so exact
             assert len(calls) == before + 2
             torch.testing.assert_close(kept, exact, rtol=0, atol=0)
@@ -45,13 +45,13 @@ def test_nothing_is_kept_above_the_tolerance_or_for_another_size(tiny_t2v):
     strict = FirstBlockCache(1e-6)
     for timestep in (500.0, 450.0, 400.0, 350.0):
         t = torch.tensor([timestep])
-        ours = velocity(model, x, t, text, first_block_cache=strict.branch("text"))
-        torch.testing.assert_close(ours, velocity(model, x, t, text), rtol=0, atol=0)
+        ours = model.velocity(x, t, text, first_block_cache=strict.branch("text"))
+        torch.testing.assert_close(ours, model.velocity(x, t, text), rtol=0, atol=0)
     assert not strict.predicted and len(strict.errors) == 3
     loose = FirstBlockCache(0.9)
     for index, size in enumerate((6, 6, 4, 6)):
         part = x[..., :size]
-        velocity(model, part, torch.tensor([500.0 - index]), text, first_block_cache=loose.branch("text"))
+        model.velocity(part, torch.tensor([500.0 - index]), text, first_block_cache=loose.branch("text"))
     assert not loose.predicted  # a new size begins anew
 
 

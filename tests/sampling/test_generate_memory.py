@@ -159,14 +159,14 @@ def test_one_transformer_at_a_time_on_the_device(t2v, small) -> None:
     for memory in ("both", "one"):
         generator = Generator(t2v, memory=memory)
         residents = seen.setdefault(memory, [])
-        original = generator.noise_experts.transformer
+        original = generator.noise_experts.backbone
 
         def note(noise_expert, original=original, noise_experts=generator.noise_experts, residents=residents):
             model = original(noise_expert)
             residents.append(tuple(e.value for e in noise_experts.resident()))
             return model
 
-        generator.noise_experts.transformer = note
+        generator.noise_experts.backbone = note
         generator.latents(small(t2v, steps=4))
     assert set(seen["one"]) == {("high",), ("low",)}
     assert seen["both"][-1] == ("high", "low")
@@ -200,8 +200,8 @@ def test_fp16_keeps_in_fp32_what_diffusers_keeps(t2v, lapwan, tmp_path) -> None:
 
 def test_latents_that_overflow_are_refused(t2v, small) -> None:
     generator = Generator(t2v, dtype=torch.float16)
-    high = generator.noise_experts.transformer(t2v.noise_experts[0])
-    high.patch_embedding.weight.data.fill_(6e4)
+    high = generator.noise_experts.backbone(t2v.noise_experts[0])
+    high.transformer.patch_embedding.weight.data.fill_(6e4)
     with pytest.raises(UserError, match="not finite in float16; use --dtype bf16"):
         generator.latents(small(t2v))
 

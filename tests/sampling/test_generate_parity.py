@@ -19,7 +19,7 @@ from lapwan.sampling.adapters import read_adapters
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.request import Request, complete_guidance
 from lapwan.settings.lora_argument import LoraArgument
-from lapwan.wan.backbone import load_transformer, velocity
+from lapwan.wan.backbone import WanBackbone, load_transformer
 from lapwan.wan.vae import decode
 
 PROMPT, NEGATIVE, SIZE, FRAMES, STEPS, SEED = "电凝钩切割血管。A hook cuts.", "模糊，静态", (48, 64), 9, 6, 7
@@ -143,7 +143,7 @@ def test_velocity_equals_the_pipelines_transformer(noise_expert, pipelines, i2v)
     timestep = torch.tensor([950, 20])
     with torch.no_grad():
         expected = model(torch.cat([x, condition], 1), timestep, text, return_dict=False)[0]
-        ours = velocity(load_transformer(i2v, noise_expert), x, timestep, text, condition)
+        ours = WanBackbone(load_transformer(i2v, noise_expert)).velocity(x, timestep, text, condition)
     assert (ours - expected).abs().max() < 1e-5
 
 

@@ -12,7 +12,7 @@ from sampling_cases import generate, refused
 from lapwan import VideoGenerator
 from lapwan.lora.layer import FrozenLinear
 from lapwan.memory.generation import text_encoder_bytes
-from lapwan.memory.streaming import ModelOffload
+from lapwan.memory.streaming import offload_by_hooks
 from lapwan.names import Precision
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.result import read_metadata
@@ -56,7 +56,7 @@ def test_a_quantised_text_encoder(form, bound, t2v, own_cache) -> None:
 def test_a_streamed_text_encoder_gives_the_same_bits(t2v) -> None:
     encoder = load_text_encoder(t2v)
     expected = {len(prompts): encode_text(encoder, prompts) for prompts in (PROMPTS, PROMPTS[:1])}
-    offload = ModelOffload(encoder.model, (), torch.device("cpu"), range(3), "encoder.block")
+    offload = offload_by_hooks(encoder.model, torch.device("cpu"), range(3), "encoder.block")
     for _ in range(2):
         offload.onload()
         for prompts in (PROMPTS, PROMPTS[:1]):
@@ -94,7 +94,7 @@ def test_the_other_noise_expert_is_read_while_the_first_samples(t2v, small, monk
     """Its reading begins before the first noise expert's last step and is not repeated."""
     events: list[str] = []
     generator = Generator(t2v, memory="stream")
-    load, transformer = generator.noise_experts._load, generator.noise_experts.transformer
+    load, backbone = generator.noise_experts._load, generator.noise_experts.backbone
 
     def loading(noise_expert, place):
         events.append(f"read {noise_expert.value}")
@@ -102,10 +102,10 @@ def test_the_other_noise_expert_is_read_while_the_first_samples(t2v, small, monk
 
     def asked(noise_expert):
         events.append(f"ask {noise_expert.value}")
-        return transformer(noise_expert)
+        return backbone(noise_expert)
 
     monkeypatch.setattr(generator.noise_experts, "_load", loading)
-    monkeypatch.setattr(generator.noise_experts, "transformer", asked)
+    monkeypatch.setattr(generator.noise_experts, "backbone", asked)
     request = small(t2v, steps=4)
     first = generator.latents(request)
     assert events.count("read low") == 1 and events.index("read low") < events.index("ask low")

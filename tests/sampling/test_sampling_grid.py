@@ -13,8 +13,8 @@ from lapwan.errors import UserError
 from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.denoise import Conditions, Guidance, denoise
-from lapwan.sampling.scheduler import Grid, SamplerName, make_grid, shifted
-from lapwan.wan.backbone import load_transformer
+from lapwan.sampling.scheduler import Grid, SamplerName, Step, make_grid, shifted
+from lapwan.wan.backbone import WanBackbone, load_transformer
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 OWN = (1.0, 0.95, 0.86, 0.6, 0.31)
@@ -121,8 +121,32 @@ def test_guided_steps_evaluate_twice_and_others_once(batched_guidance, t2v: Mode
     rows: list[int] = []
     for model in models.values():
         model.proj_out.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
-    out = denoise(grid, start, Conditions(text, negative), Guidance(strength), models.__getitem__,
+    out = denoise(grid, start, Conditions(text, negative), Guidance(strength), lambda e: WanBackbone(models[e]),
                   lambda step: contextlib.nullcontext(), batched_guidance=batched_guidance)
     guided = [2] if batched_guidance else [1, 1]
     assert rows == [1] * grid.count(HIGH) + guided * grid.count(LOW) and 0 < grid.count(LOW) < 4
     assert (out - x).abs().max() < 1e-5
+
+
+def test_what_is_kept_of_the_prompts_goes_with_a_noise_experts_last_step(t2v: ModelSpec) -> None:
+    backbones = {noise_expert: WanBackbone(load_transformer(t2v, noise_expert)) for noise_expert in t2v.noise_experts}
+    generator = torch.Generator().manual_seed(0)
+    text, negative = (torch.randn(1, 12, t2v.text_dim, generator=generator) for _ in range(2))
+    start = torch.randn(1, 16, 2, 4, 6, generator=generator)
+    kept: list[list[NoiseExpert]] = []
+
+    def run(stop_after: int = 10) -> None:
+        def on_step(step: Step, x0: torch.Tensor) -> None:
+            kept.append([e for e, backbone in backbones.items() if backbone._prompts])
+            if len(kept) == stop_after:
+                raise KeyboardInterrupt
+
+        grid = make_grid(t2v, "euler", 4)
+        denoise(grid, start, Conditions(text, negative), Guidance({HIGH: 3.0, LOW: 3.0}), backbones.__getitem__,
+                lambda step: contextlib.nullcontext(), on_step)
+
+    run()
+    assert kept == [[step.noise_expert] for step in make_grid(t2v, "euler", 4).steps]
+    with pytest.raises(KeyboardInterrupt):
+        run(stop_after=len(kept) + 1)
+    assert not any(backbone._prompts for backbone in backbones.values())

@@ -1,4 +1,4 @@
-"""Pretraining: the training forwards equal diffusers', and the corpus holds back what fine-tuning must teach."""
+"""Pretraining: our forwards equal diffusers', and the corpus holds back what fine-tuning must teach."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from examples.pretrain.corpus import FIRST_SEED, HELD_OUT_PAIRS, MARKER, Clips, is_held_out, sample
+from examples.pretrain.diffusion import text_rows
 from examples.pretrain.training import EmaWeights, box_mask, cosine
-from examples.pretrain.transformer_forward import predict, rope_tables, text_and_bias
 from examples.pretrain.vae import new_vae
 from examples.pretrain.vae_forward import moments, reconstruct
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.model import TRANSFORMER
+from lapwan.wan.backbone import WanBackbone
 
 _NAMES = {
     "scissors": ("剪刀", "cissors"), "hook": ("电凝钩", "hook"), "suction": ("吸引", "suction"),
@@ -51,8 +52,7 @@ def test_transformer_with_counted_zero_rows_equals_512_padded_ones() -> None:
     padded[:, :9] = hidden * mask[..., None]
     with torch.no_grad():
         expected = model(x, timestep, padded, return_dict=False)[0]
-        text, bias = text_and_bias(hidden, mask)
-        made = predict(model, x, timestep, text, bias, rope_tables(model, x))
+        made = WanBackbone(model).velocity(x, timestep, text_rows(hidden, mask))
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
 
 

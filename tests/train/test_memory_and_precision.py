@@ -22,7 +22,6 @@ from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
-from lapwan.wan.transformer.forward_options import forward_options
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -95,7 +94,7 @@ def test_recomputation_and_micro_batches_change_nothing(make_lora, tmp_path):
     plain = fitted(make_lora(output=tmp_path / "plain", batch_size=2, steps=3, activation_checkpointing="off", **LR))
     for kind in ("op", "block"):
         other = fitted(make_lora(output=tmp_path / kind, batch_size=2, steps=3, activation_checkpointing=kind, **LR))
-        assert forward_options(other.objective.adapters[HIGH].transformer).checkpointing == kind
+        assert other.objective.backbones[HIGH].options.checkpointing == kind
         assert same(plain, other)
     small = make_lora(output=tmp_path / "micro", batch_size=2, steps=3, **LR)
     small.data.micro_batch = 1
@@ -218,9 +217,10 @@ def test_a_lora_that_is_gone_on_with_says_which_blocks_are_trained(make_lora, tm
 
 
 def test_a_trained_block_is_not_streamed(make_lora):
-    adapter = make_lora().objective.adapters[HIGH]
+    objective = make_lora().objective
     with pytest.raises(RuntimeError, match="cannot stream"):
-        NoiseExpertOffload(CPU, False, range(8)).add({HIGH: adapter})
+        NoiseExpertOffload(CPU, False, range(8)).add(
+            HIGH, objective.backbones[HIGH], objective.adapters[HIGH].adapter_tensors())
 
 
 def test_a_frozen_lora_beside_a_mixture_needs_its_blocks_too(make_lora, make_moe, tmp_path):

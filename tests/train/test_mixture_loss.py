@@ -7,7 +7,6 @@ import torch
 from training_cases import draws_for, randomise
 
 from lapwan.names import NoiseExpert
-from lapwan.wan.backbone import velocity
 
 
 @pytest.mark.parametrize("sure", [False, True], ids=["above the entropy floor", "below it"])
@@ -31,8 +30,9 @@ def test_the_loss_is_flow_3_region_002_entropy_01_balance_and_1_teacher(make_moe
         mix = two / two.sum(dim=1, keepdim=True)
         sigma = draws.sigma_B.view(-1, 1, 1, 1, 1)
         with adapter.holder.scope((mixture.timestep_gate(noise_expert)(draws.sigma_B)[:, None] * mix).float()):
-            v = velocity(adapter.transformer, sigma * draws.noise_BCTHW + (1 - sigma) * batch.latents_BCTHW,
-                         1000 * draws.sigma_B.float(), list(batch.text), batch.condition_BCTHW)
+            v = objective.backbones[noise_expert].velocity(
+                sigma * draws.noise_BCTHW + (1 - sigma) * batch.latents_BCTHW, 1000 * draws.sigma_B.float(),
+                list(batch.text), batch.condition_BCTHW)
         error = (v - (draws.noise_BCTHW - batch.latents_BCTHW)).double().square().mean(dim=1)
         region = [float((e * m).sum() / m.sum()) if m.sum() else 0.0
                   for e, m in zip(error, batch.roi_BTHW.double(), strict=True)]

@@ -21,7 +21,7 @@ from lapwan.lora.layer import StackedLoraLinear
 from lapwan.moe.mixture_file import read_mixture
 from lapwan.names import NoiseExpert
 from lapwan.tiny.resolve import resolve_base
-from lapwan.wan.backbone import load_transformer, velocity
+from lapwan.wan.backbone import WanBackbone, load_transformer
 
 FAMILIES = ("scissors", "hook", "suction", "other")
 BOTH = pytest.mark.parametrize("noise_expert", list(NoiseExpert))
@@ -73,7 +73,7 @@ def test_base_weights_are_bit_identical_after_training(make_moe):
     trainer.fit()
     for noise_expert, adapter in trainer.objective.adapters.items():
         adapter.detach()
-        fresh = base.load(noise_expert).state_dict()
+        fresh = base.load(noise_expert).transformer.state_dict()
         state = adapter.transformer.state_dict()
         assert state.keys() == fresh.keys()
         assert all(torch.equal(state[name], fresh[name]) for name in fresh)
@@ -229,14 +229,14 @@ def test_save_then_load_gives_the_identical_output_on_both_noise_experts(trained
         outs = []
         for mixture in (trainer.objective.mixture, loaded):
             if mixture is loaded:
-                transformer = load_transformer(base.spec, noise_expert)
-                holder = attach(transformer, loaded.groups(noise_expert, None), gates_required=True).holder
+                backbone = WanBackbone(load_transformer(base.spec, noise_expert))
+                holder = attach(backbone.transformer, loaded.groups(noise_expert, None), gates_required=True).holder
             else:
-                transformer, holder = adapter.transformer, adapter.holder
+                backbone, holder = trainer.objective.backbones[noise_expert], adapter.holder
             with torch.no_grad():
                 mix = mixture.select(mixture.route(batch.text))
                 with holder.scope(mixture.gates(noise_expert, mix, sigma)):
-                    outs.append(velocity(transformer, x, 1000 * sigma, text))
+                    outs.append(backbone.velocity(x, 1000 * sigma, text))
         assert torch.equal(*outs)
         outputs[noise_expert] = outs[0]
     assert not torch.equal(outputs[NoiseExpert.HIGH], outputs[NoiseExpert.LOW])  # neither overwrote the other

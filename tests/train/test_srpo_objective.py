@@ -203,8 +203,8 @@ def test_a_batch_of_two_is_two_of_one_in_fp64(make):
     trainer = make(num_frames=5)
     randomise(trainer)
     objective, parts = trainer.objective, []
-    for one in trainer.objective.rollout._transformers.values():
-        one.double()
+    for one in trainer.objective.rollout._backbones.values():
+        one.transformer.double()
     objective.reward_models.decode.vae.double()
     objective.reward_models = RewardModels({"plain": PlainReward()}, {"plain": 1.0}, objective.reward_models.decode)
     for indices in ([0, 1], [0], [1]):
@@ -236,9 +236,9 @@ def test_a_rollout_is_the_generators_euler(guidance, tiny_t2v: ModelSpec):
     strength = dict.fromkeys(NoiseExpert, guidance)
     want = generator.latents(Request("电凝钩切割组织", 5, (32, 48), 4, strength, 16, sampler="euler", seed=9))
     negative = generator.text_features(Request("", 1, (32, 32), 1, {}, 16).negative_prompt)
-    transformers = {e: generator.noise_experts.transformer(e) for e in NoiseExpert}
+    backbones = {e: generator.noise_experts.backbone(e) for e in NoiseExpert}
     visited: list[NoiseExpert] = []
-    rollout = Rollout(tiny_t2v, RolloutRule(4, guidance), transformers, visited.append, negative)
+    rollout = Rollout(tiny_t2v, RolloutRule(4, guidance), backbones, visited.append, negative)
     shape = tiny_t2v.latent_shape(5, 32, 48)
     noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(9))
     conditions = rollout.conditions([generator.text_features("电凝钩切割组织")])

@@ -122,7 +122,7 @@ def test_a_full_fine_tune_writes_a_transformer_folder_that_loads(tmp_path):
     from diffusers import WanTransformer3DModel
 
     found = WanTransformer3DModel.from_pretrained(settings.output / "transformer_2", dtype=torch.bfloat16)
-    trained = dict(trainer.objective.trained[LOW].transformer.named_parameters())
+    trained = dict(trainer.objective.trained[LOW].backbone.transformer.named_parameters())
     assert all(torch.equal(value, trained[name]) for name, value in found.named_parameters())
     row = json.loads((settings.output / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["weights/low/delta_norm"] > 0 and row["held_out/low/kl_proxy"] > 0
@@ -184,8 +184,8 @@ def sharing(folder: Path, name: str, ranks: Distributed) -> Any:
     settings = settings_for(folder, output=folder / name, **PARTS)
     trainer = prepared(settings, ranks)
     randomise(trainer)
-    for one in trainer.objective.rollout._transformers.values():
-        one.double()
+    for one in trainer.objective.rollout._backbones.values():
+        one.transformer.double()
     trainer.objective.reward_models.decode.vae.double()
     decode = trainer.objective.reward_models.decode
     trainer.objective.reward_models = RewardModels({"tiny": PlainReward()}, {"tiny": 1.0}, decode)
@@ -300,7 +300,7 @@ def test_the_plan_counts_what_each_measure_saves(tmp_path):
     looks = [peak(held_out={"count": 1, **shown}) for shown in ({}, {"size": (512, 512)}, {"num_frames": 17})]
     assert looks[0] == peak() < looks[2] < looks[1]  # a look may take more than a step
     full = {"train": "full", "dtype": "bf16"}
-    numbers = sum(p.numel() for p in base.load(LOW).parameters())
+    numbers = sum(p.numel() for p in base.load(LOW).transformer.parameters())
     assert peak(**full) - peak(**full, master_weights="bf16") == 8 * numbers  # 2 + 12 bytes against 2 + 4
     assert peak(**full) - peak(**full, optimizer_on_cpu=True) == 12 * numbers
     assert peak(**full, ema_decay=0.9) - peak(**full) == 4 * numbers

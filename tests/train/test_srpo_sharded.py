@@ -19,7 +19,6 @@ from lapwan.names import NoiseExpert
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.parallel import Distributed, full_tensors, is_sharded, join_processes
 from lapwan.train.srpo import recipe
-from lapwan.wan.transformer.forward_options import forward_options
 
 LOW = NoiseExpert.LOW
 SETTINGS = {"train": "full", "steps": 2, "optimizer": {"lr": 1e-4}, "activation_checkpointing": True,
@@ -31,9 +30,10 @@ class WideBase(Base):
     """The noise experts in fp64, by diffusers' own forward in either case: sums may differ in their order only."""
 
     def load(self, noise_expert: NoiseExpert, dtype: Any = None, device: Any = "cpu", *_: Any, **__: Any) -> Any:
-        model = super().load(noise_expert).double().to(device)
-        forward_options(model).diffusers_forward = True
-        return model
+        backbone = super().load(noise_expert)
+        backbone.transformer.double().to(device)
+        backbone.use_diffusers_forward()
+        return backbone
 
 
 def trainer_of(settings: SrpoSettings, ranks: Distributed, device: torch.device) -> Any:

@@ -238,9 +238,9 @@ def test_both_loras_in_one_file_are_the_two_and_serve_wherever_they_do(make_lora
             k: v for k, v in theirs.items() if k != "lapwan.settings"}
     files = dict.fromkeys(NoiseExpert, together.config.run_folder / "lapwan.safetensors")
     base = resolve_base(BaseModelSettings(model="tiny", lora=files))
-    weight = dict(base.load(LOW).named_parameters())["blocks.7.attn1.to_q.weight"]
+    weight = dict(base.load(LOW).transformer.named_parameters())["blocks.7.attn1.to_q.weight"]
     delta = together.objective.adapters[LOW].state("lora").entries["blocks.7.attn1.to_q"].delta()
-    plain = dict(resolve_base("tiny").load(LOW).named_parameters())["blocks.7.attn1.to_q.weight"]
+    plain = dict(resolve_base("tiny").load(LOW).transformer.named_parameters())["blocks.7.attn1.to_q.weight"]
     torch.testing.assert_close(weight - plain, delta, rtol=0, atol=1e-6)
     again = make_lora(output=tmp_path / "again", init_lora=files)
     name = "low.blocks.7.attn1.to_q.up"

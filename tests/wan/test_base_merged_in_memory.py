@@ -78,7 +78,7 @@ def test_merged_in_memory_is_the_merged_folder(tmp_path, tiny_t2v, monkeypatch, 
         assert ours.fingerprint(noise_expert) == theirs.fingerprint(noise_expert) != plain.fingerprint(noise_expert)
         for dtype in (torch.float32, torch.bfloat16):
             merged, expected, before = (
-                dict(base.load(noise_expert, dtype).named_parameters()) for base in (ours, theirs, plain))
+                dict(base.load(noise_expert, dtype).transformer.named_parameters()) for base in (ours, theirs, plain))
             for name, value in expected.items():
                 assert torch.equal(merged[name], value) and merged[name].dtype == value.dtype
             changed = {name for name in merged if not torch.equal(merged[name], before[name])}

@@ -25,38 +25,37 @@ from lapwan.settings.base import RunOptions
 from lapwan.settings.generate import GenerateSettings
 from lapwan.tiny.model import TRANSFORMER, tiny_folder
 from lapwan.train.parallel import join_processes
-from lapwan.wan.backbone import velocity
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.transformer.context_parallel import ContextParallel
 from lapwan.wan.transformer.first_block_cache import FirstBlockCache
 from lapwan.wan.transformer.forward import TokenTimes
-from lapwan.wan.transformer.forward_options import forward_options
-from lapwan.wan.transformer.prompt_cache import PromptCache
+from lapwan.wan.transformer.prompt import Prompt
 
 ODD, EVEN = (3, 6, 6), (3, 6, 8)  # 27 and 36 tokens
 
 
-def model_fp64() -> WanTransformer3DModel:
+def model_fp64() -> WanBackbone:
     torch.manual_seed(0)
     made = WanTransformer3DModel(in_channels=16, **{**TRANSFORMER, "num_layers": 3}).double().eval()
     made.requires_grad_(False)
-    return made
+    return WanBackbone(made)
 
 
-def velocities(model: WanTransformer3DModel, gates: Tensor, holder: object) -> dict[str, Tensor]:
+def velocities(model: WanBackbone, gates: Tensor, holder: object) -> dict[str, Tensor]:
     """Every form of timestep and text, then steps with the first-block cache."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 16, *ODD, generator=generator, dtype=torch.float64)
-    text = torch.randn(2, 12, model.config.text_dim, generator=generator, dtype=torch.float64)
+    text = torch.randn(2, 12, model.transformer.config.text_dim, generator=generator, dtype=torch.float64)
     values, rows = torch.tensor([[0.0, 600.0], [0.0, 250.0]]).double(), torch.arange(27) >= 9
     results = {}
     with torch.no_grad(), holder.scope(gates):  # type: ignore[attr-defined]
-        results["by sample"] = velocity(model, x, values[:, 1], text)
-        results["by token"] = velocity(model, x, values[:, rows.long()], text)
-        results["two values"] = velocity(model, x, TokenTimes(values, rows.long()), PromptCache(text))
+        results["by sample"] = model.velocity(x, values[:, 1], text)
+        results["by token"] = model.velocity(x, values[:, rows.long()], text)
+        results["two values"] = model.velocity(x, TokenTimes(values, rows.long()), Prompt(text))
         cache = FirstBlockCache(0.2)
         for step in range(4):
             t = torch.tensor([500.0 - 5 * step]).expand(2)
-            results[f"kept {step}"] = velocity(model, x, t, text, first_block_cache=cache.branch("text"))
+            results[f"kept {step}"] = model.velocity(x, t, text, first_block_cache=cache.branch("text"))
         results["cache"] = torch.tensor([len(cache.predicted), *cache.predicted, *cache.errors]).double()
     return results
 
@@ -69,14 +68,14 @@ def ours(rank: int, count: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(column)
         entries = {}
         for path in ("blocks.1.attn1.to_q", "blocks.1.attn1.to_k", "blocks.2.attn1.to_v", "blocks.2.ffn.net.0.proj"):
-            base = model.get_submodule(path)
+            base = model.transformer.get_submodule(path)
             down, up = (torch.randn(*shape, generator=generator).double() * 0.1
                         for shape in ((3, base.in_features), (base.out_features, 3)))
             entries[path] = LoraEntry(down, up, 3.0)
         groups.append(Group(str(column), LoraState(entries, {}), trainable=False))
-    adapter = attach(model, groups, gates_required=True)
+    adapter = attach(model.transformer, groups, gates_required=True)
     if count > 1:
-        forward_options(model).context_parallel = ContextParallel(rank, count)
+        model.share_tokens(ContextParallel(rank, count))
     return velocities(model, torch.tensor([[0.7, 0.2], [0.1, 0.8]]).double(), adapter.holder)
 
 
@@ -113,15 +112,15 @@ def work(rank: int, folder: Path, device: str) -> None:
 
 def against_diffusers(rank: int) -> None:
     model = model_fp64()
-    x, text = torch.randn(2, 16, *EVEN).double(), torch.randn(2, 12, model.config.text_dim).double()
+    x, text = torch.randn(2, 16, *EVEN).double(), torch.randn(2, 12, model.transformer.config.text_dim).double()
     t = torch.tensor([600.0, 250.0]).double()
     torch.distributed.broadcast(x, 0)
     torch.distributed.broadcast(text, 0)
     with torch.no_grad():
-        forward_options(model).context_parallel = ContextParallel(rank, 2)
-        mine = velocity(model, x, t, text)
-        diffusers_plan(model, rank)
-        theirs = model(x, t, text, return_dict=False)[0]
+        model.share_tokens(ContextParallel(rank, 2))
+        mine = model.velocity(x, t, text)
+        diffusers_plan(model.transformer, rank)
+        theirs = model.transformer(x, t, text, return_dict=False)[0]
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)  # diffusers embeds the time in fp32
 
 

@@ -14,36 +14,36 @@ from torch import Tensor
 
 from lapwan.names import Precision
 from lapwan.tiny.model import TRANSFORMER
-from lapwan.wan.backbone import velocity
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.linears import LINEAR_CLASSES
 from lapwan.wan.quantise.load import fill, linears_of
-from lapwan.wan.transformer import fused_block, kernels
+from lapwan.wan.transformer import block as wan_block
+from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.block import block_forward
-from lapwan.wan.transformer.forward_options import forward_options
 
 
 @pytest.fixture
 def fused(monkeypatch):
     """Switch the fused path on without a GPU: the kernels' torch forms run. Returns one entry per fused block."""
     calls: list[int] = []
-    forward = fused_block.forward
+    forward = wan_block.fused_forward
 
     def use(on: bool) -> list[int]:
         monkeypatch.setattr(kernels, "supports", lambda x: on and not torch.is_grad_enabled())
         monkeypatch.setattr(kernels, "HAS_TRITON", True)
-        monkeypatch.setattr(fused_block, "forward", lambda *given: (calls.append(1), forward(*given))[1])
+        monkeypatch.setattr(wan_block, "fused_forward", lambda *given: (calls.append(1), forward(*given))[1])
         return calls
 
     return use
 
 
-def made(dtype: torch.dtype) -> WanTransformer3DModel:
+def made(dtype: torch.dtype) -> WanBackbone:
     torch.manual_seed(0)
     model = WanTransformer3DModel(in_channels=16, **{**TRANSFORMER, "num_layers": 3}).to(dtype).eval()
     for block in model.blocks:  # as trained: neither ones nor zeros
         for name in ("norm2.weight", "norm2.bias", "attn1.norm_q.weight", "attn1.norm_k.weight", "attn2.norm_q.weight"):
             block.get_parameter(name).data.normal_(1.0, 0.3)
-    return model.requires_grad_(False)
+    return WanBackbone(model.requires_grad_(False))
 
 
 def given(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,12 +52,12 @@ def given(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([900.0, 312.5]), torch.randn(2, 12, TRANSFORMER["text_dim"], generator=generator).to(dtype)
 
 
-def both(model: WanTransformer3DModel, fused, *inputs: Tensor) -> list[Tensor]:
+def both(model: WanBackbone, fused, *inputs: Tensor) -> list[Tensor]:
     velocities = []
     for on in (False, True):
         calls = fused(on)
         with torch.no_grad():
-            velocities.append(velocity(model, *inputs))
+            velocities.append(model.velocity(*inputs))
         assert len(calls) == (3 if on else 0)
     return velocities
 
@@ -75,11 +75,11 @@ def test_the_compiler_takes_it_whole(fused):
     """Its lists of outputs and optional arguments, without generating code."""
     model, inputs = made(torch.float32), given(torch.float32)
     calls = fused(True)
-    options = forward_options(model)
+    options = model.options
     with torch.no_grad():
-        plain = velocity(model, *inputs)
+        plain = model.velocity(*inputs)
         options.block = torch.compile(block_forward, backend="aot_eager", dynamic=False, fullgraph=True)
-        assert torch.equal(velocity(model, *inputs), plain)
+        assert torch.equal(model.velocity(*inputs), plain)
     assert calls
 
 
@@ -87,26 +87,27 @@ def test_a_step_with_a_graph_or_with_timesteps_per_token_takes_the_eager_path(fu
     model = made(torch.float32)
     x, _, text = given(torch.float32)
     calls = fused(True)
-    velocity(model, x.requires_grad_(), torch.full((2,), 700.0), text).sum().backward()
+    model.velocity(x.requires_grad_(), torch.full((2,), 700.0), text).sum().backward()
     with torch.no_grad():
-        velocity(model, x, torch.full((2, 3 * 3 * 4), 700.0), text)
+        model.velocity(x, torch.full((2, 3 * 3 * 4), 700.0), text)
     assert not calls
 
 
 def test_in_fp8_it_rounds_where_the_eager_block_does(fused, monkeypatch):
     """Codes go from kernel to product; without a GPU the product is emulated."""
-    monkeypatch.setattr("lapwan.wan.transformer.attention.fp8_in_hardware", lambda device: True)
+    monkeypatch.setattr("lapwan.wan.transformer.block.fp8_in_hardware", lambda device: True)
     model = made(torch.float32)
-    source = {n: lambda p=p: p.data.clone() for n, p in model.named_parameters()}
-    fill(model, source, linears_of(model.blocks, "blocks"), Precision.FP8, lambda name, stored: stored,
+    transformer = model.transformer
+    source = {n: lambda p=p: p.data.clone() for n, p in transformer.named_parameters()}
+    fill(transformer, source, linears_of(transformer.blocks, "blocks"), Precision.FP8, lambda name, stored: stored,
          torch.device("cpu"), None)
-    assert isinstance(model.blocks[0].ffn.net[2], LINEAR_CLASSES[Precision.FP8])
+    assert isinstance(transformer.blocks[0].ffn.net[2], LINEAR_CLASSES[Precision.FP8])
     exact = made(torch.float32)
     inputs = given(torch.float32)
     plain, ours = both(model, fused, *inputs)
     with torch.no_grad():
         fused(False)
-        without = velocity(exact, *inputs)
+        without = exact.velocity(*inputs)
     assert float((ours - plain).norm()) < 0.3 * float((plain - without).norm())
 
 

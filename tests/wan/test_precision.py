@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lapwan.lora.attach import Group, attach, initial_state
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
-from lapwan.wan.backbone import load_transformer, velocity
+from lapwan.wan.backbone import load_transformer
 from lapwan.wan.quantise.linears import LINEAR_CLASSES, NF4_CODES, Fp8Linear, quantise_fp8
 from lapwan.wan.quantise.load import Recipe, cache_folder
 
@@ -191,7 +191,7 @@ def cache(own_cache) -> Path:
 @pytest.mark.parametrize("precision", ALL)
 def test_loading_quantised_is_loading_and_then_quantising_and_so_is_the_kept_one(precision, tiny_t2v, cache) -> None:
     base, recipe = Base(tiny_t2v), Recipe(precision, frozenset({6, 7}))
-    first = base.load(NoiseExpert.HIGH, torch.float32, recipe=recipe)
+    first = base.load(NoiseExpert.HIGH, torch.float32, recipe=recipe).transformer
     plain = load_transformer(tiny_t2v, NoiseExpert.HIGH)
     count = 0
     for name, module in plain.named_modules():
@@ -208,7 +208,7 @@ def test_loading_quantised_is_loading_and_then_quantising_and_so_is_the_kept_one
     [folder] = cache.iterdir()
     stamps = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert len(stamps) == 6
-    again = base.load(NoiseExpert.HIGH, torch.float32, recipe=recipe)
+    again = base.load(NoiseExpert.HIGH, torch.float32, recipe=recipe).transformer
     _same(first, again)
     assert stamps == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     # Fewer trained blocks: what is there is used, what is missing is added.
@@ -218,11 +218,11 @@ def test_loading_quantised_is_loading_and_then_quantising_and_so_is_the_kept_one
 
 def test_a_damaged_kept_block_is_made_again_and_a_kill_leaves_none(tiny_t2v, cache) -> None:
     base, recipe = Base(tiny_t2v), Recipe(Precision.INT8)
-    first = base.load(NoiseExpert.LOW, recipe=recipe)
+    first = base.load(NoiseExpert.LOW, recipe=recipe).transformer
     [folder] = cache.iterdir()
     (folder / "block_003.safetensors").write_bytes(b"cut short")
     (folder / "block_004.safetensors").unlink()
-    _same(first, base.load(NoiseExpert.LOW, recipe=recipe))
+    _same(first, base.load(NoiseExpert.LOW, recipe=recipe).transformer)
     assert (folder / "block_003.safetensors").stat().st_size == (folder / "block_005.safetensors").stat().st_size
     assert not [file for file in folder.iterdir() if "tmp" in file.name]
 
@@ -298,10 +298,10 @@ def test_error_of_each_block_of_the_trained_model(precision, bound, tiny_t2v, ca
         for hook in hooks:
             hook.remove()
         errors = []
-        for block, (args, out) in zip(quantised.blocks, seen, strict=True):
+        for block, (args, out) in zip(quantised.transformer.blocks, seen, strict=True):
             added = out - args[0]
             errors.append(float((block(*args) - out).norm() / added.norm()))
-        v = velocity(quantised, *inputs(tiny_t2v))
+        v = quantised.velocity(*inputs(tiny_t2v))
     assert max(errors) < bound and min(errors) > bound / 30
     cosine = F.cosine_similarity(v.flatten(), exact.flatten(), dim=0)
     assert cosine > 1 - bound**2

@@ -96,7 +96,7 @@ def _periodic_callbacks(
     if settings.preview.every is not None:
         requests = preview_requests(settings.preview, base.spec, data.items[0].bucket, taxonomy)
         generator = PreviewGenerator(
-            base, adapter_set, device, pick_dtype(settings.dtype, device), parts.objective.adapters, onload)
+            base, adapter_set, device, pick_dtype(settings.dtype, device), parts.objective, onload)
         yield Previews(generator, requests, settings.output / PREVIEWS, settings.preview.every)
 
 

@@ -6,11 +6,11 @@ A noise expert that is not trained is loaded for the first preview and kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from lapwan import console
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
-from lapwan.lora.attach import Adapter
 from lapwan.memory.plan import MemoryPlan
 from lapwan.models.base import Base
 from lapwan.models.spec import ModelSpec
@@ -33,9 +32,8 @@ from lapwan.sampling.request import Request, check_request, complete_guidance
 from lapwan.sampling.start_image import open_image
 from lapwan.settings.callbacks import PreviewSettings
 from lapwan.train.callbacks.base import Callback, Evaluation
-
-if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
+from lapwan.train.objective import Objective
+from lapwan.wan.backbone import WanBackbone
 
 _COLUMNS = 6  # frames shown in TensorBoard
 _UNSAFE = re.compile(r"[^\w.-]+")
@@ -75,14 +73,14 @@ def preview_requests(
 
 
 class _InTraining(NoiseExperts):
-    """The transformers in training with their adapters; a noise expert that is not trained is loaded and kept."""
+    """The noise experts in training with their adapters; a noise expert that is not trained is loaded and kept."""
 
     def __init__(
         self, base: Base, adapter_set: AdapterSet, device: torch.device, dtype: torch.dtype,
-        adapters: Mapping[NoiseExpert, Adapter], onload: Callable[[NoiseExpert], None],
+        objective: Objective, onload: Callable[[NoiseExpert], None],
     ) -> None:
         super().__init__(base, adapter_set, device, dtype, memory="both")
-        self._training, self._onload = dict(adapters), onload
+        self._objective, self._onload = objective, onload
 
     def plan(
         self, num_frames: int, size: tuple[int, int], steps: int = 40, guided: bool = True, batch: int = 1
@@ -93,29 +91,29 @@ class _InTraining(NoiseExperts):
     def free_device(self) -> None:
         """Nothing of the training is offloaded for a preview."""
 
-    def transformer(self, noise_expert: NoiseExpert) -> WanTransformer3DModel:
-        if noise_expert in self._training:
+    def backbone(self, noise_expert: NoiseExpert) -> WanBackbone:
+        if noise_expert in self._objective.backbones:
             self._onload(noise_expert)
-            return cast("WanTransformer3DModel", self._training[noise_expert].transformer)
-        return super().transformer(noise_expert)
+            return self._objective.backbones[noise_expert]
+        return super().backbone(noise_expert)
 
     def scope(self, noise_expert: NoiseExpert, gates_1G: Tensor) -> AbstractContextManager[object]:
         """The gates of a mixture; a plain LoRA in training has gate 1."""
-        if noise_expert not in self._training:
+        if noise_expert not in self._objective.adapters:
             return super().scope(noise_expert, gates_1G)
-        holder = self._training[noise_expert].holder
+        holder = self._objective.adapters[noise_expert].holder
         return holder.scope(gates_1G) if holder.required else nullcontext()
 
 
 class PreviewGenerator(Generator):
-    """A generator over the transformers in training."""
+    """A generator over the noise experts in training."""
 
     def __init__(
         self, base: Base, adapter_set: AdapterSet, device: torch.device, dtype: torch.dtype,
-        adapters: Mapping[NoiseExpert, Adapter], onload: Callable[[NoiseExpert], None],
+        objective: Objective, onload: Callable[[NoiseExpert], None],
     ) -> None:
         super().__init__(base, adapter_set, device, dtype)
-        self.noise_experts = _InTraining(base, adapter_set, device, dtype, adapters, onload)
+        self.noise_experts = _InTraining(base, adapter_set, device, dtype, objective, onload)
 
     def encode(self, requests: Sequence[Request]) -> None:
         """Encode the prompts of all requests that will be generated, and drop the text encoder."""

@@ -14,6 +14,7 @@ from lapwan.lora.dropout import Dropout, DropoutRates
 from lapwan.lora.formats import write_both, write_lora
 from lapwan.names import NoiseExpert
 from lapwan.train.objective import Draws, Loss, Objective, ParameterGroup, flow_terms
+from lapwan.wan.backbone import WanBackbone
 
 LORA_GROUP = "lora"
 
@@ -23,6 +24,7 @@ class LoraObjective(Objective):
 
     def __init__(
         self,
+        backbones: Mapping[NoiseExpert, WanBackbone],
         adapters: Mapping[NoiseExpert, Adapter],
         name: str,
         metadata: Mapping[NoiseExpert, Mapping[str, str]],
@@ -31,7 +33,8 @@ class LoraObjective(Objective):
         dropout: Mapping[NoiseExpert, DropoutRates] | None = None,
         one_file: bool = False,
     ) -> None:
-        self.adapters, self._name, self._metadata, self._one_file = dict(adapters), name, metadata, one_file
+        self.backbones, self.adapters = dict(backbones), dict(adapters)
+        self._name, self._metadata, self._one_file = name, metadata, one_file
         self._roi_weight, self._empty_text = roi_weight, empty_text
         self._dropout = {e: Dropout((dropout or {}).get(e, DropoutRates()), a.layers) for e, a in adapters.items()}
         self.parameter_groups = {
@@ -45,7 +48,7 @@ class LoraObjective(Objective):
         """Forward, then (in the caller's block) backward, under the same dropout."""
         adapter = self.adapters[noise_expert]
         with self._dropout[noise_expert].scope(adapter.holder, draws.keys):
-            yield flow_terms(adapter.transformer, batch, draws, self._roi_weight, self._empty_text)
+            yield flow_terms(self.backbones[noise_expert], batch, draws, self._roi_weight, self._empty_text)
 
     def save(self, folder: Path, step: int) -> list[Path]:
         states = {noise_expert: adapter.state(LORA_GROUP) for noise_expert, adapter in self.adapters.items()}

@@ -28,14 +28,14 @@ def prepare(
     store = ClipStore(data.index, data.items, device, motion_regions=settings.roi_fallback == "motion",
                       keep_on_device=memory.keep_data)
     offload = NoiseExpertOffload(device, memory.both, memory.plan.streamed)
-    adapters = {}
+    backbones, adapters = {}, {}
     for noise_expert in data.noise_experts:
-        transformer = memory.load(settings, base, noise_expert, offload.load_device, device)
-        adapters[noise_expert] = _adapter(settings, base, data, noise_expert, transformer)
-        offload.add({noise_expert: adapters[noise_expert]})
+        backbone = backbones[noise_expert] = memory.load(settings, base, noise_expert, offload.load_device, device)
+        adapters[noise_expert] = _adapter(settings, base, data, noise_expert, backbone.transformer)
+        offload.add(noise_expert, backbone, adapters[noise_expert].adapter_tensors())
     metadata = {e: recipe.provenance(settings, base, data, e) for e in data.noise_experts}
     objective = LoraObjective(
-        adapters, settings.name, metadata, settings.roi_weight,
+        backbones, adapters, settings.name, metadata, settings.roi_weight,
         store.empty_text() if settings.caption_dropout else None, recipe.dropout_rates(data), settings.one_file,
     )
     parts = recipe.run_parts(

@@ -27,6 +27,7 @@ from lapwan.moe.mixture import BASE_GROUP, Mixture
 from lapwan.moe.mixture_file import write_mixture
 from lapwan.names import NoiseExpert
 from lapwan.train.objective import AllReduce, Draws, Key, Loss, Objective, ParameterGroup, flow_terms, local_sum
+from lapwan.wan.backbone import WanBackbone
 
 ROUTER, SHARED = "router", "experts"
 
@@ -71,6 +72,7 @@ class MixtureObjective(Objective):
     def __init__(
         self,
         mixture: Mixture,
+        backbones: Mapping[NoiseExpert, WanBackbone],
         adapters: Mapping[NoiseExpert, Adapter],
         weights: MixtureWeights,
         name: str,
@@ -78,7 +80,8 @@ class MixtureObjective(Objective):
         empty_text: Tensor | None = None,
         dropout: Mapping[NoiseExpert, DropoutRates] | None = None,
     ) -> None:
-        self.mixture, self.adapters, self.weights = mixture, dict(adapters), weights
+        self.mixture, self.weights = mixture, weights
+        self.backbones, self.adapters = dict(backbones), dict(adapters)
         self._name, self._metadata, self._empty_text = name, metadata, empty_text
         self._device = next((p.device for p in mixture.parameters()), torch.device("cpu"))
         experts = len(mixture.families)
@@ -142,7 +145,7 @@ class MixtureObjective(Objective):
         alpha_base = w.alpha_base if BASE_GROUP in adapter.group_names else None
         gates_BG = self.mixture.gates(noise_expert, mix_BE, draws.sigma_B, alpha_base=alpha_base)
         with adapter.holder.scope(gates_BG), self._dropout[noise_expert].scope(adapter.holder, draws.keys):
-            loss = flow_terms(adapter.transformer, batch, draws, w.roi, self._empty_text)
+            loss = flow_terms(self.backbones[noise_expert], batch, draws, w.roi, self._empty_text)
             self._add_routing(loss, student_BE, mix_BE, batch)
             self._add_figures(loss, student_BE, mix_BE, families, labelled)
             yield loss

@@ -33,6 +33,7 @@ from lapwan.train.clip_store import ClipStore, family_of
 from lapwan.train.moe.objective import MixtureObjective, MixtureWeights
 from lapwan.train.parallel import Distributed
 from lapwan.train.trainer import Trainer
+from lapwan.wan.backbone import WanBackbone
 
 ROUTER_LR_LIMIT = 5e-3  # text routers were seen to diverge above it: 10 x 1e-4 is right, 10 x 2e-3 is not
 _IMBALANCE = 3.0  # largest over smallest family, from which a warning is given
@@ -135,7 +136,7 @@ def router_lr(settings: TrainMoeSettings) -> float | None:
 def assemble(
     settings: TrainMoeSettings, base: Base, data: recipe.RunData, taxonomy: Taxonomy, frozen: BaseLoras,
     device: torch.device, offload: NoiseExpertOffload, memory: TrainingMemory,
-) -> tuple[Mixture, dict[NoiseExpert, Adapter]]:
+) -> tuple[Mixture, dict[NoiseExpert, WanBackbone], dict[NoiseExpert, Adapter]]:
     """Load the noise experts, and attach the experts of a new mixture to them."""
     noise_experts = list(data.noise_experts)
     spec = MixtureSpec(
@@ -148,10 +149,10 @@ def assemble(
                    for e, (path, state) in frozen.items() if e in noise_experts},
         router_sigma=settings.router.sigma, gate_ema=settings.router.gate_ema, shared_experts=settings.shared_experts,
     )
-    transformers = {e: memory.load(settings, base, e, offload.load_device, device) for e in noise_experts}
+    backbones = {e: memory.load(settings, base, e, offload.load_device, device) for e in noise_experts}
     initial = {e: file.read() for e, file in recipe.initial_loras(settings.init_lora, base).items()}
     states = {
-        e: {family: _initial_expert(settings, transformers[e], own_settings, e, family, initial.get(e))
+        e: {family: _initial_expert(settings, backbones[e].transformer, own_settings, e, family, initial.get(e))
             for family in taxonomy.keys}
         for e, own_settings in data.noise_experts.items()
     }
@@ -160,14 +161,15 @@ def assemble(
         mixture = Mixture(spec, states)
     mixture.to(device)
     adapters = {}
-    for noise_expert, transformer in transformers.items():
+    for noise_expert, backbone in backbones.items():
         base_lora = frozen[noise_expert][1] if noise_expert in frozen else None
         groups = mixture.groups(noise_expert, base_lora, trainable=True)
-        adapters[noise_expert] = attach(transformer, groups, gates_required=True)
+        adapters[noise_expert] = attach(backbone.transformer, groups, gates_required=True)
     if settings.shared_experts:
         _share_parameters(adapters)
-    offload.add(adapters)
-    return mixture, adapters
+    for noise_expert, backbone in backbones.items():
+        offload.add(noise_expert, backbone, adapters[noise_expert].adapter_tensors())
+    return mixture, backbones, adapters
 
 
 def _initial_expert(
@@ -237,13 +239,13 @@ def prepare(
     store = ClipStore(
         data.index, data.items, device, families, settings.roi_fallback == "motion", memory.keep_data)
     offload = NoiseExpertOffload(device, memory.both, memory.plan.streamed)
-    mixture, adapters = assemble(settings, base, data, taxonomy, frozen, device, offload, memory)
+    mixture, backbones, adapters = assemble(settings, base, data, taxonomy, frozen, device, offload, memory)
     first = next(iter(data.noise_experts))
     metadata = recipe.provenance(settings, base, data, first)
     for key in ("lapwan.noise_expert", "lapwan.base_fingerprint", "modelspec.timestep_range"):
         metadata.pop(key)  # a mixture is for both noise experts; its spec has their fingerprints
     objective = MixtureObjective(
-        mixture, adapters, weights_of(settings, len(data.schedule)), settings.name, metadata,
+        mixture, backbones, adapters, weights_of(settings, len(data.schedule)), settings.name, metadata,
         store.empty_text() if settings.caption_dropout else None, recipe.dropout_rates(data),
     )
     parts = recipe.run_parts(

@@ -30,6 +30,7 @@ from lapwan.train.callbacks.base import Callback, Evaluation
 from lapwan.train.parallel import full_tensors
 from lapwan.train.srpo.objective import SrpoObjective, augment_prompt
 from lapwan.train.srpo.rollout import Rollout
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.vae import decode
 
 if TYPE_CHECKING:
@@ -215,7 +216,8 @@ class FullWeightFigures(Callback):
     name = "weights"
 
     def __init__(
-        self, objective: SrpoObjective, load_base: Callable[[NoiseExpert], Any], every: int, on_all_processes: bool
+        self, objective: SrpoObjective, load_base: Callable[[NoiseExpert], WanBackbone], every: int,
+        on_all_processes: bool,
     ) -> None:
         self.every, self.on_all_processes = every, on_all_processes
         self._objective, self._load_base = objective, load_base
@@ -224,7 +226,7 @@ class FullWeightFigures(Callback):
     def on_step(self, step: int, board: Any) -> Evaluation:
         figures: dict[str, float] = {}
         for noise_expert, trained in self._objective.trained.items():
-            base = dict(self._load_base(noise_expert).named_parameters())
+            base = dict(self._load_base(noise_expert).transformer.named_parameters())
             delta, norm = 0.0, 0.0  # squared
             for name, parameter in trained.parameters.items():
                 start = base[name].double()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from lapwan.rewards.base import Reward
 from lapwan.train.metrics import bin_of
 from lapwan.train.objective import AllReduce, Draws, Loss, Objective, ParameterGroup, local_sum
 from lapwan.train.srpo.rollout import Rollout
-from lapwan.wan.backbone import velocity
+from lapwan.wan.backbone import WanBackbone
 
 if TYPE_CHECKING:
     from lapwan.lora.attach import Adapter
@@ -87,9 +87,9 @@ class RewardModels:
 
 @dataclass(frozen=True)
 class AlignedNoiseExpert:
-    """A trained noise expert: its transformer, the trained tensors by name, and the adapter if it is a LoRA."""
+    """A trained noise expert: its backbone, the trained tensors by name, and the adapter if it is a LoRA."""
 
-    transformer: Any
+    backbone: WanBackbone
     parameters: Mapping[str, torch.nn.Parameter]
     adapter: Adapter | None = None
 
@@ -122,6 +122,7 @@ class SrpoObjective(Objective):
     ) -> None:
         self.trained, self.reward_models, self.rule, self._save = dict(trained), reward_models, rule, save
         self.rollout = rollout
+        self.backbones = {e: part.backbone for e, part in self.trained.items()}
         # The LoRAs in training; none in a full fine-tune.
         self.adapters = {e: part.adapter for e, part in self.trained.items() if part.adapter is not None}
         self.parameter_groups = {
@@ -162,9 +163,9 @@ class SrpoObjective(Objective):
         self, noise_expert: NoiseExpert, x_BCTHW: Tensor, sigma_B: Tensor, text: Sequence[Tensor],
         condition: Tensor | None = None,
     ) -> Tensor:
-        """v̂ of the trained transformer at (x, 1000·σ), for each sample's text features [n, D]."""
+        """v̂ of the trained noise expert at (x, 1000·σ), for each sample's text features [n, D]."""
         timestep_B = (1000.0 * sigma_B).float().to(x_BCTHW.device)
-        return velocity(self.trained[noise_expert].transformer, x_BCTHW, timestep_B, text, condition)
+        return self.trained[noise_expert].backbone.velocity(x_BCTHW, timestep_B, text, condition)
 
     def base_velocity(
         self, noise_expert: NoiseExpert, x_BCTHW: Tensor, sigma_B: Tensor, text: Sequence[Tensor],

@@ -48,7 +48,8 @@ from lapwan.train.srpo.plan import (
 from lapwan.train.srpo.rollout import Rollout, RolloutRule
 from lapwan.train.trainer import Trainer
 from lapwan.train.training_data import DataStream, TrainingData
-from lapwan.wan.transformer.compile import compile_blocks, worth_compiling
+from lapwan.wan.backbone import WanBackbone
+from lapwan.wan.transformer.compile import worth_compiling
 from lapwan.wan.vae import decode_frames, load_vae
 
 
@@ -79,7 +80,7 @@ class FrameDecoder:
 class LoadedParts:
     """The loaded models of a run, on their devices."""
 
-    transformers: dict[NoiseExpert, Any]
+    backbones: dict[NoiseExpert, WanBackbone]
     trained: dict[NoiseExpert, AlignedNoiseExpert]
     offload: NoiseExpertOffload
     vae: Any
@@ -101,38 +102,39 @@ def load_parts(
                         "set dtype = \"bf16\", or master_weights = \"fp32\"")
     sharded, spec = settings.train == "full" and processes > 1, base.spec
     offload = NoiseExpertOffload(device, memory.both)
-    transformers, trained = {}, {}
+    backbones, trained = {}, {}
     for noise_expert in loaded_noise_experts(settings, base.spec, noise_experts):
         console.log(f"loading the {noise_expert.value} noise expert")
         load_device = torch.device("cpu") if sharded else offload.load_device
-        model = transformers[noise_expert] = base.load(noise_expert, dtype, load_device, recipe_of(settings), device)
+        backbone = backbones[noise_expert] = base.load(noise_expert, dtype, load_device, recipe_of(settings), device)
+        model = backbone.transformer
         if noise_expert in noise_experts:
-            if memory.checkpointing:
-                model.enable_gradient_checkpointing()
+            backbone.checkpoint("block" if memory.checkpointing else "off")
             model.requires_grad_(settings.train == "full")
         if sharded:
-            shard(model, processes, device)
+            shard(backbone, processes, device)
         if noise_expert in noise_experts:
-            trained[noise_expert] = _trained(settings, model, noise_expert)
-        adapter = trained[noise_expert].adapter if noise_expert in trained else attach(model, [])
-        if adapter is not None:
-            offload.add({noise_expert: adapter})
+            trained[noise_expert] = _trained(settings, backbone, noise_expert)
+        adapter = trained[noise_expert].adapter if noise_expert in trained else None
+        if adapter is not None or noise_expert not in trained:
+            offload.add(noise_expert, backbone, () if adapter is None else adapter.adapter_tensors())
         if not sharded:
             size = spec.latent_shape(*data.bucket)[1:]
             steps = settings.steps * settings.accumulate * settings.batch_size
             auto = settings.compile == "auto" and (
                 worth_compiling(model, size, rollout_evaluations(settings, spec, noise_expert), training=False)
                 or (noise_expert in noise_experts and worth_compiling(model, size, steps, training=True)))
-            compile_blocks(model, auto or settings.compile == "on")
+            backbone.compile(auto or settings.compile == "on")
     vae = load_vae(base.spec, getattr(torch, settings.vae_dtype), device)
     decoder = FrameDecoder(vae, settings.preference.frames)
     reward_models = RewardModels(rewards, reward_weights(settings.rewards), decoder)
-    return LoadedParts(transformers, trained, offload, vae, reward_models)
+    return LoadedParts(backbones, trained, offload, vae, reward_models)
 
 
-def _trained(settings: SrpoSettings, model: Any, noise_expert: NoiseExpert) -> AlignedNoiseExpert:
+def _trained(settings: SrpoSettings, backbone: WanBackbone, noise_expert: NoiseExpert) -> AlignedNoiseExpert:
+    model = backbone.transformer
     if settings.train == "full":
-        return AlignedNoiseExpert(model, dict(model.named_parameters()))
+        return AlignedNoiseExpert(backbone, dict(model.named_parameters()))
     ranks = target_ranks(settings.targets, len(model.blocks))
     state = initial_state(model, ranks, settings.alpha, settings.seed, noise_expert.value)
     adapter = attach(model, [Group(LORA_GROUP, state, trainable=True)])
@@ -140,7 +142,7 @@ def _trained(settings: SrpoSettings, model: Any, noise_expert: NoiseExpert) -> A
     if settings.master_weights == "bf16":
         for parameter in parameters.values():
             parameter.data = parameter.data.bfloat16()
-    return AlignedNoiseExpert(model, parameters, adapter)
+    return AlignedNoiseExpert(backbone, parameters, adapter)
 
 
 def optimizers_of(settings: SrpoSettings, objective: SrpoObjective) -> dict[str, torch.optim.Optimizer]:
@@ -193,7 +195,7 @@ def encode_prompts(
 
 def _rollout(rule: RolloutRule, spec: ModelSpec, loaded: LoadedParts, store: PromptStore) -> Rollout:
     negative = store.negative() if rule.guidance > 1 else None
-    return Rollout(spec, rule, loaded.transformers, loaded.offload.activate, negative)
+    return Rollout(spec, rule, loaded.backbones, loaded.offload.activate, negative)
 
 
 def _run_parts(
@@ -285,7 +287,7 @@ class AlignedModelWriter:
         """A component folder in diffusers' layout: config, and weights in shards of at most 10 GB."""
         from huggingface_hub import save_torch_state_dict
 
-        transformer = self._trained[noise_expert].transformer
+        transformer = self._trained[noise_expert].backbone.transformer
         path.mkdir(parents=True)
         transformer.save_config(path)
         state = self._gathered.get(noise_expert) or dict(transformer.state_dict())

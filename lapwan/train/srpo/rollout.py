@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,10 +23,8 @@ from lapwan.names import NoiseExpert
 from lapwan.sampling.denoise import Conditions, guided_velocity
 from lapwan.sampling.scheduler import Step, make_grid
 from lapwan.train.objective import Draws
+from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.text import pad_text
-
-if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
 
 
 @dataclass(frozen=True)
@@ -50,17 +47,17 @@ class Rollout:
     """Clean latents of batches, sampled from the noise of their draws.
 
     Args:
-        transformers: by noise expert, in training or frozen.
+        backbones: by noise expert, in training or frozen.
         fetch: brings a noise expert to the device.
         negative: text features [n, D] of the negative prompt; required with guidance.
     """
 
     def __init__(
-        self, spec: ModelSpec, rule: RolloutRule, transformers: Mapping[NoiseExpert, WanTransformer3DModel],
+        self, spec: ModelSpec, rule: RolloutRule, backbones: Mapping[NoiseExpert, WanBackbone],
         fetch: Callable[[NoiseExpert], None], negative: Tensor | None = None,
     ) -> None:
         self._steps, self._next = rollout_steps(spec, rule)
-        self._transformers, self._fetch, self._negative = transformers, fetch, negative
+        self._backbones, self._fetch, self._negative = backbones, fetch, negative
         self._guidance = rule.guidance
 
     def __call__(self, noise_expert: NoiseExpert, batches: Sequence[Batch], draws: Sequence[Draws]) -> list[Batch]:
@@ -87,11 +84,11 @@ class Rollout:
         pairs = list(zip(self._steps, self._next, strict=True))
         for noise_expert, group in groupby(pairs, key=lambda pair: pair[0].noise_expert):
             self._fetch(noise_expert)
-            model, steps = self._transformers[noise_expert], list(group)
+            backbone, steps = self._backbones[noise_expert], list(group)
             for i, condition in enumerate(conditions):
                 x = latents[i]
                 for step, sigma_next in steps:
-                    v = guided_velocity(model, x, step.timestep, condition, self._guidance)
+                    v = guided_velocity(backbone, x, step.timestep, condition, self._guidance)
                     x = x + (sigma_next - step.sigma) * v
                 latents[i] = x
         return latents

@@ -1,14 +1,17 @@
-"""One block of Wan's transformer over diffusers' modules, with the same result as theirs.
+"""One block of Wan's transformer over diffusers' modules, with the same result as theirs: eager and fused.
 
 What differs: the adapters of q, k and v share one down-projection; cross-attention takes cached keys and values;
 modulation is given as a few rows and each token's row index; rope is two tables without a gather; what diffusers
-computes in fp32 is computed in the latents' dtype if that is wider. On a GPU without a graph `fused_block` takes over.
-Shapes: B samples, N tokens, D width, H heads, d head width, L text tokens, K rows of modulation (1, or as many as the
-sequence has timesteps).
+computes in fp32 is computed in the latents' dtype if that is wider. On a GPU without a graph the fused block takes
+over, with `kernels` between products and attention: a norm writes fp8 if every Linear that reads it multiplies in fp8.
+Shapes: B samples, N tokens, D width, H heads, d head width, F width of the feed-forward, L text tokens, K rows of
+modulation (1, or as many as the sequence has timesteps), R the same rows for all samples (1, or one per sample).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +19,61 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lapwan.lora.layer import project
-from lapwan.wan.transformer import fused_block
-from lapwan.wan.transformer.attention import attend, attend_tokens, feed_forward
+from lapwan.wan.quantise.linears import Fp8Linear, fp8_in_hardware
+from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.context_parallel import TokenShards
-from lapwan.wan.transformer.kernels import rotate
 
 Rope = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
+BlockFunction = Callable[..., Tensor]
+
+
+# Attention and the feed-forward, of both blocks
+
+
+def attend(q_BNHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √d + bias) v, as [B, N, D]."""
+    out = F.scaled_dot_product_attention(
+        q_BNHd.transpose(1, 2), k_BLHd.transpose(1, 2), v_BLHd.transpose(1, 2), attn_mask=bias)
+    return out.transpose(1, 2).flatten(2)
+
+
+def attend_tokens(q_BNHd: Tensor, k_BNHd: Tensor, v_BNHd: Tensor, shards: TokenShards | None) -> Tensor:
+    """Self-attention [B, N, D]; with `shards` over the tokens of all processes."""
+    if shards is None:
+        return attend(q_BNHd, k_BNHd, v_BNHd)
+    # q, k and v in one exchange.
+    q, k, v = shards.to_heads(torch.cat([q_BNHd, k_BNHd, v_BNHd])).chunk(3)
+    return shards.to_tokens(torch.unflatten(attend(q, k, v), -1, (q.shape[2], -1))).flatten(2)
+
+
+def accept_fp8(layers: Sequence[Any], device: torch.device) -> bool:
+    """Whether all of these Linears multiply fp8 inputs in hardware."""
+    return all(type(layer) is Fp8Linear for layer in layers) and fp8_in_hardware(device)
+
+
+def gelu_linear(second: Any, hidden_BNF: Tensor) -> Tensor:
+    """W2 · gelu(hidden), with the tanh approximation."""
+    out: Tensor
+    if kernels.supports(hidden_BNF) and kernels.HAS_TRITON and accept_fp8([second], hidden_BNF.device):
+        codes, scale = kernels.gelu_quantise(hidden_BNF.flatten(0, -2))
+        out = torch.unflatten(second.multiply(codes, scale, hidden_BNF.dtype), 0, hidden_BNF.shape[:-1])
+    else:
+        out = second(F.gelu(hidden_BNF, approximate="tanh"))
+    return out
+
+
+def feed_forward(ffn: Any, y_BND: Tensor) -> Tensor:
+    """W2 · gelu(W1 · y)."""
+    first, second = ffn.net[0].proj, ffn.net[2]
+    if kernels.supports(y_BND) and kernels.plain_linear(first):
+        hidden = kernels.linear_gelu(y_BND.flatten(0, -2), first.weight, first.bias)
+        out: Tensor = second(torch.unflatten(hidden, 0, y_BND.shape[:-1]))
+        return out
+    return gelu_linear(second, first(y_BND))
+
+
+# The eager block
 
 
 def widened(x: Tensor) -> Tensor:
@@ -53,8 +104,8 @@ def _normalised_heads(attention: Any, norm: Any, x_BND: Tensor) -> Tensor:
 def self_attention(attention: Any, y_BND: Tensor, rope: Rope, shards: TokenShards | None = None) -> Tensor:
     """Attention of the video tokens over themselves; with `shards` over those of all processes."""
     q, k, v = project([attention.to_q, attention.to_k, attention.to_v], y_BND)
-    q = rotate(_normalised_heads(attention, attention.norm_q, q), rope)
-    k = rotate(_normalised_heads(attention, attention.norm_k, k), rope)
+    q = kernels.rotate(_normalised_heads(attention, attention.norm_q, q), rope)
+    k = kernels.rotate(_normalised_heads(attention, attention.norm_k, k), rope)
     v = torch.unflatten(v, -1, (attention.heads, -1))
     out: Tensor = attention.to_out[0](attend_tokens(q, k, v, shards))
     return out
@@ -67,7 +118,7 @@ def text_keys_values(attention: Any, text_BLD: Tensor) -> KeysValues:
 
 
 def cross_attention(attention: Any, y_BND: Tensor, keys_values: KeysValues, bias: Tensor | None = None) -> Tensor:
-    """Attention over the text; `bias` is added to the logits (see `text_padding`)."""
+    """Attention over the text; `bias` is added to the logits (see `prompt`)."""
     q = _normalised_heads(attention, attention.norm_q, attention.to_q(y_BND))
     out: Tensor = attention.to_out[0](attend(q, *keys_values, bias))
     return out
@@ -93,8 +144,8 @@ def block_forward(
     if keys_values is None:
         assert text_BLD is not None
         keys_values = text_keys_values(block.attn2, text_BLD)
-    if row_of_token_N is None and fused_block.supports(block, x_BND, table):
-        return fused_block.forward(block, x_BND, keys_values, table, rope, text_bias, shards)
+    if row_of_token_N is None and fused_applies(block, x_BND, table):
+        return fused_forward(block, x_BND, keys_values, table, rope, text_bias, shards)
 
     def per_token(part_BKD: Tensor) -> Tensor:
         return part_BKD if row_of_token_N is None else part_BKD.index_select(1, row_of_token_N)
@@ -109,3 +160,109 @@ def block_forward(
 
     y = modulated(block.norm3, x_BND.to(wide), per_token(scale2), per_token(shift2))
     return (x_BND.to(wide) + feed_forward(block.ffn, y.to(dtype)).to(wide) * per_token(gate2)).to(dtype)
+
+
+# The fused block
+
+
+def fused_applies(block: Any, x_BND: Tensor, table_BK6D: Tensor) -> bool:
+    """Whether the fused path applies: no graph, bf16 on a GPU, Wan's norms, one row of modulation for all tokens."""
+    if not (kernels.HAS_TRITON and kernels.supports(x_BND)):
+        return False
+    norms = (block.norm1.weight is None, block.norm3.weight is None, getattr(block.norm2, "weight", None) is not None)
+    return all(norms) and table_BK6D.shape[1] == 1 and x_BND.shape[0] % table_BK6D.shape[0] == 0
+
+
+@dataclass(frozen=True)
+class _LinearInput:
+    """All samples' tokens [B·N, D] as input of Linears: unquantised, or as e4m3 codes with a scale per token."""
+
+    plain: Tensor | None
+    codes: tuple[Tensor, Tensor] | None
+    shape: torch.Size  # [B, N, D]
+
+    def through(self, layers: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
+        """Each Linear's output, [B, N, O]."""
+        if self.codes is None:
+            assert self.plain is not None
+            return project(layers, self.plain.view(self.shape))
+        return [torch.unflatten(layer.multiply(*self.codes, dtype), 0, self.shape[:-1]) for layer in layers]
+
+
+def _linear_input(x_BND: Tensor, layers: Sequence[Any]) -> _LinearInput:
+    """Attention's output as input of the Linears that read it."""
+    x_ND = x_BND.flatten(0, 1)
+    if accept_fp8(layers, x_ND.device):
+        return _LinearInput(None, kernels.quantise_rows(x_ND), x_BND.shape)
+    return _LinearInput(x_ND, None, x_BND.shape)
+
+
+def _add_norm(
+    x_BND: Tensor, mul_RD: Tensor, add_RD: Tensor, eps: float, layers: Sequence[Any], out_BND: Tensor | None = None,
+    gate_RD: Tensor | None = None,
+) -> tuple[Tensor, _LinearInput]:
+    """h = x + out · gate, and LayerNorm(h) · mul + add as input of the Linears that read it."""
+    to_fp8 = accept_fp8(layers, x_BND.device)
+    out_ND = None if out_BND is None else out_BND.flatten(0, 1)
+    outputs = kernels.add_norm(x_BND.flatten(0, 1), out_ND, gate_RD, mul_RD, add_RD, eps, to_fp8)
+    h_BND = x_BND if out_BND is None else outputs[0].view(x_BND.shape)
+    codes = (outputs[-2], outputs[-1]) if to_fp8 else None
+    return h_BND, _LinearInput(None if to_fp8 else outputs[-1], codes, x_BND.shape)
+
+
+def _rms_heads(attention: Any, norm: Any, x_BND: Tensor, rope: Rope | None = None) -> Tensor:
+    """RMSNorm and, if given, rope; as heads [B, N, H, d]."""
+    cos, sin = (None, None) if rope is None else (table.flatten(0, 1) for table in rope)
+    y = kernels.rms_rotate(x_BND.flatten(0, 1), norm.weight, cos, sin, norm.eps)
+    return torch.unflatten(y.view(x_BND.shape), -1, (attention.heads, -1))
+
+
+def _output_projection(attention: Any, attended_BND: Tensor) -> Tensor:
+    layers = [attention.to_out[0]]
+    [out] = _linear_input(attended_BND, layers).through(layers, attended_BND.dtype)
+    return out
+
+
+# Each part is a function, so that its intermediate tensors are freed when it returns.
+def _fused_self_attention(
+    attention: Any, y: _LinearInput, layers: Sequence[Any], dtype: torch.dtype, rope: Rope,
+    shards: TokenShards | None,
+) -> Tensor:
+    q, k, v = y.through(layers, dtype)
+    q = _rms_heads(attention, attention.norm_q, q, rope)
+    k = _rms_heads(attention, attention.norm_k, k, rope)
+    v = torch.unflatten(v, -1, (attention.heads, -1))
+    return _output_projection(attention, attend_tokens(q, k, v, shards))
+
+
+def _fused_cross_attention(
+    attention: Any, y: _LinearInput, dtype: torch.dtype, keys_values: KeysValues, bias: Tensor | None
+) -> Tensor:
+    [q] = y.through([attention.to_q], dtype)
+    return _output_projection(attention, attend(_rms_heads(attention, attention.norm_q, q), *keys_values, bias))
+
+
+def _fused_feed_forward(ffn: Any, y: _LinearInput, dtype: torch.dtype) -> Tensor:
+    if y.plain is not None:
+        return feed_forward(ffn, y.plain.view(y.shape))
+    return gelu_linear(ffn.net[2], y.through([ffn.net[0].proj], dtype)[0])
+
+
+def fused_forward(
+    block: Any, x_BND: Tensor, keys_values: KeysValues, table_BK6D: Tensor, rope: Rope,
+    text_bias: Tensor | None, shards: TokenShards | None,
+) -> Tensor:
+    """One block; arguments as in `block_forward`, with the modulation already added to the block's table (K = 1)."""
+    dtype, attn1, attn2, norm2 = x_BND.dtype, block.attn1, block.attn2, block.norm2
+    shift1, scale1, gate1, shift2, scale2, gate2 = (part.squeeze(1) for part in table_BK6D.unbind(2))
+    layers = [attn1.to_q, attn1.to_k, attn1.to_v]
+    _, y = _add_norm(x_BND, 1 + scale1, shift1, block.norm1.eps, layers)
+    x_BND, y = _add_norm(
+        x_BND, norm2.weight[None], norm2.bias[None], norm2.eps, [attn2.to_q],
+        _fused_self_attention(attn1, y, layers, dtype, rope, shards), gate1)
+    x_BND, y = _add_norm(
+        x_BND, 1 + scale2, shift2, block.norm3.eps, [block.ffn.net[0].proj],
+        _fused_cross_attention(attn2, y, dtype, keys_values, text_bias))
+    out = _fused_feed_forward(block.ffn, y, dtype)
+    added: Tensor = kernels.add_gated(x_BND.flatten(0, 1), out.flatten(0, 1), gate2)
+    return added.view(x_BND.shape)

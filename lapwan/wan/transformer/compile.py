@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from lapwan import console
 from lapwan.files import cache_root
 from lapwan.wan.transformer import kernels
-from lapwan.wan.transformer.block import block_forward
-from lapwan.wan.transformer.forward_options import BlockFunction, forward_options, selective_block
+from lapwan.wan.transformer.block import BlockFunction, block_forward
+from lapwan.wan.transformer.checkpointing import selective_block
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -96,13 +95,6 @@ def compiled_block(selective: bool = False) -> BlockFunction:
         for name, function in (("block", block_forward), ("selective", selective_block)):
             _COMPILED[name] = torch.compile(function, dynamic=False, fullgraph=True)
     return _COMPILED["selective" if selective else "block"]
-
-
-def compile_blocks(transformer: nn.Module, on: bool = True) -> None:
-    """Run this transformer's blocks compiled (or eagerly) from now on; they are compiled at first use."""
-    options = forward_options(transformer)
-    options.block = compiled_block() if on else block_forward
-    options.selective = compiled_block(selective=True) if on else None
 
 
 def compile_time() -> tuple[float, int]:

@@ -8,27 +8,70 @@ timesteps (1 where the whole sequence has one).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lapwan.lora.layer import StackedLoraLinear
-from lapwan.models.spec import TEXT_LENGTH
-from lapwan.wan.text import pad_text
 from lapwan.wan.transformer import kernels
-from lapwan.wan.transformer.block import KeysValues, Rope, block_forward, layer_norm, text_keys_values, widened
-from lapwan.wan.transformer.context_parallel import TokenShards
+from lapwan.wan.transformer.block import BlockFunction, Rope, block_forward, layer_norm, widened
+from lapwan.wan.transformer.checkpointing import Checkpointing, run_checkpointed
+from lapwan.wan.transformer.context_parallel import ContextParallel, TokenShards
 from lapwan.wan.transformer.first_block_cache import CacheBranch
-from lapwan.wan.transformer.forward_options import Checkpointing, ForwardOptions, forward_options, run_checkpointed
-from lapwan.wan.transformer.prompt_cache import PromptCache
-from lapwan.wan.transformer.text_padding import fold_padding, repeat_last
+from lapwan.wan.transformer.prompt import PromptCache, TextRows, padded_rows
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
+
+_MAX_ROPE_TABLES = 4  # one per bucket, the oldest is dropped
+
+
+class Residency(Protocol):
+    """Brings the weights of blocks to the device."""
+
+    def ready(self, index: int) -> None:
+        """Called before block `index` computes: makes its weights available to the current stream."""
+
+    def done(self, index: int) -> None:
+        """Called when block `index` has been launched."""
+
+
+@dataclass(eq=False)
+class ForwardOptions:
+    """How a backbone's forward runs. None of it changes a result, except for the rounding of the compiler's kernels.
+
+    Args:
+        block: the function that computes a block; `block_forward` or its compiled form.
+        selective: a compiled block that applies "op" checkpointing inside; None: not compiled.
+        residency: brings a block's weights to the device; None: they are there.
+        checkpointing: what the backward recomputes.
+        whole_blocks: how many of the first blocks with a graph are recomputed whole, whatever `checkpointing` is.
+        diffusers_forward: run diffusers' own forward, because FSDP gathers weights where a module is called.
+        context_parallel: the processes that share a sequence's tokens.
+    """
+
+    block: BlockFunction = block_forward
+    selective: BlockFunction | None = None
+    residency: Residency | None = None
+    checkpointing: Checkpointing = "off"
+    whole_blocks: int = 0
+    diffusers_forward: bool = False
+    context_parallel: ContextParallel | None = None
+    rope_tables: dict[tuple[Any, ...], Rope] = field(default_factory=dict)
+
+    def rope(self, transformer: WanTransformer3DModel, latents_BCTHW: Tensor) -> Rope:
+        """cos and ±sin [N, 1, d] in fp32 for latents of this size; computed once per size."""
+        key = (*latents_BCTHW.shape[2:], latents_BCTHW.device)
+        if key not in self.rope_tables:
+            while len(self.rope_tables) >= _MAX_ROPE_TABLES:
+                self.rope_tables.pop(next(iter(self.rope_tables)))
+            cos, sin = (table[0].contiguous() for table in transformer.rope(latents_BCTHW))
+            sign = sin.new_tensor([-1.0, 1.0]).repeat(sin.shape[-1] // 2)
+            self.rope_tables[key] = (cos, sin * sign)
+        return self.rope_tables[key]
 
 
 @dataclass(frozen=True)
@@ -105,41 +148,6 @@ def _head(
 
 
 @dataclass(frozen=True)
-class _EmbeddedText:
-    """Embedded text; its last row represents `last_row_count` rows, `bias` is added to the logits of its rows."""
-
-    rows_BMD: Tensor
-    bias: Tensor | None
-    last_row_count: int
-
-    @cached_property
-    def all_BLD(self) -> Tensor:
-        """Every row."""
-        return repeat_last(self.rows_BMD, self.last_row_count)
-
-    def keys_values(self, attention: Any) -> KeysValues:
-        """A block's keys and values of every row, each computed once."""
-        k, v = text_keys_values(attention, self.rows_BMD)
-        return repeat_last(k, self.last_row_count), repeat_last(v, self.last_row_count)
-
-
-def _embed_text(transformer: WanTransformer3DModel, text: Tensor | Sequence[Tensor] | PromptCache) -> _EmbeddedText:
-    embedder = transformer.condition_embedder.text_embedder
-    if isinstance(text, PromptCache):
-        return _EmbeddedText(text.embedded(transformer), text.bias, text.last_row_count)
-    if not isinstance(text, Tensor):
-        longest = max(len(features) for features in text)
-        if text[0].device.type != "cpu" and longest < TEXT_LENGTH:
-            return _EmbeddedText(embedder(pad_text(text, longest + 1)), None, TEXT_LENGTH - longest)
-        text = pad_text(text)
-    # Dropout draws for each row of the text, so all rows are kept then. (Only a text on a CPU is ever folded.)
-    may_drop = torch.is_grad_enabled() and text.device.type == "cpu"
-    keep_all = may_drop and any(block_needs(block).dropout for block in transformer.blocks)
-    folded, bias = (text, None) if keep_all else fold_padding(text)
-    return _EmbeddedText(embedder(folded), bias, 1)
-
-
-@dataclass(frozen=True)
 class BlockNeeds:
     """Whether a block needs an autograd graph of its own, and whether LoRA dropout acts in it."""
 
@@ -158,11 +166,23 @@ def block_needs(block: nn.Module) -> BlockNeeds:
     return BlockNeeds(graph, dropout)
 
 
+def _embed_text(
+    transformer: WanTransformer3DModel, text: Tensor | Sequence[Tensor] | TextRows | PromptCache
+) -> TextRows:
+    if isinstance(text, PromptCache):
+        return text.text
+    if not isinstance(text, TextRows):
+        device = text.device if isinstance(text, Tensor) else text[0].device
+        may_drop = torch.is_grad_enabled() and device.type == "cpu"
+        text = padded_rows(text, may_drop and any(block_needs(block).dropout for block in transformer.blocks))
+    return text.embedded(transformer)
+
+
 @dataclass(frozen=True)
 class _BlockInputs:
     """What every block takes besides the tokens."""
 
-    text: _EmbeddedText
+    text: TextRows
     prompt: PromptCache | None
     time: _Time
     rope: Rope
@@ -195,38 +215,34 @@ def _run_block(
 
     # Without a graph, each row's keys are computed once. With one, the block computes them and may recompute them.
     text_BLD = None if text.last_row_count > 1 and not torch.is_grad_enabled() else text.all_BLD
-    return run_checkpointed(run, kind, x_BND, text_BLD, inputs.time.modulation_BK6D)
+    arguments = x_BND, text_BLD, inputs.time.modulation_BK6D
+    return run(*arguments) if kind == "off" else run_checkpointed(run, kind, *arguments)
 
 
 def predict(
-    transformer: WanTransformer3DModel, hidden_BCTHW: Tensor, timestep: Tensor | TokenTimes,
-    text: Tensor | Sequence[Tensor] | PromptCache, first_block_cache: CacheBranch | None = None,
+    transformer: WanTransformer3DModel, options: ForwardOptions, hidden_BCTHW: Tensor, timestep: Tensor | TokenTimes,
+    text: Tensor | Sequence[Tensor] | TextRows | PromptCache, first_block_cache: CacheBranch | None = None,
 ) -> Tensor:
     """What `transformer(hidden, timestep, text)` returns: [B, out channels, T, H, W] in the weights' dtype.
 
     Args:
         timestep: [B], one per token [B, N], or the few distinct ones of a sequence.
-        text: features [B, L, text width], a list of each sample's without padding, or a generation's prompt cache.
+        text: features [B, L, text width], a list of each sample's without padding, rows without most of their padding,
+            or a prompt's cache in this transformer.
         first_block_cache: may skip all blocks but the first; without gradients.
     """
-    options, embedder = forward_options(transformer), transformer.condition_embedder
-    if options.diffusers_forward and not isinstance(text, PromptCache):
-        features = (text if isinstance(text, Tensor) else pad_text(text)).to(hidden_BCTHW.dtype)
-        velocity: Tensor = transformer(hidden_BCTHW, timestep, features, return_dict=False)[0]
-        return velocity
     kernels.prepare(hidden_BCTHW.device)
     grad = torch.is_grad_enabled()
-    dtype = hidden_BCTHW.dtype
+    dtype, checkpointing = hidden_BCTHW.dtype, options.checkpointing
     with torch.no_grad():  # depends on the size alone
         rope = options.rope(transformer, hidden_BCTHW)
     embedded = _embed_text(transformer, text)
-    time = _embed_time(embedder, timestep, dtype)
+    time = _embed_time(transformer.condition_embedder, timestep, dtype)
     x = _patches(transformer.patch_embedding, hidden_BCTHW)
     shards = None if options.context_parallel is None else options.context_parallel.split(x.shape[1])
     if shards is not None:
         local = shards.local
         x, time, rope = x[:, local], time.of(local), (rope[0][local], rope[1][local])
-    checkpointing = options.checkpointing or ("block" if transformer.gradient_checkpointing else "off")
     inputs = _BlockInputs(embedded, text if isinstance(text, PromptCache) else None, time, rope, shards)
     graphs, started = 0, grad and any(t.requires_grad for t in (x, embedded.rows_BMD, time.modulation_BK6D))
     x_in = x_first = None if first_block_cache is None else x  # held no longer than needed
