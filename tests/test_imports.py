@@ -24,6 +24,7 @@ LEVELS = (
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 # Numbers in, numbers out: settings stop at whoever calls these.
 FORBIDDEN = {("lora", "settings"), ("losses", "settings"), ("moe", "settings"), ("losses", "lora"), ("lora", "losses")}
+POSIX_ONLY = {"fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 LARGEST_ROOM, LARGEST_PACKAGE = 24, 246
 
 Graph = dict[str, set[str]]
@@ -112,6 +113,22 @@ def test_rooms_are_small() -> None:
     rooms = {folder: list(folder.glob("*.py")) for folder in (ROOT, *ROOT.rglob("*/"))}
     assert {str(room): len(files) for room, files in rooms.items() if len(files) > LARGEST_ROOM} == {}
     assert sum(len(files) for files in rooms.values()) <= LARGEST_PACKAGE
+
+
+def posix_only(tree: ast.Module) -> set[str]:
+    """Modules of POSIX systems alone that a tree imports without asking for the platform."""
+    guarded = {id(node) for block in ast.walk(tree) if isinstance(block, ast.If) and
+               "platform" in ast.dump(block.test) for node in ast.walk(block)}
+    names = [name for node in ast.walk(tree) if id(node) not in guarded
+             for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                          [node.module or ""] if isinstance(node, ast.ImportFrom) else [])]
+    return POSIX_ONLY & set(names)
+
+
+def test_modules_of_posix_alone_are_imported_behind_the_platform(trees) -> None:
+    assert {name: found for name, tree in trees.items() if (found := posix_only(tree))} == {}
+    assert posix_only(ast.parse("import resource\nfrom fcntl import flock")) == {"resource", "fcntl"}
+    assert posix_only(ast.parse("if sys.platform != 'win32':\n    import resource")) == set()
 
 
 def test_the_checks_see_what_they_forbid() -> None:
