@@ -170,7 +170,7 @@ def labelled() -> tuple[Image.Image, list[str]]:
 
 def test_without_a_font_for_chinese_labels_are_the_keys(no_other_fonts, capfd):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         labels = labelled()[1]
     assert labels == list(KEYS)
     assert plots.drawable("混合", "adapter 2") == "adapter 2" and plots.drawable("σ, é", "x") == "σ, é"
@@ -183,7 +183,7 @@ def test_with_a_font_for_chinese_labels_have_the_names(no_other_fonts, tmp_path:
     fontManager.addfont(chinese_font(tmp_path / "font.ttf", "WenQuanYi Zen Hei", "剪刀电凝钩"))
     plots._glyphs.cache_clear()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         image, labels = labelled()
     assert labels == ["scissors 剪刀", "hook 电凝钩", "suction", "other"]
     assert image.tobytes() != plain.tobytes()
