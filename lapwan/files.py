@@ -1,17 +1,22 @@
-"""Atomic writing: a kill at any moment leaves the old file or the new one, never a partial one. Also path checks."""
+"""Atomic writing: a kill at any moment leaves the old file or the new one, never a partial one. Also path checks and
+the lock of an output folder."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lapwan.errors import UserError
 
+LOCK_FILE = ".lapwan.lock"
 _TEMPORARY = ".lapwan-tmp-"
+_LOCK_SECONDS = 0.5  # a process that ends removes its lock file: a start at that moment tries again
 
 
 def cache_root() -> Path:
@@ -117,16 +122,93 @@ def claim_output(path: Path, overwrite: bool) -> None:
     Raises:
         UserError: the output exists, its parent is a file, or nothing can be written there.
     """
+    _check_parent(path)
+    if path.is_dir() and all(entry.name == LOCK_FILE for entry in path.iterdir()):
+        return
+    if (path.exists() or path.is_symlink()) and not overwrite:
+        raise UserError(f"output exists: {path}; choose another path or pass --overwrite")
+
+
+@contextmanager
+def folder_lock(folder: Path, enabled: bool = True) -> Iterator[None]:
+    """Hold the lock of an output folder, which one process at a time writes to.
+
+    The lock is the system's, on the file `.lapwan.lock` in the folder, which holds `{"host": ..., "pid": ...}` of the
+    process. It ends with the process, in any way: a file that a killed process leaves locks nothing. File and folder
+    are made if absent; at the end the file is removed, and the folder if nothing was written into it.
+
+    Args:
+        enabled: False for no lock: nothing is made, read or removed.
+
+    Raises:
+        UserError: another process holds it, nothing can be written there, or the file system has no locks.
+    """
+    if not enabled:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    path = _made_folder(folder) / LOCK_FILE
+    # No fallback to a file without a system lock: it would outlive a killed process and lock the folder for good.
+    lock = FileLock(path, timeout=_LOCK_SECONDS, fallback_to_soft=False, on_acquired=_write_holder)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder} is in use by {_holder(path)}; wait for that process, stop it, or choose another "
+                        "output") from None
+    except OSError as error:
+        _remove_lock_file(path, missing)
+        raise UserError(f"cannot lock {folder}: {error.strerror or error}; choose an output on a file system with "
+                        "locks, or pass --no-lock and start nothing else on this folder") from None
+    try:
+        yield
+    finally:
+        _remove_lock_file(path, missing)
+        lock.release()
+
+
+def _made_folder(folder: Path) -> Path:
+    """`folder`, made with its parents if absent and tried for writing."""
+    _check_parent(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output exists: {folder} is a file, not a folder; choose another output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another output") from None
+    _try_writing(folder, folder)
+    return folder
+
+
+def _write_holder(descriptor: int) -> None:
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode() + b"\n", 0)
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on host {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):  # just made or removed
+        return "another process"
+
+
+def _remove_lock_file(path: Path, made: list[Path]) -> None:
+    """Remove the lock file, and the folders made for it that are empty."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+        for folder in made:
+            folder.rmdir()
+
+
+def _check_parent(path: Path) -> None:
     for parent in path.parents:
         if parent.exists():
             if not parent.is_dir():
                 raise UserError(f"cannot write {path}: {parent} is a file, not a folder; choose another output")
             _try_writing(path, parent)
-            break
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if (path.exists() or path.is_symlink()) and not overwrite:
-        raise UserError(f"output exists: {path}; choose another path or pass --overwrite")
+            return
 
 
 def _try_writing(path: Path, folder: Path) -> None:

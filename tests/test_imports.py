@@ -24,6 +24,7 @@ LEVELS = (
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 # Numbers in, numbers out: settings stop at whoever calls these.
 FORBIDDEN = {("lora", "settings"), ("losses", "settings"), ("moe", "settings"), ("losses", "lora"), ("lora", "losses")}
+POSIX_ONLY = {"fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 LARGEST_ROOM, LARGEST_PACKAGE = 24, 246
 
 Graph = dict[str, set[str]]
@@ -114,6 +115,39 @@ def test_rooms_are_small() -> None:
     assert sum(len(files) for files in rooms.values()) <= LARGEST_PACKAGE
 
 
+def posix_only(tree: ast.Module) -> set[str]:
+    """Modules of POSIX systems alone that a tree imports without asking for the platform."""
+    guarded = {id(node) for block in ast.walk(tree) if isinstance(block, ast.If) and
+               "platform" in ast.dump(block.test) for node in ast.walk(block)}
+    names = [name for node in ast.walk(tree) if id(node) not in guarded
+             for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                          [node.module or ""] if isinstance(node, ast.ImportFrom) else [])]
+    return POSIX_ONLY & set(names)
+
+
+def test_modules_of_posix_alone_are_imported_behind_the_platform(trees) -> None:
+    assert {name: found for name, tree in trees.items() if (found := posix_only(tree))} == {}
+    assert posix_only(ast.parse("import resource\nfrom fcntl import flock")) == {"resource", "fcntl"}
+    assert posix_only(ast.parse("if sys.platform != 'win32':\n    import resource")) == set()
+
+
+def at_import(tree: ast.AST) -> Iterator[str]:
+    """The packages that importing a module imports, whatever its functions import later."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+        elif not isinstance(node, ast.FunctionDef | ast.If) or (
+                isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test)):
+            yield from at_import(node)
+
+
+def test_only_a_function_that_draws_imports_matplotlib(trees) -> None:
+    assert {name for name, tree in trees.items() if "matplotlib" in at_import(tree)} == set()
+    assert list(at_import(ast.parse("def f(): import a\ntry: import b.c\nexcept E: pass"))) == ["b"]
+
+
 def test_the_checks_see_what_they_forbid() -> None:
     sources = {
         "lora.layer": "def f():\n    from lapwan.train.trainer import Trainer\n    from lapwan import settings\n",
@@ -129,5 +163,5 @@ def test_the_checks_see_what_they_forbid() -> None:
     "from lapwan.caching.read import load_index", "from lapwan.data.labels import label_caption",
 ])
 def test_no_torch(statement) -> None:
-    code = f"{statement}\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"
+    code = f"{statement}\nimport sys\nassert not {{'torch', 'matplotlib', 'filelock'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

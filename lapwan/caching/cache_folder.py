@@ -1,16 +1,11 @@
 """Building a cache folder, from settings to its index: lock, plan, encode, write the index and the report.
 
-While it works, the index lists only items whose files are complete, so a killed run leaves nothing wrong to use. The
-lock is released when its process ends, in any way.
+While it works, the index lists only items whose files are complete, so a killed run leaves nothing wrong to use.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,39 +20,16 @@ from lapwan.data.clips import CacheSet
 from lapwan.data.dropped_clips import DroppedClip
 from lapwan.distributed import Processes
 from lapwan.errors import Interrupted, UserError
+from lapwan.files import folder_lock
 from lapwan.models.fingerprints import text_dtype, text_encoder_fingerprint, vae_fingerprint
 from lapwan.models.spec import TEXT_LENGTH, ModelSpec
 from lapwan.settings.cache import CacheSettings
 
-LOCK_FILE = ".lapwan_cache.lock"
-
-
-@contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, after waiting for any other process that holds it.
-
-    Raises:
-        UserError: the folder cannot be created or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.log(f"another process is caching into {folder}; waiting for it")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What to encode and how; `takeover` allows a folder that holds the cache of another dataset."""
+    """What to encode and how; `takeover` allows a folder that holds the cache of another dataset; `lock`: hold the
+    folder's lock."""
 
     latents: bool = True
     text: bool = True
@@ -67,6 +39,7 @@ class CacheOptions:
     vae_dtype: str = "float32"
     prune: bool = False
     takeover: bool = False
+    lock: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,9 +80,9 @@ def build_cache(
     """Plan, encode what is missing or stale, write the index.
 
     Raises:
-        UserError: the folder is another dataset's, or the disk is full.
+        UserError: the folder is another dataset's or in use by another process, or the disk is full.
     """
-    with folder_lock(cache.folder) if processes.first else contextlib.nullcontext():
+    with folder_lock(cache.folder, options.lock) if processes.first else contextlib.nullcontext():
         processes.barrier()  # no process plans before the folder is locked
         plan, before = plan_cache(cache, encoders, options)
         processes.barrier()  # and none writes before all have planned

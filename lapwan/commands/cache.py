@@ -47,7 +47,8 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
     spec = resolve(settings.model, None if settings.i2v is None else task_with(settings.i2v))
     encoders = encoders_from_settings(settings, spec)
     cache_options = CacheOptions(settings.latents, settings.text, settings.device, settings.workers,
-                                 settings.batch_size, settings.vae_dtype, settings.prune, options.overwrite)
+                                 settings.batch_size, settings.vae_dtype, settings.prune, options.overwrite,
+                                 options.lock)
     drops: list[DroppedClip] = []
     extraction = extraction_from_settings(settings, spec)
     for cache in read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride):

@@ -16,6 +16,7 @@ from rich import box
 from rich.table import Table
 
 from lapwan import console, files
+from lapwan.commands.run_setup import output_lock
 from lapwan.commands.table import COMMANDS
 from lapwan.data.clips import read_clips, to_line
 from lapwan.models.spec import read_spec
@@ -33,6 +34,7 @@ from lapwan.train.metrics import METRICS_FILE
 _TRAINING = {"batch_size": "2", "optimizer.lr": "3.3e-3", "roi_weight": "3", "targets.patterns": '{"blocks.*" = 2}'}
 _PROMPT = "电凝钩切割组织"
 _HELD_OUT = 1000  # added to the seed: scenes that training has not seen
+_STAGE = RunOptions(overwrite=True, lock=False)  # the folder is the demo's, and so is its lock
 
 
 @dataclass
@@ -54,6 +56,11 @@ class _Summary:
 
 def run(settings: DemoSettings, options: RunOptions) -> None:
     """Make clips, label, cache, train both stages, merge, generate, evaluate, inspect; print the results."""
+    with output_lock(settings.output, options):
+        _run(settings, options)
+
+
+def _run(settings: DemoSettings, options: RunOptions) -> None:
     out = settings.output
     files.claim_output(out, options.overwrite)
     if options.dry_run:
@@ -93,7 +100,7 @@ def _call(command: str, **options: Any) -> None:
             words += [word for v in values for word in (flags[key].long_name, v)]
     console.log("$ " + shlex.join(words))
     given = {key: value for key, value in options.items() if key in flags}
-    row.run(load(model, sets=sets, options=given, environment={}), RunOptions(overwrite=True))
+    row.run(load(model, sets=sets, options=given, environment={}), _STAGE)
 
 
 def _prepare(settings: DemoSettings, summary: _Summary) -> None:
@@ -180,7 +187,7 @@ def _compare(settings: EvaluateSettings) -> dict[str, Any]:
     files.write_text(config, to_toml(settings))
     console.log(f"$ lapwan evaluate --config {shlex.quote(str(config))}")
     row = next(c for c in COMMANDS if c.name == "evaluate")
-    row.run(load(row.settings_model(), config=config, environment={}), RunOptions(overwrite=True))
+    row.run(load(row.settings_model(), config=config, environment={}), _STAGE)
     document: dict[str, Any] = json.loads((settings.output / "evaluation.json").read_text(encoding="utf-8"))
     return document
 

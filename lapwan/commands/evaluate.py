@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 from lapwan import console, files
-from lapwan.commands.run_setup import print_plan
+from lapwan.commands.run_setup import output_lock, print_plan
 from lapwan.errors import Interrupted, UserError
 from lapwan.evaluation.metrics import metric_names
 from lapwan.evaluation.recipe import open_store, prepare, write_results
@@ -26,6 +26,11 @@ from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS
 
 def run(settings: EvaluateSettings, options: RunOptions) -> None:
     """Check everything, then measure; `--dry-run` stops after the checks."""
+    with output_lock(settings.output, options):
+        _run(settings, options)
+
+
+def _run(settings: EvaluateSettings, options: RunOptions) -> None:
     out = settings.output
     if not settings.resume:
         if (out / "videos").is_dir() and not options.overwrite:

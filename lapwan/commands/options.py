@@ -35,6 +35,10 @@ _COMMON = (
     _common("verbose", bool, False, "-v", "--verbose", help="Print more details on stderr."),
     _common("quiet", bool, False, "-q", "--quiet", help="Print only warnings and errors on stderr."),
 )
+_NO_LOCK = inspect.Parameter("no_lock", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[
+    bool, typer.Option("--no-lock", metavar=NO_VALUE, show_default=False,
+                       help="Do not lock the output folder, for file systems without locks: two commands that write "
+                            "there at a time spoil each other's files.")])
 
 
 def _is_list(annotation: Any) -> bool:
@@ -88,14 +92,17 @@ def function_of(command: Command) -> Callable[..., None]:
         from lapwan.settings.load import load
 
         common = {p.name: values.pop(p.name) for p in _COMMON}
+        lock = not values.pop(_NO_LOCK.name, False)
         console.set_level(
             console.VERBOSE if common["verbose"] else console.QUIET if common["quiet"] else console.NORMAL
         )
         options = {fields[name].key: value for name, value in values.items() if value is not None and value != []}
         settings = load(settings_model, common["config"], common["sets"], options)
-        command.run(settings, RunOptions(dry_run=common["dry_run"], overwrite=common["overwrite"]))
+        command.run(settings, RunOptions(common["dry_run"], common["overwrite"], lock))
 
     parameters = [_parameter(name, field) for name, field in fields.items()]
+    if command.locks:
+        parameters.append(_NO_LOCK)
     call.__signature__ = inspect.Signature([*parameters, *_COMMON])  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in (*parameters, *_COMMON)}
     call.__doc__ = command.help

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from lapwan import console
 from lapwan.caching.read import load_index
+from lapwan.files import folder_lock
 from lapwan.models.spec import Task, task_named
 from lapwan.settings.base import RunOptions, Settings, to_toml
 from lapwan.train.parallel import Distributed, join_processes
@@ -27,13 +28,19 @@ def print_plan(settings: Settings, lines: Sequence[str], options: RunOptions) ->
         console.log("dry run: everything that can be checked without the work is in order")
 
 
+def output_lock(folder: Path, options: RunOptions) -> AbstractContextManager[None]:
+    """The lock of a command's output folder, to enter; none under --no-lock, and in a dry run: it writes nothing."""
+    return folder_lock(folder, options.lock and not options.dry_run)
+
+
 @contextmanager
-def distributed_run(device: str) -> Iterator[tuple[Distributed, str]]:
-    """The processes of this run and this process's device; all but the first process are quiet."""
+def distributed_run(device: str, lock: AbstractContextManager[None] | None = None) -> Iterator[tuple[Distributed, str]]:
+    """The processes of this run and this process's device; the first holds the lock, the others are quiet."""
     distributed, local_device = join_processes(device)
     if not distributed.first:
         console.set_level(console.QUIET)
     try:
-        yield distributed, local_device
+        with lock if lock is not None and distributed.first else nullcontext():
+            yield distributed, local_device
     finally:
         distributed.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lapwan import console
-from lapwan.commands.run_setup import distributed_run, index_task, print_plan
+from lapwan.commands.run_setup import distributed_run, index_task, output_lock, print_plan
 from lapwan.errors import UserError
 from lapwan.models.device import pick_device
 from lapwan.rewards.base import warn_chinese
@@ -22,7 +22,8 @@ from lapwan.train.srpo.plan import SrpoPlan, describe, plan_run, too_slow
 
 def run(settings: SrpoSettings, options: RunOptions) -> None:
     """Check everything, then train; `--dry-run` stops after the checks."""
-    with distributed_run(settings.device) as (distributed, device_name):
+    lock = output_lock(settings.output, options)
+    with distributed_run(settings.device, lock) as (distributed, device_name):
         if distributed.first:
             claim_run(settings, options.overwrite)
         device = pick_device(device_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lapwan import console
-from lapwan.commands.run_setup import distributed_run, index_task, print_plan
+from lapwan.commands.run_setup import distributed_run, index_task, output_lock, print_plan
 from lapwan.models.device import pick_device
 from lapwan.settings.base import RunOptions
 from lapwan.settings.train_lora import TrainLoraSettings
@@ -19,7 +19,8 @@ from lapwan.train.run_folder import claim_run, start_folder
 
 def run(settings: TrainLoraSettings, options: RunOptions) -> None:
     """Check everything, then train; `--dry-run` stops after the checks."""
-    with distributed_run(settings.device) as (distributed, device_name):
+    lock = output_lock(settings.output, options)
+    with distributed_run(settings.device, lock) as (distributed, device_name):
         if distributed.first:
             claim_run(settings, options.overwrite)
         base = resolve_base(settings.model, index_task(settings.data.cache, settings.data.labels))

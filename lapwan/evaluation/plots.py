@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -14,14 +15,15 @@ from lapwan.evaluation.router_accuracy import RoutingScores
 from lapwan.evaluation.study import Study, StudyResults
 from lapwan.evaluation.tables import SHARES, IntervalRule, metrics_of
 from lapwan.evaluation.videos import VideoStore
-from lapwan.report.canvas import FAINT, GRID, Box, Canvas, Colour, number, ticks
+from lapwan.report import plots
 from lapwan.report.contact_sheet import contact_sheet
 from lapwan.sampling.start_image import read_clip
 
-_WIDTH, _MARGIN, _LINE, _HEAD, _AXIS, _NAMES = 1000, 24, 22, 36, 34, 170
-_COLOURS: tuple[Colour, ...] = (
-    (120, 120, 120), (38, 98, 168), (208, 72, 52), (20, 130, 110), (140, 70, 160), (190, 140, 20))
-_MAP = 320  # height of a confusion matrix
+if TYPE_CHECKING:
+    from matplotlib.figure import SubFigure
+
+# Inches: the whole, a row of an interval, and what a chart of them takes besides.
+_WIDTH, _ROW, _CHART = 10.0, 0.24, 0.75
 _COLUMNS, _FRAME_WIDTH = 6, 128  # of contact sheets: frames per row, pixels of a frame
 
 
@@ -29,69 +31,61 @@ def draw_plot(study: Study, results: StudyResults, interval: IntervalRule) -> Im
     """For each metric the means and, on the right, the paired differences to the first arm; then a confusion matrix for
     each router and set of captions."""
     by_arm = {arm.name: metrics_of(results, arm.name) for arm in study.arms}
-    first = study.arms[0].name
+    names = {name: plots.drawable(name, f"adapter {i + 1}") for i, name in enumerate(by_arm)}
     metrics = list(dict.fromkeys(metric for arm_metrics in by_arm.values() for metric in arm_metrics))
-    maps = [(f"{name}: {which}", scores) for name, sets in results.routing.items() for which, scores in sets.items()]
-    height = _HEAD + _LINE * len(by_arm) + _AXIS
-    canvas = Canvas(_WIDTH, 2 * _MARGIN + height * len(metrics) + _MAP * ((len(maps) + 1) // 2))
-    colours = {arm.name: _COLOURS[i % len(_COLOURS)] for i, arm in enumerate(study.arms)}
-    top = float(_MARGIN)
-    middle = _NAMES + (_WIDTH - _NAMES) * 0.56
+    parts: list[tuple[float, Callable[[Any], None]]] = []
     for metric in metrics:
-        values_of = {name: metrics_[metric] for name, metrics_ in by_arm.items() if metric in metrics_}
-        scale = 100.0 if metric in SHARES else 1.0
-        canvas.text(_MARGIN, top, f"{metric}, %" if metric in SHARES else metric, size=14)
-        for i, name in enumerate(values_of):
-            canvas.text(_MARGIN + _NAMES - 12, top + _HEAD + _LINE * (i + 0.5), name[:26], "rm", 12)
-        mark = interval.of(results.ceiling[metric]).mean if metric in results.ceiling else None
-        box = Box(_MARGIN + _NAMES, top + _HEAD, middle, top + _HEAD + _LINE * len(values_of))
-        _dots(canvas, box, {n: interval.of(v) for n, v in values_of.items()}, colours, scale,
-              {} if mark is None else {"ceiling": mark})
-        if first in values_of and len(values_of) > 1:
-            gaps = {name: interval.between(values, values_of[first]) for name, values in values_of.items()}
-            box = Box(middle + 40, box.top, _WIDTH - _MARGIN - 10, box.bottom)
-            _dots(canvas, box, gaps, colours, scale, {f"difference to {first}": 0.0})
-        top += height
-    half = (_WIDTH - 2 * _MARGIN) / 2
-    for i, (title, scores) in enumerate(maps):
-        left, up = _MARGIN + (i % 2) * half, top + (i // 2) * _MAP
-        _confusion(canvas, Box(left, up, left + half - 20, up + _MAP - 10), title, scores)
-    return canvas.finish()
+        values_of = {names[name]: arm_metrics[metric] for name, arm_metrics in by_arm.items() if metric in arm_metrics}
+        parts.append((_CHART + _ROW * len(values_of), functools.partial(
+            _metric, metric=metric, values_of=values_of, names=list(names.values()), results=results,
+            interval=interval)))
+    maps = [(f"{name}: {which}", scores) for name, sets in results.routing.items() for which, scores in sets.items()]
+    labels = {family.key: family.names_zh[0] for family in study.taxonomy.families if family.names_zh}
+    for pair in (maps[n : n + 2] for n in range(0, len(maps), 2)):
+        height = max(plots.confusion_size(len(scores.families))[1] for _, scores in pair)
+        parts.append((height, functools.partial(_confusions, pair=pair, names_zh=labels)))
+    if not parts:  # captions alone, and no adapter with a router
+        parts.append((_CHART, lambda part: part.suptitle("nothing to plot")))
+    return plots.stacked(parts, _WIDTH)
 
 
-def _dots(
-    canvas: Canvas, box: Box, estimates: Mapping[str, Estimate], colours: Mapping[str, Colour], scale: float,
-    levels: Mapping[str, float],
+def _metric(
+    part: SubFigure, metric: str, values_of: Mapping[str, np.ndarray], names: Sequence[str], results: StudyResults,
+    interval: IntervalRule,
 ) -> None:
-    """A row per estimate with a dot and its interval, and vertical lines at named levels."""
-    ends = [v * scale for e in estimates.values() for v in (e.mean, e.low, e.high) if not math.isnan(v)]
-    ends += [value * scale for value in levels.values()]
-    marks = ticks(min(ends), max(ends), 4)
+    """A metric's means with the ceiling, and the differences to the first arm."""
+    left, right = part.subplots(1, 2, width_ratios=(0.56, 0.44))
+    share = metric in SHARES
+    colours = {name: plots.PALETTE[i % len(plots.PALETTE)] for i, name in enumerate(names)}
 
-    def at(value: float) -> float:
-        return box.left + (value * scale - marks[0]) / (marks[-1] - marks[0]) * (box.right - box.left)
+    def scaled(estimates: Mapping[str, Estimate]) -> dict[str, tuple[float, float, float]]:
+        scale = 100.0 if share else 1.0
+        return {name: (e.mean * scale, e.low * scale, e.high * scale) for name, e in estimates.items()}
 
-    for mark in marks:
-        canvas.line([(at(mark / scale), box.top - 6), (at(mark / scale), box.bottom)], GRID)
-        canvas.text(at(mark / scale), box.bottom + 4, number(mark), "ma", 11, FAINT)
-    for name, value in levels.items():
-        canvas.line([(at(value), box.top - 6), (at(value), box.bottom)], FAINT)
-        canvas.text(min(max(at(value), box.left + 40), box.right - 30), box.top - 8, name, "md", 11, FAINT)
-    for i, (name, estimate) in enumerate(estimates.items()):
-        middle = box.top + _LINE * (i + 0.5)
-        if not math.isnan(estimate.low):
-            canvas.line([(at(estimate.low), middle), (at(estimate.high), middle)], colours[name], 3)
-        if not math.isnan(estimate.mean):
-            canvas.dot(at(estimate.mean), middle, colours[name], 5)
+    ceiling, title = None, f"{metric}, %" if share else metric
+    if metric in results.ceiling:
+        (ceiling, *_), = scaled({"": interval.of(results.ceiling[metric])}).values()
+        title += " (dashed: the ceiling)"
+    plots.intervals(
+        left, title, scaled({name: interval.of(values) for name, values in values_of.items()}), colours, ceiling)
+    first = names[0]
+    if first not in values_of or len(values_of) < 2:
+        right.remove()
+        return
+    gaps = {name: interval.between(values, values_of[first]) for name, values in values_of.items()}
+    title = f"difference to {plots.shortened(first)}" + (", points" if share else "")
+    plots.intervals(right, title, scaled(gaps), colours, 0.0)
+    right.set_yticklabels([])
 
 
-def _confusion(canvas: Canvas, box: Box, title: str, scores: RoutingScores) -> None:
-    """Confusion matrix, each row divided by its label's captions: a good router has a bright diagonal."""
-    total = scores.confusion_EE.sum(axis=1, keepdims=True).clip(min=1)
-    share = scores.confusion_EE / total
-    families = scores.families
-    values = {(row, column): float(share[i, j]) for i, row in enumerate(families) for j, column in enumerate(families)}
-    canvas.heat_map(box, f"{title}: label (row) and answer", families, families, values, 1.0)
+def _confusions(part: SubFigure, pair: Sequence[tuple[str, RoutingScores]], names_zh: Mapping[str, str]) -> None:
+    """Two confusion matrices side by side: a good router has a dark diagonal."""
+    charts = part.subplots(1, 2)
+    for axes in charts[len(pair) :]:
+        axes.remove()
+    for axes, (title, scores) in zip(charts, pair, strict=False):
+        title = plots.shortened(plots.drawable(title, title.rsplit(": ", 1)[-1]), 44)
+        plots.confusion(axes, title, plots.family_labels(scores.families, names_zh), scores.confusion_EE, "captions")
 
 
 def side_by_side_sheet(study: Study, store: VideoStore, count: int) -> Image.Image:

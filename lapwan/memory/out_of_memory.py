@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from pathlib import Path
 
@@ -10,11 +9,16 @@ import torch
 
 from lapwan.errors import UserError
 
+if sys.platform != "win32":
+    import resource
+
 
 def memory_figures() -> dict[str, float]:
-    """Peak memory so far in GiB: of the GPU if there is one, else of the process."""
+    """Peak memory so far in GiB: of the GPU if there is one, else of the process (not on Windows)."""
     if torch.cuda.is_available():
         return {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    if sys.platform == "win32":
+        return {}
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 

@@ -1,1 +1,2 @@
-"""Drawing from plain data: `canvas` (line charts, heat maps), `contact_sheet` (frames of videos in one image)."""
+"""Drawing from plain data: `plots` (charts, intervals and matrices by matplotlib), `contact_sheet` (frames of videos in
+one image)."""

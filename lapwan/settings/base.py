@@ -132,7 +132,9 @@ class RunOptions:
 
     `dry_run`: check everything that can be checked without doing the work, print the resolved settings and the plan.
     `overwrite`: replace an existing output.
+    `lock`: hold the lock of an output folder; only commands that have `--no-lock` do.
     """
 
     dry_run: bool = False
     overwrite: bool = False
+    lock: bool = True

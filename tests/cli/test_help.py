@@ -6,10 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from lapwan.cli import app
 from lapwan.commands.table import COMMANDS
+from lapwan.lora.formats import write_lora
+from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.tiny.dataset import write_dataset
 
 ANSWERS = """
 import contextlib, io, os, sys
@@ -78,6 +82,21 @@ def models(model):
 built = [model.__name__ for model in models(Settings) if model.__pydantic_complete__]
 assert len(models(Settings)) > 30 and not built, f"an instance as a default builds them at import: {built}"
 assert not imported("torch")
+""")
+
+
+def test_commands_that_draw_nothing_import_no_matplotlib(tmp_path):
+    lora = {"blocks.0.attn1.to_q": LoraEntry(torch.randn(2, 6), torch.randn(6, 2), 2.0)}
+    write_lora(tmp_path / "a_high.safetensors", LoraState(lora))
+    write_dataset(tmp_path / "clips", clips=1, seed=1, size=(32, 32), frames=5)
+    in_a_new_process(f"""
+os.chdir({str(tmp_path)!r})
+assert answer("--help")[0] == 0
+assert answer("label", "clips/clips.jsonl", "-o", "labels.jsonl")[0] == 0
+assert answer("inspect-weights", "a_high.safetensors")[0] == 0
+assert not imported("matplotlib")
+assert answer("inspect-weights", "a_high.safetensors", "--plot", "a.png")[0] == 0
+assert imported("matplotlib") and not imported("matplotlib.pyplot")
 """)
 
 

@@ -152,7 +152,7 @@ def test_the_picture_shows_gates_and_usage(tmp_path, capsys):
         inspect(capsys, tmp_path, plot=str(tmp_path / f"{n}.png"))
         with Image.open(tmp_path / f"{n}.png") as image:
             sizes.append(image.size)
-            right = image.convert("RGB").crop((560, 20, 1100, 340))
+            right = image.convert("RGB").crop((900, 20, 1650, 470))  # the right half of the row of charts
             greys.append(sum(count for count, colour in right.getcolors(1 << 20) if max(colour) < 235))
     assert sizes[0] == sizes[1] and sizes[0][1] > 560  # a row of charts above the heat maps
     assert greys[0] == 0 and greys[1] > 500  # usage only where it is known

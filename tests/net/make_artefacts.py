@@ -135,7 +135,8 @@ def _evaluation(expected: Path) -> None:
 def _tidy(folder: Path) -> None:
     """Drop what is not kept; the folder's own path becomes a mark."""
     shutil.rmtree(folder / "whole")
-    (folder / "cache" / ".lapwan_cache.lock").unlink(missing_ok=True)
+    for lock in folder.rglob(".lapwan*.lock"):  # of the commands that were killed
+        lock.unlink()
     for path in cases.text_files(folder):
         text = path.read_text(encoding="utf-8")
         if (own := str(Path.cwd())) in text:

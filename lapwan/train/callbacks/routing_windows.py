@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from lapwan import console
-from lapwan.diagnostics.plot import NOISE_EXPERT_COLOURS
 from lapwan.diagnostics.router_health import RoutingFault, RoutingThresholds, RoutingTotals, judge_routing
 from lapwan.lora.attach import Adapter
+from lapwan.moe.mixture import Mixture
 from lapwan.names import NoiseExpert
-from lapwan.report.canvas import Box, Canvas
+from lapwan.report import plots
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train.callbacks.base import Callback, Evaluation, StepResult
 from lapwan.train.moe.objective import MixtureObjective
 
+_DPI = 100  # of images in TensorBoard
 _CLIPS_PER_EXPERT = 5  # a window with fewer clips for each expert is not judged but extended
 
 
@@ -44,8 +45,7 @@ class RoutingCallback(Callback):
             return Evaluation(figures)
         self._before = self._objective.totals
         figures |= window_figures(window, self._objective.mixture.families)
-        board.add_image("routing/confusion", _confusion_image(window, self._objective.mixture.families), step,
-                        dataformats="HWC")
+        board.add_image("routing/confusion", _confusion_image(window, self._objective.mixture), step, dataformats="HWC")
         if step < self._settings.routing_watch.after:
             return Evaluation(figures)
         learned = self._objective.mixture.router.learned
@@ -78,9 +78,10 @@ class RoutingCallback(Callback):
                 strengths = gate(sigmas.to(gate.values_K.device)).tolist()
             lines[noise_expert.value] = list(zip(sigmas.tolist(), strengths, strict=True))
             figures |= {f"timestep_gate/{noise_expert.value}/w_at_{s:.3f}": w for s, w in lines[noise_expert.value]}
-        canvas = Canvas(480, 300)
-        canvas.line_chart(Box(24, 24, 456, 270), "w(sigma)", lines, NOISE_EXPERT_COLOURS, "sigma")
-        board.add_image("timestep_gate/curve", np.asarray(canvas.finish()), step, dataformats="HWC")
+        curve = plots.render(lambda figure: plots.line_chart(
+            figure.subplots(), "w(sigma): the timestep gates", lines, plots.NOISE_EXPERT_COLOURS,
+            "sigma (1: pure noise)", "strength w"), 5.6, 3.5, _DPI)
+        board.add_image("timestep_gate/curve", np.asarray(curve), step, dataformats="HWC")
         return figures
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,13 +108,13 @@ def window_figures(window: RoutingTotals, families: Sequence[str]) -> dict[str, 
     return {name: value for name, value in figures.items() if value is not None}
 
 
-def _confusion_image(window: RoutingTotals, families: Sequence[str]) -> np.ndarray:
-    confusion = window.confusion_EE.tolist()
-    cells = {(row, column): confusion[i][j] for i, row in enumerate(families) for j, column in enumerate(families)}
-    canvas = Canvas(420, 360)
-    canvas.heat_map(Box(24, 24, 400, 340), "labels (rows) and the router's choice", list(families), list(families),
-                    cells, max(cells.values()))
-    return np.asarray(canvas.finish())
+def _confusion_image(window: RoutingTotals, mixture: Mixture) -> np.ndarray:
+    names_zh = {family["key"]: family["names_zh"][0] for family in mixture.taxonomy.get("families", ())
+                if family.get("names_zh")}
+    image = plots.render(lambda figure: plots.confusion(
+        figure.subplots(), "labels and the router's choices", plots.family_labels(mixture.families, names_zh),
+        window.confusion_EE.numpy(), "clips"), *plots.confusion_size(window.experts), _DPI)
+    return np.asarray(image)
 
 
 def _advised_settings(settings: TrainMoeSettings) -> dict[str, float]:
