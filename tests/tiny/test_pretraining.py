@@ -48,12 +48,20 @@ def test_transformer_with_counted_zero_rows_equals_512_padded_ones() -> None:
     x, timestep, hidden = torch.randn(2, 36, 2, 4, 6), torch.tensor([953.0, 411.5]), torch.randn(2, 9, 96)
     mask = torch.ones(2, 9)
     mask[1, 5:] = 0
-    padded = torch.zeros(2, 512, 96)
-    padded[:, :9] = hidden * mask[..., None]
-    with torch.no_grad():
-        expected = model(x, timestep, padded, return_dict=False)[0]
-        made = WanBackbone(model).velocity(x, timestep, text_rows(hidden, mask))
-    torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+    found = []
+    for ours in (False, True):
+        model.zero_grad()
+        text = hidden.clone().requires_grad_()
+        if ours:
+            v = WanBackbone(model).velocity(x, timestep, text_rows(text, mask))
+        else:
+            padded = torch.nn.functional.pad(text * mask[..., None], (0, 0, 0, 512 - 9))
+            v = model(x, timestep, padded, return_dict=False)[0]
+        v.square().mean().backward()
+        found.append((v.detach(), text.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)))
+    assert len(found[0]) == 2 + len(list(model.parameters()))
+    for theirs, made in zip(*found, strict=True):
+        torch.testing.assert_close(made, theirs, rtol=1e-4, atol=1e-5)
 
 
 def _named(caption: str) -> str | None:
