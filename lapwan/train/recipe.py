@@ -24,6 +24,7 @@ from lapwan.losses.sigmas import LogitNormal, Shifted, ShiftedBySize, SigmaSampl
 from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import ModuleRanks, TrainingMemory, Workload
 from lapwan.models.base import Base, target_ranks
+from lapwan.models.spec import ModelSpec
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.base import Settings
 from lapwan.settings.srpo import SrpoSettings
@@ -84,11 +85,7 @@ def read_data(settings: TrainSettings, base: Base) -> RunData:
     Raises:
         UserError: a cache that does not fit the model, or a noise expert that the model does not have.
     """
-    for noise_expert in settings.noise_experts:
-        if noise_expert not in base.spec.noise_experts:
-            available = [e.value for e in base.spec.noise_experts]
-            raise UserError(f"noise_experts holds '{noise_expert.value}', the model has {available}; set "
-                            f"noise_experts = {available}")
+    check_noise_experts(settings.noise_experts, base.spec)
     index = load_index(settings.data.cache, settings.data.labels)
     items = training_items(index, settings.data.split)
     check_cache(index, base.spec, items)
@@ -155,6 +152,19 @@ def fresh_lora(transformer: Any, settings: NoiseExpertSettings, seed: int, *key:
 def dropout_rates(data: RunData) -> dict[NoiseExpert, DropoutRates]:
     """The dropout rates of each noise expert."""
     return {e: DropoutRates(**settings.dropout.model_dump()) for e, settings in data.noise_experts.items()}
+
+
+def check_noise_experts(noise_experts: Sequence[NoiseExpert], spec: ModelSpec) -> None:
+    """Refuse to train a noise expert that the model does not have.
+
+    Raises:
+        UserError: one that it does not have.
+    """
+    for noise_expert in noise_experts:
+        if noise_expert not in spec.noise_experts:
+            available = [e.value for e in spec.noise_experts]
+            raise UserError(f"noise_experts holds '{noise_expert.value}', the model has {available}; set "
+                            f"noise_experts = {available}")
 
 
 def settings_hash(settings: Settings) -> str:
