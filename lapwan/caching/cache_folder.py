@@ -178,14 +178,7 @@ def _prune(plan: CachePlan) -> int:
 
 
 def encoders_from_settings(settings: CacheSettings, spec: ModelSpec) -> EncoderSpec:
-    """The encoders of a model, and the dtypes of the files.
-
-    Raises:
-        UserError: a model that this version cannot train.
-    """
-    if not spec.family.trainable:
-        raise UserError(f"{spec.path} is a {spec.family.title} model, which this version generates with but does not "
-                        "train; cache with Wan2.2 T2V-A14B or I2V-A14B")
+    """The encoders of a model, and the dtypes of the files."""
     stored = text_dtype(spec)
     return EncoderSpec(
         task=spec.task, fps=float(spec.defaults.fps), vae=vae_fingerprint(spec), text=text_encoder_fingerprint(spec),

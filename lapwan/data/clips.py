@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -124,18 +124,35 @@ def resolve_video(path: str | Path, jsonl: Path) -> Path:
         UserError: no such file (with the paths tried), or two different files match.
     """
     given = Path(path)
+    if (existing := find_path(given, jsonl)) is not None:
+        return existing
     if given.is_absolute():
-        if not given.exists():
-            raise UserError(f"no such file: {given}")
-        return given
+        raise UserError(f"no such file: {given}")
     beside, here = jsonl.absolute().parent / given, Path.cwd() / given
+    tried = f"{beside} and {here}" if beside != here else f"{beside}"
+    raise UserError(f"no such file: {given}; looked for {tried}")
+
+
+def find_path(given: Path, source: Path) -> Path | None:
+    """What a path written in a file `source` refers to: absolute, else beside `source`, else in the working directory.
+
+    Returns:
+        None if there is nothing.
+
+    Raises:
+        UserError: both are there, and differ.
+    """
+    beside, here = source.absolute().parent / given, Path.cwd() / given
     existing = [candidate for candidate in (beside, here) if candidate.exists()]
-    if not existing:
-        tried = f"{beside} and {here}" if beside != here else f"{beside}"
-        raise UserError(f"no such file: {given}; looked for {tried}")
     if len(existing) == 2 and not beside.samefile(here):
         raise UserError(f"'{given}' is ambiguous: both {beside} and {here} exist; write the absolute path")
-    return existing[0]
+    return existing[0] if existing else None
+
+
+def empty_split(source: object, split: str | None, splits: Iterable[str | None], advice: str) -> UserError:
+    """The error of a split without clips; `splits` are those that there are."""
+    available = ", ".join(sorted(map(str, splits)))
+    return UserError(f"{source} has no clips of split '{split}' (it has: {available}); {advice}")
 
 
 def relocated(data: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lapwan.diagnostics.lora_figures import Figures, ModuleFigures, measure, sum
 from lapwan.diagnostics.mixture import NoiseExpertMixture, describe, describe_router, routing_windows
 from lapwan.diagnostics.plot import draw_plot
 from lapwan.diagnostics.run_folder import (
-    METRICS,
+    METRICS_FILE,
     UNLABELLED,
     Checkpoint,
     checkpoints,
@@ -89,7 +89,7 @@ def read_points(settings: InspectWeightsSettings) -> tuple[list[Checkpoint], Pat
 
 def _run_folder(path: Path) -> Path:
     """The run folder of a file that lies in it or in one of its step folders."""
-    return path.parent if (path.parent / METRICS).is_file() else path.parent.parent
+    return path.parent if (path.parent / METRICS_FILE).is_file() else path.parent.parent
 
 
 def _routing(

@@ -12,13 +12,12 @@ import numpy as np
 from lapwan.console import progress
 from lapwan.distributed import worker_pool
 from lapwan.files import write_text
-from lapwan.sampling.video import write_video
+from lapwan.sampling.video import FINE_CRF, write_video
 from lapwan.tiny import motion as paths
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import Scene, SceneSpec, render, sample_spec
 
 _SOURCE = "synthetic"
-_CRF = 12  # finer than the default: an instrument's head is only a few dozen pixels
 
 
 def write_dataset(folder: Path, clips: int, seed: int, size: tuple[int, int] = (64, 64), frames: int = 17,
@@ -62,7 +61,7 @@ def _write_clip(work: tuple[Path, str, SceneSpec, str]) -> str:
     folder, name, spec, split = work
     scene = render(spec)
     note = {"caption": scene.caption, "seed": str(spec.seed)}
-    write_video(folder / name, scene.frames_THWC, spec.fps, note, _CRF)
+    write_video(folder / name, scene.frames_THWC, spec.fps, note, FINE_CRF)
     return json.dumps(_record(name, scene, split), ensure_ascii=False)
 
 

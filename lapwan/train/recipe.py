@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 from lapwan import console
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import load_index
+from lapwan.checkpoints.fingerprints import json_fingerprint
 from lapwan.errors import UserError
 from lapwan.lora.assign import assign
 from lapwan.lora.attach import initial_state
@@ -75,8 +74,7 @@ class RunData:
     def identity(self, base: Base) -> dict[str, str]:
         """Hashes of what the run is trained on: the clips with their captions and labels, and the base's weights."""
         items = [[i.id, i.bucket, i.caption, i.label, i.label_weights, i.repeats, i.fingerprints] for i in self.items]
-        clips = hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()
-        return {"clips": clips} | {f"base.{e.value}": base.fingerprint(e) for e in self.noise_experts}
+        return {"clips": json_fingerprint(items)} | {f"base.{e.value}": base.fingerprint(e) for e in self.noise_experts}
 
 
 def read_data(settings: TrainSettings, base: Base) -> RunData:
@@ -171,7 +169,7 @@ def settings_hash(settings: Settings) -> str:
     """sha256 of the resolved settings that decide the result, as 64 hex digits: tells which run made a file."""
     excluded = {"output", "resume", "allow_changed", "device", "memory", "compile"}
     plain = settings.model_dump(mode="json", exclude=excluded)
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return json_fingerprint(plain)
 
 
 def provenance(settings: TrainSettings, base: Base, data: RunData, noise_expert: NoiseExpert) -> dict[str, str]:

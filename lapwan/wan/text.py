@@ -6,7 +6,6 @@ Shapes: B batch, N tokens, D features.
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.tensors import load
 from lapwan.models.fingerprints import text_encoder_fingerprint
 from lapwan.models.original_layout import load_text_file, read_tensors, t5_to_transformers
-from lapwan.models.spec import TEXT_LENGTH, original_file, weight_files
+from lapwan.models.spec import TEXT_LENGTH, component_config, original_file, weight_files
 from lapwan.names import Precision
 from lapwan.wan.quantise.load import ReadTensor, cache_folder, fill, linears_of
 
@@ -65,7 +64,7 @@ def load_text_encoder(
     if precision is not None:
         model = _load_quantised(spec, dtype, device, precision)
     elif original is not None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = component_config(folder)
         model = load_text_file(config, original, dtype)
     else:
         model = UMT5EncoderModel.from_pretrained(
@@ -93,7 +92,7 @@ def _load_quantised(
 
     folder = spec.path / "text_encoder"
     with init_empty_weights():
-        model = UMT5EncoderModel(UMT5Config(**json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+        model = UMT5EncoderModel(UMT5Config(**component_config(folder)))
     model.encoder.embed_tokens = model.shared  # the class has the one embedding under two names
     source = _tensor_readers(folder)
     source.pop("encoder.embed_tokens.weight", None)

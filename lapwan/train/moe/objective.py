@@ -26,6 +26,7 @@ from lapwan.losses import routing
 from lapwan.moe.mixture import BASE_GROUP, Mixture
 from lapwan.moe.mixture_file import write_mixture
 from lapwan.names import NoiseExpert
+from lapwan.train.clip_store import LABEL_FIRST
 from lapwan.train.objective import AllReduce, Draws, Key, Loss, Objective, ParameterGroup, flow_terms, local_sum
 from lapwan.wan.backbone import WanBackbone
 
@@ -219,6 +220,5 @@ def _select(values_B: Tensor, indices: Sequence[int]) -> Tensor:
 
 def _labels(batch: Batch) -> Tensor:
     if batch.label_weights_BE is None:
-        raise UserError(f"clips without labels in the cache (such as {batch.ids[0]}): run `lapwan label` before "
-                        "`lapwan cache`, or give labels = \"labels.jsonl\" in [data]")
+        raise UserError(f"clips without labels in the cache (such as {batch.ids[0]}): {LABEL_FIRST}")
     return batch.label_weights_BE

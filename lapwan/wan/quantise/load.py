@@ -7,7 +7,6 @@ one file per block, so that the next load reads a half or a quarter of the bytes
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from lapwan.checkpoints.tensors import load
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, cache_root
-from lapwan.models.spec import ModelSpec, weight_files
+from lapwan.models.spec import ModelSpec, component_config, weight_files
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.quantise.linears import LINEAR_CLASSES, RECIPE_VERSION, QuantisedLinear
 
@@ -164,7 +163,7 @@ def load_quantised_transformer(
     from diffusers import WanTransformer3DModel
 
     folder = spec.component(noise_expert)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = component_config(folder)
     with init_empty_weights():  # buffers (the rope tables) are real
         model = WanTransformer3DModel.from_config(config)
     fp32_modules = tuple(model._keep_in_fp32_modules)
