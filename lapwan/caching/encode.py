@@ -242,7 +242,7 @@ def _write(plan: CachePlan, item: PlannedItem, latents: Tensor, condition: Tenso
         item.latents_recipe,
     )
     result.latents += 1
-    result.pixels += len(item.indices) * item.crop.bucket[0] * item.crop.bucket[1]
+    result.pixels += item.pixels
     result.written[item.latents] = item.latents_recipe
     result.seconds.write += time.perf_counter() - started
 

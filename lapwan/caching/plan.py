@@ -75,6 +75,11 @@ class PlannedItem:
         return None if self.roi_recipe is None else roi_name(self.latents)
 
     @property
+    def pixels(self) -> int:
+        """The number of pixels in its frames."""
+        return len(self.indices) * self.crop.bucket[0] * self.crop.bucket[1]
+
+    @property
     def indices(self) -> range:
         """The frames to decode, counted at the model's rate."""
         return range(1) if self.window is None else range(self.window.start, self.window.start + self.window.frames)
@@ -113,8 +118,7 @@ class CachePlan:
 
     def pixels(self) -> int:
         """The number of pixels in all frames to encode."""
-        items = [item for item, _ in self.latents_todo.values()]
-        return sum(len(item.indices) * item.crop.bucket[0] * item.crop.bucket[1] for item in items)
+        return sum(item.pixels for item, _ in self.latents_todo.values())
 
     def latents_bytes(self) -> int:
         """Bytes that the latents to encode will take on disk."""

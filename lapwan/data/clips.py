@@ -19,7 +19,7 @@ from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.frame_extraction import Extraction
 from lapwan.errors import UserError, nearest
 
-_SHOWN = 60  # characters of a broken line that an error shows
+_SHOWN = 60
 MEDIA_KEYS = ("video_path", "image_path")
 PATH_KEYS = (*MEDIA_KEYS, "mask_path")
 
@@ -78,12 +78,12 @@ class ClipFile:
             reason = str(error)
             if isinstance(error, json.JSONDecodeError):
                 reason = f"{error.msg} at character {error.colno}"
-            self._fail(number, f"broken JSON, {reason}: {_short(text)}")
+            self._fail(number, f"broken JSON, {reason}: {shortened(text.strip())}")
         except RecursionError:
-            self._fail(number, f"broken JSON, nested too deep: {_short(text)}")
+            self._fail(number, f"broken JSON, nested too deep: {shortened(text.strip())}")
         if not isinstance(data, dict):
             hint = "; the file looks like a JSON array, one object a line is needed" if number == 1 else ""
-            self._fail(number, f"expected a JSON object, found {_kind(data)}: {_short(text)}{hint}")
+            self._fail(number, f"expected a JSON object, found {_kind(data)}: {shortened(text.strip())}{hint}")
         self._check_caption(number, data)
         return data
 
@@ -93,7 +93,7 @@ class ClipFile:
             self._fail(number, f"no 'caption'{guess}; found: {', '.join(data) or 'nothing'}")
         caption = data["caption"]
         if not isinstance(caption, str):
-            self._fail(number, f"'caption' must be text, found {_kind(caption)}: {_short(json.dumps(caption))}")
+            self._fail(number, f"'caption' must be text, found {_kind(caption)}: {shortened(json.dumps(caption))}")
         if not caption.strip():
             media = next((f" of {data[key]}" for key in MEDIA_KEYS if key in data), "")
             self._fail(number, f"empty caption{media}; write one or remove the line")
@@ -179,8 +179,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _short(text: str) -> str:
-    text = text.strip()
+def shortened(text: str) -> str:
+    """A text as messages show it: at most 60 characters."""
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 

@@ -14,10 +14,11 @@ from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.data.clips import empty_split
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
+from lapwan.rng import RandomKey
 from lapwan.settings.train import TrainSettings
 from lapwan.train.callbacks.base import Callback, Evaluation
 from lapwan.train.clip_store import ClipStore
-from lapwan.train.objective import Draws, Key, Objective, SigmaRule
+from lapwan.train.objective import Draws, Objective, SigmaRule
 
 
 def held_out(index: CacheIndex, settings: TrainSettings) -> list[CachedItem]:
@@ -39,7 +40,7 @@ def held_out(index: CacheIndex, settings: TrainSettings) -> list[CachedItem]:
     return items[::step][: validation.clips]
 
 
-def fixed_draws(rule: SigmaRule, batch: Batch, u: Sequence[float], key: Key, index: int) -> Draws:
+def fixed_draws(rule: SigmaRule, batch: Batch, u: Sequence[float], key: RandomKey, index: int) -> Draws:
     """Sigma at given u in 0..1, and noise keyed by (*key, clip, index); no dropout, and no weight on the loss.
 
     The same at each evaluation, for every adapter and in any batch.

@@ -87,7 +87,7 @@ def fill(
             else:
                 layer = _cached_linear(cached, path, precision, bias, device)
             quantised |= {f"{path}.codes": layer.codes, f"{path}.scale": layer.scale}
-            _set_submodule(model, path, layer)
+            model.set_submodule(path, layer)
         if file is not None and cached is None and quantised:
             _write_cached(file, quantised)
     for name, read in remaining.items():
@@ -100,11 +100,6 @@ def fill(
 
 def _can_quantise(linear: nn.Module, precision: Precision) -> bool:
     return isinstance(linear, nn.Linear) and LINEAR_CLASSES[precision].supports(linear.in_features, linear.out_features)
-
-
-def _set_submodule(model: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
 
 
 def _cached_linear(
