@@ -16,7 +16,7 @@ from lapwan.caching.layout import (
     PROMPTS_FILE,
     ROI_END,
     TEXT_END,
-    Recipe,
+    CacheRecipe,
     latents_name,
     parse_latents_name,
     recipe_fingerprint,
@@ -54,9 +54,9 @@ class PlannedItem:
     window: Window | None
     crop: Crop
     latents: str
-    latents_recipe: Recipe
-    text_recipe: Recipe
-    roi_recipe: Recipe | None
+    latents_recipe: CacheRecipe
+    text_recipe: CacheRecipe
+    roi_recipe: CacheRecipe | None
     source_fps: float | None
 
     @property
@@ -102,7 +102,7 @@ class CachePlan:
     text_todo: dict[str, tuple[PlannedItem, str]] = field(default_factory=dict)
     roi_todo: dict[str, tuple[PlannedItem, str]] = field(default_factory=dict)
     prompts_todo: str | None = None
-    made: dict[str, Recipe] = field(default_factory=dict)
+    made: dict[str, CacheRecipe] = field(default_factory=dict)
     unverified: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
 
@@ -248,7 +248,7 @@ def _compare(plan: CachePlan, latents: bool, text: bool) -> None:
                               and not _belongs_to(name, dropped))
 
 
-def _check(plan: CachePlan, name: str, recipe: Recipe) -> str | None:
+def _check(plan: CachePlan, name: str, recipe: CacheRecipe) -> str | None:
     """Why a file must be made; one that is up to date is entered into the plan."""
     result = check_file(plan.folder / name, recipe)
     if result.reason is None and result.recipe is not None:
@@ -265,7 +265,7 @@ def _belongs_to(name: str, stems: set[str]) -> bool:
     return stem in stems or stem.rpartition("-")[0] in stems
 
 
-def index_items(plan: CachePlan, done: Mapping[str, Recipe]) -> tuple[CachedItem, ...]:
+def index_items(plan: CachePlan, done: Mapping[str, CacheRecipe]) -> tuple[CachedItem, ...]:
     """The index's entries for the items whose files are all up to date.
 
     Args:
@@ -279,7 +279,7 @@ def index_items(plan: CachePlan, done: Mapping[str, Recipe]) -> tuple[CachedItem
     )
 
 
-def _index_item(item: PlannedItem, repeats: int, recipes: Mapping[str, Recipe], condition: bool) -> CachedItem:
+def _index_item(item: PlannedItem, repeats: int, recipes: Mapping[str, CacheRecipe], condition: bool) -> CachedItem:
     """`condition`: whether files without a recipe hold an image condition."""
     clip, made = item.clip, recipes.get(item.latents)
     files = {"latents": item.latents, "text": item.text, "roi": item.roi or ""}

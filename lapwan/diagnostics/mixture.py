@@ -67,7 +67,7 @@ def open_mixture(path: Path) -> dict[str, NoiseExpertMixture]:
     return {e.value: NoiseExpertMixture(path, metadata, mixture, e) for e in mixture.noise_experts}
 
 
-def describe(source: NoiseExpertMixture) -> dict[str, Any]:
+def mixture_json(source: NoiseExpertMixture) -> dict[str, Any]:
     """The `mixture` part of the JSON for one noise expert: families, overlap, timestep gate."""
     mixture, noise_expert = source.mixture, source.noise_expert
     states = mixture.states[noise_expert]

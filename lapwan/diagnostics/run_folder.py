@@ -78,7 +78,7 @@ def _common_step(loras: Mapping[str, LoraSource]) -> int | None:
     return steps.pop() if len(steps) == 1 else None
 
 
-def checkpoints(folder: Path) -> list[Checkpoint]:
+def read_checkpoints(folder: Path) -> list[Checkpoint]:
     """Every checkpoint of a run folder, ordered by step: its LoRAs, or its mixtures if it has no LoRAs.
 
     Raises:

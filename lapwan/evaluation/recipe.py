@@ -45,7 +45,7 @@ _CEILING_METRICS = (JudgeMetrics, ReferenceMetrics)  # those that are meaningful
 Resolve = Callable[[ModelChoice | None, Task | None], Base]
 
 
-def prepare(
+def make_study(
     settings: EvaluateSettings, resolve: Resolve, judge: Judge | None = None,
     probe_set: Callable[[ModelSpec], ProbeSet | None] | None = None, rewards: RewardKinds = REWARD_KINDS,
 ) -> Study:

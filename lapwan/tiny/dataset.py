@@ -36,8 +36,9 @@ def write_dataset(folder: Path, clips: int, seed: int, size: tuple[int, int] = (
         test_share: fraction of the clips in the test split, 0..1.
         workers: processes that render; 1: the current one.
     """
+    scenes = plan_dataset(clips, seed, size, frames, fps, style, weights, test_share)
     work = [(folder, f"clips/scene_{style}_{seed}_{index:05d}.mp4", spec, split)
-            for index, (spec, split) in enumerate(plan(clips, seed, size, frames, fps, style, weights, test_share))]
+            for index, (spec, split) in enumerate(scenes)]
     lines = []
     with ExitStack() as stack:
         bar = stack.enter_context(progress("scenes", clips, "clip"))
@@ -65,7 +66,7 @@ def _write_clip(work: tuple[Path, str, SceneSpec, str]) -> str:
     return json.dumps(_record(name, scene, split), ensure_ascii=False)
 
 
-def plan(clips: int, seed: int, size: tuple[int, int], frames: int, fps: float, style: str = "surgical",
+def plan_dataset(clips: int, seed: int, size: tuple[int, int], frames: int, fps: float, style: str = "surgical",
          weights: Mapping[str, float] | None = None, test_share: float = 0.1) -> list[tuple[SceneSpec, str]]:
     """The scenes and splits of a data set: instruments by weight, each one's characteristic motions in turn."""
     if clips < 1 or not 0 <= test_share <= 1:

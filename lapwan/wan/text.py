@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lapwan.checkpoints.container import read_header
-from lapwan.checkpoints.tensors import load
+from lapwan.checkpoints.tensors import load_tensor
 from lapwan.models.fingerprints import text_encoder_fingerprint
 from lapwan.models.original_layout import load_text_file, read_tensors, t5_to_transformers
 from lapwan.models.spec import TEXT_LENGTH, component_config, original_file, weight_files
@@ -81,7 +81,7 @@ def _tensor_readers(folder: Path) -> dict[str, ReadTensor]:
         tensors = read_tensors(original)
         return {t5_to_transformers(name): partial(tensors.__getitem__, name) for name in tensors}
     headers = [read_header(file) for file in weight_files(folder)]
-    return {name: partial(load, file, name) for file in headers for name in file.tensors}
+    return {name: partial(load_tensor, file, name) for file in headers for name in file.tensors}
 
 
 def _load_quantised(

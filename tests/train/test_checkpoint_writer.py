@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lapwan.train.callbacks.base import Callback, StepResult
-from lapwan.train.checkpoint import CheckpointWriter, Retention, checkpoints, load, start_checkpoint
+from lapwan.train.checkpoint import CheckpointWriter, Retention, checkpoints, load_checkpoint, start_checkpoint
 
 
 def parts():
@@ -33,7 +33,7 @@ def test_what_changes_afterwards_is_not_in_it(tmp_path) -> None:
         moments.zero_()
     assert finish() == tmp_path / "step_000003" and (tmp_path / "x.safetensors").exists()
     other = {"a": nn.Parameter(torch.zeros(4))}
-    found = load(tmp_path / "step_000003", other)
+    found = load_checkpoint(tmp_path / "step_000003", other)
     assert torch.equal(other["a"], torch.arange(4.0)) and found["step"] == (1, 2)
     state = found["optimisers"]["o"]["state"][0]
     assert torch.equal(state["m"], torch.ones(4)) and state["m"] is state["same"][0]

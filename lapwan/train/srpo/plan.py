@@ -118,7 +118,7 @@ def rollout_evaluations(settings: SrpoSettings, spec: ModelSpec, noise_expert: N
     return per_sample * settings.steps * settings.accumulate * settings.batch_size
 
 
-def describe(
+def srpo_plan_lines(
     settings: SrpoSettings, base: Base, data: SrpoData, bands: Mapping[NoiseExpert, Band]
 ) -> list[str]:
     """The lines that `--dry-run` and the start of a run print."""

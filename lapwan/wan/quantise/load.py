@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lapwan import console
 from lapwan.checkpoints.container import TensorFile, read_header
-from lapwan.checkpoints.tensors import load
+from lapwan.checkpoints.tensors import load_tensor
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, cache_root
@@ -105,7 +105,7 @@ def _can_quantise(linear: nn.Module, precision: Precision) -> bool:
 def _cached_linear(
     cached: TensorFile, path: str, precision: Precision, bias: Tensor | None, device: torch.device | str
 ) -> QuantisedLinear:
-    codes, scale = (load(cached, f"{path}.{part}").to(device) for part in ("codes", "scale"))
+    codes, scale = (load_tensor(cached, f"{path}.{part}").to(device) for part in ("codes", "scale"))
     in_features = codes.shape[1] * (2 if precision is Precision.NF4 else 1)
     return LINEAR_CLASSES[precision](codes, scale, bias, in_features)
 
@@ -168,7 +168,7 @@ def load_quantised_transformer(
 
     headers = [read_header(file) for file in weight_files(folder)]
     source: dict[str, ReadTensor] = {
-        tensor_to_diffusers(name): partial(load, file, name) for file in headers for name in file.tensors}
+        tensor_to_diffusers(name): partial(load_tensor, file, name) for file in headers for name in file.tensors}
     blocks = linears_of(model.blocks, "blocks", recipe.full_blocks)
     cache = cache_folder(fingerprint, recipe.precision)
     fill(model, {**source, **(merged or {})}, blocks, recipe.precision, cast, device, cache, work_on)
