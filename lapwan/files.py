@@ -218,3 +218,8 @@ def _try_writing(path: Path, folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write {path}: {folder}: {error.strerror}; choose another output") from None
+
+
+def nearest_folder(path: Path) -> Path:
+    """The nearest existing folder at or above `path`."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+RandomKey = tuple[int | str, ...]
+
 
 def seed_of(*key: int | str) -> int:
     """A 63-bit seed from a key; sha256, so it is the same on every machine and Python."""
@@ -24,3 +26,10 @@ def generator(*key: int | str) -> torch.Generator:
     import torch
 
     return torch.Generator().manual_seed(seed_of(*key))
+
+
+def uniform(*key: int | str) -> float:
+    """A number in [0, 1) for a key."""
+    import torch
+
+    return float(torch.rand((), dtype=torch.float64, generator=generator(*key)))

@@ -102,6 +102,11 @@ class Started:
         """The exit code; minus a signal's number when that ended it; None while it runs."""
         return self._process.exitcode
 
+    def written(self) -> tuple[str, str]:
+        """Its stdout and stderr so far."""
+        out, err = (Path(file.name).read_text("utf-8") for file in self._files)
+        return out, err
+
     def send_signal(self, number: signal.Signals) -> None:
         """To the process and those that it has started; none once it has ended, whose output then says why."""
         if self.poll() is None:
@@ -113,6 +118,6 @@ class Started:
         code = self._process.exitcode
         if code is None:
             self.send_signal(signal.SIGKILL)
-        ran = Ran(-1 if code is None else code, *(Path(file.name).read_text("utf-8") for file in self._files))
+        ran = Ran(-1 if code is None else code, *self.written())
         assert code is not None, f"still running after {seconds} seconds: {ran}"
         return ran

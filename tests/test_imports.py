@@ -1,9 +1,10 @@
-"""The house: packages import only what lies below them, modules have no circles, a class name means one thing, and
-settings, help and planning stay free of torch."""
+"""The house: packages import only what lies below them, modules have no circles, a class or type alias has a name of
+its own, and settings, help and planning stay free of torch."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -100,12 +101,17 @@ def test_there_are_no_circles(trees) -> None:
     assert circles(graph(trees)) == []
 
 
-def test_a_class_name_means_one_thing(trees) -> None:
-    places = defaultdict(list)
+def test_a_class_or_type_alias_has_a_name_of_its_own(trees) -> None:
+    places = defaultdict(set)
     for module, tree in trees.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
-                places[node.name].append(module)
+                places[node.name].add(f"{module}.{node.lineno}")
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.BinOp):
+                name = ast.unparse(node.targets[0])
+                if re.fullmatch("[A-Z][A-Za-z]*[a-z][A-Za-z]*", name):
+                    places[name].add(ast.unparse(node.value))
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 

@@ -24,6 +24,7 @@ from lapwan import console, files
 from lapwan.commands import cache, label
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
+from lapwan.diagnostics.run_folder import METRICS_FILE
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.clips import EvaluationClip, read_eval_clips
 from lapwan.evaluation.metrics import GeneratedVideo
@@ -49,7 +50,6 @@ from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
 from lapwan.train.callbacks.routing_windows import RoutingCallback
 from lapwan.train.lora import recipe as lora_recipe
-from lapwan.train.metrics import METRICS_FILE
 from lapwan.train.moe import recipe as moe_recipe
 from lapwan.train.trainer import Trainer
 from lapwan.wan.text import encode_text, load_text_encoder

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lapwan import console, files
 from lapwan.caching.index import CachedItem, CacheIndex, write_index
-from lapwan.caching.layout import PROMPTS_FILE, Recipe
+from lapwan.caching.layout import PROMPTS_FILE, CacheRecipe
 from lapwan.caching.plan import CachePlan, index_items, index_path, make_plan
 from lapwan.caching.read import load_index
 from lapwan.caching.report import plan_lines, write_report
@@ -101,7 +101,7 @@ def _encode_and_index(
 ) -> CacheResult:
     result = CacheResult(plan.folder, len(plan.items), list(plan.drops))
     index = _index(plan, {}, before.pixels_per_second if before else None)
-    done: dict[str, Recipe] = {}
+    done: dict[str, CacheRecipe] = {}
     if not plan.done and plan.items:
         for line in plan_lines(plan, index.pixels_per_second) if processes.first else ():
             console.log(line)
@@ -120,7 +120,7 @@ def _encode_and_index(
 
 def _encode(
     plan: CachePlan, spec: ModelSpec, options: CacheOptions, processes: Processes, result: CacheResult
-) -> tuple[CacheResult, dict[str, Recipe], float | None]:
+) -> tuple[CacheResult, dict[str, CacheRecipe], float | None]:
     from lapwan.caching.encode import encode_files, encode_options
 
     local_plan = _local_plan(plan, processes)
@@ -160,7 +160,7 @@ def _prompts(plan: CachePlan) -> str | None:
     return PROMPTS_FILE if (plan.folder / PROMPTS_FILE).is_file() else None
 
 
-def _index(plan: CachePlan, done: dict[str, Recipe], speed: float | None) -> CacheIndex:
+def _index(plan: CachePlan, done: dict[str, CacheRecipe], speed: float | None) -> CacheIndex:
     encoders, cache = plan.encoders, plan.cache
     return CacheIndex(
         cache.folder, index_items(plan, done), task=encoders.task, fps=encoders.fps, vae=encoders.vae,
@@ -178,14 +178,7 @@ def _prune(plan: CachePlan) -> int:
 
 
 def encoders_from_settings(settings: CacheSettings, spec: ModelSpec) -> EncoderSpec:
-    """The encoders of a model, and the dtypes of the files.
-
-    Raises:
-        UserError: a model that this version cannot train.
-    """
-    if not spec.family.trainable:
-        raise UserError(f"{spec.path} is a {spec.family.title} model, which this version generates with but does not "
-                        "train; cache with Wan2.2 T2V-A14B or I2V-A14B")
+    """The encoders of a model, and the dtypes of the files."""
     stored = text_dtype(spec)
     return EncoderSpec(
         task=spec.task, fps=float(spec.defaults.fps), vae=vae_fingerprint(spec), text=text_encoder_fingerprint(spec),

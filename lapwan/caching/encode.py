@@ -18,7 +18,14 @@ from torch import Tensor
 
 from lapwan import console
 from lapwan.caching.decoder import Decoded, Decoder, make_jobs
-from lapwan.caching.layout import PROMPTS_FILE, Recipe, write_latents, write_prompts, write_roi, write_text_features
+from lapwan.caching.layout import (
+    PROMPTS_FILE,
+    CacheRecipe,
+    write_latents,
+    write_prompts,
+    write_roi,
+    write_text_features,
+)
 from lapwan.caching.plan import CachePlan, PlannedItem
 from lapwan.caching.stale import prompts_recipe
 from lapwan.data.dropped_clips import BadClip, DroppedClip
@@ -62,7 +69,7 @@ class EncodeResult:
     texts: int = 0
     rois: int = 0
     pixels: int = 0
-    written: dict[str, Recipe] = field(default_factory=dict)
+    written: dict[str, CacheRecipe] = field(default_factory=dict)
     failures: list[DroppedClip] = field(default_factory=list)
     seconds: EncodeSeconds = field(default_factory=EncodeSeconds)
 
@@ -242,7 +249,7 @@ def _write(plan: CachePlan, item: PlannedItem, latents: Tensor, condition: Tenso
         item.latents_recipe,
     )
     result.latents += 1
-    result.pixels += len(item.indices) * item.crop.bucket[0] * item.crop.bucket[1]
+    result.pixels += item.pixels
     result.written[item.latents] = item.latents_recipe
     result.seconds.write += time.perf_counter() - started
 

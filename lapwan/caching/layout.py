@@ -39,7 +39,7 @@ _FORMAT = {"architecture": "wan", "format_version": "1.0.1"}
 _NAME = re.compile(r"(?P<stem>.+?)(?:_(?P<start>\d{5,})-(?P<frames>\d{3,}))?_(?P<width>\d{4,})x(?P<height>\d{4,})"
                    + re.escape(LATENTS_END), re.DOTALL)
 
-Recipe = Mapping[str, Any]
+CacheRecipe = Mapping[str, Any]
 
 
 def latents_name(stem: str, window: Window | None, width: int, height: int) -> str:
@@ -77,12 +77,12 @@ def parse_latents_name(name: str) -> LatentsName | None:
     return LatentsName(match["stem"], window, int(match["width"]), int(match["height"]))
 
 
-def recipe_text(recipe: Recipe) -> str:
+def recipe_text(recipe: CacheRecipe) -> str:
     """Canonical JSON."""
     return json.dumps(recipe, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def recipe_fingerprint(recipe: Recipe) -> str:
+def recipe_fingerprint(recipe: CacheRecipe) -> str:
     """16 hex digits over the canonical recipe."""
     return hashlib.sha256(recipe_text(recipe).encode()).hexdigest()[:16]
 
@@ -109,7 +109,7 @@ def _latents_key(kind: str, tensor: Tensor) -> str:
 
 def write_latents(
     path: Path, latents_CTHW: Tensor, condition_CTHW: Tensor | None, size: tuple[int, int], frames: int | None,
-    recipe: Recipe,
+    recipe: CacheRecipe,
 ) -> None:
     """Write a latents file; `size` is the original (width, height), `frames` None for an image."""
     tensors = {_latents_key("latents", latents_CTHW): latents_CTHW}
@@ -121,19 +121,19 @@ def write_latents(
     _save(path, tensors, metadata)
 
 
-def write_text_features(path: Path, features_ND: Tensor, caption: str, recipe: Recipe) -> None:
+def write_text_features(path: Path, features_ND: Tensor, caption: str, recipe: CacheRecipe) -> None:
     """Write a text file."""
     metadata = {**_FORMAT, "caption1": caption, RECIPE_KEY: recipe_text(recipe)}
     _save(path, {f"varlen_t5_{_dtype_name(features_ND)}": features_ND}, metadata)
 
 
-def write_prompts(path: Path, empty_ND: Tensor, negative_ND: Tensor, recipe: Recipe) -> None:
+def write_prompts(path: Path, empty_ND: Tensor, negative_ND: Tensor, recipe: CacheRecipe) -> None:
     """Write the features of the empty and of the negative prompt."""
     _save(path, {f"empty_{_dtype_name(empty_ND)}": empty_ND, f"negative_{_dtype_name(negative_ND)}": negative_ND},
           {RECIPE_KEY: recipe_text(recipe)})
 
 
-def write_roi(path: Path, roi_THW: Any, recipe: Recipe) -> None:
+def write_roi(path: Path, roi_THW: Any, recipe: CacheRecipe) -> None:
     """Write a region mask, a float32 numpy array [T, H, W] in [0, 1]. Needs no torch."""
     from safetensors.numpy import save_file
 

@@ -16,7 +16,7 @@ from lapwan.caching.layout import (
     PROMPTS_FILE,
     ROI_END,
     TEXT_END,
-    Recipe,
+    CacheRecipe,
     latents_name,
     parse_latents_name,
     recipe_fingerprint,
@@ -54,9 +54,9 @@ class PlannedItem:
     window: Window | None
     crop: Crop
     latents: str
-    latents_recipe: Recipe
-    text_recipe: Recipe
-    roi_recipe: Recipe | None
+    latents_recipe: CacheRecipe
+    text_recipe: CacheRecipe
+    roi_recipe: CacheRecipe | None
     source_fps: float | None
 
     @property
@@ -73,6 +73,11 @@ class PlannedItem:
     def roi(self) -> str | None:
         """The ROI file's name, if the clip has a region."""
         return None if self.roi_recipe is None else roi_name(self.latents)
+
+    @property
+    def pixels(self) -> int:
+        """The number of pixels in its frames."""
+        return len(self.indices) * self.crop.bucket[0] * self.crop.bucket[1]
 
     @property
     def indices(self) -> range:
@@ -97,7 +102,7 @@ class CachePlan:
     text_todo: dict[str, tuple[PlannedItem, str]] = field(default_factory=dict)
     roi_todo: dict[str, tuple[PlannedItem, str]] = field(default_factory=dict)
     prompts_todo: str | None = None
-    made: dict[str, Recipe] = field(default_factory=dict)
+    made: dict[str, CacheRecipe] = field(default_factory=dict)
     unverified: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
 
@@ -113,8 +118,7 @@ class CachePlan:
 
     def pixels(self) -> int:
         """The number of pixels in all frames to encode."""
-        items = [item for item, _ in self.latents_todo.values()]
-        return sum(len(item.indices) * item.crop.bucket[0] * item.crop.bucket[1] for item in items)
+        return sum(item.pixels for item, _ in self.latents_todo.values())
 
     def latents_bytes(self) -> int:
         """Bytes that the latents to encode will take on disk."""
@@ -244,7 +248,7 @@ def _compare(plan: CachePlan, latents: bool, text: bool) -> None:
                               and not _belongs_to(name, dropped))
 
 
-def _check(plan: CachePlan, name: str, recipe: Recipe) -> str | None:
+def _check(plan: CachePlan, name: str, recipe: CacheRecipe) -> str | None:
     """Why a file must be made; one that is up to date is entered into the plan."""
     result = check_file(plan.folder / name, recipe)
     if result.reason is None and result.recipe is not None:
@@ -261,7 +265,7 @@ def _belongs_to(name: str, stems: set[str]) -> bool:
     return stem in stems or stem.rpartition("-")[0] in stems
 
 
-def index_items(plan: CachePlan, done: Mapping[str, Recipe]) -> tuple[CachedItem, ...]:
+def index_items(plan: CachePlan, done: Mapping[str, CacheRecipe]) -> tuple[CachedItem, ...]:
     """The index's entries for the items whose files are all up to date.
 
     Args:
@@ -275,7 +279,7 @@ def index_items(plan: CachePlan, done: Mapping[str, Recipe]) -> tuple[CachedItem
     )
 
 
-def _index_item(item: PlannedItem, repeats: int, recipes: Mapping[str, Recipe], condition: bool) -> CachedItem:
+def _index_item(item: PlannedItem, repeats: int, recipes: Mapping[str, CacheRecipe], condition: bool) -> CachedItem:
     """`condition`: whether files without a recipe hold an image condition."""
     clip, made = item.clip, recipes.get(item.latents)
     files = {"latents": item.latents, "text": item.text, "roi": item.roi or ""}

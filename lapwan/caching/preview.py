@@ -11,10 +11,10 @@ from lapwan.caching.read import load_index, read_item
 from lapwan.files import atomic_file
 from lapwan.models.device import pick_device
 from lapwan.models.spec import ModelSpec
+from lapwan.report.contact_sheet import spaced_frames
 from lapwan.wan.vae import decode, load_vae
 
 PREVIEW_FILE = "lapwan_preview.png"
-_COLUMNS = 6
 _GAP = 4  # pixels between frames
 
 
@@ -38,7 +38,7 @@ def write_preview(folder: Path, spec: ModelSpec, count: int, device: str = "auto
         assert latents is not None
         with torch.no_grad():
             pixels_CTHW = decode(vae, latents[None])[0].cpu()
-        frames = np.linspace(0, item.frames - 1, min(_COLUMNS, item.frames)).round().astype(int)
+        frames = spaced_frames(item.frames)
         shown = ((pixels_CTHW[:, frames] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
         if roi is not None:
             shown = _outlined(shown, roi.numpy(), frames)

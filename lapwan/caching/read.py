@@ -46,7 +46,7 @@ def read_item(folder: Path, item: CachedItem) -> dict[str, Tensor | None]:
     Raises:
         UserError: a file is missing or damaged.
     """
-    from lapwan.checkpoints.tensors import load
+    from lapwan.checkpoints.tensors import load_tensor
 
     latents = _open(folder, item, "latents", item.latents)
     text = _open(folder, item, "text", item.text)
@@ -54,11 +54,11 @@ def read_item(folder: Path, item: CachedItem) -> dict[str, Tensor | None]:
     roi = None
     if item.roi is not None:
         roi_file = _open(folder, item, "roi", item.roi)
-        roi = load(roi_file, str(find_tensor(roi_file, "roi")))
+        roi = load_tensor(roi_file, str(find_tensor(roi_file, "roi")))
     return {
-        "latents": load(latents, str(find_tensor(latents, "latents"))).float(),
-        "text": load(text, str(find_tensor(text, "varlen_t5"))),
-        "condition": None if condition is None else load(latents, condition).float(),
+        "latents": load_tensor(latents, str(find_tensor(latents, "latents"))).float(),
+        "text": load_tensor(text, str(find_tensor(text, "varlen_t5"))),
+        "condition": None if condition is None else load_tensor(latents, condition).float(),
         "roi": roi,
     }
 
@@ -79,14 +79,14 @@ def read_prompt(index: CacheIndex, kind: str) -> Tensor:
     Raises:
         UserError: the cache has none (musubi-tuner caches none).
     """
-    from lapwan.checkpoints.tensors import load
+    from lapwan.checkpoints.tensors import load_tensor
 
     path = index.folder / (index.prompts or PROMPTS_FILE)
     if not path.is_file():
         raise UserError(f"{index.folder} holds no features of the {kind} prompt; caption dropout and CFG need them: "
                         "run lapwan cache --no-latents on it")
     file = open_cache_file(path)
-    return load(file, str(find_tensor(file, kind)))
+    return load_tensor(file, str(find_tensor(file, kind)))
 
 
 def read_empty_text(index: CacheIndex) -> Tensor:

@@ -67,8 +67,7 @@ def _reasons(todo: Mapping[str, tuple[PlannedItem, str]]) -> list[tuple[str, int
 
 
 def _free_bytes(plan: CachePlan) -> int:
-    folder = plan.folder.absolute()
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+    return shutil.disk_usage(files.nearest_folder(plan.folder)).free
 
 
 def duration_text(seconds: float) -> str:

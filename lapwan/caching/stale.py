@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapwan.caching.layout import TEXT_END, Recipe, find_tensor, read_recipe, recipe_fingerprint
+from lapwan.caching.layout import TEXT_END, CacheRecipe, find_tensor, read_recipe, recipe_fingerprint
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.data.buckets import Crop
 from lapwan.data.clips import SourceClip
@@ -71,7 +71,7 @@ def source_fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def frames_recipe(source: str, window: Window | None, crop: Crop, fps: float) -> Recipe:
+def frames_recipe(source: str, window: Window | None, crop: Crop, fps: float) -> CacheRecipe:
     """The frames of a training item: `source` is the clip's fingerprint with its frame rate, `window` None an image."""
     return {
         "source": source, "fps": fps, "window": None if window is None else list(window),
@@ -79,13 +79,13 @@ def frames_recipe(source: str, window: Window | None, crop: Crop, fps: float) ->
     }
 
 
-def latents_recipe(frames: Recipe, encoders: EncoderSpec) -> Recipe:
+def latents_recipe(frames: CacheRecipe, encoders: EncoderSpec) -> CacheRecipe:
     """Latents: the frames, the VAE, its precision and the stored one, and whether the image condition is there."""
     return {**frames, "vae": encoders.vae, "computed": encoders.vae_dtype, "dtype": encoders.latents_dtype,
             "i2v": encoders.condition}
 
 
-def roi_recipe(frames: Recipe, clip: SourceClip) -> Recipe | None:
+def roi_recipe(frames: CacheRecipe, clip: SourceClip) -> CacheRecipe | None:
     """A region: the frames, and the mask or the boxes; None for a clip without either."""
     if clip.mask is not None:
         return {**frames, "mask": source_fingerprint(clip.mask)}
@@ -94,13 +94,13 @@ def roi_recipe(frames: Recipe, clip: SourceClip) -> Recipe | None:
     return None
 
 
-def text_recipe(caption: str, encoders: EncoderSpec) -> Recipe:
+def text_recipe(caption: str, encoders: EncoderSpec) -> CacheRecipe:
     """Text features of a caption."""
     return {"encoder": encoders.text, "caption": caption, "length": encoders.text_length,
             "dtype": encoders.text_dtype}
 
 
-def prompts_recipe(encoders: EncoderSpec) -> Recipe:
+def prompts_recipe(encoders: EncoderSpec) -> CacheRecipe:
     """Text features of the empty and the negative prompt."""
     return {"encoder": encoders.text, "negative": encoders.negative, "length": encoders.text_length,
             "dtype": encoders.text_dtype}
@@ -112,10 +112,10 @@ class FileCheck:
     for a file of another tool, which is checked by shape and caption only."""
 
     reason: str | None
-    recipe: Recipe | None = None
+    recipe: CacheRecipe | None = None
 
 
-def check_file(path: Path, wanted: Recipe) -> FileCheck:
+def check_file(path: Path, wanted: CacheRecipe) -> FileCheck:
     """Compare a cache file with the recipe wanted."""
     if not path.exists():
         return FileCheck(MISSING)
@@ -130,7 +130,7 @@ def check_file(path: Path, wanted: Recipe) -> FileCheck:
     return FileCheck(reason, made if reason is None else None)
 
 
-def _difference(made: Mapping[str, Any], wanted: Recipe, caption: str | None) -> str | None:
+def _difference(made: Mapping[str, Any], wanted: CacheRecipe, caption: str | None) -> str | None:
     changed = [key for key in wanted if made.get(key) != wanted[key]]
     if changed == ["i2v"] and made.get("i2v") is True:
         return None  # an image condition that is not needed does no harm
@@ -145,7 +145,7 @@ def _shown(value: Any) -> str:
     return "x".join(str(part) for part in value) if isinstance(value, list) else str(value)[:12]
 
 
-def _shape_difference(file: TensorFile, wanted: Recipe) -> str | None:
+def _shape_difference(file: TensorFile, wanted: CacheRecipe) -> str | None:
     """What differs, as far as shape and caption show it."""
     if file.path.name.endswith(TEXT_END):
         return None if file.metadata.get("caption1") == wanted.get("caption") else "caption changed"

@@ -1,4 +1,4 @@
-"""Fingerprints of weight files and of merges, without torch.
+"""Fingerprints of weight files, of merges and of plain values, without torch.
 
 A fingerprint ties a LoRA, a mixture or a cache to the base it was made with; it does not protect against tampering.
 The fingerprint of a LoRA's content is `lapwan.lora.state.LoraState.fingerprint`; those of the VAE and the text encoder
@@ -8,6 +8,7 @@ are in `lapwan.models.fingerprints`.
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,11 @@ def checkpoint_fingerprint(files: Sequence[Path]) -> str:
         for start, size in _samples(info.size):
             digest.update(header.read(info.name, start, size))
     return digest.hexdigest()
+
+
+def json_fingerprint(value: object) -> str:
+    """sha256 over the value as JSON with sorted keys: 64 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _samples(size: int) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_file
 
 TILE_BYTES = 4 << 20  # of a touched tensor as fp32: a few hundred rows, which fit into a core's cache
-_COPY_BYTES = 64 << 20  # per call into the kernel, so that progress moves
+COPY_BYTES = 64 << 20  # per call into the kernel, so that progress moves
 _MERGEABLE = ("F64", "F32", "F16", "BF16")
 _MAX_WORKERS = 8
 Advance = Callable[[int], None]  # called with a number of bytes, for a progress bar
@@ -58,6 +58,7 @@ def check_mergeable(file: TensorFile, name: str) -> None:
 def rewrite(
     source: TensorFile, target: Path, updates: Mapping[str, Sequence[Update]], metadata: Mapping[str, str],
     advance: Advance = lambda _: None, check: Callable[[Path], None] | None = None,
+    tile_bytes: int = TILE_BYTES, copy_bytes: int = COPY_BYTES,
 ) -> None:
     """Write `source` to `target` with the weights named in `updates` changed and the header's metadata replaced.
 
@@ -66,6 +67,8 @@ def rewrite(
     Args:
         advance: called with the bytes written.
         check: called with the path of the finished file, before it is renamed to `target`.
+        tile_bytes: of a touched tensor as fp32, merged at a time.
+        copy_bytes: of untouched tensors, copied at a time.
 
     Raises:
         UserError: a merged weight that is not finite, a quantised dtype, a source that is cut short.
@@ -83,13 +86,13 @@ def rewrite(
         pool = ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1))
         try:
             with one_thread():  # each worker merges one tensor at a time; this thread copies the bytes between them
-                jobs = [pool.submit(_merge_tensor, source, info, updates[info.name], writer.fileno(), shift, advance)
-                        for info in touched]
+                jobs = [pool.submit(_merge_tensor, source, info, updates[info.name], writer.fileno(), shift, advance,
+                                    tile_bytes) for info in touched]
                 position = source.data_start
                 for info in touched:
-                    _copy(reader.fileno(), writer.fileno(), position, info.start, shift, advance)
+                    _copy(reader.fileno(), writer.fileno(), position, info.start, shift, advance, copy_bytes)
                     position = info.end
-                _copy(reader.fileno(), writer.fileno(), position, end, shift, advance)
+                _copy(reader.fileno(), writer.fileno(), position, end, shift, advance, copy_bytes)
                 for job in as_completed(jobs):
                     job.result()
         finally:
@@ -120,15 +123,18 @@ def _header(source: TensorFile, metadata: Mapping[str, str]) -> bytes:
 
 
 def _merge_tensor(
-    source: TensorFile, info: TensorInfo, updates: Sequence[Update], writer: int, shift: int, advance: Advance
+    source: TensorFile, info: TensorInfo, updates: Sequence[Update], writer: int, shift: int, advance: Advance,
+    tile_bytes: int,
 ) -> None:
     """Merge one tensor and write its tiles at their offsets."""
-    for offset, view, _ in _merged_tiles(source, info, updates):
+    for offset, view, _ in _merged_tiles(source, info, updates, tile_bytes):
         _write(writer, view, info.start + offset + shift)
         advance(len(view))
 
 
-def merged_tensor(source: TensorFile, name: str, updates: Sequence[Update]) -> Tensor:
+def merged_tensor(
+    source: TensorFile, name: str, updates: Sequence[Update], tile_bytes: int = TILE_BYTES
+) -> Tensor:
     """W' of the tensor `name` in memory, in the file's dtype: bit for bit what `rewrite` writes.
 
     Raises:
@@ -137,16 +143,16 @@ def merged_tensor(source: TensorFile, name: str, updates: Sequence[Update]) -> T
     check_mergeable(source, name)
     info = source.tensors[name]
     with one_thread():
-        return torch.cat([tile.clone() for *_, tile in _merged_tiles(source, info, updates)])
+        return torch.cat([tile.clone() for *_, tile in _merged_tiles(source, info, updates, tile_bytes)])
 
 
 def _merged_tiles(
-    source: TensorFile, info: TensorInfo, updates: Sequence[Update]
+    source: TensorFile, info: TensorInfo, updates: Sequence[Update], tile_bytes: int
 ) -> Iterator[tuple[int, memoryview, Tensor]]:
     """(offset in the tensor, bytes, the same bytes as rows) of W', tile by tile, in two buffers that are reused."""
     rows, columns = info.shape
     dtype, row_bytes = DTYPES[info.dtype], columns * ITEM_SIZE[info.dtype]
-    step = max(1, min(rows, TILE_BYTES // (columns * 4)))
+    step = max(1, min(rows, tile_bytes // (columns * 4)))
     buffer = memoryview(bytearray(step * row_bytes))
     work = torch.empty(step, columns, dtype=torch.promote_types(dtype, torch.float32))
     additions = [update.prepare(work.dtype) for update in updates]
@@ -172,10 +178,10 @@ def _write(descriptor: int, data: memoryview, position: int) -> None:
         data, position = data[count:], position + count
 
 
-def _copy(reader: int, writer: int, start: int, end: int, shift: int, advance: Advance) -> None:
-    """Copy bytes [start, end) of the source to offset start + `shift` of the target."""
+def _copy(reader: int, writer: int, start: int, end: int, shift: int, advance: Advance, piece: int) -> None:
+    """Copy bytes [start, end) of the source to offset start + `shift` of the target, `piece` bytes at a time."""
     while start < end:
-        count = _copy_some(reader, writer, start, start + shift, min(_COPY_BYTES, end - start))
+        count = _copy_some(reader, writer, start, start + shift, min(piece, end - start))
         if count == 0:
             raise UserError("the model file became shorter while it was read; is something writing to it?")
         start += count

@@ -15,7 +15,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-def load(file: TensorFile, name: str) -> Tensor:
+def load_tensor(file: TensorFile, name: str) -> Tensor:
     """Tensor `name` in its stored dtype.
 
     Raises:

@@ -19,6 +19,7 @@ from lapwan import console, files
 from lapwan.commands.run_setup import output_lock
 from lapwan.commands.table import COMMANDS
 from lapwan.data.clips import read_clips, to_line
+from lapwan.diagnostics.run_folder import METRICS_FILE
 from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.result import read_metadata
@@ -28,7 +29,6 @@ from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.load import load
 from lapwan.tiny.dataset import write_dataset
 from lapwan.tiny.model import tiny_folder
-from lapwan.train.metrics import METRICS_FILE
 
 # A small model takes a larger step than the default for the 14B one; rank 2 leaves the four experts something to add.
 _TRAINING = {"batch_size": "2", "optimizer.lr": "3.3e-3", "roi_weight": "3", "targets.patterns": '{"blocks.*" = 2}'}

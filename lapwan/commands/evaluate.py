@@ -8,7 +8,7 @@ from lapwan import console, files
 from lapwan.commands.run_setup import output_lock, print_plan
 from lapwan.errors import Interrupted, UserError
 from lapwan.evaluation.metrics import metric_names
-from lapwan.evaluation.recipe import open_store, prepare, write_results
+from lapwan.evaluation.recipe import make_study, open_store, write_results
 from lapwan.evaluation.router_accuracy import ProbeSet
 from lapwan.evaluation.study import Study, run_study
 from lapwan.evaluation.tables import IntervalRule, tables
@@ -37,7 +37,7 @@ def _run(settings: EvaluateSettings, options: RunOptions) -> None:
             raise UserError(f"output exists: {out}; pass --resume to continue it (finished videos that still match are "
                             "kept), --overwrite to start over, or choose another path")
         files.claim_output(out, options.overwrite)
-    study = prepare(settings, _resolve, SceneJudge(), _probe_set, EMBEDDED_REWARD_KINDS)
+    study = make_study(settings, _resolve, SceneJudge(), _probe_set, EMBEDDED_REWARD_KINDS)
     print_plan(settings, _plan(study), options)
     if options.dry_run:
         return

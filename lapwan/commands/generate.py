@@ -20,7 +20,7 @@ from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.generate import GenerateSettings
 from lapwan.train.parallel import Distributed
 
-_SHEET_COLUMNS, _GRID_COLUMNS = 6, 4
+_GRID_COLUMNS = 4
 _LEAST_WIDTH = 256  # pixels of a video on a sheet, so that a caption fits
 
 
@@ -149,7 +149,7 @@ def _write_together(path: Path, jobs: Sequence[VideoJob], videos: Sequence[Video
 
 def _write_sheet(path: Path, jobs: Sequence[VideoJob], videos: Sequence[Video]) -> None:
     frames = [video.frames for video in videos]
-    image = contact_sheet(frames, _SHEET_COLUMNS, _captions(jobs), scale=_scale(videos))
+    image = contact_sheet(frames, captions=_captions(jobs), scale=_scale(videos))
     with atomic_file(path) as temporary:
         image.save(temporary)
     console.results.print(str(path.absolute()), markup=False)

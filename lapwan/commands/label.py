@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lapwan import console
-from lapwan.data.clips import ClipFile, read_clips, relocated, to_line
+from lapwan.data.clips import ClipFile, read_clips, relocated, shortened, to_line
 from lapwan.data.label_report import LabelReport
 from lapwan.data.labels import CaptionLabeller, Label, round_weights
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
@@ -22,7 +22,6 @@ from lapwan.settings.label import LabelSettings
 
 _FIELDS = ("instrument_label", "instrument_name", "instrument_logits", "instrument_taxonomy", "label_fallback")
 _MEBIBYTE = 1 << 20
-_CAPTION_SHOWN = 60
 _FILE_WIDTH = 200
 
 
@@ -127,8 +126,7 @@ def _show(report: LabelReport) -> None:
     if report.unmatched:
         console.results.print(f"no instrument named in {report.fallback}, such as")
         for line, caption in report.unmatched:
-            shown = caption if len(caption) <= _CAPTION_SHOWN else caption[: _CAPTION_SHOWN - 1] + "…"
-            console.results.print(f"  line {line}: {shown}", markup=False)
+            console.results.print(f"  line {line}: {shortened(caption)}", markup=False)
     for advice in report.advice():
         console.results.print(f"advice: {advice}", markup=False)
     for warning in report.warnings():

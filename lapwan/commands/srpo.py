@@ -17,7 +17,7 @@ from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS
 from lapwan.train.recipe import run_training
 from lapwan.train.run_folder import claim_run, start_folder
 from lapwan.train.srpo import recipe
-from lapwan.train.srpo.plan import SrpoPlan, describe, plan_run, too_slow
+from lapwan.train.srpo.plan import SrpoPlan, plan_run, srpo_plan_lines, too_slow
 
 
 def run(settings: SrpoSettings, options: RunOptions) -> None:
@@ -29,7 +29,7 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
         device = pick_device(device_name)
         planned = plan(settings, device, distributed.count)
         base, data, memory = planned.base, planned.data, planned.memory
-        print_plan(settings, [*describe(settings, base, data, planned.intervals), memory.line,
+        print_plan(settings, [*srpo_plan_lines(settings, base, data, planned.intervals), memory.line,
                               "GPU memory of this run:", *memory.table], options)
         slow = too_slow(settings, base, data, device)
         if options.dry_run:

@@ -45,7 +45,7 @@ TOKEN = re.compile(rf"(?P<han>[{IDEOGRAPHS}]+)|(?P<word>[^\W{IDEOGRAPHS}]+(?:'[^
 _VOWEL = re.compile(r"[aeiouy]")
 
 
-def normalise(text: str) -> str:
+def normalise_text(text: str) -> str:
     """NFKC (full-width to half-width), lower case, traditional to simplified, hyphens to spaces."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_TABLE)
 
@@ -84,7 +84,7 @@ def _singular(word: str) -> str:
 def units(text: str) -> tuple[str, ...]:
     """A phrase in comparable units: each Chinese character, each stemmed word, each punctuation mark."""
     out: list[str] = []
-    for match in TOKEN.finditer(normalise(text)):
+    for match in TOKEN.finditer(normalise_text(text)):
         if match.lastgroup == "word":
             out.append(stem(match[0]))
         else:
@@ -153,7 +153,7 @@ class ChineseSegmenter:
         """A text, normalised, in units with its word boundaries."""
         out: list[str] = []
         boundary: list[bool] = []
-        for match in TOKEN.finditer(normalise(text)):
+        for match in TOKEN.finditer(normalise_text(text)):
             if match.lastgroup == "han":
                 for word in self.words(match[0]):
                     out += word

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +19,7 @@ from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.frame_extraction import Extraction
 from lapwan.errors import UserError, nearest
 
-_SHOWN = 60  # characters of a broken line that an error shows
+_SHOWN = 60
 MEDIA_KEYS = ("video_path", "image_path")
 PATH_KEYS = (*MEDIA_KEYS, "mask_path")
 
@@ -78,12 +78,12 @@ class ClipFile:
             reason = str(error)
             if isinstance(error, json.JSONDecodeError):
                 reason = f"{error.msg} at character {error.colno}"
-            self._fail(number, f"broken JSON, {reason}: {_short(text)}")
+            self._fail(number, f"broken JSON, {reason}: {shortened(text.strip())}")
         except RecursionError:
-            self._fail(number, f"broken JSON, nested too deep: {_short(text)}")
+            self._fail(number, f"broken JSON, nested too deep: {shortened(text.strip())}")
         if not isinstance(data, dict):
             hint = "; the file looks like a JSON array, one object a line is needed" if number == 1 else ""
-            self._fail(number, f"expected a JSON object, found {_kind(data)}: {_short(text)}{hint}")
+            self._fail(number, f"expected a JSON object, found {_kind(data)}: {shortened(text.strip())}{hint}")
         self._check_caption(number, data)
         return data
 
@@ -93,7 +93,7 @@ class ClipFile:
             self._fail(number, f"no 'caption'{guess}; found: {', '.join(data) or 'nothing'}")
         caption = data["caption"]
         if not isinstance(caption, str):
-            self._fail(number, f"'caption' must be text, found {_kind(caption)}: {_short(json.dumps(caption))}")
+            self._fail(number, f"'caption' must be text, found {_kind(caption)}: {shortened(json.dumps(caption))}")
         if not caption.strip():
             media = next((f" of {data[key]}" for key in MEDIA_KEYS if key in data), "")
             self._fail(number, f"empty caption{media}; write one or remove the line")
@@ -124,18 +124,35 @@ def resolve_video(path: str | Path, jsonl: Path) -> Path:
         UserError: no such file (with the paths tried), or two different files match.
     """
     given = Path(path)
+    if (existing := find_path(given, jsonl)) is not None:
+        return existing
     if given.is_absolute():
-        if not given.exists():
-            raise UserError(f"no such file: {given}")
-        return given
+        raise UserError(f"no such file: {given}")
     beside, here = jsonl.absolute().parent / given, Path.cwd() / given
+    tried = f"{beside} and {here}" if beside != here else f"{beside}"
+    raise UserError(f"no such file: {given}; looked for {tried}")
+
+
+def find_path(given: Path, source: Path) -> Path | None:
+    """What a path written in a file `source` refers to: absolute, else beside `source`, else in the working directory.
+
+    Returns:
+        None if there is nothing.
+
+    Raises:
+        UserError: both are there, and differ.
+    """
+    beside, here = source.absolute().parent / given, Path.cwd() / given
     existing = [candidate for candidate in (beside, here) if candidate.exists()]
-    if not existing:
-        tried = f"{beside} and {here}" if beside != here else f"{beside}"
-        raise UserError(f"no such file: {given}; looked for {tried}")
     if len(existing) == 2 and not beside.samefile(here):
         raise UserError(f"'{given}' is ambiguous: both {beside} and {here} exist; write the absolute path")
-    return existing[0]
+    return existing[0] if existing else None
+
+
+def empty_split(source: object, split: str | None, splits: Iterable[str | None], advice: str) -> UserError:
+    """The error of a split without clips; `splits` are those that there are."""
+    available = ", ".join(sorted(map(str, splits)))
+    return UserError(f"{source} has no clips of split '{split}' (it has: {available}); {advice}")
 
 
 def relocated(data: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
@@ -162,8 +179,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _short(text: str) -> str:
-    text = text.strip()
+def shortened(text: str) -> str:
+    """A text as messages show it: at most 60 characters."""
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 

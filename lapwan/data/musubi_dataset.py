@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lapwan import console
 from lapwan.data.buckets import Buckets
-from lapwan.data.clips import CacheSet, SourceClip, read_source_clips
+from lapwan.data.clips import CacheSet, SourceClip, find_path, read_source_clips
 from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.frame_extraction import Extraction, FrameExtraction, round_frames
 from lapwan.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -238,11 +238,10 @@ def _cache_folder(entry: DatasetEntry, path: Path, output: Path | None, number: 
 
 def _existing(given: Path, path: Path, location: str) -> Path:
     """A path beside the dataset file, else in the working directory, where musubi-tuner looks."""
-    beside = path.absolute().parent / given
-    existing = [candidate for candidate in dict.fromkeys((beside, Path.cwd() / given)) if candidate.exists()]
-    if not existing:
+    try:
+        existing = find_path(given, path)
+    except UserError as error:
+        raise UserError(f"{location}: {error}") from None
+    if existing is None:
         raise UserError(f"{location}: no such path: {given}; looked beside {path.name} and in the working directory")
-    if len(existing) == 2 and not existing[0].samefile(existing[1]):
-        raise UserError(f"{location}: '{given}' is ambiguous: both {existing[0]} and {existing[1]} exist; "
-                        "write the absolute path")
-    return existing[0]
+    return existing

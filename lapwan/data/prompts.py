@@ -80,7 +80,7 @@ def _captions(value: Any, path: Path, expected: str) -> list[str]:
     return texts
 
 
-def held_out(prompts: Sequence[str], count: int, seed: int) -> set[str]:
+def choose_held_out(prompts: Sequence[str], count: int, seed: int) -> set[str]:
     """`count` of the prompts, chosen by seed and text, so that the rank of a prompt does not depend on the others.
 
     Raises:

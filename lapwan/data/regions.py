@@ -21,22 +21,22 @@ from lapwan.data.video import VideoFacts, probe, read_frames, source_times
 if TYPE_CHECKING:
     from torch import Tensor
 
-Box = tuple[float, float, float, float]
+RegionBox = tuple[float, float, float, float]  # x0, y0, x1, y1 in 0..1 of the frame
 
 
-def boxes_at(roi: Sequence[Mapping[str, Any]], frames: Sequence[int]) -> list[list[Box]]:
+def boxes_at(roi: Sequence[Mapping[str, Any]], frames: Sequence[int]) -> list[list[RegionBox]]:
     """The boxes of source frames `frames`.
 
     A frame takes the boxes of the nearest annotated frame, no farther than half the usual gap between annotations:
     dense annotations hold for their own frame only, sparse ones until half-way to the next.
     """
-    by_frame: dict[int, list[Box]] = {}
+    by_frame: dict[int, list[RegionBox]] = {}
     for entry in roi:
         by_frame.setdefault(int(entry["frame"]), []).append(tuple(float(v) for v in entry["box"]))  # type: ignore[arg-type]
     annotated = sorted(by_frame)
     gaps = [b - a for a, b in itertools.pairwise(annotated)]
     reach = statistics.median(gaps) / 2 if gaps else float("inf")
-    boxes: list[list[Box]] = []
+    boxes: list[list[RegionBox]] = []
     for frame in frames:
         at = bisect.bisect_left(annotated, frame)
         nearest = min(annotated[max(0, at - 1) : at + 1], key=lambda other: abs(other - frame), default=None)
@@ -51,7 +51,7 @@ def _covered(low: float, high: float, cells: int) -> np.ndarray:
     return covered
 
 
-def box_masks(boxes: Sequence[Sequence[Box]], crop: Crop) -> np.ndarray:
+def box_masks(boxes: Sequence[Sequence[RegionBox]], crop: Crop) -> np.ndarray:
     """[frames, height, width] in [0, 1] at bucket resolution: the part of each pixel inside any box."""
     width, height = crop.bucket
     masks = np.zeros((len(boxes), height, width), np.float32)
@@ -76,12 +76,20 @@ def latent_region(
     roi: Sequence[Mapping[str, Any]], mask: Path | None, path: Path, indices: Sequence[int], crop: Crop, fps: float,
     facts: VideoFacts, source_fps: float | None, strides: tuple[int, int],
 ) -> np.ndarray:
-    """The region [T, H, W] of a clip in [0, 1], from its mask or, without one, its boxes.
+    """`pixel_region` at latent resolution, [T, H, W]; `strides`: (temporal, spatial), pixels per latent cell."""
+    return mask_to_latent(pixel_region(roi, mask, path, indices, crop, fps, facts, source_fps), *strides)
+
+
+def pixel_region(
+    roi: Sequence[Mapping[str, Any]], mask: Path | None, path: Path, indices: Sequence[int], crop: Crop, fps: float,
+    facts: VideoFacts, source_fps: float | None = None,
+) -> np.ndarray:
+    """[frames, height, width] in [0, 1]: how much of each pixel lies in a clip's mask or, without one, its boxes.
 
     Args:
         roi: boxes by source frame, as in clips.jsonl.
+        mask: a video, or one picture for every frame; white is inside.
         indices: the clip's frames, counted at `fps`.
-        strides: (temporal, spatial), pixels per latent cell.
 
     Raises:
         BadClip: the mask cannot be read or is shorter than the clip.
@@ -89,12 +97,12 @@ def latent_region(
     if mask is None:
         times = source_times(path, facts, fps, source_fps)
         frames = [max(0, bisect.bisect_right(times, index / fps + facts.late) - 1) for index in indices]
-        return mask_to_latent(box_masks(boxes_at(roi, frames), crop), *strides)
+        return box_masks(boxes_at(roi, frames), crop)
     mask_facts = probe(mask, fps, source_fps)
     mask_frames = [0] if mask_facts.is_image else indices
     pixels = read_frames(mask, mask_frames, crop, fps, mask_facts, source_fps)
     white = (pixels.mean(axis=-1) > 127.5).astype(np.float32)
-    return mask_to_latent(np.repeat(white, len(indices), axis=0) if mask_facts.is_image else white, *strides)
+    return np.repeat(white, len(indices), axis=0) if mask_facts.is_image else white
 
 
 def motion_region(latents_CTHW: Tensor, share: float = 0.2) -> Tensor:

@@ -265,15 +265,24 @@ def frame_files(folder: Path) -> list[Path]:
     return files
 
 
-def _open_image(path: Path) -> Image.Image:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def rgb_image(path: Path) -> Image.Image:
+    """An image as RGB, with its EXIF rotation applied.
 
+    Raises:
+        OSError, SyntaxError, ValueError: it cannot be read as an image.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _open_image(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        return rgb_image(path)
     except FileNotFoundError:
         raise BadClip("no such file") from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise BadClip(f"{path.name} cannot be read as an image ({_short(error)})") from None
 
 

@@ -13,17 +13,17 @@ from lapwan.console import progress
 from lapwan.diagnostics import tables
 from lapwan.diagnostics.growth import growth, history
 from lapwan.diagnostics.lora_figures import Figures, ModuleFigures, measure, summarise, weight_norms
-from lapwan.diagnostics.mixture import NoiseExpertMixture, describe, describe_router, routing_windows
+from lapwan.diagnostics.mixture import NoiseExpertMixture, describe_router, mixture_json, routing_windows
 from lapwan.diagnostics.plot import draw_plot
 from lapwan.diagnostics.run_folder import (
-    METRICS,
+    METRICS_FILE,
     UNLABELLED,
     Checkpoint,
-    checkpoints,
     learning_rates,
     metadata_rates,
     metrics,
     pair,
+    read_checkpoints,
     single,
 )
 from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
@@ -63,7 +63,7 @@ def inspect(settings: InspectWeightsSettings, points: Sequence[Checkpoint], fold
     rates = metadata_rates(last) | learning_rates(lines, last.step)  # measured rates win over planned ones
     rates |= {noise_expert.value: rate for noise_expert, rate in (settings.lr or {}).items()}
     mixtures = {label: lora for label, lora in last.loras.items() if isinstance(lora, NoiseExpertMixture)}
-    mixture = {label: describe(lora) for label, lora in mixtures.items()} or None
+    mixture = {label: mixture_json(lora) for label, lora in mixtures.items()} or None
     overlaps = {label: described["overlap"] for label, described in mixture.items()} if mixture else None
     routing = _routing(mixtures, lines, last.step)
     verdict = judge(Evidence(PRESETS[settings.preset], figures, rates, grown, last.step, overlaps, routing))
@@ -83,13 +83,13 @@ def read_points(settings: InspectWeightsSettings) -> tuple[list[Checkpoint], Pat
         return [pair(*settings.files)], _run_folder(settings.files[0])
     path = settings.files[0]
     if path.is_dir():
-        return checkpoints(path), path
+        return read_checkpoints(path), path
     return [single(path)], _run_folder(path)
 
 
 def _run_folder(path: Path) -> Path:
     """The run folder of a file that lies in it or in one of its step folders."""
-    return path.parent if (path.parent / METRICS).is_file() else path.parent.parent
+    return path.parent if (path.parent / METRICS_FILE).is_file() else path.parent.parent
 
 
 def _routing(

@@ -185,8 +185,8 @@ def summarise(modules: Iterable[ModuleFigures]) -> Figures:
         mean_abs_B=_ratio(sum_b, count_b),
         delta_norm=math.sqrt(math.fsum(m.delta_norm**2 for m in finite)) if finite else None,
         spectral_norm_max=max((m.spectral_norm for m in live), default=None),
-        stable_rank_mean=_mean([m.stable_rank for m in live]),
-        effective_rank_mean=_mean([m.effective_rank for m in live]),
+        stable_rank_mean=mean([m.stable_rank for m in live]),
+        effective_rank_mean=mean([m.effective_rank for m in live]),
         nonfinite_modules=len(group) - len(finite),
         dead_modules=sum(m.dead for m in group),
     )
@@ -211,7 +211,8 @@ def _ratio(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator else None
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
+    """None of no values."""
     return math.fsum(values) / len(values) if values else None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lapwan.checkpoints.container import read_header
-from lapwan.diagnostics.lora_figures import Figures, measure, summarise
+from lapwan.diagnostics.lora_figures import Figures, mean, measure, summarise
 from lapwan.lora.state import LoraEntry
 from lapwan.losses.routing import entropy
 from lapwan.moe.mixture import Mixture
@@ -67,7 +67,7 @@ def open_mixture(path: Path) -> dict[str, NoiseExpertMixture]:
     return {e.value: NoiseExpertMixture(path, metadata, mixture, e) for e in mixture.noise_experts}
 
 
-def describe(source: NoiseExpertMixture) -> dict[str, Any]:
+def mixture_json(source: NoiseExpertMixture) -> dict[str, Any]:
     """The `mixture` part of the JSON for one noise expert: families, overlap, timestep gate."""
     mixture, noise_expert = source.mixture, source.noise_expert
     states = mixture.states[noise_expert]
@@ -114,7 +114,7 @@ def timestep_gate(mixture: Mixture, noise_expert: NoiseExpert) -> dict[str, Any]
     sampled = gate_range(mixture, noise_expert, grid) if grid else None
     return {
         "sigma": sigmas.tolist(), "strength": strengths, "min": min(strengths),
-        "mean": math.fsum(strengths) / len(strengths), "max": max(strengths),
+        "mean": mean(strengths), "max": max(strengths),
         "sampling": None if sampled is None else {
             "steps": len(grid), "mean": sampled.mean, "min": sampled.lowest, "max": sampled.highest},
     }
@@ -179,4 +179,4 @@ def routing_windows(
 
 def _mean(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [line[key] for line in lines if isinstance(line.get(key), int | float)]
-    return math.fsum(values) / len(values) if values else None
+    return mean(values)

@@ -22,7 +22,7 @@ from lapwan.lora.state import Entry
 from lapwan.names import NoiseExpert
 
 UNLABELLED = "file"
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 _TEXT_FEATURES = "lapwan.text_encoder"  # metadata of the prompts' text features, which an srpo run keeps in its folder
 
 
@@ -78,7 +78,7 @@ def _common_step(loras: Mapping[str, LoraSource]) -> int | None:
     return steps.pop() if len(steps) == 1 else None
 
 
-def checkpoints(folder: Path) -> list[Checkpoint]:
+def read_checkpoints(folder: Path) -> list[Checkpoint]:
     """Every checkpoint of a run folder, ordered by step: its LoRAs, or its mixtures if it has no LoRAs.
 
     Raises:
@@ -111,7 +111,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line before the last that is not a JSON object.
     """
-    path = folder / METRICS
+    path = folder / METRICS_FILE
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -62,7 +62,7 @@ def document(
     """The JSON of `inspect-weights`, format 1; an absent figure is null.
 
     Args:
-        mixture: the result of `diagnostics.mixture.describe`, by label.
+        mixture: the result of `diagnostics.mixture.mixture_json`, by label.
         routing: the mixture's router, and windows of its run.
         base_norms: the base's weight norms by label and module; adds `relative_delta`, the update's norm over theirs.
     """

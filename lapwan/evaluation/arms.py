@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lapwan import console
+from lapwan.checkpoints.fingerprints import json_fingerprint
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.evaluation.clips import EvaluationClip
@@ -63,7 +62,7 @@ class Arm:
             "mixture": self.adapters.mixture_fingerprint(), "hint": self.hint, "alpha_base": self.alpha_base,
             "alpha_expert": self.alpha_expert,
         }
-        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        return json_fingerprint(inputs)
 
 
 def make_arm(

@@ -8,7 +8,6 @@ How to add a field: read it in `_clip`, use it in a scorer.
 
 from __future__ import annotations
 
-import bisect
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,13 +17,13 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from lapwan.data.buckets import Crop, centre_crop
-from lapwan.data.clips import Clip, label_fields, read_clips, resolve_video
+from lapwan.data.buckets import centre_crop
+from lapwan.data.clips import Clip, empty_split, label_fields, read_clips, resolve_video
 from lapwan.data.dropped_clips import BadClip
 from lapwan.data.labels import label_caption, resolve_hint
-from lapwan.data.regions import box_masks, boxes_at
+from lapwan.data.regions import pixel_region
 from lapwan.data.taxonomy import Taxonomy
-from lapwan.data.video import probe, read_frames, source_times
+from lapwan.data.video import probe
 from lapwan.errors import UserError
 from lapwan.sampling.start_image import read_clip
 
@@ -88,24 +87,10 @@ class EvaluationClip:
         try:
             facts = probe(self.video, shape.fps)
             crop = centre_crop(facts.width, facts.height, (shape.size[1], shape.size[0]))
-            if self.mask is not None:
-                masks = self._masks(self.mask, shape, crop)
-            else:
-                times = source_times(self.video, facts, shape.fps, None)
-                indices = [max(0, bisect.bisect_right(times, i / shape.fps + facts.late) - 1)
-                           for i in range(shape.frames)]
-                masks = box_masks(boxes_at(self.roi, indices), crop)
+            masks = pixel_region(self.roi, self.mask, self.video, range(shape.frames), crop, shape.fps, facts)
         except BadClip as error:
             raise UserError(f"{self.video}: {error}") from None
         return masks if masks.any() else None
-
-    @staticmethod
-    def _masks(mask: Path, shape: VideoShape, crop: Crop) -> np.ndarray:
-        """Masks from a video, or from one picture for every frame; white is inside."""
-        facts = probe(mask, shape.fps)
-        pixels = read_frames(mask, [0] if facts.is_image else range(shape.frames), crop, shape.fps, facts)
-        white = (pixels.mean(axis=-1) > 127.5).astype(np.float32)
-        return np.repeat(white, shape.frames, axis=0) if facts.is_image else white
 
     def hint(self, taxonomy: Taxonomy) -> str:
         """The clip's label as a hint."""
@@ -133,9 +118,7 @@ def read_eval_clips(
     # A file without splits is used whole: it was made for evaluation.
     chosen = lines if split is None or splits == {None} else [c for c in lines if c.data.get("split") == split]
     if not chosen:
-        have = ", ".join(sorted(str(s) for s in splits))
-        raise UserError(f"{path} has no clips of split '{split}' (it has: {have}); set split, or hold some out with "
-                        f'"split": "{split}"')
+        raise empty_split(path, split, splits, f'set split, or hold some out with "split": "{split}"')
     uses = Counter(str(clip.data.get("video_path")) for clip in chosen)
     return [_clip(path, clip, taxonomy, uses[str(clip.data.get("video_path"))] > 1)
             for clip in evenly_spaced(chosen, count)]

@@ -130,9 +130,8 @@ def _positions(plan: FlowPlan, noise_expert: NoiseExpert, batch: Batch, k: int) 
     """Position in [0, 1) of each clip's draw k in the band, uniform within its bin."""
     positions = []
     for clip in batch.ids:
-        u = torch.rand((), dtype=torch.float64, generator=rng.generator(
-            plan.seed, "evaluate", clip, noise_expert.value, k, "sigma"))
-        positions.append((k // plan.draws + float(u)) / plan.bins)
+        u = rng.uniform(plan.seed, "evaluate", clip, noise_expert.value, k, "sigma")
+        positions.append((k // plan.draws + u) / plan.bins)
     return positions
 
 

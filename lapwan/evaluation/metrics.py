@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lapwan.errors import UserError
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
+from lapwan.report.contact_sheet import spaced_frames
 from lapwan.rewards.base import Reward, score
 
 _WINDOW, _SIGMA = 11, 1.5
@@ -192,8 +193,7 @@ class RewardMetrics:
 
     @torch.no_grad()
     def score(self, video: GeneratedVideo) -> Mapping[str, float]:
-        count = len(video.frames_THWC)
-        indices = np.linspace(0, count - 1, min(self._frames, count)).round().astype(int)
+        indices = spaced_frames(len(video.frames_THWC), self._frames)
         pixels = torch.from_numpy(video.frames_THWC[indices]).permute(0, 3, 1, 2).float().to(self._device) / 255
         scores = score(self._reward, pixels, [video.clip.prompt] * len(pixels))
         return {self.names[0]: float(scores.mean()), self.names[1]: _steadiness(self._reward.image(pixels))}

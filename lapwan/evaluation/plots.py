@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Inches: the whole, a row of an interval, and what a chart of them takes besides.
 _WIDTH, _ROW, _CHART = 10.0, 0.24, 0.75
-_COLUMNS, _FRAME_WIDTH = 6, 128  # of contact sheets: frames per row, pixels of a frame
+_FRAME_WIDTH = 128  # of contact sheets, pixels
 
 
 def draw_plot(study: Study, results: StudyResults, interval: IntervalRule) -> Image.Image:
@@ -102,15 +102,15 @@ def side_by_side_sheet(study: Study, store: VideoStore, count: int) -> Image.Ima
             rows.append(_read(store, study, clip, arm.name))
             hint = arm.hint_for(clip)
             captions.append(arm.name if hint is None else f"{arm.name} ({hint})")
-    return contact_sheet(rows, _COLUMNS, captions, scale=_scale(shape))
+    return contact_sheet(rows, captions=captions, scale=_scale(shape))
 
 
 def arm_sheet(study: Study, store: VideoStore, name: str, count: int) -> Image.Image:
     """One arm's videos of `count` clips, under their prompts."""
     assert study.sampling is not None
     clips = evenly_spaced(study.clips, count)
-    return contact_sheet([_read(store, study, clip, name) for clip in clips], _COLUMNS,
-                         [_title(clip) for clip in clips], scale=_scale(study.sampling.shape))
+    return contact_sheet([_read(store, study, clip, name) for clip in clips],
+                         captions=[_title(clip) for clip in clips], scale=_scale(study.sampling.shape))
 
 
 def _title(clip: EvaluationClip) -> str:

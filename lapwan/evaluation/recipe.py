@@ -14,6 +14,7 @@ from PIL import Image
 from lapwan import files
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import load_index
+from lapwan.data.clips import empty_split
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.errors import UserError
 from lapwan.evaluation.arms import Arm, make_arm
@@ -44,7 +45,7 @@ _CEILING_METRICS = (JudgeMetrics, ReferenceMetrics)  # those that are meaningful
 Resolve = Callable[[ModelChoice | None, Task | None], Base]
 
 
-def prepare(
+def make_study(
     settings: EvaluateSettings, resolve: Resolve, judge: Judge | None = None,
     probe_set: Callable[[ModelSpec], ProbeSet | None] | None = None, rewards: RewardKinds = REWARD_KINDS,
 ) -> Study:
@@ -106,8 +107,7 @@ def _items(settings: EvaluateSettings, index: CacheIndex, arms: Sequence[Arm]) -
     whole = settings.split == "all" or splits == {None}
     items = [item for item in index.items if whole or item.split == settings.split]
     if not items:
-        raise UserError(f"{index.folder} has no clips of split '{settings.split}' (it has: "
-                        f"{', '.join(sorted(map(str, splits)))}); set split, or hold some out")
+        raise empty_split(index.folder, settings.split, splits, "set split, or hold some out")
     for base in {id(arm.base): arm.base for arm in arms}.values():
         check_cache(index, base.spec, items)
     items = evenly_spaced(items, settings.loss.count)

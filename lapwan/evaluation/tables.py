@@ -21,6 +21,7 @@ from lapwan.evaluation.bootstrap import LEVEL, SAMPLES, Estimate, bootstrap, pai
 from lapwan.evaluation.flow_losses import FlowLosses
 from lapwan.evaluation.router_accuracy import RoutingScores
 from lapwan.evaluation.study import Study, StudyResults
+from lapwan.train.clip_store import family_of
 
 FORMAT = 1
 SHARES = ("identity", "tip_accuracy")  # printed as percentages
@@ -70,7 +71,7 @@ def _families(study: Study) -> list[str]:
     keys = study.taxonomy.keys
     families = []
     for item in study.items:
-        index = int(np.argmax(item.label_weights)) if item.label_weights else item.label
+        index = family_of(item)
         families.append("" if index is None or index >= len(keys) else keys[index])
     return families
 

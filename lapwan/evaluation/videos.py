@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from lapwan import __version__, console, files, rng
+from lapwan.checkpoints.fingerprints import json_fingerprint
 from lapwan.evaluation.arms import Arm
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
 from lapwan.evaluation.metrics import GeneratedVideo, Scorer, metric_names
@@ -28,10 +29,8 @@ from lapwan.sampling.generator import Generator, to_frames
 from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT, Request, check_request, complete_guidance
 from lapwan.sampling.scheduler import SamplerName
 from lapwan.sampling.start_image import clip_tensor
-from lapwan.sampling.video import write_video
+from lapwan.sampling.video import FINE_CRF, write_video
 from lapwan.wan.vae import decode, encode
-
-_CRF = 12  # finer than the default: people look at small instruments in these videos
 
 Scores = Mapping[str, np.ndarray]  # [P, S] by metric; NaN where it has no value
 
@@ -123,7 +122,7 @@ class VideoStore:
         """Write the video, then its scores."""
         path = self.path(arm, clip, index)
         path.with_suffix(".json").unlink(missing_ok=True)
-        write_video(path, frames, sampling.shape.fps, {"prompt": clip.prompt}, _CRF)
+        write_video(path, frames, sampling.shape.fps, {"prompt": clip.prompt}, FINE_CRF)
         record = {"key": self._key(arm, clip, sampling, index), "clip": clip.id, "prompt": clip.prompt, "seed": index,
                   "scores": {name: None if math.isnan(value) else value for name, value in scores.items()}}
         files.write_text(path.with_suffix(".json"), json.dumps(record, ensure_ascii=False) + "\n")
@@ -137,7 +136,7 @@ class VideoStore:
             sampling.seed, sampling.negative_prompt, sampling.flow_shift, sampling.sampler, sampling.guidance_interval,
             *self._depends_on,
         ]
-        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        return json_fingerprint(inputs)
 
 
 def _reference(clip: EvaluationClip) -> list[object]:

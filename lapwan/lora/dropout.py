@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lapwan import rng
 from lapwan.lora.layer import GateHolder, StackedLoraLinear
-
-Key = tuple[int | str, ...]
+from lapwan.rng import RandomKey
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Dropout:
         self._paths = {id(layer): path for path, layer in layers.items()}
 
     @contextmanager
-    def scope(self, holder: GateHolder, keys: Sequence[Key]) -> Iterator[None]:
+    def scope(self, holder: GateHolder, keys: Sequence[RandomKey]) -> Iterator[None]:
         """Apply dropout in every forward until the block ends; run backward inside. Without keys nothing is dropped.
 
         Args:
@@ -57,14 +56,14 @@ class Dropout:
         finally:
             holder.mask = None
 
-    def _masked(self, layer: StackedLoraLinear, hidden: Tensor, keys: Sequence[Key]) -> Tensor:
+    def _masked(self, layer: StackedLoraLinear, hidden: Tensor, keys: Sequence[RandomKey]) -> Tensor:
         frozen, path = layer.frozen_down_RI.shape[0], self._paths[id(layer)]
         trainable = hidden[..., frozen:]
         factors = [self._factor(trainable[0], (*key, path)) for key in keys]
         masked = trainable * torch.stack(factors)
         return torch.cat([hidden[..., :frozen], masked], dim=-1) if frozen else masked
 
-    def _factor(self, like_NR: Tensor, key: Key) -> Tensor:
+    def _factor(self, like_NR: Tensor, key: RandomKey) -> Tensor:
         """The factor on one sample's values, 0 or 1 / (1 − p): in the shape of `like_NR`."""
         rates, rows = self.rates, like_NR.shape[-1]
         factor = torch.ones(rows)

@@ -28,7 +28,7 @@ from lapwan.checkpoints.lora_keys import (
     parse_key,
     unknown_keys_error,
 )
-from lapwan.checkpoints.tensors import load
+from lapwan.checkpoints.tensors import load_tensor
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
 from lapwan.lora.metadata import FORMAT_KEY, AdapterConfig, adapter_config, file_metadata
@@ -67,8 +67,8 @@ class LoraModule:
 
     def entry(self) -> LoraEntry:
         """Read the tensors."""
-        alpha = self.alpha if isinstance(self.alpha, float) else float(load(self.file, self.alpha).item())
-        return LoraEntry(load(self.file, self.down), load(self.file, self.up), alpha)
+        alpha = self.alpha if isinstance(self.alpha, float) else float(load_tensor(self.file, self.alpha).item())
+        return LoraEntry(load_tensor(self.file, self.down), load_tensor(self.file, self.up), alpha)
 
 
 @dataclass(frozen=True)

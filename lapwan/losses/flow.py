@@ -9,13 +9,14 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def _per_sample(sigma_B: Tensor, like_BCTHW: Tensor) -> Tensor:
+def per_sample(sigma_B: Tensor, like_BCTHW: Tensor) -> Tensor:
+    """Values by sample, in the dtype of latents and to be multiplied with them: [B, 1, 1, 1, 1]."""
     return sigma_B.to(like_BCTHW.dtype).view(-1, *[1] * (like_BCTHW.dim() - 1))
 
 
 def add_noise(x0_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_B: Tensor) -> Tensor:
     """x_σ = σ·ε + (1 − σ)·x0, per sample."""
-    sigma = _per_sample(sigma_B, x0_BCTHW)
+    sigma = per_sample(sigma_B, x0_BCTHW)
     return sigma * noise_BCTHW + (1 - sigma) * x0_BCTHW
 
 

@@ -18,13 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lapwan.losses.flow import per_sample
+
 MARGIN = 0.7  # of the hinge, on cosines
 
 
-def _per_sample(value_B: Tensor, like_BCTHW: Tensor) -> Tensor:
+def _exact_per_sample(value_B: Tensor, like_BCTHW: Tensor) -> Tensor:
     if like_BCTHW.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"latents in {like_BCTHW.dtype}; the recovery needs fp32 or fp64")
-    return value_B.to(like_BCTHW).view(-1, *[1] * (like_BCTHW.dim() - 1))
+    return per_sample(value_B.to(like_BCTHW.device), like_BCTHW)
 
 
 def draw_sigmas(
@@ -54,13 +56,13 @@ def draw_sigmas(
 
 def euler_step(x_BCTHW: Tensor, velocity_BCTHW: Tensor, sigma_from_B: Tensor, sigma_to_B: Tensor) -> Tensor:
     """x* = x + (σ* − σ_e)·v̂: one Euler step, in x's dtype."""
-    step = _per_sample(sigma_to_B - sigma_from_B, x_BCTHW)
+    step = _exact_per_sample(sigma_to_B - sigma_from_B, x_BCTHW)
     return x_BCTHW + step * velocity_BCTHW.to(x_BCTHW.dtype)
 
 
 def x0_from_noise(x_star_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_star_B: Tensor) -> Tensor:
     """x̂0 = (x* − σ*·ε) / (1 − σ*): exact on the path between x0 and ε; σ* < 1."""
-    sigma = _per_sample(sigma_star_B, x_star_BCTHW)
+    sigma = _exact_per_sample(sigma_star_B, x_star_BCTHW)
     return (x_star_BCTHW - sigma * noise_BCTHW) / (1 - sigma)
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
 from lapwan.errors import UserError
-from lapwan.models.spec import ModelSpec, original_file, weight_files
+from lapwan.models.spec import ModelSpec, component_config, original_file, weight_files
 
 _PIECES, _PIECE = 64, 1 << 16  # of a .pth file, sampled
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -22,7 +21,7 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 def vae_fingerprint(spec: ModelSpec) -> str:
     """16 hex digits over the VAE's weights and the mean and std that normalise its latents."""
     folder = spec.path / "vae"
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = component_config(folder)
     settings = json.dumps([config.get("latents_mean"), config.get("latents_std")])
     return _digest(_weights(folder), settings)
 

@@ -19,7 +19,7 @@ from lapwan.console import detail, log, progress, warn
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
-from lapwan.files import atomic_folder, claim_output, is_temporary
+from lapwan.files import atomic_folder, claim_output, is_temporary, nearest_folder
 from lapwan.lora.assign import LoraRequest, assign, assign_to_transformer, group_by_noise_expert, warn_mismatch
 from lapwan.lora.combine import combine
 from lapwan.lora.formats import LoraFile, write_both, write_lora
@@ -271,7 +271,7 @@ def check_disk(output: Path, needed: int) -> None:
     Raises:
         UserError: too little, with both figures.
     """
-    parent = _existing(output)
+    parent = nearest_folder(output)
     free = shutil.disk_usage(parent).free
     if free < needed + _DISK_MARGIN:
         raise UserError(f"not enough disk for {output}: {needed / 2**30:.3g} GiB needed, {free / 2**30:.3g} GiB free "
@@ -282,14 +282,9 @@ def folder_bytes(folder: Path, output: Path, plans: Sequence[ComponentPlan], lin
     """Bytes a merged copy of `folder` takes at `output`: the merged files, and files copied rather than linked."""
     carried, _ = carried_files(folder, plans)
     files = [(folder / path).stat() for path in carried]
-    device = _existing(output).stat().st_dev
+    device = nearest_folder(output).stat().st_dev
     copied = [f.st_size for f in files if not (link and f.st_size >= _LINK_FROM and f.st_dev == device)]
     return sum(plan.size for plan in plans) + sum(copied)
-
-
-def _existing(path: Path) -> Path:
-    """The nearest existing folder at or above `path`."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
 
 
 def write_folder(

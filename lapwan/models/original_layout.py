@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lapwan.checkpoints.container import read_header
-from lapwan.checkpoints.tensors import load
+from lapwan.checkpoints.tensors import load_tensor
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.errors import UserError
 
@@ -44,7 +44,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"no such file: {path}")
     if path.suffix == ".safetensors":
         header = read_header(path)
-        return {name: load(header, name) for name in header.tensors}
+        return {name: load_tensor(header, name) for name in header.tensors}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError:  # torch's message advises weights_only=False, which executes code in the file
@@ -63,7 +63,7 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], what: str, path: Path) -> None:
+def set_parameters(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], what: str, path: Path) -> None:
     """Set each parameter of a model made without storage (on the meta device) to the tensor of its name, exactly once.
 
     Args:
@@ -106,10 +106,10 @@ def load_transformer_files(
             for stored in header.tensors:
                 name = tensor_to_diffusers(stored)
                 keep_fp32 = any(part in fp32_modules for part in name.split("."))
-                value = load(header, stored)
+                value = load_tensor(header, stored)
                 yield name, value.to(torch.float32 if keep_fp32 else dtype) if value.dtype in _FLOATS else value
 
-    fill(model, tensors(), "a Wan transformer of this shape", files[0])
+    set_parameters(model, tensors(), "a Wan transformer of this shape", files[0])
     return model.eval()
 
 
@@ -201,7 +201,7 @@ def load_vae_file(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> 
         tensors = {wan22_vae_to_diffusers(name): value for name, value in tensors.items()}
     elif "encoder.conv1.weight" in tensors:
         tensors = convert_wan_vae_to_diffusers(tensors)
-    fill(vae, ((name, value.to(dtype)) for name, value in tensors.items()), what, path)
+    set_parameters(vae, ((name, value.to(dtype)) for name, value in tensors.items()), what, path)
     return vae.eval()
 
 
@@ -240,5 +240,6 @@ def load_text_file(config: Mapping[str, Any], path: Path, dtype: torch.dtype | N
     tensors = {t5_to_transformers(name): value for name, value in read_tensors(path).items()}
     if "shared.weight" in tensors:
         tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]  # tied: the class has the embedding twice
-    fill(model, ((n, v if dtype is None else v.to(dtype)) for n, v in tensors.items()), "a umT5 encoder", path)
+    values = ((name, value if dtype is None else value.to(dtype)) for name, value in tensors.items())
+    set_parameters(model, values, "a umT5 encoder", path)
     return model.eval()

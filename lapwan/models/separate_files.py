@@ -15,7 +15,7 @@ from lapwan.checkpoints.container import read_header
 from lapwan.errors import UserError
 from lapwan.files import atomic_folder
 from lapwan.models.original_layout import WAN22_VAE_CHANNELS, read_tensors, t5_to_transformers, wan22_vae_config
-from lapwan.models.spec import ORIGINAL, tensor_shapes, weight_files
+from lapwan.models.spec import ORIGINAL, image_encoder_error, read_json, tensor_shapes, weight_files
 from lapwan.names import NoiseExpert
 
 _HEAD_DIM = 128  # of every released Wan transformer; a config.json beside the weights overrides it
@@ -112,8 +112,7 @@ def transformer_config(files: list[Path]) -> dict[str, Any]:
     """
     shapes = tensor_shapes(files)
     if any("img_emb" in name or "add_k_proj" in name or "k_img" in name for name in shapes):
-        raise UserError(f"{files[0]} is a Wan2.1 image-to-video transformer, which needs an image encoder; lapwan does "
-                        "not support it: use Wan2.2 I2V-A14B")
+        raise image_encoder_error(files[0], "transformer")
     try:
         dim, channels = shapes["patch_embedding.weight"][:2]
         ffn = shapes["blocks.0.ffn.net.0.proj.weight"][0]
@@ -129,7 +128,7 @@ def transformer_config(files: list[Path]) -> dict[str, Any]:
     heads = dim // _HEAD_DIM
     config_path = files[0].parent / "config.json"
     if config_path.is_file():
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = read_json(config_path)
         heads = int(config.get("num_heads") or config.get("num_attention_heads") or heads)
     if heads < 1 or dim % heads:
         raise UserError(f"{files[0]}: width {dim} is not divisible into heads of {_HEAD_DIM}; put the model's "

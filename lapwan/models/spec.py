@@ -180,7 +180,7 @@ def weight_files(folder: Path) -> list[Path]:
         UserError: none there, a shard of the index is missing, or its name leads out of the folder.
     """
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        weight_map = _json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map (tensor name -> file name); download it again")
         files = sorted({inside(folder, name, index) for name in weight_map.values()})
@@ -205,7 +205,23 @@ def original_file(folder: Path) -> Path | None:
     return next(iter(sorted(folder.glob(f"{ORIGINAL}.*"))), None)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def component_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a component (transformer, VAE, text encoder) of a model folder."""
+    return read_json(folder / "config.json")
+
+
+def image_encoder_error(name: object, what: str) -> UserError:
+    """Of a Wan2.1 image-to-video model or transformer."""
+    return UserError(f"{name} is a Wan2.1 image-to-video {what}, which needs an image encoder; lapwan does not support "
+                     "it: use Wan2.2 I2V-A14B")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model.
+
+    Raises:
+        UserError: it is missing, damaged, or not an object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -266,7 +282,7 @@ def _defaults(folder: Path, base: Defaults) -> Defaults:
     file = folder / DEFAULTS_FILE
     if not file.is_file():
         return base
-    values = _json(file)
+    values = read_json(file)
     guidance = {NoiseExpert(k): float(v) for k, v in values.get("guidance", {}).items()} or base.guidance
     height, width = values.get("size", base.size)
     return Defaults(int(values.get("steps", base.steps)), guidance, (int(height), int(width)),
@@ -281,10 +297,10 @@ def read_spec(folder: Path) -> ModelSpec:
     """
     if not folder.is_dir():
         raise UserError(f"no model folder {folder}; MODEL is 'tiny', 'tiny-t2v', 'tiny-i2v' or a diffusers folder")
-    index = _json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     boundary = index.get("boundary_ratio")
     noise_experts = _noise_experts(folder, index, boundary)
-    transformers = {e: _json(folder / e.component / "config.json") for e in noise_experts}
+    transformers = {e: component_config(folder / e.component) for e in noise_experts}
     main = transformers[noise_experts[0]]
     for noise_expert, config in transformers.items():
         for key in ("in_channels", "num_layers", "num_attention_heads", "attention_head_dim"):
@@ -292,10 +308,9 @@ def read_spec(folder: Path) -> ModelSpec:
                 raise UserError(f"{folder}: {noise_expert.component}'s {key} is {config.get(key)}, the other noise "
                                 f"expert's is {main.get(key)}; the two are of different models")
     if main.get("image_dim") is not None:
-        raise UserError(f"{folder} is a Wan2.1 image-to-video model, which needs an image encoder; lapwan does not "
-                        "support it: use Wan2.2 I2V-A14B")
-    vae = _json(folder / "vae" / "config.json")
-    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+        raise image_encoder_error(folder, "model")
+    vae = component_config(folder / "vae")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     temporal, spatial = int(vae.get("scale_factor_temporal") or 4), int(vae.get("scale_factor_spatial") or 8)
     per_token = bool(index.get("expand_timesteps"))
     family = _family_of(int(main["in_channels"]), int(vae["z_dim"]), temporal, per_token, boundary, folder)

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lapwan import console
 
+COLUMNS = 6  # frames shown of a video
 _GAP, _MARGIN = 2, 6  # pixels
 _BACKGROUND, _INK = (24, 24, 28), (235, 235, 235)
 # Usual paths of fonts with Chinese glyphs, in this order. Without one, Chinese characters are left out.
@@ -25,7 +26,7 @@ _CJK_FONTS = (
 )
 
 
-def contact_sheet(videos: Sequence[np.ndarray], columns: int, captions: Sequence[str] | None = None,
+def contact_sheet(videos: Sequence[np.ndarray], columns: int = COLUMNS, captions: Sequence[str] | None = None,
                   scale: int = 1) -> Image.Image:
     """One row per video: `columns` of its frames, evenly spaced from the first to the last, its caption above.
 
@@ -85,8 +86,14 @@ def side_by_side(videos: Sequence[np.ndarray], captions: Sequence[str], columns:
     return out
 
 
+def spaced_frames(count: int, most: int = COLUMNS) -> np.ndarray:
+    """At most `most` indices of `count` frames, evenly spaced from the first to the last."""
+    indices: np.ndarray = np.linspace(0, count - 1, min(most, count)).round().astype(int)
+    return indices
+
+
 def _row(video_THWC: np.ndarray, columns: int, scale: int) -> np.ndarray:
-    chosen = np.linspace(0, len(video_THWC) - 1, min(columns, len(video_THWC))).round().astype(int)
+    chosen = spaced_frames(len(video_THWC), columns)
     frames = video_THWC[chosen].repeat(scale, axis=1).repeat(scale, axis=2)
     gap = np.full((frames.shape[1], _GAP, 3), _BACKGROUND, np.uint8)
     pieces = [piece for frame in frames for piece in (frame, gap)][:-1]

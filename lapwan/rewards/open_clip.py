@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lapwan.errors import UserError
-from lapwan.models.original_layout import fill, read_tensors
+from lapwan.models.original_layout import read_tensors, set_parameters
 from lapwan.rewards.clip import AnyClip, ClipFolder
 
 if TYPE_CHECKING:
@@ -166,5 +166,5 @@ def load_checkpoint(path: Path, dtype: torch.dtype, architecture: Architecture =
     with init_empty_weights():  # buffers (positions) are real
         model = CLIPModel(architecture.config())
     converted = ((name, value.to(dtype)) for name, value in to_transformers(tensors))
-    fill(model, converted, "an open_clip ViT-H-14 (HPS v2.1)", path)
+    set_parameters(model, converted, "an open_clip ViT-H-14 (HPS v2.1)", path)
     return model.eval().requires_grad_(False)

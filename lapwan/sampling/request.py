@@ -90,7 +90,7 @@ def make_request(
         "start_sigma": 1.0 if settings.video is None else DEFAULT_START_SIGMA, **given,
         "image": image, "last_image": last_image, "fps": defaults.fps, "hint": settings.instrument_hint,
         "guidance": complete_guidance(spec, settings.guidance),
-        "first_block_cache": _by_noise_expert(spec, settings.first_block_cache),
+        "first_block_cache": by_noise_expert(spec, "first_block_cache", settings.first_block_cache),
     }
     return Request(**options)
 
@@ -98,16 +98,6 @@ def make_request(
 def _given(settings: VideoSettings) -> dict[str, Any]:
     named = {option.name: getattr(settings, option.name, None) for option in fields(Request)}
     return {name: value for name, value in named.items() if value is not None}
-
-
-def _by_noise_expert(spec: ModelSpec, value: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:
-    if value is None or isinstance(value, float):
-        return {} if value is None else dict.fromkeys(spec.noise_experts, value)
-    for noise_expert in value:
-        if noise_expert not in spec.noise_experts:
-            raise UserError(
-                f"first_block_cache is given for the {noise_expert.value} noise expert, which {spec.path} lacks")
-    return dict(value)
 
 
 def completed(settings: VideoSettings, spec: ModelSpec, request: Request) -> VideoSettings:
@@ -139,17 +129,30 @@ def complete_guidance(spec: ModelSpec, given: float | Mapping[NoiseExpert, float
     Raises:
         UserError: below 1, or for a noise expert that the model lacks.
     """
-    if given is None or isinstance(given, int | float):
-        guidance = {e: spec.defaults.guidance[e] if given is None else float(given) for e in spec.noise_experts}
-    else:
-        for noise_expert in given:
-            if noise_expert not in spec.noise_experts:
-                raise UserError(f"guidance is given for the {noise_expert.value} noise expert, which {spec.path} lacks")
-        guidance = {e: float(given.get(e, spec.defaults.guidance[e])) for e in spec.noise_experts}
+    values = by_noise_expert(spec, "guidance", given)
+    guidance = {e: values.get(e, float(spec.defaults.guidance[e])) for e in spec.noise_experts}
     for noise_expert, value in guidance.items():
         if not (math.isfinite(value) and value >= 1.0):
             raise UserError(f"guidance {value:g} for the {noise_expert.value} noise expert: must be 1 (none) or more")
     return guidance
+
+
+def by_noise_expert(
+    spec: ModelSpec, option: str, given: float | Mapping[NoiseExpert, float] | None
+) -> dict[NoiseExpert, float]:
+    """An option's values by noise expert: a single number is for all, None is nothing.
+
+    Raises:
+        UserError: a value for a noise expert that the model lacks.
+    """
+    if given is None:
+        return {}
+    if isinstance(given, int | float):
+        return dict.fromkeys(spec.noise_experts, float(given))
+    for noise_expert in given:
+        if noise_expert not in spec.noise_experts:
+            raise UserError(f"{option} is given for the {noise_expert.value} noise expert, which {spec.path} lacks")
+    return {noise_expert: float(value) for noise_expert, value in given.items()}
 
 
 def default_size(spec: ModelSpec, image: Image.Image | None) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lapwan.data.buckets import centre_crop
 from lapwan.data.dropped_clips import BadClip
-from lapwan.data.video import probe, read_frames, resize_and_crop
+from lapwan.data.video import probe, read_frames, resize_and_crop, rgb_image
 from lapwan.errors import UserError
 from lapwan.wan.image_condition import condition_video, first_frame_mask
 from lapwan.wan.vae import encode
@@ -28,14 +28,11 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         UserError: missing, or not an image.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        return rgb_image(path)
     except FileNotFoundError:
         raise UserError(f"no such image: {path}") from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"cannot read {path} as an image: {error}") from None
 
 

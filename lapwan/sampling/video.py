@@ -20,6 +20,7 @@ from lapwan.files import atomic_file, atomic_folder
 
 SUFFIXES = (".mp4", ".png", ".gif", ".webp")
 DEFAULT_CRF = 18  # visually lossless
+FINE_CRF = 12  # for small frames, in which an instrument's head is a few dozen pixels
 _KEY = "comment"  # a tag of MP4's ilst that players show, and a keyword of PNG
 _BT709 = 1  # ITU-T H.273: 1 = BT.709 for primaries, transfer and matrix
 _LIMITED = 1  # libavutil AVCOL_RANGE_MPEG: luma 16..235

@@ -52,6 +52,13 @@ def number_or_named(value: Any, names: str) -> Any:
         return parse_numbers(value, names)
 
 
+def _by_noise_expert(value: Any, example: str) -> Any:
+    parsed = number_or_named(value, example)
+    if isinstance(parsed, dict) and (unknown := [name for name in parsed if name not in tuple(NoiseExpert)]):
+        raise ValueError(f"'{unknown[0]}' is no noise expert; write a number, or {example}")
+    return parsed
+
+
 class ModelSettings(Settings):
     """The model and its adapters, loaded once for any number of videos."""
 
@@ -199,18 +206,12 @@ class VideoSettings(Settings):
     @field_validator("guidance", mode="before")
     @classmethod
     def _guidance(cls, value: Any) -> Any:
-        parsed = number_or_named(value, "high=4,low=3")
-        if isinstance(parsed, dict) and (unknown := [name for name in parsed if name not in tuple(NoiseExpert)]):
-            raise ValueError(f"'{unknown[0]}' is no noise expert; write a number, or high=4,low=3")
-        return parsed
+        return _by_noise_expert(value, "high=4,low=3")
 
     @field_validator("first_block_cache", mode="before")
     @classmethod
     def _first_block_cache(cls, value: Any) -> Any:
-        parsed = number_or_named(value, "high=0.1,low=0.05")
-        if isinstance(parsed, dict) and (unknown := [name for name in parsed if name not in tuple(NoiseExpert)]):
-            raise ValueError(f"'{unknown[0]}' is no noise expert; write a number, or high=0.1,low=0.05")
-        return parsed
+        return _by_noise_expert(value, "high=0.1,low=0.05")
 
     @field_validator("first_block_cache")
     @classmethod

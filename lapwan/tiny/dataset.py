@@ -12,13 +12,12 @@ import numpy as np
 from lapwan.console import progress
 from lapwan.distributed import worker_pool
 from lapwan.files import write_text
-from lapwan.sampling.video import write_video
+from lapwan.sampling.video import FINE_CRF, write_video
 from lapwan.tiny import motion as paths
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import Scene, SceneSpec, render, sample_spec
 
 _SOURCE = "synthetic"
-_CRF = 12  # finer than the default: an instrument's head is only a few dozen pixels
 
 
 def write_dataset(folder: Path, clips: int, seed: int, size: tuple[int, int] = (64, 64), frames: int = 17,
@@ -37,8 +36,9 @@ def write_dataset(folder: Path, clips: int, seed: int, size: tuple[int, int] = (
         test_share: fraction of the clips in the test split, 0..1.
         workers: processes that render; 1: the current one.
     """
+    scenes = plan_dataset(clips, seed, size, frames, fps, style, weights, test_share)
     work = [(folder, f"clips/scene_{style}_{seed}_{index:05d}.mp4", spec, split)
-            for index, (spec, split) in enumerate(plan(clips, seed, size, frames, fps, style, weights, test_share))]
+            for index, (spec, split) in enumerate(scenes)]
     lines = []
     with ExitStack() as stack:
         bar = stack.enter_context(progress("scenes", clips, "clip"))
@@ -62,11 +62,11 @@ def _write_clip(work: tuple[Path, str, SceneSpec, str]) -> str:
     folder, name, spec, split = work
     scene = render(spec)
     note = {"caption": scene.caption, "seed": str(spec.seed)}
-    write_video(folder / name, scene.frames_THWC, spec.fps, note, _CRF)
+    write_video(folder / name, scene.frames_THWC, spec.fps, note, FINE_CRF)
     return json.dumps(_record(name, scene, split), ensure_ascii=False)
 
 
-def plan(clips: int, seed: int, size: tuple[int, int], frames: int, fps: float, style: str = "surgical",
+def plan_dataset(clips: int, seed: int, size: tuple[int, int], frames: int, fps: float, style: str = "surgical",
          weights: Mapping[str, float] | None = None, test_share: float = 0.1) -> list[tuple[SceneSpec, str]]:
     """The scenes and splits of a data set: instruments by weight, each one's characteristic motions in turn."""
     if clips < 1 or not 0 <= test_share <= 1:

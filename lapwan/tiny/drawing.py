@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 Field = np.ndarray  # float32, over the picture or a window of it
-Colour = tuple[float, float, float]  # 0..255
+SceneColour = tuple[float, float, float]  # 0..255
 Point = np.ndarray | tuple[float, float]  # x, y
 
 
@@ -56,7 +56,7 @@ class SceneCanvas:
         """The share of each pixel that lies inside."""
         return np.clip(0.5 - distance / self.pixel, 0.0, 1.0)
 
-    def paint(self, window: SceneWindow, alpha: Field, colour: Colour | np.ndarray) -> None:
+    def paint(self, window: SceneWindow, alpha: Field, colour: SceneColour | np.ndarray) -> None:
         """`rgb <- rgb + alpha (colour - rgb)`; `colour` is one colour or [h, w, 3] over the window."""
         part = self.rgb_HWC[window.rows, window.columns]
         part += alpha[..., None] * (np.asarray(colour, np.float32) - part)
@@ -65,7 +65,7 @@ class SceneCanvas:
         """`rgb <- rgb * factor`."""
         self.rgb_HWC[window.rows, window.columns] *= factor[..., None]
 
-    def glow(self, window: SceneWindow, strength: Field, colour: Colour) -> None:
+    def glow(self, window: SceneWindow, strength: Field, colour: SceneColour) -> None:
         """`rgb <- rgb + strength * colour`: light that adds."""
         self.rgb_HWC[window.rows, window.columns] += strength[..., None] * np.asarray(colour, np.float32)
 

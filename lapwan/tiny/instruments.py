@@ -4,8 +4,8 @@ Each is drawn in its own frame: origin at the tip, `u` along the shaft (forward 
 negative u), `w` across it; lengths in units (see `drawing`). Heads are about a quarter of the view's diameter:
 smaller ones do not survive a small VAE.
 
-To add an instrument: one `_draw_*` function that returns `Part`s, one row in `HEADS`, its motions in `motion`, its
-targets in `scene_targets`, its words in `captions`.
+To add an instrument: one `_draw_*` function that returns `InstrumentPart`s, one row in `HEADS`, its motions in
+`motion`, its targets in `scene_targets`, its words in `captions`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 
 from lapwan.tiny import motion as paths
 from lapwan.tiny.drawing import (
-    Colour,
     Field,
     SceneCanvas,
+    SceneColour,
     SceneWindow,
     blurred_shift,
     box,
@@ -59,12 +59,12 @@ class Pose:
 class Palette:
     """Colours of the instruments' materials, 0..255."""
 
-    steel: Colour
-    dark_steel: Colour
-    ceramic: Colour
-    wire: Colour
-    tube: Colour
-    shafts: dict[str, Colour]
+    steel: SceneColour
+    dark_steel: SceneColour
+    ceramic: SceneColour
+    wire: SceneColour
+    tube: SceneColour
+    shafts: dict[str, SceneColour]
     gloss: float  # strength of the highlights, 0..1
 
 
@@ -72,18 +72,18 @@ SURGICAL = Palette(steel=(226, 232, 240), dark_steel=(180, 188, 200), ceramic=(2
                    tube=(176, 206, 226), gloss=1.0,
                    shafts={"scissors": (46, 46, 52), "hook": (62, 50, 46), "suction": (176, 206, 226),
                            "grasper": (38, 92, 168)})
-_MATTE: Colour = (112, 116, 120)
+_MATTE: SceneColour = (112, 116, 120)
 NEUTRAL = Palette(steel=(150, 153, 156), dark_steel=(136, 139, 142), ceramic=(140, 143, 146), wire=(128, 131, 134),
                   tube=_MATTE, gloss=0.25, shafts=dict.fromkeys(("scissors", "hook", "suction", "grasper"), _MATTE))
 
 
 @dataclass(frozen=True)
-class Part:
+class InstrumentPart:
     """One piece of an instrument, over one window."""
 
     window: SceneWindow
     distance: Field
-    colour: Colour
+    colour: SceneColour
     across: Field | None = None  # -1..1 over a round piece, for its shading; None: flat metal
     gloss: float = 1.0
     outline: float = 0.55  # brightness at the very edge of a flat piece
@@ -104,11 +104,11 @@ def opening(instrument: str, motion: str, s: float) -> float:
     return 0.0
 
 
-def _shaft(canvas: SceneCanvas, pose: Pose, end: float, radius: float, colour: Colour, gloss: float,
-           w0: float = 0.0) -> Part:
+def _shaft(canvas: SceneCanvas, pose: Pose, end: float, radius: float, colour: SceneColour, gloss: float,
+           w0: float = 0.0) -> InstrumentPart:
     u, w = pose.local(canvas.whole)
     distance = segment(u, w, (-_FAR, w0), (end, w0), radius)
-    return Part(canvas.whole, distance, colour, np.clip((w - w0) / radius, -1, 1) * pose.bend, gloss)
+    return InstrumentPart(canvas.whole, distance, colour, np.clip((w - w0) / radius, -1, 1) * pose.bend, gloss)
 
 
 def _blade(u: Field, w: Field, hinge: float, gap: float, outline: np.ndarray) -> Field:
@@ -125,7 +125,7 @@ _SCISSOR_BLADE = np.array([(-0.02, -0.03), (0.04, 0.060), (0.22, 0.098), (0.45, 
                            (0.6, -0.012), (0.15, -0.020)])
 
 
-def _draw_scissors(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Part]:
+def _draw_scissors(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[InstrumentPart]:
     gap = 0.012 + 0.25 * pose.opening
     middle = pose.tip + pose.axis * (_SCISSOR_HINGE / 2)
     window = canvas.window(middle, 0.58)
@@ -139,11 +139,11 @@ def _draw_scissors(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Pa
     dim = tuple(0.80 * c for c in steel)
     return [
         _shaft(canvas, pose, _SCISSOR_HINGE - 0.20, 0.085, palette.shafts["scissors"], gloss),
-        Part(window, clevis, palette.dark_steel, np.clip(w / 0.08, -1, 1) * pose.bend, gloss),
-        Part(window, far, (dim[0], dim[1], dim[2]), gloss=gloss),
-        Part(window, near, steel, gloss=gloss),
-        Part(window, screw - 0.052, (70, 74, 82), gloss=0.0),
-        Part(window, screw - 0.026, steel, gloss=0.0),
+        InstrumentPart(window, clevis, palette.dark_steel, np.clip(w / 0.08, -1, 1) * pose.bend, gloss),
+        InstrumentPart(window, far, (dim[0], dim[1], dim[2]), gloss=gloss),
+        InstrumentPart(window, near, steel, gloss=gloss),
+        InstrumentPart(window, screw - 0.052, (70, 74, 82), gloss=0.0),
+        InstrumentPart(window, screw - 0.026, steel, gloss=0.0),
     ]
 
 
@@ -165,7 +165,7 @@ _JAWS = {sign: _jaw_outline(sign) for sign in (1.0, -1.0)}
 _SLIT = np.array([(0.44, 0.096), (0.49, 0.122), (0.78, 0.122), (0.82, 0.096)])
 
 
-def _draw_grasper(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Part]:
+def _draw_grasper(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[InstrumentPart]:
     gap = 0.006 + 0.24 * pose.opening
     middle = pose.tip + pose.axis * (_JAW_HINGE / 2)
     window = canvas.window(middle, 0.62)
@@ -176,14 +176,14 @@ def _draw_grasper(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Par
         jaw = _blade(u, w, _JAW_HINGE, sign * gap, _JAWS[sign])
         slit = _blade(u, w, _JAW_HINGE, sign * gap, _SLIT)
         dim = tuple(brightness * c for c in palette.dark_steel)
-        jaws.append(Part(window, np.maximum(jaw, -slit), (dim[0], dim[1], dim[2]), gloss=gloss, outline=0.45))
+        jaws.append(InstrumentPart(window, np.maximum(jaw, -slit), (dim[0], dim[1], dim[2]), gloss=gloss, outline=0.45))
     clevis = box(u, w, _JAW_HINGE - 0.09, 0, 0.12, 0.105, 0.03)
     pin = np.hypot(u - _JAW_HINGE, w)
     return [
         _shaft(canvas, pose, _JAW_HINGE - 0.16, 0.100, palette.shafts["grasper"], gloss),
         *jaws,
-        Part(window, clevis, palette.dark_steel, np.clip(w / 0.105, -1, 1) * pose.bend, gloss),
-        Part(window, pin - 0.036, (60, 62, 70), gloss=0.0),
+        InstrumentPart(window, clevis, palette.dark_steel, np.clip(w / 0.105, -1, 1) * pose.bend, gloss),
+        InstrumentPart(window, pin - 0.036, (60, 62, 70), gloss=0.0),
     ]
 
 
@@ -192,7 +192,7 @@ _HOOK_WIRE = np.array([(-0.36, _HOOK_OFFSET), (0.0, _HOOK_OFFSET), (0.055, _HOOK
                        (0.075, _HOOK_OFFSET + 0.09), (0.06, -0.10), (0.0, 0.0)])
 
 
-def _draw_hook(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Part]:
+def _draw_hook(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[InstrumentPart]:
     middle = pose.picture(np.array([(-0.25, _HOOK_OFFSET / 2)]))[0]
     window = canvas.window(middle, 0.60)
     u, w = pose.local(window)
@@ -202,12 +202,12 @@ def _draw_hook(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Part]:
     gloss = palette.gloss
     return [
         _shaft(canvas, pose, -0.58, 0.080, palette.shafts["hook"], gloss, _HOOK_OFFSET),
-        Part(window, sleeve, palette.ceramic, across, 0.4 * gloss),
-        Part(window, wire, palette.wire, gloss=gloss, outline=0.6),
+        InstrumentPart(window, sleeve, palette.ceramic, across, 0.4 * gloss),
+        InstrumentPart(window, wire, palette.wire, gloss=gloss, outline=0.6),
     ]
 
 
-def _draw_suction(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Part]:
+def _draw_suction(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[InstrumentPart]:
     radius = 0.135
     u, w = pose.local(canvas.whole)
     # Flat-ended: the round face is the ellipse at the tip.
@@ -218,12 +218,12 @@ def _draw_suction(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Par
     rim = ellipse(hu, hw, 0.0, 0.0, 0.092, radius)
     hole = ellipse(hu, hw, 0.005, 0.0, 0.064, 0.098)
     vents = np.minimum(ellipse(hu, hw, -0.24, 0.045, 0.038, 0.030), ellipse(hu, hw, -0.40, -0.045, 0.038, 0.030))
-    dark: Colour = (22, 14, 18)
+    dark: SceneColour = (22, 14, 18)
     return [
-        Part(canvas.whole, tube, palette.tube, across, palette.gloss),
-        Part(window, rim, tuple(min(255.0, 1.2 * c) for c in palette.tube), gloss=0.0, outline=0.8),  # type: ignore[arg-type]
-        Part(window, hole, dark, gloss=0.0, outline=1.0),
-        Part(window, vents, dark, gloss=0.0, outline=1.0),
+        InstrumentPart(canvas.whole, tube, palette.tube, across, palette.gloss),
+        InstrumentPart(window, rim, tuple(min(255.0, 1.2 * c) for c in palette.tube), gloss=0.0, outline=0.8),  # type: ignore[arg-type]
+        InstrumentPart(window, hole, dark, gloss=0.0, outline=1.0),
+        InstrumentPart(window, vents, dark, gloss=0.0, outline=1.0),
     ]
 
 
@@ -231,7 +231,7 @@ def _draw_suction(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Par
 class Head:
     """How to draw an instrument, and the local outline (u, w) of its head for the box."""
 
-    draw: Callable[[SceneCanvas, Pose, Palette], list[Part]]
+    draw: Callable[[SceneCanvas, Pose, Palette], list[InstrumentPart]]
     back: float  # u at which the head ends and the shaft begins
     half_width: Callable[[float], float]  # of the head, by opening
     shift: float = 0.0  # w of the head's middle
@@ -273,7 +273,7 @@ def draw(canvas: SceneCanvas, instrument: str, pose: Pose, palette: Palette) -> 
         canvas.paint(part.window, cover, _shading(part, towards_light))
 
 
-def _shading(part: Part, towards_light: float) -> np.ndarray:
+def _shading(part: InstrumentPart, towards_light: float) -> np.ndarray:
     base = np.asarray(part.colour, np.float32)
     if part.across is None:
         # Flat ground metal: dark at the very edge, bright inside.

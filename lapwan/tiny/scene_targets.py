@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lapwan.tiny.drawing import Colour, Field, SceneCanvas, SceneWindow, ellipse, polygon, polyline, segment, smoothstep
+from lapwan.tiny.drawing import (
+    Field,
+    SceneCanvas,
+    SceneColour,
+    SceneWindow,
+    ellipse,
+    polygon,
+    polyline,
+    segment,
+    smoothstep,
+)
 
 # Targets of each instrument; the first is the default, the only one that a caption may omit.
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -53,7 +63,7 @@ def _across(work: Work) -> float:
     return math.atan2(work.heading[1], work.heading[0]) + math.pi / 2 + 0.7 * (float(work.shape[0]) - 0.5)
 
 
-def _lump(canvas: SceneCanvas, window: SceneWindow, distance: Field, colour: Colour, depth: float) -> None:
+def _lump(canvas: SceneCanvas, window: SceneWindow, distance: Field, colour: SceneColour, depth: float) -> None:
     """A rounded body: a dark rim below it, light on its upper left."""
     if not distance.size:
         return
@@ -73,7 +83,7 @@ def _tether(window: SceneWindow, work: Work, base: float, end: float) -> Field:
     return segment(window.x_HW, window.y_HW, work.anchor, tip, base, end)
 
 
-def _draw_tissue(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_tissue(canvas: SceneCanvas, work: Work, tone: Callable[[SceneColour], SceneColour]) -> None:
     window = _window(canvas, work, 0.55)
     turn = _across(work)
     u, v = _frame(window, work.anchor + 0.08 * work.axis, turn)
@@ -91,7 +101,7 @@ def _draw_tissue(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colou
         canvas.paint(window, canvas.coverage(np.maximum(slit, distance)), tone((112, 14, 20)))
 
 
-def _draw_vessel(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_vessel(canvas: SceneCanvas, work: Work, tone: Callable[[SceneColour], SceneColour]) -> None:
     window = canvas.whole
     turn = _across(work)
     direction, side = np.array([math.cos(turn), math.sin(turn)]), np.array([-math.sin(turn), math.cos(turn)])
@@ -111,7 +121,7 @@ def _draw_vessel(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colou
         canvas.paint(window, canvas.coverage(distance), body)
 
 
-def _draw_adhesion(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_adhesion(canvas: SceneCanvas, work: Work, tone: Callable[[SceneColour], SceneColour]) -> None:
     window = _window(canvas, work, 0.70)
     turn = _across(work)
     direction, side = np.array([math.cos(turn), math.sin(turn)]), np.array([-math.sin(turn), math.cos(turn)])
@@ -131,7 +141,7 @@ def _draw_adhesion(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Col
         canvas.paint(window, 0.92 * canvas.coverage(distance) * torn * fade, tone((255, 240, 226)))
 
 
-def _draw_gallbladder(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_gallbladder(canvas: SceneCanvas, work: Work, tone: Callable[[SceneColour], SceneColour]) -> None:
     window = _window(canvas, work, 0.95)
     lead = work.axis * 0.30 + 0.55 * work.pull
     turn = math.atan2(work.axis[1], work.axis[0]) + 0.5 * (work.shape[0] - 0.5)
@@ -144,7 +154,7 @@ def _draw_gallbladder(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], 
     _lump(canvas, window, distance, tone((126, 162, 124)), 0.26)
 
 
-def _draw_ligament(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_ligament(canvas: SceneCanvas, work: Work, tone: Callable[[SceneColour], SceneColour]) -> None:
     window = canvas.whole
     turn = _across(work)
     u, v = _frame(window, work.anchor, turn)
@@ -163,7 +173,7 @@ _POUCH = np.array([(-0.24, -0.12), (-0.10, -0.17), (0.10, -0.30), (0.36, -0.26),
                    (0.10, 0.30), (-0.10, 0.17), (-0.24, 0.12)])
 
 
-def _draw_bag(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_bag(canvas: SceneCanvas, work: Work, tone: Callable[[SceneColour], SceneColour]) -> None:
     centre = work.anchor + work.pull + 0.20 * work.axis
     window = canvas.window(centre, 0.66)
     u, v = _frame(window, centre, math.atan2(work.axis[1], work.axis[0]))
@@ -180,7 +190,7 @@ def _draw_bag(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour])
     canvas.paint(window, canvas.coverage(string), tone((36, 96, 190)))
 
 
-def _draw_pool(canvas: SceneCanvas, work: Work, colour: Colour, shine: float) -> None:
+def _draw_pool(canvas: SceneCanvas, work: Work, colour: SceneColour, shine: float) -> None:
     left = 1.0 - 0.72 * work.progress  # what suction has left of it
     size = 0.50 * math.sqrt(left)
     window = canvas.window(work.anchor, 0.85)
@@ -199,34 +209,34 @@ def _draw_pool(canvas: SceneCanvas, work: Work, colour: Colour, shine: float) ->
     canvas.glow(window, shine * edge, (1.0, 0.8, 0.75))
 
 
-def _draw_blood(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_blood(canvas: SceneCanvas, work: Work, tone: Callable[[SceneColour], SceneColour]) -> None:
     _draw_pool(canvas, work, tone((124, 6, 14)), 110.0)
 
 
-def _draw_fluid(canvas: SceneCanvas, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def _draw_fluid(canvas: SceneCanvas, work: Work, tone: Callable[[SceneColour], SceneColour]) -> None:
     _draw_pool(canvas, work, tone((168, 158, 40)), 130.0)
 
 
-_DRAW: dict[str, Callable[[SceneCanvas, Work, Callable[[Colour], Colour]], None]] = {
+_DRAW: dict[str, Callable[[SceneCanvas, Work, Callable[[SceneColour], SceneColour]], None]] = {
     "tissue": _draw_tissue, "vessel": _draw_vessel, "adhesion": _draw_adhesion, "gallbladder": _draw_gallbladder,
     "ligament": _draw_ligament, "bag": _draw_bag, "blood": _draw_blood, "fluid": _draw_fluid,
 }
 TARGET_NAMES = tuple(_DRAW)
 
 
-def surgical_tone(colour: Colour) -> Colour:
+def surgical_tone(colour: SceneColour) -> SceneColour:
     """The colour itself."""
     return colour
 
 
-def neutral_tone(colour: Colour) -> Colour:
+def neutral_tone(colour: SceneColour) -> SceneColour:
     """The colour nearly without its hue, pale."""
     grey = 0.30 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
     r, g, b = (120.0 + 0.45 * (grey + 0.15 * (c - grey)) for c in colour)
     return r, g, b
 
 
-def draw(canvas: SceneCanvas, target: str, work: Work, tone: Callable[[Colour], Colour]) -> None:
+def draw(canvas: SceneCanvas, target: str, work: Work, tone: Callable[[SceneColour], SceneColour]) -> None:
     """Composite the target in the state `work`."""
     _DRAW[target](canvas, work, tone)
 
@@ -263,7 +273,7 @@ def smoke(canvas: SceneCanvas, origin: np.ndarray, amount: float, drift: float) 
         canvas.paint(window, 0.34 * (1.0 - 0.5 * age) * puff, (214, 210, 208))
 
 
-def droplets(canvas: SceneCanvas, tip: np.ndarray, anchor: np.ndarray, phase: float, colour: Colour) -> None:
+def droplets(canvas: SceneCanvas, tip: np.ndarray, anchor: np.ndarray, phase: float, colour: SceneColour) -> None:
     """Drops that move from the pool into the suction hole; `phase` advances them."""
     path = tip - anchor
     length = float(np.hypot(*path))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lapwan.tiny.drawing import Colour, Field, SceneCanvas, grid_noise, polyline, smoothstep
+from lapwan.tiny.drawing import Field, SceneCanvas, SceneColour, grid_noise, polyline, smoothstep
 
 VIEW_RADIUS = 1.03  # units: the black ring just touches the picture's shorter sides
 _MARGIN = 0.16  # units of texture beyond the picture, so that displaced coordinates stay on it
@@ -22,10 +22,10 @@ _FINENESS = 1.4  # texels per pixel
 class Ground:
     """Colours and details of the tissue."""
 
-    base: tuple[Colour, ...]  # two are drawn from these and mixed
-    lobe: tuple[Colour, ...]
-    fat: Colour
-    fine_vessel: Colour
+    base: tuple[SceneColour, ...]  # two are drawn from these and mixed
+    lobe: tuple[SceneColour, ...]
+    fat: SceneColour
+    fine_vessel: SceneColour
     fat_clusters: int  # at most
     wet: float  # strength of reflections
     round_view: bool

@@ -1,7 +1,7 @@
 """What is printed before a run: the lines of its plan, and a checklist of data and settings.
 
-`describe` says what is trained, on what, how sigma is distributed, and which lr to expect. `checklist` checks the clips
-(captions, motion, fps, length), the bands, and the settings against a health preset.
+`plan_lines` says what is trained, on what, how sigma is distributed, and which lr to expect. `checklist` checks the
+clips (captions, motion, fps, length), the bands, and the settings against a health preset.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lapwan.train.recipe import RunData, sigma_rule
 _BINS, _WIDTH = 10, 30  # of the histogram: rows, characters of the longest bar
 
 
-def describe(
+def plan_lines(
     settings: TrainSettings, base: Base, data: RunData, continued: Mapping[NoiseExpert, LoraFile] | None = None
 ) -> list[str]:
     """The lines of the plan that `--dry-run` and the start of a run print.

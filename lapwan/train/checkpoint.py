@@ -190,7 +190,7 @@ def _link(source: Path, target: Path) -> None:
     temporary.replace(target)
 
 
-def load(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
     """Copy a checkpoint's trained tensors into `parameters`, bit for bit, and return the rest of its state.
 
     Raises:

@@ -11,10 +11,13 @@ from lapwan.caching.collate import Batch, collate
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import read_empty_text, read_item
 from lapwan.console import warn
+from lapwan.data.clips import empty_split
 from lapwan.data.regions import motion_region
 from lapwan.errors import UserError
 from lapwan.models.fingerprints import text_encoder_fingerprint, vae_fingerprint
 from lapwan.models.spec import ModelSpec
+
+LABEL_FIRST = "run `lapwan label` before `lapwan cache`, or give labels = \"labels.jsonl\" in [data]"
 
 _MEMORY_BUDGET = 8 * 2**30  # bytes of cached tensors kept in RAM; a 256 x 256 x 81 clip takes about 5 MB
 
@@ -80,8 +83,7 @@ def training_items(index: CacheIndex, split: str | None) -> list[CachedItem]:
     """
     kept = [item for item in index.items if split is None or item.split in (None, split)]
     if not kept:
-        splits = sorted({str(item.split) for item in index.items})
-        raise UserError(f"{index.folder} has no clips of split '{split}'; it has {', '.join(splits)}; set data.split")
+        raise empty_split(index.folder, split, {item.split for item in index.items}, "set data.split")
     return [item for item in kept for _ in range(item.repeats)]
 
 
@@ -139,5 +141,5 @@ def sampling_weights(items: Sequence[CachedItem], power: float) -> list[float] |
     if None in families:
         first = items[families.index(None)].id
         raise UserError(f"data.balance = {power:g} draws clips by family, but clip {first} has no label; "
-                        'run `lapwan label` before `lapwan cache`, or give labels = "labels.jsonl" in [data]')
+                        f"{LABEL_FIRST}")
     return [float(families.count(family)) ** -power for family in families]

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from lapwan import files
+from lapwan.diagnostics.run_folder import METRICS_FILE
 from lapwan.names import Band
 from lapwan.train.objective import Loss
-
-METRICS_FILE = "metrics.jsonl"
 
 HostLog = tuple[dict[str, tuple[float, int]], list[float], list[float]]  # sums and counts, flow losses, sigmas
 

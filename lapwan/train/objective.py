@@ -24,9 +24,8 @@ from lapwan.lora.attach import Adapter
 from lapwan.losses import flow
 from lapwan.losses.sigmas import SigmaSampler, Uniform, Weighting, draw_in_band, stratified_u
 from lapwan.names import Band, NoiseExpert
+from lapwan.rng import RandomKey
 from lapwan.wan.backbone import WanBackbone
-
-Key = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Draws:
     noise_BCTHW: Tensor
     dropped_B: Tensor
     weight_B: Tensor
-    keys: tuple[Key, ...] = ()
+    keys: tuple[RandomKey, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,25 +83,22 @@ def _strata_order(seed: int | str, stream: int | str, block: int, strata: int) -
     return order
 
 
-def make_draws(batch: Batch, keys: Sequence[Key], rule: SigmaRule, caption_dropout: float = 0.0) -> Draws:
+def make_draws(batch: Batch, keys: Sequence[RandomKey], rule: SigmaRule, caption_dropout: float = 0.0) -> Draws:
     """The draws of each sample by its own key, so that they do not depend on the rest of the batch; sigma in the band.
 
     Args:
         keys: (seed, stream, number of the visit, clip) of each sample.
     """
 
-    def uniform(key: Key, purpose: str) -> float:
-        return float(torch.rand((), dtype=torch.float64, generator=rng.generator(*key, purpose)))
-
-    def stratified(key: Key) -> float:
+    def stratified(key: RandomKey) -> float:
         seed, stream, number = key[0], key[1], int(key[2])
         order = _strata_order(seed, stream, number // rule.strata, rule.strata)
-        return stratified_u(uniform(key, "sigma"), number, rule.strata, order)
+        return stratified_u(rng.uniform(*key, "sigma"), number, rule.strata, order)
 
     shape = batch.latents_BCTHW.shape[1:]
     u_B = torch.tensor([stratified(key) for key in keys], dtype=torch.float64)
     noise = torch.stack([torch.randn(shape, generator=rng.generator(*key, "noise")) for key in keys])
-    dropped_B = torch.tensor([uniform(key, "caption dropout") < caption_dropout for key in keys])
+    dropped_B = torch.tensor([rng.uniform(*key, "caption dropout") < caption_dropout for key in keys])
     device, size = batch.latents_BCTHW.device, (shape[-2], shape[-1])
     sigma_B = rule.sigmas(u_B, size)
     weight_B = rule.weights(sigma_B, size)

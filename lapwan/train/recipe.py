@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 from lapwan import console
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import load_index
+from lapwan.checkpoints.fingerprints import json_fingerprint
 from lapwan.errors import UserError
 from lapwan.lora.assign import assign
 from lapwan.lora.attach import initial_state
@@ -24,6 +23,7 @@ from lapwan.losses.sigmas import LogitNormal, Shifted, ShiftedBySize, SigmaSampl
 from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import ModuleRanks, TrainingMemory, Workload
 from lapwan.models.base import Base, target_ranks
+from lapwan.models.spec import ModelSpec
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.base import Settings
 from lapwan.settings.srpo import SrpoSettings
@@ -74,8 +74,7 @@ class RunData:
     def identity(self, base: Base) -> dict[str, str]:
         """Hashes of what the run is trained on: the clips with their captions and labels, and the base's weights."""
         items = [[i.id, i.bucket, i.caption, i.label, i.label_weights, i.repeats, i.fingerprints] for i in self.items]
-        clips = hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()
-        return {"clips": clips} | {f"base.{e.value}": base.fingerprint(e) for e in self.noise_experts}
+        return {"clips": json_fingerprint(items)} | {f"base.{e.value}": base.fingerprint(e) for e in self.noise_experts}
 
 
 def read_data(settings: TrainSettings, base: Base) -> RunData:
@@ -84,11 +83,7 @@ def read_data(settings: TrainSettings, base: Base) -> RunData:
     Raises:
         UserError: a cache that does not fit the model, or a noise expert that the model does not have.
     """
-    for noise_expert in settings.noise_experts:
-        if noise_expert not in base.spec.noise_experts:
-            available = [e.value for e in base.spec.noise_experts]
-            raise UserError(f"noise_experts holds '{noise_expert.value}', the model has {available}; set "
-                            f"noise_experts = {available}")
+    check_noise_experts(settings.noise_experts, base.spec)
     index = load_index(settings.data.cache, settings.data.labels)
     items = training_items(index, settings.data.split)
     check_cache(index, base.spec, items)
@@ -157,11 +152,24 @@ def dropout_rates(data: RunData) -> dict[NoiseExpert, DropoutRates]:
     return {e: DropoutRates(**settings.dropout.model_dump()) for e, settings in data.noise_experts.items()}
 
 
+def check_noise_experts(noise_experts: Sequence[NoiseExpert], spec: ModelSpec) -> None:
+    """Refuse to train a noise expert that the model does not have.
+
+    Raises:
+        UserError: one that it does not have.
+    """
+    for noise_expert in noise_experts:
+        if noise_expert not in spec.noise_experts:
+            available = [e.value for e in spec.noise_experts]
+            raise UserError(f"noise_experts holds '{noise_expert.value}', the model has {available}; set "
+                            f"noise_experts = {available}")
+
+
 def settings_hash(settings: Settings) -> str:
     """sha256 of the resolved settings that decide the result, as 64 hex digits: tells which run made a file."""
     excluded = {"output", "resume", "allow_changed", "device", "memory", "compile"}
     plain = settings.model_dump(mode="json", exclude=excluded)
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return json_fingerprint(plain)
 
 
 def provenance(settings: TrainSettings, base: Base, data: RunData, noise_expert: NoiseExpert) -> dict[str, str]:

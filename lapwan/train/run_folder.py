@@ -8,6 +8,7 @@ from typing import Any
 
 from lapwan import files
 from lapwan.console import warn
+from lapwan.diagnostics.run_folder import METRICS_FILE
 from lapwan.errors import UserError
 from lapwan.settings.aliases import RUN_HEADER, SETTINGS_VERSION, VERSION_KEY
 from lapwan.settings.base import Settings, to_plain, to_toml
@@ -15,7 +16,6 @@ from lapwan.settings.load import upgraded
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train import TrainSettings
 from lapwan.train.checkpoint import checkpoints
-from lapwan.train.metrics import METRICS_FILE
 
 SETTINGS_FILE = "settings.toml"
 PREVIEWS = "previews"

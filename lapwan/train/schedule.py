@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from lapwan.names import NoiseExpert
 
-Window = tuple[int, int | None]  # steps of the run [start, stop) in which a noise expert has turns
+TurnWindow = tuple[int, int | None]  # steps of the run [start, stop) in which a noise expert has turns
 
 
 def interleave(
-    steps: Mapping[NoiseExpert, int], turn: int, windows: Mapping[NoiseExpert, Window] | None = None
+    steps: Mapping[NoiseExpert, int], turn: int, windows: Mapping[NoiseExpert, TurnWindow] | None = None
 ) -> list[NoiseExpert]:
     """The noise expert of every optimizer step: turns of `turn` steps, in proportion to the steps that are left.
 
@@ -43,7 +43,7 @@ def interleave(
     return order
 
 
-def _stop(windows: Mapping[NoiseExpert, Window], noise_expert: NoiseExpert, at: int) -> int:
+def _stop(windows: Mapping[NoiseExpert, TurnWindow], noise_expert: NoiseExpert, at: int) -> int:
     stop = windows.get(noise_expert, (0, None))[1]
     return at + 2**31 if stop is None else stop
 

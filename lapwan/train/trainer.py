@@ -325,7 +325,7 @@ class Trainer:
         if not saved_steps:
             return False
         step, folder = saved_steps[-1]
-        state = checkpoint.load(folder, self.parameters)
+        state = checkpoint.load_checkpoint(folder, self.parameters)
         checkpoint.check_identity(folder, state["identity"], config.identity, config.allow_changed)
         self.step, self.skipped = step, state["skipped"]
         for noise_expert, stream in self.data.streams.items():

@@ -5,7 +5,6 @@ Shapes: B samples, C latent channels, T latent frames, H, W latent height and wi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from lapwan.errors import UserError
 from lapwan.models.original_layout import has_original_names, load_transformer_files
-from lapwan.models.spec import ModelSpec, weight_files
+from lapwan.models.spec import ModelSpec, component_config, weight_files
 from lapwan.names import NoiseExpert
 from lapwan.wan.text import pad_text
 from lapwan.wan.transformer.block import block_forward
@@ -47,7 +46,7 @@ def load_transformer(
     folder = spec.component(noise_expert)
     files = weight_files(folder)
     if has_original_names(files):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = component_config(folder)
         model = load_transformer_files(config, files, dtype)
     else:
         model = WanTransformer3DModel.from_pretrained(folder, dtype=dtype)

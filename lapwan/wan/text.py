@@ -6,7 +6,6 @@ Shapes: B batch, N tokens, D features.
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor
 
 from lapwan.checkpoints.container import read_header
-from lapwan.checkpoints.tensors import load
+from lapwan.checkpoints.tensors import load_tensor
 from lapwan.models.fingerprints import text_encoder_fingerprint
 from lapwan.models.original_layout import load_text_file, read_tensors, t5_to_transformers
-from lapwan.models.spec import TEXT_LENGTH, original_file, weight_files
+from lapwan.models.spec import TEXT_LENGTH, component_config, original_file, weight_files
 from lapwan.names import Precision
 from lapwan.wan.quantise.load import ReadTensor, cache_folder, fill, linears_of
 
@@ -65,7 +64,7 @@ def load_text_encoder(
     if precision is not None:
         model = _load_quantised(spec, dtype, device, precision)
     elif original is not None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = component_config(folder)
         model = load_text_file(config, original, dtype)
     else:
         model = UMT5EncoderModel.from_pretrained(
@@ -82,7 +81,7 @@ def _tensor_readers(folder: Path) -> dict[str, ReadTensor]:
         tensors = read_tensors(original)
         return {t5_to_transformers(name): partial(tensors.__getitem__, name) for name in tensors}
     headers = [read_header(file) for file in weight_files(folder)]
-    return {name: partial(load, file, name) for file in headers for name in file.tensors}
+    return {name: partial(load_tensor, file, name) for file in headers for name in file.tensors}
 
 
 def _load_quantised(
@@ -93,7 +92,7 @@ def _load_quantised(
 
     folder = spec.path / "text_encoder"
     with init_empty_weights():
-        model = UMT5EncoderModel(UMT5Config(**json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+        model = UMT5EncoderModel(UMT5Config(**component_config(folder)))
     model.encoder.embed_tokens = model.shared  # the class has the one embedding under two names
     source = _tensor_readers(folder)
     source.pop("encoder.embed_tokens.weight", None)

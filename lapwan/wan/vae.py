@@ -11,7 +11,6 @@ Shapes: B batch, C channels, T frames (pixels: 4N+1, latents: N+1), H height, W 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lapwan.models.original_layout import load_vae_file
-from lapwan.models.spec import original_file
+from lapwan.models.spec import component_config, original_file
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -41,7 +40,7 @@ def load_vae(
 
     folder = spec.path / "vae"
     if (original := original_file(folder)) is not None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = component_config(folder)
         vae = load_vae_file(config, original, dtype)
     else:
         vae = AutoencoderKLWan.from_pretrained(folder, dtype=dtype, local_files_only=True)

@@ -61,8 +61,8 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, copy {rate / 1e12:.2f} TB/s; µs by warps {args.warps}, and of the bytes")
     for name, (size, launch) in cases(args.tokens).items():
         times = [1e3 * do_bench(partial(launch, warps), return_mode="median") for warps in args.warps]
-        said = "  ".join(f"{taken:6.1f}" for taken in times)
-        print(f"{name:<22} {said}   {1e6 * size / rate:6.1f}", flush=True)
+        columns = "  ".join(f"{taken:6.1f}" for taken in times)
+        print(f"{name:<22} {columns}   {1e6 * size / rate:6.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -42,13 +42,13 @@ def main() -> None:
                    for b in range(blocks) for o in PROJECTIONS if o != "ffn.0"}
         write_lora(lora, random_state(touched, rank=32, alpha=0.5, dtype=torch.bfloat16))
         size = source.stat().st_size
-        said: list[str] = []
+        memory: list[str] = []
 
         def merge() -> tuple[float, float]:
             child = subprocess.run([sys.executable, "-c", CHILD, str(source), str(lora), str(target)],
                                    capture_output=True, text=True, check=True)
             seconds, cpu, mebibytes = map(float, child.stdout.split()[-3:])
-            said.append(f"{mebibytes:.0f}")
+            memory.append(f"{mebibytes:.0f}")
             return seconds, cpu
 
         strategies: dict[str, Callable[[], tuple[float, float]]] = {
@@ -56,22 +56,22 @@ def main() -> None:
             "cp": lambda: _timed(lambda: _cp(source, target)),
             "merge": merge,
         }
-        found: dict[str, list[tuple[float, float]]] = {strategy: [] for strategy in strategies}
+        timings: dict[str, list[tuple[float, float]]] = {strategy: [] for strategy in strategies}
         for _ in range(rounds):
             for strategy, run in strategies.items():
                 _forget(source)
-                found[strategy].append(run())
+                timings[strategy].append(run())
                 target.unlink()
                 os.sync()
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
           f"{size / 1e9:.2f} GB")
-    for strategy, runs in found.items():
-        seconds, cpu = [wall for wall, _ in runs], min(own for _, own in runs)
+    for strategy, runs in timings.items():
+        seconds, cpu = [wall for wall, _ in runs], min(cpu for _, cpu in runs)
         print(f"{strategy:>9}: {min(seconds):.2f} s, {size / 1e9 / min(seconds):.2f} GB/s, {cpu:.2f} s of CPU "
               f"(of {', '.join(f'{s:.2f}' for s in seconds)} s)")
-    best = {strategy: min(runs)[0] for strategy, runs in found.items()}
+    best = {strategy: min(runs)[0] for strategy, runs in timings.items()}
     print(f"merge at {best['cp'] / best['merge']:.0%} of cp's speed, {best['raw write'] / best['merge']:.0%} of the "
-          f"raw write's; {', '.join(said)} MiB beyond torch")
+          f"raw write's; {', '.join(memory)} MiB beyond torch")
 
 
 def _timed(work: Callable[[], None]) -> tuple[float, float]:

@@ -158,15 +158,15 @@ class Bench:
         frames, height, width = SIZES["small" if self.tiny else size]
         self._look()
         generator = VideoGenerator(str(self.model), device=str(self.device), compile="off", **options)
-        said = {"num_frames": frames, "size": (height, width), "steps": 2, "guidance": 3.0, "negative_prompt": "x"}
-        generator.generate("a", **said)  # loads
+        request = {"num_frames": frames, "size": (height, width), "steps": 2, "guidance": 3.0, "negative_prompt": "x"}
+        generator.generate("a", **request)  # loads
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        generator.generate("b", **said)
-        [own] = generator._generators.values()
-        plan = own.noise_experts._plan
-        return self._row(plan, own.noise_experts._logged or "", 0.0, 0.0, (time.perf_counter() - started) / 2)
+        generator.generate("b", **request)
+        [sampler] = generator._generators.values()
+        plan = sampler.noise_experts._plan
+        return self._row(plan, sampler.noise_experts._logged or "", 0.0, 0.0, (time.perf_counter() - started) / 2)
 
     def _look(self) -> None:
         gc.collect()
@@ -211,14 +211,14 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 
 def run(rows: list[str], out: Path, work: Path, tiny: bool, minutes: float) -> None:
-    found = json.loads(out.read_text()) if out.is_file() else {}
+    results = json.loads(out.read_text()) if out.is_file() else {}
     begun = time.monotonic()
     bench = Bench(work, tiny)
     for name in rows:
-        if name in found and "error" not in found[name]:
+        if name in results and "error" not in results[name]:
             continue
         if time.monotonic() - begun > 60 * minutes:
-            print("time is over; left:", ", ".join(n for n in rows if n not in found))
+            print("time is over; left:", ", ".join(n for n in rows if n not in results))
             break
         gc.collect()
         if bench.device.type == "cuda":
@@ -226,19 +226,19 @@ def run(rows: list[str], out: Path, work: Path, tiny: bool, minutes: float) -> N
             torch.cuda.reset_peak_memory_stats()
         started = time.monotonic()
         try:
-            found[name] = ROWS[name](bench)
+            results[name] = ROWS[name](bench)
         except Exception as error:  # noqa: BLE001 - one row's failure must not cost the others their device time
             traceback.print_exc()
-            found[name] = {"error": f"{type(error).__name__}: {error}"}
-        found[name]["row_seconds"] = time.monotonic() - started
-        print(name, {k: round(v, 3) if isinstance(v, float) else v for k, v in found[name].items()}, flush=True)
-        out.write_text(json.dumps(found, indent=1))
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+        results[name]["row_seconds"] = time.monotonic() - started
+        print(name, {k: round(v, 3) if isinstance(v, float) else v for k, v in results[name].items()}, flush=True)
+        out.write_text(json.dumps(results, indent=1))
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any]) -> str:
     lines = ["| row | predicted GiB | measured GiB | error | step predicted s | step measured s |",
              "|---|---|---|---|---|---|"]
-    for name, row in found.items():
+    for name, row in results.items():
         if "error" in row:
             lines.append(f"| {name} | {row['error'][:80]} | | | | |")
             continue

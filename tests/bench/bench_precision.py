@@ -31,9 +31,9 @@ from lapwan.wan.quantise.load import Recipe
 SMALL = {"targets.last_blocks": "4", "targets.ffn_last_blocks": "4", "validation.clips": "4", "validation.sigmas": "2"}
 
 
-def call(name: str, **said: object) -> None:
+def call(name: str, **changes: object) -> None:
     row = next(row for row in COMMANDS if row.name == name)
-    options = {key.replace("__", "."): str(value) for key, value in said.items()}
+    options = {key.replace("__", "."): str(value) for key, value in changes.items()}
     row.run(load(row.settings_model(), options=options, environment={}), RunOptions(overwrite=True))
 
 

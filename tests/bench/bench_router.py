@@ -30,7 +30,7 @@ from lapwan.losses import routing
 from lapwan.models.spec import read_spec
 from lapwan.moe.router import TextRouter, masked_mean
 from lapwan.tiny.captions import caption_for
-from lapwan.tiny.dataset import plan
+from lapwan.tiny.dataset import plan_dataset
 from lapwan.tiny.model import tiny_folder
 from lapwan.tiny.scenes import render
 from lapwan.wan.text import encode_text, load_text_encoder
@@ -90,7 +90,7 @@ Reader = Callable[[Tensor], Tensor]  # features [N, D] -> the family of each [N]
 
 def scene_captions(count: int, seed: int, english: float | None = None) -> list[tuple[str, str]]:
     """(caption, instrument) of a part's scenes; what is drawn does not matter."""
-    specs = [spec for spec, _ in plan(count, seed, (96, 96), 17, 16.0, test_share=0.0)]
+    specs = [spec for spec, _ in plan_dataset(count, seed, (96, 96), 17, 16.0, test_share=0.0)]
     if english is None:
         return [(render(replace(spec, frames=1, size=(16, 16))).caption, spec.instrument) for spec in specs]
     return [(caption_for(spec, np.random.default_rng([spec.seed, 99]), english), spec.instrument) for spec in specs]

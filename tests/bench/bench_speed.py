@@ -39,7 +39,7 @@ from speed_rows import (
 
 from lapwan.wan.transformer.compile import compile_time
 
-# Rows of one model stand together; what takes longest comes last.
+# Rows of one model follow each other; the longest come last.
 ROWS: dict[str, Callable[[Bench], None]] = {
     "ceiling_bf16": ceiling_row("ceiling_bf16", "bf16"),
     "ceiling_fp8": ceiling_row("ceiling_fp8", "fp8"),
@@ -82,7 +82,7 @@ FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, K
 
 
 def run_rows(names: Sequence[str], bench: Bench, minutes: float, again: bool) -> int:
-    """Rows one after the other until the time is over; a fault is told and the next row begins."""
+    """Rows one after the other until the time is over; a failure is printed and the next row begins."""
     started, faults = time.monotonic(), 0
     for name in names:
         if name in bench.results.rows and not again:
@@ -116,8 +116,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.markdown:
-        found = [Results(path) for path in args.markdown]
-        print(markdown(found, "python tests/bench/bench_speed.py --rows all"), end="")
+        results = [Results(path) for path in args.markdown]
+        print(markdown(results, "python tests/bench/bench_speed.py --rows all"), end="")
         return
     device = torch.device(args.device)
     if args.smoke:

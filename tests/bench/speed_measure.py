@@ -59,11 +59,11 @@ def asked_while(work: Callable[[], object]) -> dict[str, Any]:
         ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"], stdout=subprocess.PIPE, text=True)
     while asked.poll() is None:
         work()
-    said = [part.strip() for part in asked.communicate()[0].splitlines()[0].split(",")]
-    if asked.returncode != 0 or len(said) != 3:
-        print("nvidia-smi:", said)
+    values = [part.strip() for part in asked.communicate()[0].splitlines()[0].split(",")]
+    if asked.returncode != 0 or len(values) != 3:
+        print("nvidia-smi:", values)
         return {}
-    return {"clock_mhz": int(said[0]), "watts": float(said[1]), "power_capped": bool(int(said[2], 16) & 4)}
+    return {"clock_mhz": int(values[0]), "watts": float(values[1]), "power_capped": bool(int(values[2], 16) & 4)}
 
 
 KINDS = {  # of kernels, by words in their names; what has none is pointwise, norms and reductions
@@ -80,7 +80,7 @@ def kernel_times(work: Callable[[], object]) -> dict[str, float]:
         return {}
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         wall = seconds_of(work)
-    found = {"wall": 1e3 * wall}
+    totals = {"wall": 1e3 * wall}
     for event in seen.key_averages():
         name = event.key.lower()
         back = any(word in name for word in ("bprop", "bwd", "backward"))
@@ -88,8 +88,8 @@ def kernel_times(work: Callable[[], object]) -> dict[str, float]:
         if not name.startswith("triton"):  # those are named by all they fuse
             kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)
                          and (back or kind != "attention backward")), kind)
-        found[kind] = found.get(kind, 0.0) + event.self_device_time_total / 1e3
-    return {kind: round(taken, 3) for kind, taken in found.items()}
+        totals[kind] = totals.get(kind, 0.0) + event.self_device_time_total / 1e3
+    return {kind: round(taken, 3) for kind, taken in totals.items()}
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -191,8 +191,8 @@ class Results:
         self.rows: dict[str, dict[str, Any]] = {}
         self.machine = machine()
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            self.rows, self.machine = found["rows"], found["machine"]
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            self.rows, self.machine = stored["rows"], stored["machine"]
 
     def add(self, row: Row) -> None:
         self.rows[row.name] = asdict(row)
@@ -212,8 +212,8 @@ def machine() -> dict[str, str]:
 
 def line(row: dict[str, Any]) -> str:
     flops = "" if row["tflops"] is None else f" {row['tflops']:6.0f} TFLOP/s"
-    said = f"{row['name']:<28} {row['median']:8.4f} s [{row['low']:.4f}, {row['high']:.4f}] n={row['count']:<3}"
-    return (f"{said} peak {row['peak_gib']:6.2f} GiB{flops} compile {row['compile_seconds']:5.1f} s "
+    timing = f"{row['name']:<28} {row['median']:8.4f} s [{row['low']:.4f}, {row['high']:.4f}] n={row['count']:<3}"
+    return (f"{timing} peak {row['peak_gib']:6.2f} GiB{flops} compile {row['compile_seconds']:5.1f} s "
             f"{row['clock_mhz'] or '-'} MHz {row.get('watts') or '-'} W  target {row['target'] or '-'} {row['note']}")
 
 
@@ -223,21 +223,21 @@ CEILINGS = {"product": "ceiling_bf16", "product8": "ceiling_fp8", "attention": "
 
 def bound(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> float | None:
     """Seconds of its products and attention at what this card sustained for each alone; None without those rows."""
-    size, found = "480" if "480" in row["name"] else "256", 0.0
+    size, seconds = "480" if "480" in row["name"] else "256", 0.0
     for kind, flops in row.get("flops", {}).items():
         ceiling = rows.get(CEILINGS[kind].format(size))
         if flops and ceiling is None:
             return None
-        found += flops / (1e12 * ceiling["tflops"]) if flops and ceiling else 0.0
-    return found or None
+        seconds += flops / (1e12 * ceiling["tflops"]) if flops and ceiling else 0.0
+    return seconds or None
 
 
-def markdown(found: Sequence[Results], command: str) -> str:
+def markdown(results: Sequence[Results], command: str) -> str:
     """The results as a table, with machine, versions and command."""
-    told, rows = found[0].machine, {name: row for one in found for name, row in one.rows.items()}
+    host, rows = results[0].machine, {name: row for result in results for name, row in result.rows.items()}
     head = [
-        f"# Speed on {told['gpu']}, {told['date']}", "",
-        f"torch {told['torch']}, CUDA {told['cuda']}, cuDNN {told['cudnn']}, Python {told['python']}. A14B shapes, "
+        f"# Speed on {host['gpu']}, {host['date']}", "",
+        f"torch {host['torch']}, CUDA {host['cuda']}, cuDNN {host['cudnn']}, Python {host['python']}. A14B shapes, "
         "random weights, batch 1: speed only.", "", f"    {command}", "",
         "Median of n, [10 %, 90 %] of the times (the extremes under ten); peak is of torch's allocator; MHz and W "
         "are nvidia-smi's while the row runs, (capped) where power holds the clock down. Useful TFLOP/s "

@@ -31,7 +31,7 @@ from lapwan.names import NoiseExpert
 from lapwan.rewards.build import build_rewards
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.captions import caption_for
-from lapwan.tiny.dataset import plan as plan_scenes
+from lapwan.tiny.dataset import plan_dataset as plan_scenes
 from lapwan.tiny.dataset import write_dataset
 from lapwan.tiny.model import tiny_folder
 from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS

@@ -1,4 +1,4 @@
-"""What long work tells of itself: on a terminal and in a file."""
+"""The progress of long work: on a terminal and in a file."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import io
 import time
 
 import pytest
-from rich.console import Console
 
 from lapwan import console
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.mark.parametrize(("rate", "text"), [(3.2, "3.20 step/s"), (1.0, "1.00 step/s"), (0.08, "12.5 s/step")])
@@ -17,10 +21,10 @@ def test_what_takes_more_than_a_second_is_counted_in_seconds(rate: float, text: 
 
 
 def test_a_terminal_shows_phase_speed_time_left_and_figures(monkeypatch) -> None:
-    written = io.StringIO()
-    monkeypatch.setattr(written, "isatty", lambda: True)
+    written = Terminal()
     monkeypatch.setattr("sys.stderr", written)
-    monkeypatch.setattr(console, "log_console", Console(file=written, force_terminal=True, width=80))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
     with console.progress("sampling", 4) as bar:
         for _ in range(3):
             time.sleep(0.02)
@@ -31,18 +35,16 @@ def test_a_terminal_shows_phase_speed_time_left_and_figures(monkeypatch) -> None
         assert part in last, last
 
 
-def test_a_file_gets_the_last_line(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(console, "log_console", Console(stderr=True, soft_wrap=True, highlight=False))
+def test_a_file_gets_the_last_line(capsys) -> None:
     with console.progress("latents", 2, "clip") as bar:
         bar.advance(2)
-    said = capsys.readouterr().err
-    assert said.startswith("latents: 2/2 clip, ") and "clip/s" in said
+    line = capsys.readouterr().err
+    assert line.startswith("latents: 2/2 clip, ") and "clip/s" in line
 
 
 def test_the_first_steps_loading_is_not_counted(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(console, "log_console", Console(stderr=True, soft_wrap=True, highlight=False))
     clock = iter([0.0, 60.0, 62.0, 64.0])  # made, then each step: the first loads
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with console.progress("sampling", 3) as bar:
         for _ in range(3):
             bar.advance(1)

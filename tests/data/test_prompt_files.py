@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lapwan.data.prompts import count_chinese, held_out, read_prompts
+from lapwan.data.prompts import choose_held_out, count_chinese, read_prompts
 from lapwan.errors import UserError
 
 WANT = ["剪刀剪断血管", "a hook cuts"]
@@ -45,12 +45,13 @@ def test_a_missing_file_says_what_prompts_may_be(tmp_path):
 
 def test_held_out_prompts_follow_from_seed_and_text():
     prompts = [f"prompt {i}" for i in range(40)]
-    chosen = held_out(prompts, 8, 1)
-    assert len(chosen) == 8 and chosen == held_out(prompts[::-1] + prompts, 8, 1) != held_out(prompts, 8, 2)
-    fewer = held_out([p for p in prompts if p not in sorted(chosen)[:2]], 8, 1)
+    chosen = choose_held_out(prompts, 8, 1)
+    assert len(chosen) == 8 and chosen == choose_held_out(prompts[::-1] + prompts, 8, 1)
+    assert chosen != choose_held_out(prompts, 8, 2)
+    fewer = choose_held_out([p for p in prompts if p not in sorted(chosen)[:2]], 8, 1)
     assert len(fewer & chosen) == 6, "what is left keeps its lot"
     with pytest.raises(UserError, match="= 40 of 40 distinct prompts leaves none to train on"):
-        held_out(prompts, 40, 1)
+        choose_held_out(prompts, 40, 1)
 
 
 def test_chinese_is_counted():

@@ -14,7 +14,7 @@ from lapwan.data.taxonomy import load_taxonomy
 from lapwan.errors import UserError
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
 from lapwan.evaluation.metrics import Judge, make_scorers, metric_names
-from lapwan.evaluation.recipe import open_store, prepare
+from lapwan.evaluation.recipe import make_study, open_store
 from lapwan.evaluation.router_accuracy import ProbeCaption, ProbeSet, family_probe, measure_probe
 from lapwan.evaluation.study import run_study
 from lapwan.evaluation.videos import score
@@ -105,21 +105,21 @@ def test_a_study_takes_its_judge_and_probe_from_whoever_prepares_it(held_out, ti
         asked.append((model, task))
         return Base(tiny_t2v)
 
-    alone = prepare(settings, resolve)
+    alone = make_study(settings, resolve)
     assert asked == [(None, None)] and alone.probe is None
     assert metric_names(alone.scorers) == ("temporal_consistency", "motion") and not alone.ceiling_scorers
-    judged = prepare(settings, resolve, SceneJudge())
+    judged = make_study(settings, resolve, SceneJudge())
     assert metric_names(judged.scorers)[0] == "identity" and load_evaluator.cache_info().misses == 0
 
     texts = {"scissors": "剪刀剪断组织", "hook": "电凝钩烧灼", "suction": "吸引器吸引", "grasper": "抓钳夹持"}
     captions = [ProbeCaption(text, label, held_out) for held_out in (False, True) for label, text in texts.items()]
-    study = prepare(settings, resolve, SceneJudge(), lambda spec: ProbeSet("mine", captions))
+    study = make_study(settings, resolve, SceneJudge(), lambda spec: ProbeSet("mine", captions))
     arm, store = study.arms[0], open_store(study, tmp_path / "videos")
     findings = run_study(replace(study, arms=study.arms[:2], ceiling_scorers=()), store)
     assert set(findings.probe) == {"mine", "captions"} and findings.probe["mine"] == 1.0
     key = {"arm": arm, "clip": study.clips[0], "sampling": study.sampling, "index": 0, "names": ("identity",)}
     assert open_store(study, tmp_path / "videos").load(**key) is not None
-    other = replace(study, depends_on=prepare(settings, resolve, _fingerprinted(SceneJudge())).depends_on)
+    other = replace(study, depends_on=make_study(settings, resolve, _fingerprinted(SceneJudge())).depends_on)
     assert open_store(other, tmp_path / "videos").load(**key) is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,17 @@ from lora_cases import BLOCKS, make_transformer, merge, random_state, shapes, ve
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lapwan.checkpoints import rewrite
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint, merged_fingerprint
+from lapwan.checkpoints.rewrite import merged_tensor, rewrite
 from lapwan.checkpoints.wan_keys import to_original
 from lapwan.errors import UserError
 from lapwan.lora.assign import assign
-from lapwan.lora.formats import read_lora, write_lora
-from lapwan.lora.merge import verify_merged
+from lapwan.lora.formats import open_lora, read_lora, write_lora
+from lapwan.lora.merge import ComponentPlan, LoraToMerge, plan_component, verify_merged, write_component
 from lapwan.lora.state import Term
 from lapwan.models.base import Base
+from lapwan.models.merge import write_folder
 from lapwan.models.spec import read_spec, weight_files
 from lapwan.names import NoiseExpert
 from lapwan.tiny.resolve import resolve
@@ -107,9 +109,31 @@ def test_merged_folder_keeps_every_other_file_and_says_where_it_comes_from(tmp_p
     assert metadata["lapwan.base_fingerprint"] == checkpoint_fingerprint(base)
 
 
-def test_untouched_bytes_are_identical_and_touched_ones_rounded_once(tmp_path, transformers, monkeypatch):
-    monkeypatch.setattr(rewrite, "TILE_BYTES", 5 * 24 * 4)  # tiles of 5 rows: 24 and 40 rows end in a part
-    monkeypatch.setattr(rewrite, "_COPY_BYTES", 100)
+def plan_for(files: list[Path], lora: Path) -> ComponentPlan:
+    (file,) = open_lora(lora).values()
+    return plan_component(files, [LoraToMerge(file, 1.0, file.fingerprint())], NoiseExpert.HIGH)
+
+
+class InexactTerm(Term):
+    def prepare(self, dtype):
+        add_rows = super().prepare(dtype)
+        return lambda work, first: (add_rows(work, first), work.mul_(1.02))
+
+
+def test_tiles_and_pieces_are_written_where_they_belong(tmp_path, model_folder, pair):
+    plan = plan_for(weight_files(model_folder / "transformer"), pair[NoiseExpert.HIGH])
+    source, (terms,) = plan.files[0], plan.terms
+    pieces: list[int] = []
+    tile = 5 * 24 * 4  # 5 rows: 24 and 40 rows end in a part
+    rewrite(source, tmp_path / "out.safetensors", terms, {}, pieces.append, tile_bytes=tile, copy_bytes=100)
+    assert max(pieces) <= tile and len(pieces) > 2 * len(terms)
+    verify_merged(source, read_header(tmp_path / "out.safetensors"), terms, lambda _: None)
+    merged = load_file(tmp_path / "out.safetensors")
+    for name, updates in terms.items():
+        assert torch.equal(merged[name], merged_tensor(source, name, updates, tile)), name
+
+
+def test_untouched_bytes_are_identical_and_touched_ones_rounded_once(tmp_path, transformers):
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         weights = {k: v.to(dtype).clone() for k, v in transformers[NoiseExpert.HIGH].state_dict().items()}
         save_file(weights, tmp_path / "dit.safetensors", metadata={"format": "pt", "kept": "yes"})
@@ -192,7 +216,7 @@ def test_large_unchanged_files_are_linked_or_copied_as_asked(tmp_path, model_fol
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_verify_accepts_a_right_merge_and_not_a_wrong_one(tmp_path, transformers, saved, dtype, capsys, monkeypatch):
+def test_verify_accepts_a_right_merge_and_not_a_wrong_one(tmp_path, transformers, saved, dtype, capsys):
     weights = {k: v.to(dtype).clone() for k, v in transformers[NoiseExpert.HIGH].state_dict().items()}
     save_file(weights, tmp_path / "dit.safetensors")
     asked = {"dit": tmp_path / "dit.safetensors", "verify": "true",
@@ -216,15 +240,11 @@ def test_verify_accepts_a_right_merge_and_not_a_wrong_one(tmp_path, transformers
         with pytest.raises(UserError, match=re.escape(name)):
             verify_merged(only, read_header(tmp_path / "bad.safetensors"), terms, lambda _: None)
 
-    original = Term.prepare
-
-    def inexact(term, dtype):
-        add_rows = original(term, dtype)
-        return lambda work, first: (add_rows(work, first), work.mul_(1.02))
-
-    monkeypatch.setattr(Term, "prepare", inexact)
+    plan = plan_for([tmp_path / "dit.safetensors"], tmp_path / "a.safetensors")
+    wrong = tuple({name: [InexactTerm(t.module, t.multiplier) for t in terms] for name, terms in file_terms.items()}
+                  for file_terms in plan.terms)
     with pytest.raises(UserError, match="is not base \\+ LoRA when read back"):
-        merge(output=tmp_path / "wrong.safetensors", **asked)
+        write_component(replace(plan, terms=wrong), [tmp_path / "wrong.safetensors"], lambda _: None, verify=True)
     assert not (tmp_path / "wrong.safetensors").exists()
 
 
@@ -233,27 +253,23 @@ def files_below(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("form", ["model", "dit"])
-def test_an_interrupted_merge_leaves_nothing(tmp_path, model_folder, pair, monkeypatch, form):
+def test_an_interrupted_merge_leaves_nothing(tmp_path, model_folder, pair, form):
     before = files_below(tmp_path)
-    original = Term.prepare
-    calls = 0
+    plan = plan_for(weight_files(model_folder / "transformer"), pair[NoiseExpert.HIGH])
+    left = plan.size // 2
 
-    def interrupted(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls > 15:
+    def interrupt_half_way(count: int) -> None:
+        nonlocal left
+        left -= count
+        if left < 0:
             raise KeyboardInterrupt
-        return original(*arguments)
 
-    monkeypatch.setattr(Term, "prepare", interrupted)
-    lora = [f"high={pair[NoiseExpert.HIGH]}"]
     with pytest.raises(KeyboardInterrupt):
         if form == "model":
-            merge(model=str(model_folder), lora=lora, output=tmp_path / "out")
+            write_folder(model_folder, tmp_path / "out", [plan], True, interrupt_half_way)
         else:
-            (file,) = weight_files(model_folder / "transformer")
-            merge(dit=file, lora=lora, output=tmp_path / "out.safetensors")
-    assert files_below(tmp_path) == before
+            write_component(plan, [tmp_path / "out.safetensors"], interrupt_half_way)
+    assert left < 0 and files_below(tmp_path) == before
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, model_folder, pair, capsys):

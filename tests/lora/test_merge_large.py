@@ -15,7 +15,7 @@ import torch
 from lora_cases import random_state
 
 from lapwan.checkpoints.container import read_header
-from lapwan.checkpoints.tensors import load
+from lapwan.checkpoints.tensors import load_tensor
 from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.lora.formats import write_lora
 
@@ -90,6 +90,6 @@ def test_memory_time_and_bytes_of_a_4_gib_merge(tmp_path, record_property):
         assert before.read(name) == after.read(name)
     for path in ("blocks.0.attn1.to_q", "blocks.5.ffn.net.2"):
         name = f"blocks.{path.split('.')[1]}." + {"to_q": "self_attn.q", "2": "ffn.2"}[path.split(".")[-1]] + ".weight"
-        want = load(before, name).double() + state.entries[path].delta(torch.float64)
-        error = (load(after, name).double() - want).abs()
+        want = load_tensor(before, name).double() + state.entries[path].delta(torch.float64)
+        error = (load_tensor(after, name).double() - want).abs()
         assert (error <= want.abs() * 2**-8 * 1.01 + 1e-7).all()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from adapter_cases import random_mixture
+from command_line import Ran
 
 from lapwan.models.spec import ModelSpec
 from lapwan.moe.mixture_file import write_mixture
@@ -44,12 +45,12 @@ def small() -> Callable[..., Request]:
 
 
 @pytest.fixture
-def no_weights(monkeypatch) -> None:
-    """Whatever is refused is refused before a transformer, the text encoder or the VAE is read."""
+def unloaded(lapwan) -> Callable[..., Ran]:
+    """`lapwan`, whose commands must end before a transformer, the text encoder or the VAE is read."""
 
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("weights were loaded")
+    def run(*arguments: object, **how: object) -> Ran:
+        ran = lapwan(*arguments, **how)
+        assert "loading the" not in ran.err
+        return ran
 
-    monkeypatch.setattr("lapwan.models.base.load_transformer", refuse)
-    monkeypatch.setattr("lapwan.sampling.generator.load_text_encoder", refuse)
-    monkeypatch.setattr("lapwan.sampling.generator.load_vae", refuse)
+    return run

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from adapter_cases import random_lora
 from PIL import Image
 from sampling_cases import frames, generate, refused
 
 from lapwan.lora.formats import write_lora
+from lapwan.models.base import Base
+from lapwan.sampling.adapters import read_adapters
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.scheduler import make_grid
 from lapwan.sampling.video import read_video_metadata
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.load import load
+from lapwan.settings.lora_argument import LoraArgument
 
 
 def test_seeds_repeat_bitwise(lapwan, tmp_path) -> None:
@@ -80,17 +84,17 @@ def test_alpha_base_without_a_base_lora_changes_nothing(lapwan, mixture_file, tm
     assert several.err.count("warning: ") == 1
 
 
-def test_dry_run_loads_nothing_and_prints_the_resolved_settings(lapwan, tmp_path, no_weights) -> None:
-    ran = generate(lapwan, "--dry-run", "--moe", "missing.safetensors")
+def test_dry_run_loads_nothing_and_prints_the_resolved_settings(unloaded, tmp_path) -> None:
+    ran = generate(unloaded, "--dry-run", "--moe", "missing.safetensors")
     refused(ran, "no such file: missing.safetensors")
-    ran = generate(lapwan, "--dry-run")
+    ran = generate(unloaded, "--dry-run")
     assert ran.code == 0 and not (tmp_path / "a").exists()
     assert "2 on the high noise expert, 1 on the low noise expert" in ran.err
     assert "boundary = 0.875\n" in ran.out
-    moved = generate(lapwan, "--dry-run", "--boundary", "0.5")
+    moved = generate(unloaded, "--dry-run", "--boundary", "0.5")
     assert "3 on the high noise expert" in moved.err and "boundary = 0.5\n" in moved.out
     (tmp_path / "again.toml").write_text(ran.out, encoding="utf-8")
-    again = lapwan("generate", "--config", "again.toml", "--dry-run")
+    again = unloaded("generate", "--config", "again.toml", "--dry-run")
     assert again.out == ran.out
 
 
@@ -114,48 +118,48 @@ def test_dry_run_loads_nothing_and_prints_the_resolved_settings(lapwan, tmp_path
     (("--device", "cuda:99"), ("cuda:99", "--device cpu")),
     (("--dit", "x"), ("--dit: give the model folder", "[model] high")),
 ])
-def test_bad_input_is_one_line(arguments, words, lapwan, no_weights) -> None:
-    refused(generate(lapwan, *arguments), *words)
+def test_bad_input_is_one_line(arguments, words, unloaded) -> None:
+    refused(generate(unloaded, *arguments), *words)
 
 
-def test_bad_paths(lapwan, tmp_path, no_weights) -> None:
-    refused(generate(lapwan, output="a.avi"), "a.avi", ".mp4")
-    refused(generate(lapwan, output="a.png"), "5 frames", "a.png")
+def test_bad_paths(unloaded, tmp_path) -> None:
+    refused(generate(unloaded, output="a.avi"), "a.avi", ".mp4")
+    refused(generate(unloaded, output="a.png"), "5 frames", "a.png")
     (tmp_path / "taken.mp4").write_bytes(b"x")
-    refused(generate(lapwan, output="taken.mp4"), "output exists: taken.mp4", "--overwrite")
+    refused(generate(unloaded, output="taken.mp4"), "output exists: taken.mp4", "--overwrite")
     assert (tmp_path / "taken.mp4").read_bytes() == b"x"
-    refused(generate(lapwan, model="nowhere"), "nowhere", "'tiny'")
+    refused(generate(unloaded, model="nowhere"), "nowhere", "'tiny'")
     (tmp_path / "not.png").write_text("text")
-    refused(generate(lapwan, "--image", "not.png"), "cannot read not.png as an image")
+    refused(generate(unloaded, "--image", "not.png"), "cannot read not.png as an image")
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no files, whoever asks")
-def test_an_output_that_cannot_be_written_is_said_before_the_work(lapwan, no_weights) -> None:
-    refused(generate(lapwan, output="/proc/a.mp4"), "cannot write /proc/a.mp4", "choose another output")
-    refused(generate(lapwan, "--videos", "2", output="/proc/many"), "cannot write /proc/many")
+def test_an_output_that_cannot_be_written_is_said_before_the_work(unloaded) -> None:
+    refused(generate(unloaded, output="/proc/a.mp4"), "cannot write /proc/a.mp4", "choose another output")
+    refused(generate(unloaded, "--videos", "2", output="/proc/many"), "cannot write /proc/many")
 
 
-def test_image_and_model_must_agree(lapwan, tmp_path, i2v, t2v, no_weights) -> None:
+def test_image_and_model_must_agree(unloaded, tmp_path, i2v, t2v) -> None:
     Image.new("RGB", (48, 32)).save(tmp_path / "first.png")
-    refused(generate(lapwan, model=str(i2v.path)), "image-to-video model", "--image FILE")
-    refused(generate(lapwan, "--image", "first.png", model=str(t2v.path)), "takes no image", "leave --image out")
+    refused(generate(unloaded, model=str(i2v.path)), "image-to-video model", "--image FILE")
+    refused(generate(unloaded, "--image", "first.png", model=str(t2v.path)), "takes no image", "leave --image out")
 
 
-def test_a_model_without_its_low_noise_expert(lapwan, tmp_path, t2v, no_weights) -> None:
+def test_a_model_without_its_low_noise_expert(unloaded, tmp_path, t2v) -> None:
     folder = tmp_path / "half"
     shutil.copytree(t2v.path, folder, copy_function=shutil.copy)
     index = json.loads((folder / "model_index.json").read_text())
     index["transformer_2"] = [None, None]
     (folder / "model_index.json").write_text(json.dumps(index))
-    refused(generate(lapwan, model=str(folder)), "boundary_ratio (0.875) but no transformer_2", "download")
+    refused(generate(unloaded, model=str(folder)), "boundary_ratio (0.875) but no transformer_2", "download")
 
 
-def test_adapters_are_not_taken_for_each_other(lapwan, tmp_path, mixture_file, no_weights) -> None:
+def test_adapters_are_not_taken_for_each_other(unloaded, tmp_path, mixture_file) -> None:
     write_lora(tmp_path / "a.safetensors", random_lora(0, metadata={"lapwan.noise_expert": "high"}))
-    refused(generate(lapwan, "--moe", "a.safetensors"), "not a lapwan mixture", "--lora")
-    refused(generate(lapwan, "--lora", str(mixture_file)), "is a mixture", "--moe")
-    refused(generate(lapwan, "--lora", "low=a.safetensors"), "high noise expert", "high=FILE")
-    refused(generate(lapwan, "--moe", str(mixture_file), "--instrument-hint", "banana"), "banana", "allowed in")
+    refused(generate(unloaded, "--moe", "a.safetensors"), "not a lapwan mixture", "--lora")
+    refused(generate(unloaded, "--lora", str(mixture_file)), "is a mixture", "--moe")
+    refused(generate(unloaded, "--lora", "low=a.safetensors"), "high noise expert", "high=FILE")
+    refused(generate(unloaded, "--moe", str(mixture_file), "--instrument-hint", "banana"), "banana", "allowed in")
 
 
 def test_guidance_acts_inside_its_interval_only(lapwan, tmp_path) -> None:
@@ -172,19 +176,20 @@ def test_guidance_acts_inside_its_interval_only(lapwan, tmp_path) -> None:
     refused(generate(lapwan, "--guidance-interval", "0.9", output="x"), "LOW,HIGH")
 
 
-def test_a_distilled_lora_of_four_steps_needs_no_negative_prompt(lapwan, tmp_path, monkeypatch) -> None:
+def test_a_distilled_lora_of_four_steps_needs_no_negative_prompt(tmp_path, t2v, small) -> None:
     """Guidance 1 evaluates the model once a step, and the negative prompt is never encoded."""
     write_lora(tmp_path / "fast.safetensors", random_lora(0))
     prompts: list[str] = []
-    original = Generator.text_features
 
-    def features(self, prompt):
-        prompts.append(prompt)
-        return original(self, prompt)
+    class Listening(Generator):
+        def text_features(self, prompt: str) -> torch.Tensor:
+            prompts.append(prompt)
+            return super().text_features(prompt)
 
-    monkeypatch.setattr(Generator, "text_features", features)
-    ran = generate(lapwan, "--lora", "both=fast.safetensors", "--steps", "4", "--guidance", "1", "--sampler", "euler")
-    assert ran.code == 0 and set(prompts) == {"电凝钩切割组织"}
+    lora = LoraArgument(path=tmp_path / "fast.safetensors", noise_expert="both")
+    base, adapters = read_adapters(Base(t2v), [lora], None)
+    Listening(base, adapters).latents(small(t2v, negative_prompt="模糊", steps=4, sampler="euler"))
+    assert set(prompts) == {"电凝钩切割组织"}
 
 
 def test_own_sigmas_are_the_grid_and_come_back(lapwan, tmp_path, t2v) -> None:

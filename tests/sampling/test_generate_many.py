@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from adapter_cases import random_lora
+from command_line import Ran, Started
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from sampling_cases import SMALL, frames, generate, refused
 
 from lapwan.lora.formats import write_lora
-from lapwan.models import base as lapwan_base
 from lapwan.sampling.generator import Generator, to_frames
 from lapwan.sampling.jobs import make_video_jobs
 from lapwan.sampling.result import read_metadata
@@ -64,9 +67,9 @@ def test_a_prompts_file_makes_each_line_as_it_would_alone(lapwan, prompts, tmp_p
     ('{"prompt": "x", "output": "first.mp4"}', ("line 2", "is also that of", "line 1")),
     ('{"prompt": "x", "instrument_hint": "hook"}', ("line 2", "--instrument-hint acts on a mixture")),
 ])
-def test_a_bad_line_is_named(line, words, lapwan, tmp_path, no_weights) -> None:
+def test_a_bad_line_is_named(line, words, unloaded, tmp_path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "output": "first.mp4"}\n' + line + "\n")
-    refused(lapwan("generate", "--model", "tiny", "--prompts", "p.jsonl", "-o", "many", *SMALL), *words)
+    refused(unloaded("generate", "--model", "tiny", "--prompts", "p.jsonl", "-o", "many", *SMALL), *words)
     assert not (tmp_path / "many").exists()
 
 
@@ -101,15 +104,17 @@ def test_a_grid_over_an_older_option_names_its_videos_as_before() -> None:
     assert [job.settings.first_block_cache for job in jobs] == [0.05, 0.5]
 
 
-def test_a_grid_over_adapters_shares_the_loaded_model(lapwan, mixture_file, tmp_path, monkeypatch) -> None:
+def loaded(ran: Ran) -> list[str]:
+    """The transformers that a command loaded."""
+    return re.findall("loading the (high|low) noise expert", ran.err)
+
+
+def test_a_grid_over_adapters_shares_the_loaded_model(lapwan, mixture_file, tmp_path) -> None:
     write_lora(tmp_path / "a.safetensors", random_lora(0))
-    loads = []
-    original = lapwan_base.load_transformer
-    monkeypatch.setattr(lapwan_base, "load_transformer", lambda *a: loads.append(a[1]) or original(*a))
     axes = ("--grid", f"moe=none;{mixture_file}", "--grid", "lora=none;both=a.safetensors:0.5")
     ran = generate(lapwan, *axes, output="g")
     assert ran.code == 0, ran.err
-    assert loads == ["high", "low"]
+    assert loaded(ran) == ["high", "low"]
     facts = [json.loads(read_video_metadata(Path(line))["facts"]) for line in ran.out.splitlines()[:4]]
     assert len({f["frames"] for f in facts}) == 4
     alone = generate(lapwan, "--lora", "both=a.safetensors:0.5", "--moe", str(mixture_file), output="alone.mp4")
@@ -139,19 +144,19 @@ def test_other_outputs_carry_their_settings_too(name, opened, lapwan, tmp_path) 
     assert json.loads(read_metadata(tmp_path / "again.mp4")["facts"])["frames"] == facts["frames"]
 
 
-def test_a_preview_is_there_after_every_step_and_changes_nothing(lapwan, tmp_path, monkeypatch) -> None:
-    seen = []
-    original = Generator._write_preview
+def test_a_preview_is_there_after_every_step_and_changes_nothing(lapwan, t2v, small, tmp_path) -> None:
+    sizes = []
 
-    def show(self, path, x0):
-        original(self, path, x0)
-        with Image.open(path) as image:
-            seen.append(image.size)
+    class Watched(Generator):
+        def _write_preview(self, path: Path, x0_BCTHW: torch.Tensor) -> None:
+            super()._write_preview(path, x0_BCTHW)
+            with Image.open(path) as image:
+                sizes.append(image.size)
 
-    monkeypatch.setattr(Generator, "_write_preview", show)
+    Watched(t2v).generate(small(t2v), tmp_path / "preview.png")
+    assert len(sizes) == 3 and sizes[0][0] > 2 * 48  # two latent frames side by side
     assert generate(lapwan, "--preview", output="a").code == 0
     assert generate(lapwan, output="b").code == 0
-    assert len(seen) == 3 and seen[0][0] > 2 * 48  # two latent frames side by side
     assert (tmp_path / "a_preview.png").is_file()
     assert (frames(tmp_path / "a") == frames(tmp_path / "b")).all()
 
@@ -171,10 +176,10 @@ def test_crf_is_the_quality_of_an_mp4(lapwan, tmp_path) -> None:
     ("alpha=1", ("'alpha' cannot be compared", "alpha_base")),
     ("steps=1,x", ("--grid", "steps = 'x'")),
 ])
-def test_bad_grids(text, words, lapwan, no_weights) -> None:
-    refused(generate(lapwan, "--grid", text), *words)
-    refused(generate(lapwan, "--grid", "seed=1,2", "--grid", "seed=3"), "--grid varies 'seed' twice")
-    refused(generate(lapwan, "--grid", "seed=1,2", "--videos", "2"), "both count seeds")
+def test_bad_grids(text, words, unloaded) -> None:
+    refused(generate(unloaded, "--grid", text), *words)
+    refused(generate(unloaded, "--grid", "seed=1,2", "--grid", "seed=3"), "--grid varies 'seed' twice")
+    refused(generate(unloaded, "--grid", "seed=1,2", "--videos", "2"), "both count seeds")
 
 
 def test_from_repeats_bitwise_or_says_what_changed(lapwan, mixture_file, tmp_path) -> None:
@@ -212,17 +217,13 @@ def test_what_is_missing_is_asked_for(lapwan) -> None:
     refused(generate(lapwan, "--prompts", "p"), "--prompt and --prompts are both given")
 
 
-def test_interrupting_leaves_finished_videos_whole(lapwan, monkeypatch, tmp_path) -> None:
-    original, calls = Generator.generate, []
-
-    def once(self, request, preview=None):
-        calls.append(request)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(self, request, preview)
-
-    monkeypatch.setattr(Generator, "generate", once)
-    ran = generate(lapwan, "--videos", "3", output="v.mp4")
+def test_interrupting_leaves_finished_videos_whole(tmp_path) -> None:
+    started = Started("generate", "--model", "tiny", "--prompt", "x", "--videos", "3", "-o", "v.mp4", *SMALL,
+                      "--steps", "60", cwd=tmp_path)
+    while "video 2 of 3" not in started.written()[1] and started.poll() is None:
+        time.sleep(0.01)
+    started.send_signal(signal.SIGINT)
+    ran = started.wait()
     assert ran.code == 130 and "interrupted after 1 of 3 videos; finished and whole: v_001_seed=42.mp4" in ran.err
     assert [p.name for p in tmp_path.glob("*.mp4")] == ["v_001_seed=42.mp4"]
     assert not list(tmp_path.glob(".lapwan-tmp*"))
@@ -265,19 +266,16 @@ def test_chinese_on_an_output_that_cannot_hold_it(lapwan) -> None:
     assert ran.code == 0 and 'prompt = "\\u7535\\u51dd\\u94a9"' in ran.out, ran.err
 
 
-def test_interactive_keeps_the_model_and_survives_a_bad_line(lapwan, tmp_path, monkeypatch) -> None:
+def test_interactive_keeps_the_model_and_survives_a_bad_line(lapwan, tmp_path) -> None:
     lines = [
         "电凝钩切割组织", '{"prompt": "x", "num_frames": 6}', '{"prompt": "suction", "seed": 5, "output": "s.mp4"}',
         '{"prompt": "again", "output": "s.mp4"}', "",
     ]
-    loads = []
-    original = lapwan_base.load_transformer
-    monkeypatch.setattr(lapwan_base, "load_transformer", lambda *a: loads.append(a[1]) or original(*a))
     ran = lapwan("generate", "--model", "tiny", "--interactive", "-o", "chat", *SMALL,
                  stdin="\n".join(lines) + "\n")
     assert ran.code == 0, ran.err
     assert [Path(line).name for line in ran.out.splitlines()] == ["001.mp4", "s.mp4"]
-    assert "not made: frames = 6: must be 4N+1" in ran.err and loads == ["high", "low"]
+    assert "not made: frames = 6: must be 4N+1" in ran.err and loaded(ran) == ["high", "low"]
     assert "not made: output exists: chat/s.mp4" in ran.err
     assert json.loads(read_video_metadata(tmp_path / "chat/s.mp4")["settings"])["seed"] == 5
     refused(generate(lapwan, "--interactive"), "leave --prompt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -90,27 +91,16 @@ def test_a_cap_is_planned_for_and_said(lapwan) -> None:
     refused(generate(lapwan, "--dtype", "int4"), "int4")
 
 
-def test_the_other_noise_expert_is_read_while_the_first_samples(t2v, small, monkeypatch) -> None:
+def test_the_other_noise_expert_is_read_while_the_first_samples(t2v, small, capsys) -> None:
     """Its reading begins before the first noise expert's last step and is not repeated."""
-    events: list[str] = []
-    generator = Generator(t2v, memory="stream")
-    load, backbone = generator.noise_experts._load, generator.noise_experts.backbone
+    def reads() -> list[str]:
+        return re.findall("(?:loading|reading) the .* noise expert.*", capsys.readouterr().err)
 
-    def loading(noise_expert, place):
-        events.append(f"read {noise_expert.value}")
-        return load(noise_expert, place)
-
-    def asked(noise_expert):
-        events.append(f"ask {noise_expert.value}")
-        return backbone(noise_expert)
-
-    monkeypatch.setattr(generator.noise_experts, "_load", loading)
-    monkeypatch.setattr(generator.noise_experts, "backbone", asked)
-    request = small(t2v, steps=4)
+    generator, request = Generator(t2v, memory="stream"), small(t2v, steps=4)
     first = generator.latents(request)
-    assert events.count("read low") == 1 and events.index("read low") < events.index("ask low")
-    assert torch.equal(first, generator.latents(request)) and events.count("read low") == 1
+    assert reads() == ["loading the high noise expert", "reading the low noise expert in the background"]
+    assert torch.equal(first, generator.latents(request)) and not reads()
     assert torch.equal(first, Generator(t2v).latents(request))
-    resident = Generator(t2v, memory="both")
-    monkeypatch.setattr(resident.noise_experts, "_prefetch", None)  # nothing is prefetched where both stay
-    assert torch.equal(first, resident.latents(request))
+    reads()
+    assert torch.equal(first, Generator(t2v, memory="both").latents(request))
+    assert reads() == ["loading the high noise expert", "loading the low noise expert"]

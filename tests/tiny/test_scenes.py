@@ -17,7 +17,7 @@ from lapwan.data.taxonomy import load_taxonomy
 from lapwan.sampling.video import read_video_metadata
 from lapwan.tiny import motion as paths
 from lapwan.tiny.captions import caption_for
-from lapwan.tiny.dataset import plan, write_dataset
+from lapwan.tiny.dataset import plan_dataset, write_dataset
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scene_targets import TARGETS
 from lapwan.tiny.scenes import FAMILIES, STYLES, SceneSpec, render, sample_spec
@@ -341,7 +341,7 @@ def test_dataset_repeats_itself(tmp_path: Path) -> None:
 
 def test_families_are_balanced_or_weighted() -> None:
     def counts(clips: int, **options: object) -> dict[str, int]:
-        specs = [spec for spec, _ in plan(clips, 0, (64, 64), 5, 16.0, **options)]  # type: ignore[arg-type]
+        specs = [spec for spec, _ in plan_dataset(clips, 0, (64, 64), 5, 16.0, **options)]  # type: ignore[arg-type]
         assert len({spec.seed for spec in specs}) == clips
         return {name: sum(spec.instrument == name for spec in specs) for name in INSTRUMENTS}
 
@@ -349,9 +349,9 @@ def test_families_are_balanced_or_weighted() -> None:
     assert sorted(counts(10).values()) == [2, 2, 3, 3]
     weighted = counts(100, weights={"hook": 7, "suction": 3})
     assert weighted == {"scissors": 0, "hook": 70, "suction": 30, "grasper": 0}
-    drawn = plan(160, 0, (64, 64), 5, 16.0, test_share=0.1)
+    drawn = plan_dataset(160, 0, (64, 64), 5, 16.0, test_share=0.1)
     assert sum(split == "test" for _, split in drawn) == 16
     pairs = [(spec.instrument, spec.motion) for spec, _ in drawn]
     assert all(pairs.count(pair) == 20 for pair in PAIRS)
     with pytest.raises(ValueError, match="spoon"):
-        plan(4, 0, (64, 64), 5, 16.0, weights={"spoon": 1})
+        plan_dataset(4, 0, (64, 64), 5, 16.0, weights={"spoon": 1})

@@ -18,10 +18,11 @@ from lapwan.sampling.video import read_video_metadata
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train.callbacks.build import check_callbacks
-from lapwan.train.callbacks.validation import fixed_draws
+from lapwan.train.callbacks.validation import Validation, fixed_draws
 from lapwan.train.checklist import _bands, checklist
 from lapwan.train.checkpoint import checkpoints
 from lapwan.train.recipe import read_data
+from lapwan.train.trainer import Trainer
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 
@@ -159,13 +160,22 @@ def test_validation_without_held_out_clips_or_on_trained_ones_is_refused(t2v_cac
             check_callbacks(settings, base, read_data(settings, base))
 
 
-def test_checkpoints_kept_are_the_newest_and_the_best(make_lora, split_cache, monkeypatch):
+class ScriptedValidation(Validation):
+    """Its losses are given: of the high noise expert one after the other, of the low one always 1."""
+
+    def __init__(self, trainer: Trainer, losses: list[float]) -> None:
+        rules = {e: stream.sigma_rule for e, stream in trainer.data.streams.items()}
+        super().__init__(trainer.objective, rules, store=None, every=1, sigmas=1, seed=0)
+        self._scripted = iter(losses)
+
+    def losses(self, noise_expert: NoiseExpert) -> dict[str, float]:
+        return {"loss": next(self._scripted) if noise_expert is HIGH else 1.0}
+
+
+def test_checkpoints_kept_are_the_newest_and_the_best(make_lora, split_cache):
     trainer = make_lora(steps=4, data={"cache": split_cache}, save_every=1, keep_last=2, keep_best=1,
                         validation={"every": 1, "sigmas": 1})
-    scores = iter([3.0, 1.0, 2.0, 5.0, 4.0, 6.0, 7.0, 8.0])
-    callback = trainer.callbacks["validation"]
-    monkeypatch.setattr(
-        callback, "losses", lambda noise_expert: {"loss": next(scores) if noise_expert is HIGH else 1.0})
+    trainer.callbacks["validation"] = ScriptedValidation(trainer, [3.0, 1.0, 2.0, 5.0, 4.0, 6.0, 7.0, 8.0])
     fitted(trainer)
     assert [step for step, _ in checkpoints(trainer.config.run_folder)] == [2, 7, 8]
     with pytest.raises(ValueError, match="keep_best needs a validation at every checkpoint: save_every = 3"):

@@ -18,7 +18,7 @@ from lapwan.names import NoiseExpert
 from lapwan.settings.model import BaseModelSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.tiny.resolve import resolve_base
-from lapwan.train.checklist import describe
+from lapwan.train.checklist import plan_lines
 from lapwan.train.recipe import RunData, read_data
 from lapwan.train.schedule import interleave
 
@@ -110,7 +110,7 @@ def test_the_plan_says_turns_modules_optimizer_ratio_and_how_sigma_falls(t2v_cac
     settings, data = data_of(t2v_cache, steps=40, turn=10, high_noise_max_lr=5e-4, high_noise_min_lr=2e-5,
                              sigma={"sampler": "logit_normal", "shift": 5.0}, ema_decay=0.99,
                              targets={"patterns": {"*.self_attn.q": 4}})
-    text = "\n".join(describe(settings, resolve_base("tiny"), data))
+    text = "\n".join(plan_lines(settings, resolve_base("tiny"), data))
     assert "turns: high 10, low 10, high 10, low 10, ... (8 turns)" in text
     assert "8 modules of ranks 4; automagic, lr from 2e-05, bump 5e-06, min 2e-05, max 0.0005" in text
     assert "predicted LR ratio high / low: " in text and "running mean 0.99" in text

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapwan.checkpoints import rewrite
 from lapwan.commands import merge as merge_command
 from lapwan.errors import UserError
 from lapwan.lora.formats import write_lora
@@ -66,8 +65,7 @@ def write_loras(folder: Path, dtype: torch.dtype) -> dict[NoiseExpert, Path]:
     (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.float32),
     *(pytest.param(*dtypes, marks=pytest.mark.slow) for dtypes in (
         (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)))])
-def test_merged_in_memory_is_the_merged_folder(tmp_path, tiny_t2v, monkeypatch, stored, lora):
-    monkeypatch.setattr(rewrite, "TILE_BYTES", 192 * 4 * 50)  # 192 rows in four tiles, the last one shorter
+def test_merged_in_memory_is_the_merged_folder(tmp_path, tiny_t2v, stored, lora):
     model, paths = stored_as(tiny_t2v, tmp_path / "model", stored), write_loras(tmp_path, lora)
     options = {"model": str(model), "lora": [f"{e.value}={p}:0.7" for e, p in paths.items()],
             "output": str(tmp_path / "merged")}

@@ -116,7 +116,7 @@ def test_without_a_compiler_torchs_operations_run(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "HAS_TRITON", True)
     monkeypatch.setattr(kernels, "_TRIED", False)
     for _ in range(2):
-        kernels.prepare(torch.device("cuda"))
+        kernels.try_triton(torch.device("cuda"))
     assert not kernels.HAS_TRITON
     assert capsys.readouterr().err.count("Triton cannot build kernels here (") == 1
 

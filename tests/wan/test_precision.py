@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.backbone import load_transformer
 from lapwan.wan.quantise.linears import LINEAR_CLASSES, NF4_CODES, Fp8Linear, quantise_fp8
-from lapwan.wan.quantise.load import Recipe, cache_folder
+from lapwan.wan.quantise.load import RECIPE_VERSION, Recipe, cache_folder
 
 ALL = list(Precision)
 
@@ -81,12 +82,10 @@ def test_the_largest_of_a_row_survives(precision) -> None:
     torch.testing.assert_close(made, weight, rtol=4e-3, atol=0)
 
 
-def test_tiles_of_rows_give_the_same_bytes(monkeypatch) -> None:
+def test_tiles_of_rows_give_the_same_bytes() -> None:
     for precision in ALL:
-        whole = layer(precision)[2]
-        monkeypatch.setattr("lapwan.wan.quantise.linears._TILE", 5 * 128)
-        tiled = layer(precision)[2]
-        monkeypatch.undo()
+        weight, bias, whole = layer(precision)
+        tiled = LINEAR_CLASSES[precision].from_weight(weight, bias, tile=5 * 128)
         assert torch.equal(whole.codes.view(torch.uint8), tiled.codes.view(torch.uint8))
         assert torch.equal(whole.scale, tiled.scale)
 
@@ -227,10 +226,10 @@ def test_a_damaged_kept_block_is_made_again_and_a_kill_leaves_none(tiny_t2v, cac
     assert not [file for file in folder.iterdir() if "tmp" in file.name]
 
 
-def test_other_weights_another_form_or_another_version_is_another_folder(monkeypatch) -> None:
-    names = {cache_folder(f, p) for f in ("a", "b") for p in ALL}
-    monkeypatch.setattr("lapwan.wan.quantise.load.RECIPE_VERSION", 99)
-    assert len(names | {cache_folder("a", p) for p in ALL}) == 9
+def test_other_weights_another_precision_or_another_version_is_another_folder() -> None:
+    assert len({cache_folder(f, p) for f in ("a", "b") for p in ALL}) == 6
+    digest = hashlib.sha256(f"{RECIPE_VERSION}\0fp8\0a".encode()).hexdigest()
+    assert cache_folder("a", Precision.FP8).name == f"fp8-{digest[:24]}"
 
 
 # In a process of its own, whose allocator gives back what is freed: else it is other tests' memory that is measured.

@@ -35,7 +35,6 @@ from lapwan.train.callbacks.base import Callback, Evaluation
 from lapwan.train.objective import Objective
 from lapwan.wan.backbone import WanBackbone
 
-_COLUMNS = 6  # frames shown in TensorBoard
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
@@ -162,7 +161,7 @@ class Previews(Callback):
             suffix = "png" if len(video.frames) == 1 else "mp4"
             name = f"{index}" if request.hint is None else f"{index}_{_UNSAFE.sub('_', request.hint)}"
             path = video.save(self._folder / f"step_{step:06d}_{name}.{suffix}", overwrite=True)
-            strip = np.asarray(contact_sheet([video.frames], _COLUMNS))
+            strip = np.asarray(contact_sheet([video.frames]))
             board.add_image(f"preview/{name}", strip, step, dataformats="HWC")
             console.detail(f"preview {path}")
         return Evaluation({})

@@ -11,12 +11,14 @@ from torch import Tensor
 from lapwan import rng
 from lapwan.caching.collate import Batch
 from lapwan.caching.index import CachedItem, CacheIndex
+from lapwan.data.clips import empty_split
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
+from lapwan.rng import RandomKey
 from lapwan.settings.train import TrainSettings
 from lapwan.train.callbacks.base import Callback, Evaluation
 from lapwan.train.clip_store import ClipStore
-from lapwan.train.objective import Draws, Key, Objective, SigmaRule
+from lapwan.train.objective import Draws, Objective, SigmaRule
 
 
 def held_out(index: CacheIndex, settings: TrainSettings) -> list[CachedItem]:
@@ -28,9 +30,9 @@ def held_out(index: CacheIndex, settings: TrainSettings) -> list[CachedItem]:
     validation = settings.validation
     items = [item for item in index.items if item.split == validation.split]
     if not items:
-        splits = ", ".join(sorted({str(item.split) for item in index.items}))
-        raise UserError(f"validation.every is set, but {index.folder} has no clips of split '{validation.split}' (it "
-                        f"has: {splits}); hold some out with \"split\": \"{validation.split}\" in the clips file")
+        raise empty_split(f"validation.every is set, but {index.folder}", validation.split,
+                          {item.split for item in index.items},
+                          f"hold some out with \"split\": \"{validation.split}\" in the clips file")
     if settings.data.split in (None, validation.split):
         raise UserError(f"data.split = {settings.data.split!r} trains on the clips of split '{validation.split}' that "
                         "are held out for validation; set data.split = \"train\"")
@@ -38,7 +40,7 @@ def held_out(index: CacheIndex, settings: TrainSettings) -> list[CachedItem]:
     return items[::step][: validation.clips]
 
 
-def fixed_draws(rule: SigmaRule, batch: Batch, u: Sequence[float], key: Key, index: int) -> Draws:
+def fixed_draws(rule: SigmaRule, batch: Batch, u: Sequence[float], key: RandomKey, index: int) -> Draws:
     """Sigma at given u in 0..1, and noise keyed by (*key, clip, index); no dropout, and no weight on the loss.
 
     The same at each evaluation, for every adapter and in any batch.

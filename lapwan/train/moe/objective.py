@@ -26,7 +26,9 @@ from lapwan.losses import routing
 from lapwan.moe.mixture import BASE_GROUP, Mixture
 from lapwan.moe.mixture_file import write_mixture
 from lapwan.names import NoiseExpert
-from lapwan.train.objective import AllReduce, Draws, Key, Loss, Objective, ParameterGroup, flow_terms, local_sum
+from lapwan.rng import RandomKey
+from lapwan.train.clip_store import LABEL_FIRST
+from lapwan.train.objective import AllReduce, Draws, Loss, Objective, ParameterGroup, flow_terms, local_sum
 from lapwan.wan.backbone import WanBackbone
 
 ROUTER, SHARED = "router", "experts"
@@ -150,7 +152,7 @@ class MixtureObjective(Objective):
             self._add_figures(loss, student_BE, mix_BE, families, labelled)
             yield loss
 
-    def drop_experts(self, mix_BE: Tensor, keys: Sequence[Key]) -> Tensor:
+    def drop_experts(self, mix_BE: Tensor, keys: Sequence[RandomKey]) -> Tensor:
         """Expert dropout: each expert of a clip is dropped with probability p, the others are scaled to the same sum.
 
         A mix that would lose all its experts is left unchanged. Keyed by visit; without keys nothing is dropped.
@@ -219,6 +221,5 @@ def _select(values_B: Tensor, indices: Sequence[int]) -> Tensor:
 
 def _labels(batch: Batch) -> Tensor:
     if batch.label_weights_BE is None:
-        raise UserError(f"clips without labels in the cache (such as {batch.ids[0]}): run `lapwan label` before "
-                        "`lapwan cache`, or give labels = \"labels.jsonl\" in [data]")
+        raise UserError(f"clips without labels in the cache (such as {batch.ids[0]}): {LABEL_FIRST}")
     return batch.label_weights_BE

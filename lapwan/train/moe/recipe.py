@@ -29,7 +29,7 @@ from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train import recipe
 from lapwan.train.callbacks.build import make_callbacks
 from lapwan.train.callbacks.routing_windows import ExpertGradients, RoutingCallback
-from lapwan.train.clip_store import ClipStore, family_of
+from lapwan.train.clip_store import LABEL_FIRST, ClipStore, family_of
 from lapwan.train.moe.objective import MixtureObjective, MixtureWeights
 from lapwan.train.parallel import Distributed
 from lapwan.train.trainer import Trainer
@@ -68,8 +68,7 @@ def _check_labels(data: recipe.RunData, taxonomy: Taxonomy) -> None:
     families = len(taxonomy.families)
     for item in data.items:
         if item.label_weights is None and item.label is None:
-            raise UserError(f"clip {item.id} in {data.index.folder} has no label; run `lapwan label` before "
-                            '`lapwan cache`, or give labels = "labels.jsonl" in [data]')
+            raise UserError(f"clip {item.id} in {data.index.folder} has no label; {LABEL_FIRST}")
         if item.label_weights is not None and len(item.label_weights) != families:
             raise UserError(f"clip {item.id} has {len(item.label_weights)} label weights, taxonomy {taxonomy.name} has "
                             f"{families} families; label with --taxonomy {taxonomy.name}, or set taxonomy")

@@ -22,7 +22,7 @@ from lapwan.caching.collate import Batch
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import load_index, read_prompt
 from lapwan.checkpoints.container import read_header
-from lapwan.data.prompts import held_out, read_prompts
+from lapwan.data.prompts import choose_held_out, read_prompts
 from lapwan.errors import UserError
 from lapwan.models.fingerprints import text_encoder_fingerprint
 from lapwan.models.spec import ModelSpec
@@ -91,7 +91,7 @@ def read_data(settings: SrpoSettings, spec: ModelSpec) -> SrpoData:
             raise UserError("prompts.file with an image-to-video model: a rollout needs first frames; give "
                             "prompts.cache (--cache DIR), made by lapwan cache with --i2v")
         prompts = read_prompts(settings.prompts.file)
-        held = held_out(prompts, rule.count, settings.held_out_seed)
+        held = choose_held_out(prompts, rule.count, settings.held_out_seed)
         return SrpoData(
             tuple(p for p in prompts if p not in held), tuple(p for p in prompts if p in held),
             (settings.num_frames, height, width), False, settings.prompts.negative,
@@ -114,7 +114,7 @@ def _from_cache(settings: SrpoSettings, spec: ModelSpec, size: tuple[int, int]) 
         if shortest < settings.num_frames:
             raise UserError(f"num_frames = {settings.num_frames}, but {index.folder} holds clips of {shortest} frames; "
                             f"set num_frames to at most {shortest}")
-    held = held_out([item.caption for item in items], settings.held_out.count, settings.held_out_seed)
+    held = choose_held_out([item.caption for item in items], settings.held_out.count, settings.held_out_seed)
     trained = tuple(item for item in items if item.caption not in held)
     held_items: dict[str, CachedItem] = {}  # the first clip of each held-out caption
     for item in items:

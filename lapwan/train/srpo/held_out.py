@@ -36,7 +36,6 @@ from lapwan.wan.vae import decode
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-_COLUMNS = 6  # frames shown in TensorBoard
 _KL_PROMPTS = 4  # prompts whose velocities are compared with the base's
 _SCORES = ("positive", "negative", "margin", "caption")
 
@@ -196,7 +195,7 @@ class HeldOut(Callback):
             suffix = "png" if len(frames) == 1 else "mp4"
             video = Video(frames, self._rule.fps, x0.cpu())
             video.save(self._folder / f"step_{step:06d}_{index}.{suffix}", overwrite=True)
-            strip = np.asarray(contact_sheet([frames], _COLUMNS))
+            strip = np.asarray(contact_sheet([frames]))
             board.add_image(f"held_out/{index}", strip, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:

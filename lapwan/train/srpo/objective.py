@@ -183,20 +183,17 @@ class SrpoObjective(Objective):
         """Draw branch, sigmas and control words of every sample from its key."""
         rule, band, device = self.rule, self.rule.interval[noise_expert], draws.sigma_B.device
 
-        def uniform(key: Sequence[int | str], purpose: str) -> float:
-            return float(torch.rand((), dtype=torch.float64, generator=rng.generator(*key, purpose)))
-
         keys = draws.keys
         # Successive draws alternate between the branches, so a step of several samples has equally many of each.
         denoise = [int(key[2]) % 2 == 0 if rule.branches == "both" else rule.branches == "denoise" for key in keys]
         denoise_B = torch.tensor(denoise, device=device)
         position_B = (draws.sigma_B.double() - band.low) / (band.high - band.low)
-        reach_B = torch.tensor([uniform(key, "reach") for key in keys], dtype=torch.float64, device=device)
+        reach_B = torch.tensor([rng.uniform(*key, "reach") for key in keys], dtype=torch.float64, device=device)
         u_B2 = torch.stack([position_B.clamp(0.0, 1.0 - 1e-12), reach_B], dim=1)
         sigma_e_B, sigma_star_B = preference.draw_sigmas(u_B2, denoise_B, band.low, band.high, rule.reach)
 
         def augmented(choices: Sequence[str], purpose: str) -> list[str]:
-            chosen = [choices[int(uniform(key, purpose) * len(choices))] for key in keys]
+            chosen = [choices[int(rng.uniform(*key, purpose) * len(choices))] for key in keys]
             return [augment_prompt(word, caption) for word, caption in zip(chosen, batch.captions, strict=True)]
 
         return PreferenceDraws(denoise_B, sigma_e_B, sigma_star_B, augmented(rule.positive, "positive word"),

@@ -18,6 +18,7 @@ from lapwan.rewards.base import RewardKinds
 from lapwan.rewards.build import check_rewards
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.optimizers import check_optimizer, describe_optimizer
+from lapwan.train.recipe import check_noise_experts
 from lapwan.train.srpo.data import SrpoData, check_negative, read_data
 from lapwan.train.srpo.rollout import RolloutRule, rollout_steps
 
@@ -63,11 +64,7 @@ def trained_noise_experts(settings: SrpoSettings, spec: ModelSpec) -> tuple[Nois
     """
     if settings.noise_experts is None:
         return (spec.noise_experts[-1],)
-    for noise_expert in settings.noise_experts:
-        if noise_expert not in spec.noise_experts:
-            have = [e.value for e in spec.noise_experts]
-            raise UserError(f"noise_experts holds '{noise_expert.value}', the model has {have}; set noise_experts = "
-                            f"{have}")
+    check_noise_experts(settings.noise_experts, spec)
     return settings.noise_experts
 
 
@@ -121,7 +118,7 @@ def rollout_evaluations(settings: SrpoSettings, spec: ModelSpec, noise_expert: N
     return per_sample * settings.steps * settings.accumulate * settings.batch_size
 
 
-def describe(
+def srpo_plan_lines(
     settings: SrpoSettings, base: Base, data: SrpoData, bands: Mapping[NoiseExpert, Band]
 ) -> list[str]:
     """The lines that `--dry-run` and the start of a run print."""

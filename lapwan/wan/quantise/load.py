@@ -7,7 +7,6 @@ one file per block, so that the next load reads a half or a quarter of the bytes
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from torch import Tensor, nn
 
 from lapwan import console
 from lapwan.checkpoints.container import TensorFile, read_header
-from lapwan.checkpoints.tensors import load
+from lapwan.checkpoints.tensors import load_tensor
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, cache_root
-from lapwan.models.spec import ModelSpec, weight_files
+from lapwan.models.spec import ModelSpec, component_config, weight_files
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.quantise.linears import LINEAR_CLASSES, RECIPE_VERSION, QuantisedLinear
 
@@ -88,7 +87,7 @@ def fill(
             else:
                 layer = _cached_linear(cached, path, precision, bias, device)
             quantised |= {f"{path}.codes": layer.codes, f"{path}.scale": layer.scale}
-            _set_submodule(model, path, layer)
+            model.set_submodule(path, layer)
         if file is not None and cached is None and quantised:
             _write_cached(file, quantised)
     for name, read in remaining.items():
@@ -103,15 +102,10 @@ def _can_quantise(linear: nn.Module, precision: Precision) -> bool:
     return isinstance(linear, nn.Linear) and LINEAR_CLASSES[precision].supports(linear.in_features, linear.out_features)
 
 
-def _set_submodule(model: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
-
-
 def _cached_linear(
     cached: TensorFile, path: str, precision: Precision, bias: Tensor | None, device: torch.device | str
 ) -> QuantisedLinear:
-    codes, scale = (load(cached, f"{path}.{part}").to(device) for part in ("codes", "scale"))
+    codes, scale = (load_tensor(cached, f"{path}.{part}").to(device) for part in ("codes", "scale"))
     in_features = codes.shape[1] * (2 if precision is Precision.NF4 else 1)
     return LINEAR_CLASSES[precision](codes, scale, bias, in_features)
 
@@ -164,7 +158,7 @@ def load_quantised_transformer(
     from diffusers import WanTransformer3DModel
 
     folder = spec.component(noise_expert)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = component_config(folder)
     with init_empty_weights():  # buffers (the rope tables) are real
         model = WanTransformer3DModel.from_config(config)
     fp32_modules = tuple(model._keep_in_fp32_modules)
@@ -174,7 +168,7 @@ def load_quantised_transformer(
 
     headers = [read_header(file) for file in weight_files(folder)]
     source: dict[str, ReadTensor] = {
-        tensor_to_diffusers(name): partial(load, file, name) for file in headers for name in file.tensors}
+        tensor_to_diffusers(name): partial(load_tensor, file, name) for file in headers for name in file.tensors}
     blocks = linears_of(model.blocks, "blocks", recipe.full_blocks)
     cache = cache_folder(fingerprint, recipe.precision)
     fill(model, {**source, **(merged or {})}, blocks, recipe.precision, cast, device, cache, work_on)

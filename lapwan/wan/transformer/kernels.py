@@ -24,7 +24,7 @@ HAS_TRITON = find_spec("triton") is not None  # comes with torch's CUDA builds, 
 _TRIED = False
 
 
-def prepare(device: torch.device) -> None:
+def try_triton(device: torch.device) -> None:
     """Try Triton once on a GPU: it needs a C compiler, and a GPU that it supports. Otherwise torch's operations run."""
     global HAS_TRITON, _TRIED
     if device.type != "cuda" or not HAS_TRITON or _TRIED:
