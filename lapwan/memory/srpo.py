@@ -19,17 +19,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from lapwan.errors import UserError
 from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape
-from lapwan.memory.generation import free_bytes
 from lapwan.memory.trace import trace_memory
 from lapwan.models.base import Base, target_ranks
-from lapwan.models.device import pick_dtype
-from lapwan.models.spec import read_spec, tensor_shapes, weight_files
+from lapwan.models.device import free_bytes, pick_dtype
+from lapwan.models.spec import tensor_shapes, weight_files
 from lapwan.names import NoiseExpert
 from lapwan.rewards.base import select_frames
 from lapwan.rewards.build import reward_bytes
@@ -180,7 +179,7 @@ def parts_of(
 ) -> MemoryParts:
     """The plan's sizes for transformers in `dtype`. A full fine-tune is sharded over `processes`."""
     spec = base.spec
-    recipe = recipe_of(settings)
+    recipe = frozen_recipe(settings)
     weights = {e: NoiseExpertShape(spec, e, dtype, recipe).bytes().weights for e in loaded}
     state = int(_trained_parameters(settings, base, noise_experts) * state_bytes(settings, dtype))
     if settings.train == "full" and processes > 1:
@@ -192,9 +191,10 @@ def parts_of(
     vae, activations = vae_bytes(spec.path / "vae", getattr(torch, settings.vae_dtype), settings.batch_size,
                           spec.latent_shape(*bucket), tuple(scored))
     clip = ClipShape(settings.batch_size, frames, height, width)
-    ranks = _ranks(settings, base)
-    graphs = {recomputed: transformer_bytes(spec.path, noise_experts[0], dtype, recipe, ranks, clip, recomputed)
-              for recomputed in (False, True)}
+    shape = NoiseExpertShape(spec, noise_experts[0], dtype, recipe, [GroupShape(_ranks(settings, base), True)])
+    step = shape.step_memory(clip, ["off", "block"])
+    forward = shape.forward_memory(clip)  # which may take more: on a GPU it runs other kernels
+    graphs = {recomputed: max(step.peak("block" if recomputed else "off"), forward) for recomputed in (False, True)}
     return MemoryParts(weights, state, rewards + vae, max(graph, activations), graphs,
                  sampling_bytes(settings, base, noise_experts[0], bucket, dtype))
 
@@ -204,8 +204,8 @@ def sampling_bytes(
 ) -> int:
     """Peak bytes of a rollout or an evaluation of held-out prompts beside the weights; no gradients."""
     spec, held_out, rollout = base.spec, settings.held_out, settings.rollout
-    adapters = [GroupShape(dict(_ranks(settings, base)), True)]
-    shape = NoiseExpertShape(spec, noise_expert, dtype, recipe_of(settings), adapters)
+    adapters = [GroupShape(_ranks(settings, base), True)]
+    shape = NoiseExpertShape(spec, noise_expert, dtype, frozen_recipe(settings), adapters)
 
     def evaluation(size: tuple[int, int, int], guidance: float) -> int:
         return shape.forward_memory(ClipShape(settings.batch_size * (2 if guidance > 1 else 1), *size))
@@ -220,30 +220,19 @@ def sampling_bytes(
     return max(peaks, default=0)
 
 
-def recipe_of(settings: SrpoSettings) -> Recipe | None:
+def frozen_recipe(settings: SrpoSettings) -> Recipe | None:
     """How a LoRA's frozen base is quantised, the same for all blocks; None for a plain dtype."""
     precision = precision_of(settings.dtype)
     return None if precision is None else Recipe(precision)
 
 
-def _ranks(settings: SrpoSettings, base: Base) -> tuple[tuple[str, int], ...]:
+def _ranks(settings: SrpoSettings, base: Base) -> dict[str, int]:
     """Rank by module. 1 everywhere for a full fine-tune, whose gradients need the same activations."""
     if settings.train == "lora":
-        return tuple(sorted(target_ranks(settings.targets, base.num_layers).items()))
+        return target_ranks(settings.targets, base.num_layers)
     names = tensor_shapes(weight_files(base.spec.component(base.spec.noise_experts[0])))
-    return tuple((n.removesuffix(".weight"), 1) for n, shape in sorted(names.items())
-                 if n.startswith("blocks.") and n.endswith(".weight") and len(shape) == 2)
-
-
-@lru_cache(maxsize=32)
-def transformer_bytes(
-    folder: Path, noise_expert: NoiseExpert, dtype: torch.dtype, recipe: Recipe | None,
-    ranks: tuple[tuple[str, int], ...], clip: ClipShape, checkpointing: bool,
-) -> int:
-    """Peak bytes of a forward and backward beside the weights, or of a forward without gradient if it takes more."""
-    kind: Literal["block", "off"] = "block" if checkpointing else "off"
-    shape = NoiseExpertShape(read_spec(folder), noise_expert, dtype, recipe, [GroupShape(dict(ranks), True)])
-    return max(shape.training_memory(clip, kind).total, shape.forward_memory(clip))
+    return {name.removesuffix(".weight"): 1 for name, shape in names.items()
+            if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2}
 
 
 def state_bytes(settings: SrpoSettings, dtype: torch.dtype) -> int:
