@@ -122,7 +122,7 @@ class _Recomputed:
     def __init__(self, run: Callable[..., Tensor], tensors: Sequence[Tensor], selective: bool) -> None:
         self._run, self._tensors = run, tensors
         self._mode: AbstractContextManager[Any] = _Kept() if selective else nullcontext()
-        self._slots: list[weakref.ref[_Slot]] = []
+        self._slots: list[weakref.ref[_Dropped]] = []
         self._done = False
 
     def forward(self) -> Tensor:
@@ -130,12 +130,12 @@ class _Recomputed:
         with saved_tensors_hooks(self._drop, self._value), self._mode:
             return self._run(*self._tensors)
 
-    def _drop(self, _: Tensor) -> _Slot:
-        slot = _Slot()
+    def _drop(self, _: Tensor) -> _Dropped:
+        slot = _Dropped()
         self._slots.append(weakref.ref(slot))
         return slot
 
-    def _value(self, slot: _Slot) -> Tensor:
+    def _value(self, slot: _Dropped) -> Tensor:
         if not self._done:
             self._recompute()
             self._done = True
@@ -169,7 +169,7 @@ class _Complete(Exception):
     """Every saved tensor has been recomputed."""
 
 
-class _Slot:
+class _Dropped:
     """A dropped tensor."""
 
     value: Tensor | None = None

@@ -29,24 +29,24 @@ GIB = 1 << 30
 RATES = Throughput(600e12, 1000e12, 450e12, 50e9)
 
 
-def planned(t2v, memory, free, frames=17, **workload):
+def planned(t2v, memory, free, **workload):
     """The embedded model at 96 x 96 on a device with this many free bytes."""
-    video = GenerationWorkload(frames, (96, 96), **workload)
+    video = GenerationWorkload(17, (96, 96), **workload)
     return plan_generation(t2v, {}, torch.float32, None, video, memory, free, RATES, text_bytes=0)
 
 
 def test_the_plan_takes_the_quickest_that_fits(t2v) -> None:
-    """At 81 frames sampling takes more than decoding, so that what is streamed decides the peak."""
-    assert planned(t2v, "auto", None, frames=81).both
+    """Of 4 videos at a time sampling takes more than decoding, so that what is streamed decides the peak."""
+    assert planned(t2v, "auto", None, batch=4).both
     free = 4 * GIB
-    last = planned(t2v, "auto", free, frames=81)
+    last = planned(t2v, "auto", free, batch=4)
     assert last.both and last.strategy.batched_guidance
     strategies = []
     while last.fits:
         assert required_bytes(last.peak) <= free
         strategies.append((last.both, len(last.streamed), last.strategy.batched_guidance))
         free = required_bytes(last.peak) - 1
-        last = planned(t2v, "auto", free, frames=81)
+        last = planned(t2v, "auto", free, batch=4)
     assert strategies[0] == (True, 0, True) and (False, 0, True) in strategies
     assert any(streamed for _, streamed, _ in strategies) and any(not batched for *_, batched in strategies)
     assert strategies[-1][1] == 8  # of 8 blocks, when nothing else fits
