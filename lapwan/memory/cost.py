@@ -148,7 +148,8 @@ class NoiseExpertShape:
             return sum(t.nbytes * (copies if t.requires_grad else 1)
                        for t in tensors_of(module) if (id(t) in adapters) is of_adapters)
 
-        of_kind = {kind: (size(b, False), size(b, True)) for kind, b in zip(self._distinct, model.blocks, strict=True)}
+        blocks = model.get_submodule("blocks").children()
+        of_kind = {kind: (size(b, False), size(b, True)) for kind, b in zip(self._distinct, blocks, strict=True)}
         outer = size(model, False) - sum(base for base, _ in of_kind.values())
         return NoiseExpertBytes(tuple(of_kind[kind][0] for kind in self.kinds), outer,
                            sum(of_kind[kind][1] for kind in self.kinds))
@@ -187,7 +188,7 @@ class NoiseExpertShape:
         """Peak bytes of an evaluation without gradients beside the weights, in each of the processes that share it."""
         model, adapter = self._model(self._distinct)
         options = ForwardOptions(context_parallel=ContextParallel(0, processes) if processes > 1 else None)
-        backbone, inputs = WanBackbone(model, options), self.inputs(clip)  # type: ignore[arg-type]
+        backbone, inputs = WanBackbone(model, options), self.inputs(clip)
         with self.gates(adapter, clip, False), torch.no_grad():
             return trace_memory(lambda: backbone.velocity(*inputs), _MEMO).peak
 
@@ -230,7 +231,7 @@ class NoiseExpertShape:
         model, adapter = self._model([*prefix, *blocks])
         # Its checkpointing is off: `trace_step` recomputes.
         options = ForwardOptions(context_parallel=ContextParallel(0, processes) if processes > 1 else None)
-        backbone, inputs = WanBackbone(model, options), self.inputs(clip)  # type: ignore[arg-type]
+        backbone, inputs = WanBackbone(model, options), self.inputs(clip)
 
         def step(block: Callable[..., Tensor]) -> None:
             backbone.options.block = block

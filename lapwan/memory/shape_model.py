@@ -73,7 +73,7 @@ class _Timesteps(nn.Module):
 class _Attention(_Parts):
     def __init__(self, width: int, heads: int, eps: float) -> None:
         super().__init__(
-            **{name: _Linear(width, width) for name in ("to_q", "to_k", "to_v")},
+            to_q=_Linear(width, width), to_k=_Linear(width, width), to_v=_Linear(width, width),
             to_out=nn.ModuleList([_Linear(width, width), nn.Identity()]),
             norm_q=nn.RMSNorm(width, eps, device=META), norm_k=nn.RMSNorm(width, eps, device=META))
         self.heads = heads

@@ -97,7 +97,7 @@ def trace_step(
             index = next(indices)
             start(("forward", index))
             out = _run_block(forward, checkpointing, x, text, modulation)
-            out.register_hook(lambda _: start(("backward", index)))
+            out.register_hook(lambda _: start(("backward", index)))  # type: ignore[no-untyped-call]
             if index == count - 1:
                 start("after")
             return out

@@ -262,13 +262,13 @@ def _reduction(x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = Fal
     return _empty(shape, x.dtype)
 
 
-def _attention(q_BHNd: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, _ = q_BHNd.shape
+def _flash_attention(q_BHNd: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, queries = q_BHNd.shape[:3]
     lse_BHN = _empty((batch, queries, heads), torch.promote_types(q_BHNd.dtype, torch.float32)).transpose(1, 2)
     return _like(q_BHNd, q_BHNd.dtype), lse_BHN
 
 
-def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+def _flash_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype, device="meta") for x in (q, k, v))
 
 
@@ -304,8 +304,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _aten.gelu_backward.default: lambda grad, x, **_: _binary(grad, x),
     _aten.where.self: _where, _aten.cat.default: _cat, _aten.stack.default: _stack, _aten.repeat.default: _repeat,
     _aten.addmm.default: _addmm, _aten.mm.default: _mm, _aten._scaled_mm.default: _scaled_mm,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_attention_backward,
     _aten.arange.default: lambda count, dtype=torch.int64, **_: _empty((count,), dtype or torch.int64),
     _aten._unsafe_view.default: lambda x, shape: x.view(shape),
     _aten.native_layer_norm.default: _layer_norm, _aten.native_layer_norm_backward.default: _layer_norm_backward,

@@ -28,10 +28,10 @@ from lapwan.memory.streaming import tensors_of
 from lapwan.memory.trace import trace_memory
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
-from lapwan.wan.backbone import load_transformer, velocity
+from lapwan.wan.backbone import WanBackbone, load_transformer
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer.context_parallel import ContextParallel
-from lapwan.wan.transformer.forward_options import forward_options
+from lapwan.wan.transformer.forward import ForwardOptions
 
 HIGH = NoiseExpertBytes((10, 20, 30, 40), 5, 3)
 LOW = NoiseExpertBytes((10, 10, 10, 10), 7, 1)
@@ -193,12 +193,12 @@ def traced(shape: NoiseExpertShape, clip: ClipShape, kind: str, whole: int, proc
     """The whole step with diffusers' modules, torch's checkpointing and torch's meta kernels."""
     model = diffusers_model(shape)
     adapter = shape.equip(model, shape.kinds)
-    options, inputs = forward_options(model), shape.inputs(clip)
-    options.checkpointing, options.whole_blocks = kind, whole
-    options.context_parallel = ContextParallel(0, processes) if processes > 1 else None
+    options = ForwardOptions(checkpointing=kind, whole_blocks=whole,
+                             context_parallel=ContextParallel(0, processes) if processes > 1 else None)
+    backbone, inputs = WanBackbone(model, options), shape.inputs(clip)
 
     def step() -> None:
-        torch.autograd.backward((velocity(model, *inputs) - inputs[0]).square().mean())
+        torch.autograd.backward((backbone.velocity(*inputs) - inputs[0]).square().mean())
 
     with shape.gates(adapter, clip, True):
         return trace_memory(step).peak
