@@ -31,10 +31,10 @@ from lapwan.caching.stale import prompts_recipe
 from lapwan.data.dropped_clips import BadClip, DroppedClip
 from lapwan.data.regions import latent_region
 from lapwan.errors import UserError
-from lapwan.memory.generation import free_bytes, text_encoder_bytes
+from lapwan.memory.generation import text_encoder_bytes
 from lapwan.memory.plan import GIB, required_bytes
 from lapwan.memory.streaming import offload_by_hooks
-from lapwan.models.device import pick_device
+from lapwan.models.device import free_bytes, pick_device
 from lapwan.models.spec import ModelSpec
 from lapwan.wan.image_condition import encode_condition, with_mask
 from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder

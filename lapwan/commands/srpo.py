@@ -27,10 +27,10 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
         if distributed.first:
             claim_run(settings, options.overwrite)
         device = pick_device(device_name)
-        planned = plan(settings, device, distributed.count)
+        planned = plan(settings, device, distributed.count, options.dry_run)
         base, data, memory = planned.base, planned.data, planned.memory
-        print_plan(settings, [*srpo_plan_lines(settings, base, data, planned.intervals), memory.line,
-                              "GPU memory of this run:", *memory.table], options)
+        table = ["GPU memory of this run:", *memory.table] if memory.table else []
+        print_plan(settings, [*srpo_plan_lines(settings, base, data, planned.intervals), memory.line, *table], options)
         slow = too_slow(settings, base, data, device)
         if options.dry_run:
             if slow:
@@ -52,7 +52,8 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
                     console.results.print(str(settings.output / path.name))
 
 
-def plan(settings: SrpoSettings, device: torch.device, processes: int = 1) -> SrpoPlan:
+def plan(settings: SrpoSettings, device: torch.device, processes: int = 1, predict: bool = True) -> SrpoPlan:
     """`plan_run` on the base that the settings name; prompts without a cache mean text-to-video for `tiny`."""
     task = None if settings.prompts.cache is None else index_task(settings.prompts.cache)
-    return plan_run(settings, resolve_base(settings.model, task), EMBEDDED_REWARD_KINDS, device, processes)
+    base = resolve_base(settings.model, task)
+    return plan_run(settings, base, EMBEDDED_REWARD_KINDS, device, processes, predict)

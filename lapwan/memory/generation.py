@@ -26,38 +26,17 @@ from lapwan.memory.plan import (
     placements,
 )
 from lapwan.models.original_layout import read_tensors, t5_to_transformers
-from lapwan.models.spec import ModelSpec, original_file, tensor_shapes, weight_files
+from lapwan.models.spec import ModelSpec, original_file, weight_files
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.quantise.linears import LINEAR_CLASSES
 from lapwan.wan.quantise.load import Recipe
 
-__all__ = ["Memory", "describe", "forward_bytes", "free_bytes", "plan_generation", "text_encoder_bytes",
-           "weight_bytes"]
-
 Memory = Literal["auto", "both", "one", "stream"] | float
 
-# Beside A14B's bf16 weights diffusers' own forward takes 2.1 GiB at 256x256 and 10.4 GiB at 480x832 (81 frames, H200):
-# at most 40 values of the transformer's width per token.
-_VALUES_PER_TOKEN = 40
 # The VAE decodes frame by frame: measured on an H200 in fp32, 1.0 GiB at 256x256 and 4.7 at 480x832.
 _DECODED_BYTES = 12_600  # per pixel of one frame, at the width of Wan2.1's decoder
 _DECODER_WIDTH = 96
 _TEXT_ROWS = 128  # text tokens whose keys and values are cached: Wan's negative prompt has 126
-
-
-def weight_bytes(spec: ModelSpec, noise_expert: NoiseExpert, dtype: torch.dtype) -> int:
-    """A transformer's size in `dtype`, from the headers of its files."""
-    shapes = tensor_shapes(weight_files(spec.component(noise_expert)))
-    return dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
-
-
-def forward_bytes(spec: ModelSpec, dtype: torch.dtype, num_frames: int, size: tuple[int, int]) -> int:
-    """An upper bound of the activations of a forward pass: 40 · width · itemsize · tokens, plus a GiB."""
-    _, frames, height, width = spec.latent_shape(num_frames, *size)
-    patch = spec.pixel_multiple // spec.spatial_stride
-    tokens = frames * (height // patch) * (width // patch)
-    features = tensor_shapes(weight_files(spec.component(spec.noise_experts[0])))["patch_embedding.weight"][0]
-    return _VALUES_PER_TOKEN * features * dtype.itemsize * tokens + GIB
 
 
 def _text_encoder_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
@@ -94,14 +73,6 @@ def decode_bytes(spec: ModelSpec, num_frames: int, size: tuple[int, int]) -> int
     weights = original.stat().st_size if original is not None else sum(
         4 * math.prod(info.shape) for file in weight_files(folder) for info in read_header(file).tensors.values())
     return weights + _DECODED_BYTES * pixels * int(width) // _DECODER_WIDTH + 2 * 12 * num_frames * pixels
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """What torch can still allocate on a CUDA device, its own unused cache included; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 @dataclass(frozen=True)

@@ -13,28 +13,33 @@ are in bytes.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lapwan.errors import UserError
+from lapwan.files import cache_root, write_text
+from lapwan.memory import trace
 from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape
-from lapwan.memory.generation import free_bytes
 from lapwan.memory.trace import trace_memory
 from lapwan.models.base import Base, target_ranks
-from lapwan.models.device import pick_dtype
-from lapwan.models.spec import read_spec, tensor_shapes, weight_files
+from lapwan.models.device import free_bytes, pick_dtype
+from lapwan.models.spec import tensor_shapes, weight_files
 from lapwan.names import NoiseExpert
 from lapwan.rewards.base import select_frames
 from lapwan.rewards.build import reward_bytes
 from lapwan.settings.memory import precision_of
 from lapwan.settings.srpo import SrpoSettings
+from lapwan.wan import vae as wan_vae
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.vae import decode_frames
 
@@ -84,6 +89,7 @@ class SrpoMemory:
 def plan_srpo(
     settings: SrpoSettings, base: Base, noise_experts: Sequence[NoiseExpert], loaded: Sequence[NoiseExpert],
     bucket: tuple[int, int, int], device: torch.device, processes: int = 1, free: int | None = None,
+    predict: bool = True,
 ) -> SrpoMemory:
     """Choose a strategy from the model's shapes and the free memory of the device.
 
@@ -91,19 +97,22 @@ def plan_srpo(
         noise_experts: the trained ones; `loaded`: all that take part.
         bucket: (frames, height, width) of the training samples.
         free: bytes the run may use; None: what the device has free.
+        predict: predict memory on a CPU too, where nothing depends on it (for `--dry-run`).
 
     Raises:
         UserError: no allowed strategy fits.
     """
+    free = free_bytes(device) if free is None or device.type == "cpu" else free
+    checkpointing = settings.activation_checkpointing is True
+    both = settings.memory != "one" or len(loaded) < 2
+    kept = "everything stays" if both else "one noise expert at a time, as asked,"
+    if free is None and not predict:
+        return SrpoMemory(both, checkpointing, 0, f"memory: {kept} on {device}", ())
     parts = parts_of(settings, base, noise_experts, loaded, bucket, pick_dtype(settings.dtype, _gpu(device)), processes)
     can_offload = settings.memory != "both" and settings.train == "lora"
-    free = free_bytes(device) if free is None or device.type == "cpu" else free
     allowed = [strategy for strategy in parts.strategies(can_offload) if _allowed(settings, strategy, len(loaded))]
     table = tuple(_row(size, parts, allowed) for size in GPUS)
     if free is None:
-        checkpointing = settings.activation_checkpointing is True
-        both = settings.memory != "one" or len(loaded) < 2
-        kept = "everything stays" if both else "one noise expert at a time, as asked,"
         return SrpoMemory(both, checkpointing, parts.peak(both, checkpointing), f"memory: {kept} on {device}", table)
     fitting = next((strategy for strategy in allowed if parts.peak(*strategy) + _CONTEXT <= free), None)
     if fitting is None:
@@ -180,7 +189,7 @@ def parts_of(
 ) -> MemoryParts:
     """The plan's sizes for transformers in `dtype`. A full fine-tune is sharded over `processes`."""
     spec = base.spec
-    recipe = recipe_of(settings)
+    recipe = frozen_recipe(settings)
     weights = {e: NoiseExpertShape(spec, e, dtype, recipe).bytes().weights for e in loaded}
     state = int(_trained_parameters(settings, base, noise_experts) * state_bytes(settings, dtype))
     if settings.train == "full" and processes > 1:
@@ -192,9 +201,10 @@ def parts_of(
     vae, activations = vae_bytes(spec.path / "vae", getattr(torch, settings.vae_dtype), settings.batch_size,
                           spec.latent_shape(*bucket), tuple(scored))
     clip = ClipShape(settings.batch_size, frames, height, width)
-    ranks = _ranks(settings, base)
-    graphs = {recomputed: transformer_bytes(spec.path, noise_experts[0], dtype, recipe, ranks, clip, recomputed)
-              for recomputed in (False, True)}
+    shape = NoiseExpertShape(spec, noise_experts[0], dtype, recipe, [GroupShape(_ranks(settings, base), True)])
+    step = shape.step_memory(clip, ["off", "block"])
+    forward = shape.forward_memory(clip)  # which may take more: on a GPU it runs other kernels
+    graphs = {recomputed: max(step.peak("block" if recomputed else "off"), forward) for recomputed in (False, True)}
     return MemoryParts(weights, state, rewards + vae, max(graph, activations), graphs,
                  sampling_bytes(settings, base, noise_experts[0], bucket, dtype))
 
@@ -204,8 +214,8 @@ def sampling_bytes(
 ) -> int:
     """Peak bytes of a rollout or an evaluation of held-out prompts beside the weights; no gradients."""
     spec, held_out, rollout = base.spec, settings.held_out, settings.rollout
-    adapters = [GroupShape(dict(_ranks(settings, base)), True)]
-    shape = NoiseExpertShape(spec, noise_expert, dtype, recipe_of(settings), adapters)
+    adapters = [GroupShape(_ranks(settings, base), True)]
+    shape = NoiseExpertShape(spec, noise_expert, dtype, frozen_recipe(settings), adapters)
 
     def evaluation(size: tuple[int, int, int], guidance: float) -> int:
         return shape.forward_memory(ClipShape(settings.batch_size * (2 if guidance > 1 else 1), *size))
@@ -220,30 +230,19 @@ def sampling_bytes(
     return max(peaks, default=0)
 
 
-def recipe_of(settings: SrpoSettings) -> Recipe | None:
+def frozen_recipe(settings: SrpoSettings) -> Recipe | None:
     """How a LoRA's frozen base is quantised, the same for all blocks; None for a plain dtype."""
     precision = precision_of(settings.dtype)
     return None if precision is None else Recipe(precision)
 
 
-def _ranks(settings: SrpoSettings, base: Base) -> tuple[tuple[str, int], ...]:
+def _ranks(settings: SrpoSettings, base: Base) -> dict[str, int]:
     """Rank by module. 1 everywhere for a full fine-tune, whose gradients need the same activations."""
     if settings.train == "lora":
-        return tuple(sorted(target_ranks(settings.targets, base.num_layers).items()))
+        return target_ranks(settings.targets, base.num_layers)
     names = tensor_shapes(weight_files(base.spec.component(base.spec.noise_experts[0])))
-    return tuple((n.removesuffix(".weight"), 1) for n, shape in sorted(names.items())
-                 if n.startswith("blocks.") and n.endswith(".weight") and len(shape) == 2)
-
-
-@lru_cache(maxsize=32)
-def transformer_bytes(
-    folder: Path, noise_expert: NoiseExpert, dtype: torch.dtype, recipe: Recipe | None,
-    ranks: tuple[tuple[str, int], ...], clip: ClipShape, checkpointing: bool,
-) -> int:
-    """Peak bytes of a forward and backward beside the weights, or of a forward without gradient if it takes more."""
-    kind: Literal["block", "off"] = "block" if checkpointing else "off"
-    shape = NoiseExpertShape(read_spec(folder), noise_expert, dtype, recipe, [GroupShape(dict(ranks), True)])
-    return max(shape.training_memory(clip, kind).total, shape.forward_memory(clip))
+    return {name.removesuffix(".weight"): 1 for name, shape in names.items()
+            if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2}
 
 
 def state_bytes(settings: SrpoSettings, dtype: torch.dtype) -> int:
@@ -269,38 +268,70 @@ def _trained_parameters(settings: SrpoSettings, base: Base, noise_experts: Seque
     return sum(rank * sum(tensors[f"{path}.weight"]) for tensors in shapes.values() for path, rank in ranks.items())
 
 
-@lru_cache(maxsize=16)
 def vae_bytes(
     folder: Path, dtype: torch.dtype, batch: int, latent_shape: tuple[int, int, int, int], frames: tuple[int, ...]
 ) -> tuple[int, int]:
     """(the VAE's weights, activations of decoding the scored frames with gradient)."""
-    vae = _empty_vae(folder, dtype)
-    with torch.device("meta"):
-        latents = torch.empty(batch, *latent_shape, requires_grad=True)
 
-        def decode_and_backward() -> None:
-            torch.autograd.backward(decode_frames(vae, latents, frames).square().mean())
+    def traced() -> list[int]:
+        vae = _empty_vae(folder, dtype)
+        with torch.device("meta"):
+            latents = torch.empty(batch, *latent_shape, requires_grad=True)
 
-        activations = trace_memory(decode_and_backward).peak
-    return sum(p.nbytes for p in vae.parameters()), activations
+            def decode_and_backward() -> None:
+                torch.autograd.backward(decode_frames(vae, latents, frames).square().mean())
+
+            return [sum(p.nbytes for p in vae.parameters()), trace_memory(decode_and_backward).peak]
+
+    weights, activations = _remembered(
+        traced, "with gradient", _vae_config(folder), dtype, batch, latent_shape, frames)
+    return weights, activations
 
 
-@lru_cache(maxsize=16)
 def decoding_bytes(folder: Path, dtype: torch.dtype, latent_shape: tuple[int, int, int, int]) -> int:
     """Activations of decoding all frames of one clip, without gradients."""
-    vae = _empty_vae(folder, dtype)
-    frames = (latent_shape[1] - 1) * vae.config.scale_factor_temporal + 1
-    with torch.device("meta"), torch.no_grad():
-        latents = torch.empty(1, *latent_shape)
-        return trace_memory(lambda: decode_frames(vae, latents, range(frames))).peak
+
+    def traced() -> list[int]:
+        vae = _empty_vae(folder, dtype)
+        frames = (latent_shape[1] - 1) * vae.config.scale_factor_temporal + 1
+        with torch.device("meta"), torch.no_grad():
+            latents = torch.empty(1, *latent_shape)
+            return [trace_memory(lambda: decode_frames(vae, latents, range(frames))).peak]
+
+    return _remembered(traced, "all frames", _vae_config(folder), dtype, latent_shape)[0]
+
+
+def _vae_config(folder: Path) -> str:
+    return (folder / "config.json").read_text(encoding="utf-8")
 
 
 def _empty_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKLWan:
     from diffusers import AutoencoderKLWan
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(config).requires_grad_(False).eval()
+        vae = AutoencoderKLWan.from_config(json.loads(_vae_config(folder))).requires_grad_(False).eval()
         for parameter in vae.parameters():
             parameter.data = parameter.data.to(dtype)
     return vae
+
+
+def _remembered(compute: Callable[[], list[int]], *key: Any) -> list[int]:
+    """The numbers that `compute` returns, from the file that an earlier call wrote if there is one.
+
+    Args:
+        key: what they depend on, besides the code they are traced through.
+    """
+    versions = (torch.__version__, metadata.version("diffusers"))
+    sources = [inspect.getsource(module) for module in (trace, wan_vae)]
+    digest = hashlib.sha256(repr((key, versions, sources)).encode()).hexdigest()[:24]
+    file = cache_root() / "memory" / f"{digest}.json"
+    try:
+        sizes = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(sizes, list) and all(type(size) is int for size in sizes):
+            return sizes
+    except (OSError, ValueError):
+        pass  # not there, or unreadable
+    sizes = compute()
+    with suppress(OSError):  # the file only saves the next plan time
+        write_text(file, json.dumps(sizes))
+    return sizes

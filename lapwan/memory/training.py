@@ -10,7 +10,6 @@ import torch
 
 from lapwan.checkpoints.wan_keys import split_block
 from lapwan.memory.cost import TRAINED_COPIES, ClipShape, GroupShape, NoiseExpertShape, tokens_of, width_of
-from lapwan.memory.generation import free_bytes
 from lapwan.memory.plan import (
     COMPILED_ACTIVATIONS,
     GIB,
@@ -31,7 +30,7 @@ from lapwan.memory.plan import (
 )
 from lapwan.memory.throughput import measure_throughput
 from lapwan.models.base import Base
-from lapwan.models.device import limit_memory, pick_dtype
+from lapwan.models.device import free_bytes, limit_memory, pick_dtype
 from lapwan.names import NoiseExpert, Precision
 from lapwan.settings.memory import precision_of
 from lapwan.settings.train import TrainSettings
@@ -96,7 +95,7 @@ class Workload:
     frozen: Mapping[NoiseExpert, ModuleRanks] = field(default_factory=dict)
 
 
-def recipe_of(settings: TrainSettings, base: Base, trained: set[int]) -> Recipe | None:
+def training_recipe(settings: TrainSettings, base: Base, trained: set[int]) -> Recipe | None:
     """How a noise expert's base is quantised; `trained`: indices of the blocks with trained parameters.
 
     With `trained_blocks = "auto"`, an fp8 base keeps trained blocks unquantised if they are at most half of all: their
@@ -127,7 +126,7 @@ def plan_training(
         groups[noise_expert] = [GroupShape(frozen, False)] if frozen else []
         groups[noise_expert] += [GroupShape(ranks, True) for ranks in loras]
         blocks = {block[0] for ranks in loras for path in ranks if (block := split_block(path)) is not None}
-        recipes[noise_expert] = recipe_of(settings, base, blocks)
+        recipes[noise_expert] = training_recipe(settings, base, blocks)
     free = memory_budget(free_bytes(device), requested)
     if free is None and not predict:
         plan = _unpredicted(settings, base, groups)
@@ -136,10 +135,8 @@ def plan_training(
     sizes = [shape.bytes(TRAINED_COPIES + (settings.ema_decay is not None)) for shape in shapes]
     compiled = _compiles(settings, base, work, device, processes)
     rates = measure_throughput(device, dtype)
-    strategies = _strategies(settings, shapes, sizes, work.bucket, rates, compiled, processes)
-    # The gradients of the active noise expert count as its activations.
-    idle = sum(shape.gradients for shape in shapes) - max(shape.gradients for shape in shapes)
-    plan = choose(sizes, strategies, WORKSPACE + idle, free, requested, host_free=available_host_memory())
+    candidates = _Candidates(settings, shapes, sizes, work.bucket, rates, compiled, processes)
+    plan = candidates.choose(free, available_host_memory())
     keep = free is None or required_bytes(plan.peak + work.clip_bytes) <= free
     return TrainingMemory(plan, recipes, keep, _line(plan, device, len(groups), settings.batch_size))
 
@@ -175,28 +172,51 @@ def _simplified(placement: Placement, count: int) -> Placement:
     return Placement(True) if count == 1 and not placement.streamed else placement
 
 
-def _strategies(
-    settings: TrainSettings, shapes: Sequence[NoiseExpertShape], sizes: Sequence[NoiseExpertBytes],
-    bucket: tuple[int, int, int], rates: Throughput, compiled: bool, processes: int,
-) -> list[Strategy]:
-    prefix = min(shape.first_trained for shape in shapes)
-    candidates = [_simplified(placement, len(sizes)) for placement in placements(prefix, settings.memory)]
-    overhead, strategies, micro_batch = STEP_OVERHEAD[compiled], [], settings.batch_size
-    while micro_batch:
-        clip, parts = ClipShape(micro_batch, *bucket), math.ceil(settings.batch_size / micro_batch)
-        for recomputation in _recomputations(settings, shapes, clip, compiled, processes):
-            frozen, trained = (part.times(1 / processes).seconds(rates)
-                               for part in shapes[0].step_flops(clip, recomputation.share))
+@dataclass(frozen=True)
+class _Candidates:
+    """The strategies of a run, and the choice between them."""
+
+    settings: TrainSettings
+    shapes: Sequence[NoiseExpertShape]
+    sizes: Sequence[NoiseExpertBytes]
+    bucket: tuple[int, int, int]
+    rates: Throughput
+    compiled: bool
+    processes: int
+
+    def choose(self, free: int | None, host_free: int | None) -> MemoryPlan:
+        """The fastest strategy that fits, in micro-batches only if the fastest of all does not: they save no time."""
+        gradients = [shape.gradients for shape in self.shapes]
+        fixed = WORKSPACE + sum(gradients) - max(gradients)  # those of the active noise expert count as activations
+        strategies, micro_batch = self.strategies(self.settings.batch_size), self.settings.batch_size
+        fastest = min(strategy.seconds for strategy in strategies)
+        while True:
+            plan = choose(self.sizes, strategies, fixed, free, self.settings.memory, host_free=host_free)
+            micro_batch //= 2
+            if not micro_batch or (plan.fits and plan.fits_host and plan.strategy.seconds <= fastest):
+                return plan
+            strategies += self.strategies(micro_batch)
+
+    def strategies(self, micro_batch: int) -> list[Strategy]:
+        """Every placement with everything that can be recomputed, for batches run `micro_batch` clips at a time."""
+        settings, sizes, strategies = self.settings, self.sizes, []
+        prefix = min(shape.first_trained for shape in self.shapes)
+        candidates = [_simplified(placement, len(sizes)) for placement in placements(prefix, settings.memory)]
+        clip, parts = ClipShape(micro_batch, *self.bucket), math.ceil(settings.batch_size / micro_batch)
+        overhead = STEP_OVERHEAD[self.compiled]
+        for recomputation in _recomputations(settings, self.shapes, clip, self.compiled, self.processes):
+            frozen, trained = (part.times(1 / self.processes).seconds(self.rates)
+                               for part in self.shapes[0].step_flops(clip, recomputation.share))
             for placement in dict.fromkeys(candidates):
-                copies = max(sum(size.blocks[: placement.streamed]) for size in sizes) / rates.bus
-                swap = 0.0 if placement.both else sum(size.weights for size in sizes) / rates.bus / settings.turn / 2
+                copies = max(sum(size.blocks[: placement.streamed]) for size in sizes) / self.rates.bus
+                swap = sum(size.weights for size in sizes) / self.rates.bus / settings.turn / 2
                 seconds = max(overhead * frozen, copies) + overhead * trained * recomputation.overhead
                 strategies.append(Strategy(
-                    placement, recomputation.activations, parts * settings.accumulate * seconds + swap,
+                    placement, recomputation.activations,
+                    parts * settings.accumulate * seconds + (0.0 if placement.both else swap),
                     recomputation.kind, recomputation.whole_blocks,
                     0 if micro_batch == settings.batch_size else micro_batch))
-        micro_batch //= 2
-    return strategies
+        return strategies
 
 
 @dataclass(frozen=True)
@@ -223,14 +243,12 @@ def _recomputations(
     """As the setting says; with "auto" none, cheap operations, and with either the first 1 to all trained blocks."""
     requested = settings.activation_checkpointing
     kinds: list[Checkpointing] = ["off", "op", "block"] if requested == "auto" else [requested]
-    memory = {kind: [shape.training_memory(clip, kind, processes).times(COMPILED_ACTIVATIONS[kind] if compiled else 1.0)
-                     for shape in shapes] for kind in kinds}
-    trained = max(len(step.each) for step in memory[kinds[0]])
+    steps = [shape.step_memory(clip, kinds, processes) for shape in shapes]
+    trained = max(len(step.blocks) for step in steps)
     recomputations = []
-    for kind, steps in memory.items():
+    for kind in kinds:
         for whole in range(max(1, trained) if requested == "auto" and kind != "block" else 1):
-            activations = max(step.with_recomputed(all_whole, whole)
-                              for step, all_whole in zip(steps, memory.get("block", steps), strict=True))
+            activations = max(step.peak(kind, whole, COMPILED_ACTIVATIONS if compiled else None) for step in steps)
             share = 1.0 if kind == "block" else whole / trained if trained else 0.0
             overhead = 1.0 + (OP_OVERHEAD - 1.0) * (1.0 - share) if kind == "op" else 1.0
             recomputations.append(_Recomputation(kind, whole, activations, share, overhead))

@@ -54,3 +54,11 @@ def limit_memory(device: torch.device, gib: float) -> None:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What torch can still allocate on a CUDA device, its own unused cache included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused

@@ -14,19 +14,12 @@ from lapwan import console
 from lapwan.distributed import Processes
 from lapwan.lora.attach import Adapter, attach
 from lapwan.memory.cost import heads_of
-from lapwan.memory.generation import (
-    GenerationWorkload,
-    Memory,
-    describe,
-    free_bytes,
-    plan_generation,
-    text_encoder_bytes,
-)
+from lapwan.memory.generation import GenerationWorkload, Memory, describe, plan_generation, text_encoder_bytes
 from lapwan.memory.plan import MemoryPlan, Placement, Strategy, available_host_memory, memory_budget, required_bytes
 from lapwan.memory.streaming import ModelOffload, offload_backbone, tensors_of
 from lapwan.memory.throughput import measure_throughput
 from lapwan.models.base import Base
-from lapwan.models.device import limit_memory
+from lapwan.models.device import free_bytes, limit_memory
 from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.wan.backbone import WanBackbone

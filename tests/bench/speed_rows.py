@@ -32,12 +32,13 @@ from speed_model import (
     targets,
 )
 
-from lapwan.memory.generation import GenerationWorkload, free_bytes, plan_generation
+from lapwan.memory.generation import GenerationWorkload, plan_generation
 from lapwan.memory.plan import MemoryPlan
 from lapwan.memory.streaming import offload_backbone, tensors_of
 from lapwan.memory.throughput import measure_throughput
 from lapwan.memory.training import plan_training
 from lapwan.models.base import Base
+from lapwan.models.device import free_bytes
 from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.denoise import Conditions, Guidance, denoise

@@ -170,5 +170,5 @@ def test_a_share_of_the_tokens_takes_about_that_share_of_the_memory():
     assert 0.45 * one < two < 0.85 * one  # its exchange holds q, k and v four times: plain, joined, sent, received
     trained = [GroupShape({f"blocks.{i}.attn1.to_q": 4 for i in (6, 7)}, True)]
     shape = NoiseExpertShape(read_spec(tiny_folder("t2v")), NoiseExpert.HIGH, torch.bfloat16, groups=trained)
-    one, two = (shape.training_memory(ClipShape(2, 81, 256, 256), "off", count).total for count in (1, 2))
+    one, two = (shape.step_memory(ClipShape(2, 81, 256, 256), ["off"], count).peak("off") for count in (1, 2))
     assert 0.45 * one < two < 0.65 * one

@@ -38,7 +38,8 @@ class SrpoPlan:
 
 
 def plan_run(
-    settings: SrpoSettings, base: Base, rewards: RewardKinds, device: torch.device, processes: int = 1
+    settings: SrpoSettings, base: Base, rewards: RewardKinds, device: torch.device, processes: int = 1,
+    predict: bool = True,
 ) -> SrpoPlan:
     """Read the prompts and check the reward files, then choose the sigma intervals and the memory plan.
 
@@ -52,7 +53,7 @@ def plan_run(
     bands = intervals(settings, base.spec, noise_experts)
     check_negative(data, (settings.rollout.guidance, settings.held_out.guidance or 1.0))
     loaded = loaded_noise_experts(settings, base.spec, noise_experts)
-    memory = plan_srpo(settings, base, noise_experts, loaded, data.bucket, device, processes)
+    memory = plan_srpo(settings, base, noise_experts, loaded, data.bucket, device, processes, predict=predict)
     return SrpoPlan(base, data, bands, memory)
 
 

@@ -15,7 +15,7 @@ from lapwan.errors import UserError
 from lapwan.lora.attach import Group, attach, initial_state
 from lapwan.lora.formats import write_lora
 from lapwan.memory.offload import NoiseExpertOffload
-from lapwan.memory.srpo import SrpoMemory, recipe_of
+from lapwan.memory.srpo import SrpoMemory, frozen_recipe
 from lapwan.models.base import Base, target_ranks
 from lapwan.models.device import pick_dtype
 from lapwan.models.spec import ModelSpec
@@ -106,7 +106,8 @@ def load_parts(
     for noise_expert in loaded_noise_experts(settings, base.spec, noise_experts):
         console.log(f"loading the {noise_expert.value} noise expert")
         load_device = torch.device("cpu") if sharded else offload.load_device
-        backbone = backbones[noise_expert] = base.load(noise_expert, dtype, load_device, recipe_of(settings), device)
+        backbone = backbones[noise_expert] = base.load(
+            noise_expert, dtype, load_device, frozen_recipe(settings), device)
         model = backbone.transformer
         if noise_expert in noise_experts:
             backbone.checkpoint("block" if memory.checkpointing else "off")

@@ -23,7 +23,7 @@ _ATTENTION = frozenset({
 _LEFT_FACTOR = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten._scaled_mm.default: 0}
 
 
-def _is_saved(operation: Any, args: tuple[Any, ...]) -> bool:
+def is_saved(operation: Any, args: tuple[Any, ...]) -> bool:
     """Attention, and products that cost more to recompute than their result costs to keep.
 
     Not a low-rank product, nor the last one of the feed-forward, whose result no backward needs.
@@ -36,7 +36,7 @@ def _is_saved(operation: Any, args: tuple[Any, ...]) -> bool:
 
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if _is_saved(operation, args) else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_saved(operation, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _selective_contexts() -> Any:
