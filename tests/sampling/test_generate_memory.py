@@ -21,7 +21,6 @@ from lapwan.lora.formats import write_lora
 from lapwan.memory.generation import GenerationWorkload, describe, plan_generation, text_encoder_bytes
 from lapwan.memory.plan import Throughput, required_bytes
 from lapwan.memory.streaming import HostCopy
-from lapwan.models import base as lapwan_base
 from lapwan.models.device import free_bytes
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.result import read_metadata
