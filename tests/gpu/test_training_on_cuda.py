@@ -16,7 +16,7 @@ from lapwan.settings.optimizers import AdamW8bitSettings, ScheduleSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train.objective import ParameterGroup
-from lapwan.train.optimizers import make_optimizer, make_schedule, restore
+from lapwan.train.optimizers import ScheduledOptimizer, make_optimizer, make_schedule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 EVERYTHING = {
@@ -101,7 +101,7 @@ def test_8_bit_adamw_goes_on_from_its_state_bit_for_bit():
     with torch.no_grad():
         for name, weight in again[0].items():
             weight.copy_(part[0][name])
-    restore(again[1], again[2], saved["optimizer"], saved["schedule"], keep_hyperparameters=False)
+    ScheduledOptimizer(again[1], again[2]).restore(saved["optimizer"], saved["schedule"], keep_hyperparameters=False)
     train(*again, gradients[3:])
     assert all(torch.equal(weight, again[0][name]) for name, weight in whole[0].items())
     assert any(value.dtype == torch.uint8 for state in whole[1].state.values() for value in state.values()
