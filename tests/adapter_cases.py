@@ -8,7 +8,7 @@ import torch
 
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.lora.formats import write_lora
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.models.base import Base
 from lapwan.models.spec import ModelSpec
 from lapwan.moe.mixture import Mixture, MixtureSpec
@@ -20,17 +20,17 @@ MODULES = {
 }
 
 
-def random_lora(seed: int, scale: float = 0.2, rank: int = 4, metadata: dict[str, str] | None = None) -> LoraState:
+def random_lora(seed: int, scale: float = 0.2, rank: int = 4, metadata: dict[str, str] | None = None) -> AdapterState:
     """Random A and B (so that ΔW ≠ 0), alpha = rank / 2 (so that alpha / rank matters)."""
     generator = torch.Generator().manual_seed(seed)
     entries = {
-        path: LoraEntry(
+        path: LowRank(
             torch.randn(rank, n_in, generator=generator) * scale, torch.randn(n_out, rank, generator=generator) * scale,
             rank / 2,
         )
         for path, (n_out, n_in) in MODULES.items()
     }
-    return LoraState(entries, metadata or {})
+    return AdapterState(entries, metadata or {})
 
 
 def write_random_lora(folder: Path, seed: int = 1) -> list[str]:

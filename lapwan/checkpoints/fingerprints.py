@@ -1,8 +1,8 @@
 """Fingerprints of weight files, of merges and of plain values, without torch.
 
 A fingerprint ties a LoRA, a mixture or a cache to the base it was made with; it does not protect against tampering.
-The fingerprint of a LoRA's content is `lapwan.lora.state.LoraState.fingerprint`; those of the VAE and the text encoder
-are in `lapwan.models.fingerprints`.
+The fingerprint of a LoRA's content is `lapwan.lora.state.AdapterState.fingerprint`; those of the VAE and the text
+encoder are in `lapwan.models.fingerprints`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tensor names in LoRA files: parsing the keys of every layout in use, and the names lapwan writes.
+"""Tensor names in adapter files: parsing the keys of every layout in use, and the names lapwan writes.
 
 | layout    | example                                                                              |
 |-----------|--------------------------------------------------------------------------------------|
@@ -6,38 +6,62 @@
 | musubi    | `lora_unet_blocks_0_self_attn_q.lora_down.weight`, `.lora_up.weight`, `.alpha`       |
 | diffusers | `transformer.blocks.0.attn1.to_q.lora_A.weight` (also PEFT's `base_model.model.` and `.default.`) |
 
-Module names of both key layouts (original and diffusers', see `wan_keys`) are read under any prefix. A key that is not
+A key is a module's name under a prefix, and a part (`PARTS`) of one kind of update. Module names of both key layouts
+(original and diffusers', see `wan_keys`) are read under any prefix, and every part in every layout. A key that is not
 understood gives None or an error; it is never skipped.
 
 `is_adapter_key` and `unsupported_kind` tell adapters of other kinds from model weights; where the other kinds of files
 are detected is listed in `lapwan.lora.formats`.
 
-How to add a layout: its name in `Layout` and `LAYOUTS`. To read it: its prefix in `_PREFIXES` or a case in `_resolve`.
-To write it: a case in `key_names`, and its name in `LoraLayout` of settings/merge.py.
+How to add a layout: an `AdapterLayout` in `LAYOUTS`. Its `read` detects and reads: a tensor's name gives a `Key`, or
+None if it is not in this layout (the first layout in `LAYOUTS` that knows a name reads it). Its `names` are those that
+lapwan writes. For `merge --format` to write it, its name in `LoraLayout` of settings/merge.py. Nothing else: files are
+grouped, checked, read and written from these two functions (`open_lora` and `write_lora` of `lapwan.lora.formats`,
+which also take other layouts than `LAYOUTS`).
+
+How to add a kind of update: the names of its parts in `PARTS`; its class in `lapwan.lora.kinds`, which says more.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from lapwan.checkpoints.wan_keys import OUTER_MODULES, PROJECTIONS, to_diffusers, to_original
+from lapwan.checkpoints.wan_keys import (
+    OUTER_MODULES,
+    PROJECTIONS,
+    original_target,
+    target_path,
+    to_original,
+)
 from lapwan.errors import UserError, nearest
 from lapwan.names import NoiseExpert
 
-Layout = Literal["comfy", "musubi", "diffusers"]
-LAYOUTS: tuple[Layout, ...] = ("comfy", "musubi", "diffusers")
-Part = Literal["down", "up", "alpha"]
-
-_PART = re.compile(
-    r"^(?P<module>.+)\.(?:(?P<kind>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)"
-    r"(?:\.(?P<adapter>[^.]+))?\.weight|(?P<alpha>alpha))$"
-)
-_KINDS: dict[str, Part] = {
-    "lora_A": "down", "lora_down": "down", "lora.down": "down", "lora_B": "up", "lora_up": "up", "lora.up": "up",
+# Part -> the ends of names by which it is read; the first is what lapwan writes. `*` is the adapter's name, or nothing.
+PARTS: dict[str, tuple[str, ...]] = {
+    "down": ("lora_A*.weight", "lora_down*.weight", "lora.down*.weight"),
+    "up": ("lora_B*.weight", "lora_up*.weight", "lora.up*.weight"),
+    "alpha": ("alpha",),
+    "diff": ("diff",),
+    "magnitude": ("dora_scale", "lora_magnitude_vector*.weight", "lora_magnitude_vector*"),
+    **{part: (part,) for factor in ("lokr_w1", "lokr_w2") for part in (factor, f"{factor}_a", f"{factor}_b")},
+    **{part: (part,) for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
 }
+# A difference is of a weight, a bias or a modulation: its end, as ComfyUI names it, and the leaf of the tensor.
+_DIFF_ENDS = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
+
+
+def _ends() -> list[tuple[re.Pattern[str], str, str]]:
+    """(pattern of a whole key, part, leaf of the tensor that it changes)."""
+    ends = [(end, part, "weight") for part, known in PARTS.items() for end in known if part != "diff"]
+    ends += [(end, "diff", leaf) for end, leaf in _DIFF_ENDS.items()]
+    adapter = r"(?:\.(?P<adapter>[^.]+))?"
+    return [(re.compile(rf"^(?P<module>.+)\.{re.escape(end).replace(re.escape('*'), adapter)}$"), part, leaf)
+            for end, part, leaf in ends]
+
+
+_ENDS = _ends()
 # Prefixes of a module path -> the transformer they name. transformer_1 and transformer_2 are the noise experts in files
 # that hold both; a plain `transformer` may be either, since users load such a file into either transformer.
 _PREFIXES: dict[str, str | None] = {
@@ -46,30 +70,45 @@ _PREFIXES: dict[str, str | None] = {
 }
 _FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 
-# Kinds of adapters that are more than ΔW = B A, by a pattern in their keys.
+# Kinds of adapters that lapwan does not read, by a pattern in their keys.
+_IMAGE_BRANCH = "Wan2.1's image branch, which Wan2.2 lacks"
 _UNSUPPORTED: tuple[tuple[str, str], ...] = (
-    (r"\.diff$", "a full weight difference (.diff)"),
-    (r"\.diff_b$", "a bias difference (.diff_b)"),
-    (r"dora_scale|lora_magnitude_vector", "DoRA"),
     (r"lora_[AB]\.(.+\.)?bias$|lora_B_bias", "a LoRA with biases"),
-    (r"hada_w[12]", "LoHa"),
-    (r"lokr_w[12]", "LoKr"),
     (r"(^|[._])b?oft_", "OFT"),
     (r"lora_mid|\.reshape_weight$", "a Tucker decomposition (lora_mid)"),
+    (r"lokr_t2|hada_t[12]", "a Tucker decomposition (t1, t2)"),
     (r"^(lora_te|text_encoder|lora_llm|text_encoders)", "a text encoder's LoRA"),
-    (r"k_img|v_img|img_emb|add_[kv]_proj|image_embedder", "Wan2.1's image branch, which Wan2.2 lacks"),
+    (r"k_img|v_img|img_emb|add_[kv]_proj|image_embedder", _IMAGE_BRANCH),
 )
 
 
 @dataclass(frozen=True)
 class Key:
-    """A parsed key. `path` is diffusers' module path; `component` the transformer that a prefix names, if any."""
+    """A parsed key. `path` names the tensor that is changed, as `wan_keys.target_path` does: diffusers' module path for
+    a weight; `component` is the transformer that a prefix names, if any."""
 
     path: str
-    part: Part
+    part: str
     component: str | None
-    layout: Layout
+    layout: str
     adapter: str | None
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """How a tool names the tensors of an adapter.
+
+    read: a tensor's name -> its key; None if it is not in this layout.
+    names: (path, as `wan_keys.target_path` has it; the transformer in a file for both noise experts, or None) -> names
+        by part. A kind of update of which a part has no name is not written.
+    alpha_in_metadata: alpha is written to the metadata `lora_adapter_metadata`, not as a tensor.
+    folds_outer_alpha: alpha of modules outside the blocks is folded into B, since tools do not read it there.
+    """
+
+    read: Callable[[str], Key | None]
+    names: Callable[[str, str | None], dict[str, str]]
+    alpha_in_metadata: bool = False
+    folds_outer_alpha: bool = False
 
 
 def _flat_names() -> dict[str, str]:
@@ -92,20 +131,13 @@ def _unflatten(name: str) -> str | None:
 _FLAT_OUTER = {name.replace(".", "_") for pair in OUTER_MODULES.items() for name in pair}
 
 
-def canonical_path(path: str) -> str | None:
-    """A module path in either layout as diffusers' path; None if Wan has no such Linear."""
-    if path == "patch_embedding":  # a Conv3d, not a Linear
-        return None
-    return to_diffusers(path) or (path if to_original(path) else None)
-
-
-def _resolve(module: str) -> tuple[str, str | None, Layout] | None:
-    """(diffusers' path, component named by a prefix, layout) of a key without its `.lora_A.weight` or the like."""
+def _resolve(module: str, leaf: str) -> tuple[str, str | None, str] | None:
+    """(target path, component named by a prefix, layout) of a key's module and the leaf of the tensor it changes."""
     for prefix in _FLAT_PREFIXES:
         if module.startswith(prefix):
-            flat = module.removeprefix(prefix)
-            path = _unflatten(flat)
-            return (path, None, "musubi") if path and path != "patch_embedding" else None
+            path = _unflatten(module.removeprefix(prefix))
+            target = target_path(f"{path}.{leaf}") if path else None
+            return (target, None, "musubi") if target else None
     component: str | None = None
     stripped = True
     while stripped:
@@ -113,21 +145,39 @@ def _resolve(module: str) -> tuple[str, str | None, Layout] | None:
         for prefix, named in _PREFIXES.items():
             if module.startswith(prefix):
                 module, stripped, component = module.removeprefix(prefix), True, named or component
-    diffusers_path = canonical_path(module)
-    if diffusers_path is None:
+    target = target_path(f"{module}.{leaf}")
+    if target is None:
         return None
-    return diffusers_path, component, "comfy" if to_diffusers(module) else "diffusers"
+    original = original_target(target)
+    return target, component, "comfy" if original is not None and original[0] == module else "diffusers"
 
 
-def parse_key(key: str) -> Key | None:
-    """Parse a tensor's name; None if it is not the LoRA key of a Wan Linear."""
-    match = _PART.match(key)
-    resolved = _resolve(match["module"]) if match else None
-    if match is None or resolved is None:
-        return None
-    path, component, layout = resolved
-    part: Part = "alpha" if match["alpha"] else _KINDS[match["kind"]]
-    return Key(path, part, component, layout, match["adapter"])
+def _split(key: str) -> tuple[str, str, str, str | None] | None:
+    """(module, part, leaf of the tensor it changes, adapter's name) of a key; None if it ends as no part does."""
+    for pattern, part, leaf in _ENDS:
+        if match := pattern.match(key):
+            return match["module"], part, leaf, match.groupdict().get("adapter")
+    return None
+
+
+def _reader(layout: str) -> Callable[[str], Key | None]:
+    def read(key: str) -> Key | None:
+        split = _split(key)
+        resolved = _resolve(split[0], split[2]) if split else None
+        if split is None or resolved is None or resolved[2] != layout:
+            return None
+        _, part, _, adapter = split
+        path, component, _ = resolved
+        # Norms have no low-rank pairs or products.
+        return Key(path, part, component, layout, adapter) if part == "diff" or to_original(path) else None
+
+    return read
+
+
+def parse_key(key: str, layouts: Mapping[str, AdapterLayout] | None = None) -> Key | None:
+    """Parse a tensor's name by the first of `layouts` (None: `LAYOUTS`) that knows it; None if none does."""
+    keys = (layout.read(key) for layout in (LAYOUTS if layouts is None else layouts).values())
+    return next((parsed for parsed in keys if parsed is not None), None)
 
 
 def unsupported_kind(key: str) -> str | None:
@@ -137,43 +187,63 @@ def unsupported_kind(key: str) -> str | None:
 
 def is_adapter_key(key: str) -> bool:
     """True if a key belongs to an adapter, supported or not, and so not to a model's weights."""
-    return _PART.match(key) is not None or "lora" in key or unsupported_kind(key) not in (None, _UNSUPPORTED[-1][1])
+    return _split(key) is not None or "lora" in key or unsupported_kind(key) not in (None, _IMAGE_BRANCH)
 
 
 def unknown_keys_error(path: object, keys: Sequence[str]) -> UserError:
-    """The error for keys of a LoRA file that are not understood: names the first, with its kind or a near match."""
+    """The error for keys of an adapter file that are not understood: names the first, with its kind or a near match."""
     key, more = keys[0], f" (and {len(keys) - 1} more such keys)" if len(keys) > 1 else ""
     kind = unsupported_kind(key)
     if kind:
-        return UserError(f"{path}: key {key!r}{more} is {kind}; lapwan reads plain LoRA (A, B and alpha) of Wan's "
-                         "Linear layers: convert the file first, or use a file without it")
-    match = _PART.match(key)
+        return UserError(f"{path}: key {key!r}{more} is {kind}; lapwan reads LoRA, DoRA, LoKr, LoHa and full "
+                         "deltas of Wan's layers: convert the file first, or use a file without it")
+    split = _split(key)
     known = [*PROJECTIONS, *PROJECTIONS.values(), *OUTER_MODULES, *OUTER_MODULES.values()]
-    module = re.sub(r"^.*blocks[._]\d+[._]", "", match["module"]) if match else key
+    module = re.sub(r"^.*blocks[._]\d+[._]", "", split[0]) if split else key
     return UserError(f"{path}: key {key!r}{more} is not understood{nearest(module, known)}; expected are LoRA keys of "
                      "Wan's Linear layers, such as 'diffusion_model.blocks.0.self_attn.q.lora_A.weight'")
 
 
-def key_names(path: str, layout: Layout, component: str | None = None) -> dict[Part, str]:
-    """Names of a module's tensors by part.
-
-    Args:
-        path: diffusers' module path.
-        component: the transformer, in a file for both noise experts (comfy only).
-
-    Raises:
-        ValueError: not a Linear of a Wan transformer.
-    """
-    original = to_original(path)
+def _original(path: str) -> tuple[str, str]:
+    original = original_target(path)
     if original is None:
-        raise ValueError(f"not a Linear of a Wan transformer: {path}")
-    if layout == "musubi":
-        stem = "lora_unet_" + original.replace(".", "_")
-        return {"down": f"{stem}.lora_down.weight", "up": f"{stem}.lora_up.weight", "alpha": f"{stem}.alpha"}
-    named = f"{component}." if component else ""
-    stem = f"diffusion_model.{named}{original}" if layout == "comfy" else f"transformer.{path}"
-    return {"down": f"{stem}.lora_A.weight", "up": f"{stem}.lora_B.weight", "alpha": f"{stem}.alpha"}
+        raise ValueError(f"not a tensor of a Wan transformer that adapters change: {path}")
+    return original
 
+
+def _part_ends(leaf: str) -> dict[str, str]:
+    """The end of the name by part of the kinds that can change a tensor with this leaf."""
+    diff = next(end for end, of in _DIFF_ENDS.items() if of == leaf)
+    if leaf != "weight":
+        return {"diff": diff}
+    return {part: ends[0].replace("*", "") for part, ends in PARTS.items()} | {"diff": diff}
+
+
+def _comfy_names(path: str, component: str | None) -> dict[str, str]:
+    module, leaf = _original(path)
+    stem = f"diffusion_model.{component}.{module}" if component else f"diffusion_model.{module}"
+    return {part: f"{stem}.{end}" for part, end in _part_ends(leaf).items()}
+
+
+def _musubi_names(path: str, component: str | None) -> dict[str, str]:
+    """No differences: of modulations and norms they have no flat names that tools read."""
+    module, leaf = _original(path)
+    ends = _part_ends(leaf) | {"down": "lora_down.weight", "up": "lora_up.weight"} if leaf == "weight" else {}
+    return {part: f"lora_unet_{module.replace('.', '_')}.{end}" for part, end in ends.items() if part != "diff"}
+
+
+def _diffusers_names(path: str, component: str | None) -> dict[str, str]:
+    """Low-rank pairs alone: diffusers drops other kinds with a warning."""
+    _, leaf = _original(path)
+    ends = _part_ends(leaf)
+    return {part: f"transformer.{path}.{ends[part]}" for part in ("down", "up", "alpha") if part in ends}
+
+
+LAYOUTS: dict[str, AdapterLayout] = {
+    "comfy": AdapterLayout(_reader("comfy"), _comfy_names, folds_outer_alpha=True),
+    "musubi": AdapterLayout(_reader("musubi"), _musubi_names),
+    "diffusers": AdapterLayout(_reader("diffusers"), _diffusers_names, alpha_in_metadata=True),
+}
 
 # A prefix's component -> the noise expert, in a file for both.
 COMPONENT_NOISE_EXPERTS: dict[str, NoiseExpert] = {

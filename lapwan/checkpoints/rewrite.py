@@ -1,6 +1,6 @@
-"""Rewrite a safetensors file with updates added to some Linears, holding one tile of it in memory at a time.
+"""Rewrite a safetensors file with updates added to some tensors, holding one tile of it in memory at a time.
 
-    W' = round(W + Σ_t U_t),    accumulated in fp32, rounded once to W's dtype;  of a LoRA U = m · (alpha / r) · B A
+    W' = round(W + Σ_t U_t(W)),    accumulated in fp32, rounded once to W's dtype;  of a LoRA U = m · (alpha / r) · B A
 
 Untouched byte ranges are copied by the kernel (copy_file_range, else sendfile); touched tensors in row tiles.
 The order of the data is kept, so an index of shards stays valid.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import struct
 import sys
@@ -33,7 +34,8 @@ COPY_BYTES = 64 << 20  # per call into the kernel, so that progress moves
 _MERGEABLE = ("F64", "F32", "F16", "BF16")
 _MAX_WORKERS = 8
 Advance = Callable[[int], None]  # called with a number of bytes, for a progress bar
-AddRows = Callable[[Tensor, int], None]  # (work [n, in], first): adds rows [first, first + n) of an update to `work`
+# (work [n, in], base [n, in], first): adds rows [first, first + n) of an update to `work`; `base` are W's, as stored.
+AddRows = Callable[[Tensor, Tensor, int], None]
 
 
 class Update(Protocol):
@@ -41,6 +43,11 @@ class Update(Protocol):
 
     def prepare(self, dtype: torch.dtype) -> AddRows:
         """Read and convert tensors once; `dtype` is that of the accumulation: fp32, or fp64 for an fp64 weight."""
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The tensor as rows, as updates are added to it: [out, all other dimensions]; a vector is one column."""
+    return shape[0], math.prod(shape[1:])
 
 
 def check_mergeable(file: TensorFile, name: str) -> None:
@@ -143,14 +150,15 @@ def merged_tensor(
     check_mergeable(source, name)
     info = source.tensors[name]
     with one_thread():
-        return torch.cat([tile.clone() for *_, tile in _merged_tiles(source, info, updates, tile_bytes)])
+        tiles = [tile.clone() for *_, tile in _merged_tiles(source, info, updates, tile_bytes)]
+        return torch.cat(tiles).reshape(info.shape)
 
 
 def _merged_tiles(
     source: TensorFile, info: TensorInfo, updates: Sequence[Update], tile_bytes: int
 ) -> Iterator[tuple[int, memoryview, Tensor]]:
     """(offset in the tensor, bytes, the same bytes as rows) of W', tile by tile, in two buffers that are reused."""
-    rows, columns = info.shape
+    rows, columns = matrix_shape(info.shape)
     dtype, row_bytes = DTYPES[info.dtype], columns * ITEM_SIZE[info.dtype]
     step = max(1, min(rows, tile_bytes // (columns * 4)))
     buffer = memoryview(bytearray(step * row_bytes))
@@ -163,7 +171,7 @@ def _merged_tiles(
         tile = torch.frombuffer(view, dtype=dtype).reshape(count, columns)
         wide = work[:count].copy_(tile)
         for add_rows in additions:
-            add_rows(wide, first)
+            add_rows(wide, tile, first)
         tile.copy_(wide)
         # aminmax propagates NaN and is twenty times as fast as isfinite over all values.
         if not torch.stack(torch.aminmax(tile)).isfinite().all():

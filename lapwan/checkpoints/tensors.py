@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from lapwan.checkpoints.container import TensorFile
+from lapwan.checkpoints.container import ITEM_SIZE, TensorFile
 from lapwan.errors import UserError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -27,3 +29,12 @@ def load_tensor(file: TensorFile, name: str) -> Tensor:
     if info.size == 0:
         return torch.empty(info.shape, dtype=DTYPES[info.dtype])
     return torch.frombuffer(file.read(name), dtype=DTYPES[info.dtype]).reshape(info.shape)
+
+
+def load_rows(file: TensorFile, name: str, first: int, count: int) -> Tensor:
+    """Rows [first, first + count) of tensor `name`, dimensions after the first flattened: [count, ...]."""
+    info = file.tensors[name]
+    columns = math.prod(info.shape[1:])
+    row_bytes = columns * ITEM_SIZE[info.dtype]
+    raw = file.read(name, first * row_bytes, count * row_bytes)
+    return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).reshape(count, columns)

@@ -85,6 +85,57 @@ def tensor_to_diffusers(name: str) -> str:
     return plain
 
 
+_NORM_TO_ORIGINAL = {diffusers: original for original, diffusers in _ORIGINAL_NORMS.items()}
+_LEAVES = ("bias", "scale_shift_table")
+
+
+def target_path(tensor: str) -> str | None:
+    """A tensor of a transformer, named in either layout, as adapters name it; None if Wan has no such tensor.
+
+    A weight by its module's path in diffusers' layout, any other by its tensor's name there:
+    `blocks.0.self_attn.q.weight` -> `blocks.0.attn1.to_q`, `blocks.0.norm3.bias` -> `blocks.0.norm2.bias`,
+    `blocks.0.modulation` -> `blocks.0.scale_shift_table`.
+    """
+    name = tensor_to_diffusers(tensor)
+    module, _, leaf = name.rpartition(".")
+    if leaf == "scale_shift_table":
+        return name if module == "" or re.fullmatch(r"blocks\.\d+", module) else None
+    match = _BLOCK.match(module)
+    known = to_original(module) is not None or (match is not None and match[2] in _NORM_TO_ORIGINAL)
+    return {"weight": module, "bias": name}.get(leaf) if known else None
+
+
+def parameter_name(target: str) -> str:
+    """The tensor's name in diffusers' layout: the inverse of `target_path`."""
+    return target if target.rpartition(".")[2] in _LEAVES else f"{target}.weight"
+
+
+def original_target(target: str) -> tuple[str, str] | None:
+    """(module in the original layout, leaf): `blocks.0.attn1.to_q` -> (`blocks.0.self_attn.q`, `weight`).
+
+    The leaf is `weight`, `bias` or `modulation`; None for a target Wan does not have.
+    """
+    module, _, leaf = parameter_name(target).rpartition(".")
+    if leaf == "scale_shift_table":
+        return module or "head", "modulation"
+    match = _BLOCK.match(module)
+    norm = _NORM_TO_ORIGINAL.get(match[2]) if match else None
+    original = f"blocks.{match[1]}.{norm}" if match and norm else to_original(module)
+    return (original, leaf) if original else None
+
+
+def target_label(target: str) -> tuple[str, str]:
+    """(block or `outer`, name inside it in the original layout) of a target: `blocks.7.attn1.to_q` -> (`7`,
+    `self_attn.q`), its bias -> (`7`, `self_attn.q.bias`); a target Wan does not have keeps its name."""
+    if (original := original_target(target)) is None:
+        return "outer", target
+    module, leaf = original
+    match = re.fullmatch(r"blocks\.(\d+)\.?(.*)", module)
+    inner = match[2] if match else module
+    name = inner if leaf == "weight" else f"{inner}.{leaf}".removeprefix(".")
+    return (match[1] if match else "outer"), name
+
+
 def split_block(path: str) -> tuple[int, str] | None:
     """`blocks.7.attn1.to_q` -> (7, 'self_attn.q'); None for a module outside the blocks."""
     match = _BLOCK.match(path)

@@ -58,6 +58,8 @@ def _print_routing(document: dict[str, Any]) -> None:
 def _print_tables(settings: InspectWeightsSettings, inspection: Inspection) -> None:
     document, step = inspection.document, inspection.step
     results.print(tables.figure_table("" if step is None else f"step {step}", inspection.figures))
+    if other := document.get("other_kinds"):
+        results.print(tables.kinds_table(other))
     for label, figures in document["experts"].items():
         if "relative_delta" in figures:
             ratio = tables.format_number(figures["relative_delta"])

@@ -10,13 +10,15 @@ show the progress of training.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lapwan.diagnostics.lora_figures import Figures, inner_product, measure, summarise
 from lapwan.diagnostics.run_folder import Checkpoint, noise_expert_steps
-from lapwan.lora.state import Entry
+from lapwan.lora.state import Entry, LowRank
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,13 @@ class Growth:
     update_cosine: float | None
 
 
-def history(points: Sequence[Checkpoint]) -> list[dict[str, Figures]]:
-    """Figures by label at every checkpoint, without spectra."""
+def history(
+    points: Sequence[Checkpoint], weights: Mapping[str, Callable[[str], Tensor]] | None = None
+) -> list[dict[str, Figures]]:
+    """Figures by label at every checkpoint, without spectra; `weights` as in `measure`, by label."""
     return [
-        {label: summarise(measure(lora.modules, spectrum=False)) for label, lora in point.loras.items()}
+        {label: summarise(measure(lora.modules, False, (weights or {}).get(label)))
+         for label, lora in point.loras.items()}
         for point in points
     ]
 
@@ -81,12 +86,14 @@ def _relative(before: float | None, after: float | None) -> float | None:
 def update_cosine(
     first: Mapping[str, Entry], second: Mapping[str, Entry], third: Mapping[str, Entry]
 ) -> float | None:
-    """cos(W_3 − W_2, W_2 − W_1) over the modules that all three have, from inner products of the factors."""
+    """cos(W_3 − W_2, W_2 − W_1) over the low-rank pairs that all three have, from inner products of the factors."""
     dot = norm_new = norm_old = 0.0
     for path in third:
         if path not in second or path not in first:
             continue
         a, b, c = first[path].entry(), second[path].entry(), third[path].entry()
+        if not (isinstance(a, LowRank) and isinstance(b, LowRank) and isinstance(c, LowRank)) or not a.stackable:
+            continue
         aa, bb, cc = inner_product(a, a), inner_product(b, b), inner_product(c, c)
         ab, bc, ac = inner_product(a, b), inner_product(b, c), inner_product(a, c)
         dot += bc - bb - ac + ab

@@ -12,13 +12,14 @@ from PIL import Image
 from lapwan.console import progress
 from lapwan.diagnostics import tables
 from lapwan.diagnostics.growth import growth, history
-from lapwan.diagnostics.lora_figures import Figures, ModuleFigures, measure, summarise, weight_norms
+from lapwan.diagnostics.lora_figures import Figures, ModuleFigures, measure, summarise, weight_norms, weight_reader
 from lapwan.diagnostics.mixture import NoiseExpertMixture, describe_router, mixture_json, routing_windows
 from lapwan.diagnostics.plot import draw_plot
 from lapwan.diagnostics.run_folder import (
     METRICS_FILE,
     UNLABELLED,
     Checkpoint,
+    LoraSource,
     learning_rates,
     metadata_rates,
     metrics,
@@ -55,10 +56,12 @@ def inspect(settings: InspectWeightsSettings, points: Sequence[Checkpoint], fold
         UserError: a base without the LoRA's noise expert or modules.
     """
     last = points[-1]
-    modules = {label: measure(lora.modules) for label, lora in last.loras.items()}
+    bases = _base_files(settings.base, last) if settings.base else {}
+    weights = {label: weight_reader(files) for label, files in bases.items()}
+    modules = {label: measure(lora.modules, weight=weights.get(label)) for label, lora in last.loras.items()}
     figures = {label: summarise(label_modules) for label, label_modules in modules.items()}
     lines = metrics(folder)
-    over_time = [*history(points[:-1]), figures]
+    over_time = [*history(points[:-1], weights), figures]
     grown = growth(points, over_time, lines)
     rates = metadata_rates(last) | learning_rates(lines, last.step)  # measured rates win over planned ones
     rates |= {noise_expert.value: rate for noise_expert, rate in (settings.lr or {}).items()}
@@ -67,7 +70,7 @@ def inspect(settings: InspectWeightsSettings, points: Sequence[Checkpoint], fold
     overlaps = {label: described["overlap"] for label, described in mixture.items()} if mixture else None
     routing = _routing(mixtures, lines, last.step)
     verdict = judge(Evidence(PRESETS[settings.preset], figures, rates, grown, last.step, overlaps, routing))
-    norms = _base_norms(settings.base, last) if settings.base else None
+    norms = {label: _base_norms(last.loras[label], files) for label, files in bases.items()} or None
     document = tables.document(figures, modules, rates, grown, verdict, settings.by, mixture, routing, norms)
     steps = [point.step for point in points]
     return Inspection(
@@ -102,10 +105,10 @@ def _routing(
     return {"router": describe_router(mixture), "windows": routing_windows(lines, mixture.families, step)}
 
 
-def _base_norms(model: str, point: Checkpoint) -> dict[str, dict[str, float]]:
+def _base_files(model: str, point: Checkpoint) -> dict[str, list[Path]]:
+    """The weights of the base's noise experts, by label."""
     spec = resolve(model)
-    """‖W‖ of every adapted module of the base, by label and module."""
-    norms: dict[str, dict[str, float]] = {}
+    files: dict[str, list[Path]] = {}
     for label, source in point.loras.items():
         if label == UNLABELLED and len(spec.noise_experts) > 1:
             raise UserError(f"{source.path} does not record its noise expert, so it cannot be compared with --base; "
@@ -113,9 +116,14 @@ def _base_norms(model: str, point: Checkpoint) -> dict[str, dict[str, float]]:
         noise_expert = spec.noise_experts[0] if label == UNLABELLED else NoiseExpert(label)
         if noise_expert not in spec.noise_experts:
             raise UserError(f"--base {model} has no {label} noise expert, but {source.path} is for it")
-        paths = list(source.modules)
-        if isinstance(source, NoiseExpertMixture):  # several experts change one weight
-            paths = list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
-        with progress(f"norms of {noise_expert.component}", len(paths), "weight") as bar:
-            norms[label] = weight_norms(weight_files(spec.component(noise_expert)), paths, bar.advance)
-    return norms
+        files[label] = weight_files(spec.component(noise_expert))
+    return files
+
+
+def _base_norms(source: LoraSource, files: Sequence[Path]) -> dict[str, float]:
+    """‖W‖ of every adapted tensor of the base, by path."""
+    paths = list(source.modules)
+    if isinstance(source, NoiseExpertMixture):  # several experts change one weight
+        paths = list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
+    with progress(f"norms of {files[0].parent.name}", len(paths), "weight") as bar:
+        return weight_norms(files, paths, bar.advance)

@@ -1,4 +1,5 @@
-"""Numbers about one LoRA: magnitudes, norms and spectra, module by module, without forming B A.
+"""Numbers about one adapter: of low-rank pairs magnitudes, norms and spectra, module by module, without forming B A; of
+other kinds of update ‖ΔW‖, tile by tile.
 
     ‖s·BA‖²_F = s² · Σ (A Aᵀ) ∘ (Bᵀ B)                                   r x r Gram matrices in fp64
     σ(s·BA)²  = s² · eigenvalues of G^½ (A Aᵀ) G^½,  G = Bᵀ B
@@ -21,24 +22,24 @@ import torch
 from torch import Tensor
 
 from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, read_header
-from lapwan.checkpoints.tensors import DTYPES
-from lapwan.checkpoints.wan_keys import OUTER_MODULES, split_block
+from lapwan.checkpoints.tensors import DTYPES, load_tensor
+from lapwan.checkpoints.wan_keys import split_block, target_label
 from lapwan.distributed import one_thread
 from lapwan.errors import UserError
-from lapwan.lora.merge import linear_weights
-from lapwan.lora.state import Entry, LoraEntry
+from lapwan.lora.merge import target_tensors
+from lapwan.lora.state import Entry, LowRank
 
-_OUTER = {diffusers: original for original, diffusers in OUTER_MODULES.items()}
 _WORKERS = 2
 _TILE = 1 << 20  # elements summed at once, in fp64: a sum of squares in fp32 is off in the sixth digit
 
 
 @dataclass(frozen=True)
 class ModuleFigures:
-    """One module. `sum_abs_*` are Σ|w| over its elements; spectrum figures are NaN for a dead or non-finite module."""
+    """One module. `sum_abs_*` are Σ|w| over its elements; spectrum figures are NaN for a dead or non-finite module, and
+    for a kind other than LoRA, whose elements are all in `elements_other`."""
 
     path: str
-    rank: int
+    rank: int | None
     elements_a: int
     elements_b: int
     sum_abs_a: float
@@ -49,28 +50,29 @@ class ModuleFigures:
     stable_rank: float
     effective_rank: float
     finite: bool
+    kind: str = LowRank.KIND
+    elements_other: int = 0
 
     @property
     def dead(self) -> bool:
-        """ΔW is exactly zero: the module changes nothing."""
-        return self.finite and self.delta_norm == 0.0
+        """A pair whose ΔW is exactly zero changes nothing. Some tools write zero full deltas by design."""
+        return self.finite and self.delta_norm == 0.0 and self.kind == LowRank.KIND
 
     @property
     def block(self) -> str:
         """`7`, or `outer` for a module outside the blocks."""
-        inside = _block_and_projection(self.path)
-        return str(inside[0]) if inside else "outer"
+        return _block_and_projection(self.path)[0]
 
     @property
     def projection(self) -> str:
         """`self_attn.q`, as users name it."""
-        inside = _block_and_projection(self.path)
-        return inside[1] if inside else _OUTER.get(self.path, self.path)
+        return _block_and_projection(self.path)[1]
 
 
-def _block_and_projection(path: str) -> tuple[int, str] | None:
-    """(block, projection) of a module, or of a mixture's `{module}.{family}`."""
-    return split_block(path) or split_block(path.rpartition(".")[0])
+def _block_and_projection(path: str) -> tuple[str, str]:
+    """(block, projection) of a target, or of a mixture's `{module}.{family}`."""
+    module = path.rpartition(".")[0]
+    return target_label(module if split_block(module) and not path.endswith(".bias") else path)
 
 
 @dataclass(frozen=True)
@@ -125,20 +127,36 @@ class _Grams:
         return sigma[:, -1], squares.sum(-1) / squares[:, -1], entropy.exp()
 
 
-def measure(modules: Mapping[str, Entry], spectrum: bool = True) -> list[ModuleFigures]:
-    """Figures of every module; at most two are in memory at a time. `spectrum=False` skips the eigenvalues."""
+def measure(
+    modules: Mapping[str, Entry], spectrum: bool = True, weight: Callable[[str], Tensor] | None = None
+) -> list[ModuleFigures]:
+    """Figures of every module; at most two are in memory at a time.
+
+    Args:
+        spectrum: False skips the eigenvalues.
+        weight: reads the base's weight of a module; needed by DoRA.
+
+    Raises:
+        UserError: a DoRA, without `weight`.
+    """
     by_rank: dict[int, _Grams] = {}
-    ranks = [module.rank for module in modules.values()]
+    ranks = [module.rank for module in modules.values() if module.stackable]
     for rank in set(ranks):
-        by_rank[rank] = _Grams(ranks.count(rank), rank)
-    jobs: list[tuple[str, Entry, Tensor, Tensor]] = []
+        by_rank[rank or 0] = _Grams(ranks.count(rank), rank or 0)
+    jobs: list[tuple[str, Entry, Tensor | None, Tensor | None]] = []
     for index, (path, module) in enumerate(modules.items()):
-        grams = by_rank[module.rank]
+        if not module.stackable:
+            if module.needs_weight and weight is None:
+                raise UserError(f"module '{path}' is a {module.kind}, whose update depends on the base's weights; give "
+                                "the base with --base MODEL")
+            jobs.append((path, module, None, None))
+            continue
+        grams = by_rank[module.rank or 0]
         row = len(grams.indices)
         grams.indices.append(index)
         jobs.append((path, module, grams.a[row], grams.b[row]))
     with one_thread(), ThreadPoolExecutor(_WORKERS) as pool:  # one module is read while another is computed
-        figures = list(pool.map(lambda job: _measure(*job), jobs))
+        figures = list(pool.map(lambda job: _measure(*job, weight=weight), jobs))
     for grams in by_rank.values() if spectrum else ():
         rows = [r for r, i in enumerate(grams.indices) if figures[i].finite and not figures[i].dead]
         if rows:
@@ -149,8 +167,18 @@ def measure(modules: Mapping[str, Entry], spectrum: bool = True) -> list[ModuleF
     return figures
 
 
-def _measure(path: str, module: Entry, gram_a: Tensor, gram_b: Tensor) -> ModuleFigures:
+def _measure(
+    path: str, module: Entry, gram_a: Tensor | None, gram_b: Tensor | None, *, weight: Callable[[str], Tensor] | None
+) -> ModuleFigures:
     entry = module.entry()
+    if gram_a is None or gram_b is None or not isinstance(entry, LowRank):
+        norm = entry.norm(weight(path) if entry.needs_weight and weight is not None else None)
+        return ModuleFigures(
+            path=path, rank=entry.rank, elements_a=0, elements_b=0, sum_abs_a=0.0, sum_abs_b=0.0, floor_sum=0.0,
+            delta_norm=norm, spectral_norm=math.nan, stable_rank=math.nan, effective_rank=math.nan,
+            finite=math.isfinite(norm), kind=entry.kind,
+            elements_other=sum(tensor.numel() for tensor in entry.parts().values()),
+        )
     down, up = entry.down.double(), entry.up.double()
     torch.mm(down, down.T, out=gram_a)
     torch.mm(up.T, up, out=gram_b)
@@ -174,10 +202,10 @@ def summarise(modules: Iterable[ModuleFigures]) -> Figures:
     live = [m for m in finite if not m.dead and not math.isnan(m.spectral_norm)]
     count_a, count_b = sum(m.elements_a for m in finite), sum(m.elements_b for m in finite)
     sum_a, sum_b = math.fsum(m.sum_abs_a for m in finite), math.fsum(m.sum_abs_b for m in finite)
-    ranks = [m.rank for m in group]
+    ranks = [m.rank for m in group if m.rank is not None]
     return Figures(
         modules=len(group),
-        parameters=sum(m.elements_a + m.elements_b for m in group),
+        parameters=sum(m.elements_a + m.elements_b + m.elements_other for m in group),
         rank=max(set(ranks), key=ranks.count) if ranks else None,
         legacy_mean_abs=_ratio(sum_a + sum_b, count_a + count_b),
         init_floor=_ratio(math.fsum(m.floor_sum for m in finite), count_a + count_b),
@@ -200,7 +228,7 @@ def group_by(modules: Iterable[ModuleFigures], key: Callable[[ModuleFigures], st
     return groups
 
 
-def inner_product(first: LoraEntry, second: LoraEntry) -> float:
+def inner_product(first: LowRank, second: LowRank) -> float:
     """⟨ΔW_1, ΔW_2⟩ (Frobenius) of two updates of one Linear, in fp64; ranks may differ."""
     across_a = first.down.double() @ second.down.double().T
     across_b = first.up.double().T @ second.up.double()
@@ -219,17 +247,16 @@ def mean(values: Sequence[float]) -> float | None:
 def weight_norms(
     files: Sequence[Path], paths: Iterable[str], advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, float]:
-    """‖W‖_F of the Linears `paths` of a transformer, streamed in tiles.
+    """‖W‖_F of the tensors that `paths` name in a transformer, streamed in tiles.
 
     Raises:
         UserError: a module that the transformer lacks.
     """
     headers = [read_header(path) for path in files]
-    weights = linear_weights(headers)
+    weights = target_tensors(headers)
     modules = list(paths)
     for path in modules:
-        if path not in weights:
-            raise UserError(f"--base {files[0].parent}: no module '{path}'; the LoRA was made for another model")
+        _check_has(files, weights, path)
     with one_thread(), ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda path: _norm(headers[weights[path][0]], weights[path][1]), modules)
         norms: dict[str, float] = {}
@@ -237,6 +264,28 @@ def weight_norms(
             norms[path] = norm
             advance(1)
         return norms
+
+
+def _check_has(files: Sequence[Path], weights: Mapping[str, object], path: str) -> None:
+    if path not in weights:
+        raise UserError(f"--base {files[0].parent}: no module '{path}'; the LoRA was made for another model")
+
+
+def weight_reader(files: Sequence[Path]) -> Callable[[str], Tensor]:
+    """A function that reads the tensor which a path names in a transformer.
+
+    Raises:
+        UserError: at a call, a tensor that the transformer lacks.
+    """
+    headers = [read_header(path) for path in files]
+    weights = target_tensors(headers)
+
+    def read(path: str) -> Tensor:
+        _check_has(files, weights, path)
+        index, name = weights[path]
+        return load_tensor(headers[index], name)
+
+    return read
 
 
 def _norm(file: TensorFile, name: str) -> float:

@@ -19,7 +19,7 @@ import torch
 
 from lapwan.checkpoints.container import read_header
 from lapwan.diagnostics.lora_figures import Figures, mean, measure, summarise
-from lapwan.lora.state import LoraEntry
+from lapwan.lora.state import LowRank
 from lapwan.losses.routing import entropy
 from lapwan.moe.mixture import Mixture
 from lapwan.moe.mixture_file import is_mixture, read_mixture
@@ -42,10 +42,10 @@ class NoiseExpertMixture:
     noise_expert: NoiseExpert
 
     @property
-    def modules(self) -> dict[str, LoraEntry]:
+    def modules(self) -> dict[str, LowRank]:
         """Every expert's modules."""
         states = self.mixture.states[self.noise_expert]
-        return {f"{path}.{family}": e for family, state in states.items() for path, e in state.entries.items()}
+        return {f"{path}.{family}": e for family, state in states.items() for path, e in state.low_rank(family).items()}
 
     def fingerprint(self) -> str:
         """Identity of the experts' content, to tell a copy from another file."""
@@ -75,12 +75,12 @@ def mixture_json(source: NoiseExpertMixture) -> dict[str, Any]:
     gated = gated_norms(mixture, noise_expert, figures)
     return {
         "families": {family: asdict(family_figures) | gated[family] for family, family_figures in figures.items()},
-        "overlap": overlap({family: state.entries for family, state in states.items()}),
+        "overlap": overlap({family: state.low_rank(family) for family, state in states.items()}),
         "timestep_gate": timestep_gate(mixture, noise_expert),
     }
 
 
-def overlap(families: Mapping[str, Mapping[str, LoraEntry]]) -> dict[str, dict[str, float | None]]:
+def overlap(families: Mapping[str, Mapping[str, LowRank]]) -> dict[str, dict[str, float | None]]:
     """The matrix of overlaps by family; None where an expert is zero or not finite.
 
     The inner products of all pairs come from one product of the concatenated factors, module by module.

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lapwan.diagnostics.lora_figures import Figures, ModuleFigures, group_by, summarise
 from lapwan.diagnostics.verdict import quotient
+from lapwan.lora.state import LowRank
 
 FORMAT = 1
 RATIOS = ("legacy_mean_abs", "mean_abs_B", "delta_norm")
@@ -85,11 +86,38 @@ def document(
     for label, norms in (base_norms or {}).items():
         base = math.hypot(*norms.values())
         result["experts"][label]["relative_delta"] = quotient(figures[label].delta_norm, base)
+    if other := _other_kinds(modules):
+        result["other_kinds"] = other
     if mixture is not None:
         result["mixture"] = dict(mixture)
     if routing is not None:
         result["routing"] = dict(routing)
     return result
+
+
+def _other_kinds(modules: Mapping[str, Sequence[ModuleFigures]]) -> dict[str, dict[str, Any]]:
+    """Modules that are not low-rank pairs of Linears, by label and kind: their count, norm, and the norm of each."""
+    result: dict[str, dict[str, Any]] = {}
+    for label, members in modules.items():
+        for kind, group in group_by((m for m in members if m.kind != LowRank.KIND), lambda m: m.kind).items():
+            result.setdefault(label, {})[kind] = {
+                "modules": len(group), "parameters": sum(m.elements_other for m in group),
+                "delta_norm": summarise(group).delta_norm,
+                "delta_norm_of": {m.path: m.delta_norm if m.finite else None for m in group},
+            }
+    return result
+
+
+def kinds_table(other: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The kinds of update other than LoRA: `other_kinds` of the document."""
+    table = Table(title="updates that are no low-rank pairs", title_justify="left", box=None, pad_edge=False)
+    for name in ("", "kind", "modules", "parameters", "update"):
+        table.add_column(name, justify="left" if name in ("", "kind") else "right")
+    for label, kinds in other.items():
+        for kind, figures in kinds.items():
+            norm = format_number(figures["delta_norm"])
+            table.add_row(label, kind, str(figures["modules"]), str(figures["parameters"]), norm)
+    return table
 
 
 def figure_table(title: str, figures: Mapping[str, Figures]) -> Table:

@@ -1,3 +1,4 @@
-"""LoRA: the stacked layer (`layer`), attaching it (`attach`), files (`formats`, `metadata`), the noise expert a file is
-for (`noise_expert`), which of several files goes where (`assign`), LoRA + LoRA (`combine`), LoRA into weights
-(`merge`), which modules get one (`targets`)."""
+"""LoRA and its relatives: the stacked layer (`layer`), attaching it (`attach`), an adapter in memory (`state`) and the
+kinds of update it holds (`kinds`), files (`formats`, `metadata`), the noise expert a file is for (`noise_expert`),
+which of several files goes where (`assign`), LoRA + LoRA (`combine`), adapters into weights (`merge`), which modules
+get one (`targets`)."""

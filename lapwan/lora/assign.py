@@ -7,12 +7,12 @@ from pathlib import Path
 
 from lapwan.console import warn
 from lapwan.errors import UserError
-from lapwan.lora.formats import LoraFile, open_lora
+from lapwan.lora.formats import AdapterFile, open_lora
 from lapwan.lora.metadata import boundary_from_metadata
 from lapwan.names import NoiseExpert
 
 LoraRequest = tuple[str | None, Path, float]  # (high, low, both, or None for the file's own; file; strength)
-Assigned = dict[NoiseExpert, list[tuple[LoraFile, float]]]
+Assigned = dict[NoiseExpert, list[tuple[AdapterFile, float]]]
 
 
 def assign(requests: Sequence[LoraRequest], noise_experts: Sequence[NoiseExpert]) -> Assigned:
@@ -32,7 +32,7 @@ def assign(requests: Sequence[LoraRequest], noise_experts: Sequence[NoiseExpert]
 
 def assign_to_transformer(
     requests: Sequence[LoraRequest], named: NoiseExpert | None
-) -> tuple[NoiseExpert | None, list[tuple[LoraFile, float]]]:
+) -> tuple[NoiseExpert | None, list[tuple[AdapterFile, float]]]:
     """LoRAs for a single transformer, and its noise expert: from the roles, else `named`, else from the files.
 
     Raises:
@@ -53,15 +53,15 @@ def assign_to_transformer(
     return noise_expert, assign(requests, [assumed])[assumed]
 
 
-def group_by_noise_expert(requests: Sequence[LoraRequest]) -> dict[NoiseExpert | None, list[tuple[LoraFile, float]]]:
+def group_by_noise_expert(requests: Sequence[LoraRequest]) -> dict[NoiseExpert | None, list[tuple[AdapterFile, float]]]:
     """LoRAs to be summed, by noise expert; a file without one goes to the noise expert of the other files.
 
     Raises:
         UserError: files for different noise experts without high= and low= in front, or a file without a noise expert
             while the others are for both.
     """
-    groups: dict[NoiseExpert | None, list[tuple[LoraFile, float]]] = {}
-    unassigned: list[tuple[LoraFile, float]] = []
+    groups: dict[NoiseExpert | None, list[tuple[AdapterFile, float]]] = {}
+    unassigned: list[tuple[AdapterFile, float]] = []
     by_file: list[set[NoiseExpert]] = []
     for role, path, strength in requests:
         files = open_lora(path)
@@ -88,7 +88,7 @@ def group_by_noise_expert(requests: Sequence[LoraRequest]) -> dict[NoiseExpert |
 
 
 def _noise_experts_of(
-    role: str | None, path: Path, files: dict[NoiseExpert | None, LoraFile], noise_experts: Sequence[NoiseExpert]
+    role: str | None, path: Path, files: dict[NoiseExpert | None, AdapterFile], noise_experts: Sequence[NoiseExpert]
 ) -> list[NoiseExpert]:
     """The noise experts, of `noise_experts`, that a request is for."""
     if role == "both":
@@ -106,7 +106,7 @@ def _noise_experts_of(
     return wanted
 
 
-def _file_for(files: dict[NoiseExpert | None, LoraFile], noise_expert: NoiseExpert, both: bool) -> LoraFile:
+def _file_for(files: dict[NoiseExpert | None, AdapterFile], noise_expert: NoiseExpert, both: bool) -> AdapterFile:
     lora = files.get(noise_expert) or files.get(None)
     if lora is not None:
         return lora
@@ -115,7 +115,7 @@ def _file_for(files: dict[NoiseExpert | None, LoraFile], noise_expert: NoiseExpe
     return other
 
 
-def check_role(lora: LoraFile, noise_expert: NoiseExpert, only_warn: bool = False) -> None:
+def check_role(lora: AdapterFile, noise_expert: NoiseExpert, only_warn: bool = False) -> None:
     """Refuse a LoRA that is for the other noise expert by its metadata or keys; warn if only its name says so.
 
     Args:
@@ -138,7 +138,7 @@ def check_role(lora: LoraFile, noise_expert: NoiseExpert, only_warn: bool = Fals
 
 
 def warn_mismatch(
-    lora: LoraFile, task: str | None = None, boundary: float | None = None, base: str | None = None
+    lora: AdapterFile, task: str | None = None, boundary: float | None = None, base: str | None = None
 ) -> None:
     """Warn if a LoRA's metadata differs from the model it is put on; not refused, since it may still work.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lapwan import rng
 from lapwan.errors import UserError, nearest
 from lapwan.lora.layer import FrozenLinear, GateHolder, LayerGroup, StackedLoraLinear
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Group:
     """A LoRA attached to a transformer; its index in the list of groups is its column in the gates."""
 
     name: str
-    state: LoraState
+    state: AdapterState
     trainable: bool
 
 
 def initial_state(
     transformer: nn.Module, ranks: Mapping[str, int], alpha: float | None, *key: int | str
-) -> LoraState:
+) -> AdapterState:
     """A fresh LoRA: down ~ U(−1/√I, 1/√I) (Kaiming-uniform, a = √5), up = 0, so ΔW = 0.
 
     Args:
@@ -34,17 +34,17 @@ def initial_state(
         alpha: None for each module's rank (scale 1).
         key: seeds the draws together with the module's path, so they do not depend on the other modules.
     """
-    entries = {}
+    entries: dict[str, WeightUpdate] = {}
     linears = _linears(transformer)
     for path, rank in ranks.items():
         base = _linear_at(linears, path)
         bound = 1.0 / math.sqrt(base.in_features)
         uniform = torch.rand(rank, base.in_features, generator=rng.generator(*key, path, "down"))
-        entries[path] = LoraEntry(
+        entries[path] = LowRank(
             down=(2 * uniform - 1) * bound, up=torch.zeros(base.out_features, rank),
             alpha=float(rank if alpha is None else alpha),
         )
-    return LoraState(entries, {})
+    return AdapterState(entries, {})
 
 
 def _linears(transformer: nn.Module) -> dict[str, nn.Linear | FrozenLinear]:
@@ -88,16 +88,16 @@ class Adapter:
         return [t for layer in self.layers.values()
                 for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
 
-    def state(self, group: str) -> LoraState:
+    def state(self, group: str) -> AdapterState:
         """A copy of one group's tensors, on the CPU."""
         column = self.group_names.index(group)
-        entries = {}
+        entries: dict[str, WeightUpdate] = {}
         for path, layer in self.layers.items():
             part = next((g for g in layer.groups if g.column == column), None)
             if part is not None:
                 down, up = layer.rows(column)
-                entries[path] = LoraEntry(_cpu(down), _cpu(up), part.alpha)
-        return LoraState(entries, dict(self._metadata[group]))
+                entries[path] = LowRank(_cpu(down), _cpu(up), part.alpha)
+        return AdapterState(entries, dict(self._metadata[group]))
 
     def detach(self) -> None:
         """Restore the base Linears."""
@@ -125,18 +125,19 @@ def attach(transformer: nn.Module, groups: Sequence[Group], gates_required: bool
         gates_required: a forward without gates raises.
 
     Raises:
-        UserError: a module the model does not have, or a shape that does not fit it.
+        UserError: a module the model does not have, a shape that does not fit it, or no low-rank pair.
     """
+    entries = [group.state.low_rank(f"'{group.name}' cannot act beside the weights") for group in groups]
     transformer.requires_grad_(False)
     linears = _linears(transformer)
     holder = GateHolder(required=gates_required)
     layers: dict[str, StackedLoraLinear] = {}
-    paths = dict.fromkeys(path for group in groups for path in group.state.entries)
+    paths = dict.fromkeys(path for group_entries in entries for path in group_entries)
     for path in paths:
         base = _linear_at(linears, path)
         parts = []
         for column, group in enumerate(groups):
-            entry = group.state.entries.get(path)
+            entry = entries[column].get(path)
             if entry is None:
                 continue
             if entry.down.shape[1] != base.in_features or entry.up.shape[0] != base.out_features:

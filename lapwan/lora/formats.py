@@ -1,6 +1,7 @@
-"""LoRA files: one reader for every layout in use, one writer for three, around `LoraState`.
+"""LoRA files: one reader for every layout in use, one writer for three, around `AdapterState`.
 
-Tensor names are in `lapwan.checkpoints.lora_keys`; the noise expert, and alpha outside tensors, in
+Tensor names, and how to add a layout, are in `lapwan.checkpoints.lora_keys`; the kinds of update that a file may hold
+in `lapwan.lora.kinds`; the noise expert, and alpha outside tensors, in `lapwan.lora.noise_expert` and
 `lapwan.lora.metadata`.
 
 Which kind of file a .safetensors is: `open_lora` takes a LoRA and refuses all else; `lora_keys.is_adapter_key` and
@@ -10,27 +11,30 @@ Which kind of file a .safetensors is: `open_lora` takes a LoRA and refuses all e
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.checkpoints.lora_keys import (
     COMPONENT_NOISE_EXPERTS,
+    LAYOUTS,
+    PARTS,
+    AdapterLayout,
     Key,
-    Layout,
     is_adapter_key,
-    key_names,
     parse_key,
     unknown_keys_error,
 )
-from lapwan.checkpoints.tensors import load_tensor
+from lapwan.checkpoints.rewrite import AddRows
+from lapwan.checkpoints.tensors import load_rows, load_tensor
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
+from lapwan.lora.kinds import FullDelta, build_update, kind_of
 from lapwan.lora.metadata import FORMAT_KEY, AdapterConfig, adapter_config, file_metadata
 from lapwan.lora.noise_expert import (
     NOISE_EXPERT_KEY,
@@ -39,41 +43,68 @@ from lapwan.lora.noise_expert import (
     noise_expert_from_file_name,
     noise_expert_from_metadata,
 )
-from lapwan.lora.state import LoraEntry, LoraState, entries_fingerprint
+from lapwan.lora.state import AdapterState, LowRank, WeightUpdate, entries_fingerprint, low_rank_only
 from lapwan.names import NoiseExpert
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class LoraModule:
-    """One Linear's update in a file, by its tensors' names; nothing is read yet. `alpha` is a name or a number."""
+class AdapterModule:
+    """One update in a file, not read yet: the names of its tensors by part, and `outline`, the same update of tensors
+    without data. `alpha` is a tensor's name, a number, or None for scale 1."""
 
     file: TensorFile
     path: str
-    down: str
-    up: str
-    alpha: str | float
+    names: Mapping[str, str]
+    alpha: str | float | None
+    outline: WeightUpdate = field(compare=False)  # follows from the others, and tensors have no one truth value
 
     @property
-    def rank(self) -> int:
-        """r."""
-        return self.file.tensors[self.down].shape[0]
+    def kind(self) -> str:
+        """The name of its kind."""
+        return self.outline.kind
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """[out, in] of the Linear's weight."""
-        return self.file.tensors[self.up].shape[0], self.file.tensors[self.down].shape[1]
+    def rank(self) -> int | None:
+        """r of its low-rank factors; None where it has none."""
+        return self.outline.rank
 
-    def entry(self) -> LoraEntry:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor that it changes."""
+        return self.outline.shape
+
+    @property
+    def stackable(self) -> bool:
+        """A low-rank pair of a Linear."""
+        return self.outline.stackable
+
+    @property
+    def needs_weight(self) -> bool:
+        """ΔW depends on W."""
+        return self.outline.needs_weight
+
+    def entry(self) -> WeightUpdate:
         """Read the tensors."""
-        alpha = self.alpha if isinstance(self.alpha, float) else float(load_tensor(self.file, self.alpha).item())
-        return LoraEntry(load_tensor(self.file, self.down), load_tensor(self.file, self.up), alpha)
+        alpha = float(load_tensor(self.file, self.alpha).item()) if isinstance(self.alpha, str) else self.alpha
+        return build_update({part: load_tensor(self.file, name) for part, name in self.names.items()}, alpha)
+
+    def prepare(self, multiplier: float, dtype: torch.dtype) -> AddRows:
+        """As `WeightUpdate.prepare`; a full delta is read tile by tile, since it is as large as the weight."""
+        if not isinstance(self.outline, FullDelta):
+            return self.entry().prepare(multiplier, dtype)
+        name = self.names["diff"]
+
+        def add_rows(work: Tensor, base: Tensor, first: int) -> None:
+            work.add_(load_rows(self.file, name, first, len(work)).to(dtype), alpha=multiplier)
+
+        return add_rows
 
 
 @dataclass(frozen=True)
-class LoraFile:
-    """The LoRA of one noise expert in a file, not read yet: modules by diffusers' path, and the metadata.
+class AdapterFile:
+    """The adapter of one noise expert in a file, not read yet: modules by path as in `AdapterState`, and the metadata.
 
     `noise_expert_source` is what the noise expert was read from: "metadata", "keys", "name" or "" (not known).
     """
@@ -81,21 +112,31 @@ class LoraFile:
     path: Path
     noise_expert: NoiseExpert | None
     noise_expert_source: str
-    modules: dict[str, LoraModule]
+    modules: dict[str, AdapterModule]
     metadata: dict[str, str]
-    layout: Layout
 
     def fingerprint(self) -> str:
-        """As `LoraState.fingerprint`, with one module in memory at a time."""
+        """As `AdapterState.fingerprint`, with one module in memory at a time."""
         return entries_fingerprint((path, self.modules[path].entry()) for path in sorted(self.modules))
 
-    def read(self) -> LoraState:
-        """Read every module into a LoraState."""
-        return LoraState({path: module.entry() for path, module in self.modules.items()}, dict(self.metadata))
+    def read(self) -> AdapterState:
+        """Read every module."""
+        return AdapterState({path: module.entry() for path, module in self.modules.items()}, dict(self.metadata))
+
+    def ranks(self, purpose: str) -> dict[str, int]:
+        """Rank by module of a plain LoRA.
+
+        Raises:
+            UserError: it holds another kind of update; `purpose` says what cannot use that (see `low_rank_only`).
+        """
+        low_rank_only(self.modules, purpose)
+        return {path: module.rank for path, module in self.modules.items() if module.rank is not None}
 
 
-def open_lora(path: Path) -> dict[NoiseExpert | None, LoraFile]:
-    """The LoRAs of a file by noise expert, from its header (key None: the noise expert is not known).
+def open_lora(
+    path: Path, layouts: Mapping[str, AdapterLayout] = LAYOUTS
+) -> dict[NoiseExpert | None, AdapterFile]:
+    """The adapters of a file by noise expert, from its header (key None: the noise expert is not known).
 
     Raises:
         UserError: not a LoRA, a mixture, an unknown or unsupported key (named), A without B, shapes that do not fit.
@@ -103,24 +144,24 @@ def open_lora(path: Path) -> dict[NoiseExpert | None, LoraFile]:
     file = read_header(path)
     if file.metadata.get(FORMAT_KEY, "").startswith("mixture/"):
         raise UserError(f"{path} is a mixture; pass it with --moe")
-    if not any(is_adapter_key(name) for name in file.tensors):
+    keys = {name: parse_key(name, layouts) for name in file.tensors}
+    if not any(key is not None or is_adapter_key(name) for name, key in keys.items()):
         raise UserError(f"{path} is not a LoRA: none of its {len(file.tensors)} tensors is a LoRA's "
                         "(expected names such as 'blocks.0.self_attn.q.lora_A.weight')")
-    keys = {name: parse_key(name) for name in file.tensors}
     parsed: dict[str, Key] = {name: key for name, key in keys.items() if key is not None}
     if len(parsed) < len(keys):
         raise unknown_keys_error(path, [name for name, key in keys.items() if key is None])
-    adapters = {key.adapter for key in parsed.values() if key.part != "alpha"}
+    adapters = {key.adapter for key in parsed.values() if key.part in LowRank.PARTS}
     if len(adapters) > 1:
         names = ", ".join(sorted(str(a) for a in adapters))
         raise UserError(f"{path} holds several adapters ({names}); save one adapter per file")
     return _by_noise_expert(file, parsed)
 
 
-def _by_noise_expert(file: TensorFile, parsed: dict[str, Key]) -> dict[NoiseExpert | None, LoraFile]:
-    layout = Counter(key.layout for key in parsed.values()).most_common(1)[0][0]
+def _by_noise_expert(file: TensorFile, parsed: dict[str, Key]) -> dict[NoiseExpert | None, AdapterFile]:
     peft_file = any(name.startswith("base_model.") for name in parsed)
-    config = adapter_config(file.path, file.metadata, peft_file)
+    has_magnitudes = any(key.part == "magnitude" for key in parsed.values())
+    config = adapter_config(file.path, file.metadata, peft_file, has_magnitudes)
     components = {key.component for key in parsed.values()}
     named = {"transformer_1", "transformer_2"} & components
     if named:  # both noise experts in one file, or a prefix that names one of them
@@ -128,13 +169,13 @@ def _by_noise_expert(file: TensorFile, parsed: dict[str, Key]) -> dict[NoiseExpe
             bare = next(name for name, key in parsed.items() if key.component is None)
             raise UserError(f"{file.path}: some keys name a transformer ({', '.join(sorted(named))}), "
                             f"others, such as '{bare}', do not; split the file in two")
-        files: dict[NoiseExpert | None, LoraFile] = {}
+        files: dict[NoiseExpert | None, AdapterFile] = {}
         for noise_expert in NoiseExpert:
             keys = {n: k for n, k in parsed.items() if COMPONENT_NOISE_EXPERTS[str(k.component)] is noise_expert}
             if keys:
                 modules = _modules(file, keys, config)
                 metadata = {**metadata_for(file.metadata, noise_expert), NOISE_EXPERT_KEY: noise_expert.value}
-                files[noise_expert] = LoraFile(file.path, noise_expert, "keys", modules, metadata, layout)
+                files[noise_expert] = AdapterFile(file.path, noise_expert, "keys", modules, metadata)
         return files
     recorded = noise_expert_from_metadata(file.metadata, file.path)
     from_name = noise_expert_from_file_name(file.path) if recorded is None else None
@@ -143,10 +184,10 @@ def _by_noise_expert(file: TensorFile, parsed: dict[str, Key]) -> dict[NoiseExpe
         metadata[NOISE_EXPERT_KEY] = recorded.value
     source = "metadata" if recorded is not None else "name" if from_name is not None else ""
     modules = _modules(file, parsed, config)
-    return {recorded or from_name: LoraFile(file.path, recorded or from_name, source, modules, metadata, layout)}
+    return {recorded or from_name: AdapterFile(file.path, recorded or from_name, source, modules, metadata)}
 
 
-def _modules(file: TensorFile, parsed: dict[str, Key], config: AdapterConfig | None) -> dict[str, LoraModule]:
+def _modules(file: TensorFile, parsed: dict[str, Key], config: AdapterConfig | None) -> dict[str, AdapterModule]:
     by_path: dict[str, dict[str, str]] = {}
     for name, key in parsed.items():
         names = by_path.setdefault(key.path, {})
@@ -156,32 +197,48 @@ def _modules(file: TensorFile, parsed: dict[str, Key], config: AdapterConfig | N
     return {path: _module(file, path, names, config) for path, names in by_path.items()}
 
 
-def _module(file: TensorFile, path: str, names: Mapping[str, str], config: AdapterConfig | None) -> LoraModule:
-    """The module at `path`; `names` are its tensors' names by part (down, up, alpha)."""
-    for part, letter in (("down", "A"), ("up", "B")):
-        if part not in names:
-            other = next(iter(names.values()))
-            raise UserError(f"{file.path}: '{other}' has no {letter} matrix beside it; the file is incomplete")
-    down, up = file.tensors[names["down"]], file.tensors[names["up"]]
-    for info in (down, up):
+def _module(file: TensorFile, path: str, names: Mapping[str, str], config: AdapterConfig | None) -> AdapterModule:
+    """The update at `path`; `names` are its tensors' names by part (down, up, alpha, ...)."""
+    alpha_name = names.get("alpha")
+    tensors = {part: name for part, name in names.items() if part != "alpha"}
+    try:
+        kind = kind_of(tensors)
+    except ValueError as error:
+        raise UserError(f"{file.path}: {' and '.join(map(repr, tensors.values()))} change one tensor, as {error}; "
+                        "lapwan reads one kind for each: remove one of them") from None
+    if (missing := kind.missing(tensors)) is not None:
+        other = next(iter(names.values()))
+        raise UserError(f"{file.path}: '{other}' has no {missing} beside it; the file is incomplete")
+    infos = [file.tensors[name] for name in _in_order(tensors)]
+    for info in infos:
         if info.dtype not in _FLOATS:
             raise UserError(f"{file.path}: '{info.name}' is {info.dtype}; a LoRA has {', '.join(_FLOATS)}")
-    fits = len(down.shape) == 2 and len(up.shape) == 2 and down.shape[0] == up.shape[1] and down.shape[0] > 0
-    if not fits:
-        raise UserError(f"{file.path}: '{down.name}' {list(down.shape)} and '{up.name}' {list(up.shape)} "
-                        "are not A [r, in] and B [out, r]")
-    alpha: str | float
-    if "alpha" in names:
-        alpha = names["alpha"]
-        if file.tensors[alpha].shape not in ((), (1,)):
-            raise UserError(f"{file.path}: '{alpha}' {list(file.tensors[alpha].shape)} is not one number")
-    else:
-        alpha = config.alpha(path, down.shape[0]) if config else float(down.shape[0])
-    return LoraModule(file, path, down.name, up.name, alpha)
+    try:
+        if any(size == 0 for info in infos for size in info.shape):
+            raise ValueError
+        empty = {part: torch.empty(file.tensors[name].shape, device="meta") for part, name in tensors.items()}
+        outline = build_update(empty, None)
+    except ValueError:
+        shapes = " and ".join(f"'{info.name}' {list(info.shape)}" for info in infos)
+        raise UserError(f"{file.path}: {shapes} are not {kind.FORM}") from None
+    alpha: str | float | None = alpha_name
+    if alpha_name is not None:
+        if file.tensors[alpha_name].shape not in ((), (1,)):
+            raise UserError(f"{file.path}: '{alpha_name}' {list(file.tensors[alpha_name].shape)} is not one number")
+    elif outline.rank is not None and "down" in tensors:
+        alpha = config.alpha(path, outline.rank) if config else float(outline.rank)
+    return AdapterModule(file, path, tensors, alpha, outline)
 
 
-def read_lora(path: Path) -> dict[NoiseExpert | None, LoraState]:
-    """The LoRAs of a file by noise expert (key None: the noise expert is not known).
+def _in_order(tensors: Mapping[str, str]) -> list[str]:
+    """The names in the order of `PARTS`, for messages."""
+    return [tensors[part] for part in PARTS if part in tensors]
+
+
+def read_lora(
+    path: Path, layouts: Mapping[str, AdapterLayout] = LAYOUTS
+) -> dict[NoiseExpert | None, AdapterState]:
+    """The adapters of a file by noise expert (key None: the noise expert is not known).
 
     A file for both noise experts gives two states. The metadata `lapwan.noise_expert` is filled in if the keys or the
     training range tell the noise expert, but not if only the file's name does.
@@ -189,13 +246,14 @@ def read_lora(path: Path) -> dict[NoiseExpert | None, LoraState]:
     Raises:
         UserError: see `open_lora`.
     """
-    return {noise_expert: file.read() for noise_expert, file in open_lora(path).items()}
+    return {noise_expert: file.read() for noise_expert, file in open_lora(path, layouts).items()}
 
 
 def write_lora(
-    path: Path, state: LoraState, layout: Layout = "comfy", dtype: torch.dtype | None = None, fold_alpha: bool = False
+    path: Path, state: AdapterState, layout: str = "comfy", dtype: torch.dtype | None = None, fold_alpha: bool = False,
+    layouts: Mapping[str, AdapterLayout] = LAYOUTS,
 ) -> None:
-    """Write one noise expert's LoRA atomically.
+    """Write one noise expert's adapter atomically.
 
     Alpha is a tensor (comfy, musubi) or goes into `lora_adapter_metadata` (diffusers raises at load on a tensor).
     diffusers' reader of the comfy layout takes no alpha outside the blocks: there it is folded into B.
@@ -205,16 +263,16 @@ def write_lora(
         fold_alpha: multiply B by alpha / r everywhere and write no alpha, for tools that do not read it; rounds once.
 
     Raises:
-        UserError: the LoRA has no modules.
-        ValueError: a path that is not a Linear of Wan.
+        UserError: the LoRA has no modules, or a kind of update that the layout has no names for.
+        ValueError: a path that is no tensor of Wan.
     """
-    tensors, metadata = _named(path, state, layout, dtype, fold_alpha)
+    tensors, metadata = _named(path, state, layouts[layout], dtype, fold_alpha)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
 def write_both(
-    path: Path, states: Mapping[NoiseExpert, LoraState], dtype: torch.dtype | None = None, fold_alpha: bool = False
+    path: Path, states: Mapping[NoiseExpert, AdapterState], dtype: torch.dtype | None = None, fold_alpha: bool = False
 ) -> None:
     """Write both noise experts' LoRAs into one file, atomically: `diffusion_model.transformer_1.…` for the high noise
     expert, `transformer_2` for the low one.
@@ -228,44 +286,40 @@ def write_both(
     if set(states) != set(NoiseExpert):
         have = ", ".join(noise_expert.value for noise_expert in states) or "none"
         raise UserError(f"cannot write {path} as one file for both noise experts: there are LoRAs for: {have}")
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     metadata: dict[NoiseExpert, dict[str, str]] = {}
     for noise_expert in NoiseExpert:
         named, metadata[noise_expert] = _named(
-            path, states[noise_expert], "comfy", dtype, fold_alpha, noise_expert.one_file_component)
+            path, states[noise_expert], LAYOUTS["comfy"], dtype, fold_alpha, noise_expert.one_file_component)
         tensors |= named
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=join_metadata(metadata))
 
 
 def _named(
-    path: Path, state: LoraState, layout: Layout, dtype: torch.dtype | None, fold_alpha: bool,
+    path: Path, state: AdapterState, layout: AdapterLayout, dtype: torch.dtype | None, fold_alpha: bool,
     component: str | None = None,
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors by their names in the file, metadata) of one noise expert's LoRA."""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors by their names in the file, metadata) of one noise expert's adapter."""
     if not state.entries:
         raise UserError(f"cannot write {path}: the LoRA has no modules")
-    written = LoraState({}, state.metadata)
-    tensors: dict[str, torch.Tensor] = {}
+    written = AdapterState({}, state.metadata)
+    tensors: dict[str, Tensor] = {}
     for module, entry in state.entries.items():
-        names = key_names(module, layout, component)
-        fold = fold_alpha or (layout == "comfy" and component is None and not module.startswith("blocks."))
-        if fold and entry.scale != 1.0:
-            entry = _folded(entry, dtype)
-        if not fold and layout != "diffusers":
-            exact = torch.tensor(entry.alpha, dtype=torch.float32).item() == entry.alpha
-            tensors[names["alpha"]] = torch.tensor(entry.alpha, dtype=torch.float32 if exact else torch.float64)
-        written.entries[module] = LoraEntry(_plain(entry.down, dtype), _plain(entry.up, dtype), entry.alpha)
-        tensors[names["down"]], tensors[names["up"]] = written.entries[module].down, written.entries[module].up
-    return tensors, file_metadata(written, layout)
+        names = layout.names(module, component)
+        fold = fold_alpha or (layout.folds_outer_alpha and component is None and not module.startswith("blocks."))
+        update = (entry.folded(dtype) if fold else entry).map(lambda tensor: _plain(tensor, dtype))
+        if any(part not in names for part in update.parts()):
+            raise UserError(f"cannot write {path}: module '{module}' is a {update.kind}, which this layout does not "
+                            "have; write the comfy layout, or merge the file into the model (lapwan merge --model)")
+        if not fold and not layout.alpha_in_metadata and update.rank is not None and update.alpha is not None:
+            exact = torch.tensor(update.alpha, dtype=torch.float32).item() == update.alpha
+            tensors[names["alpha"]] = torch.tensor(update.alpha, dtype=torch.float32 if exact else torch.float64)
+        written.entries[module] = update
+        tensors |= {names[part]: tensor for part, tensor in update.parts().items()}
+    return tensors, file_metadata(written, layout.alpha_in_metadata)
 
 
-def _folded(entry: LoraEntry, dtype: torch.dtype | None) -> LoraEntry:
-    """The same ΔW at scale 1, B rounded once."""
-    up = (entry.up.float() * entry.scale).to(dtype or entry.up.dtype)
-    return LoraEntry(entry.down, up, float(entry.rank))
-
-
-def _plain(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def _plain(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     # clone: safetensors refuses tensors that share storage (views of one stacked parameter).
     return tensor.detach().to("cpu", dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)

@@ -6,7 +6,7 @@ merge in memory. The arithmetic is in `lapwan.checkpoints.rewrite`.
 
 Verifying reads a merged file back against its source: untouched bytes are equal, touched weights within one rounding:
 
-    |W' − (W + Σ m·s·B A)| ≤ ½ ulp of the exact value (+ the fp32 accumulation's own error),  recomputed in fp64
+    |W' − (W + Σ m·ΔW)| ≤ ½ ulp of the exact value (+ the fp32 accumulation's own error),  recomputed in fp64
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo, read_header
 from lapwan.checkpoints.fingerprints import FINGERPRINT_KEY, checkpoint_fingerprint, merged_fingerprint
-from lapwan.checkpoints.lora_keys import canonical_path
-from lapwan.checkpoints.rewrite import Advance, check_mergeable, rewrite
-from lapwan.checkpoints.tensors import DTYPES
+from lapwan.checkpoints.rewrite import AddRows, Advance, check_mergeable, matrix_shape, rewrite
+from lapwan.checkpoints.tensors import load_rows
+from lapwan.checkpoints.wan_keys import target_path, to_original
 from lapwan.console import log
 from lapwan.errors import UserError, nearest
-from lapwan.lora.formats import LoraFile
-from lapwan.lora.state import LoraEntry, Term
+from lapwan.lora.formats import AdapterFile
+from lapwan.lora.state import Term
 from lapwan.names import NoiseExpert
 
 MERGED_KEY, BASE_KEY = "lapwan.merged", "lapwan.base_fingerprint"
@@ -43,7 +43,7 @@ _SLACK, _SLACK_F64 = 2e-6, 1e-14
 class LoraToMerge:
     """One LoRA and its multiplier, for one transformer; `fingerprint` is that of the LoRA's content."""
 
-    lora: LoraFile
+    lora: AdapterFile
     multiplier: float
     fingerprint: str
 
@@ -74,26 +74,31 @@ class ComponentPlan:
         return f"{name}: {self.touched} weights, {self.size / 2**30:.3g} GiB in {len(self.files)} file(s): {loras}"
 
 
-def linear_weights(files: Sequence[TensorFile]) -> dict[str, tuple[int, str]]:
-    """diffusers' module path -> (index of the file, tensor's name) of a transformer's Linears, in either layout.
+def target_tensors(files: Sequence[TensorFile]) -> dict[str, tuple[int, str]]:
+    """Path (`wan_keys.target_path`) -> (index of the file, tensor's name) of all that an adapter may change in a
+    transformer, in either layout.
 
     Raises:
-        UserError: one module in two files (variants of one model side by side), or no Wan Linear at all.
+        UserError: one tensor in two files (variants of one model side by side), or no Wan Linear at all.
     """
     weights: dict[str, tuple[int, str]] = {}
     for index, file in enumerate(files):
-        for name, info in file.tensors.items():
-            path = canonical_path(_PREFIX.sub("", name).removesuffix(".weight")) if name.endswith(".weight") else None
-            if path is None or len(info.shape) != 2:
+        for name in file.tensors:
+            path = target_path(_PREFIX.sub("", name))
+            if path is None:
                 continue
             if path in weights:
                 raise UserError(f"{files[weights[path][0]].path} and {file.path} both hold '{name}'; keep one variant "
                                 "of the weights in the folder")
             weights[path] = (index, name)
-    if not weights:
+    if not any(map(_is_linear, weights)):
         raise UserError(f"{files[0].path} is not a Wan transformer: no weight such as "
                         "'blocks.0.self_attn.q.weight' or 'blocks.0.attn1.to_q.weight'")
     return weights
+
+
+def _is_linear(path: str) -> bool:
+    return path != "patch_embedding" and to_original(path) is not None
 
 
 def plan_component(
@@ -110,7 +115,7 @@ def plan_component(
 
 
 def plan_terms(
-    paths: Sequence[Path], loras: Sequence[tuple[LoraFile, float]]
+    paths: Sequence[Path], loras: Sequence[tuple[AdapterFile, float]]
 ) -> tuple[tuple[TensorFile, ...], tuple[dict[str, list[Term]], ...]]:
     """(the transformer's files, for each file the terms to add by tensor name); reads headers only.
 
@@ -118,16 +123,18 @@ def plan_terms(
         UserError: as `plan_component`, except that a LoRA merged before is not refused.
     """
     files = tuple(read_header(path) for path in paths)
-    weights = linear_weights(files)
+    weights = target_tensors(files)
     terms: tuple[dict[str, list[Term]], ...] = tuple({} for _ in files)
     for lora, multiplier in loras:
         for path, module in lora.modules.items():
             if path not in weights:
-                raise UserError(f"{lora.path}: module '{path}' is not in {paths[0].parent.name}/{paths[0].name}"
-                                f"{nearest(path, weights)}; the LoRA was made for another model")
+                near = nearest(path, filter(_is_linear, weights) if _is_linear(path) else weights)
+                raise UserError(f"{lora.path}: module '{path}' is not in {paths[0].parent.name}/{paths[0].name}{near}; "
+                                "the LoRA was made for another model")
             index, name = weights[path]
             shape = files[index].tensors[name].shape
-            if shape != module.shape:
+            # Products for a convolution count its kernel into `in`.
+            if module.shape not in ((shape, matrix_shape(shape)) if len(shape) > 2 else (shape,)):
                 raise UserError(f"{lora.path}: module '{path}' changes a weight {list(module.shape)}, but "
                                 f"{files[index].path.name} has {list(shape)}; the LoRA was made for another model")
             check_mergeable(files[index], name)
@@ -218,8 +225,8 @@ def verify_merged(
         if other is None or (other.dtype, other.shape) != (info.dtype, info.shape):
             raise _mismatch(merged, name)
         if name in terms:
-            entries = [(term.module.entry(), term.multiplier) for term in terms[name]]
-            worst = max(worst, _verify_touched(source, merged, info, entries, advance))
+            additions = [term.module.prepare(term.multiplier, torch.float64) for term in terms[name]]
+            worst = max(worst, _verify_touched(source, merged, info, additions, advance))
         else:
             _verify_untouched(source, merged, info, advance)
     return worst
@@ -234,17 +241,16 @@ def _verify_untouched(source: TensorFile, merged: TensorFile, info: TensorInfo, 
 
 
 def _verify_touched(
-    source: TensorFile, merged: TensorFile, info: TensorInfo, entries: Sequence[tuple[LoraEntry, float]],
-    advance: Advance,
+    source: TensorFile, merged: TensorFile, info: TensorInfo, additions: Sequence[AddRows], advance: Advance,
 ) -> float:
-    rows, columns = info.shape
+    rows, columns = matrix_shape(info.shape)
     row_bytes, step, worst = columns * ITEM_SIZE[info.dtype], max(1, _CHUNK // (columns * 8)), 0.0
     for first in range(0, rows, step):
         count = min(step, rows - first)
-        before, after = (_rows(file, info, first, count) for file in (source, merged))
+        before, after = (load_rows(file, info.name, first, count) for file in (source, merged))
         exact = before.double()
-        for entry, multiplier in entries:
-            exact.addmm_(entry.up[first : first + count].double() * (multiplier * entry.scale), entry.down.double())
+        for add_rows in additions:
+            add_rows(exact, before, first)
         error = (after.double() - exact).abs_()
         ulp = _ulp(exact, after.dtype)
         largest = max(exact.abs().max().item(), before.double().abs().max().item())
@@ -254,12 +260,6 @@ def _verify_touched(
         worst = max(worst, (error / ulp).max().item())
         advance(count * row_bytes)
     return worst
-
-
-def _rows(file: TensorFile, info: TensorInfo, first: int, count: int) -> Tensor:
-    row_bytes = info.shape[1] * ITEM_SIZE[info.dtype]
-    raw = file.read(info.name, first * row_bytes, count * row_bytes)
-    return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).reshape(count, info.shape[1])
 
 
 def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from lapwan.checkpoints.fingerprints import FINGERPRINT_KEY
-from lapwan.checkpoints.lora_keys import Layout
 from lapwan.errors import UserError
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
-from lapwan.lora.state import LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.names import NoiseExpert, bands
 
 FORMAT_KEY, FORMAT = "lapwan.format", "lora/1"
@@ -54,12 +53,12 @@ class AdapterConfig:
     """The part of PEFT's LoraConfig that sets alpha: `lora_alpha`, `alpha_pattern`, `use_rslora`.
 
     Raises:
-        UserError: DoRA or a LoRA with biases, or an alpha that is not a number.
+        UserError: a LoRA with biases, DoRA without magnitudes in the file, or an alpha that is not a number.
     """
 
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+    def __init__(self, values: Mapping[str, Any], source: str, has_magnitudes: bool = False) -> None:
         for key in ("use_dora", "lora_bias"):
-            if values.get(key):
+            if values.get(key) and not (key == "use_dora" and has_magnitudes):
                 raise UserError(f"{source}: {key} = true; lapwan reads plain LoRA (A, B and alpha) only")
         self._alpha = values.get("lora_alpha")
         self._pattern = dict(values.get("alpha_pattern") or {})
@@ -81,8 +80,14 @@ class AdapterConfig:
         return float(alpha) * math.sqrt(rank) if self._rslora else float(alpha)
 
 
-def adapter_config(path: Path, metadata: Mapping[str, str], peft_file: bool) -> AdapterConfig | None:
+def adapter_config(
+    path: Path, metadata: Mapping[str, str], peft_file: bool, has_magnitudes: bool = False
+) -> AdapterConfig | None:
     """The adapter configuration of the file `path`: in its metadata, or beside it for a PEFT folder; None without one.
+
+    Args:
+        peft_file: the file's names are PEFT's.
+        has_magnitudes: the file holds DoRA's magnitudes.
 
     Raises:
         UserError: it is not a JSON object, or not of a plain LoRA.
@@ -93,7 +98,7 @@ def adapter_config(path: Path, metadata: Mapping[str, str], peft_file: bool) -> 
             stripped = {_strip_component(key): value for key, value in values.items()}
         except (ValueError, AttributeError):
             raise UserError(f"{path}: metadata '{ADAPTER_METADATA_KEY}' is not a JSON object") from None
-        return AdapterConfig(stripped, f"{path}, {ADAPTER_METADATA_KEY}")
+        return AdapterConfig(stripped, f"{path}, {ADAPTER_METADATA_KEY}", has_magnitudes)
     config_path = path.with_name("adapter_config.json")
     if peft_file and config_path.is_file():
         try:
@@ -102,7 +107,7 @@ def adapter_config(path: Path, metadata: Mapping[str, str], peft_file: bool) -> 
             raise UserError(f"cannot read {config_path}: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"{config_path} is not a JSON object")
-        return AdapterConfig(values, str(config_path))
+        return AdapterConfig(values, str(config_path), has_magnitudes)
     return None
 
 
@@ -113,25 +118,31 @@ def _strip_component(key: str) -> str:
     return key
 
 
-def file_metadata(state: LoraState, layout: Layout) -> dict[str, str]:
+def file_metadata(state: AdapterState, alpha_in_metadata: bool) -> dict[str, str]:
     """Metadata of a LoRA file: the state's, lapwan's format and fingerprint, and the `ss_*` and `modelspec.*` keys that
-    other tools read."""
+    other tools read; with `alpha_in_metadata` also what diffusers reads instead of `.alpha` tensors."""
     metadata = {key: value for key, value in state.metadata.items() if key != ADAPTER_METADATA_KEY}
     metadata[FORMAT_KEY] = FORMAT
     metadata[FINGERPRINT_KEY] = state.fingerprint()
     metadata.setdefault("format", "pt")
     metadata.setdefault("modelspec.sai_model_spec", "1.0.0")
     metadata.setdefault("modelspec.architecture", "wan2.2/lora")
-    ranks, alphas = state.ranks(), {path: entry.alpha for path, entry in state.entries.items()}
-    metadata["lapwan.ranks"], metadata["lapwan.alphas"] = (_value_counts(values) for values in (ranks, alphas))
-    metadata["ss_network_dim"] = str(Counter(ranks.values()).most_common(1)[0][0])
-    metadata["ss_network_alpha"] = str(Counter(alphas.values()).most_common(1)[0][0])
-    metadata.setdefault("ss_network_module", "networks.lora_wan")
+    kinds = Counter(entry.kind for entry in state.entries.values())
+    ranks = {path: entry.rank for path, entry in state.entries.items() if isinstance(entry, LowRank)}
+    alphas = {path: entry.alpha for path, entry in state.entries.items() if isinstance(entry, LowRank)}
+    if ranks:
+        metadata["lapwan.ranks"], metadata["lapwan.alphas"] = (_value_counts(values) for values in (ranks, alphas))
+        metadata["ss_network_dim"] = str(Counter(ranks.values()).most_common(1)[0][0])
+        metadata["ss_network_alpha"] = str(Counter(alphas.values()).most_common(1)[0][0])
+    if set(kinds) == {LowRank.KIND}:
+        metadata.setdefault("ss_network_module", "networks.lora_wan")
+    else:
+        metadata["lapwan.kinds"] = json.dumps(dict(kinds))
     noise_expert, boundary = metadata.get(NOISE_EXPERT_KEY), boundary_from_metadata(metadata)
     if noise_expert and boundary is not None and "modelspec.timestep_range" not in metadata:
         band = bands(boundary)[NoiseExpert(noise_expert)]
         metadata["modelspec.timestep_range"] = f"{1000 * band.low:g},{1000 * band.high:g}"
-    if layout == "diffusers":
+    if alpha_in_metadata:
         metadata[ADAPTER_METADATA_KEY] = _diffusers_adapter_metadata(ranks, alphas)
     return metadata
 

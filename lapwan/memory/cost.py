@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lapwan.lora.attach import Adapter, Group, attach
 from lapwan.lora.layer import FrozenLinear
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
 from lapwan.memory.plan import Checkpointing, Flops, NoiseExpertBytes
 from lapwan.memory.shape_model import META, ShapeModel
 from lapwan.memory.step import BlockSegments, StepMemory, trace_step
@@ -274,11 +274,11 @@ def _quantise(block: nn.Module, kind: type[QuantisedLinear], dtype: torch.dtype)
             setattr(block.get_submodule(parent), leaf, shaped)
 
 
-def _state(model: nn.Module, ranks: Mapping[str, int]) -> LoraState:
-    entries = {}
+def _state(model: nn.Module, ranks: Mapping[str, int]) -> AdapterState:
+    entries: dict[str, WeightUpdate] = {}
     for path, rank in ranks.items():
         base = model.get_submodule(path)
         assert isinstance(base, nn.Linear | FrozenLinear)
         down = torch.empty(rank, base.in_features, device=META)
-        entries[path] = LoraEntry(down, torch.empty(base.out_features, rank, device=META), float(rank))
-    return LoraState(entries, {})
+        entries[path] = LowRank(down, torch.empty(base.out_features, rank, device=META), float(rank))
+    return AdapterState(entries, {})

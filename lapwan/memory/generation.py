@@ -96,7 +96,7 @@ class GenerationWorkload:
 
 def shapes_of(groups: Sequence[Group]) -> list[GroupShape]:
     """The shapes of attached LoRAs that are not trained."""
-    return [GroupShape({path: entry.down.shape[0] for path, entry in group.state.entries.items()}, False)
+    return [GroupShape({path: pair.rank for path, pair in group.state.low_rank(group.name).items()}, False)
             for group in groups]
 
 

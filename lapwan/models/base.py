@@ -14,10 +14,11 @@ from torch import Tensor
 
 from lapwan.checkpoints.fingerprints import merged_fingerprint
 from lapwan.checkpoints.rewrite import merged_tensor
+from lapwan.checkpoints.wan_keys import parameter_name
 from lapwan.files import cache_root
 from lapwan.lora.assign import assign
-from lapwan.lora.formats import LoraFile
-from lapwan.lora.merge import linear_weights, plan_terms
+from lapwan.lora.formats import AdapterFile
+from lapwan.lora.merge import plan_terms, target_tensors
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
 from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
 from lapwan.models.resolve import refuse_generation_only, resolve
@@ -37,7 +38,7 @@ class Base:
     checkpoint's dtype, bit for bit as in a merged folder."""
 
     spec: ModelSpec
-    loras: Mapping[NoiseExpert, Sequence[tuple[LoraFile, float]]] = field(default_factory=dict)
+    loras: Mapping[NoiseExpert, Sequence[tuple[AdapterFile, float]]] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
@@ -104,8 +105,8 @@ class Base:
             return {}
         files, terms = plan_terms(weight_files(self.spec.component(noise_expert)), loras)
         return {
-            f"{path}.weight": partial(merged_tensor, files[index], name, terms[index][name])
-            for path, (index, name) in linear_weights(files).items() if name in terms[index]
+            parameter_name(path): partial(merged_tensor, files[index], name, terms[index][name])
+            for path, (index, name) in target_tensors(files).items() if name in terms[index]
         }
 
 

@@ -22,10 +22,10 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_folder, claim_output, is_temporary, nearest_folder
 from lapwan.lora.assign import LoraRequest, assign, assign_to_transformer, group_by_noise_expert, warn_mismatch
 from lapwan.lora.combine import combine
-from lapwan.lora.formats import LoraFile, write_both, write_lora
+from lapwan.lora.formats import AdapterFile, write_both, write_lora
 from lapwan.lora.merge import ComponentPlan, LoraToMerge, plan_component, write_component
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY, noise_expert_from_file_name
-from lapwan.lora.state import LoraState
+from lapwan.lora.state import AdapterState
 from lapwan.models.resolve import resolve
 from lapwan.models.spec import weight_files
 from lapwan.moe.mixture import Mixture
@@ -56,7 +56,7 @@ def _requests(settings: MergeSettings) -> list[LoraRequest]:
     return [(lora.noise_expert, lora.path, lora.strength * settings.multiplier) for lora in settings.lora]
 
 
-def _to_merge(loras: Sequence[tuple[LoraFile, float]]) -> list[LoraToMerge]:
+def _to_merge(loras: Sequence[tuple[AdapterFile, float]]) -> list[LoraToMerge]:
     return [LoraToMerge(lora, strength, lora.fingerprint()) for lora, strength in loras]
 
 
@@ -116,7 +116,7 @@ def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
     ))
 
 
-_Sum = tuple[NoiseExpert | None, Sequence[tuple[LoraState, float]], dict[str, str]]
+_Sum = tuple[NoiseExpert | None, Sequence[tuple[AdapterState, float]], dict[str, str]]
 
 
 def _write_sums(
@@ -124,7 +124,7 @@ def _write_sums(
 ) -> Iterator[str]:
     """Sum each noise expert's terms and write them, to one file each or, with `one_file`, to one for both."""
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    both: dict[NoiseExpert, LoraState] = {}
+    both: dict[NoiseExpert, AdapterState] = {}
     for noise_expert, terms, metadata in sums:
         state, energy = combine(terms, settings.rank, dtype)
         if energy is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lapwan.lora.attach import Adapter, Group
-from lapwan.lora.state import LoraState
+from lapwan.lora.state import AdapterState
 from lapwan.moe.router import RouterShape, router_class, select_top_k
 from lapwan.moe.timestep_gate import TimestepGate
 from lapwan.names import NoiseExpert
@@ -58,10 +58,10 @@ class Mixture(nn.Module):
     During training the experts are in the transformers' adapters; `collect` copies them back for saving.
     """
 
-    def __init__(self, spec: MixtureSpec, states: Mapping[NoiseExpert, Mapping[str, LoraState]]) -> None:
+    def __init__(self, spec: MixtureSpec, states: Mapping[NoiseExpert, Mapping[str, AdapterState]]) -> None:
         super().__init__()
         self.spec = spec
-        self.states: dict[NoiseExpert, dict[str, LoraState]] = {e: dict(s) for e, s in states.items()}
+        self.states: dict[NoiseExpert, dict[str, AdapterState]] = {e: dict(s) for e, s in states.items()}
         shape = RouterShape(spec.text_dim, len(spec.families), spec.router_temperature, spec.router_sigma)
         self.router = router_class(spec.router).make(shape)
         self.timestep_gates = nn.ModuleDict(
@@ -88,7 +88,7 @@ class Mixture(nn.Module):
         """Path and fingerprint of the frozen base LoRA the mixture was trained over, by noise expert."""
         return self.spec.base_lora
 
-    def groups(self, noise_expert: NoiseExpert, base_lora: LoraState | None, trainable: bool = False) -> list[Group]:
+    def groups(self, noise_expert: NoiseExpert, base_lora: AdapterState | None, trainable: bool = False) -> list[Group]:
         """Groups to attach to a noise expert's transformer: the frozen base LoRA, if any, then one per family."""
         base = [Group(BASE_GROUP, base_lora, trainable=False)] if base_lora is not None else []
         return base + [Group(family, self.states[noise_expert][family], trainable) for family in self.families]

@@ -24,7 +24,7 @@ from lapwan import files
 from lapwan.checkpoints.wan_keys import split_block
 from lapwan.errors import UserError
 from lapwan.lora.metadata import FORMAT_KEY
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.names import Band, NoiseExpert
 
@@ -60,7 +60,7 @@ def write_mixture(path: Path, mixture: Mixture, metadata: Mapping[str, str] | No
             continue
         stem = _SHARED if mixture.spec.shared_experts else noise_expert.file_suffix
         for family, state in states.items():
-            for module, entry in state.entries.items():
+            for module, entry in state.low_rank(f"expert {family}").items():
                 prefix = f"{stem}.{module}.{family}"
                 tensors[f"{prefix}.lora_A.weight"] = entry.down
                 tensors[f"{prefix}.lora_B.weight"] = entry.up
@@ -86,9 +86,9 @@ def read_mixture(path: Path, base: MixtureBase | None = None) -> Mixture:
     tensors, spec = _read(path)
     if base is not None:
         _check_base(path, spec, base)
-    states: dict[NoiseExpert, dict[str, LoraState]] = {}
+    states: dict[NoiseExpert, dict[str, AdapterState]] = {}
     for noise_expert in spec.bands:
-        states[noise_expert] = {family: LoraState({}, {}) for family in spec.families}
+        states[noise_expert] = {family: AdapterState({}, {}) for family in spec.families}
     mixture = Mixture(spec, states)
     _load_router(path, mixture, tensors)
     for noise_expert in spec.bands:
@@ -183,7 +183,7 @@ def _load_experts(path: Path, mixture: Mixture, tensors: dict[str, Tensor], num_
             raise UserError(f"{path}: {noise_expert.file_suffix}.{module}.{family} lacks one of lora_A, lora_B and "
                             "alpha; the file is damaged or was edited")
         try:
-            entry = LoraEntry(parts[".lora_A.weight"], parts[".lora_B.weight"], float(parts[".alpha"]))
+            entry = LowRank(parts[".lora_A.weight"], parts[".lora_B.weight"], float(parts[".alpha"]))
         except ValueError as error:
             raise UserError(f"{path}: {noise_expert.file_suffix}.{module}.{family}: rank mismatch: {error}") from None
         for target in mixture.noise_experts if mixture.spec.shared_experts else (noise_expert,):

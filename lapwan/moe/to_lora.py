@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lapwan.lora.combine import concatenate
-from lapwan.lora.state import LoraState
+from lapwan.lora.state import AdapterState
 from lapwan.moe.mixture import Mixture
 from lapwan.names import Band, NoiseExpert
 
@@ -44,7 +44,7 @@ def gate_range(mixture: Mixture, noise_expert: NoiseExpert, sigmas: Sequence[flo
     return GateRange(float(w.mean()), float(w.min()), float(w.max()))
 
 
-def mixture_to_lora(mixture: Mixture, noise_expert: NoiseExpert, mix: Sequence[float], w_bar: float) -> LoraState:
+def mixture_to_lora(mixture: Mixture, noise_expert: NoiseExpert, mix: Sequence[float], w_bar: float) -> AdapterState:
     """The concatenated LoRA of a noise expert; families with weight 0 are left out.
 
     Args:

@@ -6,18 +6,20 @@ Shapes: B samples (1 here), E experts of the mixture, G gate columns: the LoRAs,
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lapwan.console import log
 from lapwan.errors import UserError
 from lapwan.lora.assign import Assigned, assign, warn_mismatch
 from lapwan.lora.attach import Group
-from lapwan.lora.formats import LoraFile, open_lora
-from lapwan.lora.state import LoraState
+from lapwan.lora.formats import AdapterFile, open_lora
+from lapwan.lora.state import AdapterState
 from lapwan.models.base import Base
 from lapwan.models.spec import tensor_shapes, weight_files
 from lapwan.moe.mixture import Mixture
@@ -31,7 +33,7 @@ class LoraUse:
     """One LoRA on one noise expert; ΔW is multiplied by `strength`."""
 
     path: Path
-    state: LoraState
+    state: AdapterState
     strength: float
 
     @property
@@ -87,7 +89,8 @@ def read_adapters(
 
     Args:
         fold: merge the LoRAs into the base's weights while loading, W + Σ strength·ΔW rounded once to their dtype, as
-            `lapwan merge` does. Else they stay separate, without rounding.
+            `lapwan merge` does. Else low-rank pairs stay separate, without rounding, and other updates (full deltas,
+            LoKr, LoHa, DoRA) are merged.
 
     Returns:
         The base and its adapters. If a mixture was trained on this base with exactly these LoRAs merged in memory, they
@@ -104,7 +107,10 @@ def read_adapters(
             _check_lora(file, base, noise_expert, shapes)
     merged = Base(base.spec, {e: [*base.loras.get(e, ()), *assigned.get(e, ())] for e in base.spec.noise_experts})
     if moe is None:
-        return (merged, AdapterSet()) if fold else (base, AdapterSet(_uses(assigned)))
+        if fold:
+            return merged, AdapterSet()
+        base, uses = _beside(base, assigned)
+        return base, AdapterSet(uses)
     if fold:
         raise UserError(f"--fold merges LoRAs into the weights, but the gates of the mixture {moe} change from step to "
                         "step; leave --fold out")
@@ -112,22 +118,47 @@ def read_adapters(
     if assigned and recorded and all(merged.fingerprint(e) == fingerprint for e, fingerprint in recorded.items()):
         mixture, uses, base = read_mixture(moe, merged), {}, merged
     else:
-        mixture, uses = read_mixture(moe, base), _uses(assigned)
+        mixture = read_mixture(moe, base)
+        base, uses = _beside(base, assigned)
     bases = {e: _base_lora(mixture, moe, e, uses.get(e, ())) for e in mixture.base_lora}
     others = {e: [use for use in used if use is not bases.get(e)] for e, used in uses.items()}
     return base, AdapterSet(others, mixture, moe, bases)
 
 
-def _uses(assigned: Assigned) -> dict[NoiseExpert, list[LoraUse]]:
-    return {
-        noise_expert: [LoraUse(file.path, file.read(), strength) for file, strength in files]
-        for noise_expert, files in assigned.items()
-    }
+def _beside(base: Base, assigned: Assigned) -> tuple[Base, dict[NoiseExpert, list[LoraUse]]]:
+    """The low-rank pairs, which act beside the weights, and the base that merges all other updates when it is loaded.
+
+    Raises:
+        UserError: an update that does not fit the model.
+    """
+    uses: dict[NoiseExpert, list[LoraUse]] = {}
+    merged: dict[NoiseExpert, list[tuple[AdapterFile, float]]] = {}
+    for noise_expert, files in assigned.items():
+        uses[noise_expert] = []
+        for file, strength in files:
+            pairs = {path: module for path, module in file.modules.items() if module.stackable}
+            others = {path: module for path, module in file.modules.items() if not module.stackable}
+            if pairs:
+                uses[noise_expert].append(LoraUse(file.path, replace(file, modules=pairs).read(), strength))
+            if others:
+                merged.setdefault(noise_expert, []).append((replace(file, modules=others), strength))
+                kinds = Counter(module.kind for module in others.values())
+                counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+                log(f"{file.path.name}: {counts} merged into the {noise_expert.value} noise expert's weights at load")
+    if merged:
+        base = Base(base.spec, {e: [*base.loras.get(e, ()), *merged.get(e, ())] for e in base.spec.noise_experts})
+        for noise_expert in merged:
+            base.merged_weights(noise_expert)  # checks shapes and dtypes by the headers
+    return base, uses
 
 
-def _check_lora(file: LoraFile, base: Base, noise_expert: NoiseExpert, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_lora(
+    file: AdapterFile, base: Base, noise_expert: NoiseExpert, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     warn_mismatch(file, base.task)
     for path, module in file.modules.items():
+        if not module.stackable:
+            continue  # checked by the plan of its merge
         shape = shapes.get(f"{path}.weight")
         if shape is None:
             raise UserError(f"{file.path} has module '{path}', which {base.spec.component(noise_expert)} lacks; it was "

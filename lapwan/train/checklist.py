@@ -16,7 +16,7 @@ from lapwan.caching.read import read_item
 from lapwan.diagnostics.tables import format_number
 from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
 from lapwan.errors import UserError
-from lapwan.lora.formats import LoraFile
+from lapwan.lora.formats import AdapterFile
 from lapwan.losses.sigmas import band_probability, bin_probabilities, shift_for_tokens
 from lapwan.models.base import Base, target_ranks
 from lapwan.names import Band, NoiseExpert
@@ -28,7 +28,7 @@ _BINS, _WIDTH = 10, 30  # of the histogram: rows, characters of the longest bar
 
 
 def plan_lines(
-    settings: TrainSettings, base: Base, data: RunData, continued: Mapping[NoiseExpert, LoraFile] | None = None
+    settings: TrainSettings, base: Base, data: RunData, continued: Mapping[NoiseExpert, AdapterFile] | None = None
 ) -> list[str]:
     """The lines of the plan that `--dry-run` and the start of a run print.
 
@@ -48,8 +48,7 @@ def plan_lines(
     for noise_expert, own_settings in data.noise_experts.items():
         check_optimizer(own_settings.optimizer, own_settings.schedule)
         file = (continued or {}).get(noise_expert)
-        ranks = target_ranks(own_settings.targets, base.num_layers) if file is None else {
-            path: module.rank for path, module in file.modules.items()}
+        ranks = target_ranks(own_settings.targets, base.num_layers) if file is None else file.ranks("init_lora")
         count = data.schedule.count(noise_expert)
         extras = [f"{count} steps", f"{len(ranks)} modules of ranks {', '.join(map(str, sorted(set(ranks.values()))))}",
                   describe_optimizer(own_settings.optimizer, own_settings.schedule)]

@@ -17,8 +17,8 @@ from lapwan.errors import UserError
 from lapwan.lora.assign import assign
 from lapwan.lora.attach import initial_state
 from lapwan.lora.dropout import DropoutRates
-from lapwan.lora.formats import LoraFile
-from lapwan.lora.state import LoraState
+from lapwan.lora.formats import AdapterFile
+from lapwan.lora.state import AdapterState, low_rank_only
 from lapwan.losses.sigmas import LogitNormal, Shifted, ShiftedBySize, SigmaSampler, Squeezed, Uniform, Weighting
 from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import ModuleRanks, TrainingMemory, Workload
@@ -110,15 +110,18 @@ def workload(
         {e: (trained or {}).get(e) or ranks for e, ranks in defaults.items()}, frozen or {})
 
 
-def initial_loras(paths: Mapping[NoiseExpert, Path], base: Base) -> dict[NoiseExpert, LoraFile]:
+def initial_loras(paths: Mapping[NoiseExpert, Path], base: Base) -> dict[NoiseExpert, AdapterFile]:
     """The LoRAs to start from, by noise expert; headers are read, tensors are not.
 
     Raises:
-        UserError: a file that is not a LoRA, or is for the other noise expert.
+        UserError: a file that is not a plain LoRA, or is for the other noise expert.
     """
     requests = [(noise_expert.value, path, 1.0) for noise_expert, path in paths.items()]
     assigned = assign(requests, base.spec.noise_experts)
-    return {noise_expert: file for noise_expert, [(file, _)] in assigned.items()}
+    files = {noise_expert: file for noise_expert, [(file, _)] in assigned.items()}
+    for noise_expert, file in files.items():
+        low_rank_only(file.modules, f"init_lora.{noise_expert.value} = {file.path}")
+    return files
 
 
 def sigma_rule(settings: NoiseExpertSettings, band: Band) -> SigmaRule:
@@ -141,7 +144,7 @@ def sigma_rule(settings: NoiseExpertSettings, band: Band) -> SigmaRule:
     return SigmaRule(sampler, band, s.strata, Weighting(weighting.kind, weighting.gamma))
 
 
-def fresh_lora(transformer: Any, settings: NoiseExpertSettings, seed: int, *key: str) -> LoraState:
+def fresh_lora(transformer: Any, settings: NoiseExpertSettings, seed: int, *key: str) -> AdapterState:
     """A new LoRA on a noise expert's targets; its A is drawn by (seed, *key)."""
     ranks = target_ranks(settings.targets, len(transformer.blocks))
     return initial_state(transformer, ranks, settings.first_alpha, seed, *key)

@@ -18,7 +18,7 @@ from lapwan.caching.collate import Batch
 from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.lora.attach import Adapter, Group, attach, initial_state
-from lapwan.lora.state import LoraState
+from lapwan.lora.state import AdapterState
 from lapwan.lora.targets import TargetRule, resolve_targets
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.names import Band, NoiseExpert, Precision
@@ -142,7 +142,7 @@ def targets(model: WanBackbone, last: int, rank: int) -> dict[str, int]:
     return resolve_targets([TargetRule(last, dict.fromkeys(PROJECTIONS, rank))], len(model.transformer.blocks))
 
 
-def _state(model: WanBackbone, last: int, rank: int, *key: str) -> LoraState:
+def _state(model: WanBackbone, last: int, rank: int, *key: str) -> AdapterState:
     state = initial_state(model.transformer, targets(model, last, rank), None, 0, *key)
     for entry in state.entries.values():
         entry.up.normal_(std=1e-3)  # a step of a run, not the first one

@@ -12,7 +12,7 @@ import torch
 from command_line import Ran
 
 from lapwan.lora.formats import write_lora
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.models.spec import ModelSpec
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.moe.mixture_file import write_mixture
@@ -52,8 +52,8 @@ def changed(clips: Path, line: int, **fields: object) -> Path:
 
 @pytest.fixture
 def lora(tmp_path: Path, tiny_t2v: ModelSpec) -> Path:
-    entry = LoraEntry(torch.randn(2, 192), torch.randn(192, 2), 2.0)
-    state = LoraState({"blocks.0.attn1.to_q": entry}, {"lapwan.noise_expert": "low"})
+    entry = LowRank(torch.randn(2, 192), torch.randn(192, 2), 2.0)
+    state = AdapterState({"blocks.0.attn1.to_q": entry}, {"lapwan.noise_expert": "low"})
     write_lora(tmp_path / "a.safetensors", state)
     return tmp_path / "a.safetensors"
 
@@ -61,8 +61,8 @@ def lora(tmp_path: Path, tiny_t2v: ModelSpec) -> Path:
 @pytest.fixture
 def mixture(tmp_path: Path, tiny_t2v: ModelSpec) -> Path:
     bands = {noise_expert: (band.low, band.high) for noise_expert, band in tiny_t2v.bands.items()}
-    entry = LoraEntry(torch.randn(2, 192), torch.randn(192, 2), 2.0)
-    states = {e: {f: LoraState({"blocks.0.attn1.to_q": entry}, {}) for f in "ab"} for e in NoiseExpert}
+    entry = LowRank(torch.randn(2, 192), torch.randn(192, 2), 2.0)
+    states = {e: {f: AdapterState({"blocks.0.attn1.to_q": entry}, {}) for f in "ab"} for e in NoiseExpert}
     spec = MixtureSpec(("a", "b"), {}, "t2v", bands, tiny_t2v.text_dim, base=dict.fromkeys(NoiseExpert, "f" * 64))
     write_mixture(tmp_path / "m.safetensors", Mixture(spec, states))
     return tmp_path / "m.safetensors"

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from lapwan.cli import app
 from lapwan.commands.table import COMMANDS
 from lapwan.lora.formats import write_lora
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.tiny.dataset import write_dataset
 
 ANSWERS = """
@@ -86,8 +86,8 @@ assert not imported("torch")
 
 
 def test_commands_that_draw_nothing_import_no_matplotlib(tmp_path):
-    lora = {"blocks.0.attn1.to_q": LoraEntry(torch.randn(2, 6), torch.randn(6, 2), 2.0)}
-    write_lora(tmp_path / "a_high.safetensors", LoraState(lora))
+    lora = {"blocks.0.attn1.to_q": LowRank(torch.randn(2, 6), torch.randn(6, 2), 2.0)}
+    write_lora(tmp_path / "a_high.safetensors", AdapterState(lora))
     write_dataset(tmp_path / "clips", clips=1, seed=1, size=(32, 32), frames=5)
     in_a_new_process(f"""
 os.chdir({str(tmp_path)!r})

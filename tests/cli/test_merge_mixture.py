@@ -10,7 +10,7 @@ import torch
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.lora.attach import attach
 from lapwan.lora.formats import read_lora
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.moe.mixture_file import write_mixture
 from lapwan.moe.to_lora import inference_sigmas
@@ -29,7 +29,7 @@ def mixture(tiny_t2v, tmp_path):
     spec = MixtureSpec(taxonomy.keys, taxonomy.to_dict(), "t2v", bands, tiny_t2v.text_dim,
                        flow_shift=tiny_t2v.flow_shift, steps=12)
     states = {
-        e: {f: LoraState({PATH: LoraEntry(torch.randn(2, 192), 0.1 * torch.randn(192, 2), 1.0)}, {})
+        e: {f: AdapterState({PATH: LowRank(torch.randn(2, 192), 0.1 * torch.randn(192, 2), 1.0)}, {})
             for f in taxonomy.keys} for e in NoiseExpert
     }
     made = Mixture(spec, states)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lapwan.lora.formats import read_lora, write_lora
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.settings.cache import CacheSettings
 from lapwan.settings.load import load
 from lapwan.settings.merge import MergeSettings
@@ -25,8 +25,8 @@ def test_a_cache_keeps_the_settings_that_make_it_again(succeed, tmp_path):
 
 
 def test_a_merge_keeps_the_settings_that_repeat_it(succeed, tmp_path, tiny_t2v):
-    state = LoraState({"blocks.0.attn1.to_q": LoraEntry(torch.randn(2, 192), torch.randn(192, 2), 2.0)},
-                      {"lapwan.noise_expert": "low"})
+    state = AdapterState({"blocks.0.attn1.to_q": LowRank(torch.randn(2, 192), torch.randn(192, 2), 2.0)},
+                         {"lapwan.noise_expert": "low"})
     write_lora(tmp_path / "a.safetensors", state)
     succeed("merge", "--model", "tiny", "--lora", "low=a.safetensors:0.5", "-o", "merged")
     succeed("merge", "--lora", "a.safetensors", "--format", "diffusers", "-o", "b.safetensors")

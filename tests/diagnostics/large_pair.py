@@ -8,7 +8,7 @@ import torch
 
 from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.lora.formats import write_lora
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 
 
 def write_pair(folder: Path) -> list[Path]:
@@ -22,7 +22,7 @@ def write_pair(folder: Path) -> list[Path]:
                 n_out, n_in = {"ffn.0": (13824, 5120), "ffn.2": (5120, 13824)}.get(original, (5120, 5120))
                 down = torch.rand(32, n_in, generator=generator).sub_(0.5).bfloat16()
                 up = torch.randn(n_out, 32, generator=generator).mul_(0.002).bfloat16()
-                entries[f"blocks.{block}.{path}"] = LoraEntry(down, up, 32.0)
+                entries[f"blocks.{block}.{path}"] = LowRank(down, up, 32.0)
         paths.append(folder / f"{label}_noise.safetensors")
-        write_lora(paths[-1], LoraState(entries))
+        write_lora(paths[-1], AdapterState(entries))
     return paths

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lapwan.commands.inspect_weights import run
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.moe.mixture_file import write_mixture
 from lapwan.names import NoiseExpert
@@ -27,8 +27,8 @@ def write(path: Path, router: str = "text", alpha: float = 2.0) -> Mixture:
     torch.manual_seed(0)
     bands = {NoiseExpert.HIGH: (0.875, 1.0), NoiseExpert.LOW: (0.0, 0.875)}
     spec = MixtureSpec(FAMILIES, {}, "t2v", bands, 12, router=router, flow_shift=5.0, steps=8, router_temperature=0.7)
-    states = {e: {family: LoraState({
-        path: LoraEntry(torch.randn(2, 16), torch.randn(16, 2), alpha)
+    states = {e: {family: AdapterState({
+        path: LowRank(torch.randn(2, 16), torch.randn(16, 2), alpha)
         for path in ("blocks.0.attn1.to_q", "blocks.3.ffn.net.2")}) for family in FAMILIES} for e in NoiseExpert}
     made = Mixture(spec, states)
     with torch.no_grad():

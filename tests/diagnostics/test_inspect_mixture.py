@@ -13,7 +13,7 @@ from lapwan.commands.inspect_weights import run
 from lapwan.diagnostics.mixture import overlap
 from lapwan.errors import UserError
 from lapwan.lora.formats import write_lora
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.moe.mixture_file import write_mixture
 from lapwan.names import NoiseExpert
@@ -25,9 +25,9 @@ from lapwan.tiny.resolve import resolve
 FAMILIES = ("scissors", "hook", "other")
 
 
-def state(seed: int, ranks: dict[str, int], width: int = 16) -> LoraState:
+def state(seed: int, ranks: dict[str, int], width: int = 16) -> AdapterState:
     generator = torch.Generator().manual_seed(seed)
-    return LoraState({path: LoraEntry(torch.randn(r, width, generator=generator),
+    return AdapterState({path: LowRank(torch.randn(r, width, generator=generator),
                                       torch.randn(width, r, generator=generator), 2.0) for path, r in ranks.items()})
 
 
@@ -47,7 +47,7 @@ def inspect(capsys: pytest.CaptureFixture, *files: object, **options: str) -> di
     return json.loads(capsys.readouterr().out)
 
 
-def flat(one: LoraState) -> torch.Tensor:
+def flat(one: AdapterState) -> torch.Tensor:
     return torch.cat([e.delta(torch.float64).flatten() for e in one.entries.values()])
 
 
@@ -63,7 +63,7 @@ def test_overlap_equals_brute_force():
 def test_a_mixture_shows_its_experts_overlap_and_gates(tmp_path, capsys):
     made = mixture()
     low = made.states[NoiseExpert.LOW]
-    low["hook"] = LoraState({p: LoraEntry(e.down.clone(), e.up * 3, e.alpha)
+    low["hook"] = AdapterState({p: LowRank(e.down.clone(), e.up * 3, e.alpha)
                              for p, e in low["scissors"].entries.items()})
     for entry in low["other"].entries.values():
         entry.up.zero_()

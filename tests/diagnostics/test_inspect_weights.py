@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.commands.inspect_weights import run
@@ -15,10 +16,14 @@ from lapwan.diagnostics.growth import update_cosine
 from lapwan.diagnostics.lora_figures import inner_product, measure, summarise
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, write_lora
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.kinds import DoRA, FullDelta, LoKr
+from lapwan.lora.state import AdapterState, LowRank
+from lapwan.models.spec import weight_files
+from lapwan.names import NoiseExpert
 from lapwan.settings.base import RunOptions
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.settings.load import load
+from lapwan.tiny.resolve import resolve
 from lapwan.train.srpo.data import FEATURES_FILE, TextFeatures
 
 # In and out features of Wan-14B's block Linears, and the floor they give at B = 0.
@@ -34,12 +39,12 @@ def inspect(*files: Path, json_file: Path | str = "-", capsys: pytest.CaptureFix
     return json.loads(capsys.readouterr().out) if capsys else None
 
 
-def random_lora(seed: int, modules: int = 5, rank: int = 3, alpha: float = 2.0, dtype=torch.float32) -> LoraState:
+def random_lora(seed: int, modules: int = 5, rank: int = 3, alpha: float = 2.0, dtype=torch.float32) -> AdapterState:
     generator = torch.Generator().manual_seed(seed)
     paths = [f"blocks.{b}.{d}" for b in range(3) for d in PROJECTIONS.values()][:modules]
-    return LoraState({
-        path: LoraEntry(torch.randn(rank + n % 2, 20, generator=generator).to(dtype),
-                        torch.randn(14, rank + n % 2, generator=generator).to(dtype), alpha)
+    return AdapterState({
+        path: LowRank(torch.randn(rank + n % 2, 20, generator=generator).to(dtype),
+                      torch.randn(14, rank + n % 2, generator=generator).to(dtype), alpha)
         for n, path in enumerate(paths)
     })
 
@@ -71,9 +76,9 @@ def test_figures_equal_brute_force(dtype):
 def test_scale_of_many_modules_is_not_lost_to_rounding():
     """Squares are summed in fp64: one large module does not swallow a thousand small ones."""
     generator = torch.Generator().manual_seed(0)
-    entries = {f"blocks.{n}.attn1.to_q": LoraEntry(torch.randn(2, 8, generator=generator),
-                                                   torch.randn(8, 2, generator=generator) * (1e4 if n == 0 else 1e-2),
-                                                   2.0) for n in range(1000)}
+    entries = {f"blocks.{n}.attn1.to_q": LowRank(torch.randn(2, 8, generator=generator),
+                                                 torch.randn(8, 2, generator=generator) * (1e4 if n == 0 else 1e-2),
+                                                 2.0) for n in range(1000)}
     want = math.sqrt(math.fsum(e.delta(torch.float64).square().sum().item() for e in entries.values()))
     assert summarise(measure(entries)).delta_norm == pytest.approx(want, rel=1e-12)
 
@@ -83,7 +88,7 @@ def test_rank_deficient_modules_have_their_true_spectrum():
     generator = torch.Generator().manual_seed(0)
     down, up = torch.randn(32, 64, generator=generator), torch.zeros(48, 32)
     up[:, :2] = torch.randn(48, 2, generator=generator)
-    (got,) = measure({"blocks.0.attn1.to_q": LoraEntry(down, up, 32.0)})
+    (got,) = measure({"blocks.0.attn1.to_q": LowRank(down, up, 32.0)})
     sigma = torch.linalg.svdvals(up.double() @ down.double())[:2]
     share = sigma / sigma.sum()
     assert got.effective_rank == pytest.approx((-(share * share.log()).sum()).exp().item(), rel=1e-6)
@@ -101,7 +106,7 @@ def test_dead_and_nonfinite_modules_are_counted_and_kept_out(tmp_path, capsys):
     high = document["experts"]["high"]
     assert (high["nonfinite_modules"], high["dead_modules"]) == (2, 1)
     assert document["dead"]["high"] == [paths[1]] and sorted(document["nonfinite"]["high"]) == sorted(paths[2:])
-    only = LoraState({p: state.entries[p] for p in paths[:1]})
+    only = AdapterState({p: state.entries[p] for p in paths[:1]})
     assert high["delta_norm"] == pytest.approx(summarise(measure(only.entries)).delta_norm)
     statuses = {r["rule"]: r["status"] for r in document["verdict"]["rules"]}
     assert statuses["non-finite modules"] == "stop" and statuses["dead modules"] == "warn"
@@ -120,7 +125,7 @@ def test_inner_product_and_update_cosine_equal_brute_force():
     assert update_cosine(a.entries, b.entries, b.entries) is None
 
 
-def reference(magnitude: float, seed: int, rank: int = 4) -> LoraState:
+def reference(magnitude: float, seed: int, rank: int = 4) -> AdapterState:
     """One block in Wan-14B's shapes with |A| at its start (1 / (2 √in)) and |B| such that mean|w| = `magnitude`."""
     generator = torch.Generator().manual_seed(seed)
     total = rank * sum(o + i for o, i in SHAPES.values())
@@ -130,8 +135,8 @@ def reference(magnitude: float, seed: int, rank: int = 4) -> LoraState:
     def signs(*shape: int) -> torch.Tensor:
         return torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
 
-    return LoraState({
-        f"blocks.0.{d}": LoraEntry(signs(rank, i) / (2 * math.sqrt(i)), signs(o, rank) * size, float(rank))
+    return AdapterState({
+        f"blocks.0.{d}": LowRank(signs(rank, i) / (2 * math.sqrt(i)), signs(o, rank) * size, float(rank))
         for d, (o, i) in SHAPES.items()
     })
 
@@ -336,7 +341,7 @@ def test_files_are_read_module_by_module(tmp_path):
 
     class Counting:
         def __init__(self, module):
-            self.module, self.rank = module, module.rank
+            self.module, self.rank, self.stackable = module, module.rank, module.stackable
 
         def entry(self):
             nonlocal alive, most
@@ -344,7 +349,7 @@ def test_files_are_read_module_by_module(tmp_path):
             alive += 1
             most = max(most, alive)
 
-            class Counted(LoraEntry):
+            class Counted(LowRank):
                 def __del__(self):
                     nonlocal alive
                     alive -= 1
@@ -353,3 +358,46 @@ def test_files_are_read_module_by_module(tmp_path):
 
     got = summarise(measure({path: Counting(module) for path, module in lora.modules.items()}))
     assert got.delta_norm == pytest.approx(summarise(measure(state.entries)).delta_norm, rel=1e-12) and most <= 3
+
+
+def test_other_kinds_of_update_are_measured_by_module(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    width = 192  # of the embedded model
+    norms = {"blocks.0.attn1.to_q": 3.0, "blocks.0.attn1.to_q.bias": 4.0, "blocks.2.scale_shift_table": 0.0}
+    state = AdapterState({
+        "blocks.0.attn1.to_q": LoKr({"lokr_w1": torch.eye(4) * 1.5, "lokr_w2": torch.eye(width // 4) / 48**0.5}, None),
+        "blocks.0.attn1.to_q.bias": FullDelta(torch.full((width,), 4.0 / width**0.5)),
+        "blocks.2.scale_shift_table": FullDelta(torch.zeros(1, 6, width)),
+        "blocks.1.attn1.to_q": LowRank(torch.randn(3, width), torch.randn(width, 3), 3.0),
+    })
+    path = tmp_path / "x_high_noise.safetensors"
+    write_lora(path, state)
+    document = inspect(path, capsys=capsys, by="projection")
+    other = document["other_kinds"]["high"]
+    assert {name: kind["modules"] for name, kind in other.items()} == {"LoKr": 1, "full delta": 2}
+    got = {path: norm for kind in other.values() for path, norm in kind["delta_norm_of"].items()}
+    assert got == pytest.approx(norms, rel=1e-6)
+    pair = float(state.entries["blocks.1.attn1.to_q"].delta(torch.float64).norm())
+    figures = document["experts"]["high"]
+    assert figures["delta_norm"] == pytest.approx(math.hypot(3.0, 4.0, pair), rel=1e-6)
+    assert (figures["rank"], figures["dead_modules"]) == (3, 0)
+    groups = document["by"]["groups"]
+    assert groups["self_attn.q"]["experts"]["high"]["delta_norm"] == pytest.approx(math.hypot(3.0, pair), rel=1e-6)
+    assert groups["self_attn.q.bias"]["experts"]["high"]["delta_norm"] == pytest.approx(4.0, rel=1e-6)
+    assert groups["modulation"]["experts"]["high"]["modules"] == 1
+
+
+def test_dora_is_measured_against_its_base(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    spec = resolve("tiny")
+    (weights,) = weight_files(spec.component(NoiseExpert.HIGH))
+    weight = load_file(weights)["blocks.0.attn1.to_q.weight"].double()
+    pair = LowRank(torch.randn(2, 192) * 0.1, torch.randn(192, 2) * 0.1, 2.0)
+    magnitude = torch.rand(192) + 0.5
+    path = tmp_path / "x_high_noise.safetensors"
+    write_lora(path, AdapterState({"blocks.0.attn1.to_q": DoRA(pair, magnitude)}))
+    with pytest.raises(UserError, match=r"'blocks\.0\.attn1\.to_q' is a DoRA, .*give the base with --base MODEL"):
+        inspect(path, capsys=capsys)
+    document = inspect(path, capsys=capsys, base="tiny")
+    moved = weight + pair.up.double() @ pair.down.double()
+    want = (magnitude.double()[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight).norm()
+    assert document["experts"]["high"]["delta_norm"] == pytest.approx(float(want), rel=1e-6)
+    assert document["experts"]["high"]["relative_delta"] == pytest.approx(float(want / weight.norm()), rel=1e-6)

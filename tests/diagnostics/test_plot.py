@@ -14,7 +14,7 @@ from lapwan.diagnostics.plot import draw_plot
 from lapwan.diagnostics.verdict import PRESETS
 from lapwan.errors import UserError
 from lapwan.lora.formats import write_lora
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.report import plots
 from lapwan.settings.base import RunOptions
 from lapwan.settings.inspect_weights import InspectWeightsSettings
@@ -50,7 +50,7 @@ def test_charts_appear_only_over_time_and_grey_only_where_modules_are_missing():
 
 
 def test_the_command_writes_it(tmp_path, capsys):
-    state = LoraState({"blocks.0.attn1.to_q": LoraEntry(torch.randn(2, 6), torch.randn(6, 2), 2.0)})
+    state = AdapterState({"blocks.0.attn1.to_q": LowRank(torch.randn(2, 6), torch.randn(6, 2), 2.0)})
     write_lora(tmp_path / "a_high.safetensors", state)
     options = {"files": [str(tmp_path / "a_high.safetensors")], "plot": str(tmp_path / "p.png")}
     run(load(InspectWeightsSettings, options=options, environment={}), RunOptions())

@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 
 from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.commands.merge import run
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.settings.base import RunOptions
 from lapwan.settings.load import load
 from lapwan.settings.merge import MergeSettings
@@ -32,18 +32,18 @@ def shapes(
 def random_state(
     sizes: dict[str, tuple[int, int]], rank: int = 4, alpha: float | None = None, dtype: torch.dtype = torch.float32,
     seed: int = 0, metadata: dict[str, str] | None = None,
-) -> LoraState:
+) -> AdapterState:
     """Random A and B; `alpha` None gives alpha = r, a number the same for all modules."""
     generator = torch.Generator().manual_seed(seed)
     entries = {
-        path: LoraEntry(
+        path: LowRank(
             torch.randn(rank, n_in, generator=generator).to(dtype) * 0.3,
             torch.randn(n_out, rank, generator=generator).to(dtype) * 0.3,
             float(rank if alpha is None else alpha),
         )
         for path, (n_out, n_in) in sizes.items()
     }
-    return LoraState(entries, metadata or {})
+    return AdapterState(entries, metadata or {})
 
 
 def make_transformer(seed: int, in_channels: int = 16) -> WanTransformer3DModel:

@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from lora_cases import make_transformer, random_state, shapes, velocity
 
 from lapwan.lora.formats import write_lora
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 
 OUTER = {"condition_embedder.text_embedder.linear_1": (24, 16), "condition_embedder.time_proj": (144, 24),
          "proj_out": (64, 24)}
@@ -26,12 +26,12 @@ def pipeline() -> WanPipeline:
                        transformer=make_transformer(1), transformer_2=make_transformer(2), boundary_ratio=0.9)
 
 
-def mixed(sizes: dict[str, tuple[int, int]]) -> LoraState:
+def mixed(sizes: dict[str, tuple[int, int]]) -> AdapterState:
     """Ranks and alphas that differ by module."""
-    entries: dict[str, LoraEntry] = {}
+    entries: dict[str, LowRank] = {}
     for n, (path, size) in enumerate(sizes.items()):
         entries |= random_state({path: size}, rank=2 + n % 2, alpha=1.0 + n % 3, seed=n).entries
-    return LoraState(entries)
+    return AdapterState(entries)
 
 
 CASES = pytest.mark.parametrize(("layout", "subset"), [

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lapwan.checkpoints.fingerprints import merged_fingerprint
-from lapwan.checkpoints.lora_keys import LAYOUTS, key_names, parse_key
+from lapwan.checkpoints.lora_keys import LAYOUTS, parse_key
 from lapwan.checkpoints.wan_keys import OUTER_MODULES, PROJECTIONS
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, read_lora, write_lora
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.names import NoiseExpert
 
 OUTER = {path: (10, 6) for path in OUTER_MODULES.values() if path != "patch_embedding"}
@@ -30,12 +30,12 @@ SUBSETS = {
 }
 
 
-def only(path: Path) -> LoraState:
+def only(path: Path) -> AdapterState:
     (state,) = read_lora(path).values()
     return state
 
 
-def same_delta(a: LoraState, b: LoraState, tolerance: float = 0.0) -> None:
+def same_delta(a: AdapterState, b: AdapterState, tolerance: float = 0.0) -> None:
     assert a.entries.keys() == b.entries.keys()
     for path in a.entries:
         error = (a.entries[path].delta(torch.float64) - b.entries[path].delta(torch.float64)).abs().max().item()
@@ -64,8 +64,8 @@ def test_different_ranks_and_alphas_survive(tmp_path: Path, layout: str):
     entries = {}
     for n, (path, size) in enumerate(shapes([0, 1]).items()):
         entries |= random_state({path: size}, rank=2 + n % 3, alpha=1.0 + n % 4, seed=n).entries
-    write_lora(tmp_path / "x.safetensors", LoraState(entries), layout=layout)
-    same_delta(only(tmp_path / "x.safetensors"), LoraState(entries))
+    write_lora(tmp_path / "x.safetensors", AdapterState(entries), layout=layout)
+    same_delta(only(tmp_path / "x.safetensors"), AdapterState(entries))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -151,11 +151,11 @@ def test_variants_people_have_are_read(tmp_path: Path, variant: int):
     assert all(entry.scale == 1.0 for entry in back.entries.values())  # no alpha anywhere: scale 1
 
 
-@given(st.sampled_from(sorted(PROJECTIONS)), st.integers(0, 60), st.sampled_from(LAYOUTS),
+@given(st.sampled_from(sorted(PROJECTIONS)), st.integers(0, 60), st.sampled_from(list(LAYOUTS)),
        st.sampled_from(["down", "up", "alpha"]))
 def test_every_name_written_parses_back(projection: str, block: int, layout: str, part: str):
     path = f"blocks.{block}.{PROJECTIONS[projection]}"
-    key = parse_key(key_names(path, layout)[part])
+    key = parse_key(LAYOUTS[layout].names(path, None)[part])
     assert key is not None and (key.path, key.part, key.layout) == (path, part, layout)
 
 
@@ -229,15 +229,18 @@ GOOD = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 6),
 
 
 @pytest.mark.parametrize(("extra", "says"), [
-    ({"diffusion_model.blocks.0.norm3.diff": torch.zeros(4)}, r"blocks\.0\.norm3\.diff' is a full weight difference"),
-    ({"diffusion_model.blocks.0.ffn.0.diff_b": torch.zeros(4)}, "bias difference"),
-    ({"diffusion_model.blocks.0.self_attn.q.dora_scale": torch.zeros(4)}, "DoRA"),
+    ({"diffusion_model.blocks.0.norm1.diff": torch.zeros(4)}, r"norm1\.diff' is not understood"),
+    ({"diffusion_model.blocks.0.norm3.lora_A.weight": torch.zeros(2, 6)}, "norm3.*not understood"),
+    ({"diffusion_model.blocks.0.self_attn.q.dora_scale": torch.zeros(1, 6)}, "magnitude for each row"),
+    ({"diffusion_model.blocks.0.self_attn.q.diff": torch.zeros(6, 6)}, "LoRA and full delta"),
+    ({"diffusion_model.blocks.1.self_attn.q.lokr_w1": torch.zeros(2, 2)}, "no lokr_w2 factor beside it"),
+    ({"diffusion_model.blocks.1.self_attn.q.lokr_t2": torch.zeros(2, 2)}, "Tucker"),
     ({"diffusion_model.blocks.0.self_attn.q.lora_B.bias": torch.zeros(4)}, "biases"),
     ({"lora_te1_layers_0.lora_down.weight": torch.zeros(4, 4)}, "text encoder"),
     ({"text_encoder.layers.0.q.lora_A.weight": torch.zeros(4, 4)}, "text encoder"),
     ({"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight": torch.zeros(2, 6)}, "image branch"),
-    ({"lycoris_blocks_0_self_attn_q.hada_w1_a": torch.zeros(4, 4)}, "LoHa"),
-    ({"diffusion_model.patch_embedding.lora_A.weight": torch.zeros(2, 6)}, "patch_embedding.*not understood"),
+    ({"lycoris_blocks_1_self_attn_q.hada_w1_a": torch.zeros(4, 4)}, "no hada_w1_b factor"),
+    ({"diffusion_model.patch_embedding.lora_A.weight": torch.zeros(2, 6)}, "patch_embedding.*no B matrix"),
     ({"diffusion_model.blocks.0.self_atn.q.lora_A.weight": torch.zeros(2, 6)}, "did you mean 'self_attn.q'"),
     ({"diffusion_model.blocks.1.self_attn.q.lora_A.weight": torch.zeros(2, 6)}, "no B matrix"),
     ({"diffusion_model.blocks.1.self_attn.q.lora_B.weight": torch.zeros(2, 6)}, "no A matrix"),
@@ -277,15 +280,15 @@ def test_files_that_are_no_lora(tmp_path: Path):
     with pytest.raises(UserError, match="is a folder"):
         read_lora(tmp_path)
     with pytest.raises(UserError, match="no modules"):
-        write_lora(tmp_path / "empty.safetensors", LoraState({}))
+        write_lora(tmp_path / "empty.safetensors", AdapterState({}))
 
 
 def test_entry_shapes_and_delta_by_definition():
-    entry = LoraEntry(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0], [5.0]]), 0.5)
+    entry = LowRank(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0], [5.0]]), 0.5)
     assert (entry.rank, entry.scale, entry.shape) == (1, 0.5, (3, 2))
     assert entry.delta().tolist() == [[1.5, 3.0], [2.0, 4.0], [2.5, 5.0]]
     with pytest.raises(ValueError, match="A"):
-        LoraEntry(torch.zeros(2, 3), torch.zeros(3, 4), 1.0)
+        LowRank(torch.zeros(2, 3), torch.zeros(3, 4), 1.0)
 
 
 def test_fingerprint_sees_every_part():

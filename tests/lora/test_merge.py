@@ -117,7 +117,7 @@ def plan_for(files: list[Path], lora: Path) -> ComponentPlan:
 class InexactTerm(Term):
     def prepare(self, dtype):
         add_rows = super().prepare(dtype)
-        return lambda work, first: (add_rows(work, first), work.mul_(1.02))
+        return lambda work, base, first: (add_rows(work, base, first), work.mul_(1.02))
 
 
 def test_tiles_and_pieces_are_written_where_they_belong(tmp_path, model_folder, pair):

@@ -14,7 +14,7 @@ from lapwan import inspect_weights
 from lapwan.checkpoints.wan_keys import OUTER_MODULES
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, read_lora, write_both
-from lapwan.lora.state import LoraState
+from lapwan.lora.state import AdapterState
 from lapwan.models.merge import merge
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import RunOptions
@@ -31,7 +31,7 @@ SUBSETS = {
 }
 
 
-def states(subset: str = "all", **random) -> dict[NoiseExpert, LoraState]:
+def states(subset: str = "all", **random) -> dict[NoiseExpert, AdapterState]:
     return {noise_expert: random_state(sizes, seed=n, **random)
             for n, (noise_expert, sizes) in enumerate(zip(NoiseExpert, SUBSETS[subset], strict=True))}
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from lapwan.errors import UserError
 from lapwan.lora.attach import Group, attach, initial_state
 from lapwan.lora.layer import GateHolder, LayerGroup, StackedLoraLinear
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.lora.targets import TargetRule, resolve_targets
 
 RANKS = (3, 1, 5)
@@ -139,9 +139,9 @@ def test_attach_freezes_the_base_first_and_detach_restores_it():
 
 def test_states_come_out_by_group_as_they_went_in():
     net = Net()
-    states = [LoraState({"first": LoraEntry(torch.randn(r, 4), torch.randn(4, r), alpha=r / 2)}, {"k": str(r)})
+    states = [AdapterState({"first": LowRank(torch.randn(r, 4), torch.randn(4, r), alpha=r / 2)}, {"k": str(r)})
               for r in (1, 3)]
-    states[1].entries["second"] = LoraEntry(torch.randn(2, 4), torch.randn(3, 2), alpha=1.0)
+    states[1].entries["second"] = LowRank(torch.randn(2, 4), torch.randn(3, 2), alpha=1.0)
     adapter = attach(net, [Group("a", states[0], trainable=False), Group("b", states[1], trainable=True)])
     for name, state in zip("ab", states, strict=True):
         out = adapter.state(name)
@@ -152,11 +152,11 @@ def test_states_come_out_by_group_as_they_went_in():
 
 
 def test_wrong_modules_and_shapes_are_refused_by_name():
-    entry = LoraEntry(torch.randn(1, 5), torch.randn(4, 1), 1.0)
+    entry = LowRank(torch.randn(1, 5), torch.randn(4, 1), 1.0)
     with pytest.raises(UserError, match=r"'fist'.*did you mean 'first'"):
-        attach(Net(), [Group("x", LoraState({"fist": entry}, {}), True)])
+        attach(Net(), [Group("x", AdapterState({"fist": entry}, {}), True)])
     with pytest.raises(UserError, match="'x' at first maps 5 -> 4 features, the model's layer 4 -> 4"):
-        attach(Net(), [Group("x", LoraState({"first": entry}, {}), True)])
+        attach(Net(), [Group("x", AdapterState({"first": entry}, {}), True)])
 
 
 def test_initial_weights_do_not_depend_on_what_else_is_trained():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.moe.mixture_file import read_mixture, write_mixture
 from lapwan.moe.router import RuleRouter, TextRouter, masked_mean, select_top_k
@@ -22,7 +22,7 @@ def mixture() -> Mixture:
     spec = MixtureSpec(FAMILIES, {}, "t2v", {NoiseExpert.HIGH: (0.875, 1.0), NoiseExpert.LOW: (0.0, 0.875)}, 6)
     states = {
         noise_expert: {
-            f: LoraState({"blocks.0.attn1.to_q": LoraEntry(torch.randn(r, 5), torch.randn(4, r), alpha=3.0)}, {})
+            f: AdapterState({"blocks.0.attn1.to_q": LowRank(torch.randn(r, 5), torch.randn(4, r), alpha=3.0)}, {})
             for r, f in enumerate(FAMILIES, 1)}  # ranks differ between experts
         for noise_expert in NoiseExpert
     }

@@ -9,7 +9,7 @@ import torch
 
 from lapwan.data.regions import motion_region
 from lapwan.diagnostics.router_health import RoutingThresholds, RoutingTotals, judge_routing
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.losses import routing
 from lapwan.moe.mixture import Mixture, MixtureSpec
 from lapwan.moe.router import RouterShape, router_class, select_top_k, sigma_features
@@ -71,7 +71,7 @@ def test_shared_experts_are_stored_once_and_read_into_both(tmp_path):
 
     from lapwan.moe.mixture_file import read_mixture, write_mixture
     spec = MixtureSpec(FAMILIES, {}, "t2v", BANDS, 6, shared_experts=True)
-    one = {f: LoraState({"blocks.0.attn1.to_q": LoraEntry(torch.randn(r, 5), torch.randn(4, r), 1.0)}, {})
+    one = {f: AdapterState({"blocks.0.attn1.to_q": LowRank(torch.randn(r, 5), torch.randn(4, r), 1.0)}, {})
            for r, f in enumerate(FAMILIES, 1)}
     write_mixture(tmp_path / "m.safetensors", Mixture(spec, dict.fromkeys(NoiseExpert, one)))
     with safe_open(tmp_path / "m.safetensors", "pt") as file:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lapwan.commands import merge as merge_command
 from lapwan.errors import UserError
 from lapwan.lora.formats import write_lora
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.models.spec import ModelSpec, weight_files
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import RunOptions
@@ -50,8 +50,8 @@ def write_loras(folder: Path, dtype: torch.dtype) -> dict[NoiseExpert, Path]:
     paths = {}
     for n, noise_expert in enumerate(NoiseExpert):
         generator = torch.Generator().manual_seed(n)
-        state = LoraState({
-            f"blocks.{block}.attn1.{name}": LoraEntry(
+        state = AdapterState({
+            f"blocks.{block}.attn1.{name}": LowRank(
                 torch.randn(5, 192, generator=generator).to(dtype),
                 0.02 * torch.randn(192, 5, generator=generator).to(dtype), 3.0)
             for block in (1, 6) for name in ("to_q", "to_out.0")
@@ -84,13 +84,13 @@ def test_merged_in_memory_is_the_merged_folder(tmp_path, tiny_t2v, stored, lora)
 
 
 def test_what_a_merge_refuses_a_base_refuses(tmp_path, tiny_t2v):
-    wrong = LoraState({"blocks.6.attn1.to_q": LoraEntry(torch.ones(2, 64), torch.ones(192, 2), 2.0)})
+    wrong = AdapterState({"blocks.6.attn1.to_q": LowRank(torch.ones(2, 64), torch.ones(192, 2), 2.0)})
     write_lora(tmp_path / "x.safetensors", wrong)
     base = resolve_base(BaseModelSettings(model=str(tiny_t2v.path), lora={LOW: tmp_path / "x.safetensors"}))
     with pytest.raises(UserError, match=r"'blocks.6.attn1.to_q' changes a weight \[192, 64\].*has \[192, 192\]"):
         base.load(LOW)
     base.load(HIGH)  # has none
-    wrong.entries["blocks.6.attn1.to_q"] = LoraEntry(torch.full((2, 192), float("nan")), torch.ones(192, 2), 2.0)
+    wrong.entries["blocks.6.attn1.to_q"] = LowRank(torch.full((2, 192), float("nan")), torch.ones(192, 2), 2.0)
     write_lora(tmp_path / "x.safetensors", wrong)
     with pytest.raises(UserError, match=r"merging makes 'blocks.6.attn1.to_q.weight' non-finite"):
         base_of = resolve_base(BaseModelSettings(model=str(tiny_t2v.path), lora={LOW: tmp_path / "x.safetensors"}))

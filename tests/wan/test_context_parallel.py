@@ -16,7 +16,7 @@ from lapwan.commands import generate
 from lapwan.distributed import Processes
 from lapwan.errors import UserError
 from lapwan.lora.attach import Group, attach
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape
 from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert
@@ -71,8 +71,8 @@ def ours(rank: int, count: int) -> dict[str, Tensor]:
             base = model.transformer.get_submodule(path)
             down, up = (torch.randn(*shape, generator=generator).double() * 0.1
                         for shape in ((3, base.in_features), (base.out_features, 3)))
-            entries[path] = LoraEntry(down, up, 3.0)
-        groups.append(Group(str(column), LoraState(entries, {}), trainable=False))
+            entries[path] = LowRank(down, up, 3.0)
+        groups.append(Group(str(column), AdapterState(entries, {}), trainable=False))
     adapter = attach(model.transformer, groups, gates_required=True)
     if count > 1:
         model.share_tokens(ContextParallel(rank, count))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lapwan.lora.attach import Adapter, Group, attach
 from lapwan.lora.layer import StackedLoraLinear, project
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank
 from lapwan.names import NoiseExpert
 from lapwan.sampling.denoise import Conditions, guided_velocity
 from lapwan.tiny.model import TRANSFORMER
@@ -55,8 +55,8 @@ def adapted(model: WanBackbone, modules: tuple[str, ...] = ADAPTED, groups: int 
                 rank = column + 2
                 down = torch.randn(rank, base.in_features, generator=generator).double() * 0.1
                 up = torch.randn(base.out_features, rank, generator=generator).double() * 0.1
-                entries[f"blocks.{block}.{module}"] = LoraEntry(down, up, 3.0)
-        made.append(Group(str(column), LoraState(entries, {}), trainable=column > 0))
+                entries[f"blocks.{block}.{module}"] = LowRank(down, up, 3.0)
+        made.append(Group(str(column), AdapterState(entries, {}), trainable=column > 0))
     return attach(model.transformer, made, gates_required=True)
 
 
@@ -326,7 +326,7 @@ def test_adapters_on_the_time_layers_act_for_each_sample(model, path):
     x, _, text = given(model)
     timestep = torch.tensor(700.0).expand(2)
     before = model.velocity(x, timestep, text)
-    state = LoraState({path: LoraEntry(down, up, 2.0)}, {})
+    state = AdapterState({path: LowRank(down, up, 2.0)}, {})
     adapter = attach(model.transformer, [Group("a", state, False)], gates_required=True)
     with adapter.holder.scope(torch.tensor([[0.0], [1.0]], dtype=torch.float64)):
         both = model.velocity(x, timestep, text)

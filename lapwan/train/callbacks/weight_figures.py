@@ -14,7 +14,7 @@ from lapwan.diagnostics.mixture import overlap
 from lapwan.diagnostics.tables import RATIOS, format_number, ratios
 from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
 from lapwan.lora.attach import Adapter
-from lapwan.lora.state import LoraEntry
+from lapwan.lora.state import LowRank
 from lapwan.names import NoiseExpert
 from lapwan.settings.callbacks import HealthSettings
 from lapwan.train.callbacks.base import Callback, Evaluation
@@ -22,15 +22,15 @@ from lapwan.train.callbacks.base import Callback, Evaluation
 _LEVELS = ("good", "warn", "stop")
 
 
-def trained_entries(adapter: Adapter) -> dict[str, dict[str, LoraEntry]]:
+def trained_entries(adapter: Adapter) -> dict[str, dict[str, LowRank]]:
     """The trained entries of an adapter by group: one group for a plain LoRA, one a family for a mixture."""
     layers = adapter.layers.values()
     columns = {group.column for layer in layers for group in layer.groups if group.trainable}
-    return {name: adapter.state(name).entries for i, name in enumerate(adapter.group_names) if i in columns}
+    return {name: adapter.state(name).low_rank(name) for i, name in enumerate(adapter.group_names) if i in columns}
 
 
 def _expert_figures(
-    label: str, experts: Mapping[str, Mapping[str, LoraEntry]], overlaps: Mapping[str, Mapping[str, float | None]]
+    label: str, experts: Mapping[str, Mapping[str, LowRank]], overlaps: Mapping[str, Mapping[str, float | None]]
 ) -> dict[str, float | None]:
     """‖ΔW‖ of each expert of a mixture, and the overlap of each pair."""
     values: dict[str, float | None] = {

@@ -50,8 +50,7 @@ def plan_lora(
 ) -> TrainingMemory:
     """The memory plan; with `init_lora`, modules and ranks are those of its files."""
     initial = recipe.initial_loras(settings.init_lora, base)
-    ranks = {noise_expert: [{path: module.rank for path, module in file.modules.items()}]
-             for noise_expert, file in initial.items()}
+    ranks = {noise_expert: [file.ranks("init_lora")] for noise_expert, file in initial.items()}
     return plan_training(settings, base, recipe.workload(data, base, ranks), device, dry_run, processes)
 
 

@@ -16,7 +16,7 @@ from lapwan.errors import UserError, nearest
 from lapwan.lora.assign import assign
 from lapwan.lora.attach import Adapter, attach
 from lapwan.lora.combine import resize
-from lapwan.lora.state import LoraEntry, LoraState
+from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
 from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import TrainingMemory, plan_training
 from lapwan.models.base import Base, target_ranks
@@ -38,7 +38,7 @@ from lapwan.wan.backbone import WanBackbone
 ROUTER_LR_LIMIT = 5e-3  # text routers were seen to diverge above it: 10 x 1e-4 is right, 10 x 2e-3 is not
 _IMBALANCE = 3.0  # largest over smallest family, from which a warning is given
 
-BaseLoras = Mapping[NoiseExpert, tuple[Path, LoraState]]
+BaseLoras = Mapping[NoiseExpert, tuple[Path, AdapterState]]
 
 
 def check_mixture(settings: TrainMoeSettings, base: Base, data: recipe.RunData, taxonomy: Taxonomy) -> None:
@@ -80,7 +80,7 @@ def _check_labels(data: recipe.RunData, taxonomy: Taxonomy) -> None:
                         f"{taxonomy.name}; set taxonomy, or label and cache again")
 
 
-def base_loras(settings: TrainMoeSettings, base: Base) -> dict[NoiseExpert, tuple[Path, LoraState]]:
+def base_loras(settings: TrainMoeSettings, base: Base) -> dict[NoiseExpert, tuple[Path, AdapterState]]:
     """The frozen LoRAs beside the experts, with their tensors."""
     requests = [(noise_expert.value, path, 1.0) for noise_expert, path in settings.base_lora.items()]
     return {noise_expert: (file.path.absolute(), file.read())
@@ -116,8 +116,8 @@ def plan_mixture(
     device: torch.device, dry_run: bool = False, processes: int = 1,
 ) -> TrainingMemory:
     """The memory plan of a mixture: one expert for each family on every target, and the frozen LoRA beside them."""
-    frozen_ranks = {noise_expert: {path: entry.down.shape[0] for path, entry in state.entries.items()}
-              for noise_expert, (_, state) in frozen.items()}
+    frozen_ranks = {noise_expert: {path: pair.rank for path, pair in state.low_rank(f"base_lora = {file}").items()}
+                    for noise_expert, (file, state) in frozen.items()}
     ranks = {
         noise_expert: [target_ranks(settings.targets_for(family, own_settings.targets), base.num_layers)
                        for family in taxonomy.keys]
@@ -173,8 +173,8 @@ def assemble(
 
 def _initial_expert(
     settings: TrainMoeSettings, transformer: torch.nn.Module, own_settings: NoiseExpertSettings,
-    noise_expert: NoiseExpert, family: str, initial: LoraState | None,
-) -> LoraState:
+    noise_expert: NoiseExpert, family: str, initial: AdapterState | None,
+) -> AdapterState:
     targets = settings.targets_for(family, own_settings.targets)
     # Shared experts have one draw, whichever noise expert they are attached to first.
     key = "shared" if settings.shared_experts else noise_expert.value
@@ -183,29 +183,30 @@ def _initial_expert(
     return fresh if initial is None else started_from(fresh, initial)
 
 
-def started_from(fresh: LoraState, initial: LoraState) -> LoraState:
+def started_from(fresh: AdapterState, initial: AdapterState) -> AdapterState:
     """`initial` at the modules and ranks of `fresh`: the same ΔW, or its best approximation at a lower rank.
 
     A higher rank keeps A and B of `initial` and the remaining fresh rows of A, with B = 0. A lower rank keeps the
     largest singular values. Modules that only `initial` has are left out, with a warning.
     """
-    missing = [path for path in initial.entries if path not in fresh.entries]
+    before = initial.low_rank("init_lora")
+    missing = [path for path in before if path not in fresh.entries]
     if missing:
         console.warn(f"init_lora has {len(missing)} modules that the experts do not have (such as {missing[0]}); its "
                      "changes there are left out; widen [targets] to keep them")
-    entries = {}
-    for path, new in fresh.entries.items():
-        old = initial.entries.get(path)
+    entries: dict[str, WeightUpdate] = {}
+    for path, new in fresh.low_rank("a fresh LoRA").items():
+        old = before.get(path)
         if old is None:
             entries[path] = new
             continue
         if old.rank > new.rank:
-            old = resize(LoraState({path: old}), new.rank)[0].entries[path]
+            old = resize(AdapterState({path: old}), new.rank)[0].low_rank("init_lora")[path]
         down = torch.cat([old.down.to(new.down), new.down[old.rank :]])
         up = new.up.clone()
         up[:, : old.rank] = old.up.to(new.up) * (old.scale / new.scale)
-        entries[path] = LoraEntry(down, up, new.alpha)
-    return LoraState(entries, dict(fresh.metadata))
+        entries[path] = LowRank(down, up, new.alpha)
+    return AdapterState(entries, dict(fresh.metadata))
 
 
 def _share_parameters(adapters: Mapping[NoiseExpert, Adapter]) -> None:
