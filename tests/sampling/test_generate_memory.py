@@ -38,17 +38,17 @@ def planned(t2v, memory, free, **workload):
 
 
 def test_the_plan_takes_the_quickest_that_fits(t2v) -> None:
-    """Of 4 videos at a time sampling takes more than decoding, so that what is streamed decides the peak."""
-    assert planned(t2v, "auto", None, batch=4).both
+    """Of 5 videos at a time sampling takes more than decoding, so that what is streamed decides the peak."""
+    assert planned(t2v, "auto", None, batch=5).both
     free = 4 * GIB
-    last = planned(t2v, "auto", free, batch=4)
+    last = planned(t2v, "auto", free, batch=5)
     assert last.both and last.strategy.batched_guidance
     strategies = []
     while last.fits:
         assert required_bytes(last.peak) <= free
         strategies.append((last.both, len(last.streamed), last.strategy.batched_guidance))
         free = required_bytes(last.peak) - 1
-        last = planned(t2v, "auto", free, batch=4)
+        last = planned(t2v, "auto", free, batch=5)
     assert strategies[0] == (True, 0, True) and (False, 0, True) in strategies
     assert any(streamed for _, streamed, _ in strategies) and any(not batched for *_, batched in strategies)
     assert strategies[-1][1] == 8  # of 8 blocks, when nothing else fits
