@@ -25,12 +25,8 @@ def _parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, device=META))
 
 
-class _Linear(nn.Linear):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, device=META)
-
-    def reset_parameters(self) -> None:
-        """Nothing: there are no values."""
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, device=META)
 
 
 class _Parts(nn.Module):
@@ -73,8 +69,8 @@ class _Timesteps(nn.Module):
 class _Attention(_Parts):
     def __init__(self, width: int, heads: int, eps: float) -> None:
         super().__init__(
-            to_q=_Linear(width, width), to_k=_Linear(width, width), to_v=_Linear(width, width),
-            to_out=nn.ModuleList([_Linear(width, width), nn.Identity()]),
+            to_q=_linear(width, width), to_k=_linear(width, width), to_v=_linear(width, width),
+            to_out=nn.ModuleList([_linear(width, width), nn.Identity()]),
             norm_q=nn.RMSNorm(width, eps, device=META), norm_k=nn.RMSNorm(width, eps, device=META))
         self.heads = heads
 
@@ -86,7 +82,7 @@ class _Block(_Parts):
         def norm(affine: bool) -> nn.LayerNorm:
             return nn.LayerNorm(width, eps, affine, device=META)
 
-        ffn = nn.ModuleList([_Parts(proj=_Linear(width, inner)), nn.Identity(), _Linear(inner, width)])
+        ffn = nn.ModuleList([_Parts(proj=_linear(width, inner)), nn.Identity(), _linear(inner, width)])
         super().__init__(
             norm1=norm(False), attn1=_Attention(width, heads, eps), attn2=_Attention(width, heads, eps),
             norm2=norm(True) if config["cross_attn_norm"] else nn.Identity(), ffn=_Parts(net=ffn), norm3=norm(False))
@@ -109,17 +105,17 @@ class ShapeModel(_Parts):
         layers = ("linear_1", "act", "linear_2")
         embedder = _Parts(
             timesteps_proj=_Timesteps(int(config["freq_dim"])),
-            time_embedder=_Parts(layers, linear_1=_Linear(int(config["freq_dim"]), width), act=nn.SiLU(),
-                                 linear_2=_Linear(width, width)),
-            act_fn=nn.SiLU(), time_proj=_Linear(width, 6 * width),
-            text_embedder=_Parts(layers, linear_1=_Linear(int(config["text_dim"]), width),
-                                 act=nn.GELU(approximate="tanh"), linear_2=_Linear(width, width)))
+            time_embedder=_Parts(layers, linear_1=_linear(int(config["freq_dim"]), width), act=nn.SiLU(),
+                                 linear_2=_linear(width, width)),
+            act_fn=nn.SiLU(), time_proj=_linear(width, 6 * width),
+            text_embedder=_Parts(layers, linear_1=_linear(int(config["text_dim"]), width),
+                                 act=nn.GELU(approximate="tanh"), linear_2=_linear(width, width)))
         super().__init__(
             rope=_Rope(int(config["attention_head_dim"]), patch, int(config["rope_max_seq_len"])),
             patch_embedding=nn.Conv3d(int(config["in_channels"]), width, patch, patch, device=META),
             condition_embedder=embedder, blocks=nn.ModuleList(_Block(config, width) for _ in range(num_layers)),
             norm_out=nn.LayerNorm(width, float(config["eps"]), False, device=META),
-            proj_out=_Linear(width, int(config["out_channels"] or config["in_channels"]) * math.prod(patch)))
+            proj_out=_linear(width, int(config["out_channels"] or config["in_channels"]) * math.prod(patch)))
         self.scale_shift_table = _parameter(1, 2, width)
         self.config = SimpleNamespace(**config)
         for name, parameter in self.named_parameters():
