@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -275,10 +274,7 @@ class Generator:
             (step.noise_expert, step.sigma): torch.cat(
                 [self._gates(request, step, mix) for request, mix in zip(requests, mixes, strict=True)])
             for step in grid.steps}
-
-        def scope(step: Step) -> AbstractContextManager[object]:
-            return self.noise_experts.scope(step.noise_expert, gates_BG[step.noise_expert, step.sigma])
-
+        scope = self.noise_experts.step_scope(gates_BG)
         with console.progress("sampling", len(grid.steps)) as bar:
 
             def on_step(step: Step, x0_BCTHW: Tensor) -> None:

@@ -22,6 +22,7 @@ from lapwan.models.base import Base
 from lapwan.models.device import free_bytes, limit_memory
 from lapwan.names import NoiseExpert, Precision
 from lapwan.sampling.adapters import AdapterSet
+from lapwan.sampling.denoise import Scope
 from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer.compile import Compile, CompileReport, worth_compiling
@@ -213,6 +214,10 @@ class NoiseExperts:
         """Context that holds the adapters' gates during evaluations of a loaded noise expert."""
         adapter = self._loaded[noise_expert].adapter
         return nullcontext() if adapter is None else adapter.holder.scope(gates_1G)
+
+    def step_scope(self, gates: Mapping[tuple[NoiseExpert, float], Tensor]) -> Scope:
+        """`denoise`'s scope of the steps, from their gates by noise expert and sigma."""
+        return lambda step: self.scope(step.noise_expert, gates[step.noise_expert, step.sigma])
 
     def free_device(self) -> None:
         """Offload all noise experts for the text encoder or the decoder, unless the plan keeps them on the device."""

@@ -57,12 +57,12 @@ def test_one_at_a_time_parks_the_idle_one_in_pinned_memory(t2v, small) -> None:
     for _ in range(2):  # the second time from pinned memory
         assert (one.latents(request) - expected).abs().max() < 1e-2
         assert one.noise_experts.resident() == ("low",)
-    low, high = (one.noise_experts._loaded[e].model for e in ("low", "high"))
+    low, high = (one.noise_experts._loaded[e].backbone.transformer for e in ("low", "high"))
     assert {p.device.type for p in low.parameters()} == {"cuda"}
     assert {(p.device.type, p.is_pinned()) for p in high.parameters()} == {("cpu", True)}
     waiting = one._text.model.parameters()
     assert {(p.device.type, p.is_pinned()) for p in waiting} == {("cpu", True)}
-    models = [both.noise_experts.transformer(e) for e in t2v.noise_experts]
+    models = [both.noise_experts.backbone(e).transformer for e in t2v.noise_experts]
     assert {p.device.type for model in models for p in model.parameters()} == {"cuda"}
 
 
