@@ -20,7 +20,7 @@ from lapwan.memory.generation import GenerationWorkload, plan_generation
 from lapwan.memory.plan import GIB, RING_SLOTS, MemoryPlan, Throughput, required_bytes
 from lapwan.memory.training import Workload, predict_training
 from lapwan.models.base import Base, target_ranks
-from lapwan.models.spec import Defaults, ModelSpec
+from lapwan.models.spec import T2V_A14B, ModelSpec
 from lapwan.names import NoiseExpert, Precision
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
@@ -98,9 +98,8 @@ def _released_model() -> Iterator[ModelSpec]:
         with (vae / "diffusion_pytorch_model.safetensors").open("wb") as stream:
             stream.write(len(header).to_bytes(8, "little") + header)
             stream.truncate(8 + len(header) + size)  # a hole: it takes no disk
-        guidance = {NoiseExpert.HIGH: 4.0, NoiseExpert.LOW: 3.0}
-        yield ModelSpec(folder, "t2v", tuple(NoiseExpert), 0.875, 16, 16, _TRANSFORMER["num_layers"], 4096, 12.0, 4, 8,
-                        16, Defaults(40, guidance, (480, 832), FRAMES, 16))
+        yield ModelSpec(folder, T2V_A14B, tuple(NoiseExpert), 0.875, 16, 16, _TRANSFORMER["num_layers"], 4096, 12.0, 4,
+                        8, 16, T2V_A14B.defaults)
 
 
 def what_fits(free: int, host_free: int | None, rates: Throughput) -> Iterator[Fit]:
