@@ -14,10 +14,10 @@ from lapwan.diagnostics.doctor import Finding, examine
 from lapwan.errors import UserError
 from lapwan.files import cache_root
 from lapwan.memory import what_fits
-from lapwan.memory.generation import free_bytes
 from lapwan.memory.plan import GIB, available_host_memory
 from lapwan.memory.throughput import measure_throughput
 from lapwan.memory.what_fits import DTYPES, SIZES, WORKS, Fit, gib
+from lapwan.models.device import free_bytes
 from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.doctor import DoctorSettings
 
@@ -82,18 +82,18 @@ def _print_fits(fits: Sequence[Fit], free: int, timed: bool) -> None:
     console.results.print(table)
     console.results.print(
         f"LoRAs of rank {what_fits.RANK} in the last {what_fits.LAST_BLOCKS} blocks of both noise experts, "
-        f"{what_fits.EXPERTS} experts in a mixture. GiB that must be free on the GPU and in host memory; where the "
+        f"{what_fits.EXPERTS} experts in a mixture.\nGiB of the GPU + of host memory that must be free; where the "
         f"noise experts are{'; seconds of a step' if timed else ''}.", markup=False)
 
 
 def _cell(fit: Fit, timed: bool) -> str:
-    host = f" + {gib(fit.plan.host):.0f} host" if fit.plan.host else ""
+    host = f" + {gib(fit.plan.host):.0f}" if fit.plan.host else ""
     seconds = f", {fit.plan.strategy.seconds:.3g} s" if timed else ""
     if fit.fits:
-        return f"[green]fits[/] {gib(fit.needed):.1f} GiB{host}\n{fit.where}{seconds}"
+        return f"[green]fits[/] {gib(fit.needed):.1f}{host} GiB\n{fit.where}{seconds}"
     if fit.plan.fits:
         return f"[yellow]host too small[/]\nneeds {gib(fit.plan.host):.0f} GiB there"
-    return f"[red]does not fit[/]\nneeds {gib(fit.needed):.1f} GiB{host}"
+    return f"[red]does not fit[/]\nneeds {gib(fit.needed):.1f}{host} GiB"
 
 
 def _document(

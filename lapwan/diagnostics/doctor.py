@@ -25,7 +25,7 @@ from lapwan.report.contact_sheet import cjk_font
 from lapwan.wan.quantise.linears import fp8_in_hardware
 from lapwan.wan.transformer import kernels
 
-Status = Literal["ok", "note", "warn", "broken"]
+FindingStatus = Literal["ok", "note", "warn", "broken"]
 _CHUNK, _MOST_BYTES, _MOST_SECONDS = 8 << 20, 512 << 20, 1.5  # of writing, and of reading
 _LEAST_DISK = 130 * GIB  # a released A14B folder in diffusers layout
 _EXTRAS = {  # optional package -> what it is for
@@ -41,7 +41,7 @@ class Finding:
     that needs it fails."""
 
     name: str
-    status: Status
+    status: FindingStatus
     text: str
 
 
@@ -109,7 +109,7 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
                   "multiplied in hardware" if fp8 else
                   "not in hardware (from capability 8.9): --dtype fp8 saves memory, not time" if bf16 else
                   "neither fp8 nor bf16 in hardware (from capability 8.0): slow")
-    kernels.prepare(device)
+    kernels.try_triton(device)
     yield Finding(f"{name} Triton", "ok" if kernels.HAS_TRITON else "warn",
                   f"{_version('triton') or ''} builds kernels".strip() if kernels.HAS_TRITON else
                   "no kernels: it needs the package triton and a C compiler (apt install gcc); steps are slower")
