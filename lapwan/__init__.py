@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from lapwan.api import Video, VideoGenerator
     from lapwan.data.labels import label_caption
     from lapwan.data.taxonomy import load_taxonomy
-    from lapwan.errors import UserError
+    from lapwan.errors import Interrupted, UserError
     from lapwan.weights import inspect_weights, merge
 
 __version__ = "0.1.0"
 __all__ = [
-    "UserError", "Video", "VideoGenerator", "__version__", "inspect_weights", "label_caption", "load_taxonomy", "merge",
+    "Interrupted", "UserError", "Video", "VideoGenerator", "__version__", "inspect_weights", "label_caption",
+    "load_taxonomy", "merge",
 ]
 
 _MODULES = {
+    "Interrupted": "lapwan.errors",
     "UserError": "lapwan.errors",
     "Video": "lapwan.api",
     "inspect_weights": "lapwan.weights",

@@ -16,7 +16,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
-from typer.main import get_command
 
 from lapwan import __version__
 from lapwan.cli_aliases import rewrite
@@ -42,11 +41,9 @@ class _LazyCommand(TyperCommand):
     def get_params(self, ctx: Any) -> Any:
         """The options; a run, a help and a completion all need them first."""
         if not self.params:
-            from lapwan.commands.options import function_of
+            from lapwan.commands.options import click_command
 
-            single = typer.Typer(add_completion=False)
-            single.command()(function_of(self._row))
-            command = get_command(single)
+            command = click_command(self._row)
             self.params, self.callback = command.params, command.callback
         return _without_bool(super().get_params(ctx))
 

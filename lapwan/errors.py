@@ -14,7 +14,8 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The user pressed Ctrl-C and the state is saved: printed as one line, exit code 130.
+    """The user pressed Ctrl-C and the state is saved, or a callback cancelled a video: printed as one line, exit
+    code 130.
 
     The message says how to continue.
     """

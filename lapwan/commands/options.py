@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.main import get_command
 
 from lapwan.commands.table import Command
 from lapwan.settings.base import FlagField, RunOptions, flag_fields
@@ -82,6 +84,15 @@ def _parameter(name: str, field: FlagField) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
+@dataclass(frozen=True)
+class OptionWords:
+    """An option as it is typed: its long name, whether a value follows, and whether it may be repeated."""
+
+    name: str
+    value: bool
+    repeatable: bool
+
+
 def function_of(command: Command) -> Callable[..., None]:
     """The function of a command for Typer: its keyword arguments are the options, and it runs the command."""
     settings_model = command.settings_model()
@@ -107,3 +118,21 @@ def function_of(command: Command) -> Callable[..., None]:
     call.__annotations__ = {p.name: p.annotation for p in (*parameters, *_COMMON)}
     call.__doc__ = command.help
     return call
+
+
+def click_command(command: Command) -> Any:
+    """The command as Typer makes it of its function, with the options in `params`."""
+    single = typer.Typer(add_completion=False)
+    single.command()(function_of(command))
+    return get_command(single)
+
+
+def option_words(command: Command) -> dict[str, OptionWords]:
+    """Every name of a command's options, short ones and `--no-` forms included."""
+    names: dict[str, OptionWords] = {}
+    for param in click_command(command).params:
+        if param.param_type_name == "option":
+            long = next((name for name in param.opts if name.startswith("--")), param.opts[0])
+            option = OptionWords(long, not param.is_flag, param.multiple)
+            names |= dict.fromkeys((*param.opts, *param.secondary_opts), option)
+    return names

@@ -61,6 +61,8 @@ COMMANDS: tuple[Command, ...] = (
              locks=True),
     _command("inspect-weights", "InspectWeightsSettings", "Print magnitudes, norms, ratios and a verdict for LoRAs.",
              "lapwan inspect-weights run_high_noise.safetensors run_low_noise.safetensors --preset motion"),
+    _command("doctor", "DoctorSettings", "Check this machine, and show what of Wan2.2 fits on it.",
+             "lapwan doctor --memory 16"),
     _command("demo", "DemoSettings", "Run the whole pipeline on the embedded model, with videos, reports and times.",
              "lapwan demo -o lapwan-demo", locks=True),
 )

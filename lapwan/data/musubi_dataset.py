@@ -23,6 +23,7 @@ from lapwan.data.frame_extraction import Extraction, FrameExtraction, round_fram
 from lapwan.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from lapwan.errors import UserError, nearest
 from lapwan.settings.base import Settings
+from lapwan.settings.load import reason
 
 # Valid in such files, but for other architectures or for control videos: refused by name rather than ignored.
 UNSUPPORTED: dict[str, str] = {
@@ -140,13 +141,13 @@ def _validated(model: type[SharedKeys], data: dict[str, Any], table: str) -> tup
     except ValidationError as error:
         for item in error.errors():
             key = str(item["loc"][0]) if item["loc"] else ""
-            message = item["msg"].removeprefix("Value error, ")
+            message = reason(item)
             if item["type"] == "extra_forbidden":
                 only = "" if key not in DatasetEntry.model_fields else f"; it belongs into [[datasets]], not [{table}]"
                 guess = nearest(key, model.model_fields) or only or f"; known: {', '.join(model.model_fields)}"
                 problems.append(f"{table}: unknown key '{key}'{only or guess}")
             elif key:
-                problems.append(f"{table}.{key} = {rest.get(key)!r}: {message[0].lower() + message[1:]}")
+                problems.append(f"{table}.{key} = {rest.get(key)!r}: {message}")
             else:
                 problems.append(f"{table}: {message}")
         return None, problems

@@ -118,27 +118,51 @@ def plan_training(
         predict: predict memory and time on a CPU too, where nothing depends on it (for `--dry-run`).
         processes: that share each clip's tokens.
     """
-    dtype, requested = pick_dtype(settings.dtype, device), settings.memory
-    groups: dict[NoiseExpert, list[GroupShape]] = {}
-    recipes = {}
-    for noise_expert, loras in work.trained.items():
-        frozen = work.frozen.get(noise_expert)
-        groups[noise_expert] = [GroupShape(frozen, False)] if frozen else []
-        groups[noise_expert] += [GroupShape(ranks, True) for ranks in loras]
-        blocks = {block[0] for ranks in loras for path in ranks if (block := split_block(path)) is not None}
-        recipes[noise_expert] = training_recipe(settings, base, blocks)
-    free = memory_budget(free_bytes(device), requested)
+    free = memory_budget(free_bytes(device), settings.memory)
+    groups, recipes = _groups(work), _recipes(settings, base, work)
     if free is None and not predict:
         plan = _unpredicted(settings, base, groups)
         return TrainingMemory(plan, recipes, True, _line(plan, device, len(groups), settings.batch_size))
-    shapes = [NoiseExpertShape(base.spec, e, dtype, recipes[e], loras, len(loras) > 1) for e, loras in groups.items()]
-    sizes = [shape.bytes(TRAINED_COPIES + (settings.ema_decay is not None)) for shape in shapes]
-    compiled = _compiles(settings, base, work, device, processes)
-    rates = measure_throughput(device, dtype)
-    candidates = _Candidates(settings, shapes, sizes, work.bucket, rates, compiled, processes)
-    plan = candidates.choose(free, available_host_memory())
+    dtype = pick_dtype(settings.dtype, device)
+    plan = predict_training(settings, base, work, dtype, free, measure_throughput(device, dtype),
+                            _compiles(settings, base, work, device, processes), available_host_memory(), processes)
     keep = free is None or required_bytes(plan.peak + work.clip_bytes) <= free
     return TrainingMemory(plan, recipes, keep, _line(plan, device, len(groups), settings.batch_size))
+
+
+def predict_training(
+    settings: TrainSettings, base: Base, work: Workload, dtype: torch.dtype, free: int | None, rates: Throughput,
+    compiled: bool, host_free: int | None, processes: int = 1,
+) -> MemoryPlan:
+    """The fastest strategy for any device, this machine's or another.
+
+    Args:
+        dtype: of what is not quantised.
+        free: bytes the plan may use; None: any.
+        rates: the device's throughput.
+        host_free: available host memory; None: unknown.
+        processes: that share each clip's tokens.
+    """
+    recipes = _recipes(settings, base, work)
+    shapes = [NoiseExpertShape(base.spec, e, dtype, recipes[e], loras, len(loras) > 1)
+              for e, loras in _groups(work).items()]
+    sizes = [shape.bytes(TRAINED_COPIES + (settings.ema_decay is not None)) for shape in shapes]
+    return _Candidates(settings, shapes, sizes, work.bucket, rates, compiled, processes).choose(free, host_free)
+
+
+def _groups(work: Workload) -> dict[NoiseExpert, list[GroupShape]]:
+    groups = {}
+    for noise_expert, loras in work.trained.items():
+        frozen = work.frozen.get(noise_expert)
+        groups[noise_expert] = [*([GroupShape(frozen, False)] if frozen else []),
+                                *(GroupShape(ranks, True) for ranks in loras)]
+    return groups
+
+
+def _recipes(settings: TrainSettings, base: Base, work: Workload) -> dict[NoiseExpert, Recipe | None]:
+    return {noise_expert: training_recipe(settings, base, {
+        block[0] for ranks in loras for path in ranks if (block := split_block(path)) is not None})
+        for noise_expert, loras in work.trained.items()}
 
 
 def _compiles(

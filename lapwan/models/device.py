@@ -62,3 +62,9 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
+def unlimit_memory(device: torch.device) -> None:
+    """Lift `limit_memory` of a GPU, which otherwise lasts as long as the process."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -60,7 +60,7 @@ class ModelFamily:
 
 _T2V_21 = ModelFamily(
     "Wan2.1 T2V", "t2v", Defaults(50, {NoiseExpert.HIGH: 5.0}, (480, 832), 81, 16), release="wan2.1")
-_T2V_A14B = ModelFamily(
+T2V_A14B = ModelFamily(
     "T2V-A14B", "t2v", Defaults(40, {NoiseExpert.HIGH: 4.0, NoiseExpert.LOW: 3.0}, (480, 832), 81, 16))
 _I2V_A14B = ModelFamily(
     "I2V-A14B", "i2v", Defaults(40, {NoiseExpert.HIGH: 3.5, NoiseExpert.LOW: 3.5}, (480, 832), 81, 16),
@@ -254,7 +254,7 @@ def _family_of(
     if per_token and in_channels == latent_channels:
         return _TI2V_5B
     if in_channels == latent_channels == 16:
-        return _T2V_21 if boundary is None else _T2V_A14B
+        return _T2V_21 if boundary is None else T2V_A14B
     if in_channels == 2 * latent_channels + temporal_stride:  # latent | mask | condition
         return _I2V_A14B
     raise UserError(

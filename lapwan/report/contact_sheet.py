@@ -100,11 +100,14 @@ def _row(video_THWC: np.ndarray, columns: int, scale: int) -> np.ndarray:
     return np.concatenate(pieces, axis=1)
 
 
+def cjk_font() -> Path | None:
+    """A font file with Chinese characters, if the system has one where distributions put them."""
+    return next((path for path in map(Path, _CJK_FONTS) if path.is_file()), None)
+
+
 def _font(size: int) -> tuple[ImageFont.ImageFont | ImageFont.FreeTypeFont, bool]:
-    for path in _CJK_FONTS:
-        if Path(path).is_file():
-            return ImageFont.truetype(path, size), True
-    return ImageFont.load_default(size), False
+    path = cjk_font()
+    return (ImageFont.load_default(size), False) if path is None else (ImageFont.truetype(path, size), True)
 
 
 @functools.cache

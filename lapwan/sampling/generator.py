@@ -7,8 +7,9 @@ Shapes: B requests, G gate columns, C channels, T frames, H height, W width, L t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,26 +161,41 @@ class Generator:
         return self._sample(requests, grid, [self.route(request, grid) for request in requests])
 
     def generate(self, request: Request, preview: Path | None = None) -> Video:
-        """One video.
+        """One video; see `generate_videos`."""
+        return self.generate_videos([request], preview)[0]
+
+    def generate_videos(
+        self, requests: Sequence[Request], preview: Path | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> list[Video]:
+        """The videos of requests that may share a batch, in order.
 
         Args:
-            preview: a .png, rewritten after each step with three frames of the current estimate.
+            preview: a .png, rewritten after each step with three frames of the first video's current estimate.
+            on_step: called with the steps done and all steps after each; what it raises ends the sampling.
 
         Raises:
+            ValueError: no requests, or requests that cannot share a batch.
             UserError: what `check_request` refuses; latents that overflowed in `dtype`.
         """
-        grid = self.begin(request)
-        mix = self.route(request, grid)
-        if mix is not None:
-            console.log(f"gates by {mix.source}:\n" + "\n".join(f"  {line}" for line in mix.bars()))
-        facts = video_facts(self.noise_experts, self._text_precision, request, grid, mix,
-                            lambda step: self._gates(request, step, mix))
-        latents = self._sample([request], grid, [mix], preview)
-        facts["compiled"] = [e.value for e in self.spec.noise_experts if e in self.noise_experts.compiled]
+        grid = self.begin(*requests)
+        mixes = [self.route(request, grid) for request in requests]
+        for mix in mixes:
+            if mix is not None:
+                console.log(f"gates by {mix.source}:\n" + "\n".join(f"  {line}" for line in mix.bars()))
+        facts = [video_facts(self.noise_experts, self._text_precision, request, grid, mix,
+                             partial(self._gates, request, mix))
+                 for request, mix in zip(requests, mixes, strict=True)]
+        latents = self._sample(requests, grid, mixes, preview, on_step)
+        compiled = [e.value for e in self.spec.noise_experts if e in self.noise_experts.compiled]
         console.log("decoding")
-        [frames] = self._frames(latents)
-        facts["frames"] = frames_fingerprint(frames)
-        return Video(frames, request.fps, latents.cpu().contiguous(), facts=facts)
+        videos = []
+        for request, known, frames, x0 in zip(requests, facts, self._frames(latents), latents.cpu(), strict=True):
+            known |= {"compiled": compiled, "frames": frames_fingerprint(frames)}
+            if len(requests) > 1:
+                known["batch"] = len(requests)
+            videos.append(Video(frames, request.fps, x0[None].contiguous(), facts=known))
+        return videos
 
     def generate_batch(self, requests: Sequence[Request]) -> list[np.ndarray]:
         """Frames uint8 [T, H, W, 3] of each request, in order: those that each has alone.
@@ -265,26 +281,32 @@ class Generator:
             return Conditions(*texts, first_last_condition(self.vae(), first, last, request.num_frames))
 
     def _sample(
-        self, requests: Sequence[Request], grid: Grid, mixes: Sequence[Mix | None], preview: Path | None = None
+        self, requests: Sequence[Request], grid: Grid, mixes: Sequence[Mix | None], preview: Path | None = None,
+        on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         first = requests[0]
         guidance = Guidance(first.guidance, first.guidance_interval)
         conditions = Conditions.stack([self._conditions(request, guidance.needed(grid)) for request in requests])
         gates_BG = {  # a guided batch repeats them itself
             (step.noise_expert, step.sigma): torch.cat(
-                [self._gates(request, step, mix) for request, mix in zip(requests, mixes, strict=True)])
+                [self._gates(request, mix, step) for request, mix in zip(requests, mixes, strict=True)])
             for step in grid.steps}
         scope = self.noise_experts.step_scope(gates_BG)
         with console.progress("sampling", len(grid.steps)) as bar:
+            done = 0
 
-            def on_step(step: Step, x0_BCTHW: Tensor) -> None:
+            def after_step(step: Step, x0_BCTHW: Tensor) -> None:
+                nonlocal done
+                done += 1
                 bar.advance(1, noise_expert=step.noise_expert.value, sigma=step.sigma)
                 if preview is not None:
-                    self._write_preview(preview, x0_BCTHW)
+                    self._write_preview(preview, x0_BCTHW[:1])
+                if on_step is not None:
+                    on_step(done, len(grid.steps))
 
             start = torch.cat([self._start(request, grid) for request in requests])
             caches = {e: FirstBlockCache(tolerance) for e, tolerance in first.first_block_cache.items()}
-            latents = denoise(grid, start, conditions, guidance, self.noise_experts.backbone, scope, on_step,
+            latents = denoise(grid, start, conditions, guidance, self.noise_experts.backbone, scope, after_step,
                               self.noise_experts.batched_guidance, caches)
         for noise_expert, cache in caches.items():
             console.log(f"{noise_expert.value} noise expert: {cache}")
@@ -301,7 +323,7 @@ class Generator:
         with atomic_file(path) as temporary:
             contact_sheet([np.concatenate(images)], len(images)).save(temporary)
 
-    def _gates(self, request: Request, step: Step, mix: Mix | None) -> Tensor:
+    def _gates(self, request: Request, mix: Mix | None, step: Step) -> Tensor:
         mixture = self.adapters.mixture
         gates_1G = self.adapters.gates(
             step.noise_expert, step.sigma, None if mix is None else mix.at(step.sigma),

@@ -78,8 +78,7 @@ class NoiseExperts:
         """Switch to other adapters of the same model. Loaded weights stay, unless LoRAs are merged into them."""
         if adapters is self.adapters:
             return
-        for noise_expert in list(self._loading):
-            self._loaded[noise_expert] = self._loading.pop(noise_expert).result()
+        self.finish_loading()
         for loaded in self._loaded.values():
             if loaded.adapter is not None:
                 loaded.adapter.detach()
@@ -91,6 +90,11 @@ class NoiseExperts:
             loaded.adapter = self._attach(loaded.backbone, noise_expert)
             if not loaded.offloaded:  # rows are created next to the weights: of streamed blocks, in host memory
                 _move(loaded.adapter, self.device)
+
+    def finish_loading(self) -> None:
+        """Wait for the weights that are being read for later steps."""
+        for noise_expert in list(self._loading):
+            self._loaded[noise_expert] = self._loading.pop(noise_expert).result()
 
     @property
     def batched_guidance(self) -> bool:

@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +25,15 @@ from lapwan.checkpoints.container import read_header
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, claim_output
 from lapwan.sampling.video import DEFAULT_CRF, check_video_path, read_video_metadata, write_video
-from lapwan.settings.generate import GenerateSettings
+from lapwan.settings.base import to_toml
+from lapwan.settings.generate import GenerateSettings, ModelSettings, VideoSettings
 from lapwan.settings.load import load
 
 LATENTS_SUFFIX = ".safetensors"
 _FINGERPRINT = 64  # hex digits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Video:
     """A video and its origin.
 
@@ -45,6 +49,20 @@ class Video:
     latents: Tensor
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        count, height, width = self.frames.shape[:3]
+        return f"Video({count} frames of {height}x{width} at {self.fps} fps, seed {self.settings.get('seed')})"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the video itself, which plays in a loop; of one frame a picture."""
+        with tempfile.TemporaryDirectory() as folder:
+            one = len(self.frames) == 1
+            file = self.save(Path(folder) / ("frame.png" if one else "video.mp4"))
+            data = base64.b64encode(file.read_bytes()).decode("ascii")
+        if one:
+            return f'<img src="data:image/png;base64,{data}">'
+        return f'<video controls loop autoplay muted src="data:video/mp4;base64,{data}"></video>'
 
     def metadata(self) -> dict[str, str]:
         """The metadata of the file: version, settings and facts, as JSON strings."""
@@ -76,6 +94,22 @@ class Video:
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write {target}: {error}") from None
         return target
+
+
+def record_of(model: ModelSettings, video: VideoSettings) -> dict[str, Any]:
+    """The settings that a video's file keeps."""
+    record = _plain(model)
+    del record["memory"]  # offloading does not change the frames: a repetition on another machine chooses again
+    return {**record, **_plain(video)}
+
+
+def _plain(settings: ModelSettings | VideoSettings) -> dict[str, Any]:
+    """In the types of TOML: absolute paths, None left out."""
+    plain = tomllib.loads(to_toml(settings))
+    for holder in (plain, plain.get("model")):
+        if isinstance(holder, dict) and isinstance(name := holder.get("model"), str) and Path(name).is_dir():
+            holder["model"] = str(Path(name).absolute())
+    return plain
 
 
 def check_output(path: Path, frames: int, size: tuple[int, int]) -> None:
@@ -152,7 +186,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         "dtype": "the precision is another", "precision": "the quantisation is another",
         "text_precision": "the text encoder's quantisation is another",
         "compiled": "what is compiled is another", "guidance": "guidance's batch is another",
-        "processes": "the number of processes is another",
+        "processes": "the number of processes is another", "batch": "the number of videos at a time is another",
     }
     for key, text in messages.items():
         absent = key in ("hardware", "compiled", "guidance") and key not in before  # written by an older version

@@ -36,23 +36,41 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"cannot read {path} as an image: {error}") from None
 
 
-def as_rgb_image(image: Image.Image | np.ndarray, name: str) -> Image.Image:
-    """An RGB image from one of any mode or from uint8 [H, W, 3].
+def as_rgb_image(image: Image.Image | np.ndarray | Tensor, name: str) -> Image.Image:
+    """An RGB image from one of any mode, or from an array of uint8 or of floats in [0, 1].
 
     Args:
+        image: numpy [H, W, 3]; torch [3, H, W], [1, 3, H, W] or [H, W, 3].
         name: of the option, for the error message.
 
     Raises:
-        UserError: an array of another dtype or shape.
+        UserError: an array of another dtype, shape or range.
     """
     from PIL import Image
 
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UserError(f"{name} is an array {image.dtype} {list(image.shape)}; give a file, a PIL image, or RGB "
-                            "as uint8 [height, width, 3]")
-        return Image.fromarray(image)
+    if isinstance(image, np.ndarray | Tensor):
+        return Image.fromarray(_rgb_array(image, name))
     return image.convert("RGB")
+
+
+def _rgb_array(image: np.ndarray | Tensor, name: str) -> np.ndarray:
+    array = image.detach().cpu() if isinstance(image, Tensor) else image
+    if isinstance(array, Tensor):
+        array = array[0] if array.ndim == 4 and len(array) == 1 else array
+        channels_first = array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3
+        array = array.permute(1, 2, 0) if channels_first else array
+        array = (array.float() if array.is_floating_point() else array).numpy()  # numpy has no bf16
+    form = f"{name} is an array {array.dtype} {list(array.shape)}"
+    if array.ndim != 3 or array.shape[2] != 3 or not (array.dtype == np.uint8 or array.dtype.kind == "f"):
+        raise UserError(f"{form}; give a file, a PIL image, or RGB as uint8 or floats in [0, 1], numpy [height, width, "
+                        "3] or torch [3, height, width]")
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    low, high = float(array.min()), float(array.max())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN too
+        raise UserError(f"{form} with values from {low:.3g} to {high:.3g}; floats must be in [0, 1]: divide by 255, or "
+                        "from [-1, 1] take (x + 1) / 2")
+    return (array.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def image_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:

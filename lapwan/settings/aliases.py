@@ -44,6 +44,17 @@ OTHER_TRAINERS: Mapping[str, str] = {
     "network_dropout": "dropout", "scale_weight_norms": "max_norm", "output_dir": "output", "output_name": "name",
     "save_every_n_steps": "save_every", "sample_prompts": "preview", "sample_every_n_steps": "preview",
     "dataset_config": "data",
+    "gradient_accumulation": "accumulate", "training_folder": "output", "switch_boundary_every": "turn",
+    "timestep_type": "sigma", "noise_scheduler": "sigma", "quantize": "dtype", "qtype": "dtype", "low_vram": "memory",
+    "max_step_saves_to_keep": "keep_last", "sample_every": "preview", "sample": "preview",
+    "caption_dropout_rate": "caption_dropout", "name_or_path": "model", "datasets": "data", "folder_path": "data",
+    "network": "targets", "optimizer_params": "optimizer", "adapter": "targets", "dataset": "data",
+    "transformer_dtype": "dtype", "transformer_path": "model", "ckpt_path": "model", "max_steps": "steps",
+    "init_from_existing": "init_lora", "eval_every_n_steps": "validation", "eval_every_n_epochs": "validation",
+    "eval_datasets": "validation", "force_constant_lr": "lr", "save_every_n_epochs": "save_every",
+    "checkpoint_every_n_minutes": "save_every", "resume_from_checkpoint": "resume", "lora_alpha": "alpha",
+    "pretrained_model_name_or_path": "model", "checkpointing_steps": "save_every",
+    "checkpoints_total_limit": "keep_last", "validation_prompts": "preview",
 }
 
 

@@ -110,6 +110,9 @@ def _parse(text: str, config: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
+        if config.suffix in (".yaml", ".yml"):
+            raise UserError(f"{config} is YAML, as ai-toolkit's configurations are, and --config takes TOML; start "
+                            "from examples/stage1.toml and set its keys: lr, targets, rank, steps, [data]") from None
         raise UserError(f"{config} is not valid TOML: {error}") from None
 
 
@@ -197,22 +200,42 @@ def _explain(
     error: ValidationError, model: type[Settings], config: Path | None, text: str, sources: Mapping[str, str]
 ) -> str:
     problems = []
-    for item in error.errors():
-        location = [str(part) for part in item["loc"]]
-        key, owners = _real_key(model, item["loc"])
+    for key, items, owners in _by_key(error, model):
         source = next((sources[k] for k in (key, *_parents(key)) if k in sources), None)
-        if source is None and config is not None and item["type"] != "missing":
+        if source is None and config is not None and items[0]["type"] != "missing":
             names = (key, other_form(key), older_key(key))
             source = str(config) + next((line for name in names if name and (line := _line_of(text, name))), "")
         elif source is None:
             source = str(config) if config is not None else "settings"
-        problems.append(f"{source}: {_message(item, key, location[-1] if location else '', owners)}")
+        problems.append(f"{source}: {_message(items, key, owners)}")
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems)
 
 
-def _message(item: Any, key: str, leaf: str, owners: list[type[Settings]]) -> str:
+def first_problem(error: ValidationError, model: type[Settings], section: str) -> str:
+    """The first of the errors in a section that a validator checks as `model`."""
+    key, items, owners = _by_key(error, model)[0]
+    return _message(items, ".".join(filter(None, (section, key))), owners)
+
+
+def _by_key(error: ValidationError, model: type[Settings]) -> list[tuple[str, list[Any], list[type[Settings]]]]:
+    """The errors by dotted key: a value that may have several forms has one error for each."""
+    errors: dict[str, tuple[list[Any], list[type[Settings]]]] = {}
+    for item in error.errors():
+        key, owners = _real_key(model, item["loc"], item["type"] == "extra_forbidden")
+        items, classes = errors.setdefault(key, ([], []))
+        items.append(item)
+        classes += [owner for owner in owners if owner not in classes]
+    for key, (items, _) in list(errors.items()):  # a table that has errors inside is no wrong form of its key
+        inside = any(other.startswith(key + ".") for other in errors)
+        if inside and all(isinstance(item.get("input"), dict) and item["type"].endswith("_type") for item in items):
+            del errors[key]
+    return [(key, items, owners) for key, (items, owners) in errors.items()]
+
+
+def _message(items: Sequence[Any], key: str, owners: Sequence[type[Settings]]) -> str:
+    item, leaf = items[0], key.rpartition(".")[2]
     if item["type"] == "extra_forbidden":
         known = accepted_keys(name for owner in owners for name in owner.model_fields)
         guess = suggestion(leaf, known)
@@ -220,16 +243,47 @@ def _message(item: Any, key: str, leaf: str, owners: list[type[Settings]]) -> st
         return f"unknown key '{key}'{guess}{allowed}"
     if item["type"] == "missing":
         return f"'{key}' is required"
-    if item["type"] == "tuple_type":
-        return f"{key} = {item.get('input')!r}: must be a list, such as [a, b]"
-    if item["type"] == "too_short":
-        context = item["ctx"]
-        return f"{key}: must hold at least {context['min_length']}, has {context['actual_length']}"
-    reason = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    verb = "" if reason != item["msg"] and not item["msg"].startswith("Input") else "must be "
+    reasons = list(dict.fromkeys(reason(each) for each in items))
+    # The forms that a value may have are joined; what a validator of ours says stays as it is.
+    text = " or ".join([reasons[0], *(each.removeprefix("must be ") for each in reasons[1:])])
     value = item.get("input")
     shown = "" if isinstance(value, dict | Settings) else f" = {value!r}"
-    return f"{key}{shown}: {verb}{reason}" if key else reason
+    return f"{key}{shown}: {text}" if key else text
+
+
+# Start of an error's type -> what a value must be.
+_FORMS = {
+    "int": "a whole number", "float": "a number", "finite": "a finite number", "bool": "true or false",
+    "string": "a text", "path": "a path", "dict": "a table of keys and values",
+    "model": "a table of keys and values", "list": "a list, such as [a, b]", "tuple": "a list, such as [a, b]",
+}
+_PATTERNS = {
+    r"^(auto|cpu|cuda(:\d+)?)$": "auto, cpu, cuda or cuda:N", r"^\w+$": "letters, digits and _",
+    r"^[\w.-]+$": "letters, digits, '.', '_' and '-'", r"^[^/\\\n]+$": "a name without '/' and '\\'",
+}
+
+
+def reason(item: Any) -> str:
+    """Why a value was refused, from one of pydantic's error records, in the words of a TOML file."""
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "string_pattern_mismatch":
+        return f"must be {_PATTERNS.get(context['pattern'], 'of the form ' + context['pattern'])}"
+    if kind in ("too_short", "too_long", "string_too_short", "string_too_long"):
+        short = kind.endswith("short")
+        unit = " characters" if kind.startswith("string") else ""
+        limit = context["min_length" if short else "max_length"]
+        has = context.get("actual_length", len(str(item["input"])))
+        return f"must hold at {'least' if short else 'most'} {limit}{unit}, has {has}"
+    if kind in ("literal_error", "enum"):
+        return f"must be {context['expected']}"
+    if kind.startswith("union_tag"):
+        tags = context.get("expected_tags")
+        return f"must be a table whose type is one of {tags}" if tags else "must be a table with a type"
+    form = _FORMS.get(kind.split("_")[0])
+    if form is not None and kind.split("_")[-1] in ("type", "parsing", "float", "number", "size"):
+        return f"must be {form}"
+    text: str = item["msg"].removeprefix("Value error, ")
+    return text.replace("Input should be ", "must be ")
 
 
 def _parents(key: str) -> list[str]:
@@ -237,8 +291,18 @@ def _parents(key: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
 
 
-def _real_key(model: type[Settings], location: tuple[int | str, ...]) -> tuple[str, list[type[Settings]]]:
-    """An error's dotted key without the tags that pydantic adds for union members, and the classes that have it."""
+# A form of a value with several, as pydantic adds it to the location of an error.
+_FORM = re.compile(r"(str|int|float|bool|path|none)$|constrained-\w+$|[\w-]+\[.+\]$|(\w*Settings|LoraArgument)$")
+
+
+def _real_key(
+    model: type[Settings], location: tuple[int | str, ...], unknown: bool
+) -> tuple[str, list[type[Settings]]]:
+    """An error's dotted key without what pydantic adds for members of unions, and the classes that have it.
+
+    Args:
+        unknown: the last part is an unknown key.
+    """
     owners: list[type[Settings]] = [model]
     key: list[str] = []
     for index, part in enumerate(location):
@@ -254,8 +318,8 @@ def _real_key(model: type[Settings], location: tuple[int | str, ...]) -> tuple[s
         elif not last and (meant := [o for o in owners if "type" in o.model_fields
                                      and o.model_fields["type"].default == part]):
             owners = meant
-        elif last:
-            key.append(str(part))
+        elif (last and (unknown or (part != "[key]" and not _FORM.match(part)))) or location[index + 1 :] == ("[key]",):
+            key.append(part)  # of a dict
     return ".".join(key), owners
 
 

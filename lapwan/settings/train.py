@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from lapwan.names import NoiseExpert
-from lapwan.settings.aliases import accepted_keys, current_keys, expand_short_forms, suggestion
-from lapwan.settings.base import Flag, Settings, submodel, union_members
+from lapwan.settings.aliases import current_keys, expand_short_forms
+from lapwan.settings.base import Flag, Settings
 from lapwan.settings.callbacks import HealthSettings, PreviewSettings, ValidationSettings, WatchSettings
+from lapwan.settings.load import first_problem
 from lapwan.settings.memory import MEMORY_METAVAR, MemoryChoice, TrainDtype
 from lapwan.settings.model import BaseModelSettings
 from lapwan.settings.optimizers import (
-    OPTIMIZERS,
     AdamWSettings,
     OptimizerChoice,
     ScheduleSettings,
@@ -275,16 +275,7 @@ class TrainSettings(Settings):
         try:
             return NoiseExpertSettings.model_validate(_merge_sections(plain, override))
         except ValidationError as error:
-            first = error.errors()[0]
-            tags = {kind.model_fields["type"].default for kind in OPTIMIZERS}
-            key = ".".join([noise_expert.value, *(str(part) for part in first["loc"] if part not in tags)])
-            if first["type"] == "extra_forbidden":
-                known = accepted_keys(_known_at(first["loc"]))
-                section = key.rpartition(".")[0]
-                guess = suggestion(key.rpartition(".")[2], known) or f"; [{section}] takes {', '.join(known)}"
-                raise ValueError(f"unknown key '{key}'{guess}") from None
-            shown = "" if isinstance(first["input"], dict | Settings) else f" = {first['input']!r}"
-            raise ValueError(f"{key}{shown}: {first['msg'].removeprefix('Value error, ')}") from None
+            raise ValueError(first_problem(error, NoiseExpertSettings, noise_expert.value)) from None
 
     def _steps_of(self, noise_expert: NoiseExpert, each: int) -> int:
         if self.phases:
@@ -300,15 +291,6 @@ class TrainSettings(Settings):
 def split_evenly(count: int, parts: int) -> list[int]:
     """Split `count` into `parts` whole numbers that differ by at most one, the larger ones first."""
     return [count // parts + (i < count % parts) for i in range(parts)]
-
-
-def _known_at(location: tuple[int | str, ...]) -> list[str]:
-    """The known keys of the section in which an unknown one was given."""
-    if len(location) == 1:
-        return list(_SHARED)
-    annotation = NoiseExpertSettings.model_fields[str(location[0])].annotation
-    section = submodel(annotation)
-    return [name for model in ([section] if section else union_members(annotation)) for name in model.model_fields]
 
 
 def _merge_sections(tree: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import Settings
+from lapwan.settings.load import first_problem
 from lapwan.settings.targets import TargetSettings, override_targets
 from lapwan.settings.train import TrainSettings
 
@@ -131,6 +132,4 @@ class TrainMoeSettings(TrainSettings):
         try:
             return TargetSettings.model_validate(override_targets(shared, self.expert_targets.get(family, {})))
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(["expert_targets", family, *map(str, first["loc"])])
-            raise ValueError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
+            raise ValueError(first_problem(error, TargetSettings, f"expert_targets.{family}")) from None

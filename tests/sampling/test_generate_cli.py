@@ -116,7 +116,6 @@ def test_dry_run_loads_nothing_and_prints_the_resolved_settings(unloaded, tmp_pa
     (("--lora", "none.safetensors"), ("none.safetensors",)),
     (("--image", "none.png"), ("no such image: none.png",)),
     (("--device", "cuda:99"), ("cuda:99", "--device cpu")),
-    (("--dit", "x"), ("--dit: give the model folder", "[model] high")),
 ])
 def test_bad_input_is_one_line(arguments, words, unloaded) -> None:
     refused(generate(unloaded, *arguments), *words)

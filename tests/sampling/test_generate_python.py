@@ -89,8 +89,8 @@ def test_pictures_of_any_kind(mode) -> None:
 
 
 def test_an_array_that_is_no_picture_is_refused() -> None:
-    with pytest.raises(UserError, match=r"image is an array float64 \[32, 48, 3\]; give a file, a PIL image, or RGB"):
-        VideoGenerator("tiny").generate("x", image=np.zeros((32, 48, 3)))
+    with pytest.raises(UserError, match=r"image is an array int64 \[32, 48, 3\]; give a file, a PIL image, or RGB"):
+        VideoGenerator("tiny").generate("x", image=np.zeros((32, 48, 3), np.int64))
 
 
 def test_a_videos_last_frame_starts_the_next() -> None:

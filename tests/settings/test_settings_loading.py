@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from lapwan.commands.table import COMMANDS
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 from lapwan.settings.aliases import OLD_DEFAULTS, RUN_HEADER, with_old_defaults
-from lapwan.settings.base import to_toml
-from lapwan.settings.load import load
+from lapwan.settings.base import Settings, to_toml
+from lapwan.settings.load import _sections, load
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.settings.train_moe import TrainMoeSettings
 
@@ -71,7 +72,7 @@ def test_a_bad_environment_value_names_its_variable(toml):
 @pytest.mark.parametrize(("text", "message"), [
     ("output = =\n", r"is not valid TOML: .*line 1"),
     ('output = "r"\nsteps = 1\n', r"'data' is required"),
-    (GOOD + "[high]\nxyz = 3\n", r"unknown key 'high.xyz'; \[high\] takes steps, start, stop, targets"),
+    (GOOD + "[high]\nxyz = 3\n", r"unknown key 'high.xyz'; known here: alpha, alpha_schedule, dropout, lr"),
     (GOOD.replace("steps", "epochs = 1\nsteps"), "give exactly one of steps, epochs and"),
     (GOOD.replace("steps", 'noise_experts = ["high"]\nsteps') + "[low]\nsteps = 3\n",
      r"\[low\] is set, but noise_experts"),
@@ -187,3 +188,53 @@ def test_settings_of_a_newer_version_are_refused(version, tmp_path):
     (tmp_path / "new.toml").write_text(f"settings_version = {version}\nsteps = 1\n")
     with pytest.raises(UserError, match="settings_version"):
         load(TrainLoraSettings, tmp_path / "new.toml", environment={})
+
+
+def dotted_keys(model: type[Settings], prefix: str = ""):
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        for section in _sections(info.annotation):
+            yield from dotted_keys(section, f"{prefix}{name}.")
+
+
+WRONG = ([], [1, {}], {}, {"x": 1}, "wrong", "", 12.5, -1, True)
+# pydantic's words, and Python's names of types.
+NOT_FOR_USERS = ("pydantic", "Settings", "Input should", "validation error", "type=", " | ", "valid ", "instance of",
+                 "unable to", "Unable", "String", "constrained", "literal[", "function-", "dict[", "<class")
+
+
+@pytest.mark.parametrize("row", COMMANDS, ids=lambda row: row.name)
+def test_no_message_about_a_wrong_value_shows_a_type_of_python(row):
+    keys = list(dict.fromkeys(dotted_keys(row.settings_model())))
+    keys += [f"high.{key}" for key in keys if "high" in keys]
+    refused = 0
+    for key in keys:
+        for value in WRONG:
+            try:
+                load(row.settings_model(), None, (), {key: value}, environment={})
+            except UserError as error:
+                refused += 1
+                assert not [words for words in NOT_FOR_USERS if words in str(error)], (key, value, str(error))
+    assert refused > 3 * len(keys)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("targets.last_blocks = 1.5\n", "targets.last_blocks = 1.5: must be a whole number or 'all'"),
+    ("model = 3\n", "model = 3: must be a text or a table of keys and values"),
+    ("init_lora.x = 'a'\n", "init_lora.x = 'x': must be 'high' or 'low'"),
+    ("high.optimizer.lr = 'fast'\n", "high.optimizer.lr = 'fast': must be a number"),
+    ("name = 'a/b'\n", "name = 'a/b': must be letters, digits, '.', '_' and '-'"),
+    ("noise_experts = []\n", "noise_experts = []: must hold at least 1, has 0"),
+    ("model = {x = 1}\n", "'model.model' is required"),
+])
+def test_a_wrong_form_is_told_in_the_words_of_a_file(toml, text, message):
+    with pytest.raises(UserError) as caught:
+        load(TrainLoraSettings, toml(text + GOOD), environment={})
+    assert message in str(caught.value) and "model.str" not in str(caught.value)
+
+
+def test_a_file_of_yaml_is_named_as_what_it_is(tmp_path):
+    config = tmp_path / "train.yaml"
+    config.write_text("job: extension\n", encoding="utf-8")
+    with pytest.raises(UserError, match="is YAML, as ai-toolkit's"):
+        load(TrainLoraSettings, config, environment={})
