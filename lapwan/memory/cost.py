@@ -200,7 +200,7 @@ class NoiseExpertShape:
         spec = self.spec
         key = (json.dumps(self.config, sort_keys=True), self.dtype, self._recipe, tuple(self.kinds),
                tuple(self._trainable), self._gated, spec.latent_shape(clip.frames, clip.height, clip.width),
-               spec.in_channels, spec.text_dim, clip.batch, tuple(kinds), processes, kernels.HAS_TRITON)
+               spec.in_channels, spec.text_dim, clip.batch, tuple(kinds), processes, kernels.TRITON.works)
         if key not in _TRACED:
             _TRACED[key] = self._traced(clip, kinds, processes)
         return _TRACED[key]

@@ -231,7 +231,7 @@ def predict(
             or a prompt's cache in this transformer.
         first_block_cache: may skip all blocks but the first; without gradients.
     """
-    kernels.try_triton(hidden_BCTHW.device)
+    kernels.TRITON.try_on(hidden_BCTHW.device)
     grad = torch.is_grad_enabled()
     dtype, checkpointing = hidden_BCTHW.dtype, options.checkpointing
     with torch.no_grad():  # depends on the size alone
