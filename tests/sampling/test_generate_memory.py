@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from lapwan import UserError, VideoGenerator
 from lapwan.lora.attach import Group, attach
 from lapwan.lora.formats import write_lora
-from lapwan.memory.generation import GenerationWorkload, describe, plan_generation, text_encoder_bytes
+from lapwan.memory.generation import GenerationWorkload, describe_generation, plan_generation, text_encoder_bytes
 from lapwan.memory.plan import Throughput, required_bytes
 from lapwan.memory.streaming import HostCopy
 from lapwan.models.device import free_bytes
@@ -78,14 +78,14 @@ def test_reading_the_prompt_counts_where_it_needs_more_than_sampling(t2v) -> Non
 
 
 def test_the_line_says_the_numbers(t2v) -> None:
-    line = describe(planned(t2v, "one", GIB), torch.device("cuda:0"), 2)
+    line = describe_generation(planned(t2v, "one", GIB), torch.device("cuda:0"), 2)
     assert line.startswith("memory: one noise expert on cuda:0 at a time (as asked): predicted peak ")
     assert " of 1.0 GiB (" in line and "s a step predicted" in line
-    assert describe(planned(t2v, "auto", None), torch.device("cpu"), 2) == (
+    assert describe_generation(planned(t2v, "auto", None), torch.device("cpu"), 2) == (
         "memory: both noise experts stay on cpu (auto)")
-    assert "8 blocks of the active noise expert stream from host memory to cuda" in describe(
+    assert "8 blocks of the active noise expert stream from host memory to cuda" in describe_generation(
         planned(t2v, "stream", GIB), torch.device("cuda"), 2)
-    assert "(within 0.8 GiB)" in describe(planned(t2v, 0.8, GIB), torch.device("cuda"), 2)
+    assert "(within 0.8 GiB)" in describe_generation(planned(t2v, 0.8, GIB), torch.device("cuda"), 2)
 
 
 def test_sizes_are_read_from_headers(t2v) -> None:

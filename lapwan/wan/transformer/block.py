@@ -80,11 +80,6 @@ def feed_forward(ffn: Any, y_BND: Tensor, fused: bool = False) -> Tensor:
 # The eager block
 
 
-def widened(x: Tensor) -> Tensor:
-    """fp32, or x's own dtype where that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def layer_norm(module: Any, x_wide: Tensor) -> Tensor:
     """diffusers' FP32LayerNorm over the last dimension, left in the wide dtype."""
     weight = None if module.weight is None else module.weight.to(x_wide.dtype)
