@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
+
+Checkpointing = Literal["off", "op", "block"]  # what a backward recomputes: nothing, cheap operations, whole blocks
 
 
 class NoiseExpert(StrEnum):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -199,3 +200,27 @@ def _mentions(text: SplitText, matches: list[PhraseMatch[_Phrase]]) -> list[Ment
 def _phrase(text: str, family: int, action: bool = False) -> tuple[tuple[str, ...], _Phrase]:
     pieces = units(text)
     return pieces, _Phrase(text, family, weight_length(pieces) ** LENGTH_POWER, action)
+
+
+def check_label(
+    start: str, weights: Sequence[float] | None, family: int | None, taxonomy: Taxonomy, advice: str,
+    family_key: str = "label",
+) -> None:
+    """Refuse a stored label of another taxonomy.
+
+    Args:
+        start: of the message: whose label it is.
+        family: the index of a family, where the label is hard; `family_key`: what the file calls it.
+        advice: the end of the message.
+
+    Raises:
+        UserError: weights of another number of families, or a family that the taxonomy does not have.
+    """
+    count = len(taxonomy.families)
+    if weights is not None and len(weights) != count:
+        label = f"{len(weights)} label weights"
+    elif family is not None and family >= count:
+        label = f"{family_key} {family}"
+    else:
+        return
+    raise UserError(f"{start}{label}, taxonomy {taxonomy.name} has {count} families; {advice}")

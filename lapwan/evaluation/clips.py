@@ -20,7 +20,7 @@ from PIL import Image
 from lapwan.data.buckets import centre_crop
 from lapwan.data.clips import Clip, empty_split, label_fields, read_clips, resolve_video
 from lapwan.data.dropped_clips import BadClip
-from lapwan.data.labels import label_caption, resolve_hint
+from lapwan.data.labels import check_label, label_caption, resolve_hint
 from lapwan.data.regions import pixel_region
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.data.video import probe
@@ -148,19 +148,15 @@ def _clip(path: Path, clip: Clip, taxonomy: Taxonomy, repeated: bool) -> Evaluat
 
 def _weights(path: Path, clip: Clip, taxonomy: Taxonomy) -> tuple[tuple[float, ...], bool]:
     """Label weights (and whether they are a fallback) from the line's label, else its caption, else `instrument`."""
-    families, where = len(taxonomy.families), f"{path}, line {clip.line}"
+    where = f"{path}, line {clip.line}"
     fields = label_fields(clip.data, where)
+    soft, hard = fields.get("label_weights"), fields.get("label")
     relabel = f"label it with --taxonomy {taxonomy.name}, or set taxonomy"
-    if (soft := fields.get("label_weights")) is not None:
-        if len(soft) != families:
-            raise UserError(f"{where}: {len(soft)} label weights, taxonomy {taxonomy.name} has {families} families; "
-                            f"{relabel}")
+    check_label(f"{where}: ", soft, None if soft is not None else hard, taxonomy, relabel, "instrument_label")
+    if soft is not None:
         return soft, bool(fields.get("fallback"))
-    if (hard := fields.get("label")) is not None:
-        if hard >= families:
-            raise UserError(f"{where}: instrument_label {hard}, taxonomy {taxonomy.name} has {families} families; "
-                            f"{relabel}")
-        return tuple(float(i == hard) for i in range(families)), bool(fields.get("fallback"))
+    if hard is not None:
+        return tuple(float(i == hard) for i in range(len(taxonomy.families))), bool(fields.get("fallback"))
     label = label_caption(clip.caption, taxonomy)
     if label.fallback and isinstance(named := clip.data.get("instrument"), str):
         return resolve_hint(named, taxonomy), False

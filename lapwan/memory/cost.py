@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from lapwan.lora.attach import Adapter, Group, attach
 from lapwan.lora.layer import FrozenLinear
 from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
-from lapwan.memory.plan import Checkpointing, Flops, NoiseExpertBytes
+from lapwan.memory.plan import Flops, NoiseExpertBytes
 from lapwan.memory.shape_model import META, ShapeModel
 from lapwan.memory.step import BlockSegments, StepMemory, trace_step
 from lapwan.memory.streaming import tensors_of
 from lapwan.memory.trace import Memo, Segment, trace_memory, without_kernels
-from lapwan.models.spec import TEXT_LENGTH, ModelSpec
-from lapwan.names import NoiseExpert, Precision
+from lapwan.models.spec import TEXT_LENGTH, ModelSpec, component_config
+from lapwan.names import Checkpointing, NoiseExpert, Precision
 from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.linears import LINEAR_CLASSES, QuantisedLinear
 from lapwan.wan.quantise.load import Recipe
@@ -57,20 +57,15 @@ class ClipShape:
     width: int
 
 
-def _config_of(spec: ModelSpec, noise_expert: NoiseExpert) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((spec.component(noise_expert) / "config.json").read_text(encoding="utf-8"))
-    return config
-
-
 def width_of(spec: ModelSpec) -> int:
     """D of the model's transformers."""
-    config = _config_of(spec, spec.noise_experts[0])
+    config = component_config(spec.component(spec.noise_experts[0]))
     return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
 
 
 def heads_of(spec: ModelSpec) -> int:
     """Attention heads of the model's transformers."""
-    return int(_config_of(spec, spec.noise_experts[0])["num_attention_heads"])
+    return int(component_config(spec.component(spec.noise_experts[0]))["num_attention_heads"])
 
 
 def tokens_of(spec: ModelSpec, bucket: tuple[int, int, int]) -> int:
@@ -96,7 +91,7 @@ class NoiseExpertShape:
         groups: Sequence[GroupShape] = (), gated: bool = False,
     ) -> None:
         self.spec, self.dtype, self._recipe = spec, dtype, recipe
-        self.config = _config_of(spec, noise_expert)
+        self.config = component_config(spec.component(noise_expert))
         self._trainable, self._gated = [group.trainable for group in groups], gated
         self.kinds = [self._kind(index, groups) for index in range(spec.num_layers)]
         # Gates carry gradient into every adapter they act on, a frozen one too.
@@ -200,7 +195,7 @@ class NoiseExpertShape:
         spec = self.spec
         key = (json.dumps(self.config, sort_keys=True), self.dtype, self._recipe, tuple(self.kinds),
                tuple(self._trainable), self._gated, spec.latent_shape(clip.frames, clip.height, clip.width),
-               spec.in_channels, spec.text_dim, clip.batch, tuple(kinds), processes, kernels.HAS_TRITON)
+               spec.in_channels, spec.text_dim, clip.batch, tuple(kinds), processes, kernels.TRITON.works)
         if key not in _TRACED:
             _TRACED[key] = self._traced(clip, kinds, processes)
         return _TRACED[key]
@@ -269,9 +264,8 @@ class NoiseExpertShape:
 def _quantise(block: nn.Module, kind: type[QuantisedLinear], dtype: torch.dtype) -> None:
     for path, linear in list(block.named_modules()):
         if isinstance(linear, nn.Linear) and kind.supports(linear.in_features, linear.out_features):
-            parent, _, leaf = path.rpartition(".")
-            shaped = kind.shaped(linear.in_features, linear.out_features, linear.bias is not None, dtype)
-            setattr(block.get_submodule(parent), leaf, shaped)
+            block.set_submodule(
+                path, kind.shaped(linear.in_features, linear.out_features, linear.bias is not None, dtype))
 
 
 def _state(model: nn.Module, ranks: Mapping[str, int]) -> AdapterState:

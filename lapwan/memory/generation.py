@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from lapwan.memory.plan import (
     placements,
 )
 from lapwan.models.original_layout import read_tensors, t5_to_transformers
-from lapwan.models.spec import ModelSpec, original_file, weight_files
+from lapwan.models.spec import ModelSpec, component_config, original_file, weight_files
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.quantise.linears import LINEAR_CLASSES
 from lapwan.wan.quantise.load import Recipe
@@ -67,7 +66,7 @@ def decode_bytes(spec: ModelSpec, num_frames: int, size: tuple[int, int]) -> int
     """The VAE in fp32, its activations (by pixels of a frame and decoder width), and the frames twice: decoded and
     concatenated."""
     folder, pixels = spec.path / "vae", size[0] * size[1]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = component_config(folder)
     width = config.get("decoder_base_dim") or config.get("base_dim") or _DECODER_WIDTH
     original = original_file(folder)
     weights = original.stat().st_size if original is not None else sum(
@@ -140,7 +139,7 @@ def plan_generation(
     return choose(sizes, strategies, WORKSPACE, free, memory, phases, host_free)
 
 
-def describe(plan: MemoryPlan, device: torch.device, count: int) -> str:
+def describe_generation(plan: MemoryPlan, device: torch.device, count: int) -> str:
     """The decision and its numbers in one line; `count`: noise experts of the model."""
     placement = plan.strategy.placement
     if placement.streamed:

@@ -7,7 +7,7 @@
 Arithmetic only, no torch: sizes in, a plan out. `training` and `generation` list the candidates.
 Units: bytes, seconds, flops.
 How to add a strategy: a field of `Strategy` (or `Placement`), its bytes in `resident` or `_evaluate`, and its
-candidates with their seconds in `training._strategies` or `generation.plan_generation`.
+candidates with their seconds in `training._Candidates` or `generation.plan_generation`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+
+from lapwan.names import Checkpointing
 
 GIB = 1 << 30
 WORKSPACE = 96 << 20  # of cuBLAS and its like, taken from torch's allocator
 SLACK, MARGIN = 0.08, 256 << 20  # a plan fits if predicted · 1.08 + 256 MiB is free: fragmentation
 RING_SLOTS = 2  # blocks of a `BlockRing` on the device: one computes while the next is copied
-Checkpointing = Literal["off", "op", "block"]
 Requested = str | float
 
 

@@ -33,9 +33,9 @@ from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape
 from lapwan.memory.trace import trace_memory
 from lapwan.models.base import Base, target_ranks
 from lapwan.models.device import free_bytes, pick_dtype
-from lapwan.models.spec import tensor_shapes, weight_files
+from lapwan.models.spec import component_config, tensor_shapes, weight_files
 from lapwan.names import NoiseExpert
-from lapwan.rewards.base import select_frames
+from lapwan.rewards.base import RewardKinds, select_frames
 from lapwan.rewards.build import reward_bytes
 from lapwan.settings.memory import precision_of
 from lapwan.settings.srpo import SrpoSettings
@@ -88,14 +88,15 @@ class SrpoMemory:
 
 def plan_srpo(
     settings: SrpoSettings, base: Base, noise_experts: Sequence[NoiseExpert], loaded: Sequence[NoiseExpert],
-    bucket: tuple[int, int, int], device: torch.device, processes: int = 1, free: int | None = None,
-    predict: bool = True,
+    bucket: tuple[int, int, int], rewards: RewardKinds, device: torch.device, processes: int = 1,
+    free: int | None = None, predict: bool = True,
 ) -> SrpoMemory:
     """Choose a strategy from the model's shapes and the free memory of the device.
 
     Args:
         noise_experts: the trained ones; `loaded`: all that take part.
         bucket: (frames, height, width) of the training samples.
+        rewards: the kinds that the settings may name.
         free: bytes the run may use; None: what the device has free.
         predict: predict memory on a CPU too, where nothing depends on it (for `--dry-run`).
 
@@ -108,7 +109,8 @@ def plan_srpo(
     kept = "everything stays" if both else "one noise expert at a time, as asked,"
     if free is None and not predict:
         return SrpoMemory(both, checkpointing, 0, f"memory: {kept} on {device}", ())
-    parts = parts_of(settings, base, noise_experts, loaded, bucket, pick_dtype(settings.dtype, _gpu(device)), processes)
+    dtype = pick_dtype(settings.dtype, _gpu(device))
+    parts = parts_of(settings, base, noise_experts, loaded, bucket, rewards, dtype, processes)
     can_offload = settings.memory != "both" and settings.train == "lora"
     allowed = [strategy for strategy in parts.strategies(can_offload) if _allowed(settings, strategy, len(loaded))]
     table = tuple(_row(size, parts, allowed) for size in GPUS)
@@ -185,7 +187,7 @@ def _hints(settings: SrpoSettings) -> str:
 
 def parts_of(
     settings: SrpoSettings, base: Base, noise_experts: Sequence[NoiseExpert], loaded: Sequence[NoiseExpert],
-    bucket: tuple[int, int, int], dtype: torch.dtype, processes: int = 1,
+    bucket: tuple[int, int, int], kinds: RewardKinds, dtype: torch.dtype, processes: int = 1,
 ) -> MemoryParts:
     """The plan's sizes for transformers in `dtype`. A full fine-tune is sharded over `processes`."""
     spec = base.spec
@@ -196,8 +198,8 @@ def parts_of(
         weights, state = {e: size // processes for e, size in weights.items()}, state // processes
     frames, height, width = bucket
     scored = select_frames(frames, settings.preference.frames)
-    rewards = reward_bytes(settings.rewards, "cuda", 0)
-    graph = reward_bytes(settings.rewards, "cuda", settings.batch_size * len(scored)) - rewards
+    rewards = reward_bytes(settings.rewards, "cuda", 0, kinds)
+    graph = reward_bytes(settings.rewards, "cuda", settings.batch_size * len(scored), kinds) - rewards
     vae, activations = vae_bytes(spec.path / "vae", getattr(torch, settings.vae_dtype), settings.batch_size,
                           spec.latent_shape(*bucket), tuple(scored))
     clip = ClipShape(settings.batch_size, frames, height, width)
@@ -284,7 +286,7 @@ def vae_bytes(
             return [sum(p.nbytes for p in vae.parameters()), trace_memory(decode_and_backward).peak]
 
     weights, activations = _remembered(
-        traced, "with gradient", _vae_config(folder), dtype, batch, latent_shape, frames)
+        traced, "with gradient", component_config(folder), dtype, batch, latent_shape, frames)
     return weights, activations
 
 
@@ -298,18 +300,14 @@ def decoding_bytes(folder: Path, dtype: torch.dtype, latent_shape: tuple[int, in
             latents = torch.empty(1, *latent_shape)
             return [trace_memory(lambda: decode_frames(vae, latents, range(frames))).peak]
 
-    return _remembered(traced, "all frames", _vae_config(folder), dtype, latent_shape)[0]
-
-
-def _vae_config(folder: Path) -> str:
-    return (folder / "config.json").read_text(encoding="utf-8")
+    return _remembered(traced, "all frames", component_config(folder), dtype, latent_shape)[0]
 
 
 def _empty_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKLWan:
     from diffusers import AutoencoderKLWan
 
     with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(json.loads(_vae_config(folder))).requires_grad_(False).eval()
+        vae = AutoencoderKLWan.from_config(component_config(folder)).requires_grad_(False).eval()
         for parameter in vae.parameters():
             parameter.data = parameter.data.to(dtype)
     return vae

@@ -21,8 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from lapwan.memory.plan import Checkpointing
 from lapwan.memory.trace import Memo, Segment, trace_segments
+from lapwan.names import Checkpointing
 from lapwan.wan.transformer.block import block_forward
 from lapwan.wan.transformer.checkpointing import is_saved
 

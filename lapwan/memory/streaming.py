@@ -28,10 +28,14 @@ def aligned(size: int) -> int:
 
 
 class HostPool:
-    """Host memory cut from large allocations."""
+    """Host memory cut from large allocations.
 
-    def __init__(self, pinned: bool) -> None:
-        self._pinned, self._chunk_size = pinned, _CHUNK if pinned else 0
+    Args:
+        chunk_size: bytes of an allocation, or those of a tensor that is larger; None: 1 GiB if pinned, else a tensor's.
+    """
+
+    def __init__(self, pinned: bool, chunk_size: int | None = None) -> None:
+        self._pinned, self._chunk_size = pinned, (_CHUNK if pinned else 0) if chunk_size is None else chunk_size
         self.chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def allocate(self, size: int) -> Tensor:
@@ -117,11 +121,15 @@ class BlockRing:
     Args:
         blocks: tensors of each streamed block by its index; frozen, and not shared with another block.
         slots: on the device; at least 2 for copies to overlap with compute.
+        pool: the host memory that takes the blocks; None: one of its own.
     """
 
-    def __init__(self, blocks: Mapping[int, Iterable[Tensor]], device: torch.device, slots: int = RING_SLOTS) -> None:
+    def __init__(
+        self, blocks: Mapping[int, Iterable[Tensor]], device: torch.device, slots: int = RING_SLOTS,
+        pool: HostPool | None = None,
+    ) -> None:
         self._device, self._cuda = device, device.type == "cuda"
-        pool = HostPool(pinned=self._cuda)
+        pool = pool or HostPool(pinned=self._cuda)
         self._blocks = {index: _to_host(list(tensors), pool) for index, tensors in sorted(blocks.items())}
         self._order = list(self._blocks)
         self._slot_count = max(1, min(slots, len(self._order)))

@@ -35,7 +35,7 @@ def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> f
 @cache
 def measure_throughput(device: torch.device, dtype: torch.dtype) -> Throughput:
     """A device's throughput in `dtype`."""
-    kernels.try_triton(device)  # so that plans are made for the kernels that will run
+    kernels.TRITON.try_on(device)  # so that plans are made for the kernels that will run
     size = _SIZE[device.type]
     a = torch.randn(size, size, device=device, dtype=dtype)
     matmul = _MATMUL_SHARE * 2.0 * size**3 / _seconds(lambda: a @ a, device, 5)

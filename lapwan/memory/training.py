@@ -16,7 +16,6 @@ from lapwan.memory.plan import (
     OP_OVERHEAD,
     STEP_OVERHEAD,
     WORKSPACE,
-    Checkpointing,
     MemoryPlan,
     NoiseExpertBytes,
     Placement,
@@ -31,7 +30,7 @@ from lapwan.memory.plan import (
 from lapwan.memory.throughput import measure_throughput
 from lapwan.models.base import Base
 from lapwan.models.device import free_bytes, limit_memory, pick_dtype
-from lapwan.names import NoiseExpert, Precision
+from lapwan.names import Checkpointing, NoiseExpert, Precision
 from lapwan.settings.memory import precision_of
 from lapwan.settings.train import TrainSettings
 from lapwan.wan.backbone import WanBackbone

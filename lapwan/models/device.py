@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lapwan.errors import UserError
 
@@ -68,3 +69,8 @@ def unlimit_memory(device: torch.device) -> None:
     """Lift `limit_memory` of a GPU, which otherwise lasts as long as the process."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in fp32, or in its own dtype where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -59,8 +59,9 @@ def reward_bytes(
 ) -> int:
     """Weights of all rewards, and the activations kept for the backward through `images` images, in bytes.
 
-    Rewards run one after the other, but their graphs exist at the same time. One that is not of `kinds` counts nothing:
-    the tiny one is a megabyte.
+    Rewards run one after the other, but their graphs exist at the same time.
+
+    Raises:
+        UserError: a reward that is not of `kinds`.
     """
-    return sum(kinds[type(settings)].bytes(settings, device_type, images)
-               for settings in rewards if type(settings) in kinds)
+    return sum(kind_of(settings, kinds).bytes(settings, device_type, images) for settings in rewards)

@@ -14,7 +14,13 @@ from lapwan import console
 from lapwan.distributed import Processes
 from lapwan.lora.attach import Adapter, attach
 from lapwan.memory.cost import heads_of
-from lapwan.memory.generation import GenerationWorkload, Memory, describe, plan_generation, text_encoder_bytes
+from lapwan.memory.generation import (
+    GenerationWorkload,
+    Memory,
+    describe_generation,
+    plan_generation,
+    text_encoder_bytes,
+)
 from lapwan.memory.plan import MemoryPlan, Placement, Strategy, available_host_memory, memory_budget, required_bytes
 from lapwan.memory.streaming import ModelOffload, offload_backbone, tensors_of
 from lapwan.memory.throughput import measure_throughput
@@ -115,7 +121,7 @@ class NoiseExperts:
         if workload not in self._plans or (free is not None and required_bytes(self._plans[workload].peak) > free):
             self._plans[workload] = self._choose(workload, free)
         self._plan = self._plans[workload]
-        line = describe(self._plan, self.device, len(self.base.spec.noise_experts))
+        line = describe_generation(self._plan, self.device, len(self.base.spec.noise_experts))
         log = console.detail if self._plan.both and not self._plan.parts else console.log
         if self._logged is None or self._logged.split("(")[0] != line.split("(")[0]:
             log(line)

@@ -12,10 +12,20 @@ from lapwan.settings.aliases import current_keys, expand_short_forms
 from lapwan.settings.base import Flag, Settings, height_width
 from lapwan.settings.cache import NEGATIVE_PROMPT
 from lapwan.settings.memory import TrainDtype, precision_of
-from lapwan.settings.model import BaseModelSettings
 from lapwan.settings.optimizers import AdamWSettings, OptimizerChoice, ScheduleSettings, kinds_that
 from lapwan.settings.rewards import REWARD_EXAMPLES, REWARD_METAVAR, Rewards
 from lapwan.settings.targets import TargetSettings
+from lapwan.settings.train import (
+    Alpha,
+    BaseModelChoice,
+    CompileChoice,
+    DeviceName,
+    EmaDecay,
+    KeepLast,
+    LogEvery,
+    Resume,
+    RunFolder,
+)
 
 LR = {"lora": 1e-4, "full": 5e-6}
 _NOISE_EXPERTS = {
@@ -100,11 +110,9 @@ class HeldOutSettings(Settings):
 class SrpoSettings(Settings):
     """Preference alignment of one noise expert, or both, with reward models."""
 
-    model: Annotated[str | BaseModelSettings, Flag("--model", metavar="MODEL")] = Field(
-        "tiny", description="tiny, or a folder in diffusers layout; in TOML also {model, lora, multiplier}.")
-    output: Annotated[Path, Flag("--output", "-o", metavar="DIR")] = Field(description="Run folder.")
-    resume: Annotated[bool, Flag("--resume")] = Field(
-        False, description="Continue from the newest checkpoint of the run folder, if there is one.")
+    model: BaseModelChoice = "tiny"
+    output: RunFolder
+    resume: Resume = False
     name: Annotated[str, Flag("--name")] = Field("lapwan", pattern=r"^[\w.-]+$", description="Stem of the LoRA files.")
     noise_experts: Annotated[tuple[NoiseExpert, ...] | None, Flag("--noise-experts")] = Field(
         None, min_length=1, description="Noise experts to train: low (transformer_2), high (transformer) or both; "
@@ -130,14 +138,13 @@ class SrpoSettings(Settings):
     turn: int = Field(1, ge=1, description="With both noise experts: consecutive steps of one before the other's turn.")
     targets: TargetSettings = Field(default_factory=lambda: TargetSettings(
         last_blocks="all", ffn_last_blocks="all", q=16, k=16, v=16, o=16, ffn_in=16, ffn_out=16))
-    alpha: float | None = Field(None, gt=0, description="LoRA alpha; absent: each module's rank, a scale of 1.")
+    alpha: Alpha = None
     optimizer: OptimizerChoice = Field(default_factory=lambda: AdamWSettings(lr=LR["lora"], weight_decay=1e-4))
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
     max_grad_norm: float = Field(0.1, gt=0)
     kl_weight: float = Field(
         0.0, ge=0, description="Weight of the squared distance between the velocity and the base's; LoRA only.")
-    ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="Keep an EMA of the trained weights, which is then saved; absent: none.")
+    ema_decay: EmaDecay = None
     master_weights: Annotated[Literal["fp32", "bf16"], Flag()] = Field(
         "fp32", description="Weights that the optimizer updates: an fp32 copy, or the bf16 weights with stochastic "
         "rounding.")
@@ -153,17 +160,15 @@ class SrpoSettings(Settings):
     seed: Annotated[int, Flag("--seed")] = Field(
         42, description="Seed of order, noise, sigma, control words and initial weights.")
     save_every: Annotated[int, Flag("--save-every")] = Field(10, ge=1, description="Steps between checkpoints.")
-    keep_last: int | None = Field(None, ge=1, description="Newest checkpoints to keep; absent: all.")
+    keep_last: KeepLast = None
     keep_best: int | None = Field(
         None, ge=1, description="Checkpoints of the highest held-out margin to keep besides the newest.")
     allow_changed: Annotated[bool, Flag("--allow-changed")] = Field(
         False, description="With --resume: continue although settings, prompts or base have changed.")
     sigma_bins: int = Field(4, ge=1, description="Bins of the sigma interval that are logged separately.")
-    log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
-    device: Annotated[str, Flag("--device")] = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="Run the blocks through torch.compile; auto: on a GPU, if the run saves more time than "
-        "compiling takes.")
+    log_every: LogEvery = 1
+    device: DeviceName = "auto"
+    compile: CompileChoice = "auto"
     dtype: Annotated[TrainDtype, Flag("--dtype", metavar="auto|fp32|bf16|fp8|int8|nf4")] = Field(
         "auto", description="Dtype of the transformers; auto: bf16 on a GPU. fp8, int8 and nf4 quantise the frozen "
         "base of a LoRA.")

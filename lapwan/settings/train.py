@@ -31,6 +31,24 @@ def _checkpointing(value: Any) -> Any:
         value, bool | str) else value
 
 
+# Fields of every training run.
+BaseModelChoice = Annotated[
+    str | BaseModelSettings, Flag("--model", metavar="MODEL"),
+    Field(description="tiny, or a folder in diffusers layout; in TOML also {model, lora, multiplier}.")]
+RunFolder = Annotated[Path, Flag("--output", "-o", metavar="DIR"), Field(description="Run folder.")]
+Resume = Annotated[bool, Flag("--resume"), Field(
+    description="Continue from the newest checkpoint of the run folder, if there is one.")]
+Alpha = Annotated[float | None, Field(gt=0, description="LoRA alpha; absent: each module's rank, a scale of 1.")]
+EmaDecay = Annotated[float | None, Field(
+    gt=0, lt=1, description="Keep an EMA of the trained weights, which is then saved; absent: none.")]
+KeepLast = Annotated[int | None, Field(ge=1, description="Newest checkpoints to keep; absent: all.")]
+LogEvery = Annotated[int, Field(ge=1, description="Steps between lines of metrics.jsonl.")]
+DeviceName = Annotated[str, Flag("--device"), Field(description="auto, cpu, cuda or cuda:N.")]
+CompileChoice = Annotated[Literal["auto", "on", "off"], Field(
+    description="Run the blocks through torch.compile; auto: on a GPU, if the run saves more time than compiling "
+                "takes.")]
+
+
 class DataSettings(Settings):
     """What to train on."""
 
@@ -137,11 +155,9 @@ _SHARED = tuple(NoiseExpertSettings.model_fields)
 class TrainSettings(Settings):
     """Shared by train-lora and train-moe; `of` gives the settings of one noise expert."""
 
-    model: Annotated[str | BaseModelSettings, Flag("--model", metavar="MODEL")] = Field(
-        "tiny", description="tiny, or a folder in diffusers layout; in TOML also {model, lora, multiplier}.")
-    output: Annotated[Path, Flag("--output", "-o", metavar="DIR")] = Field(description="Run folder.")
-    resume: Annotated[bool, Flag("--resume")] = Field(
-        False, description="Continue from the newest checkpoint of the run folder, if there is one.")
+    model: BaseModelChoice = "tiny"
+    output: RunFolder
+    resume: Resume = False
     name: Annotated[str, Flag("--name")] = Field(
         "lapwan", pattern=r"^[\w.-]+$", description="Stem of the adapter files.")
     noise_experts: tuple[NoiseExpert, ...] = Field(
@@ -165,12 +181,11 @@ class TrainSettings(Settings):
                                             "and [low].")
     stop: int | None = Field(None, ge=1, description="Step of the run from which on it has no turn; for [high] and "
                                                      "[low].")
-    alpha: float | None = Field(None, gt=0, description="LoRA alpha; absent: each module's rank, a scale of 1.")
+    alpha: Alpha = None
     targets: TargetSettings = Field(default_factory=TargetSettings)
     optimizer: OptimizerChoice = Field(default_factory=AdamWSettings)
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
-    ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="Keep an EMA of the trained weights, which is then saved; absent: none.")
+    ema_decay: EmaDecay = None
     sigma: SigmaSettings = Field(default_factory=SigmaSettings)
     weighting: WeightingSettings = Field(default_factory=WeightingSettings)
     dropout: DropoutSettings = Field(default_factory=DropoutSettings)
@@ -191,7 +206,7 @@ class TrainSettings(Settings):
         "blocks (block); auto: as few as memory allows. true is block, false is off.")
     seed: Annotated[int, Flag("--seed")] = Field(42, description="Seed of order, noise, sigma and initial weights.")
     save_every: Annotated[int, Flag("--save-every")] = Field(100, ge=1, description="Steps between checkpoints.")
-    keep_last: int | None = Field(None, ge=1, description="Newest checkpoints to keep; absent: all.")
+    keep_last: KeepLast = None
     keep_best: int | None = Field(
         None, ge=1, description="Checkpoints of the lowest validation loss to keep besides the newest.")
     watch: WatchSettings = Field(default_factory=WatchSettings)
@@ -201,11 +216,9 @@ class TrainSettings(Settings):
     allow_changed: Annotated[bool, Flag("--allow-changed")] = Field(
         False, description="With --resume: continue although settings, clips or base have changed.")
     sigma_bins: int = Field(4, ge=1, description="Bins of a noise expert's band whose losses are logged separately.")
-    log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
-    device: Annotated[str, Flag("--device")] = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="Run the blocks through torch.compile; auto: on a GPU, if the run saves more time than "
-        "compiling takes.")
+    log_every: LogEvery = 1
+    device: DeviceName = "auto"
+    compile: CompileChoice = "auto"
     dtype: Annotated[TrainDtype, Flag("--dtype", metavar="auto|fp32|bf16|fp8|int8|nf4")] = Field(
         "auto", description="Dtype of the frozen base; auto: bf16 on a GPU. fp8, int8 and nf4 (4 bits) quantise its "
         "blocks.")

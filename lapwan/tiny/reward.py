@@ -30,6 +30,7 @@ from lapwan.tiny.evaluators import INPUT, load_evaluator
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import FAMILIES
 
+_GRAPH_BYTES = 2_900_000  # kept for the backward through a picture
 APPEARANCES = ("light", "colour", "contrast", "smooth")
 # What a word asks for in light, colour, contrast and smoothness; the words of a text add up, clamped to -1..1.
 WORDS: dict[str, tuple[float, float, float, float]] = {
@@ -122,7 +123,11 @@ def appearance(pixels_BCHW: Tensor) -> Tensor:
 
 
 class TinyRewardKind(RewardKind[TinyRewardSettings]):
-    """The embedded reward has no file of its own; it is a megabyte."""
+    """The embedded reward has no file of its own."""
+
+    def bytes(self, settings: TinyRewardSettings, device_type: str, images: int) -> int:
+        tensors = load_evaluator().state_dict().values()
+        return sum(tensor.nbytes for tensor in tensors) + _GRAPH_BYTES * images
 
     def make(self, settings: TinyRewardSettings, device: torch.device | str) -> TinyReward:
         return TinyReward(settings.label).to(device)

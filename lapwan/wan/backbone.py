@@ -15,10 +15,9 @@ from torch import Tensor
 from lapwan.errors import UserError
 from lapwan.models.original_layout import has_original_names, load_transformer_files
 from lapwan.models.spec import ModelSpec, component_config, weight_files
-from lapwan.names import NoiseExpert
+from lapwan.names import Checkpointing, NoiseExpert
 from lapwan.wan.text import pad_text
 from lapwan.wan.transformer.block import block_forward
-from lapwan.wan.transformer.checkpointing import Checkpointing
 from lapwan.wan.transformer.compile import compiled_block
 from lapwan.wan.transformer.context_parallel import ContextParallel
 from lapwan.wan.transformer.first_block_cache import CacheBranch

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lapwan.models.device import widened
 from lapwan.models.original_layout import load_vae_file
 from lapwan.models.spec import component_config, original_file
 
@@ -147,7 +148,7 @@ def decode_frames(vae: AutoencoderKLWan, latents_BCTHW: Tensor, wanted: Sequence
 
 
 def _decoder_input(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
-    hidden: Tensor = vae.post_quant_conv(denormalise(vae, _widened(latents_BCTHW)).to(vae.dtype))
+    hidden: Tensor = vae.post_quant_conv(denormalise(vae, widened(latents_BCTHW)).to(vae.dtype))
     return hidden
 
 
@@ -222,8 +223,4 @@ def _to_pixels(vae: AutoencoderKLWan, raw: Tensor) -> Tensor:
 
     if vae.config.patch_size is not None:
         raw = unpatchify(raw, patch_size=vae.config.patch_size)
-    return _widened(raw).clamp(-1.0, 1.0)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return widened(raw).clamp(-1.0, 1.0)

@@ -40,6 +40,7 @@ from lapwan.names import NoiseExpert
 from lapwan.rewards.clip import ClipReward
 from lapwan.rewards.open_clip import VIT_H_14, Architecture, Tower
 from lapwan.settings.srpo import SrpoSettings
+from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS
 from lapwan.train.objective import make_draws
 from lapwan.train.recipe import run_training
 from lapwan.train.srpo import recipe
@@ -143,7 +144,8 @@ def run(work: Path, case: Case, cap: int, tiny: bool, device: torch.device) -> d
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    planned = plan_srpo(settings, base, noise_experts, base.spec.noise_experts, data.bucket, device, free=cap)
+    planned = plan_srpo(settings, base, noise_experts, base.spec.noise_experts, data.bucket, EMBEDDED_REWARD_KINDS,
+                        device, free=cap)
     shape = SMALL_CLIP if tiny else VIT_H_14
     with torch.device(device):
         from transformers import CLIPModel

@@ -133,8 +133,7 @@ class Adapted:
 
     def _set(self, modules: dict[str, torch.nn.Module]) -> None:
         for path, module in modules.items():
-            parent, _, leaf = path.rpartition(".")
-            setattr(self.adapter.transformer.get_submodule(parent), leaf, module)
+            self.adapter.transformer.set_submodule(path, module)
 
 
 def targets(model: WanBackbone, last: int, rank: int) -> dict[str, int]:

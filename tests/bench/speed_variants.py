@@ -12,7 +12,6 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,46 +21,39 @@ from speed_model import A14B, LATENTS, SMALL, lora_trainer, mixture_trainer, ran
 from speed_smoke import FAULTS, show
 
 from lapwan.wan.backbone import WanBackbone
-from lapwan.wan.transformer import kernels
-from lapwan.wan.transformer.block import block_forward
+from lapwan.wan.transformer.block import block_forward, eager_block
 from lapwan.wan.transformer.compile import compiled_block
 
 MULTI, DESCENT = {"triton.multi_kernel": 1}, {"coordinate_descent_tuning": True}
-# Options of the compiler, and whether our own kernels take part.
+# Options of the compiler, and whether the fused block takes part.
 OPTIONS: dict[str, tuple[dict[str, object], bool]] = {
     "plain": ({}, False), "kernels": ({}, True), "multi": (MULTI, False), "multi_kernels": (MULTI, True),
     "descent_kernels": (DESCENT, True),
 }
 
 
-@dataclass(frozen=True)
-class Variant:
-    function: Callable[..., torch.Tensor]
-    kernels: bool
-
-    def use(self, model: WanBackbone) -> None:
-        model.options.block, kernels.ENABLED = self.function, self.kernels
+Variants = dict[str, Callable[..., torch.Tensor]]
 
 
-def variants(tiny: bool) -> dict[str, Variant]:
+def variants(tiny: bool) -> Variants:
     """Compiled functions by name; on a CPU the plain function under each name."""
     if not tiny:
         compiled_block()  # sets the cache and the limits
     made = {}
-    for name, (options, own) in OPTIONS.items():
-        function = block_forward if tiny else torch.compile(
-            block_forward, dynamic=False, fullgraph=True, options=options or None)
-        made[name] = Variant(function, own)
+    for name, (options, fused) in OPTIONS.items():
+        function = block_forward if fused else eager_block
+        made[name] = function if tiny else torch.compile(
+            function, dynamic=False, fullgraph=True, options=options or None)
     return made
 
 
 def in_turn(
-    title: str, model: WanBackbone, made: dict[str, Variant], work: Callable[[], object], rounds: int = 8,
+    title: str, model: WanBackbone, made: Variants, work: Callable[[], object], rounds: int = 8,
     repeats: int = 3,
 ) -> dict[str, float]:
     times: dict[str, list[float]] = {}
-    for name, variant in made.items():
-        variant.use(model)
+    for name, block in made.items():
+        model.options.block = block
         start = time.monotonic()
         try:
             work()
@@ -73,7 +65,7 @@ def in_turn(
         print(f"   {title} {name}: first calls {time.monotonic() - start:.1f} s", flush=True)
     for _ in range(rounds):
         for name, own in times.items():
-            made[name].use(model)
+            model.options.block = made[name]
             work()
             own += [seconds_of(work) for _ in range(repeats)]
     base = statistics.median(times.get("plain", [1.0]))
@@ -116,7 +108,7 @@ def main() -> None:
         found.append(in_turn(f"{kind} forward {LATENTS[size]}", model, made, work))
         if not tiny:
             for name in ("kernels", "multi_kernels"):
-                made[name].use(model)
+                model.options.block = made[name]
                 show(f"{kind} forward {name}", work, 14)
         if kind == "bf16":
             for title, make in (("lora", lora_trainer), ("moe", mixture_trainer)):

@@ -16,6 +16,7 @@ from lapwan.sampling.denoise import Conditions, guided_velocity
 from lapwan.wan.backbone import WanBackbone, load_transformer
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer import kernels
+from lapwan.wan.transformer.block import block_forward, eager_block, fused_block
 from lapwan.wan.transformer.compile import compile_time
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -138,7 +139,7 @@ def test_norms_and_rope_are_torchs_operations(columns, rows):
 
 
 @pytest.mark.parametrize("precision", [None, Precision.FP8])
-def test_a_forward_with_our_kernels_is_one_without(tiny_t2v, monkeypatch, precision):
+def test_a_forward_with_our_kernels_is_one_without(tiny_t2v, precision):
     if precision is None:
         model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.HIGH, torch.bfloat16, "cuda"))
     else:
@@ -146,10 +147,14 @@ def test_a_forward_with_our_kernels_is_one_without(tiny_t2v, monkeypatch, precis
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(2, 16, 5, 16, 16, device="cuda", generator=generator)
     text = torch.randn(2, 512, 96, device="cuda", generator=generator)
-    found = []
-    for enabled in (False, True):
-        monkeypatch.setattr(kernels, "ENABLED", enabled)
-        with torch.no_grad():
-            found.append(model.velocity(x, torch.tensor([950.0, 900.0], device="cuda"), text))
-    assert float((found[0] - found[1]).norm()) <= 3e-2 * float(found[0].norm())
-    assert not torch.equal(*found)  # the kernels took part
+    t, velocities = torch.tensor([950.0, 900.0], device="cuda"), {}
+    with torch.no_grad():
+        for name, block in (("fused", fused_block), ("eager", eager_block), ("chosen", block_forward)):
+            model.options.block = block
+            velocities[name] = model.velocity(x, t, text)
+        model.use_diffusers_forward()
+        reference = model.velocity(x, t, text)
+    for velocity in velocities.values():
+        assert float((velocity - reference).norm()) <= 3e-2 * float(reference.norm())
+    assert torch.equal(velocities["chosen"], velocities["fused"])
+    assert not torch.equal(velocities["chosen"], velocities["eager"])  # the kernels took part

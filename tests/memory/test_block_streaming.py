@@ -72,18 +72,19 @@ def test_every_forward_copies_each_block_once(tiny_t2v) -> None:
 def test_a_forward_cut_short_does_not_mix_up_the_next(tiny_t2v) -> None:
     model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.HIGH))
     expected = model.velocity(*inputs(tiny_t2v))
-    ring = model.options.residency = BlockRing({i: tensors_of(model.transformer.blocks[i]) for i in range(6)}, CPU)
-    original = ring.done
 
-    def stop(index: int) -> None:
-        original(index)
-        if index == 3:
-            raise KeyboardInterrupt
+    class Interrupted(BlockRing):
+        stops_at: int | None = 3
 
-    ring.done = stop
+        def done(self, index: int) -> None:
+            super().done(index)
+            if index == self.stops_at:
+                raise KeyboardInterrupt
+
+    ring = model.options.residency = Interrupted({i: tensors_of(model.transformer.blocks[i]) for i in range(6)}, CPU)
     with pytest.raises(KeyboardInterrupt):
         model.velocity(*inputs(tiny_t2v))
-    ring.done = original
+    ring.stops_at = None
     assert torch.equal(model.velocity(*inputs(tiny_t2v)), expected)
 
 
@@ -137,18 +138,12 @@ def test_host_memory_is_cut_into_aligned_pieces() -> None:
     assert torch.equal(pool.copy_of(tensor), tensor)
 
 
-def test_a_block_is_one_copy_as_far_as_its_memory_lies_together(tiny_t2v, monkeypatch) -> None:
+def test_a_block_is_one_copy_as_far_as_its_memory_lies_together(tiny_t2v) -> None:
     model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.HIGH))
     expected = model.velocity(*inputs(tiny_t2v)).detach()
     block = sum(-(-t.nbytes // 256) * 256 for t in tensors_of(model.transformer.blocks[0]))
-    original = HostPool.__init__
-
-    def in_chunks(self: HostPool, pinned: bool) -> None:
-        original(self, pinned)
-        self._chunk_size = int(2.5 * block)
-
-    monkeypatch.setattr(HostPool, "__init__", in_chunks)
-    ring = model.options.residency = BlockRing({i: tensors_of(model.transformer.blocks[i]) for i in range(8)}, CPU)
+    ring = model.options.residency = BlockRing(
+        {i: tensors_of(model.transformer.blocks[i]) for i in range(8)}, CPU, pool=HostPool(False, int(2.5 * block)))
     spans = [len(ring._blocks[i].spans) for i in range(8)]
     assert sum(spans) < 14 and max(spans) == 2 and min(spans) == 1
     with torch.no_grad():

@@ -181,7 +181,7 @@ def test_memory_is_weights_and_what_the_graph_keeps(folder):
         held = reward.image(pixels)
     predicted = 2 * activation_elements(shape.config()) * 4
     assert held.requires_grad and predicted == pytest.approx(sum(kept.values()), rel=0.05)
-    total = reward_bytes((ClipSettings(path=folder, dtype="fp32"), TinyRewardSettings()), "cpu", images=2)
+    total = reward_bytes((ClipSettings(path=folder, dtype="fp32"),), "cpu", images=2)
     parameters = sum(p.numel() for p in CLIPModel(SMALL.config()).parameters())
     assert total == 4 * (parameters + 2 * activation_elements(SMALL.config()))
     hps = reward_bytes((HpsSettings(path=Path("HPS.pt")),), "cuda", images=0)

@@ -11,14 +11,15 @@ from lapwan.names import NoiseExpert
 from lapwan.sampling.generator import Generator
 from lapwan.train.lora import recipe as lora_recipe
 from lapwan.wan.backbone import WanBackbone, load_transformer
-from lapwan.wan.transformer import compile, kernels
 from lapwan.wan.transformer.block import block_forward
 from lapwan.wan.transformer.compile import (
+    CompileClock,
     CompileReport,
     compiled_block,
     compiling_saves,
     worth_compiling,
 )
+from lapwan.wan.transformer.kernels import Triton
 
 A14B = 5120
 
@@ -33,7 +34,7 @@ def test_never_by_itself_on_a_cpu(tiny_t2v):
     assert not worth_compiling(load_transformer(tiny_t2v, NoiseExpert.HIGH), (21, 60, 104), 10**9, training=True)
 
 
-def test_an_evaluation_by_our_kernels_is_not_compiled_by_itself(monkeypatch):
+def test_an_evaluation_by_our_kernels_is_not_compiled_by_itself():
     def on_a_gpu(dtype: torch.dtype) -> SimpleNamespace:
         weight = torch.empty(A14B, 16, device="meta", dtype=dtype)
         return SimpleNamespace(patch_embedding=SimpleNamespace(weight=weight),
@@ -41,11 +42,10 @@ def test_an_evaluation_by_our_kernels_is_not_compiled_by_itself(monkeypatch):
                                config=SimpleNamespace(patch_size=(1, 2, 2)))
 
     for has_triton in (True, False):
-        monkeypatch.setattr(kernels, "HAS_TRITON", has_triton)
-        size, times = (21, 60, 104), 80
-        assert worth_compiling(on_a_gpu(torch.bfloat16), size, times, training=False) is not has_triton
-        assert worth_compiling(on_a_gpu(torch.float32), size, times, training=False)
-        assert worth_compiling(on_a_gpu(torch.bfloat16), size, times, training=True)
+        size, times, triton = (21, 60, 104), 80, Triton(has_triton)
+        assert worth_compiling(on_a_gpu(torch.bfloat16), size, times, False, triton) is not has_triton
+        assert worth_compiling(on_a_gpu(torch.float32), size, times, False, triton)
+        assert worth_compiling(on_a_gpu(torch.bfloat16), size, times, True, triton)
 
 
 @pytest.mark.parametrize("mode", ["on", "off", "auto"])
@@ -64,19 +64,22 @@ def test_training_does_as_told(mode, tiny_t2v, t2v_cache, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["on", "off", "auto"])
-def test_generation_does_as_told(mode, tiny_t2v, small, monkeypatch):
-    seen = []
-    monkeypatch.setitem(compile._COMPILED, "block", lambda *given: (seen.append(1), block_forward(*given))[1])
-    monkeypatch.setitem(compile._COMPILED, "selective", None)
-    Generator(tiny_t2v, compile=mode).latents(small(tiny_t2v, steps=1))
-    assert bool(seen) is (mode == "on")
+def test_generation_does_as_told(mode, tiny_t2v, small):
+    generator = Generator(tiny_t2v, compile=mode)
+    with torch.compiler.set_stance("force_eager"):  # the compiled function runs, without waiting for the compiler
+        generator.latents(small(tiny_t2v, steps=1))
+    used = generator.noise_experts.resident()
+    assert used
+    assert generator.noise_experts.compiled == (set(used) if mode == "on" else set())
+    for noise_expert in used:
+        block = generator.noise_experts.backbone(noise_expert).options.block
+        assert block is (compiled_block() if mode == "on" else block_forward)
 
 
 def test_it_says_how_long_it_took_once(monkeypatch, capsys):
-    clock = compile._Clock()
-    monkeypatch.setattr(compile, "_CLOCK", clock)
+    clock = CompileClock()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
-    report = CompileReport()
+    report = CompileReport(clock)
     report.log()
     clock.begin(None)
     clock.begin(None)  # one inside another is one

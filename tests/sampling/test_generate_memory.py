@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from adapter_cases import random_lora
+from diffusers.models.embeddings import TimestepEmbedding
 from PIL import Image
 from safetensors.torch import load_file
 from sampling_cases import generate
@@ -18,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from lapwan import UserError, VideoGenerator
 from lapwan.lora.attach import Group, attach
 from lapwan.lora.formats import write_lora
-from lapwan.memory.generation import GenerationWorkload, describe, plan_generation, text_encoder_bytes
+from lapwan.memory.generation import GenerationWorkload, describe_generation, plan_generation, text_encoder_bytes
 from lapwan.memory.plan import Throughput, required_bytes
 from lapwan.memory.streaming import HostCopy
 from lapwan.models.device import free_bytes
@@ -77,14 +78,14 @@ def test_reading_the_prompt_counts_where_it_needs_more_than_sampling(t2v) -> Non
 
 
 def test_the_line_says_the_numbers(t2v) -> None:
-    line = describe(planned(t2v, "one", GIB), torch.device("cuda:0"), 2)
+    line = describe_generation(planned(t2v, "one", GIB), torch.device("cuda:0"), 2)
     assert line.startswith("memory: one noise expert on cuda:0 at a time (as asked): predicted peak ")
     assert " of 1.0 GiB (" in line and "s a step predicted" in line
-    assert describe(planned(t2v, "auto", None), torch.device("cpu"), 2) == (
+    assert describe_generation(planned(t2v, "auto", None), torch.device("cpu"), 2) == (
         "memory: both noise experts stay on cpu (auto)")
-    assert "8 blocks of the active noise expert stream from host memory to cuda" in describe(
+    assert "8 blocks of the active noise expert stream from host memory to cuda" in describe_generation(
         planned(t2v, "stream", GIB), torch.device("cuda"), 2)
-    assert "(within 0.8 GiB)" in describe(planned(t2v, 0.8, GIB), torch.device("cuda"), 2)
+    assert "(within 0.8 GiB)" in describe_generation(planned(t2v, 0.8, GIB), torch.device("cuda"), 2)
 
 
 def test_sizes_are_read_from_headers(t2v) -> None:
@@ -140,17 +141,14 @@ def test_one_at_a_time_gives_the_same_bits(t2v, small, mixture_file, tmp_path, c
 def test_one_transformer_at_a_time_on_the_device(t2v, small) -> None:
     seen = {}
     for memory in ("both", "one"):
-        generator = Generator(t2v, memory=memory)
-        residents = seen.setdefault(memory, [])
-        original = generator.noise_experts.backbone
+        generator, residents = Generator(t2v, memory=memory), seen.setdefault(memory, [])
 
-        def note(noise_expert, original=original, noise_experts=generator.noise_experts, residents=residents):
-            model = original(noise_expert)
-            residents.append(tuple(e.value for e in noise_experts.resident()))
-            return model
+        def note(module, inputs, noise_experts=generator.noise_experts, residents=residents):
+            if isinstance(module, TimestepEmbedding):  # once in an evaluation
+                residents.append(tuple(e.value for e in noise_experts.resident()))
 
-        generator.noise_experts.backbone = note
-        generator.latents(small(t2v, steps=4))
+        with register_module_forward_pre_hook(note):
+            generator.latents(small(t2v, steps=4))
     assert set(seen["one"]) == {("high",), ("low",)}
     assert seen["both"][-1] == ("high", "low")
 
@@ -202,9 +200,8 @@ def out_of_memory() -> Iterator[None]:
         if isinstance(module, torch.nn.Conv3d):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines follow.")
 
-    hook = register_module_forward_pre_hook(full)
-    yield
-    hook.remove()
+    with register_module_forward_pre_hook(full):
+        yield
 
 
 @pytest.mark.parametrize(("memory", "advice"), [("both", "use --memory one, a smaller"), ("one", "use a smaller")])

@@ -12,7 +12,7 @@ from lapwan.data.labels import label_caption
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.losses.preference import MARGIN, relative_preference
 from lapwan.rewards.base import score
-from lapwan.rewards.build import build_rewards
+from lapwan.rewards.build import build_rewards, reward_bytes
 from lapwan.settings.rewards import TinyRewardSettings
 from lapwan.tiny.evaluators import load_evaluator
 from lapwan.tiny.instruments import INSTRUMENTS
@@ -135,3 +135,18 @@ def test_it_is_built_by_its_settings_and_leaves_the_shared_evaluator_alone():
     assert list(made) == ["own"] and made["own"].name == "own" and not made["own"].english_text
     made["own"].to("meta")
     assert next(load_evaluator().parameters()).device.type == "cpu"
+
+
+def test_its_memory_is_that_of_its_weights_and_graph():
+    kept, tensors = {}, []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        tensors.append(tensor)  # alive, so that no address is used twice
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    pixels = torch.rand(4, 3, 64, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        TinyReward().image(pixels)
+    predicted = reward_bytes((TinyRewardSettings(),), "cpu", 4, EMBEDDED_REWARD_KINDS)
+    assert predicted == pytest.approx(sum(kept.values()), rel=0.05)  # the weights are kept, too

@@ -12,6 +12,7 @@ from lapwan.lora.formats import open_lora
 from lapwan.names import NoiseExpert
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.train.callbacks.alpha_schedule import Observation, plain_slope, trend
+from lapwan.train.callbacks.base import Callback
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 
@@ -56,35 +57,51 @@ def test_delta_w_is_continuous_at_a_transition_and_the_other_noise_expert_is_not
                         high={"alpha_schedule": phases(8.0, 20.0, max_steps=2)})
     randomise(trainer)
     rule = trainer.callbacks["alpha.high"]
-    before = {}
-    rescale = rule._rescale
+    ups = {n: p for n, p in trainer.parameters.items() if n.startswith("high.") and n.endswith(".up")}
+    transitions = []
 
-    def watched(factor):
-        low = trainer.objective.adapters[LOW].state("lora").entries
-        # α is the new one already, B the old: undo the ratio to see what ΔW was.
-        entries = trainer.objective.adapters[HIGH].state("lora").entries
-        before["delta"] = {path: e.delta(torch.float64) * factor for path, e in entries.items()}
-        before["low"] = {path: e.delta(torch.float64) for path, e in low.items()}
-        before["state"] = {n: {k: v.clone() for k, v in trainer.optimizers["high"].optimizer.state[p].items()
-                               if isinstance(v, torch.Tensor)} for n, p in rule._ups.items()}
-        before["ema"] = {n: trainer.ema.means[n].clone() for n in rule._ups}
-        rescale(factor)
-        after = trainer.objective.adapters[HIGH].state("lora").entries
-        for path, entry in after.items():
-            assert entry.alpha == 20.0
-            was = before["delta"][path]  # equal up to the rounding of B to fp32
-            torch.testing.assert_close(entry.delta(torch.float64), was, rtol=0, atol=1e-6 * float(was.abs().max()))
-        for name, parameter in rule._ups.items():
-            now, was = trainer.optimizers["high"].optimizer.state[parameter], before["state"][name]
-            for key, power in (("exp_avg", 1), ("exp_avg_sq", 2), ("row", 2), ("column", 2), ("lr", 0)):
-                if key in was:
-                    torch.testing.assert_close(now[key], was[key] * 2.5**power)
-            torch.testing.assert_close(trainer.ema.means[name], before["ema"][name] / 2.5)
+    class Before(Callback):
+        """Keeps what a transition must not change, after the optimizer's step."""
 
-    rule._rescale = watched
+        name = "before"
+
+        def after_update(self, result):
+            self.alpha = rule.alpha
+            self.entries = {e: trainer.objective.adapters[e].state("lora").entries for e in (HIGH, LOW)}
+            states = trainer.optimizers["high"].optimizer.state
+            self.states = {n: {k: v.clone() for k, v in states[p].items() if isinstance(v, torch.Tensor)}
+                           for n, p in ups.items()}
+            self.means = {n: trainer.ema.means[n].clone() for n in ups}
+            return {}
+
+    class After(Callback):
+        name = "after"
+
+        def after_update(self, result):
+            if rule.alpha == before.alpha:
+                return {}
+            transitions.append(result.step)
+            high, low = (trainer.objective.adapters[e].state("lora").entries for e in (HIGH, LOW))
+            for path, entry in high.items():
+                assert entry.alpha == 20.0
+                was = before.entries[HIGH][path].delta(torch.float64)  # equal up to the rounding of B to fp32
+                torch.testing.assert_close(
+                    entry.delta(torch.float64), was, rtol=0, atol=1e-6 * float(was.abs().max()))
+            for path, entry in low.items():
+                assert torch.equal(entry.up, before.entries[LOW][path].up)
+            for name, parameter in ups.items():
+                now, was = trainer.optimizers["high"].optimizer.state[parameter], before.states[name]
+                for key, power in (("exp_avg", 1), ("exp_avg_sq", 2), ("row", 2), ("column", 2), ("lr", 0)):
+                    if key in was:
+                        torch.testing.assert_close(now[key], was[key] * 2.5**power)
+                torch.testing.assert_close(trainer.ema.means[name], before.means[name] / 2.5)
+            return {}
+
+    before, after = Before(), After()
+    trainer.callbacks = {"before": before, **trainer.callbacks, "after": after}
     trainer.config.run_folder.mkdir()
     trainer.fit()
-    assert before and rule.alpha == 20.0
+    assert len(transitions) == 1 and rule.alpha == 20.0
     assert all(e.alpha != 20.0 for e in trainer.objective.adapters[LOW].state("lora").entries.values())
     [(_, file)] = open_lora(trainer.config.run_folder / "lapwan_high_noise.safetensors").items()
     assert {entry.alpha for entry in file.read().entries.values()} == {20.0}

@@ -24,6 +24,7 @@ from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.model import tiny_folder
+from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS
 from lapwan.train.checkpoint import checkpoints
 from lapwan.train.parallel import Distributed, join_processes
 from lapwan.train.recipe import run_training
@@ -292,7 +293,7 @@ def test_the_plan_counts_what_each_measure_saves(tmp_path):
 
     def peak(both: bool = True, checkpointing: bool = False, **changes: Any) -> int:
         settings = settings_for(tmp_path, **changes)
-        parts = parts_of(settings, base, (LOW,), base.spec.noise_experts, (1, 64, 64), cuda)
+        parts = parts_of(settings, base, (LOW,), base.spec.noise_experts, (1, 64, 64), EMBEDDED_REWARD_KINDS, cuda)
         return parts.peak(both, checkpointing)
 
     assert peak(both=False) < peak() and peak(checkpointing=True) < peak()
@@ -312,9 +313,11 @@ def test_a_gpu_too_small_is_one_line_with_what_to_change(tmp_path):
 
     settings, base = settings_for(tmp_path), resolve_base("tiny")
     with pytest.raises(UserError) as error:
-        plan_srpo(settings, base, (LOW,), base.spec.noise_experts, (1, 64, 64), torch.device("cuda"), free=2**20)
+        plan_srpo(settings, base, (LOW,), base.spec.noise_experts, (1, 64, 64), EMBEDDED_REWARD_KINDS,
+                  torch.device("cuda"), free=2**20)
     assert "lower batch_size (now 1)" in str(error.value) and "\n" not in str(error.value)
-    fits = plan_srpo(settings, base, (LOW,), base.spec.noise_experts, (1, 64, 64), torch.device("cuda"), free=2**36)
+    fits = plan_srpo(settings, base, (LOW,), base.spec.noise_experts, (1, 64, 64), EMBEDDED_REWARD_KINDS,
+                     torch.device("cuda"), free=2**36)
     assert fits.both and not fits.checkpointing
 
 

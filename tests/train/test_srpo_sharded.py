@@ -45,28 +45,26 @@ def trainer_of(settings: SrpoSettings, ranks: Distributed, device: torch.device)
     return recipe.prepare(settings, base, planned.data, {"tiny": PlainReward()}, planned.memory, device, ranks)
 
 
-def keep_gradients(trainer: Any) -> dict[str, torch.Tensor]:
-    """Will hold those of the first step, before they are clipped: by name, put together."""
-    found: dict[str, torch.Tensor] = {}
-    clip = trainer.distributed.clip_gradients
+class KeepsGradients(Distributed):
+    """Holds the gradients of the first step, before they are clipped: by parameter, gathered."""
 
-    def seen(parameters: Any, limit: float) -> torch.Tensor:
-        if not found:
-            found.update({name: full_tensors(p.grad).clone().cpu() for name, p in trainer.parameters.items()
-                          if p.grad is not None})
-        return clip(parameters, limit)
+    gradients: dict[int, torch.Tensor] | None = None
 
-    trainer.distributed.clip_gradients = seen
-    return found
+    def clip_gradients(self, parameters: Any, max_norm: float) -> torch.Tensor:
+        if self.gradients is None:
+            self.gradients = {
+                id(p): full_tensors(p.grad).clone().cpu() for p in parameters if p.grad is not None}
+        return super().clip_gradients(parameters, max_norm)
 
 
 def sharing(folder: Path, name: str, ranks: Distributed, device: torch.device) -> None:
     settings = settings_for(folder, output=folder / name, **SETTINGS)
-    trainer = trainer_of(settings, ranks, device)
-    more = keep_gradients(trainer)
+    keeps = KeepsGradients(ranks.rank, ranks.count, ranks.local_rank)
+    trainer = trainer_of(settings, keeps, device)
     parted = [n for n, p in trainer.parameters.items() if is_sharded(p)]
     assert bool(parted) == (ranks.count > 1)
     trainer.fit()
+    gradients = keeps.gradients or {}
     weights = {n: p.detach().clone() for n, p in full_tensors(dict(trainer.parameters)).items()}
     ranks.any(False)  # the first has written the checkpoint before anybody reads it
     again = trainer_of(settings.model_copy(update={"resume": True}), ranks, device)
@@ -78,7 +76,8 @@ def sharing(folder: Path, name: str, ranks: Distributed, device: torch.device) -
     for index, one in kept["optimisers"]["low"]["state"].items():
         assert all(torch.equal(value, state[index][k].cpu()) for k, value in one.items() if k != "step")
     if ranks.first:
-        torch.save(more, folder / f"{name}_gradients.pt")
+        torch.save({n: gradients[id(p)] for n, p in trainer.parameters.items() if id(p) in gradients},
+                   folder / f"{name}_gradients.pt")
 
 
 def work(rank: int, folder: Path, device: str) -> None:

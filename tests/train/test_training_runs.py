@@ -93,13 +93,9 @@ def test_the_newest_adapter_files_are_links_to_the_last_checkpoint(make_lora):
 def test_a_non_finite_gradient_drops_the_step_and_many_in_a_row_stop_the_run_with_its_state(make_lora):
     trainer = make_lora(steps=10, optimizer={"lr": 1e-2})
     trainer.config.run_folder.mkdir()
-    load = trainer.data.load_batch
-
-    def poisoned(indices):
-        batch = load(indices)  # a step's clips are loaded during the step before
-        return batch if trainer.step < 1 else replace(batch, latents_BCTHW=batch.latents_BCTHW * 1e30)
-
-    trainer.data.load_batch = poisoned
+    for backbone in trainer.objective.backbones.values():
+        backbone.transformer.proj_out.register_forward_hook(
+            lambda module, inputs, out: out if trainer.step < 2 else out * 1e30)
     with pytest.raises(UserError, match=r"5 steps in a row had a non-finite loss or gradient.*saved at step 7"):
         trainer.fit()
     assert trainer.skipped == 5
@@ -112,14 +108,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(make_lora):
 
     trainer = make_lora(steps=10)
     trainer.config.run_folder.mkdir()
-    load = trainer.data.load_batch
 
-    def pressing(indices):
+    def press(module, inputs):
         if trainer.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return load(indices)
 
-    trainer.data.load_batch = pressing
+    for backbone in trainer.objective.backbones.values():
+        backbone.transformer.proj_out.register_forward_pre_hook(press)
     with pytest.raises(Interrupted, match=r"state saved at step 4 of 20 .*--resume"):
         trainer.fit()
     assert checkpoints(trainer.config.run_folder)[-1][0] == 4

@@ -17,24 +17,8 @@ from lapwan.tiny.model import TRANSFORMER
 from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.linears import LINEAR_CLASSES
 from lapwan.wan.quantise.load import fill, linears_of
-from lapwan.wan.transformer import block as wan_block
-from lapwan.wan.transformer import kernels
-from lapwan.wan.transformer.block import block_forward
-
-
-@pytest.fixture
-def fused(monkeypatch):
-    """Switch the fused path on without a GPU: the kernels' torch forms run. Returns one entry per fused block."""
-    calls: list[int] = []
-    forward = wan_block.fused_forward
-
-    def use(on: bool) -> list[int]:
-        monkeypatch.setattr(kernels, "supports", lambda x: on and not torch.is_grad_enabled())
-        monkeypatch.setattr(kernels, "HAS_TRITON", True)
-        monkeypatch.setattr(wan_block, "fused_forward", lambda *given: (calls.append(1), forward(*given))[1])
-        return calls
-
-    return use
+from lapwan.wan.transformer.block import BlockFunction, eager_block, fused_applies, fused_block
+from lapwan.wan.transformer.kernels import Triton
 
 
 def made(dtype: torch.dtype) -> WanBackbone:
@@ -52,72 +36,68 @@ def given(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([900.0, 312.5]), torch.randn(2, 12, TRANSFORMER["text_dim"], generator=generator).to(dtype)
 
 
-def both(model: WanBackbone, fused, *inputs: Tensor) -> list[Tensor]:
-    velocities = []
-    for on in (False, True):
-        calls = fused(on)
-        with torch.no_grad():
-            velocities.append(model.velocity(*inputs))
-        assert len(calls) == (3 if on else 0)
-    return velocities
+@torch.no_grad()
+def velocity(model: WanBackbone, block: BlockFunction, *inputs: Tensor) -> Tensor:
+    model.options.block = block
+    return model.velocity(*inputs)
 
 
 @pytest.mark.parametrize("alike", [False, True])
-def test_it_is_the_eager_block(fused, alike):
+def test_it_is_the_eager_block(alike):
     """With a timestep for each sample, and with one row of modulation for both."""
     x, t, text = given(torch.float64)
     t = torch.tensor(700.0).expand(2) if alike else t
-    plain, ours = both(made(torch.float64), fused, x, t, text)
+    plain, ours = (velocity(made(torch.float64), block, x, t, text) for block in (eager_block, fused_block))
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
 
 
-def test_the_compiler_takes_it_whole(fused):
+def test_the_compiler_takes_it_whole():
     """Its lists of outputs and optional arguments, without generating code."""
     model, inputs = made(torch.float32), given(torch.float32)
-    calls = fused(True)
-    options = model.options
+    compiled = torch.compile(fused_block, backend="aot_eager", dynamic=False, fullgraph=True)
+    assert torch.equal(velocity(model, compiled, *inputs), velocity(model, fused_block, *inputs))
+
+
+def test_a_step_with_a_graph_or_with_timesteps_per_token_takes_the_eager_path():
+    """Meta tensors stand for a GPU's, as in the memory plan."""
+    block = made(torch.bfloat16).transformer.blocks[0]
+    width = block.attn1.to_q.in_features
+
+    def x(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Tensor:
+        return torch.empty(2, 36, width, dtype=dtype, device=device)
+
+    def modulation(samples: int, rows: int) -> Tensor:
+        return torch.empty(samples, rows, 6, width, device="meta")
+
     with torch.no_grad():
-        plain = model.velocity(*inputs)
-        options.block = torch.compile(block_forward, backend="aot_eager", dynamic=False, fullgraph=True)
-        assert torch.equal(model.velocity(*inputs), plain)
-    assert calls
+        assert all(fused_applies(block, x(), modulation(samples, 1), None) for samples in (1, 2))
+        assert not fused_applies(block, x(), modulation(2, 36), None)
+        assert not fused_applies(block, x(), modulation(1, 2), torch.zeros(36, dtype=torch.int64))
+        assert not fused_applies(block, x(torch.float32), modulation(2, 1), None)
+        assert not fused_applies(block, x(device="cpu"), modulation(2, 1), None)
+    assert not fused_applies(block, x(), modulation(2, 1), None)
 
 
-def test_a_step_with_a_graph_or_with_timesteps_per_token_takes_the_eager_path(fused):
-    model = made(torch.float32)
-    x, _, text = given(torch.float32)
-    calls = fused(True)
-    model.velocity(x.requires_grad_(), torch.full((2,), 700.0), text).sum().backward()
-    with torch.no_grad():
-        model.velocity(x, torch.full((2, 3 * 3 * 4), 700.0), text)
-    assert not calls
-
-
-def test_in_fp8_it_rounds_where_the_eager_block_does(fused, monkeypatch):
+def test_in_fp8_it_rounds_where_the_eager_block_does():
     """Codes go from kernel to product; without a GPU the product is emulated."""
-    monkeypatch.setattr("lapwan.wan.transformer.block.fp8_in_hardware", lambda device: True)
     model = made(torch.float32)
     transformer = model.transformer
     source = {n: lambda p=p: p.data.clone() for n, p in transformer.named_parameters()}
     fill(transformer, source, linears_of(transformer.blocks, "blocks"), Precision.FP8, lambda name, stored: stored,
          torch.device("cpu"), None)
     assert isinstance(transformer.blocks[0].ffn.net[2], LINEAR_CLASSES[Precision.FP8])
-    exact = made(torch.float32)
     inputs = given(torch.float32)
-    plain, ours = both(model, fused, *inputs)
-    with torch.no_grad():
-        fused(False)
-        without = exact.velocity(*inputs)
-    assert float((ours - plain).norm()) < 0.3 * float((plain - without).norm())
+    plain, ours = (velocity(model, block, *inputs) for block in (eager_block, fused_block))
+    exact = velocity(made(torch.float32), eager_block, *inputs)
+    assert float((ours - plain).norm()) < 0.3 * float((plain - exact).norm())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here Triton may work")
-def test_without_a_compiler_torchs_operations_run(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "HAS_TRITON", True)
-    monkeypatch.setattr(kernels, "_TRIED", False)
+def test_without_a_compiler_torchs_operations_run(capsys):
+    triton = Triton(installed=True)
     for _ in range(2):
-        kernels.try_triton(torch.device("cuda"))
-    assert not kernels.HAS_TRITON
+        triton.try_on(torch.device("cuda"))
+    assert not triton.works
     assert capsys.readouterr().err.count("Triton cannot build kernels here (") == 1
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lapwan import console, rng
+from lapwan.data.labels import check_label
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError, nearest
 from lapwan.lora.assign import assign
@@ -65,16 +66,11 @@ def check_mixture(settings: TrainMoeSettings, base: Base, data: recipe.RunData, 
 
 
 def _check_labels(data: recipe.RunData, taxonomy: Taxonomy) -> None:
-    families = len(taxonomy.families)
+    relabel = f"label with --taxonomy {taxonomy.name}, or set taxonomy"
     for item in data.items:
         if item.label_weights is None and item.label is None:
             raise UserError(f"clip {item.id} in {data.index.folder} has no label; {LABEL_FIRST}")
-        if item.label_weights is not None and len(item.label_weights) != families:
-            raise UserError(f"clip {item.id} has {len(item.label_weights)} label weights, taxonomy {taxonomy.name} has "
-                            f"{families} families; label with --taxonomy {taxonomy.name}, or set taxonomy")
-        if item.label is not None and item.label >= families:
-            raise UserError(f"clip {item.id} has label {item.label}, taxonomy {taxonomy.name} has {families} families; "
-                            f"label with --taxonomy {taxonomy.name}, or set taxonomy")
+        check_label(f"clip {item.id} has ", item.label_weights, item.label, taxonomy, relabel)
     if data.index.taxonomy not in (None, taxonomy.name) and data.settings.data.labels is None:
         raise UserError(f"{data.index.folder} was labelled with taxonomy {data.index.taxonomy}, the settings say "
                         f"{taxonomy.name}; set taxonomy, or label and cache again")

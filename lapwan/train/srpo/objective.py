@@ -27,6 +27,7 @@ from lapwan import rng
 from lapwan.caching.collate import Batch
 from lapwan.losses import flow, preference
 from lapwan.losses.preference import Preference
+from lapwan.models.device import widened
 from lapwan.names import Band, NoiseExpert
 from lapwan.rewards.base import Reward
 from lapwan.train.metrics import bin_of
@@ -141,7 +142,7 @@ class SrpoObjective(Objective):
     def loss(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> Iterator[Loss]:
         """One forward with gradient, the Direct-Align estimate of x0, and its relative preference."""
         drawn = self.preference_draws(noise_expert, batch, draws)
-        x0 = batch.latents_BCTHW.to(torch.promote_types(batch.latents_BCTHW.dtype, torch.float32))
+        x0 = widened(batch.latents_BCTHW)
         noise = draws.noise_BCTHW.to(x0)
         x = flow.add_noise(x0, noise, drawn.sigma_e_B).detach()
         text = [features.to(x0.device) for features in batch.text]

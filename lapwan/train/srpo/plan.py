@@ -53,7 +53,8 @@ def plan_run(
     bands = intervals(settings, base.spec, noise_experts)
     check_negative(data, (settings.rollout.guidance, settings.held_out.guidance or 1.0))
     loaded = loaded_noise_experts(settings, base.spec, noise_experts)
-    memory = plan_srpo(settings, base, noise_experts, loaded, data.bucket, device, processes, predict=predict)
+    memory = plan_srpo(
+        settings, base, noise_experts, loaded, data.bucket, rewards, device, processes, predict=predict)
     return SrpoPlan(base, data, bands, memory)
 
 

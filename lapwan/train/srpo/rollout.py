@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lapwan.caching.collate import Batch
+from lapwan.models.device import widened
 from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.denoise import Conditions, guided_velocity
@@ -80,7 +81,7 @@ class Rollout:
     @torch.no_grad()
     def sample(self, noise: Sequence[Tensor], conditions: Sequence[Conditions]) -> list[Tensor]:
         """x0 from each batch's noise."""
-        latents = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in noise]
+        latents = [widened(x) for x in noise]
         pairs = list(zip(self._steps, self._next, strict=True))
         for noise_expert, group in groupby(pairs, key=lambda pair: pair[0].noise_expert):
             self._fetch(noise_expert)

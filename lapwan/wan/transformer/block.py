@@ -48,14 +48,17 @@ def attend_tokens(q_BNHd: Tensor, k_BNHd: Tensor, v_BNHd: Tensor, shards: TokenS
 
 
 def accept_fp8(layers: Sequence[Any], device: torch.device) -> bool:
-    """Whether all of these Linears multiply fp8 inputs in hardware."""
-    return all(type(layer) is Fp8Linear for layer in layers) and fp8_in_hardware(device)
+    """Whether the fused operations write fp8 for these Linears: all of them multiply in fp8, and so does the device.
+
+    On a CPU, where only tests run the fused operations, their torch forms write fp8 too.
+    """
+    return all(type(layer) is Fp8Linear for layer in layers) and (device.type == "cpu" or fp8_in_hardware(device))
 
 
-def gelu_linear(second: Any, hidden_BNF: Tensor) -> Tensor:
-    """W2 · gelu(hidden), with the tanh approximation."""
+def gelu_linear(second: Any, hidden_BNF: Tensor, fused: bool) -> Tensor:
+    """W2 · gelu(hidden), with the tanh approximation; `fused`: gelu may write fp8."""
     out: Tensor
-    if kernels.supports(hidden_BNF) and kernels.HAS_TRITON and accept_fp8([second], hidden_BNF.device):
+    if fused and accept_fp8([second], hidden_BNF.device):
         codes, scale = kernels.gelu_quantise(hidden_BNF.flatten(0, -2))
         out = torch.unflatten(second.multiply(codes, scale, hidden_BNF.dtype), 0, hidden_BNF.shape[:-1])
     else:
@@ -63,22 +66,18 @@ def gelu_linear(second: Any, hidden_BNF: Tensor) -> Tensor:
     return out
 
 
-def feed_forward(ffn: Any, y_BND: Tensor) -> Tensor:
-    """W2 · gelu(W1 · y)."""
+def feed_forward(ffn: Any, y_BND: Tensor, fused: bool = False) -> Tensor:
+    """W2 · gelu(W1 · y); `fused`: by fused operations, also where they are no faster."""
     first, second = ffn.net[0].proj, ffn.net[2]
-    if kernels.supports(y_BND) and kernels.plain_linear(first):
+    supported = fused or kernels.supports(y_BND)
+    if supported and kernels.plain_linear(first):
         hidden = kernels.linear_gelu(y_BND.flatten(0, -2), first.weight, first.bias)
         out: Tensor = second(torch.unflatten(hidden, 0, y_BND.shape[:-1]))
         return out
-    return gelu_linear(second, first(y_BND))
+    return gelu_linear(second, first(y_BND), fused or (supported and kernels.TRITON.works))
 
 
 # The eager block
-
-
-def widened(x: Tensor) -> Tensor:
-    """fp32, or x's own dtype where that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def layer_norm(module: Any, x_wide: Tensor) -> Tensor:
@@ -124,28 +123,15 @@ def cross_attention(attention: Any, y_BND: Tensor, keys_values: KeysValues, bias
     return out
 
 
-def block_forward(
+def eager_block(
     block: Any, x_BND: Tensor, text_BLD: Tensor | None, keys_values: KeysValues | None, modulation_BK6D: Tensor,
     row_of_token_N: Tensor | None, rope: Rope, text_bias: Tensor | None = None, shards: TokenShards | None = None,
 ) -> Tensor:
-    """One block: self-attention, cross-attention over the text, feed-forward.
-
-    Args:
-        block: diffusers' WanTransformerBlock, whose Linears may be any module that maps [..., I] to [..., O].
-        text_BLD: embedded text; None if `keys_values` of this block are given.
-        row_of_token_N: each token's row of the modulation; None: K is 1 or N.
-        text_bias: [B, 1, 1, L], added to the logits of the text.
-        shards: set if the tokens, with their rope and rows of modulation, are this process's shard of a sequence.
-    """
+    """One block, on any device and in any dtype; arguments as in `block_forward`."""
     dtype = x_BND.dtype
     wide = torch.promote_types(dtype, torch.float32)
-
-    table = block.scale_shift_table.unsqueeze(0) + modulation_BK6D.to(wide)
-    if keys_values is None:
-        assert text_BLD is not None
-        keys_values = text_keys_values(block.attn2, text_BLD)
-    if row_of_token_N is None and fused_applies(block, x_BND, table):
-        return fused_forward(block, x_BND, keys_values, table, rope, text_bias, shards)
+    table = _modulation_table(block, x_BND, modulation_BK6D)
+    keys_values = _keys_values(block, text_BLD, keys_values)
 
     def per_token(part_BKD: Tensor) -> Tensor:
         return part_BKD if row_of_token_N is None else part_BKD.index_select(1, row_of_token_N)
@@ -162,15 +148,21 @@ def block_forward(
     return (x_BND.to(wide) + feed_forward(block.ffn, y.to(dtype)).to(wide) * per_token(gate2)).to(dtype)
 
 
+def _modulation_table(block: Any, x_BND: Tensor, modulation_BK6D: Tensor) -> Tensor:
+    """Shifts, scales and gates, [B, K, 6, D]."""
+    wide = torch.promote_types(x_BND.dtype, torch.float32)
+    table: Tensor = block.scale_shift_table.unsqueeze(0) + modulation_BK6D.to(wide)
+    return table
+
+
+def _keys_values(block: Any, text_BLD: Tensor | None, keys_values: KeysValues | None) -> KeysValues:
+    if keys_values is not None:
+        return keys_values
+    assert text_BLD is not None
+    return text_keys_values(block.attn2, text_BLD)
+
+
 # The fused block
-
-
-def fused_applies(block: Any, x_BND: Tensor, table_BK6D: Tensor) -> bool:
-    """Whether the fused path applies: no graph, bf16 on a GPU, Wan's norms, one row of modulation for all tokens."""
-    if not (kernels.HAS_TRITON and kernels.supports(x_BND)):
-        return False
-    norms = (block.norm1.weight is None, block.norm3.weight is None, getattr(block.norm2, "weight", None) is not None)
-    return all(norms) and table_BK6D.shape[1] == 1 and x_BND.shape[0] % table_BK6D.shape[0] == 0
 
 
 @dataclass(frozen=True)
@@ -244,17 +236,19 @@ def _fused_cross_attention(
 
 def _fused_feed_forward(ffn: Any, y: _LinearInput, dtype: torch.dtype) -> Tensor:
     if y.plain is not None:
-        return feed_forward(ffn, y.plain.view(y.shape))
-    return gelu_linear(ffn.net[2], y.through([ffn.net[0].proj], dtype)[0])
+        return feed_forward(ffn, y.plain.view(y.shape), fused=True)
+    return gelu_linear(ffn.net[2], y.through([ffn.net[0].proj], dtype)[0], fused=True)
 
 
-def fused_forward(
-    block: Any, x_BND: Tensor, keys_values: KeysValues, table_BK6D: Tensor, rope: Rope,
-    text_bias: Tensor | None, shards: TokenShards | None,
+def fused_block(
+    block: Any, x_BND: Tensor, text_BLD: Tensor | None, keys_values: KeysValues | None, modulation_BK6D: Tensor,
+    row_of_token_N: None, rope: Rope, text_bias: Tensor | None = None, shards: TokenShards | None = None,
 ) -> Tensor:
-    """One block; arguments as in `block_forward`, with the modulation already added to the block's table (K = 1)."""
+    """One block where `fused_applies`, without a graph; arguments as in `block_forward`."""
     dtype, attn1, attn2, norm2 = x_BND.dtype, block.attn1, block.attn2, block.norm2
-    shift1, scale1, gate1, shift2, scale2, gate2 = (part.squeeze(1) for part in table_BK6D.unbind(2))
+    table = _modulation_table(block, x_BND, modulation_BK6D)
+    keys_values = _keys_values(block, text_BLD, keys_values)
+    shift1, scale1, gate1, shift2, scale2, gate2 = (part.squeeze(1) for part in table.unbind(2))
     layers = [attn1.to_q, attn1.to_k, attn1.to_v]
     _, y = _add_norm(x_BND, 1 + scale1, shift1, block.norm1.eps, layers)
     x_BND, y = _add_norm(
@@ -266,3 +260,35 @@ def fused_forward(
     out = _fused_feed_forward(block.ffn, y, dtype)
     added: Tensor = kernels.add_gated(x_BND.flatten(0, 1), out.flatten(0, 1), gate2)
     return added.view(x_BND.shape)
+
+
+# The choice between them
+
+
+def fused_applies(block: Any, x_BND: Tensor, modulation_BK6D: Tensor, row_of_token_N: Tensor | None) -> bool:
+    """Whether the fused block is as good and faster: no graph, bf16 on a GPU, Wan's norms, one row of modulation for
+    all tokens."""
+    if row_of_token_N is not None or not kernels.supports(x_BND):
+        return False
+    norms = (block.norm1.weight is None, block.norm3.weight is None, getattr(block.norm2, "weight", None) is not None)
+    return all(norms) and modulation_BK6D.shape[1] == 1 and x_BND.shape[0] % modulation_BK6D.shape[0] == 0
+
+
+def block_forward(
+    block: Any, x_BND: Tensor, text_BLD: Tensor | None, keys_values: KeysValues | None, modulation_BK6D: Tensor,
+    row_of_token_N: Tensor | None, rope: Rope, text_bias: Tensor | None = None, shards: TokenShards | None = None,
+) -> Tensor:
+    """One block: self-attention, cross-attention over the text, feed-forward; fused where that applies.
+
+    Args:
+        block: diffusers' WanTransformerBlock, whose Linears may be any module that maps [..., I] to [..., O].
+        text_BLD: embedded text; None if `keys_values` of this block are given.
+        row_of_token_N: each token's row of the modulation; None: K is 1 or N.
+        text_bias: [B, 1, 1, L], added to the logits of the text.
+        shards: set if the tokens, with their rope and rows of modulation, are this process's shard of a sequence.
+    """
+    if kernels.TRITON.works and fused_applies(block, x_BND, modulation_BK6D, row_of_token_N):
+        return fused_block(
+            block, x_BND, text_BLD, keys_values, modulation_BK6D, None, rope, text_bias, shards)
+    return eager_block(
+        block, x_BND, text_BLD, keys_values, modulation_BK6D, row_of_token_N, rope, text_bias, shards)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lapwan.names import Checkpointing
 from lapwan.wan.transformer.block import block_forward
-
-Checkpointing = Literal["off", "op", "block"]
 
 _aten = torch.ops.aten
 _ATTENTION = frozenset({

@@ -18,9 +18,9 @@ import torch
 
 from lapwan import console
 from lapwan.files import cache_root
-from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.block import BlockFunction, block_forward
 from lapwan.wan.transformer.checkpointing import selective_block
+from lapwan.wan.transformer.kernels import TRITON, Triton
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -36,14 +36,16 @@ _COMPILE_SECONDS = 15.0
 _EVALUATION_SAVING, _STEP_SAVING = 14e-6 / 5120, 20e-6 / 5120
 
 
-def worth_compiling(transformer: WanTransformer3DModel, latents_THW: Sequence[int], times: int, training: bool) -> bool:
+def worth_compiling(
+    transformer: WanTransformer3DModel, latents_THW: Sequence[int], times: int, training: bool, triton: Triton = TRITON
+) -> bool:
     """Whether `times` evaluations (or training steps) at this size save more than compiling takes; never on a CPU.
 
     Where the fused blocks run, compiling saves nothing: an evaluation takes 0.255 s compiled or not on an H200 in bf16,
     0.171 and 0.170 s in fp8 (256x256, 81 frames). They do not run for a model whose tokens have timesteps of their own.
     """
     weight = transformer.patch_embedding.weight
-    if not training and kernels.HAS_TRITON and weight.dtype == torch.bfloat16:
+    if not training and triton.works and weight.dtype == torch.bfloat16:
         return False
     # Of an offloaded noise expert only the trained parameters are on the device.
     if not any(p.device.type == "cuda" for p in transformer.parameters()):
@@ -57,7 +59,7 @@ def compiling_saves(width: int, tokens: int, times: int, training: bool) -> bool
     return times * tokens * width * (_STEP_SAVING if training else _EVALUATION_SAVING) > _COMPILE_SECONDS
 
 
-class _Clock:
+class CompileClock:
     """Seconds torch spent compiling and graphs it made, counted by its own callbacks, so that a backward counts too."""
 
     def __init__(self) -> None:
@@ -75,7 +77,7 @@ class _Clock:
             self.graphs += 1
 
 
-_CLOCK = _Clock()
+_CLOCK = CompileClock()
 _COMPILED: dict[str, BlockFunction] = {}
 
 
@@ -97,20 +99,20 @@ def compiled_block(selective: bool = False) -> BlockFunction:
     return _COMPILED["selective" if selective else "block"]
 
 
-def compile_time() -> tuple[float, int]:
+def compile_time(clock: CompileClock = _CLOCK) -> tuple[float, int]:
     """Seconds spent compiling in this process so far, and graphs made or read from the cache."""
-    return _CLOCK.seconds, _CLOCK.graphs
+    return clock.seconds, clock.graphs
 
 
 class CompileReport:
     """Logs how long compiling took: each call logs what is new since the last."""
 
-    def __init__(self) -> None:
-        self._logged = compile_time()
+    def __init__(self, clock: CompileClock = _CLOCK) -> None:
+        self._clock, self._logged = clock, compile_time(clock)
 
     def log(self) -> None:
         """Log new compilations, if there are any."""
-        seconds, graphs = compile_time()
+        seconds, graphs = compile_time(self._clock)
         if graphs != self._logged[1]:
             console.log(f"compiled {graphs - self._logged[1]} block graphs in {seconds - self._logged[0]:.1f} s "
                         f"(cached in {os.environ['TORCHINDUCTOR_CACHE_DIR']})")

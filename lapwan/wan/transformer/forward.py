@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lapwan.lora.layer import StackedLoraLinear
+from lapwan.models.device import widened
+from lapwan.names import Checkpointing
 from lapwan.wan.transformer import kernels
-from lapwan.wan.transformer.block import BlockFunction, Rope, block_forward, layer_norm, widened
-from lapwan.wan.transformer.checkpointing import Checkpointing, run_checkpointed
+from lapwan.wan.transformer.block import BlockFunction, Rope, block_forward, layer_norm
+from lapwan.wan.transformer.checkpointing import run_checkpointed
 from lapwan.wan.transformer.context_parallel import ContextParallel, TokenShards
 from lapwan.wan.transformer.first_block_cache import CacheBranch
 from lapwan.wan.transformer.prompt import PromptCache, TextRows, padded_rows
@@ -231,7 +233,7 @@ def predict(
             or a prompt's cache in this transformer.
         first_block_cache: may skip all blocks but the first; without gradients.
     """
-    kernels.try_triton(hidden_BCTHW.device)
+    kernels.TRITON.try_on(hidden_BCTHW.device)
     grad = torch.is_grad_enabled()
     dtype, checkpointing = hidden_BCTHW.dtype, options.checkpointing
     with torch.no_grad():  # depends on the size alone

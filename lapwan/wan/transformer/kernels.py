@@ -19,27 +19,36 @@ from torch.nn import functional as F
 from lapwan import console
 from lapwan.wan.quantise.linears import empty_codes, quantise_fp8
 
-ENABLED = True  # off in tests, to compare
-HAS_TRITON = find_spec("triton") is not None  # comes with torch's CUDA builds, but not on every system
-_TRIED = False
+
+class Triton:
+    """Whether Triton's kernels run here. Where they do not, torch's operations run.
+
+    Args:
+        installed: it comes with torch's CUDA builds, but not on every system.
+    """
+
+    def __init__(self, installed: bool) -> None:
+        self.works = installed
+        self._tried = False
+
+    def try_on(self, device: torch.device) -> None:
+        """Build a kernel once on a GPU: that needs a C compiler, and a GPU that Triton supports."""
+        if device.type != "cuda" or not self.works or self._tried:
+            return
+        self._tried = True
+        try:
+            from lapwan.wan.transformer import triton_kernels
+
+            row = torch.zeros(1, 16, device=device, dtype=torch.bfloat16)
+            triton_kernels.add_gated(row, row, row)
+            torch.cuda.synchronize(device)
+        except Exception as error:  # noqa: BLE001 - a machine may lack anything
+            self.works = False
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            console.log(f"Triton cannot build kernels here ({reason}); torch's own operations run instead, more slowly")
 
 
-def try_triton(device: torch.device) -> None:
-    """Try Triton once on a GPU: it needs a C compiler, and a GPU that it supports. Otherwise torch's operations run."""
-    global HAS_TRITON, _TRIED
-    if device.type != "cuda" or not HAS_TRITON or _TRIED:
-        return
-    _TRIED = True
-    try:
-        from lapwan.wan.transformer import triton_kernels
-
-        row = torch.zeros(1, 16, device=device, dtype=torch.bfloat16)
-        triton_kernels.add_gated(row, row, row)
-        torch.cuda.synchronize(device)
-    except Exception as error:  # noqa: BLE001 - a machine may lack anything
-        HAS_TRITON = False
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        console.log(f"Triton cannot build kernels here ({reason}); torch's own operations run instead, more slowly")
+TRITON = Triton(find_spec("triton") is not None)
 
 
 @torch.library.custom_op("lapwan::linear_gelu", mutates_args=())
@@ -172,7 +181,7 @@ def _(x_ND: Tensor, weight_D: Tensor, cos_Nd: Tensor | None, signed_sin_Nd: Tens
 def supports(x: Tensor) -> bool:
     """Whether the fused operations apply to x: no graph, bf16, a GPU."""
     device = x.is_cuda or x.is_meta  # the memory plan traces a GPU's forward on meta tensors
-    return ENABLED and device and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    return device and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
 
 def plain_linear(module: nn.Module) -> bool:
