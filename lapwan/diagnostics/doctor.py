@@ -23,7 +23,7 @@ import torch
 from lapwan.memory.plan import GIB, available_host_memory
 from lapwan.report.contact_sheet import cjk_font
 from lapwan.wan.quantise.linears import fp8_in_hardware
-from lapwan.wan.transformer import kernels
+from lapwan.wan.transformer.kernels import TRITON
 
 FindingStatus = Literal["ok", "note", "warn", "broken"]
 _CHUNK, _MOST_BYTES, _MOST_SECONDS = 8 << 20, 512 << 20, 1.5  # of writing, and of reading
@@ -109,9 +109,9 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
                   "multiplied in hardware" if fp8 else
                   "not in hardware (from capability 8.9): --dtype fp8 saves memory, not time" if bf16 else
                   "neither fp8 nor bf16 in hardware (from capability 8.0): slow")
-    kernels.try_triton(device)
-    yield Finding(f"{name} Triton", "ok" if kernels.HAS_TRITON else "warn",
-                  f"{_version('triton') or ''} builds kernels".strip() if kernels.HAS_TRITON else
+    TRITON.try_on(device)
+    yield Finding(f"{name} Triton", "ok" if TRITON.works else "warn",
+                  f"{_version('triton') or ''} builds kernels".strip() if TRITON.works else
                   "no kernels: it needs the package triton and a C compiler (apt install gcc); steps are slower")
 
 

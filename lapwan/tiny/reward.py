@@ -127,7 +127,7 @@ class TinyRewardKind(RewardKind[TinyRewardSettings]):
 
     def bytes(self, settings: TinyRewardSettings, device_type: str, images: int) -> int:
         tensors = load_evaluator().state_dict().values()
-        return sum(tensor.nbytes for tensor in tensors) + _GRAPH_BYTES * images
+        return sum(int(tensor.nbytes) for tensor in tensors) + _GRAPH_BYTES * images
 
     def make(self, settings: TinyRewardSettings, device: torch.device | str) -> TinyReward:
         return TinyReward(settings.label).to(device)
