@@ -102,17 +102,12 @@ class Adapter:
     def detach(self) -> None:
         """Restore the base Linears."""
         for path, layer in self.layers.items():
-            _replace(self.transformer, path, layer.base)
+            self.transformer.set_submodule(path, layer.base)
         self.layers.clear()
 
 
 def _cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
 
 
 def attach(transformer: nn.Module, groups: Sequence[Group], gates_required: bool = False) -> Adapter:
@@ -148,7 +143,7 @@ def attach(transformer: nn.Module, groups: Sequence[Group], gates_required: bool
             parts.append(LayerGroup(column, entry.down, entry.up, entry.alpha, group.trainable))
         layers[path] = StackedLoraLinear(base, parts, holder)
     for path, layer in layers.items():
-        _replace(transformer, path, layer)
+        transformer.set_submodule(path, layer)
     return Adapter(transformer, groups, layers, holder)
 
 

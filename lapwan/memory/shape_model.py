@@ -96,8 +96,6 @@ class ShapeModel(_Parts):
         config: of the checkpoint's config.json.
     """
 
-    gradient_checkpointing = False
-
     def __init__(self, config: Mapping[str, Any], num_layers: int, dtype: torch.dtype) -> None:
         config = {**_DEFAULTS, **config}
         width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])

@@ -33,10 +33,6 @@ class Segment:
     change: int
     peak: int
 
-    def times(self, factor: float) -> Segment:
-        """Both multiplied by `factor`."""
-        return Segment(int(self.change * factor), int(self.peak * factor))
-
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages created while the mode is active: alive now, and at the peak."""
@@ -146,14 +142,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
     return out
 
 
-@dataclass(frozen=True)
-class TracedMemory:
-    """Bytes beside the weights: `peak`, and what is `left` at the end (gradients)."""
-
-    peak: int
-    left: int
-
-
 def _traced(run: Callable[[Callable[[Hashable], None]], Any], memo: Memo | None) -> _LiveBytes:
     mode = _LiveBytes(memo)
     # By default the meta device uses the attention that materialises all N · L scores.
@@ -165,15 +153,15 @@ def _traced(run: Callable[[Callable[[Hashable], None]], Any], memo: Memo | None)
     return mode
 
 
-def trace_memory(run: Callable[[], Any], memo: Memo | None = None) -> TracedMemory:
-    """The memory of `run`, which computes on meta tensors created before.
+def trace_memory(run: Callable[[], Any], memo: Memo | None = None) -> Segment:
+    """The memory of `run`, which computes on meta tensors created before; at its end gradients may live.
 
     Args:
         memo: shared between traces. Operations take the shapes of their outputs from it or from `_RULES`, which
             is ten times as fast. None: from torch's own meta kernels.
     """
     mode = _traced(lambda _: run(), memo)
-    return TracedMemory(mode.peak, mode.live)
+    return Segment(mode.live, mode.peak)
 
 
 def without_kernels(memo: Memo) -> AbstractContextManager[object]:
@@ -187,8 +175,10 @@ def trace_segments(run: Callable[[Callable[[Hashable], None]], Any], memo: Memo)
     mode.close()
     return mode.segments
 
+
 # Outputs of operations whose meta kernels are written in Python: those import torch's compiler, which takes a second,
 # and need a tenth of a millisecond a call. A test compares.
+
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device="meta")

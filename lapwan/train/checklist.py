@@ -45,21 +45,21 @@ def plan_lines(
              f"a step is {settings.accumulate} x {settings.batch_size} clips; {turns_line(data)}"]
     if settings.roi_weight:
         lines.append(region_line(settings, data))
-    for noise_expert, own_settings in data.noise_experts.items():
-        check_optimizer(own_settings.optimizer, own_settings.schedule)
+    for noise_expert, local_settings in data.noise_experts.items():
+        check_optimizer(local_settings.optimizer, local_settings.schedule)
         file = (continued or {}).get(noise_expert)
-        ranks = target_ranks(own_settings.targets, base.num_layers) if file is None else file.ranks("init_lora")
+        ranks = target_ranks(local_settings.targets, base.num_layers) if file is None else file.ranks("init_lora")
         count = data.schedule.count(noise_expert)
         extras = [f"{count} steps", f"{len(ranks)} modules of ranks {', '.join(map(str, sorted(set(ranks.values()))))}",
-                  describe_optimizer(own_settings.optimizer, own_settings.schedule)]
+                  describe_optimizer(local_settings.optimizer, local_settings.schedule)]
         if file is not None:
             extras.append(f"starting from {file.path}")
-        if phases := own_settings.alpha_schedule.phases:
+        if phases := local_settings.alpha_schedule.phases:
             extras.append("alpha " + ", ".join(f"{phase.alpha:g} ({phase.name})" for phase in phases))
         if settings.ema_decay is not None:
             extras.append(f"running mean {settings.ema_decay:g}")
         lines.append(f"{noise_expert.value} noise: " + "; ".join(extras))
-        lines += histogram_lines(own_settings, base, data, noise_expert)
+        lines += histogram_lines(local_settings, base, data, noise_expert)
     trained = [data.noise_experts[e].optimizer for e in NoiseExpert if e in data.noise_experts]
     return lines + [ratio_line(*pair) for pair in pairwise(trained)]
 
@@ -220,7 +220,7 @@ def _lengths(clips: Sequence[CachedItem], fps: float | None) -> ChecklistItem:
 
 def _preset(settings: TrainSettings, data: RunData) -> list[ChecklistItem]:
     """LR ratio and number of steps, by the health rules of inspect-weights."""
-    predicted = {e.value: own_settings.optimizer.predicted_lr() for e, own_settings in data.noise_experts.items()}
+    predicted = {e.value: local_settings.optimizer.predicted_lr() for e, local_settings in data.noise_experts.items()}
     rates = {name: lr for name, lr in predicted.items() if lr is not None}
     if settings.health.preset is None:
         return [ChecklistItem(True, f"{len(data.schedule)} steps; no health.preset: LR ratio and steps are not judged")]

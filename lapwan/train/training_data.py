@@ -1,4 +1,4 @@
-"""The data side of training: what each optimizer step trains on, loaded ahead of its use.
+"""The data side of training: what each optimizer step trains on, prefetched.
 
 A step's batches and draws are made while the device still works on the step before. Draws are keyed, so it does not
 matter when they are made. A CPU takes milliseconds (noise of 480x832: 20 ms), which would otherwise pass between the

@@ -145,7 +145,7 @@ def test_the_trace_counts_what_lives() -> None:
     layers[0].weight.requires_grad_()
     # Forward: h, relu(h) (kept), y, and the loss; backward: dy, then d relu(h), dh, and W1's gradient is what is left.
     work = trace_memory(lambda: layers(x).sum().backward())
-    assert work.left == unit + 512 or work.left == unit
+    assert work.change == unit + 512 or work.change == unit
     assert 3 * unit <= work.peak <= 4 * unit + 4 * 512
 
 

@@ -99,7 +99,8 @@ def test_settings_that_contradict_each_other_are_refused(change, message, tmp_pa
 def test_experts_have_the_ranks_their_family_was_given(make_moe):
     trainer = make_moe(**ONE_BLOCK, expert_targets={"hook": {"q": 16}, "other": {"q": 1, "ffn_in": 0}})
     adapter = trainer.objective.adapters[HIGH]
-    ranks = {family: adapter.state(family).ranks() for family in ("scissors", "hook", "other")}
+    ranks = {family: {path: entry.rank for path, entry in adapter.state(family).entries.items()}
+             for family in ("scissors", "hook", "other")}
     path = "blocks.7.attn1.to_q"
     assert [ranks[f][path] for f in ranks] == [8, 16, 1]
     assert "blocks.7.ffn.net.0.proj" in ranks["hook"] and "blocks.7.ffn.net.0.proj" not in ranks["other"]

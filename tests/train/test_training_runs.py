@@ -83,7 +83,7 @@ def test_the_newest_adapter_files_are_links_to_the_last_checkpoint(make_lora):
         assert len(file.metadata["lapwan.base_fingerprint"]) == 64
         said = file.metadata
         assert (said["lapwan.clips"], said["lapwan.items"], said["ss_steps"], said["ss_seed"]) == ("4", "4", "4", "42")
-        ranks = list(file.read().ranks().values())
+        ranks = [entry.rank for entry in file.read().entries.values()]
         assert json.loads(said["lapwan.ranks"]) == {str(r): ranks.count(r) for r in set(ranks)}
         assert json.loads(said["lapwan.alphas"]) == json.loads(said["lapwan.ranks"])  # alpha = rank where none is said
         assert (said["ss_optimizer"], said["ss_learning_rate"], said["ss_max_train_steps"]) == ("adamw", "0.0001", "2")

@@ -62,12 +62,12 @@ def make_callbacks(
     Args:
         adapter_set: for previews of a mixture: the mixture and its base LoRAs, which its gates need.
     """
-    return [*_step_callbacks(parts, base, data),
-            *_periodic_callbacks(settings, parts, base, data, device, adapter_set or AdapterSet(), taxonomy)]
+    return [*_update_callbacks(parts, base, data),
+            *_evaluation_callbacks(settings, parts, base, data, device, adapter_set or AdapterSet(), taxonomy)]
 
 
-def _step_callbacks(parts: RunParts, base: Base, data: RunData) -> Iterator[Callback]:
-    """Max norm and alpha phases."""
+def _update_callbacks(parts: RunParts, base: Base, data: RunData) -> Iterator[Callback]:
+    """Those that change the weights after an update: max norm and alpha phases."""
     adapters = parts.objective.adapters
     limits = {e: settings.max_norm for e, settings in data.noise_experts.items() if settings.max_norm is not None}
     if limits:
@@ -81,11 +81,11 @@ def _step_callbacks(parts: RunParts, base: Base, data: RunData) -> Iterator[Call
                 parts.optimizers[noise_expert.value].optimizer, settings.optimizer.gradient_powers or {}, parts.ema)
 
 
-def _periodic_callbacks(
+def _evaluation_callbacks(
     settings: TrainSettings, parts: RunParts, base: Base, data: RunData, device: torch.device,
     adapter_set: AdapterSet, taxonomy: Taxonomy | None,
 ) -> Iterator[Callback]:
-    """Figures of the weights, validation, previews."""
+    """Those that evaluate the run every few steps: figures of the weights, validation, previews."""
     yield weight_figures(parts, settings.watch.every, settings.health)
     onload = parts.offload.activate
     if settings.validation.every is not None:

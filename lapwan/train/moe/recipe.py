@@ -115,9 +115,9 @@ def plan_mixture(
     frozen_ranks = {noise_expert: {path: pair.rank for path, pair in state.low_rank(f"base_lora = {file}").items()}
                     for noise_expert, (file, state) in frozen.items()}
     ranks = {
-        noise_expert: [target_ranks(settings.targets_for(family, own_settings.targets), base.num_layers)
+        noise_expert: [target_ranks(settings.targets_for(family, local_settings.targets), base.num_layers)
                        for family in taxonomy.keys]
-        for noise_expert, own_settings in data.noise_experts.items()
+        for noise_expert, local_settings in data.noise_experts.items()
     }
     return plan_training(settings, base, recipe.workload(data, base, ranks, frozen_ranks), device, dry_run, processes)
 
@@ -147,9 +147,9 @@ def assemble(
     backbones = {e: memory.load(settings, base, e, offload.load_device, device) for e in noise_experts}
     initial = {e: file.read() for e, file in recipe.initial_loras(settings.init_lora, base).items()}
     states = {
-        e: {family: _initial_expert(settings, backbones[e].transformer, own_settings, e, family, initial.get(e))
+        e: {family: _initial_expert(settings, backbones[e].transformer, local_settings, e, family, initial.get(e))
             for family in taxonomy.keys}
-        for e, own_settings in data.noise_experts.items()
+        for e, local_settings in data.noise_experts.items()
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of(settings.seed, "router"))
@@ -168,14 +168,14 @@ def assemble(
 
 
 def _initial_expert(
-    settings: TrainMoeSettings, transformer: torch.nn.Module, own_settings: NoiseExpertSettings,
+    settings: TrainMoeSettings, transformer: torch.nn.Module, local_settings: NoiseExpertSettings,
     noise_expert: NoiseExpert, family: str, initial: AdapterState | None,
 ) -> AdapterState:
-    targets = settings.targets_for(family, own_settings.targets)
+    targets = settings.targets_for(family, local_settings.targets)
     # Shared experts have one draw, whichever noise expert they are attached to first.
     key = "shared" if settings.shared_experts else noise_expert.value
     fresh = recipe.fresh_lora(
-        transformer, own_settings.model_copy(update={"targets": targets}), settings.seed, key, family)
+        transformer, local_settings.model_copy(update={"targets": targets}), settings.seed, key, family)
     return fresh if initial is None else started_from(fresh, initial)
 
 
