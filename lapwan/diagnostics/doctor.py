@@ -26,7 +26,7 @@ from lapwan.wan.quantise.linears import fp8_in_hardware
 from lapwan.wan.transformer.kernels import TRITON
 
 FindingStatus = Literal["ok", "note", "warn", "broken"]
-_CHUNK, _MOST_BYTES, _MOST_SECONDS = 8 << 20, 512 << 20, 1.5  # of writing, and of reading
+_CHUNK, _MOST_SECONDS = 8 << 20, 1.5  # of writing, and of reading
 _LEAST_DISK = 130 * GIB  # a released A14B folder in diffusers layout
 _EXTRAS = {  # optional package -> what it is for
     "prodigyopt": "optimizer prodigy: pip install 'lapwan[prodigy]'",
@@ -52,7 +52,7 @@ def examine(folder: Path) -> Iterator[Finding]:
     for index in range(devices):
         yield from _gpu(torch.device("cuda", index))
     if not devices:
-        yield _no_gpu()
+        yield no_gpu(driver_version())
     yield from _host()
     yield from _disk(folder)
     yield from _packages()
@@ -71,16 +71,16 @@ def _software() -> Iterator[Finding]:
     yield Finding("torch", "ok", f"{torch.__version__}, {build}, {torch.get_num_threads()} threads")
 
 
-def driver_version() -> str | None:
-    """The version of NVIDIA's kernel module on Linux; None without one."""
-    if not _DRIVER.is_file():
+def driver_version(file: Path = _DRIVER) -> str | None:
+    """The version of NVIDIA's kernel module on Linux, which `file` tells; None without one."""
+    if not file.is_file():
         return None
-    match = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", _DRIVER.read_text(encoding="utf-8", errors="replace"))
+    match = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", file.read_text(encoding="utf-8", errors="replace"))
     return match[1] if match else "of unknown version"
 
 
-def _no_gpu() -> Finding:
-    driver = driver_version()
+def no_gpu(driver: str | None) -> Finding:
+    """What it means that torch sees no GPU; `driver`: the version of NVIDIA's kernel module, if there is one."""
     if driver is None:
         return Finding("device", "note", "no GPU: the embedded model and all checks run on the CPU; Wan2.2 needs a GPU")
     cure = "install a CUDA build of torch (https://pytorch.org)" if torch.version.cuda is None else (
@@ -141,8 +141,8 @@ def _disk(folder: Path) -> Iterator[Finding]:
                   + ("; a folder of A14B takes 118 GiB" if low else ""))
 
 
-def disk_speed(folder: Path) -> tuple[float, float]:
-    """Bytes a second of writing and of reading a temporary file in `folder`: at most 512 MiB, and 1.5 s each.
+def disk_speed(folder: Path, most_bytes: int = 512 << 20) -> tuple[float, float]:
+    """Bytes a second of writing and of reading a temporary file in `folder`: at most `most_bytes`, and 1.5 s each.
 
     What is read has been flushed to the disk and dropped from the page cache where the system allows it.
     """
@@ -151,7 +151,7 @@ def disk_speed(folder: Path) -> tuple[float, float]:
     try:
         started, size = time.perf_counter(), 0
         with path.open("wb", buffering=0) as stream:
-            while size < _MOST_BYTES and time.perf_counter() - started < _MOST_SECONDS:
+            while size < most_bytes and time.perf_counter() - started < _MOST_SECONDS:
                 size += stream.write(chunk)
             os.fsync(stream.fileno())
         written = size / (time.perf_counter() - started)

@@ -34,23 +34,23 @@ def test_json(tmp_path):
     assert document["memory_gib"] is None and document["wan22_t2v_a14b"] == []
 
 
-@without_gpu
-def test_a_driver_without_a_gpu_in_torch_is_broken(monkeypatch, tmp_path):
+def test_a_driver_without_a_gpu_in_torch_is_broken(tmp_path):
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.10  Release Build\n")
-    monkeypatch.setattr(doctor, "_DRIVER", tmp_path / "version")
-    done = run_lapwan("doctor", "--folder", tmp_path)
-    assert done.code == 2 and "broken: device" in done.err and "NVIDIA driver 570.86.10" in done.out
+    finding = doctor.no_gpu(doctor.driver_version(tmp_path / "version"))
+    assert finding.name == "device" and finding.status == "broken" and "NVIDIA driver 570.86.10" in finding.text
+    assert doctor.driver_version(tmp_path / "none") is None and doctor.no_gpu(None).status == "note"
 
 
 def test_a_disk_that_cannot_be_written_is_broken(tmp_path):
     (tmp_path / "file").write_text("")
     [finding] = list(doctor._disk(tmp_path / "file" / "folder"))
     assert finding.status == "broken" and "LAPWAN_CACHE_DIR" in finding.text
+    done = run_lapwan("doctor", "--folder", tmp_path / "file" / "folder")
+    assert done.code == 2 and "broken: disk" in done.err and finding.text in " ".join(done.out.split())
 
 
-def test_the_speed_of_a_disk_is_measured_and_nothing_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "_MOST_BYTES", 32 << 20)
-    written, read = doctor.disk_speed(tmp_path)
+def test_the_speed_of_a_disk_is_measured_and_nothing_stays(tmp_path):
+    written, read = doctor.disk_speed(tmp_path, 32 << 20)
     assert written > 1e6 and read > 1e6 and not list(tmp_path.iterdir())
 
 
