@@ -46,8 +46,8 @@ def assign_to_transformer(
     if noise_expert is None:
         recorded = {e for _, path, _ in requests for e in open_lora(path)} - {None}
         if len(recorded) > 1:
-            raise UserError("the LoRAs are for both noise experts, and it is not known which one the transformer is; "
-                            "give the right one as high=FILE or low=FILE")
+            raise UserError("the LoRAs are for both noise experts, and it is not recorded which one the transformer "
+                            "is; give the right LoRA as high=FILE or low=FILE")
         noise_expert = recorded.pop() if recorded else None
     assumed = noise_expert or NoiseExpert.HIGH  # not known: any will do, since there is one transformer
     return noise_expert, assign(requests, [assumed])[assumed]
@@ -101,8 +101,8 @@ def _noise_experts_of(
     wanted = [NoiseExpert(role)] if role is not None else [e for e in files if e is not None]
     for noise_expert in wanted:
         if noise_expert not in noise_experts:
-            raise UserError(f"{path} is for the {noise_expert} noise expert, but the model or file given here is the "
-                            f"{' and '.join(noise_experts)} one alone; give a LoRA for it, or both=FILE to force it")
+            raise UserError(f"{path} is for the {noise_expert} noise expert, but the model or file given here only has "
+                            f"the {' and '.join(noise_experts)} one; give a LoRA for that, or both=FILE to force it")
     return wanted
 
 

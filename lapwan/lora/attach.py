@@ -142,8 +142,8 @@ def attach(transformer: nn.Module, groups: Sequence[Group], gates_required: bool
                 continue
             if entry.down.shape[1] != base.in_features or entry.up.shape[0] != base.out_features:
                 raise UserError(
-                    f"'{group.name}' at {path} maps {entry.down.shape[1]} -> {entry.up.shape[0]} features, the model's "
-                    f"layer {base.in_features} -> {base.out_features}; it was made for another model"
+                    f"'{group.name}' at {path} maps {entry.down.shape[1]} -> {entry.up.shape[0]} features, but the "
+                    f"model's layer maps {base.in_features} -> {base.out_features}; it was made for another model"
                 )
             parts.append(LayerGroup(column, entry.down, entry.up, entry.alpha, group.trainable))
         layers[path] = StackedLoraLinear(base, parts, holder)

@@ -78,8 +78,8 @@ def _sum(path: str, terms: Sequence[tuple[WeightUpdate, float]], dtype: torch.dt
     if len(deltas) == len(terms) and len({entry.shape for entry, _ in deltas}) == 1:
         return FullDelta(torch.stack([entry.value.float() * m for entry, m in deltas]).sum(0).to(dtype))
     kinds = " and ".join(f"a {entry.kind} {list(entry.shape)}" for entry, _ in terms)
-    raise UserError(f"module '{path}' is {kinds}: these have no sum that a LoRA file holds; merge the files into the "
-                    "model instead (lapwan merge --model MODEL, --lora for each)")
+    raise UserError(f"module '{path}' is {kinds}: a LoRA file cannot hold their sum; merge the files into the model "
+                    "instead (lapwan merge --model MODEL, --lora for each)")
 
 
 def combine(

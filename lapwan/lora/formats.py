@@ -204,8 +204,8 @@ def _module(file: TensorFile, path: str, names: Mapping[str, str], config: Adapt
     try:
         kind = kind_of(tensors)
     except ValueError as error:
-        raise UserError(f"{file.path}: {' and '.join(map(repr, tensors.values()))} change one tensor, as {error}; "
-                        "lapwan reads one kind for each: remove one of them") from None
+        raise UserError(f"{file.path}: {' and '.join(map(repr, tensors.values()))} change the same tensor, as {error}; "
+                        "lapwan reads one kind of update per tensor: remove one of them") from None
     if (missing := kind.missing(tensors)) is not None:
         other = next(iter(names.values()))
         raise UserError(f"{file.path}: '{other}' has no {missing} beside it; the file is incomplete")

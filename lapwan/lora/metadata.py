@@ -31,7 +31,7 @@ _COMPONENT_PREFIXES = ("transformer.", "transformer_2.", "transformer_1.")
 
 
 def boundary_from_metadata(metadata: Mapping[str, str]) -> float | None:
-    """The sigma at which the noise experts hand over, `lapwan.boundary`; None if it is missing or not a number."""
+    """The sigma at which the noise experts switch, `lapwan.boundary`; None if it is missing or not a number."""
     try:
         return float(metadata["lapwan.boundary"])
     except (KeyError, ValueError):

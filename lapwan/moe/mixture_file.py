@@ -126,9 +126,9 @@ def _spec(values: dict[str, Any]) -> MixtureSpec:
 
 def _check_base(path: Path, spec: MixtureSpec, base: MixtureBase) -> None:
     if spec.task != base.task:
-        raise UserError(f"{path} was trained for {spec.task}, the model is {base.task}; use one for {spec.task}")
+        raise UserError(f"{path} was trained for {spec.task}, but the model is {base.task}; use one for {spec.task}")
     if spec.text_dim != base.text_dim:
-        raise UserError(f"{path}: its router reads text features of width {spec.text_dim}, the model's are "
+        raise UserError(f"{path}: its router reads text features of width {spec.text_dim}, but the model's are "
                         f"{base.text_dim}; use the model it was trained on")
     for noise_expert, band in spec.bands.items():
         model = base.bands.get(noise_expert)

@@ -95,8 +95,8 @@ def router_class(kind: str) -> type[Router]:
         UserError: an unknown kind, as in the file of a later version.
     """
     if kind not in Router.kinds:
-        raise UserError(f"no router of kind '{kind}'{nearest(kind, Router.kinds)}; there are "
-                        f"{', '.join(Router.kinds)}; for a mixture of a later version, update lapwan")
+        raise UserError(f"no router of kind '{kind}'{nearest(kind, Router.kinds)}; known kinds: "
+                        f"{', '.join(Router.kinds)}; update lapwan if the mixture is from a later version")
     return Router.kinds[kind]
 
 

@@ -164,8 +164,8 @@ def _check_lora(
             raise UserError(f"{file.path} has module '{path}', which {base.spec.component(noise_expert)} lacks; it was "
                             "made for another model")
         if shape != tuple(module.shape):
-            raise UserError(f"{file.path}: '{path}' is {module.shape[1]} -> {module.shape[0]} features, the model's is "
-                            f"{shape[1]} -> {shape[0]}; it was made for another model")
+            raise UserError(f"{file.path}: '{path}' is {module.shape[1]} -> {module.shape[0]} features, but the "
+                            f"model's is {shape[1]} -> {shape[0]}; it was made for another model")
 
 
 def _base_lora(mixture: Mixture, moe: Path, noise_expert: NoiseExpert, given: Sequence[LoraUse]) -> LoraUse:

@@ -82,7 +82,7 @@ def make_request(
             video.
     """
     if settings.start_sigma is not None and settings.video is None:
-        raise UserError("--start-sigma is the noise level at which a video is started from; give one with --video FILE")
+        raise UserError("--start-sigma is the noise level added to a starting video; give one with --video FILE")
     defaults, given = spec.defaults, _given(settings)
     options: dict[str, Any] = {
         "num_frames": defaults.num_frames, "size": default_size(spec, image), "prompt": "",
