@@ -70,7 +70,7 @@ def make_optimizer(
     """
     parts = [part for group in groups for part in _by_factor(group, settings.up_lr_scale)]
     if not settings.separate_lrs and len({part.lr_scale for part in parts}) > 1:
-        raise UserError(f"optimizer.type = '{settings.kind}' finds one step size for all it steps; set "
+        raise UserError(f"optimizer.type = '{settings.kind}' uses one step size for all parameters; set "
                         "timestep_gate.lr_scale = 1, or another optimizer")
     return build(settings, parts, master)
 
