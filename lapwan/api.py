@@ -190,7 +190,7 @@ class VideoGenerator:
             if self._closed:
                 raise UserError("this VideoGenerator is closed; make a new one")
             if self._busy:
-                raise UserError("a video was asked for from on_step of another; ask for it after that one")
+                raise UserError("generate was called from on_step of another video; call it after that one")
             self._busy = True
             try:
                 yield
@@ -246,7 +246,7 @@ class VideoGenerator:
             first_block_cache: skip all blocks but the first in steps where the predicted relative error of the velocity
                 is below this number; None: never. `reuse` is its older name.
             seed: of the noise; the same on every machine.
-            on_step: called as `on_step(done, total)` after each step; returning False cancels, None or True goes on.
+            on_step: called as `on_step(done, total)` after each step; returning False cancels, None or True continues.
 
         Raises:
             UserError: anything the model, the files or the numbers do not allow, before weights are loaded; the GPU's
