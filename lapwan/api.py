@@ -152,7 +152,13 @@ class VideoGenerator:
     def from_settings(
         cls, settings: ModelSettings, device: str | None = None, processes: Processes | None = None
     ) -> VideoGenerator:
-        """Build from validated settings. Several `processes`, each on its own `device`, share the work on a video."""
+        """Build from validated settings. Several `processes`, each on its own `device`, share the work on a video.
+
+        Args:
+            settings: of the model and its adapters.
+            device: overrides `settings.device`.
+            processes: those that share each video; None: this one alone.
+        """
         generator = cls.__new__(cls)
         model_settings = ModelSettings(**{name: getattr(settings, name) for name in ModelSettings.model_fields})
         generator._start(model_settings, device, processes)

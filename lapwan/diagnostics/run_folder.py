@@ -106,7 +106,7 @@ def read_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, if it has one; a last line cut by a kill is left out.
+    """The lines of a run's metrics.jsonl, if it has one; a last line that a kill truncated is left out.
 
     Raises:
         UserError: a line before the last that is not a JSON object.

@@ -18,6 +18,10 @@ Assigned = dict[NoiseExpert, list[tuple[AdapterFile, float]]]
 def assign(requests: Sequence[LoraRequest], noise_experts: Sequence[NoiseExpert]) -> Assigned:
     """(LoRA, strength) by noise expert of the model; reads headers only.
 
+    Args:
+        requests: role (high, low, both, or None: as the file records), path and strength of each LoRA.
+        noise_experts: those that the model has.
+
     Raises:
         UserError: a file that is not a LoRA, is for another noise expert, or does not say for which of two.
     """
@@ -34,6 +38,13 @@ def assign_to_transformer(
     requests: Sequence[LoraRequest], named: NoiseExpert | None
 ) -> tuple[NoiseExpert | None, list[tuple[AdapterFile, float]]]:
     """LoRAs for a single transformer, and its noise expert: from the roles, else `named`, else from the files.
+
+    Args:
+        requests: see `assign`.
+        named: the noise expert that the transformer's path names; None: not known.
+
+    Returns:
+        (noise expert, None if nothing tells; [(LoRA, strength)]).
 
     Raises:
         UserError: LoRAs for both noise experts, or for the other one.
@@ -55,6 +66,9 @@ def assign_to_transformer(
 
 def group_by_noise_expert(requests: Sequence[LoraRequest]) -> dict[NoiseExpert | None, list[tuple[AdapterFile, float]]]:
     """LoRAs to be summed, by noise expert; a file without one goes to the noise expert of the other files.
+
+    Args:
+        requests: see `assign`.
 
     Raises:
         UserError: files for different noise experts without high= and low= in front, or a file without a noise expert

@@ -154,7 +154,12 @@ def attach(transformer: nn.Module, groups: Sequence[Group], gates_required: bool
 
 @torch.no_grad()
 def set_alpha(adapter: Adapter, alpha: float) -> None:
-    """Set alpha of every trainable group; B is unchanged, so ΔW scales with alpha."""
+    """Set alpha of every trainable group; B is unchanged, so ΔW scales with alpha.
+
+    Args:
+        adapter: the stacked layers of one transformer.
+        alpha: the new alpha; ΔW = alpha / r · B A.
+    """
     for layer in adapter.layers.values():
         layer.groups = [replace(g, alpha=alpha) if g.trainable else g for g in layer.groups]
         scale = torch.tensor([g.alpha / g.down_RI.shape[0] for g in layer.groups], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What the metadata of a LoRA file says: alpha and rank of its modules, the boundary of its model.
+"""The metadata of a LoRA file: alpha and rank of its modules, the boundary of its model.
 
 Read: `adapter_config`, `boundary_from_metadata`. Written: `file_metadata`. The noise expert: see `noise_expert`.
 

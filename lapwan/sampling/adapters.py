@@ -97,8 +97,8 @@ def read_adapters(
         are merged into the returned base here too, instead of being adapters.
 
     Raises:
-        UserError: a file that is no LoRA (or no mixture), or is for the other noise expert or another model; a LoRA
-            whose noise expert is unknown; a mixture's base LoRA that cannot be found.
+        UserError: a file that is not a LoRA (or not a mixture), or is for the other noise expert or another model; a
+            LoRA whose noise expert is unknown; a mixture's base LoRA that cannot be found.
     """
     assigned = assign([(lora.noise_expert, lora.path, lora.strength) for lora in loras], base.spec.noise_experts)
     for noise_expert, files in assigned.items():

@@ -140,7 +140,7 @@ def complete_guidance(spec: ModelSpec, given: float | Mapping[NoiseExpert, float
 def by_noise_expert(
     spec: ModelSpec, option: str, given: float | Mapping[NoiseExpert, float] | None
 ) -> dict[NoiseExpert, float]:
-    """An option's values by noise expert: a single number is for all, None is nothing.
+    """An option's values by noise expert: a single number applies to all, None to none.
 
     Raises:
         UserError: a value for a noise expert that the model lacks.
