@@ -21,7 +21,7 @@ _EXPONENT = {
 
 
 def verify_folder(folder: Path) -> tuple[int, list[str]]:
-    """(number of files read, a line for each that is wrong).
+    """(number of files read, a line for each problem).
 
     Raises:
         UserError: the folder has no usable index.

@@ -180,7 +180,7 @@ def _finite(text: str) -> float:
 
 
 def shortened(text: str) -> str:
-    """A text as messages show it: at most 60 characters."""
+    """A text shortened for messages: at most 60 characters."""
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 

@@ -1,4 +1,4 @@
-"""MODEL, as the user gives it, to a checked model folder."""
+"""From MODEL, as the user gives it, to a checked model folder."""
 
 from __future__ import annotations
 

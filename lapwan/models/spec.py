@@ -1,7 +1,7 @@
 """The spec of a model folder in diffusers layout: capabilities, noise experts, boundary, channels, strides. No torch.
 
 How to add a base model in diffusers layout: a `ModelFamily` here and its case in `_family_of`, which reads the
-checkpoint. What differs between models is asked of the spec (`requires_image`, `clean_first_frame`, `image_channels`,
+checkpoint. What differs between models is read from the spec (`requires_image`, `clean_first_frame`, `image_channels`,
 ...); task names are compared only with a name that a file or the user gives. Original files: `separate_files`.
 """
 

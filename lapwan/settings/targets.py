@@ -16,7 +16,7 @@ _RANKS = ("q", "k", "v", "o", "ffn_in")
 
 def expand_recipe(value: Any, both_ffn: bool = False) -> Any:
     """Expand short forms to fields: `"last_8"` or `"all"` (attention and both FFN linears of those blocks), and in a
-    table `recipe` (the same) and `rank` (of every projection that has no rank of its own).
+    table `recipe` (the same) and `rank` (of every projection without its own rank).
 
     Args:
         both_ffn: `rank` without a recipe also applies to the second FFN linear, because the shared targets train it.

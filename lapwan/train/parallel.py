@@ -49,7 +49,7 @@ class Distributed(Processes):
         return self.gather(value)
 
     def agree(self, value: T) -> T:
-        """A decision that processes with the same work must share; with work of their own, each keeps its own."""
+        """A decision that processes with the same work must share; processes with different work keep their own."""
         return value
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def check_accumulate(accumulate: int, distributed: Distributed, otherwise: str =
         otherwise: what else to do, for the end of the message.
 
     Raises:
-        UserError: `accumulate` is no multiple of the number of processes.
+        UserError: `accumulate` is not a multiple of the number of processes.
     """
     if accumulate % distributed.count:
         raise UserError(f"accumulate = {accumulate} batches a step cannot be divided evenly among {distributed.count} "

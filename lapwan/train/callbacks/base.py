@@ -52,7 +52,7 @@ class Evaluation:
 
 
 class Callback:
-    """Hooks of a run; each does nothing unless a subclass overrides it.
+    """The hooks of a run; each does nothing unless a subclass overrides it.
 
     Attributes:
         name: its key in checkpoints; unique in a run.

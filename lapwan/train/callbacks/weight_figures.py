@@ -43,7 +43,7 @@ def _expert_figures(
 
 
 class WeightFigures(Callback):
-    """Figures of the weights; with a health preset also its verdict, which may stop the run.
+    """Logs figures of the weights; with a health preset also its verdict, which may stop the run.
 
     Args:
         learning_rates: current lr by noise expert.
