@@ -152,7 +152,13 @@ class VideoGenerator:
     def from_settings(
         cls, settings: ModelSettings, device: str | None = None, processes: Processes | None = None
     ) -> VideoGenerator:
-        """Build from validated settings. Several `processes`, each on its own `device`, share the work on a video."""
+        """Build from validated settings. Several `processes`, each on its own `device`, share the work on a video.
+
+        Args:
+            settings: of the model and its adapters.
+            device: overrides `settings.device`.
+            processes: those that share each video; None: this one alone.
+        """
         generator = cls.__new__(cls)
         model_settings = ModelSettings(**{name: getattr(settings, name) for name in ModelSettings.model_fields})
         generator._start(model_settings, device, processes)
@@ -190,7 +196,7 @@ class VideoGenerator:
             if self._closed:
                 raise UserError("this VideoGenerator is closed; make a new one")
             if self._busy:
-                raise UserError("a video was asked for from on_step of another; ask for it after that one")
+                raise UserError("generate was called from on_step of another video; call it after that one")
             self._busy = True
             try:
                 yield
@@ -246,7 +252,7 @@ class VideoGenerator:
             first_block_cache: skip all blocks but the first in steps where the predicted relative error of the velocity
                 is below this number; None: never. `reuse` is its older name.
             seed: of the noise; the same on every machine.
-            on_step: called as `on_step(done, total)` after each step; returning False cancels, None or True goes on.
+            on_step: called as `on_step(done, total)` after each step; returning False cancels, None or True continues.
 
         Raises:
             UserError: anything the model, the files or the numbers do not allow, before weights are loaded; the GPU's

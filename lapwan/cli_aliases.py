@@ -1,4 +1,4 @@
-"""Older names of options, replaced by today's before Typer sees them. They are accepted for ever, but not in any help.
+"""Older names of options, replaced by today's before Typer sees them. They stay accepted, but no help shows them.
 
 How to rename an option: its old name in `_ALIASES`. Settings keys have their own table, `lapwan.settings.aliases`;
 other programs' options are in `lapwan.commands.foreign_options`.

@@ -119,7 +119,7 @@ def _ignore_ctrl_c() -> None:
 def one_thread() -> Iterator[None]:
     """Run torch operations on one thread: on thin matrices its threads wait for each other longer than they work.
 
-    For work that brings its own threads, one matrix each. Measured on 2 cores: the norms of a 400-module pair take
+    For work that has its own threads, one matrix each. Measured on 2 cores: the norms of a 400-module pair take
     1.3 s of CPU time instead of 1.8 s.
     """
     import torch

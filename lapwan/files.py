@@ -43,8 +43,8 @@ def inside(folder: Path, name: object, named_by: Path) -> Path:
         UserError: not a plain file name; `../model.safetensors` would read or replace files elsewhere.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
-        raise UserError(f"{named_by} names the file {name!r}; allowed are plain file names inside {folder}, without a "
-                        "folder: correct it, or download the file again")
+        raise UserError(f"{named_by} names the file {name!r}; only plain file names inside {folder} are allowed, "
+                        "without a folder: correct it, or download the file again")
     return folder / name
 
 
@@ -160,7 +160,7 @@ def folder_lock(folder: Path, enabled: bool = True) -> Iterator[None]:
     except OSError as error:
         _remove_lock_file(path, missing)
         raise UserError(f"cannot lock {folder}: {error.strerror or error}; choose an output on a file system with "
-                        "locks, or pass --no-lock and start nothing else on this folder") from None
+                        "locks, or pass --no-lock and let nothing else write to this folder") from None
     try:
         yield
     finally:

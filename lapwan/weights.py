@@ -79,7 +79,7 @@ def inspect_weights(
         base: model with whose weights the updates are compared; None: no comparison.
 
     Raises:
-        UserError: missing files, files that are no LoRA, or two files that are no pair.
+        UserError: missing files, files that are not LoRAs, or two files that are not a pair.
     """
     options: dict[str, Any] = {"files": [str(file) for file in files], "preset": preset, "by": by}
     options["base"] = None if base is None else with_tiny(str(base))

@@ -1,6 +1,6 @@
 """Building a cache folder, from settings to its index: lock, plan, encode, write the index and the report.
 
-While it works, the index lists only items whose files are complete, so a killed run leaves nothing wrong to use.
+While it works, the index lists only items whose files are complete, so a killed run leaves no incomplete items behind.
 """
 
 from __future__ import annotations

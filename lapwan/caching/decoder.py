@@ -134,7 +134,7 @@ class Decoder:
             yield from decoded
 
     def _recover(self, job: DecodeJob) -> list[Decoded]:
-        """A decoder that crashes breaks the pool: run this job in a pool of its own, and submit the others again."""
+        """A decoder that crashes breaks the pool: run this job in a separate pool, and submit the others again."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         self._remaining.extendleft(reversed([other for other, _ in self._pending]))

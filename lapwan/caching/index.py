@@ -94,7 +94,7 @@ def parse_index(path: Path) -> CacheIndex:
         lines = path.read_text(encoding="utf-8").splitlines()
         head = json.loads(lines[0])
         if head.pop("lapwan_index") != INDEX_FORMAT:
-            raise UserError(f"{path} has another format than this version of lapwan reads; cache again")
+            raise UserError(f"{path} has a format that this version of lapwan cannot read; run lapwan cache again")
         known = {f.name for f in fields(CacheIndex)}
         items = tuple(_item(json.loads(line)) for line in lines[1:])
         names = [name for item in items for name in (item.latents, item.text, item.roi)] + [head.get("prompts")]

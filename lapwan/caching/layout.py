@@ -7,7 +7,7 @@
 - `lapwan_prompts.safetensors` (ours): `empty_{dtype}`, `negative_{dtype}` [n, D].
 
 `{W}x{H}` of a name and `width`, `height` of the metadata are the *original* frame size. Extra tensors would enter
-musubi's batch and stray `*_wan.safetensors` are deleted by it, so ours carry another ending; extra metadata is ignored.
+musubi's batch and stray `*_wan.safetensors` are deleted by it, so ours have another suffix; extra metadata is ignored.
 Our metadata: `lapwan.recipe`, what a file was made from as JSON, which shows whether it is stale and why (`stale.py`).
 Source: musubi-tuner's dataset documentation and cache files.
 """

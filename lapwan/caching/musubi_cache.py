@@ -36,10 +36,10 @@ def _item(path: Path) -> CachedItem:
                         "move it elsewhere")
     text_path = path.with_name(text_name(name.stem))
     if not text_path.is_file():
-        raise UserError(f"{path} has no text beside it ({text_path.name}); cache the captions too")
+        raise UserError(f"{path} has no text features beside it ({text_path.name}); cache the captions too")
     file, text = open_cache_file(path), open_cache_file(text_path)
     if read_recipe(file) is not None:
-        raise UserError(f"{path.parent} was being made by lapwan cache and has no index yet; run it again to the end")
+        raise UserError(f"{path.parent} has no index: lapwan cache was interrupted there; run it again to finish")
     shape = file.tensors[str(find_tensor(file, "latents"))].shape
     frames = (shape[-3] - 1) * _TEMPORAL + 1
     if name.window is not None and name.window.frames != frames:

@@ -64,11 +64,11 @@ def read_item(folder: Path, item: CachedItem) -> dict[str, Tensor | None]:
 
 
 def _open(folder: Path, item: CachedItem, kind: str, name: str) -> TensorFile:
-    """A file of an item, checked to be the one that the index means."""
+    """A file of an item, checked to be the one that the index refers to."""
     file = open_cache_file(folder / name)
     recipe = read_recipe(file)
     if recipe is not None and recipe_fingerprint(recipe) != item.fingerprints.get(kind):
-        raise UserError(f"{folder / name} is not the file that its index means (it was cached again since); "
+        raise UserError(f"{folder / name} is not the file that the index refers to (it has been cached again); "
                         "run lapwan cache again")
     return file
 
@@ -83,8 +83,8 @@ def read_prompt(index: CacheIndex, kind: str) -> Tensor:
 
     path = index.folder / (index.prompts or PROMPTS_FILE)
     if not path.is_file():
-        raise UserError(f"{index.folder} holds no features of the {kind} prompt; caption dropout and CFG need them: "
-                        "run lapwan cache --no-latents on it")
+        raise UserError(f"{index.folder} has no features of the {kind} prompt, which caption dropout and CFG need; run "
+                        "lapwan cache --no-latents on it")
     file = open_cache_file(path)
     return load_tensor(file, str(find_tensor(file, kind)))
 

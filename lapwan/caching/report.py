@@ -38,7 +38,7 @@ def plan_lines(plan: CachePlan, pixels_per_second: float | None = None) -> list[
             lines.append("  warning: not enough free disk space")
         if pixels_per_second:
             lines.append(f"  time for latents: about {duration_text(plan.pixels() / pixels_per_second)}, "
-                         "as fast as the last run")
+                         "at the speed of the last run")
     if plan.unverified:
         lines.append(f"  {len(plan.unverified)} files made by another tool are used unverified")
     if plan.orphans:

@@ -146,7 +146,7 @@ def _shown(value: Any) -> str:
 
 
 def _shape_difference(file: TensorFile, wanted: CacheRecipe) -> str | None:
-    """What differs, as far as shape and caption show it."""
+    """What differs, as far as shape and caption can tell."""
     if file.path.name.endswith(TEXT_END):
         return None if file.metadata.get("caption1") == wanted.get("caption") else "caption changed"
     key = find_tensor(file, "latents", required=False)

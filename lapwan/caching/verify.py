@@ -1,4 +1,4 @@
-"""Verifying a cache: every file is complete, finite, of the right shape, and the one the index means. No torch."""
+"""Verifying a cache: every file is complete, finite, of the right shape, and the one the index refers to. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EXPONENT = {
 
 
 def verify_folder(folder: Path) -> tuple[int, list[str]]:
-    """(number of files read, a line for each that is wrong).
+    """(number of files read, a line for each problem).
 
     Raises:
         UserError: the folder has no usable index.
@@ -56,11 +56,11 @@ def _problem(file: TensorFile, kind: str, item: CachedItem | None, index: CacheI
         return None
     recipe = read_recipe(file)
     if recipe is not None and recipe_fingerprint(recipe) != item.fingerprints.get(kind):
-        return "made from something other than the index says"
+        return "not made from what the index says"
     if kind == "text":
         shape = file.tensors[str(find_tensor(file, "varlen_t5"))].shape
         if file.metadata.get("caption1") != item.caption:
-            return "made from another caption than the index says"
+            return "not made from the caption in the index"
         return None if len(shape) == 2 and index.text_dim in (None, shape[1]) else f"features {list(shape)}"
     return _shape_problem(file, kind, item)
 

@@ -71,7 +71,7 @@ class TensorFile:
             while view:
                 count = os.preadv(descriptor, [view], position)
                 if count == 0:
-                    raise UserError(f"{self.path} is cut short inside tensor '{name}'; copy or download it again")
+                    raise UserError(f"{self.path} is truncated inside tensor '{name}'; copy or download it again")
                 view, position = view[count:], position + count
         finally:
             os.close(descriptor)
@@ -112,7 +112,7 @@ def _parse(path: Path, raw: bytes, data_start: int, size: int) -> TensorFile:
         raise UserError(f"{path} is not a safetensors file (broken metadata); expected a .safetensors file")
     tensors = [_info(path, name, item, data_start) for name, item in header.items()]
     if tensors and (end := max(info.end for info in tensors)) > size:
-        raise UserError(f"{path} is cut short: it has {size} bytes, by its header {end}; copy or download it again")
+        raise UserError(f"{path} is truncated: it has {size} bytes, but needs {end}; copy or download it again")
     tensors.sort(key=lambda info: (info.start, info.end))
     strings = {str(key): str(value) for key, value in metadata.items()}
     return TensorFile(path, strings, {info.name: info for info in tensors}, data_start, size)

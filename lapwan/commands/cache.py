@@ -95,9 +95,9 @@ def _verify(settings: CacheSettings) -> None:
     for problem in problems:
         console.results.print(problem, markup=False)
     if problems:
-        raise UserError(f"{folder}: {len(problems)} of {count} files are wrong, listed above; "
-                        "delete them and run lapwan cache again")
-    console.results.print(f"{folder}: {count} files read again, all are right", markup=False)
+        raise UserError(f"{folder}: {len(problems)} of {count} files are damaged or do not match the index "
+                        "(listed above); delete them and run lapwan cache again")
+    console.results.print(f"{folder}: all {count} files are intact", markup=False)
 
 
 def _preview(settings: CacheSettings) -> None:

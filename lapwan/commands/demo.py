@@ -240,7 +240,7 @@ def _show(summary: _Summary, seconds: float) -> None:
 
 def _comparison(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
     """Identity and tip accuracy, one column per adapter."""
-    table = Table(title="% with 95 % interval: the named instrument is seen; its tip is where it should be",
+    table = Table(title="% with 95 % interval: the named instrument is seen; its tip is in the right place",
                   title_justify="left", box=box.SIMPLE)
     arms = list(next(iter(evaluations.values()))["generation"])
     for column in ("", "n", *arms, "VAE"):

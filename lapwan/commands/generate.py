@@ -117,7 +117,7 @@ def _make_all(
     except KeyboardInterrupt:
         whole = ", ".join(str(job.output) for job in jobs[: len(videos)]) or "none"
         count = f"{len(videos)} of {len(jobs)} videos"
-        raise Interrupted(f"interrupted after {count}; finished and whole: {whole}") from None
+        raise Interrupted(f"interrupted after {count}; complete: {whole}") from None
     return videos
 
 
@@ -183,9 +183,9 @@ def run_interactive(settings: GenerateSettings, options: RunOptions) -> None:
                     made.append(_make(generator, job, settings, options))
                     console.results.print(str(made[-1]), markup=False)
             except UserError as error:
-                console.warn(f"not made: {error}")
+                console.warn(f"skipped: {error}")
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; finished and whole in {folder}: {len(made)}") from None
+        raise Interrupted(f"interrupted; complete videos in {folder}: {len(made)}") from None
 
 
 def _make(generator: VideoGenerator, job: VideoJob, settings: GenerateSettings, options: RunOptions) -> Path:

@@ -41,11 +41,11 @@ def run(settings: LabelSettings, options: RunOptions) -> None:
     with atomic_file(settings.output) as temporary:
         _label_all(settings, clips, taxonomy, report, temporary)
         if not report.clips:
-            raise UserError(f"{settings.clips} has no clips; expected one JSON object a line")
+            raise UserError(f"{settings.clips} has no clips; expected one JSON object per line")
         if settings.strict and report.fallback:
             _write_report(settings, report)
             raise UserError(f"--strict: {report.fallback} of {report.clips} captions name no instrument "
-                            f"({_lines(report)}); no labels written; name it there, or leave --strict out")
+                            f"({_lines(report)}); no labels written; name the instruments there, or leave --strict out")
     write_text(sidecar, to_toml(settings, "lapwan label --config reproduces the labels beside this file"))
     _write_report(settings, report)
     console.log(f"wrote {settings.output}")
@@ -79,7 +79,7 @@ def _plan(settings: LabelSettings, clips: ClipFile, taxonomy: Taxonomy) -> None:
     count = sum(1 for _ in clips)
     console.results.print(to_toml(settings), markup=False, end="")
     console.results.print(
-        f"would label {count} clips of {settings.clips} by {taxonomy.name} ({', '.join(taxonomy.keys)}) "
+        f"would label {count} clips of {settings.clips} with {taxonomy.name} ({', '.join(taxonomy.keys)}) "
         f"into {settings.output}", markup=False,
     )
 

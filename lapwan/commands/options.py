@@ -39,8 +39,8 @@ _COMMON = (
 )
 _NO_LOCK = inspect.Parameter("no_lock", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[
     bool, typer.Option("--no-lock", metavar=NO_VALUE, show_default=False,
-                       help="Do not lock the output folder, for file systems without locks: two commands that write "
-                            "there at a time spoil each other's files.")])
+                       help="Do not lock the output folder, for file systems without locks. Two commands that write "
+                            "there at the same time then damage each other's files.")])
 
 
 def _is_list(annotation: Any) -> bool:

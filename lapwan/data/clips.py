@@ -53,7 +53,7 @@ class ClipFile:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         if path.is_dir():
-            raise UserError(f"{path} is a folder; expected a JSONL file with one clip a line")
+            raise UserError(f"{path} is a folder; expected a JSONL file with one clip per line")
 
     def __iter__(self) -> Iterator[Clip]:
         self.bytes_read = 0
@@ -82,7 +82,7 @@ class ClipFile:
         except RecursionError:
             self._fail(number, f"broken JSON, nested too deep: {shortened(text.strip())}")
         if not isinstance(data, dict):
-            hint = "; the file looks like a JSON array, one object a line is needed" if number == 1 else ""
+            hint = "; the file looks like a JSON array, one object per line is needed" if number == 1 else ""
             self._fail(number, f"expected a JSON object, found {_kind(data)}: {shortened(text.strip())}{hint}")
         self._check_caption(number, data)
         return data
@@ -180,7 +180,7 @@ def _finite(text: str) -> float:
 
 
 def shortened(text: str) -> str:
-    """A text as messages show it: at most 60 characters."""
+    """A text shortened for messages: at most 60 characters."""
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 

@@ -23,7 +23,7 @@ _IN_DATASET_FILE = (
 
 
 def extraction_from_settings(settings: CacheSettings, spec: ModelSpec) -> Extraction:
-    """The sizes and frames to take of each clip; both default to the model's.
+    """The sizes and frames to take from each clip; both default to the model's.
 
     Raises:
         UserError: frames not 4N+1, a size the model does not take, or one of these settings with a dataset file.

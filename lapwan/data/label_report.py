@@ -93,11 +93,11 @@ class LabelReport:
                 messages.append(f"{name}: {share:.0%} of the clips (above {min(DOMINANT_SHARE / n, 0.95):.0%}); "
                                 "routing tends to collapse onto it")
         if self.imbalance is not None and self.imbalance > IMBALANCE:
-            messages.append(f"imbalance {self.imbalance:.1f}: the largest family has that many times the smallest's "
-                            "clips")
+            messages.append(f"imbalance {self.imbalance:.1f}: the largest family has that many times the clips of the "
+                            "smallest")
         if self.fallback > FALLBACK_SHARE * self.clips:
             messages.append(f"{self.fallback} of {self.clips} captions ({self.fallback / self.clips:.0%}) name no "
-                            "instrument and fall back; they teach the router nothing")
+                            "instrument, so their label is a fallback; the router learns nothing from them")
         return messages
 
     def advice(self) -> list[str]:

@@ -223,4 +223,4 @@ def check_label(
         label = f"{family_key} {family}"
     else:
         return
-    raise UserError(f"{start}{label}, taxonomy {taxonomy.name} has {count} families; {advice}")
+    raise UserError(f"{start}{label}, but taxonomy {taxonomy.name} has {count} families; {advice}")

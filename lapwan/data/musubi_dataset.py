@@ -143,7 +143,7 @@ def _validated(model: type[SharedKeys], data: dict[str, Any], table: str) -> tup
             key = str(item["loc"][0]) if item["loc"] else ""
             message = reason(item)
             if item["type"] == "extra_forbidden":
-                only = "" if key not in DatasetEntry.model_fields else f"; it belongs into [[datasets]], not [{table}]"
+                only = "" if key not in DatasetEntry.model_fields else f"; it belongs in [[datasets]], not [{table}]"
                 guess = nearest(key, model.model_fields) or only or f"; known: {', '.join(model.model_fields)}"
                 problems.append(f"{table}: unknown key '{key}'{only or guess}")
             elif key:

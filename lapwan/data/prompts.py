@@ -2,7 +2,7 @@
 
     captions.json   [{"caption": "..."}, ...], or a list of strings
     prompts.yaml    prompts: ["...", ...], or a list of strings
-    clips.jsonl     one object a line with a "caption"
+    clips.jsonl     one object per line with a "caption"
     anything else   text, one prompt per line
 
 How to add a format: a case in `read_prompts`.
@@ -38,7 +38,7 @@ def read_prompts(path: Path) -> list[str]:
             lines = _text(path).splitlines()
     prompts = list(dict.fromkeys(text for line in lines if (text := line.strip())))
     if not prompts:
-        raise UserError(f"{path} holds no prompt")
+        raise UserError(f"{path} contains no prompt")
     return prompts
 
 
@@ -48,7 +48,7 @@ def _text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise UserError(f"cannot read {path}: {reason}; prompts are captions.json, prompts.yaml, clips.jsonl, or text "
-                        "with one a line") from None
+                        "with one per line") from None
 
 
 def _json(path: Path) -> Any:

@@ -100,7 +100,7 @@ def _probe_video(path: Path, source_fps: float | None) -> VideoFacts:
     if first is None or packets == 0:
         raise BadClip("no frame can be decoded")
     if declared > packets + 1:
-        raise BadClip(f"cut short: {packets} of its {declared} frames are there")
+        raise BadClip(f"truncated: only {packets} of its {declared} frames are present")
     width, height = (first.height, first.width) if first.rotation % 180 else (first.width, first.height)
     return _timed(width, height, packets, times, rate, source_fps)
 

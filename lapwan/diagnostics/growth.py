@@ -36,7 +36,12 @@ class Growth:
 def history(
     points: Sequence[Checkpoint], weights: Mapping[str, Callable[[str], Tensor]] | None = None
 ) -> list[dict[str, Figures]]:
-    """Figures by label at every checkpoint, without spectra; `weights` as in `measure`, by label."""
+    """Figures by label at every checkpoint, without spectra; `weights` as in `measure`, by label.
+
+    Args:
+        points: the checkpoints, oldest first.
+        weights: by label, a function from a module's path to its weight, which DoRA needs; None: not given.
+    """
     return [
         {label: summarise(measure(lora.modules, False, (weights or {}).get(label)))
          for label, lora in point.loras.items()}
@@ -65,7 +70,13 @@ def growth(
 def growth_between(
     before: Figures, after: Figures, steps: tuple[float | None, float | None], cosine: float | None = None
 ) -> Growth:
-    """Growth of one noise expert from `before` to `after`; `steps` are its own step counts at both."""
+    """Growth of one noise expert from `before` to `after`; `steps` are its own step counts at both.
+
+    Args:
+        before, after: figures of two checkpoints.
+        steps: the noise expert's own steps at both.
+        cosine: see `update_cosine`; None: undefined.
+    """
     start, end = steps
     expected = math.sqrt(end / start) - 1 if start and end else None
     return Growth(

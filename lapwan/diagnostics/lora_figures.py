@@ -229,7 +229,11 @@ def group_by(modules: Iterable[ModuleFigures], key: Callable[[ModuleFigures], st
 
 
 def inner_product(first: LowRank, second: LowRank) -> float:
-    """⟨ΔW_1, ΔW_2⟩ (Frobenius) of two updates of one Linear, in fp64; ranks may differ."""
+    """⟨ΔW_1, ΔW_2⟩ (Frobenius) of two updates of one Linear, in fp64; ranks may differ.
+
+    Args:
+        first, second: updates of the same tensor.
+    """
     across_a = first.down.double() @ second.down.double().T
     across_b = first.up.double().T @ second.up.double()
     return (across_a * across_b).sum().item() * first.scale * second.scale

@@ -164,6 +164,11 @@ def routing_windows(
 
     A window has at least 20 lines of metrics.jsonl, if the run has as many: a line may cover a single clip. A figure is
     the mean over the window's lines that have it; None if no line has.
+
+    Args:
+        lines: of metrics.jsonl.
+        families: keys in the order of the experts.
+        step: the last step to count; None: all.
     """
     routed = [line for line in lines if all(f"{_USAGE}{family}" in line for family in families)
               and isinstance(line.get("step"), int) and (step is None or line["step"] <= step)]

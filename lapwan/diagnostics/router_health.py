@@ -141,7 +141,7 @@ class RoutingFault:
 
     def __str__(self) -> str:
         advice = ", ".join(f"{key} = {value:g}" for key, value in self.change.items())
-        return f"{self.text}; advice: " + (f"set {advice}, and " if advice else "") + "look at the label file"
+        return f"{self.text}; advice: " + (f"set {advice}, and " if advice else "") + "check the label file"
 
 
 # Advised values by settings key; a setting that already has its value is not advised again.

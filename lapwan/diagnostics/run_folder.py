@@ -98,15 +98,15 @@ def read_checkpoints(folder: Path) -> list[Checkpoint]:
             if (other := loras.setdefault(label, lora)) is lora:
                 continue
             if not other.path.samefile(path) and other.fingerprint() != lora.fingerprint():
-                raise UserError(f"{other.path} and {path} are both the {label} noise expert at step {step}; give one "
-                                "run's folder, or the two files")
+                raise UserError(f"{other.path} and {path} are both for the {label} noise expert at step {step}; give "
+                                "the folder of one run, or two files")
     if None in by_step and len(by_step) > 1:  # final files of a run that does not record steps in them
         del by_step[None]
     return [Checkpoint(step, by_step[step]) for step in sorted(by_step, key=lambda s: -1 if s is None else s)]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, if it has one; a last line cut by a kill is left out.
+    """The lines of a run's metrics.jsonl, if it has one; a last line that a kill truncated is left out.
 
     Raises:
         UserError: a line before the last that is not a JSON object.

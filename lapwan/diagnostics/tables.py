@@ -110,7 +110,7 @@ def _other_kinds(modules: Mapping[str, Sequence[ModuleFigures]]) -> dict[str, di
 
 def kinds_table(other: Mapping[str, Mapping[str, Any]]) -> Table:
     """The kinds of update other than LoRA: `other_kinds` of the document."""
-    table = Table(title="updates that are no low-rank pairs", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="updates that are not low-rank pairs", title_justify="left", box=None, pad_edge=False)
     for name in ("", "kind", "modules", "parameters", "update"):
         table.add_column(name, justify="left" if name in ("", "kind") else "right")
     for label, kinds in other.items():

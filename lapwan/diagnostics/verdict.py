@@ -154,7 +154,7 @@ def _follower_grows_faster(evidence: Evidence) -> Rule | None:
     action = "none" if status == "good" else (
         f"stop and use a checkpoint of step {last.get('from_step')} or before; {_strengthen_leader(preset)}")
     return Rule(f"{preset.follower} grows faster than {preset.leader} (mean|B|, at each one's own steps)", value,
-                "<= 1.1, stop >= 1.3", status, f"{_EXPERIENCE}: at 1.3 motion was tamed", action)
+                "<= 1.1, stop >= 1.3", status, f"{_EXPERIENCE}: at 1.3 motion was damped", action)
 
 
 def _relative_growth(growth: Mapping[str, Any]) -> float | None:
@@ -175,7 +175,7 @@ def _steps(evidence: Evidence) -> Rule | None:
 def _broken(evidence: Evidence) -> Rule | None:
     count = sum(f.nonfinite_modules for f in evidence.figures.values())
     return Rule("non-finite modules", float(count), "0", "stop" if count else "good", "NaN or inf in A, B or alpha",
-                "do not use this file; lower the LR and go on from an earlier checkpoint" if count else "none")
+                "do not use this file; lower the LR and continue from an earlier checkpoint" if count else "none")
 
 
 def _dead(evidence: Evidence) -> Rule | None:
@@ -210,8 +210,8 @@ def _entropy(evidence: Evidence) -> Rule | None:
         return None  # gates without parameters are the labels themselves
     low = RoutingThresholds().scaled(len(window["usage"]))[0]
     return Rule("routing entropy, nats, over the last steps", window["entropy"], f">= {low:.2g}",
-                _grade(window["entropy"], low), "what users were told: below it the router has collapsed",
-                "raise routing_loss.entropy and routing_loss.balance, and look at the label file")
+                _grade(window["entropy"], low), "rule of thumb: below it the router has collapsed",
+                "raise routing_loss.entropy and routing_loss.balance, and check the label file")
 
 
 def _usage(evidence: Evidence) -> Rule | None:
@@ -226,8 +226,8 @@ def _usage(evidence: Evidence) -> Rule | None:
         family = min(shares, key=shares.__getitem__)
     value = shares[family]
     return Rule(f"usage of '{family}' over the last steps", value, f"{least:.2g} to {most:.2g}",
-                "good" if least <= value <= most else "warn", "what users were told, scaled to the number of experts",
-                "raise routing_loss.balance or data.balance, and look at the label file")
+                "good" if least <= value <= most else "warn", "rule of thumb, scaled to the number of experts",
+                "raise routing_loss.balance or data.balance, and check the label file")
 
 
 # The thresholds for plain LoRAs do not apply to a mixture, whose experts act through gates.

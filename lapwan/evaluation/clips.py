@@ -93,7 +93,7 @@ class EvaluationClip:
         return masks if masks.any() else None
 
     def hint(self, taxonomy: Taxonomy) -> str:
-        """The clip's label as a hint."""
+        """The clip's label, written as a hint."""
         return ",".join(f"{key}:{w:.6g}" for key, w in zip(taxonomy.keys, self.weights, strict=True) if w > 0)
 
     def wrong_hint(self, taxonomy: Taxonomy) -> str:

@@ -2,8 +2,8 @@
 
 How to add a metric: a class with `names` and `score`, a line in `unavailable_metrics` and a case in `make_scorers`.
 How to add a judge: a class with the members of `Judge`, given to `make_scorers` by whoever runs the evaluation, as
-`lapwan.tiny.evaluators.SceneJudge` is for the embedded model's scenes. A metric that no judge has had yet also needs
-a line in `unavailable_metrics`. Names of metrics are listed in `METRICS` and `Metric` of lapwan/settings/evaluate.py.
+`lapwan.tiny.evaluators.SceneJudge` is for the embedded model's scenes. A metric that is new to all judges also needs a
+line in `unavailable_metrics`. Names of metrics are listed in `METRICS` and `Metric` of lapwan/settings/evaluate.py.
 Shapes: T frames, H, W pixels.
 """
 

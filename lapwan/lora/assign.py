@@ -18,6 +18,10 @@ Assigned = dict[NoiseExpert, list[tuple[AdapterFile, float]]]
 def assign(requests: Sequence[LoraRequest], noise_experts: Sequence[NoiseExpert]) -> Assigned:
     """(LoRA, strength) by noise expert of the model; reads headers only.
 
+    Args:
+        requests: role (high, low, both, or None: as the file records), path and strength of each LoRA.
+        noise_experts: those that the model has.
+
     Raises:
         UserError: a file that is not a LoRA, is for another noise expert, or does not say for which of two.
     """
@@ -35,6 +39,13 @@ def assign_to_transformer(
 ) -> tuple[NoiseExpert | None, list[tuple[AdapterFile, float]]]:
     """LoRAs for a single transformer, and its noise expert: from the roles, else `named`, else from the files.
 
+    Args:
+        requests: see `assign`.
+        named: the noise expert that the transformer's path names; None: not known.
+
+    Returns:
+        (noise expert, None if nothing tells; [(LoRA, strength)]).
+
     Raises:
         UserError: LoRAs for both noise experts, or for the other one.
     """
@@ -46,8 +57,8 @@ def assign_to_transformer(
     if noise_expert is None:
         recorded = {e for _, path, _ in requests for e in open_lora(path)} - {None}
         if len(recorded) > 1:
-            raise UserError("the LoRAs are for both noise experts, and it is not known which one the transformer is; "
-                            "give the right one as high=FILE or low=FILE")
+            raise UserError("the LoRAs are for both noise experts, and it is not recorded which one the transformer "
+                            "is; give the right LoRA as high=FILE or low=FILE")
         noise_expert = recorded.pop() if recorded else None
     assumed = noise_expert or NoiseExpert.HIGH  # not known: any will do, since there is one transformer
     return noise_expert, assign(requests, [assumed])[assumed]
@@ -55,6 +66,9 @@ def assign_to_transformer(
 
 def group_by_noise_expert(requests: Sequence[LoraRequest]) -> dict[NoiseExpert | None, list[tuple[AdapterFile, float]]]:
     """LoRAs to be summed, by noise expert; a file without one goes to the noise expert of the other files.
+
+    Args:
+        requests: see `assign`.
 
     Raises:
         UserError: files for different noise experts without high= and low= in front, or a file without a noise expert
@@ -101,8 +115,8 @@ def _noise_experts_of(
     wanted = [NoiseExpert(role)] if role is not None else [e for e in files if e is not None]
     for noise_expert in wanted:
         if noise_expert not in noise_experts:
-            raise UserError(f"{path} is for the {noise_expert} noise expert, but the model or file given here is the "
-                            f"{' and '.join(noise_experts)} one alone; give a LoRA for it, or both=FILE to force it")
+            raise UserError(f"{path} is for the {noise_expert} noise expert, but the model or file given here only has "
+                            f"the {' and '.join(noise_experts)} one; give a LoRA for that, or both=FILE to force it")
     return wanted
 
 

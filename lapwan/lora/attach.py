@@ -137,8 +137,8 @@ def attach(transformer: nn.Module, groups: Sequence[Group], gates_required: bool
                 continue
             if entry.down.shape[1] != base.in_features or entry.up.shape[0] != base.out_features:
                 raise UserError(
-                    f"'{group.name}' at {path} maps {entry.down.shape[1]} -> {entry.up.shape[0]} features, the model's "
-                    f"layer {base.in_features} -> {base.out_features}; it was made for another model"
+                    f"'{group.name}' at {path} maps {entry.down.shape[1]} -> {entry.up.shape[0]} features, but the "
+                    f"model's layer maps {base.in_features} -> {base.out_features}; it was made for another model"
                 )
             parts.append(LayerGroup(column, entry.down, entry.up, entry.alpha, group.trainable))
         layers[path] = StackedLoraLinear(base, parts, holder)
@@ -149,7 +149,12 @@ def attach(transformer: nn.Module, groups: Sequence[Group], gates_required: bool
 
 @torch.no_grad()
 def set_alpha(adapter: Adapter, alpha: float) -> None:
-    """Set alpha of every trainable group; B is unchanged, so ΔW scales with alpha."""
+    """Set alpha of every trainable group; B is unchanged, so ΔW scales with alpha.
+
+    Args:
+        adapter: the stacked layers of one transformer.
+        alpha: the new alpha; ΔW = alpha / r · B A.
+    """
     for layer in adapter.layers.values():
         layer.groups = [replace(g, alpha=alpha) if g.trainable else g for g in layer.groups]
         scale = torch.tensor([g.alpha / g.down_RI.shape[0] for g in layer.groups], dtype=torch.float64)

@@ -37,6 +37,10 @@ class Energy:
 def scaled(state: AdapterState, multiplier: float) -> AdapterState:
     """multiplier · ΔW: exact where there is an alpha, which is multiplied.
 
+    Args:
+        state: the adapter; it is not changed.
+        multiplier: factor on every ΔW.
+
     Raises:
         UserError: a DoRA and a multiplier other than 1.
     """
@@ -78,14 +82,26 @@ def _sum(path: str, terms: Sequence[tuple[WeightUpdate, float]], dtype: torch.dt
     if len(deltas) == len(terms) and len({entry.shape for entry, _ in deltas}) == 1:
         return FullDelta(torch.stack([entry.value.float() * m for entry, m in deltas]).sum(0).to(dtype))
     kinds = " and ".join(f"a {entry.kind} {list(entry.shape)}" for entry, _ in terms)
-    raise UserError(f"module '{path}' is {kinds}: these have no sum that a LoRA file holds; merge the files into the "
-                    "model instead (lapwan merge --model MODEL, --lora for each)")
+    raise UserError(f"module '{path}' is {kinds}: a LoRA file cannot hold their sum; merge the files into the model "
+                    "instead (lapwan merge --model MODEL, --lora for each)")
 
 
 def combine(
     states: Sequence[tuple[AdapterState, float]], rank: int | None = None, dtype: torch.dtype | None = None
 ) -> tuple[AdapterState, Energy | None]:
-    """Σ multiplier · ΔW as one LoRA in `dtype` (None: the widest of the inputs), resized to `rank` if given."""
+    """Σ multiplier · ΔW as one LoRA in `dtype` (None: the widest of the inputs), resized to `rank` if given.
+
+    Args:
+        states: adapters with their multipliers.
+        rank: largest rank of the result; None: the sum of the ranks, exactly.
+        dtype: of the result; None: the widest of the inputs.
+
+    Returns:
+        (the LoRA, the energy a resize kept; None without one).
+
+    Raises:
+        UserError: updates that cannot be summed in a file, or not resized.
+    """
     state = scaled(*states[0]) if len(states) == 1 else concatenate(states, dtype)
     if rank is None:
         return state, None
@@ -105,6 +121,10 @@ def _common_metadata(states: Sequence[AdapterState]) -> dict[str, str]:
 
 def resize(state: AdapterState, rank: int) -> tuple[AdapterState, Energy]:
     """The best rank-`rank` approximation of every ΔW in the Frobenius norm (Eckart-Young); lower ranks are kept.
+
+    Args:
+        state: a plain LoRA.
+        rank: largest rank of a module, at least 1.
 
     Returns:
         The resized LoRA in fp32, scale 1, and the energy kept.

@@ -138,6 +138,10 @@ def open_lora(
 ) -> dict[NoiseExpert | None, AdapterFile]:
     """The adapters of a file by noise expert, from its header (key None: the noise expert is not known).
 
+    Args:
+        path: a .safetensors file.
+        layouts: key layouts by name; the first one that knows a tensor's name reads it.
+
     Raises:
         UserError: not a LoRA, a mixture, an unknown or unsupported key (named), A without B, shapes that do not fit.
     """
@@ -204,8 +208,8 @@ def _module(file: TensorFile, path: str, names: Mapping[str, str], config: Adapt
     try:
         kind = kind_of(tensors)
     except ValueError as error:
-        raise UserError(f"{file.path}: {' and '.join(map(repr, tensors.values()))} change one tensor, as {error}; "
-                        "lapwan reads one kind for each: remove one of them") from None
+        raise UserError(f"{file.path}: {' and '.join(map(repr, tensors.values()))} change the same tensor, as {error}; "
+                        "lapwan reads one kind of update per tensor: remove one of them") from None
     if (missing := kind.missing(tensors)) is not None:
         other = next(iter(names.values()))
         raise UserError(f"{file.path}: '{other}' has no {missing} beside it; the file is incomplete")
@@ -243,6 +247,10 @@ def read_lora(
     A file for both noise experts gives two states. The metadata `lapwan.noise_expert` is filled in if the keys or the
     training range tell the noise expert, but not if only the file's name does.
 
+    Args:
+        path: a .safetensors file.
+        layouts: as for `open_lora`.
+
     Raises:
         UserError: see `open_lora`.
     """
@@ -264,7 +272,7 @@ def write_lora(
 
     Raises:
         UserError: the LoRA has no modules, or a kind of update that the layout has no names for.
-        ValueError: a path that is no tensor of Wan.
+        ValueError: a path that is not a tensor of Wan.
     """
     tensors, metadata = _named(path, state, layouts[layout], dtype, fold_alpha)
     with atomic_file(path) as temporary:
@@ -279,6 +287,12 @@ def write_both(
 
     Such files are in use with comfy's names only. Equal metadata is written once; entries that differ get the noise
     expert's name after their key (`lapwan.base_fingerprint.high`), so that no tool reads them for both.
+
+    Args:
+        path: the .safetensors file to write.
+        states: one LoRA for each noise expert.
+        dtype: of the tensors; None: as they are.
+        fold_alpha: multiply the scale into B instead of writing alpha.
 
     Raises:
         UserError: not a LoRA for each noise expert, or as `write_lora`.

@@ -1,4 +1,4 @@
-"""The kinds of update that an adapter makes to one tensor W of a model; each says its ΔW.
+"""The kinds of update that an adapter makes to one tensor W of a model; each can compute its ΔW.
 
     LoRA        ΔW = alpha / r · B A                          `LowRank`, in `lapwan.lora.state` with the base class
     full delta  ΔW as stored: of a weight, a bias, a norm or a modulation table
@@ -248,7 +248,7 @@ KINDS: tuple[type[WeightUpdate], ...] = (LowRank, FullDelta, LoKr, LoHa, DoRA)
 
 
 def kind_of(parts: Collection[str]) -> type[WeightUpdate]:
-    """The kind that has these parts; a LoRA if none of them tells.
+    """The kind that has these parts; a LoRA if none of them identifies another.
 
     Raises:
         ValueError: parts of two kinds.

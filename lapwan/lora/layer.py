@@ -1,4 +1,4 @@
-"""The stacked LoRA layer, and the linear layers it can be put over: nn.Linear, or a frozen one such as a quantised.
+"""The stacked LoRA layer, and the linear layers it can be put over: nn.Linear, or a frozen (quantised) one.
 
 Shapes: B samples, I input features, O output features, R stacked rows (the sum of the groups' ranks), G groups.
 """

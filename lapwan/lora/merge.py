@@ -106,6 +106,11 @@ def plan_component(
 ) -> ComponentPlan:
     """Check that `loras` fit the transformer in `paths`, and plan what will change; reads headers only.
 
+    Args:
+        paths: the transformer's file, or its shards.
+        loras: the LoRAs to add, with multipliers.
+        noise_expert: recorded in the result; None: not known.
+
     Raises:
         UserError: a module the transformer lacks (with the nearest it has), a shape that does not fit, a quantised
             weight, or a LoRA that is already merged.
@@ -118,6 +123,10 @@ def plan_terms(
     paths: Sequence[Path], loras: Sequence[tuple[AdapterFile, float]]
 ) -> tuple[tuple[TensorFile, ...], tuple[dict[str, list[Term]], ...]]:
     """(the transformer's files, for each file the terms to add by tensor name); reads headers only.
+
+    Args:
+        paths: the transformer's file, or its shards.
+        loras: LoRAs with their multipliers.
 
     Raises:
         UserError: as `plan_component`, except that a LoRA merged before is not refused.

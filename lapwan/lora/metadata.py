@@ -1,4 +1,4 @@
-"""What the metadata of a LoRA file says: alpha and rank of its modules, the boundary of its model.
+"""The metadata of a LoRA file: alpha and rank of its modules, the boundary of its model.
 
 Read: `adapter_config`, `boundary_from_metadata`. Written: `file_metadata`. The noise expert: see `noise_expert`.
 
@@ -31,7 +31,7 @@ _COMPONENT_PREFIXES = ("transformer.", "transformer_2.", "transformer_1.")
 
 
 def boundary_from_metadata(metadata: Mapping[str, str]) -> float | None:
-    """The sigma at which the noise experts hand over, `lapwan.boundary`; None if it is missing or not a number."""
+    """The sigma at which the noise experts switch, `lapwan.boundary`; None if it is missing or not a number."""
     try:
         return float(metadata["lapwan.boundary"])
     except (KeyError, ValueError):

@@ -22,6 +22,13 @@ class TargetRule:
 def resolve_targets(rules: list[TargetRule], num_blocks: int) -> dict[str, int]:
     """Rank by module path, in model order; later rules override earlier ones, rank 0 removes a module.
 
+    Args:
+        rules: in order of precedence, the last one strongest.
+        num_blocks: blocks of the model.
+
+    Returns:
+        Rank by diffusers' module path, such as `blocks.0.attn1.to_q`.
+
     Raises:
         UserError: an unknown projection, more blocks than the model has, or nothing left to train.
     """
@@ -55,6 +62,13 @@ def resolve_patterns(patterns: Mapping[str, int], num_blocks: int) -> dict[str, 
 
     Patterns match names in either key layout; `*`, `?` and `[...]` as in a shell. Later patterns override earlier
     ones, rank 0 removes a module.
+
+    Args:
+        patterns: rank by pattern.
+        num_blocks: blocks of the model.
+
+    Returns:
+        Rank by diffusers' module path, such as `blocks.0.attn1.to_q`.
 
     Raises:
         UserError: a pattern that no module matches, with the nearest ones, or nothing left to train.

@@ -55,31 +55,70 @@ def draw_sigmas(
 
 
 def euler_step(x_BCTHW: Tensor, velocity_BCTHW: Tensor, sigma_from_B: Tensor, sigma_to_B: Tensor) -> Tensor:
-    """x* = x + (σ* − σ_e)·v̂: one Euler step, in x's dtype."""
+    """x* = x + (σ* − σ_e)·v̂: one Euler step, in x's dtype.
+
+    Args:
+        x_BCTHW: latents at σ_e, fp32 or fp64.
+        velocity_BCTHW: v̂ = model(x, σ_e), in any dtype.
+        sigma_from_B, sigma_to_B: σ_e and σ*.
+
+    Raises:
+        ValueError: latents in half precision.
+    """
     step = _exact_per_sample(sigma_to_B - sigma_from_B, x_BCTHW)
     return x_BCTHW + step * velocity_BCTHW.to(x_BCTHW.dtype)
 
 
 def x0_from_noise(x_star_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_star_B: Tensor) -> Tensor:
-    """x̂0 = (x* − σ*·ε) / (1 − σ*): exact on the path between x0 and ε; σ* < 1."""
+    """x̂0 = (x* − σ*·ε) / (1 − σ*): exact on the path between x0 and ε; σ* < 1.
+
+    Args:
+        x_star_BCTHW: latents at σ*, fp32 or fp64.
+        noise_BCTHW: ε of the sample's path.
+        sigma_star_B: σ* in [0, 1).
+
+    Raises:
+        ValueError: latents in half precision.
+    """
     sigma = _exact_per_sample(sigma_star_B, x_star_BCTHW)
     return (x_star_BCTHW - sigma * noise_BCTHW) / (1 - sigma)
 
 
 def recovery_gain(sigma_e_B: Tensor, sigma_star_B: Tensor) -> Tensor:
-    """g = (σ* − σ_e) / (1 − σ*), of x̂0 = x0 + g·(v̂ − (ε − x0)): [B]; −c in the denoise branch, +c in inversion."""
+    """g = (σ* − σ_e) / (1 − σ*), of x̂0 = x0 + g·(v̂ − (ε − x0)): [B]; −c in the denoise branch, +c in inversion.
+
+    Args:
+        sigma_e_B: the noise level of the evaluation.
+        sigma_star_B: the target noise level, below 1.
+    """
     return (sigma_star_B - sigma_e_B) / (1 - sigma_star_B)
 
 
 def predict_x0(
     x_BCTHW: Tensor, noise_BCTHW: Tensor, velocity_BCTHW: Tensor, sigma_e_B: Tensor, sigma_star_B: Tensor
 ) -> Tensor:
-    """x̂0 from x = σ_e·ε + (1 − σ_e)·x0 and v̂ = model(x, σ_e), through x*; differentiable in v̂."""
+    """x̂0 from x = σ_e·ε + (1 − σ_e)·x0 and v̂ = model(x, σ_e), through x*; differentiable in v̂.
+
+    Args:
+        x_BCTHW: latents at σ_e, fp32 or fp64.
+        noise_BCTHW: ε of the sample's path.
+        velocity_BCTHW: v̂ = model(x, σ_e), with gradient.
+        sigma_e_B, sigma_star_B: see `draw_sigmas`.
+
+    Raises:
+        ValueError: latents in half precision.
+    """
     return x0_from_noise(euler_step(x_BCTHW, velocity_BCTHW, sigma_e_B, sigma_star_B), noise_BCTHW, sigma_star_B)
 
 
 def discount(sigma_star_B: Tensor, low: float, high: float, at_low: float, at_high: float) -> Tensor:
-    """k(σ*) = at_low + (at_high − at_low)·(σ* − low)/(high − low): [B]; either end may be negative."""
+    """k(σ*) = at_low + (at_high − at_low)·(σ* − low)/(high − low): [B]; either end may be negative.
+
+    Args:
+        sigma_star_B: the target noise level of each sample.
+        low, high: the trained interval of sigma.
+        at_low, at_high: the discount at its ends.
+    """
     return at_low + (at_high - at_low) * (sigma_star_B - low) / (high - low)
 
 
@@ -120,7 +159,12 @@ def relative_preference(
 
 
 def hinge(relative_B: Tensor, margin: float = MARGIN) -> Tensor:
-    """relu(margin − R): [B]. R is of cosines: with a logit scale in R the hinge would be 0 from the start."""
+    """relu(margin − R): [B]. R is of cosines: with a logit scale in R the hinge would be 0 from the start.
+
+    Args:
+        relative_B: R, see `relative_preference`.
+        margin: the R above which a sample has no gradient.
+    """
     return (margin - relative_B).relu()
 
 
@@ -130,12 +174,24 @@ def preference_loss(
     """Σ_r w_r·relu(margin − R_r) / Σ_r w_r over rewards r: [B].
 
     Each reward has its own hinge, so that a satisfied one does not offset another.
+
+    Args:
+        preferences: by reward.
+        weights: w_r by reward, under the same names; their sum is above 0.
+        margin: see `hinge`.
+
+    Raises:
+        ValueError: see `weighted_mean`.
     """
     return weighted_mean({name: hinge(item.relative_B, margin) for name, item in preferences.items()}, weights)
 
 
 def weighted_mean(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Σ_r w_r·value_r / Σ_r w_r over rewards r.
+
+    Args:
+        values: one tensor per reward, all of one shape.
+        weights: w_r by reward.
 
     Raises:
         ValueError: the two do not name the same rewards, or the weights do not sum to more than 0.

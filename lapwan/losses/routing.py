@@ -14,12 +14,24 @@ _TINY = 1e-30  # makes 0·log 0 = 0, and is below any probability that matters i
 
 
 def teacher(label_weights_BE: Tensor, temperature: float) -> Tensor:
-    """softmax(weights / T) over the families; for T = 0.35 and a one-hot label of four its entropy is 0.58 nats."""
+    """softmax(weights / T) over the families; for T = 0.35 and a one-hot label of four its entropy is 0.58 nats.
+
+    Args:
+        label_weights_BE: label weights in [0, 1], each row summing to 1.
+        temperature: T > 0; lower values sharpen the teacher.
+
+    Returns:
+        [B, E] probabilities.
+    """
     return F.softmax(label_weights_BE / temperature, dim=-1)
 
 
 def entropy(probabilities_BE: Tensor) -> Tensor:
-    """H = −Σ p·log p of each sample, in nats: [B]."""
+    """H = −Σ p·log p of each sample, in nats: [B].
+
+    Args:
+        probabilities_BE: before top-k, each row summing to 1.
+    """
     return -(probabilities_BE * probabilities_BE.clamp_min(_TINY).log()).sum(dim=-1)
 
 
@@ -35,7 +47,12 @@ def entropy_hinge(probabilities_BE: Tensor, mean_entropy: float, floor: float = 
 
 
 def teacher_kl(student_BE: Tensor, teacher_BE: Tensor) -> Tensor:
-    """KL(student ‖ teacher) = Σ p·(log p − log q) of each sample, in nats: [B]."""
+    """KL(student ‖ teacher) = Σ p·(log p − log q) of each sample, in nats: [B].
+
+    Args:
+        student_BE: the router's probabilities before top-k, with gradient.
+        teacher_BE: see `teacher`.
+    """
     ratio = student_BE.clamp_min(_TINY).log() - teacher_BE.clamp_min(_TINY).log()
     return (student_BE * ratio).sum(dim=-1)
 
@@ -51,5 +68,14 @@ def balance(usage_E: Tensor, probabilities_BE: Tensor) -> Tensor:
 
 
 def update_usage(usage_E: Tensor, batch_mean_E: Tensor, decay: float = 0.99) -> Tensor:
-    """EMA of usage; call it once per optimizer step with the mean over the global batch."""
+    """EMA of usage; call it once per optimizer step with the mean over the global batch.
+
+    Args:
+        usage_E: the EMA so far.
+        batch_mean_E: mean probability of each expert over the samples of the step.
+        decay: weight of the old EMA, in [0, 1).
+
+    Returns:
+        [E] in the dtype of `usage_E`.
+    """
     return torch.lerp(batch_mean_E.detach().to(usage_E.dtype), usage_E, decay)

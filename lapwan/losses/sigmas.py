@@ -129,12 +129,24 @@ class Squeezed:
 
 
 def stratified_u(u: float, number: int, strata: int, order: Sequence[int]) -> float:
-    """u moved into the stratum of visit `number`: (order[number mod K] + u) / K. K successive visits cover [0, 1]."""
+    """u moved into the stratum of visit `number`: (order[number mod K] + u) / K. K successive visits cover [0, 1].
+
+    Args:
+        u: uniform in [0, 1).
+        number: number of this visit, counted from 0.
+        strata: K, at least 1.
+        order: a permutation of 0 … K − 1.
+    """
     return (order[number % strata] + u) / strata
 
 
 def draw_in_band(sampler: SigmaSampler, u_B: Tensor, low: float, high: float) -> Tensor:
     """Map u ~ U(0, 1) to the sampler's sigma conditioned on [low, high]: [B] fp64.
+
+    Args:
+        sampler: the untruncated distribution.
+        u_B: uniform in [0, 1).
+        low, high: the band.
 
     Raises:
         ValueError: the sampler gives the band no probability.
@@ -148,12 +160,23 @@ def draw_in_band(sampler: SigmaSampler, u_B: Tensor, low: float, high: float) ->
 
 
 def band_probability(sampler: SigmaSampler, low: float, high: float) -> float:
-    """Probability of [low, high] under the untruncated sampler."""
+    """Probability of [low, high] under the untruncated sampler.
+
+    Args:
+        sampler: the untruncated distribution.
+        low, high: ends of the interval, in [0, 1].
+    """
     return sampler.cdf(high) - sampler.cdf(low)
 
 
 def bin_probabilities(sampler: SigmaSampler, low: float, high: float, bins: int) -> list[float]:
-    """Probability of each of `bins` equal parts of [low, high], conditioned on the band; they sum to 1."""
+    """Probability of each of `bins` equal parts of [low, high], conditioned on the band; they sum to 1.
+
+    Args:
+        sampler: the untruncated distribution.
+        low, high: the band.
+        bins: number of equal parts.
+    """
     edges = [low + (high - low) * i / bins for i in range(bins + 1)]
     total = band_probability(sampler, low, high)
     return [band_probability(sampler, a, b) / total for a, b in pairwise(edges)]
@@ -187,7 +210,12 @@ class Weighting:
                 return 2 / (math.pi * (1 - 2 * sigma_B + 2 * sigma_B.square()))
 
     def normalizer(self, sampler: SigmaSampler, low: float, high: float) -> float:
-        """1 / mean of the raw weight over the sampler's draws in [low, high]."""
+        """1 / mean of the raw weight over the sampler's draws in [low, high].
+
+        Args:
+            sampler: the untruncated distribution.
+            low, high: the band.
+        """
         if self.kind == "none":
             return 1.0
         u = (torch.arange(_GRID, dtype=torch.float64) + 0.5) / _GRID

@@ -1,6 +1,6 @@
 """Wan's transformer as modules without values: what diffusers' `WanTransformer3DModel` holds, under the same names.
 
-It runs through `lapwan.wan` on the meta device, and is there without the import of diffusers (seconds).
+It runs through `lapwan.wan` on the meta device, and does not need the import of diffusers, which takes seconds.
 """
 
 from __future__ import annotations

@@ -287,7 +287,7 @@ def offload_backbone(
 def offload_by_hooks(
     model: nn.Module, device: torch.device, streamed: Sequence[int], blocks_name: str
 ) -> ModelOffload:
-    """Offload a model that has a forward of its own; its `streamed` blocks ask the ring by forward hooks."""
+    """Offload a model with its own forward; its `streamed` blocks ask the ring by forward hooks."""
     offload, blocks = ModelOffload(model, (), device, streamed, blocks_name), model.get_submodule(blocks_name)
     ring = offload.ring
     if ring is not None:

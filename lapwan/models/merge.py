@@ -199,9 +199,9 @@ def _lora_outputs(
 
 def _claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> None:
     if output.is_dir():
-        raise UserError(f"output {output} is a folder; this merge writes a .safetensors file")
+        raise UserError(f"output {output} is a folder, but this merge writes a .safetensors file")
     if output.suffix != ".safetensors":
-        raise UserError(f"output {output}: this merge writes one .safetensors file; name it so")
+        raise UserError(f"output {output}: this merge writes one .safetensors file; give it that suffix")
     if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
         raise UserError(f"output {output} is one of the inputs; choose another path")
     claim_output(output, options.overwrite)
@@ -209,10 +209,10 @@ def _claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> No
 
 def _claim_folder(output: Path, source: Path, options: RunOptions) -> None:
     if output.is_file():
-        raise UserError(f"output {output} is a file; this merge writes a folder")
+        raise UserError(f"output {output} is a file, but this merge writes a folder")
     target, model = output.resolve(), source.resolve()
     if target == model or model in target.parents or target in model.parents:
-        raise UserError(f"output {output} and the model {source} lie inside each other; choose a folder outside it")
+        raise UserError(f"output {output} and the model {source} are nested; choose a folder outside the model")
     claim_output(output, options.overwrite)
 
 

@@ -48,7 +48,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError:  # torch's message advises weights_only=False, which executes code in the file
-        raise UserError(f"cannot read {path} as weights: torch.save did not write it, or it holds more than plain "
+        raise UserError(f"cannot read {path} as weights: it was not written by torch.save, or it holds more than plain "
                         "tensors (nothing in it is executed); is it the right file?") from None
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"cannot read {path} as weights: {str(error).splitlines()[0]}") from None

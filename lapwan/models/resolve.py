@@ -1,4 +1,4 @@
-"""MODEL, as the user gives it, to a checked model folder."""
+"""From MODEL, as the user gives it, to a checked model folder."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def refuse_generation_only(spec: ModelSpec, model: object) -> None:
         UserError: a model that is only for generation.
     """
     if not spec.family.trainable:
-        raise UserError(f"model {model} is a {spec.family.title} model, which lapwan only generates with; use T2V-A14B "
-                        "or I2V-A14B")
+        raise UserError(f"model {model} is a {spec.family.title} model, which lapwan can generate with but not train; "
+                        "use T2V-A14B or I2V-A14B")
 
 
 def _is_hub_id(folder: Path, model: str) -> bool:

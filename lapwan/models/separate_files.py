@@ -69,7 +69,7 @@ def _write(
         raise UserError("high and low are TI2V-5B transformers; that model has only one: give it as transformer")
     vae_settings = vae_config(vae)
     if (vae_settings["z_dim"] == WAN22_VAE_CHANNELS) != (channels == WAN22_VAE_CHANNELS):
-        raise UserError(f"{vae} makes {vae_settings['z_dim']} latent channels, the transformer takes {channels}: "
+        raise UserError(f"{vae} makes {vae_settings['z_dim']} latent channels, but the transformer takes {channels}: "
                         "TI2V-5B needs Wan2.2_VAE.pth, every other model Wan2.1_VAE.pth")
     default_shift = _SHIFT.get(channels, _SHIFT_SINGLE) if two else _SHIFT_SINGLE
     index: dict[str, Any] = {

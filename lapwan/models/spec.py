@@ -1,7 +1,7 @@
 """The spec of a model folder in diffusers layout: capabilities, noise experts, boundary, channels, strides. No torch.
 
 How to add a base model in diffusers layout: a `ModelFamily` here and its case in `_family_of`, which reads the
-checkpoint. What differs between models is asked of the spec (`requires_image`, `clean_first_frame`, `image_channels`,
+checkpoint. What differs between models is read from the spec (`requires_image`, `clean_first_frame`, `image_channels`,
 ...); task names are compared only with a name that a file or the user gives. Original files: `separate_files`.
 """
 
@@ -273,7 +273,7 @@ def _noise_experts(folder: Path, index: dict[str, Any], boundary: float | None) 
     if boundary is None and two:
         raise UserError(
             f"{folder} has a transformer_2 but no boundary_ratio in model_index.json, the sigma at which the noise "
-            "experts hand over; add it (Wan2.2 T2V-A14B 0.875, I2V-A14B 0.9)"
+            "experts switch; add it (Wan2.2 T2V-A14B 0.875, I2V-A14B 0.9)"
         )
     return (NoiseExpert.HIGH, NoiseExpert.LOW) if two else (NoiseExpert.HIGH,)
 
@@ -305,8 +305,8 @@ def read_spec(folder: Path) -> ModelSpec:
     for noise_expert, config in transformers.items():
         for key in ("in_channels", "num_layers", "num_attention_heads", "attention_head_dim"):
             if config.get(key) != main.get(key):
-                raise UserError(f"{folder}: {noise_expert.component}'s {key} is {config.get(key)}, the other noise "
-                                f"expert's is {main.get(key)}; the two are of different models")
+                raise UserError(f"{folder}: {noise_expert.component}'s {key} is {config.get(key)}, but the other "
+                                f"noise expert's is {main.get(key)}; they belong to different models")
     if main.get("image_dim") is not None:
         raise image_encoder_error(folder, "model")
     vae = component_config(folder / "vae")

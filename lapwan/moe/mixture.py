@@ -89,7 +89,13 @@ class Mixture(nn.Module):
         return self.spec.base_lora
 
     def groups(self, noise_expert: NoiseExpert, base_lora: AdapterState | None, trainable: bool = False) -> list[Group]:
-        """Groups to attach to a noise expert's transformer: the frozen base LoRA, if any, then one per family."""
+        """Groups to attach to a noise expert's transformer: the frozen base LoRA, if any, then one per family.
+
+        Args:
+            noise_expert: whose experts.
+            base_lora: the frozen base LoRA; None without one.
+            trainable: whether the experts are trained.
+        """
         base = [Group(BASE_GROUP, base_lora, trainable=False)] if base_lora is not None else []
         return base + [Group(family, self.states[noise_expert][family], trainable) for family in self.families]
 
@@ -116,6 +122,11 @@ class Mixture(nn.Module):
         """ḡ_i = β·ḡ_{i−1} + (1 − β)·g_i with ḡ_0 = g_0: one video's mixes [1, E] over its denoising steps.
 
         g_i is the selected mix at the i-th sigma and β is `spec.gate_ema`, so that the experts change gradually.
+
+        Args:
+            text: the prompt's features, one unpadded [n, D] tensor.
+            labels_1E: label weights, for routers that read them.
+            sigmas: of the denoising steps, in their order.
         """
         mixes: list[Tensor] = []
         for sigma in sigmas:
@@ -124,7 +135,11 @@ class Mixture(nn.Module):
         return mixes
 
     def select(self, probabilities_BE: Tensor) -> Tensor:
-        """The mix g: top-k of a learned router's probabilities, or the rule router's label weights."""
+        """The mix g: top-k of a learned router's probabilities, or the rule router's label weights.
+
+        Args:
+            probabilities_BE: see `route`.
+        """
         return select_top_k(probabilities_BE, self.spec.top_k) if self.router.learned else probabilities_BE
 
     def gates(

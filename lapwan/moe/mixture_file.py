@@ -53,7 +53,13 @@ def is_mixture(metadata: Mapping[str, str] | None) -> bool:
 
 
 def write_mixture(path: Path, mixture: Mixture, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a mixture atomically; all tensors in the dtype they are trained in."""
+    """Write a mixture atomically; all tensors in the dtype they are trained in.
+
+    Args:
+        path: the .safetensors file to write.
+        mixture: experts, router and timestep gates.
+        metadata: further entries of the file's metadata.
+    """
     tensors: dict[str, Tensor] = {}
     for noise_expert, states in mixture.states.items():
         if mixture.spec.shared_experts and noise_expert is not mixture.noise_experts[0]:
@@ -79,6 +85,10 @@ def write_mixture(path: Path, mixture: Mixture, metadata: Mapping[str, str] | No
 
 def read_mixture(path: Path, base: MixtureBase | None = None) -> Mixture:
     """Read a mixture and, with `base`, check that it was made for this base model.
+
+    Args:
+        path: a file written by `write_mixture`.
+        base: the model it is to act on; None: no check.
 
     Raises:
         UserError: not a mixture, a damaged or incomplete one, or another base, task, boundary, block, rank or router.
@@ -126,9 +136,9 @@ def _spec(values: dict[str, Any]) -> MixtureSpec:
 
 def _check_base(path: Path, spec: MixtureSpec, base: MixtureBase) -> None:
     if spec.task != base.task:
-        raise UserError(f"{path} was trained for {spec.task}, the model is {base.task}; use one for {spec.task}")
+        raise UserError(f"{path} was trained for {spec.task}, but the model is {base.task}; use one for {spec.task}")
     if spec.text_dim != base.text_dim:
-        raise UserError(f"{path}: its router reads text features of width {spec.text_dim}, the model's are "
+        raise UserError(f"{path}: its router reads text features of width {spec.text_dim}, but the model's are "
                         f"{base.text_dim}; use the model it was trained on")
     for noise_expert, band in spec.bands.items():
         model = base.bands.get(noise_expert)

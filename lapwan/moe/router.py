@@ -84,7 +84,13 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def forward(self, text: Sequence[Tensor], labels_BE: Tensor | None, sigma_B: Tensor | None = None) -> Tensor:
-        """Probabilities before top-k: [B, E]."""
+        """Probabilities before top-k: [B, E].
+
+        Args:
+            text: one unpadded [n, D] tensor of text features per sample.
+            labels_BE: label weights, for routers that read them.
+            sigma_B: noise levels, for a router with sigma.
+        """
         raise NotImplementedError
 
 
@@ -95,8 +101,8 @@ def router_class(kind: str) -> type[Router]:
         UserError: an unknown kind, as in the file of a later version.
     """
     if kind not in Router.kinds:
-        raise UserError(f"no router of kind '{kind}'{nearest(kind, Router.kinds)}; there are "
-                        f"{', '.join(Router.kinds)}; for a mixture of a later version, update lapwan")
+        raise UserError(f"no router of kind '{kind}'{nearest(kind, Router.kinds)}; known kinds: "
+                        f"{', '.join(Router.kinds)}; update lapwan if the mixture is from a later version")
     return Router.kinds[kind]
 
 
@@ -186,6 +192,10 @@ def select_top_k(probabilities_BE: Tensor, k: int) -> Tensor:
     """Keep the k largest of each row; renormalise to 1 for k ≥ 2.
 
     Not for k = 1: a single renormalised gate would be the constant 1, without gradient.
+
+    Args:
+        probabilities_BE: rows that sum to 1.
+        k: experts to keep, at least 1; with k ≥ E nothing is dropped.
     """
     if k >= probabilities_BE.shape[-1]:
         return probabilities_BE

@@ -38,7 +38,13 @@ class GateRange:
 
 
 def gate_range(mixture: Mixture, noise_expert: NoiseExpert, sigmas: Sequence[float]) -> GateRange:
-    """Mean and range of w(σ) of a noise expert over `sigmas`."""
+    """Mean and range of w(σ) of a noise expert over `sigmas`.
+
+    Args:
+        mixture: a mixture with a timestep gate for this noise expert.
+        noise_expert: whose w.
+        sigmas: noise levels to average over, see `inference_sigmas`; at least one.
+    """
     with torch.no_grad():
         w = mixture.timestep_gate(noise_expert)(torch.tensor(sigmas, dtype=torch.float32)).double()
     return GateRange(float(w.mean()), float(w.min()), float(w.max()))

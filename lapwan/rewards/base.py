@@ -57,7 +57,7 @@ class Reward(Protocol):
 
 
 class RewardKind(ABC, Generic[SettingsOfKind]):
-    """What a kind of reward needs, by its settings. Without files of its own it only has to be made."""
+    """What a kind of reward needs, by its settings. A kind without files only has to be made."""
 
     def files(self, settings: SettingsOfKind) -> Sequence[Path]:
         """Its files and folders, by which a change of weights is noticed."""

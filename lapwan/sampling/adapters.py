@@ -97,8 +97,8 @@ def read_adapters(
         are merged into the returned base here too, instead of being adapters.
 
     Raises:
-        UserError: a file that is no LoRA (or no mixture), or is for the other noise expert or another model; a LoRA
-            whose noise expert is unknown; a mixture's base LoRA that cannot be found.
+        UserError: a file that is not a LoRA (or not a mixture), or is for the other noise expert or another model; a
+            LoRA whose noise expert is unknown; a mixture's base LoRA that cannot be found.
     """
     assigned = assign([(lora.noise_expert, lora.path, lora.strength) for lora in loras], base.spec.noise_experts)
     for noise_expert, files in assigned.items():
@@ -164,8 +164,8 @@ def _check_lora(
             raise UserError(f"{file.path} has module '{path}', which {base.spec.component(noise_expert)} lacks; it was "
                             "made for another model")
         if shape != tuple(module.shape):
-            raise UserError(f"{file.path}: '{path}' is {module.shape[1]} -> {module.shape[0]} features, the model's is "
-                            f"{shape[1]} -> {shape[0]}; it was made for another model")
+            raise UserError(f"{file.path}: '{path}' is {module.shape[1]} -> {module.shape[0]} features, but the "
+                            f"model's is {shape[1]} -> {shape[0]}; it was made for another model")
 
 
 def _base_lora(mixture: Mixture, moe: Path, noise_expert: NoiseExpert, given: Sequence[LoraUse]) -> LoraUse:

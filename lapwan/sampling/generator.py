@@ -100,7 +100,12 @@ class Generator:
         return self.noise_experts.adapters
 
     def use(self, base: Base, adapters: AdapterSet) -> None:
-        """Switch to other adapters of the same model. Loaded weights stay, unless LoRAs are merged into them."""
+        """Switch to other adapters of the same model. Loaded weights stay, unless LoRAs are merged into them.
+
+        Args:
+            base: the same model, with the LoRAs to merge into its weights.
+            adapters: what acts beside the weights.
+        """
         self.noise_experts.use(base, adapters)
 
     def text_features(self, prompt: str) -> Tensor:
@@ -141,7 +146,12 @@ class Generator:
         return self._vae
 
     def route(self, request: Request, grid: Grid | None = None) -> Mix | None:
-        """The mix of experts for a request; None without a mixture. `grid` None: the request's."""
+        """The mix of experts for a request; None without a mixture. `grid` None: the request's.
+
+        Args:
+            request: the video.
+            grid: its sigma grid; None: made from the request.
+        """
         if self.adapters.mixture is None:
             return None
         grid = grid or grid_of(self.spec, request)

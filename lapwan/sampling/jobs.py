@@ -171,7 +171,7 @@ def _lines(path: Path, given: Mapping[str, Any]) -> Iterator[tuple[str, dict[str
         tree = {name: getattr(checked, name) for name in checked.model_fields_set if name != "output"}
         yield source, tree, checked.output
     if empty:
-        raise UserError(f"{path} holds no prompts; write one JSON object a line")
+        raise UserError(f"{path} contains no prompts; write one JSON object per line")
 
 
 @dataclass(frozen=True)

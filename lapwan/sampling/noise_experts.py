@@ -48,7 +48,7 @@ class _Loaded:
 
 
 class NoiseExperts:
-    """The noise experts of a model, each loaded at its first step: without steps it is never read.
+    """The noise experts of a model, each loaded at its first step; one without steps is never read.
 
     If the plan keeps one at a time on the device, the other one (and the text encoder) is offloaded to pinned host
     memory, and blocks of the active one may stream from there. On a CPU the idle one is released and read again.

@@ -82,7 +82,7 @@ def make_request(
             video.
     """
     if settings.start_sigma is not None and settings.video is None:
-        raise UserError("--start-sigma is the noise level at which a video is started from; give one with --video FILE")
+        raise UserError("--start-sigma is the noise level added to a starting video; give one with --video FILE")
     defaults, given = spec.defaults, _given(settings)
     options: dict[str, Any] = {
         "num_frames": defaults.num_frames, "size": default_size(spec, image), "prompt": "",
@@ -140,7 +140,7 @@ def complete_guidance(spec: ModelSpec, given: float | Mapping[NoiseExpert, float
 def by_noise_expert(
     spec: ModelSpec, option: str, given: float | Mapping[NoiseExpert, float] | None
 ) -> dict[NoiseExpert, float]:
-    """An option's values by noise expert: a single number is for all, None is nothing.
+    """An option's values by noise expert: a single number applies to all, None to none.
 
     Raises:
         UserError: a value for a noise expert that the model lacks.

@@ -149,14 +149,14 @@ def recorded_settings(path: Path, settings: GenerateSettings) -> tuple[RecordedV
     """
     metadata = read_metadata(path)
     if "settings" not in metadata or "facts" not in metadata:
-        raise UserError(f"{path} carries no settings of lapwan generate; it cannot be repeated with --from")
+        raise UserError(f"{path} holds no settings of lapwan generate, so it cannot be repeated with --from")
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
     if "prompts" in given:
         raise UserError("--from repeats one video; leave --prompts out")
     try:
         merged = load(GenerateSettings, options={**json.loads(metadata["settings"]), **given}, environment={})
     except UserError as error:
-        raise UserError(f"{path} carries settings that this version does not take: {error}") from None
+        raise UserError(f"{path} holds settings that this version does not accept: {error}") from None
     overridden = tuple(name for name in given if name not in _NO_CONTENT)
     return RecordedVideo(path, json.loads(metadata["facts"]), overridden), merged
 
@@ -172,8 +172,8 @@ def compare_with_record(record: RecordedVideo, video: Video) -> None:
     if record.overridden:
         console.log(f"the frames differ from {record.path}; options given: {', '.join(sorted(record.overridden))}")
     elif not changes:
-        console.warn(f"the frames differ from {record.path} although nothing recorded has changed: another machine or "
-                     "number of threads rounds differently")
+        console.warn(f"the frames differ from {record.path} although nothing recorded has changed; another machine or "
+                     "number of threads may round differently")
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -182,11 +182,12 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         "text_encoder": "the text encoder has changed", "lora": "the LoRAs have changed",
         "image": "the image has changed", "last_image": "the last image has changed",
         "video": "the video to start from has changed",
-        "mixture": "the mixture has changed", "device": "the device is another", "hardware": "the machine is another",
-        "dtype": "the precision is another", "precision": "the quantisation is another",
-        "text_precision": "the text encoder's quantisation is another",
-        "compiled": "what is compiled is another", "guidance": "guidance's batch is another",
-        "processes": "the number of processes is another", "batch": "the number of videos at a time is another",
+        "mixture": "the mixture has changed", "device": "the device has changed", "hardware": "the machine has changed",
+        "dtype": "the precision has changed", "precision": "the quantisation has changed",
+        "text_precision": "the text encoder's quantisation has changed",
+        "compiled": "what is compiled has changed", "guidance": "the batching of guidance has changed",
+        "processes": "the number of processes has changed",
+        "batch": "the number of videos in a batch has changed",
     }
     for key, text in messages.items():
         absent = key in ("hardware", "compiled", "guidance") and key not in before  # written by an older version

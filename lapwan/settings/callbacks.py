@@ -43,7 +43,7 @@ class PreviewSettings(Settings):
     @model_validator(mode="after")
     def _some(self) -> PreviewSettings:
         if self.every is not None and not self.prompts:
-            raise ValueError("every is set, but there are no prompts to sample")
+            raise ValueError("every is set, but prompts is empty; give prompts, or leave every out")
         if self.images and len(self.images) != len(self.prompts):
             raise ValueError(f"{len(self.images)} images for {len(self.prompts)} prompts; give one for each")
         return self

@@ -55,7 +55,7 @@ def number_or_named(value: Any, names: str) -> Any:
 def _by_noise_expert(value: Any, example: str) -> Any:
     parsed = number_or_named(value, example)
     if isinstance(parsed, dict) and (unknown := [name for name in parsed if name not in tuple(NoiseExpert)]):
-        raise ValueError(f"'{unknown[0]}' is no noise expert; write a number, or {example}")
+        raise ValueError(f"'{unknown[0]}' is not a noise expert; write a number, or {example}")
     return parsed
 
 
@@ -179,14 +179,14 @@ class VideoSettings(Settings):
             return None
         parts = re.split(r"[,，]", value) if isinstance(value, str) else value
         if not isinstance(parts, list | tuple) or len(parts) != 2:
-            raise ValueError("two sigmas LOW,HIGH, such as 0.2,0.95")
+            raise ValueError("must be two sigmas LOW,HIGH, such as 0.2,0.95")
         return tuple(parts)
 
     @field_validator("guidance_interval")
     @classmethod
     def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         if value is not None and not 0 <= value[0] < value[1] <= 1:
-            raise ValueError("two sigmas LOW,HIGH with 0 <= LOW < HIGH <= 1")
+            raise ValueError("must be two sigmas LOW,HIGH with 0 <= LOW < HIGH <= 1")
         return value
 
     @field_validator("sigmas", mode="before")
@@ -200,7 +200,7 @@ class VideoSettings(Settings):
         falls = value is None or (bool(value) and value[0] <= 1 and value[-1] > 0 and all(
             before > after for before, after in itertools.pairwise(value)))
         if not falls:
-            raise ValueError("numbers falling from at most 1 and above 0, such as 1,0.94,0.83,0.62")
+            raise ValueError("must be decreasing numbers, at most 1 and above 0, such as 1,0.94,0.83,0.62")
         return value
 
     @field_validator("guidance", mode="before")
@@ -218,7 +218,7 @@ class VideoSettings(Settings):
     def _first_block_cache_is_an_error(cls, value: float | dict[NoiseExpert, float] | None) -> Any:
         for error in value.values() if isinstance(value, dict) else [value]:
             if error is not None and not 0 < error < 1:
-                raise ValueError(f"{error:g} is no relative error above 0 and below 1, such as 0.05")
+                raise ValueError(f"{error:g} must be a relative error above 0 and below 1, such as 0.05")
         return value
 
     @field_validator("alpha_expert", mode="before")

@@ -40,7 +40,7 @@ class InspectWeightsSettings(Settings):
         for part in value.split(","):
             name, equals, rate = part.partition("=")
             if not equals:
-                raise ValueError("write high=4e-4,low=1e-4")
+                raise ValueError("must be written as high=4e-4,low=1e-4")
             rates[name.strip()] = rate
         return rates
 
@@ -51,7 +51,7 @@ class InspectWeightsSettings(Settings):
         if len(self.files) == 2 and self.files[0] == self.files[1]:
             raise ValueError(f"the same file twice: {self.files[0]}; give the high noise expert's and the low one's")
         if self.plot is not None and self.plot.suffix.lower() != ".png":
-            raise ValueError(f"plot {self.plot}: a picture is written as FILE.png")
+            raise ValueError(f"plot {self.plot}: a plot must be a .png file")
         if self.lr and not all(rate > 0 and math.isfinite(rate) for rate in self.lr.values()):
-            raise ValueError("lr: learning rates are above 0")
+            raise ValueError("lr: learning rates must be above 0")
         return self

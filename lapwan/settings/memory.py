@@ -25,8 +25,8 @@ def _memory(value: Any) -> Any:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:g|gb|gib)?\s*", str(value), re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
-        raise ValueError(f"'{value}' is not understood; write {', '.join(MEMORY_WORDS)}, or the GiB to stay below, "
-                         "such as 16")
+        raise ValueError(f"'{value}' is not understood; write {', '.join(MEMORY_WORDS)}, or a limit in GiB, such as "
+                         "16")
     return float(match[1])
 
 

@@ -73,12 +73,13 @@ class MergeSettings(Settings):
         for name in ("rank", "format", "dtype", "fold_alpha", "one_file"):
             if into_weights and getattr(self, name):
                 flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} is for a resulting LoRA; a merged model keeps its own layout and dtype")
+                raise ValueError(f"{flag} applies only if the result is a LoRA; a merged model keeps its "
+                                 "layout and dtype")
         if self.one_file and self.format not in (None, "comfy"):
             raise ValueError(f"one_file is written in comfy layout; {self.format} has no such form: leave out --format "
                              "or --one-file")
         if not into_weights and self.verify:
-            raise ValueError("--verify is for a merged model")
+            raise ValueError("--verify applies only to merging into a model: add --model or --dit")
         if not into_weights and self.output.suffix != ".safetensors":
             raise ValueError(f"output {self.output}: a LoRA is written as a .safetensors file (to merge into a "
                              "model, add --model or --dit)")

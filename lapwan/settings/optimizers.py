@@ -96,7 +96,7 @@ class AutomagicSettings(_LoraPlus):
     """Every element has its own lr, raised by `lr_bump` a step while its updates agree in sign, else lowered."""
 
     gradient_powers: ClassVar[Mapping[str, int] | None] = {"row": 2, "column": 2, "square": 2}
-    own_schedule = "whose elements find their own lr between min_lr and max_lr"
+    own_schedule = "whose elements choose their own lr between min_lr and max_lr"
 
     type: Literal["automagic"] = "automagic"
     lr: Annotated[float | None, Flag("--lr")] = Field(

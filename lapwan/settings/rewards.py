@@ -140,7 +140,8 @@ def rewards_of(settings: Sequence[type[RewardSettings]]) -> Any:
 
     def distinct(value: tuple[RewardSettings, ...]) -> tuple[RewardSettings, ...]:
         if not value:
-            raise ValueError(f"no reward; give at least one of {', '.join(kind.example for kind in kinds.values())}")
+            examples = ", ".join(kind.example for kind in kinds.values())
+            raise ValueError(f"no reward is given; give at least one of {examples}")
         labels = [reward.label for reward in value]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:

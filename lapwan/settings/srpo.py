@@ -192,8 +192,8 @@ class SrpoSettings(Settings):
         if isinstance(names, list | tuple):
             names = [name.value if isinstance(name, NoiseExpert) else str(name).strip() for name in names]
             if unknown := [name for name in names if name not in _NOISE_EXPERTS]:
-                raise ValueError(f"'{unknown[0]}' is no noise expert; give low (transformer_2), high (transformer) or "
-                                 "both")
+                raise ValueError(f"'{unknown[0]}' is not a noise expert; give low (transformer_2), high (transformer) "
+                                 "or both")
             return tuple(dict.fromkeys(noise_expert for name in names for noise_expert in _NOISE_EXPERTS[name]))
         return value
 

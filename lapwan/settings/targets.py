@@ -16,7 +16,7 @@ _RANKS = ("q", "k", "v", "o", "ffn_in")
 
 def expand_recipe(value: Any, both_ffn: bool = False) -> Any:
     """Expand short forms to fields: `"last_8"` or `"all"` (attention and both FFN linears of those blocks), and in a
-    table `recipe` (the same) and `rank` (of every projection that has no rank of its own).
+    table `recipe` (the same) and `rank` (of every projection without its own rank).
 
     Args:
         both_ffn: `rank` without a recipe also applies to the second FFN linear, because the shared targets train it.
@@ -31,13 +31,13 @@ def expand_recipe(value: Any, both_ffn: bool = False) -> Any:
     recipe, rank = tree.pop("recipe", None), tree.pop("rank", None)
     if tree.get("patterns"):
         word = "recipe" if recipe is not None else "rank"
-        raise ValueError(f"{word} and patterns both say what is trained; patterns carry their own ranks: leave {word} "
+        raise ValueError(f"{word} and patterns both set what is trained; patterns have their own ranks: leave {word} "
                          "out")
     fields: dict[str, Any] = {}
     if recipe is not None:
         match = re.fullmatch(r"all|last_([1-9]\d*)", str(recipe))
         if match is None:
-            raise ValueError(f"targets = '{recipe}' is no recipe; write 'last_8' (or another number), 'all', or a "
+            raise ValueError(f"targets = '{recipe}' is not a recipe; write 'last_8' (or another number), 'all', or a "
                              "table of ranks and blocks")
         blocks = int(match[1]) if match[1] else "all"
         fields = {"patterns": {}, "last_blocks": blocks, "ffn_last_blocks": blocks, "ffn_out": 4}
@@ -79,8 +79,8 @@ class TargetSettings(Settings):
         fields = type(self).model_fields
         beside = [name for name in fields if name != "patterns" and getattr(self, name) != fields[name].default]
         if self.patterns and beside:
-            raise ValueError(f"patterns carry their own ranks and blocks, {beside[0]} = {getattr(self, beside[0])!r} "
-                             "would do nothing beside them; leave one out")
+            raise ValueError(f"patterns have their own ranks and blocks, so {beside[0]} = "
+                             f"{getattr(self, beside[0])!r} has no effect; leave one of them out")
         return self
 
 

@@ -136,7 +136,7 @@ class NoiseExpertSettings(Settings):
     @model_validator(mode="after")
     def _one_alpha(self) -> NoiseExpertSettings:
         if self.alpha_schedule.phases and self.alpha is not None:
-            raise ValueError(f"alpha = {self.alpha:g} and alpha_schedule both say alpha; leave alpha out")
+            raise ValueError(f"alpha = {self.alpha:g} and alpha_schedule both set alpha; leave alpha out")
         if self.alpha_schedule.phases and self.optimizer.gradient_powers is None:
             raise ValueError(f"alpha_schedule rescales the optimizer's state at a transition, which is not possible "
                              f"with optimizer.type = '{self.optimizer.kind}'; use "
@@ -248,7 +248,7 @@ class TrainSettings(Settings):
         for noise_expert in NoiseExpert:
             side = noise_expert.value
             if self._override(noise_expert) and noise_expert not in self.noise_experts:
-                raise ValueError(f"[{side}] is set, but noise_experts does not hold '{side}'")
+                raise ValueError(f"[{side}] is set, but noise_experts does not include '{side}'")
             self.of(noise_expert, 1)
         return self
 
@@ -263,11 +263,11 @@ class TrainSettings(Settings):
             side, override = noise_expert.value, self._override(noise_expert)
             if "steps" in override and (self.shares or self.phases):
                 other = "shares" if self.shares else "[[phases]]"
-                raise ValueError(f"{side}.steps and {other} both say how many steps; leave one out")
+                raise ValueError(f"{side}.steps and {other} both set the number of steps; leave one out")
             if self.phases and ("start" in override or "stop" in override or self.shares):
-                raise ValueError("[[phases]] says which steps are whose; leave out start, stop and shares")
+                raise ValueError("[[phases]] assigns the steps; leave out start, stop and shares")
             if noise_expert not in self.noise_experts and any(getattr(phase, side) for phase in self.phases):
-                raise ValueError(f"a phase has {side} steps, but noise_experts does not hold '{side}'")
+                raise ValueError(f"a phase has {side} steps, but noise_experts does not include '{side}'")
 
     def _override(self, noise_expert: NoiseExpert) -> dict[str, Any]:
         override: dict[str, Any] = getattr(self, noise_expert.value)

@@ -23,7 +23,7 @@ class TrainLoraSettings(TrainSettings):
     def _both(self) -> TrainLoraSettings:
         if self.one_file and len(self.noise_experts) < 2:
             raise ValueError(
-                f"one_file is for both noise experts, but noise_experts holds only '{self.noise_experts[0].value}'")
+                f"one_file is for both noise experts, but noise_experts is only '{self.noise_experts[0].value}'")
         return self
 
     @model_validator(mode="after")
@@ -33,8 +33,8 @@ class TrainLoraSettings(TrainSettings):
         for noise_expert in self.init_lora:
             side = noise_expert.value
             if noise_expert not in self.noise_experts:
-                raise ValueError(f"init_lora.{side} is given, but noise_experts does not hold '{side}'")
+                raise ValueError(f"init_lora.{side} is given, but noise_experts does not include '{side}'")
             if self.of(noise_expert, 1).alpha_schedule.phases:
-                raise ValueError(f"init_lora.{side} brings its own alpha, alpha_schedule says another; leave one of "
-                                 "them out")
+                raise ValueError(f"init_lora.{side} has its own alpha, which alpha_schedule would override; leave "
+                                 "one of them out")
         return self

@@ -102,7 +102,7 @@ class TrainMoeSettings(TrainSettings):
             for noise_expert in loras:
                 if noise_expert not in self.noise_experts:
                     side = noise_expert.value
-                    raise ValueError(f"{name}.{side} is given, but noise_experts does not hold '{side}'")
+                    raise ValueError(f"{name}.{side} is given, but noise_experts does not include '{side}'")
         for family in self.expert_targets:
             self.targets_for(family, self.targets)
         if self.shared_experts:

@@ -123,7 +123,7 @@ def appearance(pixels_BCHW: Tensor) -> Tensor:
 
 
 class TinyRewardKind(RewardKind[TinyRewardSettings]):
-    """The embedded reward has no file of its own."""
+    """The embedded reward needs no file."""
 
     def bytes(self, settings: TinyRewardSettings, device_type: str, images: int) -> int:
         tensors = load_evaluator().state_dict().values()

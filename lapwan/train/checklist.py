@@ -57,7 +57,7 @@ def plan_lines(
         if phases := local_settings.alpha_schedule.phases:
             extras.append("alpha " + ", ".join(f"{phase.alpha:g} ({phase.name})" for phase in phases))
         if settings.ema_decay is not None:
-            extras.append(f"running mean {settings.ema_decay:g}")
+            extras.append(f"EMA decay {settings.ema_decay:g}")
         lines.append(f"{noise_expert.value} noise: " + "; ".join(extras))
         lines += histogram_lines(local_settings, base, data, noise_expert)
     trained = [data.noise_experts[e].optimizer for e in NoiseExpert if e in data.noise_experts]
@@ -269,9 +269,9 @@ def _intervals(settings: TrainSettings, data: RunData) -> ChecklistItem:
     late = long and settings.preview.every is not None and settings.preview.every > total / 2
     no_previews = long and settings.health.preset == "motion" and settings.preview.every is None
     if no_previews:
-        text += "; without previews nobody sees whether motion gets weaker"
+        text += "; without previews you cannot see whether motion gets weaker"
     if rare:
-        text += f"; save_every = {settings.save_every} leaves nothing to go back to"
+        text += f"; save_every = {settings.save_every} leaves no checkpoint to go back to"
     if late:
-        text += f"; preview.every = {settings.preview.every} gives hardly any previews"
+        text += f"; preview.every = {settings.preview.every} gives very few previews"
     return ChecklistItem(not (rare or late or no_previews), text)

@@ -163,9 +163,9 @@ def check_identity(folder: Path, saved: Mapping[str, str], current: Mapping[str,
     changed = sorted(key for key in {*saved, *current} if saved.get(key) != current.get(key))
     if not changed:
         return
-    text = f"{folder} was trained on other contents of: {', '.join(changed)}"
+    text = f"{folder} was trained on different contents of: {', '.join(changed)}"
     if not allow_changed:
-        raise UserError(f"cannot resume: {text}; give the same, start another run, or pass --allow-changed")
+        raise UserError(f"cannot resume: {text}; use the same, start another run, or pass --allow-changed")
     warn(text)
 
 

@@ -94,30 +94,30 @@ def check_cache(index: CacheIndex, spec: ModelSpec, items: Sequence[CachedItem])
         UserError: another task, text encoder width, or latent channels.
     """
     if index.task is not None and index.task != spec.task:
-        raise UserError(f"{index.folder} was cached for {index.task}, the model is {spec.task}; "
+        raise UserError(f"{index.folder} was cached for {index.task}, but the model is {spec.task}; "
                         f"run lapwan cache with --{spec.task}")
     if spec.image_channels and not all(item.condition for item in items):
         missing = next(item.id for item in items if not item.condition)
         raise UserError(f"{index.folder}: {missing} has no image condition, which an I2V model needs; "
                         "run lapwan cache with --i2v")
     if index.text_dim is not None and index.text_dim != spec.text_dim:
-        raise UserError(f"{index.folder} holds text features of width {index.text_dim}, the model takes "
+        raise UserError(f"{index.folder} holds text features of width {index.text_dim}, but the model takes "
                         f"{spec.text_dim}; cache with this model's text encoder")
     for name, cached_with, fingerprint in (
         ("VAE", index.vae, vae_fingerprint), ("text encoder", index.text_encoder, text_encoder_fingerprint),
     ):
         # Only a warning: the same encoder in another precision has another fingerprint and works as well.
         if cached_with is not None and cached_with != fingerprint(spec):
-            warn(f"{index.folder} was cached with another {name} than {spec.path}'s; unless it is the same one in "
-                 "another precision, cache again with this model")
+            warn(f"{index.folder} was cached with another {name} than {spec.path}'s; unless they only differ in "
+                 "precision, cache again with this model")
     first = read_item(index.folder, items[0])
     latents, text = first["latents"], first["text"]
     if latents is not None and latents.shape[0] != spec.latent_channels:
-        raise UserError(f"{index.folder}: {items[0].latents} has {latents.shape[0]} latent channels, the model "
-                        f"{spec.latent_channels}; cache with this model's VAE")
+        raise UserError(f"{index.folder}: {items[0].latents} has {latents.shape[0]} latent channels, but the "
+                        f"model has {spec.latent_channels}; cache with this model's VAE")
     if text is not None and text.shape[1] != spec.text_dim:
-        raise UserError(f"{index.folder}: {items[0].text} has features of width {text.shape[1]}, the model takes "
-                        f"{spec.text_dim}; cache with this model's text encoder")
+        raise UserError(f"{index.folder}: {items[0].text} has features of width {text.shape[1]}, but the model "
+                        f"takes {spec.text_dim}; cache with this model's text encoder")
 
 
 def family_of(item: CachedItem) -> int | None:

@@ -1,7 +1,7 @@
 """The metrics of a run: sums over the steps between two log lines, written to metrics.jsonl and TensorBoard.
 
-`StepLog` accumulates on the device, `merge_logs` joins the processes' logs, `MetricsWriter` writes one JSON object a
-logged step and the same figures as TensorBoard scalars.
+`StepLog` accumulates on the device, `merge_logs` joins the processes' logs, `MetricsWriter` writes one JSON object
+per logged step and the same figures as TensorBoard scalars.
 """
 
 from __future__ import annotations

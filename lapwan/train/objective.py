@@ -1,7 +1,7 @@
 """What a trainer needs of an algorithm (`Objective`), the draws of a batch, and the flow-matching loss.
 
 Shapes: B samples, C latent channels, T latent frames, H, W latent height and width.
-How to add an objective: a subclass of `Objective`, and a recipe that hands it to `make_trainer` of
+How to add an objective: a subclass of `Objective`, and a recipe that passes it to `make_trainer` of
 `lapwan/train/recipe.py`; see `lapwan/train/lora/objective.py` and `lapwan/train/lora/recipe.py`.
 """
 

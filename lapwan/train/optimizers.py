@@ -70,7 +70,7 @@ def make_optimizer(
     """
     parts = [part for group in groups for part in _by_factor(group, settings.up_lr_scale)]
     if not settings.separate_lrs and len({part.lr_scale for part in parts}) > 1:
-        raise UserError(f"optimizer.type = '{settings.kind}' finds one step size for all it steps; set "
+        raise UserError(f"optimizer.type = '{settings.kind}' uses one step size for all parameters; set "
                         "timestep_gate.lr_scale = 1, or another optimizer")
     return build(settings, parts, master)
 
@@ -154,7 +154,7 @@ class ScheduledOptimizer:
 
     @property
     def kind(self) -> str:
-        """Which optimizer it is: its state is of no use to another one."""
+        """The kind of optimizer; another kind cannot use its state."""
         return type(self.optimizer).__name__
 
     @property
@@ -164,7 +164,7 @@ class ScheduledOptimizer:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All that it steps."""
+        """The parameters that it steps."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def zero_grad(self) -> None:
@@ -214,7 +214,7 @@ def current_lr(optimizer: Optimizer) -> Tensor | float:
 
 
 def describe_optimizer(settings: OptimizerSettings, schedule: ScheduleSettings) -> str:
-    """All that decides the lr, in one line."""
+    """Everything that determines the lr, in one line."""
     text = settings.describe()
     if settings.up_lr_scale != 1:
         text += f", B at {settings.up_lr_scale:g} times the lr"

@@ -49,7 +49,7 @@ class Distributed(Processes):
         return self.gather(value)
 
     def agree(self, value: T) -> T:
-        """A decision that processes with the same work must share; with work of their own, each keeps its own."""
+        """A decision that processes with the same work must share; processes with different work keep their own."""
         return value
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -102,12 +102,12 @@ def join_processes(device: str) -> tuple[Distributed, str]:
     if processes.count == 1:
         return Distributed(), device
     if device.startswith("cuda:"):
-        raise UserError(f"device = '{device}' with {processes.count} processes: each takes a GPU of its own; use auto, "
-                        "cuda or cpu")
+        raise UserError(f"device = '{device}' with {processes.count} processes, each of which needs its own GPU; use "
+                        "auto, cuda or cpu")
     gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     if gpu and processes.local_rank >= torch.cuda.device_count():
-        raise UserError(f"process {processes.local_rank + 1} of this machine has no GPU: it has "
-                        f"{torch.cuda.device_count()}; start as many processes, or use --device cpu")
+        raise UserError(f"process {processes.local_rank + 1} on this machine has no GPU: there are "
+                        f"{torch.cuda.device_count()}; start one process per GPU, or use --device cpu")
     local_device = f"cuda:{processes.local_rank}" if gpu else device
     if gpu:
         torch.cuda.set_device(local_device)
@@ -123,7 +123,7 @@ def check_accumulate(accumulate: int, distributed: Distributed, otherwise: str =
         otherwise: what else to do, for the end of the message.
 
     Raises:
-        UserError: `accumulate` is no multiple of the number of processes.
+        UserError: `accumulate` is not a multiple of the number of processes.
     """
     if accumulate % distributed.count:
         raise UserError(f"accumulate = {accumulate} batches a step cannot be divided evenly among {distributed.count} "

@@ -201,7 +201,7 @@ def provenance(settings: TrainSettings, base: Base, data: RunData, noise_expert:
 
 @dataclass(frozen=True)
 class RunParts:
-    """What the recipe of every stage makes of its settings: what callbacks read and the trainer takes.
+    """What the recipe of every stage makes from its settings, for callbacks and the trainer.
 
     Args:
         optimizers: by the names of the objective's parameter groups.

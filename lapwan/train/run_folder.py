@@ -34,7 +34,7 @@ def claim_run(settings: TrainSettings | SrpoSettings, overwrite: bool) -> None:
     run = settings.output
     if not settings.resume:
         if run.is_dir() and checkpoints(run) and not overwrite:
-            raise UserError(f"output exists: {run} holds a run; pass --resume to go on with it, or --overwrite")
+            raise UserError(f"output exists: {run} holds a run; pass --resume to continue it, or --overwrite")
         files.claim_output(run, overwrite)
         return
     if (run / SETTINGS_FILE).is_file() and (changed := changes(settings)):

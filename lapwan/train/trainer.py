@@ -45,7 +45,7 @@ class TrainerConfig:
         keep_last, keep_best: checkpoints to keep; None: all.
         identity: hashes of clips and base, checked on resume.
         allow_changed: resume although settings or contents differ.
-        resume_command: what to type to go on, for messages.
+        resume_command: the command that continues the run, for messages.
         memory_summary: the memory plan in one line, for an out-of-memory message.
         predicted_peak: bytes on the device; 0: not predicted.
     """
@@ -266,8 +266,8 @@ class Trainer:
     def _stop_error(self, stop_reason: str | None, stop: Stop) -> Exception | None:
         config, total, saved = self.config, len(self.schedule), f"saved at step {self.step}"
         if self._non_finite_in_a_row >= _NON_FINITE_LIMIT:
-            return UserError(f"{_NON_FINITE_LIMIT} steps in a row had a non-finite loss or gradient; the weights are "
-                             f"as before them, {saved}; lower the lr or look at the clips")
+            return UserError(f"{_NON_FINITE_LIMIT} steps in a row had a non-finite loss or gradient; the weights "
+                             f"are those before these steps, {saved}; lower the lr or check the clips")
         if stop_reason is not None:
             return UserError(f"{stop_reason}; {saved} of {total} in {config.run_folder}")
         if self.distributed.any(stop.requested) and self.step < total:
@@ -333,8 +333,8 @@ class Trainer:
             stream.position = (epoch, index)
         for name, optimizer in self.optimizers.items():
             if (kind := state["kinds"].get(name)) != optimizer.kind:
-                console.warn(f"{name}: the checkpoint's optimizer is {kind}, this run's {optimizer.kind}, which starts "
-                             "without a history")
+                console.warn(f"{name}: the checkpoint's optimizer is {kind}, but this run's is {optimizer.kind}, which "
+                             "starts with an empty state")
                 continue
             optimizer.restore(state["optimisers"][name], state["lr_schedules"][name],
                               keep_hyperparameters=config.allow_changed)

@@ -118,7 +118,7 @@ def test_a_file_made_again_under_an_old_index_is_refused(dataset, tmp_path):
     folder = cache_tiny(dataset, tmp_path / "cache")
     old = load_index(folder)
     cache_tiny(dataset, folder, size=(48, 48))
-    with pytest.raises(UserError, match="not the file that its index means"):
+    with pytest.raises(UserError, match="not the file that the index refers to"):
         read_item(folder, old.items[0])
 
 
@@ -235,7 +235,7 @@ def test_what_a_kill_left_under_a_temporary_name_is_no_item(foreign):
 def test_an_unfinished_cache_is_not_taken_for_a_foreign_one(dataset, tmp_path):
     folder = cache_tiny(dataset, tmp_path / "cache")
     (folder / "lapwan_index.jsonl").unlink()
-    with pytest.raises(UserError, match="has no index yet"):
+    with pytest.raises(UserError, match="has no index: lapwan cache was interrupted"):
         load_index(folder)
 
 
@@ -251,7 +251,7 @@ def test_verify_finds_what_is_wrong(dataset, tmp_path):
               for key, value in tensors.items()}
     save_file(broken, name, metadata)
     (folder / "c1_wan_te.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="2 of 7 files are wrong"):
+    with pytest.raises(UserError, match="2 of 7 files are damaged"):
         cache_tiny(None, folder, model=None, verify=True)
 
 

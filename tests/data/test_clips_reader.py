@@ -66,7 +66,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str | bytes, sa
 
 
 def test_a_json_array_is_recognised(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="one object a line is needed"):
+    with pytest.raises(UserError, match="one object per line is needed"):
         list(read_clips(write(tmp_path, '[{"caption": "a"}]')))
 
 

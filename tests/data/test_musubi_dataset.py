@@ -133,7 +133,7 @@ def test_keys_of_other_architectures_are_refused_by_name(media, key):
     (VIDEO + "source_fps = -1\n", "source_fps = -1"),
     (VIDEO + "image_directory = 'images'\n", "exactly one of"),
     ("[[datasets]]\ncache_directory = 'c'\n", "exactly one of"),
-    ("[general]\ntarget_frames = [9]\n" + VIDEO, r"belongs into \[\[datasets\]\]"),
+    ("[general]\ntarget_frames = [9]\n" + VIDEO, r"belongs in \[\[datasets\]\]"),
     ("[general]\nresolution = 64\n", r"no \[\[datasets\]\]"),
     ("[generall]\n" + VIDEO, "unknown key 'generall' .did you mean 'general'"),
     ('[[datasets]]\nvideo_directory = "videos"\n', "needs caption_extension"),

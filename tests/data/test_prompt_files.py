@@ -27,7 +27,7 @@ def test_every_form_gives_the_same_prompts(tmp_path, name, text):
 @pytest.mark.parametrize(("name", "text", "said"), [
     ("a.json", "[1]", "entry 1 is 1; expected a list of objects"), ("a.json", '{"x": 1}', "expected a list of objects"),
     ("a.json", "[", "not valid JSON"), ("a.yaml", "prompts: [", "not valid YAML"),
-    ("a.yaml", "prompts: 3", "expected `prompts:` with a list"), ("a.txt", "\n", "holds no prompt"),
+    ("a.yaml", "prompts: 3", "expected `prompts:` with a list"), ("a.txt", "\n", "contains no prompt"),
     ("a.yaml", "!!python/object/apply:os.getcwd []", "not valid YAML"),  # a prompt file is data, never code
 ])
 def test_what_is_not_prompts_is_said(tmp_path, name, text, said):

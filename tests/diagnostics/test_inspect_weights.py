@@ -328,7 +328,7 @@ def test_mistakes_are_answered(tmp_path, capsys):
         inspect(high, low, json_file=tmp_path / "taken.json")
     (tmp_path / "run_high_noise_copy.safetensors").write_bytes(
         save_pair(tmp_path / "other", 0.006, 0.004)[0].read_bytes())
-    with pytest.raises(UserError, match="are both the high noise expert"):
+    with pytest.raises(UserError, match="are both for the high noise expert"):
         inspect(tmp_path)
 
 

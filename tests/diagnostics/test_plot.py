@@ -58,5 +58,5 @@ def test_the_command_writes_it(tmp_path, capsys):
         assert image.format == "PNG" and image.width == 1650
     with pytest.raises(UserError, match="output exists"):
         run(load(InspectWeightsSettings, options=options, environment={}), RunOptions())
-    with pytest.raises(UserError, match=r"FILE\.png"):
+    with pytest.raises(UserError, match=r"must be a \.png file"):
         load(InspectWeightsSettings, options={**options, "plot": "x.pdf"}, environment={})

@@ -113,7 +113,7 @@ def test_bad_input_is_one_line(evaluate, tmp_path, held_out, arguments, message)
 def test_a_mixture_of_another_task_needs_to_be_asked_for(evaluate, tmp_path, held_out, mixture_path):
     adapters = f'adapters=[{{name="base"}}, {{name="moved", moe="{mixture_path}"%s}}]'
     code, _, err = evaluate("--clips", held_out, "--task", "i2v", "--set", adapters % "", "--dry-run", *SMALL)
-    assert code == 2 and "was trained for t2v, the model is i2v" in err
+    assert code == 2 and "was trained for t2v, but the model is i2v" in err
     code, _, err = evaluate("--clips", held_out, "--task", "i2v", "--set", adapters % ", any_base=true", "--dry-run",
                           *SMALL)
     assert code == 0 and "warning: adapter 'moved'" in err and "tip_accuracy" in err and "psnr" in err
@@ -201,4 +201,4 @@ def test_the_cache_decides_which_tiny_is_meant(evaluate, tmp_path, t2v_cache):
     code, _, err = evaluate("--cache", t2v_cache, "--split", "all", "--dry-run")
     assert code == 0 and "(t2v)" in err
     code, _, err = evaluate("--cache", t2v_cache, "--split", "all", "--task", "i2v", "--dry-run")
-    assert code == 2 and "was cached for t2v, the model is i2v" in err
+    assert code == 2 and "was cached for t2v, but the model is i2v" in err

@@ -273,7 +273,7 @@ def test_files_that_are_no_lora(tmp_path: Path):
         read_lora(tmp_path / "text.safetensors")
     whole = (tmp_path / "mixture.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-4])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         read_lora(tmp_path / "cut.safetensors")
     with pytest.raises(UserError, match="no such file"):
         read_lora(tmp_path / "absent.safetensors")

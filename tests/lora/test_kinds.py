@@ -290,7 +290,7 @@ def test_sums_in_a_file(tmp_path: Path) -> None:
     alone, _ = combine([(products, 0.5)])
     for path, update in products.entries.items():
         torch.testing.assert_close(alone.entries[path].delta(), 0.5 * update.delta(), rtol=1e-6, atol=1e-7)
-    with pytest.raises(UserError, match=r"a LoKr \[40, 24\] and a LoKr \[40, 24\]: these have no sum that a LoRA file"):
+    with pytest.raises(UserError, match=r"a LoKr \[40, 24\] and a LoKr \[40, 24\]: a LoRA file cannot hold their sum"):
         combine([(products, 1.0), (products, 1.0)])
     with pytest.raises(UserError, match=r"--rank 2 needs a plain LoRA: module .*\(and 2 more such modules\) is a LoKr"):
         combine([(products, 1.0)], rank=2)

@@ -123,7 +123,7 @@ def test_one_lora_for_both_and_sums_and_resizes_in_one_file(tmp_path: Path, save
 @pytest.mark.parametrize(("options", "message"), [
     ({"format": "diffusers"}, r"one_file is written in comfy layout.*diffusers"),
     ({"format": "musubi"}, r"one_file is written in comfy layout.*musubi"),
-    ({"model": "tiny"}, r"--one-file is for a resulting LoRA"),
+    ({"model": "tiny"}, r"--one-file applies only if the result is a LoRA"),
 ])
 def test_one_file_where_there_is_none_is_refused(tmp_path: Path, pair, options, message):
     with pytest.raises(UserError, match=message):

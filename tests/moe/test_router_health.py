@@ -139,7 +139,7 @@ def test_collapse_overuse_underuse_and_divergence_are_told_with_the_users_advice
     assert collapse.change == {
         "routing_loss.balance": 0.2, "routing_loss.entropy": 0.05, "routing_loss.teacher_kl": 2.0}
     assert overuse.change == {"routing_loss.balance": 0.2, "data.balance": 1.0}
-    assert divergence.change == {"routing_loss.teacher_kl": 2.0} and "look at the label file" in str(divergence)
+    assert divergence.change == {"routing_loss.teacher_kl": 2.0} and "check the label file" in str(divergence)
     done = {**current, "routing_loss.teacher_kl": 2.0}  # what is set already is not advised again
     assert judge_routing(totals_of(student, labels), FAMILIES, RoutingThresholds(), done)[-1].change == {}
 

@@ -67,8 +67,9 @@ def test_the_command_takes_it_says_what_it_did_and_refuses_nonsense(lapwan):
     ran = generate(lapwan, "--reuse", "0.2", "--steps", "8")
     assert ran.code == 0 and "noise expert: " in ran.err, ran
     assert "evaluations skipped all blocks but the first" in ran.err, ran
-    refused(generate(lapwan, "--reuse", "2"), "first_block_cache", "2 is no relative error")
-    refused(generate(lapwan, "--first-block-cache", "middle=0.1"), "first_block_cache", "'middle' is no noise expert")
+    refused(generate(lapwan, "--reuse", "2"), "first_block_cache", "2 must be a relative error")
+    refused(generate(lapwan, "--first-block-cache", "middle=0.1"), "first_block_cache",
+            "'middle' is not a noise expert")
 
 
 @pytest.mark.parametrize("asked", ["0.1", "high=0.1,low=0.05"])

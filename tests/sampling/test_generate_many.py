@@ -206,7 +206,7 @@ def test_from_repeats_bitwise_or_says_what_changed(lapwan, mixture_file, tmp_pat
 
 def test_from_needs_a_video_of_ours(lapwan, tmp_path) -> None:
     write_video(tmp_path / "plain.mp4", np.zeros((5, 32, 32, 3), np.uint8), 16)
-    refused(lapwan("generate", "--from", "plain.mp4", "-o", "b.mp4"), "plain.mp4 carries no settings")
+    refused(lapwan("generate", "--from", "plain.mp4", "-o", "b.mp4"), "plain.mp4 holds no settings")
     refused(lapwan("generate", "--from", "none.mp4", "-o", "b.mp4"), "no such video: none.mp4")
 
 
@@ -224,7 +224,7 @@ def test_interrupting_leaves_finished_videos_whole(tmp_path) -> None:
         time.sleep(0.01)
     started.send_signal(signal.SIGINT)
     ran = started.wait()
-    assert ran.code == 130 and "interrupted after 1 of 3 videos; finished and whole: v_001_seed=42.mp4" in ran.err
+    assert ran.code == 130 and "interrupted after 1 of 3 videos; complete: v_001_seed=42.mp4" in ran.err
     assert [p.name for p in tmp_path.glob("*.mp4")] == ["v_001_seed=42.mp4"]
     assert not list(tmp_path.glob(".lapwan-tmp*"))
 
@@ -275,8 +275,8 @@ def test_interactive_keeps_the_model_and_survives_a_bad_line(lapwan, tmp_path) -
                  stdin="\n".join(lines) + "\n")
     assert ran.code == 0, ran.err
     assert [Path(line).name for line in ran.out.splitlines()] == ["001.mp4", "s.mp4"]
-    assert "not made: frames = 6: must be 4N+1" in ran.err and loaded(ran) == ["high", "low"]
-    assert "not made: output exists: chat/s.mp4" in ran.err
+    assert "skipped: frames = 6: must be 4N+1" in ran.err and loaded(ran) == ["high", "low"]
+    assert "skipped: output exists: chat/s.mp4" in ran.err
     assert json.loads(read_video_metadata(tmp_path / "chat/s.mp4")["settings"])["seed"] == 5
     refused(generate(lapwan, "--interactive"), "leave --prompt")
     dry = lapwan("generate", "--model", "tiny", "--interactive", "-o", "dry", "--dry-run")
@@ -329,10 +329,10 @@ def test_what_rounds_is_recorded_and_said_when_it_changes(lapwan, tmp_path) -> N
     for words in (
         f"the transformers have changed (low: ffffffffffff... -> {low[:12]}...)",
         "the LoRAs have changed (high x.safetensors 0.5 eeeeeeeeeeee... -> none)",
-        "the machine is another (a slide rule -> ", "the quantisation is another (none -> int8)",
-        "what is compiled is another (low -> none)", "guidance's batch is another (two passes -> one batch)",
+        "the machine has changed (a slide rule -> ", "the quantisation has changed (none -> int8)",
+        "what is compiled has changed (low -> none)", "the batching of guidance has changed (two passes -> one batch)",
     ):
         assert f"warning: {words}" in again.err, again.err
     older = {name: value for name, value in facts.items() if name not in ("hardware", "compiled", "guidance")}
     write_video(tmp_path / "d.png", np.zeros((1, 32, 48, 3), np.uint8), 16, {**stored, "facts": json.dumps(older)})
-    assert "machine is another" not in lapwan("generate", "--from", "d.png", "-o", "e.png").err
+    assert "machine has changed" not in lapwan("generate", "--from", "d.png", "-o", "e.png").err

@@ -152,7 +152,7 @@ def test_a_mixture_and_a_lora_are_not_taken_for_each_other(t2v, mixture_file, tm
 
 
 def test_a_mixture_of_another_base_is_refused(i2v, t2v, mixture_file) -> None:
-    with pytest.raises(UserError, match="was trained for t2v, the model is i2v"):
+    with pytest.raises(UserError, match="was trained for t2v, but the model is i2v"):
         read_adapters(Base(i2v), (), mixture_file)
     read_mixture(mixture_file, t2v)
 

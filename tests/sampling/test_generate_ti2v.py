@@ -93,7 +93,7 @@ def test_a_generation_equals_diffusers(with_image, guidance, ti2v) -> None:
 
 
 def test_it_is_for_generation_only(ti2v) -> None:
-    with pytest.raises(UserError, match="is a TI2V-5B model, which lapwan only generates with"):
+    with pytest.raises(UserError, match="is a TI2V-5B model, which lapwan can generate with but not train"):
         resolve(str(ti2v.path))
     assert resolve(str(ti2v.path), generation=True).task == "ti2v"
 

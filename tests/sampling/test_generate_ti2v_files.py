@@ -198,7 +198,7 @@ def test_from_python_as_in_toml(parts, tmp_path) -> None:
 
 def test_what_does_not_fit_is_refused(parts, lapwan, tmp_path) -> None:
     files, _ = parts
-    with pytest.raises(UserError, match="is a TI2V-5B model, which lapwan only generates with"):
+    with pytest.raises(UserError, match="is a TI2V-5B model, which lapwan can generate with but not train"):
         resolve_base(files)
     older = AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1)
     save_file(older.state_dict(), tmp_path / "old.safetensors")
@@ -210,6 +210,6 @@ def test_what_does_not_fit_is_refused(parts, lapwan, tmp_path) -> None:
         return lapwan("generate", "--config", "c.toml", "--prompt", "x", "-o", "a", "--steps", "2", "--size", "32x64",
                       "--num-frames", "5")
 
-    refused(run(vae="old.safetensors"), "makes 16 latent channels, the transformer takes 48", "Wan2.2_VAE.pth")
+    refused(run(vae="old.safetensors"), "makes 16 latent channels, but the transformer takes 48", "Wan2.2_VAE.pth")
     refused(run(transformer=None, high=files.transformer, low=files.transformer), "has only one")
     assert run().code == 0

@@ -42,7 +42,7 @@ def test_the_resolved_settings_say_the_same_again(tmp_path):
     (["tiny=a"], "tiny takes no path"),
     (["tiny:0"], "rewards[0].weight = 0.0: must be greater than 0"),
     (["tiny", "tiny"], "two rewards are called tiny; give one of them a name"),
-    ([], "no reward; give at least one of"),
+    ([], "no reward is given; give at least one of"),
     ([{"type": "clop"}], "type = 'clop'; a reward's type is one of hps, clip, pickscore, tiny"),
     ([{"path": "a"}], "type = None; a reward's type is one of"),
     ([{"type": "clip", "path": "a", "weigt": 1}], "unknown key 'rewards[0].weigt' (did you mean 'weight'?)"),

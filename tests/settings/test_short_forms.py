@@ -59,8 +59,8 @@ def test_a_stronger_source_replaces_the_other_spelling(tmp_path):
     ("lr = -1\n", "stage1.toml, line 4: optimizer.lr = -1: must be greater than 0"),
     ("network_dim = 16\n", "stage1.toml, line 4: unknown key 'network_dim' (here it is 'rank')"),
     ("high.learning_rate = 1e-4\n", "unknown key 'high.learning_rate' (here it is 'lr')"),
-    ('targets = {q = 32, patterns = {"blocks.*" = 4}}\n', "q = 32 would do nothing beside them"),
-    ('targets.patterns = {"blocks.*" = 4}\nhigh.rank = 16\n', "high.targets: patterns carry their own ranks"),
+    ('targets = {q = 32, patterns = {"blocks.*" = 4}}\n', "so q = 32 has no effect"),
+    ('targets.patterns = {"blocks.*" = 4}\nhigh.rank = 16\n', "high.targets: patterns have their own ranks"),
 ])
 def test_what_would_do_nothing_is_refused(tmp_path, text, message):
     with pytest.raises(UserError) as caught:
@@ -75,7 +75,7 @@ def test_patterns_of_its_own_stand_instead_of_what_is_shared(tmp_path):
     mixture = TrainMoeSettings.model_validate({"output": "o", "steps": 1, "data": {"cache": "c"}, "targets": {"q": 32},
                                                "expert_targets": families})
     assert mixture.targets_for("hook", mixture.targets).patterns == {"blocks.0.*": 3}
-    with pytest.raises(ValueError, match=r"expert_targets\.hook: .*q = 9 would do nothing"):
+    with pytest.raises(ValueError, match=r"expert_targets\.hook: .*q = 9 has no effect"):
         TrainMoeSettings.model_validate({**mixture.model_dump(), "targets": {"patterns": {"blocks.*": 2}},
                                          "expert_targets": {"hook": {"q": 9}}})
 

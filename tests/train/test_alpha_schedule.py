@@ -150,10 +150,10 @@ def test_resume_after_a_transition_is_bitwise(make_lora, make_moe, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"alpha": 8.0, "alpha_schedule": phases(1.0)}, "alpha = 8 and alpha_schedule both say alpha"),
+    ({"alpha": 8.0, "alpha_schedule": phases(1.0)}, "alpha = 8 and alpha_schedule both set alpha"),
     ({"optimizer": {"type": "prodigy"}, "alpha_schedule": phases(1.0)}, "use adamw or automagic"),
     ({"low": {"alpha_schedule": phases(1.0, min_steps=5, max_steps=3)}}, "max_steps = 3 is below min_steps = 5"),
-    ({"init_lora": {"high": "x.safetensors"}, "alpha_schedule": phases(1.0)}, "brings its own alpha"),
+    ({"init_lora": {"high": "x.safetensors"}, "alpha_schedule": phases(1.0)}, "has its own alpha"),
 ])
 def test_what_cannot_work_together_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):

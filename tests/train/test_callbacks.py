@@ -238,12 +238,12 @@ def test_the_checklist_says_what_it_found(t2v_cache):
     assert "bands: high [0.875, 1], low [0, 0.875]: no overlap" in found["bands"]
     assert "length: 5 frames (0.31 to 0.31 s); below 17 frames" in found["length"]
     assert "warn 2000 steps: saves every 100 (20 checkpoints), never validates, never previews (one" in found["2000"]
-    assert "without previews nobody sees" in found["2000"]
+    assert "without previews you cannot see" in found["2000"]
     seen = checked(cache, health={"preset": "motion"}, preview=PREVIEW)
     assert seen["2000"].startswith("check ok ") and "previews every 4" in seen["2000"]
     bad = checked(cache, health={"preset": "motion"}, steps=100, save_every=150)
     assert "warn LR, high / low: 1 " in bad["LR"] and "warn steps" in bad["steps"]
-    assert "warn 200 steps" in bad["200"] and "save_every = 150 leaves nothing to go back to" in bad["200"]
+    assert "warn 200 steps" in bad["200"] and "save_every = 150 leaves no checkpoint to go back to" in bad["200"]
 
 
 def test_the_checklist_sees_motion_words_and_still_or_broken_clips(tmp_path, t2v_cache):
@@ -267,7 +267,7 @@ def test_clips_that_cannot_be_read_are_named_before_the_start(tmp_path, t2v_cach
         file = cache / f"{name}_wan.safetensors"
         file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(UserError, match=r"2 of the 4 clips that were checked cannot be read: clip1, clip3; "
-                                        r".*clip1_wan.safetensors is cut short"):
+                                        r".*clip1_wan.safetensors is truncated"):
         checked(cache)
 
 
@@ -316,7 +316,7 @@ def test_a_run_goes_on_in_another_folder_and_with_changed_settings_only_if_allow
     assert [line["lr"] for line in lines] == [1e-2] * 4 + [5e-3] * 2
     assert (moved / "settings_until_000004.toml").is_file() and "steps = 3" in (moved / "settings.toml").read_text()
     clips = edited_cache(t2v_cache, tmp_path / "other", lambda items: items[:3])
-    with pytest.raises(UserError, match="trained on other contents of: clips"):
+    with pytest.raises(UserError, match="trained on different contents of: clips"):
         train_lora.run(settings(moved, steps=3, resume=True, data={"cache": clips}, optimizer={"lr": 5e-3},
                                 save_every=7), RunOptions())
 

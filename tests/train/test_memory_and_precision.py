@@ -162,7 +162,7 @@ def test_a_dry_run_predicts_and_a_run_is_planned_once(t2v_cache, tmp_path, capsy
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"memory": "all"}, "'all' is not understood; write auto, both, one, stream, or the GiB to stay below"),
+    ({"memory": "all"}, "'all' is not understood; write auto, both, one, stream, or a limit in GiB"),
     ({"memory": "-3"}, "'-3' is not understood"), ({"memory": "0"}, "'0' is not understood"),
     ({"dtype": "fp4"}, "fp4"), ({"activation_checkpointing": "some"}, "some"),
 ])

@@ -139,7 +139,7 @@ def test_a_lora_that_is_merged_already_is_no_start(make_lora, tmp_path, t2v_cach
         "model": {"model": "tiny", "lora": files}, "init_lora": files, "output": tmp_path / "run", "steps": 1,
         "data": {"cache": t2v_cache}})
     base = resolve_base(settings.model)
-    with pytest.raises(UserError, match=r"init_lora.high = .* is merged into the model already"):
+    with pytest.raises(UserError, match=r"init_lora.high = .* is already merged into the model"):
         check_mixture(settings, base, recipe.read_data(settings, base), load_taxonomy("surgical4"))
 
 
@@ -297,7 +297,7 @@ def test_previews_with_a_hint_for_each_family(make_moe):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"router": {"top_k": 5}}, "router.top_k = 5, but taxonomy surgical4 has 4 families"),
-    ({"expert_targets": {"hok": {"q": 2}}}, r"expert_targets.hok is no family of surgical4 \(did you mean 'hook'"),
+    ({"expert_targets": {"hok": {"q": 2}}}, r"expert_targets.hok is not a family of surgical4 \(did you mean 'hook'"),
 ])
 def test_what_does_not_fit_the_taxonomy_is_refused(tmp_path, t2v_cache, change, message):
     settings = TrainMoeSettings.model_validate(

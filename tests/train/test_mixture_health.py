@@ -45,7 +45,7 @@ def test_a_collapse_is_told_and_the_advice_mends_it(make_moe, skewed_cache, tmp_
     faults = sick.callbacks["routing"].faults
     said = " ".join(capsys.readouterr().err.split())
     assert "overuse" in {fault.kind for fault in faults}
-    assert "of the gates, above 70%" in said and "look at the label file" in said
+    assert "of the gates, above 70%" in said and "check the label file" in said
     changes = {key: value for fault in faults for key, value in fault.change.items()}
     assert changes["data.balance"] == 1.0 and changes["routing_loss.balance"] == 0.2
     assert changes["routing_loss.teacher_kl"] == 2.0

@@ -295,7 +295,7 @@ def test_what_does_not_fit_is_refused_by_name(trained, tmp_path):
         target = _edited(path, tmp_path / f"{index}.safetensors", tensors, metadata)
         with pytest.raises(UserError, match=message):
             read_mixture(target, base)
-    with pytest.raises(UserError, match="was trained for t2v, the model is i2v"):
+    with pytest.raises(UserError, match="was trained for t2v, but the model is i2v"):
         read_mixture(path, resolve_base("tiny-i2v"))
 
 

@@ -172,7 +172,7 @@ def test_prompts_may_move_but_not_change(tmp_path):
     claim_run(again, overwrite=False)
     assert prepared(again).resume()
     moved.write_text(moved.read_text(encoding="utf-8") + "a new prompt\n", encoding="utf-8")
-    with pytest.raises(UserError, match="other contents of: prompts"):
+    with pytest.raises(UserError, match="different contents of: prompts"):
         prepared(again).resume()
     with pytest.raises(UserError, match=r"cannot resume .* with other settings .reach"):
         claim_run(SrpoSettings.model_validate({**plain, "reach": 0.01}), overwrite=False)
@@ -242,7 +242,7 @@ def test_what_cannot_be_aligned_is_one_line(tmp_path, changes, said):
     ({"train": "full", "dtype": "fp8"}, "is for a base that stays frozen"),
     ({"prompts": {}}, "give exactly one of prompts.file"),
     ({"held_out": {"count": 0, "patience": 2}}, "needs held-out prompts"),
-    ({"noise_experts": "transformer_3"}, "'transformer_3' is no noise expert; give low"),
+    ({"noise_experts": "transformer_3"}, "'transformer_3' is not a noise expert; give low"),
     ({"rewards": []}, "no reward"),
     ({"num_frames": 5, "preference": {"frames": 6}}, "preference.frames = 6 is more than num_frames = 5"),
     ({"prompts": {"cache": "c", "negative": "blurred"}}, "prompts.negative is for prompts.file"),

@@ -127,7 +127,7 @@ def test_changed_settings_at_resume_are_named_and_refused(tmp_path, t2v_cache):
             "targets": {"last_blocks": 1, "ffn_last_blocks": 1}, **changes})
 
     train_lora.run(settings(), RunOptions())
-    with pytest.raises(UserError, match="holds a run; pass --resume to go on with it, or --overwrite"):
+    with pytest.raises(UserError, match="holds a run; pass --resume to continue it, or --overwrite"):
         train_lora.run(settings(), RunOptions())
     with pytest.raises(UserError, match=r"cannot resume .*seed: 42 -> 43"):
         train_lora.run(settings(resume=True, seed=43), RunOptions())
@@ -181,9 +181,9 @@ def test_a_cache_labelled_by_another_taxonomy_is_refused(tmp_path, tiny_t2v):
     cache = write_random_cache(tmp_path / "cache", tiny_t2v)
     settings = TrainMoeSettings.model_validate(
         {"model": "tiny", "output": tmp_path / "run", "data": {"cache": cache}, "steps": 1, "taxonomy": "cholec6"})
-    with pytest.raises(UserError, match="has 4 label weights, taxonomy cholec6 has 6 families"):
+    with pytest.raises(UserError, match="has 4 label weights, but taxonomy cholec6 has 6 families"):
         train_moe.run(settings, RunOptions(dry_run=True))
     index = load_index(cache)
     write_index(replace(index, taxonomy="mine"))
-    with pytest.raises(UserError, match="was labelled with taxonomy mine, the settings say surgical4"):
+    with pytest.raises(UserError, match="was labelled with taxonomy mine, but the settings name surgical4"):
         train_moe.run(settings.model_copy(update={"taxonomy": "surgical4"}), RunOptions(dry_run=True))

@@ -54,10 +54,10 @@ def test_windows_start_and_stop_noise_experts():
     ({"steps": 5, "phases": [{"high": 1}]}, "exactly one of steps, epochs and"),
     ({"phases": [{}]}, "a phase needs steps"),
     ({"noise_experts": ["high"], "phases": [{"low": 1}]},
-     "a phase has low steps, but noise_experts does not hold 'low'"),
+     "a phase has low steps, but noise_experts does not include 'low'"),
     ({"steps": 5, "shares": {"high": 0.5, "low": 0.4}}, "shares must add up to 1, not 0.9"),
     ({"steps": 5, "shares": {"high": 1.0}}, "shares needs a share above 0 for each of high, low"),
-    ({"steps": 5, "shares": {"high": 0.5, "low": 0.5}, "low": {"steps": 3}}, "low.steps and shares both say"),
+    ({"steps": 5, "shares": {"high": 0.5, "low": 0.5}, "low": {"steps": 3}}, "low.steps and shares both set"),
     ({"phases": [{"high": 1}], "low": {"start": 3}}, "leave out start, stop and shares"),
 ])
 def test_turns_that_contradict_themselves_are_refused(changes, message):
@@ -89,10 +89,10 @@ def test_recipes_and_one_rank_for_all(t2v_cache, shared, low, modules, ranks):
 
 
 @pytest.mark.parametrize(("targets", "message"), [
-    ("last8", "targets = 'last8' is no recipe; write 'last_8'"),
-    ({"recipe": "last_0"}, "is no recipe"),
-    ({"recipe": "all", "patterns": {"*": 4}}, "recipe and patterns both say what is trained"),
-    ({"rank": 4, "patterns": {"*": 4}}, "rank and patterns both say what is trained"),
+    ("last8", "targets = 'last8' is not a recipe; write 'last_8'"),
+    ({"recipe": "last_0"}, "is not a recipe"),
+    ({"recipe": "all", "patterns": {"*": 4}}, "recipe and patterns both set what is trained"),
+    ({"rank": 4, "patterns": {"*": 4}}, "rank and patterns both set what is trained"),
 ])
 def test_recipes_that_are_none_are_refused(targets, message):
     with pytest.raises(ValueError, match=message):
@@ -113,7 +113,7 @@ def test_the_plan_says_turns_modules_optimizer_ratio_and_how_sigma_falls(t2v_cac
     text = "\n".join(plan_lines(settings, resolve_base("tiny"), data))
     assert "turns: high 10, low 10, high 10, low 10, ... (8 turns)" in text
     assert "8 modules of ranks 4; automagic, lr from 2e-05, bump 5e-06, min 2e-05, max 0.0005" in text
-    assert "predicted LR ratio high / low: " in text and "running mean 0.99" in text
+    assert "predicted LR ratio high / low: " in text and "EMA decay 0.99" in text
     assert "truncated to [0.875, 1], which holds 36.8 % of the whole distribution" in text
     bars = [line for line in text.splitlines() if line.startswith("    0.")]
     assert len(bars) == 20 and "0.875-0.887" in bars[0] and max(bar.count("#") for bar in bars[:10]) == 30
@@ -248,6 +248,6 @@ def test_both_loras_in_one_file_are_the_two_and_serve_wherever_they_do(make_lora
 
 
 def test_one_file_needs_both_noise_experts():
-    with pytest.raises(ValueError, match="one_file is for both noise experts, but noise_experts holds only 'high'"):
+    with pytest.raises(ValueError, match="one_file is for both noise experts, but noise_experts is only 'high'"):
         TrainLoraSettings.model_validate({"output": "run", "data": {"cache": "c"}, "steps": 1, "one_file": True,
                                           "noise_experts": ["high"]})

@@ -160,7 +160,7 @@ def test_heads_that_do_not_divide_are_refused(tiny_t2v):
 def test_one_gpu_named_for_all_is_refused(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="device = 'cuda:0' with 2 processes: each takes a GPU of its own"):
+    with pytest.raises(UserError, match="device = 'cuda:0' with 2 processes, each of which needs its own GPU"):
         join_processes("cuda:0")
 
 

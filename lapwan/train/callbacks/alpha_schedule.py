@@ -1,4 +1,4 @@
-"""Alpha in phases: when the loss of a noise expert has stopped falling, its LoRA goes on with the next alpha.
+"""Alpha in phases: when the loss of a noise expert has stopped falling, its LoRA continues with the next alpha.
 
 At a change of phase the up matrices are rescaled, so that ΔW = (α/r)·B·A stays the same.
 

@@ -40,8 +40,8 @@ class Evaluation:
 
     Args:
         figures: to log, by tag.
-        stop: why the run must stop with an error; None to go on.
-        finished: why the run may end early without an error; None to go on.
+        stop: why the run must stop with an error; None to continue.
+        finished: why the run may end early without an error; None to continue.
         score: what `keep_best` compares checkpoints by; lower is better.
     """
 
@@ -52,7 +52,7 @@ class Evaluation:
 
 
 class Callback:
-    """Hooks of a run; each does nothing unless a subclass overrides it.
+    """The hooks of a run; each does nothing unless a subclass overrides it.
 
     Attributes:
         name: its key in checkpoints; unique in a run.

@@ -62,7 +62,8 @@ def preview_requests(
     ]
     for request in requests:
         if spec.requires_image and request.image is None:
-            raise UserError("previews of an image-to-video model need a first frame: set preview.images, one a prompt")
+            raise UserError("previews of an image-to-video model need a first frame: set preview.images, one per "
+                            "prompt")
         check_request(spec, request)
     hints = () if taxonomy is None else taxonomy.keys if settings.hints == "families" else settings.hints
     for hint in hints:

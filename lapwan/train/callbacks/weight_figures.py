@@ -23,7 +23,7 @@ _LEVELS = ("good", "warn", "stop")
 
 
 def trained_entries(adapter: Adapter) -> dict[str, dict[str, LowRank]]:
-    """The trained entries of an adapter by group: one group for a plain LoRA, one a family for a mixture."""
+    """The trained entries of an adapter by group: one group for a plain LoRA, one per family for a mixture."""
     layers = adapter.layers.values()
     columns = {group.column for layer in layers for group in layer.groups if group.trainable}
     return {name: adapter.state(name).low_rank(name) for i, name in enumerate(adapter.group_names) if i in columns}
@@ -43,7 +43,7 @@ def _expert_figures(
 
 
 class WeightFigures(Callback):
-    """Figures of the weights; with a health preset also its verdict, which may stop the run.
+    """Logs figures of the weights; with a health preset also its verdict, which may stop the run.
 
     Args:
         learning_rates: current lr by noise expert.

@@ -56,13 +56,13 @@ def check_mixture(settings: TrainMoeSettings, base: Base, data: recipe.RunData, 
                         f"set router.top_k = {experts} or less")
     for family in settings.expert_targets:
         if family not in taxonomy.keys:
-            raise UserError(f"expert_targets.{family} is no family of {taxonomy.name}{nearest(family, taxonomy.keys)}; "
-                            f"it has {', '.join(taxonomy.keys)}")
+            raise UserError(f"expert_targets.{family} is not a family of {taxonomy.name}"
+                            f"{nearest(family, taxonomy.keys)}; it has {', '.join(taxonomy.keys)}")
     for noise_expert, file in recipe.initial_loras(settings.init_lora, base).items():
         merged = {lora.fingerprint() for lora, _ in base.loras.get(noise_expert, ())}
         if file.fingerprint() in merged:
-            raise UserError(f"init_lora.{noise_expert.value} = {file.path} is merged into the model already, and would "
-                            "act twice; leave init_lora out, or train on the model without it")
+            raise UserError(f"init_lora.{noise_expert.value} = {file.path} is already merged into the model and would "
+                            "be applied twice; leave init_lora out, or train on the model without it")
 
 
 def _check_labels(data: recipe.RunData, taxonomy: Taxonomy) -> None:
@@ -72,8 +72,8 @@ def _check_labels(data: recipe.RunData, taxonomy: Taxonomy) -> None:
             raise UserError(f"clip {item.id} in {data.index.folder} has no label; {LABEL_FIRST}")
         check_label(f"clip {item.id} has ", item.label_weights, item.label, taxonomy, relabel)
     if data.index.taxonomy not in (None, taxonomy.name) and data.settings.data.labels is None:
-        raise UserError(f"{data.index.folder} was labelled with taxonomy {data.index.taxonomy}, the settings say "
-                        f"{taxonomy.name}; set taxonomy, or label and cache again")
+        raise UserError(f"{data.index.folder} was labelled with taxonomy {data.index.taxonomy}, but the settings "
+                        f"name {taxonomy.name}; set taxonomy, or label and cache again")
 
 
 def base_loras(settings: TrainMoeSettings, base: Base) -> dict[NoiseExpert, tuple[Path, AdapterState]]:
