@@ -301,7 +301,7 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         """What besides the parameters a checkpoint holds; the keys are part of the file format."""
-        callbacks = self.callbacks.values()
+        states = [(callback, callback.state_dict()) for callback in self.callbacks.values()]
         return {
             "skipped": self.skipped,
             "tracks": {e.value: [*stream.position, stream.steps] for e, stream in self.data.streams.items()},
@@ -311,8 +311,8 @@ class Trainer:
             "kinds": {name: o.kind for name, o in self.optimizers.items()},
             "objective": self.objective.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "rules": {callback.name: callback.state_dict() for callback in callbacks if callback.every is None},
-            "watchers": {callback.name: callback.state_dict() for callback in callbacks if callback.every is not None},
+            "rules": {callback.name: state for callback, state in states if state and callback.every is None},
+            "watchers": {callback.name: state for callback, state in states if state and callback.every is not None},
         }
 
     def resume(self) -> bool:
