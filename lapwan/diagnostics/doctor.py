@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -28,6 +28,7 @@ from lapwan.wan.transformer.kernels import TRITON
 FindingStatus = Literal["ok", "note", "warn", "broken"]
 _CHUNK, _MOST_SECONDS = 8 << 20, 1.5  # of writing, and of reading
 _LEAST_DISK = 130 * GIB  # a released A14B folder in diffusers layout
+_REQUIRED = ("diffusers", "transformers", "accelerate", "safetensors", "av", "matplotlib", "tensorboard", "jieba")
 _EXTRAS = {  # optional package -> what it is for
     "prodigyopt": "optimizer prodigy: pip install 'lapwan[prodigy]'",
     "bitsandbytes": "optimizer adamw8bit: pip install 'lapwan[adamw8bit]'",
@@ -55,7 +56,7 @@ def examine(folder: Path) -> Iterator[Finding]:
         yield no_gpu(driver_version())
     yield from _host()
     yield from _disk(folder)
-    yield from _packages()
+    yield from packages()
     yield from _video()
     path = cjk_font()
     yield Finding("fonts", "ok", str(path)) if path else Finding(
@@ -173,15 +174,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _packages() -> Iterator[Finding]:
-    names = ("diffusers", "transformers", "accelerate", "safetensors")
-    yield Finding("packages", "ok", ", ".join(f"{name} {_version(name)}" for name in names))
+def packages(required: Sequence[str] = _REQUIRED) -> Iterator[Finding]:
+    """The packages that lapwan needs, and those that only some options need."""
+    versions = {name: _version(name) for name in required}
+    yield Finding("packages", "ok", ", ".join(f"{name} {number}" for name, number in versions.items() if number))
+    for name, number in versions.items():
+        if number is None:
+            yield Finding(name, "broken", f"not installed, and lapwan needs it: pip install {name}")
     for name, purpose in _EXTRAS.items():
         installed = _version(name) if find_spec(name) else None
         yield Finding(name, "ok" if installed else "note", installed or f"not installed; for the {purpose}")
 
 
 def _video() -> Iterator[Finding]:
+    if find_spec("av") is None:
+        return  # `packages` names it
     import av
 
     h264 = "libx264" in av.codec.codecs_available

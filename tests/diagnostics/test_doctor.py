@@ -41,6 +41,12 @@ def test_a_driver_without_a_gpu_in_torch_is_broken(tmp_path):
     assert doctor.driver_version(tmp_path / "none") is None and doctor.no_gpu(None).status == "note"
 
 
+def test_a_needed_package_that_is_missing_is_broken():
+    found, missing, *_ = doctor.packages(("diffusers", "no-such-package"))
+    assert (found.status, missing.name, missing.status) == ("ok", "no-such-package", "broken")
+    assert "None" not in found.text and "pip install no-such-package" in missing.text
+
+
 def test_a_disk_that_cannot_be_written_is_broken(tmp_path):
     (tmp_path / "file").write_text("")
     [finding] = list(doctor._disk(tmp_path / "file" / "folder"))
