@@ -56,7 +56,7 @@ def test_refused_on_two_noise_experts(files, role, name, says):
 
 def test_one_transformer_takes_what_does_not_say(files):
     assert set(assign([(None, files["plain"], 1.0)], [HIGH])) == {HIGH}
-    with pytest.raises(UserError, match=r"is for the low noise expert, but .* here is the high one alone"):
+    with pytest.raises(UserError, match=r"is for the low noise expert, but .* here only has the high one"):
         assign([(None, files["b"], 1.0)], [HIGH])
 
 

@@ -155,7 +155,7 @@ def test_wrong_modules_and_shapes_are_refused_by_name():
     entry = LowRank(torch.randn(1, 5), torch.randn(4, 1), 1.0)
     with pytest.raises(UserError, match=r"'fist'.*did you mean 'first'"):
         attach(Net(), [Group("x", AdapterState({"fist": entry}, {}), True)])
-    with pytest.raises(UserError, match="'x' at first maps 5 -> 4 features, the model's layer 4 -> 4"):
+    with pytest.raises(UserError, match="'x' at first maps 5 -> 4 features, but the model's layer maps 4 -> 4"):
         attach(Net(), [Group("x", AdapterState({"first": entry}, {}), True)])
 
 

@@ -21,7 +21,7 @@ def test_the_stored_cache_needs_nothing(net: Path) -> None:
     outcome = run_successfully(*CACHE, "-o", "cache")
     assert "all 8 items are cached; nothing to do" in outcome.out
     assert {path.name: path.read_bytes() for path in (net / "cache").glob("*.safetensors")} == before
-    assert "all are right" in run_successfully("cache", "--verify", "-o", "cache").out
+    assert "files are intact" in run_successfully("cache", "--verify", "-o", "cache").out
 
 
 def test_caching_the_clips_again_gives_the_stored_features(net: Path) -> None:
