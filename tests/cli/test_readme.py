@@ -44,7 +44,8 @@ SMALL = {
 LEFT_OPEN = {
     "hps=HPS_v2.1_compressed.pt": "tiny", "模型目录": "tiny", "clips.jsonl": "clips/clips.jsonl",
     "high=…": "high=stage1/lapwan_high_noise.safetensors", "low=…": "low=stage1/lapwan_low_noise.safetensors",
-    "MODEL": "tiny", "prompts.jsonl": "examples/prompts.jsonl", "A.safetensors:0.5": "stage1/lapwan_high_noise.safetensors:0.5",
+    "MODEL": "tiny", "prompts.jsonl": "examples/prompts.jsonl",
+    "A.safetensors:0.5": "stage1/lapwan_high_noise.safetensors:0.5",
 }
 OTHER_PROGRAMS = {"--local-dir", "--nproc-per-node", "--processes", "--minutes"}
 
