@@ -142,10 +142,11 @@ def show_settings(toml: str) -> None:
 
     On a terminal they would push the plan off the screen, which names those that differ from the defaults.
     """
-    on_screen = results.is_terminal and log_console.is_terminal and _level == NORMAL
-    if not on_screen:
+    if results.is_terminal and log_console.is_terminal and _level == NORMAL:
+        log("-v prints all settings")
+    else:
         results.print(toml.rstrip("\n"), markup=False)
-    log(f"dry run: everything that can be checked without the work is in order{'; -v prints all settings' * on_screen}")
+    log("dry run: everything that can be checked without the work is in order")
 
 
 def count_text(count: int, noun: str) -> str:

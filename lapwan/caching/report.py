@@ -32,7 +32,7 @@ def plan_rows(plan: CachePlan, pixels_per_second: float | None = None) -> list[P
     sizes = Counter((len(item.indices), *reversed(item.crop.bucket)) for item in plan.items)
     shown = sorted(sizes.items())[:_SHOWN_SIZES]
     rows = [PlanRow("cache", f"{plan.folder}: {items} from {plan.cache.dataset}"),
-            PlanRow("sizes", ", ".join(f"{count} x {frames} frames {height}x{width}"
+            PlanRow("sizes", "none" if not sizes else ", ".join(f"{count} x {frames} frames {height}x{width}"
                                        for (frames, height, width), count in shown)
                     + (f" and {len(sizes) - len(shown)} more sizes" if len(sizes) > len(shown) else "")),
             *_todo_rows(plan)]
@@ -65,8 +65,8 @@ def _todo_rows(plan: CachePlan) -> list[PlanRow]:
             by_reason.setdefault(reason, []).append(count_text(count, noun))
     if plan.prompts_todo:
         by_reason.setdefault(plan.prompts_todo, []).append("the empty and the negative prompt")
-    return [PlanRow("" if number else "to encode", f"{', '.join(what)} ({reason})")
-            for number, (reason, what) in enumerate(by_reason.items())]
+    texts = [f"{', '.join(what)} ({reason})" for reason, what in by_reason.items()]
+    return [PlanRow("" if number else "to encode", text) for number, text in enumerate(texts or ["nothing"])]
 
 
 def write_report(plan: CachePlan, items: Sequence[CachedItem], drops: Sequence[DroppedClip]) -> None:

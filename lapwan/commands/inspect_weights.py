@@ -25,7 +25,7 @@ def run(settings: InspectWeightsSettings, options: RunOptions) -> None:
             files.claim_output(output, options.overwrite)
     points, folder = read_points(settings)
     if options.dry_run:
-        show_plan([settings_row(settings), *(
+        show_plan([settings_row(settings, "files"), *(
             PlanRow("weights" if point.step is None else f"step {point.step}",
                     ", ".join(f"{label} {lora.path}" for label, lora in point.loras.items())) for point in points)])
         show_settings(to_toml(settings))

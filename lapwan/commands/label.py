@@ -79,7 +79,7 @@ def _plan(settings: LabelSettings, clips: ClipFile, taxonomy: Taxonomy) -> None:
     """Read and check every line without labelling it."""
     count = sum(1 for _ in clips)
     console.show_plan([
-        settings_row(settings), PlanRow("clips", f"{count_text(count, 'clip')} of {settings.clips}"),
+        settings_row(settings, "taxonomy"), PlanRow("clips", f"{count_text(count, 'clip')} of {settings.clips}"),
         PlanRow("taxonomy", f"{taxonomy.name} ({', '.join(taxonomy.keys)})"), PlanRow("output", str(settings.output))])
     console.show_settings(to_toml(settings))
 

@@ -12,7 +12,7 @@ from lapwan.tiny.resolve import with_tiny
 
 def run(settings: MergeSettings, options: RunOptions) -> None:
     """Check, then merge and write; `--dry-run` stops after the checks."""
-    show_plan([settings_row(settings), PlanRow("output", str(settings.output))])
+    show_plan([settings_row(settings, "lora"), PlanRow("output", str(settings.output))])
     merged = settings if settings.model is None else settings.model_copy(update={"model": with_tiny(settings.model)})
     for line in merge(merged, options):
         if options.dry_run:

@@ -169,7 +169,7 @@ def settings_row(settings: Settings, *shown: str) -> PlanRow:
     left_out = {"model", "output", *shown}
     texts = [f"{key} = {_value_text(value)}".replace(" ", NO_BREAK) for key, value in changed_settings(settings)
              if key not in left_out]
-    return PlanRow("settings", ", ".join(texts) or "all defaults")
+    return PlanRow("settings", ", ".join(texts) or "all defaults", detail=not texts)
 
 
 def _value_text(value: Any) -> str:

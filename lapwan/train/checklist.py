@@ -116,7 +116,7 @@ def sigma_rows(base: Base, data: RunData) -> list[PlanRow]:
     Raises:
         UserError: a sampler that never draws inside a band.
     """
-    rows = []
+    rows: list[PlanRow] = []
     for noise_expert, local_settings in data.noise_experts.items():
         rule = sigma_rule(local_settings, base.bands[noise_expert])
         _, height, width = min(data.items, key=lambda item: item.bucket).bucket
@@ -145,7 +145,8 @@ def sigma_rows(base: Base, data: RunData) -> list[PlanRow]:
 
 def _sampler_text(settings: NoiseExpertSettings, tokens: int, size: tuple[int, int]) -> str:
     """`logit_normal, shift 5`: what differs from the default, after the sampler's name."""
-    sigma, text = settings.sigma, settings.sigma.sampler
+    sigma = settings.sigma
+    text: str = sigma.sampler
     if sigma.shift == "resolution":
         text += f", shift {shift_for_tokens(tokens):.2f} by size ({size[0]}x{size[1]})"
     elif sigma.shift != 1.0:
@@ -263,7 +264,8 @@ def _rate(base: Base, data: RunData, clips: Sequence[CachedItem]) -> ChecklistIt
 
 def _lengths(clips: Sequence[CachedItem], fps: float | None) -> ChecklistItem:
     frames = sorted({clip.frames for clip in clips})
-    seconds = f" ({frames[0] / fps:.2f} to {frames[-1] / fps:.2f} s)" if fps else ""
+    longest = f" to {frames[-1] / fps:.2f}" if fps and len(frames) > 1 else ""
+    seconds = f" ({frames[0] / fps:.2f}{longest} s)" if fps else ""
     short = [n for n in frames if 1 < n < 17]
     text = f"length: {', '.join(map(str, frames[:6]))} frames{seconds}"
     if 1 in frames and len(frames) > 1:
@@ -311,7 +313,7 @@ def _bands(bands: Mapping[NoiseExpert, Band]) -> ChecklistItem:
 
 def _intervals(settings: TrainSettings, data: RunData) -> ChecklistItem:
     total = len(data.schedule)
-    parts = [f"saves every {settings.save_every} ({-(-total // settings.save_every)} checkpoints)"]
+    parts = [f"saves every {settings.save_every} ({count_text(-(-total // settings.save_every), 'checkpoint')})"]
     for name, every in (("validates", settings.validation.every), ("previews", settings.preview.every)):
         parts.append(f"{name} every {every}" if every else f"never {name}")
     text = f"{total} steps: {', '.join(parts)}"
