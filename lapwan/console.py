@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,6 +28,9 @@ from rich.text import Text
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
 _SECONDS_BETWEEN_LINES = 15.0
+_PLAN_WIDTH = 100  # columns of a plan, at most
+_NAME_WIDTH = 12  # columns of the names in a plan
+NO_BREAK = "\u00a0"  # a space in a plan's text at which no line ends
 _SPEED_WINDOW = 600.0  # seconds over which the speed is averaged; a step of a large model may take a minute
 
 _level = NORMAL
@@ -57,6 +61,104 @@ def detail(message: str) -> None:
 def warn(message: str) -> None:
     """`warning: ...` on stderr; also under -q, because it may change what the user does."""
     log_console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+class PlanRow(NamedTuple):
+    """A line of what a command will do. `detail`: only -v shows it; `warning`: also shown under -q."""
+
+    name: str
+    text: str
+    detail: bool = False
+    warning: bool = False
+
+
+class PlanTable(NamedTuple):
+    """Figures of a plan; cells that start with a digit are aligned to the right."""
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+PlanPart = PlanRow | PlanTable
+
+
+def show_plan(parts: Sequence[PlanPart]) -> None:
+    """Names and texts in two columns on stderr, tables below them.
+
+    Texts wrap at the terminal's width, at 100 columns at most; a word longer than that is never broken.
+    """
+    for part in parts:
+        if isinstance(part, PlanTable):
+            if _level >= NORMAL:
+                _show_table(part)
+        elif _level >= (VERBOSE if part.detail else QUIET if part.warning else NORMAL):
+            _show_row(part)
+
+
+def _plan_width() -> int:
+    return min(log_console.width, _PLAN_WIDTH) if log_console.is_terminal else _PLAN_WIDTH
+
+
+def _show_row(row: PlanRow) -> None:
+    name, style = (f"{row.name}:", "yellow") if row.warning else (row.name, "bold")
+    for line in _wrap(row.text, _plan_width() - _NAME_WIDTH):
+        log_console.print(Text.assemble((f"{name:{_NAME_WIDTH}}", style), (line, style if row.warning else "")))
+        name = ""
+
+
+def _show_table(table: PlanTable) -> None:
+    """Columns as wide as their cells; a text in the last one wraps."""
+    columns = list(zip(table.headings, *table.rows, strict=True))
+    widths = [max(map(cell_len, column)) for column in columns]
+    figures = [all(cell[:1].isdigit() for cell in cells if cell) for _, *cells in columns]
+    before = _NAME_WIDTH + sum(widths[:-1]) + 2 * len(widths[:-1])
+    widths[-1] = min(widths[-1], max(_plan_width() - before, 20))
+    for number, row in enumerate((table.headings, *table.rows)):
+        for rest, last in enumerate(_wrap(row[-1], widths[-1])):
+            cells = [*(row[:-1] if not rest else [""] * len(row[:-1])), last]
+            shown = [f"{cell:>{width}}" if right else f"{cell:{width}}"
+                     for cell, width, right in zip(cells, widths, figures, strict=True)]
+            line = " " * _NAME_WIDTH + "  ".join(shown).rstrip()
+            log_console.print(Text(line, "bold" if not number else ""))
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """The text in lines of at most `width` columns; a word that is longer, such as a path, stays whole."""
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split(" "):
+            if line.strip() and cell_len(line) + cell_len(word) >= width:
+                lines.append(line)
+                line = word
+            else:
+                line = f"{line} {word}" if line else word
+        lines.append(line)
+    return [line.replace(NO_BREAK, " ") for line in lines]
+
+
+def show_settings(toml: str) -> None:
+    """The resolved settings of a dry run on stdout, complete for a file, a pipe and -v.
+
+    On a terminal they would push the plan off the screen, which names those that differ from the defaults.
+    """
+    if results.is_terminal and log_console.is_terminal and _level == NORMAL:
+        log("-v prints all settings")
+    else:
+        results.print(toml.rstrip("\n"), markup=False)
+    log("dry run: everything that can be checked without the work is in order")
+
+
+def count_text(count: int, noun: str) -> str:
+    """`1 clip`, `4 clips`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in a readable unit: s, min or h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Bar(Protocol):

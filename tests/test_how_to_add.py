@@ -199,7 +199,7 @@ def test_a_router(tmp_path, t2v_cache):
         "router": {"kind": "prior"}, "noise_experts": ["low"], "targets": {"last_blocks": 1, "ffn_last_blocks": 1}})
     base, taxonomy = resolve_base(settings.model), load_taxonomy(settings.taxonomy)
     data = read_data(settings, base)
-    assert moe_recipe.describe_mixture(settings, data, taxonomy)[-1].startswith("router prior, top 2")
+    assert moe_recipe.mixture_rows(settings, data, taxonomy)[-1].text.startswith("prior, top 2")
     settings.output.mkdir()
     trainer = moe_recipe.prepare(settings, base, data, taxonomy, CPU)
     trainer.fit()

@@ -14,7 +14,7 @@ from lapwan.caching.index import CachedItem, CacheIndex, write_index
 from lapwan.caching.layout import PROMPTS_FILE, CacheRecipe
 from lapwan.caching.plan import CachePlan, index_items, index_path, make_plan
 from lapwan.caching.read import load_index
-from lapwan.caching.report import plan_lines, write_report
+from lapwan.caching.report import plan_rows, write_report
 from lapwan.caching.stale import EncoderSpec
 from lapwan.data.clips import CacheSet
 from lapwan.data.dropped_clips import DroppedClip
@@ -103,9 +103,8 @@ def _encode_and_index(
     index = _index(plan, {}, before.pixels_per_second if before else None)
     done: dict[str, CacheRecipe] = {}
     if not plan.done and plan.items:
-        for line in plan_lines(plan, index.pixels_per_second) if processes.first else ():
-            console.log(line)
         if processes.first:
+            console.show_plan(plan_rows(plan, index.pixels_per_second))
             write_index(index)
         result, done, speed = _encode(plan, spec, options, processes, result)
         index = replace(index, items=index_items(plan, done), pixels_per_second=speed or index.pixels_per_second,

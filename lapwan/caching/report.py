@@ -1,4 +1,4 @@
-"""The report of `lapwan cache`: the lines of a plan, and lapwan_report.json."""
+"""The report of `lapwan cache`: the rows of a plan, and lapwan_report.json."""
 
 from __future__ import annotations
 
@@ -11,40 +11,62 @@ from lapwan import files
 from lapwan.caching.index import CachedItem
 from lapwan.caching.plan import CachePlan, PlannedItem
 from lapwan.caching.stale import MISSING
-from lapwan.data.dropped_clips import DroppedClip, dropped_lines
+from lapwan.console import PlanRow, count_text, duration_text
+from lapwan.data.dropped_clips import DroppedClip
 
 REPORT_FILE = "lapwan_report.json"
 
 
-def plan_lines(plan: CachePlan, pixels_per_second: float | None = None) -> list[str]:
-    """The plan in lines: items, what will be encoded and why, time and disk, which clips are dropped and why.
+_SHOWN_SIZES, _SHOWN_DROPS = 6, 8
+
+
+def plan_rows(plan: CachePlan, pixels_per_second: float | None = None) -> list[PlanRow]:
+    """The plan: items, what will be encoded and why, time and disk, which clips are dropped and why.
 
     Args:
         pixels_per_second: the speed of the last run into this folder, for the estimate.
     """
     clips = len({item.stem for item in plan.items})
-    lines = [f"{plan.folder}: {len(plan.items)} items of {clips} clips from {plan.cache.dataset}"]
+    items = count_text(clips, "clip") if clips == len(plan.items) else (
+        f"{count_text(len(plan.items), 'item')} of {count_text(clips, 'clip')}")
     sizes = Counter((len(item.indices), *reversed(item.crop.bucket)) for item in plan.items)
-    for (frames, height, width), count in sorted(sizes.items()):
-        lines.append(f"  {count} x {frames} frames of {height}x{width}")
-    for what, todo in (("latents", plan.latents_todo), ("text", plan.text_todo), ("regions", plan.roi_todo)):
-        lines += [f"  {what}: {count} to encode ({reason})" for reason, count in _reasons(todo)]
-    if plan.prompts_todo:
-        lines.append(f"  empty and negative prompt: to encode ({plan.prompts_todo})")
+    shown = sorted(sizes.items())[:_SHOWN_SIZES]
+    rows = [PlanRow("cache", f"{plan.folder}: {items} from {plan.cache.dataset}"),
+            PlanRow("sizes", "none" if not sizes else ", ".join(f"{count} x {frames} frames {height}x{width}"
+                                       for (frames, height, width), count in shown)
+                    + (f" and {len(sizes) - len(shown)} more sizes" if len(sizes) > len(shown) else "")),
+            *_todo_rows(plan)]
     if plan.latents_todo:
         free = _free_bytes(plan)
-        lines.append(f"  disk for latents: {size_text(plan.latents_bytes())} of {size_text(free)} free")
+        rows.append(PlanRow("disk", f"{size_text(plan.latents_bytes())} for latents, {size_text(free)} free"))
         if plan.latents_bytes() > free:
-            lines.append("  warning: not enough free disk space")
+            rows.append(PlanRow("warning", "not enough free disk space", warning=True))
         if pixels_per_second:
-            lines.append(f"  time for latents: about {duration_text(plan.pixels() / pixels_per_second)}, "
-                         "at the speed of the last run")
+            rows.append(PlanRow("time", f"about {duration_text(plan.pixels() / pixels_per_second)} for latents, at the "
+                                        "speed of the last run"))
     if plan.unverified:
-        lines.append(f"  {len(plan.unverified)} files made by another tool are used unverified")
+        rows.append(PlanRow("unverified", f"{count_text(len(plan.unverified), 'file')} made by another tool, used as "
+                                          "they are"))
     if plan.orphans:
-        lines.append(f"  {len(plan.orphans)} cache files belong to no clip of the dataset; they are kept "
-                     "(--prune deletes them)")
-    return lines + dropped_lines(plan.drops)
+        rows.append(PlanRow("orphans", f"{count_text(len(plan.orphans), 'cache file')} of no clip of the dataset, kept "
+                                       "(--prune deletes them)"))
+    rows += [PlanRow("dropped", f"{drop.name}: {drop.reason}", detail=number >= _SHOWN_DROPS)
+             for number, drop in enumerate(plan.drops)]
+    if len(plan.drops) > _SHOWN_DROPS:
+        rows.append(PlanRow("dropped", f"{len(plan.drops)} clips in all; -v lists them"))
+    return rows
+
+
+def _todo_rows(plan: CachePlan) -> list[PlanRow]:
+    """What will be encoded, by reason: `missing: 8 latents, 8 captions`."""
+    by_reason: dict[str, list[str]] = {}
+    for noun, todo in (("latent", plan.latents_todo), ("caption", plan.text_todo), ("region", plan.roi_todo)):
+        for reason, count in _reasons(todo):
+            by_reason.setdefault(reason, []).append(count_text(count, noun))
+    if plan.prompts_todo:
+        by_reason.setdefault(plan.prompts_todo, []).append("the empty and the negative prompt")
+    texts = [f"{', '.join(what)} ({reason})" for reason, what in by_reason.items()]
+    return [PlanRow("" if number else "to encode", text) for number, text in enumerate(texts or ["nothing"])]
 
 
 def write_report(plan: CachePlan, items: Sequence[CachedItem], drops: Sequence[DroppedClip]) -> None:
@@ -68,13 +90,6 @@ def _reasons(todo: Mapping[str, tuple[PlannedItem, str]]) -> list[tuple[str, int
 
 def _free_bytes(plan: CachePlan) -> int:
     return shutil.disk_usage(files.nearest_folder(plan.folder)).free
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds in a readable unit: s, min or h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def size_text(size: float) -> str:

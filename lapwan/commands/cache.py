@@ -6,14 +6,14 @@ from pathlib import Path
 
 from lapwan import console
 from lapwan.caching.cache_folder import CacheOptions, CacheResult, build_cache, encoders_from_settings, plan_cache
-from lapwan.caching.report import plan_lines
+from lapwan.caching.report import plan_rows
 from lapwan.data.dataset import extraction_from_settings, read_dataset
 from lapwan.data.dropped_clips import DroppedClip, dropped_lines
 from lapwan.distributed import launched
 from lapwan.errors import UserError
 from lapwan.files import write_text
 from lapwan.models.spec import task_with
-from lapwan.settings.base import RunOptions, to_toml
+from lapwan.settings.base import RunOptions, settings_row, to_toml
 from lapwan.settings.cache import CacheSettings
 from lapwan.tiny.resolve import resolve
 
@@ -25,14 +25,16 @@ def run(settings: CacheSettings, options: RunOptions) -> None:
     processes = launched()
     if not processes.first:
         console.set_level(console.QUIET)
-    if options.dry_run:
-        console.results.print(to_toml(settings), markup=False, end="")
+    if options.dry_run and processes.first:
+        console.show_plan([settings_row(settings, "dataset")])
     drops = _cache(settings, options) if settings.dataset is not None else []
     if not options.dry_run and processes.first:
         if settings.verify:
             _verify(settings)
         if settings.preview:
             _preview(settings)
+    if options.dry_run and processes.first:
+        console.show_settings(to_toml(settings))
     processes.close()
     if drops and not settings.skip_bad and not options.dry_run and processes.first:
         for line in dropped_lines(drops):
@@ -54,8 +56,7 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
     for cache in read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride):
         if options.dry_run:
             plan, before = plan_cache(cache, encoders, cache_options)
-            for line in plan_lines(plan, before.pixels_per_second if before else None):
-                console.results.print(line, markup=False)
+            console.show_plan(plan_rows(plan, before.pixels_per_second if before else None))
             continue
         result = build_cache(cache, encoders, spec, cache_options, launched())
         drops += result.drops

@@ -6,6 +6,7 @@ import shutil
 
 from lapwan import console, files
 from lapwan.commands.run_setup import output_lock, print_plan
+from lapwan.console import PlanRow, count_text
 from lapwan.errors import Interrupted, UserError
 from lapwan.evaluation.metrics import metric_names
 from lapwan.evaluation.recipe import make_study, open_store, write_results
@@ -70,18 +71,21 @@ def _probe_set(spec: ModelSpec) -> ProbeSet | None:
     return probe_captions() if vae_fingerprint(spec) == vae_fingerprint(embedded) else None
 
 
-def _plan(study: Study) -> list[str]:
+def _plan(study: Study) -> list[PlanRow]:
     spec = study.arms[0].base.spec
-    lines = [f"{len(study.arms)} adapters on {spec.path} ({spec.task}): {', '.join(arm.name for arm in study.arms)}"]
+    names = [arm.name for arm in study.arms]
+    rows = [PlanRow("model", f"{spec.path} ({spec.task})"),
+            PlanRow("adapters", f"{len(names)}: " + ("; " if any("," in name for name in names) else ", ").join(names))]
     if study.index is not None:
         plan = study.flow
-        lines.append(f"losses: {len(study.items)} clips of {study.index.folder}, {plan.bins} bins of sigma x "
-                     f"{plan.draws} draws for each noise expert, the same for every adapter")
+        rows.append(PlanRow("losses", f"{count_text(len(study.items), 'clip')} of {study.index.folder}, "
+                                      f"{count_text(plan.draws, 'draw')} in each of {plan.bins} bins of sigma of each "
+                                      "noise expert, the same for every adapter"))
     if study.sampling is not None:
         s, count = study.sampling, len(study.clips) * study.sampling.seeds
-        lines.append(f"videos: {len(study.clips)} clips x {s.seeds} seeds = {count} per adapter, {s.batch_size} at a "
-                     f"time, {s.shape.frames} frames {s.shape.size[0]}x{s.shape.size[1]}, {s.steps} steps")
-        lines.append(f"metrics: {', '.join(metric_names(study.scorers)) or 'none'}")
-    for name, captions in study.captions.items():
-        lines.append(f"routing: {len(captions)} {name}")
-    return lines
+        rows.append(PlanRow("videos", f"{count_text(len(study.clips), 'clip')} x {count_text(s.seeds, 'seed')} = "
+                                      f"{count} per adapter, {s.batch_size} at a time, {s.shape.frames} frames "
+                                      f"{s.shape.size[0]}x{s.shape.size[1]}, sampled in {s.steps} steps"))
+        rows.append(PlanRow("metrics", ", ".join(metric_names(study.scorers)) or "none"))
+    rows += [PlanRow("routing", f"{len(captions)} {name}") for name, captions in study.captions.items()]
+    return rows

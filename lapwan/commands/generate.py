@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lapwan import console
 from lapwan.api import Prepared, VideoGenerator
 from lapwan.commands.run_setup import distributed_run
+from lapwan.console import PlanRow
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import atomic_file, claim_output, is_temporary
 from lapwan.report.contact_sheet import contact_sheet, side_by_side
@@ -16,11 +18,12 @@ from lapwan.sampling.jobs import UNNAMED, VideoJob, check_options, line_jobs, ma
 from lapwan.sampling.request import grid_of
 from lapwan.sampling.result import Video, check_output, compare_with_record, recorded_settings
 from lapwan.sampling.video import write_video
-from lapwan.settings.base import RunOptions, to_toml
+from lapwan.settings.base import RunOptions, settings_row, to_toml
 from lapwan.settings.generate import GenerateSettings
 from lapwan.train.parallel import Distributed
 
 _GRID_COLUMNS = 4
+_SHOWN_KINDS = 4  # of videos that differ in size or steps, in the plan
 _LEAST_WIDTH = 256  # pixels of a video on a sheet, so that a caption fits
 
 
@@ -52,13 +55,13 @@ def _run(settings: GenerateSettings, options: RunOptions, distributed: Distribut
     for path in (sheet, together):
         if path is not None:
             claim_output(path, options.overwrite)
-    _show_plan(prepared, distributed)
+    _show_plan(settings, prepared, distributed)
     if options.dry_run and not distributed.first:
         return
     if options.dry_run:
         video = prepared[0].settings if len(jobs) == 1 else settings
         filled = settings.model_copy(update={name: getattr(video, name) for name in type(video).model_fields})
-        console.results.print(to_toml(filled), markup=False)
+        console.show_settings(to_toml(filled))
         return
     videos = _make_all(generator, jobs, prepared, settings, options, distributed)
     if not distributed.first:
@@ -78,23 +81,29 @@ def _prepare(generator: VideoGenerator, job: VideoJob) -> Prepared:
         raise UserError(f"{job.source}: {error}" if job.source else str(error)) from None
 
 
-def _show_plan(prepared: Sequence[Prepared], distributed: Distributed) -> None:
-    for line in dict.fromkeys(_plan_line(made) for made in prepared):
-        console.log(line)
-    if len(prepared) > 1:
-        console.log(f"{len(prepared)} videos")
-    if distributed.count > 1:
-        console.log(f"{distributed.count} processes share the tokens of each video")
+def _show_plan(settings: GenerateSettings, prepared: Sequence[Prepared], distributed: Distributed) -> None:
     first = prepared[0]
+    rows = [PlanRow("model", f"{first.generator.spec.path} ({first.generator.spec.task})")]
+    counts = Counter(map(_plan_text, prepared))
+    for (video, steps), count in list(counts.items())[:_SHOWN_KINDS]:
+        rows += [PlanRow("video" if count == 1 else f"{count} videos", video), PlanRow("sampling", steps)]
+    if len(counts) > _SHOWN_KINDS:
+        rows.append(PlanRow("", f"and {len(counts) - _SHOWN_KINDS} more sizes; {len(prepared)} videos in all"))
+    if distributed.count > 1:
+        rows.append(PlanRow("processes", f"{distributed.count} share the tokens of each video"))
+    if settings.output is not None:
+        rows.append(PlanRow("output", str(settings.output)))
+    console.show_plan([settings_row(settings), *rows])
     first.generator.begin(first.request)
 
 
-def _plan_line(made: Prepared) -> str:
+def _plan_text(made: Prepared) -> tuple[str, str]:
+    """(size and length, steps)."""
     request, spec = made.request, made.generator.spec
     grid = grid_of(spec, request)
     height, width = request.size
     length = "one frame" if request.num_frames == 1 else f"{request.num_frames} frames at {request.fps} fps"
-    return f"{spec.task} at {height}x{width}, {length}; {grid}"
+    return f"{length}, {height}x{width}", str(grid)
 
 
 def _make_all(
@@ -173,7 +182,7 @@ def run_interactive(settings: GenerateSettings, options: RunOptions) -> None:
         raise UserError("--sheet needs all videos of a run; leave it out with --interactive")
     generator = VideoGenerator.from_settings(settings)
     if options.dry_run:
-        console.results.print(to_toml(settings), markup=False)
+        console.show_settings(to_toml(settings))
         return
     made: list[Path] = []
     try:

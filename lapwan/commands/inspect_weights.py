@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lapwan import files
-from lapwan.console import log, results
+from lapwan.console import PlanRow, results, show_plan, show_settings
 from lapwan.diagnostics import tables
 from lapwan.diagnostics.inspect import Inspection, inspect, read_points
-from lapwan.settings.base import RunOptions, to_toml
+from lapwan.settings.base import RunOptions, settings_row, to_toml
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.tiny.resolve import with_tiny
 
@@ -25,9 +25,10 @@ def run(settings: InspectWeightsSettings, options: RunOptions) -> None:
             files.claim_output(output, options.overwrite)
     points, folder = read_points(settings)
     if options.dry_run:
-        results.print(to_toml(settings), markup=False)
-        for point in points:
-            log(f"step {point.step}: " + ", ".join(f"{label} {lora.path}" for label, lora in point.loras.items()))
+        show_plan([settings_row(settings, "files"), *(
+            PlanRow("weights" if point.step is None else f"step {point.step}",
+                    ", ".join(f"{label} {lora.path}" for label, lora in point.loras.items())) for point in points)])
+        show_settings(to_toml(settings))
         return
     base = None if settings.base is None else with_tiny(settings.base)
     inspection = inspect(settings.model_copy(update={"base": base}), points, folder)

@@ -11,13 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from lapwan import console
+from lapwan.console import PlanRow, count_text
 from lapwan.data.clips import ClipFile, read_clips, relocated, shortened, to_line
 from lapwan.data.label_report import LabelReport
 from lapwan.data.labels import CaptionLabeller, Label, round_weights
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, claim_output, write_text
-from lapwan.settings.base import RunOptions, to_toml
+from lapwan.settings.base import RunOptions, settings_row, to_toml
 from lapwan.settings.label import LabelSettings
 
 _FIELDS = ("instrument_label", "instrument_name", "instrument_logits", "instrument_taxonomy", "label_fallback")
@@ -77,11 +78,10 @@ def _lines(report: LabelReport) -> str:
 def _plan(settings: LabelSettings, clips: ClipFile, taxonomy: Taxonomy) -> None:
     """Read and check every line without labelling it."""
     count = sum(1 for _ in clips)
-    console.results.print(to_toml(settings), markup=False, end="")
-    console.results.print(
-        f"would label {count} clips of {settings.clips} with {taxonomy.name} ({', '.join(taxonomy.keys)}) "
-        f"into {settings.output}", markup=False,
-    )
+    console.show_plan([
+        settings_row(settings, "taxonomy"), PlanRow("clips", f"{count_text(count, 'clip')} of {settings.clips}"),
+        PlanRow("taxonomy", f"{taxonomy.name} ({', '.join(taxonomy.keys)})"), PlanRow("output", str(settings.output))])
+    console.show_settings(to_toml(settings))
 
 
 def _label_all(

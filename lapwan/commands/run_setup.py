@@ -8,9 +8,10 @@ from pathlib import Path
 
 from lapwan import console
 from lapwan.caching.read import load_index
+from lapwan.console import PlanPart, PlanRow
 from lapwan.files import folder_lock
 from lapwan.models.spec import Task, task_named
-from lapwan.settings.base import RunOptions, Settings, to_toml
+from lapwan.settings.base import RunOptions, Settings, settings_row, to_toml
 from lapwan.train.parallel import Distributed, join_processes
 
 
@@ -19,13 +20,14 @@ def index_task(cache: Path, labels: Path | None = None) -> Task | None:
     return task_named(load_index(cache, labels).task)
 
 
-def print_plan(settings: Settings, lines: Sequence[str], options: RunOptions) -> None:
-    """Print the plan on stderr; under --dry-run also the resolved settings on stdout."""
-    for line in lines:
-        console.log(line)
+def print_plan(settings: Settings, parts: Sequence[PlanPart], options: RunOptions) -> None:
+    """Print the plan on stderr, with the settings that differ from the defaults; under --dry-run all on stdout."""
+    output = [PlanRow("output", str(path))] if isinstance(path := getattr(settings, "output", None), Path) else []
+    console.show_plan([settings_row(settings), *output, *parts])
     if options.dry_run:
-        console.results.print(to_toml(settings), markup=False)
-        console.log("dry run: everything that can be checked without the work is in order")
+        console.show_settings(to_toml(settings))
+    else:
+        console.detail(to_toml(settings))
 
 
 def output_lock(folder: Path, options: RunOptions) -> AbstractContextManager[None]:

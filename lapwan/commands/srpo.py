@@ -17,7 +17,7 @@ from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS
 from lapwan.train.recipe import run_training
 from lapwan.train.run_folder import claim_run, start_folder
 from lapwan.train.srpo import recipe
-from lapwan.train.srpo.plan import SrpoPlan, plan_run, srpo_plan_lines, too_slow
+from lapwan.train.srpo.plan import SrpoPlan, plan_run, srpo_plan_rows, too_slow
 
 
 def run(settings: SrpoSettings, options: RunOptions) -> None:
@@ -29,8 +29,9 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
         device = pick_device(device_name)
         planned = plan(settings, device, distributed.count, options.dry_run)
         base, data, memory = planned.base, planned.data, planned.memory
-        table = ["GPU memory of this run:", *memory.table] if memory.table else []
-        print_plan(settings, [*srpo_plan_lines(settings, base, data, planned.intervals), memory.line, *table], options)
+        by_gpu = memory.by_gpu if options.dry_run else ()
+        rows = srpo_plan_rows(settings, base, data, planned.intervals)
+        print_plan(settings, [*rows, *memory.rows, *by_gpu], options)
         slow = too_slow(settings, base, data, device)
         if options.dry_run:
             if slow:

@@ -10,7 +10,7 @@ from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
 from lapwan.train.callbacks.build import check_callbacks
-from lapwan.train.checklist import checklist, plan_lines
+from lapwan.train.checklist import check_rows, checklist, plan_rows
 from lapwan.train.lora.objective import lora_names
 from lapwan.train.lora.recipe import plan_lora, prepare
 from lapwan.train.parallel import choose_parallelism
@@ -30,9 +30,9 @@ def run(settings: TrainLoraSettings, options: RunOptions) -> None:
         device = pick_device(device_name)
         memory = distributed.agree(
             plan_lora(settings, base, data, device, options.dry_run, distributed.context_parallel_size))
-        plan = [*plan_lines(settings, base, data, continued), memory.line]
-        plan += check_callbacks(settings, base, data)
-        print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
+        plan = [*plan_rows(settings, base, data, continued), *check_callbacks(settings, base, data)]
+        checks = check_rows(checklist(settings, base, data))
+        print_plan(settings, [*plan, *memory.rows(len(data.schedule)), *checks], options)
         if options.dry_run:
             return
         if distributed.first:

@@ -11,8 +11,8 @@ from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
 from lapwan.train.callbacks.build import check_callbacks
-from lapwan.train.checklist import checklist, plan_lines
-from lapwan.train.moe.recipe import base_loras, check_mixture, describe_mixture, plan_mixture, prepare
+from lapwan.train.checklist import check_rows, checklist, plan_rows
+from lapwan.train.moe.recipe import base_loras, check_mixture, mixture_rows, plan_mixture, prepare
 from lapwan.train.parallel import choose_parallelism
 from lapwan.train.run_folder import claim_run, start_folder
 
@@ -30,12 +30,12 @@ def run(settings: TrainMoeSettings, options: RunOptions) -> None:
         check_mixture(settings, base, data, taxonomy)
         frozen = base_loras(settings, base)  # now, so that a wrong file is refused before the weights are loaded
         device = pick_device(device_name)
-        plan = [*plan_lines(settings, base, data), *describe_mixture(settings, data, taxonomy)]
+        plan = [*plan_rows(settings, base, data), *mixture_rows(settings, data, taxonomy)]
         memory = distributed.agree(plan_mixture(
             settings, base, data, taxonomy, frozen, device, options.dry_run, distributed.context_parallel_size))
-        plan.append(memory.line)
         plan += check_callbacks(settings, base, data, taxonomy)
-        print_plan(settings, [*plan, *map(str, checklist(settings, base, data))], options)
+        checks = check_rows(checklist(settings, base, data))
+        print_plan(settings, [*plan, *memory.rows(len(data.schedule)), *checks], options)
         if options.dry_run:
             return
         if distributed.first:

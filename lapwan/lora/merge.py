@@ -26,7 +26,7 @@ from lapwan.checkpoints.fingerprints import FINGERPRINT_KEY, checkpoint_fingerpr
 from lapwan.checkpoints.rewrite import AddRows, Advance, check_mergeable, matrix_shape, rewrite
 from lapwan.checkpoints.tensors import load_rows
 from lapwan.checkpoints.wan_keys import target_path, to_original
-from lapwan.console import log
+from lapwan.console import count_text, log
 from lapwan.errors import UserError, nearest
 from lapwan.lora.formats import AdapterFile
 from lapwan.lora.state import Term
@@ -71,7 +71,8 @@ class ComponentPlan:
     def describe(self, name: str) -> str:
         """One line for the console."""
         loras = ", ".join(f"{g.lora.path.name} x {g.multiplier:g}" for g in self.loras) or "no LoRA, unchanged"
-        return f"{name}: {self.touched} weights, {self.size / 2**30:.3g} GiB in {len(self.files)} file(s): {loras}"
+        files = count_text(len(self.files), "file")
+        return f"{name}: {self.touched} weights, {self.size / 2**30:.3g} GiB in {files}: {loras}"
 
 
 def target_tensors(files: Sequence[TensorFile]) -> dict[str, tuple[int, str]]:

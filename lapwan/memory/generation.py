@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 
 from lapwan.checkpoints.container import read_header
+from lapwan.console import PlanPart, PlanRow, duration_text
 from lapwan.lora.attach import Group
 from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape
 from lapwan.memory.plan import (
-    GIB,
     RING_SLOTS,
     WORKSPACE,
     MemoryPlan,
@@ -22,6 +22,8 @@ from lapwan.memory.plan import (
     Throughput,
     choose,
     memory_budget,
+    memory_table,
+    memory_warnings,
     placements,
 )
 from lapwan.models.original_layout import read_tensors, t5_to_transformers
@@ -139,8 +141,13 @@ def plan_generation(
     return choose(sizes, strategies, WORKSPACE, free, memory, phases, host_free)
 
 
-def describe_generation(plan: MemoryPlan, device: torch.device, count: int) -> str:
-    """The decision and its numbers in one line; `count`: noise experts of the model."""
+def generation_rows(plan: MemoryPlan, device: torch.device, count: int, steps: int) -> list[PlanPart]:
+    """The decision and its figures for a screen.
+
+    Args:
+        count: noise experts of the model.
+        steps: of the denoising loop.
+    """
     placement = plan.strategy.placement
     if placement.streamed:
         what = f"{placement.streamed} blocks of the active noise expert stream from host memory to {device}"
@@ -153,10 +160,12 @@ def describe_generation(plan: MemoryPlan, device: torch.device, count: int) -> s
     why = {"auto": "auto"}.get(str(plan.requested), "as asked")
     if isinstance(plan.requested, float):
         why = f"within {plan.requested:g} GiB"
-    if not plan.parts:
-        return f"memory: {what} ({why})"
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in plan.parts.items() if size >= GIB / 20)
-    free = "" if plan.free is None else f" of {plan.free / GIB:.1f}"
     passes = "" if plan.strategy.batched_guidance else "; guidance in two passes"
-    return (f"memory: {what} ({why}): predicted peak {plan.peak / GIB:.1f}{free} GiB ({parts}){plan.host_summary}; "
-            f"{plan.strategy.seconds:.2f} s a step predicted{passes}")
+    if plan.peak > sum(plan.parts.values()):
+        passes += "; the peak is in reading the prompt or decoding the frames"
+    rows: list[PlanPart] = [PlanRow("memory", f"{what} ({why}){passes}"), *memory_table(plan, str(device))]
+    if plan.parts:
+        seconds = plan.strategy.seconds
+        rows.append(PlanRow("time", f"{seconds:.2f} s a step, {duration_text(steps * seconds)} for all {steps} "
+                                    "(predicted)"))
+    return [*rows, *memory_warnings(plan, str(device))]

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lapwan.console import PlanRow, PlanTable
 from lapwan.names import Checkpointing
 
 GIB = 1 << 30
@@ -155,6 +156,37 @@ class MemoryPlan:
     def fits(self) -> bool:
         """Whether the predicted peak is below the free memory, slack included."""
         return self.free is None or required_bytes(self.peak) <= self.free
+
+
+def memory_table(plan: MemoryPlan, device: str) -> list[PlanTable]:
+    """The predicted GiB on the device by what they are for, and on the host; nothing where none were predicted."""
+    if not plan.parts:
+        return []
+    headings = ("GiB", *plan.parts, "predicted peak", "free")
+    rows = [(device, *map(_gib, plan.parts.values()), _gib(plan.peak), _gib(plan.free))]
+    if plan.host:
+        rest = [""] * (len(plan.parts) - 1)
+        rows.append(("host", _gib(plan.host), *rest, _gib(plan.host), _gib(plan.host_free)))
+    if plan.free is None:  # of a dry run without a GPU
+        headings, rows = headings[:-1], [row[:-1] for row in rows]
+    return [PlanTable(headings, tuple(rows))]
+
+
+def memory_warnings(plan: MemoryPlan, device: str) -> list[PlanRow]:
+    """What does not fit."""
+    rows = []
+    if not plan.fits and plan.free is not None:
+        rows.append(PlanRow("warning", f"memory: this does not fit: with what is lost to fragmentation it takes "
+                                       f"{_gib(required_bytes(plan.peak))} GiB of {device}, which has "
+                                       f"{_gib(plan.free)} GiB free", warning=True))
+    if not plan.fits_host and plan.host_free is not None:
+        rows.append(PlanRow("warning", f"memory: the host needs {_gib(plan.host)} GiB and has only "
+                                       f"{_gib(plan.host_free)} GiB available", warning=True))
+    return rows
+
+
+def _gib(size: int | None) -> str:
+    return "" if size is None else f"{size / GIB:.2f}"
 
 
 # Activation memory of compiled blocks relative to eager ones, by what is recomputed. Measured on an H200 with 5 and 40

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lapwan.console import PlanPart, PlanRow, PlanTable
 from lapwan.errors import UserError
 from lapwan.files import cache_root, write_text
 from lapwan.memory import trace
@@ -77,13 +78,14 @@ class MemoryParts:
 
 @dataclass(frozen=True)
 class SrpoMemory:
-    """The decision for this run, and its log lines; `table` is the peak by size of GPU."""
+    """The decision for this run, in one line and for a screen; `by_gpu`: the peak by size of GPU, where predicted."""
 
     both: bool
     checkpointing: bool
     peak: int
     line: str
-    table: tuple[str, ...]
+    rows: tuple[PlanPart, ...]
+    by_gpu: tuple[PlanTable, ...] = ()
 
 
 def plan_srpo(
@@ -107,15 +109,16 @@ def plan_srpo(
     checkpointing = settings.activation_checkpointing is True
     both = settings.memory != "one" or len(loaded) < 2
     kept = "everything stays" if both else "one noise expert at a time, as asked,"
+    row = PlanRow("memory", f"{kept} on {device}")
     if free is None and not predict:
-        return SrpoMemory(both, checkpointing, 0, f"memory: {kept} on {device}", ())
+        return SrpoMemory(both, checkpointing, 0, f"memory: {row.text}", (row,))
     dtype = pick_dtype(settings.dtype, _gpu(device))
     parts = parts_of(settings, base, noise_experts, loaded, bucket, rewards, dtype, processes)
     can_offload = settings.memory != "both" and settings.train == "lora"
     allowed = [strategy for strategy in parts.strategies(can_offload) if _allowed(settings, strategy, len(loaded))]
-    table = tuple(_row(size, parts, allowed) for size in GPUS)
+    table = _by_gpu(parts, allowed)
     if free is None:
-        return SrpoMemory(both, checkpointing, parts.peak(both, checkpointing), f"memory: {kept} on {device}", table)
+        return SrpoMemory(both, checkpointing, parts.peak(both, checkpointing), f"memory: {row.text}", (row,), (table,))
     fitting = next((strategy for strategy in allowed if parts.peak(*strategy) + _CONTEXT <= free), None)
     if fitting is None:
         least = min(parts.peak(*strategy) for strategy in allowed)
@@ -124,7 +127,8 @@ def plan_srpo(
                         f"lower size, num_frames or preference.frames{_hints(settings)}")
     peak = parts.peak(*fitting)
     line = f"memory: {_describe(parts, fitting)}: {_gib(peak)} of {_gib(free)} free ({_detail(parts)})"
-    return SrpoMemory(*fitting, peak, line, table)
+    rows = (PlanRow("memory", f"{_describe(parts, fitting)} on {device}"), _parts_table(parts, fitting, device, free))
+    return SrpoMemory(*fitting, peak, line, rows, (table,))
 
 
 def _gpu(device: torch.device) -> torch.device:
@@ -139,13 +143,31 @@ def _allowed(settings: SrpoSettings, strategy: tuple[bool, bool], loaded: int) -
     return settings.activation_checkpointing == "auto" or checkpointing == settings.activation_checkpointing
 
 
-def _row(size: int, parts: MemoryParts, allowed: Sequence[tuple[bool, bool]]) -> str:
-    available = size * _GB - _CONTEXT
-    for strategy in allowed:
-        if parts.peak(*strategy) <= available:
-            return f"  {size:>3} GB: {_gib(parts.peak(*strategy))}, {_describe(parts, strategy)}"
-    least = min(allowed, key=lambda strategy: parts.peak(*strategy))
-    return f"  {size:>3} GB: does not fit, needs {_gib(parts.peak(*least) + _CONTEXT)} with {_describe(parts, least)}"
+def _by_gpu(parts: MemoryParts, allowed: Sequence[tuple[bool, bool]]) -> PlanTable:
+    """The predicted peak and strategy on GPUs of common sizes; neighbours with the same are one row."""
+    sizes: dict[tuple[str, str], list[int]] = {}
+    for size in GPUS:
+        fitting = [strategy for strategy in allowed if parts.peak(*strategy) <= size * _GB - _CONTEXT]
+        if fitting:
+            cells = (_gib(parts.peak(*fitting[0])), _describe(parts, fitting[0]))
+        else:
+            least = min(allowed, key=lambda strategy: parts.peak(*strategy))
+            cells = (_gib(parts.peak(*least)), f"does not fit, even with {_describe(parts, least)}")
+        sizes.setdefault(cells, []).append(size)
+    rows = tuple((f"{same[0]} GB" if len(same) == 1 else f"{same[0]} to {same[-1]} GB", *cells)
+                 for cells, same in sizes.items())
+    return PlanTable(("GPU", "predicted peak", "weights and activations"), rows)
+
+
+def _parts_table(parts: MemoryParts, strategy: tuple[bool, bool], device: torch.device, free: int) -> PlanTable:
+    """What the peak on the device is made of."""
+    both, checkpointing = strategy
+    weights = sum(parts.weights.values()) if both else max(parts.weights.values())
+    step = parts.scoring + parts.graphs[checkpointing]
+    work = ("scoring and activations", step) if step >= parts.sampling else ("sampling", parts.sampling)
+    figures = {"weights": weights, "training state": parts.state, "rewards, VAE": parts.models, work[0]: work[1],
+               "predicted peak": parts.peak(*strategy), "free": free}
+    return PlanTable(("GiB", *figures), ((str(device), *(f"{size / _GIB:.2f}" for size in figures.values())),))
 
 
 def _describe(parts: MemoryParts, strategy: tuple[bool, bool]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lapwan.checkpoints.wan_keys import split_block
+from lapwan.console import PlanPart, PlanRow, duration_text
 from lapwan.memory.cost import TRAINED_COPIES, ClipShape, GroupShape, NoiseExpertShape, tokens_of, width_of
 from lapwan.memory.plan import (
     COMPILED_ACTIVATIONS,
@@ -24,6 +25,8 @@ from lapwan.memory.plan import (
     available_host_memory,
     choose,
     memory_budget,
+    memory_table,
+    memory_warnings,
     placements,
     required_bytes,
 )
@@ -41,12 +44,33 @@ from lapwan.wan.transformer.forward import ForwardOptions
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """The plan, how each noise expert is quantised, whether the clips stay on the device, and the line to log."""
+    """The plan, how each noise expert is quantised, whether the clips stay on the device, and the plan in words."""
 
     plan: MemoryPlan
     recipes: Mapping[NoiseExpert, Recipe | None]
     keep_data: bool
-    line: str
+    summary: str
+    device: str
+
+    @property
+    def line(self) -> str:
+        """The plan and its predicted peak in one line."""
+        line, plan = f"memory: {self.summary}", self.plan
+        if plan.parts:
+            parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.parts.items())
+            free = "" if plan.free is None else f" of {plan.free / GIB:.1f}"
+            line += (f"; predicted peak {plan.peak / GIB:.2f}{free} GiB ({parts}){plan.host_summary}, "
+                     f"{plan.strategy.seconds:.3g} s a step")
+        return line if plan.fits else f"{line}; THIS DOES NOT FIT"
+
+    def rows(self, steps: int) -> list[PlanPart]:
+        """The plan for a screen; `steps`: optimizer steps of the run."""
+        parts: list[PlanPart] = [PlanRow("memory", self.summary), *memory_table(self.plan, self.device)]
+        if self.plan.parts:
+            seconds = self.plan.strategy.seconds
+            parts.append(PlanRow("time", f"{seconds:.3g} s a step, {duration_text(steps * seconds)} for all {steps} "
+                                         "(predicted)"))
+        return [*parts, *memory_warnings(self.plan, self.device)]
 
     @property
     def both(self) -> bool:
@@ -121,12 +145,13 @@ def plan_training(
     groups, recipes = _groups(work), _recipes(settings, base, work)
     if free is None and not predict:
         plan = _unpredicted(settings, base, groups)
-        return TrainingMemory(plan, recipes, True, _line(plan, device, len(groups), settings.batch_size))
+        summary = _summary(plan, device, len(groups), settings.batch_size)
+        return TrainingMemory(plan, recipes, True, summary, str(device))
     dtype = pick_dtype(settings.dtype, device)
     plan = predict_training(settings, base, work, dtype, free, measure_throughput(device, dtype),
                             _compiles(settings, base, work, device, processes), available_host_memory(), processes)
     keep = free is None or required_bytes(plan.peak + work.clip_bytes) <= free
-    return TrainingMemory(plan, recipes, keep, _line(plan, device, len(groups), settings.batch_size))
+    return TrainingMemory(plan, recipes, keep, _summary(plan, device, len(groups), settings.batch_size), str(device))
 
 
 def predict_training(
@@ -278,7 +303,8 @@ def _recomputations(
     return recomputations
 
 
-def _line(plan: MemoryPlan, device: torch.device, count: int, batch_size: int) -> str:
+def _summary(plan: MemoryPlan, device: torch.device, count: int, batch_size: int) -> str:
+    """Where weights are, what is recomputed, and whether a batch is split."""
     placement, strategy = plan.strategy.placement, plan.strategy
     what = f"everything stays on {device}" if count == 1 else f"both noise experts stay on {device}"
     if placement.streamed:
@@ -295,12 +321,4 @@ def _line(plan: MemoryPlan, device: torch.device, count: int, batch_size: int) -
         details.append("cheap operations are recomputed")
     if strategy.micro_batch:
         details.append(f"a batch of {batch_size} runs in micro-batches of {strategy.micro_batch}, with the same result")
-    line = "memory: " + "; ".join(details)
-    if plan.parts:
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.parts.items())
-        free = "" if plan.free is None else f" of {plan.free / GIB:.1f}"
-        line += (f"; predicted peak {plan.peak / GIB:.2f}{free} GiB ({parts}){plan.host_summary}, "
-                 f"{strategy.seconds:.3g} s a step")
-    if not plan.fits:
-        line += "; THIS DOES NOT FIT"
-    return line
+    return "; ".join(details)

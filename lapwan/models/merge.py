@@ -160,8 +160,8 @@ def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> I
                             f"{noise_expert.value} noise expert; give --sigma")
         gate = gate_range(mixture, noise_expert, sigmas)
         gates[noise_expert] = gate.mean
-        yield (f"{noise_expert.value} noise: w = {gate.mean:.4f} (from {gate.lowest:.4f} to {gate.highest:.4f} over "
-               f"{len(sigmas)} sigmas)")
+        yield (f"{noise_expert.value} noise: timestep gate w = {gate.mean:.4f} (from {gate.lowest:.4f} to "
+               f"{gate.highest:.4f} over {count_text(len(sigmas), 'sigma')})")
     if options.dry_run:
         return
     yield from _write_sums(settings, outputs, (

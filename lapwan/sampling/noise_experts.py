@@ -17,7 +17,7 @@ from lapwan.memory.cost import heads_of
 from lapwan.memory.generation import (
     GenerationWorkload,
     Memory,
-    describe_generation,
+    generation_rows,
     plan_generation,
     text_encoder_bytes,
 )
@@ -71,7 +71,7 @@ class NoiseExperts:
         self._plan = MemoryPlan(Strategy(placement, 0, 0.0), 0, 0, None, memory)
         self._plans: dict[GenerationWorkload, MemoryPlan] = {}
         self.text_streams = False
-        self._logged: str | None = None
+        self._logged: Placement | None = None
         self._compile = compile
         self._evaluations: dict[NoiseExpert, int] = {}
         self._latents_THW: tuple[int, ...] = (0, 0, 0)
@@ -121,11 +121,10 @@ class NoiseExperts:
         if workload not in self._plans or (free is not None and required_bytes(self._plans[workload].peak) > free):
             self._plans[workload] = self._choose(workload, free)
         self._plan = self._plans[workload]
-        line = describe_generation(self._plan, self.device, len(self.base.spec.noise_experts))
-        log = console.detail if self._plan.both and not self._plan.parts else console.log
-        if self._logged is None or self._logged.split("(")[0] != line.split("(")[0]:
-            log(line)
-        self._logged = line
+        rows = generation_rows(self._plan, self.device, len(self.base.spec.noise_experts), steps)
+        if (self._plan.parts or not self._plan.both) and self._logged != self._plan.strategy.placement:
+            console.show_plan(rows)
+        self._logged = self._plan.strategy.placement
         return self._plan
 
     def _choose(self, workload: GenerationWorkload, free: int | None) -> MemoryPlan:

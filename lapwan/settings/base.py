@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import types
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
+
+from lapwan.console import NO_BREAK, PlanRow
 
 
 class Settings(BaseModel):
@@ -124,6 +127,57 @@ def to_toml(settings: Settings, header: str = "") -> str:
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     text: str = tomli_w.dumps(to_plain(settings))
     return comment + text
+
+
+def changed_settings(settings: Settings, default: Settings | None = None) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of the fields that differ from their defaults; fields without a default are left out.
+
+    Args:
+        default: the section that is the default, if its fields have other values than their own defaults.
+    """
+    for name, info in type(settings).model_fields.items():
+        value, kind = getattr(settings, name), type(settings)
+        usual = getattr(default, name) if isinstance(default, kind) else (
+            value if info.is_required() else info.get_default(call_default_factory=True))
+        if isinstance(value, Settings):
+            if type(usual) is not type(value) and "type" in type(value).model_fields:
+                yield f"{name}.type", value.type  # type: ignore[attr-defined]
+            yield from ((f"{name}.{key}", item) for key, item in changed_settings(
+                value, usual if isinstance(usual, Settings) else None))
+        elif value != usual:
+            yield from _flat(name, value)
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The items of nested tables under dotted keys."""
+    if isinstance(value, dict) and value and all(re.fullmatch(r"[\w-]+", str(to_plain(name))) for name in value):
+        for name, item in value.items():
+            yield from _flat(f"{key}.{to_plain(name)}", item)
+    else:
+        yield key, value
+
+
+_LONGEST_VALUE = 60  # characters of a value in the plan
+
+
+def settings_row(settings: Settings, *shown: str) -> PlanRow:
+    """The settings that differ from the defaults, for the plan of a command.
+
+    Args:
+        shown: keys that have a row of their own there, besides model and output.
+    """
+    left_out = {"model", "output", *shown}
+    texts = [f"{key} = {_value_text(value)}".replace(" ", NO_BREAK) for key, value in changed_settings(settings)
+             if key not in left_out]
+    return PlanRow("settings", ", ".join(texts) or "all defaults", detail=not texts)
+
+
+def _value_text(value: Any) -> str:
+    plain = str(value) if isinstance(value, Path) else to_plain(value)
+    if isinstance(plain, list) and plain and isinstance(plain[0], dict):
+        return f"[{len(plain)} tables]"
+    text = json.dumps(plain, ensure_ascii=False) if not isinstance(plain, float) else f"{plain:g}"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 @dataclass(frozen=True)

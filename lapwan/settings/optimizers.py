@@ -50,8 +50,17 @@ class OptimizerSettings(Settings):
         return lr
 
     def describe(self) -> str:
-        """Its lr, betas and weight decay, for the plan of a run."""
+        """Its lr, and betas and weight decay where they are not the default, for the plan of a run."""
         raise NotImplementedError
+
+    def _with_changed(self, text: str, *names: str) -> str:
+        """`text` and those of the fields that differ from their default, such as `, weight decay 0.1`."""
+        fields = type(self).model_fields
+        for name in names:
+            if (value := getattr(self, name)) != fields[name].default:
+                shown = ", ".join(f"{v:g}" for v in (value if isinstance(value, tuple) else (value,)))
+                text += f", {name.replace('_', ' ')} {shown}"
+        return text
 
 
 class _LoraPlus(OptimizerSettings):
@@ -72,8 +81,7 @@ class AdamWSettings(_LoraPlus):
     weight_decay: float = Field(0.01, ge=0)
 
     def describe(self) -> str:
-        beta1, beta2 = self.betas
-        return f"{self.kind} lr {self.lr:g}, betas {beta1:g}, {beta2:g}, weight decay {self.weight_decay:g}"
+        return self._with_changed(f"{self.kind} lr {self.lr:g}", "betas", "weight_decay")
 
 
 class AdamW8bitSettings(_LoraPlus):
@@ -88,8 +96,7 @@ class AdamW8bitSettings(_LoraPlus):
     weight_decay: float = Field(0.01, ge=0)
 
     def describe(self) -> str:
-        beta1, beta2 = self.betas
-        return f"{self.kind} lr {self.lr:g}, betas {beta1:g}, {beta2:g}, weight decay {self.weight_decay:g}"
+        return self._with_changed(f"{self.kind} lr {self.lr:g}", "betas", "weight_decay")
 
 
 class AutomagicSettings(_LoraPlus):
@@ -139,9 +146,9 @@ class AutomagicSettings(_LoraPlus):
         return low + (high - low) * sum(k * w for k, w in enumerate(weights)) / (count * sum(weights))
 
     def describe(self) -> str:
-        return (f"automagic, lr from {self.start_lr:g}, bump {self.lr_bump:g}, min {self.min_lr:g}, max "
-                f"{self.max_lr:g}, beta2 {self.beta2:g}, clip {self.clip_threshold:g}, weight decay "
-                f"{self.weight_decay:g}")
+        text = (f"automagic, lr from {self.start_lr:g}, bump {self.lr_bump:g}, min {self.min_lr:g}, max "
+                f"{self.max_lr:g}")
+        return self._with_changed(text, "beta2", "clip_threshold", "weight_decay")
 
 
 class ProdigySettings(OptimizerSettings):
@@ -162,8 +169,8 @@ class ProdigySettings(OptimizerSettings):
         return None
 
     def describe(self) -> str:
-        return (f"prodigy, lr {self.lr:g} times its own step size (from {self.d0:g}), weight decay "
-                f"{self.weight_decay:g}")
+        text = f"prodigy, lr {self.lr:g} times its own step size (from {self.d0:g})"
+        return self._with_changed(text, "betas", "weight_decay")
 
 
 OPTIMIZERS: tuple[type[OptimizerSettings], ...] = (

@@ -1,6 +1,6 @@
-"""What is printed before a run: the lines of its plan, and a checklist of data and settings.
+"""What is printed before a run: its plan, and a checklist of data and settings.
 
-`plan_lines` says what is trained, on what, how sigma is distributed, and which lr to expect. `checklist` checks the
+`plan_rows` says what is trained, on what, how sigma is distributed, and which lr to expect. `checklist` checks the
 clips (captions, motion, fps, length), the bands, and the settings against a health preset.
 """
 
@@ -11,26 +11,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
+
 from lapwan.caching.index import CachedItem
 from lapwan.caching.read import read_item
+from lapwan.console import PlanRow, count_text
 from lapwan.diagnostics.tables import format_number
 from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
 from lapwan.errors import UserError
 from lapwan.lora.formats import AdapterFile
-from lapwan.losses.sigmas import band_probability, bin_probabilities, shift_for_tokens
+from lapwan.losses.sigmas import band_probability, bin_probabilities, draw_in_band, shift_for_tokens
 from lapwan.models.base import Base, target_ranks
 from lapwan.names import Band, NoiseExpert
+from lapwan.settings.sigma import SigmaSettings
+from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train import NoiseExpertSettings, TrainSettings
 from lapwan.train.optimizers import check_optimizer, describe_optimizer, ratio_line
 from lapwan.train.recipe import RunData, sigma_rule
 
 _BINS, _WIDTH = 10, 30  # of the histogram: rows, characters of the longest bar
+_EVEN = 1e-3  # difference between the shares of two bins, below which a distribution is uniform
 
 
-def plan_lines(
+def plan_rows(
     settings: TrainSettings, base: Base, data: RunData, continued: Mapping[NoiseExpert, AdapterFile] | None = None
-) -> list[str]:
-    """The lines of the plan that `--dry-run` and the start of a run print.
+) -> list[PlanRow]:
+    """The plan that `--dry-run` and the start of a run print.
 
     Args:
         continued: the LoRAs that training starts from.
@@ -40,41 +46,61 @@ def plan_lines(
     """
     clips = len({item.id for item in data.items})
     buckets = sorted({item.bucket for item in data.items})
-    shapes = ", ".join(f"{f} frames {h}x{w}" for f, h, w in buckets[:4]) + (", ..." if len(buckets) > 4 else "")
-    lines = [f"model {base.spec.path} ({base.task}), {clips} clips in {data.index.folder}: {shapes}",
-             f"a step is {settings.accumulate} x {settings.batch_size} clips; {turns_line(data)}"]
+    shapes = ", ".join(f"{f} frames {h}x{w}" for f, h, w in buckets[:4])
+    if len(buckets) > 4:
+        shapes += f" and {len(buckets) - 4} more sizes"
+    rows = [PlanRow("model", f"{base.spec.path} ({base.task})"),
+            PlanRow("data", f"{count_text(clips, 'clip')} in {data.index.folder}: {shapes}"),
+            PlanRow("steps", f"{len(data.schedule)}, each of {batch_text(settings, 'clip')}; {turns_line(data)}")]
     if settings.roi_weight:
-        lines.append(region_line(settings, data))
+        rows.append(PlanRow("regions", region_line(settings, data)))
+    texts: dict[str, list[str]] = {}
     for noise_expert, local_settings in data.noise_experts.items():
         check_optimizer(local_settings.optimizer, local_settings.schedule)
-        file = (continued or {}).get(noise_expert)
-        ranks = target_ranks(local_settings.targets, base.num_layers) if file is None else file.ranks("init_lora")
-        count = data.schedule.count(noise_expert)
-        extras = [f"{count} steps", f"{len(ranks)} modules of ranks {', '.join(map(str, sorted(set(ranks.values()))))}",
-                  describe_optimizer(local_settings.optimizer, local_settings.schedule)]
-        if file is not None:
-            extras.append(f"starting from {file.path}")
-        if phases := local_settings.alpha_schedule.phases:
-            extras.append("alpha " + ", ".join(f"{phase.alpha:g} ({phase.name})" for phase in phases))
-        if settings.ema_decay is not None:
-            extras.append(f"EMA decay {settings.ema_decay:g}")
-        lines.append(f"{noise_expert.value} noise: " + "; ".join(extras))
-        lines += histogram_lines(local_settings, base, data, noise_expert)
+        text = _trained_text(settings, local_settings, base, data, noise_expert, (continued or {}).get(noise_expert))
+        texts.setdefault(text, []).append(noise_expert.value)
+    rows += [PlanRow(f"{names[0]} noise" if len(names) == 1 else ", ".join(names), text if len(names) == 1 else
+                     f"each {text}") for text, names in texts.items()]
+    rows += sigma_rows(base, data)
     trained = [data.noise_experts[e].optimizer for e in NoiseExpert if e in data.noise_experts]
-    return lines + [ratio_line(*pair) for pair in pairwise(trained)]
+    return rows + [PlanRow("lr", ratio_line(*pair)) for pair in pairwise(trained) if pair[0] != pair[1]]
+
+
+def batch_text(settings: TrainSettings | SrpoSettings, noun: str) -> str:
+    """What an optimizer step is made of: `4 clips`, `2 x 4 clips (accumulate x batch_size)`."""
+    text = count_text(settings.batch_size, noun)
+    return text if settings.accumulate == 1 else f"{settings.accumulate} x {text} (accumulate x batch_size)"
+
+
+def _trained_text(
+    settings: TrainSettings, local_settings: NoiseExpertSettings, base: Base, data: RunData,
+    noise_expert: NoiseExpert, file: AdapterFile | None,
+) -> str:
+    """Steps, modules and optimizer of a noise expert."""
+    ranks = target_ranks(local_settings.targets, base.num_layers) if file is None else file.ranks("init_lora")
+    extras = [f"{data.schedule.count(noise_expert)} steps",
+              f"{len(ranks)} modules of rank {', '.join(map(str, sorted(set(ranks.values()))))}",
+              describe_optimizer(local_settings.optimizer, local_settings.schedule)]
+    if file is not None:
+        extras.append(f"starting from {file.path}")
+    if phases := local_settings.alpha_schedule.phases:
+        extras.append("alpha " + ", ".join(f"{phase.alpha:g} ({phase.name})" for phase in phases))
+    if settings.ema_decay is not None:
+        extras.append(f"EMA decay {settings.ema_decay:g}")
+    return "; ".join(extras)
 
 
 def region_line(settings: TrainSettings, data: RunData) -> str:
     """How many clips the region loss acts on, and whether it is off."""
     with_region, total = sum(item.roi is not None for item in data.items), len(data.items)
-    text = f"region loss weight {settings.roi_weight:g}: {with_region} of {total} clips have a region"
+    text = f"loss weight {settings.roi_weight:g}: {with_region} of {total} clips have a region"
     if with_region < total and settings.roi_fallback == "motion":
         return f"{text}, the others use their moving parts (roi_fallback = \"motion\")"
     return text if with_region else f"{text}, so it is off; roi_fallback = \"motion\" would use their moving parts"
 
 
 def turns_line(data: RunData) -> str:
-    """The schedule in turns: `high 10, low 10, ... (200 turns)`."""
+    """The schedule in turns: `turns: high 10, low 10, ... (200 turns)`."""
     schedule = data.schedule
     starts = [0, *(i for i in range(1, len(schedule)) if schedule[i] is not schedule[i - 1]), len(schedule)]
     turns = [f"{schedule[a].value} {b - a}" for a, b in pairwise(starts)]
@@ -82,36 +108,56 @@ def turns_line(data: RunData) -> str:
     return f"turns: {', '.join(turns[:4])}{rest}"
 
 
-def histogram_lines(
-    settings: NoiseExpertSettings, base: Base, data: RunData, noise_expert: NoiseExpert
-) -> list[str]:
-    """The exact distribution of sigma within the band, for clips of the smallest bucket."""
-    rule = sigma_rule(settings, base.bands[noise_expert])
-    _, height, width = min(data.items, key=lambda item: item.bucket).bucket
-    tokens = (height // base.spec.pixel_multiple) * (width // base.spec.pixel_multiple)
-    sampler, band = rule.sampler.for_tokens(tokens), rule.band
-    share = band_probability(sampler, band.low, band.high)
-    if share <= 0:
-        raise UserError(f"the sigma sampler never draws inside the {noise_expert.value} noise expert's band {band}; "
-                        "change [sigma]")
-    text = f"  sigma: {settings.sigma.sampler}"
-    if settings.sigma.shift == "resolution":
-        text += f", shift {shift_for_tokens(tokens):.2f} by size ({height}x{width})"
-    elif settings.sigma.shift != 1.0:
-        text += f", shift {settings.sigma.shift:g}"
-    if settings.sigma.band == "truncate":
-        text += f", truncated to {band}, which holds {100 * share:.1f} % of the whole distribution"
-    else:
-        text += f", squeezed into {band}"
-    if settings.sigma.strata > 1:
-        text += f", stratified by {settings.sigma.strata}"
+def sigma_rows(base: Base, data: RunData) -> list[PlanRow]:
+    """The exact distribution of sigma within each band, for clips of the smallest bucket.
+
+    Uniform over the band, as it is by default, it is a detail; histograms always are.
+
+    Raises:
+        UserError: a sampler that never draws inside a band.
+    """
+    rows: list[PlanRow] = []
+    for noise_expert, local_settings in data.noise_experts.items():
+        rule = sigma_rule(local_settings, base.bands[noise_expert])
+        _, height, width = min(data.items, key=lambda item: item.bucket).bucket
+        tokens = (height // base.spec.pixel_multiple) * (width // base.spec.pixel_multiple)
+        sampler, band = rule.sampler.for_tokens(tokens), rule.band
+        share = band_probability(sampler, band.low, band.high)
+        if share <= 0:
+            raise UserError(f"the sigma sampler never draws inside the {noise_expert.value} noise expert's band "
+                            f"{band}; change [sigma]")
+        shares = bin_probabilities(sampler, band.low, band.high, _BINS)
+        even = max(shares) - min(shares) < _EVEN
+        text = f"{noise_expert.value} {band}: {_sampler_text(local_settings, tokens, (height, width))}"
+        if not even:
+            lower, upper = draw_in_band(sampler, torch.tensor([0.25, 0.75]), band.low, band.high).tolist()
+            text += f"; half of all draws in {lower:.3f} to {upper:.3f}"
+        plain = even and local_settings.sigma == SigmaSettings() and local_settings.weighting.kind == "none"
+        rows.append(PlanRow("" if rows and not plain else "sigma", text, detail=plain))
+        if not even:
+            step = (band.high - band.low) / _BINS
+            whole = f"the band holds {100 * share:.1f} % of the whole distribution; of that by sigma:"
+            rows.append(PlanRow("", "\n".join([*[whole] * (local_settings.sigma.band == "truncate"), *(
+                f"{band.low + i * step:.3f}-{band.low + (i + 1) * step:.3f} {100 * part:5.1f} % "
+                + "#" * round(_WIDTH * part / max(shares)) for i, part in enumerate(shares))]), detail=True))
+    return rows
+
+
+def _sampler_text(settings: NoiseExpertSettings, tokens: int, size: tuple[int, int]) -> str:
+    """`logit_normal, shift 5`: what differs from the default, after the sampler's name."""
+    sigma = settings.sigma
+    text: str = sigma.sampler
+    if sigma.shift == "resolution":
+        text += f", shift {shift_for_tokens(tokens):.2f} by size ({size[0]}x{size[1]})"
+    elif sigma.shift != 1.0:
+        text += f", shift {sigma.shift:g}"
+    if sigma.band == "squeeze":
+        text += ", squeezed into the band"
+    if sigma.strata > 1:
+        text += f", stratified by {sigma.strata}"
     if settings.weighting.kind != "none":
-        text += f"; loss weighted by {settings.weighting.kind}"
-    shares = bin_probabilities(sampler, band.low, band.high, _BINS)
-    step = (band.high - band.low) / _BINS
-    bars = [f"    {band.low + i * step:.3f}-{band.low + (i + 1) * step:.3f} {100 * part:5.1f} % "
-            + "#" * round(_WIDTH * part / max(shares)) for i, part in enumerate(shares)]
-    return [text, *bars]
+        text += f", loss weighted by {settings.weighting.kind}"
+    return text
 
 
 _READ = 64  # clips whose latents are read, at most
@@ -144,6 +190,14 @@ def checklist(settings: TrainSettings, base: Base, data: RunData) -> list[Checkl
         _captions(settings, clips), *_frames(data, clips), _rate(base, data, clips), _lengths(clips, data.index.fps),
         *_preset(settings, data), _sampling(base, data), _bands(base.bands), _intervals(settings, data),
     ]
+
+
+def check_rows(items: Sequence[ChecklistItem]) -> list[PlanRow]:
+    """A count of what is as it should be, and the warnings; with -v all items."""
+    passed = [item for item in items if item.ok]
+    return [PlanRow("checks", f"{len(passed)} of {len(items)} passed"),
+            *(PlanRow("", str(item), detail=True) for item in passed),
+            *(PlanRow("warning", item.text, warning=True) for item in items if not item.ok)]
 
 
 def _captions(settings: TrainSettings, clips: Sequence[CachedItem]) -> ChecklistItem:
@@ -210,7 +264,8 @@ def _rate(base: Base, data: RunData, clips: Sequence[CachedItem]) -> ChecklistIt
 
 def _lengths(clips: Sequence[CachedItem], fps: float | None) -> ChecklistItem:
     frames = sorted({clip.frames for clip in clips})
-    seconds = f" ({frames[0] / fps:.2f} to {frames[-1] / fps:.2f} s)" if fps else ""
+    longest = f" to {frames[-1] / fps:.2f}" if fps and len(frames) > 1 else ""
+    seconds = f" ({frames[0] / fps:.2f}{longest} s)" if fps else ""
     short = [n for n in frames if 1 < n < 17]
     text = f"length: {', '.join(map(str, frames[:6]))} frames{seconds}"
     if 1 in frames and len(frames) > 1:
@@ -258,7 +313,7 @@ def _bands(bands: Mapping[NoiseExpert, Band]) -> ChecklistItem:
 
 def _intervals(settings: TrainSettings, data: RunData) -> ChecklistItem:
     total = len(data.schedule)
-    parts = [f"saves every {settings.save_every} ({-(-total // settings.save_every)} checkpoints)"]
+    parts = [f"saves every {settings.save_every} ({count_text(-(-total // settings.save_every), 'checkpoint')})"]
     for name, every in (("validates", settings.validation.every), ("previews", settings.preview.every)):
         parts.append(f"{name} every {every}" if every else f"never {name}")
     text = f"{total} steps: {', '.join(parts)}"

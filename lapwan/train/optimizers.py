@@ -214,12 +214,13 @@ def current_lr(optimizer: Optimizer) -> Tensor | float:
 
 
 def describe_optimizer(settings: OptimizerSettings, schedule: ScheduleSettings) -> str:
-    """Everything that determines the lr, in one line."""
+    """What determines the lr, in one line; defaults beside the lr are left out."""
     text = settings.describe()
     if settings.up_lr_scale != 1:
         text += f", B at {settings.up_lr_scale:g} times the lr"
     if schedule.changes:
-        text += f", {schedule.name} with {schedule.warmup_steps} warm-up steps"
+        text += f", {schedule.name}"
+        text += f", {schedule.warmup_steps} warm-up steps" if schedule.warmup_steps else ""
     return text
 
 

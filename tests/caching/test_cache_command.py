@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -197,7 +198,9 @@ def test_wrong_sizes_are_refused(labelled, tmp_path, change, message):
 def test_dry_run_plans_and_writes_nothing(labelled, tmp_path, capsys):
     settings = CacheSettings(dataset=labelled, model="tiny", output=tmp_path / "c", size=(32, 48), num_frames=(9,))
     run(settings, RunOptions(dry_run=True))
-    assert "latents: 3 to encode (missing)" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "to encode   3 latents, 3 captions" in err and "(missing)" in err
+    assert tomllib.loads(out)["num_frames"] == [9]
     assert not (tmp_path / "c").exists()
 
 

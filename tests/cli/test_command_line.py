@@ -5,16 +5,23 @@ Few tests start a process of its own, since each pays for imports; what `python 
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import click
 import pytest
 from adapter_cases import write_random_lora, write_random_mixture
 from command_line import Ran, run_lapwan, run_successfully
+from rich.cells import cell_len
 from typer.main import get_command
 
 from lapwan import __version__
@@ -42,6 +49,23 @@ def program(*arguments: str, cwd: Path) -> Ran:
     done = subprocess.run([sys.executable, "-m", "lapwan", *arguments], cwd=cwd, capture_output=True, text=True,
                           encoding="utf-8", timeout=120)
     return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def on_terminal(*arguments: str, cwd: Path) -> str:
+    """What a terminal of 80 columns shows."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen([sys.executable, "-m", "lapwan", *arguments], cwd=cwd, stdin=theirs, stdout=theirs,
+                               stderr=theirs, env={**environment, "TERM": "xterm", "NO_COLOR": "1"})
+    os.close(theirs)
+    shown = bytearray()
+    with suppress(OSError):  # EIO: the other end is closed
+        while piece := os.read(ours, 65536):
+            shown += piece
+    os.close(ours)
+    assert process.wait(timeout=120) == 0, shown.decode()
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).replace("\r\n", "\n")
 
 
 def test_help_lists_every_command_and_imports_no_torch():
@@ -77,7 +101,41 @@ def test_every_example_passes_a_dry_run(example, example_inputs):
     command = re.search(r"lapwan (\S+) --config", example.read_text(encoding="utf-8"))
     assert command is not None, f"{example} does not say its command in a comment"
     done = run_successfully(command[1], "--config", example, "--dry-run", "--overwrite", cwd=example_inputs)
-    assert "dry run" in done.err or done.out
+    lines = done.err.splitlines()
+    assert lines[-1].startswith("dry run: ")
+    assert len(lines) <= (16 if example.name not in LONG else 26), done.err
+    assert all(cell_len(line) <= 100 for line in lines), done.err
+
+
+LONG = {"motion.toml", "sequential.toml", "stage2.toml"}
+
+
+@pytest.mark.parametrize("name", ["motion.toml", "stage2.toml"])
+def test_a_dry_run_has_all_settings_in_a_pipe_and_all_checks_with_v(name, example_inputs):
+    example = EXAMPLES[0].with_name(name)
+    command = re.search(r"lapwan (\S+) --config", example.read_text(encoding="utf-8"))
+    arguments = (command[1], "--config", example, "--dry-run", "--overwrite")
+    short, whole = (run_successfully(*arguments, *more, cwd=example_inputs) for more in ((), ("-v",)))
+    assert short.out == whole.out
+    resolved = tomllib.loads(short.out)
+    assert resolved["seed"] == 42 and resolved["optimizer"]["weight_decay"] > 0
+    assert "check ok" not in short.err and "#####" not in short.err
+    passed, total = map(int, re.search(r"checks +(\d+) of (\d+) passed", short.err).groups())
+    assert whole.err.count("check ok") == passed and short.err.count("\nwarning: ") == total - passed > 0
+    assert ("#####" in whole.err) is (name == "motion.toml")  # uniform, there is no histogram to show
+
+
+@pytest.mark.parametrize("command", ["train-lora", "cache"])
+def test_on_a_terminal_a_dry_run_prints_what_differs_from_the_defaults(command, example_inputs):
+    example = {"train-lora": "stage1.toml", "cache": "cache.toml"}[command]
+    arguments = [command, "--config", str(EXAMPLES[0].with_name(example)), "--dry-run", "--overwrite"]
+    short, whole = (on_terminal(*arguments, *more, cwd=example_inputs) for more in ((), ("-v",)))
+    assert "-v prints all settings" in short and "device = " not in short
+    assert 'device = "auto"' in whole
+    for line in short.splitlines():
+        assert cell_len(line) <= 80, line
+    assert len(short.splitlines()) <= 25
+    assert ("save_every = 250" if command == "train-lora" else "num_frames = [17]") in short
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def test_delta_is_the_mix_times_the_mean_gate_over_the_sampling_steps(mixture, m
     for noise_expert in NoiseExpert:
         sigmas = torch.tensor(inference_sigmas(mixture, noise_expert))
         w_bar = float(mixture.timestep_gate(noise_expert)(sigmas).mean().detach())
-        assert f"{noise_expert.value} noise: w = {w_bar:.4f} (from " in out
+        assert f"{noise_expert.value} noise: timestep gate w = {w_bar:.4f} (from " in out
         [(said, state)] = read_lora(tmp_path / f"flat_{noise_expert.file_suffix}.safetensors").items()
         assert said is noise_expert and state.metadata["lapwan.task"] == "t2v"
         want = w_bar * sum(

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from lapwan import UserError, VideoGenerator
 from lapwan.lora.attach import Group, attach
 from lapwan.lora.formats import write_lora
-from lapwan.memory.generation import GenerationWorkload, describe_generation, plan_generation, text_encoder_bytes
+from lapwan.memory.generation import GenerationWorkload, generation_rows, plan_generation, text_encoder_bytes
 from lapwan.memory.plan import Throughput, required_bytes
 from lapwan.memory.streaming import HostCopy
 from lapwan.models.device import free_bytes
@@ -77,15 +77,20 @@ def test_reading_the_prompt_counts_where_it_needs_more_than_sampling(t2v) -> Non
     assert plan.peak >= 7 * GIB and plan.fits
 
 
-def test_the_line_says_the_numbers(t2v) -> None:
-    line = describe_generation(planned(t2v, "one", GIB), torch.device("cuda:0"), 2)
-    assert line.startswith("memory: one noise expert on cuda:0 at a time (as asked): predicted peak ")
-    assert " of 1.0 GiB (" in line and "s a step predicted" in line
-    assert describe_generation(planned(t2v, "auto", None), torch.device("cpu"), 2) == (
-        "memory: both noise experts stay on cpu (auto)")
-    assert "8 blocks of the active noise expert stream from host memory to cuda" in describe_generation(
-        planned(t2v, "stream", GIB), torch.device("cuda"), 2)
-    assert "(within 0.8 GiB)" in describe_generation(planned(t2v, 0.8, GIB), torch.device("cuda"), 2)
+def test_the_plan_says_the_numbers(t2v) -> None:
+    plan = planned(t2v, "one", GIB)
+    memory, table, time = generation_rows(plan, torch.device("cuda:0"), 2, 40)
+    assert memory.text.startswith("one noise expert on cuda:0 at a time (as asked)")
+    device, host = (dict(zip(table.headings, row, strict=True)) for row in table.rows)
+    assert device["GiB"] == "cuda:0" and device["free"] == "1.00"
+    assert device["predicted peak"] == f"{plan.peak / GIB:.2f}"
+    assert host["GiB"] == "host" and host["weights"] == f"{plan.host / GIB:.2f}"
+    assert "s a step, " in time.text and time.text.endswith(" for all 40 (predicted)")
+    assert [row.text for row in generation_rows(planned(t2v, "auto", None), torch.device("cpu"), 2, 40)] == [
+        "both noise experts stay on cpu (auto)"]
+    for memory, text in (("stream", "8 blocks of the active noise expert stream from host memory to cuda"),
+                         (0.8, "(within 0.8 GiB)")):
+        assert text in generation_rows(planned(t2v, memory, GIB), torch.device("cuda"), 2, 40)[0].text
 
 
 def test_sizes_are_read_from_headers(t2v) -> None:
@@ -155,11 +160,11 @@ def test_one_transformer_at_a_time_on_the_device(t2v, small) -> None:
 
 def test_the_option_and_repeating_a_video_with_another(lapwan, tmp_path) -> None:
     planned = generate(lapwan, "--memory", "one", "--dry-run")
-    assert planned.code == 0 and planned.err.count("memory: one noise expert on cpu at a time") == 1, planned.err
+    assert planned.code == 0 and planned.err.count("memory      one noise expert on cpu at a time") == 1, planned.err
     assert "memory" not in generate(lapwan, "--dry-run").err
     ran = generate(lapwan, "--memory", "one", output="a.mp4")
-    assert ran.code == 0 and "memory: one noise expert on cpu at a time (as asked)" in ran.err, ran.err
-    assert ran.err.count("memory: ") == 1
+    assert ran.code == 0 and "memory      one noise expert on cpu at a time (as asked)" in ran.err, ran.err
+    assert ran.err.count("\nmemory ") == 1
     assert "memory" not in json.loads(read_metadata(tmp_path / "a.mp4")["settings"])
     for memory in ("both", "one"):
         again = lapwan("generate", "--from", "a.mp4", "--memory", memory, "-o", f"{memory}.mp4")

@@ -236,7 +236,7 @@ def test_the_checklist_says_what_it_found(t2v_cache):
     spec = resolve_base("tiny").spec
     assert f"boundary {spec.boundary:g}, samples with shift {spec.flow_shift:g}" in found["model"]
     assert "bands: high [0.875, 1], low [0, 0.875]: no overlap" in found["bands"]
-    assert "length: 5 frames (0.31 to 0.31 s); below 17 frames" in found["length"]
+    assert "length: 5 frames (0.31 s); below 17 frames" in found["length"]
     assert "warn 2000 steps: saves every 100 (20 checkpoints), never validates, never previews (one" in found["2000"]
     assert "without previews you cannot see" in found["2000"]
     seen = checked(cache, health={"preset": "motion"}, preview=PREVIEW)

@@ -23,7 +23,7 @@ from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
 from lapwan.train.moe.objective import MixtureWeights
-from lapwan.train.moe.recipe import check_mixture, describe_mixture
+from lapwan.train.moe.recipe import check_mixture, mixture_rows
 
 HIGH, LOW = NoiseExpert.HIGH, NoiseExpert.LOW
 ONE_BLOCK = {"targets": {"last_blocks": 1, "ffn_last_blocks": 1}}
@@ -213,8 +213,11 @@ def test_balanced_sampling_draws_families_evenly_and_says_how_uneven_they_are(
         {"output": tmp_path / "r", "steps": 1, "data": {"cache": cache}, "optimizer": {"lr": 2e-3}})
     data = recipe.read_data(settings, resolve_base("tiny"))
     with caplog.at_level(logging.WARNING):
-        lines = describe_mixture(settings, data, load_taxonomy("surgical4"))
-    assert "scissors 9 clips, hook 1 clips, suction 0 clips, other 0 clips; imbalance inf" in lines[0]
+        rows = mixture_rows(settings, data, load_taxonomy("surgical4"))
+    assert rows[0].text == "4, by clips: scissors 9, hook 1, suction 0, other 0; imbalance (largest / smallest) inf"
+    for balance, text in ((1.0, "families are drawn equally often"), (0.5, "more often (data.balance = 0.5)")):
+        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"balance": balance})})
+        assert mixture_rows(settings, data, load_taxonomy("surgical4"))[0].text.endswith(text)
 
 
 def test_clips_without_labels_cannot_be_balanced(make_lora, tmp_path, t2v_cache):
@@ -249,7 +252,7 @@ def test_a_router_that_learns_too_fast_is_warned_about(make_moe, capsys, t2v_cac
     settings = TrainMoeSettings.model_validate({
         "output": tmp_path / "r", "steps": 1, "data": {"cache": t2v_cache}, "optimizer": {"lr": lr},
         "router": {"lr_scale": scale, "kind": kind}})
-    describe_mixture(settings, recipe.read_data(settings, resolve_base("tiny")), load_taxonomy("surgical4"))
+    mixture_rows(settings, recipe.read_data(settings, resolve_base("tiny")), load_taxonomy("surgical4"))
     assert ("lr x router.lr_scale = 0.02, above 0.005" in " ".join(capsys.readouterr().err.split())) is warned
 
 

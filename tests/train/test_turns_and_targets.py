@@ -18,7 +18,7 @@ from lapwan.names import NoiseExpert
 from lapwan.settings.model import BaseModelSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.tiny.resolve import resolve_base
-from lapwan.train.checklist import plan_lines
+from lapwan.train.checklist import plan_rows
 from lapwan.train.recipe import RunData, read_data
 from lapwan.train.schedule import interleave
 
@@ -110,15 +110,26 @@ def test_the_plan_says_turns_modules_optimizer_ratio_and_how_sigma_falls(t2v_cac
     settings, data = data_of(t2v_cache, steps=40, turn=10, high_noise_max_lr=5e-4, high_noise_min_lr=2e-5,
                              sigma={"sampler": "logit_normal", "shift": 5.0}, ema_decay=0.99,
                              targets={"patterns": {"*.self_attn.q": 4}})
-    text = "\n".join(plan_lines(settings, resolve_base("tiny"), data))
+    rows = plan_rows(settings, resolve_base("tiny"), data)
+    text = "\n".join(f"{row.name}: {row.text}" for row in rows)
     assert "turns: high 10, low 10, high 10, low 10, ... (8 turns)" in text
-    assert "8 modules of ranks 4; automagic, lr from 2e-05, bump 5e-06, min 2e-05, max 0.0005" in text
+    assert "8 modules of rank 4; automagic, lr from 2e-05, bump 5e-06, min 2e-05, max 0.0005" in text
     assert "predicted LR ratio high / low: " in text and "EMA decay 0.99" in text
-    assert "truncated to [0.875, 1], which holds 36.8 % of the whole distribution" in text
-    bars = [line for line in text.splitlines() if line.startswith("    0.")]
+    assert "high [0.875, 1]: logit_normal, shift 5; half of all draws in 0.901 to 0.950" in text
+    assert "the band holds 36.8 % of the whole distribution" in text
+    bars = [line for row in rows if row.detail for line in row.text.splitlines() if line.startswith("0.")]
     assert len(bars) == 20 and "0.875-0.887" in bars[0] and max(bar.count("#") for bar in bars[:10]) == 30
     shares = [float(line.split("%")[0].split()[-1]) for line in bars[:10]]
     assert sum(shares) == pytest.approx(100, abs=0.6)
+
+
+def test_what_is_uniform_or_the_same_for_both_noise_experts_is_one_line(t2v_cache):
+    settings, data = data_of(t2v_cache, steps=40)
+    rows = plan_rows(settings, resolve_base("tiny"), data)
+    shown, details = ([row for row in rows if row.detail is detail] for detail in (False, True))
+    assert [row.name for row in shown] == ["model", "data", "steps", "high, low"]
+    assert shown[-1].text == "each 40 steps; 67 modules of rank 4, 8; adamw lr 0.0001"
+    assert [row.text for row in details] == ["high [0.875, 1]: uniform", "low [0, 0.875]: uniform"]
 
 
 def test_dropout_is_keyed_scaled_and_off_without_keys(make_lora):

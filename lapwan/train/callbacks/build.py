@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from lapwan.console import PlanRow, count_text
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.models.base import Base
@@ -26,31 +27,32 @@ from lapwan.train.run_folder import PREVIEWS
 
 def check_callbacks(
     settings: TrainSettings, base: Base, data: RunData, taxonomy: Taxonomy | None = None
-) -> list[str]:
+) -> list[PlanRow]:
     """Check the callbacks before any weights are loaded.
 
     Args:
         taxonomy: of the mixture that is trained: held-out clips then need labels, and previews take hints.
 
     Returns:
-        Lines for the plan of the run.
+        Their part of the plan.
 
     Raises:
         UserError: no held-out clips, clips without labels, or previews that the model cannot generate.
     """
-    lines = []
+    rows = []
     if settings.validation.every is not None:
         items = held_out(data.index, settings)
         if taxonomy is not None and not labelled(items):
             raise UserError("clips held out for validation have no label; run `lapwan label` before `lapwan cache`")
-        lines.append(f"validation every {settings.validation.every} steps on {len(items)} clips x "
-                     f"{settings.validation.sigmas} sigmas of each noise expert")
+        rows.append(PlanRow("validation", f"every {settings.validation.every} steps on {count_text(len(items), 'clip')}"
+                                          f" at {settings.validation.sigmas} sigmas of each noise expert"))
     if settings.preview.every is not None:
         requests = preview_requests(settings.preview, base.spec, data.items[0].bucket, taxonomy)
         first = requests[0]
-        lines.append(f"previews every {settings.preview.every} steps: {len(requests)} videos of {first.num_frames} "
-                     f"frames {first.size[0]}x{first.size[1]} in {first.steps} steps")
-    return lines
+        videos = count_text(len(requests), "video")
+        rows.append(PlanRow("previews", f"every {settings.preview.every} steps: {videos} of {first.num_frames} frames "
+                                        f"{first.size[0]}x{first.size[1]}, sampled in {first.steps} steps"))
+    return rows
 
 
 def make_callbacks(

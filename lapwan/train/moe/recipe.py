@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lapwan import console, rng
+from lapwan.console import PlanRow
 from lapwan.data.labels import check_label
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError, nearest
@@ -83,28 +84,33 @@ def base_loras(settings: TrainMoeSettings, base: Base) -> dict[NoiseExpert, tupl
             for noise_expert, [(file, _)] in assign(requests, base.spec.noise_experts).items()}
 
 
-def describe_mixture(settings: TrainMoeSettings, data: recipe.RunData, taxonomy: Taxonomy) -> list[str]:
-    """Lines of the plan: experts and their clips, router, region loss."""
+def mixture_rows(settings: TrainMoeSettings, data: recipe.RunData, taxonomy: Taxonomy) -> list[PlanRow]:
+    """Of the plan: experts and their clips, router, region loss."""
     counts = dict.fromkeys(taxonomy.keys, 0)
     for item in data.items:
         counts[taxonomy.keys[family_of(item) or 0]] += 1
     smallest, largest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     ratio = counts[largest] / counts[smallest] if counts[smallest] else float("inf")
-    lines = [f"{len(counts)} experts{' for both noise experts' if settings.shared_experts else ''}: "
-             + ", ".join(f"{family} {n} clips" for family, n in counts.items())
-             + f"; imbalance {ratio:.3g}, drawn by clips of a family to the power -{settings.data.balance:g}"]
+    text = f"{len(counts)}{' for both noise experts' if settings.shared_experts else ''}, by clips: "
+    text += ", ".join(f"{family} {n}" for family, n in counts.items())
+    if ratio > 1:
+        text += f"; imbalance (largest / smallest) {ratio:.3g}"
+    if settings.data.balance:
+        text += "; " + ("families are drawn equally often" if settings.data.balance == 1 else
+                        f"rare families are drawn more often (data.balance = {settings.data.balance:g})")
+    rows = [PlanRow("experts", text)]
     if ratio >= _IMBALANCE and settings.data.balance < 1:
         console.warn(f"{largest} has {counts[largest]} clips, {smallest} {counts[smallest]}: experts of rare families "
                      "learn little and the router learns to avoid them; set data.balance = 1 to draw families evenly")
     router = router_class(settings.router.kind)
-    learned = "" if not router.learned else (
-        f", top {settings.router.top_k}, teacher temperature {settings.routing_loss.teacher_temperature:g}")
-    region = "" if settings.roi_weight else "; region loss off (roi_weight = 0)"
-    lines.append(f"router {settings.router.kind}{' with sigma' if settings.router.sigma else ''}{learned}{region}")
+    learned = f", top {settings.router.top_k} of {len(counts)}" if router.learned else ""
+    rows.append(PlanRow("router", f"{settings.router.kind}{' with sigma' if settings.router.sigma else ''}{learned}"))
+    if not settings.roi_weight:
+        rows.append(PlanRow("regions", "loss off (roi_weight = 0)"))
     if router.may_diverge and (lr := router_lr(settings)) is not None and lr > ROUTER_LR_LIMIT:
         console.warn(f"the router's lr is lr x router.lr_scale = {lr:g}, above {ROUTER_LR_LIMIT:g}, where routers "
                      f"were seen to diverge; set router.lr_scale = {settings.router.lr_scale * 1e-3 / lr:.2g} or so")
-    return lines
+    return rows
 
 
 def plan_mixture(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lapwan.console import PlanRow, count_text
 from lapwan.errors import UserError
 from lapwan.memory.srpo import SrpoMemory, plan_srpo
 from lapwan.models.base import Base, target_ranks
@@ -17,6 +18,7 @@ from lapwan.names import Band, NoiseExpert
 from lapwan.rewards.base import RewardKinds
 from lapwan.rewards.build import check_rewards
 from lapwan.settings.srpo import SrpoSettings
+from lapwan.train.checklist import batch_text
 from lapwan.train.optimizers import check_optimizer, describe_optimizer
 from lapwan.train.recipe import check_noise_experts
 from lapwan.train.srpo.data import SrpoData, check_negative, read_data
@@ -120,47 +122,62 @@ def rollout_evaluations(settings: SrpoSettings, spec: ModelSpec, noise_expert: N
     return per_sample * settings.steps * settings.accumulate * settings.batch_size
 
 
-def srpo_plan_lines(
+def srpo_plan_rows(
     settings: SrpoSettings, base: Base, data: SrpoData, bands: Mapping[NoiseExpert, Band]
-) -> list[str]:
-    """The lines that `--dry-run` and the start of a run print."""
+) -> list[PlanRow]:
+    """The plan that `--dry-run` and the start of a run print."""
     frames, height, width = data.bucket
     what = "images" if frames == 1 else f"videos of {frames} frames"
-    lines = [
-        f"model {base.spec.path} ({base.task}), {len(set(data.captions))} prompts, {len(data.held_out)} held out; "
-        f"{what} of {height}x{width}",
-        f"a step is {settings.accumulate} x {settings.batch_size} samples, {settings.steps} steps; rewards "
-        + ", ".join(f"{reward.label} {reward.weight:g}" for reward in settings.rewards),
+    alone = len(settings.rewards) == 1 and settings.rewards[0].weight == 1
+    rows = [
+        PlanRow("model", f"{base.spec.path} ({base.task})"),
+        PlanRow("prompts", f"{count_text(len(set(data.captions)), 'prompt')}, {len(data.held_out)} held out; {what} "
+                           f"{height}x{width}"),
+        PlanRow("steps", f"{settings.steps}, each of {batch_text(settings, 'sample')}"),
+        PlanRow("rewards", ", ".join(reward.label if alone else f"{reward.label} (weight {reward.weight:g})"
+                                     for reward in settings.rewards)),
+        *(_noise_expert_row(settings, base, bands, noise_expert) for noise_expert in bands),
     ]
-    low, high = settings.sigma
-    for noise_expert, band in bands.items():
-        cut = "" if (band.low, band.high) == (low, high) else f" (sigma = [{low:g}, {high:g}], cut to its band)"
-        lines.append(f"{noise_expert.value} noise: sigma [{band.low:g}, {band.high:g}]{cut}, reach {settings.reach:g}, "
-                     f"{steps_by_noise_expert(settings, bands)[noise_expert]} steps; "
-                     + _trained_line(settings, base) + "; " + describe_optimizer(settings.optimizer, settings.schedule)
-                     + f"; masters {settings.master_weights}" + (" on the CPU" if settings.optimizer_on_cpu else ""))
     p = settings.preference
-    lines.append(f"branches {p.branches}; discounts at the low and high end: denoise {p.discount_denoise[0]:g}, "
-                 f"{p.discount_denoise[1]:g}, inversion {p.discount_inversion[0]:g}, {p.discount_inversion[1]:g}")
+    rows.append(PlanRow("preference", f"branches {p.branches}; discounts at the low and high end: denoise "
+                                      f"{p.discount_denoise[0]:g}, {p.discount_denoise[1]:g}, inversion "
+                                      f"{p.discount_inversion[0]:g}, {p.discount_inversion[1]:g}", detail=True))
     if data.offline:
-        lines.append("offline: clean latents of the cache, no rollout")
+        rows.append(PlanRow("rollout", "none: the clean latents of the cache (offline)"))
     else:
         r = settings.rollout
         steps, _ = rollout_steps(base.spec, RolloutRule(r.steps, r.guidance, r.flow_shift))
         counts = ", ".join(f"{sum(s.noise_expert is e for s in steps)} on the {e.value} noise expert"
                            for e in base.spec.noise_experts)
-        lines.append(f"rollout: {len(steps)} Euler steps ({counts}), guidance {r.guidance:g}")
+        guidance = f"guidance {r.guidance:g}" if r.guidance > 1 else "without guidance"
+        rows.append(PlanRow("rollout", f"{len(steps)} Euler steps ({counts}), {guidance}"))
     if data.held_out:
-        lines.append(f"held-out prompts: {len(data.held_out)} sampled every {settings.held_out.every} steps, "
-                     f"{min(settings.held_out.images, len(data.held_out))} shown")
-    return lines
+        rows.append(PlanRow("held out", f"{count_text(len(data.held_out), 'prompt')} sampled every "
+                                        f"{settings.held_out.every} steps"))
+    return rows
+
+
+def _noise_expert_row(
+    settings: SrpoSettings, base: Base, bands: Mapping[NoiseExpert, Band], noise_expert: NoiseExpert
+) -> PlanRow:
+    band, (low, high) = bands[noise_expert], settings.sigma
+    cut = "" if (band.low, band.high) == (low, high) else f" (sigma = [{low:g}, {high:g}], cut to its band)"
+    text = f"sigma [{band.low:.4g}, {band.high:.4g}]{cut}; {_trained_line(settings, base)}; "
+    text += describe_optimizer(settings.optimizer, settings.schedule)
+    if len(bands) > 1:
+        text = f"{steps_by_noise_expert(settings, bands)[noise_expert]} steps; {text}"
+    if settings.master_weights == "bf16":
+        text += "; bf16 master weights"
+    if settings.optimizer_on_cpu:
+        text += "; optimizer states in host memory"
+    return PlanRow(f"{noise_expert.value} noise", text)
 
 
 def _trained_line(settings: SrpoSettings, base: Base) -> str:
     if settings.train == "full":
         return "all weights"
     ranks = target_ranks(settings.targets, base.num_layers)
-    return f"LoRA on {len(ranks)} modules of ranks {', '.join(map(str, sorted(set(ranks.values()))))}"
+    return f"LoRA on {len(ranks)} modules of rank {', '.join(map(str, sorted(set(ranks.values()))))}"
 
 
 def too_slow(settings: SrpoSettings, base: Base, data: SrpoData, device: torch.device) -> str | None:
