@@ -118,11 +118,6 @@ class HeldOut(Callback):
         """Scores of the current weights by kind, one per held-out prompt, in their order."""
         return self._scores(self._sample())
 
-    @property
-    def base_scores(self) -> dict[str, list[float]]:
-        """The same of the base; empty before `on_start`."""
-        return self._base
-
     def _early_stop(self, margin: float, step: int) -> str | None:
         """The reason to end the run, once the margin has not improved for `patience` evaluations."""
         if self._best is None or margin > self._best[0]:
