@@ -209,7 +209,7 @@ class PromptStore:
     def _zeros(self, ids: tuple[str, ...], captions: tuple[str, ...], text: Sequence[Tensor]) -> Batch:
         false_B = torch.zeros(len(ids), dtype=torch.bool)
         latents = torch.zeros(len(ids), *self._shape)
-        return Batch(ids, latents, tuple(text), None, None, false_B, None, false_B, captions).to(self._device)
+        return Batch(ids, latents, tuple(text), None, None, false_B, None, captions).to(self._device)
 
     def _cut(self, batch: Batch) -> Batch:
         """Cut to the trained length: the VAE is causal, so a clip's first latent frames are those of its beginning."""
