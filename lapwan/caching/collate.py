@@ -17,7 +17,7 @@ from lapwan.caching.index import CachedItem
 
 @dataclass(frozen=True)
 class Batch:
-    """`text` holds one [n, D] per sample, unpadded; `roi_BTHW` is zero where `has_roi_B` is False."""
+    """`text` holds one [n, D] per sample, unpadded; `roi_BTHW` is zero for a sample without a region."""
 
     ids: tuple[str, ...]
     latents_BCTHW: Tensor
@@ -26,7 +26,6 @@ class Batch:
     label_weights_BE: Tensor | None
     fallback_B: Tensor
     roi_BTHW: Tensor | None
-    has_roi_B: Tensor
     captions: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
@@ -79,7 +78,6 @@ def collate(
         label_weights_BE=_all_or_none(weights, "label", items),
         fallback_B=torch.tensor([item.fallback for item in items]),
         roi_BTHW=torch.stack([no_region if r is None else r.float() for r in rois]) if has_roi else None,
-        has_roi_B=torch.tensor([roi is not None for roi in rois]),
         captions=tuple(item.caption for item in items),
     )
 

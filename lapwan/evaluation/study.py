@@ -77,9 +77,8 @@ class GeneratorPool:
     """One generator at a time: arms on one model folder share what is loaded."""
 
     def __init__(self, execution: ExecutionOptions) -> None:
-        self._execution, self._current = execution, None
-
-    _current: Generator | None
+        self._execution = execution
+        self._current: Generator | None = None
 
     def generator_for(self, base: Base) -> Generator:
         """The generator of a base's folder; that of another folder is freed first."""

@@ -25,12 +25,12 @@ from lapwan.evaluation.clips import EvaluationClip, VideoShape
 from lapwan.evaluation.metrics import GeneratedVideo, Scorer, metric_names
 from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
-from lapwan.sampling.generator import Generator, to_frames
+from lapwan.sampling.generator import Generator
 from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT, Request, check_request, complete_guidance
 from lapwan.sampling.scheduler import SamplerName
 from lapwan.sampling.start_image import clip_tensor
 from lapwan.sampling.video import FINE_CRF, write_video
-from lapwan.wan.vae import decode, encode
+from lapwan.wan.vae import decode, encode, to_frames
 
 Scores = Mapping[str, np.ndarray]  # [P, S] by metric; NaN where it has no value
 

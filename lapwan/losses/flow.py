@@ -63,19 +63,15 @@ def flow_loss(error_BTHW: Tensor) -> Tensor:
     return error_BTHW.flatten(1).mean(dim=1)
 
 
-def roi_loss(error_BTHW: Tensor, roi_BTHW: Tensor) -> tuple[Tensor, Tensor]:
-    """L_roi = Σ m·e / Σ m over a region m in [0, 1] of each sample.
+def roi_loss(error_BTHW: Tensor, roi_BTHW: Tensor) -> Tensor:
+    """L_roi = Σ m·e / Σ m over a region m in [0, 1] of each sample: [B], 0 for a sample with an empty region.
 
     Divided by the size of the region, so that a small instrument counts as much as a large one.
 
     Args:
         error_BTHW: see `squared_error`.
         roi_BTHW: m, the weight of each latent cell; 0 outside the region.
-
-    Returns:
-        ([B] losses, 0 for a sample with an empty region; [B] bool, False for an empty region).
     """
     mass = roi_BTHW.flatten(1).sum(dim=1)
-    present = mass > 0
     weighted = (error_BTHW * roi_BTHW.to(error_BTHW.dtype)).flatten(1).sum(dim=1)
-    return weighted / mass.clamp_min(1e-12) * present, present
+    return weighted / mass.clamp_min(1e-12)

@@ -84,20 +84,13 @@ def x0_from_noise(x_star_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_star_B: Tenso
     return (x_star_BCTHW - sigma * noise_BCTHW) / (1 - sigma)
 
 
-def recovery_gain(sigma_e_B: Tensor, sigma_star_B: Tensor) -> Tensor:
-    """g = (σ* − σ_e) / (1 − σ*), of x̂0 = x0 + g·(v̂ − (ε − x0)): [B]; −c in the denoise branch, +c in inversion.
-
-    Args:
-        sigma_e_B: the noise level of the evaluation.
-        sigma_star_B: the target noise level, below 1.
-    """
-    return (sigma_star_B - sigma_e_B) / (1 - sigma_star_B)
-
-
 def predict_x0(
     x_BCTHW: Tensor, noise_BCTHW: Tensor, velocity_BCTHW: Tensor, sigma_e_B: Tensor, sigma_star_B: Tensor
 ) -> Tensor:
     """x̂0 from x = σ_e·ε + (1 − σ_e)·x0 and v̂ = model(x, σ_e), through x*; differentiable in v̂.
+
+    An error of v̂ is multiplied by g: x̂0 = x0 + g·(v̂ − (ε − x0)), g = (σ* − σ_e) / (1 − σ*), below 0 in the denoise
+    branch and above 0 in inversion.
 
     Args:
         x_BCTHW: latents at σ_e, fp32 or fp64.

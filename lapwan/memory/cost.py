@@ -146,8 +146,8 @@ class NoiseExpertShape:
         blocks = model.get_submodule("blocks").children()
         of_kind = {kind: (size(b, False), size(b, True)) for kind, b in zip(self._distinct, blocks, strict=True)}
         outer = size(model, False) - sum(base for base, _ in of_kind.values())
-        return NoiseExpertBytes(tuple(of_kind[kind][0] for kind in self.kinds), outer,
-                           sum(of_kind[kind][1] for kind in self.kinds))
+        return NoiseExpertBytes(
+            tuple(of_kind[kind][0] for kind in self.kinds), outer, sum(of_kind[kind][1] for kind in self.kinds))
 
     @cached_property
     def gradients(self) -> int:
@@ -224,12 +224,11 @@ class NoiseExpertShape:
         checkpointing: Checkpointing, processes: int,
     ) -> tuple[Segment, Segment, list[BlockSegments]]:
         model, adapter = self._model([*prefix, *blocks])
-        # Its checkpointing is off: `trace_step` recomputes.
-        options = ForwardOptions(context_parallel=ContextParallel(0, processes) if processes > 1 else None)
-        backbone, inputs = WanBackbone(model, options), self.inputs(clip)
+        context_parallel, inputs = ContextParallel(0, processes) if processes > 1 else None, self.inputs(clip)
 
         def step(block: Callable[..., Tensor]) -> None:
-            backbone.options.block = block
+            # Its checkpointing is off: `trace_step` recomputes.
+            backbone = WanBackbone(model, ForwardOptions(block, context_parallel=context_parallel))
             torch.autograd.backward((backbone.velocity(*inputs) - inputs[0]).square().mean())
 
         with self.gates(adapter, clip, True):

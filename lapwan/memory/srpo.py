@@ -31,6 +31,7 @@ from lapwan.errors import UserError
 from lapwan.files import cache_root, write_text
 from lapwan.memory import trace
 from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape
+from lapwan.memory.plan import GIB
 from lapwan.memory.trace import trace_memory
 from lapwan.models.base import Base, target_ranks
 from lapwan.models.device import free_bytes, pick_dtype
@@ -47,8 +48,8 @@ from lapwan.wan.vae import decode_frames
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-_GIB, _GB = 1 << 30, 10**9
-_CONTEXT = 3 * _GIB // 2  # CUDA's context, and fragmentation
+_GB = 10**9
+_CONTEXT = 3 * GIB // 2  # CUDA's context, and fragmentation
 GPUS = (24, 40, 80, 96, 141)  # GB
 
 
@@ -180,14 +181,14 @@ def _describe(parts: MemoryParts, strategy: tuple[bool, bool]) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB"
+    return f"{size / GIB:.1f} GiB"
 
 
 def _detail(parts: MemoryParts) -> str:
-    weights = " + ".join(f"{size / _GIB:.1f}" for size in parts.weights.values())
-    return (f"weights {weights}, training state {parts.state / _GIB:.1f}, rewards and VAE {parts.models / _GIB:.1f}, "
-            f"scoring {parts.scoring / _GIB:.1f}, activations {parts.graphs[False] / _GIB:.1f} kept or "
-            f"{parts.graphs[True] / _GIB:.1f} recomputed, or sampling {parts.sampling / _GIB:.1f}")
+    weights = " + ".join(f"{size / GIB:.1f}" for size in parts.weights.values())
+    return (f"weights {weights}, training state {parts.state / GIB:.1f}, rewards and VAE {parts.models / GIB:.1f}, "
+            f"scoring {parts.scoring / GIB:.1f}, activations {parts.graphs[False] / GIB:.1f} kept or "
+            f"{parts.graphs[True] / GIB:.1f} recomputed, or sampling {parts.sampling / GIB:.1f}")
 
 
 def _hints(settings: SrpoSettings) -> str:
@@ -223,14 +224,14 @@ def parts_of(
     rewards = reward_bytes(settings.rewards, "cuda", 0, kinds)
     graph = reward_bytes(settings.rewards, "cuda", settings.batch_size * len(scored), kinds) - rewards
     vae, activations = vae_bytes(spec.path / "vae", getattr(torch, settings.vae_dtype), settings.batch_size,
-                          spec.latent_shape(*bucket), tuple(scored))
+                                 spec.latent_shape(*bucket), tuple(scored))
     clip = ClipShape(settings.batch_size, frames, height, width)
     shape = NoiseExpertShape(spec, noise_experts[0], dtype, recipe, [GroupShape(_ranks(settings, base), True)])
     step = shape.step_memory(clip, ["off", "block"])
     forward = shape.forward_memory(clip)  # which may take more: on a GPU it runs other kernels
     graphs = {recomputed: max(step.peak("block" if recomputed else "off"), forward) for recomputed in (False, True)}
     return MemoryParts(weights, state, rewards + vae, max(graph, activations), graphs,
-                 sampling_bytes(settings, base, noise_experts[0], bucket, dtype))
+                       sampling_bytes(settings, base, noise_experts[0], bucket, dtype))
 
 
 def sampling_bytes(

@@ -11,6 +11,7 @@ from lapwan.errors import UserError
 from lapwan.rewards.base import Reward, RewardKind, RewardKinds
 from lapwan.rewards.clip import ClipFolder
 from lapwan.rewards.open_clip import HpsFile
+from lapwan.settings.base import type_of
 from lapwan.settings.rewards import ClipSettings, HpsSettings, PickScoreSettings, RewardSettings
 
 REWARD_KINDS: RewardKinds = {
@@ -27,8 +28,8 @@ def kind_of(settings: RewardSettings, kinds: RewardKinds = REWARD_KINDS) -> Rewa
         UserError: a reward of a package above, which the caller has not added to `kinds`.
     """
     if type(settings) not in kinds:
-        *first, last = [str(kind.model_fields["type"].default) for kind in kinds]
-        raise UserError(f"the reward '{getattr(settings, 'type')}' is not for this command; "  # noqa: B009
+        *first, last = map(type_of, kinds)
+        raise UserError(f"the reward '{type_of(type(settings))}' is not for this command; "
                         f"give {', '.join(first)} or {last}")
     return kinds[type(settings)]
 

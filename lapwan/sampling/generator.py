@@ -48,7 +48,7 @@ from lapwan.wan.image_condition import image_condition
 from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder, pad_text
 from lapwan.wan.transformer.compile import Compile
 from lapwan.wan.transformer.first_block_cache import FirstBlockCache
-from lapwan.wan.vae import decode, encode, load_vae
+from lapwan.wan.vae import decode, encode, load_vae, to_frames
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -67,6 +67,7 @@ class Generator:
         processes: generate each video together: the first encodes the prompts, all share the tokens, and each ends up
             with the whole video.
         cache_conditions: keep image conditions in host memory, for studies in which the same first frames recur.
+        noise_experts: those of a training, for its previews; None: the base's, loaded on first use.
     """
 
     def __init__(
@@ -81,10 +82,11 @@ class Generator:
         text_precision: Precision | None = None,
         processes: Processes | None = None,
         cache_conditions: bool = False,
+        noise_experts: NoiseExperts | None = None,
     ) -> None:
         base = base if isinstance(base, Base) else Base(base)
         self.spec, self.device, self.dtype = base.spec, torch.device(device), dtype
-        self.noise_experts = NoiseExperts(
+        self.noise_experts = noise_experts or NoiseExperts(
             base, adapters or AdapterSet(), self.device, dtype, memory, compile, precision, text_precision, processes)
         self._text_precision = text_precision
         self._text: TextEncoder | None = None
@@ -347,9 +349,3 @@ def _shared(request: Request) -> Request:
     """The request without the fields that may differ within a batch."""
     return replace(request, prompt="", image=None, last_image=None, video_THWC=None, seed=0, hint=None, alpha_base=None,
                    alpha_expert=None)
-
-
-def to_frames(pixels_BCTHW: Tensor) -> np.ndarray:
-    """[-1, 1] pixels [1, 3, T, H, W] -> uint8 frames [T, H, W, 3]: round(127.5·(x + 1)), clamped."""
-    scaled = ((pixels_BCTHW[0].float().clamp(-1, 1) + 1.0) * 127.5).round()
-    return scaled.permute(1, 2, 3, 0).to("cpu", torch.uint8).numpy()

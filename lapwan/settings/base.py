@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 from pydantic.fields import FieldInfo
 
 from lapwan.console import NO_BREAK, PlanRow
@@ -84,6 +84,22 @@ def submodel(annotation: Any) -> type[Settings] | None:
         sections = [section for a in get_args(annotation) if (section := submodel(a))]
         return sections[0] if len(sections) == 1 else None
     return None
+
+
+def type_of(kind: type[Settings]) -> str:
+    """The `type` of a kind of settings, a literal that distinguishes it from the other kinds of a union."""
+    return str(kind.model_fields["type"].default)
+
+
+def union_of(kinds: Sequence[type[Settings]], default: str | None = None) -> Any:
+    """The annotation of a value of one of these kinds, by its `type`; `default`: the type where none is given."""
+
+    def tag(value: Any) -> str | None:
+        given = value.get("type", default) if isinstance(value, dict) else getattr(value, "type", default)
+        return None if given is None else str(given)
+
+    members = tuple(Annotated[kind, Tag(type_of(kind))] for kind in kinds)
+    return Annotated[Union[members], Discriminator(tag)]  # noqa: UP007 - made at run time
 
 
 def union_members(annotation: Any) -> list[type[Settings]]:

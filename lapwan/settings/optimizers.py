@@ -7,11 +7,11 @@ case of `lapwan.train.optimizers.build`, which makes it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from lapwan.settings.base import Flag, Settings
+from lapwan.settings.base import Flag, Settings, type_of, union_of
 
 
 class OptimizerSettings(Settings):
@@ -32,7 +32,7 @@ class OptimizerSettings(Settings):
     @property
     def kind(self) -> str:
         """The type in the settings."""
-        return _type_of(type(self))
+        return type_of(type(self))
 
     @property
     def up_lr_scale(self) -> float:
@@ -177,23 +177,14 @@ OPTIMIZERS: tuple[type[OptimizerSettings], ...] = (
     AdamWSettings, AdamW8bitSettings, AutomagicSettings, ProdigySettings)
 
 
-def _type_of(kind: type[OptimizerSettings]) -> str:
-    return str(kind.model_fields["type"].default)
-
-
 def kinds_that(can: str) -> list[str]:
     """The types of the optimizers that have a capability of `OptimizerSettings`, for messages."""
-    return [_type_of(kind) for kind in OPTIMIZERS if getattr(kind, can)]
-
-
-def _type(value: Any) -> str:
-    return str(value.get("type", "adamw") if isinstance(value, dict) else getattr(value, "type", "adamw"))
+    return [type_of(kind) for kind in OPTIMIZERS if getattr(kind, can)]
 
 
 def optimizer_of(settings: Sequence[type[OptimizerSettings]]) -> Any:
-    """The annotation of a key that takes an optimizer of these kinds, by its `type`."""
-    members = tuple(Annotated[kind, Tag(_type_of(kind))] for kind in settings)
-    return Annotated[Union[members], Discriminator(_type)]  # noqa: UP007 - made at run time
+    """The annotation of a key that takes an optimizer of these kinds, by its `type`; AdamW where none is given."""
+    return union_of(settings, type_of(AdamWSettings))
 
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from lapwan.errors import nearest
-from lapwan.settings.base import Settings
+from lapwan.settings.base import Settings, type_of, union_of
 
 REWARD_METAVAR = "TYPE=PATH[:WEIGHT]"
 Preprocess = Literal["pad", "squash", "crop"]
@@ -36,7 +36,7 @@ class RewardSettings(Settings):
     @property
     def label(self) -> str:
         """Its name in logs and metrics."""
-        return self.name or str(getattr(self, "type"))  # noqa: B009 - every member of the union has one
+        return self.name or type_of(type(self))
 
 
 class _Clip(RewardSettings):
@@ -87,10 +87,6 @@ REWARDS: tuple[type[RewardSettings], ...] = (HpsSettings, ClipSettings, PickScor
 REWARD_EXAMPLES = tuple(kind.example for kind in REWARDS)
 
 
-def _type_of(kind: type[RewardSettings]) -> str:
-    return str(kind.model_fields["type"].default)
-
-
 def _split(text: str, kinds: dict[str, type[RewardSettings]]) -> dict[str, Any]:
     """`hps=HPS_v2.1_compressed.pt:0.5` -> {"type": "hps", "path": "HPS_v2.1_compressed.pt", "weight": 0.5}.
 
@@ -122,14 +118,9 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _type(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if isinstance(kind, str) else None
-
-
 def rewards_of(settings: Sequence[type[RewardSettings]]) -> Any:
     """The annotation of a key that takes one reward or several of these kinds, as tables or as texts."""
-    kinds = {_type_of(kind): kind for kind in settings}
+    kinds = {type_of(kind): kind for kind in settings}
 
     def from_text(value: Any) -> Any:
         if isinstance(value, str):
@@ -148,9 +139,7 @@ def rewards_of(settings: Sequence[type[RewardSettings]]) -> Any:
             raise ValueError(f"two rewards are called {twice[0]}; give one of them a name")
         return value
 
-    members = tuple(Annotated[kind, Tag(name)] for name, kind in kinds.items())
-    union: Any = Union[members]  # noqa: UP007 - made at run time
-    reward: Any = Annotated[union, Discriminator(_type), BeforeValidator(from_text)]
+    reward: Any = Annotated[union_of(settings), BeforeValidator(from_text)]
     return Annotated[tuple[reward, ...], BeforeValidator(_as_list), AfterValidator(distinct)]
 
 

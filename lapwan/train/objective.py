@@ -223,7 +223,7 @@ def flow_terms(
     weight_B = draws.weight_B.to(plain.dtype)
     loss = Loss({"loss/diffusion": weight_B * plain}, {"loss/diffusion": plain.detach()})
     if roi_weight and batch.roi_BTHW is not None:
-        region, _ = flow.roi_loss(error, batch.roi_BTHW)
+        region = flow.roi_loss(error, batch.roi_BTHW)
         loss.terms["loss/roi"] = roi_weight * weight_B * region
         values = [value for value, has in zip(region.detach(), has_region, strict=True) if has]
         loss.figures["loss/roi"] = torch.stack(values) if values else region.detach()[:0]

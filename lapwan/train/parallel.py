@@ -44,6 +44,22 @@ class Distributed(Processes):
         """A scope in which one process can run the noise experts on its own (validation, previews)."""
         return nullcontext()
 
+    def check_accumulate(self, accumulate: int, otherwise: str = "") -> None:
+        """Refuse batches of a step that cannot be divided among the processes.
+
+        Args:
+            otherwise: what else to do, for the end of the message.
+
+        Raises:
+            UserError: `accumulate` is not a multiple of the number of processes.
+        """
+        if accumulate % self.count:
+            raise UserError(f"accumulate = {accumulate} batches a step cannot be divided evenly among {self.count} "
+                            f"processes; set it to a multiple of {self.count}{otherwise}")
+
+    def share_tokens(self, backbones: Iterable[WanBackbone]) -> None:
+        """Split every sequence of these noise experts over the processes, where the processes share clips."""
+
     def gather_samples(self, value: T) -> list[T]:
         """What every process logged of its samples, each sample once."""
         return self.gather(value)
@@ -116,20 +132,6 @@ def join_processes(device: str) -> tuple[Distributed, str]:
     return distributed, local_device
 
 
-def check_accumulate(accumulate: int, distributed: Distributed, otherwise: str = "") -> None:
-    """Refuse batches of a step that cannot be divided among the processes.
-
-    Args:
-        otherwise: what else to do, for the end of the message.
-
-    Raises:
-        UserError: `accumulate` is not a multiple of the number of processes.
-    """
-    if accumulate % distributed.count:
-        raise UserError(f"accumulate = {accumulate} batches a step cannot be divided evenly among {distributed.count} "
-                        f"processes; set it to a multiple of {distributed.count}{otherwise}")
-
-
 # Context parallel
 
 
@@ -140,8 +142,10 @@ class ContextParallelProcesses(Distributed):
         super().__init__(rank, count, local_rank)
         self._shared: list[WanBackbone] = []
 
+    def check_accumulate(self, accumulate: int, otherwise: str = "") -> None:
+        """Every process takes all batches of a step."""
+
     def share_tokens(self, backbones: Iterable[WanBackbone]) -> None:
-        """Split every sequence of these noise experts over the processes from now on."""
         self._shared += backbones
         self._set(ContextParallel(self.rank, self.count))
 

@@ -33,7 +33,7 @@ from lapwan.train.clip_store import ClipStore, cached_bytes, check_cache, sampli
 from lapwan.train.ema import Ema
 from lapwan.train.objective import Objective, SigmaRule
 from lapwan.train.optimizers import ScheduledOptimizer, make_optimizer, make_schedule
-from lapwan.train.parallel import ContextParallelProcesses, Distributed, check_accumulate
+from lapwan.train.parallel import Distributed
 from lapwan.train.sample_order import SampleOrder
 from lapwan.train.schedule import interleave, one_after_the_other
 from lapwan.train.trainer import Trainer, TrainerConfig
@@ -231,8 +231,7 @@ def run_parts(
     Raises:
         UserError: batches a step that cannot be divided among the processes.
     """
-    if not isinstance(distributed, ContextParallelProcesses):
-        check_accumulate(settings.accumulate, distributed, ", or divide = \"tokens\"")
+    distributed.check_accumulate(settings.accumulate, ", or divide = \"tokens\"")
     optimizers = {}
     for name, groups in objective.parameter_groups.items():
         # What both noise experts share is stepped in every turn, with the settings of the run.
@@ -248,8 +247,7 @@ def run_parts(
     training_data = TrainingData(
         streams, store.batch, [item.id for item in data.items], settings.seed, settings.accumulate,
         memory.micro_batch, settings.caption_dropout, distributed)
-    if isinstance(distributed, ContextParallelProcesses):
-        distributed.share_tokens(objective.backbones.values())
+    distributed.share_tokens(objective.backbones.values())
     _compile(settings, base, data, objective, distributed)
     ema = None if settings.ema_decay is None else Ema(objective.parameters, settings.ema_decay)
     return RunParts(objective, training_data, optimizers, data.schedule, data.identity(base), offload, command,

@@ -167,7 +167,8 @@ class Trainer:
         return figures
 
     def _prefetch_next(self, noise_expert: NoiseExpert, data: StepData) -> None:
-        for following in self.schedule[self.step + 1 : self.step + 2]:
+        if self.step + 1 < len(self.schedule):
+            following = self.schedule[self.step + 1]
             same = following is noise_expert
             self.data.prefetch(following, data.next_position if same else self.data.streams[following].position)
 

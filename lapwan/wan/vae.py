@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -113,6 +114,12 @@ def decode(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
     raw = denormalise(vae, latents_BCTHW.to(device=vae.device, dtype=torch.float32))
     pixels: Tensor = vae.decode(raw.to(vae.dtype)).sample.float()
     return pixels
+
+
+def to_frames(pixels_BCTHW: Tensor) -> np.ndarray:
+    """[-1, 1] pixels [1, 3, T, H, W] -> uint8 frames [T, H, W, 3]: round(127.5·(x + 1)), clamped."""
+    scaled = ((pixels_BCTHW[0].float().clamp(-1, 1) + 1.0) * 127.5).round()
+    return scaled.permute(1, 2, 3, 0).to("cpu", torch.uint8).numpy()
 
 
 def decode_first_frame(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ def _batch(model: WanBackbone, size: str, clip: int) -> Batch:
         ids=(f"clip{clip}",), latents_BCTHW=torch.randn(1, 16, *shape, device=device, generator=generator),
         text=(torch.randn(WORDS, dim, device=device, generator=generator).bfloat16(),), condition_BCTHW=None,
         label_weights_BE=torch.tensor([[0.0, 0.65, 0.0, 0.35]], device=device),
-        fallback_B=torch.tensor([False], device=device), roi_BTHW=roi, has_roi_B=torch.tensor([True], device=device),
+        fallback_B=torch.tensor([False], device=device), roi_BTHW=roi,
     )
 
 

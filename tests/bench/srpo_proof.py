@@ -118,7 +118,7 @@ def run(work: Path, mode: str, seed: int, device_name: str) -> dict[str, Any]:
     assert isinstance(callback, HeldOut)
     figures = {
         "mode": mode, "seed": seed, "updates": trainer.step, "prompts": list(planned.data.held_out),
-        "base": callback.base_scores, "aligned": callback.scores(), "seconds": seconds,
+        "base": callback.state_dict()["base"], "aligned": callback.scores(), "seconds": seconds,
         "flow_base": flow_loss(trainer, work / "flow_cache", base=True),
         "flow_aligned": flow_loss(trainer, work / "flow_cache", base=False),
         "kl_proxy": last(settings.output / "metrics.jsonl", "held_out/low/kl_proxy"),

@@ -18,7 +18,7 @@ from lapwan.lora.attach import Group, attach, initial_state
 from lapwan.memory.streaming import offload_backbone
 from lapwan.names import Precision
 from lapwan.wan.backbone import WanBackbone
-from lapwan.wan.quantise.linears import LINEAR_CLASSES, Fp8Linear, fp8_in_hardware
+from lapwan.wan.quantise.linears import LINEAR_CLASSES, Fp8Linear, fp8_in_hardware, quantise_fp8
 from lapwan.wan.quantise.load import fill, linears_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -72,8 +72,8 @@ def test_fp8_in_hardware_is_its_emulation_up_to_accumulation(rows) -> None:
     assert hardware.dtype == torch.bfloat16 and hardware.shape == emulated.shape
     error = (hardware.float().cpu() - emulated).norm() / emulated.norm()
     assert error < 4e-3  # bf16's rounding of the output is 1.7e-3; fast accumulation adds less
-    x8 = made.quantise_input(x.to(CUDA).flatten(0, 1))[0]
-    assert torch.equal(x8.cpu().view(torch.uint8), made.quantise_input(x.flatten(0, 1))[0].view(torch.uint8))
+    x8 = quantise_fp8(x.to(CUDA).flatten(0, 1))[0]
+    assert torch.equal(x8.cpu().view(torch.uint8), quantise_fp8(x.flatten(0, 1))[0].view(torch.uint8))
     given = x.to(CUDA).requires_grad_()
     made(given).sum().backward()
     expected = torch.ones(2 * rows, 1536, device=CUDA, dtype=torch.bfloat16) @ made.weight_as(torch.bfloat16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lapwan.sampling.generator import to_frames
+from lapwan.wan.vae import to_frames
 
 
 def test_minus_one_is_black_zero_is_grey_one_is_white():

@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from sampling_cases import SMALL, frames, generate, refused
 
 from lapwan.lora.formats import write_lora
-from lapwan.sampling.generator import Generator, to_frames
+from lapwan.sampling.generator import Generator
 from lapwan.sampling.jobs import make_video_jobs
 from lapwan.sampling.result import read_metadata
 from lapwan.sampling.start_image import clip_tensor, read_clip
 from lapwan.sampling.video import read_video_metadata, write_video
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.load import load
-from lapwan.wan.vae import decode, encode, load_vae
+from lapwan.wan.vae import decode, encode, load_vae, to_frames
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def sample(captions: tuple[str, ...], numbers: Sequence[int], own: PreferenceRul
     x0 = torch.randn(count, 16, 1, 4, 4, generator=generator, dtype=F64)
     nothing_B = torch.zeros(count, dtype=torch.bool)
     text = tuple(torch.randn(3 + i, 8, generator=generator, dtype=F64) for i in range(count))
-    batch = Batch(captions, x0, text, None, None, nothing_B, None, nothing_B, captions)
+    batch = Batch(captions, x0, text, None, None, nothing_B, None, captions)
     draws = make_draws(batch, [(1, "low", n, c) for n, c in zip(numbers, captions, strict=True)],
                        SigmaRule(band=own.interval[LOW]))
     return batch, draws

@@ -1,2 +1,2 @@
-"""What runs beside the optimizer steps. `base` defines the two kinds of callback and says how to add one; `build` makes
-those of a run: previews, validation, figures of the weights."""
+"""What runs beside the optimizer steps. `base` defines the hooks of a callback and says how to add one; `build` makes
+those of a run: max norm, alpha phases, figures of the weights, validation, previews."""

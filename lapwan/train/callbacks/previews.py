@@ -29,6 +29,7 @@ from lapwan.sampling.adapters import AdapterSet
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.noise_experts import NoiseExperts
 from lapwan.sampling.request import Request, check_request, complete_guidance
+from lapwan.sampling.result import Video
 from lapwan.sampling.start_image import open_image
 from lapwan.settings.callbacks import PreviewSettings
 from lapwan.train.callbacks.base import Callback, Evaluation
@@ -112,8 +113,8 @@ class PreviewGenerator(Generator):
         self, base: Base, adapter_set: AdapterSet, device: torch.device, dtype: torch.dtype,
         objective: Objective, onload: Callable[[NoiseExpert], None],
     ) -> None:
-        super().__init__(base, adapter_set, device, dtype)
-        self.noise_experts = _InTraining(base, adapter_set, device, dtype, objective, onload)
+        super().__init__(base, adapter_set, device, dtype, noise_experts=_InTraining(
+            base, adapter_set, device, dtype, objective, onload))
 
     def encode(self, requests: Sequence[Request]) -> None:
         """Encode the prompts of all requests that will be generated, and drop the text encoder."""
@@ -122,6 +123,14 @@ class PreviewGenerator(Generator):
             if max(request.guidance.values()) > 1:
                 self.text_features(request.negative_prompt)
         self._text = None
+
+
+def save_sample(video: Video, folder: Path, step: int, name: str, board: Any, tag: str) -> Path:
+    """Write a sample of a run as an MP4 (a PNG for one frame), and a strip of it to TensorBoard."""
+    suffix = "png" if len(video.frames) == 1 else "mp4"
+    path = video.save(folder / f"step_{step:06d}_{name}.{suffix}", overwrite=True)
+    board.add_image(f"{tag}/{name}", np.asarray(contact_sheet([video.frames])), step, dataformats="HWC")
+    return path
 
 
 class Previews(Callback):
@@ -159,10 +168,7 @@ class Previews(Callback):
         for request in self._requests:
             index += request.hint is None  # the hints of a prompt follow it
             video = self._generator.generate(request)
-            suffix = "png" if len(video.frames) == 1 else "mp4"
             name = f"{index}" if request.hint is None else f"{index}_{_UNSAFE.sub('_', request.hint)}"
-            path = video.save(self._folder / f"step_{step:06d}_{name}.{suffix}", overwrite=True)
-            strip = np.asarray(contact_sheet([video.frames]))
-            board.add_image(f"preview/{name}", strip, step, dataformats="HWC")
+            path = save_sample(video, self._folder, step, name, board, "preview")
             console.detail(f"preview {path}")
         return Evaluation({})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -51,9 +52,10 @@ class LoraObjective(Objective):
             yield flow_terms(self.backbones[noise_expert], batch, draws, self._roi_weight, self._empty_text)
 
     def save(self, folder: Path, step: int) -> list[Path]:
-        states = {noise_expert: adapter.state(LORA_GROUP) for noise_expert, adapter in self.adapters.items()}
-        for noise_expert, state in states.items():
-            state.metadata = {**self._metadata[noise_expert], "lapwan.step": str(step), "ss_steps": str(step)}
+        states = {}
+        for noise_expert, adapter in self.adapters.items():
+            metadata = {**self._metadata[noise_expert], "lapwan.step": str(step), "ss_steps": str(step)}
+            states[noise_expert] = replace(adapter.state(LORA_GROUP), metadata=metadata)
         paths = [folder / name for name in lora_names(self._name, list(states), self._one_file)]
         if self._one_file:
             write_both(paths[0], states)

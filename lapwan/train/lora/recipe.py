@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -58,8 +60,7 @@ def _adapter(
     settings: TrainLoraSettings, base: Base, data: recipe.RunData, noise_expert: NoiseExpert, transformer: nn.Module
 ) -> Adapter:
     if (file := recipe.initial_loras(settings.init_lora, base).get(noise_expert)) is not None:
-        state = file.read()
-        state.metadata = {}
+        state = replace(file.read(), metadata={})
     else:
         state = recipe.fresh_lora(transformer, data.noise_experts[noise_expert], settings.seed, noise_expert.value)
     return attach(transformer, [Group(LORA_GROUP, state, trainable=True)])

@@ -7,7 +7,6 @@ prompt that the file already has is never encoded again.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from lapwan.caching.collate import Batch
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import load_index, read_prompt
 from lapwan.checkpoints.container import read_header
+from lapwan.checkpoints.fingerprints import json_fingerprint
 from lapwan.data.prompts import choose_held_out, read_prompts
 from lapwan.errors import UserError
 from lapwan.models.fingerprints import text_encoder_fingerprint
@@ -60,8 +60,7 @@ class SrpoData:
     def identity(self) -> dict[str, str]:
         """Hash of the prompts' and clips' contents: what a resumed run is compared by."""
         clips = [[i.id, i.bucket, i.caption, i.repeats, i.fingerprints] for i in (*self.items, *self.held_items)]
-        text = json.dumps([self.captions, self.held_out, self.negative, clips], sort_keys=True)
-        return {"prompts": hashlib.sha256(text.encode()).hexdigest()}
+        return {"prompts": json_fingerprint([self.captions, self.held_out, self.negative, clips])}
 
 
 def read_data(settings: SrpoSettings, spec: ModelSpec) -> SrpoData:
@@ -210,7 +209,7 @@ class PromptStore:
     def _zeros(self, ids: tuple[str, ...], captions: tuple[str, ...], text: Sequence[Tensor]) -> Batch:
         false_B = torch.zeros(len(ids), dtype=torch.bool)
         latents = torch.zeros(len(ids), *self._shape)
-        return Batch(ids, latents, tuple(text), None, None, false_B, None, false_B, captions).to(self._device)
+        return Batch(ids, latents, tuple(text), None, None, false_B, None, captions).to(self._device)
 
     def _cut(self, batch: Batch) -> Batch:
         """Cut to the trained length: the VAE is causal, so a clip's first latent frames are those of its beginning."""

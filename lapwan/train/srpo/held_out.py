@@ -23,15 +23,14 @@ from lapwan.caching.collate import Batch
 from lapwan.losses import flow
 from lapwan.losses.preference import weighted_mean
 from lapwan.names import NoiseExpert
-from lapwan.report.contact_sheet import contact_sheet
-from lapwan.sampling.generator import to_frames
 from lapwan.sampling.result import Video
 from lapwan.train.callbacks.base import Callback, Evaluation
+from lapwan.train.callbacks.previews import save_sample
 from lapwan.train.parallel import full_tensors
 from lapwan.train.srpo.objective import SrpoObjective, augment_prompt
 from lapwan.train.srpo.rollout import Rollout
 from lapwan.wan.backbone import WanBackbone
-from lapwan.wan.vae import decode
+from lapwan.wan.vae import decode, to_frames
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -118,11 +117,6 @@ class HeldOut(Callback):
         """Scores of the current weights by kind, one per held-out prompt, in their order."""
         return self._scores(self._sample())
 
-    @property
-    def base_scores(self) -> dict[str, list[float]]:
-        """The same of the base; empty before `on_start`."""
-        return self._base
-
     def _early_stop(self, margin: float, step: int) -> str | None:
         """The reason to end the run, once the margin has not improved for `patience` evaluations."""
         if self._best is None or margin > self._best[0]:
@@ -190,13 +184,9 @@ class HeldOut(Callback):
         """Write the samples of the first prompts; processes without a board decode and write nothing."""
         for index, x0 in enumerate(latents[: self._rule.shown]):
             frames = to_frames(decode(self._vae, x0))
-            if board is None:
-                continue
-            suffix = "png" if len(frames) == 1 else "mp4"
-            video = Video(frames, self._rule.fps, x0.cpu())
-            video.save(self._folder / f"step_{step:06d}_{index}.{suffix}", overwrite=True)
-            strip = np.asarray(contact_sheet([frames]))
-            board.add_image(f"held_out/{index}", strip, step, dataformats="HWC")
+            if board is not None:
+                video = Video(frames, self._rule.fps, x0.cpu())
+                save_sample(video, self._folder, step, f"{index}", board, "held_out")
 
     def state_dict(self) -> dict[str, Any]:
         points = {e: {name: value.cpu() for name, value in tensors.items()} for e, tensors in self._points.items()}

@@ -11,6 +11,7 @@ import torch
 
 from lapwan.console import PlanRow, count_text
 from lapwan.errors import UserError
+from lapwan.memory.cost import tokens_of
 from lapwan.memory.srpo import SrpoMemory, plan_srpo
 from lapwan.models.base import Base, target_ranks
 from lapwan.models.spec import ModelSpec, tensor_shapes, weight_files
@@ -197,8 +198,5 @@ def too_slow(settings: SrpoSettings, base: Base, data: SrpoData, device: torch.d
 
 def step_flops(settings: SrpoSettings, spec: ModelSpec, parameters: int, bucket: tuple[int, int, int]) -> float:
     """FLOPs of an optimizer step: 2 per parameter, token and evaluation; a backward counts as two evaluations."""
-    _, t, h, w = spec.latent_shape(*bucket)
-    patch = spec.pixel_multiple // spec.spatial_stride
-    tokens = t * (h // patch) * (w // patch)
     rollout = 0 if settings.rollout.offline else settings.rollout.steps * (2 if settings.rollout.guidance > 1 else 1)
-    return 2.0 * parameters * tokens * (rollout + 3) * settings.batch_size * settings.accumulate
+    return 2.0 * parameters * tokens_of(spec, bucket) * (rollout + 3) * settings.batch_size * settings.accumulate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from lapwan.train.ema import Ema
 from lapwan.train.lora.objective import LORA_GROUP
 from lapwan.train.objective import SigmaRule
 from lapwan.train.optimizers import MasterWeights, ScheduledOptimizer, make_optimizer, make_schedule
-from lapwan.train.parallel import Distributed, check_accumulate, full_tensors, is_sharded, shard
+from lapwan.train.parallel import Distributed, full_tensors, is_sharded, shard
 from lapwan.train.recipe import RunParts, make_trainer, settings_hash
 from lapwan.train.run_folder import PREVIEWS
 from lapwan.train.sample_order import SampleOrder
@@ -165,7 +165,7 @@ def prepare(
         UserError: batches of a step that cannot be divided among the processes, or EMA of sharded weights.
     """
     distributed, spec = distributed or Distributed(), base.spec
-    check_accumulate(settings.accumulate, distributed)
+    distributed.check_accumulate(settings.accumulate)
     noise_experts = trained_noise_experts(settings, spec)
     bands = intervals(settings, spec, noise_experts)
     store = PromptStore(data, spec, encode_prompts(settings, data, spec, device, distributed), device)
@@ -278,9 +278,8 @@ class AlignedModelWriter:
                 self._write_transformer(path, noise_expert)
             else:
                 path = folder / f"{self._settings.name}_{noise_expert.file_suffix}.safetensors"
-                state = trained.adapter.state(LORA_GROUP)
-                state.metadata = {**self._metadata(noise_expert), "lapwan.step": str(step)}
-                write_lora(path, state)
+                metadata = {**self._metadata(noise_expert), "lapwan.step": str(step)}
+                write_lora(path, replace(trained.adapter.state(LORA_GROUP), metadata=metadata))
             paths.append(path)
         return paths
 

@@ -219,13 +219,11 @@ class QuantisedLinear(FrozenLinear):
 
 
 class Fp8Linear(QuantisedLinear):
-    """Weight and input in e4m3, scaled per row and per token; layers that share an input share its `quantise_input`."""
+    """Weight and input in e4m3, scaled per row and per token; layers that share an input share its codes."""
 
     quantise, product, weight_of = staticmethod(quantise_fp8), staticmethod(_fp8_forward), staticmethod(_codes_weight)
     bits = 8.0
     with_gradient = _Fp8Product
-
-    quantise_input = staticmethod(quantise_fp8)
 
     def multiply(self, x8_NI: Tensor, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
         """The product with an input quantised by `quantise_fp8`, such as the one q, k and v share. No gradient."""
