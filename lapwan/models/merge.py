@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lapwan.checkpoints.rewrite import Advance
-from lapwan.console import detail, log, progress, warn
+from lapwan.console import count_text, detail, log, progress, warn
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
