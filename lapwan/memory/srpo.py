@@ -168,7 +168,7 @@ def _parts_table(parts: MemoryParts, strategy: tuple[bool, bool], device: torch.
     work = ("scoring and activations", step) if step >= parts.sampling else ("sampling", parts.sampling)
     figures = {"weights": weights, "training state": parts.state, "rewards, VAE": parts.models, work[0]: work[1],
                "predicted peak": parts.peak(*strategy), "free": free}
-    return PlanTable(("GiB", *figures), ((str(device), *(f"{size / _GIB:.2f}" for size in figures.values())),))
+    return PlanTable(("GiB", *figures), ((str(device), *(f"{size / GIB:.2f}" for size in figures.values())),))
 
 
 def _describe(parts: MemoryParts, strategy: tuple[bool, bool]) -> str:
