@@ -103,12 +103,14 @@ class AdapterLayout:
         by part. A kind of update of which a part has no name is not written.
     alpha_in_metadata: alpha is written to the metadata `lora_adapter_metadata`, not as a tensor.
     folds_outer_alpha: alpha of modules outside the blocks is folded into B, since tools do not read it there.
+    needs_alpha: alpha is always a tensor, also where it is r, since tools raise without it.
     """
 
     read: Callable[[str], Key | None]
     names: Callable[[str, str | None], dict[str, str]]
     alpha_in_metadata: bool = False
     folds_outer_alpha: bool = False
+    needs_alpha: bool = False
 
 
 def _flat_names() -> dict[str, str]:
@@ -241,7 +243,7 @@ def _diffusers_names(path: str, component: str | None) -> dict[str, str]:
 
 LAYOUTS: dict[str, AdapterLayout] = {
     "comfy": AdapterLayout(_reader("comfy"), _comfy_names, folds_outer_alpha=True),
-    "musubi": AdapterLayout(_reader("musubi"), _musubi_names),
+    "musubi": AdapterLayout(_reader("musubi"), _musubi_names, needs_alpha=True),
     "diffusers": AdapterLayout(_reader("diffusers"), _diffusers_names, alpha_in_metadata=True),
 }
 

@@ -173,11 +173,28 @@ def _merged_tiles(
         for add_rows in additions:
             add_rows(wide, tile, first)
         tile.copy_(wide)
-        # aminmax propagates NaN and is twenty times as fast as isfinite over all values.
-        if not torch.stack(torch.aminmax(tile)).isfinite().all():
-            raise UserError(f"merging makes '{info.name}' non-finite (in {info.dtype}): the LoRA or the base holds "
-                            "NaN or too large values; check the LoRA with `lapwan inspect-weights`")
+        if not _finite(tile):
+            source.read_into(view, info.name, first * row_bytes)
+            raise _non_finite(source, info, tile, wide)
         yield first * row_bytes, view, tile
+
+
+def _finite(values: Tensor) -> bool:
+    """aminmax propagates NaN and is twenty times as fast as isfinite over all values."""
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
+def _non_finite(source: TensorFile, info: TensorInfo, base: Tensor, merged: Tensor) -> UserError:
+    """The error for a merged weight that is not finite, by its cause; `merged` is the sum before it is rounded."""
+    message = f"merging makes '{info.name}' non-finite"
+    if not _finite(base):
+        return UserError(f"{message}: {source.path} itself holds NaN or infinity there; download it again, or use "
+                         "another base")
+    if _finite(merged):
+        return UserError(f"{message}: the sum has values up to {merged.abs().max().item():.3g}, which {info.dtype} "
+                         "cannot hold; lower the LoRA's strength, or merge into a bf16 or fp32 copy of the model")
+    return UserError(f"{message}: the LoRA holds NaN or infinity, or values that overflow fp32; check it with `lapwan "
+                     "inspect-weights`")
 
 
 def _write(descriptor: int, data: memoryview, position: int) -> None:

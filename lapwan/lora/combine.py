@@ -1,37 +1,60 @@
-"""LoRA + LoRA: exact concatenation, and a resize by SVD that keeps the largest singular values.
+"""Sums of adapters in a file, and their reduction to low-rank pairs by SVD.
 
     concatenate:  A = [A_1; A_2; …],  B = [s_1 B_1, s_2 B_2, …],  alpha = r_1 + r_2 + …,   s_i = m_i · alpha_i / r_i
-    full deltas:  Σ m_i · ΔW_i in fp32, rounded once; other kinds cannot be summed in a file
-    resize to k:  B A = Q_B (R_B R_Aᵀ) Q_Aᵀ = U S Vᵀ,  B' = U_k S_k^½,  A' = S_k^½ V_kᵀ,  alpha = k
+    with a full delta:  Σ m_i · ΔW_i in fp32, rounded once
+    resize to k:  ΔW = U S Vᵀ,  B' = U_k S_k^½,  A' = S_k^½ V_kᵀ,  alpha = k
+
+The SVD of low-rank pairs is B A = Q_B (R_B R_Aᵀ) Q_Aᵀ, exact and without ΔW; of other kinds it is that of ΔW, for large
+weights by subspace iteration (Halko et al., arXiv 0909.4061, algorithm 4.4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
+from lapwan.checkpoints.rewrite import matrix_shape
+from lapwan.checkpoints.wan_keys import to_original
 from lapwan.console import progress
 from lapwan.distributed import one_thread
 from lapwan.errors import UserError
 from lapwan.lora.kinds import FullDelta
-from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
+from lapwan.lora.state import AdapterState, LowRank, WeightUpdate, check_finite, check_fits
 
 _WORKERS = 2
+_EXACT_SIZE = 1024  # the smaller dimension of ΔW up to which its SVD is computed whole
+_OVERSAMPLING, _ITERATIONS = 16, 4
 
 # Metadata of a single training run, dropped from a sum and from a resized LoRA.
 _RUN_KEYS = ("lapwan.fingerprint", "lapwan.step", "ss_steps")
 
+Terms = Sequence[tuple[WeightUpdate, float]]  # updates of one tensor with their multipliers
+
 
 @dataclass(frozen=True)
 class Energy:
-    """The energy a resize keeps: Σ_{i≤k} s_i² / Σ_i s_i², over all modules and in the worst one."""
+    """The energy that a resize keeps, Σ_{i≤k} s_i² / Σ_i s_i²: over all modules, and `modules` by path.
+
+    `unchanged` counts the changes of biases, norms and modulations, which have no low-rank form.
+    """
 
     total: float
-    worst: float
-    worst_path: str
+    modules: Mapping[str, float] = field(default_factory=dict)
+    unchanged: int = 0
+
+    def describe(self, rank: int) -> str:
+        """One line: energy, relative error ‖ΔW − ΔW_k‖ / ‖ΔW‖, and the three modules that keep least."""
+        worst = sorted(self.modules.items(), key=lambda item: item[1])[:3]
+        line = (f"rank {rank} keeps {self.total:.4%} of the energy (squared norm), relative error "
+                f"{math.sqrt(max(0.0, 1.0 - self.total)):.2g}; least in "
+                + ", ".join(f"{path}: {kept:.4%}" for path, kept in worst))
+        kept = f"; {self.unchanged} changes of biases, norms or modulation are kept as they are"
+        return line + kept if self.unchanged else line
 
 
 def scaled(state: AdapterState, multiplier: float) -> AdapterState:
@@ -48,67 +71,110 @@ def scaled(state: AdapterState, multiplier: float) -> AdapterState:
 
 
 def concatenate(states: Sequence[tuple[AdapterState, float]], dtype: torch.dtype | None = None) -> AdapterState:
-    """Σ multiplier · ΔW over the states; a module of only one state keeps its rank, A and B.
+    """Σ multiplier · ΔW over the states; a module of only one state keeps its kind, rank and tensors.
 
     Args:
         dtype: of the result; the scales are folded into B in fp32 and rounded once. None: the widest of the inputs.
 
     Raises:
-        UserError: two updates of one tensor that are neither both low-rank pairs nor both full deltas.
+        UserError: two updates of one tensor of which the sum is neither a low-rank pair nor a full delta; a value
+            too large for `dtype`.
     """
-    paths = list(dict.fromkeys(path for state, _ in states for path in state.entries))
-    entries: dict[str, WeightUpdate] = {}
-    for path in paths:
-        terms = [(state.entries[path], multiplier) for state, multiplier in states if path in state.entries]
-        if len(terms) == 1:
-            (entry, multiplier), = terms
-            entries[path] = entry.scaled(multiplier)
-            continue
-        widest = next(iter(terms[0][0].parts().values())).dtype
-        for entry, _ in terms:
-            for tensor in entry.parts().values():
-                widest = torch.promote_types(widest, tensor.dtype)
-        entries[path] = _sum(path, terms, dtype or widest)
+    entries = {path: _sum(path, terms, dtype) for path, terms in _by_path(states).items()}
     return AdapterState(entries, _common_metadata([state for state, _ in states]))
 
 
-def _sum(path: str, terms: Sequence[tuple[WeightUpdate, float]], dtype: torch.dtype) -> WeightUpdate:
-    pairs = [(entry, m) for entry, m in terms if isinstance(entry, LowRank) and entry.stackable]
-    if len(pairs) == len(terms):
-        down = torch.cat([entry.down.to(dtype) for entry, _ in pairs])
-        up = torch.cat([(entry.up.float() * (m * entry.scale)).to(dtype) for entry, m in pairs], dim=1)
-        return LowRank(down, up, float(down.shape[0]))
-    deltas = [(entry, m) for entry, m in terms if isinstance(entry, FullDelta)]
-    if len(deltas) == len(terms) and len({entry.shape for entry, _ in deltas}) == 1:
-        return FullDelta(torch.stack([entry.value.float() * m for entry, m in deltas]).sum(0).to(dtype))
-    kinds = " and ".join(f"a {entry.kind} {list(entry.shape)}" for entry, _ in terms)
-    raise UserError(f"module '{path}' is {kinds}: a LoRA file cannot hold their sum; merge the files into the model "
-                    "instead (lapwan merge --model MODEL, --lora for each)")
+def _by_path(states: Sequence[tuple[AdapterState, float]]) -> dict[str, Terms]:
+    paths = dict.fromkeys(path for state, _ in states for path in state.entries)
+    return {path: [(state.entries[path], m) for state, m in states if path in state.entries] for path in paths}
+
+
+def _widest(terms: Terms) -> torch.dtype:
+    dtypes = [tensor.dtype for entry, _ in terms for tensor in entry.parts().values()]
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    return widest
+
+
+def _sum(path: str, terms: Terms, dtype: torch.dtype | None) -> WeightUpdate:
+    """Σ m · ΔW as one update."""
+    if len(terms) == 1:
+        (entry, multiplier), = terms
+        total = entry.scaled(multiplier)
+    elif (pairs := _pairs(terms)) is not None:
+        down, up = _joined(pairs, dtype or _widest(terms))
+        total = LowRank(down, up, float(down.shape[0]))
+    elif any(isinstance(entry, FullDelta) for entry, _ in terms):
+        total = FullDelta(_dense(path, terms, torch.float32).to(dtype or _widest(terms)))
+    else:
+        _check_sum(path, terms)
+        kinds = " and ".join(f"a {entry.kind} {list(entry.shape)}" for entry, _ in terms)
+        raise UserError(f"module '{path}' is {kinds}: their sum has no exact form in a LoRA file; add --rank N to "
+                        "write it as a low-rank pair by SVD, or merge the files into the model (lapwan merge --model "
+                        "MODEL, --lora for each)")
+    check_fits(path, total, [entry for entry, _ in terms])
+    return total
+
+
+def _pairs(terms: Terms) -> list[tuple[LowRank, float]] | None:
+    """The terms, if all are low-rank pairs of one form."""
+    pairs = [(entry, m) for entry, m in terms if isinstance(entry, LowRank)]
+    forms = {(entry.down.shape[1:], entry.up.shape[:1], entry.up.shape[2:]) for entry, _ in pairs}
+    return pairs if len(pairs) == len(terms) and len(forms) == 1 else None
+
+
+def _joined(pairs: Sequence[tuple[LowRank, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B of the sum, the scales in B."""
+    return (torch.cat([entry.down.to(dtype) for entry, _ in pairs]),
+            torch.cat([(entry.up.float() * (m * entry.scale)).to(dtype) for entry, m in pairs], dim=1))
+
+
+def _check_sum(path: str, terms: Terms) -> None:
+    for entry, _ in terms:
+        if entry.needs_weight:
+            raise UserError(f"module '{path}' is a {entry.kind}, whose ΔW depends on the model's weights: it has no "
+                            "sum and no low-rank form without them; merge the file into the model instead (lapwan "
+                            "merge --model MODEL --lora FILE)")
+    shapes = {matrix_shape(entry.shape) for entry, _ in terms}
+    if len(shapes) > 1:
+        kinds = " and ".join(f"a {entry.kind} {list(entry.shape)}" for entry, _ in terms)
+        raise UserError(f"module '{path}' is {kinds}: the files were made for different models")
+
+
+def _dense(path: str, terms: Terms, dtype: torch.dtype) -> Tensor:
+    """Σ m · ΔW in the shape of W."""
+    _check_sum(path, terms)
+    shape = max((entry.shape for entry, _ in terms), key=len)
+    total = torch.zeros(matrix_shape(shape), dtype=dtype)
+    for entry, multiplier in terms:
+        entry.prepare(multiplier, dtype)(total, total, 0)
+    return total.reshape(shape)
 
 
 def combine(
     states: Sequence[tuple[AdapterState, float]], rank: int | None = None, dtype: torch.dtype | None = None
 ) -> tuple[AdapterState, Energy | None]:
-    """Σ multiplier · ΔW as one LoRA in `dtype` (None: the widest of the inputs), resized to `rank` if given.
+    """Σ multiplier · ΔW as one adapter in `dtype`, as low-rank pairs of at most `rank` if given.
 
     Args:
         states: adapters with their multipliers.
-        rank: largest rank of the result; None: the sum of the ranks, exactly.
+        rank: largest rank of the result; None: the exact sum.
         dtype: of the result; None: the widest of the inputs.
 
     Returns:
-        (the LoRA, the energy a resize kept; None without one).
+        (the adapter, the energy that the SVD kept; None without one).
 
     Raises:
-        UserError: updates that cannot be summed in a file, or not resized.
+        UserError: updates that cannot be summed in a file, or have no low-rank form; a value too large for `dtype`.
     """
-    state = scaled(*states[0]) if len(states) == 1 else concatenate(states, dtype)
     if rank is None:
-        return state, None
-    pairs = state.low_rank(f"--rank {rank} needs a plain LoRA")
-    target_dtype = dtype or max((entry.up.dtype for entry in pairs.values()), key=lambda d: d.itemsize)
-    state, energy = resize(state, rank)
-    state.entries = {path: entry.map(lambda tensor: tensor.to(target_dtype)) for path, entry in state.entries.items()}
+        return (scaled(*states[0]) if len(states) == 1 else concatenate(states, dtype)), None
+    target_dtype = dtype or _widest([(entry, m) for state, m in states for entry in state.entries.values()])
+    state, energy = _reduce(states, rank)
+    for path, entry in state.entries.items():
+        state.entries[path] = entry.map(lambda tensor: tensor.to(target_dtype))
+        check_fits(path, state.entries[path], [entry])
     return state, energy
 
 
@@ -122,40 +188,76 @@ def _common_metadata(states: Sequence[AdapterState]) -> dict[str, str]:
 def resize(state: AdapterState, rank: int) -> tuple[AdapterState, Energy]:
     """The best rank-`rank` approximation of every ΔW in the Frobenius norm (Eckart-Young); lower ranks are kept.
 
+    Changes of biases, norms and modulations stay as they are.
+
     Args:
-        state: a plain LoRA.
+        state: the adapter.
         rank: largest rank of a module, at least 1.
 
     Returns:
-        The resized LoRA in fp32, scale 1, and the energy kept.
+        The pairs in fp32, scale 1, and the energy kept.
 
     Raises:
-        UserError: the state is not a plain LoRA.
+        UserError: a ΔW that depends on the model's weights (DoRA), or that is not finite.
     """
-    pairs = state.low_rank("only a plain LoRA can be resized")
+    return _reduce([(state, 1.0)], rank)
+
+
+def _reduce(states: Sequence[tuple[AdapterState, float]], rank: int) -> tuple[AdapterState, Energy]:
+    terms_of = _by_path(states)
     entries: dict[str, WeightUpdate] = {}
+    kept: dict[str, float] = {}
     kept_sum = all_sum = 0.0
-    worst = (2.0, "")
-    with one_thread(), ThreadPoolExecutor(_WORKERS) as pool, progress("resize", len(pairs), "module") as bar:
-        parts = pool.map(lambda entry: _resized(entry, rank), pairs.values())
-        for path, (entry, kept, total) in zip(pairs, parts, strict=True):
+    with one_thread(), ThreadPoolExecutor(_WORKERS) as pool, progress("resize", len(terms_of), "module") as bar:
+        parts = pool.map(lambda item: _reduced(*item, rank), terms_of.items())
+        for path, (entry, squares) in zip(terms_of, parts, strict=True):
             entries[path] = entry
-            kept_sum, all_sum = kept_sum + kept, all_sum + total
-            worst = min(worst, (kept / total if total > 0 else 1.0, path))
+            if squares is not None:
+                kept[path] = squares[0] / squares[1] if squares[1] > 0 else 1.0
+                kept_sum, all_sum = kept_sum + squares[0], all_sum + squares[1]
             bar.advance()
-    metadata = {key: value for key, value in state.metadata.items() if key not in _RUN_KEYS}
-    return AdapterState(entries, metadata), Energy(kept_sum / all_sum if all_sum > 0 else 1.0, *worst)
+    common = _common_metadata([state for state, _ in states])
+    metadata = {key: value for key, value in common.items() if key not in _RUN_KEYS}
+    energy = Energy(kept_sum / all_sum if all_sum > 0 else 1.0, kept, len(entries) - len(kept))
+    return AdapterState(entries, metadata), energy
 
 
-def _resized(entry: LowRank, rank: int) -> tuple[LowRank, float, float]:
-    """(the resized entry, Σ s² kept, Σ s² of all)."""
-    left, right, values = singular_factors(entry)
+def _reduced(path: str, terms: Terms, rank: int) -> tuple[WeightUpdate, tuple[float, float] | None]:
+    """(the low-rank pair, (Σ s² kept, Σ s² of all)); of a tensor without a low-rank form (the sum, None)."""
+    if to_original(path) is None:
+        return _sum(path, terms, None), None
+    for entry, _ in terms:
+        check_finite(path, entry)
+    if (pairs := _pairs(terms)) is not None:
+        down, up = _joined(pairs, torch.float64)
+        shape = pairs[0][0].shape
+        left, right, values = singular_factors(LowRank(down.flatten(1), up.flatten(1), float(len(down))))
+        total = values.square().sum().item()
+    else:
+        delta = _dense(path, terms, torch.float32)
+        shape, matrix = delta.shape, delta.flatten(1)
+        left, right, values = _truncated_svd(matrix, rank)
+        total = sum(row.dot(row).item() for row in map(Tensor.double, matrix.split(1)) for row in [row.view(-1)])
     k = min(rank, len(values))
     root = values[:k].sqrt()
-    up, down = left[:, :k] * root, (right[:, :k] * root).T
-    squares = values.square()
-    resized = LowRank(down.float().contiguous(), up.float().contiguous(), float(k))
-    return resized, squares[:k].sum().item(), squares.sum().item()
+    down, up = (right[:, :k] * root).T.float().contiguous(), (left[:, :k] * root).float().contiguous()
+    kernel = tuple(shape[2:])
+    pair = LowRank(down.reshape(k, *shape[1:]), up.reshape(*up.shape, *(1 for _ in kernel)), float(k))
+    return pair, (min(values[:k].square().sum().item(), total), total)
+
+
+def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(U [out, k], V [in, k], s [k]) with at least the `rank` largest singular values of a matrix in fp32."""
+    if min(matrix.shape) <= max(_EXACT_SIZE, rank + _OVERSAMPLING):
+        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return u, vh.T, s
+    generator = torch.Generator().manual_seed(0)
+    basis = matrix @ torch.randn(matrix.shape[1], rank + _OVERSAMPLING, generator=generator)
+    for _ in range(_ITERATIONS):
+        basis = matrix @ torch.linalg.qr(matrix.T @ torch.linalg.qr(basis)[0])[0]
+    basis = torch.linalg.qr(basis)[0]
+    u, s, vh = torch.linalg.svd((basis.T @ matrix).double(), full_matrices=False)
+    return basis.double() @ u, vh.T, s
 
 
 def singular_factors(entry: LowRank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ Which kind of file a .safetensors is: `open_lora` takes a LoRA and refuses all e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from lapwan.checkpoints.lora_keys import (
 )
 from lapwan.checkpoints.rewrite import AddRows
 from lapwan.checkpoints.tensors import load_rows, load_tensor
+from lapwan.checkpoints.wan_keys import to_original
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
 from lapwan.lora.kinds import FullDelta, build_update, kind_of
@@ -43,10 +44,18 @@ from lapwan.lora.noise_expert import (
     noise_expert_from_file_name,
     noise_expert_from_metadata,
 )
-from lapwan.lora.state import AdapterState, LowRank, WeightUpdate, entries_fingerprint, low_rank_only
+from lapwan.lora.state import (
+    AdapterState,
+    LowRank,
+    WeightUpdate,
+    check_fits,
+    entries_fingerprint,
+    low_rank_only,
+)
 from lapwan.names import NoiseExpert
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+Check = Callable[[Path], None]  # called with a written file, before it gets its name
 
 
 @dataclass(frozen=True)
@@ -259,7 +268,7 @@ def read_lora(
 
 def write_lora(
     path: Path, state: AdapterState, layout: str = "comfy", dtype: torch.dtype | None = None, fold_alpha: bool = False,
-    layouts: Mapping[str, AdapterLayout] = LAYOUTS,
+    layouts: Mapping[str, AdapterLayout] = LAYOUTS, check: Check = lambda _: None,
 ) -> None:
     """Write one noise expert's adapter atomically.
 
@@ -268,19 +277,24 @@ def write_lora(
 
     Args:
         dtype: of A and B in the file; None keeps each tensor's own.
-        fold_alpha: multiply B by alpha / r everywhere and write no alpha, for tools that do not read it; rounds once.
+        fold_alpha: multiply B by alpha / r everywhere, so that alpha = r, for tools that do not read alpha; rounds
+            once. No alpha is written, except where the layout's tools need it (`AdapterLayout.needs_alpha`).
+        check: is called with the path of the finished file, before it is renamed to `path`.
 
     Raises:
-        UserError: the LoRA has no modules, or a kind of update that the layout has no names for.
+        UserError: the LoRA has no modules, values that are not finite or do not fit `dtype`, or a kind of update that
+            the layout has no names for.
         ValueError: a path that is not a tensor of Wan.
     """
     tensors, metadata = _named(path, state, layouts[layout], dtype, fold_alpha)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+        check(temporary)
 
 
 def write_both(
-    path: Path, states: Mapping[NoiseExpert, AdapterState], dtype: torch.dtype | None = None, fold_alpha: bool = False
+    path: Path, states: Mapping[NoiseExpert, AdapterState], dtype: torch.dtype | None = None, fold_alpha: bool = False,
+    check: Check = lambda _: None,
 ) -> None:
     """Write both noise experts' LoRAs into one file, atomically: `diffusion_model.transformer_1.…` for the high noise
     expert, `transformer_2` for the low one.
@@ -293,6 +307,7 @@ def write_both(
         states: one LoRA for each noise expert.
         dtype: of the tensors; None: as they are.
         fold_alpha: multiply the scale into B instead of writing alpha.
+        check: as for `write_lora`.
 
     Raises:
         UserError: not a LoRA for each noise expert, or as `write_lora`.
@@ -308,6 +323,7 @@ def write_both(
         tensors |= named
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=join_metadata(metadata))
+        check(temporary)
 
 
 def _named(
@@ -324,14 +340,28 @@ def _named(
         fold = fold_alpha or (layout.folds_outer_alpha and component is None and not module.startswith("blocks."))
         update = (entry.folded(dtype) if fold else entry).map(lambda tensor: _plain(tensor, dtype))
         if any(part not in names for part in update.parts()):
-            raise UserError(f"cannot write {path}: module '{module}' is a {update.kind}, which this layout does not "
-                            "have; write the comfy layout, or merge the file into the model (lapwan merge --model)")
-        if not fold and not layout.alpha_in_metadata and update.rank is not None and update.alpha is not None:
-            exact = torch.tensor(update.alpha, dtype=torch.float32).item() == update.alpha
-            tensors[names["alpha"]] = torch.tensor(update.alpha, dtype=torch.float32 if exact else torch.float64)
+            raise _no_names(path, module, update)
+        check_fits(module, update, [entry])
+        alpha = not (fold or layout.alpha_in_metadata) or layout.needs_alpha
+        if alpha and "alpha" in names and update.rank is not None and (update.alpha is not None or layout.needs_alpha):
+            value = float(update.rank) if update.alpha is None else update.alpha
+            exact = torch.tensor(value, dtype=torch.float32).item() == value
+            tensors[names["alpha"]] = torch.tensor(value, dtype=torch.float32 if exact else torch.float64)
         written.entries[module] = update
         tensors |= {names[part]: tensor for part, tensor in update.parts().items()}
     return tensors, file_metadata(written, layout.alpha_in_metadata)
+
+
+def _no_names(path: Path, module: str, update: WeightUpdate) -> UserError:
+    """The error for a kind of update that a layout does not have, with what to do instead."""
+    if update.needs_weight:
+        remedy = "write the comfy layout"
+    elif to_original(module) is None:
+        remedy = "write the comfy layout, which holds changes of biases, norms and modulation"
+    else:
+        remedy = "write the comfy layout, add --rank N to write it as a low-rank pair by SVD"
+    return UserError(f"cannot write {path}: module '{module}' is a {update.kind}, which this layout does not have; "
+                     f"{remedy}, or merge the file into the model (lapwan merge --model)")
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -11,8 +11,9 @@ import hashlib
 import math
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Protocol, Self
 
 import torch
@@ -253,6 +254,55 @@ def entries_fingerprint(entries: Iterable[tuple[str, WeightUpdate]]) -> str:
                 digest.update(f"{part}\0{tuple(tensor.shape)}\0".encode())
             digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def check_finite(path: str, update: WeightUpdate, file: Path | None = None) -> None:
+    """Refuse an update with NaN or infinite values.
+
+    Args:
+        path: the tensor that it changes.
+        update: the update.
+        file: the file that it was read from, for the message.
+
+    Raises:
+        UserError: names the module and the tensor.
+    """
+    prefix = f"{file}: " if file else ""
+    remedy = "its training diverged, or the file is damaged; use an earlier saved step, or train or download it again"
+    if not math.isfinite(update.scale):
+        raise UserError(f"{prefix}module '{path}': non-finite alpha {update.alpha}: {remedy}")
+    for part, tensor in update.parts().items():
+        if not _all_finite(tensor):
+            raise UserError(f"{prefix}module '{path}': the {update.PARTS.get(part, part)} of the {update.kind} holds "
+                            f"non-finite values (NaN or infinity): {remedy}")
+
+
+def check_fits(path: str, update: WeightUpdate, sources: Sequence[WeightUpdate]) -> None:
+    """Refuse values that became infinite in the dtype that they are to be written in.
+
+    Args:
+        path: the tensor that is changed.
+        update: the update to write.
+        sources: the updates that it was computed from.
+
+    Raises:
+        UserError: names the module and the tensor; or one of the sources is not finite itself.
+    """
+    for part, tensor in update.parts().items():
+        if not _all_finite(tensor):
+            for source in sources:
+                check_finite(path, source)
+            raise UserError(f"module '{path}': the {update.PARTS.get(part, part)} of the {update.kind} has values that "
+                            f"{str(tensor.dtype).removeprefix('torch.')} cannot hold (at most "
+                            f"{torch.finfo(tensor.dtype).max:g}); use --dtype bfloat16 or float32")
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """aminmax propagates NaN and is twenty times as fast as isfinite over all values; it has no fp8."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return True
+    values = tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def low_rank_only(entries: Mapping[str, Entry], purpose: str) -> None:

@@ -25,7 +25,8 @@ from lapwan.lora.combine import combine
 from lapwan.lora.formats import AdapterFile, write_both, write_lora
 from lapwan.lora.merge import ComponentPlan, LoraToMerge, plan_component, write_component
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY, noise_expert_from_file_name
-from lapwan.lora.state import AdapterState
+from lapwan.lora.read_back import reader
+from lapwan.lora.state import AdapterState, WeightUpdate, check_finite, entries_fingerprint
 from lapwan.models.resolve import resolve
 from lapwan.models.spec import weight_files
 from lapwan.moe.mixture import Mixture
@@ -57,7 +58,15 @@ def _requests(settings: MergeSettings) -> list[LoraRequest]:
 
 
 def _to_merge(loras: Sequence[tuple[AdapterFile, float]]) -> list[LoraToMerge]:
-    return [LoraToMerge(lora, strength, lora.fingerprint()) for lora, strength in loras]
+    return [LoraToMerge(lora, strength, entries_fingerprint(_checked(lora))) for lora, strength in loras]
+
+
+def _checked(lora: AdapterFile) -> Iterator[tuple[str, WeightUpdate]]:
+    """(path, update) of a file, sorted by path, read one by one; refuses values that are not finite."""
+    for path in sorted(lora.modules):
+        entry = lora.modules[path].entry()
+        check_finite(path, entry, lora.path)
+        yield path, entry
 
 
 def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Iterator[str]:
@@ -110,7 +119,8 @@ def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
     if options.dry_run:
         return
     yield from _write_sums(settings, outputs, (
-        (noise_expert, [(lora.read(), strength) for lora, strength in loras],
+        (noise_expert,
+         [(AdapterState(dict(_checked(lora)), dict(lora.metadata)), strength) for lora, strength in loras],
          {} if noise_expert is None else {NOISE_EXPERT_KEY: noise_expert.value})
         for noise_expert, loras in groups.items()
     ))
@@ -127,17 +137,18 @@ def _write_sums(
     both: dict[NoiseExpert, AdapterState] = {}
     for noise_expert, terms, metadata in sums:
         state, energy = combine(terms, settings.rank, dtype)
-        if energy is not None:
-            yield (f"rank {settings.rank} keeps {energy.total:.4%} of the energy (squared norm); least in "
-                   f"{energy.worst_path}: {energy.worst:.4%}")
+        if energy is not None and settings.rank is not None:
+            yield energy.describe(settings.rank)
         state.metadata |= metadata
         if settings.one_file and noise_expert is not None:
             both[noise_expert] = state
             continue
-        write_lora(outputs[noise_expert], state, settings.format or "comfy", dtype, settings.fold_alpha)
-        yield f"LoRA: {outputs[noise_expert]}"
+        output = outputs[noise_expert]
+        write_lora(output, state, settings.format or "comfy", dtype, settings.fold_alpha,
+                   check=reader(output, {noise_expert: state}))
+        yield f"LoRA: {output}"
     if both:
-        write_both(settings.output, both, dtype, settings.fold_alpha)
+        write_both(settings.output, both, dtype, settings.fold_alpha, reader(settings.output, both))
         yield f"LoRA: {settings.output}"
 
 
