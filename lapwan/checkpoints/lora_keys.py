@@ -48,8 +48,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     **{part: (part,) for factor in ("lokr_w1", "lokr_w2") for part in (factor, f"{factor}_a", f"{factor}_b")},
     **{part: (part,) for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
 }
-# A difference is of a weight, a bias or a modulation: its end, as ComfyUI names it, and the leaf of the tensor.
-_DIFF_ENDS = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
+# A difference is of a weight, a bias or a modulation: its end, and the leaf of the tensor. The first one of a leaf is
+# written. ComfyUI reads `blocks.0.modulation.diff`; `diff_m` is what the distillations' tools write, and it drops that.
+_DIFF_ENDS = {"modulation.diff": "modulation", "diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
 
 
 def _ends() -> list[tuple[re.Pattern[str], str, str]]:
@@ -228,9 +229,12 @@ def _comfy_names(path: str, component: str | None) -> dict[str, str]:
 
 
 def _musubi_names(path: str, component: str | None) -> dict[str, str]:
-    """No differences: of modulations and norms they have no flat names that tools read."""
+    """No differences: of modulations and norms they have no flat names that tools read. No patch embedding: musubi
+    raises on its five dimensions."""
     module, leaf = _original(path)
-    ends = _part_ends(leaf) | {"down": "lora_down.weight", "up": "lora_up.weight"} if leaf == "weight" else {}
+    if leaf != "weight" or path == "patch_embedding":
+        return {}
+    ends = _part_ends(leaf) | {"down": "lora_down.weight", "up": "lora_up.weight"}
     return {part: f"lora_unet_{module.replace('.', '_')}.{end}" for part, end in ends.items() if part != "diff"}
 
 

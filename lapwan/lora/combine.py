@@ -29,6 +29,7 @@ from lapwan.lora.state import AdapterState, LowRank, WeightUpdate, check_finite,
 _WORKERS = 2
 _EXACT_SIZE = 1024  # the smaller dimension of ΔW up to which its SVD is computed whole
 _OVERSAMPLING, _ITERATIONS = 16, 4
+_PATCH = (1, 2, 2)  # Wan's patch: the kernel of its one convolution
 
 # Metadata of a single training run, dropped from a sum and from a resized LoRA.
 _RUN_KEYS = ("lapwan.fingerprint", "lapwan.step", "ss_steps")
@@ -238,6 +239,8 @@ def _reduced(path: str, terms: Terms, rank: int) -> tuple[WeightUpdate, tuple[fl
         shape, matrix = delta.shape, delta.flatten(1)
         left, right, values = _truncated_svd(matrix, rank)
         total = sum(row.dot(row).item() for row in map(Tensor.double, matrix.split(1)) for row in [row.view(-1)])
+    if path == "patch_embedding" and len(shape) == 2:  # a product counts the kernel into the columns
+        shape = (shape[0], shape[1] // math.prod(_PATCH), *_PATCH)
     k = min(rank, len(values))
     root = values[:k].sqrt()
     down, up = (right[:, :k] * root).T.float().contiguous(), (left[:, :k] * root).float().contiguous()

@@ -340,7 +340,7 @@ def _named(
         fold = fold_alpha or (layout.folds_outer_alpha and component is None and not module.startswith("blocks."))
         update = (entry.folded(dtype) if fold else entry).map(lambda tensor: _plain(tensor, dtype))
         if any(part not in names for part in update.parts()):
-            raise _no_names(path, module, update)
+            raise _no_names(path, module, update, "down" in names and to_original(module) is not None)
         check_fits(module, update, [entry])
         alpha = not (fold or layout.alpha_in_metadata) or layout.needs_alpha
         if alpha and "alpha" in names and update.rank is not None and (update.alpha is not None or layout.needs_alpha):
@@ -352,14 +352,12 @@ def _named(
     return tensors, file_metadata(written, layout.alpha_in_metadata)
 
 
-def _no_names(path: Path, module: str, update: WeightUpdate) -> UserError:
-    """The error for a kind of update that a layout does not have, with what to do instead."""
-    if update.needs_weight:
-        remedy = "write the comfy layout"
-    elif to_original(module) is None:
-        remedy = "write the comfy layout, which holds changes of biases, norms and modulation"
-    else:
-        remedy = "write the comfy layout, add --rank N to write it as a low-rank pair by SVD"
+def _no_names(path: Path, module: str, update: WeightUpdate, low_rank: bool) -> UserError:
+    """The error for a kind of update that a layout does not have, with what to do instead; `low_rank`: it has low-rank
+    pairs for this module."""
+    remedy = "write the comfy layout"
+    if low_rank and not update.needs_weight:
+        remedy += ", add --rank N to write it as a low-rank pair by SVD"
     return UserError(f"cannot write {path}: module '{module}' is a {update.kind}, which this layout does not have; "
                      f"{remedy}, or merge the file into the model (lapwan merge --model)")
 

@@ -1,16 +1,15 @@
-"""Proof of a written adapter file: every ΔW is read back and compared with the one that was to be written.
+"""Proof of a written adapter file: every update is read back and compared with the one that was to be written.
 
-    error = ‖ΔW_file − ΔW‖_F / ‖ΔW‖_F
+    printed    ‖ΔW_file − ΔW‖_F / ‖ΔW‖_F, in fp64
+    refused    a factor of which an element differs by more than the rounding to the file's dtype, the scale folded in
 
-The difference of two low-rank pairs is itself one, [s B, −s' B'] [A; A'], so its norm needs no ΔW. What rounding can
-explain, to first order, is |s| Σ_i δ_i Π_{j≠i} ‖F_j‖ over the factors F of a product, δ_i = ½ eps ‖F_i‖ plus half the
-smallest number of the dtype for each element; twice that is allowed.
+The difference of two low-rank pairs is itself one, [s B, −s' B'] [A; A'], so its norm needs no ΔW.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
 from lapwan.names import NoiseExpert
 
 _TILE = 1 << 20  # elements of ΔW at a time, in fp64
-_SLACK = 1e-12  # of the fp64 arithmetic, over the product of the norms
 
 
 @dataclass(frozen=True)
@@ -79,22 +77,20 @@ def _mismatch(path: Path, module: str) -> UserError:
 
 
 def relative_error(wanted: WeightUpdate, written: WeightUpdate) -> float | None:
-    """‖ΔW_written − ΔW‖ / ‖ΔW‖; None if rounding does not explain it."""
+    """‖ΔW_written − ΔW‖ / ‖ΔW‖ (of a ΔW that depends on W: the largest such ratio of a factor); None if a factor
+    differs by more than rounding."""
     if _identical(wanted, written):
         return 0.0
-    if wanted.needs_weight or written.needs_weight:
-        return _factors_error(wanted, written)
-    if matrix_shape(wanted.shape) != matrix_shape(written.shape):
+    first, second = (update.map(Tensor.double).folded(torch.float64).parts() for update in (wanted, written))
+    if first.keys() != second.keys() or any(first[part].shape != second[part].shape for part in first):
         return None
-    distance, length = _norms(wanted, written)
-    tensors = list(written.parts().values())
-    return _judged(distance, length, _rounding(tensors, written.scale))
-
-
-def _judged(distance: float, length: float, bound: float) -> float | None:
-    if not distance <= bound:
+    stored = written.parts()
+    if not all(_is_rounded(first[part], second[part], stored[part].dtype, written.scale) for part in first):
         return None
-    return distance / length if length > 0 else float(distance > 0)
+    if not wanted.needs_weight:
+        return _ratio(*_norms(wanted, written))
+    return max(_ratio(torch.linalg.vector_norm(second[part] - tensor).item(), torch.linalg.vector_norm(tensor).item())
+               for part, tensor in first.items())
 
 
 def _identical(a: WeightUpdate, b: WeightUpdate) -> bool:
@@ -104,23 +100,16 @@ def _identical(a: WeightUpdate, b: WeightUpdate) -> bool:
                     for part, t in first.items()))
 
 
-def _factors_error(wanted: WeightUpdate, written: WeightUpdate) -> float | None:
-    """Of a ΔW that depends on W: the largest error of a factor, with the scales folded into them."""
-    first, second = (update.map(Tensor.double).folded(torch.float64).parts() for update in (wanted, written))
-    if first.keys() != second.keys() or any(first[part].shape != second[part].shape for part in first):
-        return None
-    stored = written.parts()
-    worst = 0.0
-    for part, tensor in first.items():
-        eps = torch.finfo(stored[part].dtype).eps
-        length = torch.linalg.vector_norm(tensor).item()
-        tiny = torch.finfo(stored[part].dtype).smallest_normal * eps * math.sqrt(tensor.numel())
-        bound = 2 * (max(eps, torch.finfo(torch.float32).eps) * length + tiny)
-        error = _judged(torch.linalg.vector_norm(second[part] - tensor).item(), length, bound)
-        if error is None:
-            return None
-        worst = max(worst, error)
-    return worst
+def _is_rounded(wanted: Tensor, written: Tensor, dtype: torch.dtype, scale: float) -> bool:
+    """True if every element is the wanted one, rounded in fp32 for the scale and then to `dtype`."""
+    info = torch.finfo(dtype)
+    relative = info.eps / 2 + 4 * torch.finfo(torch.float32).eps
+    smallest = info.smallest_normal * info.eps * max(1.0, abs(scale)) + torch.finfo(torch.float32).smallest_normal
+    return bool(((written - wanted).abs() <= relative * (wanted.abs() + written.abs()) + smallest).all())
+
+
+def _ratio(distance: float, length: float) -> float:
+    return distance / length if length > 0 else float(distance > 0)
 
 
 def _norms(wanted: WeightUpdate, written: WeightUpdate) -> tuple[float, float]:
@@ -145,16 +134,3 @@ def _norms(wanted: WeightUpdate, written: WeightUpdate) -> tuple[float, float]:
 def _pair_norm(down: Tensor, up: Tensor) -> float:
     """‖B A‖ = ‖R_B R_Aᵀ‖ of the QR decompositions of the thin factors."""
     return torch.linalg.matrix_norm(torch.linalg.qr(up)[1] @ torch.linalg.qr(down.T)[1].T).item()
-
-
-def _rounding(factors: Sequence[Tensor], scale: float) -> float:
-    """The largest ‖ΔW_file − ΔW‖ that rounding the factors to their dtypes explains (see the module)."""
-    norms = [torch.linalg.vector_norm(factor.double()).item() for factor in factors]
-    total = 0.0
-    for i, factor in enumerate(factors):
-        info = torch.finfo(factor.dtype)
-        # A scale is folded in fp32 before the rounding to a wider dtype.
-        eps = max(info.eps, torch.finfo(torch.float32).eps)
-        error = 0.5 * (eps * norms[i] + info.smallest_normal * info.eps * math.sqrt(factor.numel()))
-        total += error * math.prod(norms[:i] + norms[i + 1:])
-    return abs(scale) * (2 * total + _SLACK * math.prod(norms))

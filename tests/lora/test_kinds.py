@@ -210,7 +210,9 @@ def same(a: AdapterState, b: AdapterState, tolerance: float = 0.0) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_round_trip_of_every_layout_that_has_the_kind(tmp_path: Path, kind: str, layout: str) -> None:
     state = only(written(tmp_path, kind))
-    has = {"comfy": set(WILD), "musubi": set(WILD) - {"full delta"}, "diffusers": {"convolution LoRA"}}[layout]
+    if layout == "musubi" and kind == "LoHa":
+        state.entries.pop("patch_embedding")  # of which musubi's reader takes no kind
+    has = {"comfy": set(WILD), "musubi": {"LoKr", "LoHa", "DoRA"}, "diffusers": {"convolution LoRA"}}[layout]
     path = tmp_path / "back.safetensors"
     if kind not in has:
         with pytest.raises(UserError, match=rf"is a {kind}, which this layout does not have; write the comfy layout"):
