@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from lapwan.names import NoiseExpert
 
 MERGED_KEY, BASE_KEY = "lapwan.merged", "lapwan.base_fingerprint"
 _PREFIX = re.compile(r"^(model\.diffusion_model\.|diffusion_model\.|model\.)?")
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 _CHUNK = 16 << 20  # bytes of an untouched tensor, or of a touched one in fp64, at a time
 # The accumulation's own error over the largest magnitude in the tile: fp32 (measured: 8e-8 at r = 256) and fp64.
 _SLACK, _SLACK_F64 = 2e-6, 1e-14
@@ -98,6 +99,18 @@ def target_tensors(files: Sequence[TensorFile]) -> dict[str, tuple[int, str]]:
     return weights
 
 
+def _hint(path: str, known: Collection[str]) -> str:
+    """What to append about a module that a transformer lacks: its blocks if there are too few, else the nearest module
+    of the same kind and block."""
+    block = _BLOCK.match(path)
+    last = max((int(match[1]) for match in map(_BLOCK.match, known) if match), default=-1)
+    if block and int(block[1]) > last:
+        return f", which has blocks 0 to {last}"
+    same = [other for other in known if _is_linear(other) == _is_linear(path)
+            and (_BLOCK.match(other) or [""])[0] == (block or [""])[0]]
+    return nearest(path, same)
+
+
 def _is_linear(path: str) -> bool:
     return path != "patch_embedding" and to_original(path) is not None
 
@@ -138,7 +151,7 @@ def plan_terms(
     for lora, multiplier in loras:
         for path, module in lora.modules.items():
             if path not in weights:
-                near = nearest(path, filter(_is_linear, weights) if _is_linear(path) else weights)
+                near = _hint(path, weights)
                 raise UserError(f"{lora.path}: module '{path}' is not in {paths[0].parent.name}/{paths[0].name}{near}; "
                                 "the LoRA was made for another model")
             index, name = weights[path]

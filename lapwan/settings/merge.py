@@ -38,13 +38,14 @@ class MergeSettings(Settings):
     output: Annotated[Path, Flag("-o", "--output", metavar="OUT")] = Field(
         description="The model folder or .safetensors file to write.")
     rank: Annotated[int | None, Flag(metavar="N")] = Field(
-        default=None, ge=1, description="Resize the resulting LoRA to at most this rank by SVD.")
+        default=None, ge=1, description="Write low-rank pairs of at most this rank, by SVD: a LoRA resized, and LoKr, "
+                                        "LoHa and full deltas of weights as a LoRA.")
     format: Annotated[LoraLayout | None, Flag(metavar="comfy|musubi|diffusers")] = Field(
         default=None, description="Key layout of the resulting LoRA; default: comfy.")
     dtype: Annotated[LoraDtype | None, Flag(metavar="float32|float16|bfloat16")] = Field(
         default=None, description="Dtype of the resulting LoRA; default: that of the inputs.")
     fold_alpha: Annotated[bool, Flag()] = Field(
-        default=False, description="Multiply the scale into B instead of writing alpha, for tools that ignore alpha.")
+        default=False, description="Multiply the scale into B, so that alpha is the rank, for tools that ignore alpha.")
     one_file: Annotated[bool, Flag()] = Field(
         default=False, description="Write the LoRAs of both noise experts into one file (ai-toolkit's form of the "
                                    "comfy layout) instead of two; ComfyUI, musubi and diffusers read two.")

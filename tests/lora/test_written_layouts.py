@@ -35,7 +35,7 @@ TOLERANCE = {torch.float32: 3e-7, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 @given(layout=st.sampled_from(sorted(LAYOUTS)), ranks=st.tuples(*[st.integers(1, 9)] * 3),
-       alphas=st.tuples(*[st.floats(0.5, 64, width=32) | st.floats(-3, 5)] * 3), stored=st.sampled_from(DTYPES),
+       alphas=st.tuples(*[st.floats(0.5, 64, width=32) | st.floats(-3, -0.01)] * 3), stored=st.sampled_from(DTYPES),
        dtype=st.none() | st.sampled_from(DTYPES), fold=st.booleans(), seed=st.integers(0, 9))
 def test_every_layout_keeps_the_update(tmp_path_factory, layout, ranks, alphas, stored, dtype, fold, seed):
     path = tmp_path_factory.mktemp("x") / "x.safetensors"
@@ -181,7 +181,8 @@ def test_a_file_that_is_not_what_was_written_is_an_error(tmp_path):
         save_file(tensors, file, read_header(file).metadata)
         reader(path, {None: state})(file)
 
-    for end in ("cross_attn.k.diff", "lokr_w2_a", "modulation.diff", "diff_b", "self_attn.q.lora_A.weight", "ffn.0.alpha"):
+    ends = ("cross_attn.k.diff", "lokr_w2_a", "modulation.diff", "diff_b", "self_attn.q.lora_A.weight", "ffn.0.alpha")
+    for end in ends:
         match = r"module '.+' is not what was written when read back; the file is not kept"
         with pytest.raises(UserError, match=match):
             write_lora(path, state, check=partial(damage, end))
