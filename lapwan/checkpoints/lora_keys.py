@@ -228,14 +228,18 @@ def _comfy_names(path: str, component: str | None) -> dict[str, str]:
     return {part: f"{stem}.{end}" for part, end in _part_ends(leaf).items()}
 
 
+_MUSUBI_PARTS = (
+    "alpha", "lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+
 def _musubi_names(path: str, component: str | None) -> dict[str, str]:
-    """No differences: of modulations and norms they have no flat names that tools read. No patch embedding: musubi
-    raises on its five dimensions."""
+    """What musubi-tuner's loader applies: not differences, magnitudes or a w1 of two factors, which it drops with a
+    warning at most, nor the patch embedding, on whose five dimensions it raises."""
     module, leaf = _original(path)
     if leaf != "weight" or path == "patch_embedding":
         return {}
-    ends = _part_ends(leaf) | {"down": "lora_down.weight", "up": "lora_up.weight"}
-    return {part: f"lora_unet_{module.replace('.', '_')}.{end}" for part, end in ends.items() if part != "diff"}
+    ends = {"down": "lora_down.weight", "up": "lora_up.weight"} | {part: part for part in _MUSUBI_PARTS}
+    return {part: f"lora_unet_{module.replace('.', '_')}.{end}" for part, end in ends.items()}
 
 
 def _diffusers_names(path: str, component: str | None) -> dict[str, str]:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -58,19 +59,6 @@ class Energy:
         return line + kept if self.unchanged else line
 
 
-def scaled(state: AdapterState, multiplier: float) -> AdapterState:
-    """multiplier · ΔW: exact where there is an alpha, which is multiplied.
-
-    Args:
-        state: the adapter; it is not changed.
-        multiplier: factor on every ΔW.
-
-    Raises:
-        UserError: a DoRA and a multiplier other than 1.
-    """
-    return AdapterState({path: e.scaled(multiplier) for path, e in state.entries.items()}, dict(state.metadata))
-
-
 def concatenate(states: Sequence[tuple[AdapterState, float]], dtype: torch.dtype | None = None) -> AdapterState:
     """Σ multiplier · ΔW over the states; a module of only one state keeps its kind, rank and tensors.
 
@@ -90,18 +78,21 @@ def _by_path(states: Sequence[tuple[AdapterState, float]]) -> dict[str, Terms]:
     return {path: [(state.entries[path], m) for state, m in states if path in state.entries] for path in paths}
 
 
+def widest_dtype(states: Sequence[AdapterState]) -> torch.dtype:
+    """The dtype that holds every tensor of the states."""
+    return _widest([(entry, 1.0) for state in states for entry in state.entries.values()])
+
+
 def _widest(terms: Terms) -> torch.dtype:
-    dtypes = [tensor.dtype for entry, _ in terms for tensor in entry.parts().values()]
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+    return reduce(torch.promote_types, (tensor.dtype for entry, _ in terms for tensor in entry.parts().values()))
 
 
 def _sum(path: str, terms: Terms, dtype: torch.dtype | None) -> WeightUpdate:
     """Σ m · ΔW as one update."""
     if len(terms) == 1:
         (entry, multiplier), = terms
+        if dtype is not None and multiplier != 1.0 and entry.alpha is None:  # the factor goes into a tensor
+            entry = entry.map(lambda tensor: tensor.to(dtype))
         total = entry.scaled(multiplier)
     elif (pairs := _pairs(terms)) is not None:
         down, up = _joined(pairs, dtype or _widest(terms))
@@ -170,8 +161,8 @@ def combine(
         UserError: updates that cannot be summed in a file, or have no low-rank form; a value too large for `dtype`.
     """
     if rank is None:
-        return (scaled(*states[0]) if len(states) == 1 else concatenate(states, dtype)), None
-    target_dtype = dtype or _widest([(entry, m) for state, m in states for entry in state.entries.values()])
+        return concatenate(states, dtype), None
+    target_dtype = dtype or widest_dtype([state for state, _ in states])
     state, energy = _reduce(states, rank)
     for path, entry in state.entries.items():
         state.entries[path] = entry.map(lambda tensor: tensor.to(target_dtype))

@@ -21,7 +21,7 @@ from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.files import atomic_folder, claim_output, is_temporary, nearest_folder
 from lapwan.lora.assign import LoraRequest, assign, assign_to_transformer, group_by_noise_expert, warn_mismatch
-from lapwan.lora.combine import combine
+from lapwan.lora.combine import combine, widest_dtype
 from lapwan.lora.formats import AdapterFile, write_both, write_lora
 from lapwan.lora.merge import ComponentPlan, LoraToMerge, plan_component, write_component
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY, noise_expert_from_file_name
@@ -133,23 +133,35 @@ def _write_sums(
     settings: MergeSettings, outputs: Mapping[NoiseExpert | None, Path], sums: Iterable[_Sum]
 ) -> Iterator[str]:
     """Sum each noise expert's terms and write them, to one file each or, with `one_file`, to one for both."""
-    dtype = getattr(torch, settings.dtype) if settings.dtype else None
     both: dict[NoiseExpert, AdapterState] = {}
+    dtypes: set[torch.dtype] = set()
     for noise_expert, terms, metadata in sums:
-        state, energy = combine(terms, settings.rank, dtype)
+        dtype = _file_dtype(settings, [state for state, _ in terms])
+        # In fp32, so that the only rounding is that of the writing, of which reading back tells the error.
+        state, energy = combine(terms, settings.rank, dtype and torch.promote_types(dtype, torch.float32))
         if energy is not None and settings.rank is not None:
             yield energy.describe(settings.rank)
         state.metadata |= metadata
         if settings.one_file and noise_expert is not None:
             both[noise_expert] = state
+            dtypes |= {dtype} - {None}
             continue
         output = outputs[noise_expert]
         write_lora(output, state, settings.format or "comfy", dtype, settings.fold_alpha,
                    check=reader(output, {noise_expert: state}))
         yield f"LoRA: {output}"
     if both:
+        dtype = max(dtypes, key=lambda d: d.itemsize, default=None)
         write_both(settings.output, both, dtype, settings.fold_alpha, reader(settings.output, both))
         yield f"LoRA: {settings.output}"
+
+
+def _file_dtype(settings: MergeSettings, states: Sequence[AdapterState]) -> torch.dtype | None:
+    """The dtype of a file with the sum of `states`; None: every tensor keeps its own."""
+    if settings.dtype is not None:
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        return dtype
+    return None if len(states) == 1 and settings.rank is None else widest_dtype(states)
 
 
 def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> Iterator[str]:

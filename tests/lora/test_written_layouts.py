@@ -143,6 +143,18 @@ def test_the_svd_of_a_large_matrix_is_nearly_the_best(monkeypatch):
     assert rest <= 1.0001 * exact[8:].norm()
 
 
+@pytest.mark.parametrize("options", [{"rank": "3"}, {"fold_alpha": True}, {"second": True}, {}])
+def test_the_error_of_rounding_is_printed(tmp_path, saved, capsys, options):
+    a = saved("a.safetensors", seed=1, rank=4, alpha=3.0, metadata={"lapwan.noise_expert": "high"})
+    b = [saved("b.safetensors", seed=2, metadata={"lapwan.noise_expert": "high"})] if options.pop("second", 0) else []
+    capsys.readouterr()
+    merge(lora=list(map(str, [a, *b])), dtype="bfloat16", output=tmp_path / "x.safetensors", **options)
+    error = re.search(r"30 of 30 modules, largest relative error of ΔW ([\d.e-]+) in blocks", capsys.readouterr().err)
+    assert error and 1e-4 < float(error[1]) < 1e-2
+    assert {t.dtype for name, t in load_file(tmp_path / "x.safetensors").items() if "lora" in name and "alpha" not in
+            name} == {torch.bfloat16}
+
+
 def test_values_that_do_not_fit_are_refused(tmp_path, saved):
     state = random_state(shapes([0], ["self_attn.q"]), rank=2, alpha=2.0)
     state.entries[Q].up.mul_(1e6)
