@@ -201,7 +201,7 @@ def _reduce(states: Sequence[tuple[AdapterState, float]], rank: int) -> tuple[Ad
     kept: dict[str, float] = {}
     kept_sum = all_sum = 0.0
     with one_thread(), ThreadPoolExecutor(_WORKERS) as pool, progress("resize", len(terms_of), "module") as bar:
-        parts = pool.map(lambda item: _reduced(*item, rank), terms_of.items())
+        parts = pool.map(lambda item: _reduced(item[0], item[1], rank), terms_of.items())
         for path, (entry, squares) in zip(terms_of, parts, strict=True):
             entries[path] = entry
             if squares is not None:
@@ -229,7 +229,7 @@ def _reduced(path: str, terms: Terms, rank: int) -> tuple[WeightUpdate, tuple[fl
         delta = _dense(path, terms, torch.float32)
         shape, matrix = delta.shape, delta.flatten(1)
         left, right, values = _truncated_svd(matrix, rank)
-        total = sum(row.dot(row).item() for row in map(Tensor.double, matrix.split(1)) for row in [row.view(-1)])
+        total = sum(torch.linalg.vector_norm(row, dtype=torch.float64).item() ** 2 for row in matrix)
     if path == "patch_embedding" and len(shape) == 2:  # a product counts the kernel into the columns
         shape = (shape[0], shape[1] // math.prod(_PATCH), *_PATCH)
     k = min(rank, len(values))

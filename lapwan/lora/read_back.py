@@ -35,7 +35,9 @@ class ReadBack:
     path: str
 
 
-def reader(path: Path, states: Mapping[NoiseExpert | None, AdapterState]) -> Callable[[Path], None]:
+def reader(
+    path: Path, states: Mapping[NoiseExpert, AdapterState] | Mapping[NoiseExpert | None, AdapterState]
+) -> Callable[[Path], None]:
     """A `check` for `formats.write_lora`: compares the file with `states` and logs one line under the name `path`."""
     def check(written: Path) -> None:
         result = compare_written(written, states, path)
@@ -45,7 +47,9 @@ def reader(path: Path, states: Mapping[NoiseExpert | None, AdapterState]) -> Cal
     return check
 
 
-def compare_written(written: Path, states: Mapping[NoiseExpert | None, AdapterState], path: Path) -> ReadBack:
+def compare_written(
+    written: Path, states: Mapping[NoiseExpert, AdapterState] | Mapping[NoiseExpert | None, AdapterState], path: Path
+) -> ReadBack:
     """Compare a written file with what was to be written.
 
     Args:
@@ -133,4 +137,4 @@ def _norms(wanted: WeightUpdate, written: WeightUpdate) -> tuple[float, float]:
 
 def _pair_norm(down: Tensor, up: Tensor) -> float:
     """‖B A‖ = ‖R_B R_Aᵀ‖ of the QR decompositions of the thin factors."""
-    return torch.linalg.matrix_norm(torch.linalg.qr(up)[1] @ torch.linalg.qr(down.T)[1].T).item()
+    return float(torch.linalg.matrix_norm(torch.linalg.qr(up)[1] @ torch.linalg.qr(down.T)[1].T))

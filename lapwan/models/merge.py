@@ -144,7 +144,7 @@ def _write_sums(
         state.metadata |= metadata
         if settings.one_file and noise_expert is not None:
             both[noise_expert] = state
-            dtypes |= {dtype} - {None}
+            dtypes |= {dtype} if dtype else set()
             continue
         output = outputs[noise_expert]
         write_lora(output, state, settings.format or "comfy", dtype, settings.fold_alpha,
