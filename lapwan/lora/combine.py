@@ -30,6 +30,7 @@ from lapwan.lora.state import AdapterState, LowRank, WeightUpdate, check_finite,
 _WORKERS = 2
 _EXACT_SIZE = 1024  # the smaller dimension of ΔW up to which its SVD is computed whole
 _OVERSAMPLING, _ITERATIONS = 16, 4
+_ROWS = 256  # of ΔW at a time
 _PATCH = (1, 2, 2)  # Wan's patch: the kernel of its one convolution
 
 # Metadata of a single training run, dropped from a sum and from a resized LoRA.
@@ -140,7 +141,10 @@ def _dense(path: str, terms: Terms, dtype: torch.dtype) -> Tensor:
     shape = max((entry.shape for entry, _ in terms), key=len)
     total = torch.zeros(matrix_shape(shape), dtype=dtype)
     for entry, multiplier in terms:
-        entry.prepare(multiplier, dtype)(total, total, 0)
+        add_rows = entry.prepare(multiplier, dtype)
+        for first in range(0, len(total), _ROWS):  # products of factors need as much memory again as what they add to
+            tile = total[first : first + _ROWS]
+            add_rows(tile, tile, first)
     return total.reshape(shape)
 
 
