@@ -92,13 +92,14 @@ def target_tensors(files: Sequence[TensorFile]) -> dict[str, tuple[int, str]]:
                 raise UserError(f"{files[weights[path][0]].path} and {file.path} both hold '{name}'; keep one variant "
                                 "of the weights in the folder")
             weights[path] = (index, name)
-    if not any(map(_is_linear, weights)):
+    if not any(map(is_linear, weights)):
         raise UserError(f"{files[0].path} is not a Wan transformer: no weight such as "
                         "'blocks.0.self_attn.q.weight' or 'blocks.0.attn1.to_q.weight'")
     return weights
 
 
-def _is_linear(path: str) -> bool:
+def is_linear(path: str) -> bool:
+    """The weight of a Linear, which low-rank pairs can change: no bias, norm, modulation or convolution."""
     return path != "patch_embedding" and to_original(path) is not None
 
 
@@ -138,7 +139,7 @@ def plan_terms(
     for lora, multiplier in loras:
         for path, module in lora.modules.items():
             if path not in weights:
-                near = nearest(path, filter(_is_linear, weights) if _is_linear(path) else weights)
+                near = nearest(path, filter(is_linear, weights) if is_linear(path) else weights)
                 raise UserError(f"{lora.path}: module '{path}' is not in {paths[0].parent.name}/{paths[0].name}{near}; "
                                 "the LoRA was made for another model")
             index, name = weights[path]

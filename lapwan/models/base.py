@@ -16,7 +16,7 @@ from lapwan.checkpoints.fingerprints import merged_fingerprint
 from lapwan.checkpoints.rewrite import merged_tensor
 from lapwan.checkpoints.wan_keys import parameter_name
 from lapwan.files import cache_root
-from lapwan.lora.assign import assign
+from lapwan.lora.assign import LoraRequest, assign
 from lapwan.lora.formats import AdapterFile
 from lapwan.lora.merge import plan_terms, target_tensors
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
@@ -150,7 +150,7 @@ def resolve_base(
             refuse_generation_only(files_spec, model.transformer)
         return Base(files_spec)
     spec = resolve(model.model, task, generation)
-    requests = [(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]
+    requests = [LoraRequest(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]
     return Base(spec, assign(requests, spec.noise_experts))
 
 

@@ -1,7 +1,7 @@
 """The merge command: LoRAs into a model folder, one transformer or one LoRA; a mixture at a given mix into LoRAs.
 
 The arithmetic is elsewhere: LoRA into weights in `lapwan.lora.merge`, LoRA + LoRA in `lapwan.lora.combine`, mixture to
-LoRA in `lapwan.moe.to_lora`.
+LoRA in `lapwan.moe.to_lora`. `--extract` is in `lapwan.models.extract`, `--average` in `lapwan.models.average`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def merge(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
 
 
 def _requests(settings: MergeSettings) -> list[LoraRequest]:
-    return [(lora.noise_expert, lora.path, lora.strength * settings.multiplier) for lora in settings.lora]
+    return [LoraRequest(lora.noise_expert, lora.path, lora.strength * settings.multiplier, lora.only or ())
+            for lora in settings.lora]
 
 
 def _to_merge(loras: Sequence[tuple[AdapterFile, float]]) -> list[LoraToMerge]:
@@ -62,7 +63,7 @@ def _to_merge(loras: Sequence[tuple[AdapterFile, float]]) -> list[LoraToMerge]:
 
 def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Iterator[str]:
     spec = resolve(model)
-    _claim_folder(settings.output, spec.path, options)
+    claim_folder(settings.output, spec.path, options)
     assigned = assign(_requests(settings), spec.noise_experts)
     for noise_expert, loras in assigned.items():
         for lora, _ in loras:
@@ -84,9 +85,9 @@ def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -
     noise_expert, loras = assign_to_transformer(_requests(settings), noise_expert_from_file_name(dit))
     plan = plan_component(weight_files(dit) if whole else [dit], _to_merge(loras), noise_expert)
     if whole:
-        _claim_folder(settings.output, dit, options)
+        claim_folder(settings.output, dit, options)
     else:
-        _claim_file(settings.output, [dit], options)
+        claim_file(settings.output, [dit], options)
     needed = folder_bytes(dit, settings.output, [plan], settings.link) if whole else plan.size
     _check_and_log([plan], settings.output, needed)
     if options.dry_run:
@@ -101,9 +102,9 @@ def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -
 
 def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
     groups = group_by_noise_expert(_requests(settings))
-    outputs = _lora_outputs(settings, list(groups))
+    outputs = lora_outputs(settings, list(groups))
     for output in outputs.values():
-        _claim_file(output, [lora.path for lora in settings.lora], options)
+        claim_file(output, [lora.path for lora in settings.lora], options)
     for noise_expert, loras in groups.items():
         parts = ", ".join(f"{lora.path.name} x {strength:g}" for lora, strength in loras)
         log(f"{outputs[noise_expert].name}: {parts}")
@@ -146,9 +147,9 @@ def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> I
     mixture = read_mixture(path)
     taxonomy = Taxonomy.from_dict(mixture.taxonomy, str(path))
     shares = resolve_hint(settings.mix or "", taxonomy)
-    outputs = _lora_outputs(settings, mixture.noise_experts)
+    outputs = lora_outputs(settings, mixture.noise_experts)
     for output in outputs.values():
-        _claim_file(output, [path], options)
+        claim_file(output, [path], options)
     log("mix: " + ", ".join(f"{f} {share:.2f}" for f, share in zip(mixture.families, shares, strict=True) if share))
     if mixture.base_lora:
         warn(f"{path} was trained over a base LoRA, which is not part of the mixture; use it with these files")
@@ -178,7 +179,7 @@ def _mixture_metadata(mixture: Mixture, noise_expert: NoiseExpert) -> dict[str, 
     return metadata
 
 
-def _lora_outputs(
+def lora_outputs(
     settings: MergeSettings, noise_experts: Sequence[NoiseExpert | None]
 ) -> dict[NoiseExpert | None, Path]:
     """The output path itself, or `{name}_high_noise.safetensors` and `{name}_low_noise.safetensors` for two files.
@@ -197,7 +198,8 @@ def _lora_outputs(
             for e in noise_experts}
 
 
-def _claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> None:
+def claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> None:
+    """Refuse an output that is not a .safetensors file, or is one of the inputs, or exists already."""
     if output.is_dir():
         raise UserError(f"output {output} is a folder, but this merge writes a .safetensors file")
     if output.suffix != ".safetensors":
@@ -207,7 +209,8 @@ def _claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> No
     claim_output(output, options.overwrite)
 
 
-def _claim_folder(output: Path, source: Path, options: RunOptions) -> None:
+def claim_folder(output: Path, source: Path, options: RunOptions) -> None:
+    """Refuse an output that is a file, or nested with the source, or exists already."""
     if output.is_file():
         raise UserError(f"output {output} is a file, but this merge writes a folder")
     target, model = output.resolve(), source.resolve()
