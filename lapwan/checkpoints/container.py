@@ -53,6 +53,11 @@ class TensorFile:
     data_start: int
     size: int
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether the tensors' bytes are those of the file, at their offsets; False: they are decoded by `read`."""
+        return True
+
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytearray:
         """`size` bytes of tensor `name` from its byte `offset` on (all by default)."""
         buffer = bytearray(self.tensors[name].size - offset if size is None else size)

@@ -41,9 +41,10 @@ def checkpoint_fingerprint(files: Sequence[Path]) -> str:
     tensors: dict[str, tuple[TensorFile, TensorInfo]] = {}
     for header in headers:
         # By diffusers' names: the same weights in the original layout are the same base.
-        tensors |= {tensor_to_diffusers(name): (header, info) for name, info in header.tensors.items()}
-        scales = header.scale_file
-        tensors |= {f"{tensor_to_diffusers(name)}\0scale": (scales, info) for name, info in header.scales.items()}
+        raw = header.raw
+        tensors |= {tensor_to_diffusers(name): (raw, raw.tensors[name]) for name in header.tensors}
+        tensors |= {f"{tensor_to_diffusers(name)}\0scale": (raw, raw.tensors[scale])
+                    for name, scale in header.scales.items()}
     digest = hashlib.sha256()
     for name in sorted(tensors):
         file, info = tensors[name]

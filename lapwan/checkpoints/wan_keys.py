@@ -13,7 +13,10 @@ Source: the official Wan2.2 release and diffusers' WanTransformer3DModel.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from lapwan.errors import nearest
 
@@ -182,3 +185,29 @@ def in_part(target: str, part: str) -> bool:
         return block is not None and int(match[1]) <= int(block[1]) <= int(match[2] or match[1])
     names = block[2] if block else target, target_label(target)[1]
     return any(f".{part}." in f".{name}." for name in names)
+
+
+def transformer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a transformer with this config (diffusers'), by its name in diffusers' layout."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    ffn, patch = config["ffn_dim"], config["patch_size"]
+    sizes = {  # [out, in] of the Linears outside the blocks
+        "text_embedder.linear_1": (width, config["text_dim"]), "text_embedder.linear_2": (width, width),
+        "time_embedder.linear_1": (width, config["freq_dim"]), "time_embedder.linear_2": (width, width),
+        "time_proj": (6 * width, width),
+    }
+    linears = {f"condition_embedder.{name}": shape for name, shape in sizes.items()}
+    linears["proj_out"] = config["out_channels"] * math.prod(patch), width
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embedding.weight": (width, config["in_channels"], *patch), "patch_embedding.bias": (width,),
+        "scale_shift_table": (1, 2, width),
+    }
+    for block in (f"blocks.{index}" for index in range(config["num_layers"])):
+        linears |= {f"{block}.{path}": (width, width) for path in PROJECTIONS.values() if path.startswith("attn")}
+        linears |= {f"{block}.ffn.net.0.proj": (ffn, width), f"{block}.ffn.net.2": (width, ffn)}
+        norms = [f"attn{n}.norm_{part}.weight" for n in (1, 2) for part in "qk"]
+        norms += ["norm2.weight", "norm2.bias"] if config["cross_attn_norm"] else []
+        shapes |= {f"{block}.{name}": (width,) for name in norms} | {f"{block}.scale_shift_table": (1, 6, width)}
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes

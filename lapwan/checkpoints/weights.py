@@ -1,5 +1,5 @@
-"""Weights of a model by name, whatever file they are in: safetensors, fp8 with scales, GGUF. Headers only; the tensors
-are dequantised while they are read.
+"""Weights of a model by name, whatever file they are in: safetensors, fp8 with scales, GGUF. Opening reads the header;
+quantised tensors look like fp32 ones and are dequantised while they are read.
 
     fp8 with scales   W = codes · scale, a scale per tensor, per row, or per group of neighbours in a row
     plain fp8         W = codes: a cast
@@ -35,6 +35,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = (".scale_weight", ".weight_scale")
 _BESIDE = (".scale_input", ".input_scale", ".comfy_quant")
+_METADATA = "_quantization_metadata"
 _MARKERS = ("scaled_fp8", "spiece_model")
 _FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 _QUANTISED_KEYS = {  # of formats that are refused by name
@@ -47,19 +48,40 @@ _UNPACK = {"F64": "d", "F32": "f", "F16": "e"}
 
 @dataclass(frozen=True)
 class WeightFile(TensorFile):
-    """A file's weights: `tensors` without scales and markers; `scales` by the weight's name."""
+    """A file's weights: `tensors` without scales and markers, quantised ones as `read` gives them.
 
-    scales: dict[str, TensorInfo]
+    Args:
+        raw: the same file as it is stored.
+        scales: the name of the scale in `raw` by the weight's name.
+    """
+
+    raw: TensorFile
+    scales: dict[str, str]
 
     @property
-    def scale_file(self) -> TensorFile:
-        """The same file with the scales as its tensors, by their names in it."""
-        return TensorFile(self.path, {}, {info.name: info for info in self.scales.values()}, self.data_start, self.size)
+    def quantised(self) -> tuple[str, ...]:
+        """The dtypes of its quantised weights."""
+        return tuple(sorted({self.raw.tensors[name].dtype for name in self.tensors} - set(FLOATS)))
 
     @property
-    def quantised(self) -> bool:
-        """Whether a weight is stored in a dtype that torch does not compute in."""
-        return any(info.dtype not in FLOATS for info in self.tensors.values())
+    def as_stored(self) -> bool:
+        """As `TensorFile.as_stored`."""
+        return not self.quantised
+
+    def read_into(self, view: memoryview, name: str, offset: int = 0) -> None:
+        """As `TensorFile.read_into`, dequantised."""
+        if self.raw.tensors[name].dtype == self.tensors[name].dtype:
+            self.raw.read_into(view, name, offset)
+            return
+        import torch
+
+        from lapwan.checkpoints.tensors import DTYPES  # torch only where numbers are read
+
+        dtype = DTYPES[self.tensors[name].dtype]
+        first, count = offset // dtype.itemsize, len(view) // dtype.itemsize
+        if count:
+            values = _dequantised(self.raw, name, self.scales.get(name), first, count)
+            torch.frombuffer(view, dtype=dtype).copy_(values)
 
 
 def is_gguf(path: Path) -> bool:
@@ -94,7 +116,33 @@ def read_weights(path: Path) -> WeightFile:
     for name, info in weights.items():
         if info.dtype not in (*FLOATS, *FP8):
             raise UserError(f"{path}: '{name}' is {info.dtype}, a quantised format that is not read; {_REMEDY}")
-    return WeightFile(path, file.metadata, weights, file.data_start, file.size, used)
+    return _weight_file(file, weights, used)
+
+
+def _weight_file(raw: TensorFile, weights: Mapping[str, TensorInfo], scales: Mapping[str, TensorInfo]) -> WeightFile:
+    shown = {name: info if info.dtype in FLOATS else _in_dtype(info, "F32", info.start)
+             for name, info in weights.items()}
+    return WeightFile(raw.path, raw.metadata, shown, raw.data_start, raw.size, raw,
+                      {name: scale.name for name, scale in scales.items()})
+
+
+def _in_dtype(info: TensorInfo, dtype: str, start: int) -> TensorInfo:
+    return TensorInfo(info.name, dtype, info.shape, start, start + math.prod(info.shape) * ITEM_SIZE[dtype])
+
+
+def unquantised(file: WeightFile, dtype: str) -> WeightFile:
+    """The weights as an unquantised file would hold them, one after the other: quantised ones in `dtype`.
+
+    Args:
+        dtype: BF16, F16 or F32.
+    """
+    infos, position = {}, 0
+    for name, info in file.tensors.items():
+        stored = file.raw.tensors[name].dtype
+        infos[name] = _in_dtype(info, stored if stored in FLOATS else dtype, position)
+        position = infos[name].end
+    metadata = {} if is_gguf(file.path) else {k: v for k, v in file.metadata.items() if k != _METADATA}
+    return WeightFile(file.path, metadata, infos, 0, position, file.raw, file.scales)
 
 
 def _check_formats(file: TensorFile) -> None:
@@ -104,7 +152,7 @@ def _check_formats(file: TensorFile) -> None:
         if kind is not None:
             raise UserError(f"{file.path} is quantised as {kind} ('{name}'), which is not read; {_REMEDY}")
     stated = [bytes(file.read(name)) for name in file.tensors if name.endswith(".comfy_quant")]
-    layers = _json(file.metadata.get("_quantization_metadata", "{}")).get("layers")
+    layers = _json(file.metadata.get(_METADATA, "{}")).get("layers")
     formats = [_json(text).get("format") for text in stated]
     formats += [item.get("format") for item in layers.values() if isinstance(item, dict)] \
         if isinstance(layers, dict) else []
@@ -130,7 +178,7 @@ def _check_scales(
     for name, scale in scales.items():
         weight = weights.get(name)
         if weight is not None and weight.dtype in FP8:
-            if _scale_shape(weight.shape, scale.shape) is None or scale.dtype not in FLOATS:
+            if not _fits(weight.shape, scale.shape) or scale.dtype not in FLOATS:
                 raise UserError(f"{file.path}: the scale '{scale.name}' is {list(scale.shape)} {scale.dtype} for a "
                                 f"weight {list(weight.shape)}; read are one scale per tensor, per row, or per group "
                                 "in a row")
@@ -146,14 +194,12 @@ def _check_scales(
     return used
 
 
-def _scale_shape(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The scale's shape as it multiplies the weight as [O, groups, ...]; None: it does not fit."""
+def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
+    """A scale of one number, [O], [O, 1], or [O, groups, 1] for a weight [O, I] whose rows divide into such groups."""
     if math.prod(scale) == 1:
-        return (1, 1, 1)
-    if not weight or scale[0] != weight[0]:
-        return None
+        return True
     groups = math.prod(scale[1:])
-    return (weight[0], groups, 1) if groups and math.prod(weight[1:]) % groups == 0 else None
+    return bool(weight) and scale[0] == weight[0] and groups > 0 and math.prod(weight[1:]) % groups == 0
 
 
 def _all_one(file: TensorFile, scale: TensorInfo) -> bool:
@@ -164,30 +210,25 @@ def _all_one(file: TensorFile, scale: TensorInfo) -> bool:
     return letter is not None and all(value == 1 for (value,) in struct.iter_unpack(f"<{letter}", raw))
 
 
-def load_weight(file: WeightFile, name: str) -> Tensor:
-    """Tensor `name` as stored; a quantised one in fp32.
-
-    Raises:
-        UserError: a file that is cut short.
-    """
+def _dequantised(raw: TensorFile, name: str, scale: str | None, first: int, count: int) -> Tensor:
+    """Values [first, first + count) of a weight, row by row, in fp32."""
     import torch
 
-    from lapwan.checkpoints.tensors import load_tensor
+    from lapwan.checkpoints.tensors import DTYPES, load_tensor
 
-    info = file.tensors[name]
-    if info.dtype in FLOATS:
-        return load_tensor(file, name)
+    info = raw.tensors[name]
     if info.dtype not in FP8:
-        return _dequantised_gguf(file, info)
-    codes = load_tensor(file, name).float()
-    if name not in file.scales:
+        return _dequantised_gguf(raw, info, first, count)
+    codes = torch.frombuffer(raw.read(name, first, count), dtype=DTYPES[info.dtype]).float()
+    if scale is None:
         return codes
-    scale_info = file.scales[name]
-    shape = _scale_shape(info.shape, scale_info.shape)
-    assert shape is not None
-    scale = load_tensor(file.scale_file, scale_info.name).to(torch.float32).reshape(shape)
-    rows = info.shape[0] if info.shape else 1
-    return codes.reshape(rows, shape[1], -1).mul_(scale).reshape(info.shape)
+    scales = load_tensor(raw, scale).float().flatten()
+    if len(scales) == 1:
+        return codes.mul_(scales)
+    group = math.prod(info.shape) // len(scales)  # neighbours with one scale; a row, or a part of it
+    start = first // group
+    each = scales[start : (first + count - 1) // group + 1].repeat_interleave(group)
+    return codes.mul_(each[first - start * group :][:count])
 
 
 def _read_gguf(path: Path) -> WeightFile:
@@ -221,7 +262,7 @@ def _read_gguf(path: Path) -> WeightFile:
     if architecture not in ("", "wan", "t5", "t5encoder", "umt5"):
         raise UserError(f"{path} is a GGUF file of a '{architecture}' model; Wan's are 'wan', its text encoder's "
                         "'t5encoder'")
-    return WeightFile(path, texts, tensors, reader.data_offset, size, {})
+    return _weight_file(TensorFile(path, texts, tensors, int(reader.data_offset), size), tensors, {})
 
 
 def _gguf_info(reader: Any, tensor: Any) -> TensorInfo:
@@ -234,22 +275,22 @@ def _gguf_info(reader: Any, tensor: Any) -> TensorInfo:
     return TensorInfo(tensor.name, tensor.tensor_type.name, shape, start, start + int(tensor.n_bytes))
 
 
-def _dequantised_gguf(file: WeightFile, info: TensorInfo) -> Tensor:
+def _dequantised_gguf(raw: TensorFile, info: TensorInfo, first: int, count: int) -> Tensor:
     import gguf
     import numpy as np
     import torch
 
     kind = gguf.GGMLQuantizationType[info.dtype]
-    raw = np.frombuffer(file.read(info.name), dtype=np.uint8)
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    assert len(raw) // size * block == math.prod(info.shape)
-    values = gguf.dequantize(raw.reshape(-1, size), kind)
-    return torch.from_numpy(np.ascontiguousarray(values)).reshape(info.shape)
+    start, end = first // block, -(-(first + count) // block)
+    stored = np.frombuffer(raw.read(info.name, start * size, (end - start) * size), dtype=np.uint8)
+    values = np.ascontiguousarray(gguf.dequantize(stored.reshape(-1, size), kind), dtype=np.float32)
+    return torch.from_numpy(values.reshape(-1)[first - start * block :][:count].copy())
 
 
 def stored_dtype(files: Iterable[WeightFile]) -> str:
     """The widest dtype of the weights that are not quantised; BF16 if all are."""
-    dtypes = {info.dtype for file in files for info in file.tensors.values()} & set(FLOATS)
+    dtypes = {file.raw.tensors[name].dtype for file in files for name in file.tensors} & set(FLOATS)
     if "F32" in dtypes:
         return "F32"
     return max(sorted(dtypes), key=ITEM_SIZE.__getitem__, default="BF16")

@@ -21,7 +21,7 @@ from lapwan.lora.formats import AdapterFile
 from lapwan.lora.merge import plan_terms, target_tensors
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
 from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
-from lapwan.models.resolve import refuse_generation_only, resolve
+from lapwan.models.resolve import check_weights, refuse_generation_only, resolve
 from lapwan.models.separate_files import make_folder
 from lapwan.models.spec import ModelSpec, Task, read_spec, weight_files
 from lapwan.names import Band, NoiseExpert
@@ -155,6 +155,8 @@ def resolve_base(
 
 
 def _from_files(files: ModelFilesSettings) -> ModelSpec:
-    return read_spec(make_folder(
+    spec = read_spec(make_folder(
         cache_root(), files.transformers, files.vae, files.text_encoder, files.tokenizer, files.boundary,
         files.flow_shift))
+    check_weights(spec)
+    return spec

@@ -69,7 +69,7 @@ def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Ite
         for lora, _ in loras:
             warn_mismatch(lora, spec.task, spec.boundary, spec.fingerprint(noise_expert))
     plans = [
-        plan_component(weight_files(spec.component(noise_expert)), _to_merge(loras), noise_expert)
+        plan_component(weight_files(spec.component(noise_expert)), _to_merge(loras), noise_expert, settings.dtype)
         for noise_expert, loras in assigned.items()
     ]
     _check_and_log(plans, settings.output, folder_bytes(spec.path, settings.output, plans, settings.link))
@@ -83,7 +83,7 @@ def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Ite
 def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -> Iterator[str]:
     whole = dit.is_dir()
     noise_expert, loras = assign_to_transformer(_requests(settings), noise_expert_from_file_name(dit))
-    plan = plan_component(weight_files(dit) if whole else [dit], _to_merge(loras), noise_expert)
+    plan = plan_component(weight_files(dit) if whole else [dit], _to_merge(loras), noise_expert, settings.dtype)
     if whole:
         claim_folder(settings.output, dit, options)
     else:
@@ -301,7 +301,7 @@ def write_folder(
         for path in carried:
             _carry(folder / path, temporary / path, link)
         for plan in plans:
-            targets = [temporary / file.path.relative_to(folder) for file in plan.files]
+            targets = [(temporary / file.path.relative_to(folder)).with_suffix(".safetensors") for file in plan.files]
             assert all(target.resolve().is_relative_to(temporary.resolve()) for target in targets), targets
             write_component(plan, targets, advance, verify)
 

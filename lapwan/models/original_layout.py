@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lapwan.checkpoints.container import ITEM_SIZE, file_kind
-from lapwan.checkpoints.tensors import DTYPES
+from lapwan.checkpoints.tensors import DTYPES, load_tensor
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
-from lapwan.checkpoints.weights import FLOATS, WeightFile, is_gguf, load_weight, read_weights, stored_dtype
+from lapwan.checkpoints.weights import WeightFile, is_gguf, read_weights, stored_dtype
 from lapwan.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def loads_by_name(files: Sequence[Path]) -> bool:
 
 
 def _by_name(file: WeightFile) -> bool:
-    return file.quantised or any(tensor_to_diffusers(name) != name for name in file.tensors)
+    return bool(file.quantised) or any(tensor_to_diffusers(name) != name for name in file.tensors)
 
 
 def tensor_infos(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
@@ -54,7 +54,7 @@ def tensor_infos(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
     if _has_header(path):
         file = read_weights(path)
         item = ITEM_SIZE[stored_dtype([file])]
-        return {name: (info.shape, info.size if info.dtype in FLOATS else math.prod(info.shape) * item)
+        return {name: (info.shape, math.prod(info.shape) * item if _is_quantised(file, name) else info.size)
                 for name, info in file.tensors.items()}
     return {name: (tuple(t.shape), t.nbytes) for name, t in read_tensors(path).items()}
 
@@ -68,7 +68,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if _has_header(path):
         header = read_weights(path)
-        return {name: load_weight(header, name) for name in header.tensors}
+        return {name: load_tensor(header, name) for name in header.tensors}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError:  # torch's message advises weights_only=False, which executes code in the file
@@ -145,7 +145,7 @@ def load_transformer_files(
             for stored in header.tensors:
                 name = tensor_to_diffusers(stored)
                 keep_fp32 = any(part in fp32_modules for part in name.split("."))
-                yield name, load_weight(header, stored).to(torch.float32 if keep_fp32 else dtype)
+                yield name, load_tensor(header, stored).to(torch.float32 if keep_fp32 else dtype)
 
     set_parameters(model, tensors(), "a Wan transformer of this shape", files[0])
     return model.eval()
@@ -289,8 +289,12 @@ def text_readers(files: Sequence[Path]) -> dict[str, Callable[[], Tensor]]:
 
 
 def _in_dtype(file: WeightFile, name: str, dtype: torch.dtype) -> Tensor:
-    value = load_weight(file, name)
-    return value if file.tensors[name].dtype in FLOATS else value.to(dtype)
+    value = load_tensor(file, name)
+    return value.to(dtype) if _is_quantised(file, name) else value
+
+
+def _is_quantised(file: WeightFile, name: str) -> bool:
+    return file.raw.tensors[name].dtype in file.quantised
 
 
 def load_text_files(config: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype | None) -> UMT5EncoderModel:

@@ -74,7 +74,8 @@ class MergeSettings(Settings):
     format: Annotated[LoraLayout | None, Flag(metavar="comfy|musubi|diffusers")] = Field(
         default=None, description="Key layout of the resulting LoRA; default: comfy.")
     dtype: Annotated[LoraDtype | None, Flag(metavar="float32|float16|bfloat16")] = Field(
-        default=None, description="Dtype of the resulting LoRA; default: that of the inputs.")
+        default=None, description="Dtype of the resulting LoRA; default: that of the inputs. Of a quantised "
+                                  "model (fp8, GGUF): dequantise to it, then merge.")
     fold_alpha: Annotated[bool, Flag()] = Field(
         default=False, description="Multiply the scale into B instead of writing alpha, for tools that ignore alpha.")
     one_file: Annotated[bool, Flag()] = Field(
@@ -132,7 +133,7 @@ class MergeSettings(Settings):
         self._check_source()
         self._check_options()
         into_weights = not self.extract and (self.model is not None or self.dit is not None)
-        for name in ("rank", "format", "dtype", "fold_alpha", "one_file"):
+        for name in ("rank", "format", "fold_alpha", "one_file"):
             if into_weights and getattr(self, name):
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} applies only if the result is a LoRA; a merged model keeps its "

@@ -22,7 +22,7 @@ from lapwan import console
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.checkpoints.tensors import load_tensor
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
-from lapwan.checkpoints.weights import load_weight, read_weights
+from lapwan.checkpoints.weights import read_weights
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, cache_root
 from lapwan.models.spec import ModelSpec, component_config, weight_files
@@ -169,7 +169,7 @@ def load_quantised_transformer(
 
     headers = [read_weights(file) for file in weight_files(folder)]
     source: dict[str, ReadTensor] = {
-        tensor_to_diffusers(name): partial(load_weight, file, name) for file in headers for name in file.tensors}
+        tensor_to_diffusers(name): partial(load_tensor, file, name) for file in headers for name in file.tensors}
     blocks = linears_of(model.blocks, "blocks", recipe.full_blocks)
     cache = cache_folder(fingerprint, recipe.precision)
     fill(model, {**source, **(merged or {})}, blocks, recipe.precision, cast, device, cache, work_on)
