@@ -58,6 +58,11 @@ class TensorFile:
         """Whether the tensors' bytes are those of the file, at their offsets; False: they are decoded by `read`."""
         return True
 
+    @property
+    def unrounded(self) -> TensorFile:
+        """The same tensors before they were rounded to the dtypes of `tensors`, if they are decoded."""
+        return self
+
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytearray:
         """`size` bytes of tensor `name` from its byte `offset` on (all by default)."""
         buffer = bytearray(self.tensors[name].size - offset if size is None else size)

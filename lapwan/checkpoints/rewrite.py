@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo
-from lapwan.checkpoints.tensors import DTYPES
+from lapwan.checkpoints.tensors import DTYPES, load_rows
 from lapwan.distributed import one_thread
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
@@ -169,11 +169,14 @@ def _merged_tiles(
     for first in range(0, rows, step):
         count = min(step, rows - first)
         view = buffer[: count * row_bytes]
-        source.read_into(view, info.name, first * row_bytes)
-        tile = torch.frombuffer(view, dtype=dtype).reshape(count, columns)
-        wide = work[:count].copy_(tile)
+        base = tile = torch.frombuffer(view, dtype=dtype).reshape(count, columns)
+        if source.as_stored:
+            source.read_into(view, info.name, first * row_bytes)
+        else:
+            base = load_rows(source.unrounded, info.name, first, count)
+        wide = work[:count].copy_(base)
         for add_rows in additions:
-            add_rows(wide, tile, first)
+            add_rows(wide, base, first)
         tile.copy_(wide)
         # aminmax propagates NaN and is twenty times as fast as isfinite over all values.
         if not torch.stack(torch.aminmax(tile)).isfinite().all():

@@ -53,10 +53,12 @@ class WeightFile(TensorFile):
     Args:
         raw: the same file as it is stored.
         scales: the name of the scale in `raw` by the weight's name.
+        wide: the file with its quantised tensors in fp32; None: they are.
     """
 
     raw: TensorFile
     scales: dict[str, str]
+    wide: WeightFile | None = None
 
     @property
     def quantised(self) -> tuple[str, ...]:
@@ -67,6 +69,11 @@ class WeightFile(TensorFile):
     def as_stored(self) -> bool:
         """As `TensorFile.as_stored`."""
         return not self.quantised
+
+    @property
+    def unrounded(self) -> TensorFile:
+        """As `TensorFile.unrounded`."""
+        return self.wide or self
 
     def read_into(self, view: memoryview, name: str, offset: int = 0) -> None:
         """As `TensorFile.read_into`, dequantised."""
@@ -142,7 +149,7 @@ def unquantised(file: WeightFile, dtype: str) -> WeightFile:
         infos[name] = _in_dtype(info, stored if stored in FLOATS else dtype, position)
         position = infos[name].end
     metadata = {} if is_gguf(file.path) else {k: v for k, v in file.metadata.items() if k != _METADATA}
-    return WeightFile(file.path, metadata, infos, 0, position, file.raw, file.scales)
+    return WeightFile(file.path, metadata, infos, 0, position, file.raw, file.scales, file)
 
 
 def _check_formats(file: TensorFile) -> None:

@@ -279,7 +279,7 @@ def _verify_touched(
     row_bytes, step, worst = columns * ITEM_SIZE[info.dtype], max(1, _CHUNK // (columns * 8)), 0.0
     for first in range(0, rows, step):
         count = min(step, rows - first)
-        before, after = (load_rows(file, info.name, first, count) for file in (source, merged))
+        before, after = (load_rows(file, info.name, first, count) for file in (source.unrounded, merged))
         exact = before.double()
         for add_rows in additions:
             add_rows(exact, before, first)
