@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -492,3 +493,10 @@ def test_incomplete_weights_are_refused_from_the_header(change, message, tiny_t2
     save_file(tensors, part / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match=message):
         resolve_base(str(tmp_path / "m"))
+
+
+def test_gguf_needs_its_package(tiny_t2v, tmp_path, monkeypatch) -> None:
+    write_q8(tmp_path / "a.gguf", stored(tiny_t2v, HIGH))
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"pip install 'lapwan\[gguf\]'"):
+        read_weights(tmp_path / "a.gguf")
