@@ -500,3 +500,20 @@ def test_gguf_needs_its_package(tiny_t2v, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
     with pytest.raises(UserError, match=r"pip install 'lapwan\[gguf\]'"):
         read_weights(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(("write", "suffix"), [(write_scaled, ".safetensors"), (write_q8, ".gguf")])
+def test_training_over_quantised_files(write, suffix, succeed, t2v_cache, tiny_t2v, tmp_path) -> None:
+    with_config(tiny_t2v, tmp_path)
+    for noise_expert in NoiseExpert:
+        write(tmp_path / f"{noise_expert.value}{suffix}", stored(tiny_t2v, noise_expert))
+    files = files_of(tiny_t2v, high=tmp_path / f"high{suffix}", low=tmp_path / f"low{suffix}")
+    lines = [f"{key} = {json.dumps(value)}" for key, value in files.model_dump(mode="json", exclude_none=True).items()]
+    (tmp_path / "c.toml").write_text("\n".join(["[model]", *lines, "[data]", f"cache = {json.dumps(str(t2v_cache))}"]))
+    line = ("train-lora", "--config", "c.toml", "-o", "run", "--steps", "1", "--set", "dtype=int8")
+    succeed(*line, "--dry-run")
+    assert not (tmp_path / "run").exists()
+    succeed(*line)
+    made = sorted((tmp_path / "run").glob("*_noise.safetensors"))
+    assert [read_header(f).metadata["lapwan.base_fingerprint"] for f in made] == [
+        checkpoint_fingerprint([tmp_path / f"{e.value}{suffix}"]) for e in NoiseExpert]
