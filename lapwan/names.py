@@ -1,4 +1,4 @@
-"""The two noise experts of Wan2.2, their sigma bands, and the precisions of a frozen base. No torch.
+"""Wan2.2's two noise experts, their sigma bands, the negative prompt, and the precisions of a frozen base. No torch.
 
 Module and tensor names in each key layout are in `lapwan.checkpoints.wan_keys`.
 """
@@ -10,6 +10,13 @@ from enum import StrEnum
 from typing import Literal
 
 Checkpointing = Literal["off", "op", "block"]  # what a backward recomputes: nothing, cheap operations, whole blocks
+
+# Wan2.2's official default (sample_neg_prompt of its shared configuration).
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 
 
 class NoiseExpert(StrEnum):

@@ -26,8 +26,7 @@ from lapwan import console
 from lapwan.losses.flow import add_noise, velocity_target
 from lapwan.losses.sigmas import Shifted, Uniform, draw_in_band
 from lapwan.models.spec import TEXT_LENGTH
-from lapwan.names import NoiseExpert
-from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT
+from lapwan.names import NEGATIVE_PROMPT, NoiseExpert
 from lapwan.tiny.model import TEXT, TRANSFORMER
 from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.image_condition import condition_video, with_mask
@@ -143,7 +142,7 @@ class _Draws:
     def __init__(self, latents: Latents, tokens: TokenTable, settings: DiffusionSettings, device: torch.device) -> None:
         self._latents, self._settings, self._device = latents, settings, device
         self._generator = torch.Generator(device).manual_seed(SEED)
-        ids, mask = tokens(["", OFFICIAL_NEGATIVE_PROMPT])
+        ids, mask = tokens(["", NEGATIVE_PROMPT])
         self._plain = ids.to(device), mask.to(device)
 
     def uniform(self) -> Tensor:

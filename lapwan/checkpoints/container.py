@@ -53,6 +53,16 @@ class TensorFile:
     data_start: int
     size: int
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether the tensors' bytes are those of the file, at their offsets; False: they are decoded by `read`."""
+        return True
+
+    @property
+    def unrounded(self) -> TensorFile:
+        """The same tensors before they were rounded to the dtypes of `tensors`, if they are decoded."""
+        return self
+
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytearray:
         """`size` bytes of tensor `name` from its byte `offset` on (all by default)."""
         buffer = bytearray(self.tensors[name].size - offset if size is None else size)
@@ -77,11 +87,40 @@ class TensorFile:
             os.close(descriptor)
 
 
+_KINDS: tuple[tuple[bytes, str], ...] = (  # by the first bytes, without white space in front and in lower case
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch the file with `git lfs pull` or "
+                                 "`hf download`"),
+    (b"<!doctype", "an HTML page, saved in place of the file; log in where the file is from and download it again"),
+    (b"<html", "an HTML page, saved in place of the file; log in where the file is from and download it again"),
+    (b"<?xml", "an XML page, such as a server's error, saved in place of the file; download it again"),
+    (b"pk\x03\x04", "a zip archive; if torch.save wrote it, it is a .pth or .pt file and needs that suffix, else "
+                     "unpack it"),
+    (b"gguf", "a GGUF file; a .safetensors file is needed here"),
+    (b"\x80\x02", "a pickle, as an old torch.save wrote it; it is a .pth or .pt file and needs that suffix"),
+    (b"\x1f\x8b", "a gzip archive; unpack it"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it"),
+    (b"rar!", "a RAR archive; unpack it"),
+)
+
+
+def file_kind(path: Path) -> str | None:
+    """What a file is that was taken for weights, and what to do, for an error message; None: not known."""
+    size = path.stat().st_size
+    if size == 0:
+        return "an empty file; download it again"
+    with path.open("rb") as stream:
+        start = stream.read(256)
+    if not start.strip(b"\0"):
+        return "a file that begins with zeros, an unfinished download; download it again"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((kind for magic, kind in _KINDS if text.startswith(magic)), None)
+
+
 def read_header(path: Path) -> TensorFile:
     """Parse the header of a safetensors file.
 
     Raises:
-        UserError: the file is missing, not a safetensors file, or cut short.
+        UserError: the file is missing, not a safetensors file (with what it is, if known), or cut short.
     """
     try:
         if path.is_dir():
@@ -91,13 +130,24 @@ def read_header(path: Path) -> TensorFile:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise UserError(f"{path} is not a safetensors file (no header); expected a .safetensors file")
+                raise _no_header(path, length, size)
             raw = stream.read(length)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     return _parse(path, raw, 8 + length, size)
+
+
+def _no_header(path: Path, length: int, size: int) -> UserError:
+    if (kind := file_kind(path)) is not None:
+        return UserError(f"{path} is not a safetensors file but {kind}")
+    with path.open("rb") as stream:
+        stream.seek(8)
+        if size - 8 < length <= _MAX_HEADER and stream.read(1) in (b"{", b""):
+            return UserError(f"{path} is truncated inside its header: it has {size} bytes, but needs more than "
+                             f"{length + 8}; copy or download it again")
+    return UserError(f"{path} is not a safetensors file (no header); expected a .safetensors file")
 
 
 def _parse(path: Path, raw: bytes, data_start: int, size: int) -> TensorFile:

@@ -13,8 +13,9 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from lapwan.checkpoints.container import TensorFile, TensorInfo, read_header
+from lapwan.checkpoints.container import TensorFile, TensorInfo
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
+from lapwan.checkpoints.weights import read_weights
 
 FINGERPRINT_KEY = "lapwan.fingerprint"
 _PIECE = 4096  # bytes
@@ -22,7 +23,8 @@ _INNER_PIECES = 4  # strided pieces between the first and the last
 
 
 def checkpoint_fingerprint(files: Sequence[Path]) -> str:
-    """Identity of one component's weights: 64 hex digits, independent of sharding and key layout.
+    """Identity of one component's weights: 64 hex digits, independent of sharding and key layout. Scales of fp8 weights
+    count as tensors; markers and a tokenizer in the file do not.
 
     The metadata `lapwan.fingerprint` if all files have the same one (a merge writes it); else sha256 over (name, dtype,
     shape, sampled bytes) by sorted tensor name. Of each tensor the first and last 4 KiB and four evenly spaced pieces
@@ -32,20 +34,23 @@ def checkpoint_fingerprint(files: Sequence[Path]) -> str:
     Raises:
         UserError: a file that is missing, damaged, or not a safetensors file.
     """
-    headers = [read_header(path) for path in files]
+    headers = [read_weights(path) for path in files]
     recorded = {header.metadata.get(FINGERPRINT_KEY) for header in headers}
     if len(recorded) == 1 and (known := recorded.pop()):
         return known
     tensors: dict[str, tuple[TensorFile, TensorInfo]] = {}
     for header in headers:
         # By diffusers' names: the same weights in the original layout are the same base.
-        tensors |= {tensor_to_diffusers(name): (header, info) for name, info in header.tensors.items()}
+        raw = header.raw
+        tensors |= {tensor_to_diffusers(name): (raw, raw.tensors[name]) for name in header.tensors}
+        tensors |= {f"{tensor_to_diffusers(name)}\0scale": (raw, raw.tensors[scale])
+                    for name, scale in header.scales.items()}
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        header, info = tensors[name]
+        file, info = tensors[name]
         digest.update(f"{name}\0{info.dtype}\0{','.join(map(str, info.shape))}\0".encode())
         for start, size in _samples(info.size):
-            digest.update(header.read(info.name, start, size))
+            digest.update(file.read(info.name, start, size))
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo
-from lapwan.checkpoints.tensors import DTYPES
+from lapwan.checkpoints.tensors import DTYPES, load_rows
 from lapwan.distributed import one_thread
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
@@ -96,10 +97,11 @@ def rewrite(
                 jobs = [pool.submit(_merge_tensor, source, info, updates[info.name], writer.fileno(), shift, advance,
                                     tile_bytes) for info in touched]
                 position = source.data_start
+                copy = partial(_copy, reader.fileno()) if source.as_stored else partial(_copy_decoded, source)
                 for info in touched:
-                    _copy(reader.fileno(), writer.fileno(), position, info.start, shift, advance, copy_bytes)
+                    copy(writer.fileno(), position, info.start, shift, advance, copy_bytes)
                     position = info.end
-                _copy(reader.fileno(), writer.fileno(), position, end, shift, advance, copy_bytes)
+                copy(writer.fileno(), position, end, shift, advance, copy_bytes)
                 for job in as_completed(jobs):
                     job.result()
         finally:
@@ -167,15 +169,19 @@ def _merged_tiles(
     for first in range(0, rows, step):
         count = min(step, rows - first)
         view = buffer[: count * row_bytes]
-        source.read_into(view, info.name, first * row_bytes)
-        tile = torch.frombuffer(view, dtype=dtype).reshape(count, columns)
-        wide = work[:count].copy_(tile)
+        base = tile = torch.frombuffer(view, dtype=dtype).reshape(count, columns)
+        if source.as_stored:
+            source.read_into(view, info.name, first * row_bytes)
+        else:
+            base = load_rows(source.unrounded, info.name, first, count)
+        wide = work[:count].copy_(base)
         for add_rows in additions:
-            add_rows(wide, tile, first)
+            add_rows(wide, base, first)
         tile.copy_(wide)
         if not _finite(tile):
-            source.read_into(view, info.name, first * row_bytes)
-            raise _non_finite(source, info, tile, wide)
+            if source.as_stored:  # the base was overwritten
+                source.read_into(view, info.name, first * row_bytes)
+            raise _non_finite(source, info, base, wide)
         yield first * row_bytes, view, tile
 
 
@@ -211,6 +217,18 @@ def _copy(reader: int, writer: int, start: int, end: int, shift: int, advance: A
             raise UserError("the model file became shorter while it was read; is something writing to it?")
         start += count
         advance(count)
+
+
+def _copy_decoded(
+    source: TensorFile, writer: int, start: int, end: int, shift: int, advance: Advance, piece: int
+) -> None:
+    """As `_copy`, tensor by tensor, of a source whose tensors are decoded while they are read."""
+    for info in source.tensors.values():
+        if start <= info.start and info.end <= end:
+            for offset in range(0, info.size, piece):
+                size = min(piece, info.size - offset)
+                _write(writer, memoryview(source.read(info.name, offset, size)), info.start + offset + shift)
+                advance(size)
 
 
 def _copy_some(reader: int, writer: int, source: int, target: int, size: int) -> int:

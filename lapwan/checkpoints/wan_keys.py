@@ -13,7 +13,12 @@ Source: the official Wan2.2 release and diffusers' WanTransformer3DModel.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
+from typing import Any
+
+from lapwan.errors import nearest
 
 # The ten Linear layers of a Wan block, by their paths inside it: original (also what settings name) -> diffusers.
 PROJECTIONS: dict[str, str] = {
@@ -142,3 +147,67 @@ def split_block(path: str) -> tuple[int, str] | None:
     if match is None or match[2] not in _PROJECTION_TO_ORIGINAL:
         return None
     return int(match[1]), _PROJECTION_TO_ORIGINAL[match[2]]
+
+
+_BLOCKS = re.compile(r"^blocks\.(\d+)(?:-(\d+))?$")
+
+
+def _part_words() -> frozenset[str]:
+    names = [name for pair in (*PROJECTIONS.items(), *OUTER_MODULES.items(), *_ORIGINAL_NORMS.items()) for name in pair]
+    words = {"modulation", "scale_shift_table", "bias"}
+    for name in names:
+        steps = name.split(".")
+        words |= {".".join(steps[i:j]) for i in range(len(steps)) for j in range(i + 1, len(steps) + 1)}
+    return frozenset(word for word in words if not word.isdigit())
+
+
+PART_WORDS = _part_words()  # names of parts of a transformer in either layout: `ffn`, `attn1`, `self_attn.q`, `to_q`
+
+
+def check_part(part: str) -> None:
+    """Check the name of a part of a transformer: blocks (`blocks.7`, `blocks.20-39`), or one of `PART_WORDS`.
+
+    Raises:
+        ValueError: no such part.
+    """
+    match = _BLOCKS.match(part)
+    if match and int(match[1]) > int(match[2] or match[1]):
+        raise ValueError(f"'{part}': the first block comes after the last one")
+    if not match and part not in PART_WORDS:
+        raise ValueError(f"unknown part '{part}'{nearest(part, PART_WORDS)}; write blocks.7, blocks.20-39, or a name "
+                         "such as attn1, attn2, ffn, self_attn.q")
+
+
+def in_part(target: str, part: str) -> bool:
+    """Whether a target lies in a part: `blocks.7.attn1.to_q` lies in `blocks.0-19`, `attn1`, `self_attn.q` and `q`."""
+    block = _BLOCK.match(target)
+    if match := _BLOCKS.match(part):
+        return block is not None and int(match[1]) <= int(block[1]) <= int(match[2] or match[1])
+    names = block[2] if block else target, target_label(target)[1]
+    return any(f".{part}." in f".{name}." for name in names)
+
+
+def transformer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a transformer with this config (diffusers'), by its name in diffusers' layout."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    ffn, patch = config["ffn_dim"], config["patch_size"]
+    sizes = {  # [out, in] of the Linears outside the blocks
+        "text_embedder.linear_1": (width, config["text_dim"]), "text_embedder.linear_2": (width, width),
+        "time_embedder.linear_1": (width, config["freq_dim"]), "time_embedder.linear_2": (width, width),
+        "time_proj": (6 * width, width),
+    }
+    linears = {f"condition_embedder.{name}": shape for name, shape in sizes.items()}
+    linears["proj_out"] = config["out_channels"] * math.prod(patch), width
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embedding.weight": (width, config["in_channels"], *patch), "patch_embedding.bias": (width,),
+        "scale_shift_table": (1, 2, width),
+    }
+    for block in (f"blocks.{index}" for index in range(config["num_layers"])):
+        linears |= {f"{block}.{path}": (width, width) for path in PROJECTIONS.values() if path.startswith("attn")}
+        linears |= {f"{block}.ffn.net.0.proj": (ffn, width), f"{block}.ffn.net.2": (width, ffn)}
+        norms = [f"attn{n}.norm_{part}.weight" for n in (1, 2) for part in "qk"]
+        norms += ["norm2.weight", "norm2.bias"] if config["cross_attn_norm"] else []
+        shapes |= {f"{block}.{name}": (width,) for name in norms} | {f"{block}.scale_shift_table": (1, 6, width)}
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes

@@ -170,7 +170,6 @@ one-frame 0 --num-frames 1
 _MERGE = _table("""
 lora-weight,lora-multiplier *
 save-merged-model 1 -o {}
-device 1 | merging runs on the CPU
 """)
 
 _OPTIMIZERS = {name: f"--set optimizer.type={name}" for name in ("adamw", "adamw8bit", "automagic", "prodigy")}

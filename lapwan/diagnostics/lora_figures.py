@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, read_header
+from lapwan.checkpoints.container import ITEM_SIZE, TensorFile
 from lapwan.checkpoints.tensors import DTYPES, load_tensor
 from lapwan.checkpoints.wan_keys import split_block, target_label
+from lapwan.checkpoints.weights import read_weights
 from lapwan.distributed import one_thread
 from lapwan.errors import UserError
 from lapwan.lora.merge import target_tensors
@@ -256,7 +257,7 @@ def weight_norms(
     Raises:
         UserError: a module that the transformer lacks.
     """
-    headers = [read_header(path) for path in files]
+    headers = [read_weights(path) for path in files]
     weights = target_tensors(headers)
     modules = list(paths)
     for path in modules:
@@ -281,7 +282,7 @@ def weight_reader(files: Sequence[Path]) -> Callable[[str], Tensor]:
     Raises:
         UserError: at a call, a tensor that the transformer lacks.
     """
-    headers = [read_header(path) for path in files]
+    headers = [read_weights(path) for path in files]
     weights = target_tensors(headers)
 
     def read(path: str) -> Tensor:

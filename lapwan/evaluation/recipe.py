@@ -29,9 +29,10 @@ from lapwan.evaluation.videos import Sampling, VideoStore, request_for
 from lapwan.models.base import Base
 from lapwan.models.device import pick_device, pick_dtype
 from lapwan.models.spec import ModelSpec, Task, check_frames, check_size, task_named
+from lapwan.names import NEGATIVE_PROMPT
 from lapwan.rewards.base import Reward, RewardKinds
 from lapwan.rewards.build import REWARD_KINDS, check_rewards, kind_of
-from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT, complete_guidance
+from lapwan.sampling.request import complete_guidance
 from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.memory import precision_of
 from lapwan.settings.model import ModelChoice
@@ -125,7 +126,7 @@ def _sampling(
     clips = read_eval_clips(videos.clips, taxonomy, None if settings.split == "all" else settings.split, videos.count)
     defaults = spec.defaults
     shape = VideoShape(videos.num_frames or defaults.num_frames, videos.size or defaults.size, defaults.fps)
-    negative = OFFICIAL_NEGATIVE_PROMPT if videos.negative_prompt is None else videos.negative_prompt
+    negative = NEGATIVE_PROMPT if videos.negative_prompt is None else videos.negative_prompt
     sampling = Sampling(
         shape, videos.steps or defaults.steps, complete_guidance(spec, videos.guidance), videos.seeds, settings.seed,
         videos.batch_size, negative, videos.flow_shift, videos.sampler, videos.guidance_interval)

@@ -24,9 +24,9 @@ from lapwan.evaluation.arms import Arm
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
 from lapwan.evaluation.metrics import GeneratedVideo, Scorer, metric_names
 from lapwan.models.spec import ModelSpec
-from lapwan.names import NoiseExpert
+from lapwan.names import NEGATIVE_PROMPT, NoiseExpert
 from lapwan.sampling.generator import Generator
-from lapwan.sampling.request import OFFICIAL_NEGATIVE_PROMPT, Request, check_request, complete_guidance
+from lapwan.sampling.request import Request, check_request, complete_guidance
 from lapwan.sampling.scheduler import SamplerName
 from lapwan.sampling.start_image import clip_tensor
 from lapwan.sampling.video import FINE_CRF, write_video
@@ -45,7 +45,7 @@ class Sampling:
     seeds: int = 1
     seed: int = 0
     batch_size: int = 8
-    negative_prompt: str = OFFICIAL_NEGATIVE_PROMPT
+    negative_prompt: str = NEGATIVE_PROMPT
     flow_shift: float | None = None
     sampler: SamplerName = "unipc"
     guidance_interval: tuple[float, float] = (0.0, 1.0)

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from lapwan.console import warn
+from lapwan.checkpoints.wan_keys import in_part
+from lapwan.console import detail, warn
 from lapwan.errors import UserError
 from lapwan.lora.formats import AdapterFile, open_lora
 from lapwan.lora.metadata import boundary_from_metadata
 from lapwan.names import NoiseExpert
 
-LoraRequest = tuple[str | None, Path, float]  # (high, low, both, or None for the file's own; file; strength)
+
+class LoraRequest(NamedTuple):
+    """A LoRA as a user gives it.
+
+    Args:
+        role: high, low, both, or None: as the file records.
+        parts: only the modules that lie in all of these parts of the transformer (`wan_keys.in_part`).
+    """
+
+    role: str | None
+    path: Path
+    strength: float
+    parts: tuple[str, ...] = ()
+
+
 Assigned = dict[NoiseExpert, list[tuple[AdapterFile, float]]]
 
 
@@ -19,15 +36,15 @@ def assign(requests: Sequence[LoraRequest], noise_experts: Sequence[NoiseExpert]
     """(LoRA, strength) by noise expert of the model; reads headers only.
 
     Args:
-        requests: role (high, low, both, or None: as the file records), path and strength of each LoRA.
+        requests: the LoRAs.
         noise_experts: those that the model has.
 
     Raises:
         UserError: a file that is not a LoRA, is for another noise expert, or does not say for which of two.
     """
     assigned: Assigned = {}
-    for role, path, strength in requests:
-        files = open_lora(path)
+    for role, path, strength, parts in requests:
+        files = _in_parts(open_lora(path), parts)
         for noise_expert in _noise_experts_of(role, path, files, noise_experts):
             lora = _file_for(files, noise_expert, both=role == "both")
             assigned.setdefault(noise_expert, []).append((lora, strength))
@@ -49,13 +66,13 @@ def assign_to_transformer(
     Raises:
         UserError: LoRAs for both noise experts, or for the other one.
     """
-    roles = {NoiseExpert(role) for role, _, _ in requests if role in tuple(NoiseExpert)}
+    roles = {NoiseExpert(request.role) for request in requests if request.role in tuple(NoiseExpert)}
     if len(roles) > 1:
         raise UserError("LoRAs are given for high and low, but there is one transformer; merge one at a time, or a "
                         "whole model with --model")
     noise_expert = roles.pop() if roles else named
     if noise_expert is None:
-        recorded = {e for _, path, _ in requests for e in open_lora(path)} - {None}
+        recorded = {e for request in requests for e in open_lora(request.path)} - {None}
         if len(recorded) > 1:
             raise UserError("the LoRAs are for both noise experts, and it is not recorded which one the transformer "
                             "is; give the right LoRA as high=FILE or low=FILE")
@@ -77,8 +94,8 @@ def group_by_noise_expert(requests: Sequence[LoraRequest]) -> dict[NoiseExpert |
     groups: dict[NoiseExpert | None, list[tuple[AdapterFile, float]]] = {}
     unassigned: list[tuple[AdapterFile, float]] = []
     by_file: list[set[NoiseExpert]] = []
-    for role, path, strength in requests:
-        files = open_lora(path)
+    for role, path, strength, parts in requests:
+        files = _in_parts(open_lora(path), parts)
         noise_experts = [e for e in files if e is not None]
         if role is not None:
             noise_experts = _noise_experts_of(role, path, files, [*NoiseExpert])
@@ -90,7 +107,7 @@ def group_by_noise_expert(requests: Sequence[LoraRequest]) -> dict[NoiseExpert |
         elif role is None:
             by_file.append(set(noise_experts))
     if any(noise_experts != by_file[0] for noise_experts in by_file):
-        names = ", ".join(str(path) for _, path, _ in requests)
+        names = ", ".join(str(request.path) for request in requests)
         raise UserError(f"these LoRAs are for different noise experts: {names}; sum those of one noise expert, or "
                         "give high=FILE and low=FILE to write both")
     if unassigned and len(groups) > 1:
@@ -99,6 +116,28 @@ def group_by_noise_expert(requests: Sequence[LoraRequest]) -> dict[NoiseExpert |
     if unassigned:
         groups.setdefault(next(iter(groups), None), []).extend(unassigned)
     return groups
+
+
+def _in_parts(
+    files: dict[NoiseExpert | None, AdapterFile], parts: Sequence[str]
+) -> dict[NoiseExpert | None, AdapterFile]:
+    """The files with the modules that lie in all of `parts`.
+
+    Raises:
+        UserError: no module does.
+    """
+    if not parts:
+        return files
+    chosen: dict[NoiseExpert | None, AdapterFile] = {}
+    where = "".join(f"@{part}" for part in parts)
+    for noise_expert, file in files.items():
+        modules = {path: module for path, module in file.modules.items() if all(in_part(path, part) for part in parts)}
+        detail(f"{file.path.name}{where}: {len(modules)} of {len(file.modules)} modules")
+        if modules:
+            chosen[noise_expert] = replace(file, modules=modules)
+    if not chosen:
+        raise UserError(f"{next(iter(files.values())).path}: none of its modules lies in {where}")
+    return chosen
 
 
 def _noise_experts_of(

@@ -335,6 +335,7 @@ def _named(
         raise UserError(f"cannot write {path}: the LoRA has no modules")
     written = AdapterState({}, state.metadata)
     tensors: dict[str, Tensor] = {}
+    held: set[int] = set()  # one tensor of two modules is written twice
     for module, entry in state.entries.items():
         names = layout.names(module, component)
         fold = fold_alpha or (layout.folds_outer_alpha and component is None and not module.startswith("blocks."))
@@ -348,7 +349,9 @@ def _named(
             exact = torch.tensor(value, dtype=torch.float32).item() == value
             tensors[names["alpha"]] = torch.tensor(value, dtype=torch.float32 if exact else torch.float64)
         written.entries[module] = update
-        tensors |= {names[part]: tensor for part, tensor in update.parts().items()}
+        for part, tensor in update.parts().items():
+            tensors[names[part]] = tensor.clone() if tensor.data_ptr() in held else tensor
+            held.add(tensor.data_ptr())
     return tensors, file_metadata(written, layout.alpha_in_metadata)
 
 
@@ -363,5 +366,7 @@ def _no_names(path: Path, module: str, update: WeightUpdate, low_rank: bool) -> 
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    # clone: safetensors refuses tensors that share storage (views of one stacked parameter).
-    return tensor.detach().to("cpu", dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)
+    """On the CPU and contiguous. safetensors refuses views of one storage (a stacked parameter): those are copied, but
+    not a tensor that fills its storage, since a LoRA of 14B in memory twice takes more than a GiB."""
+    plain = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    return plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()

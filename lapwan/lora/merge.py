@@ -26,6 +26,7 @@ from lapwan.checkpoints.fingerprints import FINGERPRINT_KEY, checkpoint_fingerpr
 from lapwan.checkpoints.rewrite import AddRows, Advance, check_mergeable, matrix_shape, rewrite
 from lapwan.checkpoints.tensors import load_rows
 from lapwan.checkpoints.wan_keys import target_path, to_original
+from lapwan.checkpoints.weights import WeightFile, read_weights, unquantised
 from lapwan.console import count_text, log
 from lapwan.errors import UserError, nearest
 from lapwan.lora.formats import AdapterFile
@@ -34,6 +35,7 @@ from lapwan.names import NoiseExpert
 
 MERGED_KEY, BASE_KEY = "lapwan.merged", "lapwan.base_fingerprint"
 _PREFIX = re.compile(r"^(model\.diffusion_model\.|diffusion_model\.|model\.)?")
+_STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _CHUNK = 16 << 20  # bytes of an untouched tensor, or of a touched one in fp64, at a time
 # The accumulation's own error over the largest magnitude in the tile: fp32 (measured: 8e-8 at r = 256) and fp64.
@@ -93,7 +95,7 @@ def target_tensors(files: Sequence[TensorFile]) -> dict[str, tuple[int, str]]:
                 raise UserError(f"{files[weights[path][0]].path} and {file.path} both hold '{name}'; keep one variant "
                                 "of the weights in the folder")
             weights[path] = (index, name)
-    if not any(map(_is_linear, weights)):
+    if not any(map(is_linear, weights)):
         raise UserError(f"{files[0].path} is not a Wan transformer: no weight such as "
                         "'blocks.0.self_attn.q.weight' or 'blocks.0.attn1.to_q.weight'")
     return weights
@@ -106,17 +108,18 @@ def _hint(path: str, known: Collection[str]) -> str:
     last = max((int(match[1]) for match in map(_BLOCK.match, known) if match), default=-1)
     if block and int(block[1]) > last:
         return f", which has blocks 0 to {last}"
-    same = [other for other in known if _is_linear(other) == _is_linear(path)
+    same = [other for other in known if is_linear(other) == is_linear(path)
             and (_BLOCK.match(other) or [""])[0] == (block or [""])[0]]
     return nearest(path, same)
 
 
-def _is_linear(path: str) -> bool:
+def is_linear(path: str) -> bool:
+    """The weight of a Linear, which low-rank pairs can change: no bias, norm, modulation or convolution."""
     return path != "patch_embedding" and to_original(path) is not None
 
 
 def plan_component(
-    paths: Sequence[Path], loras: Sequence[LoraToMerge], noise_expert: NoiseExpert | None
+    paths: Sequence[Path], loras: Sequence[LoraToMerge], noise_expert: NoiseExpert | None, dtype: str | None = None
 ) -> ComponentPlan:
     """Check that `loras` fit the transformer in `paths`, and plan what will change; reads headers only.
 
@@ -124,18 +127,37 @@ def plan_component(
         paths: the transformer's file, or its shards.
         loras: the LoRAs to add, with multipliers.
         noise_expert: recorded in the result; None: not known.
+        dtype: `bfloat16`, `float16` or `float32`, to which quantised weights are dequantised before the merge.
 
     Raises:
-        UserError: a module the transformer lacks (with the nearest it has), a shape that does not fit, a quantised
-            weight, or a LoRA that is already merged.
+        UserError: a module the transformer lacks (with the nearest it has), a shape that does not fit, quantised
+            weights without `dtype`, or a LoRA that is already merged.
     """
     files, terms = plan_terms(paths, [(item.lora, item.multiplier) for item in loras])
+    files = _to_write(files, dtype)
     return ComponentPlan(noise_expert, files, terms, tuple(loras), _provenance(files, paths, loras, noise_expert))
+
+
+def _to_write(files: tuple[WeightFile, ...], dtype: str | None) -> tuple[WeightFile, ...]:
+    """The files as they are written: quantised ones dequantised."""
+    quantised = [file for file in files if file.quantised]
+    if dtype is None and quantised:
+        size = sum(unquantised(file, "BF16").size for file in files)
+        types = ", ".join(quantised[0].quantised)
+        raise UserError(f"{quantised[0].path} is quantised ({types}), and a LoRA merges into unquantised weights: add "
+                        f"--dtype bfloat16 to write them dequantised ({size / 2**30:.3g} GiB), or give the LoRA to "
+                        "`lapwan generate --lora`, which leaves the file as it is")
+    if dtype is not None and not quantised:
+        raise UserError("--dtype applies only if the result is a LoRA, or the model is quantised; a merged model keeps "
+                        "its layout and dtype")
+    if dtype is None:
+        return files
+    return tuple(unquantised(file, _STORED[dtype]) for file in files)
 
 
 def plan_terms(
     paths: Sequence[Path], loras: Sequence[tuple[AdapterFile, float]]
-) -> tuple[tuple[TensorFile, ...], tuple[dict[str, list[Term]], ...]]:
+) -> tuple[tuple[WeightFile, ...], tuple[dict[str, list[Term]], ...]]:
     """(the transformer's files, for each file the terms to add by tensor name); reads headers only.
 
     Args:
@@ -145,7 +167,7 @@ def plan_terms(
     Raises:
         UserError: as `plan_component`, except that a LoRA merged before is not refused.
     """
-    files = tuple(read_header(path) for path in paths)
+    files = tuple(read_weights(path) for path in paths)
     weights = target_tensors(files)
     terms: tuple[dict[str, list[Term]], ...] = tuple({} for _ in files)
     for lora, multiplier in loras:
@@ -270,7 +292,7 @@ def _verify_touched(
     row_bytes, step, worst = columns * ITEM_SIZE[info.dtype], max(1, _CHUNK // (columns * 8)), 0.0
     for first in range(0, rows, step):
         count = min(step, rows - first)
-        before, after = (load_rows(file, info.name, first, count) for file in (source, merged))
+        before, after = (load_rows(file, info.name, first, count) for file in (source.unrounded, merged))
         exact = before.double()
         for add_rows in additions:
             add_rows(exact, before, first)

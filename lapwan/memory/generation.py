@@ -26,8 +26,8 @@ from lapwan.memory.plan import (
     memory_warnings,
     placements,
 )
-from lapwan.models.original_layout import read_tensors, t5_to_transformers
-from lapwan.models.spec import ModelSpec, component_config, original_file, weight_files
+from lapwan.models.original_layout import t5_to_transformers, tensor_infos
+from lapwan.models.spec import ModelSpec, component_config, component_files, original_file, weight_files
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.quantise.linears import LINEAR_CLASSES
 from lapwan.wan.quantise.load import Recipe
@@ -41,13 +41,9 @@ _TEXT_ROWS = 128  # text tokens whose keys and values are cached: Wan's negative
 
 
 def _text_encoder_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape and bytes of each tensor, from headers."""
-    if (original := original_file(folder)) is not None and original.suffix != ".safetensors":
-        tensors = read_tensors(original)
-        return {t5_to_transformers(name): (tuple(t.shape), t.nbytes) for name, t in tensors.items()}
-    files = [original] if original is not None else weight_files(folder)
-    infos = [info for file in files for info in read_header(file).tensors.values()]
-    return {t5_to_transformers(info.name): (info.shape, info.size) for info in infos}
+    """Shape and bytes in memory of each tensor, from headers."""
+    tensors = (item for file in component_files(folder) for item in tensor_infos(file).items())
+    return {t5_to_transformers(name): info for name, info in tensors}
 
 
 def text_encoder_bytes(spec: ModelSpec, precision: Precision | None = None, streamed: bool = False) -> int:

@@ -16,12 +16,12 @@ from lapwan.checkpoints.fingerprints import merged_fingerprint
 from lapwan.checkpoints.rewrite import merged_tensor
 from lapwan.checkpoints.wan_keys import parameter_name
 from lapwan.files import cache_root
-from lapwan.lora.assign import assign
+from lapwan.lora.assign import LoraRequest, assign
 from lapwan.lora.formats import AdapterFile
 from lapwan.lora.merge import plan_terms, target_tensors
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
 from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
-from lapwan.models.resolve import refuse_generation_only, resolve
+from lapwan.models.resolve import check_weights, refuse_generation_only, resolve
 from lapwan.models.separate_files import make_folder
 from lapwan.models.spec import ModelSpec, Task, read_spec, weight_files
 from lapwan.names import Band, NoiseExpert
@@ -150,11 +150,13 @@ def resolve_base(
             refuse_generation_only(files_spec, model.transformer)
         return Base(files_spec)
     spec = resolve(model.model, task, generation)
-    requests = [(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]
+    requests = [LoraRequest(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]
     return Base(spec, assign(requests, spec.noise_experts))
 
 
 def _from_files(files: ModelFilesSettings) -> ModelSpec:
-    return read_spec(make_folder(
+    spec = read_spec(make_folder(
         cache_root(), files.transformers, files.vae, files.text_encoder, files.tokenizer, files.boundary,
         files.flow_shift))
+    check_weights(spec)
+    return spec

@@ -9,8 +9,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
+from lapwan.checkpoints.weights import is_gguf, read_weights, stored_dtype
 from lapwan.errors import UserError
 from lapwan.models.spec import ModelSpec, component_config, original_file, weight_files
 
@@ -42,9 +42,7 @@ def text_encoder_fingerprint(spec: ModelSpec) -> str:
 
 def text_dtype(spec: ModelSpec) -> str:
     """The dtype in which the text encoder is stored and by default runs: `float32`, `bfloat16` or `float16`."""
-    header = read_header(weight_files(spec.path / "text_encoder")[0])
-    dtypes = {info.dtype for info in header.tensors.values()}
-    return _DTYPES["F32" if "F32" in dtypes else sorted(dtypes)[0]]
+    return _DTYPES[stored_dtype(map(read_weights, weight_files(spec.path / "text_encoder")))]
 
 
 def _weights(folder: Path) -> str:
@@ -52,7 +50,7 @@ def _weights(folder: Path) -> str:
     original = original_file(folder)
     if original is None:
         return checkpoint_fingerprint(weight_files(folder))
-    if original.suffix == ".safetensors":
+    if original.suffix == ".safetensors" or is_gguf(original):
         return checkpoint_fingerprint([original])
     size = original.stat().st_size
     digest = hashlib.sha256(str(size).encode())

@@ -1,7 +1,7 @@
 """The merge command: LoRAs into a model folder, one transformer or one LoRA; a mixture at a given mix into LoRAs.
 
 The arithmetic is elsewhere: LoRA into weights in `lapwan.lora.merge`, LoRA + LoRA in `lapwan.lora.combine`, mixture to
-LoRA in `lapwan.moe.to_lora`.
+LoRA in `lapwan.moe.to_lora`. `--extract` is in `lapwan.models.extract`, `--average` in `lapwan.models.average`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def merge(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
 
 
 def _requests(settings: MergeSettings) -> list[LoraRequest]:
-    return [(lora.noise_expert, lora.path, lora.strength * settings.multiplier) for lora in settings.lora]
+    return [LoraRequest(lora.noise_expert, lora.path, lora.strength * settings.multiplier, lora.only or ())
+            for lora in settings.lora]
 
 
 def _to_merge(loras: Sequence[tuple[AdapterFile, float]]) -> list[LoraToMerge]:
@@ -71,13 +72,13 @@ def _checked(lora: AdapterFile) -> Iterator[tuple[str, WeightUpdate]]:
 
 def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Iterator[str]:
     spec = resolve(model)
-    _claim_folder(settings.output, spec.path, options)
+    claim_folder(settings.output, spec.path, options)
     assigned = assign(_requests(settings), spec.noise_experts)
     for noise_expert, loras in assigned.items():
         for lora, _ in loras:
             warn_mismatch(lora, spec.task, spec.boundary, spec.fingerprint(noise_expert))
     plans = [
-        plan_component(weight_files(spec.component(noise_expert)), _to_merge(loras), noise_expert)
+        plan_component(weight_files(spec.component(noise_expert)), _to_merge(loras), noise_expert, settings.dtype)
         for noise_expert, loras in assigned.items()
     ]
     _check_and_log(plans, settings.output, folder_bytes(spec.path, settings.output, plans, settings.link))
@@ -91,11 +92,11 @@ def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Ite
 def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -> Iterator[str]:
     whole = dit.is_dir()
     noise_expert, loras = assign_to_transformer(_requests(settings), noise_expert_from_file_name(dit))
-    plan = plan_component(weight_files(dit) if whole else [dit], _to_merge(loras), noise_expert)
+    plan = plan_component(weight_files(dit) if whole else [dit], _to_merge(loras), noise_expert, settings.dtype)
     if whole:
-        _claim_folder(settings.output, dit, options)
+        claim_folder(settings.output, dit, options)
     else:
-        _claim_file(settings.output, [dit], options)
+        claim_file(settings.output, [dit], options)
     needed = folder_bytes(dit, settings.output, [plan], settings.link) if whole else plan.size
     _check_and_log([plan], settings.output, needed)
     if options.dry_run:
@@ -110,9 +111,9 @@ def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -
 
 def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
     groups = group_by_noise_expert(_requests(settings))
-    outputs = _lora_outputs(settings, list(groups))
+    outputs = lora_outputs(settings, list(groups))
     for output in outputs.values():
-        _claim_file(output, [lora.path for lora in settings.lora], options)
+        claim_file(output, [lora.path for lora in settings.lora], options)
     for noise_expert, loras in groups.items():
         parts = ", ".join(f"{lora.path.name} x {strength:g}" for lora, strength in loras)
         log(f"{outputs[noise_expert].name}: {parts}")
@@ -169,9 +170,9 @@ def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> I
     mixture = read_mixture(path)
     taxonomy = Taxonomy.from_dict(mixture.taxonomy, str(path))
     shares = resolve_hint(settings.mix or "", taxonomy)
-    outputs = _lora_outputs(settings, mixture.noise_experts)
+    outputs = lora_outputs(settings, mixture.noise_experts)
     for output in outputs.values():
-        _claim_file(output, [path], options)
+        claim_file(output, [path], options)
     log("mix: " + ", ".join(f"{f} {share:.2f}" for f, share in zip(mixture.families, shares, strict=True) if share))
     if mixture.base_lora:
         warn(f"{path} was trained over a base LoRA, which is not part of the mixture; use it with these files")
@@ -201,7 +202,7 @@ def _mixture_metadata(mixture: Mixture, noise_expert: NoiseExpert) -> dict[str, 
     return metadata
 
 
-def _lora_outputs(
+def lora_outputs(
     settings: MergeSettings, noise_experts: Sequence[NoiseExpert | None]
 ) -> dict[NoiseExpert | None, Path]:
     """The output path itself, or `{name}_high_noise.safetensors` and `{name}_low_noise.safetensors` for two files.
@@ -220,7 +221,8 @@ def _lora_outputs(
             for e in noise_experts}
 
 
-def _claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> None:
+def claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> None:
+    """Refuse an output that is not a .safetensors file, or is one of the inputs, or exists already."""
     if output.is_dir():
         raise UserError(f"output {output} is a folder, but this merge writes a .safetensors file")
     if output.suffix != ".safetensors":
@@ -230,7 +232,8 @@ def _claim_file(output: Path, inputs: Sequence[Path], options: RunOptions) -> No
     claim_output(output, options.overwrite)
 
 
-def _claim_folder(output: Path, source: Path, options: RunOptions) -> None:
+def claim_folder(output: Path, source: Path, options: RunOptions) -> None:
+    """Refuse an output that is a file, or nested with the source, or exists already."""
     if output.is_file():
         raise UserError(f"output {output} is a file, but this merge writes a folder")
     target, model = output.resolve(), source.resolve()
@@ -321,7 +324,7 @@ def write_folder(
         for path in carried:
             _carry(folder / path, temporary / path, link)
         for plan in plans:
-            targets = [temporary / file.path.relative_to(folder) for file in plan.files]
+            targets = [(temporary / file.path.relative_to(folder)).with_suffix(".safetensors") for file in plan.files]
             assert all(target.resolve().is_relative_to(temporary.resolve()) for target in targets), targets
             write_component(plan, targets, advance, verify)
 

@@ -8,54 +8,94 @@ Source: the key layouts of the official Wan2.2 release and of diffusers' and tra
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lapwan.checkpoints.container import read_header
-from lapwan.checkpoints.tensors import load_tensor
+from lapwan.checkpoints.container import ITEM_SIZE, file_kind
+from lapwan.checkpoints.tensors import DTYPES, load_tensor
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
+from lapwan.checkpoints.weights import WeightFile, is_gguf, read_weights, stored_dtype
 from lapwan.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5EncoderModel
 
+# What `from_pretrained` finds without being told a variant.
+_PRETRAINED = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def has_original_names(files: Sequence[Path]) -> bool:
-    """True if a transformer's safetensors files are in another layout than diffusers'."""
-    return any(tensor_to_diffusers(name) != name for file in files for name in read_header(file).tensors)
+def loads_by_name(files: Sequence[Path]) -> bool:
+    """True if files are not as `from_pretrained` reads them: in another key layout, quantised, or under another file
+    name, such as that of a variant; `load_*` here read those."""
+    return any(not _PRETRAINED.fullmatch(file.name) or _by_name(read_weights(file)) for file in files)
+
+
+def _by_name(file: WeightFile) -> bool:
+    return bool(file.quantised) or any(tensor_to_diffusers(name) != name for name in file.tensors)
+
+
+def tensor_infos(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """(shape, bytes as loaded) of every tensor by name: from the header, of a `.pth` from its memory map. Quantised
+    tensors are loaded in the dtype of the others.
+
+    Raises:
+        UserError: as `read_tensors`.
+    """
+    if _has_header(path):
+        file = read_weights(path)
+        item = ITEM_SIZE[stored_dtype([file])]
+        return {name: (info.shape, math.prod(info.shape) * item if _is_quantised(file, name) else info.size)
+                for name, info in file.tensors.items()}
+    return {name: (tuple(t.shape), t.nbytes) for name, t in read_tensors(path).items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a `.safetensors` or a `.pth` file, by name; a `.pth` is memory-mapped if its format allows it.
+    """Every tensor of a `.safetensors`, `.gguf` or `.pth` file, by name; quantised ones in fp32, a `.pth` memory-mapped
+    if its format allows it.
 
     Raises:
         UserError: the file is missing, unreadable, or holds more than tensors (nothing in a .pth is executed).
     """
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    if path.suffix == ".safetensors":
-        header = read_header(path)
+    if _has_header(path):
+        header = read_weights(path)
         return {name: load_tensor(header, name) for name in header.tensors}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError:  # torch's message advises weights_only=False, which executes code in the file
-        raise UserError(f"cannot read {path} as weights: it was not written by torch.save, or it holds more than plain "
-                        "tensors (nothing in it is executed); is it the right file?") from None
+        raise UserError(f"cannot read {path} as weights: {_no_pickle(path)}") from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"cannot read {path} as weights: {str(error).splitlines()[0]}") from None
+        why = file_kind(path) if not _is_zip(path) else None
+        reason = f"it is {why}" if why else str(error).splitlines()[0]
+        raise UserError(f"cannot read {path} as weights: {reason}") from None
     tensors = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise UserError(f"{path} is not a state dict (tensors by name); is it the right file?")
     return tensors
+
+
+def _has_header(path: Path) -> bool:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the weights file in it")
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    return path.suffix == ".safetensors" or is_gguf(path)
+
+
+def _no_pickle(path: Path) -> str:
+    if not _is_zip(path) and (kind := file_kind(path)) is not None:
+        return f"it is {kind}"
+    return ("it was not written by torch.save, or it holds more than plain tensors (nothing in it is executed); is it "
+            "the right file?")
 
 
 def _is_zip(path: Path) -> bool:
@@ -101,13 +141,11 @@ def load_transformer_files(
     fp32_modules = tuple(model._keep_in_fp32_modules)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for file in files:
-            header = read_header(file)
+        for header in map(read_weights, files):
             for stored in header.tensors:
                 name = tensor_to_diffusers(stored)
                 keep_fp32 = any(part in fp32_modules for part in name.split("."))
-                value = load_tensor(header, stored)
-                yield name, value.to(torch.float32 if keep_fp32 else dtype) if value.dtype in _FLOATS else value
+                yield name, load_tensor(header, stored).to(torch.float32 if keep_fp32 else dtype)
 
     set_parameters(model, tensors(), "a Wan transformer of this shape", files[0])
     return model.eval()
@@ -166,12 +204,12 @@ def wan22_vae_to_diffusers(name: str) -> str:
     return name
 
 
-def wan22_vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+def wan22_vae_config(stored: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     """An AutoencoderKLWan's config from shapes, with names in either layout; None if it is another VAE.
 
     Widths, blocks per stage and the stages that halve the time are read. 12 input channels are 2x2 pixel patches.
     """
-    shapes = {wan22_vae_to_diffusers(name): tuple(value.shape) for name, value in tensors.items()}
+    shapes = {wan22_vae_to_diffusers(name): shape for name, shape in stored.items()}
     first, last = shapes.get("encoder.conv_in.weight"), shapes.get("decoder.conv_out.weight")
     quant = shapes.get("post_quant_conv.weight")
     if first is None or last is None or quant is None or (first[1], quant[0]) != (12, WAN22_VAE_CHANNELS):
@@ -205,7 +243,10 @@ def load_vae_file(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> 
     return vae.eval()
 
 
-_T5_OUTER = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+_T5_OUTER = {
+    "token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight",
+    "token_embd.weight": "shared.weight", "enc.output_norm.weight": "encoder.final_layer_norm.weight",  # GGUF
+}
 _T5_BLOCK = {
     "norm1": "0.layer_norm", "norm2": "1.layer_norm", "attn.q": "0.SelfAttention.q", "attn.k": "0.SelfAttention.k",
     "attn.v": "0.SelfAttention.v", "attn.o": "0.SelfAttention.o",
@@ -214,20 +255,50 @@ _T5_BLOCK = {
 }
 
 
+_T5_GGUF = {
+    "attn_norm": "norm1", "ffn_norm": "norm2", "attn_q": "attn.q", "attn_k": "attn.k", "attn_v": "attn.v",
+    "attn_o": "attn.o", "attn_rel_b": "pos_embedding.embedding", "ffn_gate": "ffn.gate.0", "ffn_up": "ffn.fc1",
+    "ffn_down": "ffn.fc2",
+}
+_T5_NAME = re.compile(r"(?:blocks|enc\.blk)\.(\d+)\.(.+)\.(\w+)")
+
+
 def t5_to_transformers(name: str) -> str:
-    """`blocks.0.ffn.gate.0.weight` -> `encoder.block.0.layer.1.DenseReluDense.wi_0.weight`; other names as they are."""
+    """`blocks.0.ffn.gate.0.weight` and GGUF's `enc.blk.0.ffn_gate.weight` ->
+    `encoder.block.0.layer.1.DenseReluDense.wi_0.weight`; other names as they are."""
     if name in _T5_OUTER:
         return _T5_OUTER[name]
-    path, _, leaf = name.rpartition(".")
-    first, _, rest = path.partition(".")
-    block, _, inner = rest.partition(".")
-    if first == "blocks" and inner in _T5_BLOCK:
-        return f"encoder.block.{block}.layer.{_T5_BLOCK[inner]}.{leaf}"
-    return name
+    match = _T5_NAME.fullmatch(name)
+    inner = _T5_BLOCK.get(_T5_GGUF.get(match[2], match[2])) if match else None
+    return f"encoder.block.{match[1]}.layer.{inner}.{match[3]}" if match and inner else name
 
 
-def load_text_file(config: Mapping[str, Any], path: Path, dtype: torch.dtype | None) -> UMT5EncoderModel:
-    """A umT5 encoder from `models_t5_*.pth` or a safetensors file with the same names (or transformers').
+def text_readers(files: Sequence[Path]) -> dict[str, Callable[[], Tensor]]:
+    """A function that reads each tensor of a text encoder, by its name in UMT5EncoderModel; quantised ones in the dtype
+    of those that are not (bf16 if all are)."""
+    readers: dict[str, Callable[[], Tensor]] = {}
+    headers = [read_weights(file) for file in files if _has_header(file)]
+    dtype = DTYPES[stored_dtype(headers)]
+    for header in headers:
+        readers |= {t5_to_transformers(name): partial(_in_dtype, header, name, dtype) for name in header.tensors}
+    for file in files:
+        if not _has_header(file):
+            tensors = read_tensors(file)
+            readers |= {t5_to_transformers(name): partial(tensors.__getitem__, name) for name in tensors}
+    return readers
+
+
+def _in_dtype(file: WeightFile, name: str, dtype: torch.dtype) -> Tensor:
+    value = load_tensor(file, name)
+    return value.to(dtype) if _is_quantised(file, name) else value
+
+
+def _is_quantised(file: WeightFile, name: str) -> bool:
+    return file.raw.tensors[name].dtype in file.quantised
+
+
+def load_text_files(config: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype | None) -> UMT5EncoderModel:
+    """A umT5 encoder from `models_t5_*.pth`, or safetensors or GGUF files in any of the key layouts.
 
     Args:
         dtype: None keeps the stored one.
@@ -237,9 +308,9 @@ def load_text_file(config: Mapping[str, Any], path: Path, dtype: torch.dtype | N
 
     with init_empty_weights():
         model = UMT5EncoderModel(UMT5Config(**config))
-    tensors = {t5_to_transformers(name): value for name, value in read_tensors(path).items()}
-    if "shared.weight" in tensors:
-        tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]  # tied: the class has the embedding twice
-    values = ((name, value if dtype is None else value.to(dtype)) for name, value in tensors.items())
-    set_parameters(model, values, "a umT5 encoder", path)
+    readers = text_readers(files)
+    if "shared.weight" in readers:
+        readers["encoder.embed_tokens.weight"] = readers["shared.weight"]  # tied: the class has the embedding twice
+    values = ((name, read() if dtype is None else read().to(dtype)) for name, read in readers.items())
+    set_parameters(model, values, "a umT5 encoder", files[0])
     return model.eval()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lapwan.checkpoints.wan_keys import transformer_shapes
 from lapwan.errors import UserError
-from lapwan.models.spec import ModelSpec, Task, read_spec
+from lapwan.models.spec import ModelSpec, Task, component_config, read_spec, tensor_shapes, weight_files
 
 
 def resolve(model: str, task: Task | None = None, generation: bool = False) -> ModelSpec:
@@ -22,10 +23,34 @@ def resolve(model: str, task: Task | None = None, generation: bool = False) -> M
     spec = read_spec(_from_hub(model) if not folder.exists() and _is_hub_id(folder, model) else folder)
     if not generation:
         refuse_generation_only(spec, model)
+    check_weights(spec)
     if task is not None and spec.task != task:
         wants = "takes an image (image-to-video)" if spec.requires_image else "takes no image (text-to-video)"
         raise UserError(f"model {model} {wants}, but {task} was asked for")
     return spec
+
+
+def check_weights(spec: ModelSpec) -> None:
+    """Compare the transformers' tensors with their config, from the files' headers.
+
+    Raises:
+        UserError: weights that are missing, unknown, of another shape, damaged, or quantised in a format not read.
+    """
+    for noise_expert in spec.noise_experts:
+        folder = spec.component(noise_expert)
+        files = weight_files(folder)
+        shapes, needed = tensor_shapes(files), transformer_shapes(component_config(folder))
+        name = files[0].resolve()  # of separate files not the link, but the file that the user gave
+        if missing := needed.keys() - shapes.keys():
+            raise UserError(f"{name} lacks {len(missing)} of {len(needed)} tensors of this transformer, such as "
+                            f"'{min(missing)}'; is the download complete?")
+        if unknown := shapes.keys() - needed.keys():
+            raise UserError(f"{name} has {len(unknown)} tensors that {spec.family.title} does not, such as "
+                            f"'{min(unknown)}'; it is another model, which lapwan does not support")
+        for key, shape in needed.items():
+            if shapes[key] != shape:
+                raise UserError(f"{name}: '{key}' has shape {list(shapes[key])}, but the transformer's config needs "
+                                f"{list(shape)}")
 
 
 def refuse_generation_only(spec: ModelSpec, model: object) -> None:

@@ -11,11 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lapwan.checkpoints.container import read_header
+from lapwan.checkpoints.weights import is_gguf, read_weights
+from lapwan.console import warn
 from lapwan.errors import UserError
 from lapwan.files import atomic_folder
-from lapwan.models.original_layout import WAN22_VAE_CHANNELS, read_tensors, t5_to_transformers, wan22_vae_config
-from lapwan.models.spec import ORIGINAL, image_encoder_error, read_json, tensor_shapes, weight_files
+from lapwan.lora.noise_expert import noise_expert_from_file_name, noise_expert_from_metadata
+from lapwan.models.original_layout import WAN22_VAE_CHANNELS, t5_to_transformers, tensor_infos, wan22_vae_config
+from lapwan.models.spec import (
+    ORIGINAL,
+    component_config,
+    component_files,
+    image_encoder_error,
+    read_json,
+    tensor_shapes,
+    weight_files,
+)
 from lapwan.names import NoiseExpert
 
 _HEAD_DIM = 128  # of every released Wan transformer; a config.json beside the weights overrides it
@@ -34,13 +44,14 @@ def make_folder(
         UserError: a file that is missing, unreadable or of a model that is not supported as separate files.
     """
     files = {e: _transformer_files(path) for e, path in transformers.items()}
-    for path in (vae, text_encoder):
-        if not path.is_file():
-            raise UserError(f"no such file: {path}")
+    check_sides(files)
+    vae, text_encoder = _component(vae, "vae"), _component(text_encoder, "text_encoder")
+    tokenizer = tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer
     if not (tokenizer / "tokenizer_config.json").is_file():
         raise UserError(f"{tokenizer} is not a tokenizer folder: it has no tokenizer_config.json")
+    components = [f for path in (vae, text_encoder) for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
     stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
-             for f in (*(f for shards in files.values() for f in shards), vae, text_encoder, tokenizer)]
+             for f in (*(f for shards in files.values() for f in shards), *components, tokenizer)]
     key = json.dumps([[e.value for e in files], stamp, boundary, flow_shift])
     folder = root / f"files-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (folder / "model_index.json").is_file():
@@ -52,10 +63,52 @@ def make_folder(
 def _transformer_files(path: Path) -> list[Path]:
     if path.is_dir():
         return weight_files(path)
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path}: a transformer is a .safetensors file or a folder of them")
-    read_header(path)
+    if path.suffix not in (".safetensors", ".gguf"):
+        raise UserError(f"{path}: a transformer is a .safetensors file or a folder of them, or a .gguf file")
+    read_weights(path)
     return [path]
+
+
+def _component(path: Path, name: str) -> Path:
+    """A file, or a component's folder in diffusers layout: given itself, or the model folder that has it.
+
+    Raises:
+        UserError: it does not exist, or is another folder; the weights in it are named.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"no such file: {path}")
+    folder = path / name if (path / name).is_dir() else path
+    if (folder / "config.json").is_file():
+        component_files(folder)
+        return folder
+    weights = sorted(f.name for f in folder.iterdir() if f.suffix in (".pth", ".safetensors", ".gguf"))
+    inside = f"; it holds {', '.join(weights[:5])}" if weights else ""
+    raise UserError(f"{name} = {path} is a folder without config.json: give the weights file, or a folder in diffusers "
+                    f"layout{inside}")
+
+
+def check_sides(files: Mapping[NoiseExpert, list[Path]]) -> None:
+    """Compare the noise expert that file and folder names and metadata state with the one a file is given for.
+
+    Raises:
+        UserError: both are given the wrong way round; if only one is, a warning.
+    """
+    wrong = {e: shards[0] for e, shards in files.items() if _stated(shards[0]) not in (None, e)}
+    if len(files) < 2 or not wrong:
+        return
+    stated = ", ".join(f"{e.value} = {path} is for {_stated(path)} noise" for e, path in wrong.items())
+    if len(wrong) == len(files):
+        raise UserError(f"high and low are the wrong way round: by name or metadata, {stated}; swap them")
+    warn(f"by its name or metadata, {stated}; both noise experts would be the same")
+
+
+def _stated(path: Path) -> NoiseExpert | None:
+    metadata = read_weights(path).metadata
+    name = Path(metadata.get("general.name", ""))
+    return (noise_expert_from_metadata(metadata, path) or noise_expert_from_file_name(path)
+            or noise_expert_from_file_name(path.parent) or noise_expert_from_file_name(name))
 
 
 def _write(
@@ -67,7 +120,8 @@ def _write(
     two = len(files) == 2
     if two and channels == WAN22_VAE_CHANNELS:
         raise UserError("high and low are TI2V-5B transformers; that model has only one: give it as transformer")
-    vae_settings = vae_config(vae)
+    vae_settings = component_config(vae) if vae.is_dir() else vae_config(vae)
+    text_settings = component_config(text_encoder) if text_encoder.is_dir() else text_config(text_encoder)
     if (vae_settings["z_dim"] == WAN22_VAE_CHANNELS) != (channels == WAN22_VAE_CHANNELS):
         raise UserError(f"{vae} makes {vae_settings['z_dim']} latent channels, but the transformer takes {channels}: "
                         "TI2V-5B needs Wan2.2_VAE.pth, every other model Wan2.1_VAE.pth")
@@ -85,10 +139,12 @@ def _write(
         _write_config(folder / noise_expert.component, configs[noise_expert])
         for number, file in enumerate(shards, 1):
             name = "diffusion_pytorch_model" + (f"-{number:05d}" if len(shards) > 1 else "")
-            (folder / noise_expert.component / f"{name}.safetensors").symlink_to(file.resolve())
-    for name, file, config in (
-        ("vae", vae, vae_settings), ("text_encoder", text_encoder, text_config(text_encoder)),
-    ):
+            suffix = ".gguf" if is_gguf(file) else ".safetensors"
+            (folder / noise_expert.component / f"{name}{suffix}").symlink_to(file.resolve())
+    for name, file, config in (("vae", vae, vae_settings), ("text_encoder", text_encoder, text_settings)):
+        if file.is_dir():
+            (folder / name).symlink_to(file.resolve(), target_is_directory=True)
+            continue
         _write_config(folder / name, config)
         (folder / name / f"{ORIGINAL}{file.suffix}").symlink_to(file.resolve())
     (folder / "tokenizer").symlink_to(tokenizer.resolve(), target_is_directory=True)
@@ -125,12 +181,12 @@ def transformer_config(files: list[Path]) -> dict[str, Any]:
     if channels not in (*_BOUNDARY, WAN22_VAE_CHANNELS):
         raise UserError(f"{files[0]} has {channels} input channels; supported are T2V (16), I2V-A14B (36) and TI2V-5B "
                         "(48)")
-    heads = dim // _HEAD_DIM
+    heads = dim // _HEAD_DIM if dim % _HEAD_DIM == 0 else 0
     config_path = files[0].parent / "config.json"
     if config_path.is_file():
         config = read_json(config_path)
         heads = int(config.get("num_heads") or config.get("num_attention_heads") or heads)
-    if heads < 1 or dim % heads:
+    if heads < 1 or dim % heads or dim // heads % 2:
         raise UserError(f"{files[0]}: width {dim} is not divisible into heads of {_HEAD_DIM}; put the model's "
                         "config.json beside it")
     blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
@@ -149,17 +205,17 @@ def vae_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: another VAE.
     """
-    tensors = read_tensors(path)
-    if (wan22 := wan22_vae_config(tensors)) is not None:
+    shapes = {name: shape for name, (shape, _) in tensor_infos(path).items()}
+    if (wan22 := wan22_vae_config(shapes)) is not None:
         return wan22
-    first = tensors.get("encoder.conv1.weight", tensors.get("encoder.conv_in.weight"))
-    second = tensors.get("conv2.weight", tensors.get("post_quant_conv.weight"))
+    first = shapes.get("encoder.conv1.weight", shapes.get("encoder.conv_in.weight"))
+    second = shapes.get("conv2.weight", shapes.get("post_quant_conv.weight"))
     if first is None or second is None:
         raise UserError(f"{path} is not Wan's VAE: it has no encoder.conv1.weight")
-    if first.shape[1] != 3 or second.shape[0] != 16:
-        raise UserError(f"{path} makes {second.shape[0]} latent channels from {first.shape[1]}; Wan2.1_VAE.pth makes "
+    if first[1] != 3 or second[0] != 16:
+        raise UserError(f"{path} makes {second[0]} latent channels from {first[1]}; Wan2.1_VAE.pth makes "
                         "16 from 3, Wan2.2_VAE.pth 48 from 12")
-    return {"_class_name": "AutoencoderKLWan", "base_dim": first.shape[0], "z_dim": second.shape[0],
+    return {"_class_name": "AutoencoderKLWan", "base_dim": first[0], "z_dim": second[0],
             "num_res_blocks": 2}
 
 
@@ -169,7 +225,7 @@ def text_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not a umT5 encoder.
     """
-    shapes = {t5_to_transformers(name): value.shape for name, value in read_tensors(path).items()}
+    shapes = {t5_to_transformers(name): shape for name, (shape, _) in tensor_infos(path).items()}
     block = "encoder.block.0.layer."
     try:
         vocabulary, width = shapes["shared.weight"]

@@ -8,14 +8,15 @@ checkpoint. What differs between models is read from the spec (`requires_image`,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
+from lapwan.checkpoints.weights import read_weights
 from lapwan.errors import UserError
 from lapwan.files import inside
 from lapwan.names import Band, NoiseExpert, bands
@@ -173,36 +174,74 @@ def check_size(height: int, width: int, multiple: int = 16) -> None:
         )
 
 
+_NAME = re.compile(  # diffusion_pytorch_model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<a>\w+))?(?:-\d+(?:-of-\d+)?)?(?:\.(?P<b>\w+))?\.safetensors")
+_INDEX = re.compile(r"\.safetensors(?:\.index)?(?:\.(?P<a>\w+))?(?:\.index)?\.json$")
+
+
+def _variant(name: str) -> str:
+    """diffusers' variant in a weight file's name, such as fp16; empty: none, or a name of another tool."""
+    match = _NAME.fullmatch(name)
+    return (match["a"] or match["b"] or "") if match else ""
+
+
+def _index_variant(name: str) -> str:
+    stem, match = name.partition(".safetensors")[0], _INDEX.search(name)
+    return (match["a"] if match else None) or stem.partition(".")[2]
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component: one, or the shards its index names.
+    """A component's weight files: one, or the shards its index names, or one GGUF file.
+
+    Of several variants (`diffusion_pytorch_model.fp16.safetensors`) the one without a variant's name.
 
     Raises:
-        UserError: none there, a shard of the index is missing, or its name leads out of the folder.
+        UserError: none there, a shard of the index is missing, its name leads out of the folder, or several variants.
     """
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index} has no weight_map (tensor name -> file name); download it again")
-        files = sorted({inside(folder, name, index) for name in weight_map.values()})
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise UserError(f"{index} names files that are missing: {', '.join(missing)}; copy the folder again")
-        return files
-    files = sorted(folder.glob("*.safetensors"))
+    indices = sorted(f for f in folder.glob("*.safetensors*.json") if ".index." in f.name)
+    indexed = {_index_variant(index.name): _shards(folder, index) for index in indices}
+    variants = dict(indexed)
+    for file in sorted(folder.glob("*.safetensors")):
+        if (variant := _variant(file.name)) not in indexed:
+            variants.setdefault(variant, []).append(file)
+    if "" in variants:
+        return variants[""]
+    if len(variants) > 1:
+        raise UserError(f"{folder} has variants of its weights: {', '.join(sorted(variants))}; keep one")
+    files = next(iter(variants.values()), None) or sorted(folder.glob("*.gguf"))
     if not files:
-        raise UserError(f"no .safetensors weights in {folder}; is the download complete?")
+        raise UserError(f"no .safetensors or .gguf weights in {folder}; is the download complete?")
+    if len(files) > 1 and files[0].suffix == ".gguf":
+        raise UserError(f"{folder} has several GGUF files: {', '.join(f.name for f in files)}; keep one")
+    return files
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map (tensor name -> file name); download it again")
+    files = sorted({inside(folder, name, index) for name in weight_map.values()})
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{index} names files that are missing: {', '.join(missing)}; copy the folder again")
     return files
 
 
 def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     """Shape by name in diffusers' layout, of a transformer's files in any layout, from their headers."""
-    tensors = (pair for file in files for pair in read_header(file).tensors.items())
+    tensors = (pair for file in files for pair in read_weights(file).tensors.items())
     return {tensor_to_diffusers(name): tuple(info.shape) for name, info in tensors}
 
 
 def original_file(folder: Path) -> Path | None:
     """A VAE's or text encoder's weights in the original layout, if `separate_files.make_folder` linked them."""
     return next(iter(sorted(folder.glob(f"{ORIGINAL}.*"))), None)
+
+
+def component_files(folder: Path) -> list[Path]:
+    """The weight files of a VAE or text encoder: that in the original layout, or as `weight_files`."""
+    original = original_file(folder)
+    return weight_files(folder) if original is None else [original]
 
 
 def component_config(folder: Path) -> dict[str, Any]:

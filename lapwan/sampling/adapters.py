@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lapwan.console import log
 from lapwan.errors import UserError
-from lapwan.lora.assign import Assigned, assign, warn_mismatch
+from lapwan.lora.assign import Assigned, LoraRequest, assign, warn_mismatch
 from lapwan.lora.attach import Group
 from lapwan.lora.formats import AdapterFile, open_lora
 from lapwan.lora.state import AdapterState
@@ -100,7 +100,8 @@ def read_adapters(
         UserError: a file that is not a LoRA (or not a mixture), or is for the other noise expert or another model; a
             LoRA whose noise expert is unknown; a mixture's base LoRA that cannot be found.
     """
-    assigned = assign([(lora.noise_expert, lora.path, lora.strength) for lora in loras], base.spec.noise_experts)
+    requests = [LoraRequest(lora.noise_expert, lora.path, lora.strength, lora.only or ()) for lora in loras]
+    assigned = assign(requests, base.spec.noise_experts)
     for noise_expert, files in assigned.items():
         shapes = tensor_shapes(weight_files(base.spec.component(noise_expert)))
         for file, _ in files:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lapwan.errors import UserError, nearest
+from lapwan.lora.formats import open_lora
 from lapwan.settings.aliases import current_key, current_keys
 from lapwan.settings.generate import GenerateSettings, LineSettings, ModelSettings, VideoSettings
 from lapwan.settings.load import load
+from lapwan.settings.lora_argument import ROLES, LoraArgument, Role
 
 # What a grid may vary: options that keep the latents' shape and the images, so that all videos start from equal noise.
 _ADAPTERS = ("lora", "moe")
@@ -25,6 +28,7 @@ GRID_OPTIONS = _ADAPTERS + tuple(
     name for name in VideoSettings.model_fields if name not in ("image", "last_image", "video", "size", "num_frames")
 )
 
+_STRENGTHS = {f"lora.{role}": role for role in ROLES}  # grid option -> whose LoRAs' strengths it sets
 UNNAMED = "*"
 
 
@@ -80,7 +84,7 @@ def make_video_jobs(settings: GenerateSettings) -> list[VideoJob]:
             chosen = {axis.name: value for axis, value in zip(axes, values, strict=True)}
             caption = ", ".join(f"{axis.label}={value}" for axis, value in zip(axes, values, strict=True))
             model = _model(settings, chosen)
-            video = {name: value for name, value in chosen.items() if name not in _ADAPTERS}
+            video = {name: value for name, value in chosen.items() if name not in (*_ADAPTERS, *_STRENGTHS)}
             checked = _checked(VideoSettings, {**tree, **video}, source or "--grid")
             for extra in range(settings.videos):
                 seeded = checked.model_copy(update={"seed": checked.seed + extra})
@@ -142,9 +146,41 @@ def _model(settings: GenerateSettings, chosen: Mapping[str, str]) -> ModelSettin
         options["lora"] = [] if chosen["lora"] == "none" else [part.strip() for part in chosen["lora"].split(",")]
     if "moe" in chosen:
         options["moe"] = None if chosen["moe"] == "none" else chosen["moe"]
+    for name, role in _STRENGTHS.items():
+        if name in chosen:
+            loras = _checked(ModelSettings, {"lora": options["lora"]}, "--grid").lora
+            options["lora"] = _with_strength(loras, role, float(chosen[name]))
     given = {name: value for name, value in options.items() if value is not None}
     checked: ModelSettings = _checked(ModelSettings, given, "--grid")
     return checked
+
+
+def _with_strength(loras: Sequence[LoraArgument], role: Role, strength: float) -> list[LoraArgument]:
+    """The LoRAs, those on the noise expert `role` with this strength; a LoRA for both becomes one for each.
+
+    Raises:
+        UserError: none of them is for that noise expert.
+    """
+    changed: list[LoraArgument] = []
+    matches = False
+    for lora in loras:
+        if lora.noise_expert not in (None, "both"):
+            roles: list[Role | None] = [lora.noise_expert]
+        elif role == "both":
+            roles = [lora.noise_expert]
+        elif lora.noise_expert == "both":
+            roles = ["high", "low"]
+        else:  # None: not recorded, as in a model of one transformer
+            roles = [None if e is None else e.value for e in open_lora(lora.path)]
+        for own in roles:
+            is_meant = role == "both" or own in (role, None)
+            matches |= is_meant
+            changed.append(lora.model_copy(update={
+                "noise_expert": own, "strength": strength if is_meant else lora.strength}))
+    if not matches:
+        raise UserError(f"--grid lora.{role} varies the strength of the LoRAs on the {role} noise expert, but --lora "
+                        "gives none for it" if loras else f"--grid lora.{role} needs a LoRA: give --lora FILE")
+    return changed
 
 
 def _checked(model: type[Any], tree: Mapping[str, Any], source: str) -> Any:
@@ -201,11 +237,22 @@ def _axis(text: str) -> _GridAxis:
     name = current_key(label)
     if not equals or not rest.strip():
         raise UserError(f"--grid {text}: expected OPTION=A,B,..., such as alpha_expert=0,0.5,1")
-    if name not in GRID_OPTIONS:
-        raise UserError(f"--grid {text}: '{name}' cannot be compared{nearest(name, GRID_OPTIONS)}; "
-                        f"allowed: {', '.join(GRID_OPTIONS)}")
+    allowed = (*GRID_OPTIONS, *_STRENGTHS)
+    if name not in allowed:
+        raise UserError(f"--grid {text}: '{name}' cannot be compared{nearest(name, allowed)}; "
+                        f"allowed: {', '.join(allowed)}")
     separator = ";" if ";" in rest else ","
-    return _GridAxis(name, label, [value.strip() for value in rest.split(separator)])
+    values = [value.strip() for value in rest.split(separator)]
+    if name in _STRENGTHS and not all(_is_finite(value) for value in values):
+        raise UserError(f"--grid {text}: strengths must be numbers, such as {name}=0,0.5,1")
+    return _GridAxis(name, label, values)
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _with_outputs(settings: GenerateSettings, jobs: list[VideoJob]) -> list[VideoJob]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lapwan.errors import UserError
 from lapwan.models.spec import ModelSpec, check_frames, check_size
-from lapwan.names import NoiseExpert
+from lapwan.names import NEGATIVE_PROMPT, NoiseExpert
 from lapwan.sampling.scheduler import Grid, SamplerName, make_grid
 from lapwan.settings.generate import VideoSettings
 
@@ -22,13 +22,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DEFAULT_START_SIGMA = 0.8  # of video-to-video
-
-# The official default of Wan2.2 (sample_neg_prompt of its shared configuration).
-OFFICIAL_NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
-    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
-    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
 
 
 @dataclass(frozen=True)
@@ -55,7 +48,7 @@ class Request:
     steps: int
     guidance: Mapping[NoiseExpert, float]
     fps: int
-    negative_prompt: str = OFFICIAL_NEGATIVE_PROMPT
+    negative_prompt: str = NEGATIVE_PROMPT
     image: Image.Image | None = None
     last_image: Image.Image | None = None
     video_THWC: np.ndarray | None = None

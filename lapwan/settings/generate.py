@@ -68,7 +68,7 @@ class ModelSettings(Settings):
     )
     lora: Annotated[tuple[LoraArgument, ...], Flag(metavar=LORA_METAVAR)] = Field(
         default=(), description="A LoRA, repeatable: FILE:0.8, or for one noise expert high=FILE, low=FILE, or "
-        "both=FILE; by default the file decides."
+        "both=FILE; by default the file decides. FILE:0.8@blocks.20-39@ffn applies its modules in these parts only."
     )
     fold: Annotated[bool, Flag()] = Field(
         default=False, description="Merge the LoRAs into the weights in memory, rounded as by lapwan merge, instead of "
@@ -250,8 +250,9 @@ class GenerateSettings(VideoSettings, ModelSettings):
         default=1, ge=1, le=1000, description="Videos per prompt, with seeds SEED, SEED+1, ..."
     )
     grid: Annotated[tuple[str, ...], Flag(metavar="OPTION=A,B,...")] = Field(
-        default=(), description="Compare values of an option at the same noise, such as alpha_expert=0,0.5,1 or "
-        "moe=none;A;B; repeatable. Also writes all videos side by side."
+        default=(), description="Compare values of an option at the same noise, such as alpha_expert=0,0.5,1, "
+        "moe=none;A;B, or lora.high=0,0.5,1 for the strength of the LoRAs on a noise expert (lora.high, lora.low, "
+        "lora.both); repeatable. Also writes all videos side by side, and a contact sheet."
     )
     output: Annotated[Path | None, Flag("-o", "--output", metavar="PATH")] = Field(
         default=None, description="NAME.mp4, .gif, .webp, .png (one frame), .safetensors (latents), or a folder of PNG "

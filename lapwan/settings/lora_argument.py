@@ -1,4 +1,4 @@
-"""`[high=|low=|both=]PATH[:STRENGTH]`: a LoRA as given on the command line and in TOML."""
+"""`[high=|low=|both=]PATH[:STRENGTH][@PART]`: a LoRA as given on the command line and in TOML."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from lapwan.checkpoints.wan_keys import check_part
 from lapwan.errors import nearest
 from lapwan.settings.aliases import current_keys
 from lapwan.settings.base import Settings
 
 Role = Literal["high", "low", "both"]
 ROLES: tuple[Role, ...] = ("high", "low", "both")
-LORA_METAVAR = "FILE[:STRENGTH]"
+LORA_METAVAR = "FILE[:STRENGTH][@PART]"
 _RENAMED = {"expert": "noise_expert"}
 
 
 class LoraArgument(Settings):
-    """A LoRA file, its noise expert (None: as the file says), and its strength.
+    """A LoRA file, its noise expert (None: as the file says), its strength, and the parts of the model it acts on.
 
-    Parsed from a string `high=motion.safetensors:0.8` or a table
-    `{noise_expert = "high", path = "...", strength = 0.8}`.
+    Parsed from a string `high=motion.safetensors:0.8@blocks.20-39@ffn` or a table
+    `{noise_expert = "high", path = "...", strength = 0.8, only = ["blocks.20-39", "ffn"]}`.
     """
 
     noise_expert: Role | None = None
     path: Path
     strength: float = Field(default=1.0, description="Multiplies the LoRA's own scale.")
+    only: tuple[str, ...] | None = Field(
+        default=None, description="Apply only the modules that lie in all of these parts: blocks (blocks.7, "
+                                  "blocks.20-39) or names (attn1, ffn, self_attn.q).")
 
     @model_validator(mode="before")
     @classmethod
@@ -37,16 +41,25 @@ class LoraArgument(Settings):
             return split_lora(value)
         return current_keys(value, _RENAMED, ()) if isinstance(value, dict) else value
 
+    @field_validator("only")
+    @classmethod
+    def _known_parts(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for part in value or ():
+            check_part(part)
+        return value or None
+
     def __str__(self) -> str:
         role = f"{self.noise_expert}=" if self.noise_expert else ""
-        strength = "" if self.strength == 1.0 else f":{self.strength!r}"
-        return f"{role}{self.path}{strength}"
+        strength = "" if self.strength == 1.0 and not self.only else f":{self.strength!r}"
+        return f"{role}{self.path}{strength}" + "".join(f"@{part}" for part in self.only or ())
 
 
 def split_lora(text: str) -> dict[str, Any]:
-    """`high=a.safetensors:0.8` -> {"noise_expert": "high", "path": "a.safetensors", "strength": 0.8}.
+    """`high=a.safetensors:0.8@ffn` -> {"noise_expert": "high", "path": "a.safetensors", "strength": 0.8, "only":
+    ["ffn"]}.
 
-    A path may hold `=` and `:`; only a leading role and a number after the last colon are split off.
+    A path may hold `=`, `:` and `@`; only a leading role, a number after the last colon with the parts behind it, and
+    parts behind `.safetensors` are split off.
 
     Raises:
         ValueError: a misspelt role or strength, or no path.
@@ -58,15 +71,19 @@ def split_lora(text: str) -> dict[str, Any]:
     elif equals and re.fullmatch(r"\w+", word) and (guess := nearest(word.lower(), ROLES)):
         raise ValueError(f"unknown noise expert '{word}'{guess}; write high=FILE, low=FILE or both=FILE")
     path, colon, last = text.rpartition(":")
-    if colon and (strength := _number(last)) is not None:
+    number, *only = last.split("@")
+    if colon and (strength := _number(number)) is not None:
         if not math.isfinite(strength):
-            raise ValueError(f"strength {last} is not a finite number")
+            raise ValueError(f"strength {number} is not a finite number")
         parts["strength"], text = strength, path
     elif colon and path.endswith(".safetensors"):
-        raise ValueError(f"strength '{last}' is not a number; write FILE.safetensors:0.8")
+        raise ValueError(f"strength '{number}' is not a number; write FILE.safetensors:0.8")
+    else:
+        file, suffix, rest = text.rpartition(".safetensors@")
+        text, only = (f"{file}.safetensors", rest.split("@")) if suffix else (text, [])
     if not text.strip():
-        raise ValueError("no file named; write [high=|low=|both=]FILE[:STRENGTH]")
-    return {**parts, "path": text}
+        raise ValueError("no file named; write [high=|low=|both=]FILE[:STRENGTH][@PART]")
+    return {**parts, **({"only": only} if only else {}), "path": text}
 
 
 def _number(text: str) -> float | None:

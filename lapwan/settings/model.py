@@ -52,10 +52,11 @@ class ModelFilesSettings(Settings):
         return self
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, BaseModelSettings) or (isinstance(value, dict) and "model" in value):
-        return "base"
-    return "files" if isinstance(value, dict | ModelFilesSettings) else "name"
+def _kind(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return "files" if "model" not in value and value.keys() & ModelFilesSettings.model_fields.keys() else "base"
+    kinds = {str: "name", BaseModelSettings: "base", ModelFilesSettings: "files"}
+    return next((name for kind, name in kinds.items() if isinstance(value, kind)), None)
 
 
 # A name or folder; in TOML also a base with LoRAs merged in memory, or separate files. The discriminator picks the form
@@ -64,5 +65,6 @@ ModelChoice = Annotated[
     Annotated[str, Tag("name")]
     | Annotated[BaseModelSettings, Tag("base")]
     | Annotated[ModelFilesSettings, Tag("files")],
-    Discriminator(_kind),
+    Discriminator(_kind, custom_error_type="model_form",
+                  custom_error_message="must be a text or a table of keys and values"),
 ]

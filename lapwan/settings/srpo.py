@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lapwan.names import NoiseExpert
+from lapwan.names import NEGATIVE_PROMPT, NoiseExpert
 from lapwan.settings.aliases import current_keys, expand_short_forms
 from lapwan.settings.base import Flag, Settings, height_width
-from lapwan.settings.cache import NEGATIVE_PROMPT
 from lapwan.settings.memory import TrainDtype, precision_of
 from lapwan.settings.optimizers import AdamWSettings, OptimizerChoice, ScheduleSettings, kinds_that
 from lapwan.settings.rewards import REWARD_EXAMPLES, REWARD_METAVAR, Rewards

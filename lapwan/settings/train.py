@@ -14,7 +14,7 @@ from lapwan.settings.base import Flag, Settings
 from lapwan.settings.callbacks import HealthSettings, PreviewSettings, ValidationSettings, WatchSettings
 from lapwan.settings.load import first_problem
 from lapwan.settings.memory import MEMORY_METAVAR, MemoryChoice, TrainDtype
-from lapwan.settings.model import BaseModelSettings
+from lapwan.settings.model import ModelChoice
 from lapwan.settings.optimizers import (
     AdamWSettings,
     OptimizerChoice,
@@ -33,8 +33,9 @@ def _checkpointing(value: Any) -> Any:
 
 # Fields of every training run.
 BaseModelChoice = Annotated[
-    str | BaseModelSettings, Flag("--model", metavar="MODEL"),
-    Field(description="tiny, or a folder in diffusers layout; in TOML also {model, lora, multiplier}.")]
+    ModelChoice, Flag("--model", metavar="MODEL"),
+    Field(description="tiny, or a folder in diffusers layout; in TOML also {model, lora, multiplier}, or the files "
+                      "high, low, vae, text_encoder and tokenizer.")]
 RunFolder = Annotated[Path, Flag("--output", "-o", metavar="DIR"), Field(description="Run folder.")]
 Resume = Annotated[bool, Flag("--resume"), Field(
     description="Continue from the newest checkpoint of the run folder, if there is one.")]

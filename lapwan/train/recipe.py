@@ -14,7 +14,7 @@ from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import load_index
 from lapwan.checkpoints.fingerprints import json_fingerprint
 from lapwan.errors import UserError
-from lapwan.lora.assign import assign
+from lapwan.lora.assign import LoraRequest, assign
 from lapwan.lora.attach import initial_state
 from lapwan.lora.dropout import DropoutRates
 from lapwan.lora.formats import AdapterFile
@@ -116,7 +116,7 @@ def initial_loras(paths: Mapping[NoiseExpert, Path], base: Base) -> dict[NoiseEx
     Raises:
         UserError: a file that is not a plain LoRA, or is for the other noise expert.
     """
-    requests = [(noise_expert.value, path, 1.0) for noise_expert, path in paths.items()]
+    requests = [LoraRequest(noise_expert.value, path, 1.0) for noise_expert, path in paths.items()]
     assigned = assign(requests, base.spec.noise_experts)
     files = {noise_expert: file for noise_expert, [(file, _)] in assigned.items()}
     for noise_expert, file in files.items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lapwan.errors import UserError
-from lapwan.models.original_layout import has_original_names, load_transformer_files
+from lapwan.models.original_layout import load_transformer_files, loads_by_name
 from lapwan.models.spec import ModelSpec, component_config, weight_files
 from lapwan.names import Checkpointing, NoiseExpert
 from lapwan.wan.text import pad_text
@@ -44,7 +44,7 @@ def load_transformer(
         raise UserError(f"model {spec.path} has no {noise_expert.value} noise expert; it has: {available}")
     folder = spec.component(noise_expert)
     files = weight_files(folder)
-    if has_original_names(files):
+    if loads_by_name(files):
         config = component_config(folder)
         model = load_transformer_files(config, files, dtype)
     else:

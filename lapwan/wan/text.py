@@ -9,20 +9,16 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lapwan.checkpoints.container import read_header
-from lapwan.checkpoints.tensors import load_tensor
 from lapwan.models.fingerprints import text_encoder_fingerprint
-from lapwan.models.original_layout import load_text_file, read_tensors, t5_to_transformers
-from lapwan.models.spec import TEXT_LENGTH, component_config, original_file, weight_files
+from lapwan.models.original_layout import load_text_files, loads_by_name, text_readers
+from lapwan.models.spec import TEXT_LENGTH, component_config, component_files
 from lapwan.names import Precision
-from lapwan.wan.quantise.load import ReadTensor, cache_folder, fill, linears_of
+from lapwan.wan.quantise.load import cache_folder, fill, linears_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -60,12 +56,10 @@ def load_text_encoder(
 
     disable_progress_bar()  # "Loading weights" would break our own progress lines
     folder = spec.path / "text_encoder"
-    original = original_file(folder)
     if precision is not None:
         model = _load_quantised(spec, dtype, device, precision)
-    elif original is not None:
-        config = component_config(folder)
-        model = load_text_file(config, original, dtype)
+    elif loads_by_name(files := component_files(folder)):
+        model = load_text_files(component_config(folder), files, dtype)
     else:
         model = UMT5EncoderModel.from_pretrained(
             folder, dtype="auto" if dtype is None else dtype, local_files_only=True
@@ -73,15 +67,6 @@ def load_text_encoder(
     model.requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(spec.path / "tokenizer", local_files_only=True)
     return TextEncoder(model.eval().to(device), tokenizer)
-
-
-def _tensor_readers(folder: Path) -> dict[str, ReadTensor]:
-    """A function that reads each tensor, by its name in UMT5EncoderModel."""
-    if (original := original_file(folder)) is not None:
-        tensors = read_tensors(original)
-        return {t5_to_transformers(name): partial(tensors.__getitem__, name) for name in tensors}
-    headers = [read_header(file) for file in weight_files(folder)]
-    return {name: partial(load_tensor, file, name) for file in headers for name in file.tensors}
 
 
 def _load_quantised(
@@ -94,7 +79,7 @@ def _load_quantised(
     with init_empty_weights():
         model = UMT5EncoderModel(UMT5Config(**component_config(folder)))
     model.encoder.embed_tokens = model.shared  # the class has the one embedding under two names
-    source = _tensor_readers(folder)
+    source = text_readers(component_files(folder))
     source.pop("encoder.embed_tokens.weight", None)
     blocks = linears_of(model.encoder.block, "encoder.block")
     fill(model, source, blocks, precision, lambda name, stored: stored if dtype is None else stored.to(dtype), device,

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lapwan.models.device import widened
-from lapwan.models.original_layout import load_vae_file
-from lapwan.models.spec import component_config, original_file
+from lapwan.models.original_layout import load_vae_file, loads_by_name
+from lapwan.models.spec import component_config, component_files
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -41,9 +41,9 @@ def load_vae(
     from diffusers import AutoencoderKLWan
 
     folder = spec.path / "vae"
-    if (original := original_file(folder)) is not None:
-        config = component_config(folder)
-        vae = load_vae_file(config, original, dtype)
+    files = component_files(folder)
+    if len(files) == 1 and loads_by_name(files):
+        vae = load_vae_file(component_config(folder), files[0], dtype)
     else:
         vae = AutoencoderKLWan.from_pretrained(folder, dtype=dtype, local_files_only=True)
     vae.requires_grad_(False)

@@ -28,7 +28,7 @@ from lapwan import __version__
 from lapwan.cli import app
 from lapwan.cli_aliases import rewrite
 from lapwan.commands.table import COMMANDS
-from lapwan.lora.assign import assign
+from lapwan.lora.assign import LoraRequest, assign
 from lapwan.models.base import Base
 from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert
@@ -151,7 +151,7 @@ def example_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         run_successfully(*arguments, cwd=folder)
     loras = [tuple(text.split("=", 1)) for text in write_random_lora(folder / "stage1")]
-    merged = assign([(noise_expert, Path(path), 1.0) for noise_expert, path in loras], tuple(NoiseExpert))
+    merged = assign([LoraRequest(noise_expert, Path(path), 1.0) for noise_expert, path in loras], tuple(NoiseExpert))
     write_random_mixture(folder / "stage2" / "lapwan.safetensors", Base(read_spec(tiny_folder("t2v")), merged))
     return folder
 

@@ -9,7 +9,7 @@ from lora_cases import random_state, shapes
 from safetensors.torch import save_file
 
 from lapwan.errors import UserError
-from lapwan.lora.assign import assign, assign_to_transformer, group_by_noise_expert
+from lapwan.lora.assign import LoraRequest, assign, assign_to_transformer, group_by_noise_expert
 from lapwan.lora.formats import write_lora
 from lapwan.names import NoiseExpert
 
@@ -37,7 +37,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
     (None, "double", {HIGH, LOW}), ("low", "double", {LOW}), ("both", "double", {HIGH, LOW}),
 ])
 def test_two_noise_experts(files, role, name, wanted):
-    found = assign([(role, files[name], 0.5)], BOTH)
+    found = assign([LoraRequest(role, files[name], 0.5)], BOTH)
     assert set(found) == wanted
     for noise_expert, [(lora, strength)] in found.items():
         assert lora.path == files[name] and strength == 0.5
@@ -51,13 +51,13 @@ def test_two_noise_experts(files, role, name, wanted):
 ])
 def test_refused_on_two_noise_experts(files, role, name, says):
     with pytest.raises(UserError, match=says):
-        assign([(role, files[name], 1.0)], BOTH)
+        assign([LoraRequest(role, files[name], 1.0)], BOTH)
 
 
 def test_one_transformer_takes_what_does_not_say(files):
-    assert set(assign([(None, files["plain"], 1.0)], [HIGH])) == {HIGH}
+    assert set(assign([LoraRequest(None, files["plain"], 1.0)], [HIGH])) == {HIGH}
     with pytest.raises(UserError, match=r"is for the low noise expert, but .* here only has the high one"):
-        assign([(None, files["b"], 1.0)], [HIGH])
+        assign([LoraRequest(None, files["b"], 1.0)], [HIGH])
 
 
 @pytest.mark.parametrize(("requests", "named", "wanted"), [
@@ -65,7 +65,7 @@ def test_one_transformer_takes_what_does_not_say(files):
     ([("high", "plain")], LOW, HIGH), ([(None, "plain"), (None, "a")], None, HIGH), ([("both", "plain")], None, None),
 ])
 def test_a_single_transformers_noise_expert(files, requests, named, wanted):
-    noise_expert, loras = assign_to_transformer([(role, files[name], 1.0) for role, name in requests], named)
+    noise_expert, loras = assign_to_transformer([LoraRequest(role, files[name], 1.0) for role, name in requests], named)
     assert noise_expert is wanted and len(loras) == len(requests)
 
 
@@ -77,12 +77,12 @@ def test_a_single_transformers_noise_expert(files, requests, named, wanted):
 ])
 def test_refused_on_a_single_transformer(files, requests, named, says):
     with pytest.raises(UserError, match=says):
-        assign_to_transformer([(role, files[name], 1.0) for role, name in requests], named)
+        assign_to_transformer([LoraRequest(role, files[name], 1.0) for role, name in requests], named)
 
 
 def test_sums_stay_within_a_noise_expert(files):
     def grouped(*requests: tuple[str | None, str]) -> dict:
-        groups = group_by_noise_expert([(role, files[name], 1.0) for role, name in requests])
+        groups = group_by_noise_expert([LoraRequest(role, files[name], 1.0) for role, name in requests])
         return {e: len(loras) for e, loras in groups.items()}
 
     assert grouped((None, "plain")) == {None: 1}

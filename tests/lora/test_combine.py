@@ -65,3 +65,25 @@ def test_loras_of_different_noise_experts_do_not_add_by_accident(tmp_path, pair,
     assert list(read_lora(tmp_path / "y.safetensors")) == [NoiseExpert.HIGH]
     with pytest.raises(UserError, match="one of the inputs"):
         merge(lora=[str(high)], output=high, overwrite=True)
+
+
+def test_parts_have_strengths_of_their_own(tmp_path, saved):
+    """Blocks and projections of one file, given once for each strength; in a LoRA and in a model."""
+    a = saved("a.safetensors", seed=1, rank=3)
+    merge(lora=[f"{a}:0.5@blocks.0-1@attn1", f"{a}:-2@ffn"], output=tmp_path / "sum.safetensors")
+    (one,), (got,) = (read_lora(path).values() for path in (a, tmp_path / "sum.safetensors"))
+    strengths = {path: 0.5 if ".attn1." in path and path[7] in "01" else -2.0 if ".ffn." in path else None
+                 for path in one.entries}
+    assert got.entries.keys() == {path for path, strength in strengths.items() if strength is not None}
+    for path, delta in deltas(got).items():
+        torch.testing.assert_close(delta, strengths[path] * deltas(one)[path])
+    with pytest.raises(UserError, match=r"none of its modules lies in @blocks.30-39"):
+        merge(lora=[f"{a}:1@blocks.30-39"], output=tmp_path / "none.safetensors")
+
+
+def test_a_minus_b(tmp_path, saved):
+    a, b = saved("a.safetensors", seed=1, rank=3), saved("b.safetensors", seed=2, rank=2)
+    merge(lora=[str(a), f"{b}:-1"], output=tmp_path / "slider.safetensors")
+    (one,), (two,), (got,) = (read_lora(p).values() for p in (a, b, tmp_path / "slider.safetensors"))
+    for path, delta in deltas(got).items():
+        torch.testing.assert_close(delta, deltas(one)[path] - deltas(two)[path], rtol=1e-5, atol=1e-6)

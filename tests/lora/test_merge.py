@@ -356,3 +356,16 @@ def test_quantised_weights_and_other_checkpoints_are_refused(tmp_path, transform
     with pytest.raises(UserError, match="is not a LoRA"):
         merge(dit=tmp_path / "vae.safetensors", lora=[str(tmp_path / "fp8.safetensors")],
               output=tmp_path / "o.safetensors")
+
+
+def test_parts_of_a_lora_in_a_model(tmp_path, model_folder, transformers, saved):
+    lora = saved("a.safetensors", seed=4)
+    merge(model=str(model_folder), lora=[f"high={lora}:0.5@blocks.1-2@self_attn.q"], output=tmp_path / "merged",
+          verify=True)
+    (state,) = read_lora(lora).values()
+    chosen = {f"blocks.{b}.attn1.to_q" for b in (1, 2)}
+    merged = WanTransformer3DModel.from_pretrained(tmp_path / "merged" / "transformer").state_dict()
+    for name, before in transformers[NoiseExpert.HIGH].state_dict().items():
+        path = name.removesuffix(".weight")
+        want = before + 0.5 * state.entries[path].delta() if path in chosen else before
+        torch.testing.assert_close(merged[name], want, rtol=1e-6, atol=1e-7)

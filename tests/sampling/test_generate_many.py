@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapter_cases import random_lora
+from adapter_cases import random_lora, write_random_lora
 from command_line import Ran, Started
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from sampling_cases import SMALL, frames, generate, refused
 
+from lapwan.errors import UserError
 from lapwan.lora.formats import write_lora
 from lapwan.sampling.generator import Generator
 from lapwan.sampling.jobs import make_video_jobs
@@ -122,6 +123,55 @@ def test_a_grid_over_adapters_shares_the_loaded_model(lapwan, mixture_file, tmp_
     assert json.loads(read_video_metadata(tmp_path / "alone.mp4")["facts"])["frames"] == facts[3]["frames"]
 
 
+def frames_of(path: Path) -> str:
+    return json.loads(read_video_metadata(path)["facts"])["frames"]
+
+
+def test_a_grid_over_strengths(lapwan, tmp_path) -> None:
+    """lora.high varies the LoRAs on the high noise expert, however they are given; the low one's strength stays."""
+    write_lora(tmp_path / "a.safetensors", random_lora(0))
+    ran = generate(lapwan, "--lora", "both=a.safetensors:0.5", "--grid", "lora.high=0,0.5,1", "--sheet", output="g.mp4")
+    names = [Path(line).name for line in ran.out.splitlines()]
+    assert names == [f"g_{n:03d}_lora.high={s}.mp4" for n, s in ((1, 0), (2, "0.5"), (3, 1))] + [
+        "g_sheet.png", "g_grid.mp4"], ran.err
+    assert loaded(ran) == ["high", "low"]
+    for name, loras in ((names[0], ["low=a.safetensors:0.5"]), (names[1], ["both=a.safetensors:0.5"]),
+                        (names[2], ["high=a.safetensors", "low=a.safetensors:0.5"])):
+        alone = generate(lapwan, *(word for lora in loras for word in ("--lora", lora)), "--overwrite", output="a.mp4")
+        assert alone.code == 0
+        assert frames_of(tmp_path / "a.mp4") == frames_of(tmp_path / name), name
+    assert generate(lapwan, "--from", names[2], prompt="电凝钩切割组织", output="again.mp4").code == 0
+    assert frames_of(tmp_path / "again.mp4") == frames_of(tmp_path / names[2])
+
+
+def test_grids_over_strengths_of_files_that_record_their_noise_expert(tmp_path) -> None:
+    files = [path.partition("=")[2] for path in write_random_lora(tmp_path)]
+    options = {"model": "tiny", "prompt": "x", "output": "g", "lora": [files[0], f"{files[1]}:0.7@ffn"]}
+
+    def strengths(grid: str) -> list[tuple[float, ...]]:
+        settings = load(GenerateSettings, options={**options, "grid": [grid]}, environment={})
+        return [tuple(lora.strength for lora in job.model.lora) for job in make_video_jobs(settings)]
+
+    assert strengths("lora.low=0,1") == [(1.0, 0.0), (1.0, 1.0)]
+    assert strengths("lora.high=-1") == [(-1.0, 0.7)]
+    assert strengths("lora.both=0.3,0.4") == [(0.3, 0.3), (0.4, 0.4)]
+    options["lora"] = files[:1]
+    with pytest.raises(UserError, match="--lora gives none for it"):
+        strengths("lora.low=0,1")
+
+
+def test_parts_of_a_lora_are_the_lora_of_these_modules(lapwan, tmp_path) -> None:
+    whole = random_lora(0)
+    write_lora(tmp_path / "a.safetensors", whole)
+    whole.entries = {path: entry for path, entry in whole.entries.items() if path.startswith("blocks.7.attn2")}
+    write_lora(tmp_path / "part.safetensors", whole)
+    for lora, output in (("a.safetensors:0.8@blocks.5-7@cross_attn", "a.mp4"), ("part.safetensors:0.8", "part.mp4")):
+        assert generate(lapwan, "--lora", f"both={lora}", output=output).code == 0
+    assert frames_of(tmp_path / "a.mp4") == frames_of(tmp_path / "part.mp4")
+    assert generate(lapwan, "--from", "a.mp4", prompt="电凝钩切割组织", output="again.mp4").code == 0
+    assert frames_of(tmp_path / "again.mp4") == frames_of(tmp_path / "a.mp4")
+
+
 @pytest.mark.parametrize(("name", "opened"), [("a.webp", 5), ("a.gif", 5), ("a.safetensors", 0)])
 def test_other_outputs_carry_their_settings_too(name, opened, lapwan, tmp_path) -> None:
     assert generate(lapwan, output=name).code == 0
@@ -174,7 +224,8 @@ def test_crf_is_the_quality_of_an_mp4(lapwan, tmp_path) -> None:
 @pytest.mark.parametrize(("text", "words"), [
     ("alpha_expert", ("expected OPTION=A,B",)),
     ("alpha=1", ("'alpha' cannot be compared", "alpha_base")),
-    ("steps=1,x", ("--grid", "steps = 'x'")),
+    ("steps=1,x", ("--grid", "steps = 'x'")), ("lora.high=0,x", ("strengths must be numbers",)),
+    ("lora.high=0,1", ("needs a LoRA",)), ("lora.hihg=0,1", ("did you mean 'lora.high'",)),
 ])
 def test_bad_grids(text, words, unloaded) -> None:
     refused(generate(unloaded, "--grid", text), *words)

@@ -12,7 +12,7 @@ from adapter_cases import random_lora, random_mixture
 from sampling_cases import frames, generate
 
 from lapwan.errors import UserError
-from lapwan.lora.assign import assign
+from lapwan.lora.assign import LoraRequest, assign
 from lapwan.lora.formats import write_lora
 from lapwan.models.base import Base
 from lapwan.models.spec import ModelSpec
@@ -205,7 +205,7 @@ def stage1(tmp_path: Path) -> dict[NoiseExpert, Path]:
 def test_a_mixture_over_a_base_merged_in_memory_takes_its_loras(t2v, stage1, tmp_path, small) -> None:
     """Trained on base + LoRAs in the weights: given the LoRAs, they go into the weights here too."""
     loras = [LoraArgument(path=file, strength=0.8) for file in stage1.values()]
-    assigned = assign([(None, lora.path, lora.strength) for lora in loras], t2v.noise_experts)
+    assigned = assign([LoraRequest(None, lora.path, lora.strength) for lora in loras], t2v.noise_experts)
     merged = Base(t2v, assigned)
     mixture = random_mixture(t2v)
     spec = dataclasses.replace(mixture.spec, base={e: merged.fingerprint(e) for e in t2v.noise_experts})

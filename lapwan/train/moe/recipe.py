@@ -15,7 +15,7 @@ from lapwan.console import PlanRow
 from lapwan.data.labels import check_label
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError, nearest
-from lapwan.lora.assign import assign
+from lapwan.lora.assign import LoraRequest, assign
 from lapwan.lora.attach import Adapter, attach
 from lapwan.lora.combine import resize
 from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
@@ -79,7 +79,7 @@ def _check_labels(data: recipe.RunData, taxonomy: Taxonomy) -> None:
 
 def base_loras(settings: TrainMoeSettings, base: Base) -> dict[NoiseExpert, tuple[Path, AdapterState]]:
     """The frozen LoRAs beside the experts, with their tensors."""
-    requests = [(noise_expert.value, path, 1.0) for noise_expert, path in settings.base_lora.items()]
+    requests = [LoraRequest(noise_expert.value, path, 1.0) for noise_expert, path in settings.base_lora.items()]
     return {noise_expert: (file.path.absolute(), file.read())
             for noise_expert, [(file, _)] in assign(requests, base.spec.noise_experts).items()}
 

@@ -22,6 +22,7 @@ from lapwan import console
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.checkpoints.tensors import load_tensor
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
+from lapwan.checkpoints.weights import read_weights
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, cache_root
 from lapwan.models.spec import ModelSpec, component_config, weight_files
@@ -166,7 +167,7 @@ def load_quantised_transformer(
     def cast(name: str, stored: Tensor) -> Tensor:
         return stored.to(torch.float32 if any(part in fp32_modules for part in name.split(".")) else dtype)
 
-    headers = [read_header(file) for file in weight_files(folder)]
+    headers = [read_weights(file) for file in weight_files(folder)]
     source: dict[str, ReadTensor] = {
         tensor_to_diffusers(name): partial(load_tensor, file, name) for file in headers for name in file.tensors}
     blocks = linears_of(model.blocks, "blocks", recipe.full_blocks)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lapwan.lora.layer import StackedLoraLinear
-from lapwan.models.device import widened
 from lapwan.names import Checkpointing
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.block import BlockFunction, Rope, block_forward, layer_norm
@@ -139,7 +138,8 @@ def _head(
     shift, scale = (transformer.scale_shift_table.unsqueeze(0) + time.rows_BKD.unsqueeze(2)).unbind(2)
     if time.row_of_token_N is not None:
         shift, scale = (part.index_select(1, time.row_of_token_N) for part in (shift, scale))
-    y = layer_norm(transformer.norm_out, widened(x_BND)) * (1 + scale) + shift
+    x_wide = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
+    y = layer_norm(transformer.norm_out, x_wide) * (1 + scale) + shift
     out = transformer.proj_out(y.to(x_BND.dtype))
     out = out if shards is None else shards.gather(out)
     t, h, w = transformer.config.patch_size
