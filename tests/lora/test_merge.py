@@ -20,7 +20,7 @@ from lapwan.checkpoints.fingerprints import checkpoint_fingerprint, merged_finge
 from lapwan.checkpoints.rewrite import merged_tensor, rewrite
 from lapwan.checkpoints.wan_keys import to_original
 from lapwan.errors import UserError
-from lapwan.lora.assign import assign
+from lapwan.lora.assign import LoraRequest, assign
 from lapwan.lora.formats import open_lora, read_lora, write_lora
 from lapwan.lora.merge import ComponentPlan, LoraToMerge, plan_component, verify_merged, write_component
 from lapwan.lora.state import Term
@@ -80,7 +80,7 @@ def test_a_merge_in_memory_is_the_merged_folder(tmp_path, saved):
     loras = [saved(f"{n}.safetensors", sizes={"blocks.5.attn1.to_v": (width, width)}, seed=n) for n in (1, 2)]
     requests = [("low", loras[0], 0.4), ("low", loras[1], -1.5)]
     merge(model="tiny", lora=[f"{role}={path}:{strength}" for role, path, strength in requests], output=tmp_path / "m")
-    memory, folder = Base(spec, assign(requests, spec.noise_experts)), read_spec(tmp_path / "m")
+    memory, folder = Base(spec, assign([LoraRequest(*r) for r in requests], spec.noise_experts)), read_spec(tmp_path / "m")
     for noise_expert in NoiseExpert:
         assert memory.fingerprint(noise_expert) == folder.fingerprint(noise_expert)
         ours, theirs = (base.load(noise_expert).transformer.state_dict() for base in (memory, Base(folder)))
