@@ -78,9 +78,9 @@ def test_a_merge_in_memory_is_the_merged_folder(tmp_path, saved):
     spec = resolve("tiny")
     width = json.loads((spec.component(NoiseExpert.LOW) / "config.json").read_text())["num_attention_heads"] * 48
     loras = [saved(f"{n}.safetensors", sizes={"blocks.5.attn1.to_v": (width, width)}, seed=n) for n in (1, 2)]
-    requests = [("low", loras[0], 0.4), ("low", loras[1], -1.5)]
-    merge(model="tiny", lora=[f"{role}={path}:{strength}" for role, path, strength in requests], output=tmp_path / "m")
-    memory, folder = Base(spec, assign([LoraRequest(*r) for r in requests], spec.noise_experts)), read_spec(tmp_path / "m")
+    requests = [LoraRequest("low", loras[0], 0.4), LoraRequest("low", loras[1], -1.5)]
+    merge(model="tiny", lora=[f"low={path}:{strength}" for _, path, strength, *_ in requests], output=tmp_path / "m")
+    memory, folder = Base(spec, assign(requests, spec.noise_experts)), read_spec(tmp_path / "m")
     for noise_expert in NoiseExpert:
         assert memory.fingerprint(noise_expert) == folder.fingerprint(noise_expert)
         ours, theirs = (base.load(noise_expert).transformer.state_dict() for base in (memory, Base(folder)))
