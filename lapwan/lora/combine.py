@@ -17,7 +17,7 @@ from lapwan.console import progress
 from lapwan.distributed import one_thread
 from lapwan.errors import UserError
 from lapwan.lora.kinds import FullDelta
-from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
+from lapwan.lora.state import AdapterState, LowRank, WeightUpdate, refuse_overflow
 
 _WORKERS = 2
 
@@ -100,15 +100,17 @@ def combine(
         (the LoRA, the energy a resize kept; None without one).
 
     Raises:
-        UserError: updates that cannot be summed in a file, or not resized.
+        UserError: updates that cannot be summed in a file, or not resized, or that `dtype` cannot hold.
     """
     state = scaled(*states[0]) if len(states) == 1 else concatenate(states, dtype)
+    refuse_overflow(state.entries)
     if rank is None:
         return state, None
     pairs = state.low_rank(f"--rank {rank} needs a plain LoRA")
     target_dtype = dtype or max((entry.up.dtype for entry in pairs.values()), key=lambda d: d.itemsize)
     state, energy = resize(state, rank)
     state.entries = {path: entry.map(lambda tensor: tensor.to(target_dtype)) for path, entry in state.entries.items()}
+    refuse_overflow(state.entries)
     return state, energy
 
 
