@@ -384,11 +384,12 @@ class VideoGenerator:
         settings = self.settings
         assert settings.model is not None
         open_task = task if settings.model == TINY else None
-        key = open_task, f"{chosen.lora} {chosen.fold}", chosen.moe
+        key = open_task, f"{chosen.lora} {chosen.fold} {chosen.key_rule}", chosen.moe
         if key not in self._adapters:
             if open_task not in self._bases:
                 self._bases[open_task] = resolve_base(settings.model, open_task, generation=True)
-            self._adapters[key] = read_adapters(self._bases[open_task], chosen.lora, chosen.moe, chosen.fold)
+            self._adapters[key] = read_adapters(
+                self._bases[open_task], chosen.lora, chosen.moe, chosen.fold, chosen.key_rule)
         base, adapters = self._adapters[key]
         if open_task not in self._generators:
             dtype = pick_dtype(settings.dtype, self._device)

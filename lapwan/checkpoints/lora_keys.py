@@ -6,12 +6,12 @@
 | musubi    | `lora_unet_blocks_0_self_attn_q.lora_down.weight`, `.lora_up.weight`, `.alpha`       |
 | diffusers | `transformer.blocks.0.attn1.to_q.lora_A.weight` (also PEFT's `base_model.model.` and `.default.`) |
 
-A key is a module's name under a prefix, and a part (`PARTS`) of one kind of update. Module names of both key layouts
-(original and diffusers', see `wan_keys`) are read under any prefix, and every part in every layout. A key that is not
-understood gives None or an error; it is never skipped.
+A key is a module's name behind a wrapper, and a part (`PARTS`) of one kind of update. Names of modules in both key
+layouts (original and diffusers', see `wan_keys`), with dots, underscores or both, are read behind any wrapper, and
+every part in every layout. Wrappers that belong to modules of other models (`OTHER_MODULES`) are not stripped.
 
-`is_adapter_key` and `unsupported_kind` tell adapters of other kinds from model weights; where the other kinds of files
-are detected is listed in `lapwan.lora.formats`.
+A key that is not read is dropped for a reason that is reported, or refused: `OTHER_MODULES` has which. `is_adapter_key`
+tells adapters from model weights; where the other kinds of files are detected is listed in `lapwan.lora.formats`.
 
 How to add a layout: an `AdapterLayout` in `LAYOUTS`. Its `read` detects and reads: a tensor's name gives a `Key`, or
 None if it is not in this layout (the first layout in `LAYOUTS` that knows a name reads it). Its `names` are those that
@@ -27,8 +27,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lapwan.checkpoints.wan_keys import (
+    ORIGINAL_NORMS,
     OUTER_MODULES,
     PROJECTIONS,
     original_target,
@@ -40,59 +42,82 @@ from lapwan.names import NoiseExpert
 
 # Part -> the ends of names by which it is read; the first is what lapwan writes. `*` is the adapter's name, or nothing.
 PARTS: dict[str, tuple[str, ...]] = {
-    "down": ("lora_A*.weight", "lora_down*.weight", "lora.down*.weight"),
-    "up": ("lora_B*.weight", "lora_up*.weight", "lora.up*.weight"),
+    "down": ("lora_A*.weight", "lora_down*.weight", "lora.down*.weight", "lora_A*", "lora_down*", "lora.down*"),
+    "up": ("lora_B*.weight", "lora_up*.weight", "lora.up*.weight", "lora_B*", "lora_up*", "lora.up*"),
+    "mid": ("lora_mid*.weight", "lora_mid"),
+    "up_bias": ("lora_B*.bias", "lora_up*.bias", "lora.up*.bias"),
     "alpha": ("alpha",),
     "diff": ("diff",),
     "magnitude": ("dora_scale", "lora_magnitude_vector*.weight", "lora_magnitude_vector*"),
     **{part: (part,) for factor in ("lokr_w1", "lokr_w2") for part in (factor, f"{factor}_a", f"{factor}_b")},
     **{part: (part,) for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
+    **{part: (part,) for part in ("lokr_t1", "lokr_t2", "hada_t1", "hada_t2")},
+    **{f"glora_{factor}": (f"{factor}.weight",) for factor in ("a1", "a2", "b1", "b2")},
 }
 # A difference is of a weight, a bias or a modulation: its end, and the leaf of the tensor. The first one of a leaf is
 # written. ComfyUI reads `blocks.0.modulation.diff`; `diff_m` is what the distillations' tools write, and it drops that.
 _DIFF_ENDS = {"modulation.diff": "modulation", "diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
+_LEAVES = {"up_bias": "bias"}  # of the other parts; else a weight
 
 
 def _ends() -> list[tuple[re.Pattern[str], str, str]]:
     """(pattern of a whole key, part, leaf of the tensor that it changes)."""
-    ends = [(end, part, "weight") for part, known in PARTS.items() for end in known if part != "diff"]
+    ends = [(end, part, _LEAVES.get(part, "weight")) for part, known in PARTS.items() for end in known
+            if part != "diff"]
     ends += [(end, "diff", leaf) for end, leaf in _DIFF_ENDS.items()]
-    adapter = r"(?:\.(?P<adapter>[^.]+))?"
+    adapter = r"(?:\.(?P<adapter>(?!(?:bias|weight)$)[^.]+))?"
     return [(re.compile(rf"^(?P<module>.+)\.{re.escape(end).replace(re.escape('*'), adapter)}$"), part, leaf)
             for end, part, leaf in ends]
 
 
 _ENDS = _ends()
-# Prefixes of a module path -> the transformer they name. transformer_1 and transformer_2 are the noise experts in files
-# that hold both; a plain `transformer` may be either, since users load such a file into either transformer.
-_PREFIXES: dict[str, str | None] = {
-    "base_model.model.": None, "model.": None, "diffusion_model.": None, "transformer.": "transformer",
-    "transformer_1.": "transformer_1", "transformer_2.": "transformer_2",
+# Words of wrappers -> the transformer they name. transformer_1 and transformer_2 are the noise experts in files that
+# hold both; a plain `transformer` may be either, since users load such a file into either transformer.
+_COMPONENTS = {
+    "transformer": "transformer", "dit": "transformer", "transformer_1": "transformer_1",
+    "transformer_2": "transformer_2", "dit2": "transformer_2", "high_noise_model": "transformer_1",
+    "low_noise_model": "transformer_2",
 }
-_FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
+# Wrappers of names with underscores consist of these words: others may be modules of another architecture, such as
+# `lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q`.
+_FLAT_KINDS = ("lora", "lycoris", "locon", "lokr", "loha", "dora", "glora")
+_FLAT_WORDS = {"unet", "dit", "dit2", "wan", "model", "diffusion", "base", "module", "pipe", "net", "denoiser", "high",
+               "low", "noise", "1", "2"}
+_USUAL_WRAPPERS = re.compile(
+    r"((base_model\.model|model|diffusion_model|transformer(_[12])?)\.)*|lora_unet__?|lora_transformer_|lycoris_")
 
-# Kinds of adapters that lapwan does not read, by a pattern in their keys.
 _IMAGE_BRANCH = "Wan2.1's image branch, which Wan2.2 lacks"
-_UNSUPPORTED: tuple[tuple[str, str], ...] = (
-    (r"lora_[AB]\.(.+\.)?bias$|lora_B_bias", "a LoRA with biases"),
-    (r"(^|[._])b?oft_", "OFT"),
-    (r"lora_mid|\.reshape_weight$", "a Tucker decomposition (lora_mid)"),
-    (r"lokr_t2|hada_t[12]", "a Tucker decomposition (t1, t2)"),
-    (r"^(lora_te|text_encoder|lora_llm|text_encoders)", "a text encoder's LoRA"),
-    (r"k_img|v_img|img_emb|add_[kv]_proj|image_embedder", _IMAGE_BRANCH),
+# What lapwan does not read, by a pattern of keys: words, and whether it is "dropped" with a report, dropped only on
+# demand since a part of the adapter's effect may be lost ("other" models' modules), or refused always ("kind").
+OTHER_MODULES: tuple[tuple[str, str, str], ...] = (
+    (r"(^|[._])[kv][._]img([._]|$)|norm_[kv][._]img|img_emb|add(ed)?_[kqv]_proj|norm_added_[kq]|image_embedder",
+     _IMAGE_BRANCH, "dropped"),
+    (r"^(lora_te|text_encoder|lora_llm|cond_stage_model)|(^|[._])(text_encoders?|te[12]?|t5|umt5|clip)[._]",
+     "a text encoder's LoRA, which lapwan does not apply", "other"),
+    (r"(^|[._])vace_", "a module of VACE models (Wan-VACE)", "other"),
+    (r"(^|[._])(ref_conv|control_adapter|controlnet|control_blocks)", "a module of Fun control models", "other"),
+    (r"(^|[._])(cam_|camera)", "a module of camera control models", "other"),
+    (r"(^|[._])(casual_audio|causal_audio|audio_|trainable_cond|cond_encoder|frame_packer)",
+     "a module of speech-to-video models (Wan2.2-S2V)", "other"),
+    (r"(^|[._])(face_|motion_encoder|pose_patch)", "a module of Wan2.2-Animate", "other"),
+    (r"(^|[._])(vae|first_stage_model|image_encoder)[._]", "a module of a VAE or an image encoder", "other"),
+    (r"lora_A(\.[^.]+)?\.bias$|lora_down\.bias$", "a bias inside a low-rank pair", "kind"),
+    (r"(^|[._])b?oft_", "OFT", "kind"),
+    (r"\.reshape_weight$", "a LoRA that reshapes its weight", "kind"),
 )
 
 
 @dataclass(frozen=True)
 class Key:
     """A parsed key. `path` names the tensor that is changed, as `wan_keys.target_path` does: diffusers' module path for
-    a weight; `component` is the transformer that a prefix names, if any."""
+    a weight; `component` is the transformer that the wrapper names, if any; `wrapper` is what was stripped."""
 
     path: str
     part: str
     component: str | None
     layout: str
     adapter: str | None
+    wrapper: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,45 +139,74 @@ class AdapterLayout:
     needs_alpha: bool = False
 
 
-def _flat_names() -> dict[str, str]:
-    """`self_attn_q` -> `attn1.to_q`: projections and outer modules in both layouts, with underscores for dots."""
-    pairs = [(original, path) for original, path in (PROJECTIONS | OUTER_MODULES).items()]
-    return {name.replace(".", "_"): path for original, path in pairs for name in (original, path)}
+def _flat_names() -> tuple[dict[str, str], dict[str, str]]:
+    """Names with underscores -> with dots, of what adapters change inside a block and outside, in both layouts."""
+    inner = [*PROJECTIONS, *PROJECTIONS.values(), *ORIGINAL_NORMS, *ORIGINAL_NORMS.values()]
+    outer = [*OUTER_MODULES, *OUTER_MODULES.values(), "head"]
+    modulations = ["modulation", "scale_shift_table"]
+    tables = inner + modulations, [*outer, "head.modulation", "scale_shift_table"]
+    first, second = ({name.replace(".", "_"): name for name in names} for names in tables)
+    return first, second
 
 
-_FLAT = _flat_names()
-_FLAT_BLOCK = re.compile(r"^blocks_(\d+)_(.+)$")
+_FLAT_INNER, _FLAT_OUTER = _flat_names()
+_FLAT_BLOCK = re.compile(r"^(|.*_)blocks_(\d+)(?:_(.+))?$")
 
 
-def _unflatten(name: str) -> str | None:
+def _unflatten(name: str) -> tuple[str, str] | None:
+    """(wrapper, module with dots) of a name with underscores; None if it is not one of Wan's."""
     if match := _FLAT_BLOCK.match(name):
-        inner = _FLAT.get(match[2])
-        return f"blocks.{match[1]}.{inner}" if inner and match[2] not in _FLAT_OUTER else None
-    return _FLAT.get(name) if name in _FLAT_OUTER else None
+        if match[3] is None:
+            return match[1], f"blocks.{match[2]}"
+        inner = _FLAT_INNER.get(match[3])
+        return (match[1], f"blocks.{match[2]}.{inner}") if inner else None
+    for flat, module in _FLAT_OUTER.items():
+        if name == flat or name.endswith(f"_{flat}"):
+            return name.removesuffix(flat), module
+    return None
 
 
-_FLAT_OUTER = {name.replace(".", "_") for pair in OUTER_MODULES.items() for name in pair}
+def _flat_wrapper(wrapper: str) -> bool:
+    """Whether it is a wrapper rather than modules of another architecture."""
+    words = [word for word in wrapper.split("_") if word]
+    if words and words[0] in _FLAT_KINDS:
+        words = words[1:]
+        if words == ["transformer"]:
+            return True
+    return _FLAT_WORDS.issuperset(words) and (not words or words[-1] != "transformer")
 
 
-def _resolve(module: str, leaf: str) -> tuple[str, str | None, str] | None:
-    """(target path, component named by a prefix, layout) of a key's module and the leaf of the tensor it changes."""
-    for prefix in _FLAT_PREFIXES:
-        if module.startswith(prefix):
-            path = _unflatten(module.removeprefix(prefix))
-            target = target_path(f"{path}.{leaf}") if path else None
-            return (target, None, "musubi") if target else None
-    component: str | None = None
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix, named in _PREFIXES.items():
-            if module.startswith(prefix):
-                module, stripped, component = module.removeprefix(prefix), True, named or component
+def _dotted_wrapper(words: Sequence[str]) -> bool:
+    wrapper = "".join(f"{word}." for word in words)
+    return "blocks" not in words and not any(word.isdigit() for word in words) and other_modules(wrapper) is None
+
+
+def _target(module: str, leaf: str, part: str) -> str | None:
+    """The target of a part at `module`; a difference may also be named by the tensor (`blocks.0.modulation.diff`)."""
     target = target_path(f"{module}.{leaf}")
-    if target is None:
+    return target_path(module) if target is None and part == "diff" else target
+
+
+@lru_cache(maxsize=1 << 14)
+def _resolve(module: str, leaf: str, part: str) -> tuple[str, str | None, str, str] | None:
+    """(target path, component named by the wrapper, layout, wrapper) of a key's module."""
+    words = module.split(".")
+    for start in range(len(words)):
+        name = ".".join(words[start:])
+        target = _target(name, leaf, part)
+        if target is None:
+            continue
+        if not _dotted_wrapper(words[:start]):
+            return None
+        named = [_COMPONENTS[word] for word in words[:start] if word in _COMPONENTS]
+        original = original_target(target)
+        layout = "comfy" if original is not None and original[0] in name else "diffusers"
+        return target, named[-1] if named else None, layout, "".join(f"{word}." for word in words[:start])
+    flat = _unflatten(module.replace(".", "_"))
+    if flat is None or not _flat_wrapper(flat[0]) or other_modules(flat[0]) is not None:
         return None
-    original = original_target(target)
-    return target, component, "comfy" if original is not None and original[0] == module else "diffusers"
+    target = _target(flat[1], leaf, part)
+    return (target, None, "musubi", flat[0]) if target else None
 
 
 def _split(key: str) -> tuple[str, str, str, str | None] | None:
@@ -166,13 +220,14 @@ def _split(key: str) -> tuple[str, str, str, str | None] | None:
 def _reader(layout: str) -> Callable[[str], Key | None]:
     def read(key: str) -> Key | None:
         split = _split(key)
-        resolved = _resolve(split[0], split[2]) if split else None
+        resolved = _resolve(split[0], split[2], split[1]) if split else None
         if split is None or resolved is None or resolved[2] != layout:
             return None
         _, part, _, adapter = split
-        path, component, _ = resolved
+        path, component, _, wrapper = resolved
         # Norms have no low-rank pairs or products.
-        return Key(path, part, component, layout, adapter) if part == "diff" or to_original(path) else None
+        known = part in ("diff", "up_bias") or to_original(path)
+        return Key(path, part, component, layout, adapter, wrapper) if known else None
 
     return read
 
@@ -183,27 +238,40 @@ def parse_key(key: str, layouts: Mapping[str, AdapterLayout] | None = None) -> K
     return next((parsed for parsed in keys if parsed is not None), None)
 
 
-def unsupported_kind(key: str) -> str | None:
-    """The unsupported kind of adapter that a key belongs to, in words for the error message; None if it is not one."""
-    return next((kind for pattern, kind in _UNSUPPORTED if re.search(pattern, key)), None)
+def other_modules(key: str) -> tuple[str, str] | None:
+    """(words, treatment) of `OTHER_MODULES` for a key that is not read; None if it is in none of them."""
+    return next(((words, how) for pattern, words, how in OTHER_MODULES if re.search(pattern, key)), None)
+
+
+def is_unusual_wrapper(wrapper: str) -> bool:
+    """True for a wrapper that no layout of lapwan's table has."""
+    return _USUAL_WRAPPERS.fullmatch(wrapper) is None
 
 
 def is_adapter_key(key: str) -> bool:
     """True if a key belongs to an adapter, supported or not, and so not to a model's weights."""
-    return _split(key) is not None or "lora" in key or unsupported_kind(key) not in (None, _IMAGE_BRANCH)
+    other = other_modules(key)
+    return _split(key) is not None or "lora" in key or (other is not None and other[1] == "kind")
 
 
 def unknown_keys_error(path: object, keys: Sequence[str]) -> UserError:
     """The error for keys of an adapter file that are not understood: names the first, with its kind or a near match."""
     key, more = keys[0], f" (and {len(keys) - 1} more such keys)" if len(keys) > 1 else ""
-    kind = unsupported_kind(key)
-    if kind:
-        return UserError(f"{path}: key {key!r}{more} is {kind}; lapwan reads LoRA, DoRA, LoKr, LoHa and full "
-                         "deltas of Wan's layers: convert the file first, or use a file without it")
+    other = other_modules(key)
+    if other and other[1] == "other":
+        return UserError(f"{path}: key {key!r}{more} is {other[0]}; to apply only the modules that Wan2.2 has, add "
+                         "--common-modules (common_modules = true), or use a file for this model")
+    if other and other[1] == "dropped":
+        return UserError(f"{path}: key {key!r}{more} is of {other[0]}; it would be dropped, which --strict refuses: "
+                         "leave --strict out, or use a file for this model")
+    if other:
+        return UserError(f"{path}: key {key!r}{more} is {other[0]}; lapwan reads LoRA, DoRA, LoKr, LoHa, GLoRA and "
+                         "full deltas of Wan's layers: convert the file first, or use a file without it")
     split = _split(key)
     known = [*PROJECTIONS, *PROJECTIONS.values(), *OUTER_MODULES, *OUTER_MODULES.values()]
     module = re.sub(r"^.*blocks[._]\d+[._]", "", split[0]) if split else key
-    return UserError(f"{path}: key {key!r}{more} is not understood{nearest(module, known)}; expected are LoRA keys of "
+    near = "" if module in known else nearest(module, known)
+    return UserError(f"{path}: key {key!r}{more} is not understood{near}; expected are LoRA keys of "
                      "Wan's Linear layers, such as 'diffusion_model.blocks.0.self_attn.q.lora_A.weight'")
 
 

@@ -37,13 +37,17 @@ _MAX_WORKERS = 8
 Advance = Callable[[int], None]  # called with a number of bytes, for a progress bar
 # (work [n, in], base [n, in], first): adds rows [first, first + n) of an update to `work`; `base` are W's, as stored.
 AddRows = Callable[[Tensor, Tensor, int], None]
+BaseRows = Callable[[int, int], Tensor]  # (first, count) -> rows of W as stored: [count, in]
 
 
 class Update(Protocol):
     """An update added to a weight, such as multiplier · ΔW of a LoRA."""
 
-    def prepare(self, dtype: torch.dtype) -> AddRows:
-        """Read and convert tensors once; `dtype` is that of the accumulation: fp32, or fp64 for an fp64 weight."""
+    def prepare(self, dtype: torch.dtype, base_rows: BaseRows) -> AddRows:
+        """Read and convert tensors once; `dtype` is that of the accumulation: fp32, or fp64 for an fp64 weight.
+
+        `base_rows` reads W, for an update that needs a pass over all of it first.
+        """
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -165,7 +169,8 @@ def _merged_tiles(
     step = max(1, min(rows, tile_bytes // (columns * 4)))
     buffer = memoryview(bytearray(step * row_bytes))
     work = torch.empty(step, columns, dtype=torch.promote_types(dtype, torch.float32))
-    additions = [update.prepare(work.dtype) for update in updates]
+    base_rows = partial(load_rows, source.unrounded, info.name)
+    additions = [update.prepare(work.dtype, base_rows) for update in updates]
     for first in range(0, rows, step):
         count = min(step, rows - first)
         view = buffer[: count * row_bytes]
@@ -173,7 +178,7 @@ def _merged_tiles(
         if source.as_stored:
             source.read_into(view, info.name, first * row_bytes)
         else:
-            base = load_rows(source.unrounded, info.name, first, count)
+            base = base_rows(first, count)
         wide = work[:count].copy_(base)
         for add_rows in additions:
             add_rows(wide, base, first)

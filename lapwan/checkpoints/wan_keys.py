@@ -67,7 +67,7 @@ def to_original(path: str) -> str | None:
 
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_ORIGINAL_NORMS = {
+ORIGINAL_NORMS = {
     "self_attn.norm_q": "attn1.norm_q", "self_attn.norm_k": "attn1.norm_k", "cross_attn.norm_q": "attn2.norm_q",
     "cross_attn.norm_k": "attn2.norm_k", "norm3": "norm2",  # the original numbers the norms in another order
 }
@@ -85,12 +85,12 @@ def tensor_to_diffusers(name: str) -> str:
     if (known := to_diffusers(path)) is not None:
         return f"{known}.{leaf}"
     match = _BLOCK.match(path)
-    if match and match[2] in _ORIGINAL_NORMS:  # diffusers' own norm3 has no tensors
-        return f"blocks.{match[1]}.{_ORIGINAL_NORMS[match[2]]}.{leaf}"
+    if match and match[2] in ORIGINAL_NORMS:  # diffusers' own norm3 has no tensors
+        return f"blocks.{match[1]}.{ORIGINAL_NORMS[match[2]]}.{leaf}"
     return plain
 
 
-_NORM_TO_ORIGINAL = {diffusers: original for original, diffusers in _ORIGINAL_NORMS.items()}
+_NORM_TO_ORIGINAL = {diffusers: original for original, diffusers in ORIGINAL_NORMS.items()}
 _LEAVES = ("bias", "scale_shift_table")
 
 
@@ -153,7 +153,7 @@ _BLOCKS = re.compile(r"^blocks\.(\d+)(?:-(\d+))?$")
 
 
 def _part_words() -> frozenset[str]:
-    names = [name for pair in (*PROJECTIONS.items(), *OUTER_MODULES.items(), *_ORIGINAL_NORMS.items()) for name in pair]
+    names = [name for pair in (*PROJECTIONS.items(), *OUTER_MODULES.items(), *ORIGINAL_NORMS.items()) for name in pair]
     words = {"modulation", "scale_shift_table", "bias"}
     for name in names:
         steps = name.split(".")

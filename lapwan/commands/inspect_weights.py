@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lapwan import files
-from lapwan.console import PlanRow, results, show_plan, show_settings
+from lapwan.console import PlanRow, results, show_plan, show_settings, warn
 from lapwan.diagnostics import tables
 from lapwan.diagnostics.inspect import Inspection, inspect, read_points
+from lapwan.lora.adapter_file import AdapterFile
 from lapwan.settings.base import RunOptions, settings_row, to_toml
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 from lapwan.tiny.resolve import with_tiny
@@ -24,6 +25,9 @@ def run(settings: InspectWeightsSettings, options: RunOptions) -> None:
         if output is not None:
             files.claim_output(output, options.overwrite)
     points, folder = read_points(settings)
+    for lora in points[-1].loras.values():
+        if isinstance(lora, AdapterFile) and lora.loses:
+            warn(lora.report())
     if options.dry_run:
         show_plan([settings_row(settings, "files"), *(
             PlanRow("weights" if point.step is None else f"step {point.step}",

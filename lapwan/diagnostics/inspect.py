@@ -29,6 +29,7 @@ from lapwan.diagnostics.run_folder import (
 )
 from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
 from lapwan.errors import UserError
+from lapwan.lora.formats import is_peft_folder
 from lapwan.models.resolve import resolve
 from lapwan.models.spec import weight_files
 from lapwan.names import NoiseExpert
@@ -81,11 +82,11 @@ def inspect(settings: InspectWeightsSettings, points: Sequence[Checkpoint], fold
 def read_points(settings: InspectWeightsSettings) -> tuple[list[Checkpoint], Path]:
     """The checkpoints, oldest first, and the run folder whose metrics.jsonl belongs to them."""
     if len(settings.files) == 2:
-        if any(path.is_dir() for path in settings.files):
+        if any(path.is_dir() and not is_peft_folder(path) for path in settings.files):
             raise UserError("two folders or a folder and a file given; give HIGH LOW files, or one RUN_FOLDER")
         return [pair(*settings.files)], _run_folder(settings.files[0])
     path = settings.files[0]
-    if path.is_dir():
+    if path.is_dir() and not is_peft_folder(path):
         return read_checkpoints(path), path
     return [single(path)], _run_folder(path)
 

@@ -54,7 +54,7 @@ class NoiseExpertMixture:
 
 def is_mixture_file(path: Path) -> bool:
     """True if the file's metadata is a mixture's."""
-    return is_mixture(read_header(path).metadata)
+    return path.suffix == ".safetensors" and is_mixture(read_header(path).metadata)
 
 
 def open_mixture(path: Path) -> dict[str, NoiseExpertMixture]:

@@ -54,7 +54,7 @@ def pair(high: Path, low: Path) -> Checkpoint:
     """
     loras: dict[str, LoraSource] = {}
     for noise_expert, path in zip(NoiseExpert, (high, low), strict=True):
-        by_noise_expert = open_lora(path)
+        by_noise_expert = open_lora(path, rule="common")
         lora = by_noise_expert.get(noise_expert) or by_noise_expert.get(None) or next(iter(by_noise_expert.values()))
         check_role(lora, noise_expert)
         loras[noise_expert.value] = lora
@@ -70,7 +70,8 @@ def single(path: Path) -> Checkpoint:
 def _open(path: Path) -> Mapping[str, LoraSource]:
     if is_mixture_file(path):
         return open_mixture(path)
-    return {noise_expert.value if noise_expert else UNLABELLED: lora for noise_expert, lora in open_lora(path).items()}
+    loras = open_lora(path, rule="common")  # what is left out is reported
+    return {noise_expert.value if noise_expert else UNLABELLED: lora for noise_expert, lora in loras.items()}
 
 
 def _common_step(loras: Mapping[str, LoraSource]) -> int | None:

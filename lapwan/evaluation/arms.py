@@ -18,7 +18,7 @@ from lapwan.models.fingerprints import text_encoder_fingerprint, vae_fingerprint
 from lapwan.moe.mixture_file import read_mixture
 from lapwan.sampling.adapters import AdapterSet, read_adapters
 from lapwan.sampling.facts import lora_facts
-from lapwan.settings.lora_argument import LoraArgument
+from lapwan.settings.lora_argument import KeyRule, LoraArgument
 
 TRUTH, WRONG = "truth", "wrong"
 
@@ -67,13 +67,14 @@ class Arm:
 
 def make_arm(
     name: str, base: Base, loras: Sequence[LoraArgument] = (), moe: Path | None = None, any_base: bool = False,
-    fold: bool = False, **choice: Any,
+    fold: bool = False, rule: KeyRule = "default", **choice: Any,
 ) -> Arm:
     """An arm from files, checked against the model's headers.
 
     Args:
         any_base: accept a mixture that was trained on another base, with a warning.
         fold: merge the LoRAs into the weights, as in `read_adapters`.
+        rule: what of a LoRA's file may be dropped.
         choice: `hint`, `alpha_base`, `alpha_expert`.
 
     Raises:
@@ -84,20 +85,22 @@ def make_arm(
         raise UserError(f"adapter '{name}': {given[0]} acts on a mixture; give it one with moe = FILE")
     try:
         if moe is not None and any_base and not fold:  # with fold: refused below
-            base, adapters = _on_another_base(name, base, loras, moe)
+            base, adapters = _on_another_base(name, base, loras, moe, rule)
         else:
-            base, adapters = read_adapters(base, loras, moe, fold)
+            base, adapters = read_adapters(base, loras, moe, fold, rule)
     except UserError as error:
         raise UserError(f"adapter '{name}': {error}") from None
     return Arm(name, base, adapters, **choice)
 
 
-def _on_another_base(name: str, base: Base, loras: Sequence[LoraArgument], moe: Path) -> tuple[Base, AdapterSet]:
+def _on_another_base(
+    name: str, base: Base, loras: Sequence[LoraArgument], moe: Path, rule: KeyRule
+) -> tuple[Base, AdapterSet]:
     mixture = read_mixture(moe)
     if mixture.base_lora:
         raise UserError(f"{moe} needs the base LoRA that it was trained with, which any_base does not load; leave "
                         "any_base out")
-    base, adapters = read_adapters(base, loras, None)
+    base, adapters = read_adapters(base, loras, None, rule=rule)
     spec = mixture.spec
     other = [e.value for e in base.spec.noise_experts if spec.base.get(e) not in (None, base.fingerprint(e))]
     if spec.task != base.task:

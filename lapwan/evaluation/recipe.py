@@ -96,7 +96,7 @@ def _arms(settings: EvaluateSettings, task: Task | None, resolve: Resolve) -> li
             bases[repr(model)] = resolve(model, task)
         arms.append(make_arm(
             adapter.name, bases[repr(model)], adapter.lora, adapter.moe, adapter.any_base, settings.fold,
-            hint=adapter.hint, alpha_base=adapter.alpha_base, alpha_expert=adapter.alpha_expert))
+            settings.key_rule, hint=adapter.hint, alpha_base=adapter.alpha_base, alpha_expert=adapter.alpha_expert))
     if len({arm.base.task for arm in arms}) > 1:
         tasks = ", ".join(f"{arm.name} {arm.base.task}" for arm in arms)
         raise UserError(f"the adapters are on models of different tasks ({tasks}); evaluate them separately")

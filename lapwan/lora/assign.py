@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from lapwan.checkpoints.wan_keys import in_part
-from lapwan.console import detail, warn
+from lapwan.console import detail, log, warn
 from lapwan.errors import UserError
-from lapwan.lora.formats import AdapterFile, open_lora
+from lapwan.lora.adapter_file import AdapterFile
+from lapwan.lora.formats import KeyRule, open_for_use, open_lora
 from lapwan.lora.metadata import boundary_from_metadata
 from lapwan.names import NoiseExpert
 
@@ -32,33 +33,43 @@ class LoraRequest(NamedTuple):
 Assigned = dict[NoiseExpert, list[tuple[AdapterFile, float]]]
 
 
-def assign(requests: Sequence[LoraRequest], noise_experts: Sequence[NoiseExpert]) -> Assigned:
+def assign(
+    requests: Sequence[LoraRequest], noise_experts: Sequence[NoiseExpert], rule: KeyRule = "default"
+) -> Assigned:
     """(LoRA, strength) by noise expert of the model; reads headers only.
 
     Args:
         requests: the LoRAs.
         noise_experts: those that the model has.
+        rule: what of a file may be dropped.
 
     Raises:
         UserError: a file that is not a LoRA, is for another noise expert, or does not say for which of two.
     """
     assigned: Assigned = {}
     for role, path, strength, parts in requests:
-        files = _in_parts(open_lora(path), parts)
+        files = _in_parts(open_for_use(path, rule), parts)
         for noise_expert in _noise_experts_of(role, path, files, noise_experts):
             lora = _file_for(files, noise_expert, both=role == "both")
             assigned.setdefault(noise_expert, []).append((lora, strength))
     return assigned
 
 
+def report(files: Iterable[AdapterFile]) -> None:
+    """One line about each file: what is applied and what is dropped; a warning if it is not all zeros."""
+    for line, loses in {file.report(): file.loses for file in files}.items():
+        (warn if loses else log)(line)
+
+
 def assign_to_transformer(
-    requests: Sequence[LoraRequest], named: NoiseExpert | None
+    requests: Sequence[LoraRequest], named: NoiseExpert | None, rule: KeyRule = "default"
 ) -> tuple[NoiseExpert | None, list[tuple[AdapterFile, float]]]:
     """LoRAs for a single transformer, and its noise expert: from the roles, else `named`, else from the files.
 
     Args:
         requests: see `assign`.
         named: the noise expert that the transformer's path names; None: not known.
+        rule: what of a file may be dropped.
 
     Returns:
         (noise expert, None if nothing tells; [(LoRA, strength)]).
@@ -72,20 +83,23 @@ def assign_to_transformer(
                         "whole model with --model")
     noise_expert = roles.pop() if roles else named
     if noise_expert is None:
-        recorded = {e for request in requests for e in open_lora(request.path)} - {None}
+        recorded = {e for request in requests for e in open_lora(request.path, rule=rule)} - {None}
         if len(recorded) > 1:
             raise UserError("the LoRAs are for both noise experts, and it is not recorded which one the transformer "
                             "is; give the right LoRA as high=FILE or low=FILE")
         noise_expert = recorded.pop() if recorded else None
     assumed = noise_expert or NoiseExpert.HIGH  # not known: any will do, since there is one transformer
-    return noise_expert, assign(requests, [assumed])[assumed]
+    return noise_expert, assign(requests, [assumed], rule)[assumed]
 
 
-def group_by_noise_expert(requests: Sequence[LoraRequest]) -> dict[NoiseExpert | None, list[tuple[AdapterFile, float]]]:
+def group_by_noise_expert(
+    requests: Sequence[LoraRequest], rule: KeyRule = "default"
+) -> dict[NoiseExpert | None, list[tuple[AdapterFile, float]]]:
     """LoRAs to be summed, by noise expert; a file without one goes to the noise expert of the other files.
 
     Args:
         requests: see `assign`.
+        rule: what of a file may be dropped.
 
     Raises:
         UserError: files for different noise experts without high= and low= in front, or a file without a noise expert
@@ -95,7 +109,7 @@ def group_by_noise_expert(requests: Sequence[LoraRequest]) -> dict[NoiseExpert |
     unassigned: list[tuple[AdapterFile, float]] = []
     by_file: list[set[NoiseExpert]] = []
     for role, path, strength, parts in requests:
-        files = _in_parts(open_lora(path), parts)
+        files = _in_parts(open_for_use(path, rule), parts)
         noise_experts = [e for e in files if e is not None]
         if role is not None:
             noise_experts = _noise_experts_of(role, path, files, [*NoiseExpert])

@@ -20,8 +20,9 @@ import torch
 from lapwan.console import progress
 from lapwan.errors import UserError
 from lapwan.files import is_temporary
+from lapwan.lora.adapter_file import AdapterFile
 from lapwan.lora.combine import concatenate, singular_factors
-from lapwan.lora.formats import AdapterFile, open_lora
+from lapwan.lora.formats import open_lora
 from lapwan.lora.state import AdapterState, LowRank
 from lapwan.names import NoiseExpert
 

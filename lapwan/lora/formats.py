@@ -4,22 +4,28 @@ Tensor names, and how to add a layout, are in `lapwan.checkpoints.lora_keys`; th
 in `lapwan.lora.kinds`; the noise expert, and alpha outside tensors, in `lapwan.lora.noise_expert` and
 `lapwan.lora.metadata`.
 
-Which kind of file a .safetensors is: `open_lora` takes a LoRA and refuses all else; `lora_keys.is_adapter_key` and
-`unsupported_kind` tell other adapters from model weights; `moe.mixture_file.is_mixture` a mixture;
+A file is a .safetensors, one of `torch.save` (.bin, .pt, ...), or a PEFT folder (`adapter_config.json`). What of it is
+not read is counted by reason (`AdapterFile.dropped`); `KeyRule` says what may be dropped.
+
+Which kind of file a .safetensors is: `open_lora` takes a LoRA and refuses all else; `lora_keys.is_adapter_key` tells
+other adapters from model weights; `moe.mixture_file.is_mixture` a mixture;
 `models.original_layout.has_original_names` the layout of a transformer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lapwan.checkpoints.container import TensorFile, read_header
+from lapwan.checkpoints.container import TensorFile
 from lapwan.checkpoints.lora_keys import (
     COMPONENT_NOISE_EXPERTS,
     LAYOUTS,
@@ -27,15 +33,17 @@ from lapwan.checkpoints.lora_keys import (
     AdapterLayout,
     Key,
     is_adapter_key,
+    is_unusual_wrapper,
+    other_modules,
     parse_key,
     unknown_keys_error,
 )
-from lapwan.checkpoints.rewrite import AddRows
-from lapwan.checkpoints.tensors import load_rows, load_tensor
+from lapwan.checkpoints.tensors import load_tensor, open_tensors
 from lapwan.checkpoints.wan_keys import to_original
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
-from lapwan.lora.kinds import FullDelta, build_update, kind_of
+from lapwan.lora.adapter_file import AdapterFile, AdapterModule
+from lapwan.lora.kinds import build_update, kind_of
 from lapwan.lora.metadata import FORMAT_KEY, AdapterConfig, adapter_config, file_metadata
 from lapwan.lora.noise_expert import (
     NOISE_EXPERT_KEY,
@@ -44,117 +52,31 @@ from lapwan.lora.noise_expert import (
     noise_expert_from_file_name,
     noise_expert_from_metadata,
 )
-from lapwan.lora.state import (
-    AdapterState,
-    LowRank,
-    WeightUpdate,
-    check_fits,
-    entries_fingerprint,
-    low_rank_only,
-)
+from lapwan.lora.state import AdapterState, LowRank, WeightUpdate, check_fits
 from lapwan.names import NoiseExpert
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_PEFT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+# strict: whatever would be dropped is refused. default: what no Wan2.2 model has is dropped. common: modules of other
+# models are dropped too.
 Check = Callable[[Path], None]  # called with a written file, before it gets its name
-
-
-@dataclass(frozen=True)
-class AdapterModule:
-    """One update in a file, not read yet: the names of its tensors by part, and `outline`, the same update of tensors
-    without data. `alpha` is a tensor's name, a number, or None for scale 1."""
-
-    file: TensorFile
-    path: str
-    names: Mapping[str, str]
-    alpha: str | float | None
-    outline: WeightUpdate = field(compare=False)  # follows from the others, and tensors have no one truth value
-
-    @property
-    def kind(self) -> str:
-        """The name of its kind."""
-        return self.outline.kind
-
-    @property
-    def rank(self) -> int | None:
-        """r of its low-rank factors; None where it has none."""
-        return self.outline.rank
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor that it changes."""
-        return self.outline.shape
-
-    @property
-    def stackable(self) -> bool:
-        """A low-rank pair of a Linear."""
-        return self.outline.stackable
-
-    @property
-    def needs_weight(self) -> bool:
-        """ΔW depends on W."""
-        return self.outline.needs_weight
-
-    def entry(self) -> WeightUpdate:
-        """Read the tensors."""
-        alpha = float(load_tensor(self.file, self.alpha).item()) if isinstance(self.alpha, str) else self.alpha
-        return build_update({part: load_tensor(self.file, name) for part, name in self.names.items()}, alpha)
-
-    def prepare(self, multiplier: float, dtype: torch.dtype) -> AddRows:
-        """As `WeightUpdate.prepare`; a full delta is read tile by tile, since it is as large as the weight."""
-        if not isinstance(self.outline, FullDelta):
-            return self.entry().prepare(multiplier, dtype)
-        name = self.names["diff"]
-
-        def add_rows(work: Tensor, base: Tensor, first: int) -> None:
-            work.add_(load_rows(self.file, name, first, len(work)).to(dtype), alpha=multiplier)
-
-        return add_rows
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """The adapter of one noise expert in a file, not read yet: modules by path as in `AdapterState`, and the metadata.
-
-    `noise_expert_source` is what the noise expert was read from: "metadata", "keys", "name" or "" (not known).
-    """
-
-    path: Path
-    noise_expert: NoiseExpert | None
-    noise_expert_source: str
-    modules: dict[str, AdapterModule]
-    metadata: dict[str, str]
-
-    def fingerprint(self) -> str:
-        """As `AdapterState.fingerprint`, with one module in memory at a time."""
-        return entries_fingerprint((path, self.modules[path].entry()) for path in sorted(self.modules))
-
-    def read(self) -> AdapterState:
-        """Read every module."""
-        return AdapterState({path: module.entry() for path, module in self.modules.items()}, dict(self.metadata))
-
-    def ranks(self, purpose: str) -> dict[str, int]:
-        """Rank by module of a plain LoRA.
-
-        Raises:
-            UserError: it holds another kind of update; `purpose` says what cannot use that (see `low_rank_only`).
-        """
-        low_rank_only(self.modules, purpose)
-        return {path: module.rank for path, module in self.modules.items() if module.rank is not None}
+KeyRule = Literal["strict", "default", "common"]
 
 
 def open_lora(
-    path: Path, layouts: Mapping[str, AdapterLayout] = LAYOUTS
+    path: Path, layouts: Mapping[str, AdapterLayout] = LAYOUTS, rule: KeyRule = "default"
 ) -> dict[NoiseExpert | None, AdapterFile]:
     """The adapters of a file by noise expert, from its header (key None: the noise expert is not known).
 
     Args:
-        path: a .safetensors file.
+        path: a .safetensors file, one of `torch.save`, or a PEFT folder.
         layouts: key layouts by name; the first one that knows a tensor's name reads it.
+        rule: what may be dropped.
 
     Raises:
         UserError: not a LoRA, a mixture, an unknown or unsupported key (named), A without B, shapes that do not fit.
     """
-    file = read_header(path)
+    file = open_tensors(_adapter_path(path))
     if file.metadata.get(FORMAT_KEY, "").startswith("mixture/"):
         raise UserError(f"{path} is a mixture; pass it with --moe")
     keys = {name: parse_key(name, layouts) for name in file.tensors}
@@ -162,17 +84,59 @@ def open_lora(
         raise UserError(f"{path} is not a LoRA: none of its {len(file.tensors)} tensors is a LoRA's "
                         "(expected names such as 'blocks.0.self_attn.q.lora_A.weight')")
     parsed: dict[str, Key] = {name: key for name, key in keys.items() if key is not None}
-    if len(parsed) < len(keys):
-        raise unknown_keys_error(path, [name for name, key in keys.items() if key is None])
+    dropped = _dropped(path, [name for name, key in keys.items() if key is None], rule)
+    if not parsed:
+        raise UserError(f"{path} holds nothing that Wan2.2 has: "
+                        + ", ".join(f"{count} tensors of {reason}" for reason, count in dropped.items()))
     adapters = {key.adapter for key in parsed.values() if key.part in LowRank.PARTS}
     if len(adapters) > 1:
         names = ", ".join(sorted(str(a) for a in adapters))
         raise UserError(f"{path} holds several adapters ({names}); save one adapter per file")
-    return _by_noise_expert(file, parsed)
+    wrappers = tuple(sorted({key.wrapper for key in parsed.values() if is_unusual_wrapper(key.wrapper)}))
+    return {noise_expert: replace(adapter, dropped=dict(dropped), wrappers=wrappers)
+            for noise_expert, adapter in _by_noise_expert(file, parsed).items()}
+
+
+def open_for_use(path: Path, rule: KeyRule = "default") -> dict[NoiseExpert | None, AdapterFile]:
+    """`open_lora` without full deltas of zeros, which some files have for every norm: they change nothing."""
+    return {e: adapter if rule == "strict" else adapter.without_zeros()
+            for e, adapter in open_lora(path, rule=rule).items()}
+
+
+def is_peft_folder(path: Path) -> bool:
+    """A folder as PEFT saves an adapter."""
+    return any((path / name).is_file() for name in _PEFT_NAMES)
+
+
+def _adapter_path(path: Path) -> Path:
+    """The file itself, or that of a PEFT folder."""
+    if not path.is_dir():
+        return path
+    inside = next((path / name for name in _PEFT_NAMES if (path / name).is_file()), None)
+    if inside is None:
+        raise UserError(f"{path} is a folder; a .safetensors file is needed here, or a PEFT folder with "
+                        f"{' or '.join(_PEFT_NAMES)} and adapter_config.json")
+    return inside
+
+
+def _dropped(path: Path, unknown: Sequence[str], rule: KeyRule) -> dict[str, int]:
+    """How many tensors are dropped, by reason; refuses what `rule` does not let drop."""
+    droppable = {"strict": (), "default": ("dropped",), "common": ("dropped", "other")}[rule]
+    counts: Counter[str] = Counter()
+    refused: list[str] = []
+    for name in unknown:
+        other = other_modules(name)
+        if other is None or other[1] not in droppable:
+            refused.append(name)
+        else:
+            counts[other[0]] += 1
+    if refused:
+        raise unknown_keys_error(path, refused)
+    return dict(counts)
 
 
 def _by_noise_expert(file: TensorFile, parsed: dict[str, Key]) -> dict[NoiseExpert | None, AdapterFile]:
-    peft_file = any(name.startswith("base_model.") for name in parsed)
+    peft_file = file.path.name in _PEFT_NAMES or any(name.startswith("base_model.") for name in parsed)
     has_magnitudes = any(key.part == "magnitude" for key in parsed.values())
     config = adapter_config(file.path, file.metadata, peft_file, has_magnitudes)
     components = {key.component for key in parsed.values()}
@@ -207,7 +171,28 @@ def _modules(file: TensorFile, parsed: dict[str, Key], config: AdapterConfig | N
         if key.part in names:
             raise UserError(f"{file.path}: '{names[key.part]}' and '{name}' are the same tensor of {key.path}")
         names[key.part] = name
-    return {path: _module(file, path, names, config) for path, names in by_path.items()}
+    modules = {path: _module(file, path, names, config) for path, names in by_path.items() if "up_bias" not in names}
+    for path, names in by_path.items():
+        if "up_bias" in names:
+            modules[path] = _pair_bias(file, path, names, modules.get(path.removesuffix(".bias")))
+    return modules
+
+
+def _pair_bias(file: TensorFile, path: str, names: Mapping[str, str], pair: AdapterModule | None) -> AdapterModule:
+    """The bias of a pair's B (PEFT's `lora_bias`): alpha / r times it is added to the module's bias."""
+    name = names["up_bias"]
+    if len(names) > 1:
+        raise UserError(f"{file.path}: {' and '.join(map(repr, names.values()))} change the same tensor; lapwan reads "
+                        "one kind of update per tensor: remove one of them")
+    if pair is None or not pair.stackable or pair.rank is None:
+        raise UserError(f"{file.path}: '{name}' has no low-rank pair of a Linear beside it; the file is incomplete")
+    alpha = pair.alpha
+    scale = 1.0 if alpha is None else (
+        float(load_tensor(file, alpha).item()) if isinstance(alpha, str) else alpha) / pair.rank
+    module = _module(file, path, {"diff": name}, None)
+    if module.shape != pair.shape[:1]:
+        raise UserError(f"{file.path}: '{name}' {list(module.shape)} is not a bias of {pair.shape[0]} features")
+    return replace(module, factor=scale)
 
 
 def _module(file: TensorFile, path: str, names: Mapping[str, str], config: AdapterConfig | None) -> AdapterModule:
@@ -236,7 +221,7 @@ def _module(file: TensorFile, path: str, names: Mapping[str, str], config: Adapt
         raise UserError(f"{file.path}: {shapes} are not {kind.FORM}") from None
     alpha: str | float | None = alpha_name
     if alpha_name is not None:
-        if file.tensors[alpha_name].shape not in ((), (1,)):
+        if math.prod(file.tensors[alpha_name].shape) != 1:
             raise UserError(f"{file.path}: '{alpha_name}' {list(file.tensors[alpha_name].shape)} is not one number")
     elif outline.rank is not None and "down" in tensors:
         alpha = config.alpha(path, outline.rank) if config else float(outline.rank)

@@ -4,8 +4,11 @@
     full delta  ΔW as stored: of a weight, a bias, a norm or a modulation table
     LoKr        ΔW = alpha / r · w1 ⊗ w2                      a factor may be a product of rank r (arXiv 2309.14859)
     LoHa        ΔW = alpha / r · (A1 B1) ∘ (A2 B2)            (arXiv 2108.06098)
-    DoRA        ΔW = m · (W + V) / ‖W + V‖_row − W            V = the ΔW of another kind (arXiv 2402.09353)
+    GLoRA       ΔW = alpha / r · (W P Q + U D)                in its two orders of factors (arXiv 2306.07967)
+    DoRA        ΔW = m · (W + V) / ‖W + V‖ − W                V = the ΔW of another kind (arXiv 2402.09353); norms by
+                                                              row of W, or by column where m is [1, in]
 
+A Tucker core (`lora_mid`, `hada_t1`, `lokr_t2`) is multiplied into a factor when it is read.
 Sums and merges take ΔW in tiles of rows (`prepare`), so that no whole ΔW is formed. W of more than two dimensions
 counts as the matrix [out, all others], a vector as one column.
 
@@ -18,16 +21,17 @@ the weights at load; training, and the sum of two files that both change one ten
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lapwan.checkpoints.rewrite import AddRows, matrix_shape
+from lapwan.checkpoints.rewrite import AddRows, BaseRows, matrix_shape
 from lapwan.errors import UserError
 from lapwan.lora.state import LowRank, WeightUpdate
+from lapwan.lora.tucker import CORES, flat, without_cores
 
 
 @dataclass
@@ -55,7 +59,7 @@ class FullDelta(WeightUpdate):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape)
 
-    def prepare(self, multiplier: float, dtype: torch.dtype) -> AddRows:
+    def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows:
         matrix = self.value.reshape(matrix_shape(self.shape))
 
         def add_rows(work: Tensor, base: Tensor, first: int) -> None:
@@ -93,7 +97,8 @@ class LoKr(WeightUpdate):
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor], alpha: float | None) -> LoKr:
-        return cls({part: parts[part] for part in cls.PARTS if part in parts}, alpha)
+        # Of a convolution, the kernel is counted into the columns: rows of w1 ⊗ w2 are then as those of a Linear.
+        return cls({part: flat(parts[part]) for part in cls.PARTS if part in parts}, alpha)
 
     def parts(self) -> dict[str, Tensor]:
         return dict(self.tensors)
@@ -118,7 +123,7 @@ class LoKr(WeightUpdate):
             return self.tensors[whole].to(dtype)
         return self.tensors[f"{whole}_a"].to(dtype) @ self.tensors[f"{whole}_b"].to(dtype)
 
-    def prepare(self, multiplier: float, dtype: torch.dtype) -> AddRows:
+    def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows:
         w1, w2 = self._factor("lokr_w1", dtype), self._factor("lokr_w2", dtype)
         scale = multiplier * self.scale
 
@@ -155,7 +160,7 @@ class LoHa(WeightUpdate):
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor], alpha: float | None) -> LoHa:
-        return cls({part: parts[part] for part in cls.PARTS}, alpha)
+        return cls({part: flat(parts[part]) for part in cls.PARTS}, alpha)
 
     def parts(self) -> dict[str, Tensor]:
         return dict(self.tensors)
@@ -168,7 +173,7 @@ class LoHa(WeightUpdate):
     def shape(self) -> tuple[int, ...]:
         return self.tensors["hada_w1_a"].shape[0], self.tensors["hada_w1_b"].shape[1]
 
-    def prepare(self, multiplier: float, dtype: torch.dtype) -> AddRows:
+    def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows:
         a1, b1, a2, b2 = (self.tensors[part].to(dtype) for part in self.PARTS)
         scale = multiplier * self.scale
 
@@ -180,21 +185,98 @@ class LoHa(WeightUpdate):
 
 
 @dataclass
+class GLoRA(WeightUpdate):
+    """alpha / r · (W P Q + U D), P Q square in W's columns.
+
+    LyCORIS stores (P, Q, U, D) as (a1, a2, b1, b2), and before its version 2 as (a2, a1, b2, b1).
+    """
+
+    KIND = "GLoRA"
+    PARTS: ClassVar[Mapping[str, str]] = {f"glora_{factor}": f"{factor} factor" for factor in ("a1", "a2", "b1", "b2")}
+    FORM = "the factors [in, r], [r, in], [out, r] and [r, in] of a GLoRA"
+    tensors: dict[str, Tensor]
+    alpha: float | None
+
+    def __post_init__(self) -> None:
+        p, q, u, d = (tensor.shape for tensor in self._factors(None))
+        if not (p[1] == q[0] == u[1] == d[0] and p[0] == q[1] and d[1] % p[0] == 0):
+            raise ValueError(self.FORM)
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Tensor], alpha: float | None) -> GLoRA:
+        return cls({part: flat(parts[part]) for part in cls.PARTS}, alpha)
+
+    def _factors(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(P, Q, U, D)."""
+        a1, a2, b1, b2 = (tensor if dtype is None else tensor.to(dtype) for tensor in self.tensors.values())
+        if b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]:
+            return a2, a1, b2, b1
+        return a1, a2, b1, b2
+
+    def parts(self) -> dict[str, Tensor]:
+        return dict(self.tensors)
+
+    @property
+    def rank(self) -> int:
+        return self._factors(None)[3].shape[0]
+
+    @property
+    def needs_weight(self) -> bool:
+        return True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        _, _, u, d = self._factors(None)
+        return u.shape[0], d.shape[1]
+
+    def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows:
+        p, q, u, d = self._factors(dtype)
+        scale = multiplier * self.scale
+
+        def add_rows(work: Tensor, base: Tensor, first: int) -> None:
+            product = base.to(dtype).reshape(len(work), len(p), -1)  # [rows, in, kernel]
+            product = torch.einsum("nik,ir,rj->njk", product, p, q).flatten(1)
+            work.add_(product.addmm_(u[first : first + len(work)], d), alpha=scale)
+
+        return add_rows
+
+    def scaled(self, multiplier: float) -> WeightUpdate:
+        return GLoRA(self.tensors, (self.rank if self.alpha is None else self.alpha) * multiplier)
+
+    def _times(self, factor: float, dtype: torch.dtype | None) -> WeightUpdate:
+        """One factor of each product is multiplied."""
+        tensors = {part: (tensor.float() * factor).to(dtype or tensor.dtype) if part.endswith("2") else tensor
+                   for part, tensor in self.tensors.items()}
+        return GLoRA(tensors, None)
+
+
+@dataclass
 class DoRA(WeightUpdate):
-    """m · (W + V) / ‖W + V‖ − W, norms by row of W; V is the ΔW of `direction`, m has a number for each row."""
+    """m · (W + V) / ‖W + V‖ − W, V the ΔW of `direction`.
+
+    m has a number for each row of W and norms are by row; if it is [1, in, ...], for each column and by column (of a
+    convolution, input channel), as LyCORIS writes it with `wd_on_output=False`.
+    """
 
     KIND = "DoRA"
     PARTS: ClassVar[Mapping[str, str]] = {"magnitude": "magnitude"}
-    FORM = "a DoRA with a magnitude for each row of the weight"
+    FORM = "a DoRA with a magnitude for each row [out, 1] or column [1, in] of the weight"
     direction: WeightUpdate
     magnitude: Tensor
 
     def __post_init__(self) -> None:
-        # [1, in] is a magnitude for each column, which some tools write.
-        columns = self.magnitude.dim() == 2 and self.magnitude.shape[0] == 1 < self.magnitude.shape[1]
-        if columns or self.magnitude.numel() != self.direction.shape[0]:
+        rows, columns = matrix_shape(self.direction.shape)
+        count = self.magnitude.numel()
+        fits = columns % max(1, count) == 0 if self.by_column else count == rows
+        if not fits:
             raise ValueError(self.FORM)
         self.alpha = self.direction.alpha
+
+    @property
+    def by_column(self) -> bool:
+        """Norms are of W's columns."""
+        shape = self.magnitude.shape
+        return len(shape) > 1 and shape[0] == 1 and max(self.direction.shape[0], self.magnitude.numel()) > 1
 
     @classmethod
     def missing(cls, parts: Collection[str]) -> str | None:
@@ -221,18 +303,39 @@ class DoRA(WeightUpdate):
     def shape(self) -> tuple[int, ...]:
         return self.direction.shape
 
-    def prepare(self, multiplier: float, dtype: torch.dtype) -> AddRows:
-        add_direction = self.direction.prepare(1.0, dtype)
-        magnitude = self.magnitude.to(dtype).reshape(-1, 1)
+    def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows:
+        add_direction = self.direction.prepare(1.0, dtype, base_rows)
+
+        def moved(base: Tensor, first: int) -> Tensor:
+            rows = base.to(dtype, copy=True)
+            add_direction(rows, base, first)
+            return rows
+
+        magnitude, tiny = self.magnitude.to(dtype).reshape(-1, 1), torch.finfo(dtype).tiny
+        ratio = self._column_ratio(moved, base_rows).to(dtype) if self.by_column else None
 
         def add_rows(work: Tensor, base: Tensor, first: int) -> None:
-            before = base.to(dtype)
-            moved = before.clone()
-            add_direction(moved, base, first)
-            length = torch.linalg.vector_norm(moved, dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-            work.add_(moved * (magnitude[first : first + len(work)] / length) - before, alpha=multiplier)
+            rows = moved(base, first)
+            if ratio is not None:
+                rows *= ratio
+            else:
+                length = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(tiny)
+                rows *= magnitude[first : first + len(work)] / length
+            work.add_(rows - base.to(dtype), alpha=multiplier)
 
         return add_rows
+
+    def _column_ratio(self, moved: Callable[[Tensor, int], Tensor], base_rows: BaseRows | None) -> Tensor:
+        """m / ‖W + V‖ of every column in fp64, by one pass over W in tiles."""
+        if base_rows is None:
+            raise ValueError("a DoRA by columns needs all of the weight")
+        rows, columns = matrix_shape(self.shape)
+        step, squares = max(1, _TILE // columns), torch.zeros(columns, dtype=torch.float64)
+        for first in range(0, rows, step):
+            squares += moved(base_rows(first, min(step, rows - first)), first).double().square().sum(0)
+        channels = squares.reshape(self.magnitude.numel(), -1)
+        length = channels.sum(1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+        return (self.magnitude.double().reshape(-1, 1) / length).expand_as(channels).flatten()
 
     def scaled(self, multiplier: float) -> WeightUpdate:
         if multiplier == 1.0:
@@ -244,7 +347,8 @@ class DoRA(WeightUpdate):
         return DoRA(self.direction.folded(dtype), self.magnitude)
 
 
-KINDS: tuple[type[WeightUpdate], ...] = (LowRank, FullDelta, LoKr, LoHa, DoRA)
+_TILE = 1 << 20  # elements of W at a time
+KINDS: tuple[type[WeightUpdate], ...] = (LowRank, FullDelta, LoKr, LoHa, GLoRA, DoRA)
 
 
 def kind_of(parts: Collection[str]) -> type[WeightUpdate]:
@@ -255,7 +359,8 @@ def kind_of(parts: Collection[str]) -> type[WeightUpdate]:
     """
     if "magnitude" in parts:
         return DoRA
-    kinds = [kind for kind in KINDS if any(part in kind.PARTS for part in parts)] or [LowRank]
+    names = {CORES[part][0] if part in CORES else part for part in parts}
+    kinds = [kind for kind in KINDS if any(name in kind.PARTS for name in names)] or [LowRank]
     if len(kinds) > 1:
         raise ValueError(" and ".join(kind.KIND for kind in kinds))
     return kinds[0]
@@ -267,4 +372,5 @@ def build_update(parts: Mapping[str, Tensor], alpha: float | None) -> WeightUpda
     Raises:
         ValueError: shapes that do not fit each other.
     """
+    parts = without_cores(parts)
     return kind_of(parts).from_parts(parts, alpha)

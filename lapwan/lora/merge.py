@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lapwan.checkpoints.wan_keys import target_path, to_original
 from lapwan.checkpoints.weights import WeightFile, read_weights, unquantised
 from lapwan.console import count_text, log
 from lapwan.errors import UserError, nearest
-from lapwan.lora.formats import AdapterFile
+from lapwan.lora.adapter_file import AdapterFile
 from lapwan.lora.state import Term
 from lapwan.names import NoiseExpert
 
@@ -175,13 +176,13 @@ def plan_terms(
             if path not in weights:
                 near = _hint(path, weights)
                 raise UserError(f"{lora.path}: module '{path}' is not in {paths[0].parent.name}/{paths[0].name}{near}; "
-                                "the LoRA was made for another model")
+                                f"{lora.other_model()}")
             index, name = weights[path]
             shape = files[index].tensors[name].shape
             # Products for a convolution count its kernel into `in`.
             if module.shape not in ((shape, matrix_shape(shape)) if len(shape) > 2 else (shape,)):
                 raise UserError(f"{lora.path}: module '{path}' changes a weight {list(module.shape)}, but "
-                                f"{files[index].path.name} has {list(shape)}; the LoRA was made for another model")
+                                f"{files[index].path.name} has {list(shape)}; {lora.other_model()}")
             check_mergeable(files[index], name)
             terms[index].setdefault(name, []).append(Term(module, multiplier))
     return files, terms
@@ -270,7 +271,8 @@ def verify_merged(
         if other is None or (other.dtype, other.shape) != (info.dtype, info.shape):
             raise _mismatch(merged, name)
         if name in terms:
-            additions = [term.module.prepare(term.multiplier, torch.float64) for term in terms[name]]
+            rows = partial(load_rows, source.unrounded, name)
+            additions = [term.module.prepare(term.multiplier, torch.float64, rows) for term in terms[name]]
             worst = max(worst, _verify_touched(source, merged, info, additions, advance))
         else:
             _verify_untouched(source, merged, info, advance)

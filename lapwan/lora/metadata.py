@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lapwan.checkpoints.fingerprints import FINGERPRINT_KEY
+from lapwan.checkpoints.wan_keys import original_target
 from lapwan.errors import UserError
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
 from lapwan.lora.state import AdapterState, LowRank
@@ -53,16 +54,22 @@ class AdapterConfig:
     """The part of PEFT's LoraConfig that sets alpha: `lora_alpha`, `alpha_pattern`, `use_rslora`.
 
     Raises:
-        UserError: a LoRA with biases, DoRA without magnitudes in the file, or an alpha that is not a number.
+        UserError: DoRA without magnitudes in the file, or an alpha that is not a number.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str, has_magnitudes: bool = False) -> None:
-        for key in ("use_dora", "lora_bias"):
-            if values.get(key) and not (key == "use_dora" and has_magnitudes):
-                raise UserError(f"{source}: {key} = true; lapwan reads plain LoRA (A, B and alpha) only")
+        if values.get("use_dora") and not has_magnitudes:
+            raise UserError(f"{source}: use_dora = true, but the file has no magnitudes (lora_magnitude_vector, "
+                            "dora_scale), without which its update is not known: save the adapter again with them, or "
+                            "set use_dora to false if it was trained as a plain LoRA")
         self._alpha = values.get("lora_alpha")
         self._pattern = dict(values.get("alpha_pattern") or {})
         self._rslora = bool(values.get("use_rslora"))
+        for pattern in self._pattern:
+            try:
+                re.compile(pattern)
+            except re.error:
+                raise UserError(f"{source}: alpha_pattern '{pattern}' is not a regular expression") from None
         numbers = [self._alpha, *self._pattern.values()]
         if not all(n is None or isinstance(n, int | float) for n in numbers):
             raise UserError(f"{source}: lora_alpha or alpha_pattern is not a number")
@@ -70,9 +77,11 @@ class AdapterConfig:
     def alpha(self, path: str, rank: int) -> float:
         """alpha such that scale = alpha / r; rsLoRA's scale is lora_alpha / sqrt(r) (arXiv 2312.03732)."""
         alpha = self._alpha
-        for name, value in self._pattern.items():
-            # PEFT matches a pattern's key against the end of the module path.
-            if re.match(rf"(?:.*\.)?(?:{re.escape(name)})$", path):
+        original = original_target(path)
+        names = (path, original[0]) if original else (path,)
+        for pattern, value in self._pattern.items():
+            # As PEFT does: the key, a regular expression, against the end of the module's name in the trained model.
+            if any(re.match(rf"(?:.*\.)?(?:{pattern})$", name) for name in names):
                 alpha = value
                 break
         if alpha is None:

@@ -19,7 +19,7 @@ from typing import ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
-from lapwan.checkpoints.rewrite import AddRows, matrix_shape
+from lapwan.checkpoints.rewrite import AddRows, BaseRows, matrix_shape
 from lapwan.errors import UserError
 
 _TILE = 1 << 20  # elements of ΔW at a time for a norm, in fp64
@@ -52,8 +52,12 @@ class WeightUpdate(ABC):
         """
 
     @abstractmethod
-    def prepare(self, multiplier: float, dtype: torch.dtype) -> AddRows:
-        """A function that adds rows of multiplier · ΔW; tensors are converted to `dtype` once."""
+    def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows:
+        """A function that adds rows of multiplier · ΔW; tensors are converted to `dtype` once.
+
+        Args:
+            base_rows: reads rows of W; needed where ΔW depends on all of W at once.
+        """
 
     @classmethod
     def missing(cls, parts: Collection[str]) -> str | None:
@@ -100,13 +104,14 @@ class WeightUpdate(ABC):
             weight: W; needed where ΔW depends on it (`needs_weight`).
         """
         matrix, total = self._matrix(weight), torch.zeros(matrix_shape(self.shape), dtype=dtype)
-        self.prepare(1.0, dtype)(total, total if matrix is None else matrix, 0)
+        self.prepare(1.0, dtype, _rows_of(matrix))(total, total if matrix is None else matrix, 0)
         return total.reshape(self.shape)
 
     def norm(self, weight: Tensor | None = None) -> float:
         """‖ΔW‖_F in fp64, with one tile of it in memory; `weight` as in `delta`."""
         matrix, (rows, columns) = self._matrix(weight), matrix_shape(self.shape)
-        add_rows, step, square = self.prepare(1.0, torch.float64), max(1, _TILE // columns), 0.0
+        add_rows = self.prepare(1.0, torch.float64, _rows_of(matrix))
+        step, square = max(1, _TILE // columns), 0.0
         for first in range(0, rows, step):
             tile = torch.zeros(min(step, rows - first), columns, dtype=torch.float64)
             add_rows(tile, tile if matrix is None else matrix[first : first + len(tile)], first)
@@ -134,6 +139,10 @@ class WeightUpdate(ABC):
         first = next(iter(parts))
         parts[first] = (parts[first].float() * factor).to(dtype or parts[first].dtype)
         return self.from_parts(parts, None)
+
+
+def _rows_of(matrix: Tensor | None) -> BaseRows | None:
+    return None if matrix is None else lambda first, count: matrix[first : first + count]
 
 
 @dataclass
@@ -191,7 +200,7 @@ class LowRank(WeightUpdate):
         delta = (self.up.flatten(1).to(dtype) @ self.down.flatten(1).to(dtype)).mul_(self.scale)
         return delta.reshape(self.shape)
 
-    def prepare(self, multiplier: float, dtype: torch.dtype) -> AddRows:
+    def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows:
         """Copied even if the dtype is right: the rounding of products depends on alignment, which differs between
         files."""
         down, up = self.down.flatten(1).to(dtype, copy=True), self.up.flatten(1).to(dtype, copy=True)
@@ -224,7 +233,7 @@ class Entry(Protocol):
     @property
     def needs_weight(self) -> bool: ...
     def entry(self) -> WeightUpdate: ...
-    def prepare(self, multiplier: float, dtype: torch.dtype) -> AddRows: ...
+    def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows: ...
 
 
 @dataclass(frozen=True)
@@ -234,9 +243,9 @@ class Term:
     module: Entry
     multiplier: float
 
-    def prepare(self, dtype: torch.dtype) -> AddRows:
+    def prepare(self, dtype: torch.dtype, base_rows: BaseRows) -> AddRows:
         """Implements `checkpoints.rewrite.Update`: tensors are converted once, not for every tile."""
-        return self.module.prepare(self.multiplier, dtype)
+        return self.module.prepare(self.multiplier, dtype, base_rows)
 
 
 def entries_fingerprint(entries: Iterable[tuple[str, WeightUpdate]]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.checkpoints.fingerprints import FINGERPRINT_KEY
-from lapwan.checkpoints.rewrite import AddRows, Advance, check_mergeable, rewrite
+from lapwan.checkpoints.rewrite import AddRows, Advance, BaseRows, check_mergeable, rewrite
 from lapwan.checkpoints.tensors import load_rows
 from lapwan.console import log, progress
 from lapwan.errors import UserError
@@ -96,7 +96,7 @@ class _Mean:
     others: Sequence[tuple[TensorFile, str, float]]
     weight: float
 
-    def prepare(self, dtype: torch.dtype) -> AddRows:
+    def prepare(self, dtype: torch.dtype, base_rows: BaseRows) -> AddRows:
         def add_rows(work: Tensor, base: Tensor, first: int) -> None:
             work.mul_(self.weight)
             for file, name, weight in self.others:

@@ -16,8 +16,8 @@ from lapwan.checkpoints.fingerprints import merged_fingerprint
 from lapwan.checkpoints.rewrite import merged_tensor
 from lapwan.checkpoints.wan_keys import parameter_name
 from lapwan.files import cache_root
-from lapwan.lora.assign import LoraRequest, assign
-from lapwan.lora.formats import AdapterFile
+from lapwan.lora.adapter_file import AdapterFile
+from lapwan.lora.assign import LoraRequest, assign, report
 from lapwan.lora.merge import plan_terms, target_tensors
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
 from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
@@ -151,7 +151,9 @@ def resolve_base(
         return Base(files_spec)
     spec = resolve(model.model, task, generation)
     requests = [LoraRequest(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]
-    return Base(spec, assign(requests, spec.noise_experts))
+    assigned = assign(requests, spec.noise_experts, model.key_rule)
+    report(file for files in assigned.values() for file, _ in files)
+    return Base(spec, assigned)
 
 
 def _from_files(files: ModelFilesSettings) -> ModelSpec:

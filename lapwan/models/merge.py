@@ -20,9 +20,10 @@ from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.files import atomic_folder, claim_output, is_temporary, nearest_folder
-from lapwan.lora.assign import LoraRequest, assign, assign_to_transformer, group_by_noise_expert, warn_mismatch
+from lapwan.lora.adapter_file import AdapterFile
+from lapwan.lora.assign import LoraRequest, assign, assign_to_transformer, group_by_noise_expert, report, warn_mismatch
 from lapwan.lora.combine import combine, widest_dtype
-from lapwan.lora.formats import AdapterFile, write_both, write_lora
+from lapwan.lora.formats import write_both, write_lora
 from lapwan.lora.merge import ComponentPlan, LoraToMerge, plan_component, write_component
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY, noise_expert_from_file_name
 from lapwan.lora.read_back import reader
@@ -73,7 +74,7 @@ def _checked(lora: AdapterFile) -> Iterator[tuple[str, WeightUpdate]]:
 def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Iterator[str]:
     spec = resolve(model)
     claim_folder(settings.output, spec.path, options)
-    assigned = assign(_requests(settings), spec.noise_experts)
+    assigned = assign(_requests(settings), spec.noise_experts, settings.key_rule)
     for noise_expert, loras in assigned.items():
         for lora, _ in loras:
             warn_mismatch(lora, spec.task, spec.boundary, spec.fingerprint(noise_expert))
@@ -91,7 +92,8 @@ def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Ite
 
 def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -> Iterator[str]:
     whole = dit.is_dir()
-    noise_expert, loras = assign_to_transformer(_requests(settings), noise_expert_from_file_name(dit))
+    noise_expert, loras = assign_to_transformer(
+        _requests(settings), noise_expert_from_file_name(dit), settings.key_rule)
     plan = plan_component(weight_files(dit) if whole else [dit], _to_merge(loras), noise_expert, settings.dtype)
     if whole:
         claim_folder(settings.output, dit, options)
@@ -110,18 +112,18 @@ def _into_transformer(settings: MergeSettings, dit: Path, options: RunOptions) -
 
 
 def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
-    groups = group_by_noise_expert(_requests(settings))
+    groups = group_by_noise_expert(_requests(settings), settings.key_rule)
     outputs = lora_outputs(settings, list(groups))
     for output in outputs.values():
         claim_file(output, [lora.path for lora in settings.lora], options)
+    report(lora for loras in groups.values() for lora, _ in loras)
     for noise_expert, loras in groups.items():
         parts = ", ".join(f"{lora.path.name} x {strength:g}" for lora, strength in loras)
         log(f"{outputs[noise_expert].name}: {parts}")
     if options.dry_run:
         return
     yield from _write_sums(settings, outputs, (
-        (noise_expert,
-         [(AdapterState(dict(_checked(lora)), dict(lora.metadata)), strength) for lora, strength in loras],
+        (noise_expert, [(lora.read_finite(), strength) for lora, strength in loras],
          {} if noise_expert is None else {NOISE_EXPERT_KEY: noise_expert.value})
         for noise_expert, loras in groups.items()
     ))
@@ -251,6 +253,7 @@ def _bytes_bar(plans: Sequence[ComponentPlan], verify: bool) -> Iterator[Advance
 
 
 def _check_and_log(plans: Sequence[ComponentPlan], output: Path, needed: int) -> None:
+    report(item.lora for plan in plans for item in plan.loras)
     for plan in plans:
         log(plan.describe(plan.noise_expert.component if plan.noise_expert else plan.files[0].path.name))
     check_disk(output, needed)

@@ -9,7 +9,6 @@ Source: the key layouts of the official Wan2.2 release and of diffusers' and tra
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lapwan.checkpoints.container import ITEM_SIZE, file_kind
-from lapwan.checkpoints.tensors import DTYPES, load_tensor
+from lapwan.checkpoints.container import ITEM_SIZE
+from lapwan.checkpoints.tensors import DTYPES, load_pickle, load_tensor
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.checkpoints.weights import WeightFile, is_gguf, read_weights, stored_dtype
 from lapwan.errors import UserError
@@ -69,14 +68,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if _has_header(path):
         header = read_weights(path)
         return {name: load_tensor(header, name) for name in header.tensors}
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError:  # torch's message advises weights_only=False, which executes code in the file
-        raise UserError(f"cannot read {path} as weights: {_no_pickle(path)}") from None
-    except (RuntimeError, EOFError, OSError) as error:
-        why = file_kind(path) if not _is_zip(path) else None
-        reason = f"it is {why}" if why else str(error).splitlines()[0]
-        raise UserError(f"cannot read {path} as weights: {reason}") from None
+    content = load_pickle(path)
     tensors = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise UserError(f"{path} is not a state dict (tensors by name); is it the right file?")
@@ -89,18 +81,6 @@ def _has_header(path: Path) -> bool:
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     return path.suffix == ".safetensors" or is_gguf(path)
-
-
-def _no_pickle(path: Path) -> str:
-    if not _is_zip(path) and (kind := file_kind(path)) is not None:
-        return f"it is {kind}"
-    return ("it was not written by torch.save, or it holds more than plain tensors (nothing in it is executed); is it "
-            "the right file?")
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def set_parameters(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], what: str, path: Path) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lapwan.console import log
 from lapwan.errors import UserError
-from lapwan.lora.assign import Assigned, LoraRequest, assign, warn_mismatch
+from lapwan.lora.adapter_file import AdapterFile
+from lapwan.lora.assign import Assigned, LoraRequest, assign, report, warn_mismatch
 from lapwan.lora.attach import Group
-from lapwan.lora.formats import AdapterFile, open_lora
+from lapwan.lora.formats import KeyRule, open_for_use
 from lapwan.lora.state import AdapterState
 from lapwan.models.base import Base
 from lapwan.models.spec import tensor_shapes, weight_files
@@ -83,14 +84,16 @@ class AdapterSet:
 
 
 def read_adapters(
-    base: Base, loras: Sequence[LoraArgument], moe: Path | None, fold: bool = False
+    base: Base, loras: Sequence[LoraArgument], moe: Path | None, fold: bool = False,
+    rule: KeyRule = "default",
 ) -> tuple[Base, AdapterSet]:
     """Read and check every adapter against the model's headers, before its weights are loaded.
 
     Args:
         fold: merge the LoRAs into the base's weights while loading, W + Σ strength·ΔW rounded once to their dtype, as
             `lapwan merge` does. Else low-rank pairs stay separate, without rounding, and other updates (full deltas,
-            LoKr, LoHa, DoRA) are merged.
+            LoKr, LoHa, GLoRA, DoRA) are merged.
+        rule: what of a file may be dropped.
 
     Returns:
         The base and its adapters. If a mixture was trained on this base with exactly these LoRAs merged in memory, they
@@ -101,7 +104,14 @@ def read_adapters(
             LoRA whose noise expert is unknown; a mixture's base LoRA that cannot be found.
     """
     requests = [LoraRequest(lora.noise_expert, lora.path, lora.strength, lora.only or ()) for lora in loras]
-    assigned = assign(requests, base.spec.noise_experts)
+    assigned = assign(requests, base.spec.noise_experts, rule)
+    result = _apply(base, assigned, moe, fold)
+    report(file for files in assigned.values() for file, _ in files)
+    return result
+
+
+def _apply(base: Base, assigned: Assigned, moe: Path | None, fold: bool) -> tuple[Base, AdapterSet]:
+    """`read_adapters` of files that are assigned."""
     for noise_expert, files in assigned.items():
         shapes = tensor_shapes(weight_files(base.spec.component(noise_expert)))
         for file, _ in files:
@@ -140,7 +150,7 @@ def _beside(base: Base, assigned: Assigned) -> tuple[Base, dict[NoiseExpert, lis
             pairs = {path: module for path, module in file.modules.items() if module.stackable}
             others = {path: module for path, module in file.modules.items() if not module.stackable}
             if pairs:
-                uses[noise_expert].append(LoraUse(file.path, replace(file, modules=pairs).read(), strength))
+                uses[noise_expert].append(LoraUse(file.path, replace(file, modules=pairs).read_finite(), strength))
             if others:
                 merged.setdefault(noise_expert, []).append((replace(file, modules=others), strength))
                 kinds = Counter(module.kind for module in others.values())
@@ -162,11 +172,11 @@ def _check_lora(
             continue  # checked by the plan of its merge
         shape = shapes.get(f"{path}.weight")
         if shape is None:
-            raise UserError(f"{file.path} has module '{path}', which {base.spec.component(noise_expert)} lacks; it was "
-                            "made for another model")
+            raise UserError(f"{file.path} has module '{path}', which {base.spec.component(noise_expert)} lacks; "
+                            f"{file.other_model()}")
         if shape != tuple(module.shape):
             raise UserError(f"{file.path}: '{path}' is {module.shape[1]} -> {module.shape[0]} features, but the "
-                            f"model's is {shape[1]} -> {shape[0]}; it was made for another model")
+                            f"model's is {shape[1]} -> {shape[0]}; {file.other_model()}")
 
 
 def _base_lora(mixture: Mixture, moe: Path, noise_expert: NoiseExpert, given: Sequence[LoraUse]) -> LoraUse:
@@ -179,7 +189,7 @@ def _base_lora(mixture: Mixture, moe: Path, noise_expert: NoiseExpert, given: Se
     for candidate in dict.fromkeys((moe.parent / path, moe.parent / path.name, path)):
         if not candidate.is_file():
             continue
-        files = open_lora(candidate)
+        files = open_for_use(candidate)
         file = files.get(noise_expert) or files.get(None)
         if file is not None and (state := file.read()).fingerprint() == recorded["fingerprint"]:
             return LoraUse(candidate, state, 1.0)

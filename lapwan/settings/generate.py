@@ -10,13 +10,13 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import Flag, Settings, height_width
-from lapwan.settings.lora_argument import LORA_METAVAR, LoraArgument
+from lapwan.settings.lora_argument import LORA_METAVAR, CommonModules, KeyRule, LoraArgument, Strict, key_rule
 from lapwan.settings.memory import MEMORY_METAVAR, GenerateDtype, MemoryChoice
 from lapwan.settings.model import ModelChoice
 
@@ -96,6 +96,18 @@ class ModelSettings(Settings):
         default="auto", description="Run the blocks through torch.compile; auto: on a GPU, if the videos save more "
         "time than compiling takes."
     )
+    strict: Strict = False
+    common_modules: CommonModules = False
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        key_rule(self.strict, self.common_modules)
+        return self
+
+    @property
+    def key_rule(self) -> KeyRule:
+        """What of a LoRA's file may be dropped."""
+        return key_rule(self.strict, self.common_modules)
 
 
 class VideoSettings(Settings):

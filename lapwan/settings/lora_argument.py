@@ -5,19 +5,39 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from lapwan.checkpoints.wan_keys import check_part
 from lapwan.errors import nearest
 from lapwan.settings.aliases import current_keys
-from lapwan.settings.base import Settings
+from lapwan.settings.base import Flag, Settings
 
+KeyRule = Literal["strict", "default", "common"]
 Role = Literal["high", "low", "both"]
 ROLES: tuple[Role, ...] = ("high", "low", "both")
 LORA_METAVAR = "FILE[:STRENGTH][@PART]"
+_SUFFIXES = r"\.(?:safetensors|bin|pt|pth|ckpt)"
 _RENAMED = {"expert": "noise_expert"}
+
+
+# What of an adapter's file may be left out: fields of the settings that name adapters, and what they mean together.
+Strict = Annotated[bool, Flag(), Field(
+    description="Refuse a LoRA file of which something would be dropped, such as Wan2.1's image branch.")]
+CommonModules = Annotated[bool, Flag(), Field(
+    description="Apply a LoRA for another model (VACE, Fun, camera control): of its modules, those that Wan2.2 has.")]
+
+
+def key_rule(strict: bool, common_modules: bool) -> KeyRule:
+    """What may be dropped: see `lapwan.lora.formats`.
+
+    Raises:
+        ValueError: both are set.
+    """
+    if strict and common_modules:
+        raise ValueError("strict refuses what common_modules drops; give one of them")
+    return "strict" if strict else "common" if common_modules else "default"
 
 
 class LoraArgument(Settings):
@@ -59,7 +79,7 @@ def split_lora(text: str) -> dict[str, Any]:
     ["ffn"]}.
 
     A path may hold `=`, `:` and `@`; only a leading role, a number after the last colon with the parts behind it, and
-    parts behind `.safetensors` are split off.
+    parts behind the file's suffix are split off.
 
     Raises:
         ValueError: a misspelt role or strength, or no path.
@@ -76,11 +96,11 @@ def split_lora(text: str) -> dict[str, Any]:
         if not math.isfinite(strength):
             raise ValueError(f"strength {number} is not a finite number")
         parts["strength"], text = strength, path
-    elif colon and path.endswith(".safetensors"):
-        raise ValueError(f"strength '{number}' is not a number; write FILE.safetensors:0.8")
+    elif colon and (match := re.search(rf"{_SUFFIXES}$", path)):
+        raise ValueError(f"strength '{number}' is not a number; write FILE{match[0]}:0.8")
     else:
-        file, suffix, rest = text.rpartition(".safetensors@")
-        text, only = (f"{file}.safetensors", rest.split("@")) if suffix else (text, [])
+        match = re.match(rf"(.*{_SUFFIXES})@(.*)$", text)
+        text, only = (match[1], match[2].split("@")) if match else (text, [])
     if not text.strip():
         raise ValueError("no file named; write [high=|low=|both=]FILE[:STRENGTH][@PART]")
     return {**parts, **({"only": only} if only else {}), "path": text}

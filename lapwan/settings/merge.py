@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lapwan.settings.base import Flag, Settings
-from lapwan.settings.lora_argument import LORA_METAVAR, LoraArgument
+from lapwan.settings.lora_argument import LORA_METAVAR, CommonModules, KeyRule, LoraArgument, Strict, key_rule
 
 LoraLayout = Literal["comfy", "musubi", "diffusers"]
 LoraDtype = Literal["float32", "float16", "bfloat16"]
@@ -87,6 +87,14 @@ class MergeSettings(Settings):
     verify: Annotated[bool, Flag()] = Field(
         default=False, description="Read a merged model back and compare it with the sum computed in fp64.")
 
+    strict: Strict = False
+    common_modules: CommonModules = False
+
+    @property
+    def key_rule(self) -> KeyRule:
+        """What of a LoRA's file may be dropped."""
+        return key_rule(self.strict, self.common_modules)
+
     @field_validator("checkpoints", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
@@ -129,6 +137,7 @@ class MergeSettings(Settings):
 
     @model_validator(mode="after")
     def _form(self) -> MergeSettings:
+        key_rule(self.strict, self.common_modules)
         if self.model is not None and self.dit is not None:
             raise ValueError("give --model (a whole model) or --dit (one transformer), not both")
         self._check_source()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import Settings
+from lapwan.settings.lora_argument import CommonModules, KeyRule, Strict, key_rule
 
 
 class BaseModelSettings(Settings):
@@ -17,6 +18,18 @@ class BaseModelSettings(Settings):
     model: str = Field(description="The base: tiny, or a folder.")
     lora: dict[NoiseExpert, Path] = Field(description="LoRA file by noise expert.")
     multiplier: float = Field(1.0, description="Strength at which the LoRAs are merged.")
+    strict: Strict = False
+    common_modules: CommonModules = False
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        key_rule(self.strict, self.common_modules)
+        return self
+
+    @property
+    def key_rule(self) -> KeyRule:
+        """What of a LoRA's file may be dropped."""
+        return key_rule(self.strict, self.common_modules)
 
 
 class ModelFilesSettings(Settings):

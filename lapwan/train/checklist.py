@@ -19,7 +19,7 @@ from lapwan.console import PlanRow, count_text
 from lapwan.diagnostics.tables import format_number
 from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
 from lapwan.errors import UserError
-from lapwan.lora.formats import AdapterFile
+from lapwan.lora.adapter_file import AdapterFile
 from lapwan.losses.sigmas import band_probability, bin_probabilities, draw_in_band, shift_for_tokens
 from lapwan.models.base import Base, target_ranks
 from lapwan.names import Band, NoiseExpert

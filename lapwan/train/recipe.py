@@ -14,10 +14,10 @@ from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import load_index
 from lapwan.checkpoints.fingerprints import json_fingerprint
 from lapwan.errors import UserError
+from lapwan.lora.adapter_file import AdapterFile
 from lapwan.lora.assign import LoraRequest, assign
 from lapwan.lora.attach import initial_state
 from lapwan.lora.dropout import DropoutRates
-from lapwan.lora.formats import AdapterFile
 from lapwan.lora.state import AdapterState, low_rank_only
 from lapwan.losses.sigmas import LogitNormal, Shifted, ShiftedBySize, SigmaSampler, Squeezed, Uniform, Weighting
 from lapwan.memory.offload import NoiseExpertOffload

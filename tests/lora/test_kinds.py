@@ -27,7 +27,7 @@ from lapwan.errors import UserError
 from lapwan.lora.attach import Group, attach, initial_state
 from lapwan.lora.combine import combine
 from lapwan.lora.formats import open_lora, read_lora, write_both, write_lora
-from lapwan.lora.kinds import DoRA, FullDelta, LoHa, LoKr, build_update
+from lapwan.lora.kinds import DoRA, FullDelta, GLoRA, LoHa, LoKr, build_update
 from lapwan.lora.state import AdapterState, LowRank, Term, WeightUpdate
 from lapwan.names import NoiseExpert
 
@@ -74,6 +74,24 @@ def dora(out: int, columns: int, magnitude: str) -> tuple[dict[str, Tensor], Ref
         return m.double()[:, None] * moved / moved.square().sum(1, keepdim=True).sqrt() - weight
 
     return tensors, reference
+
+
+def dora_by_column(out: int, columns: int) -> tuple[dict[str, Tensor], Reference]:
+    a, b, m = normal(4, columns), normal(out, 4), normal(1, columns).abs() + 0.5
+
+    def reference(weight: Tensor) -> Tensor:
+        moved = weight + 0.75 * b.double() @ a.double()
+        return m.double() * moved / moved.square().sum(0, keepdim=True).sqrt() - weight
+
+    return {"lora_down.weight": a, "lora_up.weight": b, "alpha": torch.tensor(3.0), "dora_scale": m}, reference
+
+
+def glora(out: int, columns: int, old: bool) -> tuple[dict[str, Tensor], Reference]:
+    p, q, u, d = normal(columns, 3), normal(3, columns, seed=1), normal(out, 3), normal(3, columns, seed=2)
+    factors = (q, p, d, u) if old else (p, q, u, d)
+    tensors = dict(zip(("a1.weight", "a2.weight", "b1.weight", "b2.weight"), factors, strict=True))
+    return {**tensors, "alpha": torch.tensor(1.5)}, lambda w: 0.5 * (
+        w @ p.double() @ q.double() + u.double() @ d.double())
 
 
 def full(*shape: int) -> tuple[Tensor, Reference]:
@@ -125,6 +143,11 @@ def wild(kind: str) -> tuple[dict[str, Tensor], dict[str, Reference]]:
         add("diffusion_model.blocks.1.ffn.2", "blocks.1.ffn.net.2.weight", *dora(HIDDEN, FFN, "lora_magnitude_vector"))
         add("diffusion_model.blocks.2.ffn.2", "blocks.2.ffn.net.2.weight",
             *dora(HIDDEN, FFN, "lora_magnitude_vector.weight"))
+        add("diffusion_model.blocks.0.ffn.2", "blocks.0.ffn.net.2.weight", *dora_by_column(HIDDEN, FFN))
+        add("diffusion_model.blocks.1.self_attn.o", "blocks.1.attn1.to_out.0.weight", *dora_by_column(HIDDEN, HIDDEN))
+    elif kind == "GLoRA":
+        add("diffusion_model.blocks.0.ffn.0", "blocks.0.ffn.net.0.proj.weight", *glora(FFN, HIDDEN, True))
+        add("lycoris_blocks_1_ffn_2", "blocks.1.ffn.net.2.weight", *glora(HIDDEN, FFN, False))
     else:  # convolution LoRA
         a, b = normal(4, 16, 1, 2, 2), normal(HIDDEN, 4, 1, 1, 1)
         add("diffusion_model.patch_embedding", "patch_embedding.weight", {"lora_A.weight": a, "lora_B.weight": b},
@@ -132,7 +155,7 @@ def wild(kind: str) -> tuple[dict[str, Tensor], dict[str, Reference]]:
     return tensors, references
 
 
-WILD = ("full delta", "LoKr", "LoHa", "DoRA", "convolution LoRA")
+WILD = ("full delta", "LoKr", "LoHa", "DoRA", "GLoRA", "convolution LoRA")
 
 
 def written(folder: Path, kind: str, **extra: Tensor) -> Path:
@@ -197,6 +220,46 @@ def test_terms_of_one_weight_start_from_the_base(tmp_path: Path) -> None:
         assert (load_file(tmp_path / "out.safetensors")[name] - want).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "DoRA"])
+def test_tucker_cores_of_a_convolution(tmp_path: Path, kind: str) -> None:
+    """As LyCORIS stores them: A [r, out] in LoHa and LoKr, [out, r, 1, ...] in LoCon."""
+    kernel, b = (1, 2, 2), normal(3, 16)
+    core, core2 = normal(3, 3, *kernel, scale=1.0), normal(3, 3, *kernel, seed=1, scale=1.0)
+
+    def product(a: Tensor, t: Tensor, b: Tensor) -> Tensor:
+        return torch.einsum("po,pqxyz,qi->oixyz", a.double(), t.double(), b.double())
+
+    a = normal(3, HIDDEN)
+    if kind == "LoHa":
+        a2, b2 = normal(3, HIDDEN, seed=4), normal(3, 16, seed=4)
+        parts = {"hada_t1": core, "hada_w1_a": a, "hada_w1_b": b, "hada_t2": core2, "hada_w2_a": a2, "hada_w2_b": b2}
+        want = product(a, core, b) * product(a2, core2, b2)
+    elif kind == "LoKr":
+        w1, a, b = normal(2, 2, scale=1.0), normal(3, HIDDEN // 2), normal(3, 8)
+        parts = {"lokr_w1": w1, "lokr_t2": core, "lokr_w2_a": a, "lokr_w2_b": b}
+        want = torch.kron(w1.double()[..., None, None, None], product(a, core, b).contiguous())
+    else:
+        parts = {"lora_down.weight": b[..., None, None, None], "lora_mid.weight": core,
+                 "lora_up.weight": a.T.contiguous()[..., None, None, None]}
+        want = product(a, core, b)
+    weight = base_weights(torch.float64)["patch_embedding.weight"]
+    want = want * 2 / 3
+    if kind == "DoRA":
+        parts["dora_scale"] = torch.rand(1, 16, 1, 1, 1) + 0.5  # by input channel
+        moved = weight + want
+        length = moved.square().sum((0, 2, 3, 4), keepdim=True).sqrt()
+        want = parts["dora_scale"].double() * moved / length - weight
+    parts["alpha"] = torch.tensor(2.0)
+    save_file({f"lycoris_patch_embedding.{part}": tensor for part, tensor in parts.items()}, tmp_path / "x.safetensors")
+    (update,) = only(tmp_path / "x.safetensors").entries.values()
+    assert (update.delta(torch.float64, weight).reshape(weight.shape) - want).abs().max() < 1e-6
+    save_file(base_weights(torch.float32), tmp_path / "dit.safetensors")
+    merge(dit=tmp_path / "dit.safetensors", lora=[str(tmp_path / "x.safetensors")], verify="true",
+          output=tmp_path / "out.safetensors")
+    got = load_file(tmp_path / "out.safetensors")["patch_embedding.weight"]
+    assert (got.double() - weight.float().double() - want).abs().max() < 1e-6
+
+
 def same(a: AdapterState, b: AdapterState, tolerance: float = 0.0) -> None:
     assert a.entries.keys() == b.entries.keys()
     weights = base_weights(torch.float64)
@@ -242,7 +305,7 @@ def test_one_file_for_both_noise_experts_holds_every_kind(tmp_path: Path) -> Non
         same(back[noise_expert], state)
 
 
-UPDATES = st.sampled_from(["pair", "full", "lokr", "loha", "dora"])
+UPDATES = st.sampled_from(["pair", "full", "lokr", "loha", "glora", "dora", "dora by column"])
 
 
 @given(UPDATES, st.integers(1, 5), st.integers(1, 4), st.integers(1, 9), st.floats(-2, 2), st.integers(0, 99))
@@ -256,20 +319,23 @@ def test_any_tiles_give_the_whole(form: str, out: int, columns: int, step: int, 
         "lokr": lambda: LoKr({"lokr_w1": draw(out, 2), "lokr_w2_a": draw(3, 2), "lokr_w2_b": draw(2, columns)}, 0.5),
         "loha": lambda: LoHa({"hada_w1_a": draw(out, 2), "hada_w1_b": draw(2, columns), "hada_w2_a": draw(out, 3),
                               "hada_w2_b": draw(3, columns)}, 0.5),
+        "glora": lambda: GLoRA({"glora_a1": draw(columns, 2), "glora_a2": draw(2, columns), "glora_b1": draw(out, 2),
+                                "glora_b2": draw(2, columns)}, 0.5),
+        "dora by column": lambda: DoRA(LowRank(draw(2, columns), draw(out, 2), 0.5), draw(1, columns)),
         "dora": lambda: DoRA(LowRank(draw(2, columns), draw(out, 2), 0.5), draw(out)),
     }[form]()
     rows, width = update.shape
     weight = normal(rows, width, seed=seed + 1, scale=1.0).double()
     want = update.delta(torch.float64, weight)
-    work, add_rows = weight.clone(), update.prepare(multiplier, torch.float64)
+    work, add_rows = weight.clone(), update.prepare(multiplier, torch.float64, lambda first, n: weight[first:first + n])
     for first in range(0, rows, step):
         add_rows(work[first : first + step], weight[first : first + step], first)
     torch.testing.assert_close(work, weight + multiplier * want, rtol=0, atol=1e-12)
     assert update.norm(weight) == pytest.approx(float(want.norm()), rel=1e-9, abs=1e-12)
     assert build_update(update.parts(), update.alpha).delta(torch.float64, weight).equal(want)
     torch.testing.assert_close(update.folded(torch.float64).delta(torch.float64, weight), want, rtol=1e-6, atol=1e-6)
-    if form != "dora":
-        scaled = update.scaled(multiplier).delta(torch.float64)
+    if not form.startswith("dora"):
+        scaled = update.scaled(multiplier).delta(torch.float64, weight)
         torch.testing.assert_close(scaled, multiplier * want, rtol=1e-6, atol=1e-6)
 
 
@@ -317,9 +383,9 @@ def test_the_stacked_forward_takes_low_rank_pairs_only(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"diffusion_model.blocks.9.norm3.diff": torch.zeros(HIDDEN)}, r"module 'blocks\.9\.norm2' is not in"),
-    ({"diffusion_model.blocks.2.norm3.diff": torch.zeros(5)}, r"'blocks\.2\.norm2' changes a weight \[5\], but .*24\]"),
-    ({"diffusion_model.blocks.2.diff_m": torch.zeros(6, HIDDEN)}, r"changes a weight \[6, 24\], but .*\[1, 6, 24\]"),
+    ({"diffusion_model.blocks.9.norm3.diff": torch.ones(HIDDEN)}, r"module 'blocks\.9\.norm2' is not in"),
+    ({"diffusion_model.blocks.2.norm3.diff": torch.ones(5)}, r"'blocks\.2\.norm2' changes a weight \[5\], but .*24\]"),
+    ({"diffusion_model.blocks.2.diff_m": torch.ones(6, HIDDEN)}, r"changes a weight \[6, 24\], but .*\[1, 6, 24\]"),
 ])
 def test_an_update_for_another_model_is_named(tmp_path: Path, change: dict[str, Tensor], message: str) -> None:
     save_file(base_weights(), tmp_path / "dit.safetensors")

@@ -79,7 +79,7 @@ def test_a_merge_in_memory_is_the_merged_folder(tmp_path, saved):
     width = json.loads((spec.component(NoiseExpert.LOW) / "config.json").read_text())["num_attention_heads"] * 48
     loras = [saved(f"{n}.safetensors", sizes={"blocks.5.attn1.to_v": (width, width)}, seed=n) for n in (1, 2)]
     requests = [LoraRequest("low", loras[0], 0.4), LoraRequest("low", loras[1], -1.5)]
-    merge(model="tiny", lora=[f"low={path}:{strength}" for _, path, strength, *_ in requests], output=tmp_path / "m")
+    merge(model="tiny", lora=[f"low={request.path}:{request.strength}" for request in requests], output=tmp_path / "m")
     memory, folder = Base(spec, assign(requests, spec.noise_experts)), read_spec(tmp_path / "m")
     for noise_expert in NoiseExpert:
         assert memory.fingerprint(noise_expert) == folder.fingerprint(noise_expert)
@@ -115,8 +115,8 @@ def plan_for(files: list[Path], lora: Path) -> ComponentPlan:
 
 
 class InexactTerm(Term):
-    def prepare(self, dtype):
-        add_rows = super().prepare(dtype)
+    def prepare(self, dtype, base_rows):
+        add_rows = super().prepare(dtype, base_rows)
         return lambda work, base, first: (add_rows(work, base, first), work.mul_(1.02))
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lapwan.errors import UserError
 from lapwan.lora.formats import write_lora
-from lapwan.lora.kinds import DoRA, FullDelta, LoHa, LoKr
+from lapwan.lora.kinds import DoRA, FullDelta, GLoRA, LoHa, LoKr
 from lapwan.lora.merge import LoraToMerge, plan_component, write_component
 from lapwan.lora.state import AdapterState, LowRank
 from lapwan.models.base import Base
@@ -35,6 +35,10 @@ def others() -> AdapterState:
         "blocks.1.attn1.to_q": LoHa({part: torch.randn((WIDTH, 3) if part.endswith("a") else (3, WIDTH)) * 0.1
                                      for part in LoHa.PARTS}, 3.0),
         "blocks.0.ffn.net.0.proj": DoRA(pair, torch.rand(FFN) + 0.5),
+        "blocks.2.ffn.net.0.proj": DoRA(pair, torch.rand(1, WIDTH) + 0.5),
+        "blocks.3.ffn.net.0.proj": GLoRA({
+            "glora_a1": torch.randn(WIDTH, 4) * 0.1, "glora_a2": torch.randn(4, WIDTH) * 0.1,
+            "glora_b1": torch.randn(FFN, 4) * 0.1, "glora_b2": torch.randn(4, WIDTH) * 0.1}, None),
         "blocks.0.ffn.net.0.proj.bias": FullDelta(torch.randn(FFN) * 0.1),
         "blocks.0.attn2.norm_q": FullDelta(torch.randn(WIDTH) * 0.1),
         "blocks.0.scale_shift_table": FullDelta(torch.randn(1, 6, WIDTH) * 0.1),
@@ -97,6 +101,6 @@ def test_a_plain_lora_leaves_the_base_as_it_is(tmp_path: Path) -> None:
 
 
 def test_an_update_that_does_not_fit_is_named_before_weights_are_read(tmp_path: Path) -> None:
-    save_file({"diffusion_model.blocks.0.norm3.diff": torch.zeros(7)}, tmp_path / "x_high.safetensors")
+    save_file({"diffusion_model.blocks.0.norm3.diff": torch.ones(7)}, tmp_path / "x_high.safetensors")
     with pytest.raises(UserError, match=r"'blocks\.0\.norm2' changes a weight \[7\], but"):
         read_adapters(Base(resolve("tiny")), [LoraArgument(path=tmp_path / "x_high.safetensors", strength=1.0)], None)

@@ -60,7 +60,7 @@ def _adapter(
     settings: TrainLoraSettings, base: Base, data: recipe.RunData, noise_expert: NoiseExpert, transformer: nn.Module
 ) -> Adapter:
     if (file := recipe.initial_loras(settings.init_lora, base).get(noise_expert)) is not None:
-        state = replace(file.read(), metadata={})
+        state = replace(file.read_finite(), metadata={})
     else:
         state = recipe.fresh_lora(transformer, data.noise_experts[noise_expert], settings.seed, noise_expert.value)
     return attach(transformer, [Group(LORA_GROUP, state, trainable=True)])

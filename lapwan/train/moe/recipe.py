@@ -80,7 +80,7 @@ def _check_labels(data: recipe.RunData, taxonomy: Taxonomy) -> None:
 def base_loras(settings: TrainMoeSettings, base: Base) -> dict[NoiseExpert, tuple[Path, AdapterState]]:
     """The frozen LoRAs beside the experts, with their tensors."""
     requests = [LoraRequest(noise_expert.value, path, 1.0) for noise_expert, path in settings.base_lora.items()]
-    return {noise_expert: (file.path.absolute(), file.read())
+    return {noise_expert: (file.path.absolute(), file.read_finite())
             for noise_expert, [(file, _)] in assign(requests, base.spec.noise_experts).items()}
 
 
@@ -151,7 +151,7 @@ def assemble(
         router_sigma=settings.router.sigma, gate_ema=settings.router.gate_ema, shared_experts=settings.shared_experts,
     )
     backbones = {e: memory.load(settings, base, e, offload.load_device, device) for e in noise_experts}
-    initial = {e: file.read() for e, file in recipe.initial_loras(settings.init_lora, base).items()}
+    initial = {e: file.read_finite() for e, file in recipe.initial_loras(settings.init_lora, base).items()}
     states = {
         e: {family: _initial_expert(settings, backbones[e].transformer, local_settings, e, family, initial.get(e))
             for family in taxonomy.keys}
