@@ -25,8 +25,6 @@ def run(settings: CacheSettings, options: RunOptions) -> None:
     processes = launched()
     if not processes.first:
         console.set_level(console.QUIET)
-    if options.dry_run and processes.first:
-        console.show_plan([settings_row(settings, "dataset")])
     drops = _cache(settings, options) if settings.dataset is not None else []
     if not options.dry_run and processes.first:
         if settings.verify:
@@ -53,10 +51,12 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
                                  options.lock)
     drops: list[DroppedClip] = []
     extraction = extraction_from_settings(settings, spec)
-    for cache in read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride):
+    caches = read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride)
+    for number, cache in enumerate(caches):
         if options.dry_run:
             plan, before = plan_cache(cache, encoders, cache_options)
-            console.show_plan(plan_rows(plan, before.pixels_per_second if before else None))
+            rows = plan_rows(plan, before.pixels_per_second if before else None)
+            console.show_plan(rows if number else [settings_row(settings, "dataset"), *rows])
             continue
         result = build_cache(cache, encoders, spec, cache_options, launched())
         drops += result.drops

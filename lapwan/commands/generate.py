@@ -103,7 +103,7 @@ def _plan_text(made: Prepared) -> tuple[str, str]:
     grid = grid_of(spec, request)
     height, width = request.size
     length = "one frame" if request.num_frames == 1 else f"{request.num_frames} frames at {request.fps} fps"
-    return f"{length}, {height}x{width}", str(grid)
+    return f"{length}, {height}x{width}", str(grid).replace(": ", ":\n")
 
 
 def _make_all(

@@ -16,7 +16,6 @@ from lapwan.tiny.resolve import with_tiny
 
 def run(settings: MergeSettings, options: RunOptions) -> None:
     """Check, then merge and write; `--dry-run` stops after the checks."""
-    show_plan([settings_row(settings, "lora"), PlanRow("output", str(settings.output))])
     models = {name: with_tiny(model) for name in ("model", "base") if (model := getattr(settings, name)) is not None}
     merged = settings.model_copy(update=models)
     for line in _lines(merged, options):
@@ -25,6 +24,7 @@ def run(settings: MergeSettings, options: RunOptions) -> None:
         else:
             results.print(line, markup=False)
     if options.dry_run:
+        show_plan([settings_row(settings, "lora"), PlanRow("output", str(settings.output))])
         show_settings(to_toml(settings))
     else:
         output = settings.output

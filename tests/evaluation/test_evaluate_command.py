@@ -174,7 +174,7 @@ def test_a_clip_shorter_than_the_videos_is_no_reference(evaluate, tmp_path, held
         assert code == 2 and err.startswith(f"error: metric '{metric}'")
         assert "5 frames" in err and "9 are generated" in err
     code, _, err = evaluate("--clips", held_out, "--task", "i2v", *longer, "--dry-run")
-    assert code == 0 and "metrics: identity, temporal_consistency, motion" in err
+    assert code == 0 and "metrics     identity, temporal_consistency, motion" in err
 
 
 def test_scores_of_other_reward_weights_are_not_those_of_a_finished_video(tmp_path):

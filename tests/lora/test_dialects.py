@@ -319,7 +319,7 @@ def test_a_dtype_that_overflows_is_refused(tmp_path: Path, options: dict[str, st
     tensors = file_of(lambda p: f"diffusion_model.{p}")
     tensors = {name: tensor * 1e6 for name, tensor in tensors.items()}
     save_file(tensors, tmp_path / "x_high.safetensors")
-    with pytest.raises(UserError, match=r"too large for float16 \(at most 65504\); write float32 or bfloat16"):
+    with pytest.raises(UserError, match=r"float16 cannot hold \(at most 65504\); use --dtype bfloat16 or float32"):
         merge(lora=[str(tmp_path / "x_high.safetensors")], output=tmp_path / "out.safetensors", dtype="float16",
               **options)
     assert not (tmp_path / "out.safetensors").exists()

@@ -177,7 +177,7 @@ def test_values_that_are_not_finite_are_named_with_their_file(tmp_path, options,
                                                    "diffusion_model.blocks.0.ffn.0.lora_B.weight": normal(40, 4)}, None)
     next(iter(tensors.values()))[1, 1] = value
     save_file(tensors, tmp_path / "bad_high.safetensors")
-    with pytest.raises(UserError, match=r"bad_high.safetensors: module 'blocks.0.*holds non-finite values"):
+    with pytest.raises(UserError, match=r"bad_high.safetensors: '.*blocks.0.*' holds NaN or infinity"):
         merge(lora=[str(tmp_path / "bad_high.safetensors")], output=tmp_path / "x.safetensors", **options)
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -208,7 +208,7 @@ def test_both_noise_experts_in_one_file_and_dora_are_read_back(tmp_path):
     states = {NoiseExpert.HIGH: only(written(tmp_path, "DoRA")), NoiseExpert.LOW: random_state(shapes([1]), alpha=3.0)}
     path, checked = tmp_path / "both.safetensors", []
     write_both(path, states, torch.bfloat16, True, lambda file: checked.append(compare_written(file, states, path)))
-    assert checked[0].modules == 13 and 0 < checked[0].error < 0.01
+    assert checked[0].modules == sum(len(state.entries) for state in states.values()) and 0 < checked[0].error < 0.01
     swapped = dict(zip(states, reversed(states.values()), strict=True))
     with pytest.raises(UserError, match="is not what was written"):
         compare_written(path, swapped, path)

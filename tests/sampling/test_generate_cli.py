@@ -47,13 +47,13 @@ def test_stdout_is_the_path_and_the_file_carries_its_settings(lapwan, tmp_path) 
 def test_an_image_makes_tiny_an_image_to_video_model(lapwan, tmp_path) -> None:
     Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(tmp_path / "first.png")
     with_image = generate(lapwan, "--image", "first.png", "-v")
-    assert with_image.code == 0 and "i2v at 32x48" in with_image.err
+    assert with_image.code == 0 and "(i2v)" in with_image.err and "32x48" in with_image.err
 
 
 def test_the_size_follows_the_image(lapwan, tmp_path) -> None:
     Image.new("RGB", (200, 100)).save(tmp_path / "wide.png")
     ran = lapwan("generate", "--model", "tiny", "--prompt", "x", "--image", "wide.png", "-o", "a", "--dry-run")
-    assert "i2v at 64x128" in ran.err  # 96·96 pixels at 1:2, on multiples of 16
+    assert "(i2v)" in ran.err and "64x128" in ran.err  # 96·96 pixels at 1:2, on multiples of 16
 
 
 def test_one_frame_as_png(lapwan, tmp_path) -> None:
