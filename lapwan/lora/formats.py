@@ -327,7 +327,8 @@ def _named(
         update = (entry.folded(dtype) if fold else entry).map(lambda tensor: _plain(tensor, dtype))
         if any(part not in names for part in update.parts()):
             raise _no_names(path, module, update, "down" in names and to_original(module) is not None)
-        check_fits(module, update, [entry])
+        if fold or dtype is not None:  # else the numbers are the given ones, which a checkpoint keeps as they are
+            check_fits(module, update, [entry])
         alpha = not (fold or layout.alpha_in_metadata) or layout.needs_alpha
         if alpha and "alpha" in names and update.rank is not None and (update.alpha is not None or layout.needs_alpha):
             value = float(update.rank) if update.alpha is None else update.alpha

@@ -69,7 +69,7 @@ def test_one_at_a_time_parks_the_idle_one_in_pinned_memory(t2v, small) -> None:
 def test_memory_is_decided_from_what_the_gpu_has_free(t2v, small, capsys) -> None:
     generator = Generator(t2v, device="cuda", dtype=torch.bfloat16)
     generator.latents(small(t2v))
-    assert "memory: both noise experts stay on cuda (auto)" in capsys.readouterr().err
+    assert "both noise experts stay on cuda (auto)" in capsys.readouterr().err
     assert generator.noise_experts.resident() == ("high", "low")
 
 
