@@ -65,7 +65,7 @@ def test_offload_changes_nothing_but_the_memory(t2v_cache, tmp_path):
             "optimizer": {"lr": 1e-3}}), RunOptions())
         found[memory] = load_file(run / "lapwan_low_noise.safetensors"), torch.cuda.max_memory_allocated()
     for name, tensor in found["both"][0].items():
-        # Kernels add in any order, which AdamW's first steps enlarge; weights left behind would differ by steps of 1e-3.
+        # Kernels add in any order, which AdamW's first steps enlarge; weights left behind differ by steps of 1e-3.
         torch.testing.assert_close(found["one"][0][name], tensor, rtol=1e-4, atol=1e-5)
     # What one at a time saves is the idle noise expert's weights: 10.3 MB in bf16 on the disk, twice that in fp32.
     assert found["both"][1] - found["one"][1] > 0.9 * 2 * 10.2e6
