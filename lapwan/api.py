@@ -337,7 +337,11 @@ class VideoGenerator:
         return Prepared(generator, base, adapters, request, completed(settings, generator.spec, request), chosen)
 
     def make(self, prepared: Prepared, preview: Path | None = None) -> Video:
-        """Generate a prepared video; `preview` as in `Generator.generate_videos`.
+        """Generate a prepared video.
+
+        Args:
+            prepared: as `prepare` returns it.
+            preview: a .png, rewritten after each step with three frames of the current estimate.
 
         Raises:
             UserError: out of GPU memory; the object is closed.

@@ -70,7 +70,13 @@ class AdapterModule:
         return build_update(parts, alpha)
 
     def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows:
-        """As `WeightUpdate.prepare`; a full delta is read tile by tile, since it is as large as the weight."""
+        """As `WeightUpdate.prepare`; a full delta is read tile by tile, since it is as large as the weight.
+
+        Args:
+            multiplier: of ΔW.
+            dtype: of the computation.
+            base_rows: reads rows of W; needed where ΔW depends on all of W at once.
+        """
         if not isinstance(self.outline, FullDelta):
             return self.entry().prepare(multiplier, dtype, base_rows)
         name, factor = self.names["diff"], multiplier * self.factor

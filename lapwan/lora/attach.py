@@ -65,7 +65,14 @@ def _linear_at(linears: Mapping[str, nn.Linear | FrozenLinear], path: str) -> nn
 
 
 class Adapter:
-    """The stacked layers in one noise expert's transformer, and the holder of their gates."""
+    """The stacked layers in one noise expert's transformer, and the holder of their gates.
+
+    Args:
+        transformer: the model, whose Linears were replaced by `layers`.
+        groups: the LoRAs, in the order of their gates.
+        layers: stacked layers by path.
+        holder: the gates that all layers read.
+    """
 
     def __init__(
         self, transformer: nn.Module, groups: Sequence[Group], layers: dict[str, StackedLoraLinear], holder: GateHolder

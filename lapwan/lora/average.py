@@ -99,7 +99,15 @@ def saved_loras(steps: Sequence[SavedStep]) -> dict[NoiseExpert | None, list[Sav
 
 
 def average_weights(saved: Sequence[SavedLora | SavedStep], decay: float | None) -> list[float]:
-    """w_k; `decay` None: equal."""
+    """w_k, the weight of each checkpoint in the average; they sum to 1.
+
+    With a decay, the masses of an exponential moving average per step that keeps each checkpoint's values since the one
+    before it: decay^(end − step) · (1 − decay^(step − since)).
+
+    Args:
+        saved: checkpoints by rising step.
+        decay: per training step, in (0, 1); None: equal weights.
+    """
     if decay is None:
         return [1 / len(saved)] * len(saved)
     end = saved[-1].step

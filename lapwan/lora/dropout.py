@@ -34,7 +34,12 @@ class DropoutRates:
 
 
 class Dropout:
-    """Dropout masks of an adapter's layers."""
+    """Dropout masks of an adapter's layers.
+
+    Args:
+        rates: shares of neurons, ranks and modules to drop.
+        layers: the adapter's layers by path; a mask depends on the path.
+    """
 
     def __init__(self, rates: DropoutRates, layers: Mapping[str, StackedLoraLinear]) -> None:
         self.rates = rates

@@ -284,7 +284,15 @@ def _share(rank: int, rows: int, columns: int) -> float:
 
 
 def leading_directions(delta: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(U [out, l], V [in, l], s [l]) of the leading singular values, l >= min(count, out, in); the same each time."""
+    """(U [out, l], V [in, l], s [l]) of the leading singular values, l >= min(count, out, in); the same each time.
+
+    Exact for a large `count`, else a randomised SVD with power iterations and a fixed seed (Halko et al.,
+    arXiv 0909.4061).
+
+    Args:
+        delta: matrix [out, in], fp32 or fp64.
+        count: directions wanted, at least 1.
+    """
     smallest, size = min(delta.shape), count + _OVERSAMPLE
     if 2 * size >= smallest:
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)

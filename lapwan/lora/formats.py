@@ -98,7 +98,18 @@ def open_lora(
 
 
 def open_for_use(path: Path, rule: KeyRule = "default") -> dict[NoiseExpert | None, AdapterFile]:
-    """`open_lora` without full deltas of zeros, which some files have for every norm: they change nothing."""
+    """`open_lora` without full deltas of zeros, which some files have for every norm: they change nothing.
+
+    Args:
+        path: a .safetensors file or PEFT folder.
+        rule: which unknown tensors may be dropped; with `strict` full deltas of zeros stay too.
+
+    Returns:
+        Adapters by noise expert; None as key if the file does not say which.
+
+    Raises:
+        UserError: as `open_lora`.
+    """
     return {e: adapter if rule == "strict" else adapter.without_zeros()
             for e, adapter in open_lora(path, rule=rule).items()}
 

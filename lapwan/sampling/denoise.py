@@ -43,7 +43,16 @@ class Conditions:
         return torch.cat([self.first_BC1HW.to(x_BCTHW), x_BCTHW[:, :, 1:]], dim=2)
 
     def timesteps(self, x_BCTHW: Tensor, timestep: Tensor, patch: tuple[int, int, int]) -> Tensor | TokenTimes:
-        """[B]; with a clean first frame 0 for the first frame's tokens, the timestep for all others."""
+        """The transformer's timesteps: one per video; with a clean first frame one per token, 0 for that frame's.
+
+        Args:
+            x_BCTHW: latents of the step, for their shape, dtype and device.
+            timestep: a scalar, 1000·sigma.
+            patch: (frames, height, width) of a token, in latent pixels.
+
+        Returns:
+            [B]; with a clean first frame a `TokenTimes` over the video's tokens.
+        """
         batch, _, frames, height, width = x_BCTHW.shape
         if self.first_BC1HW is None:
             return to_device(timestep, x_BCTHW.device).expand(batch)
@@ -139,7 +148,12 @@ def guided_velocity(
 
 
 class Prompts:
-    """The texts of one generation, without most of their padding."""
+    """The texts of one generation, without most of their padding.
+
+    Args:
+        conditions: their text and negative text [B, L, D].
+        batched_guidance: prompt and negative prompt are evaluated as a batch.
+    """
 
     def __init__(self, conditions: Conditions, batched_guidance: bool) -> None:
         self._both: Prompt | None = None

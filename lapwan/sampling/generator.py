@@ -68,6 +68,10 @@ class Generator:
             with the whole video.
         cache_conditions: keep image conditions in host memory, for studies in which the same first frames recur.
         noise_experts: those of a training, for its previews; None: the base's, loaded on first use.
+        base: the model, with the LoRAs to merge into its weights.
+        adapters: what acts beside the weights; None: nothing.
+        device: of the computation.
+        compile: run the transformers' blocks through torch.compile; see `NoiseExperts`.
     """
 
     def __init__(
@@ -173,7 +177,15 @@ class Generator:
         return self._sample(requests, grid, [self.route(request, grid) for request in requests])
 
     def generate(self, request: Request, preview: Path | None = None) -> Video:
-        """One video; see `generate_videos`."""
+        """One video; see `generate_videos`.
+
+        Args:
+            request: the video.
+            preview: as in `generate_videos`.
+
+        Raises:
+            UserError: as `generate_videos`.
+        """
         return self.generate_videos([request], preview)[0]
 
     def generate_videos(
@@ -185,6 +197,7 @@ class Generator:
         Args:
             preview: a .png, rewritten after each step with three frames of the first video's current estimate.
             on_step: called with the steps done and all steps after each; what it raises ends the sampling.
+            requests: of the same frames, size, steps and sampler; see `begin`.
 
         Raises:
             ValueError: no requests, or requests that cannot share a batch.

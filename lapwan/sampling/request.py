@@ -70,6 +70,12 @@ def make_request(
 ) -> Request:
     """The request of a video: its options under the same names, and defaults for those that are not given.
 
+    Args:
+        spec: the model.
+        settings: the options as given; None: not given.
+        image: the first frame, of any size, for an image-to-video model.
+        last_image: the last frame, of any size.
+
     Raises:
         UserError: guidance or a first-block cache for a noise expert that the model lacks, or a start sigma without a
             video.
@@ -94,7 +100,13 @@ def _given(settings: VideoSettings) -> dict[str, Any]:
 
 
 def completed(settings: VideoSettings, spec: ModelSpec, request: Request) -> VideoSettings:
-    """The settings that repeat a request, whatever the model's defaults become."""
+    """The settings that repeat a request, whatever the model's defaults become.
+
+    Args:
+        settings: those from which the request was made.
+        spec: the model.
+        request: as `make_request` returns it.
+    """
     video = VideoSettings(**{name: getattr(settings, name) for name in VideoSettings.model_fields})
     return video.model_copy(update={
         "num_frames": request.num_frames, "size": request.size, "steps": request.steps,
@@ -108,6 +120,10 @@ def completed(settings: VideoSettings, spec: ModelSpec, request: Request) -> Vid
 def grid_of(spec: ModelSpec, request: Request) -> Grid:
     """The sigma grid of a request, with its solver.
 
+    Args:
+        spec: the model, whose flow shift and boundary hold where the request has none.
+        request: the video.
+
     Raises:
         UserError: no step is left below the start sigma.
     """
@@ -118,6 +134,10 @@ def grid_of(spec: ModelSpec, request: Request) -> Grid:
 
 def complete_guidance(spec: ModelSpec, given: float | Mapping[NoiseExpert, float] | None) -> dict[NoiseExpert, float]:
     """Guidance for each noise expert of the model: the given value, else the model's default.
+
+    Args:
+        spec: the model.
+        given: one strength for all noise experts, or one for each; None: the defaults.
 
     Raises:
         UserError: below 1, or for a noise expert that the model lacks.
@@ -135,6 +155,11 @@ def by_noise_expert(
 ) -> dict[NoiseExpert, float]:
     """An option's values by noise expert: a single number applies to all, None to none.
 
+    Args:
+        spec: the model.
+        option: its name, for the message.
+        given: the value or values.
+
     Raises:
         UserError: a value for a noise expert that the model lacks.
     """
@@ -149,7 +174,15 @@ def by_noise_expert(
 
 
 def default_size(spec: ModelSpec, image: Image.Image | None) -> tuple[int, int]:
-    """(height, width): the model's default; with an image, its aspect ratio at the default area, as in Wan's script."""
+    """(height, width): the model's default; with an image, its aspect ratio at the default area, as in Wan's script.
+
+    Args:
+        spec: the model.
+        image: the first frame, or None.
+
+    Returns:
+        Height and width in pixels, multiples of `spec.pixel_multiple`.
+    """
     if image is None:
         return spec.defaults.size
     area, aspect, multiple = math.prod(spec.defaults.size), image.height / image.width, spec.pixel_multiple
@@ -160,6 +193,10 @@ def default_size(spec: ModelSpec, image: Image.Image | None) -> tuple[int, int]:
 
 def check_request(spec: ModelSpec, request: Request) -> None:
     """Check a request against the model.
+
+    Args:
+        spec: the model.
+        request: as `make_request` returns it.
 
     Raises:
         UserError: an empty prompt, an image for a text-to-video model or none for an image-to-video model, or frames,

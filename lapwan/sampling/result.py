@@ -97,7 +97,12 @@ class Video:
 
 
 def record_of(model: ModelSettings, video: VideoSettings) -> dict[str, Any]:
-    """The settings that a video's file keeps."""
+    """The settings that a video's file keeps, in the types of TOML.
+
+    Args:
+        model: of the model and its adapters; `memory` is left out.
+        video: of the video, as `completed` returns them.
+    """
     record = _plain(model)
     del record["memory"]  # offloading does not change the frames: a repetition on another machine chooses again
     return {**record, **_plain(video)}
@@ -113,7 +118,16 @@ def _plain(settings: ModelSettings | VideoSettings) -> dict[str, Any]:
 
 
 def check_output(path: Path, frames: int, size: tuple[int, int]) -> None:
-    """Check, before any work, that a video of `frames` frames of `size` (H, W) can be saved to a path."""
+    """Check, before any work, that a video of `frames` frames of `size` (H, W) can be saved to a path.
+
+    Args:
+        path: the file or folder to write.
+        frames: their number.
+        size: height and width in pixels.
+
+    Raises:
+        UserError: an unknown suffix, or frames or a size that its format cannot hold.
+    """
     if path.suffix != LATENTS_SUFFIX:
         check_video_path(path, frames, size)
 
@@ -144,8 +158,13 @@ _NO_CONTENT = ("from_video", "output", "sheet", "preview", "crf", "memory")  # o
 def recorded_settings(path: Path, settings: GenerateSettings) -> tuple[RecordedVideo, GenerateSettings]:
     """The record of a video, and its settings overridden by those given now.
 
+    Args:
+        path: a video, image or .safetensors of latents that lapwan wrote.
+        settings: those given now, which override the record's.
+
     Raises:
         UserError: no such video, or one that lapwan did not make.
+        UserError: settings that this version does not accept.
     """
     metadata = read_metadata(path)
     if "settings" not in metadata or "facts" not in metadata:
@@ -162,7 +181,12 @@ def recorded_settings(path: Path, settings: GenerateSettings) -> tuple[RecordedV
 
 
 def compare_with_record(record: RecordedVideo, video: Video) -> None:
-    """Log whether the frames are those of the record; if not, warn of each fact that differs."""
+    """Log whether the frames are those of the record; if not, warn of each fact that differs.
+
+    Args:
+        record: of the video that was repeated.
+        video: the repetition.
+    """
     if record.facts.get("frames") == video.facts.get("frames"):
         console.log(f"the frames are identical to those of {record.path}")
         return

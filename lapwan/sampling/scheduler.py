@@ -60,7 +60,14 @@ class Grid:
 
 
 def shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
-    """s·t / (1 + (s − 1)·t): a larger shift spends more steps at high noise."""
+    """s·t / (1 + (s − 1)·t): a larger shift spends more steps at high noise.
+
+    Source: SD3 (arXiv 2403.03206); diffusers' `flow_shift`.
+
+    Args:
+        sigmas: t, noise levels in [0, 1].
+        shift: s, above 0.
+    """
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 

@@ -67,7 +67,16 @@ def write_video(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[
 
 
 def check_video_path(path: Path, frames: int, size: tuple[int, ...]) -> None:
-    """Check, before any work, that `write_video` can write `frames` frames of `size` (H, W) to a path."""
+    """Check, before any work, that `write_video` can write `frames` frames of `size` (H, W) to a path.
+
+    Args:
+        path: the file, or the folder of frames (a name without a suffix).
+        frames: their number.
+        size: height and width in pixels.
+
+    Raises:
+        UserError: an unknown suffix, no frames, several for a .png, or an odd height or width for an .mp4.
+    """
     suffix = path.suffix.lower()
     if suffix and suffix not in SUFFIXES:
         raise UserError(f"cannot write {path}: videos are written as .mp4, .gif, .webp, one frame as .png, or a folder "
