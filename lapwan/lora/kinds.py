@@ -36,7 +36,11 @@ from lapwan.lora.tucker import CORES, flat, without_cores
 
 @dataclass
 class FullDelta(WeightUpdate):
-    """ΔW itself, in its stored dtype."""
+    """ΔW itself, in its stored dtype.
+
+    Args:
+        value: ΔW, in the shape of W.
+    """
 
     KIND = "full delta"
     PARTS: ClassVar[Mapping[str, str]] = {"diff": "difference"}
@@ -70,7 +74,14 @@ class FullDelta(WeightUpdate):
 
 @dataclass
 class LoKr(WeightUpdate):
-    """alpha / r · w1 ⊗ w2, each factor whole (`lokr_w1`) or a product (`lokr_w1_a` [p, r], `lokr_w1_b` [r, q])."""
+    """alpha / r · w1 ⊗ w2, each factor whole (`lokr_w1`) or a product (`lokr_w1_a` [p, r], `lokr_w1_b` [r, q]).
+
+    Source: LyCORIS (arXiv 2309.14859).
+
+    Args:
+        tensors: the factors by part.
+        alpha: numerator of the scale; None: scale 1.
+    """
 
     KIND = "LoKr"
     PARTS: ClassVar[Mapping[str, str]] = {
@@ -143,7 +154,14 @@ class LoKr(WeightUpdate):
 
 @dataclass
 class LoHa(WeightUpdate):
-    """alpha / r · (A1 B1) ∘ (A2 B2): `hada_w1_a` [out, r], `hada_w1_b` [r, in] and the same of w2."""
+    """alpha / r · (A1 B1) ∘ (A2 B2): `hada_w1_a` [out, r], `hada_w1_b` [r, in] and the same of w2.
+
+    Source: FedPara (arXiv 2108.06098), as in LyCORIS.
+
+    Args:
+        tensors: the four factors by part.
+        alpha: numerator of the scale; None: scale 1.
+    """
 
     KIND = "LoHa"
     PARTS: ClassVar[Mapping[str, str]] = {
@@ -189,6 +207,12 @@ class GLoRA(WeightUpdate):
     """alpha / r · (W P Q + U D), P Q square in W's columns.
 
     LyCORIS stores (P, Q, U, D) as (a1, a2, b1, b2), and before its version 2 as (a2, a1, b2, b1).
+
+    Source: arXiv 2306.07967.
+
+    Args:
+        tensors: the four factors by part.
+        alpha: numerator of the scale; None: scale 1.
     """
 
     KIND = "GLoRA"
@@ -256,6 +280,12 @@ class DoRA(WeightUpdate):
 
     m has a number for each row of W and norms are by row; if it is [1, in, ...], for each column and by column (of a
     convolution, input channel), as LyCORIS writes it with `wd_on_output=False`.
+
+    Source: arXiv 2402.09353.
+
+    Args:
+        direction: the update that changes W's direction.
+        magnitude: m.
     """
 
     KIND = "DoRA"
@@ -367,7 +397,11 @@ def kind_of(parts: Collection[str]) -> type[WeightUpdate]:
 
 
 def build_update(parts: Mapping[str, Tensor], alpha: float | None) -> WeightUpdate:
-    """The update with these tensors by part, and `alpha` (None: scale 1).
+    """The update that a file's tensors describe; its kind follows from the parts.
+
+    Args:
+        parts: tensors by part, as in `PARTS` of a kind.
+        alpha: numerator of the scale; None: scale 1.
 
     Raises:
         ValueError: shapes that do not fit each other.

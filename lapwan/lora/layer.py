@@ -20,6 +20,10 @@ class FrozenLinear(nn.Module):
 
     The gradient with respect to x is g W̃; there is none of W̃ or b.
     How to add a form of weight: a subclass with `weight_as` and `forward`, whose tensors are buffers.
+
+    Args:
+        in_features: I.
+        out_features: O.
     """
 
     weight: None = None  # transformers' T5 casts its input to the dtype of `weight` unless it is None
@@ -43,7 +47,15 @@ class FrozenLinear(nn.Module):
 
     @classmethod
     def forward_many(cls, layers: Sequence[FrozenLinear], x: Tensor) -> list[Tensor]:
-        """`[layer(x) for layer in layers]`; a subclass may share between them what it computes from x alone."""
+        """`[layer(x) for layer in layers]`; a subclass may share between them what it computes from x alone.
+
+        Args:
+            layers: of this class, with the same I.
+            x: [..., I].
+
+        Returns:
+            [..., O] for each layer.
+        """
         return [layer(x) for layer in layers]
 
 
@@ -95,6 +107,11 @@ class StackedLoraLinear(nn.Module):
     """y = W x + b + up · ((gate · alpha/r) ∘ (down · x)), gates multiplied in rank space, per sample.
 
     x is [B, ..., I]. Trainable groups are stacked into the parameters `down_RI` and `up_OR`, frozen ones into buffers.
+
+    Args:
+        base: the frozen linear W, b.
+        groups: the LoRAs of this layer.
+        holder: the gates, shared by all layers of a transformer.
     """
 
     group_of_row_R: Tensor
@@ -170,6 +187,13 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """`[layer(x) for layer in layers]`, with one down-projection for all stacked layers among them (q, k and v).
 
     The rows of the layers' A are concatenated, and each B takes its rows of A·x.
+
+    Args:
+        layers: linears with the same I, stacked or not.
+        x: [B, ..., I].
+
+    Returns:
+        [B, ..., O] for each layer.
     """
     outputs = _frozen([layer.base if isinstance(layer, StackedLoraLinear) else layer for layer in layers], x)
     stacked = [(index, layer) for index, layer in enumerate(layers) if isinstance(layer, StackedLoraLinear)]

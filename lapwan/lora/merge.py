@@ -256,7 +256,13 @@ def _checker(
 def verify_merged(
     source: TensorFile, merged: TensorFile, terms: Mapping[str, Sequence[Term]], advance: Advance
 ) -> float:
-    """Compare every tensor of a merged file with its source; `advance` is called with the bytes compared.
+    """Compare every tensor of a merged file with its source.
+
+    Args:
+        source: the base's file.
+        merged: the file that was written.
+        terms: the updates by name of tensor.
+        advance: called with the bytes compared.
 
     Returns:
         The largest rounding error of a touched weight beyond the accumulation's own, in units in the last place of

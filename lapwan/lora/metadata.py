@@ -40,7 +40,12 @@ def boundary_from_metadata(metadata: Mapping[str, str]) -> float | None:
 
 
 def saved_step(path: Path, metadata: Mapping[str, str]) -> int | None:
-    """The step a file was saved at: by its folder `step_400`, its metadata (`lapwan.step`, `ss_steps`), or its name."""
+    """The step a file was saved at: by its folder `step_400`, its metadata (`lapwan.step`, `ss_steps`), or its name.
+
+    Args:
+        path: the file.
+        metadata: its safetensors metadata.
+    """
     if match := _STEP_FOLDER.match(path.parent.name):
         return int(match[1])
     for key in ("lapwan.step", "ss_steps"):
@@ -52,6 +57,11 @@ def saved_step(path: Path, metadata: Mapping[str, str]) -> int | None:
 
 class AdapterConfig:
     """The part of PEFT's LoraConfig that sets alpha: `lora_alpha`, `alpha_pattern`, `use_rslora`.
+
+    Args:
+        values: the LoraConfig as read from JSON.
+        source: where it was read, for messages.
+        has_magnitudes: the file holds DoRA's magnitudes.
 
     Raises:
         UserError: DoRA without magnitudes in the file, or an alpha that is not a number.
@@ -75,7 +85,12 @@ class AdapterConfig:
             raise UserError(f"{source}: lora_alpha or alpha_pattern is not a number")
 
     def alpha(self, path: str, rank: int) -> float:
-        """alpha such that scale = alpha / r; rsLoRA's scale is lora_alpha / sqrt(r) (arXiv 2312.03732)."""
+        """alpha such that scale = alpha / r; rsLoRA's scale is lora_alpha / sqrt(r) (arXiv 2312.03732).
+
+        Args:
+            path: diffusers' path of the module.
+            rank: r of the module.
+        """
         alpha = self._alpha
         original = original_target(path)
         names = (path, original[0]) if original else (path,)
@@ -129,7 +144,12 @@ def _strip_component(key: str) -> str:
 
 def file_metadata(state: AdapterState, alpha_in_metadata: bool) -> dict[str, str]:
     """Metadata of a LoRA file: the state's, lapwan's format and fingerprint, and the `ss_*` and `modelspec.*` keys that
-    other tools read; with `alpha_in_metadata` also what diffusers reads instead of `.alpha` tensors."""
+    other tools read; with `alpha_in_metadata` also what diffusers reads instead of `.alpha` tensors.
+
+    Args:
+        state: the adapter to write.
+        alpha_in_metadata: the file has no `.alpha` tensors.
+    """
     metadata = {key: value for key, value in state.metadata.items() if key != ADAPTER_METADATA_KEY}
     metadata[FORMAT_KEY] = FORMAT
     metadata[FINGERPRINT_KEY] = state.fingerprint()

@@ -19,6 +19,13 @@ _HIGH_STARTS_FROM = 500.0
 def noise_expert_from_metadata(metadata: Mapping[str, str], path: Path) -> NoiseExpert | None:
     """From lapwan's key, else from the training range musubi writes (`modelspec.timestep_range = "875,1000"`).
 
+    Args:
+        metadata: the file's.
+        path: the file, for the message.
+
+    Returns:
+        The noise expert; None if the metadata does not say.
+
     Raises:
         UserError: lapwan's key has a value other than high or low; `path` is named in the message.
     """
@@ -67,7 +74,12 @@ def join_metadata(both: Mapping[NoiseExpert, Mapping[str, str]]) -> dict[str, st
 
 
 def metadata_for(metadata: Mapping[str, str], noise_expert: NoiseExpert) -> dict[str, str]:
-    """The inverse of `join_metadata` for one noise expert, without `lapwan.noise_expert`."""
+    """The inverse of `join_metadata` for one noise expert, without `lapwan.noise_expert`.
+
+    Args:
+        metadata: as `join_metadata` returns it.
+        noise_expert: whose entries are selected.
+    """
     selected: dict[str, str] = {}
     for key, value in metadata.items():
         stem, _, last = key.rpartition(".")

@@ -38,7 +38,12 @@ class ReadBack:
 def reader(
     path: Path, states: Mapping[NoiseExpert, AdapterState] | Mapping[NoiseExpert | None, AdapterState]
 ) -> Callable[[Path], None]:
-    """A `check` for `formats.write_lora`: compares the file with `states` and logs one line under the name `path`."""
+    """A `check` for `formats.write_lora`: compares the file with `states` and logs one line under the name `path`.
+
+    Args:
+        path: the file's name in messages.
+        states: as in `compare_written`.
+    """
     def check(written: Path) -> None:
         result = compare_written(written, states, path)
         worst = f", largest relative error of ΔW {result.error:.2g} in {result.path}" if result.path else ", ΔW exact"
@@ -82,7 +87,12 @@ def _mismatch(path: Path, module: str) -> UserError:
 
 def relative_error(wanted: WeightUpdate, written: WeightUpdate) -> float | None:
     """‖ΔW_written − ΔW‖ / ‖ΔW‖ (of a ΔW that depends on W: the largest such ratio of a factor); None if a factor
-    differs by more than rounding."""
+    differs by more than rounding.
+
+    Args:
+        wanted: the update in memory.
+        written: the update read from the file.
+    """
     if _identical(wanted, written):
         return 0.0
     first, second = (update.map(Tensor.double).folded(torch.float64).parts() for update in (wanted, written))

@@ -45,7 +45,11 @@ class WeightUpdate(ABC):
     @classmethod
     @abstractmethod
     def from_parts(cls, parts: Mapping[str, Tensor], alpha: float | None) -> Self:
-        """The inverse of `parts`; `alpha` None means scale 1.
+        """The inverse of `parts`.
+
+        Args:
+            parts: tensors by part.
+            alpha: numerator of the scale; None: scale 1.
 
         Raises:
             ValueError: shapes that are not `FORM`.
@@ -149,6 +153,13 @@ def _rows_of(matrix: Tensor | None) -> BaseRows | None:
 class LowRank(WeightUpdate):
     """A low-rank pair in its stored dtype; of a convolution, A is [r, in, *kernel] and B [out, r, 1, ...].
 
+    Source: LoRA (arXiv 2106.09685).
+
+    Args:
+        down: A [r, in].
+        up: B [out, r].
+        alpha: numerator of the scale alpha / r.
+
     Raises:
         ValueError: A and B are not [r, in] and [out, r].
     """
@@ -244,7 +255,12 @@ class Term:
     multiplier: float
 
     def prepare(self, dtype: torch.dtype, base_rows: BaseRows) -> AddRows:
-        """Implements `checkpoints.rewrite.Update`: tensors are converted once, not for every tile."""
+        """Implements `checkpoints.rewrite.Update`: tensors are converted once, not for every tile.
+
+        Args:
+            dtype: of the computation.
+            base_rows: reads rows of the weight.
+        """
         return self.module.prepare(self.multiplier, dtype, base_rows)
 
 

@@ -27,7 +27,11 @@ class SigmaSampler(Protocol):
         """F(sigma)."""
 
     def inverse(self, u_B: Tensor) -> Tensor:
-        """F⁻¹(u), in fp64."""
+        """F⁻¹(u), in fp64.
+
+        Args:
+            u_B: [B] uniform in [0, 1], fp64.
+        """
 
     def for_tokens(self, tokens: int) -> SigmaSampler:
         """The sampler for clips of `tokens` tokens per frame; itself if it does not depend on the size."""
@@ -53,7 +57,12 @@ class Uniform(_SizeIndependent):
 
 @dataclass(frozen=True)
 class LogitNormal(_SizeIndependent):
-    """sigma = sigmoid(mean + std·z), z ~ N(0, 1). Source: Esser et al., SD3 (arXiv 2403.03206)."""
+    """sigma = sigmoid(mean + std·z), z ~ N(0, 1). Source: Esser et al., SD3 (arXiv 2403.03206).
+
+    Args:
+        mean: of the normal; above 0: more noise.
+        std: of the normal, above 0.
+    """
 
     mean: float = 0.0
     std: float = 1.0
@@ -70,7 +79,14 @@ class LogitNormal(_SizeIndependent):
 
 @dataclass(frozen=True)
 class Shifted:
-    """sigma' = s·sigma / (1 + (s − 1)·sigma) of the inner sampler's sigma: more draws near pure noise for s > 1."""
+    """sigma' = s·sigma / (1 + (s − 1)·sigma) of the inner sampler's sigma: more draws near pure noise for s > 1.
+
+    Source: Esser et al., SD3 (arXiv 2403.03206).
+
+    Args:
+        inner: the distribution before the shift.
+        shift: s, above 0.
+    """
 
     inner: SigmaSampler
     shift: float
@@ -112,7 +128,13 @@ class ShiftedBySize:
 
 @dataclass(frozen=True)
 class Squeezed:
-    """sigma' = low + (high − low)·sigma of the inner sampler's sigma: the whole distribution squeezed into the band."""
+    """sigma' = low + (high − low)·sigma of the inner sampler's sigma: the whole distribution squeezed into the band.
+
+    Args:
+        inner: the distribution over [0, 1].
+        low: lower end of the band.
+        high: upper end of the band.
+    """
 
     inner: SigmaSampler
     low: float

@@ -56,6 +56,10 @@ class Mixture(nn.Module):
     """Router and timestep gates as modules, and each noise expert's LoRA experts as states by family.
 
     During training the experts are in the transformers' adapters; `collect` copies them back for saving.
+
+    Args:
+        spec: what the mixture's file says of it; sizes and kinds of its modules.
+        states: LoRA experts by noise expert and family.
     """
 
     def __init__(self, spec: MixtureSpec, states: Mapping[NoiseExpert, Mapping[str, AdapterState]]) -> None:

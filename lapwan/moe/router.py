@@ -110,6 +110,13 @@ class TextRouter(Router, kind="text"):
     """p = softmax(MLP(LayerNorm(mean of the text features)) / T): learns the family from the prompt.
 
     Without hidden layers, softmax((W·LayerNorm(mean) + b) / T): less overfitting with few captions.
+
+    Args:
+        text_dim: D of the text features.
+        experts: E.
+        temperature: T, above 0.
+        sigma: reads the noise level too.
+        hidden: widths of the hidden layers.
     """
 
     reads_text = True
@@ -148,7 +155,13 @@ class LinearTextRouter(TextRouter, kind="linear"):
 
 
 class LabelRouter(Router, kind="label"):
-    """p = softmax((W·label weights + b) / T): for captions in a language that the text encoder encodes badly."""
+    """p = softmax((W·label weights + b) / T): for captions in a language that the text encoder encodes badly.
+
+    Args:
+        experts: E.
+        temperature: T, above 0.
+        sigma: reads the noise level too.
+    """
 
     def __init__(self, experts: int, temperature: float = 1.0, sigma: bool = False) -> None:
         super().__init__()

@@ -12,6 +12,16 @@ class TimestepGate(nn.Module):
 
     Piecewise linear, positive, constant beyond the ends. Starts at `at_low` at the low end of sigma and at `at_high`
     at the high end: stronger late in sampling, where detail such as an instrument's head is formed.
+
+    Args:
+        low: lower end of the band, a sigma.
+        high: upper end.
+        knots: their number, at least 2.
+        at_low: initial strength at `low`, above 0.
+        at_high: initial strength at `high`, above 0.
+
+    Raises:
+        ValueError: arguments out of these ranges.
     """
 
     def __init__(

@@ -20,7 +20,12 @@ from lapwan.names import Band, NoiseExpert
 
 def inference_sigmas(mixture: Mixture, noise_expert: NoiseExpert) -> list[float]:
     """σ_i = s·t_i / (1 + (s − 1)·t_i), t = linspace(1, 1/1000, N + 1) without its end (diffusers' UniPC grid): those of
-    the base model's N sampling steps that are in the band of `noise_expert`."""
+    the base model's N sampling steps that are in the band of `noise_expert`.
+
+    Args:
+        mixture: its spec holds the base model's N steps, flow shift s and bands.
+        noise_expert: whose band.
+    """
     spec = mixture.spec
     band = Band(*spec.bands[noise_expert])
     t_N = torch.linspace(1, 1 / 1000, spec.steps + 1, dtype=torch.float64)[:-1]

@@ -71,12 +71,22 @@ class RewardKind(ABC, Generic[SettingsOfKind]):
         """
 
     def bytes(self, settings: SettingsOfKind, device_type: str, images: int) -> int:
-        """Bytes of its weights, and of the activations kept for the backward through `images` images."""
+        """Bytes of its weights, and of the activations kept for the backward through `images` images.
+
+        Args:
+            settings: of the reward.
+            device_type: cpu or cuda.
+            images: scored at once.
+        """
         return 0
 
     @abstractmethod
     def make(self, settings: SettingsOfKind, device: torch.device | str) -> Reward:
         """The reward on the device.
+
+        Args:
+            settings: of the reward.
+            device: of its weights.
 
         Raises:
             UserError: a file is missing or of the wrong kind.
@@ -97,6 +107,10 @@ class EmbeddingCache:
 
         `encode` is called with one new caption at a time: the last bits of a batch depend on its size, and a resumed
         run has its captions in other batches.
+
+        Args:
+            captions: N texts.
+            encode: texts -> [N, D].
         """
         for caption in captions:
             if caption not in self._rows:
@@ -106,12 +120,23 @@ class EmbeddingCache:
 
 
 def score(reward: Reward, pixels_BCHW: Tensor, captions: Sequence[str]) -> Tensor:
-    """scale·⟨image, text⟩ of each image with its caption: [B]; CLIP score and PickScore as published."""
+    """scale·⟨image, text⟩ of each image with its caption: [B]; CLIP score and PickScore as published.
+
+    Args:
+        reward: the reward.
+        pixels_BCHW: [B, 3, H, W] in [0, 1], on the reward's device.
+        captions: one per image.
+    """
     return reward.scale * (reward.image(pixels_BCHW) * reward.text(captions)).sum(dim=-1)
 
 
 def warn_chinese(rewards: Mapping[str, Reward], captions: Iterable[str]) -> None:
-    """Warn if captions are Chinese and a reward's text encoder knows English only: it would score by noise."""
+    """Warn if captions are Chinese and a reward's text encoder knows English only: it would score by noise.
+
+    Args:
+        rewards: by name.
+        captions: of the training or evaluation.
+    """
     texts = list(captions)
     count = count_chinese(texts)
     english = [name for name, reward in rewards.items() if reward.english_text]
@@ -121,7 +146,15 @@ def warn_chinese(rewards: Mapping[str, Reward], captions: Iterable[str]) -> None
 
 
 def select_frames(num_frames: int, rule: str | int) -> list[int]:
-    """The frames of a video that are scored: `all`, `first`, or k evenly spaced from the first to the last."""
+    """The frames of a video that are scored: `all`, `first`, or k evenly spaced from the first to the last.
+
+    Args:
+        num_frames: frames of the video.
+        rule: `all`, `first`, or k.
+
+    Returns:
+        Indices in rising order.
+    """
     if rule == "first" or num_frames == 1:
         return [0]
     if rule == "all":
