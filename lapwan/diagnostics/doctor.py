@@ -143,9 +143,16 @@ def _disk(folder: Path) -> Iterator[Finding]:
 
 
 def disk_speed(folder: Path, most_bytes: int = 512 << 20) -> tuple[float, float]:
-    """Bytes a second of writing and of reading a temporary file in `folder`: at most `most_bytes`, and 1.5 s each.
+    """Bytes a second of writing and of reading a temporary file, each measured for at most 1.5 s.
 
     What is read has been flushed to the disk and dropped from the page cache where the system allows it.
+
+    Args:
+        folder: where the file is written and removed again.
+        most_bytes: largest size of the file.
+
+    Raises:
+        OSError: the folder cannot be written to.
     """
     path = folder / f".lapwan-speed-{os.getpid()}"
     chunk = os.urandom(1 << 20) * (_CHUNK >> 20)

@@ -52,7 +52,13 @@ def history(
 def growth(
     points: Sequence[Checkpoint], figures: Sequence[Mapping[str, Figures]], lines: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The `growth` list of the JSON: an entry per pair of successive checkpoints; `lines` are the run's metrics."""
+    """The `growth` list of the JSON: an entry per pair of successive checkpoints.
+
+    Args:
+        points: checkpoints by rising step.
+        figures: of each checkpoint, by label.
+        lines: the run's metrics, as `run_folder.metrics` reads them.
+    """
     entries: list[dict[str, Any]] = []
     for k in range(1, len(points)):
         entry: dict[str, Any] = {"from_step": points[k - 1].step, "to_step": points[k].step}
@@ -97,7 +103,16 @@ def _relative(before: float | None, after: float | None) -> float | None:
 def update_cosine(
     first: Mapping[str, Entry], second: Mapping[str, Entry], third: Mapping[str, Entry]
 ) -> float | None:
-    """cos(W_3 − W_2, W_2 − W_1) over the low-rank pairs that all three have, from inner products of the factors."""
+    """cos(W_3 − W_2, W_2 − W_1) over the low-rank pairs that all three have, from inner products of the factors.
+
+    Args:
+        first: modules by path of a checkpoint, W_1.
+        second: of the next one, W_2.
+        third: of the one after it, W_3.
+
+    Returns:
+        The cosine in [-1, 1]; None if one of the differences is 0.
+    """
     dot = norm_new = norm_old = 0.0
     for path in third:
         if path not in second or path not in first:

@@ -51,7 +51,12 @@ class Inspection:
 
 
 def inspect(settings: InspectWeightsSettings, points: Sequence[Checkpoint], folder: Path) -> Inspection:
-    """Measure and judge the checkpoints `points` of `read_points`; prints and writes nothing.
+    """Measure and judge checkpoints; prints and writes nothing.
+
+    Args:
+        settings: the base, the preset and learning rates of the verdict, and the grouping.
+        points: as `read_points` returns them, by rising step.
+        folder: the run's, with its metrics.
 
     Raises:
         UserError: a base without the LoRA's noise expert or modules.

@@ -222,7 +222,12 @@ def summarise(modules: Iterable[ModuleFigures]) -> Figures:
 
 
 def group_by(modules: Iterable[ModuleFigures], key: Callable[[ModuleFigures], str]) -> dict[str, list[ModuleFigures]]:
-    """Modules by block or projection, in order."""
+    """Modules by block or projection, in order.
+
+    Args:
+        modules: figures of each module.
+        key: the group of a module.
+    """
     groups: dict[str, list[ModuleFigures]] = {}
     for module in modules:
         groups.setdefault(key(module), []).append(module)
@@ -253,6 +258,11 @@ def weight_norms(
     files: Sequence[Path], paths: Iterable[str], advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, float]:
     """‖W‖_F of the tensors that `paths` name in a transformer, streamed in tiles.
+
+    Args:
+        files: the transformer's .safetensors files.
+        paths: diffusers' paths of the tensors.
+        advance: called with 1 after each tensor.
 
     Raises:
         UserError: a module that the transformer lacks.

@@ -105,7 +105,12 @@ def overlap(families: Mapping[str, Mapping[str, LowRank]]) -> dict[str, dict[str
 
 
 def timestep_gate(mixture: Mixture, noise_expert: NoiseExpert) -> dict[str, Any]:
-    """The curve w(σ) at its knots, and its range over the base model's sampling sigmas (None if those are unknown)."""
+    """The curve w(σ) at its knots, and its range over the base model's sampling sigmas (None if those are unknown).
+
+    Args:
+        mixture: the mixture.
+        noise_expert: whose gate.
+    """
     gate = mixture.timestep_gate(noise_expert)
     sigmas = torch.linspace(gate.low, gate.high, gate.knots)
     with torch.no_grad():
@@ -123,7 +128,13 @@ def timestep_gate(mixture: Mixture, noise_expert: NoiseExpert) -> dict[str, Any]
 def gated_norms(
     mixture: Mixture, noise_expert: NoiseExpert, figures: Mapping[str, Figures]
 ) -> dict[str, dict[str, Any]]:
-    """By family: α / r (None where modules differ), and w̄·‖ΔW_e‖, the norm of its change when it acts alone."""
+    """By family: α / r (None where modules differ), and w̄·‖ΔW_e‖, the norm of its change when it acts alone.
+
+    Args:
+        mixture: the mixture; w̄ is the mean of w(σ) over its sampling sigmas.
+        noise_expert: whose experts.
+        figures: of each LoRA expert, by family.
+    """
     grid = inference_sigmas(mixture, noise_expert)
     mean = gate_range(mixture, noise_expert, grid).mean if grid else None
     norms: dict[str, dict[str, Any]] = {}

@@ -47,7 +47,11 @@ class Checkpoint:
 
 
 def pair(high: Path, low: Path) -> Checkpoint:
-    """Two files, the high noise expert's first.
+    """A checkpoint from two LoRA files.
+
+    Args:
+        high: the high noise expert's.
+        low: the low noise expert's.
 
     Raises:
         UserError: a file whose metadata names the other noise expert.
@@ -135,6 +139,14 @@ def noise_expert_steps(lines: Sequence[Mapping[str, Any]], label: str, step: int
 
     If only every k-th step is logged, there are 1/k as many lines; growth uses a quotient of two counts, in which k
     cancels.
+
+    Args:
+        lines: the run's metrics.
+        label: of the noise expert.
+        step: the run's step; None: unknown.
+
+    Returns:
+        The count; None if neither it nor the step is known.
     """
     counted = [line["own_step"] for line in lines if line.get("noise_expert") == label and "own_step" in line
                and step is not None and line["step"] <= step]
@@ -147,7 +159,12 @@ def noise_expert_steps(lines: Sequence[Mapping[str, Any]], label: str, step: int
 
 
 def learning_rates(lines: Sequence[Mapping[str, Any]], step: int | None) -> dict[str, float]:
-    """The last lr of each noise expert at or before `step`."""
+    """The last lr of each noise expert at or before `step`.
+
+    Args:
+        lines: the run's metrics.
+        step: None: the last line counts.
+    """
     rates: dict[str, float] = {}
     for line in lines:
         rate, label, at = line.get("lr"), line.get("noise_expert"), line.get("step")

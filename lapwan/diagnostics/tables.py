@@ -36,7 +36,12 @@ _SHORT = {
 
 
 def ratios(figures: Mapping[str, Figures], rates: Mapping[str, float]) -> dict[str, float | None]:
-    """high / low of each figure and of the lr; None if one of them is absent."""
+    """high / low of each figure and of the lr; None if one of them is absent.
+
+    Args:
+        figures: by noise expert, `high` and `low`.
+        rates: lr by noise expert.
+    """
     result: dict[str, float | None] = {}
     for name in (*RATIOS, *_MORE_RATIOS):
         values = [getattr(figures[label], name) if label in figures else None for label in ("high", "low")]
@@ -46,7 +51,12 @@ def ratios(figures: Mapping[str, Figures], rates: Mapping[str, float]) -> dict[s
 
 
 def grouped(modules: Mapping[str, Sequence[ModuleFigures]], by: By) -> dict[str, dict[str, Figures]]:
-    """Figures by group, then by label; blocks in numerical order."""
+    """Figures by group, then by label; blocks in numerical order.
+
+    Args:
+        modules: figures of each module, by label.
+        by: block or projection.
+    """
     groups: dict[str, dict[str, Figures]] = {}
     for label, label_modules in modules.items():
         for name, members in group_by(label_modules, lambda m: m.block if by == "block" else m.projection).items():
@@ -121,7 +131,12 @@ def kinds_table(other: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def figure_table(title: str, figures: Mapping[str, Figures]) -> Table:
-    """A row for each figure, a column for each noise expert, and high / low."""
+    """A row for each figure, a column for each noise expert, and high / low.
+
+    Args:
+        title: of the table.
+        figures: by noise expert.
+    """
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     for label in figures:
@@ -139,7 +154,12 @@ def figure_table(title: str, figures: Mapping[str, Figures]) -> Table:
 
 
 def group_tables(groups: Mapping[str, Mapping[str, Figures]], by: By) -> list[Table]:
-    """By block or projection: a table of all figures for each noise expert, and one of high / low."""
+    """By block or projection: a table of all figures for each noise expert, and one of high / low.
+
+    Args:
+        groups: as `grouped` returns them.
+        by: block or projection.
+    """
     labels = list(dict.fromkeys(label for by_label in groups.values() for label in by_label))
     tables = []
     for label in labels:
@@ -169,7 +189,12 @@ def _narrow(title: str, by: By, groups: Iterable[str], columns: Sequence[str]) -
 
 
 def overlap_table(label: str, described: Mapping[str, Any]) -> Table:
-    """A mixture's experts: their norms and overlaps."""
+    """A mixture's experts: their norms and overlaps.
+
+    Args:
+        label: of the noise expert.
+        described: its entry of `mixture` in the JSON document.
+    """
     families = described["families"]
     table = Table(title=f"{label}: experts", title_justify="left", box=None, pad_edge=False)
     for name in ("expert", "mean|B|", "update", "alpha / rank", "gated", *(f"overlap {family}" for family in families)):

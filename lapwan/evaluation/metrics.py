@@ -80,12 +80,23 @@ class Judge(Protocol):
         ...
 
     def score(self, metric: str, frames_THWC: np.ndarray, clip: EvaluationClip) -> Mapping[str, float]:
-        """The figures of one metric for one video (uint8 RGB), NaN where it has none."""
+        """The figures of one metric for one video (uint8 RGB), NaN where it has none.
+
+        Args:
+            metric: `identity` or `tip`.
+            frames_THWC: uint8 RGB.
+            clip: the clip that the video was made for.
+        """
         ...
 
 
 class JudgeMetrics:
-    """A judge's figures of one metric: `identity`, or `tip_accuracy`."""
+    """A judge's figures of one metric: `identity`, or `tip_accuracy`.
+
+    Args:
+        judge: reads the video.
+        metric: `identity` or `tip`.
+    """
 
     def __init__(self, judge: Judge, metric: str) -> None:
         self._judge, self._metric = judge, metric
@@ -100,7 +111,13 @@ class JudgeMetrics:
 
 
 def psnr(a_THWC: np.ndarray, b_THWC: np.ndarray, region_THW: np.ndarray | None = None) -> float:
-    """10·log10(255² / MSE) in dB over all frames, at most 100; `region_THW` weights the pixels."""
+    """10·log10(255² / MSE) in dB over all frames, at most 100.
+
+    Args:
+        a_THWC: uint8 frames.
+        b_THWC: uint8 frames of the same shape.
+        region_THW: weights of the pixels; None: all equal.
+    """
     error_THW = np.square(a_THWC.astype(np.float64) - b_THWC.astype(np.float64)).mean(axis=-1)
     mse = float(error_THW.mean() if region_THW is None else (error_THW * region_THW).sum() / region_THW.sum())
     return PSNR_CAP if mse == 0 else min(PSNR_CAP, float(10 * np.log10(255.0**2 / mse)))
@@ -126,6 +143,10 @@ def ssim_map(a_THWC: np.ndarray, b_THWC: np.ndarray) -> np.ndarray:
         (2·μ_a·μ_b + C1)(2·σ_ab + C2) / ((μ_a² + μ_b² + C1)(σ_a² + σ_b² + C2))
 
     Source: Wang et al., Image quality assessment (IEEE TIP 2004).
+
+    Args:
+        a_THWC: uint8 RGB frames.
+        b_THWC: uint8 RGB frames of the same shape.
     """
     a, b = _luma(a_THWC), _luma(b_THWC)
     mean_a, mean_b = _blur(a), _blur(b)
@@ -177,7 +198,14 @@ def metric_names(scorers: Sequence[Scorer]) -> tuple[str, ...]:
 
 class RewardMetrics:
     """`NAME_score`: mean over frames of a reward's score against the prompt (CLIP: 100·cosine with its own scale), and
-    `NAME_steadiness`: mean cosine of neighbouring frames' embeddings."""
+    `NAME_steadiness`: mean cosine of neighbouring frames' embeddings.
+
+    Args:
+        name: of the reward, in the metrics' names.
+        load: makes the reward, on first use.
+        device: of the pixels and the reward.
+        frames: how many are scored, evenly spaced.
+    """
 
     def __init__(self, name: str, load: Callable[[], Reward], device: torch.device, frames: int = 8) -> None:
         self._name, self._load, self._device, self._frames = name, load, device, frames
@@ -243,7 +271,15 @@ def unavailable_metrics(
     clips: Sequence[EvaluationClip], from_image: bool, shape: VideoShape, judge: Judge | None,
     rewards: Mapping[str, object],
 ) -> dict[str, str | None]:
-    """Why each metric cannot be measured; None if it can."""
+    """Why each metric cannot be measured, by metric; None if it can.
+
+    Args:
+        clips: to generate.
+        from_image: whether every video starts from its clip's first frame.
+        shape: of the videos.
+        judge: measures `identity` and `tip`; None: there is none.
+        rewards: by name.
+    """
     return {
         "identity": _not_judged("identity", judge, clips, shape), "tip": _no_tip(judge, clips, from_image, shape),
         "reference": next((error for clip in clips if (error := clip.reference_error(shape)) is not None), None),

@@ -99,10 +99,7 @@ def saved_loras(steps: Sequence[SavedStep]) -> dict[NoiseExpert | None, list[Sav
 
 
 def average_weights(saved: Sequence[SavedLora | SavedStep], decay: float | None) -> list[float]:
-    """w_k, the weight of each checkpoint in the average; they sum to 1.
-
-    With a decay, the masses of an exponential moving average per step that keeps each checkpoint's values since the one
-    before it: decay^(end − step) · (1 − decay^(step − since)).
+    """w_k, the weight of each checkpoint in the average, by the formula above; they sum to 1.
 
     Args:
         saved: checkpoints by rising step.

@@ -101,7 +101,7 @@ def open_for_use(path: Path, rule: KeyRule = "default") -> dict[NoiseExpert | No
     """`open_lora` without full deltas of zeros, which some files have for every norm: they change nothing.
 
     Args:
-        path: a .safetensors file or PEFT folder.
+        path: a .safetensors file, one of `torch.save`, or a PEFT folder.
         rule: which unknown tensors may be dropped; with `strict` full deltas of zeros stay too.
 
     Returns:

@@ -405,6 +405,7 @@ def build_update(parts: Mapping[str, Tensor], alpha: float | None) -> WeightUpda
 
     Raises:
         ValueError: shapes that do not fit each other.
+        ValueError: parts of two kinds.
     """
     parts = without_cores(parts)
     return kind_of(parts).from_parts(parts, alpha)

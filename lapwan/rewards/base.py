@@ -76,7 +76,7 @@ class RewardKind(ABC, Generic[SettingsOfKind]):
         Args:
             settings: of the reward.
             device_type: cpu or cuda.
-            images: scored at once.
+            images: those of a backward.
         """
         return 0
 

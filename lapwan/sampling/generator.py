@@ -197,7 +197,7 @@ class Generator:
         Args:
             preview: a .png, rewritten after each step with three frames of the first video's current estimate.
             on_step: called with the steps done and all steps after each; what it raises ends the sampling.
-            requests: of the same frames, size, steps and sampler; see `begin`.
+            requests: of one size, grid and guidance.
 
         Raises:
             ValueError: no requests, or requests that cannot share a batch.

@@ -36,6 +36,15 @@ def load_transformer(
     """A noise expert's transformer through diffusers, frozen and in eval mode.
 
     diffusers keeps norms, scale_shift_table and time embedder in fp32 under a lower `dtype`, as Wan was trained.
+
+    Args:
+        spec: the model.
+        noise_expert: whose transformer.
+        dtype: of the blocks' weights.
+        device: of the weights.
+
+    Raises:
+        UserError: the model lacks the noise expert, or a file is damaged or does not fit its config.
     """
     from diffusers import WanTransformer3DModel
 
@@ -139,7 +148,12 @@ class WanBackbone:
         self.options.selective = compiled_block(selective=True) if on else None
 
     def checkpoint(self, kind: Checkpointing, whole_blocks: int = 0) -> None:
-        """Choose what a backward recomputes; see `ForwardOptions`."""
+        """Choose what a backward recomputes.
+
+        Args:
+            kind: see `ForwardOptions`.
+            whole_blocks: see `ForwardOptions`.
+        """
         self.options.checkpointing, self.options.whole_blocks = kind, whole_blocks
         if self.options.diffusers_forward and kind == "block":
             self.transformer.enable_gradient_checkpointing()

@@ -25,14 +25,24 @@ RunLayer = Callable[[Tensor, list[Any]], Tensor]
 
 
 def condition_video(image_BCHW: Tensor, frames: int) -> Tensor:
-    """The pixel video `[image, 0, 0, ...]` of `frames` frames: zero is mid-grey in [-1, 1]."""
+    """The pixel video `[image, 0, 0, ...]` of `frames` frames: zero is mid-grey in [-1, 1].
+
+    Args:
+        image_BCHW: [B, 3, H, W] in [-1, 1].
+        frames: 4N+1.
+    """
     video = image_BCHW.new_zeros(*image_BCHW.shape[:2], frames, *image_BCHW.shape[2:])
     video[:, :, 0] = image_BCHW
     return video
 
 
 def first_frame_mask(latents_BCTHW: Tensor, channels: int = 4) -> Tensor:
-    """[B, 4, T, H, W]: 1 on the first latent frame (one channel per pixel frame of a latent frame), 0 after it."""
+    """[B, 4, T, H, W]: 1 on the first latent frame (one channel per pixel frame of a latent frame), 0 after it.
+
+    Args:
+        latents_BCTHW: for their shape, dtype and device.
+        channels: pixel frames of a latent frame.
+    """
     batch, _, frames, height, width = latents_BCTHW.shape
     mask = latents_BCTHW.new_zeros(batch, channels, frames, height, width)
     mask[:, :, 0] = 1
@@ -48,12 +58,29 @@ def image_condition(vae: AutoencoderKLWan, image_BCHW: Tensor, frames: int) -> T
     """`mask | encode([image, 0, ...])`: image [B, 3, H, W] in [-1, 1] -> [B, 20, N+1, H/8, W/8] in fp32.
 
     Source: diffusers' WanImageToVideoPipeline.prepare_latents.
+
+    Args:
+        vae: the VAE.
+        image_BCHW: the first frame.
+        frames: 4N+1 frames of the video.
+
+    Raises:
+        ValueError: the frame count is not 4N+1.
     """
     return with_mask(encode_condition(vae, image_BCHW, frames))
 
 
 def encode_condition(vae: AutoencoderKLWan, image_BCHW: Tensor, frames: int) -> Tensor:
-    """`encode([image, 0, ...])`, normalised: [B, 16, N+1, H/8, W/8] in fp32; through `encode_static` if possible."""
+    """`encode([image, 0, ...])`, normalised: [B, 16, N+1, H/8, W/8] in fp32; through `encode_static` if possible.
+
+    Args:
+        vae: the VAE.
+        image_BCHW: [B, 3, H, W] in [-1, 1].
+        frames: 4N+1 frames of the video.
+
+    Raises:
+        ValueError: the frame count is not 4N+1.
+    """
     if _has_plain_encoder(vae) and (frames - 1) % 4 == 0:
         image = image_BCHW.to(device=vae.device, dtype=vae.dtype)
         return normalise(vae, encode_static(vae, image, frames)[0].float())
@@ -67,6 +94,11 @@ def _has_plain_encoder(vae: AutoencoderKLWan) -> bool:
 
 def encode_static(vae: AutoencoderKLWan, image_BCHW: Tensor, frames: int) -> tuple[Tensor, int, int]:
     """The mode of `encode([image, 0, ...])` before normalisation, bit for bit.
+
+    Args:
+        vae: the VAE, with diffusers' plain encoder.
+        image_BCHW: [B, 3, H, W] in [-1, 1], on the VAE's device and in its dtype.
+        frames: 4N+1 frames of the video.
 
     Returns:
         Latents [B, C, N+1, H/8, W/8], how many layer evaluations were done, and how many `vae.encode` does.

@@ -92,6 +92,11 @@ def encode_text(encoder: TextEncoder, prompts: Sequence[str], length: int = TEXT
     """[n tokens, D] per prompt, not padded, in the encoder's dtype; a prompt is truncated to `length` tokens.
 
     The batch is padded to its longest prompt and masked, so that a prompt's features do not depend on the others.
+
+    Args:
+        encoder: umT5 and its tokenizer.
+        prompts: texts, cleaned here as Wan does.
+        length: most tokens of a prompt.
     """
     tokens = encoder.tokenizer(
         [clean_prompt(prompt) for prompt in prompts], padding="longest", max_length=length, truncation=True,
@@ -103,7 +108,12 @@ def encode_text(encoder: TextEncoder, prompts: Sequence[str], length: int = TEXT
 
 
 def pad_text(features: Sequence[Tensor], length: int = TEXT_LENGTH) -> Tensor:
-    """[n, D] tensors -> [B, length, D], zeros after the text; Wan attends to those rows too, without a mask."""
+    """[n, D] tensors -> [B, length, D], zeros after the text; Wan attends to those rows too, without a mask.
+
+    Args:
+        features: one [n, D] tensor per prompt, n at most `length`.
+        length: rows of the result.
+    """
     padded = features[0].new_zeros(len(features), length, features[0].shape[-1])
     for row, feature in zip(padded, features, strict=True):
         row[: feature.shape[0]] = feature

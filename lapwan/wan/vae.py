@@ -37,7 +37,13 @@ Stage = Callable[[Tensor, ConvCache, list[int], bool], Tensor]
 def load_vae(
     spec: ModelSpec, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> AutoencoderKLWan:
-    """The model's VAE, frozen and in eval mode (from_pretrained leaves its parameters trainable). fp32 is safest."""
+    """The model's VAE, frozen and in eval mode (from_pretrained leaves its parameters trainable). fp32 is safest.
+
+    Args:
+        spec: the model.
+        dtype: of the weights.
+        device: of the weights.
+    """
     from diffusers import AutoencoderKLWan
 
     folder = spec.path / "vae"
@@ -85,19 +91,33 @@ def _per_channel(values: list[float], like: Tensor) -> Tensor:
 
 
 def normalise(vae: AutoencoderKLWan, raw_BCTHW: Tensor) -> Tensor:
-    """`(z - mean) / std` per channel, in z's dtype, on z's device."""
+    """`(z - mean) / std` per channel, in z's dtype, on z's device.
+
+    Args:
+        vae: its config has `latents_mean` and `latents_std`.
+        raw_BCTHW: z as the encoder returns it.
+    """
     mean, std = vae.config.latents_mean, vae.config.latents_std
     return (raw_BCTHW - _per_channel(mean, raw_BCTHW)) / _per_channel(std, raw_BCTHW)
 
 
 def denormalise(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
-    """`z * std + mean` per channel, in z's dtype, on z's device."""
+    """`z * std + mean` per channel, in z's dtype, on z's device.
+
+    Args:
+        vae: its config has `latents_mean` and `latents_std`.
+        latents_BCTHW: normalised latents.
+    """
     mean, std = vae.config.latents_mean, vae.config.latents_std
     return latents_BCTHW * _per_channel(std, latents_BCTHW) + _per_channel(mean, latents_BCTHW)
 
 
 def encode(vae: AutoencoderKLWan, pixels_BCTHW: Tensor) -> Tensor:
     """`(mode(encode(x)) - mean) / std`: pixels [B, 3, 4N+1, H, W] in [-1, 1] -> latents [B, C, N+1, H/8, W/8] in fp32.
+
+    Args:
+        vae: the VAE; pixels are moved to its device and dtype.
+        pixels_BCTHW: [B, 3, 4N+1, H, W] in [-1, 1].
 
     Raises:
         ValueError: the frame count is not 4N+1; the VAE itself would silently drop the rest.
@@ -110,7 +130,12 @@ def encode(vae: AutoencoderKLWan, pixels_BCTHW: Tensor) -> Tensor:
 
 
 def decode(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
-    """`decode(z * std + mean)`: latents -> pixels [B, 3, T, H, W] clamped to [-1, 1], in fp32."""
+    """`decode(z * std + mean)`: latents -> pixels [B, 3, T, H, W] clamped to [-1, 1], in fp32.
+
+    Args:
+        vae: the VAE; latents are moved to its device.
+        latents_BCTHW: normalised latents of N+1 frames, which give 4N+1 frames of pixels.
+    """
     raw = denormalise(vae, latents_BCTHW.to(device=vae.device, dtype=torch.float32))
     pixels: Tensor = vae.decode(raw.to(vae.dtype)).sample.float()
     return pixels
@@ -123,7 +148,12 @@ def to_frames(pixels_BCTHW: Tensor) -> np.ndarray:
 
 
 def decode_first_frame(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
-    """The first frame: [B, 3, H, W] in [-1, 1], fp32, with gradient, without a cache."""
+    """The first frame: [B, 3, H, W] in [-1, 1], fp32, with gradient, without a cache.
+
+    Args:
+        vae: the VAE.
+        latents_BCTHW: normalised latents; only the first frame is read.
+    """
     x = _decoder_input(vae, latents_BCTHW[:, :, :1])
     for stage in _decoder_stages(vae.decoder):
         x = _checkpointed(lambda y, stage=stage: stage(y, None, [0], True), x)
@@ -178,7 +208,14 @@ def _up_stage(block: Any) -> Stage:
 
 
 def causal_conv(convolution: Any, x_BCTHW: Tensor, cache: ConvCache, index: list[int]) -> Tensor:
-    """A causal convolution over its cached frames and the new ones; caches the last two."""
+    """A causal convolution over its cached frames and the new ones; caches the last two.
+
+    Args:
+        convolution: diffusers' WanCausalConv3d.
+        x_BCTHW: the new frames.
+        cache: frames by convolution; None: no cache.
+        index: a list of one number, this convolution's position in `cache`; raised by one.
+    """
     if cache is None:
         uncached: Tensor = convolution(x_BCTHW)
         return uncached
