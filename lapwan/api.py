@@ -315,6 +315,9 @@ class VideoGenerator:
         """Check a video against the model and the adapters without loading weights.
 
         Args:
+            settings: of the video.
+            image: the first frame, of any size; None: that of `settings`, if any.
+            last_image: the last frame; None: that of `settings`, if any.
             model: the same model with other LoRAs or another mixture; None: as constructed.
 
         Raises:

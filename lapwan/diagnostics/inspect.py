@@ -85,7 +85,11 @@ def inspect(settings: InspectWeightsSettings, points: Sequence[Checkpoint], fold
 
 
 def read_points(settings: InspectWeightsSettings) -> tuple[list[Checkpoint], Path]:
-    """The checkpoints, oldest first, and the run folder whose metrics.jsonl belongs to them."""
+    """The checkpoints, oldest first, and the run folder whose metrics.jsonl belongs to them.
+
+    Raises:
+        UserError: two folders, a folder and a file, or a file that is not a LoRA.
+    """
     if len(settings.files) == 2:
         if any(path.is_dir() and not is_peft_folder(path) for path in settings.files):
             raise UserError("two folders or a folder and a file given; give HIGH LOW files, or one RUN_FOLDER")

@@ -134,6 +134,7 @@ def measure(
     """Figures of every module; at most two are in memory at a time.
 
     Args:
+        modules: updates by path.
         spectrum: False skips the eigenvalues.
         weight: reads the base's weight of a module; needed by DoRA.
 

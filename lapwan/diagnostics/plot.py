@@ -36,6 +36,7 @@ def draw_plot(
         steps: of each checkpoint, oldest first.
         history: figures by label at each checkpoint.
         modules: the last checkpoint's modules by label.
+        preset: its wanted mean|B| is drawn, unless it is a mixture.
         mixture, routing: as in the JSON.
     """
     rows = _rows(modules)

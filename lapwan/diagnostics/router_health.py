@@ -159,6 +159,9 @@ def judge_routing(
     """The faults of a window: collapse, an expert used too much or too little, divergence from the teacher.
 
     Args:
+        window: totals over the steps that are judged.
+        families: in the order of the experts.
+        thresholds: of each fault.
         current: the run's values of the settings that may be advised.
         learned: False for the rule router, whose entropy is the labels': only its usage is judged.
     """

@@ -73,6 +73,12 @@ def document(
     """The JSON of `inspect-weights`, format 1; an absent figure is null.
 
     Args:
+        figures: by label.
+        modules: figures of each module, by label.
+        rates: lr by label.
+        growth: as `growth.growth` returns it.
+        verdict: as `verdict.judge` returns it.
+        by: block or projection, which adds figures by group; expert: none.
         mixture: the result of `diagnostics.mixture.mixture_json`, by label.
         routing: the mixture's router, and windows of its run.
         base_norms: the base's weight norms by label and module; adds `relative_delta`, the update's norm over theirs.

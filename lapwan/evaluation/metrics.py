@@ -237,12 +237,17 @@ def make_scorers(
     metrics: Sequence[str] | None, clips: Sequence[EvaluationClip], from_image: bool, shape: VideoShape,
     judge: Judge | None, rewards: Mapping[str, Callable[[], Reward]], device: torch.device,
 ) -> list[Scorer]:
-    """The scorers of `metrics`; None: every metric that the clips allow.
+    """The scorers of some metrics.
 
     Args:
+        metrics: of identity, tip, reference, temporal and reward; None: all that the clips allow, `reference` only with
+            `from_image`.
+        clips: to generate.
         from_image: whether every video starts from its clip's first frame.
+        shape: of the videos.
         judge: measures `identity` and `tip`; without one they are not available.
         rewards: how to load each reward, by its label.
+        device: of the rewards.
 
     Raises:
         UserError: a metric that the clips, the model or the judge do not allow.

@@ -186,6 +186,8 @@ def check_role(lora: AdapterFile, noise_expert: NoiseExpert, only_warn: bool = F
     """Refuse a LoRA that is for the other noise expert by its metadata or keys; warn if only its name says so.
 
     Args:
+        lora: the file.
+        noise_expert: the one that it is given for.
         only_warn: warn in every case, for `both=FILE`.
 
     Raises:
@@ -210,6 +212,7 @@ def warn_mismatch(
     """Warn if a LoRA's metadata differs from the model it is put on; not refused, since it may still work.
 
     Args:
+        lora: the file.
         task: of the model.
         boundary: of the model, a sigma.
         base: fingerprint of the noise expert's weights. None for any of the three: not compared.

@@ -30,9 +30,16 @@ def initial_state(
     """A fresh LoRA: down ~ U(−1/√I, 1/√I) (Kaiming-uniform, a = √5), up = 0, so ΔW = 0.
 
     Args:
+        transformer: has the Linears; not changed.
         ranks: by module path.
         alpha: None for each module's rank (scale 1).
         key: seeds the draws together with the module's path, so they do not depend on the other modules.
+
+    Returns:
+        A down [r, I] and an up [O, r] per module, fp32.
+
+    Raises:
+        UserError: a module that the transformer lacks.
     """
     entries: dict[str, WeightUpdate] = {}
     linears = _linears(transformer)
@@ -124,6 +131,8 @@ def attach(transformer: nn.Module, groups: Sequence[Group], gates_required: bool
     Without gates every group acts with gate 1; set gates with `adapter.holder.scope(gates_BG)`.
 
     Args:
+        transformer: changed in place.
+        groups: the LoRAs; the order is that of the gates' columns.
         gates_required: a forward without gates raises.
 
     Raises:

@@ -118,6 +118,8 @@ def average(
     """(Σ w_k ΔW_k as a LoRA, the share of its energy that the rank keeps).
 
     Args:
+        saved: checkpoints of one noise expert, by rising step.
+        decay: of the moving average, per step; None: equal weights.
         rank: the largest rank of a module; None: for each module that of the checkpoints.
         dtype: of the result; None: the widest of the checkpoints.
 

@@ -64,6 +64,7 @@ def concatenate(states: Sequence[tuple[AdapterState, float]], dtype: torch.dtype
     """Σ multiplier · ΔW over the states; a module of only one state keeps its kind, rank and tensors.
 
     Args:
+        states: (adapter, multiplier).
         dtype: of the result; the scales are folded into B in fp32 and rounded once. None: the widest of the inputs.
 
     Raises:

@@ -50,6 +50,7 @@ class Dropout:
         """Apply dropout in every forward until the block ends; run backward inside. Without keys nothing is dropped.
 
         Args:
+            holder: of the adapter's layers.
             keys: one per sample.
         """
         if not (self.rates.any and keys):

@@ -164,6 +164,7 @@ def extract(
 
     Args:
         tuned, base: each transformer's file or shards; their key layouts may differ.
+        choice: of each module's rank.
         keep_rest: keep changed biases, norms, modulations and the patch embedding as full deltas (fp32).
         dtype: of the factors; None: bf16 for a model in 16 bits, else fp32.
         device: where ΔW is decomposed; None: the CPU.

@@ -272,9 +272,13 @@ def write_lora(
     diffusers' reader of the comfy layout takes no alpha outside the blocks: there it is folded into B.
 
     Args:
+        path: replaced if it exists.
+        state: the adapter.
+        layout: of the tensors' names, a key of `layouts`.
         dtype: of A and B in the file; None keeps each tensor's own.
         fold_alpha: multiply B by alpha / r everywhere, so that alpha = r, for tools that do not read alpha; rounds
             once. No alpha is written, except where the layout's tools need it (`AdapterLayout.needs_alpha`).
+        layouts: key layouts by name.
         check: is called with the path of the finished file, before it is renamed to `path`.
 
     Raises:

@@ -146,7 +146,11 @@ class StackedLoraLinear(nn.Module):
         self.register_buffer("scale_R", scale.repeat_interleave(ranks).to(device), persistent=False)
 
     def row_scale(self, x: Tensor) -> Tensor:
-        """alpha/r of each row, times the sample's gate: [R], or [B, 1.., R]."""
+        """alpha/r of each row, times the sample's gate: [R], or [B, 1.., R].
+
+        Raises:
+            RuntimeError: no gates where they are required, or gates of another batch.
+        """
         gates = self.holder.gates_BG
         if gates is None:
             if self.holder.required:
@@ -170,7 +174,11 @@ class StackedLoraLinear(nn.Module):
         return torch.cat([self.frozen_up_OR, self.up_OR], 1) if self.frozen_up_OR.shape[1] else self.up_OR
 
     def rows(self, column: int) -> tuple[Tensor, Tensor]:
-        """(down, up) of one group, views into the stacked tensors."""
+        """(down, up) of one group, views into the stacked tensors.
+
+        Raises:
+            KeyError: this layer has no such group.
+        """
         start = {True: 0, False: 0}
         for group in self.groups:
             rank = group.down_RI.shape[0]

@@ -233,8 +233,13 @@ def write_component(plan: ComponentPlan, targets: Sequence[Path], advance: Advan
     """Write each file of the plan to its target, atomically, one after the other.
 
     Args:
+        plan: the base's files and the updates of each tensor.
+        targets: a path per file of the plan.
         advance: is called with the number of bytes written or verified.
         verify: read every file back with `verify_merged` before it is renamed to its target.
+
+    Raises:
+        UserError: with `verify`, a tensor that differs when read back.
     """
     for file, terms, target in zip(plan.files, plan.terms, targets, strict=True):
         metadata = {"format": "pt", **file.metadata, **plan.provenance}

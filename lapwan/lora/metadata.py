@@ -110,6 +110,8 @@ def adapter_config(
     """The adapter configuration of the file `path`: in its metadata, or beside it for a PEFT folder; None without one.
 
     Args:
+        path: the LoRA's file.
+        metadata: its safetensors metadata.
         peft_file: the file's names are PEFT's.
         has_magnitudes: the file holds DoRA's magnitudes.
 

@@ -60,6 +60,8 @@ class WeightUpdate(ABC):
         """A function that adds rows of multiplier · ΔW; tensors are converted to `dtype` once.
 
         Args:
+            multiplier: of ΔW.
+            dtype: of the computation.
             base_rows: reads rows of W; needed where ΔW depends on all of W at once.
         """
 
@@ -334,6 +336,7 @@ def low_rank_only(entries: Mapping[str, Entry], purpose: str) -> None:
     """Refuse updates that are not low-rank pairs of Linears.
 
     Args:
+        entries: updates by path.
         purpose: what needs low-rank pairs, in words that begin the message.
 
     Raises:

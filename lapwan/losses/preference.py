@@ -40,6 +40,9 @@ def draw_sigmas(
     Args:
         u_B2: uniform in [0, 1).
         denoise_B: bool, True for the denoise branch.
+        low: lower end of the trained interval.
+        high: upper end, below 1.
+        reach: largest distance of the two sigmas.
 
     Raises:
         ValueError: not 0 <= low < high < 1, or reach not in (0, high − low].

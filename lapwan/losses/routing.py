@@ -41,7 +41,9 @@ def entropy_hinge(probabilities_BE: Tensor, mean_entropy: float, floor: float = 
     It acts only when the router becomes too certain.
 
     Args:
+        probabilities_BE: the router's, before top-k.
         mean_entropy: H̄ over *all* samples of the step, so that the hinge does not depend on the split into batches.
+        floor: entropy below which it acts, in nats.
     """
     return (floor - entropy(probabilities_BE)) * float(mean_entropy < floor)
 
@@ -62,6 +64,7 @@ def balance(usage_E: Tensor, probabilities_BE: Tensor) -> Tensor:
 
     Args:
         usage_E: running mean over many steps (see `update_usage`), so that the term is meaningful for a batch of one.
+        probabilities_BE: the router's, before top-k, with gradient.
     """
     usage = usage_E.detach().to(probabilities_BE)
     return usage_E.numel() * (usage * probabilities_BE).sum(dim=-1) - 1

@@ -157,6 +157,10 @@ class Mixture(nn.Module):
         """[α_base | w(σ)·g·α_e] per sample: [B, G], with gradient to router and timestep gate.
 
         Args:
+            noise_expert: whose timestep gate.
+            mix_BE: g, weights of the experts.
+            sigma_B: noise level of each sample.
+            alpha_expert_E: α_e by family; None: 1.
             alpha_base: gate of the base group; None when there is none.
         """
         gates: Tensor = self.timestep_gate(noise_expert)(sigma_B)[:, None] * mix_BE

@@ -59,6 +59,8 @@ def mixture_to_lora(mixture: Mixture, noise_expert: NoiseExpert, mix: Sequence[f
     """The concatenated LoRA of a noise expert; families with weight 0 are left out.
 
     Args:
+        mixture: the mixture.
+        noise_expert: whose LoRA experts.
         mix: g in the order of the families, with α_e multiplied in if wanted.
         w_bar: mean of w(σ), see `gate_range`.
 

@@ -47,7 +47,7 @@ class Conditions:
 
         Args:
             x_BCTHW: latents of the step, for their shape, dtype and device.
-            timestep: a scalar, 1000·sigma.
+            timestep: a scalar; see `WanBackbone.velocity`.
             patch: (frames, height, width) of a token, in latent pixels.
 
         Returns:
@@ -84,7 +84,11 @@ class Conditions:
         return replace(self, **{name: value.to(device) for name, value in present.items() if value is not None})
 
     def with_negative(self) -> Conditions:
-        """Prompt and negative prompt in one batch: [2B, ...]."""
+        """Prompt and negative prompt in one batch: [2B, ...].
+
+        Raises:
+            ValueError: there is no negative prompt.
+        """
         if self.negative_BLD is None:
             raise ValueError("guidance above 1 needs the negative prompt's text")
         images = [None if image is None else torch.cat([image, image])
@@ -115,13 +119,21 @@ def guided_velocity(
 ) -> Tensor:
     """v = v_neg + g·(v_text − v_neg); for g ≤ 1 v_text, with one evaluation. In fp32.
 
+    Source: Ho & Salimans, Classifier-Free Diffusion Guidance (arXiv 2207.12598).
+
     Args:
+        backbone: the step's noise expert.
+        x_BCTHW: latents.
+        timestep: a scalar; see `WanBackbone.velocity`.
+        conditions: text, negative text and image of the batch.
+        guidance: g.
         batched_guidance: both evaluations in one batch, which reads the weights once; else one after the other, with
             half the activations.
         prompts: the same text, of which the backbone keeps the keys and values; only without gradients.
         cache: the noise expert's first-block cache, which may skip most of an evaluation, approximately.
 
-    Source: Ho & Salimans, Classifier-Free Diffusion Guidance (arXiv 2207.12598).
+    Raises:
+        ValueError: g > 1 without a negative prompt.
     """
     patch = backbone.transformer.config.patch_size
 
@@ -167,13 +179,21 @@ class Prompts:
             self.text, self._negative = Prompt(conditions.text_BLD), Prompt(conditions.negative_BLD)
 
     def both(self) -> Prompt:
-        """Prompt and negative prompt as a batch."""
+        """Prompt and negative prompt as a batch.
+
+        Raises:
+            ValueError: there is no negative prompt, or the two are not batched.
+        """
         if self._both is None:
             raise ValueError("guidance above 1 needs the negative prompt's text")
         return self._both
 
     def negative(self) -> Prompt:
-        """The negative prompt."""
+        """The negative prompt.
+
+        Raises:
+            ValueError: there is no negative prompt, or the two are batched.
+        """
         if self._negative is None:
             raise ValueError("guidance above 1 needs the negative prompt's text")
         return self._negative
@@ -197,12 +217,19 @@ def denoise(
     """Run the grid from x at its first sigma to sigma 0.
 
     Args:
+        grid: sigmas, noise experts and solver.
+        x_BCTHW: latents at the first sigma, fp32.
+        conditions: text, negative text and image of the batch.
+        guidance: strength at each step.
         backbone: returns a noise expert. Called before its first step, so that a noise expert without steps is never
             loaded.
         scope: context that holds the adapters' gates of a step during its evaluations.
         on_step: called after each step with its estimate of the clean latents, x0 = x − σ·v.
         batched_guidance: see `guided_velocity`.
         caches: first-block caches, by noise expert.
+
+    Returns:
+        The clean latents, normalised, with the given first frame if there is one.
     """
     prompts = Prompts(conditions, batched_guidance)
 

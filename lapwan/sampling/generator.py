@@ -61,17 +61,17 @@ class Generator:
     """A model with its adapters, ready for requests. On a GPU the text encoder is offloaded between prompts.
 
     Args:
+        base: the model, with the LoRAs to merge into its weights.
+        adapters: what acts beside the weights; None: nothing.
+        device: of the computation.
         dtype: of the transformers; VAE and text features keep their own.
         memory: see `NoiseExperts`.
+        compile: run the transformers' blocks through torch.compile; see `NoiseExperts`.
         precision: quantises the transformers' blocks; `text_precision` the text encoder.
         processes: generate each video together: the first encodes the prompts, all share the tokens, and each ends up
             with the whole video.
         cache_conditions: keep image conditions in host memory, for studies in which the same first frames recur.
         noise_experts: those of a training, for its previews; None: the base's, loaded on first use.
-        base: the model, with the LoRAs to merge into its weights.
-        adapters: what acts beside the weights; None: nothing.
-        device: of the computation.
-        compile: run the transformers' blocks through torch.compile; see `NoiseExperts`.
     """
 
     def __init__(
@@ -195,9 +195,9 @@ class Generator:
         """The videos of requests that may share a batch, in order.
 
         Args:
+            requests: of one size, grid and guidance.
             preview: a .png, rewritten after each step with three frames of the first video's current estimate.
             on_step: called with the steps done and all steps after each; what it raises ends the sampling.
-            requests: of one size, grid and guidance.
 
         Raises:
             ValueError: no requests, or requests that cannot share a batch.

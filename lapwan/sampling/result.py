@@ -78,6 +78,8 @@ class Video:
         The write is atomic. Returns the absolute path.
 
         Args:
+            path: the file, or the folder of frames (a name without a suffix).
+            overwrite: replace an existing output.
             crf: H.264 quality, 0 (best) to 51; None is 18.
 
         Raises:

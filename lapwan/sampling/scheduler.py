@@ -117,6 +117,9 @@ def make_grid(
     """The sigma grid of a generation.
 
     Args:
+        spec: the model.
+        sampler: the solver.
+        steps: their number, before those above `start` are left out.
         flow_shift: None: the checkpoint's.
         start: begin at the first sigma of the grid that is at most this (video-to-video); 1: at pure noise.
         boundary: sigma at and above which the high noise expert is used; None: the model's.

@@ -43,6 +43,7 @@ def write_video(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[
 
     Raises:
         UserError: an unknown suffix, several frames for a PNG, an odd size for MP4, no H.264 encoder.
+        TypeError: frames that are not uint8 RGB.
     """
     check_video_path(path, len(frames_THWC), frames_THWC.shape[1:3])
     if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[3] != 3:

@@ -99,6 +99,7 @@ class WanBackbone:
         """v̂ = model([x | condition], timestep, text), in fp32 or the latents' wider dtype.
 
         Args:
+            x_BCTHW: latents at the noise level of `timestep`.
             timestep: 1000·sigma in training, the scheduler's own (an integer for UniPC) in sampling; never in bf16.
                 [B], [B, N] with one per token, or the few distinct ones of a sequence.
             text: features [B, L, D]; a list of each sample's without padding; rows without most of their padding; or a

@@ -48,7 +48,9 @@ def load_text_encoder(
     """The model's umT5, frozen, in eval mode (it has dropout).
 
     Args:
+        spec: the model.
         dtype: None: as stored.
+        device: of the weights.
         precision: quantises the Linears of its blocks; None: not quantised.
     """
     from transformers import AutoTokenizer, UMT5EncoderModel

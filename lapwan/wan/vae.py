@@ -164,6 +164,8 @@ def decode_frames(vae: AutoencoderKLWan, latents_BCTHW: Tensor, wanted: Sequence
     """Chosen frames of a video: [B, n, 3, H, W] in [-1, 1], fp32, with gradient; later frames are not decoded.
 
     Args:
+        vae: the VAE.
+        latents_BCTHW: normalised latents.
         wanted: pixel frames, ascending; latent frame 0 is pixel frame 0, latent frame t > 0 the four from 4t − 3 on.
     """
     if list(wanted) == [0]:
