@@ -261,7 +261,7 @@ def weight_norms(
     """‖W‖_F of the tensors that `paths` name in a transformer, streamed in tiles.
 
     Args:
-        files: the transformer's .safetensors files.
+        files: the transformer's weight files.
         paths: diffusers' paths of the tensors.
         advance: called with 1 after each tensor.
 

@@ -146,7 +146,7 @@ def noise_expert_steps(lines: Sequence[Mapping[str, Any]], label: str, step: int
         step: the run's step; None: unknown.
 
     Returns:
-        The count; None if neither it nor the step is known.
+        The count; None if `step` is None.
     """
     counted = [line["own_step"] for line in lines if line.get("noise_expert") == label and "own_step" in line
                and step is not None and line["step"] <= step]

@@ -56,7 +56,9 @@ def saved_steps(run: Path, last: int | None = None, steps: Sequence[int] | None 
     """A run's checkpoints, oldest first.
 
     Args:
-        last: the last n checkpoints. steps: those of these steps. Neither: all.
+        run: the run's folder.
+        last: the last n checkpoints; None: all.
+        steps: those of these steps, instead of `last`; None: all.
 
     Raises:
         UserError: no checkpoints, or not those asked for.

@@ -117,7 +117,7 @@ def encode(vae: AutoencoderKLWan, pixels_BCTHW: Tensor) -> Tensor:
 
     Args:
         vae: the VAE; pixels are moved to its device and dtype.
-        pixels_BCTHW: [B, 3, 4N+1, H, W] in [-1, 1].
+        pixels_BCTHW: [B, 3, 4N+1, H, W] in [-1, 1]; Wan2.2's VAE gives latents of H/16, W/16.
 
     Raises:
         ValueError: the frame count is not 4N+1; the VAE itself would silently drop the rest.
