@@ -37,7 +37,7 @@ class _Role(Flag):
 
 
 _R = _Role
-# Words separated by spaces; `_` stands for a space inside a phrase.
+# Words separated by spaces; `_` is a space inside a phrase.
 _WORDS: tuple[tuple[_Role, str], ...] = (
     (_R.NEGATOR, """
         未 没 没有 无 不 非 别 勿 莫 尚未 从未 并未 未曾 并不 并非 并无 并没有 从没 不再 未再 没再 毫无 不能 不可

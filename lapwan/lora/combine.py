@@ -5,7 +5,7 @@
     resize to k:  ΔW = U S Vᵀ,  B' = U_k S_k^½,  A' = S_k^½ V_kᵀ,  alpha = k
 
 The SVD of low-rank pairs is B A = Q_B (R_B R_Aᵀ) Q_Aᵀ, exact and without ΔW; of other kinds it is that of ΔW, for large
-weights by subspace iteration (Halko et al., arXiv 0909.4061, algorithm 4.4).
+weights a randomised one (`leading_directions`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lapwan.lora.state import AdapterState, LowRank, WeightUpdate, check_finite,
 
 _WORKERS = 2
 _EXACT_SIZE = 1024  # the smaller dimension of ΔW up to which its SVD is computed whole
-_OVERSAMPLING, _ITERATIONS = 16, 4
+_OVERSAMPLING = 16
 _ROWS = 256  # of ΔW at a time
 _PATCH = (1, 2, 2)  # Wan's patch: the kernel of its one convolution
 
@@ -247,16 +247,35 @@ def _reduced(path: str, terms: Terms, rank: int) -> tuple[WeightUpdate, tuple[fl
 
 def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """(U [out, k], V [in, k], s [k]) with at least the `rank` largest singular values of a matrix in fp32."""
-    if min(matrix.shape) <= max(_EXACT_SIZE, rank + _OVERSAMPLING):
+    if min(matrix.shape) <= _EXACT_SIZE:
         u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
         return u, vh.T, s
-    generator = torch.Generator().manual_seed(0)
-    basis = matrix @ torch.randn(matrix.shape[1], rank + _OVERSAMPLING, generator=generator)
-    for _ in range(_ITERATIONS):
-        basis = matrix @ torch.linalg.qr(matrix.T @ torch.linalg.qr(basis)[0])[0]
-    basis = torch.linalg.qr(basis)[0]
-    u, s, vh = torch.linalg.svd((basis.T @ matrix).double(), full_matrices=False)
-    return basis.double() @ u, vh.T, s
+    return leading_directions(matrix, rank, iterations=4)
+
+
+def leading_directions(delta: Tensor, count: int, iterations: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """(U [out, l], V [in, l], s [l]) of the leading singular values, l >= min(count, out, in); the same each time.
+
+    Exact for a large `count`, else a randomised SVD with power iterations and a fixed seed (Halko et al.,
+    arXiv 0909.4061).
+
+    Args:
+        delta: matrix [out, in], fp32 or fp64.
+        count: directions wanted, at least 1.
+        iterations: power iterations; more are nearer to the exact SVD where singular values fall slowly.
+    """
+    smallest, size = min(delta.shape), count + _OVERSAMPLING
+    if 2 * size >= smallest:
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        return u, vh.T, s
+    generator = torch.Generator(delta.device).manual_seed(0)
+    omega = torch.randn(delta.shape[1], size, generator=generator, device=delta.device, dtype=delta.dtype)
+    q = torch.linalg.qr(delta @ omega).Q
+    for _ in range(iterations):
+        q = torch.linalg.qr(delta @ torch.linalg.qr(delta.T @ q).Q).Q
+    right, lower = torch.linalg.qr(delta.T @ q)
+    u, s, vh = torch.linalg.svd(lower.T.double(), full_matrices=False)
+    return q @ u.to(q.dtype), right @ vh.T.to(q.dtype), s.to(q.dtype)
 
 
 def singular_factors(entry: LowRank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -31,13 +31,12 @@ from lapwan.checkpoints.rewrite import check_mergeable, matrix_shape
 from lapwan.checkpoints.tensors import DTYPES, load_rows
 from lapwan.console import progress
 from lapwan.errors import UserError, nearest
+from lapwan.lora.combine import leading_directions
 from lapwan.lora.kinds import FullDelta
 from lapwan.lora.merge import is_linear, target_tensors
 from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
 
 _PIECE = 16 << 20  # bytes of a tensor that are read at a time
-_OVERSAMPLE = 16
-_POWER_ITERATIONS = 2
 _FIRST_RANK = 64  # a search for the energy begins with this many directions
 _NEGLIGIBLE = 1e-6  # singular values below this share of the largest are rounding of the computation
 
@@ -75,7 +74,7 @@ class _Difference:
 
     @property
     def only_rounding(self) -> bool:
-        """No more energy than rounding explains, with its spread over few values."""
+        """No more energy than rounding explains, with its deviation over few values."""
         return self.total <= sum(self.floors) * (1 + 4 / math.sqrt(max(1, self.changed)))
 
 
@@ -282,30 +281,6 @@ def spacing(values: Tensor) -> Tensor:
 def _share(rank: int, rows: int, columns: int) -> float:
     """Share of full-rank noise in its projection to a rank."""
     return rank * (rows + columns - rank) / (rows * columns)
-
-
-def leading_directions(delta: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(U [out, l], V [in, l], s [l]) of the leading singular values, l >= min(count, out, in); the same each time.
-
-    Exact for a large `count`, else a randomised SVD with power iterations and a fixed seed (Halko et al.,
-    arXiv 0909.4061).
-
-    Args:
-        delta: matrix [out, in], fp32 or fp64.
-        count: directions wanted, at least 1.
-    """
-    smallest, size = min(delta.shape), count + _OVERSAMPLE
-    if 2 * size >= smallest:
-        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-        return u, vh.T, s
-    generator = torch.Generator(delta.device).manual_seed(0)
-    omega = torch.randn(delta.shape[1], size, generator=generator, device=delta.device, dtype=delta.dtype)
-    q = torch.linalg.qr(delta @ omega).Q
-    for _ in range(_POWER_ITERATIONS):
-        q = torch.linalg.qr(delta @ torch.linalg.qr(delta.T @ q).Q).Q
-    right, lower = torch.linalg.qr(delta.T @ q)
-    u, s, vh = torch.linalg.svd(lower.T.double(), full_matrices=False)
-    return q @ u.to(q.dtype), right @ vh.T.to(q.dtype), s.to(q.dtype)
 
 
 def _decomposed(

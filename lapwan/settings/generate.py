@@ -10,13 +10,13 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import Flag, Settings, height_width
-from lapwan.settings.lora_argument import LORA_METAVAR, CommonModules, KeyRule, LoraArgument, Strict, key_rule
+from lapwan.settings.lora_argument import LORA_METAVAR, AdapterRule, CommonModules, LoraArgument, Strict
 from lapwan.settings.memory import MEMORY_METAVAR, GenerateDtype, MemoryChoice
 from lapwan.settings.model import ModelChoice
 
@@ -59,7 +59,7 @@ def _by_noise_expert(value: Any, example: str) -> Any:
     return parsed
 
 
-class ModelSettings(Settings):
+class ModelSettings(AdapterRule):
     """The model and its adapters, loaded once for any number of videos."""
 
     model: Annotated[ModelChoice | None, Flag(metavar="MODEL")] = Field(
@@ -98,16 +98,6 @@ class ModelSettings(Settings):
     )
     strict: Strict = False
     common_modules: CommonModules = False
-
-    @model_validator(mode="after")
-    def _one_rule(self) -> Self:
-        key_rule(self.strict, self.common_modules)
-        return self
-
-    @property
-    def key_rule(self) -> KeyRule:
-        """What of a LoRA's file may be dropped."""
-        return key_rule(self.strict, self.common_modules)
 
 
 class VideoSettings(Settings):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -29,15 +29,23 @@ CommonModules = Annotated[bool, Flag(), Field(
     description="Apply a LoRA for another model (VACE, Fun, camera control): of its modules, those that Wan2.2 has.")]
 
 
-def key_rule(strict: bool, common_modules: bool) -> KeyRule:
-    """What may be dropped: see `lapwan.lora.formats`.
+class AdapterRule(Settings):
+    """Settings that name adapters: the fields of each subclass, at its own place among the others."""
 
-    Raises:
-        ValueError: both are set.
-    """
-    if strict and common_modules:
-        raise ValueError("strict refuses what common_modules drops; give one of them")
-    return "strict" if strict else "common" if common_modules else "default"
+    if TYPE_CHECKING:
+        strict: bool
+        common_modules: bool
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.strict and self.common_modules:
+            raise ValueError("strict refuses what common_modules drops; give one of them")
+        return self
+
+    @property
+    def key_rule(self) -> KeyRule:
+        """What of a LoRA's file may be dropped: see `lapwan.lora.formats`."""
+        return "strict" if self.strict else "common" if self.common_modules else "default"
 
 
 class LoraArgument(Settings):

@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lapwan.settings.base import Flag, Settings
-from lapwan.settings.lora_argument import LORA_METAVAR, CommonModules, KeyRule, LoraArgument, Strict, key_rule
+from lapwan.settings.base import Flag
+from lapwan.settings.lora_argument import LORA_METAVAR, AdapterRule, CommonModules, LoraArgument, Strict
 
 LoraLayout = Literal["comfy", "musubi", "diffusers"]
 LoraDtype = Literal["float32", "float16", "bfloat16"]
 
 
-class MergeSettings(Settings):
+class MergeSettings(AdapterRule):
     """Merge LoRAs into a model folder, into one transformer, or into one LoRA; extract a LoRA from two models.
 
     How to add a kind of merge: its source field here, its checks in `_check_source`, a branch in
@@ -90,11 +90,6 @@ class MergeSettings(Settings):
     strict: Strict = False
     common_modules: CommonModules = False
 
-    @property
-    def key_rule(self) -> KeyRule:
-        """What of a LoRA's file may be dropped."""
-        return key_rule(self.strict, self.common_modules)
-
     @field_validator("checkpoints", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
@@ -137,7 +132,6 @@ class MergeSettings(Settings):
 
     @model_validator(mode="after")
     def _form(self) -> MergeSettings:
-        key_rule(self.strict, self.common_modules)
         if self.model is not None and self.dit is not None:
             raise ValueError("give --model (a whole model) or --dit (one transformer), not both")
         self._check_source()

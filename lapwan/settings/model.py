@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import Settings
-from lapwan.settings.lora_argument import CommonModules, KeyRule, Strict, key_rule
+from lapwan.settings.lora_argument import AdapterRule, CommonModules, Strict
 
 
-class BaseModelSettings(Settings):
+class BaseModelSettings(AdapterRule):
     """A base with LoRAs merged into it in memory, such as those of stage 1."""
 
     model: str = Field(description="The base: tiny, or a folder.")
@@ -20,16 +20,6 @@ class BaseModelSettings(Settings):
     multiplier: float = Field(1.0, description="Strength at which the LoRAs are merged.")
     strict: Strict = False
     common_modules: CommonModules = False
-
-    @model_validator(mode="after")
-    def _one_rule(self) -> Self:
-        key_rule(self.strict, self.common_modules)
-        return self
-
-    @property
-    def key_rule(self) -> KeyRule:
-        """What of a LoRA's file may be dropped."""
-        return key_rule(self.strict, self.common_modules)
 
 
 class ModelFilesSettings(Settings):

@@ -187,7 +187,7 @@ def _draw_grasper(canvas: SceneCanvas, pose: Pose, palette: Palette) -> list[Ins
     ]
 
 
-_HOOK_OFFSET = -0.30  # w of the stem: the tip is the end of the leg that stands off sideways
+_HOOK_OFFSET = -0.30  # w of the stem: the tip is the end of the leg that sticks out sideways
 _HOOK_WIRE = np.array([(-0.36, _HOOK_OFFSET), (0.0, _HOOK_OFFSET), (0.055, _HOOK_OFFSET + 0.03),
                        (0.075, _HOOK_OFFSET + 0.09), (0.06, -0.10), (0.0, 0.0)])
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.wan_keys import PROJECTIONS, to_original
 from lapwan.errors import UserError
-from lapwan.lora.extract import RankChoice, extract, leading_directions, spacing
+from lapwan.lora.combine import leading_directions
+from lapwan.lora.extract import RankChoice, extract, spacing
 from lapwan.lora.formats import open_lora, read_lora
 from lapwan.lora.state import LowRank
 from lapwan.names import NoiseExpert
