@@ -33,9 +33,11 @@ def load_tensor(file: TensorFile, name: str) -> Tensor:
     info = file.tensors[name]
     if info.dtype not in DTYPES:
         raise UserError(f"{file.path}: tensor '{name}' has dtype {info.dtype}; supported: {', '.join(DTYPES)}")
-    if info.size == 0:
-        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-    return torch.frombuffer(file.read(name), dtype=DTYPES[info.dtype]).reshape(info.shape)
+    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    if info.size:
+        # Into torch's own memory: a bytearray would be filled with zeros first.
+        file.read_into(tensor.view(-1).view(torch.uint8).numpy().data, name)
+    return tensor
 
 
 def load_rows(file: TensorFile, name: str, first: int, count: int) -> Tensor:

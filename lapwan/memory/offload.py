@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lapwan.lora.layer import StackedLoraLinear
-from lapwan.memory.streaming import ModelOffload, offload_backbone
+from lapwan.memory.streaming import HostPool, ModelOffload, offload_backbone
 from lapwan.names import NoiseExpert
 from lapwan.wan.backbone import WanBackbone
 
@@ -26,12 +26,18 @@ class NoiseExpertOffload:
     def __init__(self, device: torch.device, both: bool = True, streamed: Sequence[int] = ()) -> None:
         self.device, self.both, self._streamed = device, both and not streamed, streamed
         self._offloads: dict[NoiseExpert, ModelOffload] = {}
+        self._pool = HostPool(pinned=True) if device.type == "cuda" and not self.both else None
         self._active: NoiseExpert | None = None
 
     @property
     def load_device(self) -> torch.device:
         """Where to load a noise expert before `add`."""
         return self.device if self.both else torch.device("cpu")
+
+    @property
+    def to_host(self) -> Callable[[Tensor], Tensor] | None:
+        """Copies a tensor into the pinned memory that keeps it; None: not next to a GPU, or nothing is offloaded."""
+        return None if self._pool is None else self._pool.copy_of
 
     def add(self, noise_expert: NoiseExpert, backbone: WanBackbone, kept: Sequence[Tensor] = ()) -> None:
         """Manage a noise expert that was loaded on `load_device`.
@@ -47,7 +53,8 @@ class NoiseExpertOffload:
         # A backward needs the weights after their slot has gone to another block.
         if any(_needs_graph(backbone.transformer.blocks[index]) for index in self._streamed):
             raise RuntimeError("a block with trained parameters cannot stream")
-        offload = self._offloads[noise_expert] = offload_backbone(backbone, kept, self.device, self._streamed)
+        offload = self._offloads[noise_expert] = offload_backbone(
+            backbone, kept, self.device, self._streamed, self._pool)
         offload.offload()
         for tensor in kept:
             tensor.data = tensor.data.to(self.device)

@@ -36,19 +36,27 @@ class HostPool:
 
     def __init__(self, pinned: bool, chunk_size: int | None = None) -> None:
         self._pinned, self._chunk_size = pinned, (_CHUNK if pinned else 0) if chunk_size is None else chunk_size
-        self.chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
+        self._chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
+        self._chunks: set[int] = set()  # addresses
 
     def allocate(self, size: int) -> Tensor:
         """`size` bytes, aligned."""
-        if self._used + aligned(size) > len(self.chunk):
+        if self._used + aligned(size) > len(self._chunk):
             length = max(aligned(size), self._chunk_size)
-            self.chunk, self._used = torch.empty(length, dtype=torch.uint8, pin_memory=self._pinned), 0
+            self._chunk, self._used = torch.empty(length, dtype=torch.uint8, pin_memory=self._pinned), 0
+            self._chunks.add(_address(self._chunk))
         start, self._used = self._used, self._used + aligned(size)
-        return self.chunk[start : start + size]
+        return self._chunk[start : start + size]
 
     def copy_of(self, tensor: Tensor) -> Tensor:
-        """The tensor's values in this memory."""
+        """The tensor's values in this memory; a tensor that is in it already is not copied again."""
+        if _address(tensor) in self._chunks:
+            return tensor.data
         return view_like(self.allocate(tensor.nbytes), tensor).copy_(tensor.data)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def view_like(memory: Tensor, tensor: Tensor) -> Tensor:
@@ -62,9 +70,9 @@ class HostCopy:
     The tensors keep their identity, so that adapters and modules that hold them see the move.
     """
 
-    def __init__(self, tensors: Iterable[Tensor], pinned: bool) -> None:
+    def __init__(self, tensors: Iterable[Tensor], pinned: bool, pool: HostPool | None = None) -> None:
         self._tensors = list(tensors)
-        pool = HostPool(pinned)
+        pool = pool or HostPool(pinned)
         self._copies: list[Tensor] = []
         for tensor in self._tensors:
             self._copies.append(pool.copy_of(tensor))
@@ -225,12 +233,13 @@ def _to_host(tensors: list[Tensor], pool: HostPool) -> _HostBlock:
         copies.append(pool.copy_of(tensor))
         tensor.data = copies[-1]  # at once, so that a block is never in memory twice
         offsets.append(size)
-        start, length = int(copies[-1].storage_offset()) * tensor.itemsize, aligned(tensor.nbytes)
+        start, length = int(copies[-1].storage_offset()) * copies[-1].itemsize, aligned(tensor.nbytes)
         last = spans[-1] if spans else None
-        if last is not None and last.chunk is pool.chunk and last.chunk_start + last.size == start:
+        if last and _address(last.chunk) == _address(copies[-1]) and last.chunk_start + last.size == start:
             spans[-1] = _Span(last.chunk, last.chunk_start, last.slot_start, last.size + length)
         else:
-            spans.append(_Span(pool.chunk, start, size, length))
+            chunk = torch.empty(0, dtype=torch.uint8).set_(copies[-1].untyped_storage())
+            spans.append(_Span(chunk, start, size, length))
         size += length
     return _HostBlock(tensors, copies, offsets, spans, size)
 
@@ -244,20 +253,21 @@ class ModelOffload:
         excluded: tensors that are never moved (an adapter's rows).
         streamed: indices of the blocks that pass through a ring.
         blocks_name: path of the model's blocks.
+        pool: host memory that may hold some of the weights already, and takes the rest; None: new memory.
     """
 
     def __init__(
         self, model: nn.Module, excluded: Iterable[Tensor], device: torch.device, streamed: Sequence[int] = (),
-        blocks_name: str = "blocks",
+        blocks_name: str = "blocks", pool: HostPool | None = None,
     ) -> None:
         self._device = device
         skip = {id(tensor) for tensor in excluded}
         blocks = model.get_submodule(blocks_name)
         assert isinstance(blocks, nn.ModuleList)
         by_block = {index: [t for t in tensors_of(blocks[index]) if id(t) not in skip] for index in streamed}
-        self.ring = BlockRing(by_block, device) if by_block else None
+        self.ring = BlockRing(by_block, device, pool=pool) if by_block else None
         skip |= {id(tensor) for tensors in by_block.values() for tensor in tensors}
-        self._rest = HostCopy((t for t in tensors_of(model) if id(t) not in skip), device.type == "cuda")
+        self._rest = HostCopy((t for t in tensors_of(model) if id(t) not in skip), device.type == "cuda", pool)
         self.on_device = False
 
     def offload(self) -> None:
@@ -276,10 +286,11 @@ class ModelOffload:
 
 
 def offload_backbone(
-    backbone: WanBackbone, excluded: Iterable[Tensor], device: torch.device, streamed: Sequence[int] = ()
+    backbone: WanBackbone, excluded: Iterable[Tensor], device: torch.device, streamed: Sequence[int] = (),
+    pool: HostPool | None = None,
 ) -> ModelOffload:
     """Offload a noise expert's frozen weights; its forward asks the ring for the `streamed` blocks."""
-    offload = ModelOffload(backbone.transformer, excluded, device, streamed)
+    offload = ModelOffload(backbone.transformer, excluded, device, streamed, pool=pool)
     backbone.stream(offload.ring)
     return offload
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lapwan import console
 from lapwan.checkpoints.wan_keys import split_block
 from lapwan.console import PlanPart, PlanRow, duration_text
 from lapwan.memory.cost import TRAINED_COPIES, ClipShape, GroupShape, NoiseExpertShape, tokens_of, width_of
+from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.plan import (
     COMPILED_ACTIVATIONS,
     GIB,
@@ -78,16 +80,18 @@ class TrainingMemory:
         return self.plan.both
 
     def load(
-        self, settings: TrainSettings, base: Base, noise_expert: NoiseExpert, load_device: torch.device,
-        device: torch.device,
+        self, settings: TrainSettings, base: Base, noise_expert: NoiseExpert, offload: NoiseExpertOffload
     ) -> WanBackbone:
-        """Load a noise expert as planned onto `load_device`, quantised on `device`. A cap in GiB applies from
-        here on."""
+        """Load a noise expert as planned, quantised on the device, to where `offload` keeps it. A cap in GiB applies
+        from here on."""
         if isinstance(settings.memory, float):
-            limit_memory(device, settings.memory)
-        dtype, recipe, strategy = pick_dtype(settings.dtype, device), self.recipes[noise_expert], self.plan.strategy
+            limit_memory(offload.device, settings.memory)
+        console.log(f"loading the {noise_expert.value} noise expert")
+        dtype, recipe = pick_dtype(settings.dtype, offload.device), self.recipes[noise_expert]
+        strategy = self.plan.strategy
         options = ForwardOptions(checkpointing=strategy.checkpointing, whole_blocks=strategy.whole_blocks)
-        return base.load(noise_expert, dtype, load_device, recipe, device, options)
+        return base.load(
+            noise_expert, dtype, offload.load_device, recipe, offload.device, options, offload.to_host)
 
     @property
     def micro_batch(self) -> int | None:

@@ -28,7 +28,7 @@ from lapwan.names import Band, NoiseExpert
 from lapwan.settings.model import BaseModelSettings, ModelFilesSettings
 from lapwan.settings.targets import TargetSettings
 from lapwan.wan.backbone import WanBackbone, load_transformer
-from lapwan.wan.quantise.load import Recipe, load_quantised_transformer
+from lapwan.wan.quantise.load import Move, Recipe, load_quantised_transformer
 from lapwan.wan.transformer.forward import ForwardOptions
 
 
@@ -77,12 +77,14 @@ class Base:
     def load(
         self, noise_expert: NoiseExpert, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
         recipe: Recipe | None = None, work_on: str | torch.device | None = None, options: ForwardOptions | None = None,
+        to_host: Move | None = None,
     ) -> WanBackbone:
         """A noise expert with a frozen transformer, the LoRAs in its weights.
 
         Args:
             recipe: quantise the blocks' Linears, after the merge.
             work_on: device that quantises; None: `device`.
+            to_host: copies quantised weights into the host memory that keeps them; None: moved to `device`.
             options: how its forward runs.
 
         Raises:
@@ -91,7 +93,8 @@ class Base:
         merged = self.merged_weights(noise_expert)
         if recipe is not None:
             transformer = load_quantised_transformer(
-                self.spec, noise_expert, recipe, self.fingerprint(noise_expert), dtype, device, merged, work_on)
+                self.spec, noise_expert, recipe, self.fingerprint(noise_expert), dtype, device, merged, work_on,
+                to_host)
             return WanBackbone(transformer, options)
         transformer = load_transformer(self.spec, noise_expert, dtype, device)
         for name, weight in merged.items():

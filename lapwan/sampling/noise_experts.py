@@ -22,7 +22,7 @@ from lapwan.memory.generation import (
     text_encoder_bytes,
 )
 from lapwan.memory.plan import MemoryPlan, Placement, Strategy, available_host_memory, memory_budget, required_bytes
-from lapwan.memory.streaming import ModelOffload, offload_backbone, tensors_of
+from lapwan.memory.streaming import HostPool, ModelOffload, offload_backbone, tensors_of
 from lapwan.memory.throughput import measure_throughput
 from lapwan.models.base import Base
 from lapwan.models.device import free_bytes, limit_memory
@@ -204,11 +204,13 @@ class NoiseExperts:
         processes = self.processes
         options = ForwardOptions(
             context_parallel=ContextParallel(processes.rank, processes.count) if processes.count > 1 else None)
-        backbone = self.base.load(noise_expert, self.dtype, load_device, self._recipe(), self.device, options)
+        pool = HostPool(pinned=True) if self._uses_host(placement) and self.device.type == "cuda" else None
+        to_host = None if pool is None else pool.copy_of
+        backbone = self.base.load(noise_expert, self.dtype, load_device, self._recipe(), self.device, options, to_host)
         loaded = _Loaded(backbone, self._attach(backbone, noise_expert), streamed=placement.streamed)
         if self._uses_host(placement):
             rows = () if loaded.adapter is None else loaded.adapter.adapter_tensors()
-            loaded.offload = offload_backbone(backbone, rows, self.device, range(placement.streamed))
+            loaded.offload = offload_backbone(backbone, rows, self.device, range(placement.streamed), pool)
             loaded.offloaded = True
         return loaded
 

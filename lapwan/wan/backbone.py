@@ -47,7 +47,9 @@ def load_transformer(
         UserError: the model lacks the noise expert, or a file is damaged or does not fit its config.
     """
     from diffusers import WanTransformer3DModel
+    from diffusers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # "Loading checkpoint shards" would break our own progress lines
     if noise_expert not in spec.noise_experts:
         available = ", ".join(e.value for e in spec.noise_experts)
         raise UserError(f"model {spec.path} has no {noise_expert.value} noise expert; it has: {available}")

@@ -10,7 +10,7 @@ from lapwan.memory.streaming import BlockRing, HostPool, offload_backbone, tenso
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.backbone import WanBackbone, load_transformer
-from lapwan.wan.quantise.load import Recipe
+from lapwan.wan.quantise.load import Recipe, load_quantised_transformer
 
 CPU = torch.device("cpu")
 
@@ -136,6 +136,33 @@ def test_host_memory_is_cut_into_aligned_pieces() -> None:
     assert [len(piece) for piece in pieces] == [3, 300, 256]
     tensor = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
     assert torch.equal(pool.copy_of(tensor), tensor)
+
+
+def test_what_is_in_the_pool_already_is_not_copied() -> None:
+    pool, other = HostPool(pinned=False, chunk_size=4096), HostPool(pinned=False)
+    first, second = pool.copy_of(torch.arange(40)), pool.copy_of(torch.ones(3))
+    assert pool.copy_of(first).data_ptr() == first.data_ptr()
+    assert pool.copy_of(second).data_ptr() == second.data_ptr()
+    assert other.copy_of(first).data_ptr() != first.data_ptr()
+
+
+def test_quantised_weights_stay_where_they_were_put(tiny_t2v, tmp_path) -> None:
+    """A pool that takes the codes while they are read is the memory that blocks stream from."""
+    def load(pool: HostPool | None) -> WanBackbone:
+        return WanBackbone(load_quantised_transformer(
+            tiny_t2v, NoiseExpert.HIGH, Recipe(Precision.FP8), "pooled", torch.float32,
+            to_host=None if pool is None else pool.copy_of))
+
+    expected = load(None).velocity(*inputs(tiny_t2v)).detach()
+    for cached in (False, True):
+        pool = HostPool(pinned=False, chunk_size=1 << 20)
+        model = load(pool)
+        addresses = [t.data_ptr() for t in tensors_of(model.transformer)]
+        offload = offload_backbone(model, (), CPU, range(4), pool)
+        assert [t.data_ptr() for t in tensors_of(model.transformer)] == addresses, f"cached: {cached}"
+        offload.onload()
+        with torch.no_grad():
+            assert torch.equal(model.velocity(*inputs(tiny_t2v)), expected)
 
 
 def test_a_block_is_one_copy_as_far_as_its_memory_lies_together(tiny_t2v) -> None:

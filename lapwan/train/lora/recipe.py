@@ -32,7 +32,7 @@ def prepare(
     offload = NoiseExpertOffload(device, memory.both, memory.plan.streamed)
     backbones, adapters = {}, {}
     for noise_expert in data.noise_experts:
-        backbone = backbones[noise_expert] = memory.load(settings, base, noise_expert, offload.load_device, device)
+        backbone = backbones[noise_expert] = memory.load(settings, base, noise_expert, offload)
         adapters[noise_expert] = _adapter(settings, base, data, noise_expert, backbone.transformer)
         offload.add(noise_expert, backbone, adapters[noise_expert].adapter_tensors())
     metadata = {e: recipe.provenance(settings, base, data, e) for e in data.noise_experts}

@@ -150,7 +150,7 @@ def assemble(
                    for e, (path, state) in frozen.items() if e in noise_experts},
         router_sigma=settings.router.sigma, gate_ema=settings.router.gate_ema, shared_experts=settings.shared_experts,
     )
-    backbones = {e: memory.load(settings, base, e, offload.load_device, device) for e in noise_experts}
+    backbones = {e: memory.load(settings, base, e, offload) for e in noise_experts}
     initial = {e: file.read_finite() for e, file in recipe.initial_loras(settings.init_lora, base).items()}
     states = {
         e: {family: _initial_expert(settings, backbones[e].transformer, local_settings, e, family, initial.get(e))

@@ -107,7 +107,8 @@ def load_parts(
         console.log(f"loading the {noise_expert.value} noise expert")
         load_device = torch.device("cpu") if sharded else offload.load_device
         backbone = backbones[noise_expert] = base.load(
-            noise_expert, dtype, load_device, frozen_recipe(settings), device)
+            noise_expert, dtype, load_device, frozen_recipe(settings), device,
+            to_host=None if sharded else offload.to_host)
         model = backbone.transformer
         if noise_expert in noise_experts:
             backbone.checkpoint("block" if memory.checkpointing else "off")

@@ -188,11 +188,16 @@ class QuantisedLinear(FrozenLinear):
         return in_features % 16 == 0 and out_features % 16 == 0
 
     @classmethod
-    def from_weight(cls, weight_OI: Tensor, bias: Tensor | None, tile: int = _TILE) -> QuantisedLinear:
-        """Quantise rows of about `tile` weights at a time, without an fp32 copy of the whole."""
+    def quantise_rows(cls, weight_OI: Tensor, tile: int = _TILE) -> tuple[Tensor, Tensor]:
+        """Codes and scales, of about `tile` weights at a time, without an fp32 copy of the whole."""
         rows = max(1, tile // weight_OI.shape[1])
         parts = [cls.quantise(weight_OI[first : first + rows]) for first in range(0, len(weight_OI), rows)]
-        return cls(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), bias, weight_OI.shape[1])
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    @classmethod
+    def from_weight(cls, weight_OI: Tensor, bias: Tensor | None, tile: int = _TILE) -> QuantisedLinear:
+        """The layer of a weight."""
+        return cls(*cls.quantise_rows(weight_OI, tile), bias, weight_OI.shape[1])
 
     @classmethod
     def shaped(cls, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> QuantisedLinear:

@@ -1,20 +1,26 @@
 """Load a model with the Linears of its blocks quantised one by one as they are read.
 
-Peak memory is the quantised model, one weight as stored, and a tile of it in fp32. Quantised blocks are cached on disk,
-one file per block, so that the next load reads a half or a quarter of the bytes.
+    files --threads--> weights as stored, a few --device--> codes --> the model; --another thread--> cache on disk
+
+Peak memory is the quantised model, a few weights as stored, and a tile of one in fp32. Quantised blocks are cached on
+disk, one file per block, so that the next load reads a half or a quarter of the bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,7 +39,11 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 _DISK_HEADROOM = 2 << 30  # bytes of disk that the cache leaves free
+_READERS = 4  # threads; reading waits for the disk, or copies from the page cache, without Python's lock
+_PREFETCHED = 6  # tensors read before they are needed: 0.8 GB of an A14B transformer's largest
+_UNWRITTEN = 2  # blocks that wait for the disk
 ReadTensor = Callable[[], Tensor]
+Move = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,54 +71,103 @@ def cache_folder(fingerprint: str, precision: Precision) -> Path:
 def fill(
     model: nn.Module, source: Mapping[str, ReadTensor], blocks: Iterable[BlockLinears], precision: Precision,
     cast: Callable[[str, Tensor], Tensor], device: torch.device | str, cache: Path | None,
-    work_on: torch.device | str | None = None,
+    work_on: torch.device | str | None = None, to_host: Move | None = None,
 ) -> None:
     """Give every parameter of a model on the meta device its tensor, on `device`.
 
     Args:
-        source: functions that read a tensor as stored, by parameter name.
+        source: functions that read a tensor as stored, by parameter name; called from several threads.
         cast: (name, stored tensor) -> the tensor in the model, for those that are not quantised.
         cache: folder of quantised blocks, to read and, while the disk has space, to extend; None: no cache.
         work_on: device that quantises; None: `device`. The bytes are the same.
+        to_host: copies a tensor to where it stays, in host memory that is pinned, say; None: moved to `device`.
 
     Raises:
         UserError: `source` lacks a parameter.
     """
+    put: Move = to_host or (lambda tensor: tensor.to(device))
     remaining = dict(source)
-    for block in blocks:
-        paths = [p for p in block.linears if _can_quantise(model.get_submodule(p), precision)]
-        file = None if cache is None else cache / f"{block.name}.safetensors"
-        cached = None if file is None else _read_cached(file, paths)
-        quantised: dict[str, Tensor] = {}
-        for path in paths:
-            read, bias_name = remaining.pop(f"{path}.weight"), f"{path}.bias"
-            bias = cast(bias_name, remaining.pop(bias_name)()).to(device) if bias_name in remaining else None
+    with _Writer() as writer, ThreadPoolExecutor(_READERS) as readers:
+        for block in blocks:
+            paths = [p for p in block.linears if _can_quantise(model.get_submodule(p), precision)]
+            file = None if cache is None else cache / f"{block.name}.safetensors"
+            weights = {path: remaining.pop(f"{path}.weight") for path in paths}
+            names = {path: f"{path}.bias" for path in paths if f"{path}.bias" in remaining}
+            biases = {path: cast(name, remaining.pop(name)()) for path, name in names.items()}
+            cached = None if file is None else _read_cached(file, paths)
             if cached is None:
-                layer = LINEAR_CLASSES[precision].from_weight(read().to(work_on or device), bias).to(device)
+                layers = _quantise(weights, biases, precision, readers, work_on or device, put)
             else:
-                layer = _cached_linear(cached, path, precision, bias, device)
-            quantised |= {f"{path}.codes": layer.codes, f"{path}.scale": layer.scale}
-            model.set_submodule(path, layer)
-        if file is not None and cached is None and quantised:
-            _write_cached(file, quantised)
-    for name, read in remaining.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(cast(name, read()).to(device), requires_grad=False))
+                layers = _cached_linears(cached, paths, biases, precision, readers, put)
+            quantised: dict[str, Tensor] = {}
+            for path, layer in layers:
+                quantised |= {f"{path}.codes": layer.codes, f"{path}.scale": layer.scale}
+                model.set_submodule(path, layer)
+            if file is not None and cached is None and quantised:
+                writer.write(file, quantised)
+        for name, tensor in _prefetched(remaining, readers):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(put(cast(name, tensor)), requires_grad=False))
     empty = [name for name, value in model.named_parameters() if value.is_meta]
     if empty:
         raise UserError(f"the weights lack {len(empty)} tensors, such as '{empty[0]}'; is the download complete?")
 
 
+def _prefetched(source: Mapping[str, ReadTensor], readers: ThreadPoolExecutor) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by name, in order; the next ones are read meanwhile."""
+    waiting: deque[tuple[str, Future[Tensor]]] = deque()
+    for name, read in source.items():
+        waiting.append((name, readers.submit(read)))
+        if len(waiting) > _PREFETCHED:
+            name, reading = waiting.popleft()
+            yield name, reading.result()
+    for name, reading in waiting:
+        yield name, reading.result()
+
+
+def _quantise(
+    weights: Mapping[str, ReadTensor], biases: Mapping[str, Tensor], precision: Precision, readers: ThreadPoolExecutor,
+    work_on: torch.device | str, put: Move,
+) -> Iterator[tuple[str, QuantisedLinear]]:
+    linear = LINEAR_CLASSES[precision]
+    for path, weight in _prefetched(weights, readers):
+        codes, scale = linear.quantise_rows(weight.to(work_on))
+        yield path, linear(put(codes), put(scale), _put_bias(biases, path, put), weight.shape[1])
+
+
+def _cached_linears(
+    cached: TensorFile, paths: Iterable[str], biases: Mapping[str, Tensor], precision: Precision,
+    readers: ThreadPoolExecutor, put: Move,
+) -> Iterator[tuple[str, QuantisedLinear]]:
+    names = [f"{path}.{part}" for path in paths for part in ("codes", "scale")]
+    tensors = _prefetched({name: partial(load_tensor, cached, name) for name in names}, readers)
+    for path, (_, codes), (_, scale) in zip(paths, tensors, tensors, strict=True):
+        in_features = codes.shape[1] * (2 if precision is Precision.NF4 else 1)
+        codes, scale = put(codes), put(scale)  # in the order in which a block's tensors are copied to the device
+        bias = _put_bias(biases, path, put)
+        yield path, LINEAR_CLASSES[precision](codes, scale, bias, in_features)
+
+
+def _put_bias(biases: Mapping[str, Tensor], path: str, put: Move) -> Tensor | None:
+    return put(biases[path]) if path in biases else None
+
+
+class _Writer(ExitStack):
+    """Writes quantised blocks in a thread; `write` waits while `_UNWRITTEN` blocks are behind, the exit for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = self.enter_context(ThreadPoolExecutor(1))
+        self._waiting: deque[Future[None]] = deque()
+
+    def write(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
+        self._waiting.append(self._thread.submit(_write_cached, file, tensors))
+        if len(self._waiting) > _UNWRITTEN:
+            self._waiting.popleft().result()
+
+
 def _can_quantise(linear: nn.Module, precision: Precision) -> bool:
     return isinstance(linear, nn.Linear) and LINEAR_CLASSES[precision].supports(linear.in_features, linear.out_features)
-
-
-def _cached_linear(
-    cached: TensorFile, path: str, precision: Precision, bias: Tensor | None, device: torch.device | str
-) -> QuantisedLinear:
-    codes, scale = (load_tensor(cached, f"{path}.{part}").to(device) for part in ("codes", "scale"))
-    in_features = codes.shape[1] * (2 if precision is Precision.NF4 else 1)
-    return LINEAR_CLASSES[precision](codes, scale, bias, in_features)
 
 
 def _read_cached(file: Path, paths: Iterable[str]) -> TensorFile | None:
@@ -131,7 +190,7 @@ def _write_cached(file: Path, tensors: Mapping[str, Tensor]) -> None:
             return
         with atomic_file(file) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    except OSError as error:  # the cache only saves the next run time
+    except (OSError, SafetensorError) as error:  # the cache only saves the next run time
         console.detail(f"cannot cache {file}: {error}")
 
 
@@ -146,14 +205,14 @@ def linears_of(blocks: nn.ModuleList, prefix: str, skip: frozenset[int] = frozen
 def load_quantised_transformer(
     spec: ModelSpec, noise_expert: NoiseExpert, recipe: Recipe, fingerprint: str, dtype: torch.dtype,
     device: torch.device | str = "cpu", merged: Mapping[str, ReadTensor] | None = None,
-    work_on: torch.device | str | None = None,
+    work_on: torch.device | str | None = None, to_host: Move | None = None,
 ) -> WanTransformer3DModel:
     """A noise expert's transformer with its blocks' Linears quantised from the stored weights; the rest in `dtype`.
 
     Args:
         fingerprint: of the weights, including the `merged` ones.
         merged: functions that read the weights that LoRAs are merged into, by name.
-        work_on: device that quantises; None: `device`.
+        work_on, to_host: as in `fill`.
     """
     from accelerate import init_empty_weights
     from diffusers import WanTransformer3DModel
@@ -172,5 +231,9 @@ def load_quantised_transformer(
         tensor_to_diffusers(name): partial(load_tensor, file, name) for file in headers for name in file.tensors}
     blocks = linears_of(model.blocks, "blocks", recipe.full_blocks)
     cache = cache_folder(fingerprint, recipe.precision)
-    fill(model, {**source, **(merged or {})}, blocks, recipe.precision, cast, device, cache, work_on)
+    if not cache.is_dir():
+        console.log(f"quantising the {noise_expert.value} noise expert to {recipe.precision.value}; later runs read "
+                    f"the codes from {cache}")
+    fill(model, {**source, **(merged or {})}, blocks, recipe.precision, cast, device, cache, work_on,
+         to_host)
     return model.eval().to(device)
