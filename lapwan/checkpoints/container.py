@@ -116,6 +116,15 @@ def file_kind(path: Path) -> str | None:
     return next((kind for magic, kind in _KINDS if text.startswith(magic)), None)
 
 
+def is_pickled(path: Path) -> bool:
+    """Whether a file begins as `torch.save` writes one, a zip archive or an old pickle, whatever its name."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
+    except OSError:  # `read_header` says what is wrong
+        return False
+
+
 def read_header(path: Path) -> TensorFile:
     """Parse the header of a safetensors file.
 
@@ -140,7 +149,11 @@ def read_header(path: Path) -> TensorFile:
 
 
 def _no_header(path: Path, length: int, size: int) -> UserError:
-    if (kind := file_kind(path)) is not None:
+    kind = file_kind(path)
+    if path.suffix.lower() not in ("", ".safetensors", ".sft"):
+        kind = kind or "neither a safetensors, a GGUF nor a torch.save file; is it the right file?"
+        return UserError(f"cannot read {path} as weights: it is {kind}")
+    if kind is not None:
         return UserError(f"{path} is not a safetensors file but {kind}")
     with path.open("rb") as stream:
         stream.seek(8)

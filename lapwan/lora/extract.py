@@ -3,7 +3,8 @@
     ΔW = W_tuned − W_base ≈ B A of rank k,    B = Q U S^½,  A = S^½ Vᵀ,    Qᵀ ΔW = U S Vᵀ
     Q = qr(ΔW Ω), then twice Q = qr(ΔW qr(ΔWᵀ Q)),  Ω Gaussian [in, k + 16]         randomized SVD (arXiv 0909.4061)
 
-Rounding floor: a stored value is off by up to half the spacing s of its dtype there, so ΔW holds noise of energy
+Rounding floor: a stored value is off by up to half the spacing s of its dtype there (of a quantised weight, of its
+codes times their scale), so ΔW holds noise of energy
 
     F = Σ (s_tuned² + s_base²) / 12   over the values that differ,
 
@@ -26,9 +27,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lapwan.checkpoints.container import ITEM_SIZE, TensorFile
+from lapwan.checkpoints.container import ITEM_SIZE
 from lapwan.checkpoints.rewrite import check_mergeable, matrix_shape
 from lapwan.checkpoints.tensors import DTYPES, load_rows
+from lapwan.checkpoints.weights import FLOATS, WeightFile, rounding_steps
 from lapwan.console import progress
 from lapwan.errors import UserError, nearest
 from lapwan.lora.combine import leading_directions
@@ -53,8 +55,8 @@ class RankChoice:
 class _Sources:
     """One tensor in the two models."""
 
-    tuned: TensorFile
-    base: TensorFile
+    tuned: WeightFile
+    base: WeightFile
     tuned_name: str
     base_name: str
 
@@ -156,7 +158,7 @@ class ExtractedLora:
 
 
 def extract(
-    tuned: Sequence[TensorFile], base: Sequence[TensorFile], choice: RankChoice, keep_rest: bool = True,
+    tuned: Sequence[WeightFile], base: Sequence[WeightFile], choice: RankChoice, keep_rest: bool = True,
     dtype: torch.dtype | None = None, device: torch.device | None = None,
 ) -> ExtractedLora:
     """The difference of two transformers as an adapter of one noise expert.
@@ -165,11 +167,11 @@ def extract(
         tuned, base: each transformer's file or shards; their key layouts may differ.
         choice: of each module's rank.
         keep_rest: keep changed biases, norms, modulations and the patch embedding as full deltas (fp32).
-        dtype: of the factors; None: bf16 for a model in 16 bits, else fp32.
+        dtype: of the factors; None: bf16 for a model in at most 16 bits, else fp32.
         device: where ΔW is decomposed; None: the CPU.
 
     Raises:
-        UserError: different models, or a quantised one.
+        UserError: different models.
     """
     device = device or torch.device("cpu")
     sources = _paired(tuned, base)
@@ -182,8 +184,7 @@ def extract(
             elif difference.only_rounding:
                 result.only_rounding += 1
             elif is_linear(path):
-                stored = DTYPES[sources[path].tuned.tensors[sources[path].tuned_name].dtype]
-                entry, module = _decomposed(path, difference, choice, dtype or _factor_dtype(stored))
+                entry, module = _decomposed(path, difference, choice, dtype or _factor_dtype(sources[path]))
                 result.state.entries[path] = entry
                 result.modules.append(module)
             elif keep_rest:
@@ -197,11 +198,12 @@ def extract(
     return result
 
 
-def _factor_dtype(stored: torch.dtype) -> torch.dtype:
-    return torch.bfloat16 if stored.itemsize == 2 else torch.float32
+def _factor_dtype(pair: _Sources) -> torch.dtype:
+    stored = pair.tuned.raw.tensors[pair.tuned_name].dtype
+    return torch.float32 if stored in FLOATS and ITEM_SIZE[stored] > 2 else torch.bfloat16
 
 
-def _paired(tuned: Sequence[TensorFile], base: Sequence[TensorFile]) -> dict[str, _Sources]:
+def _paired(tuned: Sequence[WeightFile], base: Sequence[WeightFile]) -> dict[str, _Sources]:
     """Every tensor that an adapter can change, in both models.
 
     Raises:
@@ -262,20 +264,14 @@ def _difference(pair: _Sources, device: torch.device) -> _Difference:
         delta[first : first + count] = piece
         sums += torch.stack([
             torch.linalg.vector_norm(piece, dtype=torch.float64).square(), differs.sum().double(),
-            *((spacing(values) * differs).square().sum(dtype=torch.float64) for values in (tuned, base)),
+            *((rounding_steps(file, name, values, first) * differs).square().sum(dtype=torch.float64)
+              for file, name, values in ((pair.tuned, pair.tuned_name, tuned), (pair.base, pair.base_name, base))),
         ])
     total, changed, of_tuned, of_base = sums.tolist()
     if not math.isfinite(total):
         raise UserError(f"'{pair.tuned_name}' holds values that are not finite in {pair.tuned.path} or "
                         f"{pair.base.path}; copy or download the file again")
     return _Difference(delta, total, int(changed), (of_tuned / 12, of_base / 12))
-
-
-def spacing(values: Tensor) -> Tensor:
-    """Distance of neighbouring numbers of the values' dtype at each of them, in fp32: 2^exponent · eps."""
-    info = torch.finfo(values.dtype)
-    exponent = torch.frexp(values.float().abs().clamp_min(info.smallest_normal))[1] - 1
-    return torch.ldexp(torch.full_like(values, info.eps, dtype=torch.float32), exponent)
 
 
 def _share(rank: int, rows: int, columns: int) -> float:

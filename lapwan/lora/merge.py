@@ -26,7 +26,7 @@ from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo, read
 from lapwan.checkpoints.fingerprints import FINGERPRINT_KEY, checkpoint_fingerprint, merged_fingerprint
 from lapwan.checkpoints.rewrite import AddRows, Advance, check_mergeable, matrix_shape, rewrite
 from lapwan.checkpoints.tensors import load_rows
-from lapwan.checkpoints.wan_keys import target_path, to_original
+from lapwan.checkpoints.wan_keys import target_path, to_original, without_wrapper
 from lapwan.checkpoints.weights import WeightFile, read_weights, unquantised
 from lapwan.console import count_text, log
 from lapwan.errors import UserError, nearest
@@ -35,7 +35,6 @@ from lapwan.lora.state import Term
 from lapwan.names import NoiseExpert
 
 MERGED_KEY, BASE_KEY = "lapwan.merged", "lapwan.base_fingerprint"
-_PREFIX = re.compile(r"^(model\.diffusion_model\.|diffusion_model\.|model\.)?")
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _CHUNK = 16 << 20  # bytes of an untouched tensor, or of a touched one in fp64, at a time
@@ -89,7 +88,7 @@ def target_tensors(files: Sequence[TensorFile]) -> dict[str, tuple[int, str]]:
     weights: dict[str, tuple[int, str]] = {}
     for index, file in enumerate(files):
         for name in file.tensors:
-            path = target_path(_PREFIX.sub("", name))
+            path = target_path(without_wrapper(name))
             if path is None:
                 continue
             if path in weights:

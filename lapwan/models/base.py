@@ -21,7 +21,7 @@ from lapwan.lora.assign import LoraRequest, assign, report
 from lapwan.lora.merge import plan_terms, target_tensors
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
 from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
-from lapwan.models.resolve import check_weights, refuse_generation_only, resolve
+from lapwan.models.resolve import check_task, check_weights, refuse_generation_only, resolve
 from lapwan.models.separate_files import make_folder
 from lapwan.models.spec import ModelSpec, Task, read_spec, weight_files
 from lapwan.names import Band, NoiseExpert
@@ -151,6 +151,7 @@ def resolve_base(
         files_spec = _from_files(model)
         if not generation:
             refuse_generation_only(files_spec, model.transformer)
+        check_task(files_spec, next(iter(model.transformers.values())), task)
         return Base(files_spec)
     spec = resolve(model.model, task, generation)
     requests = [LoraRequest(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]

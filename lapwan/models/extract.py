@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
+from lapwan.checkpoints.weights import WeightFile, read_weights
 from lapwan.console import log
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, claim_output
@@ -25,7 +25,7 @@ from lapwan.lora.state import AdapterState
 from lapwan.models.device import pick_device
 from lapwan.models.merge import claim_file, lora_outputs
 from lapwan.models.resolve import resolve
-from lapwan.models.spec import ModelSpec, weight_files
+from lapwan.models.spec import OTHER_WEIGHTS, ModelSpec, weight_files
 from lapwan.names import NoiseExpert
 from lapwan.report import plots
 from lapwan.settings.base import RunOptions
@@ -43,8 +43,8 @@ class ModelPair:
     """A noise expert's weights in the two models; `noise_expert` None: one transformer that no name tells."""
 
     noise_expert: NoiseExpert | None
-    tuned: tuple[TensorFile, ...]
-    base: tuple[TensorFile, ...]
+    tuned: tuple[WeightFile, ...]
+    base: tuple[WeightFile, ...]
     spec: ModelSpec | None
 
     def metadata(self) -> dict[str, str]:
@@ -62,7 +62,7 @@ class ModelPair:
 def model_pairs(tuned: str, base: str) -> dict[NoiseExpert | None, ModelPair]:
     """The transformers of TUNED by noise expert, each with that of BASE; reads headers only.
 
-    Each is a single .safetensors file, a transformer's folder, a model folder or hub id, or the folder of a run or
+    Each is a single file, a transformer's folder, a model folder or hub id, or the folder of a run or
     checkpoint that holds `transformer` or `transformer_2`.
 
     Raises:
@@ -84,14 +84,14 @@ def model_pairs(tuned: str, base: str) -> dict[NoiseExpert | None, ModelPair]:
                 raise UserError(f"{tuned} has a transformer of the {name} noise expert, {base} has {have}; give the "
                                 "folder or file of that transformer for both, such as MODEL/transformer_2")
             pairs[role] = files, of_base[role]
-    return {role: ModelPair(role, tuple(map(read_header, files)), tuple(map(read_header, base_files)), spec)
+    return {role: ModelPair(role, tuple(map(read_weights, files)), tuple(map(read_weights, base_files)), spec)
             for role, (files, base_files) in pairs.items()}
 
 
 def _transformers(model: str) -> tuple[Transformers, ModelSpec | None]:
     """A model's transformers by noise expert (None: not known), and its spec if it is a whole model."""
     path = Path(model).expanduser()
-    if path.is_file():
+    if path.is_file() or path.suffix in (".safetensors", *OTHER_WEIGHTS):  # a missing file is named where it is read
         return {noise_expert_from_file_name(path): [path]}, None
     components = {e: path / e.component for e in NoiseExpert}
     if path.is_dir() and not (path / "model_index.json").is_file():

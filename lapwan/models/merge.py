@@ -29,7 +29,7 @@ from lapwan.lora.noise_expert import NOISE_EXPERT_KEY, noise_expert_from_file_na
 from lapwan.lora.read_back import reader
 from lapwan.lora.state import AdapterState, WeightUpdate, check_finite, entries_fingerprint
 from lapwan.models.resolve import resolve
-from lapwan.models.spec import weight_files
+from lapwan.models.spec import OTHER_WEIGHTS, weight_files
 from lapwan.moe.mixture import Mixture
 from lapwan.moe.mixture_file import read_mixture
 from lapwan.moe.to_lora import gate_range, inference_sigmas, mixture_to_lora
@@ -262,7 +262,7 @@ def _check_and_log(plans: Sequence[ComponentPlan], output: Path, needed: int) ->
 
 # Bytes from which a file is hard-linked: weights. Smaller ones are configs, which people edit in place.
 _LINK_FROM = 1 << 20
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")
+_OTHER_WEIGHTS = (*OTHER_WEIGHTS, ".msgpack", ".h5", ".onnx")
 _DISK_MARGIN = 64 << 20
 
 
@@ -279,7 +279,8 @@ def carried_files(folder: Path, plans: Sequence[ComponentPlan]) -> tuple[list[Pa
     for path in sorted(_walk(folder)):
         if path in rewritten:
             continue
-        stale = path.parent in merged and path.suffix in (*_OTHER_WEIGHTS, ".safetensors")
+        stale = path.parent in merged and (path.suffix in (*_OTHER_WEIGHTS, ".safetensors")
+                                           or path.name.endswith(".bin.index.json"))
         (left_out if stale else carried).append(path.relative_to(folder))
     return carried, left_out
 

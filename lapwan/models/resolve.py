@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lapwan.checkpoints.wan_keys import transformer_shapes
+from lapwan.checkpoints.wan_keys import contents_of, transformer_shapes
 from lapwan.errors import UserError
 from lapwan.models.spec import ModelSpec, Task, component_config, read_spec, tensor_shapes, weight_files
 
@@ -24,10 +24,19 @@ def resolve(model: str, task: Task | None = None, generation: bool = False) -> M
     if not generation:
         refuse_generation_only(spec, model)
     check_weights(spec)
+    check_task(spec, model, task)
+    return spec
+
+
+def check_task(spec: ModelSpec, model: object, task: Task | None) -> None:
+    """Compare a model's task with the one asked for, if any; `model` names it in the message.
+
+    Raises:
+        UserError: they differ.
+    """
     if task is not None and spec.task != task:
         wants = "takes an image (image-to-video)" if spec.requires_image else "takes no image (text-to-video)"
         raise UserError(f"model {model} {wants}, but {task} was asked for")
-    return spec
 
 
 def check_weights(spec: ModelSpec) -> None:
@@ -45,8 +54,10 @@ def check_weights(spec: ModelSpec) -> None:
             raise UserError(f"{name} lacks {len(missing)} of {len(needed)} tensors of this transformer, such as "
                             f"'{min(missing)}'; is the download complete?")
         if unknown := shapes.keys() - needed.keys():
+            kind = contents_of(unknown)
+            why = f"it is {kind}" if kind else "it is another model, which lapwan does not support"
             raise UserError(f"{name} has {len(unknown)} tensors that {spec.family.title} does not, such as "
-                            f"'{min(unknown)}'; it is another model, which lapwan does not support")
+                            f"'{min(unknown)}'; {why}")
         for key, shape in needed.items():
             if shapes[key] != shape:
                 raise UserError(f"{name}: '{key}' has shape {list(shapes[key])}, but the transformer's config needs "

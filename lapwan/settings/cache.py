@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lapwan.names import NEGATIVE_PROMPT
 from lapwan.settings.base import Flag, Settings, height_width
+from lapwan.settings.model import ModelChoice
 
 
 class CacheSettings(Settings):
@@ -16,8 +17,9 @@ class CacheSettings(Settings):
 
     dataset: Annotated[Path | None, Flag("-d", metavar="FILE")] = Field(
         None, description="clips.jsonl, labels.jsonl, or a musubi-tuner dataset.toml.")
-    model: Annotated[str | None, Flag("-m")] = Field(
-        None, description="Model whose VAE and text encoder are used: tiny, or a model folder.")
+    model: Annotated[ModelChoice | None, Flag("-m", metavar="MODEL")] = Field(
+        None, description="Model whose VAE and text encoder are used: tiny, or a model folder; in TOML also the table "
+                          "of a training, such as the files high, low, vae, text_encoder and tokenizer.")
     output: Annotated[Path | None, Flag("-o", metavar="DIR")] = Field(
         None, description="Cache folder; a dataset.toml may name its own.")
     size: Annotated[tuple[int, int] | None, Flag(metavar="HEIGHTxWIDTH")] = Field(

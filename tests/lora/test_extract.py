@@ -10,11 +10,12 @@ import torch
 from lora_cases import merge, random_state, shapes
 from safetensors.torch import load_file, save_file
 
-from lapwan.checkpoints.container import read_header
+from lapwan.checkpoints.tensors import spacing
 from lapwan.checkpoints.wan_keys import PROJECTIONS, to_original
+from lapwan.checkpoints.weights import read_weights
 from lapwan.errors import UserError
 from lapwan.lora.combine import leading_directions
-from lapwan.lora.extract import RankChoice, extract, spacing
+from lapwan.lora.extract import RankChoice, extract
 from lapwan.lora.formats import open_lora, read_lora
 from lapwan.lora.state import LowRank
 from lapwan.names import NoiseExpert
@@ -40,7 +41,7 @@ def extracted(folder: Path, base, tuned, choice=RankChoice(16), dtypes=(torch.fl
     name = "blocks.0.self_attn.q"
     files = [model_file(folder / f"{n}.safetensors", {name: value}, dtype)
              for n, value, dtype in (("tuned", tuned, dtypes[0]), ("base", base, dtypes[1]))]
-    return extract([read_header(files[0])], [read_header(files[1])], choice, **more)
+    return extract([read_weights(files[0])], [read_weights(files[1])], choice, **more)
 
 
 def test_leading_directions_are_those_of_an_exact_svd():
