@@ -117,7 +117,12 @@ def file_kind(path: Path) -> str | None:
 
 
 def is_pickled(path: Path) -> bool:
-    """Whether a file begins as `torch.save` writes one, a zip archive or an old pickle, whatever its name."""
+    """Whether a file begins as `torch.save` writes one, a zip archive or an old pickle, whatever its name.
+
+    Except .safetensors: torch reads a file of that name as one.
+    """
+    if path.suffix.lower() == ".safetensors":
+        return False
     try:
         with path.open("rb") as stream:
             return stream.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))

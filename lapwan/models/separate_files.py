@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lapwan.checkpoints.container import is_pickled
+from lapwan.checkpoints.container import file_kind, is_pickled
 from lapwan.checkpoints.wan_keys import contents_of
 from lapwan.checkpoints.weights import is_gguf, read_weights
 from lapwan.console import warn
@@ -36,6 +36,7 @@ from lapwan.names import NoiseExpert
 _HEAD_DIM = 128  # of every released Wan transformer; a config.json beside the weights overrides it
 _BOUNDARY = {16: 0.875, 36: 0.9}  # by input channels: T2V-A14B, I2V-A14B
 _SHIFT = {16: 12.0, 36: 5.0}
+_CONFIG_KEYS = {"vae": "z_dim", "text_encoder": "d_model"}  # that a component's config.json has
 _SHIFT_SINGLE = 5.0  # Wan2.1 T2V, TI2V-5B
 
 
@@ -48,12 +49,10 @@ def make_folder(
     Raises:
         UserError: a file that is missing, unreadable or of a model that is not supported as separate files.
     """
-    files = {e: _transformer_files(path) for e, path in transformers.items()}
+    files = {e: _transformer_files(path, e) for e, path in transformers.items()}
     check_sides(files)
     vae, text_encoder = _component(vae, "vae"), _component(text_encoder, "text_encoder")
-    tokenizer = tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer
-    if not (tokenizer / "tokenizer_config.json").is_file():
-        raise UserError(f"{tokenizer} is not a tokenizer folder: it has no tokenizer_config.json")
+    tokenizer = _tokenizer_folder(tokenizer)
     components = [f for path in (vae, text_encoder) for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
     stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
              for f in (*(f for shards in files.values() for f in shards), *components, tokenizer)]
@@ -65,9 +64,11 @@ def make_folder(
     return folder
 
 
-def _transformer_files(path: Path) -> list[Path]:
+def _transformer_files(path: Path, noise_expert: NoiseExpert) -> list[Path]:
+    """A file, a folder of shards, or of a whole model's folder the noise expert's."""
     if path.is_dir():
-        return weight_files(path)
+        inner = [path / noise_expert.component, path / f"{noise_expert.value}_noise_model"]
+        return weight_files(next((folder for folder in inner if folder.is_dir()), path))
     read_weights(path)
     check_shards([path])
     return [path]
@@ -86,12 +87,39 @@ def _component(path: Path, name: str) -> Path:
         raise UserError(f"no such file: {path}")
     folder = path / name if (path / name).is_dir() else path
     if (folder / "config.json").is_file():
-        component_files(folder)
+        config = component_config(folder)
+        if _CONFIG_KEYS[name] not in config:
+            title = {"vae": "VAE"}.get(name, "text encoder")
+            kind = config.get("_class_name") or ", ".join(config.get("architectures") or ["another model"])
+            raise UserError(f"{name} = {path} is the folder of {kind}; give that of the {title}")
+        for file in component_files(folder):
+            read_weights(file)
         return folder
     weights = sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", *OTHER_WEIGHTS))
     inside = f"; it holds {', '.join(weights[:5])}" if weights else ""
     raise UserError(f"{name} = {path} is a folder without config.json: give the weights file, or a folder in diffusers "
                     f"layout{inside}")
+
+
+def _tokenizer_folder(path: Path) -> Path:
+    """The folder of umT5's tokenizer: given itself, as a file in it, or as the model folder that has it.
+
+    Raises:
+        UserError: it is missing, incomplete, or its files are no JSON.
+    """
+    folder = path.parent if path.is_file() else path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {path}; the tokenizer is a folder, google/umt5-xxl of the original release")
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"{folder} is not a tokenizer folder: it has no tokenizer_config.json")
+    for file in sorted(folder.glob("*.json")):
+        read_json(file)
+    if not (folder / "tokenizer.json").is_file():
+        pieces = folder / "spiece.model"
+        if not pieces.is_file() or (kind := file_kind(pieces)) is not None:
+            why = f"spiece.model is {kind}" if pieces.is_file() else "it has neither tokenizer.json nor spiece.model"
+            raise UserError(f"{folder} is not a complete tokenizer folder: {why}")
+    return folder
 
 
 def check_sides(files: Mapping[NoiseExpert, list[Path]]) -> None:
@@ -105,6 +133,7 @@ def check_sides(files: Mapping[NoiseExpert, list[Path]]) -> None:
     high, low = files.values()
     if [f.resolve() for f in high] == [f.resolve() for f in low]:
         warn(f"high and low are the same file, {high[0]}; Wan2.2 has a transformer for each")
+        return
     shared = Path(os.path.commonpath([f.absolute() for f in (*high, *low)]))
     stated_by = {e: _stated(shards[0], shared) for e, shards in files.items()}
     wrong = {e: shards[0] for e, shards in files.items() if stated_by[e] not in (None, e)}
@@ -118,11 +147,13 @@ def check_sides(files: Mapping[NoiseExpert, list[Path]]) -> None:
 
 def _stated(path: Path, shared: Path) -> NoiseExpert | None:
     """By metadata, the file's name, those of its folders inside `shared`, from the inner to the outer, or GGUF's."""
+    components = {e.component: e for e in NoiseExpert}
     metadata = read_weights(path).metadata
     name = Path(metadata.get("general.name", ""))
     folders = [folder for folder in path.absolute().parents if folder.is_relative_to(shared) and folder != shared]
     stated = [noise_expert_from_metadata(metadata, path),
-              *map(noise_expert_from_file_name, (path, *folders, name))]
+              *(noise_expert_from_file_name(p) or components.get(p.name) for p in (path, *folders)),
+              noise_expert_from_file_name(name)]
     return next((noise_expert for noise_expert in stated if noise_expert is not None), None)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lapwan.checkpoints.container import file_kind
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.checkpoints.weights import read_weights
@@ -300,7 +301,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; is {path.parent} a complete model folder in diffusers layout?") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        kind = file_kind(path) if path.is_file() else None
+        raise UserError(f"cannot read {path}: {f'it is {kind}' if kind else error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
     return value
