@@ -280,8 +280,8 @@ def rounding_steps(file: WeightFile, name: str, values: Tensor, first: int) -> T
         return spacing((values / each).to(DTYPES[stored])) * each
     bits = int(next(letter for letter in stored if letter.isdigit()))  # Q4_K, IQ4_NL: 4
     width = _GGUF_GROUP if values.shape[1] % _GGUF_GROUP == 0 else values.shape[1]
-    groups = values.unflatten(1, (-1, width))
-    step = (groups.amax(-1) - groups.amin(-1)) / (2**bits - 1)
+    groups = values.reshape(len(values), -1, width)
+    step: Tensor = (groups.amax(-1) - groups.amin(-1)) / (2**bits - 1)
     return step.repeat_interleave(width, 1)
 
 

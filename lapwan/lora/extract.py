@@ -198,6 +198,15 @@ def extract(
     return result
 
 
+def check_pair(tuned: Sequence[WeightFile], base: Sequence[WeightFile]) -> None:
+    """Check from the headers that two transformers have the same tensors.
+
+    Raises:
+        UserError: they have not.
+    """
+    _paired(tuned, base)
+
+
 def _factor_dtype(pair: _Sources) -> torch.dtype:
     stored = pair.tuned.raw.tensors[pair.tuned_name].dtype
     return torch.float32 if stored in FLOATS and ITEM_SIZE[stored] > 2 else torch.bfloat16

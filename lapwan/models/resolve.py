@@ -7,7 +7,18 @@ from pathlib import Path
 
 from lapwan.checkpoints.wan_keys import contents_of, transformer_shapes
 from lapwan.errors import UserError
-from lapwan.models.spec import ModelSpec, Task, component_config, read_spec, tensor_shapes, weight_files
+from lapwan.lora.noise_expert import noise_expert_from_file_name
+from lapwan.models.spec import (
+    OTHER_WEIGHTS,
+    ModelSpec,
+    Task,
+    component_config,
+    read_spec,
+    tensor_shapes,
+    transformer_folders,
+    weight_files,
+)
+from lapwan.names import NoiseExpert
 
 
 def resolve(model: str, task: Task | None = None, generation: bool = False) -> ModelSpec:
@@ -37,6 +48,28 @@ def check_task(spec: ModelSpec, model: object, task: Task | None) -> None:
     if task is not None and spec.task != task:
         wants = "takes an image (image-to-video)" if spec.requires_image else "takes no image (text-to-video)"
         raise UserError(f"model {model} {wants}, but {task} was asked for")
+
+
+def transformers_of(model: str) -> tuple[dict[NoiseExpert | None, list[Path]], ModelSpec | None]:
+    """A model's transformers by noise expert (None: not known), and its spec if it is a whole model.
+
+    Args:
+        model: a file, a transformer's folder, a model folder or hub id, or a folder with a transformer for each noise
+            expert (a run or checkpoint, the original release).
+
+    Raises:
+        UserError: no such model, or none of its weights.
+    """
+    path = Path(model).expanduser()
+    if path.is_file() or path.suffix in (".safetensors", *OTHER_WEIGHTS):  # a missing file is named where it is read
+        return {noise_expert_from_file_name(path): [path]}, None
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        if present := transformer_folders(path):
+            return {e: weight_files(folder) for e, folder in present.items()}, None
+        named = {e.component: e for e in NoiseExpert}.get(path.resolve().name)
+        return {named or noise_expert_from_file_name(path): weight_files(path)}, None
+    spec = resolve(model, generation=True)
+    return {e: weight_files(spec.component(e)) for e in spec.noise_experts}, spec
 
 
 def check_weights(spec: ModelSpec) -> None:

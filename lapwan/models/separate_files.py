@@ -29,6 +29,7 @@ from lapwan.models.spec import (
     image_encoder_error,
     read_json,
     tensor_shapes,
+    transformer_folders,
     weight_files,
 )
 from lapwan.names import NoiseExpert
@@ -67,8 +68,7 @@ def make_folder(
 def _transformer_files(path: Path, noise_expert: NoiseExpert) -> list[Path]:
     """A file, a folder of shards, or of a whole model's folder the noise expert's."""
     if path.is_dir():
-        inner = [path / noise_expert.component, path / f"{noise_expert.value}_noise_model"]
-        return weight_files(next((folder for folder in inner if folder.is_dir()), path))
+        return weight_files(transformer_folders(path).get(noise_expert, path))
     read_weights(path)
     check_shards([path])
     return [path]

@@ -221,6 +221,12 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def transformer_folders(path: Path) -> dict[NoiseExpert, Path]:
+    """A folder's own folders of transformers: `transformer` and `transformer_2`, or those of the original release."""
+    names = {e: (e.component, f"{e.value}_noise_model") for e in NoiseExpert}
+    return {e: path / name for e, choices in names.items() for name in choices if (path / name).is_dir()}
+
+
 def check_shards(files: Sequence[Path]) -> None:
     """Check by their names (`...-00001-of-00006...`) that no shard is missing.
 
