@@ -45,6 +45,7 @@ _QUANTISED_KEYS = {  # of formats that are refused by name
 }
 _REMEDY = "use the bf16, fp16, fp8 or GGUF file of this model"
 _GGUF_GROUP = 32  # neighbours with one scale, of most types
+_GGUF_SYMMETRIC = ("Q3_K", "Q6_K")  # besides Q4_0, Q5_0 and Q8_0
 _UNPACK = {"F64": "d", "F32": "f", "F16": "e"}
 
 
@@ -256,8 +257,8 @@ def _scales(raw: TensorFile, name: str, scale: str, first: int, count: int) -> T
 def rounding_steps(file: WeightFile, name: str, values: Tensor, first: int) -> Tensor:
     """Distance of the neighbouring numbers of the stored format at each of a weight's values, in fp32.
 
-    Of fp8 that of its codes times their scale; of GGUF the range of each 32 neighbours over 2^bits - 1, which its types
-    with even steps have, for others about the mean.
+    Of fp8 that of its codes times their scale. Of GGUF the range of each 32 neighbours over 2^bits - 1, or twice their
+    largest magnitude over 2^bits in types without an offset; where the steps are not even, about their mean.
 
     Args:
         file: holds the weight.
@@ -281,7 +282,11 @@ def rounding_steps(file: WeightFile, name: str, values: Tensor, first: int) -> T
     bits = int(next(letter for letter in stored if letter.isdigit()))  # Q4_K, IQ4_NL: 4
     width = _GGUF_GROUP if values.shape[1] % _GGUF_GROUP == 0 else values.shape[1]
     groups = values.reshape(len(values), -1, width)
-    step: Tensor = (groups.amax(-1) - groups.amin(-1)) / (2**bits - 1)
+    low, high = groups.amin(-1), groups.amax(-1)
+    if stored.endswith("_0") or stored in _GGUF_SYMMETRIC:
+        step: Tensor = 2 * torch.maximum(high, -low) / (254 if bits == 8 else 2**bits)
+    else:
+        step = (high - low) / (2**bits - 1)
     return step.repeat_interleave(width, 1)
 
 

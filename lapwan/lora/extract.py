@@ -40,6 +40,7 @@ from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
 
 _PIECE = 16 << 20  # bytes of a tensor that are read at a time
 _FIRST_RANK = 64  # a search for the energy begins with this many directions
+_QUANTISED_FLOOR = 0.05  # by which the noise of a quantised model may exceed the predicted one
 _NEGLIGIBLE = 1e-6  # singular values below this share of the largest are rounding of the computation
 
 
@@ -67,17 +68,20 @@ class _Sources:
 
 @dataclass(frozen=True)
 class _Difference:
-    """ΔW [out, in] on the device, ‖ΔW‖², the number of values that differ, and Σ s²/12 over them of each model."""
+    """ΔW [out, in] on the device, ‖ΔW‖², the number of values that differ, and Σ s²/12 over them of each model; whether
+    one of them is quantised, which makes that less exact."""
 
     delta: Tensor
     total: float
     changed: int
     floors: tuple[float, float]
+    quantised: bool = False
 
     @property
     def only_rounding(self) -> bool:
         """No more energy than rounding explains, with its deviation over few values."""
-        return self.total <= sum(self.floors) * (1 + 4 / math.sqrt(max(1, self.changed)))
+        allowed = 4 / math.sqrt(max(1, self.changed)) + (_QUANTISED_FLOOR if self.quantised else 0)
+        return self.total <= sum(self.floors) * (1 + allowed)
 
 
 @dataclass(frozen=True)
@@ -280,7 +284,8 @@ def _difference(pair: _Sources, device: torch.device) -> _Difference:
     if not math.isfinite(total):
         raise UserError(f"'{pair.tuned_name}' holds values that are not finite in {pair.tuned.path} or "
                         f"{pair.base.path}; copy or download the file again")
-    return _Difference(delta, total, int(changed), (of_tuned / 12, of_base / 12))
+    stored = {pair.tuned.raw.tensors[pair.tuned_name].dtype, pair.base.raw.tensors[pair.base_name].dtype}
+    return _Difference(delta, total, int(changed), (of_tuned / 12, of_base / 12), not stored <= set(FLOATS))
 
 
 def _share(rank: int, rows: int, columns: int) -> float:
