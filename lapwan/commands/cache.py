@@ -12,6 +12,7 @@ from lapwan.data.dropped_clips import DroppedClip, dropped_lines
 from lapwan.distributed import launched
 from lapwan.errors import UserError
 from lapwan.files import write_text
+from lapwan.models.resolve import check_components
 from lapwan.models.spec import task_with
 from lapwan.settings.base import RunOptions, settings_row, to_toml
 from lapwan.settings.cache import CacheSettings
@@ -45,6 +46,7 @@ def run(settings: CacheSettings, options: RunOptions) -> None:
 def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
     assert settings.dataset is not None and settings.model is not None
     spec = resolve(settings.model, None if settings.i2v is None else task_with(settings.i2v))
+    check_components(spec)
     encoders = encoders_from_settings(settings, spec)
     cache_options = CacheOptions(settings.latents, settings.text, settings.device, settings.workers,
                                  settings.batch_size, settings.vae_dtype, settings.prune, options.overwrite,

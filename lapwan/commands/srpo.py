@@ -8,6 +8,7 @@ from lapwan import console
 from lapwan.commands.run_setup import distributed_run, index_task, output_lock, print_plan
 from lapwan.errors import UserError
 from lapwan.models.device import pick_device
+from lapwan.models.resolve import check_components
 from lapwan.rewards.base import warn_chinese
 from lapwan.rewards.build import build_rewards
 from lapwan.settings.base import RunOptions
@@ -57,4 +58,5 @@ def plan(settings: SrpoSettings, device: torch.device, processes: int = 1, predi
     """`plan_run` on the base that the settings name; prompts without a cache mean text-to-video for `tiny`."""
     task = None if settings.prompts.cache is None else index_task(settings.prompts.cache)
     base = resolve_base(settings.model, task)
+    check_components(base.spec)
     return plan_run(settings, base, EMBEDDED_REWARD_KINDS, device, processes, predict)

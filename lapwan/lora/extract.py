@@ -9,7 +9,8 @@ codes times their scale), so ΔW holds noise of energy
     F = Σ (s_tuned² + s_base²) / 12   over the values that differ,
 
 which has full rank and is no part of the update. If even F is more than what the leading directions leave, the base
-was the exact start of the training, and its term drops out. Of F a projection to rank k holds the share
+was the exact start of the training, and its term drops out. A difference below F is left out, unless a few directions
+hold most of it. Of F a projection to rank k holds the share
 k (out + in − k) / (out · in), and the energy kept at rank k is counted above it:
 
     kept(k) = (Σ_{i≤k} σ_i² − F · share(k)) / (‖ΔW‖² − F)
@@ -80,8 +81,12 @@ class _Difference:
     @property
     def only_rounding(self) -> bool:
         """No more energy than rounding explains, with its deviation over few values."""
+        return self.explained_by(sum(self.floors))
+
+    def explained_by(self, floor: float) -> bool:
+        """Whether rounding with this energy can be all of the difference."""
         allowed = 4 / math.sqrt(max(1, self.changed)) + (_QUANTISED_FLOOR if self.quantised else 0)
-        return self.total <= sum(self.floors) * (1 + allowed)
+        return self.total <= floor * (1 + allowed)
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ def extract(
             shape = sources[path].shape
             if difference.changed == 0:
                 result.unchanged += 1
-            elif difference.only_rounding:
+            elif difference.only_rounding and not (is_linear(path) and _stands_out(difference)):
                 result.only_rounding += 1
             elif is_linear(path):
                 entry, module = _decomposed(path, difference, choice, dtype or _factor_dtype(sources[path]))
@@ -325,6 +330,19 @@ def _decomposed(
         error += float(torch.linalg.vector_norm(left_over, dtype=torch.float64)) ** 2
     entry = LowRank(down.T.contiguous().cpu(), up.contiguous().cpu(), float(rank))
     return entry, ExtractedModule(path, (rows, columns), squares, total, floor, rank, error)
+
+
+def _stands_out(difference: _Difference) -> bool:
+    """Whether a difference that the base's rounding could explain is an update of a base that was the exact start.
+
+    Of noise, the leading k directions hold up to about twice their share; of an update, most of its energy.
+    """
+    if difference.explained_by(difference.floors[0]):
+        return False
+    rows, columns = difference.delta.shape
+    count = min(_FIRST_RANK, max(1, min(rows, columns) // 8))
+    values = leading_directions(difference.delta, count)[2][:count]
+    return float(values.double().square().sum()) > math.sqrt(_share(count, rows, columns)) * difference.total
 
 
 def _floor(difference: _Difference, squares: Tensor) -> float:

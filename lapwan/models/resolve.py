@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lapwan.checkpoints.container import file_kind
 from lapwan.checkpoints.wan_keys import contents_of, transformer_shapes
+from lapwan.checkpoints.weights import read_weights
 from lapwan.errors import UserError
 from lapwan.lora.noise_expert import noise_expert_from_file_name
 from lapwan.models.spec import (
@@ -13,6 +15,8 @@ from lapwan.models.spec import (
     ModelSpec,
     Task,
     component_config,
+    component_files,
+    read_json,
     read_spec,
     tensor_shapes,
     transformer_folders,
@@ -95,6 +99,36 @@ def check_weights(spec: ModelSpec) -> None:
             if shapes[key] != shape:
                 raise UserError(f"{name}: '{key}' has shape {list(shapes[key])}, but the transformer's config needs "
                                 f"{list(shape)}")
+
+
+def check_components(spec: ModelSpec) -> None:
+    """Check the headers of the VAE's and the text encoder's files, and the tokenizer's files.
+
+    Raises:
+        UserError: a file that is missing, damaged, or a failed download.
+    """
+    for name in ("vae", "text_encoder"):
+        for file in component_files(spec.path / name):
+            read_weights(file)
+    check_tokenizer(spec.path / "tokenizer")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check that a folder has a tokenizer's files.
+
+    Raises:
+        UserError: it lacks one, or one is damaged or a failed download.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"{folder} is not a tokenizer folder: it has no tokenizer_config.json")
+    for file in sorted(folder.glob("*.json")):
+        read_json(file)
+    pieces = folder / "spiece.model"
+    if not (folder / "tokenizer.json").is_file():
+        if not pieces.is_file():
+            raise UserError(f"{folder} is no complete tokenizer folder: it has neither tokenizer.json nor spiece.model")
+        if (kind := file_kind(pieces)) is not None:
+            raise UserError(f"{pieces} is {kind}")
 
 
 def refuse_generation_only(spec: ModelSpec, model: object) -> None:

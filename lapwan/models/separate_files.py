@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lapwan.checkpoints.container import file_kind, is_pickled
+from lapwan.checkpoints.container import is_pickled
 from lapwan.checkpoints.wan_keys import contents_of
 from lapwan.checkpoints.weights import is_gguf, read_weights
 from lapwan.console import warn
@@ -20,6 +20,7 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_folder
 from lapwan.lora.noise_expert import noise_expert_from_file_name, noise_expert_from_metadata
 from lapwan.models.original_layout import WAN22_VAE_CHANNELS, t5_to_transformers, tensor_infos, wan22_vae_config
+from lapwan.models.resolve import check_tokenizer
 from lapwan.models.spec import (
     ORIGINAL,
     OTHER_WEIGHTS,
@@ -110,15 +111,7 @@ def _tokenizer_folder(path: Path) -> Path:
     folder = path.parent if path.is_file() else path / "tokenizer" if (path / "tokenizer").is_dir() else path
     if not folder.is_dir():
         raise UserError(f"no such folder: {path}; the tokenizer is a folder, google/umt5-xxl of the original release")
-    if not (folder / "tokenizer_config.json").is_file():
-        raise UserError(f"{folder} is not a tokenizer folder: it has no tokenizer_config.json")
-    for file in sorted(folder.glob("*.json")):
-        read_json(file)
-    if not (folder / "tokenizer.json").is_file():
-        pieces = folder / "spiece.model"
-        if not pieces.is_file() or (kind := file_kind(pieces)) is not None:
-            why = f"spiece.model is {kind}" if pieces.is_file() else "it has neither tokenizer.json nor spiece.model"
-            raise UserError(f"{folder} is not a complete tokenizer folder: {why}")
+    check_tokenizer(folder)
     return folder
 
 

@@ -225,7 +225,8 @@ QUANTISED = {
 
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_the_floor_of_quantised_models_is_the_measured_rounding_noise(tmp_path, update, kind):
-    """TUNED quantised against the BASE it started from, and both quantised; a cast of one model is no update."""
+    """TUNED quantised against the BASE it started from, and both quantised; an update of a quantised base that is smaller
+    than its rounding; a cast of one model is no update."""
     name, delta = "blocks.0.self_attn.q", 4 * update["delta"]
     whole = {n: {name: value} for n, value in (("base", update["base"]), ("tuned", update["base"] + delta))}
     plain = model_file(tmp_path / "base.safetensors", whole["base"], torch.float32)
@@ -238,6 +239,9 @@ def test_the_floor_of_quantised_models_is_the_measured_rounding_noise(tmp_path, 
         noise = float((values["tuned"].float() - of_base - delta).double().square().sum())
         assert module.floor == pytest.approx(noise, rel=0.25)
         assert result.state.entries["blocks.0.attn1.to_q"].down.dtype == torch.bfloat16
+    exact = model_file(tmp_path / "exact.safetensors", {name: values["base"].float() + update["delta"]}, torch.float32)
+    (module,) = extract([read_weights(exact)], [files["base"]], RankChoice(16)).modules
+    assert module.captured(5) == pytest.approx(float(update["delta"].double().square().sum()), rel=1e-3)
     cast = extract([files["base"]], [read_weights(plain)], RankChoice(16))
     assert (cast.only_rounding, cast.modules) == (1, [])
 
