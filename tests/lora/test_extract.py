@@ -225,8 +225,8 @@ QUANTISED = {
 
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_the_floor_of_quantised_models_is_the_measured_rounding_noise(tmp_path, update, kind):
-    """TUNED quantised against the BASE it started from, and both quantised; an update of a quantised base that is smaller
-    than its rounding; a cast of one model is no update."""
+    """TUNED quantised against the BASE it started from, and both quantised; an update of a quantised base smaller than
+    its rounding; a cast of one model is no update."""
     name, delta = "blocks.0.self_attn.q", 4 * update["delta"]
     whole = {n: {name: value} for n, value in (("base", update["base"]), ("tuned", update["base"] + delta))}
     plain = model_file(tmp_path / "base.safetensors", whole["base"], torch.float32)
