@@ -1,6 +1,9 @@
 """Rewrite a safetensors file with updates added to some tensors, holding one tile of it in memory at a time.
 
-    W' = round(W + Σ_t U_t(W)),    accumulated in fp32, rounded once to W's dtype;  of a LoRA U = m · (alpha / r) · B A
+    W' = round(W + Σ_t U_t(W)),    accumulated in fp64, rounded once to W's dtype;  of a LoRA U = m · (alpha / r) · B A
+
+In fp32, where W and its updates cancel, the accumulation's error would be several units in the last place of the small
+bf16 that is left. fp64 costs a third more time of the CPU at rank 64, and nothing else: tiles have the same bytes.
 
 Untouched byte ranges are copied by the kernel (copy_file_range, else sendfile); touched tensors in row tiles.
 The order of the data is kept, so an index of shards stays valid.
@@ -30,7 +33,7 @@ from lapwan.distributed import one_thread
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
 
-TILE_BYTES = 4 << 20  # of a touched tensor as fp32: a few hundred rows, which fit into a core's cache
+TILE_BYTES = 4 << 20  # of a touched tensor as fp64: a hundred rows, which fit into a core's cache
 COPY_BYTES = 64 << 20  # per call into the kernel, so that progress moves
 _MERGEABLE = ("F64", "F32", "F16", "BF16")
 _MAX_WORKERS = 8
@@ -44,7 +47,7 @@ class Update(Protocol):
     """An update added to a weight, such as multiplier · ΔW of a LoRA."""
 
     def prepare(self, dtype: torch.dtype, base_rows: BaseRows) -> AddRows:
-        """Read and convert tensors once; `dtype` is that of the accumulation: fp32, or fp64 for an fp64 weight.
+        """Read and convert tensors once; `dtype` is that of the accumulation, fp64.
 
         `base_rows` reads W, for an update that needs a pass over all of it first.
         """
@@ -79,7 +82,7 @@ def rewrite(
     Args:
         advance: called with the bytes written.
         check: called with the path of the finished file, before it is renamed to `target`.
-        tile_bytes: of a touched tensor as fp32, merged at a time.
+        tile_bytes: of a touched tensor as fp64, merged at a time.
         copy_bytes: of untouched tensors, copied at a time.
 
     Raises:
@@ -166,9 +169,9 @@ def _merged_tiles(
     """(offset in the tensor, bytes, the same bytes as rows) of W', tile by tile, in two buffers that are reused."""
     rows, columns = matrix_shape(info.shape)
     dtype, row_bytes = DTYPES[info.dtype], columns * ITEM_SIZE[info.dtype]
-    step = max(1, min(rows, tile_bytes // (columns * 4)))
+    step = max(1, min(rows, tile_bytes // (columns * 8)))
     buffer = memoryview(bytearray(step * row_bytes))
-    work = torch.empty(step, columns, dtype=torch.promote_types(dtype, torch.float32))
+    work = torch.empty(step, columns, dtype=torch.float64)
     base_rows = partial(load_rows, source.unrounded, info.name)
     additions = [update.prepare(work.dtype, base_rows) for update in updates]
     for first in range(0, rows, step):
@@ -232,7 +235,11 @@ def _copy_decoded(
         if start <= info.start and info.end <= end:
             for offset in range(0, info.size, piece):
                 size = min(piece, info.size - offset)
-                _write(writer, memoryview(source.read(info.name, offset, size)), info.start + offset + shift)
+                data = source.read(info.name, offset, size)
+                if not _finite(torch.frombuffer(data, dtype=DTYPES[info.dtype])):
+                    raise UserError(f"'{info.name}' has values that {info.dtype} cannot hold, or NaN or infinity in "
+                                    f"{source.path} itself; dequantise to another dtype, such as --dtype bfloat16")
+                _write(writer, memoryview(data), info.start + offset + shift)
                 advance(size)
 
 

@@ -82,7 +82,7 @@ class AdapterModule:
         name, factor = self.names["diff"], multiplier * self.factor
 
         def add_rows(work: Tensor, base: Tensor, first: int) -> None:
-            work.add_(load_rows(self.file, name, first, len(work)).to(dtype), alpha=factor)
+            work.add_(load_rows(self.file, name, first, len(work)).to(dtype) * factor)
 
         return add_rows
 

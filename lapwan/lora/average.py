@@ -21,9 +21,10 @@ from lapwan.console import progress
 from lapwan.errors import UserError
 from lapwan.files import is_temporary
 from lapwan.lora.adapter_file import AdapterFile
-from lapwan.lora.combine import concatenate, singular_factors
+from lapwan.lora.combine import concatenate
 from lapwan.lora.formats import open_lora
 from lapwan.lora.state import AdapterState, LowRank
+from lapwan.lora.svd import product_svd
 from lapwan.names import NoiseExpert
 
 _STEP = re.compile(r"^step_(\d+)$")
@@ -142,7 +143,7 @@ def average(
     kept = energy = 0.0
     with progress("average", len(total.entries), "module") as bar:
         for path, entry in total.low_rank("--average needs plain LoRAs").items():
-            left, right, values = singular_factors(entry)
+            left, right, values, _ = product_svd(*entry.factors())
             k = min(ranks[path], len(values))
             root = values[:k].sqrt()
             up, down = ((side[:, :k] * root).to(widest) for side in (left, right))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lapwan.checkpoints.rewrite import AddRows, BaseRows, matrix_shape
 from lapwan.errors import UserError
+from lapwan.lora.svd import LeadingSvd, product_svd
 
 _TILE = 1 << 20  # elements of ΔW at a time for a norm, in fp64
 
@@ -98,6 +99,19 @@ class WeightUpdate(ABC):
     def entry(self) -> WeightUpdate:
         """Itself: an update in memory can be used in place of a module of a file."""
         return self
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(B [out, k], A [k, in]) in fp64 with ΔW = B A, the scale in B; None if that is no smaller than ΔW."""
+        return None
+
+    def svd(self, count: int) -> LeadingSvd | None:
+        """At least the `count` largest singular values from its factors; None if only ΔW itself has them.
+
+        Args:
+            count: values wanted.
+        """
+        factors = self.factors()
+        return None if factors is None else product_svd(*factors)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> WeightUpdate:
         """The same update with `change` applied to each of its tensors, such as a cast."""
@@ -212,6 +226,9 @@ class LowRank(WeightUpdate):
         """ΔW = alpha / r · B A, computed in `dtype` (float32 or float64)."""
         delta = (self.up.flatten(1).to(dtype) @ self.down.flatten(1).to(dtype)).mul_(self.scale)
         return delta.reshape(self.shape)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.up.flatten(1).double() * self.scale, self.down.flatten(1).double()
 
     def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows:
         """Copied even if the dtype is right: the rounding of products depends on alignment, which differs between

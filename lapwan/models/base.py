@@ -34,7 +34,7 @@ from lapwan.wan.transformer.forward import ForwardOptions
 
 @dataclass(frozen=True)
 class Base:
-    """A model folder and the LoRAs to merge at load: W + Σ strength·ΔW, accumulated in fp32 and rounded once to the
+    """A model folder and the LoRAs to merge at load: W + Σ strength·ΔW, accumulated in fp64 and rounded once to the
     checkpoint's dtype, bit for bit as in a merged folder."""
 
     spec: ModelSpec

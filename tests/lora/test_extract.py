@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.wan_keys import PROJECTIONS, to_original
 from lapwan.errors import UserError
-from lapwan.lora.combine import leading_directions
 from lapwan.lora.extract import RankChoice, extract, spacing
 from lapwan.lora.formats import open_lora, read_lora
 from lapwan.lora.state import LowRank
+from lapwan.lora.svd import leading_directions
 from lapwan.names import NoiseExpert
 
 WIDE, SIDE = 768, 640
