@@ -93,7 +93,7 @@ OTHER_MODULES: tuple[tuple[str, str, str], ...] = (
     (r"(^|[._])[kv][._]img([._]|$)|norm_[kv][._]img|img_emb|add(ed)?_[kqv]_proj|norm_added_[kq]|image_embedder",
      _IMAGE_BRANCH, "dropped"),
     (r"^(lora_te|text_encoder|lora_llm|cond_stage_model)|(^|[._])(text_encoders?|te[12]?|t5|umt5|clip)[._]",
-     "a text encoder's LoRA, which lapwan does not apply", "other"),
+     "a text encoder's LoRA, which lapwan does not apply", "dropped"),
     (r"(^|[._])vace_", "a module of VACE models (Wan-VACE)", "other"),
     (r"(^|[._])(ref_conv|control_adapter|controlnet|control_blocks)", "a module of Fun control models", "other"),
     (r"(^|[._])(cam_|camera)", "a module of camera control models", "other"),

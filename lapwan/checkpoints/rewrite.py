@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo
-from lapwan.checkpoints.tensors import DTYPES, load_rows
+from lapwan.checkpoints.tensors import DTYPES, all_finite, load_rows
 from lapwan.distributed import one_thread
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
@@ -186,29 +186,23 @@ def _merged_tiles(
         for add_rows in additions:
             add_rows(wide, base, first)
         tile.copy_(wide)
-        if not _finite(tile):
+        if not all_finite(tile):
             if source.as_stored:  # the base was overwritten
                 source.read_into(view, info.name, first * row_bytes)
             raise _non_finite(source, info, base, wide)
         yield first * row_bytes, view, tile
 
 
-def _finite(values: Tensor) -> bool:
-    """aminmax propagates NaN and is twenty times as fast as isfinite over all values."""
-    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
-
-
 def _non_finite(source: TensorFile, info: TensorInfo, base: Tensor, merged: Tensor) -> UserError:
     """The error for a merged weight that is not finite, by its cause; `merged` is the sum before it is rounded."""
     message = f"merging makes '{info.name}' non-finite"
-    if not _finite(base):
+    if not all_finite(base):
         return UserError(f"{message}: {source.path} itself holds NaN or infinity there; download it again, or use "
                          "another base")
-    if _finite(merged):
+    if all_finite(merged):
         return UserError(f"{message}: the sum has values up to {merged.abs().max().item():.3g}, which {info.dtype} "
                          "cannot hold; lower the LoRA's strength, or merge into a bf16 or fp32 copy of the model")
-    return UserError(f"{message}: the LoRA holds NaN or infinity, or values that overflow fp32; check it with `lapwan "
-                     "inspect-weights`")
+    return UserError(f"{message}: the LoRA's update of it is not finite; check the file with `lapwan inspect-weights`")
 
 
 def _write(descriptor: int, data: memoryview, position: int) -> None:
@@ -236,7 +230,7 @@ def _copy_decoded(
             for offset in range(0, info.size, piece):
                 size = min(piece, info.size - offset)
                 data = source.read(info.name, offset, size)
-                if not _finite(torch.frombuffer(data, dtype=DTYPES[info.dtype])):
+                if not all_finite(torch.frombuffer(data, dtype=DTYPES[info.dtype])):
                     raise UserError(f"'{info.name}' has values that {info.dtype} cannot hold, or NaN or infinity in "
                                     f"{source.path} itself; dequantise to another dtype, such as --dtype bfloat16")
                 _write(writer, memoryview(data), info.start + offset + shift)

@@ -47,6 +47,17 @@ def load_rows(file: TensorFile, name: str, first: int, count: int) -> Tensor:
     return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).reshape(count, columns)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite.
+
+    aminmax propagates NaN and is twenty times as fast as isfinite over all values; it has no fp8.
+    """
+    if tensor.numel() == 0 or tensor.is_meta:
+        return True
+    values = tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
 def load_pickle(path: Path) -> Any:
     """The content of a file of `torch.save`: nothing in it is executed. Memory-mapped if its format allows it.
 

@@ -129,15 +129,12 @@ def average(
     Raises:
         UserError: one of the files is not a plain LoRA, or holds values that are not finite.
     """
-    states = [lora.file.read() for lora in saved]
+    states = [lora.file.read_finite(f"leave step {lora.step} out") for lora in saved]
     pairs = [state.low_rank("--average needs plain LoRAs") for state in states]
     ranks: dict[str, int] = {}
-    for lora, entries in zip(saved, pairs, strict=True):
+    for entries in pairs:
         for path, entry in entries.items():
             ranks[path] = rank or max(entry.rank, ranks.get(path, 0))
-            if not (entry.up.isfinite().all() and entry.down.isfinite().all()):
-                raise UserError(f"{lora.file.path}: module '{path}' holds values that are not finite; leave step "
-                                f"{lora.step} out")
     widest = dtype or max((e.up.dtype for entries in pairs for e in entries.values()), key=lambda d: d.itemsize)
     total = concatenate(list(zip(states, average_weights(saved, decay), strict=True)), torch.float32)
     kept = energy = 0.0

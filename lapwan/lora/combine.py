@@ -23,8 +23,9 @@ from lapwan.checkpoints.wan_keys import to_original
 from lapwan.console import progress
 from lapwan.distributed import one_thread
 from lapwan.errors import UserError
+from lapwan.lora.checks import check_finite, check_fits
 from lapwan.lora.kinds import FullDelta
-from lapwan.lora.state import AdapterState, LowRank, WeightUpdate, check_finite, check_fits
+from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
 from lapwan.lora.svd import LeadingSvd, matrix_svd, product_svd
 
 _WORKERS = 2
@@ -171,6 +172,33 @@ def combine(
         state.entries[path] = entry.map(lambda tensor: tensor.to(target_dtype))
         check_fits(path, state.entries[path], [entry])
     return state, energy
+
+
+def outline(states: Sequence[tuple[AdapterState, float]], rank: int | None = None) -> AdapterState:
+    """What `combine` gives, in updates of tensors without data.
+
+    Args:
+        states: outlines of adapters, with their multipliers.
+        rank: as for `combine`.
+
+    Raises:
+        UserError: as `combine`, apart from what depends on the values.
+    """
+    return AdapterState({path: _outlined(path, terms, rank) for path, terms in _by_path(states).items()})
+
+
+def _outlined(path: str, terms: Terms, rank: int | None) -> WeightUpdate:
+    shape = max((entry.shape for entry, _ in terms), key=len)
+    if rank is not None and to_original(path) is not None:
+        _check_sum(path, terms)
+        kernel = shape[2:] or (_PATCH if path == "patch_embedding" else ())
+        columns = shape[1] if shape[2:] else shape[1] // math.prod(kernel)
+        return LowRank(torch.empty(rank, columns, *kernel, device="meta"),
+                       torch.empty(shape[0], rank, *(1 for _ in kernel), device="meta"), float(rank))
+    if len(terms) > 1 and _pairs(terms) is None and any(isinstance(entry, FullDelta) for entry, _ in terms):
+        _check_sum(path, terms)
+        return FullDelta(torch.empty(shape, device="meta"))
+    return _sum(path, terms, None)
 
 
 def _common_metadata(states: Sequence[AdapterState]) -> dict[str, str]:

@@ -56,22 +56,18 @@ def saved_step(path: Path, metadata: Mapping[str, str]) -> int | None:
 
 
 class AdapterConfig:
-    """The part of PEFT's LoraConfig that sets alpha: `lora_alpha`, `alpha_pattern`, `use_rslora`.
+    """The part of PEFT's LoraConfig that sets alpha: `lora_alpha`, `alpha_pattern`, `use_rslora`; and `use_dora`.
 
     Args:
         values: the LoraConfig as read from JSON.
         source: where it was read, for messages.
-        has_magnitudes: the file holds DoRA's magnitudes.
 
     Raises:
-        UserError: DoRA without magnitudes in the file, or an alpha that is not a number.
+        UserError: an alpha that is not a number.
     """
 
-    def __init__(self, values: Mapping[str, Any], source: str, has_magnitudes: bool = False) -> None:
-        if values.get("use_dora") and not has_magnitudes:
-            raise UserError(f"{source}: use_dora = true, but the file has no magnitudes (lora_magnitude_vector, "
-                            "dora_scale), without which its update is not known: save the adapter again with them, or "
-                            "set use_dora to false if it was trained as a plain LoRA")
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self.source, self.use_dora = source, bool(values.get("use_dora"))
         self._alpha = values.get("lora_alpha")
         self._pattern = dict(values.get("alpha_pattern") or {})
         self._rslora = bool(values.get("use_rslora"))
@@ -104,16 +100,13 @@ class AdapterConfig:
         return float(alpha) * math.sqrt(rank) if self._rslora else float(alpha)
 
 
-def adapter_config(
-    path: Path, metadata: Mapping[str, str], peft_file: bool, has_magnitudes: bool = False
-) -> AdapterConfig | None:
+def adapter_config(path: Path, metadata: Mapping[str, str], peft_file: bool) -> AdapterConfig | None:
     """The adapter configuration of the file `path`: in its metadata, or beside it for a PEFT folder; None without one.
 
     Args:
         path: the LoRA's file.
         metadata: its safetensors metadata.
         peft_file: the file's names are PEFT's.
-        has_magnitudes: the file holds DoRA's magnitudes.
 
     Raises:
         UserError: it is not a JSON object, or not of a plain LoRA.
@@ -124,7 +117,7 @@ def adapter_config(
             stripped = {_strip_component(key): value for key, value in values.items()}
         except (ValueError, AttributeError):
             raise UserError(f"{path}: metadata '{ADAPTER_METADATA_KEY}' is not a JSON object") from None
-        return AdapterConfig(stripped, f"{path}, {ADAPTER_METADATA_KEY}", has_magnitudes)
+        return AdapterConfig(stripped, f"{path}, {ADAPTER_METADATA_KEY}")
     config_path = path.with_name("adapter_config.json")
     if peft_file and config_path.is_file():
         try:
@@ -133,7 +126,7 @@ def adapter_config(
             raise UserError(f"cannot read {config_path}: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"{config_path} is not a JSON object")
-        return AdapterConfig(values, str(config_path), has_magnitudes)
+        return AdapterConfig(values, str(config_path))
     return None
 
 

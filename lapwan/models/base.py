@@ -62,7 +62,7 @@ class Base:
 
     def fingerprint(self, noise_expert: NoiseExpert) -> str:
         """Identity of a noise expert's weights with its LoRAs."""
-        loras = [(file.fingerprint(), strength) for file, strength in self.loras.get(noise_expert, ())]
+        loras = [(file.finite_fingerprint(), strength) for file, strength in self.loras.get(noise_expert, ())]
         return merged_fingerprint(self.spec.fingerprint(noise_expert), loras)
 
     def metadata(self, noise_expert: NoiseExpert) -> dict[str, str]:
@@ -153,6 +153,9 @@ def resolve_base(
     requests = [LoraRequest(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]
     assigned = assign(requests, spec.noise_experts, model.key_rule)
     report(file for files in assigned.values() for file, _ in files)
+    for files in assigned.values():
+        for file, _ in files:
+            file.check_finite()
     return Base(spec, assigned)
 
 

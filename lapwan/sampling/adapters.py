@@ -116,6 +116,7 @@ def _apply(base: Base, assigned: Assigned, moe: Path | None, fold: bool) -> tupl
         shapes = tensor_shapes(weight_files(base.spec.component(noise_expert)))
         for file, _ in files:
             _check_lora(file, base, noise_expert, shapes)
+            file.check_finite()
     merged = Base(base.spec, {e: [*base.loras.get(e, ()), *assigned.get(e, ())] for e in base.spec.noise_experts})
     if moe is None:
         if fold:
@@ -150,7 +151,7 @@ def _beside(base: Base, assigned: Assigned) -> tuple[Base, dict[NoiseExpert, lis
             pairs = {path: module for path, module in file.modules.items() if module.stackable}
             others = {path: module for path, module in file.modules.items() if not module.stackable}
             if pairs:
-                uses[noise_expert].append(LoraUse(file.path, replace(file, modules=pairs).read_finite(), strength))
+                uses[noise_expert].append(LoraUse(file.path, replace(file, modules=pairs).read(), strength))
             if others:
                 merged.setdefault(noise_expert, []).append((replace(file, modules=others), strength))
                 kinds = Counter(module.kind for module in others.values())

@@ -193,7 +193,7 @@ def test_a_peft_folder_with_dora(tmp_path: Path) -> None:
         magnitude = extra[f"base_model.model.{path}.lora_magnitude_vector"].double()[:, None]
         want = magnitude * moved / moved.norm(dim=1, keepdim=True) - weight
         assert (state.entries[path].delta(torch.float64, weight) - want).abs().max() < 1e-6
-    with pytest.raises(UserError, match="use_dora = true, but the file has no magnitudes"):
+    with pytest.raises(UserError, match=r"use_dora = true, but module '.*' has no magnitude in the file"):
         read_lora(peft_folder(tmp_path / "without", {"use_dora": True}, {}, False))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"is a folder; .* or a PEFT folder with adapter_model\.safetensors"):
@@ -323,3 +323,28 @@ def test_a_dtype_that_overflows_is_refused(tmp_path: Path, options: dict[str, st
         merge(lora=[str(tmp_path / "x_high.safetensors")], output=tmp_path / "out.safetensors", dtype="float16",
               **options)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_text_encoders_lora_is_dropped_with_its_count(tmp_path: Path) -> None:
+    tensors = file_of(lambda p: f"lora_unet_{flat(p)}", "lora_down.weight", "lora_up.weight")
+    for stem in ("lora_te1_encoder_block_0_layer_0_SelfAttention_q", "text_encoder.encoder.block.0.layer.0.q"):
+        tensors |= {f"{stem}.lora_down.weight": torch.ones(2, 4), f"{stem}.lora_up.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "x_high.safetensors")
+    (file,) = open_lora(tmp_path / "x_high.safetensors").values()
+    assert file.dropped == {"a text encoder's LoRA, which lapwan does not apply": 4} and file.loses
+    same_pairs(file.read())
+    with pytest.raises(UserError, match=r"lora_te1_.*text encoder's LoRA.*which --strict refuses"):
+        open_lora(tmp_path / "x_high.safetensors", rule="strict")
+
+
+def test_dora_of_some_modules_only_is_refused_if_the_configuration_says_dora(tmp_path: Path) -> None:
+    tensors = file_of(lambda p: f"base_model.model.{p}")
+    first, *_ = PAIRS
+    tensors[f"base_model.model.{first}.lora_magnitude_vector"] = torch.ones(shapes()[first][0])
+    with pytest.raises(UserError, match=r"use_dora = true, but module '.*' has no magnitude"):
+        save_file(tensors, tmp_path / "x.safetensors",
+                  metadata={"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})})
+        open_lora(tmp_path / "x.safetensors")
+    save_file(tensors, tmp_path / "x.safetensors")
+    (file,) = open_lora(tmp_path / "x.safetensors").values()
+    assert [path for path, module in file.modules.items() if module.kind == "DoRA"] == [first]
