@@ -79,8 +79,8 @@ def load_pickle(path: Path) -> Any:
 def _no_pickle(path: Path) -> str:
     if not _is_zip(path) and (kind := file_kind(path)) is not None:
         return f"it is {kind}"
-    return ("it was not written by torch.save, or it holds more than plain tensors (nothing in it is executed); is it "
-            "the right file?")
+    return ("it was not written by torch.save, or it holds more than plain tensors (nothing in it is executed); load "
+            "it in the tool that wrote it, and save its tensors with safetensors.torch.save_file")
 
 
 def _is_zip(path: Path) -> bool:

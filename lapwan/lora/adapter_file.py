@@ -27,7 +27,7 @@ _ZERO_TILE = 1 << 20  # numbers compared with zero at a time
 @dataclass(frozen=True)
 class AdapterModule:
     """One update in a file, not read yet: the names of its tensors by part, and `outline`, the same update of tensors
-    without data. `alpha` is a tensor's name, a number, or None for scale 1; `factor` multiplies a full delta."""
+    without data. `alpha` is a tensor's name, a number, or None for scale 1; `factor` multiplies the first tensor."""
 
     file: TensorFile
     path: str
@@ -66,7 +66,8 @@ class AdapterModule:
         alpha = float(load_tensor(self.file, self.alpha).item()) if isinstance(self.alpha, str) else self.alpha
         parts = {part: _widened(load_tensor(self.file, name)) for part, name in self.names.items()}
         if self.factor != 1.0:
-            parts = {part: tensor.double().mul_(self.factor).float() for part, tensor in parts.items()}
+            first = next(iter(parts))
+            parts[first] = parts[first].double().mul_(self.factor).float()
         return build_update(parts, alpha)
 
     def checked_entry(self, remedy: str = RETRAIN) -> WeightUpdate:

@@ -44,7 +44,7 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_file
 from lapwan.lora.adapter_file import AdapterFile, AdapterModule
 from lapwan.lora.checks import check_fits
-from lapwan.lora.kinds import build_update, kind_of
+from lapwan.lora.kinds import LoHa, LoKr, build_update, kind_of
 from lapwan.lora.metadata import FORMAT_KEY, AdapterConfig, adapter_config, file_metadata
 from lapwan.lora.noise_expert import (
     NOISE_EXPERT_KEY,
@@ -166,7 +166,8 @@ def _by_noise_expert(file: TensorFile, parsed: dict[str, Key]) -> dict[NoiseExpe
                 files[noise_expert] = AdapterFile(file.path, noise_expert, "keys", modules, metadata)
         return files
     recorded = noise_expert_from_metadata(file.metadata, file.path)
-    from_name = noise_expert_from_file_name(file.path) if recorded is None else None
+    named_path = file.path.parent if file.path.name in _PEFT_NAMES else file.path  # PEFT names the folder
+    from_name = noise_expert_from_file_name(named_path) if recorded is None else None
     metadata = dict(file.metadata)
     if recorded is not None:
         metadata[NOISE_EXPERT_KEY] = recorded.value
@@ -227,21 +228,26 @@ def _module(file: TensorFile, path: str, names: Mapping[str, str], config: Adapt
     for info in infos:
         if info.dtype not in _FLOATS:
             raise UserError(f"{file.path}: '{info.name}' is {info.dtype}; a LoRA has {', '.join(_FLOATS)}")
+        if 0 in info.shape:
+            raise UserError(f"{file.path}: '{info.name}' {list(info.shape)} is empty, as of a LoRA of rank 0; remove "
+                            "its module from the file, which changes nothing, or download the file again")
     try:
-        if any(size == 0 for info in infos for size in info.shape):
-            raise ValueError
         empty = {part: torch.empty(file.tensors[name].shape, device="meta") for part, name in tensors.items()}
         outline = build_update(empty, None)
     except ValueError:
         shapes = " and ".join(f"'{info.name}' {list(info.shape)}" for info in infos)
         raise UserError(f"{file.path}: {shapes} are not {kind.FORM}") from None
     alpha: str | float | None = alpha_name
+    factor = 1.0
     if alpha_name is not None:
         if math.prod(file.tensors[alpha_name].shape) != 1:
             raise UserError(f"{file.path}: '{alpha_name}' {list(file.tensors[alpha_name].shape)} is not one number")
     elif outline.rank is not None and "down" in tensors:
         alpha = config.alpha(path, outline.rank) if config else float(outline.rank)
-    return AdapterModule(file, path, tensors, alpha, outline)
+    elif config is not None and kind in (LoKr, LoHa):  # PEFT scales them by its r, also where no factor has that rank
+        scale = config.product_scale(path)
+        alpha, factor = (None, scale) if outline.rank is None else (scale * outline.rank, 1.0)
+    return AdapterModule(file, path, tensors, alpha, outline, factor)
 
 
 def _in_order(tensors: Mapping[str, str]) -> list[str]:

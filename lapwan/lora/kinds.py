@@ -326,8 +326,10 @@ class DoRA(WeightUpdate):
     @property
     def by_column(self) -> bool:
         """Norms are of W's columns."""
-        shape = self.magnitude.shape
-        return len(shape) > 1 and shape[0] == 1 and max(self.direction.shape[0], self.magnitude.numel()) > 1
+        shape, count = self.magnitude.shape, self.magnitude.numel()
+        rows, columns = matrix_shape(self.direction.shape)
+        # PEFT writes those by row of a convolution as [1, out, 1, ...].
+        return len(shape) > 1 and shape[0] == 1 and (count == columns > 1 or count != rows)
 
     @classmethod
     def missing(cls, parts: Collection[str]) -> str | None:

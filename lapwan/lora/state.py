@@ -195,7 +195,10 @@ class LowRank(WeightUpdate):
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor], alpha: float | None) -> LowRank:
-        return cls(parts["down"], parts["up"], float(parts["down"].shape[0]) if alpha is None else alpha)
+        down, up = parts["down"], parts["up"]
+        if down.dim() > 2 and down.shape[2:].numel() == up.shape[2:].numel() == 1:
+            down, up = down.flatten(1), up.flatten(1)  # some tools write a Linear as a convolution of kernel 1
+        return cls(down, up, float(down.shape[0]) if alpha is None else alpha)
 
     def parts(self) -> dict[str, Tensor]:
         return {"down": self.down, "up": self.up}

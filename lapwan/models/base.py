@@ -153,8 +153,9 @@ def resolve_base(
     requests = [LoraRequest(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]
     assigned = assign(requests, spec.noise_experts, model.key_rule)
     report(file for files in assigned.values() for file, _ in files)
-    for files in assigned.values():
+    for noise_expert, files in assigned.items():
         for file, _ in files:
+            plan_terms(weight_files(spec.component(noise_expert)), [(file, 1.0)])
             file.check_finite()
     return Base(spec, assigned)
 
