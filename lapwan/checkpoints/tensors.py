@@ -55,6 +55,17 @@ def spacing(values: Tensor) -> Tensor:
     return torch.ldexp(torch.full_like(values, info.eps, dtype=torch.float32), exponent)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite.
+
+    aminmax propagates NaN and is twenty times as fast as isfinite over all values; it has no fp8.
+    """
+    if tensor.numel() == 0 or tensor.is_meta:
+        return True
+    values = tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
 def load_pickle(path: Path) -> Any:
     """The content of a file of `torch.save`: nothing in it is executed. Memory-mapped if its format allows it.
 
@@ -86,8 +97,8 @@ def _why(path: Path, error: Exception) -> str:
 def _no_pickle(path: Path) -> str:
     if not _is_zip(path) and (kind := file_kind(path)) is not None:
         return f"it is {kind}"
-    return ("it was not written by torch.save, or it holds more than plain tensors (nothing in it is executed); is it "
-            "the right file?")
+    return ("it was not written by torch.save, or it holds more than plain tensors (nothing in it is executed); load "
+            "it in the tool that wrote it, and save its tensors with safetensors.torch.save_file")
 
 
 def _is_zip(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lapwan import console
 from lapwan.commands.run_setup import distributed_run, index_task, output_lock, print_plan
 from lapwan.data.taxonomy import load_taxonomy
+from lapwan.lora.assign import report
 from lapwan.models.device import pick_device
 from lapwan.settings.base import RunOptions
 from lapwan.settings.train_moe import TrainMoeSettings
@@ -29,6 +30,8 @@ def run(settings: TrainMoeSettings, options: RunOptions) -> None:
         taxonomy = load_taxonomy(settings.taxonomy)
         check_mixture(settings, base, data, taxonomy)
         frozen = base_loras(settings, base)  # now, so that a wrong file is refused before the weights are loaded
+        for loras in (settings.base_lora, settings.init_lora):
+            report(recipe.given_loras(loras, base, settings.key_rule).values())
         device = pick_device(device_name)
         plan = [*plan_rows(settings, base, data), *mixture_rows(settings, data, taxonomy)]
         memory = distributed.agree(plan_mixture(

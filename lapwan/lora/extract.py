@@ -34,10 +34,10 @@ from lapwan.checkpoints.tensors import DTYPES, load_rows
 from lapwan.checkpoints.weights import FLOATS, WeightFile, rounding_steps
 from lapwan.console import progress
 from lapwan.errors import UserError, nearest
-from lapwan.lora.combine import leading_directions
 from lapwan.lora.kinds import FullDelta
 from lapwan.lora.merge import is_linear, target_tensors
 from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
+from lapwan.lora.svd import leading_directions
 
 _PIECE = 16 << 20  # bytes of a tensor that are read at a time
 _FIRST_RANK = 64  # a search for the energy begins with this many directions

@@ -34,7 +34,7 @@ from lapwan.wan.transformer.forward import ForwardOptions
 
 @dataclass(frozen=True)
 class Base:
-    """A model folder and the LoRAs to merge at load: W + Σ strength·ΔW, accumulated in fp32 and rounded once to the
+    """A model folder and the LoRAs to merge at load: W + Σ strength·ΔW, accumulated in fp64 and rounded once to the
     checkpoint's dtype, bit for bit as in a merged folder."""
 
     spec: ModelSpec
@@ -62,7 +62,7 @@ class Base:
 
     def fingerprint(self, noise_expert: NoiseExpert) -> str:
         """Identity of a noise expert's weights with its LoRAs."""
-        loras = [(file.fingerprint(), strength) for file, strength in self.loras.get(noise_expert, ())]
+        loras = [(file.finite_fingerprint(), strength) for file, strength in self.loras.get(noise_expert, ())]
         return merged_fingerprint(self.spec.fingerprint(noise_expert), loras)
 
     def metadata(self, noise_expert: NoiseExpert) -> dict[str, str]:
@@ -157,6 +157,10 @@ def resolve_base(
     requests = [LoraRequest(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]
     assigned = assign(requests, spec.noise_experts, model.key_rule)
     report(file for files in assigned.values() for file, _ in files)
+    for noise_expert, files in assigned.items():
+        for file, _ in files:
+            plan_terms(weight_files(spec.component(noise_expert)), [(file, 1.0)])
+            file.check_finite()
     return Base(spec, assigned)
 
 

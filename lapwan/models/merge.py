@@ -22,12 +22,12 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_folder, claim_output, is_temporary, nearest_folder
 from lapwan.lora.adapter_file import AdapterFile
 from lapwan.lora.assign import LoraRequest, assign, assign_to_transformer, group_by_noise_expert, report, warn_mismatch
-from lapwan.lora.combine import combine, widest_dtype
-from lapwan.lora.formats import write_both, write_lora
+from lapwan.lora.combine import combine, outline, widest_dtype
+from lapwan.lora.formats import check_layout, write_both, write_lora
 from lapwan.lora.merge import ComponentPlan, LoraToMerge, plan_component, write_component
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY, noise_expert_from_file_name
 from lapwan.lora.read_back import reader
-from lapwan.lora.state import AdapterState, WeightUpdate, check_finite, entries_fingerprint
+from lapwan.lora.state import AdapterState
 from lapwan.models.resolve import resolve
 from lapwan.models.spec import OTHER_WEIGHTS, weight_files
 from lapwan.moe.mixture import Mixture
@@ -60,15 +60,7 @@ def _requests(settings: MergeSettings) -> list[LoraRequest]:
 
 
 def _to_merge(loras: Sequence[tuple[AdapterFile, float]]) -> list[LoraToMerge]:
-    return [LoraToMerge(lora, strength, entries_fingerprint(_checked(lora))) for lora, strength in loras]
-
-
-def _checked(lora: AdapterFile) -> Iterator[tuple[str, WeightUpdate]]:
-    """(path, update) of a file, sorted by path, read one by one; refuses values that are not finite."""
-    for path in sorted(lora.modules):
-        entry = lora.modules[path].entry()
-        check_finite(path, entry, lora.path)
-        yield path, entry
+    return [LoraToMerge(lora, strength, lora.finite_fingerprint()) for lora, strength in loras]
 
 
 def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Iterator[str]:
@@ -120,6 +112,10 @@ def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
     for noise_expert, loras in groups.items():
         parts = ", ".join(f"{lora.path.name} x {strength:g}" for lora, strength in loras)
         log(f"{outputs[noise_expert].name}: {parts}")
+        result = outline([(lora.outline(), strength) for lora, strength in loras], settings.rank)
+        check_layout(outputs[noise_expert], result, settings.format or "comfy")
+        for lora, _ in loras:
+            lora.check_finite()
     if options.dry_run:
         return
     yield from _write_sums(settings, outputs, (

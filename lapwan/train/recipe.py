@@ -18,12 +18,14 @@ from lapwan.lora.adapter_file import AdapterFile
 from lapwan.lora.assign import LoraRequest, assign
 from lapwan.lora.attach import initial_state
 from lapwan.lora.dropout import DropoutRates
-from lapwan.lora.state import AdapterState, low_rank_only
+from lapwan.lora.formats import KeyRule
+from lapwan.lora.merge import plan_terms
+from lapwan.lora.state import AdapterState
 from lapwan.losses.sigmas import LogitNormal, Shifted, ShiftedBySize, SigmaSampler, Squeezed, Uniform, Weighting
 from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import ModuleRanks, TrainingMemory, Workload
 from lapwan.models.base import Base, target_ranks
-from lapwan.models.spec import ModelSpec
+from lapwan.models.spec import ModelSpec, weight_files
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.base import Settings
 from lapwan.settings.srpo import SrpoSettings
@@ -110,18 +112,24 @@ def workload(
         {e: (trained or {}).get(e) or ranks for e, ranks in defaults.items()}, frozen or {})
 
 
-def initial_loras(paths: Mapping[NoiseExpert, Path], base: Base) -> dict[NoiseExpert, AdapterFile]:
-    """The LoRAs to start from, by noise expert; headers are read, tensors are not.
+def given_loras(paths: Mapping[NoiseExpert, Path], base: Base, rule: KeyRule) -> dict[NoiseExpert, AdapterFile]:
+    """LoRAs of the settings by noise expert, checked against the model's headers and for NaN and infinity.
+
+    Args:
+        paths: the files.
+        base: the model.
+        rule: what of a file may be dropped.
 
     Raises:
-        UserError: a file that is not a plain LoRA, or is for the other noise expert.
+        UserError: a file that is not a LoRA, is for the other noise expert or another model, or is not finite.
     """
     requests = [LoraRequest(noise_expert.value, path, 1.0) for noise_expert, path in paths.items()]
-    assigned = assign(requests, base.spec.noise_experts)
-    files = {noise_expert: file for noise_expert, [(file, _)] in assigned.items()}
-    for noise_expert, file in files.items():
-        low_rank_only(file.modules, f"init_lora.{noise_expert.value} = {file.path}")
-    return files
+    assigned = assign(requests, base.spec.noise_experts, rule)
+    for noise_expert, loras in assigned.items():
+        plan_terms(weight_files(base.spec.component(noise_expert)), loras)
+        for file, _ in loras:
+            file.check_finite()
+    return {noise_expert: file for noise_expert, [(file, _)] in assigned.items()}
 
 
 def sigma_rule(settings: NoiseExpertSettings, band: Band) -> SigmaRule:

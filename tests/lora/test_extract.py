@@ -15,10 +15,10 @@ from lapwan.checkpoints.tensors import load_tensor, spacing
 from lapwan.checkpoints.wan_keys import PROJECTIONS, to_original
 from lapwan.checkpoints.weights import read_weights
 from lapwan.errors import UserError
-from lapwan.lora.combine import leading_directions
 from lapwan.lora.extract import RankChoice, extract
 from lapwan.lora.formats import open_lora, read_lora
 from lapwan.lora.state import LowRank
+from lapwan.lora.svd import leading_directions
 from lapwan.names import NoiseExpert
 
 WIDE, SIDE = 768, 640
