@@ -27,7 +27,7 @@ def run(settings: CacheSettings, options: RunOptions) -> None:
         console.set_level(console.QUIET)
     drops = _cache(settings, options) if settings.dataset is not None else []
     if not options.dry_run and processes.first:
-        if settings.verify:
+        if settings.verify and settings.dataset is None:
             _verify(settings)
         if settings.preview:
             _preview(settings)
@@ -48,7 +48,7 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
     encoders = encoders_from_settings(settings, spec)
     cache_options = CacheOptions(settings.latents, settings.text, settings.device, settings.workers,
                                  settings.batch_size, settings.vae_dtype, settings.prune, options.overwrite,
-                                 options.lock)
+                                 options.lock, settings.verify)
     drops: list[DroppedClip] = []
     extraction = extraction_from_settings(settings, spec)
     caches = read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride)
@@ -70,7 +70,7 @@ def _keep_settings(folder: Path, settings: CacheSettings) -> None:
     """Write the resolved settings into the cache folder, unless they are there already."""
     text = to_toml(settings, "lapwan cache --config with this file makes this cache")
     path = folder / SETTINGS_FILE
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode():
         write_text(path, text)
 
 
@@ -89,16 +89,19 @@ def _report(result: CacheResult) -> None:
 
 
 def _verify(settings: CacheSettings) -> None:
-    from lapwan.caching.verify import verify_folder
+    from lapwan.caching.verify import verify_folder, warn_unchecked
 
     folder = _folder(settings, "--verify")
-    count, problems = verify_folder(folder)
-    for problem in problems:
-        console.results.print(problem, markup=False)
-    if problems:
-        raise UserError(f"{folder}: {len(problems)} of {count} files are damaged or do not match the index "
-                        "(listed above); delete them and run lapwan cache again")
-    console.results.print(f"{folder}: all {count} files are intact", markup=False)
+    result = verify_folder(folder)
+    warn_unchecked(folder, result)
+    for name, reason in result.problems.items():
+        console.results.print(f"{name}: {reason}", markup=False)
+    if result.problems:
+        config = folder / SETTINGS_FILE
+        source = f"--config {config}" if config.is_file() else "--dataset FILE --model MODEL"
+        raise UserError(f"{folder}: {len(result.problems)} of {result.count} files are damaged or do not match the "
+                        f"index (listed above); `lapwan cache {source} --verify` makes them again")
+    console.results.print(f"{folder}: all {result.count} files are intact", markup=False)
 
 
 def _preview(settings: CacheSettings) -> None:
