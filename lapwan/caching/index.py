@@ -209,6 +209,10 @@ def _refuse(word: str) -> None:
 
 
 @functools.cache
+def _checkers() -> dict[type[Any], type[BaseModel]]:
+    return {kind: _checker(kind) for kind in (CacheIndex, CachedItem, VideoFacts)}
+
+
 def _checker(kind: type[Any]) -> type[BaseModel]:
     """A model with the fields of a dataclass that converts nothing and ignores keys that newer versions add."""
     from pydantic import ConfigDict, create_model  # here: not needed to name the classes above
@@ -228,7 +232,7 @@ def _typed(path: Path, number: int, kind: type[T], value: object, prefix: str = 
     if not isinstance(value, dict):
         raise _damaged(path, number, f"{prefix.rstrip('.')} = {_brief(value)} must be an object")
     try:
-        model = _checker(kind).model_validate(value)
+        model = _checkers()[kind].model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         key = ".".join(str(part) for part in first["loc"])
