@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -107,12 +108,23 @@ def launched() -> Processes:
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
     """A pool of spawned processes for plain functions; forking a process that holds CUDA or torch threads is unsafe."""
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_ctrl_c)
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
 
 
-def _ignore_ctrl_c() -> None:
-    """Ctrl-C reaches the whole process group; the main process shuts the workers down."""
+def _start_worker() -> None:
+    """Ignore Ctrl-C, which reaches the whole process group: the main process shuts its workers down.
+
+    A main process that is killed cannot. Its workers would wait for ever for work, so each of them watches it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager

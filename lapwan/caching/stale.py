@@ -24,7 +24,10 @@ from lapwan.data.video import frame_files
 from lapwan.errors import UserError
 
 MISSING = "missing"
+# Their values differ from clip to clip: a plan that showed them could not group clips by reason.
+_BY_CLIP = frozenset({"source", "window", "crop", "mask", "boxes", "caption", "negative"})
 _HASHED = 65536  # bytes from each end of a source file
+_LATENTS_RANK = 4  # [C, T, H, W]
 _TEMPORAL, _SPATIAL = 4, 8  # strides of the VAE that caches without a recipe are made with
 
 
@@ -106,6 +109,14 @@ def prompts_recipe(encoders: EncoderSpec) -> CacheRecipe:
             "dtype": encoders.text_dtype}
 
 
+def is_ours(path: Path) -> bool:
+    """Whether lapwan made a cache file. A file that cannot be read may be anybody's."""
+    try:
+        return read_recipe(read_header(path)) is not None
+    except UserError:
+        return False
+
+
 @dataclass(frozen=True)
 class FileCheck:
     """`reason` is why a file must be made again, None if it is up to date; `recipe` is that of an up-to-date file, None
@@ -136,8 +147,10 @@ def _difference(made: Mapping[str, Any], wanted: CacheRecipe, caption: str | Non
         return None  # an image condition that is not needed does no harm
     if "caption" in wanted and caption != wanted["caption"] and "caption" not in changed:
         changed.append("caption")  # another tool rewrote the features and kept our metadata
-    shown = [f"{key} {_shown(made.get(key))} -> {_shown(wanted[key])}" if key not in ("caption", "negative") else
-             f"{key} changed" for key in changed]
+    if "crop" in changed and {"size", "source"} & set(changed):
+        changed.remove("crop")  # follows from them
+    shown = [f"{key} changed" if key in _BY_CLIP else f"{key} {_shown(made.get(key))} -> {_shown(wanted[key])}"
+             for key in changed]
     return ", ".join(shown) or None
 
 
@@ -149,8 +162,11 @@ def _shape_difference(file: TensorFile, wanted: CacheRecipe) -> str | None:
     """What differs, as far as shape and caption can tell."""
     if file.path.name.endswith(TEXT_END):
         return None if file.metadata.get("caption1") == wanted.get("caption") else "caption changed"
-    key = find_tensor(file, "latents", required=False)
-    if key is None or "size" not in wanted:
+    try:
+        key = find_tensor(file, "latents", required=False)
+    except UserError:
+        key = None
+    if key is None or "size" not in wanted or len(file.tensors[key].shape) != _LATENTS_RANK:
         return "not a cache file"
     frames, height, width = file.tensors[key].shape[-3:]
     bucket_width, bucket_height = wanted["size"]

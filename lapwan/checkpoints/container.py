@@ -13,6 +13,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,20 @@ class TensorFile:
                 view, position = view[count:], position + count
         finally:
             os.close(descriptor)
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, Sequence[int], int, int]], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON of a file's header; the same input gives the same bytes, which safetensors' writer does not.
+
+    Args:
+        tensors: (name, dtype, shape, start, end) each, start and end counted from the end of the header.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, dtype, shape, start, end in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format pads with spaces so that tensors stay aligned
+    return struct.pack("<Q", len(text)) + text
 
 
 _KINDS: tuple[tuple[bytes, str], ...] = (  # by the first bytes, without white space in front and in lower case

@@ -12,10 +12,8 @@ The order of the data is kept, so an index of shards stays valid.
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
-import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo
+from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo, header_bytes
 from lapwan.checkpoints.tensors import DTYPES, all_finite, load_rows
 from lapwan.distributed import one_thread
 from lapwan.errors import UserError
@@ -129,13 +127,9 @@ class _Locked:
 
 
 def _header(source: TensorFile, metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    for name, info in source.tensors.items():
-        offsets = [info.start - source.data_start, info.end - source.data_start]
-        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the format pads with spaces so that tensors stay aligned
-    return struct.pack("<Q", len(text)) + text
+    start = source.data_start
+    return header_bytes(((info.name, info.dtype, info.shape, info.start - start, info.end - start)
+                         for info in source.tensors.values()), metadata)
 
 
 def _merge_tensor(

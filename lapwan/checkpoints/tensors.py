@@ -21,6 +21,7 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def load_tensor(file: TensorFile, name: str) -> Tensor:
@@ -141,13 +142,12 @@ def open_pickle(path: Path) -> PickledFile:
         UserError: as `load_pickle`, or no tensors in it.
     """
     tensors = max(_dictionaries(load_pickle(path)), key=len, default={})
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    content = {name: value for name, value in tensors.items() if value.dtype in names}
+    content = {name: value for name, value in tensors.items() if value.dtype in DTYPE_NAMES}
     if not content:
         raise UserError(f"{path} holds no tensors by name; is it the right file?")
     infos, position = {}, 0
     for name, value in content.items():
-        infos[name] = TensorInfo(name, names[value.dtype], tuple(value.shape), position, position + value.nbytes)
+        infos[name] = TensorInfo(name, DTYPE_NAMES[value.dtype], tuple(value.shape), position, position + value.nbytes)
         position += value.nbytes
     return PickledFile(path, {}, infos, 0, path.stat().st_size, content)
 

@@ -26,8 +26,8 @@ def run(settings: TrainMoeSettings, options: RunOptions) -> None:
             claim_run(settings, options.overwrite)
         base = resolve_base(settings.model, index_task(settings.data.cache, settings.data.labels))
         distributed = choose_parallelism(settings, base, distributed)
-        data = recipe.read_data(settings, base)
         taxonomy = load_taxonomy(settings.taxonomy)
+        data = recipe.read_data(settings, base, taxonomy)
         check_mixture(settings, base, data, taxonomy)
         frozen = base_loras(settings, base)  # now, so that a wrong file is refused before the weights are loaded
         for loras in (settings.base_lora, settings.init_lora):

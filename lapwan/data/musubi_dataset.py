@@ -191,9 +191,12 @@ def _extraction(entry: DatasetEntry, step: int, stride: int, location: str) -> E
     if rounded != tuple(sorted(set(entry.target_frames))):
         console.warn(f"{location}: target_frames {list(entry.target_frames)} are rounded down to {list(rounded)} "
                      f"({stride}N+1)")
-    return Extraction(Buckets(entry.resolution, entry.enable_bucket, entry.bucket_no_upscale, step), rounded,
-                      entry.frame_extraction, entry.frame_stride, entry.frame_sample, entry.max_frames,
-                      entry.source_fps)
+    buckets = given = Buckets(entry.resolution, entry.enable_bucket, entry.bucket_no_upscale, step)
+    if entry.video_directory is not None or entry.video_jsonl_file is not None:
+        # musubi-tuner's code does not pass the two bucket keys on for videos: they always go into buckets.
+        buckets = Buckets(entry.resolution, True, False, step)
+    return Extraction(buckets, rounded, entry.frame_extraction, entry.frame_stride, entry.frame_sample,
+                      entry.max_frames, entry.source_fps, given)
 
 
 def _clips(

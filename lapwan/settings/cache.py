@@ -11,6 +11,8 @@ from lapwan.names import NEGATIVE_PROMPT
 from lapwan.settings.base import Flag, Settings, height_width
 from lapwan.settings.model import ModelChoice
 
+_SHEETS = (".html", ".png")
+
 
 class CacheSettings(Settings):
     """What to encode, with which model, into which folder."""
@@ -56,11 +58,24 @@ class CacheSettings(Settings):
         False, description="Delete cache files of clips that are no longer in the dataset.")
     verify: Annotated[bool, Flag()] = Field(
         False, description="Read every cached file again and list the damaged ones; without --dataset do only that.")
-    preview: Annotated[int, Flag(metavar="N")] = Field(
-        0, ge=0, description="Decode N cached clips into lapwan_preview.png; without --dataset do only that.")
+    preview: Annotated[int | Path, Flag(metavar="FILE|N")] = Field(
+        0, description="FILE.html or FILE.png: show the dataset before it is encoded (crops, items, regions, dropped "
+        "clips), and encode nothing. N: decode N cached clips into lapwan_preview.png; without --dataset do only that.")
     skip_bad: Annotated[bool, Flag()] = Field(False, description="List bad clips, but do not fail.")
 
     _size = field_validator("size", mode="before")(height_width)
+
+    @field_validator("preview", mode="before")
+    @classmethod
+    def _preview(cls, value: Any) -> Any:
+        """A number of clips from 0 on, or a file that a sheet can be written to."""
+        if isinstance(value, str) and value.strip().isdecimal():
+            value = int(value)
+        if isinstance(value, str | Path) and Path(value).suffix.lower() in _SHEETS:
+            return Path(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"must be a file ending in {' or '.join(_SHEETS)}, or a number of cached clips")
+        return value
 
     @field_validator("num_frames", mode="before")
     @classmethod
@@ -76,6 +91,9 @@ class CacheSettings(Settings):
 
     @model_validator(mode="after")
     def _something(self) -> CacheSettings:
+        if self.dataset is None and isinstance(self.preview, Path):
+            raise ValueError("preview shows a dataset before it is encoded: --dataset FILE is required; a number shows "
+                             "cached clips")
         if self.dataset is None and not (self.verify or self.preview):
             raise ValueError(
                 "dataset is required (--dataset FILE), or --verify or --preview N of an existing cache"

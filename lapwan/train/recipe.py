@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lapwan import console
+from lapwan.caching.families import labels_in_order
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import load_index
 from lapwan.checkpoints.fingerprints import json_fingerprint
+from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.lora.adapter_file import AdapterFile
 from lapwan.lora.assign import LoraRequest, assign
@@ -79,15 +81,20 @@ class RunData:
         return {"clips": json_fingerprint(items)} | {f"base.{e.value}": base.fingerprint(e) for e in self.noise_experts}
 
 
-def read_data(settings: TrainSettings, base: Base) -> RunData:
+def read_data(settings: TrainSettings, base: Base, taxonomy: Taxonomy | None = None) -> RunData:
     """Read the index of the cache and resolve the settings of each noise expert; no weights are loaded.
 
+    Args:
+        taxonomy: the one whose families labels are numbered by; None if they are not used.
+
     Raises:
-        UserError: a cache that does not fit the model, or a noise expert that the model does not have.
+        UserError: a cache that does not fit the model or the taxonomy, or a noise expert that the model does not have.
     """
     check_noise_experts(settings.noise_experts, base.spec)
     index = load_index(settings.data.cache, settings.data.labels)
     items = training_items(index, settings.data.split)
+    if taxonomy is not None:
+        items = labels_in_order(index, items, taxonomy)
     check_cache(index, base.spec, items)
     sampling_weights(items, settings.data.balance)  # to refuse clips without labels now, not at the first step
     per_epoch = SampleOrder([i.bucket for i in items], settings.batch_size, settings.seed, "").batches_per_epoch
