@@ -2,7 +2,7 @@
 
 A taxonomy lists which of its words are `verbs`, `nouns` and `materials`. The rules, for mentions that nothing denies:
 
-- a verb that another instrument, or the camera, does counts for that one only (双极钳夹住, bipolar forceps grasp the vessel);
+- a verb that another instrument, or the camera, does counts for that one only (双极钳夹住);
 - a material that another instrument works on or beside is no instrument (在钛夹之间剪断, scissors cut the suture);
 - a participle before its noun is a result (the clipped duct, 夹闭的胆囊管);
 - a step that is over (已夹闭, has been clipped) counts only if nothing else does.

@@ -43,8 +43,8 @@ _WORDS: tuple[tuple[_Role, str], ...] = (
     (_R.NEGATOR, """
         未 没 没有 无 不 非 别 勿 莫 尚未 从未 并未 未曾 并不 并非 并无 并没有 从没 不再 未再 没再 毫无 不能 不可
         不宜 不得 不会 暂无 尚无 暂未 仍未 亦未 亦无 均无
-        no not never neither nor cannot don't doesn't didn't isn't aren't wasn't weren't can't won't haven't
-        hasn't hadn't couldn't shouldn't wouldn't needn't
+        no not never neither nor none none_of yet_to cannot don't doesn't didn't isn't aren't wasn't weren't
+        can't won't haven't hasn't hadn't couldn't shouldn't wouldn't needn't
     """),
     (_R.NEGATOR | _R.LOOSE, """
         无需 无须 毋需 毋须 不需 不需要 不须 不必 不用 没用 未用 未见 不见 没见 看不到 看不见 免用
@@ -52,6 +52,8 @@ _WORDS: tuple[tuple[_Role, str], ...] = (
     """),
     (_R.NEGATOR | _R.FORWARD | _R.LOOSE, """
         代替 替代 取代 而非 而不是 不是 避免 缺少 缺乏 不含 不包括 不包含 弃用 省去 不带 未带 未持
+        停止使用 停用 暂停使用 放下 放弃 舍弃 撤下 换下 换掉 拿走 拿开 取走
+        free_from stop_using stopped_using refrain_from putting_down
         without instead_of rather_than in_place_of in_lieu_of absence_of lack_of free_of devoid_of avoid
         switch_from switching_from change_from
     """),
@@ -96,7 +98,8 @@ _WORDS: tuple[tuple[_Role, str], ...] = (
         已撤出 已撤离 已退出 已移出 已移除 已移走 已离开 已停用 已经撤出 已经退出 已经移出 停用 停止使用 暂停使用
         不在画面 不在视野 不在镜头 不在术野 不在场 未在画面 未在视野 没在画面
         换成 换为 更换为 更换成 替换为 替换成 改为 改成 换用 画面外 视野外 镜头外
-        absent unused has_been_withdrawn have_been_withdrawn out_of_view out_of_frame not_in_use not_in_view
+        absent unused nowhere nowhere_to_be_seen previously_used
+        has_been_withdrawn have_been_withdrawn out_of_view out_of_frame not_in_use not_in_view
         out_of_sight out_of_the_field out_of_the_frame out_of_the_view off_screen offscreen replaced_by replaced_with
         exchanged_for exchanged_with swapped_for swapped_with changed_to changed_for switched_to switched_for
     """),
