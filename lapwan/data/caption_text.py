@@ -112,6 +112,7 @@ def _is_word(unit: str) -> bool:
 # to its own parts, low enough that a common word across its edge wins: 呼吸|引起 has no 吸引.
 _FREQUENCY = {2: 20_000}
 _FREQUENCY_LONG = 200_000
+_FREQUENCY_VERB = 5_000
 
 
 @dataclass(frozen=True)
@@ -129,19 +130,23 @@ class SplitText:
 class ChineseSegmenter:
     """jieba's maximum-probability segmentation, with `phrases` added to its dictionary.
 
-    It holds its own tokenizer and changes none of jieba's global state.
+    `verbs` are those of the phrases that give way to a noun across their edge: 抓钳|夹 has no 钳夹. It holds
+    its own tokenizer and changes none of jieba's global state.
     """
 
-    def __init__(self, phrases: Iterable[str]) -> None:
+    def __init__(self, phrases: Iterable[str], verbs: Iterable[str] = ()) -> None:
         frequencies, total = _jieba_dictionary()
         import jieba  # after _jieba_dictionary, which silences it
 
         self._jieba = jieba.Tokenizer()
         self._jieba.FREQ, self._jieba.total = frequencies.copy(), total
         self._jieba.initialized = True
+        weaker = frozenset(verbs)
         for phrase in phrases:
             if len(phrase) > 1:  # a single character keeps its own frequency, or it would split common words
                 frequency = _FREQUENCY.get(len(phrase), _FREQUENCY_LONG)
+                if phrase in weaker:
+                    frequency = _FREQUENCY_VERB
                 self._jieba.add_word(phrase, max(frequency, frequencies.get(phrase, 0)))
 
     def words(self, text: str) -> list[str]:

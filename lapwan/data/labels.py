@@ -87,7 +87,8 @@ class CaptionLabeller:
         actions = [_phrase(a, i, family, action=True) for i, family in enumerate(taxonomy.families)
                    for a in family.actions]
         self._keywords, self._actions = PhraseMatcher(keywords, MODIFIERS), PhraseMatcher(actions, MODIFIERS)
-        self._segmenter = ChineseSegmenter("".join(p) for p, _ in (*keywords, *actions) if all(map(is_han, p)))
+        chinese = {"".join(p): word for p, word in (*keywords, *actions) if all(map(is_han, p))}
+        self._segmenter = ChineseSegmenter(chinese, [text for text, word in chinese.items() if "verb" in word.parts])
 
     def label(self, caption: str) -> Label:
         """The label of a caption or prompt; see the module for the rule."""

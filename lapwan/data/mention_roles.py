@@ -4,6 +4,7 @@ A taxonomy lists which of its words are `verbs`, `nouns` and `materials`. The ru
 
 - a verb that another instrument, or the camera, does counts for that one only (双极钳夹住);
 - a material that another instrument works on or beside is no instrument (在钛夹之间剪断, scissors cut the suture);
+- a material counts only where it is being applied (clips are placed, but not clips in place);
 - a participle before its noun is a result (the clipped duct, 夹闭的胆囊管);
 - a step that is over (已夹闭, has been clipped) counts only if nothing else does.
 
@@ -81,9 +82,6 @@ _PERFECT = _words("has have had")
 _EARLIER = _words("already previously just recently formerly earlier")
 _PRONOUNS = _words("i we he she they you it who which")
 _BEFORE_VERB = _words("to will would can could may might must should shall does do did not")
-_STATES = _words("""
-    is are was were lies lie appears appear remains remain seen visible shows show rests rest without no 见 露
-""")
 _PARTICIPLES = _words("cut held torn burnt split")
 _CHINESE_EARLIER = _phrases("已 已经 已被 均已 刚 刚刚 曾 业已")
 _CHINESE_NOUN_ENDS = frozenset("钳镊刀剪钩器夹针线袋管头棒布条极套仪子锯铲圈卡网")
@@ -94,6 +92,18 @@ _NEAR = _words("between near beside above below beyond distal proximal behind ar
 _SUBJECTS = PhraseMatcher((word, True) for word in _phrases("""
     助手 术者 主刀 左手 右手 医生 护士 另一 assistant surgeon operator
 """))
+# What makes a material an instrument at work; verbs that are keywords themselves need no entry
+_APPLIED = PhraseMatcher((word, True) for word in _phrases("""
+    上 放置 置入 置 放 施 施加 施放 释放 打 打上 打入 套 套上 锁 锁闭 扣 夹 夹闭 夹住 钳夹 双重 应用 使用 用 以 置放
+    安放 击发 缝 缝合 结扎 捆扎 收紧 拉紧 打结 穿过 穿 刺入 刺 插入 置于 推结 缠绕 压迫 填塞 擦拭 拭净 蘸 擦
+    place apply applied fire deploy close occlude secure load put lock squeeze clamp clamped insert position use using
+    tie tied tying pass drive tighten throw threw run sew stitch ligate seal pull loop press pack dab wipe soak
+    introduce enter advance approach
+"""))
+_TO_COME = PhraseMatcher((word, True) for word in _phrases("""
+    准备 拟 即将 将要 打算 about_to prepare_to preparing_to ready_to ready_for prepare_for preparing_for going_to
+"""))
+_LOOKALIKE = frozenset({*"样状形", *map("".join, _phrases("like shaped"))})
 _VIEWERS = PhraseMatcher((word, True) for word in _phrases("镜头 摄像头 camera lens"))
 _UNDER_VIEW = frozenset("下中内里")
 _JAWS = frozenset({"钳", "镊", "极", *map("".join, _phrases("forceps grasper tweezers bipolar clamp holder driver"))})
@@ -154,7 +164,12 @@ class _Roles:
         self._subjects = [word.start for word in _SUBJECTS.find(text, spans)]
         self._viewers = [word.start for word in _VIEWERS.find(text, spans)
                          if self._after(word.end)[:1] not in _UNDER_VIEW]
+        self._applied = [word.start for word in _APPLIED.find(text, spans)]
+        self._to_come = [word.start for word in _TO_COME.find(text, spans)]
         self._results = [self._is_result(m) for m in mentions]
+        # 剪断后，剪刀已撤出: what a denied instrument did is over too
+        present = {m.family for m in mentions if not m.negated and not self._is_chinese_verb(m)}
+        self._gone = {m.family for m in mentions if m.negated} - present
         for m, result in zip(mentions, list(self._results), strict=True):
             if result:
                 self._reach_back(m)
@@ -168,12 +183,32 @@ class _Roles:
             return Weight.NOTHING
         if mention.part == "verb" and self._done_by_another(mention):
             return Weight.NOTHING
-        if mention.part == "material" and self._handled(mention):
+        if self._is_chinese_verb(mention) and mention.family in self._gone:
+            return Weight.NOTHING
+        if mention.part == "material" and (self._handled(mention) or not self._is_applied(mention)):
+            return Weight.NOTHING
+        if mention.part in ("verb", "material") and self._in_clause(self._to_come, mention, before=True):
             return Weight.NOTHING
         return Weight.LAST_RESORT if self._is_over(mention) else Weight.FULL
 
     def _clause(self, mention: RoleMention) -> int:
         return bisect_right(self._starts, mention.start)
+
+    def _in_clause(self, starts: Sequence[int], mention: RoleMention, before: bool = False) -> bool:
+        clause = self._clause(mention)
+        return any(bisect_right(self._starts, at) == clause and (at < mention.start or not before) for at in starts)
+
+    def _is_applied(self, material: RoleMention) -> bool:
+        """Whether its clause puts the material to use; a word of the material itself may do so (clipping, sutured)."""
+        clause = self._clause(material)
+        word = _word(self._text, material.end - 1)
+        rest = (*self._text.units[:material.start], *self._text.units[material.end:])
+        if not any(unit.isalnum() for unit in rest):
+            return True  # the material alone, such as a user's hint
+        return (word.endswith(("ing", "ed")) or self._in_clause(self._applied, material)
+                or any(m.family == material.family and self._clause(m) == clause
+                       and self._at_work(m, ("", "noun", "verb")) for m in self._mentions)
+                or _word(self._text, material.end) in _DETERMINERS)  # clips the artery
 
     def _at_work(self, mention: RoleMention, parts: tuple[str, ...]) -> bool:
         at = self._mentions.index(mention)
@@ -186,19 +221,17 @@ class _Roles:
         here = [m for m in agents if self._clause(m) == clause]
         if here:
             return all(m.family != verb.family for m in here)
-        if any(bisect_right(self._starts, at) == clause and at < verb.start for at in self._viewers):
+        if self._in_clause(self._viewers, verb, before=True):
             return True  # the camera pulls back
-        if any(bisect_right(self._starts, at) == clause and at < verb.start for at in self._subjects):
+        if self._in_clause(self._subjects, verb, before=True):
             return False
         sentence = bisect_right(self._sentences, verb.start)
         earlier = [m for m in agents if m.start < verb.start and bisect_right(self._sentences, m.start) == sentence]
-        if not earlier:
-            return False
-        last = earlier[-1]
-        if last.family == NO_FAMILY:  # 超声刀凝闭后离断
+        if earlier and earlier[-1].family == NO_FAMILY:  # 超声刀凝闭后离断
             return True
         able = _CURRENT if _NEEDS_CURRENT.intersection(self._text.units[verb.start:verb.end]) else _JAWS
-        return last.family != verb.family and not able.isdisjoint(self._text.units[last.start:last.end])
+        return bool(earlier) and all(m.family != verb.family for m in earlier) and any(
+            not able.isdisjoint(self._text.units[m.start:m.end]) for m in earlier)
 
     def _handled(self, material: RoleMention) -> bool:
         """Whether an instrument of another family works on the material, or something happens beside it."""
@@ -214,10 +247,12 @@ class _Roles:
         return "".join(self._text.units[at:at + 4])
 
     def _is_result(self, mention: RoleMention) -> bool:
+        if self._text.units[mention.end:mention.end + 1] and self._text.units[mention.end] in _LOOKALIKE:
+            return True
         if is_han(self._text.units[mention.end - 1]):
             after = self._after(mention.end)
-            return (self._text.units[mention.end - 1] not in _CHINESE_NOUN_ENDS
-                    and _RESULT.match(after) is not None and _STILL_AT_WORK.match(after) is None)
+            return (self._is_chinese_verb(mention) and _RESULT.match(after) is not None
+                    and _STILL_AT_WORK.match(after) is None)
         return self._is_to_come(mention) or self._is_attributive(mention)
 
     def _is_to_come(self, mention: RoleMention) -> bool:
@@ -228,15 +263,16 @@ class _Roles:
 
     def _is_attributive(self, mention: RoleMention) -> bool:
         """A past participle before its noun: the clipped duct, previously ligated vessels."""
-        word, after = _word(self._text, mention.end - 1), _word(self._text, mention.end)
-        if not (word.endswith("ed") or word in _PARTICIPLES) or not after.isalpha() or is_han(after[0]):
+        word, at = _word(self._text, mention.end - 1), mention.end
+        if not (word.endswith("ed") or word in _PARTICIPLES):
             return False
-        if after in _FUNCTION_WORDS or after.endswith("ly"):
+        if _word(self._text, at) in ("and", "or", ",") and _word(self._text, at + 1).endswith("ed"):
+            at += 2  # clipped and divided
+        after = _word(self._text, at)
+        if not after.isalpha() or is_han(after[0]) or after in _FUNCTION_WORDS or after.endswith("ly"):
             return False
-        if mention.start in self._starts or not _word(self._text, mention.start - 1).isalnum():
-            following = bisect_right(self._starts, mention.start)
-            end = self._starts[following] if following < len(self._starts) else len(self._text.units)
-            return not _STATES.isdisjoint(self._text.words[mention.end:end])
+        if not mention.start or not _word(self._text, mention.start - 1).isalnum():
+            return True
         before = _word(self._text, mention.start - 1)
         return before in _DETERMINERS | _PREPOSITIONS | _NUMBERS | _EARLIER or before.endswith("ly")
 
@@ -251,11 +287,15 @@ class _Roles:
                     self._results[number] |= at < mention.start < result.start
                 return
 
+    def _is_chinese_verb(self, mention: RoleMention) -> bool:
+        last = self._text.units[mention.end - 1]
+        return is_han(last) and last not in _CHINESE_NOUN_ENDS
+
     def _is_over(self, mention: RoleMention) -> bool:
         """A step that is over: 已夹闭, has been clipped, previously ligated."""
         start = mention.start
         if is_han(self._text.units[start]):
-            return (self._text.units[mention.end - 1] not in _CHINESE_NOUN_ENDS
+            return (self._is_chinese_verb(mention)
                     and any(self._text.units[max(start - len(w), 0):start] == w for w in _CHINESE_EARLIER))
         before, second = _word(self._text, start - 1), _word(self._text, start - 2)
         if not (_word(self._text, mention.end - 1).endswith("ed")

@@ -31,7 +31,8 @@ class _Role(Flag):
     STOP = auto()  # ends the scope of a negator
     SOFT_STOP = auto()  # ends it only after its first mention
     WITHDRAWN = auto()  # denies the mention before it, without a negator
-    LEAVES = auto()  # the same where the clause ends: the hook leaves the field, but not leaves a clip
+    LEAVES = auto()  # the same in the perfect: the hook has left the field; one that leaves is still seen
+    PERFECT = auto()  # has, already, 已
     TAIL = auto()  # may follow a denying verb without being its object
     COMMA = auto()
     BREAK = auto()
@@ -52,19 +53,15 @@ _WORDS: tuple[tuple[_Role, str], ...] = (
     """),
     (_R.NEGATOR | _R.FORWARD | _R.LOOSE, """
         代替 替代 取代 而非 而不是 不是 避免 缺少 缺乏 不含 不包括 不包含 弃用 省去 不带 未带 未持
-        停止使用 停用 暂停使用 放下 放弃 舍弃 撤下 换下 换掉 拿走 拿开 取走
-        free_from stop_using stopped_using refrain_from putting_down
+        停止使用 停用 暂停使用 放弃 舍弃
+        free_from stop_using stopped_using refrain_from
         without instead_of rather_than in_place_of in_lieu_of absence_of lack_of free_of devoid_of avoid
-        switch_from switching_from change_from
-    """),
-    (_R.NEGATOR | _R.FORWARD | _R.LOOSE | _R.LEAVES, """
-        撤出 退出 撤去 撤走 撤离 移除 移走 收起
-        withdraw withdrawn withdrawing withdrew
     """),
     (_R.LEAVES, """
-        移出 移开 离开 抽离 抽出 拔出 收回 消失 退离
-        leave left exit removed taken_out taken_away put_away moved_out moves_out pulled_out retracted_out disappear
-        gone vanish out
+        撤出 退出 撤去 撤走 撤离 移除 移走 收起 移出 移开 离开 抽离 抽出 拔出 收回 消失 退离 换成 换为 更换为 更换成
+        替换为 替换成 取出 撤
+        withdrawn left exited removed taken_out taken_away put_away moved_out pulled_out retracted_out disappeared gone
+        vanished replaced exchanged swapped
     """),
     (_R.USE | _R.LOOSE, """
         使用 用 采用 应用 动用 运用 利用 借助 启用 用到 用上 见 见到 看到 看见 可见 发现 出现 显示 参与 介入 入镜
@@ -81,9 +78,11 @@ _WORDS: tuple[tuple[_Role, str], ...] = (
         of for to further more additional other there help again ever yet
     """),
     (_R.FILLER | _R.DETERMINER, "the a an any this that its"),
-    (_R.FILLER | _R.AUXILIARY, "be being been is are was were has have had do does did"),
+    (_R.FILLER | _R.AUXILIARY, "be being been is are was were do does did"),
+    (_R.FILLER | _R.AUXILIARY | _R.PERFECT, "has have had"),
+    (_R.AUXILIARY | _R.PERFECT, "已 已经 均已 早已 业已 already"),
     (_R.AUXILIARY, """
-        也 均 都 皆 尚 暂 暂时 并 已 此时 全程 始终 一直 本次 术中 目前 在旁 旁边 待命 闲置 松开 完全 缓慢 立即 迅速
+        也 均 都 皆 尚 暂 暂时 并 此时 全程 始终 一直 本次 术中 目前 在旁 旁边 待命 闲置 松开 完全 缓慢 立即 迅速
         currently still both all remain idle idle_and now fully completely slowly then just
     """),
     (_R.JOIN, "和 与 及 以及 及其 跟 、 and / + &"),
@@ -97,11 +96,10 @@ _WORDS: tuple[tuple[_Role, str], ...] = (
     (_R.WITHDRAWN, """
         已撤出 已撤离 已退出 已移出 已移除 已移走 已离开 已停用 已经撤出 已经退出 已经移出 停用 停止使用 暂停使用
         不在画面 不在视野 不在镜头 不在术野 不在场 未在画面 未在视野 没在画面
-        换成 换为 更换为 更换成 替换为 替换成 改为 改成 换用 画面外 视野外 镜头外
+        画面外 视野外 镜头外
         absent unused nowhere nowhere_to_be_seen previously_used
         has_been_withdrawn have_been_withdrawn out_of_view out_of_frame not_in_use not_in_view
-        out_of_sight out_of_the_field out_of_the_frame out_of_the_view off_screen offscreen replaced_by replaced_with
-        exchanged_for exchanged_with swapped_for swapped_with changed_to changed_for switched_to switched_for
+        out_of_sight out_of_the_field out_of_the_frame out_of_the_view off_screen offscreen no_longer_in_view
     """),
     (_R.TAIL, """
         画面 视野 镜头 术野 中 内 里 之中 当中 过 到 了 于 在 本段 视频 腹腔 体腔 操作区 手术区 画 外
@@ -172,10 +170,12 @@ def _elements(text: SplitText, mentions: Sequence[PhraseMatch[int]]) -> list[_El
 
 def _denied_after(elements: list[_Element], at: int) -> int | None:
     """The negator's position, if what follows mention `at` denies it: 剪刀 均 未 使用, scissors are not visible."""
-    at = _skip(elements, at + 1, _R.AUXILIARY)
+    begin = _after_gloss(elements, at)
+    at = _skip(elements, begin, _R.AUXILIARY)
     if at >= len(elements):
         return None
-    if elements[at].role & _R.WITHDRAWN or (elements[at].role & _R.LEAVES and _clause_ends(elements, at + 1)):
+    perfect = any(element.role & _R.PERFECT for element in elements[begin:at])
+    if elements[at].role & _R.WITHDRAWN or (perfect and elements[at].role & _R.LEAVES):
         return at
     if not elements[at].role & _R.NEGATOR or elements[at].role & _R.FORWARD:
         return None
@@ -190,9 +190,13 @@ def _denied_after(elements: list[_Element], at: int) -> int | None:
     return at
 
 
-def _clause_ends(elements: list[_Element], at: int) -> bool:
-    at = _skip(elements, at, _R.TAIL)
-    return at >= len(elements) or bool(elements[at].role & (_R.COMMA | _R.BREAK | _R.STOP | _R.JOIN))
+def _after_gloss(elements: list[_Element], at: int) -> int:
+    """What follows mention `at` and its gloss: 剪刀 (scissors) 已撤出."""
+    if [bool(e.role & _R.BREAK) for e in elements[at + 1:at + 4]] == [True, False, True] and (
+            elements[at + 2].mention >= 0):
+        return at + 4
+    inside = at >= 2 and elements[at - 1].role & _R.BREAK and elements[at - 2].mention >= 0
+    return at + 2 if inside and elements[at + 1:at + 2] and elements[at + 1].role & _R.BREAK else at + 1
 
 
 def _ends(elements: list[_Element], at: int) -> bool:
