@@ -238,11 +238,16 @@ class _Evidence:
         )
 
 
+@lru_cache(maxsize=64)
+def _all_units(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
+    return frozenset(map(units, words))
+
+
 def _phrase(
     text: str, family: int, words: Family | None = None, action: bool = False
 ) -> tuple[tuple[str, ...], _Phrase]:
     pieces = units(text)
-    parts = tuple(part.removesuffix("s") for part in PARTS if words and pieces in map(units, getattr(words, part)))
+    parts = tuple(part.removesuffix("s") for part in PARTS if words and pieces in _all_units(getattr(words, part)))
     return pieces, _Phrase(text, family, weight_length(pieces) ** LENGTH_POWER, action, parts)
 
 

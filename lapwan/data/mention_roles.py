@@ -116,7 +116,7 @@ _COMPLEMENTS = frozenset("了着过开断成住掉")
 
 def weigh(text: SplitText, mentions: Sequence[RoleMention]) -> list[Weight]:
     """How much each mention of a text counts, by the rules of this module; denied ones count nothing."""
-    return _Roles(text, mentions).weights()
+    return _Roles(text, mentions).weights() if mentions else []
 
 
 def part_in(text: SplitText, start: int, end: int, parts: Sequence[str]) -> str | None:

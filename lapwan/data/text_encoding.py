@@ -26,22 +26,6 @@ class UnreadableText(UserError):
     """Bytes that are no text. The message is the reason."""
 
 
-def check_encoding(name: str) -> str:
-    """The encoding's name, if Python knows it.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if name == AUTO:
-        return name
-    try:
-        if codecs.lookup(name)._is_text_encoding:
-            return name
-    except LookupError:
-        pass
-    raise ValueError(f"'{name}' is no text encoding; auto, or a name such as utf-8, gb18030, cp1252, big5, utf-16")
-
-
 def decode(raw: bytes, encoding: str = AUTO) -> tuple[str, str]:
     """(text, encoding) of a file's bytes; the encoding is empty for UTF-8, else its name for people.
 
@@ -59,7 +43,7 @@ def decode(raw: bytes, encoding: str = AUTO) -> tuple[str, str]:
         else:
             text, used = _guessed(raw)
     except UnicodeDecodeError as error:
-        raise UnreadableText(f"not {_NAMES.get(given or '', (given or 'text').upper())} "
+        raise UnreadableText(f"not {_NAMES.get(given, given) if given else 'UTF-8, GB18030 or Windows-1252'} "
                              f"({error.reason} at byte {error.start}); set caption_encoding, or save it as "
                              "UTF-8") from None
     if "\0" in text:
