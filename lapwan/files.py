@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -34,6 +35,34 @@ def _temporary(path: Path) -> Path:
 def is_temporary(path: Path) -> bool:
     """True for a temporary file or folder, such as a killed run leaves behind."""
     return path.name.startswith(_TEMPORARY)
+
+
+_EXPANDED = re.compile(r"(?:~[\w.-]*|\$\w+|\$\{\w+\})(?=/|$)")
+
+
+def expand_user(path: str | Path) -> Path:
+    """A path as a user wrote it: a leading `~`, and `$NAME` or `${NAME}` of the environment, are filled in.
+
+    What is not set stays as it is written, and so does a path that exists as it is written.
+    """
+    text = str(path)
+    if not (text.startswith("~") or "$" in text) or "\0" in text or os.path.lexists(text):
+        return Path(path)
+    expanded = Path(os.path.expandvars(text))
+    try:
+        return expanded.expanduser()
+    except RuntimeError:  # no such user
+        return expanded
+
+
+def expand_setting(value: str) -> str:
+    """A setting's text with a leading `~` or variable filled in, as a shell does: `~/models`, `high=$RUNS/a`.
+
+    Only at the begin, or after the `name=` of an argument: a `~` inside a text is its own.
+    """
+    name, equals, _ = value.partition("=")
+    start = f"{name}=" if equals and name.isidentifier() else ""
+    return start + str(expand_user(value[len(start):])) if _EXPANDED.match(value, len(start)) else value
 
 
 def inside(folder: Path, name: object, named_by: Path) -> Path:

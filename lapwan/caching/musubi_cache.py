@@ -13,7 +13,8 @@ from typing import Any
 from lapwan.caching.families import with_families
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.layout import LATENTS_END, find_tensor, open_cache_file, parse_latents_name, read_recipe, text_name
-from lapwan.data.clips import MEDIA_KEYS, label_fields, read_clips
+from lapwan.data.clip_file import MEDIA_KEYS, read_clips
+from lapwan.data.clips import label_fields
 from lapwan.errors import UserError
 from lapwan.files import is_temporary
 

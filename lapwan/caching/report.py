@@ -36,6 +36,7 @@ def plan_rows(plan: CachePlan, pixels_per_second: float | None = None) -> list[P
                                        for (frames, height, width), count in shown)
                     + (f" and {len(sizes) - len(shown)} more sizes" if len(sizes) > len(shown) else "")),
             *_todo_rows(plan)]
+    rows[1:1] = [PlanRow("dataset", note) for note in plan.cache.notes]
     if plan.latents_todo:
         free = _free_bytes(plan)
         rows.append(PlanRow("disk", f"{size_text(plan.latents_bytes())} for latents, {size_text(free)} free"))

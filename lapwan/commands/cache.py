@@ -58,7 +58,8 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
                                  options.lock, settings.verify)
     drops: list[DroppedClip] = []
     extraction = extraction_from_settings(settings, spec)
-    caches = read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride)
+    caches = read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride,
+                          settings.caption_encoding, settings.recursive)
     for number, cache in enumerate(caches):
         if options.dry_run:
             plan, before = plan_cache(cache, encoders, cache_options)

@@ -18,7 +18,7 @@ from rich.table import Table
 from lapwan import console, files
 from lapwan.commands.run_setup import output_lock
 from lapwan.commands.table import COMMANDS
-from lapwan.data.clips import read_clips, to_line
+from lapwan.data.clip_file import read_clips, to_line
 from lapwan.diagnostics.run_folder import METRICS_FILE
 from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert

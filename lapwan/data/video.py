@@ -3,7 +3,7 @@
 Time 0 is the first frame. Frame k at `fps` is the frame on display at k / fps, by timestamps, so a variable frame rate
 is resampled evenly. No torch here: worker processes start fast.
 
-How to add a container: its suffix in `VIDEO_SUFFIXES`, if FFmpeg (PyAV) reads it.
+How to add a container: its suffix in `suffixes.py`, if FFmpeg (PyAV) reads it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ import numpy as np
 
 from lapwan.data.buckets import Crop
 from lapwan.data.dropped_clips import BadClip
+from lapwan.data.suffixes import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
-VIDEO_SUFFIXES = frozenset({
-    ".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".ts", ".gif",
-})
 _LATE = 0.0011  # seconds a timestamp may be late: containers round to milliseconds
 _SEEK_AFTER = 2.0  # seconds; before that, decoding from the start is as cheap as a seek, and safer
 

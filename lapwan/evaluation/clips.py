@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from lapwan.data.buckets import centre_crop
-from lapwan.data.clips import Clip, empty_split, label_fields, read_clips, resolve_video
+from lapwan.data.clip_file import Clip, read_clips
+from lapwan.data.clips import empty_split, label_fields, resolve_video
 from lapwan.data.dropped_clips import BadClip
 from lapwan.data.labels import check_label, label_caption, resolve_hint
 from lapwan.data.regions import pixel_region

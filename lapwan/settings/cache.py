@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lapwan.names import NEGATIVE_PROMPT
-from lapwan.settings.base import Flag, Settings, height_width
+from lapwan.settings.base import Flag, Settings, height_width, text_encoding
 from lapwan.settings.model import ModelChoice
 
 _SHEETS = (".html", ".png")
@@ -17,8 +17,13 @@ _SHEETS = (".html", ".png")
 class CacheSettings(Settings):
     """What to encode, with which model, into which folder."""
 
-    dataset: Annotated[Path | None, Flag("-d", metavar="FILE")] = Field(
-        None, description="clips.jsonl, labels.jsonl, or a musubi-tuner dataset.toml.")
+    dataset: Annotated[Path | None, Flag("-d", metavar="FILE|FOLDER")] = Field(
+        None, description="clips.jsonl, labels.jsonl, a CSV, TSV or JSON list, a folder with a caption file beside "
+        "each clip, or a musubi-tuner dataset.toml.")
+    recursive: Annotated[bool, Flag()] = Field(False, description="Of a folder, read the sub-folders, too.")
+    caption_encoding: Annotated[str, Flag(metavar="NAME")] = Field(
+        "auto", description="Encoding of captions: auto (UTF-8, UTF-16 by its mark, GB18030 or Windows-1252 by what "
+        "reads as text), or a name such as gb18030.")
     model: Annotated[ModelChoice | None, Flag("-m", metavar="MODEL")] = Field(
         None, description="Model whose VAE and text encoder are used: tiny, or a model folder; in TOML also the table "
                           "of a training, such as the files high, low, vae, text_encoder and tokenizer.")
@@ -63,6 +68,7 @@ class CacheSettings(Settings):
         "clips), and encode nothing. N: decode N cached clips into lapwan_preview.png; without --dataset do only that.")
     skip_bad: Annotated[bool, Flag()] = Field(False, description="List bad clips, but do not fail.")
 
+    _encoding = field_validator("caption_encoding")(text_encoding)
     _size = field_validator("size", mode="before")(height_width)
 
     @field_validator("preview", mode="before")
@@ -96,7 +102,7 @@ class CacheSettings(Settings):
                              "cached clips")
         if self.dataset is None and not (self.verify or self.preview):
             raise ValueError(
-                "dataset is required (--dataset FILE), or --verify or --preview N of an existing cache"
+                "dataset is required (--dataset FILE or FOLDER), or --verify or --preview N of an existing cache"
             )
         if self.dataset is not None and self.model is None:
             raise ValueError("model is required: --model tiny, or a model folder")
