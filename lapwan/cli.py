@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -21,6 +22,8 @@ from lapwan import __version__
 from lapwan.cli_aliases import rewrite
 from lapwan.commands.table import COMMANDS, Command
 from lapwan.errors import Interrupted, UserError
+from lapwan.files import finished_text, forget_finished
+from lapwan.interrupt import INTERRUPTED, stop_on_signals
 
 
 def _without_bool(params: Any) -> Any:
@@ -107,6 +110,20 @@ def _stop(message: str, code: int, style: str | None = None) -> NoReturn:
     sys.exit(code)
 
 
+def _interrupted(stop: Interrupted | None, words: list[str]) -> str:
+    """What an interrupted command keeps, and the command that continues or repeats it."""
+    if stop is None:
+        kept = finished_text()
+        message, again = f"interrupted; {kept or 'no output was written'}", "--overwrite" if kept else ""
+        what_for = "to start again"
+    else:
+        message, again, what_for = str(stop), stop.again, "to continue"
+    if again is None:
+        return message
+    more = [again] if again and again not in words else []
+    return f"{message}; {what_for}: {shlex.join(['lapwan', *words, *more])}"
+
+
 def main() -> None:
     """Entry point. Exit codes: 0 success, 1 a bug in lapwan, 2 an error that the user can fix, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
@@ -114,15 +131,18 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     for name, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    typed = sys.argv[1:]
     try:
-        sys.argv[1:] = rewrite(sys.argv[1:])
+        stop_on_signals()
+        forget_finished()
+        sys.argv[1:] = rewrite(typed)
         app()
     except UserError as error:
         _stop(f"error: {error}", 2, style="red")
     except Interrupted as stop:
-        _stop(str(stop), 130)
+        _stop(_interrupted(stop, typed), INTERRUPTED)
     except KeyboardInterrupt:
-        _stop("error: interrupted", 130, style="red")
+        _stop(_interrupted(None, typed), INTERRUPTED)
     except BrokenPipeError:  # `lapwan ... | head`
         sys.stderr.close()
         sys.exit(0)

@@ -126,7 +126,7 @@ def _make_all(
     except KeyboardInterrupt:
         whole = ", ".join(str(job.output) for job in jobs[: len(videos)]) or "none"
         count = f"{len(videos)} of {len(jobs)} videos"
-        raise Interrupted(f"interrupted after {count}; complete: {whole}") from None
+        raise Interrupted(f"interrupted after {count}; complete: {whole}", "--overwrite" if videos else "") from None
     return videos
 
 
@@ -194,7 +194,7 @@ def run_interactive(settings: GenerateSettings, options: RunOptions) -> None:
             except UserError as error:
                 console.warn(f"skipped: {error}")
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; complete videos in {folder}: {len(made)}") from None
+        raise Interrupted(f"interrupted; complete videos in {folder}: {len(made)}", again="") from None
 
 
 def _make(generator: VideoGenerator, job: VideoJob, settings: GenerateSettings, options: RunOptions) -> Path:

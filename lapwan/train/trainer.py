@@ -19,12 +19,12 @@ from torch import Tensor
 from lapwan import console
 from lapwan.caching.collate import Batch
 from lapwan.errors import Interrupted, UserError
+from lapwan.interrupt import Stop, stop_requested
 from lapwan.memory.out_of_memory import memory_figures, out_of_memory, peak_line, start_peak
 from lapwan.names import NoiseExpert
 from lapwan.train import checkpoint
 from lapwan.train.callbacks.base import Callback, StepResult
 from lapwan.train.ema import Ema
-from lapwan.train.interrupt import Stop, stop_requested
 from lapwan.train.metrics import MetricsWriter, StepLog, merge_logs
 from lapwan.train.objective import Objective
 from lapwan.train.optimizers import ScheduledOptimizer
@@ -322,12 +322,14 @@ class Trainer:
         Raises:
             UserError: a damaged checkpoint, or one of another run.
         """
-        config, saved_steps = self.config, checkpoint.checkpoints(self.config.run_folder)
-        if not saved_steps:
+        config, newest = self.config, checkpoint.newest_resumable(self.config.run_folder)
+        if newest is None:
             return False
-        step, folder = saved_steps[-1]
+        step, folder = newest
         state = checkpoint.load_checkpoint(folder, self.parameters)
         checkpoint.check_identity(folder, state["identity"], config.identity, config.allow_changed)
+        if self.distributed.first:
+            checkpoint.link_adapters(folder, config.run_folder)
         self.step, self.skipped = step, state["skipped"]
         for noise_expert, stream in self.data.streams.items():
             epoch, index, stream.steps = state["tracks"].get(noise_expert.value, (0, 0, 0))
