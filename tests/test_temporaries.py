@@ -29,7 +29,7 @@ def _without_exchange(*_: object, **__: object) -> object:
 
 
 def _replace(path: Path, kill_at: int, exchange: bool) -> None:
-    """Replace a folder by another; SIGKILL before the `kill_at`-th change to the disk. Exits with 0 if there is none."""
+    """Replace a folder by another; SIGKILL before the `kill_at`-th change to the disk. Exits with 0 if none is left."""
     if not exchange:
         ctypes.CDLL = _without_exchange  # type: ignore[assignment, misc]
     seen = 0

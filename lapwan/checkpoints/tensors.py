@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo, file_kind, read_header
+from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo, file_kind, read_header, sort_metadata
 from lapwan.errors import UserError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -45,6 +46,19 @@ def load_rows(file: TensorFile, name: str, first: int, count: int) -> Tensor:
     row_bytes = columns * ITEM_SIZE[info.dtype]
     raw = file.read(name, first * row_bytes, count * row_bytes)
     return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).reshape(count, columns)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whose bytes depend on its contents alone.
+
+    Args:
+        tensors: by name, contiguous, none sharing its storage with another.
+        path: written in place: give a temporary one (`lapwan.files.atomic_file`).
+        metadata: strings for the header.
+    """
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    if metadata:
+        sort_metadata(path)
 
 
 def load_pickle(path: Path) -> Any:
