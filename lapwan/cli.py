@@ -13,6 +13,8 @@ import io
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -51,9 +53,29 @@ class _LazyCommand(TyperCommand):
         return _without_bool(super().get_params(ctx))
 
 
+@contextmanager
+def _interrupts_raised() -> Iterator[None]:
+    """A KeyboardInterrupt as `Interrupted`: Typer would end the process with 130 and without a word."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = finished_text()
+        raise Interrupted(f"interrupted; {kept or 'no output was written'}", "--overwrite" if kept else "") from None
+
+
 class _Commands(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**{**attributes, "commands": {row.name: _LazyCommand(row) for row in COMMANDS}})
+
+    def make_context(self, *arguments: Any, **extra: Any) -> Any:
+        """Parse the options of `lapwan` itself."""
+        with _interrupts_raised():
+            return super().make_context(*arguments, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse the options of the command and run it."""
+        with _interrupts_raised():
+            return super().invoke(ctx)
 
     def get_params(self, ctx: Any) -> Any:
         """The options of `lapwan` itself. Those of Typer's shell completion are one line of the help.
@@ -110,18 +132,12 @@ def _stop(message: str, code: int, style: str | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _interrupted(stop: Interrupted | None, words: list[str]) -> str:
+def _interrupted(stop: Interrupted, words: list[str]) -> str:
     """What an interrupted command keeps, and the command that continues or repeats it."""
-    if stop is None:
-        kept = finished_text()
-        message, again = f"interrupted; {kept or 'no output was written'}", "--overwrite" if kept else ""
-        what_for = "to start again"
-    else:
-        message, again, what_for = str(stop), stop.again, "to continue"
-    if again is None:
-        return message
-    more = [again] if again and again not in words else []
-    return f"{message}; {what_for}: {shlex.join(['lapwan', *words, *more])}"
+    if stop.again is None:
+        return str(stop)
+    more = [stop.again] if stop.again and stop.again not in words else []
+    return f"{stop}; to continue: {shlex.join(['lapwan', *words, *more])}"
 
 
 def main() -> None:
@@ -133,16 +149,15 @@ def main() -> None:
         os.environ.setdefault(name, value)
     typed = sys.argv[1:]
     try:
-        stop_on_signals()
-        forget_finished()
-        sys.argv[1:] = rewrite(typed)
-        app()
+        with _interrupts_raised():
+            stop_on_signals()
+            forget_finished()
+            sys.argv[1:] = rewrite(typed)
+            app()
     except UserError as error:
         _stop(f"error: {error}", 2, style="red")
     except Interrupted as stop:
         _stop(_interrupted(stop, typed), INTERRUPTED)
-    except KeyboardInterrupt:
-        _stop(_interrupted(None, typed), INTERRUPTED)
     except BrokenPipeError:  # `lapwan ... | head`
         sys.stderr.close()
         sys.exit(0)

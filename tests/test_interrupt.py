@@ -53,7 +53,7 @@ def faults(ran: Ran, folder: Path) -> list[str]:
 
 def to_continue(ran: Ran) -> list[str]:
     """The arguments of the command that the last line names."""
-    command = re.split(r"(?:continue with|to continue:|to start again:) lapwan ", ran.err.strip().splitlines()[-1])[-1]
+    command = re.split(r"(?:continue with|to continue:) lapwan ", ran.err.strip().splitlines()[-1])[-1]
     return shlex.split(command)
 
 
