@@ -2,18 +2,21 @@
 
 import sys
 
-from lapwan.interrupt import INTERRUPTED, stop_on_signals
+from lapwan.interrupt import end_on_signals, stop_on_signals
 
 
 def main() -> None:
     """Take signals first: importing the command line already takes a moment."""
     stop_on_signals()
+    from lapwan import cli
+
+    code = 0
     try:
-        from lapwan import cli
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing was written\n")
-        sys.exit(INTERRUPTED)
-    cli.main()
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    end_on_signals(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

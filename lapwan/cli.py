@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from lapwan.cli_aliases import rewrite
 from lapwan.commands.table import COMMANDS, Command
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import finished_text, forget_finished
-from lapwan.interrupt import INTERRUPTED, stop_on_signals
+from lapwan.interrupt import INTERRUPTED, command_line, stop_on_signals
 
 
 def _without_bool(params: Any) -> Any:
@@ -136,8 +135,7 @@ def _interrupted(stop: Interrupted, words: list[str]) -> str:
     """What an interrupted command keeps, and the command that continues or repeats it."""
     if stop.again is None:
         return str(stop)
-    more = [stop.again] if stop.again and stop.again not in words else []
-    return f"{stop}; to continue: {shlex.join(['lapwan', *words, *more])}"
+    return f"{stop}; to continue: {command_line(words, stop.again)}"
 
 
 def main() -> None:

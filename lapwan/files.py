@@ -25,6 +25,7 @@ from lapwan.temporaries import (
     settle,
     temporary_folder,
     try_lock,
+    unlock,
 )
 from lapwan.temporaries import is_temporary as is_temporary
 
@@ -105,6 +106,11 @@ def forget_finished() -> None:
     finished.clear()
 
 
+def was_written(path: Path) -> bool:
+    """Whether this command has written a file or folder whole."""
+    return path.absolute() in {other.absolute() for other in finished}
+
+
 def finished_text() -> str:
     """`written: A, B and 3 more` of what this command has written whole; empty if there is nothing."""
     made = [path for path in dict.fromkeys(finished) if not path.absolute().is_relative_to(cache_root().absolute())]
@@ -164,7 +170,7 @@ def folder_lock(folder: Path, enabled: bool = True) -> Iterator[None]:
     finally:
         os.truncate(descriptor, 0)
         _remove_lock_file(path, missing)
-        os.close(descriptor)
+        unlock(descriptor)
 
 
 def _take_over(folder: Path, path: Path, descriptor: int) -> None:
@@ -174,7 +180,7 @@ def _take_over(folder: Path, path: Path, descriptor: int) -> None:
     try:
         _write_holder(descriptor)
     except OSError:
-        os.close(descriptor)
+        unlock(descriptor)
         raise
     remove_stale(folder)
 

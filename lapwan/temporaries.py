@@ -28,6 +28,7 @@ _RENAME_EXCHANGE, _CURRENT_FOLDER = 2, -100  # of Linux: renameat2's flag and AT
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a file system that cannot lock
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 _live: set[Path] = set()  # of this process
+_locked: set[int] = set()
 finished: list[Path] = []  # files and folders that this process has written whole
 _swept: set[Path] = set()  # folders in which this process has looked for temporaries of dead ones
 
@@ -54,11 +55,18 @@ def try_lock(path: Path) -> int | None:
                 os.close(descriptor)
                 return None
             if _is_at(descriptor, path):
+                _locked.add(descriptor)
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def unlock(descriptor: int) -> None:
+    """Close what `try_lock` returned, which frees the lock."""
+    _locked.discard(descriptor)
+    os.close(descriptor)
 
 
 def _open(path: Path) -> int:
@@ -84,7 +92,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     finally:
         remove_live(folder)
         if descriptor is not None:
-            os.close(descriptor)
+            unlock(descriptor)
 
 
 def _locked_folder(parent: Path) -> tuple[Path, int | None]:
@@ -105,6 +113,11 @@ def _locked_folder(parent: Path) -> tuple[Path, int | None]:
         except BaseException:
             remove_live(folder)
             raise
+
+
+def is_untouched() -> bool:
+    """Whether this process holds no lock, has written nothing and is writing nothing: it can end without a word."""
+    return not (_live or finished or _locked)
 
 
 def remove_live(folder: Path | None = None) -> None:
@@ -167,7 +180,7 @@ def _take(path: Path) -> bool | None:
     except OSError:
         return None
     finally:
-        os.close(descriptor)
+        unlock(descriptor)
 
 
 def _finish(folder: Path) -> None:

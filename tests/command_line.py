@@ -98,6 +98,12 @@ class Started:
             target=_as_program, args=([str(a) for a in arguments], str(cwd or Path.cwd()), dict(os.environ), paths))
         self._process.start()
 
+    @property
+    def pid(self) -> int:
+        """Of the process itself, without those that it has started."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def poll(self) -> int | None:
         """The exit code; minus a signal's number when that ended it; None while it runs."""
         return self._process.exitcode
@@ -110,7 +116,7 @@ class Started:
     def send_signal(self, number: signal.Signals) -> None:
         """To the process and those that it has started; none once it has ended, whose output then says why."""
         if self.poll() is None:
-            os.killpg(self._process.pid, number)
+            os.killpg(self.pid, number)
 
     def wait(self, seconds: float = PATIENCE) -> Ran:
         """Wait for its end; it is killed when that takes longer."""
