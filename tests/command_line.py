@@ -32,7 +32,7 @@ def _global_state_kept() -> Iterator[None]:
     """What a command may change for its whole process is as it was afterwards."""
     environment, argv, streams = dict(os.environ), sys.argv, (sys.stdin, sys.stdout, sys.stderr)
     random, threads, gradients = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

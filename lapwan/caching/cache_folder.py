@@ -95,7 +95,7 @@ def build_cache(
             return _encode_and_index(plan, before, spec, options, processes)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; finished files in {cache.folder} are kept; "
-                              "run the same command again to continue") from None
+                              "run the same command again to continue", again="") from None
         except OSError as error:
             raise UserError(f"cannot write to {cache.folder}: {error.strerror or error}; existing files are complete; "
                             "free disk space and run the same command again to continue") from None
@@ -198,7 +198,8 @@ def _remove_superseded(plan: CachePlan, index: CacheIndex) -> None:
 
 def _prune(plan: CachePlan) -> int:
     """Delete the files of clips that are no longer in the dataset, and temporary files of killed runs."""
-    temporary = [path for path in plan.folder.iterdir() if files.is_temporary(path)]
+    # Files of older versions, which locked no temporary; the folder's lock is held.
+    temporary = [path for path in plan.folder.iterdir() if files.is_temporary(path) and path.is_file()]
     for path in [*temporary, *(plan.folder / name for name in plan.orphans)]:
         path.unlink(missing_ok=True)
     return len(temporary) + len(plan.orphans)

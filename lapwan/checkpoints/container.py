@@ -168,6 +168,22 @@ def read_header(path: Path) -> TensorFile:
     return _parse(path, raw, 8 + length, size)
 
 
+def sort_metadata(path: Path) -> None:
+    """Put the metadata of a file that was just written in the order of its keys: equal contents are equal bytes.
+
+    The library writes them in the order of a hash table, another one in each process; its tensors are in a fixed order.
+    """
+    with path.open("r+b") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+        entries = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:  # another version of the library that writes fewer escapes: left as it is
+            return
+        stream.seek(8)
+        stream.write(text + b" " * (length - len(text)))
+
+
 def _no_header(path: Path, length: int, size: int) -> UserError:
     kind = file_kind(path)
     if path.suffix.lower() not in ("", ".safetensors", ".sft"):

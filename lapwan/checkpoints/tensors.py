@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo, file_kind, is_pickled, read_header
+from lapwan.checkpoints.container import (
+    ITEM_SIZE,
+    TensorFile,
+    TensorInfo,
+    file_kind,
+    is_pickled,
+    read_header,
+    sort_metadata,
+)
 from lapwan.errors import UserError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -65,6 +74,19 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     values = tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()
     return bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whose bytes depend on its contents alone.
+
+    Args:
+        tensors: by name, contiguous, none sharing its storage with another.
+        path: written in place: give a temporary one (`lapwan.files.atomic_file`).
+        metadata: strings for the header.
+    """
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    if metadata:
+        sort_metadata(path)
 
 
 def load_pickle(path: Path) -> Any:

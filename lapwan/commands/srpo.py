@@ -16,7 +16,7 @@ from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS
 from lapwan.train.recipe import run_training
-from lapwan.train.run_folder import claim_run, start_folder
+from lapwan.train.run_folder import RunScope, claim_run
 from lapwan.train.srpo import recipe
 from lapwan.train.srpo.plan import SrpoPlan, plan_run, srpo_plan_rows, too_slow
 
@@ -24,7 +24,8 @@ from lapwan.train.srpo.plan import SrpoPlan, plan_run, srpo_plan_rows, too_slow
 def run(settings: SrpoSettings, options: RunOptions) -> None:
     """Check everything, then train; `--dry-run` stops after the checks."""
     lock = output_lock(settings.output, options)
-    with distributed_run(settings.device, lock) as (distributed, device_name):
+    with (RunScope("lapwan srpo", settings) as run_folder,
+          distributed_run(settings.device, lock) as (distributed, device_name)):
         if distributed.first:
             claim_run(settings, options.overwrite)
         device = pick_device(device_name)
@@ -41,7 +42,7 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
         if slow:
             raise UserError(slow)
         if distributed.first:
-            start_folder(settings, options.overwrite)
+            run_folder.start(options.overwrite)
         rewards = build_rewards(settings.rewards, device, EMBEDDED_REWARD_KINDS)
         if distributed.first:
             warn_chinese(rewards, [*data.captions, *data.held_out])

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lapwan.checkpoints.container import TensorFile
@@ -38,7 +37,7 @@ from lapwan.checkpoints.lora_keys import (
     parse_key,
     unknown_keys_error,
 )
-from lapwan.checkpoints.tensors import load_tensor, open_tensors
+from lapwan.checkpoints.tensors import load_tensor, open_tensors, save_tensors
 from lapwan.checkpoints.wan_keys import to_original
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
@@ -299,7 +298,7 @@ def write_lora(
     """
     tensors, metadata = _named(path, state, layouts[layout], dtype, fold_alpha)
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_tensors(tensors, temporary, metadata=metadata)
         check(temporary)
 
 
@@ -333,7 +332,7 @@ def write_both(
             path, states[noise_expert], LAYOUTS["comfy"], dtype, fold_alpha, noise_expert.one_file_component)
         tensors |= named
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata=join_metadata(metadata))
+        save_tensors(tensors, temporary, metadata=join_metadata(metadata))
         check(temporary)
 
 

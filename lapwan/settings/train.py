@@ -61,6 +61,9 @@ class DataSettings(Settings):
     balance: float = Field(
         0.0, ge=0, le=2, description="Clips are drawn with weight 1 / (clips of their family) to this power; 0: each "
         "once per epoch, 1: all families equally often.")
+    on_bad_clip: Literal["keep", "skip"] = Field(
+        "keep", description="A clip that has spoiled two steps (non-finite loss or gradient): keep training on it, or "
+        "skip it, so that the next clip of its size takes its turns.")
 
 
 class DropoutSettings(Settings):

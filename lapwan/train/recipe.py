@@ -38,9 +38,11 @@ from lapwan.train.ema import Ema
 from lapwan.train.objective import Objective, SigmaRule
 from lapwan.train.optimizers import ScheduledOptimizer, make_optimizer, make_schedule
 from lapwan.train.parallel import Distributed
+from lapwan.train.run_folder import resume_command
 from lapwan.train.sample_order import SampleOrder
 from lapwan.train.schedule import interleave, one_after_the_other
-from lapwan.train.trainer import Trainer, TrainerConfig
+from lapwan.train.trainer import Trainer
+from lapwan.train.trainer_config import TrainerConfig
 from lapwan.train.training_data import DataStream, TrainingData
 from lapwan.wan.transformer.compile import CompileReport, worth_compiling
 
@@ -308,7 +310,9 @@ def make_trainer(
         run_folder=settings.output, max_grad_norm=settings.max_grad_norm, save_every=settings.save_every,
         log_every=settings.log_every, sigma_bins=settings.sigma_bins, keep_last=settings.keep_last,
         keep_best=settings.keep_best, identity=parts.identity, allow_changed=settings.allow_changed,
-        resume_command=f"{parts.command} --resume", memory_summary=memory_summary, predicted_peak=predicted_peak)
+        resume_command=resume_command(parts.command, settings.output), memory_summary=memory_summary,
+        predicted_peak=predicted_peak,
+        skip_bad_clips=isinstance(settings, TrainSettings) and settings.data.on_bad_clip == "skip")
     return Trainer(
         parts.objective, parts.data, parts.schedule, parts.optimizers, config,
         [Onload(parts.offload), CompileTimes(), *callbacks], parts.ema, parts.distributed)
