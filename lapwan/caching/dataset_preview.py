@@ -210,8 +210,9 @@ def _with_crop(pixels: np.ndarray, crop: Crop) -> np.ndarray:
 
 def _outline(inside: np.ndarray, thickness: int = 2) -> np.ndarray:
     """The pixels of a mask [H, W] that are within `thickness` of its edge."""
-    core = inside
+    core: np.ndarray = inside
     for _ in range(thickness):
         around = np.pad(core, 1)
         core = core & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
-    return inside & ~core
+    edge: np.ndarray = inside & ~core
+    return edge

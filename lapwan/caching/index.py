@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from lapwan import files
-from lapwan.data.clips import to_line
+from lapwan.data.clip_file import to_line
 from lapwan.data.video import VideoFacts
 from lapwan.errors import UserError
 

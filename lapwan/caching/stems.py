@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from lapwan.caching.index import CacheIndex
 from lapwan.caching.layout import TEXT_END
 from lapwan.data.clips import SourceClip
-from lapwan.data.video import IMAGE_SUFFIXES
+from lapwan.data.suffixes import IMAGE_SUFFIXES
 
 _LONGEST = 180  # bytes
 _WINDOW = re.compile(r"(?P<stem>.+)_\d{5,}-\d{3,}", re.DOTALL)

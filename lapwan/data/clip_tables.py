@@ -185,8 +185,8 @@ def _check_columns(path: Path, columns: list[str]) -> dict[str, str]:
     if any(map(_is_media, columns)):
         raise UserError(f"{path} begins with a clip; its first line must name the columns, such as video,caption")
     missing = "captions (caption, text, prompt)" if media else "videos (video, path, file_name)"
-    names = ", ".join(map(repr, columns))[:200]
-    raise UserError(f"{path}: no column of {missing} among {names}; rename one in the first line")
+    listed = ", ".join(map(repr, columns))[:200]
+    raise UserError(f"{path}: no column of {missing} among {listed}; rename one in the first line")
 
 
 def _records(lines: list[str], delimiter: str, first: int) -> Iterator[tuple[int, Any]]:
