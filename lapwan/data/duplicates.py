@@ -11,13 +11,17 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lapwan.data.suffixes import IMAGE_SUFFIXES
 
-_BLOCK = 1 << 20
+if TYPE_CHECKING:
+    import av
+    import numpy as np
+
 _AT = (0.1, 0.5, 0.9)  # of the clip's length
 _NEAR = 6  # bits of 64 that may differ in each frame; unrelated pictures differ in 32 on average
 _FLAT = 3.0  # grey levels of standard deviation below which a frame is black or fog and says nothing
@@ -98,18 +102,16 @@ def frame_hashes(path: Path) -> list[int] | None:
     return [_difference_hash(picture) for picture in grey]
 
 
-def _difference_hash(grey_HW: Sequence[Sequence[int]]) -> int:
-    import numpy as np
-
-    grey = np.asarray(grey_HW)
-    return int.from_bytes(np.packbits(grey[:, :-1] > grey[:, 1:]).tobytes(), "big")
+def _difference_hash(grey_HW: np.ndarray) -> int:
+    brighter_HW = grey_HW[:, :-1] > grey_HW[:, 1:]
+    return sum(1 << at for at, bit in enumerate(brighter_HW.flat) if bit)
 
 
-def _frames(path: Path) -> list[object]:
+def _frames(path: Path) -> list[av.VideoFrame]:
     """The frames at 10, 50 and 90 % of a video's length, by their times; decoding goes from key frame to frame."""
     import av
 
-    frames: list[object] = []
+    frames: list[av.VideoFrame] = []
     with av.open(str(path)) as container:
         if not container.streams.video:
             return []
