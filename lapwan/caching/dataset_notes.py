@@ -9,9 +9,9 @@ from pathlib import Path
 from lapwan import console
 from lapwan.data.caption_text import is_han
 from lapwan.data.clips import CacheSet, SourceClip
-from lapwan.data.duplicates import near_pairs, same_files
+from lapwan.data.duplicates import look_alikes, same_files
 
-_SHOWN = 5
+_SHOWN, _WIDEST = 5, 120
 # Tokens of umT5 by kind of character, measured on surgical captions: an estimate where its tokenizer is not there.
 _PER_IDEOGRAPH, _PER_CHARACTER = 0.75, 0.28
 
@@ -32,18 +32,18 @@ def dataset_notes(cache: CacheSet, tokenizer: Path, length: int, near: bool) -> 
     groups = same_files(paths)
     notes += _listed("the same file under several names", [" = ".join(path.name for path in group) for group in groups])
     if near:
-        same = {path: number for number, group in enumerate(groups) for path in group}
         with console.progress("compare", len(set(paths)), "clips") as bar:
-            pairs = near_pairs(paths, lambda: bar.advance(1))
+            alike = look_alikes(paths, lambda: bar.advance(1))
+        equal = [set(group) for group in groups]
         notes += _listed("clips that look the same", [
-            f"{first.name} and {second.name} ({bits} of 64 bits differ)" for first, second, bits in pairs
-            if first not in same or same.get(first) != same.get(second)])
+            " = ".join(path.name for path in group) for group in alike if set(group) not in equal])
     return tuple(notes)
 
 
 def _listed(what: str, items: Sequence[str]) -> list[str]:
     if not items:
         return []
+    items = [item if len(item) <= _WIDEST else item[:_WIDEST - 1] + "…" for item in items]
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return [f"{what}: {len(items)}: {'; '.join(items[:_SHOWN])}{more}"]
 

@@ -52,8 +52,8 @@ def _digest(path: Path) -> str:
         return str(path)  # equal to no other
 
 
-def near_pairs(paths: Iterable[Path], advance: Callable[[], None] = lambda: None) -> list[tuple[Path, Path, int]]:
-    """Pairs of clips that look the same, with the most bits that differ in a frame.
+def look_alikes(paths: Iterable[Path], advance: Callable[[], None] = lambda: None) -> list[list[Path]]:
+    """Groups of clips that look the same: each as another of its group does, in the order of `paths`.
 
     Args:
         advance: called after each clip, for a progress bar.
@@ -73,12 +73,17 @@ def near_pairs(paths: Iterable[Path], advance: Callable[[], None] = lambda: None
     if len(usable) < 2:
         return []
     table_NF = np.array([values for _, values in usable], dtype=np.uint64)
-    pairs = []
+    group = list(range(len(usable)))
     for at in range(len(usable) - 1):
         differing_N = np.bitwise_count(table_NF[at + 1:] ^ table_NF[at]).max(axis=1)
-        pairs += [(usable[at][0], usable[at + 1 + int(other)][0], int(differing_N[other]))
-                  for other in np.flatnonzero(differing_N <= _NEAR)]
-    return pairs
+        for other in np.flatnonzero(differing_N <= _NEAR) + at + 1:
+            if group[other] != group[at]:
+                joined, kept = sorted((group[other], group[at]), reverse=True)
+                group = [kept if number == joined else number for number in group]
+    members: dict[int, list[Path]] = defaultdict(list)
+    for (path, _), number in zip(usable, group, strict=True):
+        members[number].append(path)
+    return [same for same in members.values() if len(same) > 1]
 
 
 def frame_hashes(path: Path) -> list[int] | None:
