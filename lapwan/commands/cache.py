@@ -63,8 +63,10 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
     caches = read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride,
                           settings.caption_encoding, settings.recursive)
     for number, given in enumerate(caches):
-        notes = dataset_notes(given, spec.path / "tokenizer", encoders.text_length, settings.duplicates)
-        cache = replace(given, notes=(*given.notes, *notes))
+        cache = given
+        if launched().first:
+            notes = dataset_notes(given, spec.path / "tokenizer", encoders.text_length, settings.duplicates)
+            cache = replace(given, notes=(*given.notes, *notes))
         if options.dry_run:
             plan, before = plan_cache(cache, encoders, cache_options)
             rows = plan_rows(plan, before.pixels_per_second if before else None)
