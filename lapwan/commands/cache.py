@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lapwan import console
 from lapwan.caching.cache_folder import CacheOptions, CacheResult, build_cache, encoders_from_settings, plan_cache
+from lapwan.caching.dataset_notes import dataset_notes
 from lapwan.caching.report import plan_rows
 from lapwan.caching.stale import EncoderSpec
 from lapwan.data.dataset import extraction_from_settings, read_dataset
@@ -60,7 +62,11 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
     extraction = extraction_from_settings(settings, spec)
     caches = read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride,
                           settings.caption_encoding, settings.recursive)
-    for number, cache in enumerate(caches):
+    for number, given in enumerate(caches):
+        cache = given
+        if launched().first:
+            notes = dataset_notes(given, spec.path / "tokenizer", encoders.text_length, settings.duplicates)
+            cache = replace(given, notes=(*given.notes, *notes))
         if options.dry_run:
             plan, before = plan_cache(cache, encoders, cache_options)
             rows = plan_rows(plan, before.pixels_per_second if before else None)

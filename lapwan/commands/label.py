@@ -19,6 +19,7 @@ from lapwan.data.label_report import LabelReport
 from lapwan.data.labels import CaptionLabeller, Label, round_weights
 from lapwan.data.musubi_dataset import is_musubi, musubi_rows
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
+from lapwan.data.taxonomy_check import TaxonomyUse, conflicts, use_of
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, claim_output, write_text
 from lapwan.settings.base import RunOptions, settings_row, to_toml
@@ -28,17 +29,23 @@ _FIELDS = ("instrument_label", "instrument_name", "instrument_logits", "instrume
 _MEBIBYTE = 1 << 20
 _FILE_WIDTH = 200
 _SHOWN_DROPS = 8
+_EXAMPLE_WIDTH = 32
 
 
 def run(settings: LabelSettings, options: RunOptions) -> None:
-    """Label every clip; print the distribution; write the labels, their settings and the report."""
+    """Label every clip; print the distribution; write the labels, their settings, the report and the plot."""
+    if settings.check_taxonomy is not None:
+        _check_taxonomy(settings, settings.check_taxonomy)
+        return
+    assert settings.output is not None
     taxonomy = load_taxonomy(settings.taxonomy)
     clips = _open(settings)
     sidecar = settings.output.with_suffix(".settings.toml")
     _check_paths(settings, sidecar)
     claim_output(settings.output, options.overwrite)
-    if settings.report is not None:
-        claim_output(settings.report, options.overwrite)
+    for extra in (settings.report, settings.plot):
+        if extra is not None:
+            claim_output(extra, options.overwrite)
     if options.dry_run:
         _plan(settings, clips, taxonomy)
         return
@@ -53,11 +60,58 @@ def run(settings: LabelSettings, options: RunOptions) -> None:
                             f"({_lines(report)}); no labels written; name the instruments there, or leave --strict out")
     write_text(sidecar, to_toml(settings, "lapwan label --config reproduces the labels beside this file"))
     _write_report(settings, report)
+    if settings.plot is not None:
+        _draw(report, settings.plot)
     console.log(f"wrote {settings.output}")
     _show_drops(settings, clips)
 
 
+def _draw(report: LabelReport, path: Path) -> None:
+    from lapwan.report.plots import balance, family_labels, render
+
+    families, missing = report.taxonomy.families, report.to_collect()
+    labels = family_labels(report.taxonomy.keys, {family.key: family.names_zh[0] for family in families
+                                                  if family.names_zh})
+    image = render(lambda figure: balance(figure.subplots(), f"{report.clips} clips, {report.taxonomy.name}", labels,
+                                          report.counts, [missing.get(name, 0) for name in report.names]),
+                   6.4, 1.4 + 0.35 * len(families))
+    with atomic_file(path) as temporary:
+        image.save(temporary)
+
+
+def _check_taxonomy(settings: LabelSettings, name: str) -> None:
+    taxonomy = load_taxonomy(name)
+    lines = conflicts(taxonomy)
+    console.results.print(f"taxonomy {taxonomy.name}: {', '.join(taxonomy.keys)}", markup=False)
+    for line in lines or ["nothing is ambiguous"]:
+        console.results.print(f"  {line}", markup=False)
+    result: dict[str, Any] = {"taxonomy": taxonomy.name, "conflicts": lines}
+    if settings.clips is not None:
+        clips = _open(settings)
+        use = use_of(taxonomy, ((clip.location, clip.caption) for clip in clips))
+        if not use.captions:
+            _fail_without_clips(settings, clips)
+        _show_use(use)
+        result |= use.to_dict()
+        for line in dropped_lines(clips.drops):
+            console.log(line.strip())
+    if settings.report is not None:
+        write_text(settings.report, json.dumps(result, ensure_ascii=False, indent=2) + "\n")
+
+
+def _show_use(use: TaxonomyUse) -> None:
+    headings = {"phrase": "left", "family": "left", "matched": "right", "counted": "right", "such as": "left"}
+    rows = [[entry.phrase, entry.family, str(entry.matched), str(entry.counted), entry.examples[0][:_EXAMPLE_WIDTH]]
+            for entry in use.phrases.values()]
+    _print_table(f"{use.captions} captions, {use.several} with several families", headings, rows)
+    unused = ", ".join(f"{count} of {key}" for key, count in use.unused.items())
+    console.results.print(f"phrases that no caption matches: {unused}", markup=False)
+    for location, caption in use.silent:
+        console.results.print(f"  no evidence: {location}: {shortened(caption)}", markup=False)
+
+
 def _open(settings: LabelSettings) -> ClipFile:
+    assert settings.clips is not None
     rows = musubi_rows(settings.clips, settings.caption_encoding) if is_musubi(settings.clips) else None
     return read_clips(settings.clips, False, settings.caption_encoding, settings.recursive, rows)
 
@@ -90,6 +144,7 @@ def _write_report(settings: LabelSettings, report: LabelReport) -> None:
 
 
 def _check_paths(settings: LabelSettings, sidecar: Path) -> None:
+    assert settings.clips is not None and settings.output is not None
     source = settings.clips.resolve()
     if source.is_dir() and settings.output.suffix.lower() in (".txt", ".caption"):
         raise UserError(f"output {settings.output}: a {settings.output.suffix} file is a caption; name a .jsonl file")
@@ -128,6 +183,7 @@ def _label_all(
     labeller = CaptionLabeller(taxonomy)
     total = max(1, -(-clips.bytes_total // _MEBIBYTE))
     done = 0
+    assert settings.output is not None
     # Relative paths are relative to the JSONL's folder, so they are rewritten if the output is in another one.
     source, target = clips.anchor.resolve().parent, settings.output.resolve().parent
     with output.open("w", encoding="utf-8", newline="\n") as file, console.progress("label", total, "MiB") as bar:

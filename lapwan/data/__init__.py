@@ -1,3 +1,4 @@
-"""Datasets: clips.jsonl (`clips.py`), dataset.toml (`musubi_dataset.py`), decoding (`video.py`), `buckets.py`,
-`frame_extraction.py`, masks and boxes (`regions.py`), reasons for dropping a clip (`dropped_clips.py`).
-Captions to labels: `caption_text.py`, `negation.py`, `taxonomy.py`, `labels.py`."""
+"""Datasets: lists of clips (`clip_file.py`, `clip_tables.py`), their files (`clips.py`), dataset.toml
+(`musubi_dataset.py`), text of any encoding (`text_encoding.py`), decoding (`video.py`), `buckets.py`,
+`frame_extraction.py`, masks and boxes (`regions.py`), `duplicates.py`, why a clip is dropped (`dropped_clips.py`).
+Captions to labels: `caption_text.py`, `negation.py`, `mention_roles.py`, `taxonomy.py`, `labels.py`."""

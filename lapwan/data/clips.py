@@ -144,7 +144,7 @@ def read_source_clips(path: Path, encoding: str = AUTO, recursive: bool = False)
             drops.append(DroppedClip(clip.location, f"'{control}' (control images) is not supported for Wan", stem))
             continue
         try:
-            file = clip.file or resolve_video(media, source.anchor)
+            file = resolve_video(media, source.anchor) if clip.file is None else clip.file.absolute()
         except UserError as error:
             missing += 1
             drops.append(DroppedClip(clip.location, str(error), printable(stem)))

@@ -24,7 +24,8 @@ _EXAMPLES = 10
 class LabelReport:
     """Accumulates labels with `add`; the figures are properties.
 
-    `cooccurrence[i][j]` counts clips in which families i and j both have weight (the diagonal: clips with family i).
+    `cooccurrence[i][j]` counts clips in which families i and j both have weight (the diagonal: clips with family i),
+    `alone[i]` those in which only family i has.
     """
 
     taxonomy: Taxonomy
@@ -35,17 +36,21 @@ class LabelReport:
     weight: list[float] = field(default_factory=list)
     cooccurrence: list[list[int]] = field(default_factory=list)
     unmatched: list[tuple[int, str]] = field(default_factory=list)
+    alone: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         n = len(self.taxonomy.families)
         self.counts, self.weight = [0] * n, [0.0] * n
         self.cooccurrence = [[0] * n for _ in range(n)]
+        self.alone = [0] * n
 
     def add(self, line: int, caption: str, label: Label) -> None:
         """Count one labelled clip."""
         self.clips += 1
         self.counts[label.index] += 1
         present = [i for i, weight in enumerate(label.weights) if weight > 0]
+        if len(present) == 1:
+            self.alone[present[0]] += 1
         for i in present:
             self.weight[i] += label.weights[i]
             for j in present:
@@ -100,16 +105,26 @@ class LabelReport:
                             "instrument, so their label is a fallback; the router learns nothing from them")
         return messages
 
+    def to_collect(self) -> dict[str, int]:
+        """Clips to add by family's name, so that each has enough to learn from and none is five times another."""
+        target = max(SMALLEST_FAMILY, round(max(self.counts) / IMBALANCE))
+        return {name: target - count for name, count in zip(self.names, self.counts, strict=True)
+                if count < target and (count < SMALLEST_FAMILY or count * IMBALANCE < max(self.counts))}
+
     def advice(self) -> list[str]:
         """What to do about it."""
         if not self.clips:
             return []
         n = len(self.counts)
         messages = []
-        target = max(SMALLEST_FAMILY, round(max(self.counts) / IMBALANCE))
-        for name, count in zip(self.names, self.counts, strict=True):
-            if count < target and (count < SMALLEST_FAMILY or count * IMBALANCE < max(self.counts)):
-                messages.append(f"add about {target - count} clips of {name} (has {count}, aim for {target})")
+        for name, missing in self.to_collect().items():
+            count = self.counts[self.names.index(name)]
+            messages.append(f"add about {missing} clips of {name} (has {count}, aim for {count + missing})")
+        for i, name in enumerate(self.names):
+            if self.cooccurrence[i][i] and not self.alone[i]:
+                beside = max((j for j in range(n) if j != i), key=lambda j: self.cooccurrence[i][j])
+                messages.append(f"collect clips in which {name} works alone: in every one of its "
+                                f"{self.cooccurrence[i][i]} another is there, mostly {self.names[beside]}")
         if min(self.counts) > 0 and max(self.counts) * n > 1.5 * self.clips:
             weights = ", ".join(f"{family.key}={weight:g}" for family, weight in
                                 zip(self.taxonomy.families, self.sampling_weights.values(), strict=True))

@@ -192,7 +192,8 @@ class _Reader:
             for word in getattr(family, part):
                 if units(word) not in evidence:
                     self._problems.append(f"{path}.{part}: '{word}' is no keyword or action of '{key}'; add it there")
-                if {listed.setdefault(units(word), part), part} & {"materials"} != {part} & {"materials"}:
+                first = listed.setdefault(units(word), part)
+                if first != part and "materials" in (first, part):
                     self._problems.append(f"{path}: '{word}' is in materials and in verbs or nouns; keep it in one")
         return family
 

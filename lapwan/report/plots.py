@@ -192,6 +192,28 @@ def shortened(name: str, length: int = 30) -> str:
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"
 
 
+def balance(axes: Axes, title: str, labels: Sequence[str], counts: Sequence[int], missing: Sequence[int]) -> None:
+    """Bars of the clips of each family, and behind them what is missing for an even set.
+
+    Args:
+        missing: clips to add by family.
+    """
+    positions = range(len(labels))
+    axes.barh(positions, counts, color=BLUE, label="clips")
+    if any(missing):
+        axes.barh(positions, missing, left=counts, color="none", edgecolor=VERMILION, linestyle="--",
+                  label="to collect")
+        axes.legend(loc="best")
+    for at, (count, more) in enumerate(zip(counts, missing, strict=True)):
+        axes.annotate(f" {count}" + (f" + {more}" if more else ""), (count + more, at), va="center", fontsize=8)
+    axes.set_yticks(positions, labels)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("clips by main family")
+    axes.set_title(title)
+
+
 def confusion(axes: Axes, title: str, labels: Sequence[str], counts_EE: np.ndarray, unit: str) -> None:
     """Counts by label (row) and the router's choice (column), coloured by their share of the row, with a colour bar.
 

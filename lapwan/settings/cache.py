@@ -66,6 +66,9 @@ class CacheSettings(Settings):
     preview: Annotated[int | Path, Flag(metavar="FILE|N")] = Field(
         0, description="FILE.html or FILE.png: show the dataset before it is encoded (crops, items, regions, dropped "
         "clips), and encode nothing. N: decode N cached clips into lapwan_preview.png; without --dataset do only that.")
+    duplicates: Annotated[bool, Flag()] = Field(
+        False, description="List clips that look the same in the plan, too (decodes three frames of each); equal files "
+        "are always listed.")
     skip_bad: Annotated[bool, Flag()] = Field(False, description="List bad clips, but do not fail.")
 
     _encoding = field_validator("caption_encoding")(text_encoding)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lapwan.settings.base import Flag, Settings, text_encoding
 
@@ -13,11 +13,13 @@ from lapwan.settings.base import Flag, Settings, text_encoding
 class LabelSettings(Settings):
     """Captions to instrument labels."""
 
-    clips: Annotated[Path, Flag(positional=True, metavar="CLIPS")] = Field(
-        description="The clips: JSONL, CSV, TSV or a JSON list with captions, a folder with a caption file beside each "
-        "clip, or a musubi-tuner dataset.toml."
+    clips: Annotated[Path | None, Flag(positional=True, metavar="CLIPS")] = Field(
+        None, description="The clips: JSONL, CSV, TSV or a JSON list with captions, a folder with a caption "
+        "file beside each clip, or a musubi-tuner dataset.toml."
     )
-    output: Annotated[Path, Flag("-o", metavar="FILE")] = Field(description="The labelled JSONL to write.")
+    output: Annotated[Path | None, Flag("-o", metavar="FILE")] = Field(
+        None, description="The labelled JSONL to write."
+    )
     taxonomy: Annotated[str, Flag(metavar="NAME|FILE.toml")] = Field(
         "surgical4", description="The instrument families: surgical4, cholec6, or a TOML file of your own."
     )
@@ -37,11 +39,25 @@ class LabelSettings(Settings):
         "auto", description="Encoding of captions: auto (UTF-8, UTF-16 by its mark, GB18030 or Windows-1252 by what "
         "reads as text), or a name such as gb18030."
     )
+    plot: Annotated[Path | None, Flag(metavar="FILE.png")] = Field(
+        None, description="Draw the clips of each family, and how many to collect."
+    )
+    check_taxonomy: Annotated[str | None, Flag(metavar="NAME|FILE.toml")] = Field(
+        None, description="Write no labels: list what is ambiguous in a taxonomy, and with CLIPS which of their "
+        "captions match what."
+    )
     skip_bad: Annotated[bool, Flag()] = Field(
         False, description="List lines that cannot be labelled, but do not fail."
     )
 
     _encoding = field_validator("caption_encoding")(text_encoding)
+
+    @model_validator(mode="after")
+    def _complete(self) -> LabelSettings:
+        for name in ("clips", "output") if self.check_taxonomy is None else ():
+            if getattr(self, name) is None:
+                raise ValueError(f"'{name}' is required; only --check-taxonomy does without")
+        return self
 
     @field_validator("taxonomy")
     @classmethod

@@ -72,12 +72,14 @@ def test_clips(refused, clips):
     text = clips.read_text(encoding="utf-8").splitlines()
     broken = clips.with_name("broken.jsonl")
     broken.write_text("\n".join([*text[:2], '{"caption": ', text[3]]), encoding="utf-8")
-    assert "broken.jsonl, line 3: broken JSON" in refused("label", broken, "-o", "o.jsonl")
-    assert "line 2: empty caption" in refused("label", changed(clips, 2, caption=" "), "-o", "o.jsonl")
+    assert "broken.jsonl, line 3: broken JSON" in refused("label", broken, "-o", "o1.jsonl", lines=None)
+    assert "line 2: empty caption" in refused("label", changed(clips, 2, caption=" "), "-o", "o2.jsonl", lines=None)
+    assert [len(Path(name).read_text(encoding="utf-8").splitlines()) for name in ("o1.jsonl", "o2.jsonl")] == [3, 3]
     assert "unknown taxonomy 'surgical5' (did you mean 'surgical4'?)" in refused(
         "label", clips, "-o", "o.jsonl", "--taxonomy", "surgical5")
-    assert "line 3" in refused("cache", "--dataset", broken, "--model", "tiny", "-o", "c")
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["clips"]
+    shape = ("--model", "tiny", "--size", "32x32", "--num-frames", "5", "--workers", "0")
+    assert "line 3" in refused("cache", "--dataset", broken, "-o", "c", *shape, lines=None)
+    assert not Path("o.jsonl").exists()
 
 
 def test_videos_that_are_missing_or_unreadable_do_not_keep_the_others_from_being_cached(refused, clips):
