@@ -19,8 +19,8 @@ ROOT = Path(lapwan.__file__).parent
 # From the bottom up: a package imports its own level and those before it.
 LEVELS = (
     "errors documents faults names console files temporaries interrupt rng distributed",
-    "settings losses checkpoints report", "lora", "moe", "models wan data rewards", "memory", "caching sampling", "diagnostics", "train",
-    "evaluation", "tiny", "api weights", "commands", "cli cli_aliases __main__",
+    "settings losses checkpoints report", "lora", "moe", "models wan data rewards", "memory", "caching sampling",
+    "diagnostics", "train", "evaluation", "tiny", "api weights", "commands", "cli cli_aliases __main__",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 # Numbers in, numbers out: settings stop at whoever calls these.

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lapwan.checkpoints.container import file_kind
 from lapwan.documents import JSON_BYTES, Count, Number, checked, read_json
 from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
@@ -143,7 +144,12 @@ def read_object(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     """
     if not path.exists():
         raise UserError(f"{path} is missing; is {path.parent} a complete model folder in diffusers layout?")
-    value = read_json(path, limit)
+    try:
+        value = read_json(path, limit)
+    except UserError:
+        if path.is_file() and (kind := file_kind(path)) is not None:
+            raise UserError(f"cannot read {path}: it is {kind}") from None
+        raise
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
     return value

@@ -10,7 +10,7 @@ from lapwan.checkpoints.wan_keys import contents_of, transformer_shapes
 from lapwan.checkpoints.weights import read_weights
 from lapwan.errors import UserError
 from lapwan.lora.noise_expert import noise_expert_from_file_name
-from lapwan.models.configs import component_config
+from lapwan.models.configs import component_config, read_object
 from lapwan.models.spec import (
     OTHER_WEIGHTS,
     ModelSpec,

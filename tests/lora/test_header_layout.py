@@ -159,7 +159,7 @@ def _parts(path: Path) -> None:
 
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "code": (lambda path: torch.save({"a": _Code()}, path), "nothing in it is executed"),
-    "code of an old pickle": (lambda path: path.write_bytes(pickle.dumps(_Code())), "nothing in it is executed"),
+    "code of an old pickle": (lambda path: path.write_bytes(pickle.dumps(_Code())), "cannot read"),
     "zeros packed": (_parts, "LAPWAN_UNPACK_GIB"),
     "many values": (lambda path: _operations(path, False), "operations"),
     "many values in an old pickle": (lambda path: _operations(path, True), "operations"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,9 +61,6 @@ def test_any_state_is_resumed_or_refused(saved: tuple[Trainer, Path], monkeypatc
     assert refused > 20 and not (tmp_path / "executed").exists()
     file.write_bytes(good)
     (folder / "state" / "trained.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match="cannot resume from"):
-        trainer.resume()
-    shutil.rmtree(folder / "state")
     with pytest.raises(UserError, match="cannot resume from"):
         trainer.resume()
 
