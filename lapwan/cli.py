@@ -12,8 +12,10 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -72,9 +74,19 @@ class _Commands(TyperGroup):
             return super().make_context(*arguments, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        """Parse the options of the command and run it."""
-        with _interrupts_raised():
-            return super().invoke(ctx)
+        """Parse the options of the command and run it. Of the errors that nothing caught those that the user can mend
+        become a `UserError`."""
+        try:
+            with _interrupts_raised():
+                return super().invoke(ctx)
+        except Exception as error:
+            from lapwan import console
+            from lapwan.faults import user_error
+
+            if isinstance(error, UserError | BrokenPipeError) or (mended := user_error(error)) is None:
+                raise
+            console.detail("".join(traceback.format_exception(error)))
+            raise mended from None
 
     def get_params(self, ctx: Any) -> Any:
         """The options of `lapwan` itself. Those of Typer's shell completion are one line of the help.
@@ -92,6 +104,8 @@ class _Commands(TyperGroup):
                 param.hidden = True
         return params
 
+
+_PIPE = 141  # exit code, 128 + SIGPIPE
 
 app = typer.Typer(
     name="lapwan",
@@ -138,14 +152,39 @@ def _interrupted(stop: Interrupted, words: list[str]) -> str:
     return f"{stop}; to continue: {command_line(words, stop.again)}"
 
 
+def _end_of_pipe() -> NoReturn:
+    """End without a word, as SIGPIPE ends a program; the interpreter's last flush must not find the pipe again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # not a file, or closed
+            stream.flush()
+        with suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
+    sys.exit(_PIPE)
+
+
 def main() -> None:
-    """Entry point. Exit codes: 0 success, 1 a bug in lapwan, 2 an error that the user can fix, 130 interrupted."""
+    """Entry point. Exit codes: 0 success, 1 a bug in lapwan, 2 an error that the user can fix, 130 interrupted, 141 the
+    reader of its output has gone."""
+    if sys.stdout is None or sys.stderr is None:  # closed by the caller (2>&-)
+        nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  until the end of the process
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # another encoding than UTF-8: Chinese as \\u7535, not a crash
             stream.reconfigure(errors="backslashreplace")
     for name, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     typed = sys.argv[1:]
+    try:
+        _run(typed)
+    except (BrokenPipeError, SystemExit) as stop:
+        # `lapwan ... | head`; rich and Typer make a SystemExit of it, with the exit code of a fault.
+        if isinstance(stop, BrokenPipeError) or isinstance(stop.__context__, BrokenPipeError):
+            _end_of_pipe()
+        raise
+
+
+def _run(typed: list[str]) -> None:
     try:
         with _interrupts_raised():
             stop_on_signals()
@@ -156,6 +195,5 @@ def main() -> None:
         _stop(f"error: {error}", 2, style="red")
     except Interrupted as stop:
         _stop(_interrupted(stop, typed), INTERRUPTED)
-    except BrokenPipeError:  # `lapwan ... | head`
-        sys.stderr.close()
-        sys.exit(0)
+    finally:
+        sys.stdout.flush()

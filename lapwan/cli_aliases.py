@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lapwan.commands.foreign_options import has_foreign
-from lapwan.errors import UserError
+from lapwan.errors import UserError, printable
 
 # Command -> older option -> today's.
 _ALIASES: dict[str, dict[str, str]] = {
@@ -26,6 +26,13 @@ _ALIASES: dict[str, dict[str, str]] = {
 }
 
 
+class _Answer(UserError):
+    """Holds a command to copy, in which no value is cut."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, self.args))
+
+
 def rewrite(arguments: Sequence[str]) -> list[str]:
     """The arguments under today's option names: dashes for underscores, `--size HxW` for `--video-size H W`.
 
@@ -39,7 +46,7 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
     if has_foreign(command, rest):
         from lapwan.commands.foreign_line import answer  # imports pydantic, which --help does without
 
-        raise UserError(answer(command, rest, aliases))
+        raise _Answer(*answer(command, rest, aliases))
     out = [command]
     while rest:
         word = rest.pop(0)

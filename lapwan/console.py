@@ -27,6 +27,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from lapwan.errors import printable
+
 QUIET, NORMAL, VERBOSE = 0, 1, 2
 _SECONDS_BETWEEN_LINES = 15.0
 _PLAN_WIDTH = 100  # columns of a plan, at most
@@ -51,20 +53,25 @@ def set_level(level: int) -> None:
 def log(message: str) -> None:
     """A line for the user on stderr; silent under -q."""
     if _level >= NORMAL:
-        log_console.print(message, markup=False)
+        log_console.print(_shown(message), markup=False)
 
 
 def detail(message: str) -> None:
     """A line on stderr that only -v shows."""
     if _level >= VERBOSE:
-        log_console.print(message, markup=False)
+        log_console.print(_shown(message), markup=False)
+
+
+def _shown(message: str) -> str:
+    """A message without what a terminal would act on in a value from a file; the lines are ours."""
+    return "\n".join(map(printable, message.split("\n")))
 
 
 def warn(message: str) -> None:
     """`warning: ...` on stderr; also under -q, because it may change what the user does."""
     for counted in _counters:
         counted[message] += 1
-    log_console.print(f"warning: {message}", style="yellow", markup=False)
+    log_console.print(f"warning: {_shown(message)}", style="yellow", markup=False)
 
 
 @contextmanager

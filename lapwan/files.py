@@ -9,10 +9,11 @@ import re
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import TypeGuard
 
 from lapwan.console import log
 from lapwan.errors import UserError
@@ -32,6 +33,7 @@ from lapwan.temporaries import is_temporary as is_temporary
 
 _SHOWN = 3  # paths named in a message
 LOCK_FILE = ".lapwan.lock"
+_NAME_BYTES = 255  # of a file's name, on every usual file system
 
 
 def cache_root() -> Path:
@@ -69,13 +71,39 @@ def expand_setting(value: str) -> str:
     return start + str(expand_user(value[len(start):])) if _EXPANDED.match(value, len(start)) else value
 
 
+def is_plain_name(name: object) -> TypeGuard[str]:
+    """Whether a name that a file gives is that of a file in its folder: no path, on any system, and not too long."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
+        return False
+    try:
+        return len(os.fsencode(name)) <= _NAME_BYTES and not PureWindowsPath(name).drive
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def leaves(path: Path, folder: Path) -> bool:
+    """Whether `path` is a symbolic link, or lies under one, that leads out of `folder`."""
+    return not path.resolve().is_relative_to(folder.resolve())
+
+
+def check_targets(folder: Path, targets: Iterable[Path]) -> None:
+    """Refuse to write where a name or a link leads out of `folder`, the output; call it before the first is written.
+
+    Raises:
+        UserError: one of the targets lies elsewhere.
+    """
+    for target in targets:
+        if leaves(target, folder):
+            raise UserError(f"{target} leads out of the output {folder}; nothing is written there")
+
+
 def inside(folder: Path, name: object, named_by: Path) -> Path:
     """The path in `folder` of a file whose `name` comes from another file, `named_by`, such as an index of shards.
 
     Raises:
         UserError: not a plain file name; `../model.safetensors` would read or replace files elsewhere.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
+    if not is_plain_name(name):
         raise UserError(f"{named_by} names the file {name!r}; only plain file names inside {folder} are allowed, "
                         "without a folder: correct it, or download the file again")
     return folder / name

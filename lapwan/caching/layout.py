@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from lapwan.checkpoints.container import TensorFile, header_bytes, read_header
 from lapwan.data.frame_extraction import Window
+from lapwan.documents import parse_json
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
 
@@ -97,8 +98,8 @@ def read_recipe(file: TensorFile) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        recipe = json.loads(text)
-    except (ValueError, RecursionError):
+        recipe = parse_json(text, file.path)
+    except UserError:
         return {}
     return recipe if isinstance(recipe, dict) else {}
 

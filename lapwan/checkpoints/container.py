@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lapwan.documents import parse_json
 from lapwan.errors import UserError
 
 # Bytes per element by safetensors dtype name.
@@ -25,7 +26,11 @@ ITEM_SIZE: dict[str, int] = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }
+_MAX_COUNT = 2**63
 _MAX_HEADER = 100_000_000  # the format's own limit
+# A header of this size is first read by safetensors itself, which refuses what is no header while it reads; in Python
+# a hostile one would take gigabytes.
+_LARGE_HEADER = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -200,21 +205,49 @@ def _no_header(path: Path, length: int, size: int) -> UserError:
 
 
 def _parse(path: Path, raw: bytes, data_start: int, size: int) -> TensorFile:
+    if len(raw) > _LARGE_HEADER:
+        _check_with_library(path)
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError):
-        header = None
+        header = parse_json(raw, path)
+    except UserError as error:
+        raise UserError(f"{path} is not a safetensors file (broken header: {str(error).removeprefix(str(path)).strip()}"
+                        "); expected a .safetensors file") from None
     if not isinstance(header, dict):
         raise UserError(f"{path} is not a safetensors file (broken header); expected a .safetensors file")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict):
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path} is not a safetensors file (broken metadata); expected a .safetensors file")
     tensors = [_info(path, name, item, data_start) for name, item in header.items()]
-    if tensors and (end := max(info.end for info in tensors)) > size:
-        raise UserError(f"{path} is truncated: it has {size} bytes, but needs {end}; copy or download it again")
     tensors.sort(key=lambda info: (info.start, info.end))
-    strings = {str(key): str(value) for key, value in metadata.items()}
-    return TensorFile(path, strings, {info.name: info for info in tensors}, data_start, size)
+    _check_layout(path, tensors, data_start, size)
+    return TensorFile(path, metadata, {info.name: info for info in tensors}, data_start, size)
+
+
+def _check_with_library(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file (broken header: {error}); expected a .safetensors "
+                        "file") from None
+
+
+def _check_layout(path: Path, tensors: Sequence[TensorInfo], data_start: int, size: int) -> None:
+    """The tensors, in the order of their bytes, must fill the file behind the header, without gaps or overlaps."""
+    position = data_start
+    for info in tensors:
+        if info.start != position:
+            what = "overlaps the one before it" if info.start < position else "has unused bytes before it"
+            raise UserError(f"{path}: tensor {info.name!r} {what}; the file is damaged, copy or download it again")
+        position = info.end
+    if position > size:
+        raise UserError(f"{path} is truncated: it has {size} bytes, but needs {position}; copy or download it again")
+    if position < size:
+        raise UserError(f"{path} has {size - position} bytes behind its last tensor; the file is damaged, copy or "
+                        "download it again")
 
 
 def _info(path: Path, name: str, item: Any, data_start: int) -> TensorInfo:
@@ -222,6 +255,9 @@ def _info(path: Path, name: str, item: Any, data_start: int) -> TensorInfo:
     dtype, shape, offsets = entry.get("dtype"), _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
     if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise UserError(f"{path} is not a safetensors file (broken entry {name!r}); expected a .safetensors file")
+    if not all(n < _MAX_COUNT for n in (*shape, *offsets)):
+        raise UserError(f"{path}: tensor {name!r} has a size of more than 64 bits; the file is damaged, copy or "
+                        "download it again")
     info = TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
     if dtype in ITEM_SIZE and math.prod(info.shape) * ITEM_SIZE[dtype] != info.size:
         raise UserError(f"{path}: tensor {name!r} {shape} {dtype} does not fill its {info.size} bytes; the file is "

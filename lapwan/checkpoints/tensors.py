@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+import pickletools
+import struct
+import warnings
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -89,6 +94,131 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         sort_metadata(path)
 
 
+# What torch raises for a damaged file: its unpickler works on whatever values the file puts on its stack.
+DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError,
+            AssertionError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile)
+_UNPACK_KEY = "LAPWAN_UNPACK_GIB"  # environment
+_PICKLE_BYTES, _PICKLE_OPERATIONS, _TABLE_BYTES = 32 << 20, 4 << 20, 8 << 20
+_OLD_PICKLES = 5  # in front of the storages of a file of before torch 1.6
+_DEPTH = 64  # of the values in a pickle
+_END_RECORD = b"PK\5\6"  # of a zip's table of contents; 22 bytes and a comment at the end of the file
+
+
+def check_pickle(path: Path) -> None:
+    """Refuse a file of `torch.save` that would take far more memory than its size, before it is unpacked.
+
+    The parts of a zip may take as much as the file, since torch.save does not compress, and 0.5 GiB more, or what the
+    environment variable LAPWAN_UNPACK_GIB says. Its pickle may have 32 MiB, and four million operations.
+
+    Raises:
+        UserError: larger, or no complete zip.
+    """
+    if not _is_zip(path):
+        with path.open("rb") as stream:
+            _check_values(path, stream)
+        return
+    limit = path.stat().st_size + int(_unpack_gib() * 2**30)
+    try:
+        _check_table(path)
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            if (size := sum(part.file_size for part in parts)) > limit:
+                raise UserError(f"{path} unpacks to {size / 2**30:.3g} GiB, but has {path.stat().st_size / 2**20:.3g} "
+                                f"MiB: such a file is not of torch.save; if you trust it, set {_UNPACK_KEY} to the GiB "
+                                "that it may take")
+            for part in parts:
+                if part.filename.endswith("data.pkl"):
+                    if part.file_size > _PICKLE_BYTES:
+                        raise UserError(f"{path} holds a pickle of {part.file_size >> 20} MiB; at most "
+                                        f"{_PICKLE_BYTES >> 20} are read: save its tensors as safetensors")
+                    with archive.open(part) as inner:
+                        _check_values(path, inner)
+    except (*DAMAGED, zlib.error) as error:
+        raise UserError(f"cannot read {path} as weights: it is a damaged zip ({error}); copy or download it "
+                        "again") from None
+
+
+def _unpack_gib() -> float:
+    text = os.environ.get(_UNPACK_KEY, "0.5")
+    try:
+        return max(0.0, min(float(text), 2.0**20))
+    except ValueError:
+        raise UserError(f"environment: {_UNPACK_KEY} = {text!r}: must be a number of GiB, such as 4") from None
+
+
+def _check_table(path: Path) -> None:
+    """Refuse a zip with a table of contents of more than 8 MiB, some 70,000 parts, which `zipfile` would read whole."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        stream.seek(max(0, size - (22 + 65536)))
+        end = stream.read()
+    at = end.rfind(_END_RECORD)
+    if at < 0 or len(end) - at < 22:
+        raise UserError(f"cannot read {path} as weights: it is a zip that ends too soon; copy or download it again")
+    count, table = struct.unpack_from("<HI", end, at + 10)
+    if table != 0xFFFFFFFF and table > _TABLE_BYTES:
+        raise UserError(f"{path} is a zip with a table of contents of {table >> 20} MiB ({count} parts); is it the "
+                        "right file?")
+
+
+def _check_values(path: Path, stream: IO[bytes]) -> None:
+    """Refuse pickles of more than four million operations (a tensor takes about 30), or with a text of more than
+    32 MiB; what is no pickle is left to torch's unpickler."""
+    operations = 0
+    try:
+        for _ in range(_OLD_PICKLES):
+            for _ in pickletools.genops(cast(IO[bytes], _Limited(path, stream))):
+                if (operations := operations + 1) > _PICKLE_OPERATIONS:
+                    raise UserError(f"{path} holds a pickle of more than {_PICKLE_OPERATIONS} operations; save its "
+                                    "tensors as safetensors")
+    except ValueError:
+        return
+
+
+@dataclass(frozen=True)
+class _Limited:
+    """The stream of a pickle, which refuses to read a long text whatever length the pickle states."""
+
+    path: Path
+    stream: IO[bytes]
+
+    def read(self, size: int) -> bytes:
+        if size > _PICKLE_BYTES:
+            raise UserError(f"{self.path} holds a pickle with a value of {size >> 20} MiB; at most "
+                            f"{_PICKLE_BYTES >> 20} are read: save its tensors as safetensors")
+        return self.stream.read(size)
+
+    def readline(self) -> bytes:
+        return self.stream.readline(_PICKLE_BYTES)
+
+
+def _checked_content(content: Any, path: Path) -> Any:
+    """Refuse tensors that are larger than what is stored of them, which a copy would fill memory with, tensors of other
+    kinds than dense ones on the CPU, and values nested too deep."""
+    level = [content]
+    for _ in range(_DEPTH):
+        inner: dict[int, Any] = {}
+        for item in level:
+            for value in item.values() if isinstance(item, Mapping) else item if isinstance(item, list | tuple) else ():
+                if isinstance(value, Tensor):
+                    _check_dense(value, path)
+                elif isinstance(value, Mapping | list | tuple):
+                    inner[id(value)] = value
+        if not inner:
+            return content
+        level = list(inner.values())
+    raise UserError(f"cannot read {path} as weights: its values are nested more than {_DEPTH} deep")
+
+
+def _check_dense(value: Tensor, path: Path) -> None:
+    if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+        raise UserError(f"cannot read {path} as weights: it holds a tensor {list(value.shape)} that is sparse, "
+                        "quantised or without values; save plain tensors")
+    if value.nbytes > (stored := value.untyped_storage().nbytes()):
+        raise UserError(f"cannot read {path} as weights: it holds a tensor {list(value.shape)} of {value.nbytes} "
+                        f"bytes, but stores {stored} of it; save plain tensors")
+
+
 def load_pickle(path: Path) -> Any:
     """The content of a file of `torch.save`: nothing in it is executed. Memory-mapped if its format allows it.
 
@@ -97,24 +227,29 @@ def load_pickle(path: Path) -> Any:
     """
     if not path.is_file():
         raise UserError(f"no such file: {path}")
+    check_pickle(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # as pickle.dumps writes by default
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError:  # torch's message advises weights_only=False, which executes code in the file
         raise UserError(f"cannot read {path} as weights: {_no_pickle(path)}") from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except DAMAGED as error:
         raise UserError(f"cannot read {path} as weights: {_why(path, error)}") from None
+    return _checked_content(content, path)
 
 
 def _why(path: Path, error: Exception) -> str:
+    message = (str(error).strip() or type(error).__name__).splitlines()[0]
     if not _is_zip(path):
         kind = file_kind(path)
-        return f"it is {kind}" if kind else str(error).splitlines()[0]
+        return f"it is {kind}" if kind else message
     if not zipfile.is_zipfile(path):  # a zip archive's directory is at its end
         return "it is truncated; copy or download it again"
     with zipfile.ZipFile(path) as archive:
         if not any(name.endswith("/data.pkl") for name in archive.namelist()):
             return "it is a zip archive that torch.save did not write; unpack it"
-    return str(error).splitlines()[0]
+    return message
 
 
 def _no_pickle(path: Path) -> str:
@@ -174,11 +309,13 @@ def open_pickle(path: Path) -> PickledFile:
     return PickledFile(path, {}, infos, 0, path.stat().st_size, content)
 
 
-def _dictionaries(value: Any) -> list[dict[str, Tensor]]:
-    """The tensors by name of a dictionary and of those inside it; plain numbers are alphas."""
-    if not isinstance(value, Mapping):
-        return []
-    tensors = {key: item if isinstance(item, Tensor) else torch.tensor(float(item)) for key, item in value.items()
-               if isinstance(key, str) and (isinstance(item, Tensor) or
-                                            (key.endswith("alpha") and isinstance(item, int | float)))}
-    return [tensors, *(inner for item in value.values() for inner in _dictionaries(item))]
+def _dictionaries(content: Any) -> Iterator[dict[str, Tensor]]:
+    """The tensors by name of a dictionary and of those inside it, each once; plain numbers are alphas."""
+    level = {0: content} if isinstance(content, Mapping) else {}
+    while level:
+        for value in level.values():
+            yield {key: item if isinstance(item, Tensor) else torch.tensor(float(item)) for key, item in value.items()
+                   if isinstance(key, str) and (isinstance(item, Tensor) or
+                                                (key.endswith("alpha") and isinstance(item, int | float)
+                                                 and abs(item) < 2**64))}
+        level = {id(inner): inner for value in level.values() for inner in value.values() if isinstance(inner, Mapping)}

@@ -18,7 +18,6 @@ by name.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo, is_pickled, read_header
+from lapwan.documents import parse_json
 from lapwan.errors import UserError
 
 if TYPE_CHECKING:
@@ -182,8 +182,8 @@ def _check_formats(file: TensorFile) -> None:
 
 def _json(text: str | bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = parse_json(text, _METADATA)
+    except UserError:
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -298,10 +298,11 @@ def _read_gguf(path: Path) -> WeightFile:
         raise UserError(f"{path} is a GGUF file, which needs the gguf package: pip install 'lapwan[gguf]'") from None
     try:
         reader = gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OverflowError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is a damaged or truncated GGUF file ({str(error).splitlines()[0][:80]}); download it "
-                        "again") from None
-    tensors = {t.name: _gguf_info(reader, t) for t in reader.tensors}
+        tensors = {t.name: _gguf_info(reader, t) for t in reader.tensors}
+    except (ValueError, KeyError, IndexError, OverflowError, OSError, TypeError, AttributeError, MemoryError,
+            RecursionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise UserError(f"{path} is a damaged or truncated GGUF file ({reason}); download it again") from None
     size = path.stat().st_size
     if not tensors:
         raise UserError(f"{path} is a GGUF file without tensors; download it again")
@@ -330,6 +331,8 @@ def _gguf_info(reader: Any, tensor: Any) -> TensorInfo:
     field = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
     if field is not None:
         shape = tuple(int(n) for n in field.contents())
+        if math.prod(shape) != math.prod(int(n) for n in tensor.shape.tolist()):
+            raise ValueError(f"{tensor.name} has another number of values than its original shape {list(shape)}")
     start = int(tensor.data_offset)
     return TensorInfo(tensor.name, tensor.tensor_type.name, shape, start, start + int(tensor.n_bytes))
 

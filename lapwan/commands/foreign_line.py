@@ -254,7 +254,7 @@ _JOINT: Mapping[str, Sequence[Callable[[ForeignLine], list[Answer]]]] = {
 }
 
 
-def answer(command: str, words: Sequence[str], aliases: Mapping[str, str]) -> str:
+def answer(command: str, words: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
     """What each foreign option is here, and the whole line under lapwan's names.
 
     Args:
@@ -277,7 +277,7 @@ def answer(command: str, words: Sequence[str], aliases: Mapping[str, str]) -> st
                                  "-o", "cache"]))
     lines.append(typed)
     lines += [f"Replace {word}: {what}." for word, what in PLACEHOLDERS.items() if any(word in text for text in lines)]
-    return "\n".join(lines)
+    return lines
 
 
 def _split(

@@ -78,7 +78,7 @@ def _prepare(generator: VideoGenerator, job: VideoJob) -> Prepared:
     try:
         return generator.prepare(job.settings, model=job.model)
     except UserError as error:
-        raise UserError(f"{job.source}: {error}" if job.source else str(error)) from None
+        raise (error.within(job.source) if job.source else error) from None
 
 
 def _show_plan(settings: GenerateSettings, prepared: Sequence[Prepared], distributed: Distributed) -> None:

@@ -8,8 +8,6 @@ How to add a key: a field of `DatasetEntry`, or of `SharedKeys` if `[general]` m
 
 from __future__ import annotations
 
-import json
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +22,11 @@ from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.frame_extraction import Extraction, FrameExtraction, round_frames
 from lapwan.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from lapwan.data.text_encoding import AUTO
+from lapwan.documents import read_json, read_toml, reason
 from lapwan.errors import UserError, nearest
 from lapwan.settings.base import Settings
-from lapwan.settings.load import reason
 
+_CAPTION_BYTES = 1 << 20
 # Valid in such files, but for other architectures or for control videos: refused by name rather than ignored.
 UNSUPPORTED: dict[str, str] = {
     "control_directory": "control images and videos",
@@ -48,7 +47,7 @@ class SharedKeys(Settings):
     """The keys that `[general]` may give for all datasets. `resolution` is (width, height)."""
 
     resolution: tuple[Positive, Positive] = (960, 544)
-    caption_extension: str | None = None
+    caption_extension: Annotated[str, Field(pattern=r"^[^/\\\n]+$")] | None = None
     batch_size: Positive = 1
     num_repeats: Positive = 1
     enable_bucket: bool = False
@@ -117,19 +116,14 @@ def read_entries(path: Path) -> list[DatasetEntry]:
         if isinstance(model, DatasetEntry):
             valid.append(model)
     if problems:
-        raise UserError(f"{path}: {problems[0]}" if len(problems) == 1 else
-                        f"{path}: {len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
+        if len(problems) == 1:
+            raise UserError(f"{path}: {problems[0]}")
+        raise UserError(f"{path}: {len(problems)} problems:", *(f"  {problem}" for problem in problems))
     return valid
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
+    tree = read_json(path) if path.suffix.lower() == ".json" else read_toml(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected [general] and [[datasets]]")
     return tree
@@ -164,8 +158,8 @@ def is_musubi(path: Path) -> bool:
     if path.suffix.lower() != ".json" or not path.is_file():
         return path.suffix.lower() == ".toml"
     try:
-        tree = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        tree = read_json(path)
+    except UserError:
         return False
     return isinstance(tree, dict) and bool({"general", "datasets"} & set(tree))
 
@@ -299,7 +293,7 @@ def _existing(given: Path, path: Path, location: str) -> Path:
     try:
         existing = find_path(given, path)
     except UserError as error:
-        raise UserError(f"{location}: {error}") from None
+        raise error.within(location) from None
     if existing is None:
         raise UserError(f"{location}: no such path: {given}; looked beside {path.name} and in the working directory")
     return existing

@@ -18,7 +18,10 @@ from typing import Any
 from lapwan import rng
 from lapwan.data.caption_text import TOKEN
 from lapwan.data.clip_file import read_clips
+from lapwan.documents import read_json, read_text, read_yaml
 from lapwan.errors import UserError
+
+_LIST_BYTES, _TEXT_BYTES = 32 << 20, 64 << 20
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -27,45 +30,22 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         UserError: the file cannot be read, has another form, or holds no prompt.
     """
+    if not path.exists():
+        raise UserError(f"cannot read {path}: No such file or directory; prompts are captions.json, prompts.yaml, "
+                        "clips.jsonl, or text with one per line")
     match path.suffix.lower():
         case ".jsonl":
             lines: Iterable[str] = [clip.caption for clip in read_clips(path)]
         case ".json":
-            lines = _captions(_json(path), path, "a list of objects with a \"caption\", or of strings")
+            lines = _captions(read_json(path, _LIST_BYTES), path, "a list of objects with a \"caption\", or of strings")
         case ".yaml" | ".yml":
-            lines = _captions(_yaml(path), path, "`prompts:` with a list, or a list")
+            lines = _captions(read_yaml(path), path, "`prompts:` with a list, or a list")
         case _:
-            lines = _text(path).splitlines()
+            lines = read_text(path, _TEXT_BYTES).splitlines()
     prompts = list(dict.fromkeys(text for line in lines if (text := line.strip())))
     if not prompts:
         raise UserError(f"{path} contains no prompt")
     return prompts
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"cannot read {path}: {reason}; prompts are captions.json, prompts.yaml, clips.jsonl, or text "
-                        "with one per line") from None
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-
-
-def _yaml(path: Path) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(_text(path))
-    except yaml.YAMLError as error:
-        message = " ".join(str(error).split())
-        raise UserError(f"{path} is not valid YAML: {message}") from None
 
 
 def _captions(value: Any, path: Path, expected: str) -> list[str]:

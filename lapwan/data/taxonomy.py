@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lapwan.data.caption_text import units
+from lapwan.documents import read_toml
 from lapwan.errors import UserError, nearest
 
 _SHIPPED = Path(__file__).parent / "taxonomies"
@@ -131,15 +131,9 @@ def load_taxonomy(name_or_path: str) -> Taxonomy:
         if path.suffix != ".toml" and not path.is_file():
             raise UserError(f"unknown taxonomy '{name_or_path}'{nearest(name_or_path, shipped())}; "
                             f"known: {', '.join(shipped())}, or the path of a .toml file")
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no such taxonomy file: {path}; known by name: {', '.join(shipped())}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read taxonomy {path}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"taxonomy {path} is not valid TOML: {error}") from None
-    return Taxonomy.from_dict({"name": path.stem, **data}, str(path))
+    if not path.exists():
+        raise UserError(f"no such taxonomy file: {path}; known by name: {', '.join(shipped())}")
+    return Taxonomy.from_dict({"name": path.stem, **read_toml(path)}, str(path))
 
 
 class _Reader:
@@ -171,7 +165,7 @@ class _Reader:
                                       "(only the default family may have none)")
         self._check_clashes(families, ignore, no_family)
         if self._problems:
-            raise UserError(self._message())
+            raise self._error()
         return Taxonomy(name, families, keys.index(default), description, ignore, no_family)
 
     def _family(self, table: Mapping[str, Any], path: str) -> Family:
@@ -238,10 +232,10 @@ class _Reader:
             elif {first[1], role} == {"keywords", "actions"}:
                 self._problems.append(f"'{phrase}' is a keyword and an action of '{key}'; keep it in one")
 
-    def _message(self) -> str:
+    def _error(self) -> UserError:
         if len(self._problems) == 1:
-            return f"{self._source}: {self._problems[0]}"
-        return f"{self._source}: {len(self._problems)} problems:\n" + "\n".join(f"  {p}" for p in self._problems)
+            return UserError(f"{self._source}: {self._problems[0]}")
+        return UserError(f"{self._source}: {len(self._problems)} problems:", *(f"  {p}" for p in self._problems))
 
 
 def _phrases(

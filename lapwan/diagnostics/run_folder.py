@@ -5,14 +5,16 @@ A file is a LoRA or a mixture. Its content is labelled `high`, `low`, or `file` 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from pydantic import BaseModel, Field
 
 from lapwan.checkpoints.container import read_header
 from lapwan.diagnostics.mixture import is_mixture_file, open_mixture
+from lapwan.documents import Number, checked, json_lines
 from lapwan.errors import UserError
 from lapwan.files import is_temporary
 from lapwan.lora.assign import check_role
@@ -110,6 +112,15 @@ def read_checkpoints(folder: Path) -> list[Checkpoint]:
     return [Checkpoint(step, by_step[step]) for step in sorted(by_step, key=lambda s: -1 if s is None else s)]
 
 
+class MetricsLine(BaseModel):
+    """What is read of every line."""
+
+    step: Annotated[int, Field(strict=True, ge=0)]
+    noise_expert: str | None = None
+    own_step: Number | None = None
+    lr: Number | None = None
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, if it has one; a last line that a kill truncated is left out.
 
@@ -119,17 +130,16 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS_FILE
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
+    cut: int | None = None  # the number of a line that is no object
+    for number, _, value in json_lines(path):
+        if cut is not None:
+            raise UserError(f"{path}, line {cut}: not a JSON object; remove this line")
         if isinstance(value, dict):
+            checked(value, MetricsLine, f"{path}, line {number}")
             records.append(value)
-        elif line.strip() and number < len(lines):
-            raise UserError(f"{path}, line {number}: not a JSON object")
+        else:
+            cut = number
     return records
 
 

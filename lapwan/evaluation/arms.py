@@ -89,7 +89,7 @@ def make_arm(
         else:
             base, adapters = read_adapters(base, loras, moe, fold, rule)
     except UserError as error:
-        raise UserError(f"adapter '{name}': {error}") from None
+        raise error.within(f"adapter '{name}'") from None
     return Arm(name, base, adapters, **choice)
 
 

@@ -17,9 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 
 from lapwan import __version__, console, files, rng
 from lapwan.checkpoints.fingerprints import json_fingerprint
+from lapwan.documents import Number, checked, read_json
+from lapwan.errors import UserError
 from lapwan.evaluation.arms import Arm
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
 from lapwan.evaluation.metrics import GeneratedVideo, Scorer, metric_names
@@ -77,6 +80,13 @@ def request_for(spec: ModelSpec, arm: Arm, clip: EvaluationClip, sampling: Sampl
     return request
 
 
+class VideoRecord(BaseModel):
+    """What is read of a finished video's JSON."""
+
+    key: str
+    scores: dict[str, Number | None]
+
+
 class VideoStore:
     """Finished videos with their scores, so that an interrupted evaluation continues where it stopped.
 
@@ -104,16 +114,17 @@ class VideoStore:
     ) -> dict[str, float] | None:
         """The scores of a finished video, if nothing that it depends on has changed and it has all of `names`."""
         path = self.path(arm, clip, index)
+        file = path.with_suffix(".json")
         try:
-            record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            record = checked(read_json(file), VideoRecord, file)
+        except UserError:
+            return None  # not there, or not complete: the video is made again
+        if record.key != self._key(arm, clip, sampling, index) or not path.is_file():
             return None
-        scores = record.get("scores", {})
-        if record.get("key") != self._key(arm, clip, sampling, index) or not path.is_file():
+        if any(name not in record.scores for name in names):
             return None
-        if any(name not in scores for name in names):
-            return None
-        return {name: math.nan if scores[name] is None else float(scores[name]) for name in names}
+        scores = ((name, record.scores[name]) for name in names)
+        return {name: math.nan if value is None else value for name, value in scores}
 
     def save(
         self, arm: Arm, clip: EvaluationClip, sampling: Sampling, index: int, frames: np.ndarray,

@@ -29,6 +29,7 @@ from lapwan.checkpoints.tensors import load_rows
 from lapwan.checkpoints.wan_keys import target_path, to_original, without_wrapper
 from lapwan.checkpoints.weights import WeightFile, read_weights, unquantised
 from lapwan.console import count_text, log
+from lapwan.documents import checked, parse_json
 from lapwan.errors import UserError, nearest
 from lapwan.lora.adapter_file import AdapterFile
 from lapwan.lora.state import Term
@@ -219,14 +220,8 @@ def merge_history(file: TensorFile) -> list[dict[str, Any]]:
     Raises:
         UserError: the metadata is not a JSON list of objects.
     """
-    text = file.metadata.get(MERGED_KEY, "[]")
-    try:
-        items = json.loads(text)
-    except ValueError:
-        items = None
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise UserError(f"{file.path}: metadata {MERGED_KEY} is not a JSON list of objects; the file is damaged")
-    return items
+    source = f"{file.path}: metadata {MERGED_KEY}"
+    return checked(parse_json(file.metadata.get(MERGED_KEY, "[]"), source), list[dict[str, Any]], source)
 
 
 def write_component(plan: ComponentPlan, targets: Sequence[Path], advance: Advance, verify: bool = False) -> None:

@@ -12,12 +12,15 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from lapwan.checkpoints.fingerprints import FINGERPRINT_KEY
 from lapwan.checkpoints.wan_keys import original_target
+from lapwan.documents import Number, checked, parse_json, read_json
 from lapwan.errors import UserError
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
 from lapwan.lora.state import AdapterState, LowRank
@@ -25,18 +28,20 @@ from lapwan.names import NoiseExpert, bands
 
 FORMAT_KEY, FORMAT = "lapwan.format", "lora/1"
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
-_STEP_FOLDER = re.compile(r"^step_(\d+)$")
+_STEP_FOLDER = re.compile(r"^step_([0-9]{1,18})$")
 # Other trainers' names: `name-step00000400.safetensors`, `name-000012.safetensors` (epochs), `name_000000600_...`.
 _STEP_NAME = re.compile(r"(?:step[-_]?|[-_])0*(\d+)(?=[-_.]|$)")
+_REPETITIONS = 3  # in a key of alpha_pattern
 _COMPONENT_PREFIXES = ("transformer.", "transformer_2.", "transformer_1.")
 
 
 def boundary_from_metadata(metadata: Mapping[str, str]) -> float | None:
-    """The sigma at which the noise experts switch, `lapwan.boundary`; None if it is missing or not a number."""
+    """The sigma at which the noise experts switch, `lapwan.boundary`; None if it is missing or not between 0 and 1."""
     try:
-        return float(metadata["lapwan.boundary"])
+        boundary = float(metadata["lapwan.boundary"])
     except (KeyError, ValueError):
         return None
+    return boundary if 0 < boundary < 1 else None
 
 
 def saved_step(path: Path, metadata: Mapping[str, str]) -> int | None:
@@ -49,10 +54,25 @@ def saved_step(path: Path, metadata: Mapping[str, str]) -> int | None:
     if match := _STEP_FOLDER.match(path.parent.name):
         return int(match[1])
     for key in ("lapwan.step", "ss_steps"):
-        if metadata.get(key, "").isdigit():
+        if re.fullmatch(r"[0-9]{1,18}", metadata.get(key, "")):
             return int(metadata[key])
     numbers = _STEP_NAME.findall(path.stem)
     return int(numbers[-1]) if numbers else None
+
+
+_Patterns = Annotated[dict[Annotated[str, Field(max_length=1000)], Number], Field(max_length=10_000)]
+
+
+class LoraConfigKeys(BaseModel):
+    """The keys of PEFT's LoraConfig, LoKrConfig and LoHaConfig that are read."""
+
+    r: Number | None = None
+    lora_alpha: Number | None = None
+    alpha: Number | None = None
+    rank_pattern: _Patterns | None = None
+    alpha_pattern: _Patterns | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
 
 
 class AdapterConfig:
@@ -68,20 +88,13 @@ class AdapterConfig:
     """
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self.source, self.use_dora = source, bool(values.get("use_dora"))
-        self._alpha = values.get("lora_alpha", values.get("alpha"))  # of LoRA; of LoKr and LoHa
-        self._pattern = dict(values.get("alpha_pattern") or {})
-        self._rank, self._rank_pattern = values.get("r"), dict(values.get("rank_pattern") or {})
-        self._rslora = bool(values.get("use_rslora"))
-        for pattern in (*self._pattern, *self._rank_pattern):
-            try:
-                re.compile(pattern)
-            except re.error:
-                raise UserError(f"{source}: alpha_pattern or rank_pattern '{pattern}' is not a regular "
-                                "expression") from None
-        numbers = [self._alpha, self._rank, *self._pattern.values(), *self._rank_pattern.values()]
-        if not all(n is None or (isinstance(n, int | float) and not isinstance(n, bool)) for n in numbers):
-            raise UserError(f"{source}: lora_alpha, r, alpha_pattern or rank_pattern is not a number")
+        known = checked(values, LoraConfigKeys, source)
+        self.source, self.use_dora = source, bool(known.use_dora)
+        self._alpha = known.alpha if known.lora_alpha is None else known.lora_alpha  # of LoKr and LoHa; of LoRA
+        self._rank, self._rslora = known.r, bool(known.use_rslora)
+        self._pattern, self._rank_pattern = (
+            [(_compiled(pattern, source), value) for pattern, value in (patterns or {}).items()]
+            for patterns in (known.alpha_pattern, known.rank_pattern))
 
     def alpha(self, path: str, rank: int) -> float:
         """alpha such that scale = alpha / r; rsLoRA's scale is lora_alpha / sqrt(r) (arXiv 2312.03732).
@@ -105,12 +118,25 @@ class AdapterConfig:
         return float(alpha) / float(rank) if alpha is not None and rank else 1.0
 
 
-def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """As PEFT does: of the first key, a regular expression, that fits the end of the trained module's name."""
+def _compiled(pattern: str, source: str) -> re.Pattern[str]:
+    """A key of a pattern as PEFT uses it: a regular expression for the end of a module's name in the trained model.
+
+    Repetitions of groups, and many of them, are refused: matching one name could take hours.
+    """
+    if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > _REPETITIONS:
+        raise UserError(f"{source}: alpha_pattern or rank_pattern '{pattern}' repeats a group, or has more than "
+                        f"{_REPETITIONS} repetitions; write module names")
+    try:
+        return re.compile(rf"(?:.*\.)?(?:{pattern})$")
+    except (re.error, RecursionError, OverflowError):
+        raise UserError(f"{source}: alpha_pattern or rank_pattern '{pattern}' is not a regular expression") from None
+
+
+def _matching(patterns: Sequence[tuple[re.Pattern[str], float]], path: str, default: float | None) -> float | None:
+    """Of the first key that fits the end of the trained module's name."""
     original = original_target(path)
     names = (path, original[0]) if original else (path,)
-    return next((value for pattern, value in patterns.items()
-                 if any(re.match(rf"(?:.*\.)?(?:{pattern})$", name) for name in names)), default)
+    return next((value for pattern, value in patterns if any(pattern.match(name) for name in names)), default)
 
 
 def adapter_config(path: Path, metadata: Mapping[str, str], peft_file: bool) -> AdapterConfig | None:
@@ -125,21 +151,13 @@ def adapter_config(path: Path, metadata: Mapping[str, str], peft_file: bool) -> 
         UserError: it is not a JSON object, or not of a plain LoRA.
     """
     if ADAPTER_METADATA_KEY in metadata:
-        try:
-            values = json.loads(metadata[ADAPTER_METADATA_KEY])
-            stripped = {_strip_component(key): value for key, value in values.items()}
-        except (ValueError, AttributeError):
-            raise UserError(f"{path}: metadata '{ADAPTER_METADATA_KEY}' is not a JSON object") from None
-        return AdapterConfig(stripped, f"{path}, {ADAPTER_METADATA_KEY}")
+        source = f"{path}, {ADAPTER_METADATA_KEY}"
+        values = checked(parse_json(metadata[ADAPTER_METADATA_KEY], source), dict[str, Any], source)
+        stripped = {_strip_component(key): value for key, value in values.items()}
+        return AdapterConfig(stripped, source)
     config_path = path.with_name("adapter_config.json")
     if peft_file and config_path.is_file():
-        try:
-            values = json.loads(config_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {config_path}: {error}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{config_path} is not a JSON object")
-        return AdapterConfig(values, str(config_path))
+        return AdapterConfig(checked(read_json(config_path), dict[str, Any], config_path), str(config_path))
     return None
 
 

@@ -23,7 +23,8 @@ from lapwan.memory.shape_model import META, ShapeModel
 from lapwan.memory.step import BlockSegments, StepMemory, trace_step
 from lapwan.memory.streaming import tensors_of
 from lapwan.memory.trace import Memo, Segment, trace_memory, without_kernels
-from lapwan.models.spec import TEXT_LENGTH, ModelSpec, component_config
+from lapwan.models.configs import component_config
+from lapwan.models.spec import TEXT_LENGTH, ModelSpec
 from lapwan.names import Checkpointing, NoiseExpert, Precision
 from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.linears import LINEAR_CLASSES, QuantisedLinear

@@ -26,8 +26,9 @@ from lapwan.memory.plan import (
     memory_warnings,
     placements,
 )
+from lapwan.models.configs import component_config
 from lapwan.models.original_layout import t5_to_transformers, tensor_infos
-from lapwan.models.spec import ModelSpec, component_config, component_files, original_file, weight_files
+from lapwan.models.spec import ModelSpec, component_files, original_file, weight_files
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.quantise.linears import LINEAR_CLASSES
 from lapwan.wan.quantise.load import Recipe

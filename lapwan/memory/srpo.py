@@ -34,8 +34,9 @@ from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape
 from lapwan.memory.plan import GIB
 from lapwan.memory.trace import trace_memory
 from lapwan.models.base import Base, target_ranks
+from lapwan.models.configs import component_config
 from lapwan.models.device import free_bytes, pick_dtype
-from lapwan.models.spec import component_config, tensor_shapes, weight_files
+from lapwan.models.spec import tensor_shapes, weight_files
 from lapwan.names import NoiseExpert
 from lapwan.rewards.base import RewardKinds, select_frames
 from lapwan.rewards.build import reward_bytes

@@ -19,7 +19,7 @@ from lapwan.checkpoints.rewrite import AddRows, Advance, BaseRows, check_mergeab
 from lapwan.checkpoints.tensors import load_rows
 from lapwan.console import log, progress
 from lapwan.errors import UserError
-from lapwan.files import atomic_folder
+from lapwan.files import atomic_folder, check_targets, leaves
 from lapwan.lora.average import SavedStep, average, average_weights, saved_loras, saved_steps
 from lapwan.lora.formats import write_both, write_lora
 from lapwan.lora.state import AdapterState
@@ -163,8 +163,9 @@ def write_means(plans: Mapping[NoiseExpert, MeanPlan], output: Path, advance: Ad
             target.mkdir(parents=True)
             weights = {file.path for file in plan.files}
             for path in plan.folder.iterdir():
-                if path.is_file() and path not in weights:
+                if path.is_file() and path not in weights and not leaves(path, plan.folder):
                     shutil.copyfile(path, target / path.name)
+            check_targets(temporary, (target / file.path.name for file in plan.files))
             for file, means in zip(plan.files, plan.means, strict=True):
                 kept = {key: value for key, value in file.metadata.items() if key != FINGERPRINT_KEY}
                 metadata = {"format": "pt", **kept, "lapwan.averaged_steps": plan.steps}

@@ -13,7 +13,8 @@ from lapwan.checkpoints.container import is_pickled
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
 from lapwan.checkpoints.weights import read_weights, stored_dtype
 from lapwan.errors import UserError
-from lapwan.models.spec import ModelSpec, component_config, component_files, original_file, weight_files
+from lapwan.models.configs import component_config
+from lapwan.models.spec import ModelSpec, component_files, original_file, weight_files
 
 _PIECES, _PIECE = 64, 1 << 16  # of a .pth file, sampled
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -19,7 +19,7 @@ from lapwan.console import count_text, detail, log, progress, warn
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
-from lapwan.files import atomic_folder, claim_output, is_temporary, nearest_folder
+from lapwan.files import atomic_folder, check_targets, claim_output, is_temporary, leaves, nearest_folder
 from lapwan.lora.adapter_file import AdapterFile
 from lapwan.lora.assign import LoraRequest, assign, assign_to_transformer, group_by_noise_expert, report, warn_mismatch
 from lapwan.lora.combine import combine, outline, widest_dtype
@@ -28,6 +28,7 @@ from lapwan.lora.merge import ComponentPlan, LoraToMerge, plan_component, write_
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY, noise_expert_from_file_name
 from lapwan.lora.read_back import reader
 from lapwan.lora.state import AdapterState
+from lapwan.models.configs import read_object
 from lapwan.models.resolve import resolve
 from lapwan.models.spec import OTHER_WEIGHTS, weight_files
 from lapwan.moe.mixture import Mixture
@@ -259,34 +260,59 @@ def _check_and_log(plans: Sequence[ComponentPlan], output: Path, needed: int) ->
 # Bytes from which a file is hard-linked: weights. Smaller ones are configs, which people edit in place.
 _LINK_FROM = 1 << 20
 _OTHER_WEIGHTS = (*OTHER_WEIGHTS, ".msgpack", ".h5", ".onnx")
+_PLAIN_FILES = (".json", ".md", ".safetensors", ".gguf")  # beside the components, or of a transformer's folder
+_DEEPEST = 8  # folders in a model
 _DISK_MARGIN = 64 << 20
 
 
-def carried_files(folder: Path, plans: Sequence[ComponentPlan]) -> tuple[list[Path], list[Path]]:
-    """(files to copy or link, files to leave out), relative to `folder`.
+def carried_files(folder: Path, plans: Sequence[ComponentPlan]) -> tuple[list[Path], dict[Path, str]]:
+    """(files to copy or link, files to leave out with the reason), relative to `folder`.
 
-    Other formats of a merged transformer's weights are left out: they would still hold the unmerged weights.
-    Hidden files (version control, download caches) are not part of a model.
+    Other formats of a merged transformer's weights are left out: they would still hold the unmerged weights. So is a
+    link that leads out of the model, unless it is to a part of the model. Hidden files (version control, download
+    caches) are not part of a model.
     """
     rewritten = {file.path for plan in plans for file in plan.files}
     merged = {file.path.parent for plan in plans for file in plan.files}
     carried: list[Path] = []
-    left_out: list[Path] = []
+    left_out: dict[Path, str] = {}
+    root, parts = _root(folder), _parts(folder)
     for path in sorted(_walk(folder)):
+        name = path.relative_to(folder)
         if path in rewritten:
             continue
-        stale = path.parent in merged and (path.suffix in (*_OTHER_WEIGHTS, ".safetensors")
-                                           or path.name.endswith(".bin.index.json"))
-        (left_out if stale else carried).append(path.relative_to(folder))
+        if path.parent in merged and (path.suffix in (*_OTHER_WEIGHTS, ".safetensors")
+                                      or path.name.endswith(".bin.index.json")):
+            left_out[name] = "it holds unmerged weights in another format"
+        elif leaves(path, root) and not (name.parts[0] in parts or (
+                len(name.parts) == 1 and path.suffix in _PLAIN_FILES)):
+            left_out[name] = f"it is a link to {path.resolve()}, outside the model"
+        else:
+            carried.append(name)
     return carried, left_out
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _root(folder: Path) -> Path:
+    """The folder that a model's links may lead to: itself, or of a snapshot the hub's folder with its blobs."""
+    hub = folder.absolute().parent.parent
+    return hub if folder.absolute().parent.name == "snapshots" and (hub / "blobs").is_dir() else folder
+
+
+def _parts(folder: Path) -> set[str]:
+    """The components' folders, which may be links to where they are stored."""
+    index = folder / "model_index.json"
+    return {name for name, entry in read_object(index).items() if isinstance(entry, list)} if index.is_file() else set()
+
+
+def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    above = (*above, folder.resolve())
     for path in folder.iterdir():
         if path.name.startswith(".") or is_temporary(path):
             continue
         if path.is_dir():
-            yield from _walk(path)
+            if path.resolve() in above or len(above) > _DEEPEST:
+                raise UserError(f"{path} leads back to {path.resolve()}, a folder that it lies in; remove this link")
+            yield from _walk(path, above)
         elif path.is_file():
             yield path
 
@@ -318,14 +344,15 @@ def write_folder(
 ) -> None:
     """Write the merged model folder atomically; configs and indices are copied byte for byte."""
     carried, left_out = carried_files(folder, plans)
-    for path in left_out:
-        warn(f"{folder / path} is not copied: it holds unmerged weights in another format")
+    for path, reason in left_out.items():
+        warn(f"{folder / path} is not copied: {reason}")
     with atomic_folder(output) as temporary:
+        check_targets(temporary, (temporary / path for path in carried))
         for path in carried:
             _carry(folder / path, temporary / path, link)
         for plan in plans:
             targets = [(temporary / file.path.relative_to(folder)).with_suffix(".safetensors") for file in plan.files]
-            assert all(target.resolve().is_relative_to(temporary.resolve()) for target in targets), targets
+            check_targets(temporary, targets)
             write_component(plan, targets, advance, verify)
 
 

@@ -10,19 +10,20 @@ from lapwan.checkpoints.wan_keys import contents_of, transformer_shapes
 from lapwan.checkpoints.weights import read_weights
 from lapwan.errors import UserError
 from lapwan.lora.noise_expert import noise_expert_from_file_name
+from lapwan.models.configs import component_config, read_object
 from lapwan.models.spec import (
     OTHER_WEIGHTS,
     ModelSpec,
     Task,
-    component_config,
     component_files,
-    read_json,
     read_spec,
     tensor_shapes,
     transformer_folders,
     weight_files,
 )
 from lapwan.names import NoiseExpert
+
+_TOKENIZER_BYTES = 40 << 20  # umT5's tokenizer.json has 17 MB
 
 
 def resolve(model: str, task: Task | None = None, generation: bool = False) -> ModelSpec:
@@ -122,7 +123,7 @@ def check_tokenizer(folder: Path) -> None:
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder} is not a tokenizer folder: it has no tokenizer_config.json")
     for file in sorted(folder.glob("*.json")):
-        read_json(file)
+        read_object(file, _TOKENIZER_BYTES)
     pieces = folder / "spiece.model"
     if not (folder / "tokenizer.json").is_file():
         if not pieces.is_file():

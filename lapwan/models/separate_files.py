@@ -16,19 +16,19 @@ from lapwan.checkpoints.container import is_pickled
 from lapwan.checkpoints.wan_keys import contents_of
 from lapwan.checkpoints.weights import is_gguf, read_weights
 from lapwan.console import warn
+from lapwan.documents import Count, checked
 from lapwan.errors import UserError
 from lapwan.files import atomic_folder
 from lapwan.lora.noise_expert import noise_expert_from_file_name, noise_expert_from_metadata
+from lapwan.models.configs import component_config, read_object
 from lapwan.models.original_layout import WAN22_VAE_CHANNELS, t5_to_transformers, tensor_infos, wan22_vae_config
 from lapwan.models.resolve import check_tokenizer
 from lapwan.models.spec import (
     ORIGINAL,
     OTHER_WEIGHTS,
     check_shards,
-    component_config,
     component_files,
     image_encoder_error,
-    read_json,
     tensor_shapes,
     transformer_folders,
     weight_files,
@@ -159,8 +159,9 @@ def _write(
     two = len(files) == 2
     if two and channels == WAN22_VAE_CHANNELS:
         raise UserError("high and low are TI2V-5B transformers; that model has only one: give it as transformer")
-    vae_settings = component_config(vae) if vae.is_dir() else vae_config(vae)
-    text_settings = component_config(text_encoder) if text_encoder.is_dir() else text_config(text_encoder)
+    vae_settings = component_config(vae, "vae") if vae.is_dir() else vae_config(vae)
+    text_settings = (component_config(text_encoder, "text_encoder") if text_encoder.is_dir() else
+                     text_config(text_encoder))
     if (vae_settings["z_dim"] == WAN22_VAE_CHANNELS) != (channels == WAN22_VAE_CHANNELS):
         raise UserError(f"{vae} makes {vae_settings['z_dim']} latent channels, but the transformer takes {channels}: "
                         "TI2V-5B needs Wan2.2_VAE.pth, every other model Wan2.1_VAE.pth")
@@ -213,18 +214,21 @@ def transformer_config(files: list[Path]) -> dict[str, Any]:
         ffn = shapes["blocks.0.ffn.net.0.proj.weight"][0]
         text = shapes["condition_embedder.text_embedder.linear_1.weight"][1]
         freq = shapes["condition_embedder.time_embedder.linear_1.weight"][1]
-        patch = tuple(shapes["patch_embedding.weight"][2:])
+        patch = tuple(shapes["patch_embedding.weight"][2:5])
         out = shapes["proj_out.weight"][0] // (patch[0] * patch[1] * patch[2])
     except KeyError as error:
         raise _another(files[0], "a Wan transformer", shapes, str(error)) from None
+    except (IndexError, ValueError, ZeroDivisionError):
+        raise UserError(f"{files[0]} is not a Wan transformer: its first tensors have other shapes") from None
     if channels not in (*_BOUNDARY, WAN22_VAE_CHANNELS):
         raise UserError(f"{files[0]} has {channels} input channels; supported are T2V (16), I2V-A14B (36) and TI2V-5B "
                         "(48)")
     heads = dim // _HEAD_DIM if dim % _HEAD_DIM == 0 else 0
     config_path = files[0].parent / "config.json"
     if config_path.is_file():
-        config = read_json(config_path)
-        heads = int(config.get("num_heads") or config.get("num_attention_heads") or heads)
+        config = read_object(config_path)
+        given = config.get("num_heads") or config.get("num_attention_heads") or heads
+        heads = checked(given, Count, f"{config_path}: num_heads")
     if heads < 1 or dim % heads or dim // heads % 2:
         raise UserError(f"{files[0]}: width {dim} is not divisible into heads of {_HEAD_DIM}; put the model's "
                         "config.json beside it")
@@ -255,7 +259,7 @@ def vae_config(path: Path) -> dict[str, Any]:
         return wan22
     first = shapes.get("encoder.conv1.weight", shapes.get("encoder.conv_in.weight"))
     second = shapes.get("conv2.weight", shapes.get("post_quant_conv.weight"))
-    if first is None or second is None:
+    if first is None or second is None or len(first) < 2 or not second:
         raise _another(path, "Wan's VAE", shapes, "'encoder.conv1.weight'")
     if first[1] != 3 or second[0] != 16:
         raise UserError(f"{path} makes {second[0]} latent channels from {first[1]}; Wan2.1_VAE.pth makes "
@@ -278,6 +282,10 @@ def text_config(path: Path) -> dict[str, Any]:
         inner, hidden = shapes[f"{block}0.SelfAttention.q.weight"][0], shapes[f"{block}1.DenseReluDense.wi_0.weight"][0]
     except KeyError as error:
         raise _another(path, "a umT5 encoder", shapes, str(error)) from None
+    except (IndexError, ValueError):
+        raise UserError(f"{path} is not a umT5 encoder: its first tensors have other shapes") from None
+    if not heads:
+        raise UserError(f"{path} is not a umT5 encoder: its first tensors have no values")
     layers = len({name.split(".")[2] for name in shapes if name.startswith("encoder.block.")})
     return {"vocab_size": vocabulary, "d_model": width, "d_kv": inner // heads, "d_ff": hidden, "num_layers": layers,
             "num_heads": heads, "relative_attention_num_buckets": buckets, "is_encoder_decoder": False,

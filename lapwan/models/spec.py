@@ -7,19 +7,26 @@ checkpoint. What differs between models is read from the spec (`requires_image`,
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lapwan.checkpoints.container import file_kind
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.checkpoints.weights import read_weights
+from lapwan.documents import checked
 from lapwan.errors import UserError
 from lapwan.files import inside
+from lapwan.models.configs import (
+    DefaultsOfModel,
+    ModelIndex,
+    SchedulerConfig,
+    component_config,
+    read_file,
+    read_object,
+)
 from lapwan.names import Band, NoiseExpert, bands
 
 Task = Literal["t2v", "i2v", "ti2v"]  # ti2v: with or without a first frame
@@ -245,7 +252,7 @@ def check_shards(files: Sequence[Path]) -> None:
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map (tensor name -> file name); download it again")
     files = sorted({inside(folder, name, index) for name in weight_map.values()})
@@ -285,33 +292,10 @@ def component_files(folder: Path) -> list[Path]:
     return weight_files(folder) if original is None else [original]
 
 
-def component_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a component (transformer, VAE, text encoder) of a model folder."""
-    return read_json(folder / "config.json")
-
-
 def image_encoder_error(name: object, what: str) -> UserError:
     """Of a Wan2.1 image-to-video model or transformer."""
     return UserError(f"{name} is a Wan2.1 image-to-video {what}, which needs an image encoder; lapwan does not support "
                      "it: use Wan2.2 I2V-A14B")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model.
-
-    Raises:
-        UserError: it is missing, damaged, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; is {path.parent} a complete model folder in diffusers layout?") from None
-    except (OSError, ValueError) as error:
-        kind = file_kind(path) if path.is_file() else None
-        raise UserError(f"cannot read {path}: {f'it is {kind}' if kind else error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
 
 
 def _present(index: dict[str, Any], name: str) -> bool:
@@ -363,11 +347,10 @@ def _defaults(folder: Path, base: Defaults) -> Defaults:
     file = folder / DEFAULTS_FILE
     if not file.is_file():
         return base
-    values = read_json(file)
-    guidance = {NoiseExpert(k): float(v) for k, v in values.get("guidance", {}).items()} or base.guidance
-    height, width = values.get("size", base.size)
-    return Defaults(int(values.get("steps", base.steps)), guidance, (int(height), int(width)),
-                    int(values.get("num_frames", base.num_frames)), int(values.get("fps", base.fps)))
+    values = read_file(file, DefaultsOfModel)
+    height, width = values.size or base.size
+    return Defaults(values.steps or base.steps, values.guidance or base.guidance, (height, width),
+                    values.num_frames or base.num_frames, values.fps or base.fps)
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -378,8 +361,9 @@ def read_spec(folder: Path) -> ModelSpec:
     """
     if not folder.is_dir():
         raise UserError(f"no model folder {folder}; MODEL is 'tiny', 'tiny-t2v', 'tiny-i2v' or a diffusers folder")
-    index = read_json(folder / "model_index.json")
-    boundary = index.get("boundary_ratio")
+    index = read_object(folder / "model_index.json")
+    pipeline = checked(index, ModelIndex, folder / "model_index.json")
+    boundary = pipeline.boundary_ratio
     noise_experts = _noise_experts(folder, index, boundary)
     transformers = {e: component_config(folder / e.component) for e in noise_experts}
     main = transformers[noise_experts[0]]
@@ -391,14 +375,14 @@ def read_spec(folder: Path) -> ModelSpec:
     if main.get("image_dim") is not None:
         raise image_encoder_error(folder, "model")
     vae = component_config(folder / "vae")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_file(folder / "scheduler" / "scheduler_config.json", SchedulerConfig)
     temporal, spatial = int(vae.get("scale_factor_temporal") or 4), int(vae.get("scale_factor_spatial") or 8)
-    per_token = bool(index.get("expand_timesteps"))
+    per_token = bool(pipeline.expand_timesteps)
     family = _family_of(int(main["in_channels"]), int(vae["z_dim"]), temporal, per_token, boundary, folder)
     return ModelSpec(
-        path=folder, family=family, noise_experts=noise_experts, boundary=None if boundary is None else float(boundary),
+        path=folder, family=family, noise_experts=noise_experts, boundary=boundary,
         in_channels=int(main["in_channels"]), latent_channels=int(vae["z_dim"]), num_layers=int(main["num_layers"]),
-        text_dim=int(main["text_dim"]), flow_shift=float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0),
+        text_dim=int(main["text_dim"]), flow_shift=scheduler.flow_shift or scheduler.shift or 1.0,
         temporal_stride=temporal, spatial_stride=spatial, pixel_multiple=spatial * int(main["patch_size"][1]),
         defaults=_defaults(folder, family.defaults),
     )

@@ -13,15 +13,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lapwan import files
+from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.tensors import save_tensors
 from lapwan.checkpoints.wan_keys import split_block
+from lapwan.documents import checked, parse_json
 from lapwan.errors import UserError
 from lapwan.lora.metadata import FORMAT_KEY
 from lapwan.lora.state import AdapterState, LowRank
@@ -111,27 +114,61 @@ def read_mixture(path: Path, base: MixtureBase | None = None) -> Mixture:
 def _read(path: Path) -> tuple[dict[str, Tensor], MixtureSpec]:
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the .safetensors in it that train-moe wrote")
+    if not path.exists():
+        raise UserError(f"no such file: {path}; a mixture is the .safetensors that train-moe wrote")
+    metadata = read_header(path).metadata
+    if not is_mixture(metadata):
+        raise UserError(f"{path} is not a lapwan mixture; if it is a LoRA, pass it with --lora")
+    if metadata[FORMAT_KEY] != FORMAT:
+        raise UserError(f"{path} has format {metadata[FORMAT_KEY]}; this version reads {FORMAT}: update lapwan")
+    spec = _spec(metadata, path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if not is_mixture(metadata):
-                raise UserError(f"{path} is not a lapwan mixture; if it is a LoRA, pass it with --lora")
-            if metadata[FORMAT_KEY] != FORMAT:
-                raise UserError(f"{path} has format {metadata[FORMAT_KEY]}; this version reads {FORMAT}: update lapwan")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}; a mixture is the .safetensors that train-moe wrote") from None
+            return {name: file.get_tensor(name) for name in file.keys()}, spec  # noqa: SIM118 (safe_open is no dict)
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {path} as safetensors: {error}") from None
-    return tensors, _spec(json.loads(metadata[_SPEC_KEY]))
 
 
-def _spec(values: dict[str, Any]) -> MixtureSpec:
-    by_noise_expert = {
-        key: {NoiseExpert(name): value for name, value in values[key].items()} for key in ("bands", "base", "base_lora")
-    }
-    bands = {noise_expert: (float(low), float(high)) for noise_expert, (low, high) in by_noise_expert["bands"].items()}
-    return MixtureSpec(**{**values, **by_noise_expert, "bands": bands, "families": tuple(values["families"])})
+_Sigma = Annotated[float, Field(strict=True, ge=0, le=1)]
+_Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+
+
+class MixtureMetadata(BaseModel):
+    """`lapwan.mixture` of a file: the values of a `MixtureSpec`, as JSON has them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    families: Annotated[list[Annotated[str, Field(pattern=r"^[^.\s]+$", max_length=100)]],
+                        Field(min_length=1, max_length=256)]
+    taxonomy: dict[str, Any]
+    task: str
+    bands: Annotated[dict[NoiseExpert, tuple[_Sigma, _Sigma]], Field(min_length=1)]
+    text_dim: Annotated[int, Field(strict=True, ge=1, le=65536)]
+    router: str = "text"
+    router_temperature: _Positive = 1.0
+    top_k: Annotated[int, Field(strict=True, ge=1, le=256)] = 2
+    knots: Annotated[int, Field(strict=True, ge=2, le=4096)] = 8
+    base: dict[NoiseExpert, str] = {}
+    base_lora: dict[NoiseExpert, dict[str, str]] = {}
+    flow_shift: _Positive = 5.0
+    steps: Annotated[int, Field(strict=True, ge=1, le=10000)] = 40
+    router_sigma: Annotated[bool, Field(strict=True)] = False
+    gate_ema: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    shared_experts: Annotated[bool, Field(strict=True)] = False
+
+
+def _spec(metadata: Mapping[str, str], path: Path) -> MixtureSpec:
+    source = f"{path}, metadata {_SPEC_KEY}"
+    if _SPEC_KEY not in metadata:
+        raise UserError(f"{source}: it is missing; the file is damaged or was edited")
+    values = checked(parse_json(metadata[_SPEC_KEY], source), MixtureMetadata, source)
+    if len(set(values.families)) < len(values.families):
+        raise UserError(f"{source}: families names one twice: {', '.join(values.families)}")
+    for noise_expert, (low, high) in values.bands.items():
+        if low >= high:
+            raise UserError(f"{source}: bands.{noise_expert.value} = [{low:g}, {high:g}]: the first must be smaller")
+    fields = {name: getattr(values, name) for name in MixtureMetadata.model_fields}
+    return MixtureSpec(**{**fields, "families": tuple(values.families)})
 
 
 def _check_base(path: Path, spec: MixtureSpec, base: MixtureBase) -> None:
@@ -192,6 +229,10 @@ def _load_experts(path: Path, mixture: Mixture, tensors: dict[str, Tensor], num_
         if len(parts) != 3:
             raise UserError(f"{path}: {noise_expert.file_suffix}.{module}.{family} lacks one of lora_A, lora_B and "
                             "alpha; the file is damaged or was edited")
+        for part, value in parts.items():
+            if value.dim() != (0 if part == ".alpha" else 2) or not value.is_floating_point():
+                raise UserError(f"{path}: tensor '{noise_expert.file_suffix}.{module}.{family}{part}' is "
+                                f"{list(value.shape)} {value.dtype}; the file is damaged or was edited")
         try:
             entry = LowRank(parts[".lora_A.weight"], parts[".lora_B.weight"], float(parts[".alpha"]))
         except ValueError as error:

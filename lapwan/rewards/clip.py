@@ -7,16 +7,18 @@ Source: Radford et al. (arXiv 2103.00020); Wu et al., HPS v2 (arXiv 2306.09341);
 from __future__ import annotations
 
 import gzip
-import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lapwan.documents import decoded, read_json
 from lapwan.errors import UserError
+from lapwan.faults import library_reads
 from lapwan.rewards.base import EmbeddingCache, RewardKind
 from lapwan.rewards.preprocess import Convention, to_square
 from lapwan.settings.rewards import ClipSettings, HpsSettings, PickScoreSettings
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 AnyClip = ClipSettings | PickScoreSettings | HpsSettings
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _MERGES = 48894
+_MERGES_BYTES = 16 << 20  # of the merges unpacked
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's normalisation, per channel of [0, 1].
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -160,16 +163,14 @@ def read_clip_config(folder: Path, what: str) -> CLIPConfig:
         raise UserError(f"no folder {folder}; give {what}, fetched with: hf download ID --local-dir FOLDER")
     if not file.is_file():
         raise UserError(f"{folder} is not a transformers folder (no config.json); give {what}")
-    try:
-        config: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
+    config = read_json(file)
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "clip":
         raise UserError(f"{folder} holds a model of type {kind!r}, not 'clip'; give {what}")
     if not any(any(folder.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin")):
         raise UserError(f"no weights in {folder} (model.safetensors or pytorch_model.bin); is the download complete?")
-    return CLIPConfig.from_dict(config)
+    with library_reads("the configuration", file):
+        return CLIPConfig.from_dict(config)
 
 
 def load_clip_folder(folder: Path, dtype: torch.dtype, what: str) -> CLIPModel:
@@ -178,17 +179,14 @@ def load_clip_folder(folder: Path, dtype: torch.dtype, what: str) -> CLIPModel:
     Raises:
         UserError: as `read_clip_config`, or weights that are unreadable, incomplete or do not match the config.
     """
-    from safetensors import SafetensorError
     from transformers import CLIPModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it would break our own progress lines
     read_clip_config(folder, what)
-    try:
+    with library_reads("the model", folder):
         model, report = CLIPModel.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot read the model in {folder}: {str(error).splitlines()[0]}") from None
     if report["missing_keys"]:
         raise UserError(f"{folder} lacks {len(report['missing_keys'])} tensors of its CLIPModel, such as "
                         f"'{min(report['missing_keys'])}'; give {what}")
@@ -226,10 +224,8 @@ def load_tokenizer(path: Path, vocabulary: int, context: int) -> CLIPTokenizer:
     if path.is_file():
         tokenizer = _from_merges(path)
     else:
-        try:
+        with library_reads("the tokenizer", path):
             tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"cannot read the tokenizer in {path}: {str(error).splitlines()[0]}") from None
     # The end token is the last piece; the text embedding is read there.
     if len(tokenizer) != vocabulary or tokenizer.convert_tokens_to_ids(END) != vocabulary - 1:
         raise UserError(f"the tokenizer of {path} has {len(tokenizer):,} pieces, the model {vocabulary:,}; "
@@ -248,9 +244,9 @@ def _from_merges(path: Path) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        with gzip.open(path, "rb") as file:
+            lines = decoded(file.read(_MERGES_BYTES + 1), path, _MERGES_BYTES).splitlines()
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path} as merges: {error}; give a tokenizer folder or {BPE_FILE}") from None
     characters = _byte_characters()
     ids = {piece: i for i, piece in enumerate([*characters, *(c + "</w>" for c in characters)])}

@@ -6,7 +6,6 @@ Order of videos: lines of the prompts file, then grid values, then seeds.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lapwan.documents import parse_json, read_text
 from lapwan.errors import UserError, nearest
 from lapwan.lora.formats import open_lora
 from lapwan.settings.aliases import current_key, current_keys
@@ -29,6 +29,7 @@ GRID_OPTIONS = _ADAPTERS + tuple(
 )
 
 _STRENGTHS = {f"lora.{role}": role for role in ROLES}  # grid option -> whose LoRAs' strengths it sets
+_PROMPTS_BYTES = 64 << 20
 UNNAMED = "*"
 
 
@@ -127,10 +128,7 @@ def _given(settings: GenerateSettings) -> dict[str, Any]:
 
 
 def _line_object(line: str, source: str) -> dict[str, Any]:
-    try:
-        options = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{source}: not valid JSON ({error})") from None
+    options = parse_json(line, source)
     if not isinstance(options, dict) or "prompt" not in options:
         raise UserError(f'{source}: expected an object with a prompt, such as {{"prompt": "...", "seed": 1}}')
     try:
@@ -187,16 +185,13 @@ def _checked(model: type[Any], tree: Mapping[str, Any], source: str) -> Any:
     try:
         return load(model, options=tree, environment={})
     except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+        raise error.within(source) from None
 
 
 def _lines(path: Path, given: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], Path | None]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}; --prompts needs JSON lines") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    if not path.exists():
+        raise UserError(f"no such file: {path}; --prompts needs JSON lines")
+    text = read_text(path, _PROMPTS_BYTES)
     empty = True
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():

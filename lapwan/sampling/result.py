@@ -22,9 +22,11 @@ from torch import Tensor
 from lapwan import __version__, console
 from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.tensors import save_tensors
+from lapwan.documents import checked, parse_json
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, claim_output
 from lapwan.sampling.video import DEFAULT_CRF, check_video_path, read_video_metadata, write_video
+from lapwan.settings.aliases import current_keys
 from lapwan.settings.base import to_toml
 from lapwan.settings.generate import GenerateSettings, ModelSettings, VideoSettings
 from lapwan.settings.load import load
@@ -174,12 +176,18 @@ def recorded_settings(path: Path, settings: GenerateSettings) -> tuple[RecordedV
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
     if "prompts" in given:
         raise UserError("--from repeats one video; leave --prompts out")
+    record = {key: checked(parse_json(metadata[key], f"{path}, {key}", non_finite=True), dict[str, Any],
+                           f"{path}, {key}") for key in ("settings", "facts")}
+    # Of the record only what makes the frames: where the video goes is said on the command line.
+    known = {*VideoSettings.model_fields, *ModelSettings.model_fields} - set(_NO_CONTENT)
+    if foreign := sorted(set(current_keys(record["settings"])) - known):
+        raise UserError(f"{path} holds settings that this version does not accept: unknown key '{foreign[0]}'")
     try:
-        merged = load(GenerateSettings, options={**json.loads(metadata["settings"]), **given}, environment={})
+        merged = load(GenerateSettings, options={**record["settings"], **given}, environment={})
     except UserError as error:
-        raise UserError(f"{path} holds settings that this version does not accept: {error}") from None
+        raise error.within(f"{path} holds settings that this version does not accept") from None
     overridden = tuple(name for name in given if name not in _NO_CONTENT)
-    return RecordedVideo(path, json.loads(metadata["facts"]), overridden), merged
+    return RecordedVideo(path, record["facts"], overridden), merged
 
 
 def compare_with_record(record: RecordedVideo, video: Video) -> None:
@@ -219,8 +227,9 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         absent = key in ("hardware", "compiled", "guidance") and key not in before  # written by an older version
         if before.get(key) != now.get(key) and not absent:
             yield f"{text} ({_difference(before.get(key), now.get(key))})"
+    versions = before.get("versions", {})
     for name, version in dict(now.get("versions", {})).items():
-        old = before.get("versions", {}).get(name)
+        old = versions.get(name) if isinstance(versions, Mapping) else None
         if old != version:
             yield f"{name} has changed ({old} -> {version})"
 

@@ -13,7 +13,6 @@ How to add a sampler: a name in `SamplerName`, a case in `_scheduler`, its name 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor
 
 from lapwan.errors import UserError
+from lapwan.faults import library_reads
+from lapwan.models.configs import read_object
 from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert, noise_expert_for
 
@@ -85,11 +86,12 @@ def _scheduler(spec: ModelSpec, sampler: SamplerName, steps: int, shift: float) 
     match sampler:
         case "unipc":
             file = spec.path / "scheduler" / "scheduler_config.json"
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = read_object(file)
             if config.get("_class_name") != "UniPCMultistepScheduler":
                 config = {}  # options of another class mean other things
-            scheduler = UniPCMultistepScheduler.from_config({**config, **flow})
-            scheduler.set_timesteps(steps)
+            with library_reads("the scheduler", file):
+                scheduler = UniPCMultistepScheduler.from_config({**config, **flow})
+                scheduler.set_timesteps(steps)
         case "euler":
             # Shift 1 here: the scheduler would shift the given sigmas again, and its sigma_min twice.
             scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=_TRAIN_TIMESTEPS, shift=1.0)

@@ -15,6 +15,7 @@ import av
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from lapwan.documents import parse_json
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, atomic_folder
 
@@ -157,7 +158,7 @@ def read_video_metadata(path: Path) -> dict[str, str]:
     except (av.FFmpegError, UnidentifiedImageError) as error:
         raise UserError(f"cannot read {path}: not a video or PNG that can be opened ({error})") from error
     try:
-        metadata = json.loads(text)
-    except ValueError:
+        metadata = parse_json(text, path)
+    except UserError:
         return {}  # a comment of another program
     return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from lapwan.files import is_plain_name
 from lapwan.names import NoiseExpert
 from lapwan.settings.base import Flag, Settings, height_width
 from lapwan.settings.lora_argument import LORA_METAVAR, AdapterRule, CommonModules, LoraArgument, Strict
@@ -233,6 +234,13 @@ class LineSettings(VideoSettings):
     """A line of a prompts file."""
 
     output: Path | None = Field(default=None, description="File name of this video inside the output folder.")
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _inside(cls, value: Any) -> Any:
+        if value is not None and not is_plain_name(str(value)):
+            raise ValueError("must be a plain file name, without a folder; --output names the folder")
+        return value
 
 
 class GenerateSettings(VideoSettings, ModelSettings):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
+from lapwan.documents import TOML_BYTES, parse_toml, read_text, reason
 from lapwan.errors import UserError
 from lapwan.settings.aliases import (
     RUN_HEADER,
@@ -69,7 +69,7 @@ def load(
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, model, config, text, sources)) from None
+        raise _explained(error, model, config, text, sources) from None
 
 
 def upgraded(tree: dict[str, Any], path: Path, run: bool = False) -> dict[str, Any]:
@@ -98,22 +98,19 @@ def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(config: Path) -> str:
-    try:
-        return config.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"no such file: {config}; --config needs a TOML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {config}: {error}") from None
+    if not config.exists():
+        raise UserError(f"no such file: {config}; --config needs a TOML file")
+    return read_text(config, TOML_BYTES)
 
 
 def _parse(text: str, config: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return parse_toml(text, config)
+    except UserError:
         if config.suffix in (".yaml", ".yml"):
             raise UserError(f"{config} is YAML, as ai-toolkit's configurations are, and --config takes TOML; start "
                             "from examples/stage1.toml and set its keys: lr, targets, rank, steps, [data]") from None
-        raise UserError(f"{config} is not valid TOML: {error}") from None
+        raise
 
 
 def _parse_set(item: str) -> tuple[str, Any]:
@@ -122,8 +119,8 @@ def _parse_set(item: str) -> tuple[str, Any]:
         raise UserError(f"--set {item}: expected section.key=value, such as --set optimizer.lr=1e-4")
     key = key.strip().replace("-", "_")
     try:
-        return key, tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        return key, parse_toml(f"value = {raw}", f"--set {key}")["value"]
+    except UserError:
         return key, raw.strip()
 
 
@@ -196,9 +193,9 @@ def _drop(tree: dict[str, Any], key: str) -> None:
         node.pop(leaf, None)
 
 
-def _explain(
+def _explained(
     error: ValidationError, model: type[Settings], config: Path | None, text: str, sources: Mapping[str, str]
-) -> str:
+) -> UserError:
     problems = []
     for key, items, owners in _by_key(error, model):
         source = next((sources[k] for k in (key, *_parents(key)) if k in sources), None)
@@ -209,8 +206,8 @@ def _explain(
             source = str(config) if config is not None else "settings"
         problems.append(f"{source}: {_message(items, key, owners)}")
     if len(problems) == 1:
-        return problems[0]
-    return f"{len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems)
+        return UserError(problems[0])
+    return UserError(f"{len(problems)} problems:", *(f"  {problem}" for problem in problems))
 
 
 def first_problem(error: ValidationError, model: type[Settings], section: str) -> str:
@@ -249,41 +246,6 @@ def _message(items: Sequence[Any], key: str, owners: Sequence[type[Settings]]) -
     value = item.get("input")
     shown = "" if isinstance(value, dict | Settings) else f" = {value!r}"
     return f"{key}{shown}: {text}" if key else text
-
-
-# Start of an error's type -> what a value must be.
-_FORMS = {
-    "int": "a whole number", "float": "a number", "finite": "a finite number", "bool": "true or false",
-    "string": "a text", "path": "a path", "dict": "a table of keys and values",
-    "model": "a table of keys and values", "list": "a list, such as [a, b]", "tuple": "a list, such as [a, b]",
-}
-_PATTERNS = {
-    r"^(auto|cpu|cuda(:\d+)?)$": "auto, cpu, cuda or cuda:N", r"^\w+$": "letters, digits and _",
-    r"^[\w.-]+$": "letters, digits, '.', '_' and '-'", r"^[^/\\\n]+$": "a name without '/' and '\\'",
-}
-
-
-def reason(item: Any) -> str:
-    """Why a value was refused, from one of pydantic's error records, in the words of a TOML file."""
-    kind, context = item["type"], item.get("ctx", {})
-    if kind == "string_pattern_mismatch":
-        return f"must be {_PATTERNS.get(context['pattern'], 'of the form ' + context['pattern'])}"
-    if kind in ("too_short", "too_long", "string_too_short", "string_too_long"):
-        short = kind.endswith("short")
-        unit = " characters" if kind.startswith("string") else ""
-        limit = context["min_length" if short else "max_length"]
-        has = context.get("actual_length", len(str(item["input"])))
-        return f"must hold at {'least' if short else 'most'} {limit}{unit}, has {has}"
-    if kind in ("literal_error", "enum"):
-        return f"must be {context['expected']}"
-    if kind.startswith("union_tag"):
-        tags = context.get("expected_tags")
-        return f"must be a table whose type is one of {tags}" if tags else "must be a table with a type"
-    form = _FORMS.get(kind.split("_")[0])
-    if form is not None and kind.split("_")[-1] in ("type", "parsing", "float", "number", "size"):
-        return f"must be {form}"
-    text: str = item["msg"].removeprefix("Value error, ")
-    return text.replace("Input should be ", "must be ")
 
 
 def _parents(key: str) -> list[str]:

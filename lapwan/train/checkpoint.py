@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,14 +17,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lapwan import files
+from lapwan.checkpoints.container import read_header
+from lapwan.checkpoints.tensors import DAMAGED, check_pickle
 from lapwan.console import warn
+from lapwan.documents import checked, parse_json, read_text
 from lapwan.errors import UserError
 from lapwan.temporaries import discard_folder, temporary_folder
 from lapwan.train.parallel import local_tensor, shard_like
@@ -167,10 +172,18 @@ def _prune(run: Path, retention: Retention) -> None:
             discard_folder(folder)
 
 
+class CheckpointScore(BaseModel):
+    """`state/score.json`; a validation that diverged is NaN."""
+
+    validation: Annotated[float, Field(strict=True)]
+
+
 def score(folder: Path) -> float | None:
     """The validation loss a checkpoint was saved with."""
     path = folder / "state" / _SCORE
-    return float(json.loads(path.read_text(encoding="utf-8"))["validation"]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return checked(parse_json(read_text(path), path, non_finite=True), CheckpointScore, path).validation
 
 
 def check_identity(folder: Path, saved: Mapping[str, str], current: Mapping[str, str], allow_changed: bool) -> None:
@@ -217,11 +230,17 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dic
     """
     state = folder / "state"
     try:
+        read_header(state / _TRAINED)
+        check_pickle(state / _REST)
         trained = load_file(state / _TRAINED)
         # weights_only: a checkpoint is data, never code.
-        rest: dict[str, Any] = torch.load(state / _REST, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot resume from {folder}: {error}; remove it to resume from an older one") from None
+        rest = checked(torch.load(state / _REST, weights_only=True, map_location="cpu"), dict[str, Any], state / _REST)
+    except pickle.UnpicklingError:  # torch's message advises to execute code in the file
+        raise UserError(f"cannot resume from {folder}: {_REST} is damaged or holds more than plain values (nothing in "
+                        "it is executed); remove it to resume from an older one") from None
+    except (UserError, *DAMAGED) as error:
+        raise UserError(f"cannot resume from {folder}: {str(error).strip() or type(error).__name__}; remove it to "
+                        "resume from an older one") from None
     missing, extra = sorted(set(parameters) - set(trained)), sorted(set(trained) - set(parameters))
     if missing or extra:
         raise UserError(f"cannot resume from {folder}: its tensors are not this run's (missing {missing[:3]}, "

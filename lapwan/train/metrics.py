@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lapwan import files
 from lapwan.diagnostics.run_folder import METRICS_FILE
+from lapwan.documents import json_lines
 from lapwan.names import Band
 from lapwan.train.objective import Loss
 
@@ -32,8 +33,8 @@ class MetricsWriter:
 
         self._path = run / METRICS_FILE
         if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            files.write_text(self._path, "".join(f"{line}\n" for line in lines if _step(line) <= resumed_step))
+            kept = (line for _, line, value in json_lines(self._path) if _step(value) <= resumed_step)
+            files.write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -71,11 +72,10 @@ class MetricsWriter:
         self._board.close()
 
 
-def _step(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 2**63  # a line cut short by a kill
+def _step(value: Any) -> int:
+    """The step of a line; of one that a kill has cut short a later one than any."""
+    step = value.get("step") if isinstance(value, dict) else None
+    return step if isinstance(step, int) else 2**63
 
 
 @dataclass

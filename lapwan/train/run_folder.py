@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import tomllib
 from pathlib import Path
 from typing import Any, Self
 
 from lapwan import files
 from lapwan.console import warn
 from lapwan.diagnostics.run_folder import METRICS_FILE
+from lapwan.documents import read_toml
 from lapwan.errors import Interrupted, UserError
 from lapwan.settings.aliases import RUN_HEADER, SETTINGS_VERSION, VERSION_KEY
 from lapwan.settings.base import Settings, to_plain, to_toml
@@ -53,7 +53,7 @@ def changes(settings: TrainSettings | SrpoSettings) -> str:
     key whose default changes what older runs did belongs into `lapwan.settings.aliases.OLD_DEFAULTS`.
     """
     path = settings.output / SETTINGS_FILE
-    before = _leaves(upgraded(tomllib.loads(path.read_text(encoding="utf-8")), path, run=True))
+    before = _leaves(upgraded(read_toml(path), path, run=True))
     now, defaults = _leaves(to_plain(settings)), _defaults(settings)
     names = sorted(k for k in {*before, *now} if k.split(".")[0] not in _FREE and before.get(k) != now.get(k)
                    and not (k not in before and k in defaults and now[k] == defaults[k]))

@@ -20,6 +20,7 @@ from torch import Tensor
 from lapwan import console
 from lapwan.caching.collate import Batch
 from lapwan.errors import Interrupted, UserError
+from lapwan.faults import library_reads
 from lapwan.interrupt import Stop, stop_requested
 from lapwan.memory.out_of_memory import memory_figures, out_of_memory, peak_line, start_peak
 from lapwan.names import NoiseExpert
@@ -313,9 +314,16 @@ class Trainer:
             return False
         step, folder = newest
         state = checkpoint.load_checkpoint(folder, self.parameters)
-        checkpoint.check_identity(folder, state["identity"], config.identity, config.allow_changed)
-        if self.distributed.first:
-            checkpoint.link_adapters(folder, config.run_folder)
+        with library_reads("the checkpoint", folder):
+            checkpoint.check_identity(folder, state["identity"], config.identity, config.allow_changed)
+            if self.distributed.first:
+                checkpoint.link_adapters(folder, config.run_folder)
+            self._restore(step, state)
+        return True
+
+    def _restore(self, step: int, state: Mapping[str, Any]) -> None:
+        """Take over what `_state` gave."""
+        config = self.config
         self.step = step
         self.dropped.load(state["skipped"], state.get("dropped"))
         self.data.exclude(self.dropped.left_out)
@@ -335,4 +343,3 @@ class Trainer:
         for name, callback_state in {**state["rules"], **state["watchers"]}.items():
             if name in self.callbacks:
                 self.callbacks[name].load_state_dict(callback_state)
-        return True

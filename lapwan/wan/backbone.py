@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from lapwan.errors import UserError
+from lapwan.faults import library_reads
+from lapwan.models.configs import component_config
 from lapwan.models.original_layout import load_transformer_files, loads_by_name
-from lapwan.models.spec import ModelSpec, component_config, weight_files
+from lapwan.models.spec import ModelSpec, weight_files
 from lapwan.names import Checkpointing, NoiseExpert
 from lapwan.wan.text import pad_text
 from lapwan.wan.transformer.block import block_forward
@@ -55,11 +57,12 @@ def load_transformer(
         raise UserError(f"model {spec.path} has no {noise_expert.value} noise expert; it has: {available}")
     folder = spec.component(noise_expert)
     files = weight_files(folder)
-    if loads_by_name(files):
-        config = component_config(folder)
-        model = load_transformer_files(config, files, dtype)
-    else:
-        model = WanTransformer3DModel.from_pretrained(folder, dtype=dtype)
+    config = component_config(folder)
+    with library_reads("the transformer", folder):
+        if loads_by_name(files):
+            model = load_transformer_files(config, files, dtype)
+        else:
+            model = WanTransformer3DModel.from_pretrained(folder, dtype=dtype)
     model.requires_grad_(False)
     return _aligned(model.eval().to(device))
 

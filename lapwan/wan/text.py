@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lapwan.faults import library_reads
+from lapwan.models.configs import component_config
 from lapwan.models.fingerprints import text_encoder_fingerprint
 from lapwan.models.original_layout import load_text_files, loads_by_name, text_readers
-from lapwan.models.spec import TEXT_LENGTH, component_config, component_files
+from lapwan.models.spec import TEXT_LENGTH, component_files
 from lapwan.names import Precision
 from lapwan.wan.quantise.load import cache_folder, fill, linears_of
 
@@ -58,16 +60,19 @@ def load_text_encoder(
 
     disable_progress_bar()  # "Loading weights" would break our own progress lines
     folder = spec.path / "text_encoder"
-    if precision is not None:
-        model = _load_quantised(spec, dtype, device, precision)
-    elif loads_by_name(files := component_files(folder)):
-        model = load_text_files(component_config(folder), files, dtype)
-    else:
-        model = UMT5EncoderModel.from_pretrained(
-            folder, dtype="auto" if dtype is None else dtype, local_files_only=True
-        )
+    config = component_config(folder)
+    with library_reads("the text encoder", folder):
+        if precision is not None:
+            model = _load_quantised(spec, dtype, device, precision)
+        elif loads_by_name(files := component_files(folder)):
+            model = load_text_files(config, files, dtype)
+        else:
+            model = UMT5EncoderModel.from_pretrained(
+                folder, dtype="auto" if dtype is None else dtype, local_files_only=True
+            )
     model.requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(spec.path / "tokenizer", local_files_only=True)
+    with library_reads("the tokenizer", spec.path / "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(spec.path / "tokenizer", local_files_only=True)
     return TextEncoder(model.eval().to(device), tokenizer)
 
 

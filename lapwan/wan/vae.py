@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lapwan.faults import library_reads
+from lapwan.models.configs import component_config
 from lapwan.models.device import widened
 from lapwan.models.original_layout import load_vae_file, loads_by_name
-from lapwan.models.spec import component_config, component_files
+from lapwan.models.spec import component_files
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -48,10 +50,12 @@ def load_vae(
 
     folder = spec.path / "vae"
     files = component_files(folder)
-    if len(files) == 1 and loads_by_name(files):
-        vae = load_vae_file(component_config(folder), files[0], dtype)
-    else:
-        vae = AutoencoderKLWan.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    config = component_config(folder)
+    with library_reads("the VAE", folder):
+        if len(files) == 1 and loads_by_name(files):
+            vae = load_vae_file(config, files[0], dtype)
+        else:
+            vae = AutoencoderKLWan.from_pretrained(folder, dtype=dtype, local_files_only=True)
     vae.requires_grad_(False)
     use_fast_norms(vae)
     return vae.eval().to(device)

@@ -31,7 +31,8 @@ from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.checkpoints.weights import read_weights
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, cache_root
-from lapwan.models.spec import ModelSpec, component_config, weight_files
+from lapwan.models.configs import component_config
+from lapwan.models.spec import ModelSpec, weight_files
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.quantise.linears import LINEAR_CLASSES, RECIPE_VERSION, QuantisedLinear
 
