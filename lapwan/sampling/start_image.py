@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lapwan.data.buckets import centre_crop
 from lapwan.data.dropped_clips import BadClip
-from lapwan.data.video import probe, read_frames, resize_and_crop, rgb_image
+from lapwan.data.images import rgb_image
+from lapwan.data.video import probe, read_frames, resize_and_crop
 from lapwan.errors import UserError
 from lapwan.wan.image_condition import condition_video, first_frame_mask
 from lapwan.wan.vae import encode
@@ -32,6 +33,8 @@ def open_image(path: Path) -> Image.Image:
         return rgb_image(path)
     except FileNotFoundError:
         raise UserError(f"no such image: {path}") from None
+    except BadClip as error:
+        raise UserError(f"{path} {error}") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"cannot read {path} as an image: {error}") from None
 
