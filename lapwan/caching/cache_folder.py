@@ -18,6 +18,7 @@ from lapwan.caching.report import plan_rows, write_report
 from lapwan.caching.stale import EncoderSpec
 from lapwan.data.clips import CacheSet
 from lapwan.data.dropped_clips import DroppedClip
+from lapwan.data.pixels import ReadOptions
 from lapwan.distributed import Processes
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import folder_lock
@@ -29,7 +30,7 @@ from lapwan.settings.cache import CacheSettings
 @dataclass(frozen=True)
 class CacheOptions:
     """What to encode and how; `takeover` allows a folder that holds the cache of another dataset; `lock`: hold the
-    folder's lock."""
+    folder's lock; `read`: how clips are read."""
 
     latents: bool = True
     text: bool = True
@@ -40,6 +41,7 @@ class CacheOptions:
     prune: bool = False
     takeover: bool = False
     lock: bool = True
+    read: ReadOptions = field(default_factory=ReadOptions)
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,12 @@ def plan_cache(cache: CacheSet, encoders: EncoderSpec, options: CacheOptions) ->
     known: dict[str, CachedItem] = {}
     if before is not None:
         known = {item.clip: item for item in before.items if item.clip is not None}
-        clips = {str(clip.path) for clip in cache.clips}
+        clips = {clip.key for clip in cache.clips}
         other_dataset = before.dataset not in (None, str(cache.dataset.absolute()))
         if other_dataset and known and not clips & set(known) and not options.takeover:
             raise UserError(f"{cache.folder} is the cache of {before.dataset}; choose another --output, or --overwrite "
                             "to use the folder for this dataset (its files are kept unless --prune)")
-    return make_plan(cache, encoders, known, options.latents, options.text), before
+    return make_plan(cache, encoders, known, options.latents, options.text, options.read), before
 
 
 def build_cache(

@@ -37,6 +37,7 @@ from lapwan.data.buckets import Crop, centre_crop
 from lapwan.data.clips import CacheSet, SourceClip
 from lapwan.data.dropped_clips import BadClip, DroppedClip
 from lapwan.data.frame_extraction import Window
+from lapwan.data.pixels import ReadOptions
 from lapwan.data.video import VideoFacts, probe
 from lapwan.files import is_temporary
 
@@ -136,19 +137,21 @@ def latents_size(encoders: EncoderSpec, item: PlannedItem) -> int:
 
 
 def make_plan(
-    cache: CacheSet, encoders: EncoderSpec, known: Mapping[str, CachedItem], latents: bool = True, text: bool = True
+    cache: CacheSet, encoders: EncoderSpec, known: Mapping[str, CachedItem], latents: bool = True, text: bool = True,
+    read: ReadOptions | None = None,
 ) -> CachePlan:
     """Compare what the dataset needs with the files of the cache folder.
 
     Args:
         known: the items of an earlier index by clip path; unchanged clips are not probed again.
         latents, text: which files to make; regions are made with the latents.
+        read: how clips are read; the default is that of `ReadOptions`.
     """
     plan = CachePlan(cache, encoders, drops=list(cache.drops))
     stems = unique_stems(cache.clips)
     for clip, stem in zip(cache.clips, stems, strict=True):
         try:
-            plan.items += _items_of(clip, stem, cache, encoders, known.get(str(clip.path)))
+            plan.items += _items_of(clip, stem, cache, encoders, known.get(clip.key), read or ReadOptions())
         except BadClip as error:
             plan.drops.append(DroppedClip(clip.name, str(error), stem))
         except OSError as error:
@@ -162,10 +165,10 @@ def unique_stems(clips: Iterable[SourceClip]) -> list[str]:
     used: set[str] = set()
     stems = []
     for clip in clips:
-        base, attempt = _short(clip.path.stem), 0
+        base, attempt = _short(clip.stem), 0
         stem = base
         while stem.casefold() in used:  # some file systems do not tell A.mp4 from a.mp4
-            digest = hashlib.sha256(f"{clip.path}\0{attempt}".encode()).hexdigest()
+            digest = hashlib.sha256(f"{clip.key}\0{attempt}".encode()).hexdigest()
             stem, attempt = f"{base}-{digest[:8]}", attempt + 1
         used.add(stem.casefold())
         stems.append(stem)
@@ -182,10 +185,11 @@ def _short(stem: str) -> str:
 
 
 def _items_of(
-    clip: SourceClip, stem: str, cache: CacheSet, encoders: EncoderSpec, before: CachedItem | None
+    clip: SourceClip, stem: str, cache: CacheSet, encoders: EncoderSpec, before: CachedItem | None, read: ReadOptions
 ) -> list[PlannedItem]:
     extraction = cache.extraction
-    source, facts = _facts(clip, encoders.fps, extraction.source_fps, before)
+    source_fps = extraction.source_fps or clip.fps
+    source, facts = _facts(clip, encoders.fps, source_fps, before, read)
     bucket = extraction.buckets.choose(facts.width, facts.height)
     crop = centre_crop(facts.width, facts.height, bucket)
     windows: list[Window | None] = [None]
@@ -196,27 +200,29 @@ def _items_of(
             shortest = min(extraction.target_frames)
             raise BadClip(f"too short: {count} frames at {encoders.fps:g} fps ({facts.seconds:.2f} s), "
                           f"the shortest target is {shortest}")
-    return [_planned_item(clip, stem, facts, source, window, crop, encoders, extraction.source_fps)
+    return [_planned_item(clip, stem, facts, source, window, crop, encoders, source_fps)
             for window in windows]
 
 
 def _facts(
-    clip: SourceClip, fps: float, source_fps: float | None, before: CachedItem | None
+    clip: SourceClip, fps: float, source_fps: float | None, before: CachedItem | None, read: ReadOptions
 ) -> tuple[str, VideoFacts]:
     """(fingerprint of the source with its frame rate, its facts, from the earlier index if unchanged)."""
     if not clip.path.exists():
         raise BadClip("no such file")
     source = f"{source_fingerprint(clip.path)}@{source_fps or 0:g}"
-    if before is not None and before.probe == source and before.facts is not None:
-        return source, VideoFacts(**before.facts)
-    return source, probe(clip.path, fps, source_fps)
+    # Facts of older versions lack the traits, by which fields, HDR and transparency are known.
+    if before is not None and before.probe == source and (before.facts or {}).get("traits") is not None:
+        return source, VideoFacts(**before.facts or {}).read_with(read)
+    facts = probe(clip.path, fps, source_fps, read, clip.still)
+    return source, facts if clip.start is None else facts.part(clip.start, clip.duration)
 
 
 def _planned_item(
     clip: SourceClip, stem: str, facts: VideoFacts, source: str, window: Window | None, crop: Crop,
     encoders: EncoderSpec, source_fps: float | None,
 ) -> PlannedItem:
-    frames = frames_recipe(source, window, crop, encoders.fps)
+    frames = frames_recipe(source, window, crop, encoders.fps, facts)
     return PlannedItem(
         clip=clip, stem=stem, facts=facts, probe=source, window=window, crop=crop, source_fps=source_fps,
         latents=latents_name(stem, window, facts.width, facts.height),
@@ -287,7 +293,7 @@ def _index_item(item: PlannedItem, repeats: int, recipes: Mapping[str, CacheReci
         id=item.id, latents=item.latents, text=item.text, roi=item.roi, caption=clip.caption,
         frames=len(item.indices), height=item.crop.bucket[1], width=item.crop.bucket[0],
         condition=condition if made is None else bool(made.get("i2v")), start=item.indices.start,
-        split=clip.split, source=clip.source, clip=str(clip.path), repeats=repeats, probe=item.probe,
+        split=clip.split, source=clip.source, clip=clip.key, repeats=repeats, probe=item.probe,
         facts=vars(item.facts),
         fingerprints={kind: recipe_fingerprint(recipes[name]) for kind, name in files.items() if name in recipes},
         **clip.labels,

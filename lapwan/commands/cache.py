@@ -9,6 +9,7 @@ from lapwan.caching.cache_folder import CacheOptions, CacheResult, build_cache, 
 from lapwan.caching.report import plan_rows
 from lapwan.data.dataset import extraction_from_settings, read_dataset
 from lapwan.data.dropped_clips import DroppedClip, dropped_lines
+from lapwan.data.pixels import ReadOptions
 from lapwan.distributed import launched
 from lapwan.errors import UserError
 from lapwan.files import write_text
@@ -48,10 +49,10 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
     encoders = encoders_from_settings(settings, spec)
     cache_options = CacheOptions(settings.latents, settings.text, settings.device, settings.workers,
                                  settings.batch_size, settings.vae_dtype, settings.prune, options.overwrite,
-                                 options.lock)
+                                 options.lock, ReadOptions(settings.deinterlace, settings.hdr, settings.background))
     drops: list[DroppedClip] = []
     extraction = extraction_from_settings(settings, spec)
-    caches = read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride)
+    caches = read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride, settings.roi_units)
     for number, cache in enumerate(caches):
         if options.dry_run:
             plan, before = plan_cache(cache, encoders, cache_options)

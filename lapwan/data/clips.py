@@ -15,13 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lapwan.data.annotations import RoiEntry, RoiUnits, read_roi
 from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.frame_extraction import Extraction
 from lapwan.errors import UserError, nearest
 
 _SHOWN = 60
 MEDIA_KEYS = ("video_path", "image_path")
-PATH_KEYS = (*MEDIA_KEYS, "mask_path")
+PATH_KEYS = (*MEDIA_KEYS, "mask_path", "roi_path")
 
 
 @dataclass(frozen=True)
@@ -191,16 +192,37 @@ def _kind(value: object) -> str:
 
 @dataclass(frozen=True)
 class SourceClip:
-    """A clip of a dataset, resolved to its file. `name` is for messages; `labels` are CachedItem's label fields."""
+    """A clip of a dataset, resolved to its file. `name` is for messages; `labels` are CachedItem's label fields.
+
+    `start`, `duration` in seconds: a part of a recording. `fps`: of a folder of frames. `still`: an animated picture
+    counts as its first frame.
+    """
 
     path: Path
     name: str
     caption: str
     labels: Mapping[str, Any] = field(default_factory=dict)
-    roi: tuple[Mapping[str, Any], ...] = ()
+    roi: tuple[RoiEntry, ...] = ()
     mask: Path | None = None
     split: str | None = None
     source: str | None = None
+    start: float | None = None
+    duration: float | None = None
+    fps: float | None = None
+    still: bool = False
+
+    @property
+    def stem(self) -> str:
+        """The stem of its cache files, before it is made unique: that of its file, with the start of a part in ms."""
+        return self.path.stem if self.start is None else f"{self.path.stem}_{round(self.start * 1000):09d}"
+
+    @property
+    def key(self) -> str:
+        """The file, and of a part of a recording its times as in a media fragment URI: unique in a dataset."""
+        if self.start is None:
+            return str(self.path)
+        end = "" if self.duration is None else f",{self.start + self.duration:g}"
+        return f"{self.path}#t={self.start:g}{end}"
 
 
 @dataclass(frozen=True)
@@ -216,8 +238,13 @@ class CacheSet:
     taxonomy: str | None = None
 
 
-def read_source_clips(path: Path) -> tuple[tuple[SourceClip, ...], tuple[DroppedClip, ...], str | None]:
+def read_source_clips(
+    path: Path, roi_units: RoiUnits = "fractions"
+) -> tuple[tuple[SourceClip, ...], tuple[DroppedClip, ...], str | None]:
     """(clips, clips without a file, the taxonomy's name if the lines have one) of a clips or labels JSONL.
+
+    Args:
+        roi_units: of the boxes of lines that do not say it.
 
     Raises:
         UserError: a broken line, a line without a media path, a field that Wan does not support, or no clips.
@@ -241,24 +268,51 @@ def read_source_clips(path: Path) -> tuple[tuple[SourceClip, ...], tuple[Dropped
             continue
         named = clip.data.get("instrument_taxonomy")
         taxonomy = taxonomy or (named if isinstance(named, str) else None)
-        clips.append(_source_clip(path, clip, file, f"{name} ({media})"))
+        clips.append(_source_clip(path, clip, file, f"{name} ({media})", roi_units))
     if not clips and not drops:
         raise UserError(f"{path} holds no clips")
     return tuple(clips), tuple(drops), taxonomy
 
 
-def _source_clip(path: Path, clip: Clip, file: Path, name: str) -> SourceClip:
+def _source_clip(path: Path, clip: Clip, file: Path, name: str, roi_units: RoiUnits) -> SourceClip:
     location, data = f"{path}, line {clip.line}", clip.data
-    roi, mask = data.get("roi") or [], data.get("mask_path")
-    if not isinstance(roi, list):
-        raise UserError(f"{location}: 'roi' must be a list of {{\"frame\": i, \"box\": [x0, y0, x1, y1]}}")
-    for entry in roi:
-        _check_box(location, entry)
+    mask = data.get("mask_path")
     source = SourceClip(
-        file, name, clip.caption, labels=label_fields(data, location), roi=tuple(roi),
-        split=_text(data.get("split")), source=_text(data.get("source")),
+        file, name, clip.caption, labels=label_fields(data, location), roi=read_roi(data, location, path, roi_units),
+        split=_text(data.get("split")), source=_text(data.get("source")), still="image_path" in data,
+        fps=_folder_rate(data, location) if file.is_dir() else None,
     )
+    if (part := part_fields(data, location)) is not None:
+        source = replace(source, start=part[0], duration=part[1])
     return replace(source, mask=resolve_video(str(mask), path)) if mask else source
+
+
+def part_fields(data: Mapping[str, Any], location: str) -> tuple[float, float | None] | None:
+    """`start` and `duration` in seconds of a line that is a part of a recording.
+
+    `duration` without `start` is a remark on the whole file.
+
+    Raises:
+        UserError: not seconds.
+    """
+    if data.get("start") is None:
+        return None
+    for key in ("start", "duration"):
+        value = data.get(key, 1)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or value < 0 or (key == "duration" and value == 0):
+            raise UserError(f"{location}: {key} = {value!r} must be seconds{', more than 0' * (key == 'duration')}")
+    duration = data.get("duration")
+    return float(data["start"]), None if duration is None else float(duration)
+
+
+def _folder_rate(data: Mapping[str, Any], location: str) -> float | None:
+    rate = data.get("fps")
+    if rate is None:
+        return None
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not rate > 0:
+        raise UserError(f"{location}: fps = {rate!r} must be the frame rate of the folder, above 0")
+    return float(rate)
 
 
 def label_fields(data: Mapping[str, Any], location: str) -> dict[str, Any]:
@@ -288,18 +342,6 @@ def label_fields(data: Mapping[str, Any], location: str) -> dict[str, Any]:
     if data.get("label_fallback") is True:
         fields["fallback"] = True
     return fields
-
-
-def _check_box(location: str, entry: Any) -> None:
-    box = entry.get("box") if isinstance(entry, dict) else None
-    frame = entry.get("frame") if isinstance(entry, dict) else None
-    good = (
-        isinstance(frame, int) and frame >= 0 and isinstance(box, list) and len(box) == 4
-        and all(isinstance(v, int | float) for v in box) and box[0] <= box[2] and box[1] <= box[3]
-    )
-    if not good:
-        raise UserError(f"{location}: roi entry {entry!r} must be {{\"frame\": i, \"box\": [x0, y0, x1, y1]}}, "
-                        "corners as fractions of width and height")
 
 
 def _text(value: Any) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lapwan.data.annotations import RoiUnits
 from lapwan.data.buckets import Buckets
 from lapwan.data.clips import CacheSet, read_source_clips
 from lapwan.data.frame_extraction import Extraction
@@ -46,13 +47,16 @@ def extraction_from_settings(settings: CacheSettings, spec: ModelSpec) -> Extrac
     )
 
 
-def read_dataset(path: Path, folder: Path | None, extraction: Extraction, stride: int = 4) -> list[CacheSet]:
+def read_dataset(
+    path: Path, folder: Path | None, extraction: Extraction, stride: int = 4, roi_units: RoiUnits = "fractions"
+) -> list[CacheSet]:
     """The clips of a dataset, one CacheSet for each cache folder.
 
     Args:
         folder: the cache folder; a musubi dataset file may name its own instead.
         extraction: sizes and frames for a JSONL file; a musubi dataset file gives its own.
         stride: pixel frames per latent frame.
+        roi_units: of boxes in a JSONL whose lines do not say it.
 
     Raises:
         UserError: the file cannot be read or is wrong. Clips whose video is missing are `drops`, not errors.
@@ -64,7 +68,7 @@ def read_dataset(path: Path, folder: Path | None, extraction: Extraction, stride
         return read_musubi_dataset(path, folder, extraction.buckets.step, stride)
     if folder is None:
         raise UserError("a clips file needs a folder for its cache; add --output DIR")
-    clips, drops, taxonomy = read_source_clips(path)
+    clips, drops, taxonomy = read_source_clips(path, roi_units)
     return [CacheSet(folder, path, extraction, clips, drops, taxonomy=taxonomy)]
 
 

@@ -60,7 +60,7 @@ def tone_mapped(pixels_HW3: np.ndarray, transfer: str) -> np.ndarray:
         transfer: PQ or HLG.
     """
     flat = torch.from_numpy(np.ascontiguousarray(pixels_HW3).astype(np.float32) / 65535).reshape(-1, 3)
-    mapped = torch.cat([_mapped(part, transfer) for part in flat.split(_SPLIT)])
+    mapped = torch.cat([_mapped(part, transfer) for part in torch.split(flat, _SPLIT)])
     out: np.ndarray = (mapped * 255).round().to(torch.uint8).reshape(pixels_HW3.shape).numpy()
     return out
 

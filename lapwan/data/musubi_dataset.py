@@ -217,7 +217,7 @@ def _clips(
         caption = file.with_name(file.stem + str(entry.caption_extension))
         text = caption.read_text(encoding="utf-8-sig").strip() if caption.is_file() else None
         if text:
-            clips.append(SourceClip(file, str(file), text))
+            clips.append(SourceClip(file, str(file), text, still=key.startswith("image")))
         else:
             reason = f"empty caption {caption.name}" if text == "" else f"no caption file {caption.name}"
             drops.append(DroppedClip(str(file), reason, file.stem))

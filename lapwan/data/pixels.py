@@ -153,7 +153,8 @@ def rgb_frame(frame: Any, treatment: str) -> Image.Image:
     if "tone-mapped" in treatment:
         from lapwan.data.hdr import tone_mapped
 
-        pixels = tone_mapped(_converted(frame, "rgb48le"), "PQ" if "PQ" in treatment else "HLG")
+        # Not through `_converted`: its flags lose the green of 16-bit output.
+        pixels = tone_mapped(frame.to_ndarray(format="rgb48le"), "PQ" if "PQ" in treatment else "HLG")
     elif has_alpha_channel(frame):
         pixels = composite(_converted(frame, "rgba"), "white" if "over white" in treatment else "black")
     else:

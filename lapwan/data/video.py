@@ -26,6 +26,7 @@ from lapwan.data.images import (
     check_pixels,
     frame_files,
     image_traits,
+    missing_frames,
     open_frame,
     short_reason,
 )
@@ -143,7 +144,9 @@ def _facts(path: Path, fps: float, source_fps: float | None, still: bool) -> Vid
         images = frame_files(path)
         width, height = open_frame(images[0]).size
         rate = source_fps or fps
-        return VideoFacts(width, height, rate, len(images), len(images) / rate, traits=image_traits(images[0]))
+        gaps = missing_frames(images)
+        words = [image_traits(images[0]), f"{len(gaps)} missing from {gaps[0]} on" if gaps else ""]
+        return VideoFacts(width, height, rate, len(images), len(images) / rate, traits=",".join(filter(None, words)))
     if not path.exists():
         raise BadClip("no such file")
     if path.suffix.lower() in IMAGE_SUFFIXES:
@@ -163,7 +166,8 @@ def _animation_facts(path: Path, source_fps: float | None) -> VideoFacts:
         raise BadClip(f"{path.name} cannot be read as an image ({short_reason(error)})") from None
     seconds = frames[-1][0].at + frames[-1][0].seconds
     rate = source_fps or len(frames) / seconds
-    return VideoFacts(*frames[0][1], rate, len(frames), len(frames) / rate, traits="animated", seekable=False)
+    width, height = frames[0][1]
+    return VideoFacts(width, height, rate, len(frames), len(frames) / rate, traits="animated", seekable=False)
 
 
 @functools.lru_cache(maxsize=2)  # the parts of a recording follow each other

@@ -101,14 +101,20 @@ def first_last_condition(vae: AutoencoderKLWan, first_BCHW: Tensor, last_BCHW: T
     return torch.cat([mask, condition], dim=1)
 
 
-def read_clip(path: Path, frames: int, size: tuple[int, int], fps: int) -> np.ndarray:
+def read_clip(
+    path: Path, frames: int, size: tuple[int, int], fps: int, part: tuple[float, float | None] | None = None
+) -> np.ndarray:
     """The first `frames` frames of a video at `fps`, resized and cropped as images are: uint8 [T, H, W, 3].
+
+    Args:
+        part: (start, duration) in seconds of a part of a recording; its frames are read instead.
 
     Raises:
         UserError: missing, unreadable, or too short.
     """
     try:
         info = probe(path, fps)
+        info = info if part is None else info.part(*part)
         count = info.count_at(fps)
         if count < frames:
             raise UserError(f"{path} has {count} frames at {fps} fps, {frames} are needed; ask for fewer with "
