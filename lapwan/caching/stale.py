@@ -20,7 +20,7 @@ from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.data.buckets import Crop
 from lapwan.data.clips import SourceClip
 from lapwan.data.frame_extraction import Window
-from lapwan.data.images import frame_files
+from lapwan.data.frame_files import frame_files
 from lapwan.data.regions import is_interpolated
 from lapwan.data.video import VideoFacts
 from lapwan.errors import UserError

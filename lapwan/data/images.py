@@ -1,10 +1,8 @@
-"""Pictures as upright RGB: orientation, depth, transparency, numbered frames, animations. No torch."""
+"""Pictures as upright RGB: orientation, depth, transparency, animations. No torch."""
 
 from __future__ import annotations
 
-import itertools
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ from lapwan.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
 LARGEST_PIXELS = 2**27  # a frame of 16384x8192; more is a mistake, or a file made to fill the memory
 _LIMIT = "LAPWAN_MAX_PIXELS"
 _SHORTEST = 0.011  # seconds: browsers and FFmpeg show animation frames of up to 10 ms for 100 ms
@@ -176,43 +173,6 @@ def image_traits(path: Path) -> str:
         raise BadClip("no such file") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise BadClip(f"{path.name} cannot be read as an image ({short_reason(error)})") from None
-
-
-def natural_key(name: str) -> tuple[tuple[int, str], ...]:
-    """Sort key in which 2 comes before 10: runs of digits count as numbers."""
-    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part)
-
-
-def frame_files(folder: Path) -> list[Path]:
-    """The images of a folder of frames, in natural order of their names.
-
-    Raises:
-        BadClip: there are none.
-    """
-    files = sorted((file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES
-                    and not file.name.startswith(".")), key=lambda file: (natural_key(file.stem), file.name))
-    if not files:
-        raise BadClip(f"the folder holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return files
-
-
-def frame_number(name: str) -> int | None:
-    """The last number of a frame file's name, by which frames are counted."""
-    numbers = re.findall(r"\d+", Path(name).stem)
-    return int(numbers[-1]) if numbers else None
-
-
-def missing_frames(files: list[Path]) -> list[int]:
-    """Numbers that are skipped in a numbered sequence whose other frames follow each other at an even distance."""
-    numbers = [number for file in files if (number := frame_number(file.name)) is not None]
-    if len(numbers) != len(files) or len(numbers) < 3:
-        return []
-    gaps = [after - before for before, after in itertools.pairwise(numbers)]
-    usual = sorted(gaps)[len(gaps) // 2]
-    if usual < 1 or min(gaps) < 1 or any(gap % usual for gap in gaps):
-        return []
-    return [number for before, after in itertools.pairwise(numbers)
-            for number in range(before + usual, after, usual)]
 
 
 def animation(path: Path, background: str = "black") -> Iterator[tuple[AnimationFrame, Image.Image]]:

@@ -20,7 +20,7 @@ from lapwan.data.buckets import Buckets
 from lapwan.data.clips import CacheSet, SourceClip, find_path, read_source_clips
 from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.frame_extraction import Extraction, FrameExtraction, round_frames
-from lapwan.data.images import IMAGE_SUFFIXES
+from lapwan.data.frame_files import IMAGE_SUFFIXES
 from lapwan.data.video import VIDEO_SUFFIXES
 from lapwan.errors import UserError, nearest
 from lapwan.settings.base import Settings

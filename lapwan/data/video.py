@@ -9,6 +9,7 @@ How to add a container: its suffix in `VIDEO_SUFFIXES`, if FFmpeg (PyAV) reads i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +20,12 @@ import numpy as np
 
 from lapwan.data.buckets import Crop
 from lapwan.data.dropped_clips import BadClip
+from lapwan.data.frame_files import IMAGE_SUFFIXES, frame_files, missing_frames
 from lapwan.data.images import (
-    IMAGE_SUFFIXES,
     LARGEST_PIXELS,
     animation,
     check_pixels,
-    frame_files,
     image_traits,
-    missing_frames,
     open_frame,
     short_reason,
 )
@@ -211,6 +210,8 @@ def _video_stream(container: Any) -> Any:
     stream = container.streams.best("video")
     if stream is None:
         raise BadClip("the file has no video stream")
+    if stream.codec_context is None:
+        raise BadClip("its video codec is unknown to this FFmpeg")
     check_pixels(stream.codec_context.width, stream.codec_context.height)
     return stream
 
@@ -327,6 +328,13 @@ def _intact(frame: Any, index: int) -> Any:
     if frame.is_corrupt:
         raise BadClip(f"frame {index} is damaged")
     return frame
+
+
+@contextlib.contextmanager
+def open_stream(path: Path) -> Iterator[tuple[Any, Any]]:
+    """(container, video stream) of a file, decoded on all cores."""
+    with _open(path) as container:
+        yield container, _threaded(container)
 
 
 def _from_start(path: Path, facts: VideoFacts, source_fps: float | None = None) -> Iterator[tuple[float, Any]]:
