@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from lapwan.data.dropped_clips import BadClip
+from lapwan.data.frame_stream import open_stream
 from lapwan.data.images import short_reason
-from lapwan.data.video import VideoFacts, open_stream
+from lapwan.data.video import VideoFacts
 
 _WIDTH, _HEIGHT = 64, 36
 _STEP = 1.0  # seconds between samples, where there are as many key frames
@@ -138,6 +139,7 @@ def _all_frames(
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Every frame from the key frame before `start` to `end`."""
     with open_stream(path) as (container, stream):
+        stream.codec_context.options = {"skip_loop_filter": "all"}  # thumbnails do not show it
         if start > 0 and facts.seekable:
             container.seek(int((start + facts.origin) / (stream.time_base or 1)), stream=stream, backward=True)
         for number, frame in enumerate(container.decode(stream)):

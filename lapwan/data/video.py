@@ -9,7 +9,6 @@ How to add a container: its suffix in `VIDEO_SUFFIXES`, if FFmpeg (PyAV) reads i
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +20,9 @@ import numpy as np
 from lapwan.data.buckets import Crop
 from lapwan.data.dropped_clips import BadClip
 from lapwan.data.frame_files import IMAGE_SUFFIXES, frame_files, missing_frames
+from lapwan.data.frame_stream import frames_from_seek, frames_from_start, open_container, video_stream
 from lapwan.data.images import (
-    LARGEST_PIXELS,
     animation,
-    check_pixels,
     image_traits,
     open_frame,
     short_reason,
@@ -39,7 +37,7 @@ from lapwan.data.pixels import (
     treatment_of,
     turns_sideways,
 )
-from lapwan.data.timeline import FrameClock, PacketTime, Timeline, make_timeline
+from lapwan.data.timeline import PacketTime, Timeline, make_timeline
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,8 +46,6 @@ VIDEO_SUFFIXES = frozenset({
     ".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".ts", ".gif",
 })
 _LATE = 0.0011  # seconds a timestamp may be late: containers round to milliseconds
-_SEEK_AFTER = 2.0  # seconds; before that, decoding from the start is as cheap as a seek, and safer
-_SEEK_BEFORE = (0.5, 10.0)  # seconds before the frame wanted: a container's index may lead behind it
 
 
 @dataclass(frozen=True)
@@ -175,13 +171,13 @@ def _probe_video(path: Path, source_fps: float | None, size: int, changed: int) 
     import av
 
     try:
-        with _open(path) as container:
-            stream = _video_stream(container)
+        with open_container(path) as container:
+            stream = video_stream(container)
             timeline, skipped = _timeline(container, stream)
             declared = stream.frames - skipped
             rate = float(stream.average_rate or stream.guessed_rate or 0)
-        with _open(path) as container:  # opened anew: elementary streams cannot seek
-            stream = _video_stream(container)
+        with open_container(path) as container:  # opened anew: elementary streams cannot seek
+            stream = video_stream(container)
             first = next(container.decode(stream), None)
             if first is None or timeline.frames == 0:
                 raise BadClip("no frame can be decoded")
@@ -196,24 +192,6 @@ def _probe_video(path: Path, source_fps: float | None, size: int, changed: int) 
     facts = VideoFacts(*shown, 0.0, timeline.frames, 0.0, timeline.origin, 0.0, *stored, traits,
                        seekable=timeline.seekable)
     return _timed(facts, timeline, rate, source_fps)
-
-
-def _open(path: Path) -> Any:
-    """An open container; metadata that is not UTF-8 (GBK is common) does not fail, a frame of absurd size does."""
-    import av
-
-    return av.open(str(path), metadata_errors="replace", options={"max_pixels": str(4 * LARGEST_PIXELS)})
-
-
-def _video_stream(container: Any) -> Any:
-    """The video stream, not a cover image that comes before it."""
-    stream = container.streams.best("video")
-    if stream is None:
-        raise BadClip("the file has no video stream")
-    if stream.codec_context is None:
-        raise BadClip("its video codec is unknown to this FFmpeg")
-    check_pixels(stream.codec_context.width, stream.codec_context.height)
-    return stream
 
 
 def _timeline(container: Any, stream: Any) -> tuple[Timeline, int]:
@@ -252,8 +230,8 @@ def _file_times(path: Path, traits: str, size: int, changed: int) -> tuple[float
     if "animated" in traits:
         return tuple(shown.at for shown, _ in animation(path))
     try:
-        with _open(path) as container:
-            return _timeline(container, _video_stream(container))[0].times
+        with open_container(path) as container:
+            return _timeline(container, video_stream(container))[0].times
     except (av.FFmpegError, OSError) as error:
         raise BadClip(f"cannot be read as video ({short_reason(error)})") from None
 
@@ -318,71 +296,11 @@ def _timed_frames(
     import av
 
     try:
-        frames = _from_start(path, facts, source_fps) if source_fps is not None else _from_seek(path, facts, start)
+        frames = (frames_from_seek(path, facts, start) if source_fps is None else
+                  frames_from_start(path, facts, source_fps))
         yield from deinterlaced(frames) if "yadif" in facts.treatment else frames
     except (av.FFmpegError, OSError, EOFError) as error:
         raise BadClip(f"decoding fails ({short_reason(error)})") from None
-
-
-def _intact(frame: Any, index: int) -> Any:
-    if frame.is_corrupt:
-        raise BadClip(f"frame {index} is damaged")
-    return frame
-
-
-@contextlib.contextmanager
-def open_stream(path: Path) -> Iterator[tuple[Any, Any]]:
-    """(container, video stream) of a file, decoded on all cores."""
-    with _open(path) as container:
-        yield container, _threaded(container)
-
-
-def _from_start(path: Path, facts: VideoFacts, source_fps: float | None = None) -> Iterator[tuple[float, Any]]:
-    """All frames with their times, counted at `source_fps` if it is given."""
-    clock = FrameClock(facts.origin, 1 / facts.fps, breaks=not facts.seekable)
-    with _open(path) as container:
-        for index, frame in enumerate(container.decode(_threaded(container))):
-            yield clock.at(frame) if source_fps is None else index / source_fps, _intact(frame, index)
-
-
-def _from_seek(path: Path, facts: VideoFacts, start: float) -> Iterator[tuple[float, Any]]:
-    """Frames from at or before `start` on. A seek that leads behind it is tried from farther back, then given up."""
-    for before in _SEEK_BEFORE if start > _SEEK_AFTER and facts.seekable else ():
-        with _open(path) as container:
-            stream = _threaded(container)
-            frames = _sought(container, stream, facts, start, max(0.0, start - before) + facts.origin)
-            first = next(frames, None)
-            if first is not None and first[0] <= start + facts.late:
-                yield first
-                yield from frames
-                return
-    yield from _from_start(path, facts)
-
-
-def _threaded(container: Any) -> Any:
-    stream = _video_stream(container)
-    stream.thread_type = "AUTO"
-    return stream
-
-
-def _sought(
-    container: Any, stream: Any, facts: VideoFacts, start: float, timestamp: float
-) -> Iterator[tuple[float, Any]]:
-    """Frames from the key frame before a timestamp on; none where the container cannot seek. Frames before `start`
-    that lack what they are predicted from are left out."""
-    import av
-
-    try:
-        container.seek(int(timestamp / (stream.time_base or 1)), stream=stream, backward=True)
-    except av.FFmpegError:
-        return
-    clock = FrameClock(facts.origin, 1 / facts.fps, breaks=False)
-    for index, frame in enumerate(container.decode(stream)):
-        if index == 0 and frame.time is None:
-            return
-        at = clock.at(frame)
-        if not (frame.is_corrupt and at < start):
-            yield at, _intact(frame, index)
 
 
 def resize_and_crop(image: Image.Image, crop: Crop) -> np.ndarray:
