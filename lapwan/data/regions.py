@@ -173,7 +173,8 @@ def pixel_region(
 
     Args:
         roi: shapes by source frame, as `read_roi` returns them.
-        mask: a video, or one picture for every frame; white is inside.
+        mask: a video, a folder of pictures, or one picture for every frame; white is inside, or in pictures without
+            white whatever is not black.
         indices: the clip's frames, counted at `fps`.
 
     Raises:
@@ -187,7 +188,10 @@ def pixel_region(
     mask_facts = mask_facts if mask_facts.is_image else replace(mask_facts, begin=facts.begin)
     mask_frames = [0] if mask_facts.is_image else indices
     pixels = read_frames(mask, mask_frames, crop, fps, mask_facts, source_fps)
-    white = (pixels.mean(axis=-1) > 127.5).astype(np.float32)
+    level = pixels.mean(axis=-1)
+    # Pictures of class numbers or of dark palettes have no white: there, whatever is not 0 is inside.
+    pictures = mask.is_dir() or mask_facts.is_image
+    white = (level > (0.5 if pictures and level.max() <= 127.5 else 127.5)).astype(np.float32)
     return np.repeat(white, len(indices), axis=0) if mask_facts.is_image else white
 
 

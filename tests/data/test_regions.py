@@ -108,6 +108,10 @@ def test_mask_image_and_mask_video(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "mask.png")
     mask = latent_region((), tmp_path / "mask.png", video, range(9), crop, 16, facts, None, (4, 8))
     np.testing.assert_allclose(mask, np.broadcast_to([0, 0, 0, 1, 1, 1], (3, 4, 6)))
+    for classes in (pixels // 255 * 3, np.where(pixels[..., None] > 0, (128, 0, 0), 0).astype(np.uint8)):
+        Image.fromarray(classes).save(tmp_path / "classes.png")
+        same = latent_region((), tmp_path / "classes.png", video, range(9), crop, 16, facts, None, (4, 8))
+        assert np.abs(same - mask).max() <= 0.2  # an edge is not softened
     (tmp_path / "masks").mkdir()
     for index in range(12):
         Image.fromarray(np.full((64, 96), 255 * (index >= 5), np.uint8)).save(tmp_path / "masks" / f"{index:02d}.png")
