@@ -22,6 +22,7 @@ from lapwan.distributed import Processes
 from lapwan.errors import Interrupted, UserError
 from lapwan.models.base import Base
 from lapwan.models.device import pick_device, pick_dtype, unlimit_memory
+from lapwan.models.resolve import check_components
 from lapwan.models.spec import Task, task_with
 from lapwan.sampling.adapters import AdapterSet, read_adapters
 from lapwan.sampling.expert_mix import alpha_vector, choose_mix
@@ -395,6 +396,7 @@ class VideoGenerator:
         if key not in self._adapters:
             if open_task not in self._bases:
                 self._bases[open_task] = resolve_base(settings.model, open_task, generation=True)
+                check_components(self._bases[open_task].spec)
             self._adapters[key] = read_adapters(
                 self._bases[open_task], chosen.lora, chosen.moe, chosen.fold, chosen.key_rule)
         base, adapters = self._adapters[key]

@@ -12,6 +12,8 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -21,6 +23,8 @@ from lapwan import __version__
 from lapwan.cli_aliases import rewrite
 from lapwan.commands.table import COMMANDS, Command
 from lapwan.errors import Interrupted, UserError
+from lapwan.files import finished_text, forget_finished
+from lapwan.interrupt import INTERRUPTED, command_line, stop_on_signals
 
 
 def _without_bool(params: Any) -> Any:
@@ -48,9 +52,29 @@ class _LazyCommand(TyperCommand):
         return _without_bool(super().get_params(ctx))
 
 
+@contextmanager
+def _interrupts_raised() -> Iterator[None]:
+    """A KeyboardInterrupt as `Interrupted`: Typer would end the process with 130 and without a word."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = finished_text()
+        raise Interrupted(f"interrupted; {kept or 'no output was written'}", "--overwrite" if kept else "") from None
+
+
 class _Commands(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**{**attributes, "commands": {row.name: _LazyCommand(row) for row in COMMANDS}})
+
+    def make_context(self, *arguments: Any, **extra: Any) -> Any:
+        """Parse the options of `lapwan` itself."""
+        with _interrupts_raised():
+            return super().make_context(*arguments, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse the options of the command and run it."""
+        with _interrupts_raised():
+            return super().invoke(ctx)
 
     def get_params(self, ctx: Any) -> Any:
         """The options of `lapwan` itself. Those of Typer's shell completion are one line of the help.
@@ -107,6 +131,13 @@ def _stop(message: str, code: int, style: str | None = None) -> NoReturn:
     sys.exit(code)
 
 
+def _interrupted(stop: Interrupted, words: list[str]) -> str:
+    """What an interrupted command keeps, and the command that continues or repeats it."""
+    if stop.again is None:
+        return str(stop)
+    return f"{stop}; to continue: {command_line(words, stop.again)}"
+
+
 def main() -> None:
     """Entry point. Exit codes: 0 success, 1 a bug in lapwan, 2 an error that the user can fix, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
@@ -114,15 +145,17 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     for name, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    typed = sys.argv[1:]
     try:
-        sys.argv[1:] = rewrite(sys.argv[1:])
-        app()
+        with _interrupts_raised():
+            stop_on_signals()
+            forget_finished()
+            sys.argv[1:] = rewrite(typed)
+            app()
     except UserError as error:
         _stop(f"error: {error}", 2, style="red")
     except Interrupted as stop:
-        _stop(str(stop), 130)
-    except KeyboardInterrupt:
-        _stop("error: interrupted", 130, style="red")
+        _stop(_interrupted(stop, typed), INTERRUPTED)
     except BrokenPipeError:  # `lapwan ... | head`
         sys.stderr.close()
         sys.exit(0)

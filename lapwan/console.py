@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
@@ -34,6 +35,7 @@ NO_BREAK = "\u00a0"  # a space in a plan's text at which no line ends
 _SPEED_WINDOW = 600.0  # seconds over which the speed is averaged; a step of a large model may take a minute
 
 _level = NORMAL
+_counters: list[Counter[str]] = []
 _busy = False  # a progress bar is active
 # soft_wrap: a path or an error must stay on one line when the output is a file or a pipe.
 results = Console(soft_wrap=True, highlight=False)
@@ -60,7 +62,20 @@ def detail(message: str) -> None:
 
 def warn(message: str) -> None:
     """`warning: ...` on stderr; also under -q, because it may change what the user does."""
+    for counted in _counters:
+        counted[message] += 1
     log_console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+@contextmanager
+def warnings_counted() -> Iterator[Counter[str]]:
+    """The warnings of a scope and how often each was given."""
+    counted: Counter[str] = Counter()
+    _counters.append(counted)
+    try:
+        yield counted
+    finally:
+        _counters.remove(counted)
 
 
 class PlanRow(NamedTuple):

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from lapwan.errors import UserError
+from lapwan.interrupt import ctrl_c_blocked
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(hours=2)  # the other processes wait while the first one plans, validates, samples or saves
@@ -107,12 +109,29 @@ def launched() -> Processes:
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
     """A pool of spawned processes for plain functions; forking a process that holds CUDA or torch threads is unsafe."""
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_ctrl_c)
+    with ctrl_c_blocked():
+        return _Workers(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
 
 
-def _ignore_ctrl_c() -> None:
-    """Ctrl-C reaches the whole process group; the main process shuts the workers down."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class _Workers(ProcessPoolExecutor):
+    """Ctrl-C reaches the whole process group: the main process shuts its workers down."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Submit a call; it may start a worker."""
+        with ctrl_c_blocked():
+            return super().submit(fn, *args, **kwargs)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is killed: nobody else would, and it would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="parent").start()
 
 
 @contextmanager

@@ -17,8 +17,15 @@ class Interrupted(Exception):
     """The user pressed Ctrl-C and the state is saved, or a callback cancelled a video: printed as one line, exit
     code 130.
 
-    The message says how to continue.
+    Args:
+        message: what is kept and, without `again`, how to continue.
+        again: the option with which the same command continues, such as `--resume`; "" for none: the command line adds
+            the whole command to the message.
     """
+
+    def __init__(self, message: str, again: str | None = None) -> None:
+        super().__init__(message)
+        self.again = again
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

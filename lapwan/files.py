@@ -5,18 +5,33 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
+import shlex
 import socket
-import uuid
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
+from lapwan.console import log
 from lapwan.errors import UserError
+from lapwan.temporaries import (
+    NO_LOCKS,
+    finished,
+    fsync_path,
+    put,
+    remove_stale,
+    remove_stale_once,
+    settle,
+    temporary_folder,
+    try_lock,
+    unlock,
+)
+from lapwan.temporaries import is_temporary as is_temporary
 
+_SHOWN = 3  # paths named in a message
 LOCK_FILE = ".lapwan.lock"
-_TEMPORARY = ".lapwan-tmp-"
-_LOCK_SECONDS = 0.5  # a process that ends removes its lock file: a start at that moment tries again
 
 
 def cache_root() -> Path:
@@ -26,14 +41,32 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lapwan"
 
 
-def _temporary(path: Path) -> Path:
-    # The suffix stays at the end: writers such as PyAV choose the container by it.
-    return path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+_EXPANDED = re.compile(r"(?:~[\w.-]*|\$\w+|\$\{\w+\})(?=/|$)")
 
 
-def is_temporary(path: Path) -> bool:
-    """True for a temporary file or folder, such as a killed run leaves behind."""
-    return path.name.startswith(_TEMPORARY)
+def expand_user(path: str | Path) -> Path:
+    """A path as a user wrote it: a leading `~`, and `$NAME` or `${NAME}` of the environment, are filled in.
+
+    What is not set stays as it is written, and so does a path that exists as it is written.
+    """
+    text = str(path)
+    if not (text.startswith("~") or "$" in text) or "\0" in text or os.path.lexists(text):
+        return Path(path)
+    expanded = Path(os.path.expandvars(text))
+    try:
+        return expanded.expanduser()
+    except RuntimeError:  # no such user
+        return expanded
+
+
+def expand_setting(value: str) -> str:
+    """A setting's text with a leading `~` or variable filled in, as a shell does: `~/models`, `high=$RUNS/a`.
+
+    Only at the begin, or after the `name=` of an argument: a `~` inside a text is its own.
+    """
+    name, equals, _ = value.partition("=")
+    start = f"{name}=" if equals and name.isidentifier() else ""
+    return start + str(expand_user(value[len(start):])) if _EXPANDED.match(value, len(start)) else value
 
 
 def inside(folder: Path, name: object, named_by: Path) -> Path:
@@ -48,72 +81,70 @@ def inside(folder: Path, name: object, named_by: Path) -> Path:
     return folder / name
 
 
-def fsync_path(path: Path) -> None:
-    """Flush a file or a directory entry to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on failure remove it."""
+    """Yield a temporary path on the same disk; on success flush it and rename it to `path`, on failure remove it.
+
+    The file's permissions are those of the umask, whatever its writer gave it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
+    remove_stale_once(path.parent)
+    with temporary_folder(path.parent) as folder:
+        temporary = folder / path.name
         yield temporary
-        temporary.chmod(mode)  # that of the umask: safetensors' writer makes its files private
-        fsync_path(temporary)
-        temporary.replace(path)
-        fsync_path(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        settle(temporary)
+        put(temporary, path)
 
 
 @contextmanager
 def atomic_folder(path: Path, first_wins: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success fsync its files and rename it to `path`.
+    """Yield an empty temporary folder on the same disk; on success flush all in it and rename it to `path`.
 
-    A folder at `path` is replaced: check it with `claim_output` first.
+    A folder at `path` is replaced: check it with `claim_output` first. Permissions are those of the umask.
 
     Args:
         first_wins: a folder that another process has put there meanwhile stays, and this one's is dropped. For what
             every process would make alike, and reads as soon as it is there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    temporary.mkdir()
-    try:
+    remove_stale_once(path.parent)
+    with temporary_folder(path.parent) as folder:
+        temporary = folder / path.name
+        temporary.mkdir()
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file() and not file.is_symlink():
-                fsync_path(file)
-        if first_wins:
-            try:
-                temporary.rename(path)  # in one step: refused where a folder with files is there
-            except OSError:
-                if not path.is_dir():
-                    raise
-        elif path.is_dir():
-            old = _temporary(path)
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        settle(temporary)
+        if not first_wins:
+            put(temporary, path)
+            return
+        try:
+            temporary.rename(path)  # in one step: refused where a folder with files is there
+        except OSError:
+            if not path.is_dir():
+                raise
         fsync_path(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole UTF-8 text file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def forget_finished() -> None:
+    """Start the list of `finished_text` anew: a command begins."""
+    finished.clear()
+
+
+def was_written(path: Path) -> bool:
+    """Whether this command has written a file or folder whole."""
+    return path.absolute() in {other.absolute() for other in finished}
+
+
+def finished_text() -> str:
+    """`written: A, B and 3 more` of what this command has written whole; empty if there is nothing."""
+    made = [path for path in dict.fromkeys(finished) if not path.absolute().is_relative_to(cache_root().absolute())]
+    more = f" and {len(made) - _SHOWN} more" if len(made) > _SHOWN else ""
+    return f"written: {', '.join(map(str, made[:_SHOWN]))}{more}" if made else ""
 
 
 def claim_output(path: Path, overwrite: bool) -> None:
@@ -123,6 +154,7 @@ def claim_output(path: Path, overwrite: bool) -> None:
         UserError: the output exists, its parent is a file, or nothing can be written there.
     """
     _check_parent(path)
+    remove_stale_once(path.parent)
     if path.is_dir() and all(entry.name == LOCK_FILE for entry in path.iterdir()):
         return
     if (path.exists() or path.is_symlink()) and not overwrite:
@@ -131,11 +163,12 @@ def claim_output(path: Path, overwrite: bool) -> None:
 
 @contextmanager
 def folder_lock(folder: Path, enabled: bool = True) -> Iterator[None]:
-    """Hold the lock of an output folder, which one process at a time writes to.
+    """Hold the lock of an output folder, which one process at a time writes to; remove what killed ones have left.
 
-    The lock is the system's, on the file `.lapwan.lock` in the folder, which holds `{"host": ..., "pid": ...}` of the
-    process. It ends with the process, in any way: a file that a killed process leaves locks nothing. File and folder
-    are made if absent; at the end the file is removed, and the folder if nothing was written into it.
+    The lock is the system's, on the file `.lapwan.lock` in the folder, which holds `{"host": ..., "pid": ...,
+    "command": ..., "since": ...}` of the process and stays, emptied, when it ends. The lock ends with the process, in
+    any way: the file of a killed process, on this host or another, locks nothing. Folder and file are made if absent,
+    and removed at the end where nothing else was written.
 
     Args:
         enabled: False for no lock: nothing is made, read or removed.
@@ -146,26 +179,39 @@ def folder_lock(folder: Path, enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    from filelock import FileLock, Timeout
-
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     path = _made_folder(folder) / LOCK_FILE
-    # No fallback to a file without a system lock: it would outlive a killed process and lock the folder for good.
-    lock = FileLock(path, timeout=_LOCK_SECONDS, fallback_to_soft=False, on_acquired=_write_holder)
     try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"{folder} is in use by {_holder(path)}; wait for that process, stop it, or choose another "
-                        "output") from None
+        descriptor = try_lock(path)
+        if descriptor is not None:
+            _take_over(folder, path, descriptor)
     except OSError as error:
         _remove_lock_file(path, missing)
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; choose another output") from None
         raise UserError(f"cannot lock {folder}: {error.strerror or error}; choose an output on a file system with "
                         "locks, or pass --no-lock and let nothing else write to this folder") from None
+    if descriptor is None:
+        raise UserError(f"{folder} is in use by {_holder(path)}; wait for that process, stop it, or choose another "
+                        "output")
     try:
         yield
     finally:
+        os.truncate(descriptor, 0)
         _remove_lock_file(path, missing)
-        lock.release()
+        unlock(descriptor)
+
+
+def _take_over(folder: Path, path: Path, descriptor: int) -> None:
+    """Write this process into the lock file; remove what the one that it still names was killed in writing."""
+    if os.fstat(descriptor).st_size:
+        log(f"{folder}: {_holder(path)} has ended without finishing")
+    try:
+        _write_holder(descriptor)
+    except OSError:
+        unlock(descriptor)
+        raise
+    remove_stale(folder)
 
 
 def _made_folder(folder: Path) -> Path:
@@ -182,22 +228,29 @@ def _made_folder(folder: Path) -> Path:
 
 
 def _write_holder(descriptor: int) -> None:
-    os.truncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode() + b"\n", 0)
+    """A whole line in one write: readers see the old one or the new one."""
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "command": shlex.join(sys.argv),
+              "since": datetime.now(UTC).isoformat(timespec="seconds")}
+    line = json.dumps(holder).encode() + b"\n"
+    os.pwrite(descriptor, line, 0)
+    os.truncate(descriptor, len(line))
+    os.fsync(descriptor)
 
 
 def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on host {holder['host']}"
-    except (OSError, ValueError, KeyError, TypeError):  # just made or removed
+        since = f" since {holder['since']}" if "since" in holder else ""
+        return f"process {holder['pid']} on host {holder['host']}{since}"
+    except (OSError, ValueError, KeyError, TypeError):  # just made or emptied
         return "another process"
 
 
 def _remove_lock_file(path: Path, made: list[Path]) -> None:
-    """Remove the lock file, and the folders made for it that are empty."""
+    """Remove a lock file that is alone in its folder, and the folders made for it that are empty."""
     with suppress(OSError):
-        path.unlink(missing_ok=True)
+        if all(entry.name == LOCK_FILE for entry in os.scandir(path.parent)):
+            path.unlink(missing_ok=True)
         for folder in made:
             folder.rmdir()
 
@@ -212,10 +265,9 @@ def _check_parent(path: Path) -> None:
 
 
 def _try_writing(path: Path, folder: Path) -> None:
-    probe = _temporary(folder / "probe")
     try:
-        probe.touch()
-        probe.unlink()
+        with temporary_folder(folder):
+            pass
     except OSError as error:
         raise UserError(f"cannot write {path}: {folder}: {error.strerror}; choose another output") from None
 

@@ -32,7 +32,7 @@ def _global_state_kept() -> Iterator[None]:
     """What a command may change for its whole process is as it was afterwards."""
     environment, argv, streams = dict(os.environ), sys.argv, (sys.stdin, sys.stdout, sys.stderr)
     random, threads, gradients = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -98,6 +98,12 @@ class Started:
             target=_as_program, args=([str(a) for a in arguments], str(cwd or Path.cwd()), dict(os.environ), paths))
         self._process.start()
 
+    @property
+    def pid(self) -> int:
+        """Of the process itself, without those that it has started."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def poll(self) -> int | None:
         """The exit code; minus a signal's number when that ended it; None while it runs."""
         return self._process.exitcode
@@ -110,7 +116,7 @@ class Started:
     def send_signal(self, number: signal.Signals) -> None:
         """To the process and those that it has started; none once it has ended, whose output then says why."""
         if self.poll() is None:
-            os.killpg(self._process.pid, number)
+            os.killpg(self.pid, number)
 
     def wait(self, seconds: float = PATIENCE) -> Ran:
         """Wait for its end; it is killed when that takes longer."""

@@ -15,6 +15,7 @@ import torch
 from adapter_cases import write_random_mixture
 from cache_cases import write_random_cache
 from command_line import Ran, run_lapwan, run_successfully
+from every_command import write_inputs
 
 from lapwan.models.spec import ModelSpec, read_spec
 from lapwan.tiny.model import tiny_folder
@@ -49,6 +50,14 @@ def t2v_cache(tmp_path_factory: pytest.TempPathFactory, tiny_t2v: ModelSpec) -> 
 @pytest.fixture(scope="session")
 def mixture_path(tmp_path_factory: pytest.TempPathFactory, tiny_t2v: ModelSpec) -> Path:
     return write_random_mixture(tmp_path_factory.mktemp("mixtures") / "mixture.safetensors", tiny_t2v)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory, t2v_cache: Path, mixture_path: Path, tiny_t2v: ModelSpec,
+           ) -> dict[str, Path]:
+    """What the commands of `every_command` read."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"), t2v_cache, mixture_path,
+                        tiny_t2v.path / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,9 @@ def held_elsewhere(folder: Path) -> Iterator[BaseProcess]:
 
 
 def refusal(folder: Path, holder: BaseProcess) -> str:
-    return (f"{folder} is in use by process {holder.pid} on host {socket.gethostname()}; wait for that process, stop "
-            "it, or choose another output")
+    since = json.loads((folder / LOCK_FILE).read_text())["since"]
+    return (f"{folder} is in use by process {holder.pid} on host {socket.gethostname()} since {since}; wait for that "
+            "process, stop it, or choose another output")
 
 
 @pytest.fixture
@@ -64,7 +66,10 @@ def arguments(t2v_cache: Path) -> Callable[[str], list[object]]:
 def test_a_second_process_is_refused_by_host_and_pid_of_the_holder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with held_elsewhere(folder) as process:
-        assert json.loads((folder / LOCK_FILE).read_text()) == {"host": socket.gethostname(), "pid": process.pid}
+        held = json.loads((folder / LOCK_FILE).read_text())
+        assert set(held) == {"host", "pid", "command", "since"}
+        assert (held["host"], held["pid"]) == (socket.gethostname(), process.pid)
+        assert abs(datetime.now(UTC) - datetime.fromisoformat(held["since"])) < timedelta(seconds=PATIENCE)
         for _ in range(2):  # a refused process leaves the holder's file as it was
             with pytest.raises(UserError) as refused, folder_lock(folder):
                 pytest.fail("two processes hold the lock")
@@ -82,6 +87,15 @@ def test_a_second_process_is_refused_by_host_and_pid_of_the_holder(tmp_path: Pat
     assert list(folder.iterdir()) == []  # the folder was there before, and stays
 
 
+def test_the_lock_file_of_a_process_that_was_killed_on_another_host_locks_nothing(tmp_path: Path, capfd) -> None:
+    (tmp_path / LOCK_FILE).write_text('{"host": "node7", "pid": 1, "command": "lapwan", "since": "2026-11-30"}\n')
+    (tmp_path / "x").touch()
+    with folder_lock(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert "process 1 on host node7 since 2026-11-30 has ended without finishing" in capfd.readouterr().err
+    assert (tmp_path / LOCK_FILE).read_text() == ""  # one file, which stays
+
+
 def test_a_lock_leaves_nothing_behind_where_nothing_was_written(tmp_path: Path) -> None:
     run = tmp_path / "a" / "run"
     with folder_lock(run):
@@ -89,7 +103,7 @@ def test_a_lock_leaves_nothing_behind_where_nothing_was_written(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
     with folder_lock(run):
         (run / "x").touch()
-    assert [path.name for path in run.iterdir()] == ["x"]
+    assert sorted(path.name for path in run.iterdir()) == [LOCK_FILE, "x"]
     with pytest.raises(UserError, match="x is a file, not a folder"), folder_lock(run / "x"):
         pytest.fail("a file was locked as a folder")
 
@@ -130,8 +144,8 @@ def test_no_lock_writes_all_the_same(succeed, arguments, tmp_path) -> None:
         assert (tmp_path / "out" / LOCK_FILE).is_file()  # the holder's
 
 
-def test_a_run_folder_keeps_no_lock_file_and_a_dry_run_makes_none(succeed, arguments, tmp_path) -> None:
+def test_a_run_folder_keeps_the_lock_file_alone_and_a_dry_run_makes_none(succeed, arguments, tmp_path) -> None:
     succeed(*arguments("train-lora"), "--dry-run")
     assert list(tmp_path.iterdir()) == []
     succeed(*arguments("train-lora"))
-    assert not (tmp_path / "out" / LOCK_FILE).exists()
+    assert list(tmp_path.rglob(".*")) == [tmp_path / "out" / LOCK_FILE]

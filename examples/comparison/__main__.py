@@ -18,7 +18,7 @@ from examples.comparison.settings import ComparisonSettings
 from examples.comparison.table import markdown
 from examples.comparison.workspace import Workspace
 from lapwan import console, files
-from lapwan.data.clips import read_clips
+from lapwan.data.clip_file import read_clips
 from lapwan.errors import UserError
 from lapwan.settings.base import to_toml
 from lapwan.settings.load import load

@@ -6,19 +6,23 @@ While it works, the index lists only items whose files are complete, so a killed
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lapwan import console, files
+from lapwan.caching.families import with_families
 from lapwan.caching.index import CachedItem, CacheIndex, write_index
 from lapwan.caching.layout import PROMPTS_FILE, CacheRecipe
 from lapwan.caching.plan import CachePlan, index_items, index_path, make_plan
 from lapwan.caching.read import load_index
 from lapwan.caching.report import plan_rows, write_report
 from lapwan.caching.stale import EncoderSpec
+from lapwan.caching.stems import known_stems
+from lapwan.caching.verify import damaged_files
 from lapwan.data.clips import CacheSet
+from lapwan.data.decoding.pixels import ReadOptions
 from lapwan.data.dropped_clips import DroppedClip
-from lapwan.data.pixels import ReadOptions
 from lapwan.distributed import Processes
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import folder_lock
@@ -30,7 +34,7 @@ from lapwan.settings.cache import CacheSettings
 @dataclass(frozen=True)
 class CacheOptions:
     """What to encode and how; `takeover` allows a folder that holds the cache of another dataset; `lock`: hold the
-    folder's lock; `read`: how clips are read."""
+    folder's lock; `verify`: read every file and make damaged ones again; `read`: how clips are read."""
 
     latents: bool = True
     text: bool = True
@@ -41,6 +45,7 @@ class CacheOptions:
     prune: bool = False
     takeover: bool = False
     lock: bool = True
+    verify: bool = False
     read: ReadOptions = field(default_factory=ReadOptions)
 
 
@@ -65,15 +70,15 @@ def plan_cache(cache: CacheSet, encoders: EncoderSpec, options: CacheOptions) ->
         UserError: the folder is the cache of another dataset.
     """
     before = load_index(cache.folder, empty=True) if index_path(cache.folder).is_file() else None
-    known: dict[str, CachedItem] = {}
     if before is not None:
-        known = {item.clip: item for item in before.items if item.clip is not None}
+        known = {item.clip for item in before.items if item.clip is not None}
         clips = {clip.key for clip in cache.clips}
         other_dataset = before.dataset not in (None, str(cache.dataset.absolute()))
-        if other_dataset and known and not clips & set(known) and not options.takeover:
+        if other_dataset and known and not clips & known and not options.takeover:
             raise UserError(f"{cache.folder} is the cache of {before.dataset}; choose another --output, or --overwrite "
                             "to use the folder for this dataset (its files are kept unless --prune)")
-    return make_plan(cache, encoders, known, options.latents, options.text, options.read), before
+    damaged = damaged_files(cache.folder) if options.verify else {}
+    return make_plan(cache, encoders, before, options.latents, options.text, damaged, options.read), before
 
 
 def build_cache(
@@ -92,7 +97,7 @@ def build_cache(
             return _encode_and_index(plan, before, spec, options, processes)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; finished files in {cache.folder} are kept; "
-                              "run the same command again to continue") from None
+                              "run the same command again to continue", again="") from None
         except OSError as error:
             raise UserError(f"cannot write to {cache.folder}: {error.strerror or error}; existing files are complete; "
                             "free disk space and run the same command again to continue") from None
@@ -102,19 +107,21 @@ def _encode_and_index(
     plan: CachePlan, before: CacheIndex | None, spec: ModelSpec, options: CacheOptions, processes: Processes
 ) -> CacheResult:
     result = CacheResult(plan.folder, len(plan.items), list(plan.drops))
-    index = _index(plan, {}, before.pixels_per_second if before else None)
+    index = _index(plan, before)
     done: dict[str, CacheRecipe] = {}
     if not plan.done and plan.items:
         if processes.first:
             console.show_plan(plan_rows(plan, index.pixels_per_second))
             write_index(index)
         result, done, speed = _encode(plan, spec, options, processes, result)
-        index = replace(index, items=index_items(plan, done), pixels_per_second=speed or index.pixels_per_second,
-                        prompts=_prompts(plan))
+        items = index_items(plan, done)
+        index = replace(index, items=items, pixels_per_second=speed or index.pixels_per_second, prompts=_prompts(plan),
+                        stems=_stems(plan, items, before))
     if processes.first and (index != before):
         write_index(index)
     if processes.first:
         write_report(plan, index.items, result.drops)
+        _remove_superseded(plan, index)
     pruned = _prune(plan) if options.prune and processes.first else 0
     return replace(result, items=len(index.items), pruned=pruned)
 
@@ -161,18 +168,40 @@ def _prompts(plan: CachePlan) -> str | None:
     return PROMPTS_FILE if (plan.folder / PROMPTS_FILE).is_file() else None
 
 
-def _index(plan: CachePlan, done: dict[str, CacheRecipe], speed: float | None) -> CacheIndex:
-    encoders, cache = plan.encoders, plan.cache
-    return CacheIndex(
-        cache.folder, index_items(plan, done), task=encoders.task, fps=encoders.fps, vae=encoders.vae,
+def _index(plan: CachePlan, before: CacheIndex | None) -> CacheIndex:
+    """The index of what is up to date before anything is encoded."""
+    encoders, cache, items = plan.encoders, plan.cache, index_items(plan, {})
+    return with_families(CacheIndex(
+        cache.folder, items, task=encoders.task, fps=encoders.fps, vae=encoders.vae,
         text_encoder=encoders.text, text_dim=encoders.text_dim, taxonomy=cache.taxonomy,
-        dataset=str(cache.dataset.absolute()), prompts=_prompts(plan), pixels_per_second=speed,
-    )
+        stems=_stems(plan, items, before), dataset=str(cache.dataset.absolute()), prompts=_prompts(plan),
+        pixels_per_second=before.pixels_per_second if before else None,
+    ), [clip.labels for clip in cache.clips])
+
+
+def _stems(plan: CachePlan, items: Sequence[CachedItem], before: CacheIndex | None) -> dict[str, str]:
+    """The stems of the dataset's clips that have no item: not encoded yet, or dropped this time."""
+    clips, cached = {clip.key for clip in plan.cache.clips}, {item.clip for item in items}
+    stems = {path: earlier[0] for path, earlier in known_stems(before).items() if path in clips}
+    stems |= {item.clip.key: item.stem for item in reversed(plan.items)}
+    return {path: stem for path, stem in stems.items() if path not in cached}
+
+
+def _remove_superseded(plan: CachePlan, index: CacheIndex) -> None:
+    """Delete lapwan's files of a window in another size, once the file that takes their place is there.
+
+    musubi-tuner would take both for items.
+    """
+    cached = {name for item in index.items for name in (item.latents, item.roi)}
+    for name, successor in plan.superseded.items():
+        if successor in cached:
+            (plan.folder / name).unlink(missing_ok=True)
 
 
 def _prune(plan: CachePlan) -> int:
     """Delete the files of clips that are no longer in the dataset, and temporary files of killed runs."""
-    temporary = [path for path in plan.folder.iterdir() if files.is_temporary(path)]
+    # Files of older versions, which locked no temporary; the folder's lock is held.
+    temporary = [path for path in plan.folder.iterdir() if files.is_temporary(path) and path.is_file()]
     for path in [*temporary, *(plan.folder / name for name in plan.orphans)]:
         path.unlink(missing_ok=True)
     return len(temporary) + len(plan.orphans)

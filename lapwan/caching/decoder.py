@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -21,7 +22,11 @@ from lapwan.data.dropped_clips import BadClip
 from lapwan.data.video import VideoFacts, read_frames
 from lapwan.distributed import worker_pool
 
+J = TypeVar("J")
+R = TypeVar("R")
+
 _FRAMES_PER_JOB = 256  # at most, in the union of its windows: bounds the memory of a job
+_ATTEMPTS = 2  # of a job alone, before the fault is the job's
 _PREFETCH_BYTES = 2 * 2**30  # decoded frames that may wait for the encoder
 
 
@@ -101,16 +106,44 @@ class Decoder:
     """
 
     def __init__(self, jobs: Sequence[DecodeJob], workers: int) -> None:
-        self._remaining = deque(jobs)
-        self._workers = min(workers, len(jobs))
-        self._pending: deque[tuple[DecodeJob, Future[list[Decoded]]]] = deque()
-        self._pool = worker_pool(self._workers) if self._workers else None
         largest = max((job.bytes for job in jobs), default=1)
-        self._prefetch = max(self._workers, min(2 * self._workers, _PREFETCH_BYTES // largest))
-        self._fill()
+        self._results = OrderedResults(jobs, run_job, _crashed, workers, _PREFETCH_BYTES // largest)
 
     def __enter__(self) -> Iterator[Decoded]:
-        return self._items()
+        return (decoded for results in self._results.__enter__() for decoded in results)
+
+    def __exit__(self, *_: object) -> None:
+        self._results.__exit__()
+
+
+def _crashed(job: DecodeJob) -> list[Decoded]:
+    return [Decoded(name, None, "the decoder crashed on it", 0.0) for name, _ in job.windows]
+
+
+class OrderedResults(Generic[J, R]):
+    """`function(job)` of every job, in order, from worker processes: `with OrderedResults(...) as results`.
+
+    A process that dies, by a fault of the decoder or killed from outside, costs nothing but its job's time: the job is
+    run again in a process of its own, and the others go on. If that dies twice, too, `crashed(job)` is its result.
+
+    Args:
+        workers: processes; 0: each job is run in this process when its result is read.
+        prefetch: jobs that are run before their results are read, at most; one per worker at least, two at most.
+    """
+
+    def __init__(
+        self, jobs: Iterable[J], function: Callable[[J], R], crashed: Callable[[J], R], workers: int, prefetch: int
+    ) -> None:
+        self._remaining = deque(jobs)
+        self._function, self._crashed = function, crashed
+        self._workers = min(workers, len(self._remaining))
+        self._prefetch = max(self._workers, min(2 * self._workers, prefetch))
+        self._pending: deque[tuple[J, Future[R] | None]] = deque()  # None: not submitted
+        self._pool = worker_pool(self._workers) if self._workers else None
+        self._fill()
+
+    def __enter__(self) -> Iterator[R]:
+        return self._in_order()
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
@@ -118,37 +151,50 @@ class Decoder:
 
     def _fill(self) -> None:
         while self._pool is not None and self._remaining and len(self._pending) < self._prefetch:
-            job = self._remaining.popleft()
-            self._pending.append((job, self._pool.submit(run_job, job)))
+            self._pending.append((self._remaining.popleft(), None))
+        for number, (job, future) in enumerate(self._pending):
+            if future is None:
+                self._pending[number] = job, self._submitted(job)
 
-    def _items(self) -> Iterator[Decoded]:
+    def _submitted(self, job: J) -> Future[R] | None:
+        try:
+            return None if self._pool is None else self._pool.submit(self._function, job)
+        except BrokenProcessPool:  # a worker died since the last result was read: the next call of `_fill` submits it
+            self._restart()
+            return None
+
+    def _in_order(self) -> Iterator[R]:
         while self._pool is None and self._remaining:
-            yield from run_job(self._remaining.popleft())
+            yield self._function(self._remaining.popleft())
         while self._pending:
             job, future = self._pending.popleft()
-            try:
-                decoded = future.result()
-            except BrokenProcessPool:
-                decoded = self._recover(job)
+            if future is None:
+                result = self._isolated(job)
+            else:
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    self._restart()
+                    result = self._isolated(job)
             self._fill()
-            yield from decoded
+            yield result
 
-    def _recover(self, job: DecodeJob) -> list[Decoded]:
-        """A decoder that crashes breaks the pool: run this job in a separate pool, and submit the others again."""
+    def _restart(self) -> None:
+        """A new pool. Results that are there are kept; the other jobs are submitted again."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-        self._remaining.extendleft(reversed([other for other, _ in self._pending]))
-        self._pending.clear()
-        decoded = _run_isolated(job)
         self._pool = worker_pool(self._workers)
-        return decoded
+        for number, (job, future) in enumerate(self._pending):
+            if future is not None and (not future.done() or future.cancelled() or future.exception() is not None):
+                self._pending[number] = job, None
 
-
-def _run_isolated(job: DecodeJob) -> list[Decoded]:
-    pool = worker_pool(1)
-    try:
-        return pool.submit(run_job, job).result()
-    except BrokenProcessPool:
-        return [Decoded(name, None, "the decoder crashed on it", 0.0) for name, _ in job.windows]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    def _isolated(self, job: J) -> R:
+        for _ in range(_ATTEMPTS):
+            pool = worker_pool(1)
+            try:
+                return pool.submit(self._function, job).result()
+            except BrokenProcessPool:
+                continue
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        return self._crashed(job)

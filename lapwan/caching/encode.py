@@ -44,7 +44,6 @@ from lapwan.wan.vae import channels_last, encode, load_vae
 _BATCH_PIXELS = 480 * 832 * 81  # of a batch: one full-size clip, or several smaller ones
 _LARGEST_BATCH = 8
 _TEXT_BATCH = 16
-_PENDING_WRITES = 8
 _LISTED = 5  # clips with an empty region that a warning names
 _PIXELS_FOR_WORKERS = 200_000_000  # source pixels, about a second of decoding: above, worker processes pay off
 
@@ -163,14 +162,15 @@ def _encode_latents(plan: CachePlan, spec: ModelSpec, options: EncodeOptions, re
             channels_last(vae)
         writes: list[Future[None]] = []
         for batch in _batches(decoded, todo, options, result, bar.advance):
+            for write in writes:  # a kill loses what is encoded now, and nothing from before
+                write.result()
+            writes.clear()
             started = time.perf_counter()
             latents, conditions = _encode_clips(vae, [frames for _, frames in batch], plan.encoders.condition)
             result.seconds.encode += time.perf_counter() - started
             for row, (item, _) in enumerate(batch):
                 condition = None if conditions is None else conditions[row]
                 writes.append(writer.submit(_write, plan, item, latents[row], condition, result))
-            while len(writes) > _PENDING_WRITES:
-                writes.pop(0).result()
             bar.advance(len(batch))
         for write in writes:
             write.result()
@@ -253,8 +253,8 @@ def _write(plan: CachePlan, item: PlannedItem, latents: Tensor, condition: Tenso
     dtype = getattr(torch, plan.encoders.latents_dtype)
     write_latents(
         plan.folder / item.latents, latents.to(dtype), None if condition is None else condition.to(dtype),
-        (item.facts.width, item.facts.height), None if item.window is None else item.window.frames,
-        item.latents_recipe,
+        item.crop.bucket if item.window is not None else (item.facts.width, item.facts.height),
+        None if item.window is None else item.window.frames, item.latents_recipe,
     )
     result.latents += 1
     result.pixels += item.pixels

@@ -1,23 +1,35 @@
 """The index of a cache folder: its format, writing and parsing. No torch.
 
 `lapwan_index.jsonl`: the first line describes the cache, each other line is an item; file names are relative to the
-folder. `read.py` reads a folder; one made by musubi-tuner has no index (`musubi_cache.py`).
+folder. Labels are stored by the keys of the taxonomy's families (`"label": "hook"`, `"label_weights": {"hook": 1.0}`),
+whose order and fingerprint the first line has; older indices have numbers and lists in an order that they do not state.
+`read.py` reads a folder; one made by musubi-tuner has no index (`musubi_cache.py`).
 
 How to add a field of an item: a field of `CachedItem` with a default, set in `_index_item` of `plan.py`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from lapwan import files
+from lapwan.data.clip_file import to_line
+from lapwan.data.video import VideoFacts
 from lapwan.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+T = TypeVar("T")
 
 INDEX_FILE = "lapwan_index.jsonl"
 INDEX_FORMAT = 1
+_SHOWN = 60  # characters of a value in a message
+_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -68,45 +80,174 @@ class CacheIndex:
     text_encoder: str | None = None
     text_dim: int | None = None
     taxonomy: str | None = None
+    taxonomy_fingerprint: str | None = None
+    families: tuple[str, ...] | None = None  # the taxonomy's keys, in the order of label numbers and weights
+    stems: dict[str, str] = field(default_factory=dict)  # by path: of clips that are not among the items yet
     dataset: str | None = None
     prompts: str | None = None
     pixels_per_second: float | None = None  # of the last encoding, for the next plan's estimate
     verified: bool = True
 
 
+_NOT_STORED = ("folder", "items", "verified")
+
+
 def write_index(index: CacheIndex) -> None:
     """Write the index atomically."""
-    head = {"lapwan_index": INDEX_FORMAT}
-    not_in_head = ("folder", "items", "verified")
-    head |= {f.name: getattr(index, f.name) for f in fields(CacheIndex) if f.name not in not_in_head}
-    lines = [head, *({k: v for k, v in asdict(item).items() if v is not None} for item in index.items)]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    files.write_text(index.folder / INDEX_FILE, text)
+    head: dict[str, Any] = {"lapwan_index": INDEX_FORMAT}
+    stored = {f.name: getattr(index, f.name) for f in fields(CacheIndex) if f.name not in _NOT_STORED}
+    head |= {name: value for name, value in stored.items() if value or name not in ("stems", "families")}
+    lines = [head, *(_stored_item(item, index.families) for item in index.items)]
+    files.write_text(index.folder / INDEX_FILE, "".join(map(to_line, lines)))
+
+
+def _stored_item(item: CachedItem, families: tuple[str, ...] | None) -> dict[str, Any]:
+    row = {key: value for key, value in asdict(item).items() if value is not None}
+    if families is not None:
+        if item.label is not None:
+            row["label"] = families[item.label]
+        if item.label_weights is not None:
+            row["label_weights"] = {
+                key: weight for key, weight in zip(families, item.label_weights, strict=True) if weight}
+    return row
 
 
 def parse_index(path: Path) -> CacheIndex:
     """The index at `path`, checked line by line.
 
     Raises:
-        UserError: a damaged index, one of another format, or one that names files outside the folder.
+        UserError: a damaged index (with line and key), one of another format, or one that names files outside the
+            folder.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        head = json.loads(lines[0])
-        if head.pop("lapwan_index") != INDEX_FORMAT:
-            raise UserError(f"{path} has a format that this version of lapwan cannot read; run lapwan cache again")
-        known = {f.name for f in fields(CacheIndex)}
-        items = tuple(_item(json.loads(line)) for line in lines[1:])
-        names = [name for item in items for name in (item.latents, item.text, item.roi)] + [head.get("prompts")]
-        for name in names:
-            if name is not None:
-                files.inside(path.parent, name, path)
-        return CacheIndex(path.parent, items, **{k: v for k, v in head.items() if k in known})
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} is damaged ({error}); run lapwan cache again; existing files are kept") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, 1, str(error)) from None
+    lines = text.split("\n")  # not splitlines: a caption may hold a line separator of Unicode
+    head = _object(path, 1, lines[0])
+    if head.get("lapwan_index") != INDEX_FORMAT or isinstance(head["lapwan_index"], bool):
+        raise UserError(f"{path}, line 1: lapwan_index = {_brief(head.get('lapwan_index'))} is not a format that this "
+                        f"version of lapwan reads ({INDEX_FORMAT}); delete it and run lapwan cache again")
+    families = head.get("families")
+    if families is not None:
+        if not isinstance(families, list) or not all(isinstance(key, str) for key in families):
+            raise _damaged(path, 1, f"families = {_brief(families)} must be a list of names")
+        head["families"] = families = tuple(families)
+    known = {f.name for f in fields(CacheIndex)} - set(_NOT_STORED)
+    content = {key: value for key, value in head.items() if key in known}
+    index: CacheIndex = _typed(path, 1, CacheIndex, content | {"folder": path.parent, "items": ()})
+    for name in (index.prompts, *index.stems.values()):
+        if name is not None:
+            files.inside(path.parent, name, path)
+    items = tuple(_item(path, number, _object(path, number, line), families)
+                  for number, line in enumerate(lines[1:], 2) if line)
+    return replace(index, items=items)
 
 
-def _item(row: dict[str, Any]) -> CachedItem:
-    if row.get("label_weights") is not None:
-        row["label_weights"] = tuple(row["label_weights"])
-    return CachedItem(**row)
+def _item(path: Path, number: int, row: dict[str, Any], families: tuple[str, ...] | None) -> CachedItem:
+    for key in ("latents", "text", "roi"):
+        if row.get(key) is not None:
+            files.inside(path.parent, row[key], path)
+    try:
+        _numbered(row, families)
+    except ValueError as error:
+        raise _damaged(path, number, str(error)) from None
+    if row.get("facts") is not None:
+        _typed(path, number, VideoFacts, row["facts"], "facts.")
+    item = _typed(path, number, CachedItem, row)
+    smallest = {"frames": 1, "height": 1, "width": 1, "repeats": 1, "start": 0, "label": 0}
+    for key, least in smallest.items():
+        if (value := getattr(item, key)) is not None and value < least:
+            raise _damaged(path, number, f"{key} = {value} must be at least {least}")
+    count = len(item.label_weights or families or ())
+    if count and item.label is not None and item.label >= count:
+        raise _damaged(path, number, f"label = {item.label}, but there are {count} families")
+    return item
+
+
+def _numbered(row: dict[str, Any], families: tuple[str, ...] | None) -> None:
+    """Change labels by key into numbers and weights in the order of `families`.
+
+    Raises:
+        ValueError: a key that is not a family, or labels by key in an index without families.
+    """
+    label, weights = row.get("label"), row.get("label_weights")
+    by_key = [label] if isinstance(label, str) else []
+    by_key += list(weights) if isinstance(weights, dict) else []
+    for key in by_key:
+        if families is None or key not in families:
+            raise ValueError(f"{_brief(key)} is not one of its families ({', '.join(families or ()) or 'none'})")
+    if families is not None and isinstance(label, str):
+        row["label"] = families.index(label)
+    if isinstance(weights, dict):
+        row["label_weights"] = tuple(weights.get(key, 0.0) for key in families or ())
+    elif isinstance(weights, list):
+        row["label_weights"] = tuple(weights)
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line, parse_constant=_refuse, parse_int=_limited)
+    except json.JSONDecodeError as error:
+        raise _damaged(path, number, f"broken JSON, {error.msg} at character {error.colno}") from None
+    except ValueError as error:  # NaN
+        raise _damaged(path, number, str(error)) from None
+    except RecursionError:
+        raise _damaged(path, number, "nested too deep") from None
+    if not isinstance(value, dict):
+        raise _damaged(path, number, "not an object")
+    return value
+
+
+def _limited(text: str) -> int | float:
+    """An integer; infinity, which no key may have, for one that no file, frame or pixel count reaches."""
+    return int(text) if len(text) < _DIGITS else float("inf")
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+@functools.cache
+def _checkers() -> dict[type[Any], type[BaseModel]]:
+    return {kind: _checker(kind) for kind in (CacheIndex, CachedItem, VideoFacts)}
+
+
+def _checker(kind: type[Any]) -> type[BaseModel]:
+    """A model with the fields of a dataclass that converts nothing and ignores keys that newer versions add."""
+    from pydantic import ConfigDict, create_model  # here: not needed to name the classes above
+
+    types = get_type_hints(kind)
+    required = (MISSING, MISSING)
+    content: dict[str, Any] = {
+        f.name: (types[f.name], ... if (f.default, f.default_factory) == required else f.default) for f in fields(kind)}
+    config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
+    return create_model(kind.__name__, __config__=config, **content)
+
+
+def _typed(path: Path, number: int, kind: type[T], value: object, prefix: str = "") -> T:
+    """`value`, an object of JSON, as an instance of the dataclass `kind`."""
+    from pydantic import ValidationError
+
+    if not isinstance(value, dict):
+        raise _damaged(path, number, f"{prefix.rstrip('.')} = {_brief(value)} must be an object")
+    try:
+        model = _checkers()[kind].model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        given = "" if first["type"] == "missing" else f" = {_brief(first['input'])}"
+        raise _damaged(path, number, f"{prefix}{key}{given}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    return kind(**{name: getattr(model, name) for name in model.model_fields_set})
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value) if isinstance(value, str | bool) or value is None else str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _damaged(path: Path, number: int, reason: str) -> UserError:
+    return UserError(f"{path}, line {number} is damaged: {reason}; delete the index and run lapwan cache again, which "
+                     "keeps the other files")

@@ -6,25 +6,25 @@
 - `..._lapwan_roi.safetensors` instead of `_wan` (ours): `roi_{T}x{H}x{W}_float32` [T, H, W].
 - `lapwan_prompts.safetensors` (ours): `empty_{dtype}`, `negative_{dtype}` [n, D].
 
-`{W}x{H}` of a name and `width`, `height` of the metadata are the *original* frame size. Extra tensors would enter
-musubi's batch and stray `*_wan.safetensors` are deleted by it, so ours have another suffix; extra metadata is ignored.
-Our metadata: `lapwan.recipe`, what a file was made from as JSON, which shows whether it is stale and why (`stale.py`).
+`{W}x{H}` of a name and `width`, `height` of the metadata are a video's size after resizing and cropping, an image's
+before (older versions of lapwan: before, for both). Extra tensors would enter musubi's batch and stray
+`*_wan.safetensors` are deleted by it, so ours have another suffix; extra metadata is ignored. Our metadata:
+`lapwan.recipe`, what a file was made from as JSON, which shows whether it is stale and why (`stale.py`), and
+`lapwan.sha256`, a checksum of the whole file.
 Source: musubi-tuner's dataset documentation and cache files.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lapwan.checkpoints.container import TensorFile, read_header
+from lapwan.checkpoints.container import TensorFile, header_bytes, read_header
 from lapwan.data.frame_extraction import Window
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
@@ -32,7 +32,11 @@ from lapwan.files import atomic_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-RECIPE_KEY = "lapwan.recipe"
+RECIPE_KEY, CHECKSUM_KEY = "lapwan.recipe", "lapwan.sha256"
+_NO_CHECKSUM = "0" * 64  # in place of the checksum while it is computed
+_CHECKSUM = re.compile("[0-9a-f]{64}")
+_PIECE = 1 << 20  # bytes read at a time
+_MUSUBI_ALIGN = 256  # bytes: the headers that its own writer makes are padded to a multiple
 PROMPTS_FILE = "lapwan_prompts.safetensors"
 LATENTS_END, TEXT_END, ROI_END = "_wan.safetensors", "_wan_te.safetensors", "_lapwan_roi.safetensors"
 _FORMAT = {"architecture": "wan", "format_version": "1.0.1"}
@@ -43,7 +47,7 @@ CacheRecipe = Mapping[str, Any]
 
 
 def latents_name(stem: str, window: Window | None, width: int, height: int) -> str:
-    """The name of a latents file. `width`, `height` are the original frame's; `window` None is an image."""
+    """The name of a latents file: `width`, `height` of the bucket for a video, of the image where `window` is None."""
     part = "" if window is None else f"_{window.start:05d}-{window.frames:03d}"
     return f"{stem}{part}_{width:04d}x{height:04d}{LATENTS_END}"
 
@@ -94,9 +98,44 @@ def read_recipe(file: TensorFile) -> dict[str, Any] | None:
         return None
     try:
         recipe = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return recipe if isinstance(recipe, dict) else {}
+
+
+def write_latents(
+    path: Path, latents_CTHW: Tensor, condition_CTHW: Tensor | None, size: tuple[int, int], frames: int | None,
+    recipe: CacheRecipe,
+) -> None:
+    """Write a latents file; `size` is the (width, height) of its name, `frames` None for an image."""
+    tensors = {_latents_key("latents", latents_CTHW): latents_CTHW}
+    if condition_CTHW is not None:
+        tensors[_latents_key("latents_image", condition_CTHW)] = condition_CTHW
+    metadata = {**_FORMAT, "width": str(size[0]), "height": str(size[1]), RECIPE_KEY: recipe_text(recipe)}
+    if frames is not None:
+        metadata["frame_count"] = str(frames)
+    _save(path, _raw(tensors), metadata)
+
+
+def write_text_features(path: Path, features_ND: Tensor, caption: str, recipe: CacheRecipe) -> None:
+    """Write a text file."""
+    metadata = {**_FORMAT, "caption1": caption, RECIPE_KEY: recipe_text(recipe)}
+    _save(path, _raw({f"varlen_t5_{_dtype_name(features_ND)}": features_ND}), metadata)
+
+
+def write_prompts(path: Path, empty_ND: Tensor, negative_ND: Tensor, recipe: CacheRecipe) -> None:
+    """Write the features of the empty and of the negative prompt."""
+    tensors = {f"empty_{_dtype_name(empty_ND)}": empty_ND, f"negative_{_dtype_name(negative_ND)}": negative_ND}
+    _save(path, _raw(tensors), {RECIPE_KEY: recipe_text(recipe)})
+
+
+def write_roi(path: Path, roi_THW: Any, recipe: CacheRecipe) -> None:
+    """Write a region mask, a float32 numpy array [T, H, W] in [0, 1]. Needs no torch."""
+    key = f"roi_{'x'.join(str(n) for n in roi_THW.shape)}_float32"
+    _save(path, [(key, "F32", roi_THW.shape, roi_THW.astype("<f4").tobytes())], {RECIPE_KEY: recipe_text(recipe)})
+
+
+_RawTensor = tuple[str, str, Sequence[int], bytes]  # name, safetensors dtype, shape, bytes
 
 
 def _dtype_name(tensor: Tensor) -> str:
@@ -107,65 +146,55 @@ def _latents_key(kind: str, tensor: Tensor) -> str:
     return f"{kind}_{'x'.join(str(n) for n in tensor.shape[-3:])}_{_dtype_name(tensor)}"
 
 
-def write_latents(
-    path: Path, latents_CTHW: Tensor, condition_CTHW: Tensor | None, size: tuple[int, int], frames: int | None,
-    recipe: CacheRecipe,
-) -> None:
-    """Write a latents file; `size` is the original (width, height), `frames` None for an image."""
-    tensors = {_latents_key("latents", latents_CTHW): latents_CTHW}
-    if condition_CTHW is not None:
-        tensors[_latents_key("latents_image", condition_CTHW)] = condition_CTHW
-    metadata = {**_FORMAT, "width": str(size[0]), "height": str(size[1]), RECIPE_KEY: recipe_text(recipe)}
-    if frames is not None:
-        metadata["frame_count"] = str(frames)
-    _save(path, tensors, metadata)
+def _raw(tensors: Mapping[str, Tensor]) -> list[_RawTensor]:
+    import torch
+
+    from lapwan.checkpoints.tensors import DTYPE_NAMES
+
+    return [(name, DTYPE_NAMES[tensor.dtype], tensor.shape,
+             tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            for name, tensor in tensors.items()]
 
 
-def write_text_features(path: Path, features_ND: Tensor, caption: str, recipe: CacheRecipe) -> None:
-    """Write a text file."""
-    metadata = {**_FORMAT, "caption1": caption, RECIPE_KEY: recipe_text(recipe)}
-    _save(path, {f"varlen_t5_{_dtype_name(features_ND)}": features_ND}, metadata)
+def _save(path: Path, tensors: Sequence[_RawTensor], metadata: Mapping[str, str]) -> None:
+    """Write a file atomically: metadata in sorted order, with the checksum of all bytes."""
+    placed, end = [], 0
+    for name, dtype, shape, data in tensors:
+        placed.append((name, dtype, shape, end, end + len(data)))
+        end += len(data)
+    ordered = dict(sorted({**metadata, CHECKSUM_KEY: _NO_CHECKSUM}.items()))
+    digest = hashlib.sha256(header_bytes(placed, ordered))
+    for *_, data in tensors:
+        digest.update(data)
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        stream.write(header_bytes(placed, ordered | {CHECKSUM_KEY: digest.hexdigest()}))
+        for *_, data in tensors:
+            stream.write(data)
 
 
-def write_prompts(path: Path, empty_ND: Tensor, negative_ND: Tensor, recipe: CacheRecipe) -> None:
-    """Write the features of the empty and of the negative prompt."""
-    _save(path, {f"empty_{_dtype_name(empty_ND)}": empty_ND, f"negative_{_dtype_name(negative_ND)}": negative_ND},
-          {RECIPE_KEY: recipe_text(recipe)})
+def checksum_matches(file: TensorFile) -> bool | None:
+    """Whether every byte of a file is the one that was written: SHA-256 of it with zeros in place of the checksum.
+
+    Returns:
+        None if that cannot be told: the file has no checksum, or another tool rewrote it and kept our metadata.
+    """
+    stored = file.metadata.get(CHECKSUM_KEY)
+    if stored is None:  # none, or a flipped bit in its key
+        return False if any(_CHECKSUM.fullmatch(value) for value in file.metadata.values()) else None
+    with file.path.open("rb") as stream:
+        header = stream.read(file.data_start)
+        if _is_musubi_header(header):
+            return None
+        digest = hashlib.sha256(header.replace(stored.encode(), _NO_CHECKSUM.encode(), 1))
+        while piece := stream.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest() == stored
 
 
-def write_roi(path: Path, roi_THW: Any, recipe: CacheRecipe) -> None:
-    """Write a region mask, a float32 numpy array [T, H, W] in [0, 1]. Needs no torch."""
-    from safetensors.numpy import save_file
-
-    key = f"roi_{'x'.join(str(n) for n in roi_THW.shape)}_float32"
-    metadata = {RECIPE_KEY: recipe_text(recipe)}
-    _atomically(path, lambda temporary: save_file({key: roi_THW}, temporary, metadata))
-
-
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    _atomically(path, lambda temporary: save_file(stored, temporary, metadata))
-
-
-def _atomically(path: Path, save: Callable[[Path], None]) -> None:
-    """Write a file atomically; errors of safetensors, such as a full disk, become OSError."""
-    from safetensors import SafetensorError
-
-    with atomic_file(path) as temporary:
-        try:
-            save(temporary)
-        except SafetensorError as error:
-            raise OSError(errno.EIO, str(error)) from None
-        _set_permissions(temporary)
-
-
-def _set_permissions(path: Path) -> None:
-    """Give a file the usual permissions: safetensors makes its files readable by their owner only."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+def _is_musubi_header(header: bytes) -> bool:
+    """Whether musubi-tuner wrote the header: it caches a caption again into the file and copies all metadata."""
+    text = header[8:].rstrip(b" ")
+    return len(header) % _MUSUBI_ALIGN == 0 and json.dumps(json.loads(text)).encode() == text
 
 
 def find_tensor(file: TensorFile, kind: str, required: bool = True) -> str | None:

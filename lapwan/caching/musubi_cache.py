@@ -10,13 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lapwan.caching.families import with_families
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.layout import LATENTS_END, find_tensor, open_cache_file, parse_latents_name, read_recipe, text_name
-from lapwan.data.clips import MEDIA_KEYS, label_fields, read_clips
+from lapwan.data.clip_file import MEDIA_KEYS, read_clips
+from lapwan.data.clips import label_fields
 from lapwan.errors import UserError
 from lapwan.files import is_temporary
 
 _TEMPORAL, _SPATIAL = 4, 8  # strides of the VAE that these caches are made with
+_RANK = 4  # of latents
 _LISTED = 5  # items without labels that an error lists
 
 
@@ -41,6 +44,9 @@ def _item(path: Path) -> CachedItem:
     if read_recipe(file) is not None:
         raise UserError(f"{path.parent} has no index: lapwan cache was interrupted there; run it again to finish")
     shape = file.tensors[str(find_tensor(file, "latents"))].shape
+    if len(shape) != _RANK:
+        raise UserError(f"{path}: its latents {list(shape)} are not [channels, frames, height, width]; delete it and "
+                        "cache again")
     frames = (shape[-3] - 1) * _TEMPORAL + 1
     if name.window is not None and name.window.frames != frames:
         raise UserError(f"{path}: its name says {name.window.frames} frames, its latents {list(shape)} hold {frames}; "
@@ -59,7 +65,7 @@ def join_labels(index: CacheIndex, labels: Path) -> CacheIndex:
     Raises:
         UserError: an item without a line, or with several lines of different labels.
     """
-    by_path, by_stem = _read_labels(labels)
+    by_path, by_stem, taxonomy = _read_labels(labels)
     items: list[CachedItem] = []
     missing: list[str] = []
     for item in index.items:
@@ -83,7 +89,8 @@ def join_labels(index: CacheIndex, labels: Path) -> CacheIndex:
         more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
         raise UserError(f"{labels} has no line for {len(missing)} of {len(index.items)} items: "
                         f"{', '.join(missing[:_LISTED])}{more}; label those clips too")
-    return replace(index, items=tuple(items))
+    joined = replace(index, items=tuple(items), taxonomy=taxonomy, families=None, taxonomy_fingerprint=None)
+    return with_families(joined, [vars(item) for item in items])
 
 
 def clip_stem(item: CachedItem) -> str:
@@ -92,8 +99,11 @@ def clip_stem(item: CachedItem) -> str:
     return item.id if name is None else name.stem
 
 
-def _read_labels(labels: Path) -> tuple[dict[str, dict[str, Any]], dict[str, list[tuple[int, dict[str, Any]]]]]:
-    """Label fields by absolute path and, with line numbers, by stem."""
+def _read_labels(
+    labels: Path
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[tuple[int, dict[str, Any]]]], str | None]:
+    """Label fields by absolute path and, with line numbers, by stem; the name of their taxonomy."""
+    taxonomy: str | None = None
     by_path: dict[str, dict[str, Any]] = {}
     by_stem: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for clip in read_clips(labels):
@@ -104,7 +114,9 @@ def _read_labels(labels: Path) -> tuple[dict[str, dict[str, Any]], dict[str, lis
         fields = _labelled(clip.data, location)
         by_stem.setdefault(Path(media).stem, []).append((clip.line, fields))
         by_path[str(labels.absolute().parent / media)] = fields
-    return by_path, by_stem
+        named = clip.data.get("instrument_taxonomy")
+        taxonomy = taxonomy or (named if isinstance(named, str) else None)
+    return by_path, by_stem, taxonomy
 
 
 def _labelled(data: Mapping[str, Any], location: str) -> dict[str, Any]:

@@ -5,18 +5,18 @@ A file is up to date if its recipe is the one wanted now (`stale.py`). No torch:
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lapwan.caching.index import INDEX_FILE, CachedItem
+from lapwan.caching.index import INDEX_FILE, CachedItem, CacheIndex
 from lapwan.caching.layout import (
     LATENTS_END,
     PROMPTS_FILE,
     ROI_END,
     TEXT_END,
     CacheRecipe,
+    LatentsName,
     latents_name,
     parse_latents_name,
     recipe_fingerprint,
@@ -25,29 +25,34 @@ from lapwan.caching.layout import (
 )
 from lapwan.caching.stale import (
     EncoderSpec,
+    FileCheck,
     check_file,
     frames_recipe,
+    is_ours,
     latents_recipe,
     prompts_recipe,
     roi_recipe,
     source_fingerprint,
     text_recipe,
 )
+from lapwan.caching.stems import known_stems, unique_stems
 from lapwan.data.buckets import Crop, centre_crop
 from lapwan.data.clips import CacheSet, SourceClip
+from lapwan.data.decoding.pixels import ReadOptions
 from lapwan.data.dropped_clips import BadClip, DroppedClip
-from lapwan.data.frame_extraction import Window
-from lapwan.data.pixels import ReadOptions
+from lapwan.data.frame_extraction import Extraction, Window
 from lapwan.data.video import VideoFacts, probe
 from lapwan.files import is_temporary
-
-_LONGEST_STEM = 180  # bytes
 
 
 @dataclass(frozen=True)
 class PlannedItem:
-    """A training item to cache: frames to decode, their crop, and its files. `window` None is an image."""
+    """A training item to cache: frames to decode, their crop, and its files. `window` None is an image.
 
+    `id` is stem, window and source size: unique in the cache folder, and the same whatever its files are called.
+    """
+
+    id: str
     clip: SourceClip
     stem: str
     facts: VideoFacts
@@ -59,11 +64,6 @@ class PlannedItem:
     text_recipe: CacheRecipe
     roi_recipe: CacheRecipe | None
     source_fps: float | None
-
-    @property
-    def id(self) -> str:
-        """The latents' file name without its ending: unique in the cache folder, and stable."""
-        return self.latents.removesuffix(LATENTS_END)
 
     @property
     def text(self) -> str:
@@ -91,8 +91,10 @@ class CachePlan:
     """What a cache folder needs.
 
     The `..._todo` hold the item and the reason for each file to make; `made` the recipes of files that are up to date;
-    `unverified` the files that fit by name and shape only; `orphans` the cache files that belong to no clip of the
-    dataset. Files of a dropped clip are not orphans: it may come back.
+    `unverified` the files that fit by name and shape only. Of the files that no item uses, `orphans` are those that
+    lapwan made for no clip of the dataset, `foreign` those of another tool, and `superseded` lapwan's files of the same
+    window in another size, each with the file that takes its place. Files of a dropped clip are none of these: it may
+    come back.
     """
 
     cache: CacheSet
@@ -106,6 +108,8 @@ class CachePlan:
     made: dict[str, CacheRecipe] = field(default_factory=dict)
     unverified: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    superseded: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -137,61 +141,65 @@ def latents_size(encoders: EncoderSpec, item: PlannedItem) -> int:
 
 
 def make_plan(
-    cache: CacheSet, encoders: EncoderSpec, known: Mapping[str, CachedItem], latents: bool = True, text: bool = True,
-    read: ReadOptions | None = None,
+    cache: CacheSet, encoders: EncoderSpec, before: CacheIndex | None, latents: bool = True, text: bool = True,
+    damaged: Mapping[str, str] | None = None, read: ReadOptions | None = None,
 ) -> CachePlan:
     """Compare what the dataset needs with the files of the cache folder.
 
     Args:
-        known: the items of an earlier index by clip path; unchanged clips are not probed again.
+        before: the earlier index: its clips keep their stems, and unchanged ones are not probed again.
         latents, text: which files to make; regions are made with the latents.
+        damaged: files to make again whatever their headers say, with the reason.
         read: how clips are read; the default is that of `ReadOptions`.
     """
     plan = CachePlan(cache, encoders, drops=list(cache.drops))
-    stems = unique_stems(cache.clips)
-    for clip, stem in zip(cache.clips, stems, strict=True):
+    known = {item.clip: item for item in before.items if item.clip is not None} if before is not None else {}
+    checked = _CheckedFiles(cache.folder, damaged or {})
+    names: set[str] = set()
+    for clip, stem in zip(cache.clips, unique_stems(cache.clips, known_stems(before)), strict=True):
         try:
-            plan.items += _items_of(clip, stem, cache, encoders, known.get(clip.key), read or ReadOptions())
+            items = _items_of(clip, stem, cache, encoders, known.get(clip.key), checked, read or ReadOptions())
+            if taken := next((item.latents for item in items if item.latents.casefold() in names), None):
+                raise BadClip(f"another clip's cache file is called {taken} too; rename this one")
         except BadClip as error:
-            plan.drops.append(DroppedClip(clip.name, str(error), stem))
+            plan.drops.append(_dropped(clip, str(error), stem))
         except OSError as error:
-            plan.drops.append(DroppedClip(clip.name, f"cannot be read ({error.strerror})", stem))
-    _compare(plan, latents, text)
+            plan.drops.append(_dropped(clip, f"cannot be read ({error.strerror})", stem))
+        else:
+            plan.items += items
+            names |= {item.latents.casefold() for item in items}
+    _compare(plan, checked, latents, text)
     return plan
 
 
-def unique_stems(clips: Iterable[SourceClip]) -> list[str]:
-    """One stem per clip: that of its file, with a hash of the path appended if an earlier clip has the same."""
-    used: set[str] = set()
-    stems = []
-    for clip in clips:
-        base, attempt = _short(clip.stem), 0
-        stem = base
-        while stem.casefold() in used:  # some file systems do not tell A.mp4 from a.mp4
-            digest = hashlib.sha256(f"{clip.key}\0{attempt}".encode()).hexdigest()
-            stem, attempt = f"{base}-{digest[:8]}", attempt + 1
-        used.add(stem.casefold())
-        stems.append(stem)
-    return stems
+def _dropped(clip: SourceClip, reason: str, stem: str) -> DroppedClip:
+    printable = clip.name.encode(errors="backslashreplace").decode()  # a file name may hold bytes of another encoding
+    return DroppedClip(printable, reason, stem)
 
 
-def _short(stem: str) -> str:
-    """The stem, shortened so that cache and temporary file names stay within 255 bytes."""
-    raw = stem.encode()
-    if len(raw) <= _LONGEST_STEM:
-        return stem
-    cut = raw[: _LONGEST_STEM - 9].decode(errors="ignore")
-    return f"{cut}-{hashlib.sha256(raw).hexdigest()[:8]}"
+class _CheckedFiles:
+    """Checks cache files, each once."""
+
+    def __init__(self, folder: Path, damaged: Mapping[str, str]) -> None:
+        self._folder, self._damaged = folder, damaged
+        self._checks: dict[tuple[str, str], FileCheck] = {}
+
+    def check(self, name: str, recipe: CacheRecipe) -> FileCheck:
+        """Compare a file with the recipe wanted."""
+        if name in self._damaged:
+            return FileCheck(self._damaged[name])
+        key = name, recipe_fingerprint(recipe)
+        if key not in self._checks:
+            self._checks[key] = check_file(self._folder / name, recipe)
+        return self._checks[key]
 
 
 def _items_of(
-    clip: SourceClip, stem: str, cache: CacheSet, encoders: EncoderSpec, before: CachedItem | None, read: ReadOptions
+    clip: SourceClip, stem: str, cache: CacheSet, encoders: EncoderSpec, before: CachedItem | None,
+    checked: _CheckedFiles, read: ReadOptions,
 ) -> list[PlannedItem]:
     extraction = cache.extraction
-    source_fps = extraction.source_fps or clip.fps
-    source, facts = _facts(clip, encoders.fps, source_fps, before, read)
-    bucket = extraction.buckets.choose(facts.width, facts.height)
-    crop = centre_crop(facts.width, facts.height, bucket)
+    source, facts = _facts(clip, encoders.fps, extraction.source_fps or clip.fps, before, read)
     windows: list[Window | None] = [None]
     if not facts.is_image:
         count = facts.count_at(encoders.fps)
@@ -200,14 +208,25 @@ def _items_of(
             shortest = min(extraction.target_frames)
             raise BadClip(f"too short: {count} frames at {encoders.fps:g} fps ({facts.seconds:.2f} s), "
                           f"the shortest target is {shortest}")
-    return [_planned_item(clip, stem, facts, source, window, crop, encoders, source_fps)
-            for window in windows]
+    items = []
+    for window in windows:
+        item = _planned_item(clip, stem, facts, source, window, encoders, extraction)
+        earlier = (other for other in _earlier_files(item, encoders, extraction)
+                   if checked.check(other.latents, other.latents_recipe).reason is None)
+        if checked.check(item.latents, item.latents_recipe).reason is not None:
+            item = next(earlier, item)
+        items.append(item)
+    return items
 
 
 def _facts(
     clip: SourceClip, fps: float, source_fps: float | None, before: CachedItem | None, read: ReadOptions
 ) -> tuple[str, VideoFacts]:
     """(fingerprint of the source with its frame rate, its facts, from the earlier index if unchanged)."""
+    try:
+        str(clip.path).encode()
+    except UnicodeEncodeError:
+        raise BadClip("its file name is not UTF-8; rename it") from None
     if not clip.path.exists():
         raise BadClip("no such file")
     source = f"{source_fingerprint(clip.path)}@{source_fps or 0:g}"
@@ -219,19 +238,40 @@ def _facts(
 
 
 def _planned_item(
-    clip: SourceClip, stem: str, facts: VideoFacts, source: str, window: Window | None, crop: Crop,
-    encoders: EncoderSpec, source_fps: float | None,
+    clip: SourceClip, stem: str, facts: VideoFacts, source: str, window: Window | None, encoders: EncoderSpec,
+    extraction: Extraction,
 ) -> PlannedItem:
+    size = facts.width, facts.height
+    crop = centre_crop(*size, extraction.buckets.choose(*size))
     frames = frames_recipe(source, window, crop, encoders.fps, facts)
     return PlannedItem(
-        clip=clip, stem=stem, facts=facts, probe=source, window=window, crop=crop, source_fps=source_fps,
-        latents=latents_name(stem, window, facts.width, facts.height),
+        id=latents_name(stem, window, *size).removesuffix(LATENTS_END), clip=clip, stem=stem, facts=facts, probe=source,
+        window=window, crop=crop, source_fps=extraction.source_fps or clip.fps,
+        latents=latents_name(stem, window, *(size if window is None else crop.bucket)),
         latents_recipe=latents_recipe(frames, encoders), text_recipe=text_recipe(clip.caption, encoders),
         roi_recipe=roi_recipe(frames, clip),
     )
 
 
-def _compare(plan: CachePlan, latents: bool, text: bool) -> None:
+def _earlier_files(item: PlannedItem, encoders: EncoderSpec, extraction: Extraction) -> Iterator[PlannedItem]:
+    """The item under the names and in the bucket that older versions gave it: their files stay valid.
+
+    They named a video's latents after the source's size, and took `enable_bucket` of a musubi dataset at its word.
+    """
+    size = item.facts.width, item.facts.height
+    for buckets in (extraction.buckets, extraction.earlier_buckets):
+        if buckets is None:
+            continue
+        crop = centre_crop(*size, buckets.choose(*size))
+        frames = frames_recipe(item.probe, item.window, crop, encoders.fps, item.facts)
+        for width, height in (crop.bucket, size):
+            name = latents_name(item.stem, item.window, width, height)
+            if name != item.latents or crop != item.crop:
+                yield replace(item, crop=crop, latents=name, latents_recipe=latents_recipe(frames, encoders),
+                              roi_recipe=roi_recipe(frames, item.clip))
+
+
+def _compare(plan: CachePlan, files: _CheckedFiles, latents: bool, text: bool) -> None:
     checked: set[str] = set()
     for item in plan.items:
         checks = [(item.latents, item.latents_recipe, plan.latents_todo, latents),
@@ -242,31 +282,48 @@ def _compare(plan: CachePlan, latents: bool, text: bool) -> None:
             if name in checked:
                 continue
             checked.add(name)
-            reason = _check(plan, name, recipe)
+            reason = _enter(plan, name, files.check(name, recipe))
             if reason is not None and requested:
                 todo[name] = (item, reason)
     if text:
-        plan.prompts_todo = _check(plan, PROMPTS_FILE, prompts_recipe(plan.encoders))
+        plan.prompts_todo = _enter(plan, PROMPTS_FILE, files.check(PROMPTS_FILE, prompts_recipe(plan.encoders)))
     if plan.folder.is_dir():
-        dropped = {drop.stem for drop in plan.drops if drop.stem is not None}
-        names = {path.name for path in plan.folder.iterdir() if not is_temporary(path)}
-        plan.orphans = sorted(name for name in names - checked if name.endswith((LATENTS_END, TEXT_END, ROI_END))
-                              and not _belongs_to(name, dropped))
+        _classify_others(plan, checked)
 
 
-def _check(plan: CachePlan, name: str, recipe: CacheRecipe) -> str | None:
+def _enter(plan: CachePlan, name: str, check: FileCheck) -> str | None:
     """Why a file must be made; one that is up to date is entered into the plan."""
-    result = check_file(plan.folder / name, recipe)
-    if result.reason is None and result.recipe is not None:
-        plan.made[name] = result.recipe
-    elif result.reason is None:
+    if check.reason is None and check.recipe is not None:
+        plan.made[name] = check.recipe
+    elif check.reason is None:
         plan.unverified.append(name)
-    return result.reason
+    return check.reason
+
+
+def _classify_others(plan: CachePlan, planned: set[str]) -> None:
+    """Sort the cache files that no item uses: superseded, orphans, another tool's, or those of a dropped clip."""
+    dropped = {drop.stem for drop in plan.drops if drop.stem is not None}
+    latents = {(item.stem, item.window): item for item in plan.items}
+    for path in sorted(plan.folder.iterdir()):
+        if path.name in planned or is_temporary(path) or not path.name.endswith((LATENTS_END, TEXT_END, ROI_END)):
+            continue
+        name = _latents_of(path.name)
+        if not is_ours(path):
+            plan.foreign.append(path.name)
+        elif name is not None and (item := latents.get((name.stem, name.window))) is not None:
+            plan.superseded[path.name] = (item.roi or item.latents) if path.name.endswith(ROI_END) else item.latents
+        elif not _belongs_to(path.name, dropped):
+            plan.orphans.append(path.name)
+
+
+def _latents_of(name: str) -> LatentsName | None:
+    """The parts of a latents file's name, or of the region's beside it; None of a text file's."""
+    return parse_latents_name(name.removesuffix(ROI_END) + LATENTS_END if name.endswith(ROI_END) else name)
 
 
 def _belongs_to(name: str, stems: set[str]) -> bool:
     """Whether a cache file belongs to a clip of one of these stems."""
-    latents = parse_latents_name(name.removesuffix(ROI_END) + LATENTS_END if name.endswith(ROI_END) else name)
+    latents = _latents_of(name)
     stem = name.removesuffix(TEXT_END) if latents is None else latents.stem
     return stem in stems or stem.rpartition("-")[0] in stems
 

@@ -17,7 +17,7 @@ from lapwan.data.dropped_clips import DroppedClip
 REPORT_FILE = "lapwan_report.json"
 
 
-_SHOWN_SIZES, _SHOWN_DROPS = 6, 8
+_SHOWN_SIZES, _SHOWN_DROPS, _SHOWN_REASONS = 6, 8, 8
 
 
 def plan_rows(plan: CachePlan, pixels_per_second: float | None = None) -> list[PlanRow]:
@@ -36,6 +36,7 @@ def plan_rows(plan: CachePlan, pixels_per_second: float | None = None) -> list[P
                                        for (frames, height, width), count in shown)
                     + (f" and {len(sizes) - len(shown)} more sizes" if len(sizes) > len(shown) else "")),
             *_pixel_rows(plan), *_todo_rows(plan)]
+    rows[1:1] = [PlanRow("dataset", note) for note in plan.cache.notes]
     if plan.latents_todo:
         free = _free_bytes(plan)
         rows.append(PlanRow("disk", f"{size_text(plan.latents_bytes())} for latents, {size_text(free)} free"))
@@ -47,6 +48,12 @@ def plan_rows(plan: CachePlan, pixels_per_second: float | None = None) -> list[P
     if plan.unverified:
         rows.append(PlanRow("unverified", f"{count_text(len(plan.unverified), 'file')} made by another tool, used as "
                                           "they are"))
+    if plan.superseded:
+        rows.append(PlanRow("replaced", f"{count_text(len(plan.superseded), 'file')} of the same windows in another "
+                                        "size, removed when the new ones are there"))
+    if plan.foreign:
+        rows.append(PlanRow("others", f"{count_text(len(plan.foreign), 'cache file')} of another tool that no clip "
+                                      "uses, kept"))
     if plan.orphans:
         rows.append(PlanRow("orphans", f"{count_text(len(plan.orphans), 'cache file')} of no clip of the dataset, kept "
                                        "(--prune deletes them)"))
@@ -82,12 +89,17 @@ def _pixel_rows(plan: CachePlan) -> list[PlanRow]:
 def _todo_rows(plan: CachePlan) -> list[PlanRow]:
     """What will be encoded, by reason: `missing: 8 latents, 8 captions`."""
     by_reason: dict[str, list[str]] = {}
+    counts: Counter[str] = Counter()
     for noun, todo in (("latent", plan.latents_todo), ("caption", plan.text_todo), ("region", plan.roi_todo)):
         for reason, count in _reasons(todo):
             by_reason.setdefault(reason, []).append(count_text(count, noun))
+            counts[reason] += count
     if plan.prompts_todo:
         by_reason.setdefault(plan.prompts_todo, []).append("the empty and the negative prompt")
-    texts = [f"{', '.join(what)} ({reason})" for reason, what in by_reason.items()]
+    shown = sorted(by_reason, key=lambda reason: (reason != MISSING, -counts[reason]))[:_SHOWN_REASONS]
+    texts = [f"{', '.join(by_reason[reason])} ({reason})" for reason in shown]
+    if rest := [reason for reason in by_reason if reason not in shown]:
+        texts.append(f"{count_text(sum(counts[reason] for reason in rest), 'file')} for {len(rest)} other reasons")
     return [PlanRow("" if number else "to encode", text) for number, text in enumerate(texts or ["nothing"])]
 
 
@@ -100,7 +112,7 @@ def write_report(plan: CachePlan, items: Sequence[CachedItem], drops: Sequence[D
     }
     text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
     path = plan.folder / REPORT_FILE
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode():
         files.write_text(path, text)
 
 

@@ -19,15 +19,18 @@ from lapwan.caching.layout import TEXT_END, CacheRecipe, find_tensor, read_recip
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.data.buckets import Crop
 from lapwan.data.clips import SourceClip
+from lapwan.data.decoding.frame_files import frame_files
 from lapwan.data.frame_extraction import Window
-from lapwan.data.frame_files import frame_files
 from lapwan.data.regions import is_interpolated
 from lapwan.data.video import VideoFacts
 from lapwan.errors import UserError
 
 MISSING = "missing"
+# Their values differ from clip to clip: a plan that showed them could not group clips by reason.
+_BY_CLIP = frozenset({"source", "window", "crop", "mask", "boxes", "caption", "negative"})
 _HASHED = 65536  # bytes from each end of a source file
 _SOMETIMES = ("pixels", "begin", "between")  # keys that a recipe has for the clips that need them only
+_LATENTS_RANK = 4  # [C, T, H, W]
 _TEMPORAL, _SPATIAL = 4, 8  # strides of the VAE that caches without a recipe are made with
 
 
@@ -121,6 +124,14 @@ def prompts_recipe(encoders: EncoderSpec) -> CacheRecipe:
             "dtype": encoders.text_dtype}
 
 
+def is_ours(path: Path) -> bool:
+    """Whether lapwan made a cache file. A file that cannot be read may be anybody's."""
+    try:
+        return read_recipe(read_header(path)) is not None
+    except UserError:
+        return False
+
+
 @dataclass(frozen=True)
 class FileCheck:
     """`reason` is why a file must be made again, None if it is up to date; `recipe` is that of an up-to-date file, None
@@ -152,8 +163,10 @@ def _difference(made: Mapping[str, Any], wanted: CacheRecipe, caption: str | Non
         return None  # an image condition that is not needed does no harm
     if "caption" in wanted and caption != wanted["caption"] and "caption" not in changed:
         changed.append("caption")  # another tool rewrote the features and kept our metadata
-    shown = [f"{key} {_shown(made.get(key))} -> {_shown(wanted.get(key))}" if key not in ("caption", "negative") else
-             f"{key} changed" for key in changed]
+    if "crop" in changed and {"size", "source"} & set(changed):
+        changed.remove("crop")  # follows from them
+    shown = [f"{key} changed" if key in _BY_CLIP else f"{key} {_shown(made.get(key))} -> {_shown(wanted.get(key))}"
+             for key in changed]
     return ", ".join(shown) or None
 
 
@@ -167,8 +180,11 @@ def _shape_difference(file: TensorFile, wanted: CacheRecipe) -> str | None:
     """What differs, as far as shape and caption can tell."""
     if file.path.name.endswith(TEXT_END):
         return None if file.metadata.get("caption1") == wanted.get("caption") else "caption changed"
-    key = find_tensor(file, "latents", required=False)
-    if key is None or "size" not in wanted:
+    try:
+        key = find_tensor(file, "latents", required=False)
+    except UserError:
+        key = None
+    if key is None or "size" not in wanted or len(file.tensors[key].shape) != _LATENTS_RANK:
         return "not a cache file"
     frames, height, width = file.tensors[key].shape[-3:]
     bucket_width, bucket_height = wanted["size"]

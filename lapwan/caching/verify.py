@@ -1,17 +1,32 @@
-"""Verifying a cache: every file is complete, finite, of the right shape, and the one the index refers to. No torch."""
+"""Verifying a cache: every file has the bytes that were written, is finite, of the right shape, and the one the index
+refers to. No torch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lapwan import console
 from lapwan.caching.index import CachedItem, CacheIndex
-from lapwan.caching.layout import PROMPTS_FILE, find_tensor, open_cache_file, read_recipe, recipe_fingerprint
+from lapwan.caching.layout import (
+    LATENTS_END,
+    PROMPTS_FILE,
+    ROI_END,
+    TEXT_END,
+    checksum_matches,
+    find_tensor,
+    open_cache_file,
+    read_recipe,
+    recipe_fingerprint,
+)
 from lapwan.caching.read import load_index
 from lapwan.checkpoints.container import TensorFile
 from lapwan.errors import UserError
+from lapwan.files import is_temporary
 
 # safetensors dtype -> (unsigned type of its size, the exponent bits that are all 1 in infinities and NaN)
 _EXPONENT = {
@@ -20,8 +35,17 @@ _EXPONENT = {
 }
 
 
-def verify_folder(folder: Path) -> tuple[int, list[str]]:
-    """(number of files read, a line for each problem).
+@dataclass(frozen=True)
+class VerifiedFiles:
+    """Number of files read, those without a checksum, and why others are damaged, by name."""
+
+    count: int
+    unchecked: int
+    problems: dict[str, str]
+
+
+def verify_folder(folder: Path) -> VerifiedFiles:
+    """Read every file of an index.
 
     Raises:
         UserError: the folder has no usable index.
@@ -35,17 +59,50 @@ def verify_folder(folder: Path) -> tuple[int, list[str]]:
             checks[cached.roi] = ("roi", cached)
     if (folder / PROMPTS_FILE).is_file():
         checks[PROMPTS_FILE] = ("prompts", None)
-    problems: list[str] = []
+    return _read_all(folder, checks, index)
+
+
+def damaged_files(folder: Path) -> dict[str, str]:
+    """Why cache files of a folder are damaged, by name; also those that no index lists, such as a killed run leaves."""
+    if not folder.is_dir():
+        return {}
+    paths = (path for path in folder.iterdir() if path.name.endswith((LATENTS_END, TEXT_END, ROI_END, PROMPTS_FILE)))
+    names = sorted(path.name for path in paths if not is_temporary(path))
+    result = _read_all(folder, dict.fromkeys(names, ("", None)), CacheIndex(folder, ()))
+    warn_unchecked(folder, result)
+    for name, reason in result.problems.items():
+        console.log(f"{name}: {reason}")
+    if not result.problems:
+        console.log(f"{folder}: all {result.count} files are intact")
+    return {name: f"damaged: {reason}" for name, reason in result.problems.items()}
+
+
+def warn_unchecked(folder: Path, result: VerifiedFiles) -> None:
+    """Say how many files have no checksum."""
+    if result.unchecked:
+        console.log(f"{folder}: {result.unchecked} of {result.count} files have no checksum (older versions and other "
+                    "tools write none); only their shapes and values are checked")
+
+
+def _read_all(folder: Path, checks: Mapping[str, tuple[str, CachedItem | None]], index: CacheIndex) -> VerifiedFiles:
+    problems: dict[str, str] = {}
+    unchecked = 0
     with console.progress("verify", len(checks), "file") as bar:
         for name, (kind, item) in checks.items():
             try:
-                reason = _problem(open_cache_file(folder / name), kind, item, index)
+                file = open_cache_file(folder / name)
+                intact = checksum_matches(file)
+                reason = "its checksum does not match" if intact is False else _problem(file, kind, item, index)
             except UserError as error:
+                intact = True
                 reason = str(error).removeprefix(f"{folder / name} ").split("; ")[0]
+            except OSError as error:
+                intact, reason = True, f"cannot be read ({error.strerror})"
+            unchecked += intact is None
             if reason:
-                problems.append(f"{name}: {reason}")
+                problems[name] = reason
             bar.advance()
-    return len(checks), problems
+    return VerifiedFiles(len(checks), unchecked, problems)
 
 
 def _problem(file: TensorFile, kind: str, item: CachedItem | None, index: CacheIndex) -> str | None:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,20 @@ class TensorFile:
             os.close(descriptor)
 
 
+def header_bytes(tensors: Iterable[tuple[str, str, Sequence[int], int, int]], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON of a file's header; the same input gives the same bytes, which safetensors' writer does not.
+
+    Args:
+        tensors: (name, dtype, shape, start, end) each, start and end counted from the end of the header.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, dtype, shape, start, end in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format pads with spaces so that tensors stay aligned
+    return struct.pack("<Q", len(text)) + text
+
+
 _KINDS: tuple[tuple[bytes, str], ...] = (  # by the first bytes, without white space in front and in lower case
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch the file with `git lfs pull` or "
                                  "`hf download`"),
@@ -116,6 +131,20 @@ def file_kind(path: Path) -> str | None:
     return next((kind for magic, kind in _KINDS if text.startswith(magic)), None)
 
 
+def is_pickled(path: Path) -> bool:
+    """Whether a file begins as `torch.save` writes one, a zip archive or an old pickle, whatever its name.
+
+    Except .safetensors: torch reads a file of that name as one.
+    """
+    if path.suffix.lower() == ".safetensors":
+        return False
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
+    except OSError:  # `read_header` says what is wrong
+        return False
+
+
 def read_header(path: Path) -> TensorFile:
     """Parse the header of a safetensors file.
 
@@ -139,8 +168,28 @@ def read_header(path: Path) -> TensorFile:
     return _parse(path, raw, 8 + length, size)
 
 
+def sort_metadata(path: Path) -> None:
+    """Put the metadata of a file that was just written in the order of its keys: equal contents are equal bytes.
+
+    The library writes them in the order of a hash table, another one in each process; its tensors are in a fixed order.
+    """
+    with path.open("r+b") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+        entries = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:  # another version of the library that writes fewer escapes: left as it is
+            return
+        stream.seek(8)
+        stream.write(text + b" " * (length - len(text)))
+
+
 def _no_header(path: Path, length: int, size: int) -> UserError:
-    if (kind := file_kind(path)) is not None:
+    kind = file_kind(path)
+    if path.suffix.lower() not in ("", ".safetensors", ".sft"):
+        kind = kind or "neither a safetensors, a GGUF nor a torch.save file; is it the right file?"
+        return UserError(f"cannot read {path} as weights: it is {kind}")
+    if kind is not None:
         return UserError(f"{path} is not a safetensors file but {kind}")
     with path.open("rb") as stream:
         stream.seek(8)

@@ -42,21 +42,25 @@ from lapwan.names import NoiseExpert
 
 # Part -> the ends of names by which it is read; the first is what lapwan writes. `*` is the adapter's name, or nothing.
 PARTS: dict[str, tuple[str, ...]] = {
-    "down": ("lora_A*.weight", "lora_down*.weight", "lora.down*.weight", "lora_A*", "lora_down*", "lora.down*"),
-    "up": ("lora_B*.weight", "lora_up*.weight", "lora.up*.weight", "lora_B*", "lora_up*", "lora.up*"),
+    "down": ("lora_A*.weight", "lora_down*.weight", "lora.down*.weight", "lora_A*", "lora_down*", "lora.down*",
+             "lora_linear_layer.down.weight"),
+    "up": ("lora_B*.weight", "lora_up*.weight", "lora.up*.weight", "lora_B*", "lora_up*", "lora.up*",
+           "lora_linear_layer.up.weight"),
     "mid": ("lora_mid*.weight", "lora_mid"),
     "up_bias": ("lora_B*.bias", "lora_up*.bias", "lora.up*.bias"),
-    "alpha": ("alpha",),
+    "alpha": ("alpha", "lora_alpha"),
     "diff": ("diff",),
     "magnitude": ("dora_scale", "lora_magnitude_vector*.weight", "lora_magnitude_vector*"),
-    **{part: (part,) for factor in ("lokr_w1", "lokr_w2") for part in (factor, f"{factor}_a", f"{factor}_b")},
-    **{part: (part,) for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
-    **{part: (part,) for part in ("lokr_t1", "lokr_t2", "hada_t1", "hada_t2")},
+    **{part: (f"{part}*", f"{part}*.weight") for part in (
+        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2",
+        "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{f"glora_{factor}": (f"{factor}.weight",) for factor in ("a1", "a2", "b1", "b2")},
 }
 # A difference is of a weight, a bias or a modulation: its end, and the leaf of the tensor. The first one of a leaf is
 # written. ComfyUI reads `blocks.0.modulation.diff`; `diff_m` is what the distillations' tools write, and it drops that.
-_DIFF_ENDS = {"modulation.diff": "modulation", "diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
+# LyCORIS writes `w_norm` and `b_norm` of norms.
+_DIFF_ENDS = {"modulation.diff": "modulation", "diff": "weight", "diff_b": "bias", "diff_m": "modulation",
+              "w_norm": "weight", "b_norm": "bias"}
 _LEAVES = {"up_bias": "bias"}  # of the other parts; else a weight
 
 
@@ -93,7 +97,7 @@ OTHER_MODULES: tuple[tuple[str, str, str], ...] = (
     (r"(^|[._])[kv][._]img([._]|$)|norm_[kv][._]img|img_emb|add(ed)?_[kqv]_proj|norm_added_[kq]|image_embedder",
      _IMAGE_BRANCH, "dropped"),
     (r"^(lora_te|text_encoder|lora_llm|cond_stage_model)|(^|[._])(text_encoders?|te[12]?|t5|umt5|clip)[._]",
-     "a text encoder's LoRA, which lapwan does not apply", "other"),
+     "a text encoder's LoRA, which lapwan does not apply", "dropped"),
     (r"(^|[._])vace_", "a module of VACE models (Wan-VACE)", "other"),
     (r"(^|[._])(ref_conv|control_adapter|controlnet|control_blocks)", "a module of Fun control models", "other"),
     (r"(^|[._])(cam_|camera)", "a module of camera control models", "other"),
@@ -102,7 +106,15 @@ OTHER_MODULES: tuple[tuple[str, str, str], ...] = (
     (r"(^|[._])(face_|motion_encoder|pose_patch)", "a module of Wan2.2-Animate", "other"),
     (r"(^|[._])(vae|first_stage_model|image_encoder)[._]", "a module of a VAE or an image encoder", "other"),
     (r"lora_A(\.[^.]+)?\.bias$|lora_down\.bias$", "a bias inside a low-rank pair", "kind"),
-    (r"(^|[._])b?oft_", "OFT", "kind"),
+    (r"(^|[._])b?oft_", "OFT or BOFT", "kind"),
+    (r"[._](ia3_l|on_input)(\.|$)", "IA3", "kind"),
+    (r"[._]vera_(lambda_[bd]|[AB])(\.|$)", "VeRA", "kind"),
+    (r"[._](hra_(u|theta)|(bone|miss)_block|shira_weight|fourierft_spectrum|vblora_|randlora_)",
+     "an adapter of another kind (HRA, Bone, SHiRA, FourierFT, VB-LoRA or RandLoRA)", "kind"),
+    (r"lora_embedding_[AB]", "a LoRA of an embedding", "kind"),
+    (r"[._]modules_to_save[._]", "a module trained whole (PEFT's modules_to_save)", "kind"),
+    (r"\.set_weight$", "a replacement of a whole weight", "kind"),
+    (r"\.base_layer\.(weight|bias)$", "the base model's weights", "dropped"),
     (r"\.reshape_weight$", "a LoRA that reshapes its weight", "kind"),
 )
 
@@ -267,6 +279,10 @@ def unknown_keys_error(path: object, keys: Sequence[str]) -> UserError:
     if other:
         return UserError(f"{path}: key {key!r}{more} is {other[0]}; lapwan reads LoRA, DoRA, LoKr, LoHa, GLoRA and "
                          "full deltas of Wan's layers: convert the file first, or use a file without it")
+    whole, _, leaf = key.rpartition(".")
+    if leaf in ("weight", "bias") and _resolve(whole, leaf, "diff") is not None:
+        return UserError(f"{path}: key {key!r}{more} is a whole weight beside an adapter (PEFT's modules_to_save), "
+                         "which is not read: use a file without it, or one that holds the difference from the base")
     split = _split(key)
     known = [*PROJECTIONS, *PROJECTIONS.values(), *OUTER_MODULES, *OUTER_MODULES.values()]
     module = re.sub(r"^.*blocks[._]\d+[._]", "", split[0]) if split else key

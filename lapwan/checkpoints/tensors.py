@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import math
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo, file_kind, read_header
+from lapwan.checkpoints.container import (
+    ITEM_SIZE,
+    TensorFile,
+    TensorInfo,
+    file_kind,
+    is_pickled,
+    read_header,
+    sort_metadata,
+)
 from lapwan.errors import UserError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -20,8 +30,7 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }
-
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")  # suffixes of files that torch.save writes
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def load_tensor(file: TensorFile, name: str) -> Tensor:
@@ -49,6 +58,37 @@ def load_rows(file: TensorFile, name: str, first: int, count: int) -> Tensor:
     return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).reshape(count, columns)
 
 
+def spacing(values: Tensor) -> Tensor:
+    """Distance of neighbouring numbers of the values' dtype at each of them, in fp32: 2^exponent · eps."""
+    info = torch.finfo(values.dtype)
+    exponent = torch.frexp(values.float().abs().clamp_min(info.smallest_normal))[1] - 1
+    return torch.ldexp(torch.full_like(values, info.eps, dtype=torch.float32), exponent)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite.
+
+    aminmax propagates NaN and is twenty times as fast as isfinite over all values; it has no fp8.
+    """
+    if tensor.numel() == 0 or tensor.is_meta:
+        return True
+    values = tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whose bytes depend on its contents alone.
+
+    Args:
+        tensors: by name, contiguous, none sharing its storage with another.
+        path: written in place: give a temporary one (`lapwan.files.atomic_file`).
+        metadata: strings for the header.
+    """
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    if metadata:
+        sort_metadata(path)
+
+
 def load_pickle(path: Path) -> Any:
     """The content of a file of `torch.save`: nothing in it is executed. Memory-mapped if its format allows it.
 
@@ -62,16 +102,26 @@ def load_pickle(path: Path) -> Any:
     except pickle.UnpicklingError:  # torch's message advises weights_only=False, which executes code in the file
         raise UserError(f"cannot read {path} as weights: {_no_pickle(path)}") from None
     except (RuntimeError, EOFError, OSError) as error:
-        why = file_kind(path) if not _is_zip(path) else None
-        reason = f"it is {why}" if why else str(error).splitlines()[0]
-        raise UserError(f"cannot read {path} as weights: {reason}") from None
+        raise UserError(f"cannot read {path} as weights: {_why(path, error)}") from None
+
+
+def _why(path: Path, error: Exception) -> str:
+    if not _is_zip(path):
+        kind = file_kind(path)
+        return f"it is {kind}" if kind else str(error).splitlines()[0]
+    if not zipfile.is_zipfile(path):  # a zip archive's directory is at its end
+        return "it is truncated; copy or download it again"
+    with zipfile.ZipFile(path) as archive:
+        if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+            return "it is a zip archive that torch.save did not write; unpack it"
+    return str(error).splitlines()[0]
 
 
 def _no_pickle(path: Path) -> str:
     if not _is_zip(path) and (kind := file_kind(path)) is not None:
         return f"it is {kind}"
-    return ("it was not written by torch.save, or it holds more than plain tensors (nothing in it is executed); is it "
-            "the right file?")
+    return ("it was not written by torch.save, or it holds more than plain tensors (nothing in it is executed); load "
+            "it in the tool that wrote it, and save its tensors with safetensors.torch.save_file")
 
 
 def _is_zip(path: Path) -> bool:
@@ -85,6 +135,11 @@ class PickledFile(TensorFile):
 
     content: Mapping[str, Tensor] = field(compare=False, repr=False)
 
+    @property
+    def as_stored(self) -> bool:
+        """As `TensorFile.as_stored`."""
+        return False
+
     def read_into(self, view: memoryview, name: str, offset: int = 0) -> None:
         """As `TensorFile.read_into`."""
         data = self.content[name].detach().contiguous().reshape(-1).view(torch.uint8)
@@ -92,23 +147,29 @@ class PickledFile(TensorFile):
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """The tensors of a safetensors file, or of a `.bin`, `.pt`, `.pth` or `.ckpt` of `torch.save`.
+    """The tensors of a safetensors file, or of one of `torch.save`, by what is in it.
+
+    Raises:
+        UserError: as `read_header` and `open_pickle`.
+    """
+    return open_pickle(path) if is_pickled(path) else read_header(path)
+
+
+def open_pickle(path: Path) -> PickledFile:
+    """The tensors of a file of `torch.save`, memory-mapped if its format allows it.
 
     Of nested dictionaries (`{"state_dict": {...}}`, DeepSpeed's `{"module": {...}}`) it is the one with most tensors.
 
     Raises:
-        UserError: as `read_header` and `load_pickle`, or no tensors in it.
+        UserError: as `load_pickle`, or no tensors in it.
     """
-    if path.suffix.lower() not in PICKLED:
-        return read_header(path)
     tensors = max(_dictionaries(load_pickle(path)), key=len, default={})
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    content = {name: value for name, value in tensors.items() if value.dtype in names}
+    content = {name: value for name, value in tensors.items() if value.dtype in DTYPE_NAMES}
     if not content:
         raise UserError(f"{path} holds no tensors by name; is it the right file?")
     infos, position = {}, 0
     for name, value in content.items():
-        infos[name] = TensorInfo(name, names[value.dtype], tuple(value.shape), position, position + value.nbytes)
+        infos[name] = TensorInfo(name, DTYPE_NAMES[value.dtype], tuple(value.shape), position, position + value.nbytes)
         position += value.nbytes
     return PickledFile(path, {}, infos, 0, path.stat().st_size, content)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lapwan.errors import nearest
@@ -67,6 +67,9 @@ def to_original(path: str) -> str | None:
 
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_TOP = re.compile(  # where a transformer's own names begin, behind a wrapper such as `model.diffusion_model.`
+    r"(?:^|\.)((?:blocks\.\d+|patch_embedding|(?:text|time)_embedding\.\d|time_projection\.\d|condition_embedder|"
+    r"head\.head|head\.modulation|proj_out)(?:\.|$)|scale_shift_table$)")
 ORIGINAL_NORMS = {
     "self_attn.norm_q": "attn1.norm_q", "self_attn.norm_k": "attn1.norm_k", "cross_attn.norm_q": "attn2.norm_q",
     "cross_attn.norm_k": "attn2.norm_k", "norm3": "norm2",  # the original numbers the norms in another order
@@ -76,9 +79,18 @@ ORIGINAL_NORMS = {
 def tensor_to_diffusers(name: str) -> str:
     """A transformer tensor's name in diffusers' layout; a name that is not in the original layout is returned as it is.
 
-    `model.diffusion_model.blocks.0.self_attn.q.weight` -> `blocks.0.attn1.to_q.weight`.
+    `model.diffusion_model.blocks.0.self_attn.q.weight` -> `blocks.0.attn1.to_q.weight`, and with any other wrapper.
     """
-    plain = next((name.removeprefix(p) for p in _PREFIXES if name.startswith(p)), name)
+    return _renamed(without_wrapper(name))
+
+
+def without_wrapper(name: str) -> str:
+    """A tensor's name without what is before the transformer's: `ema.model.blocks.0.ffn.0.bias` -> `blocks.0...`."""
+    top = _TOP.search(name)
+    return name[top.start(1) :] if top else name
+
+
+def _renamed(plain: str) -> str:
     path, _, leaf = plain.rpartition(".")
     if leaf == "modulation":
         return "scale_shift_table" if path == "head" else f"{path}.scale_shift_table"
@@ -101,7 +113,7 @@ def target_path(tensor: str) -> str | None:
     `blocks.0.self_attn.q.weight` -> `blocks.0.attn1.to_q`, `blocks.0.norm3.bias` -> `blocks.0.norm2.bias`,
     `blocks.0.modulation` -> `blocks.0.scale_shift_table`.
     """
-    name = tensor_to_diffusers(tensor)
+    name = _renamed(next((tensor.removeprefix(p) for p in _PREFIXES if tensor.startswith(p)), tensor))
     module, _, leaf = name.rpartition(".")
     if leaf == "scale_shift_table":
         return name if module == "" or re.fullmatch(r"blocks\.\d+", module) else None
@@ -185,6 +197,24 @@ def in_part(target: str, part: str) -> bool:
         return block is not None and int(match[1]) <= int(block[1]) <= int(match[2] or match[1])
     names = block[2] if block else target, target_label(target)[1]
     return any(f".{part}." in f".{name}." for name in names)
+
+
+_CONTENTS = (  # what a file is by the name of any of its tensors
+    ("an all-in-one checkpoint (transformer, VAE and text encoder in one file): give the three as files of their own",
+     re.compile(r"(vae|first_stage_model|text_encoders|cond_stage_model|conditioner)\..+")),
+    ("an adapter: give it as a LoRA", re.compile(r".*\.(lora_(A|B|up|down)\b.*|lokr_w\d.*|hada_w\d.*|diff(_[bm])?)")),
+    ("a VACE model, which lapwan does not support", re.compile(r"(.*\.)?vace_blocks\..+")),
+    ("Wan's VAE", re.compile(r"(encoder|decoder)\.(conv1|conv_in|middle|mid_block|downsamples|upsamples)\..+")),
+    ("a umT5 or T5 text encoder", re.compile(r"(shared|token_embedding|token_embd|encoder\.embed_tokens)\.weight")),
+    ("an image encoder (CLIP)", re.compile(r"(visual|vision_model)\..+")),
+    ("a Wan transformer", re.compile(r"(.*\.)?blocks\.\d+\.(self_attn|attn1)\..+")),
+)
+
+
+def contents_of(names: Iterable[str]) -> str | None:
+    """What a file of these tensors is, for an error message about a file given as something else; None: not known."""
+    tensors = list(names)
+    return next((kind for kind, pattern in _CONTENTS if any(map(pattern.fullmatch, tensors))), None)
 
 
 def transformer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

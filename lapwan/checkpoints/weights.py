@@ -1,5 +1,6 @@
-"""Weights of a model by name, whatever file they are in: safetensors, fp8 with scales, GGUF. Opening reads the header;
-quantised tensors look like fp32 ones and are dequantised while they are read.
+"""Weights of a model by name, whatever file they are in: safetensors, fp8 with scales, GGUF, a file of `torch.save`.
+Opening reads the header; quantised tensors look like fp32 ones and are dequantised while they are read. What a file is
+decides its content, not its name.
 
     fp8 with scales   W = codes · scale, a scale per tensor, per row, or per group of neighbours in a row
     plain fp8         W = codes: a cast
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo, read_header
+from lapwan.checkpoints.container import ITEM_SIZE, TensorFile, TensorInfo, is_pickled, read_header
 from lapwan.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ _QUANTISED_KEYS = {  # of formats that are refused by name
     ".quant_map": "bitsandbytes", ".qweight": "GPTQ or Nunchaku", ".qzeros": "GPTQ", ".SCB": "bitsandbytes int8",
 }
 _REMEDY = "use the bf16, fp16, fp8 or GGUF file of this model"
+_GGUF_GROUP = 32  # neighbours with one scale, of most types
+_GGUF_SYMMETRIC = ("Q3_K", "Q6_K")  # besides Q4_0, Q5_0 and Q8_0
 _UNPACK = {"F64": "d", "F32": "f", "F16": "e"}
 
 
@@ -68,7 +71,7 @@ class WeightFile(TensorFile):
     @property
     def as_stored(self) -> bool:
         """As `TensorFile.as_stored`."""
-        return not self.quantised
+        return self.raw.as_stored and not self.quantised
 
     @property
     def unrounded(self) -> TensorFile:
@@ -108,7 +111,7 @@ def read_weights(path: Path) -> WeightFile:
     """
     if is_gguf(path):
         return _read_gguf(path)
-    file = read_header(path)
+    file = _open(path)
     _check_formats(file)
     scales: dict[str, TensorInfo] = {}
     weights: dict[str, TensorInfo] = {}
@@ -124,6 +127,14 @@ def read_weights(path: Path) -> WeightFile:
         if info.dtype not in (*FLOATS, *FP8):
             raise UserError(f"{path}: '{name}' is {info.dtype}, a quantised format that is not read; {_REMEDY}")
     return _weight_file(file, weights, used)
+
+
+def _open(path: Path) -> TensorFile:
+    if not is_pickled(path):
+        return read_header(path)
+    from lapwan.checkpoints.tensors import open_pickle  # torch only where a file of torch.save is read
+
+    return open_pickle(path)
 
 
 def _weight_file(raw: TensorFile, weights: Mapping[str, TensorInfo], scales: Mapping[str, TensorInfo]) -> WeightFile:
@@ -221,21 +232,62 @@ def _dequantised(raw: TensorFile, name: str, scale: str | None, first: int, coun
     """Values [first, first + count) of a weight, row by row, in fp32."""
     import torch
 
-    from lapwan.checkpoints.tensors import DTYPES, load_tensor
+    from lapwan.checkpoints.tensors import DTYPES
 
     info = raw.tensors[name]
     if info.dtype not in FP8:
         return _dequantised_gguf(raw, info, first, count)
     codes = torch.frombuffer(raw.read(name, first, count), dtype=DTYPES[info.dtype]).float()
-    if scale is None:
-        return codes
+    return codes if scale is None else codes.mul_(_scales(raw, name, scale, first, count))
+
+
+def _scales(raw: TensorFile, name: str, scale: str, first: int, count: int) -> Tensor:
+    """The scale of each of the values [first, first + count), or the one of all."""
+    from lapwan.checkpoints.tensors import load_tensor
+
     scales = load_tensor(raw, scale).float().flatten()
     if len(scales) == 1:
-        return codes.mul_(scales)
-    group = math.prod(info.shape) // len(scales)  # neighbours with one scale; a row, or a part of it
+        return scales
+    group = math.prod(raw.tensors[name].shape) // len(scales)  # neighbours with one scale; a row, or a part of it
     start = first // group
     each = scales[start : (first + count - 1) // group + 1].repeat_interleave(group)
-    return codes.mul_(each[first - start * group :][:count])
+    return each[first - start * group :][:count]
+
+
+def rounding_steps(file: WeightFile, name: str, values: Tensor, first: int) -> Tensor:
+    """Distance of the neighbouring numbers of the stored format at each of a weight's values, in fp32.
+
+    Of fp8 that of its codes times their scale. Of GGUF the range of each 32 neighbours over 2^bits - 1, or twice their
+    largest magnitude over 2^bits in types without an offset; where the steps are not even, about their mean.
+
+    Args:
+        file: holds the weight.
+        name: of the weight.
+        values: rows of it as `load_rows` gives them, [rows, columns], on any device.
+        first: the first row of them.
+    """
+    import torch
+
+    from lapwan.checkpoints.tensors import DTYPES, spacing
+
+    stored = file.raw.tensors[name].dtype
+    if stored in FLOATS:
+        return spacing(values)
+    if stored in FP8:
+        count, scale = values.numel(), file.scales.get(name)
+        each = _scales(file.raw, name, scale, first * values.shape[1], count) if scale else torch.ones(1)
+        each = each.to(values.device).abs().clamp_min(torch.finfo(torch.float32).tiny)
+        each = each.reshape(values.shape) if len(each) > 1 else each
+        return spacing((values / each).to(DTYPES[stored])) * each
+    bits = int(next(letter for letter in stored if letter.isdigit()))  # Q4_K, IQ4_NL: 4
+    width = _GGUF_GROUP if values.shape[1] % _GGUF_GROUP == 0 else values.shape[1]
+    groups = values.reshape(len(values), -1, width)
+    low, high = groups.amin(-1), groups.amax(-1)
+    if stored.endswith("_0") or stored in _GGUF_SYMMETRIC:
+        step: Tensor = 2 * torch.maximum(high, -low) / (254 if bits == 8 else 2**bits)
+    else:
+        step = (high - low) / (2**bits - 1)
+    return step.repeat_interleave(width, 1)
 
 
 def _read_gguf(path: Path) -> WeightFile:

@@ -7,18 +7,22 @@ from pathlib import Path
 from lapwan import console
 from lapwan.caching.cache_folder import CacheOptions, CacheResult, build_cache, encoders_from_settings, plan_cache
 from lapwan.caching.report import plan_rows
+from lapwan.caching.stale import EncoderSpec
+from lapwan.data.clips import CacheSet
 from lapwan.data.dataset import extraction_from_settings, read_dataset
+from lapwan.data.decoding.pixels import ReadOptions
 from lapwan.data.dropped_clips import DroppedClip, dropped_lines
-from lapwan.data.pixels import ReadOptions
 from lapwan.distributed import launched
 from lapwan.errors import UserError
-from lapwan.files import write_text
-from lapwan.models.spec import task_with
+from lapwan.files import claim_output, write_text
+from lapwan.models.resolve import check_components
+from lapwan.models.spec import ModelSpec, task_with
 from lapwan.settings.base import RunOptions, settings_row, to_toml
 from lapwan.settings.cache import CacheSettings
 from lapwan.tiny.resolve import resolve
 
 SETTINGS_FILE = "lapwan_settings.toml"
+_NO_CACHE = ".lapwan-no-cache"  # a folder that is not there: the sheet of a dataset needs none
 
 
 def run(settings: CacheSettings, options: RunOptions) -> None:
@@ -26,12 +30,16 @@ def run(settings: CacheSettings, options: RunOptions) -> None:
     processes = launched()
     if not processes.first:
         console.set_level(console.QUIET)
+    if isinstance(settings.preview, Path) and not options.dry_run:
+        if processes.first:
+            _write_sheet(settings, settings.preview, options)
+        return
     drops = _cache(settings, options) if settings.dataset is not None else []
     if not options.dry_run and processes.first:
-        if settings.verify:
+        if settings.verify and settings.dataset is None:
             _verify(settings)
-        if settings.preview:
-            _preview(settings)
+        if isinstance(settings.preview, int) and settings.preview:
+            _preview(settings, settings.preview)
     if options.dry_run and processes.first:
         console.show_settings(to_toml(settings))
     processes.close()
@@ -44,16 +52,14 @@ def run(settings: CacheSettings, options: RunOptions) -> None:
 
 
 def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
-    assert settings.dataset is not None and settings.model is not None
-    spec = resolve(settings.model, None if settings.i2v is None else task_with(settings.i2v))
-    encoders = encoders_from_settings(settings, spec)
+    assert settings.dataset is not None
+    spec, encoders = _model(settings)
+    check_components(spec)
     cache_options = CacheOptions(settings.latents, settings.text, settings.device, settings.workers,
                                  settings.batch_size, settings.vae_dtype, settings.prune, options.overwrite,
-                                 options.lock, ReadOptions(settings.deinterlace, settings.hdr, settings.background))
+                                 options.lock, settings.verify, _read_options(settings))
     drops: list[DroppedClip] = []
-    extraction = extraction_from_settings(settings, spec)
-    caches = read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride, settings.roi_units)
-    for number, cache in enumerate(caches):
+    for number, cache in enumerate(_dataset(settings, spec, settings.output)):
         if options.dry_run:
             plan, before = plan_cache(cache, encoders, cache_options)
             rows = plan_rows(plan, before.pixels_per_second if before else None)
@@ -67,11 +73,27 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
     return drops
 
 
+def _dataset(settings: CacheSettings, spec: ModelSpec, folder: Path | None) -> list[CacheSet]:
+    assert settings.dataset is not None
+    return read_dataset(settings.dataset, folder, extraction_from_settings(settings, spec), spec.temporal_stride,
+                        settings.caption_encoding, settings.recursive, settings.roi_units)
+
+
+def _read_options(settings: CacheSettings) -> ReadOptions:
+    return ReadOptions(settings.deinterlace, settings.hdr, settings.background)
+
+
+def _model(settings: CacheSettings) -> tuple[ModelSpec, EncoderSpec]:
+    assert settings.model is not None
+    spec = resolve(settings.model, None if settings.i2v is None else task_with(settings.i2v))
+    return spec, encoders_from_settings(settings, spec)
+
+
 def _keep_settings(folder: Path, settings: CacheSettings) -> None:
     """Write the resolved settings into the cache folder, unless they are there already."""
     text = to_toml(settings, "lapwan cache --config with this file makes this cache")
     path = folder / SETTINGS_FILE
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode():
         write_text(path, text)
 
 
@@ -90,25 +112,39 @@ def _report(result: CacheResult) -> None:
 
 
 def _verify(settings: CacheSettings) -> None:
-    from lapwan.caching.verify import verify_folder
+    from lapwan.caching.verify import verify_folder, warn_unchecked
 
     folder = _folder(settings, "--verify")
-    count, problems = verify_folder(folder)
-    for problem in problems:
-        console.results.print(problem, markup=False)
-    if problems:
-        raise UserError(f"{folder}: {len(problems)} of {count} files are damaged or do not match the index "
-                        "(listed above); delete them and run lapwan cache again")
-    console.results.print(f"{folder}: all {count} files are intact", markup=False)
+    result = verify_folder(folder)
+    warn_unchecked(folder, result)
+    for name, reason in result.problems.items():
+        console.results.print(f"{name}: {reason}", markup=False)
+    if result.problems:
+        config = folder / SETTINGS_FILE
+        source = f"--config {config}" if config.is_file() else "--dataset FILE --model MODEL"
+        raise UserError(f"{folder}: {len(result.problems)} of {result.count} files are damaged or do not match the "
+                        f"index (listed above); `lapwan cache {source} --verify` makes them again")
+    console.results.print(f"{folder}: all {result.count} files are intact", markup=False)
 
 
-def _preview(settings: CacheSettings) -> None:
+def _write_sheet(settings: CacheSettings, path: Path, options: RunOptions) -> None:
+    from lapwan.caching.dataset_preview import write_sheet
+
+    claim_output(path, options.overwrite)
+    spec, encoders = _model(settings)
+    folder = settings.output or path.absolute().parent / _NO_CACHE
+    cache_options = CacheOptions(settings.latents, settings.text, takeover=True, read=_read_options(settings))
+    write_sheet(path, [plan_cache(cache, encoders, cache_options)[0] for cache in _dataset(settings, spec, folder)])
+    console.results.print(f"{path}: the dataset before it is encoded, one picture per clip", markup=False)
+
+
+def _preview(settings: CacheSettings, count: int) -> None:
     from lapwan.caching.preview import write_preview
 
     if settings.model is None:
         raise UserError("--preview decodes with the model's VAE; add --model MODEL")
     folder = _folder(settings, "--preview")
-    path = write_preview(folder, resolve(settings.model), settings.preview, settings.device)
+    path = write_preview(folder, resolve(settings.model), count, settings.device)
     console.results.print(f"{path}: what the model will see, one row per clip", markup=False)
 
 

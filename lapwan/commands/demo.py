@@ -18,8 +18,9 @@ from rich.table import Table
 from lapwan import console, files
 from lapwan.commands.run_setup import output_lock
 from lapwan.commands.table import COMMANDS
-from lapwan.data.clips import read_clips, to_line
+from lapwan.data.clip_file import read_clips, to_line
 from lapwan.diagnostics.run_folder import METRICS_FILE
+from lapwan.errors import Interrupted
 from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert
 from lapwan.sampling.result import read_metadata
@@ -57,7 +58,10 @@ class _Summary:
 def run(settings: DemoSettings, options: RunOptions) -> None:
     """Make clips, label, cache, train both stages, merge, generate, evaluate, inspect; print the results."""
     with output_lock(settings.output, options):
-        _run(settings, options)
+        try:
+            _run(settings, options)
+        except Interrupted:  # of a stage: what repeats is the demo as a whole
+            raise KeyboardInterrupt from None
 
 
 def _run(settings: DemoSettings, options: RunOptions) -> None:

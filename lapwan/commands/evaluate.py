@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 from lapwan import console, files
 from lapwan.commands.run_setup import output_lock, print_plan
 from lapwan.console import PlanRow, count_text
@@ -19,6 +17,7 @@ from lapwan.models.spec import ModelSpec, Task, read_spec, task_with
 from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.model import BaseModelSettings, ModelChoice
+from lapwan.temporaries import discard_folder
 from lapwan.tiny.evaluators import SceneJudge, probe_captions
 from lapwan.tiny.model import tiny_folder
 from lapwan.tiny.resolve import TINY, resolve_base
@@ -43,14 +42,19 @@ def _run(settings: EvaluateSettings, options: RunOptions) -> None:
     if options.dry_run:
         return
     if options.overwrite and not settings.resume:
-        shutil.rmtree(out / "videos", ignore_errors=True)
+        discard_folder(out / "videos")
     files.write_text(out / "settings.toml", to_toml(settings, "lapwan evaluate --config with this file repeats it"))
-    store = open_store(study, out / "videos")
     try:
-        results = run_study(study, store)
+        _measure(settings, study)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; finished videos are kept in {store.folder}: the same command with --resume "
-                          "continues") from None
+        raise Interrupted(f"interrupted; finished videos are kept in {out / 'videos'}: the same command with --resume "
+                          "continues", again="--resume") from None
+
+
+def _measure(settings: EvaluateSettings, study: Study) -> None:
+    out = settings.output
+    store = open_store(study, out / "videos")
+    results = run_study(study, store)
     interval = IntervalRule(settings.interval.samples, settings.interval.level, settings.seed)
     path = write_results(out, study, results, interval, store, settings.videos.sheet)
     for table in tables(study, results, interval):

@@ -12,7 +12,7 @@ from lapwan.api import Prepared, VideoGenerator
 from lapwan.commands.run_setup import distributed_run
 from lapwan.console import PlanRow
 from lapwan.errors import Interrupted, UserError
-from lapwan.files import atomic_file, claim_output, is_temporary
+from lapwan.files import atomic_file, claim_output, is_temporary, was_written
 from lapwan.report.contact_sheet import contact_sheet, side_by_side
 from lapwan.sampling.jobs import UNNAMED, VideoJob, check_options, line_jobs, make_video_jobs, suffix_of
 from lapwan.sampling.request import grid_of
@@ -124,9 +124,9 @@ def _make_all(
                 console.results.print(str(path), markup=False)
             videos.append(video)
     except KeyboardInterrupt:
-        whole = ", ".join(str(job.output) for job in jobs[: len(videos)]) or "none"
-        count = f"{len(videos)} of {len(jobs)} videos"
-        raise Interrupted(f"interrupted after {count}; complete: {whole}") from None
+        whole = [str(job.output) for job in jobs if was_written(job.output.expanduser())]
+        raise Interrupted(f"interrupted after {len(whole)} of {len(jobs)} videos; complete: "
+                          f"{', '.join(whole) or 'none'}", "--overwrite" if whole else "") from None
     return videos
 
 
@@ -194,7 +194,7 @@ def run_interactive(settings: GenerateSettings, options: RunOptions) -> None:
             except UserError as error:
                 console.warn(f"skipped: {error}")
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; complete videos in {folder}: {len(made)}") from None
+        raise Interrupted(f"interrupted; complete videos in {folder}: {len(made)}", again="") from None
 
 
 def _make(generator: VideoGenerator, job: VideoJob, settings: GenerateSettings, options: RunOptions) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich import box
 from rich.markup import escape
@@ -12,9 +12,12 @@ from rich.table import Table
 
 from lapwan import console
 from lapwan.console import PlanRow, count_text
-from lapwan.data.clips import ClipFile, read_clips, relocated, shortened, to_line
+from lapwan.data.clip_file import ClipFile, read_clips, shortened, to_line
+from lapwan.data.clips import relocated
+from lapwan.data.dropped_clips import dropped_lines
 from lapwan.data.label_report import LabelReport
 from lapwan.data.labels import CaptionLabeller, Label, round_weights
+from lapwan.data.musubi_dataset import is_musubi, musubi_rows
 from lapwan.data.taxonomy import Taxonomy, load_taxonomy
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, claim_output, write_text
@@ -24,12 +27,13 @@ from lapwan.settings.label import LabelSettings
 _FIELDS = ("instrument_label", "instrument_name", "instrument_logits", "instrument_taxonomy", "label_fallback")
 _MEBIBYTE = 1 << 20
 _FILE_WIDTH = 200
+_SHOWN_DROPS = 8
 
 
 def run(settings: LabelSettings, options: RunOptions) -> None:
     """Label every clip; print the distribution; write the labels, their settings and the report."""
     taxonomy = load_taxonomy(settings.taxonomy)
-    clips = read_clips(settings.clips)
+    clips = _open(settings)
     sidecar = settings.output.with_suffix(".settings.toml")
     _check_paths(settings, sidecar)
     claim_output(settings.output, options.overwrite)
@@ -42,7 +46,7 @@ def run(settings: LabelSettings, options: RunOptions) -> None:
     with atomic_file(settings.output) as temporary:
         _label_all(settings, clips, taxonomy, report, temporary)
         if not report.clips:
-            raise UserError(f"{settings.clips} has no clips; expected one JSON object per line")
+            _fail_without_clips(settings, clips)
         if settings.strict and report.fallback:
             _write_report(settings, report)
             raise UserError(f"--strict: {report.fallback} of {report.clips} captions name no instrument "
@@ -50,6 +54,33 @@ def run(settings: LabelSettings, options: RunOptions) -> None:
     write_text(sidecar, to_toml(settings, "lapwan label --config reproduces the labels beside this file"))
     _write_report(settings, report)
     console.log(f"wrote {settings.output}")
+    _show_drops(settings, clips)
+
+
+def _open(settings: LabelSettings) -> ClipFile:
+    rows = musubi_rows(settings.clips, settings.caption_encoding) if is_musubi(settings.clips) else None
+    return read_clips(settings.clips, False, settings.caption_encoding, settings.recursive, rows)
+
+
+def _fail_without_clips(settings: LabelSettings, clips: ClipFile) -> NoReturn:
+    if not clips.drops:
+        raise UserError(f"{settings.clips} has no clips; expected one JSON object per line")
+    first = clips.drops[0]
+    raise UserError(f"{settings.clips}: none of its {count_text(len(clips.drops), 'clip')} can be labelled; "
+                    f"{first.name}: {first.reason}")
+
+
+def _show_drops(settings: LabelSettings, clips: ClipFile) -> None:
+    """Say what was read otherwise than usual, and fail if a clip was left out and --skip-bad is not given."""
+    for note in (*clips.notes, *clips.encoding_notes()):
+        console.log(note)
+    if not clips.drops:
+        return
+    for line in dropped_lines(clips.drops):
+        console.log(line.strip())
+    if not settings.skip_bad:
+        raise UserError(f"{len(clips.drops)} of the clips could not be labelled: {clips.drops[0].name}: "
+                        f"{clips.drops[0].reason}; all others are labelled; fix or remove them, or pass --skip-bad")
 
 
 def _write_report(settings: LabelSettings, report: LabelReport) -> None:
@@ -60,6 +91,8 @@ def _write_report(settings: LabelSettings, report: LabelReport) -> None:
 
 def _check_paths(settings: LabelSettings, sidecar: Path) -> None:
     source = settings.clips.resolve()
+    if source.is_dir() and settings.output.suffix.lower() in (".txt", ".caption"):
+        raise UserError(f"output {settings.output}: a {settings.output.suffix} file is a caption; name a .jsonl file")
     if settings.output.exists() and settings.output.samefile(source):  # also through a link
         raise UserError(f"output {settings.output} is the input itself; labelling in place is refused, "
                         "choose another output")
@@ -78,9 +111,14 @@ def _lines(report: LabelReport) -> str:
 def _plan(settings: LabelSettings, clips: ClipFile, taxonomy: Taxonomy) -> None:
     """Read and check every line without labelling it."""
     count = sum(1 for _ in clips)
+    if not count:
+        _fail_without_clips(settings, clips)
     console.show_plan([
         settings_row(settings, "taxonomy"), PlanRow("clips", f"{count_text(count, 'clip')} of {settings.clips}"),
-        PlanRow("taxonomy", f"{taxonomy.name} ({', '.join(taxonomy.keys)})"), PlanRow("output", str(settings.output))])
+        PlanRow("taxonomy", f"{taxonomy.name} ({', '.join(taxonomy.keys)})"), PlanRow("output", str(settings.output)),
+        *(PlanRow("", note) for note in (*clips.notes, *clips.encoding_notes())),
+        *(PlanRow("dropped", f"{drop.name}: {drop.reason}", detail=number >= _SHOWN_DROPS)
+          for number, drop in enumerate(clips.drops))])
     console.show_settings(to_toml(settings))
 
 
@@ -91,7 +129,7 @@ def _label_all(
     total = max(1, -(-clips.bytes_total // _MEBIBYTE))
     done = 0
     # Relative paths are relative to the JSONL's folder, so they are rewritten if the output is in another one.
-    source, target = settings.clips.resolve().parent, settings.output.resolve().parent
+    source, target = clips.anchor.resolve().parent, settings.output.resolve().parent
     with output.open("w", encoding="utf-8", newline="\n") as file, console.progress("label", total, "MiB") as bar:
         for clip in clips:
             label = labeller.label(clip.caption)

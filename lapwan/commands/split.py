@@ -8,11 +8,12 @@ from typing import Any
 
 from lapwan import console
 from lapwan.console import PlanRow, count_text, duration_text
-from lapwan.data.clips import to_line
+from lapwan.data.clip_file import to_line
+from lapwan.data.decoding.frame_files import natural_key
 from lapwan.data.dropped_clips import BadClip, DroppedClip, dropped_lines
-from lapwan.data.frame_files import natural_key
 from lapwan.data.recordings import SplitResult, SplitRule, split_recording
-from lapwan.data.video import VIDEO_SUFFIXES, VideoFacts, probe
+from lapwan.data.suffixes import VIDEO_SUFFIXES
+from lapwan.data.video import VideoFacts, probe
 from lapwan.errors import UserError
 from lapwan.files import claim_output, write_text
 from lapwan.settings.base import RunOptions, settings_row, to_toml

@@ -8,6 +8,7 @@ from lapwan import console
 from lapwan.commands.run_setup import distributed_run, index_task, output_lock, print_plan
 from lapwan.errors import UserError
 from lapwan.models.device import pick_device
+from lapwan.models.resolve import check_components
 from lapwan.rewards.base import warn_chinese
 from lapwan.rewards.build import build_rewards
 from lapwan.settings.base import RunOptions
@@ -15,7 +16,7 @@ from lapwan.settings.srpo import SrpoSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS
 from lapwan.train.recipe import run_training
-from lapwan.train.run_folder import claim_run, start_folder
+from lapwan.train.run_folder import RunScope, claim_run
 from lapwan.train.srpo import recipe
 from lapwan.train.srpo.plan import SrpoPlan, plan_run, srpo_plan_rows, too_slow
 
@@ -23,7 +24,8 @@ from lapwan.train.srpo.plan import SrpoPlan, plan_run, srpo_plan_rows, too_slow
 def run(settings: SrpoSettings, options: RunOptions) -> None:
     """Check everything, then train; `--dry-run` stops after the checks."""
     lock = output_lock(settings.output, options)
-    with distributed_run(settings.device, lock) as (distributed, device_name):
+    with (RunScope("lapwan srpo", settings) as run_folder,
+          distributed_run(settings.device, lock) as (distributed, device_name)):
         if distributed.first:
             claim_run(settings, options.overwrite)
         device = pick_device(device_name)
@@ -40,7 +42,7 @@ def run(settings: SrpoSettings, options: RunOptions) -> None:
         if slow:
             raise UserError(slow)
         if distributed.first:
-            start_folder(settings, options.overwrite)
+            run_folder.start(options.overwrite)
         rewards = build_rewards(settings.rewards, device, EMBEDDED_REWARD_KINDS)
         if distributed.first:
             warn_chinese(rewards, [*data.captions, *data.held_out])
@@ -57,4 +59,5 @@ def plan(settings: SrpoSettings, device: torch.device, processes: int = 1, predi
     """`plan_run` on the base that the settings name; prompts without a cache mean text-to-video for `tiny`."""
     task = None if settings.prompts.cache is None else index_task(settings.prompts.cache)
     base = resolve_base(settings.model, task)
+    check_components(base.spec)
     return plan_run(settings, base, EMBEDDED_REWARD_KINDS, device, processes, predict)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lapwan.data.frame_files import frame_number, natural_key
+from lapwan.data.decoding.frame_files import frame_number, natural_key
 from lapwan.errors import UserError, nearest
 
 RoiUnits = Literal["fractions", "pixels", "coco", "yolo"]

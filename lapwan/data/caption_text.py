@@ -112,35 +112,41 @@ def _is_word(unit: str) -> bool:
 # to its own parts, low enough that a common word across its edge wins: 呼吸|引起 has no 吸引.
 _FREQUENCY = {2: 20_000}
 _FREQUENCY_LONG = 200_000
+_FREQUENCY_VERB = 5_000
 
 
 @dataclass(frozen=True)
 class SplitText:
     """A text in units (see `units`); `boundary[i]`: a word begins or ends before unit i.
 
-    `boundary` has one entry more than `units`: the end of the text.
+    `boundary` has one entry more than `units`: the end of the text. `words`: the units before stemming.
     """
 
     units: tuple[str, ...]
     boundary: tuple[bool, ...]
+    words: tuple[str, ...] = ()
 
 
 class ChineseSegmenter:
     """jieba's maximum-probability segmentation, with `phrases` added to its dictionary.
 
-    It holds its own tokenizer and changes none of jieba's global state.
+    `verbs` are those of the phrases that give way to a noun across their edge: 抓钳|夹 has no 钳夹. It holds
+    its own tokenizer and changes none of jieba's global state.
     """
 
-    def __init__(self, phrases: Iterable[str]) -> None:
+    def __init__(self, phrases: Iterable[str], verbs: Iterable[str] = ()) -> None:
         frequencies, total = _jieba_dictionary()
         import jieba  # after _jieba_dictionary, which silences it
 
         self._jieba = jieba.Tokenizer()
         self._jieba.FREQ, self._jieba.total = frequencies.copy(), total
         self._jieba.initialized = True
+        weaker = frozenset(verbs)
         for phrase in phrases:
             if len(phrase) > 1:  # a single character keeps its own frequency, or it would split common words
                 frequency = _FREQUENCY.get(len(phrase), _FREQUENCY_LONG)
+                if phrase in weaker:
+                    frequency = _FREQUENCY_VERB
                 self._jieba.add_word(phrase, max(frequency, frequencies.get(phrase, 0)))
 
     def words(self, text: str) -> list[str]:
@@ -152,16 +158,19 @@ class ChineseSegmenter:
     def split(self, text: str) -> SplitText:
         """A text, normalised, in units with its word boundaries."""
         out: list[str] = []
+        words: list[str] = []
         boundary: list[bool] = []
         for match in TOKEN.finditer(normalise_text(text)):
             if match.lastgroup == "han":
                 for word in self.words(match[0]):
                     out += word
+                    words += word
                     boundary += [True, *[False] * (len(word) - 1)]
             else:
                 out.append(stem(match[0]) if match.lastgroup == "word" else match[0])
+                words.append(match[0])
                 boundary.append(True)
-        return SplitText(tuple(out), (*boundary, True))
+        return SplitText(tuple(out), (*boundary, True), tuple(words))
 
 
 @lru_cache(maxsize=1)
@@ -189,10 +198,16 @@ class PhraseMatcher(Generic[T]):
     """Finds phrases bounded by word edges: longer before shorter, then left before right, without overlap.
 
     A phrase inside an occurrence of a longer one never matches, even if that occurrence itself lost to a third.
+    Words of `modifiers` may come between the words of a phrase: `bipolar forceps` matches bipolar Maryland forceps.
     """
 
-    def __init__(self, phrases: Iterable[tuple[tuple[str, ...], T]]) -> None:
+    def __init__(
+        self, phrases: Iterable[tuple[tuple[str, ...], T]], modifiers: Iterable[tuple[str, ...]] = ()
+    ) -> None:
         self._by_first: dict[str, list[tuple[tuple[str, ...], T]]] = {}
+        self._modifiers: dict[str, list[tuple[str, ...]]] = {}
+        for modifier in sorted(modifiers, key=len, reverse=True):
+            self._modifiers.setdefault(modifier[0], []).append(modifier)
         for phrase, value in sorted(phrases, key=lambda p: -len(p[0])):
             self._by_first.setdefault(phrase[0], []).append((phrase, value))
         self.first_units = frozenset(self._by_first)
@@ -215,7 +230,27 @@ class PhraseMatcher(Generic[T]):
 
     def _longest(self, text: SplitText, at: int, blocked: set[int]) -> PhraseMatch[T] | None:
         for phrase, value in self._by_first.get(text.units[at], ()):
-            end = at + len(phrase)
-            if text.units[at:end] == phrase and text.boundary[end] and blocked.isdisjoint(range(at, end)):
+            end = self._end(text, at, phrase)
+            if end and text.boundary[end] and blocked.isdisjoint(range(at, end)):
                 return PhraseMatch(at, end, value)
         return None
+
+    def _end(self, text: SplitText, at: int, phrase: tuple[str, ...]) -> int:
+        """The end of `phrase` at unit `at`, modifiers skipped; 0 if it is not there."""
+        if text.units[at:at + len(phrase)] == phrase:
+            return at + len(phrase)
+        if not self._modifiers:
+            return 0
+        for unit in phrase:
+            while at < len(text.units) and text.units[at] != unit:
+                if not text.boundary[at] or not (length := self._modifier(text, at)):
+                    return 0
+                at += length
+            if at == len(text.units):
+                return 0
+            at += 1
+        return at
+
+    def _modifier(self, text: SplitText, at: int) -> int:
+        candidates = self._modifiers.get(text.units[at], ())
+        return next((len(m) for m in candidates if text.units[at:at + len(m)] == m), 0)

@@ -1,121 +1,29 @@
-"""clips.jsonl and labels.jsonl: one JSON object per line, read as a stream, with the line number in every error.
+"""The clips of a dataset, resolved to files with captions, labels and regions.
 
-`read_clips` gives the lines as they are; `read_source_clips` resolves them to files with captions, labels and regions.
+A line that cannot be used is left out, with the reason; only if no line can be used is that an error.
 How to add a field: `lapwan label` copies unknown fields unchanged and in order, so nothing to do for that; a field that
 caching uses is read in `_source_clip`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lapwan.data.annotations import RoiEntry, RoiUnits, read_roi
+from lapwan.data.clip_file import MEDIA_KEYS, Clip, printable, read_clips
 from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.frame_extraction import Extraction
-from lapwan.errors import UserError, nearest
+from lapwan.data.text_encoding import AUTO
+from lapwan.errors import UserError
+from lapwan.files import expand_user
 
-_SHOWN = 60
-MEDIA_KEYS = ("video_path", "image_path")
+_LONGEST_SHOWN = 300
 PATH_KEYS = (*MEDIA_KEYS, "mask_path", "roi_path")
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A line of a clips file. `data` is the JSON object: every field, in order."""
-
-    line: int
-    data: dict[str, Any]
-
-    @property
-    def caption(self) -> str:
-        """The caption, which `read_clips` has checked to be text."""
-        caption: str = self.data["caption"]
-        return caption
-
-
-class ClipFile:
-    """Iterates over the clips of a JSONL file; `bytes_read` of `bytes_total` is the progress.
-
-    Raises (while iterating):
-        UserError: broken JSON, a line that is not an object, a missing or empty caption, each with its line number.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bytes_read = 0
-        try:
-            self.bytes_total = path.stat().st_size
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; expected a JSONL file with one clip per line")
-
-    def __iter__(self) -> Iterator[Clip]:
-        self.bytes_read = 0
-        try:
-            with self.path.open("rb") as file:
-                for number, raw in enumerate(file, 1):
-                    self.bytes_read += len(raw)
-                    if raw.strip():
-                        yield Clip(number, self._parse(number, raw))
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror}") from None
-
-    def _parse(self, number: int, raw: bytes) -> dict[str, Any]:
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            self._fail(number, f"not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
-        try:
-            data = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
-        except ValueError as error:
-            # json's own "line 1" would be mistaken for the file's line
-            reason = str(error)
-            if isinstance(error, json.JSONDecodeError):
-                reason = f"{error.msg} at character {error.colno}"
-            self._fail(number, f"broken JSON, {reason}: {shortened(text.strip())}")
-        except RecursionError:
-            self._fail(number, f"broken JSON, nested too deep: {shortened(text.strip())}")
-        if not isinstance(data, dict):
-            hint = "; the file looks like a JSON array, one object per line is needed" if number == 1 else ""
-            self._fail(number, f"expected a JSON object, found {_kind(data)}: {shortened(text.strip())}{hint}")
-        self._check_caption(number, data)
-        return data
-
-    def _check_caption(self, number: int, data: dict[str, Any]) -> None:
-        if "caption" not in data:
-            guess = nearest("caption", data)
-            self._fail(number, f"no 'caption'{guess}; found: {', '.join(data) or 'nothing'}")
-        caption = data["caption"]
-        if not isinstance(caption, str):
-            self._fail(number, f"'caption' must be text, found {_kind(caption)}: {shortened(json.dumps(caption))}")
-        if not caption.strip():
-            media = next((f" of {data[key]}" for key in MEDIA_KEYS if key in data), "")
-            self._fail(number, f"empty caption{media}; write one or remove the line")
-
-    def _fail(self, number: int, message: str) -> NoReturn:
-        raise UserError(f"{self.path}, line {number}: {message}")
-
-
-def read_clips(path: Path) -> ClipFile:
-    """The clips of a JSONL file, streamed: `for clip in read_clips(path)`. Blank lines are skipped."""
-    return ClipFile(path)
-
-
-def to_line(data: dict[str, Any]) -> str:
-    """One line of JSONL, keys in their order, non-ASCII text unescaped."""
-    line = json.dumps(data, ensure_ascii=False)
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can carry
-        line = json.dumps(data)
-    return line + "\n"
 
 
 def resolve_video(path: str | Path, jsonl: Path) -> Path:
@@ -124,14 +32,15 @@ def resolve_video(path: str | Path, jsonl: Path) -> Path:
     Raises:
         UserError: no such file (with the paths tried), or two different files match.
     """
-    given = Path(path)
+    given = expand_user(path)
     if (existing := find_path(given, jsonl)) is not None:
         return existing
-    if given.is_absolute():
-        raise UserError(f"no such file: {given}")
-    beside, here = jsonl.absolute().parent / given, Path.cwd() / given
+    shown = printable(str(given))
+    if given.is_absolute() or len(shown) > _LONGEST_SHOWN:
+        raise UserError(f"no such file: {shown[:_LONGEST_SHOWN]}")
+    beside, here = jsonl.absolute().parent / shown, Path.cwd() / shown
     tried = f"{beside} and {here}" if beside != here else f"{beside}"
-    raise UserError(f"no such file: {given}; looked for {tried}")
+    raise UserError(f"no such file: {shown}; looked for {tried}")
 
 
 def find_path(given: Path, source: Path) -> Path | None:
@@ -143,11 +52,19 @@ def find_path(given: Path, source: Path) -> Path | None:
     Raises:
         UserError: both are there, and differ.
     """
+    given = expand_user(given)
     beside, here = source.absolute().parent / given, Path.cwd() / given
-    existing = [candidate for candidate in (beside, here) if candidate.exists()]
+    existing = [candidate for candidate in (beside, here) if _exists(candidate)]
     if len(existing) == 2 and not beside.samefile(here):
         raise UserError(f"'{given}' is ambiguous: both {beside} and {here} exist; write the absolute path")
     return existing[0] if existing else None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name longer than the file system allows, NUL, half a character
+        return False
 
 
 def empty_split(source: object, split: str | None, splits: Iterable[str | None], advice: str) -> UserError:
@@ -164,30 +81,9 @@ def relocated(data: dict[str, Any], source: Path, target: Path) -> dict[str, Any
     out = dict(data)
     for key in PATH_KEYS:
         value = data.get(key)
-        if isinstance(value, str) and not Path(value).is_absolute() and (source / value).exists():
+        if isinstance(value, str) and not Path(value).is_absolute() and _exists(source / value):
             out[key] = Path(os.path.relpath(source / value, target)).as_posix()
     return out
-
-
-def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is too large a number")
-    return value
-
-
-def shortened(text: str) -> str:
-    """A text shortened for messages: at most 60 characters."""
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 @dataclass(frozen=True)
@@ -236,46 +132,71 @@ class CacheSet:
     drops: tuple[DroppedClip, ...] = ()
     repeats: int = 1
     taxonomy: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceClips:
+    """Clips of a list, those left out, the taxonomy's name if the lines have one, and what the plan should say."""
+
+    clips: tuple[SourceClip, ...]
+    drops: tuple[DroppedClip, ...]
+    taxonomy: str | None
+    notes: tuple[str, ...] = ()
 
 
 def read_source_clips(
-    path: Path, roi_units: RoiUnits = "fractions"
-) -> tuple[tuple[SourceClip, ...], tuple[DroppedClip, ...], str | None]:
-    """(clips, clips without a file, the taxonomy's name if the lines have one) of a clips or labels JSONL.
+    path: Path, encoding: str = AUTO, recursive: bool = False, roi_units: RoiUnits = "fractions"
+) -> SourceClips:
+    """The clips of a JSONL, CSV, TSV or JSON file, or of a folder.
 
     Args:
         roi_units: of the boxes of lines that do not say it.
 
     Raises:
-        UserError: a broken line, a line without a media path, a field that Wan does not support, or no clips.
+        UserError: the list cannot be read, is empty, or has no line that can be used.
     """
     clips: list[SourceClip] = []
     drops: list[DroppedClip] = []
     taxonomy: str | None = None
-    for clip in read_clips(path):
-        name = f"{path.name}, line {clip.line}"
+    source = read_clips(path, strict=False, encoding=encoding, recursive=recursive)
+    missing = 0
+    for clip in source:
         key = next((key for key in MEDIA_KEYS if key in clip.data), None)
         media = clip.data.get(key) if key else None
         if not isinstance(media, str) or not media:
-            raise UserError(f"{path}, line {clip.line}: no 'video_path' (or 'image_path') with a file name")
-        for unsupported in ("control_path", *(k for k in clip.data if k.startswith("control_path_"))):
-            if unsupported in clip.data:
-                raise UserError(f"{path}, line {clip.line}: '{unsupported}' (control images) is not supported for Wan")
+            drops.append(DroppedClip(clip.location, "no 'video_path' (or 'image_path') with a file name"))
+            continue
+        stem = Path(media).stem
+        if control := next((k for k in clip.data if k == "control_path" or k.startswith("control_path_")), None):
+            drops.append(DroppedClip(clip.location, f"'{control}' (control images) is not supported for Wan", stem))
+            continue
         try:
-            file = resolve_video(media, path)
+            file = clip.file or resolve_video(media, source.anchor)
         except UserError as error:
-            drops.append(DroppedClip(name, str(error), Path(media).stem))
+            missing += 1
+            drops.append(DroppedClip(clip.location, str(error), printable(stem)))
+            continue
+        try:
+            clips.append(_source_clip(source.anchor, clip, file, _name(clip, media), roi_units))
+        except UserError as error:
+            drops.append(DroppedClip(clip.location, str(error), stem))
             continue
         named = clip.data.get("instrument_taxonomy")
         taxonomy = taxonomy or (named if isinstance(named, str) else None)
-        clips.append(_source_clip(path, clip, file, f"{name} ({media})", roi_units))
-    if not clips and not drops:
-        raise UserError(f"{path} holds no clips")
-    return tuple(clips), tuple(drops), taxonomy
+    drops += source.drops
+    if not clips and not missing:
+        first = f"no line of it can be used; {drops[0].name}: {drops[0].reason}" if drops else "holds no clips"
+        raise UserError(f"{path}: {first}" if drops else f"{path} {first}")
+    return SourceClips(tuple(clips), tuple(drops), taxonomy, (*source.notes, *source.encoding_notes()))
+
+
+def _name(clip: Clip, media: str) -> str:
+    return clip.location if clip.file is not None else f"{clip.location} ({media})"
 
 
 def _source_clip(path: Path, clip: Clip, file: Path, name: str, roi_units: RoiUnits) -> SourceClip:
-    location, data = f"{path}, line {clip.line}", clip.data
+    location, data = clip.location, clip.data
     mask = data.get("mask_path")
     source = SourceClip(
         file, name, clip.caption, labels=label_fields(data, location), roi=read_roi(data, location, path, roi_units),
@@ -297,22 +218,28 @@ def part_fields(data: Mapping[str, Any], location: str) -> tuple[float, float | 
     """
     if data.get("start") is None:
         return None
-    for key in ("start", "duration"):
-        value = data.get(key, 1)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or value < 0 or (key == "duration" and value == 0):
-            raise UserError(f"{location}: {key} = {value!r} must be seconds{', more than 0' * (key == 'duration')}")
     duration = data.get("duration")
-    return float(data["start"]), None if duration is None else float(duration)
+    return _seconds(data["start"], "start", location), None if duration is None else _seconds(
+        duration, "duration", location)
+
+
+def _seconds(value: Any, key: str, location: str) -> float:
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)  # a table's numbers are text
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not math.isfinite(seconds) or seconds < 0 or (key == "duration" and seconds == 0):
+        raise UserError(f"{location}: {key} = {value!r} must be seconds{', more than 0' * (key == 'duration')}")
+    return seconds
 
 
 def _folder_rate(data: Mapping[str, Any], location: str) -> float | None:
     rate = data.get("fps")
     if rate is None:
         return None
-    if not isinstance(rate, int | float) or isinstance(rate, bool) or not rate > 0:
+    if (frames := _seconds(rate, "fps", location)) == 0:
         raise UserError(f"{location}: fps = {rate!r} must be the frame rate of the folder, above 0")
-    return float(rate)
+    return frames
 
 
 def label_fields(data: Mapping[str, Any], location: str) -> dict[str, Any]:

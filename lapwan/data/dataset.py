@@ -1,6 +1,7 @@
-"""A dataset, from clips.jsonl, labels.jsonl or musubi-tuner's dataset.toml, as the clips to cache.
+"""A dataset, from a list of clips, a folder, or musubi-tuner's dataset.toml, as the clips to cache.
 
-How to add a format: a function that returns `CacheSet`s (see `musubi_dataset.py`) and a case in `read_dataset`.
+How to add a list's format: a reader in `clip_tables.py`. A format with sizes and cache folders of its own: a function
+that returns `CacheSet`s (see `musubi_dataset.py`) and a case in `read_dataset`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from lapwan.data.annotations import RoiUnits
 from lapwan.data.buckets import Buckets
 from lapwan.data.clips import CacheSet, read_source_clips
 from lapwan.data.frame_extraction import Extraction
-from lapwan.data.musubi_dataset import read_musubi_dataset
+from lapwan.data.musubi_dataset import is_musubi, read_musubi_dataset
+from lapwan.data.text_encoding import AUTO
 from lapwan.errors import UserError
 from lapwan.models.spec import ModelSpec, check_frames, check_size
 from lapwan.settings.cache import CacheSettings
@@ -29,7 +31,7 @@ def extraction_from_settings(settings: CacheSettings, spec: ModelSpec) -> Extrac
     Raises:
         UserError: frames not 4N+1, a size the model does not take, or one of these settings with a dataset file.
     """
-    if settings.dataset is not None and _is_musubi(settings.dataset):
+    if settings.dataset is not None and is_musubi(settings.dataset):
         changed = [name for name in _IN_DATASET_FILE
                    if getattr(settings, name) != CacheSettings.model_fields[name].default]
         if changed:
@@ -48,29 +50,29 @@ def extraction_from_settings(settings: CacheSettings, spec: ModelSpec) -> Extrac
 
 
 def read_dataset(
-    path: Path, folder: Path | None, extraction: Extraction, stride: int = 4, roi_units: RoiUnits = "fractions"
+    path: Path, folder: Path | None, extraction: Extraction, stride: int = 4, encoding: str = AUTO,
+    recursive: bool = False, roi_units: RoiUnits = "fractions",
 ) -> list[CacheSet]:
     """The clips of a dataset, one CacheSet for each cache folder.
 
     Args:
         folder: the cache folder; a musubi dataset file may name its own instead.
-        extraction: sizes and frames for a JSONL file; a musubi dataset file gives its own.
+        extraction: sizes and frames for a list or folder; a musubi dataset file gives its own.
         stride: pixel frames per latent frame.
-        roi_units: of boxes in a JSONL whose lines do not say it.
+        encoding: of captions, where their bytes do not tell it.
+        recursive: of a folder, the sub-folders too.
+        roi_units: of boxes in a list whose lines do not say it.
 
     Raises:
         UserError: the file cannot be read or is wrong. Clips whose video is missing are `drops`, not errors.
     """
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no such file"
-        raise UserError(f"dataset {path}: {kind}; expected clips.jsonl, labels.jsonl or a dataset.toml")
-    if _is_musubi(path):
-        return read_musubi_dataset(path, folder, extraction.buckets.step, stride)
+    if not path.exists():
+        raise UserError(f"dataset {path}: no such file; expected a folder of videos with captions, clips.jsonl, "
+                        "labels.jsonl, a CSV or TSV, or a dataset.toml")
+    if is_musubi(path):
+        return read_musubi_dataset(path, folder, extraction.buckets.step, stride, encoding)
     if folder is None:
-        raise UserError("a clips file needs a folder for its cache; add --output DIR")
-    clips, drops, taxonomy = read_source_clips(path, roi_units)
-    return [CacheSet(folder, path, extraction, clips, drops, taxonomy=taxonomy)]
-
-
-def _is_musubi(path: Path) -> bool:
-    return path.suffix.lower() in (".toml", ".json")
+        raise UserError("a clips file or folder needs a folder for its cache; add --output DIR")
+    source = read_source_clips(path, encoding, recursive, roi_units)
+    return [CacheSet(folder, path, extraction, source.clips, source.drops, taxonomy=source.taxonomy,
+                     notes=source.notes)]

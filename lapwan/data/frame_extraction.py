@@ -26,7 +26,8 @@ class Window(NamedTuple):
 class Extraction:
     """The size bucket and the frames taken of each clip; see `Buckets` and `frame_windows`.
 
-    `source_fps` overrides the frame rate that files report; None keeps it.
+    `source_fps` overrides the frame rate that files report; None keeps it. `earlier_buckets` are those of an older
+    version, whose cache files stay valid.
     """
 
     buckets: Buckets
@@ -36,6 +37,7 @@ class Extraction:
     frame_sample: int = 1
     max_frames: int = 129
     source_fps: float | None = None
+    earlier_buckets: Buckets | None = None
 
     def windows(self, count: int) -> list[Window]:
         """The windows of a clip of `count` frames; empty if the clip is shorter than every target."""

@@ -1,8 +1,9 @@
 """The instrument label of a caption: which families it names, with weights, by the words of a taxonomy.
 
 The rule: find keywords (longest match on word boundaries, `caption_text.py`), leave out those that are denied
-(`negation.py`) and those of `ignore`. Only if no keyword counts, actions count instead; without either, the label is
-the taxonomy's default family, as a fallback. A mention weighs length^1.5; a family's weight is its share of the sum.
+(`negation.py`), those of `ignore`, and what is no instrument at work (`mention_roles.py`). Only if no keyword counts,
+actions count instead; without either, the label is the taxonomy's default family, as a fallback. A mention weighs
+length^1.5; a family's weight is its share of the sum.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from lapwan.data.caption_text import (
     units,
     weight_length,
 )
+from lapwan.data.mention_roles import MODIFIERS, NO_FAMILY, RoleMention, Weight, part_in, weigh
 from lapwan.data.negation import negated
-from lapwan.data.taxonomy import Taxonomy
+from lapwan.data.taxonomy import PARTS, Family, Taxonomy
 from lapwan.errors import UserError, nearest
 
 LENGTH_POWER = 1.5
@@ -32,7 +34,10 @@ _MIX_PUNCTUATION = str.maketrans("，；：＝", ",;:=")
 
 @dataclass(frozen=True)
 class Mention:
-    """An occurrence of a taxonomy's phrase in a text. `start` and `end` count units of the normalised text."""
+    """An occurrence of a taxonomy's phrase in a text. `start` and `end` count units of the normalised text.
+
+    `negated`: the text denies it. `counted`: it is part of the label's evidence.
+    """
 
     phrase: str
     family: int
@@ -41,6 +46,7 @@ class Mention:
     weight: float
     action: bool = False
     negated: bool = False
+    counted: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,16 @@ class Label:
     mentions: tuple[Mention, ...]
 
 
+_IGNORED = -1
+
+
 @dataclass(frozen=True)
 class _Phrase:
     text: str
-    family: int  # -1: a phrase to ignore
+    family: int  # or _IGNORED, NO_FAMILY
     weight: float
     action: bool
+    parts: tuple[str, ...]
 
 
 class CaptionLabeller:
@@ -71,25 +81,31 @@ class CaptionLabeller:
 
     def __init__(self, taxonomy: Taxonomy) -> None:
         self.taxonomy = taxonomy
-        keywords = [_phrase(k, i) for i, family in enumerate(taxonomy.families) for k in family.keywords]
-        keywords += [_phrase(word, -1) for word in taxonomy.ignore]
-        actions = [_phrase(a, i, action=True) for i, family in enumerate(taxonomy.families) for a in family.actions]
-        self._keywords, self._actions = PhraseMatcher(keywords), PhraseMatcher(actions)
-        self._segmenter = ChineseSegmenter("".join(p) for p, _ in (*keywords, *actions) if all(map(is_han, p)))
+        keywords = [_phrase(k, i, family) for i, family in enumerate(taxonomy.families) for k in family.keywords]
+        keywords += [_phrase(word, _IGNORED) for word in taxonomy.ignore]
+        keywords += [_phrase(word, NO_FAMILY) for word in taxonomy.no_family]
+        actions = [_phrase(a, i, family, action=True) for i, family in enumerate(taxonomy.families)
+                   for a in family.actions]
+        self._keywords, self._actions = PhraseMatcher(keywords, MODIFIERS), PhraseMatcher(actions, MODIFIERS)
+        chinese = {"".join(p): word for p, word in (*keywords, *actions) if all(map(is_han, p))}
+        self._segmenter = ChineseSegmenter(chinese, [text for text, word in chinese.items() if "verb" in word.parts])
 
     def label(self, caption: str) -> Label:
         """The label of a caption or prompt; see the module for the rule."""
         text = self._segmenter.split(caption)
         keywords = self._keywords.find(text)
-        matches = [match for match in keywords if match.value.family >= 0]
-        mentions = _mentions(text, matches)
-        counted = [m for m in mentions if not m.negated]
+        evidence = _Evidence.of(text, keywords)
+        counted = evidence.counted(Weight.FULL)
         if not counted:
-            matches += self._actions.find(text, [(match.start, match.end) for match in keywords])
-            denied = {m.family for m in mentions}
-            mentions = _mentions(text, sorted(matches, key=lambda match: match.start))
-            counted = [m for m in mentions if m.action and not m.negated and m.family not in denied]
-        return self._to_label(counted, tuple(mentions))
+            actions = self._actions.find(text, [(match.start, match.end) for match in keywords])
+            denied = {match.value.family for match in evidence.denied() if match.value.family >= 0}
+            evidence = _Evidence.of(text, sorted([*keywords, *actions], key=lambda match: match.start))
+            for weight in (Weight.FULL, Weight.LAST_RESORT):
+                counted = {at for at in evidence.counted(weight) if evidence.matches[at].value.family not in denied}
+                if counted:
+                    break
+        mentions = evidence.mentions(counted)
+        return self._to_label([m for m in mentions if m.counted], mentions)
 
     def _to_label(self, counted: list[Mention], mentions: tuple[Mention, ...]) -> Label:
         families = self.taxonomy.families
@@ -189,17 +205,50 @@ def _labeller(taxonomy: Taxonomy) -> CaptionLabeller:
     return CaptionLabeller(taxonomy)
 
 
-def _mentions(text: SplitText, matches: list[PhraseMatch[_Phrase]]) -> list[Mention]:
-    denied = negated(text, [PhraseMatch(match.start, match.end, match.value.family) for match in matches])
-    return [
-        Mention(m.value.text, m.value.family, m.start, m.end, m.value.weight, m.value.action, is_negated)
-        for m, is_negated in zip(matches, denied, strict=True)
-    ]
+@dataclass(frozen=True)
+class _Evidence:
+    """The matches of a text, which of them it denies, and how much the others count."""
+
+    matches: list[PhraseMatch[_Phrase]]
+    negated: list[bool]
+    weights: list[Weight]
+
+    @staticmethod
+    def of(text: SplitText, matches: list[PhraseMatch[_Phrase]]) -> _Evidence:
+        parts = {m: part_in(text, m.start, m.end, m.value.parts) for m in matches if m.value.family != _IGNORED}
+        matches = [m for m, part in parts.items() if part is not None]
+        denied = negated(text, [PhraseMatch(m.start, m.end, m.value.family) for m in matches])
+        return _Evidence(matches, denied, weigh(text, [
+            RoleMention(m.start, m.end, m.value.family, "verb" if m.value.action else parts[m] or "", no)
+            for m, no in zip(matches, denied, strict=True)
+        ]))
+
+    def counted(self, weight: Weight) -> set[int]:
+        return {at for at, match in enumerate(self.matches)
+                if match.value.family >= 0 and self.weights[at] >= weight}
+
+    def denied(self) -> list[PhraseMatch[_Phrase]]:
+        return [match for match, no in zip(self.matches, self.negated, strict=True) if no]
+
+    def mentions(self, counted: set[int]) -> tuple[Mention, ...]:
+        return tuple(
+            Mention(m.value.text, m.value.family, m.start, m.end, m.value.weight, m.value.action, self.negated[at],
+                    at in counted)
+            for at, m in enumerate(self.matches) if m.value.family >= 0
+        )
 
 
-def _phrase(text: str, family: int, action: bool = False) -> tuple[tuple[str, ...], _Phrase]:
+@lru_cache(maxsize=64)
+def _all_units(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
+    return frozenset(map(units, words))
+
+
+def _phrase(
+    text: str, family: int, words: Family | None = None, action: bool = False
+) -> tuple[tuple[str, ...], _Phrase]:
     pieces = units(text)
-    return pieces, _Phrase(text, family, weight_length(pieces) ** LENGTH_POWER, action)
+    parts = tuple(part.removesuffix("s") for part in PARTS if words and pieces in _all_units(getattr(words, part)))
+    return pieces, _Phrase(text, family, weight_length(pieces) ** LENGTH_POWER, action, parts)
 
 
 def check_label(

@@ -17,11 +17,13 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lapwan import console
 from lapwan.data.buckets import Buckets
-from lapwan.data.clips import CacheSet, SourceClip, find_path, read_source_clips
+from lapwan.data.clip_file import read_clips
+from lapwan.data.clip_tables import ClipRows, caption_beside, media_files
+from lapwan.data.clips import PATH_KEYS, CacheSet, SourceClip, SourceClips, find_path, read_source_clips
 from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.frame_extraction import Extraction, FrameExtraction, round_frames
-from lapwan.data.frame_files import IMAGE_SUFFIXES
-from lapwan.data.video import VIDEO_SUFFIXES
+from lapwan.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from lapwan.data.text_encoding import AUTO
 from lapwan.errors import UserError, nearest
 from lapwan.settings.base import Settings
 from lapwan.settings.load import reason
@@ -154,10 +156,60 @@ def _validated(model: type[SharedKeys], data: dict[str, Any], table: str) -> tup
         return None, problems
 
 
-def read_musubi_dataset(path: Path, output: Path | None, step: int, stride: int) -> list[CacheSet]:
+def is_musubi(path: Path) -> bool:
+    """Whether a file is musubi-tuner's dataset file: TOML, or JSON with [general] or [[datasets]].
+
+    A JSON file that is none of a list's forms counts as one, so that its mistakes are named.
+    """
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return path.suffix.lower() == ".toml"
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(tree, dict) and bool({"general", "datasets"} & set(tree))
+
+
+def musubi_rows(path: Path, encoding: str = AUTO) -> ClipRows:
+    """The clips of all datasets of a file as rows with absolute paths, for `lapwan label`.
+
+    Raises:
+        UserError: a wrong file, or a missing folder.
+    """
+    rows = ClipRows()
+    for number, entry in enumerate(read_entries(path)):
+        location = f"{path}, datasets[{number}]"
+        source = _source(entry, path, location)
+        if source.is_file():
+            clips = read_clips(source, strict=False, encoding=encoding)
+            for clip in clips:
+                given = {key: str(_absolute(clip.data[key], source)) for key in PATH_KEYS if key in clip.data}
+                rows.rows.append((clip.location, clip.data | given, None))
+            rows.drops += clips.drops
+            rows.notes += [*clips.notes, *clips.encoding_notes()]
+            continue
+        key = "image_path" if entry.image_directory is not None else "video_path"
+        folder = _folder_clips(entry, source, location, encoding)
+        rows.rows += [(clip.name, {key: str(clip.path.absolute()), "caption": clip.caption}, None)
+                      for clip in folder.clips]
+        rows.drops += folder.drops
+        rows.notes += folder.notes
+    return rows
+
+
+def _absolute(given: Any, source: Path) -> Any:
+    """A line's path as an absolute one, if it leads to a file."""
+    existing = find_path(Path(given), source) if isinstance(given, str) else None
+    return given if existing is None else existing.absolute()
+
+
+def read_musubi_dataset(
+    path: Path, output: Path | None, step: int, stride: int, encoding: str = AUTO
+) -> list[CacheSet]:
     """One CacheSet per dataset.
 
     Args:
+        encoding: of captions, where their bytes do not tell it.
         output: the cache folder of a dataset without `cache_directory`; several get numbered folders in it.
         step: the size step of buckets, in pixels.
         stride: pixel frames per latent frame.
@@ -170,13 +222,15 @@ def read_musubi_dataset(path: Path, output: Path | None, step: int, stride: int)
     sets: list[CacheSet] = []
     for number, entry in enumerate(entries):
         location = f"{path}, datasets[{number}]"
-        clips, drops, taxonomy = _clips(entry, path, location)
+        source = _source(entry, path, location)
+        source_clips = read_source_clips(source, encoding) if source.is_file() else (
+            _folder_clips(entry, source, location, encoding))
         folder = _cache_folder(entry, path, output, number if without_folder > 1 else None, location)
         same = next((at for at, other in enumerate(sets) if other.folder.absolute() == folder.absolute()), None)
         if same is not None:
             raise UserError(f"{location}: cache folder {folder} is that of datasets[{same}] too; give each its own")
-        sets.append(CacheSet(folder, path, _extraction(entry, step, stride, location), clips, drops, entry.num_repeats,
-                             taxonomy))
+        sets.append(CacheSet(folder, path, _extraction(entry, step, stride, location), source_clips.clips,
+                             source_clips.drops, entry.num_repeats, source_clips.taxonomy, source_clips.notes))
     if any(entry.batch_size > 1 for entry in entries):
         console.log(f"{path}: batch_size is for training; set it in the training settings")
     return sets
@@ -192,38 +246,40 @@ def _extraction(entry: DatasetEntry, step: int, stride: int, location: str) -> E
     if rounded != tuple(sorted(set(entry.target_frames))):
         console.warn(f"{location}: target_frames {list(entry.target_frames)} are rounded down to {list(rounded)} "
                      f"({stride}N+1)")
-    return Extraction(Buckets(entry.resolution, entry.enable_bucket, entry.bucket_no_upscale, step), rounded,
-                      entry.frame_extraction, entry.frame_stride, entry.frame_sample, entry.max_frames,
-                      entry.source_fps)
+    buckets = given = Buckets(entry.resolution, entry.enable_bucket, entry.bucket_no_upscale, step)
+    if entry.video_directory is not None or entry.video_jsonl_file is not None:
+        # musubi-tuner's code does not pass the two bucket keys on for videos: they always go into buckets.
+        buckets = Buckets(entry.resolution, True, False, step)
+    return Extraction(buckets, rounded, entry.frame_extraction, entry.frame_stride, entry.frame_sample,
+                      entry.max_frames, entry.source_fps, given)
 
 
-def _clips(
-    entry: DatasetEntry, path: Path, location: str
-) -> tuple[tuple[SourceClip, ...], tuple[DroppedClip, ...], str | None]:
+def _source(entry: DatasetEntry, path: Path, location: str) -> Path:
+    """The file or folder of a dataset."""
     key = next(key for key in SOURCES if getattr(entry, key) is not None)
     source = _existing(getattr(entry, key), path, f"{location}.{key}")
-    if key.endswith("jsonl_file"):
-        if not source.is_file():
-            raise UserError(f"{location}.{key}: {source} is not a file")
-        return read_source_clips(source)
-    if not source.is_dir():
+    if key.endswith("jsonl_file") and not source.is_file():
+        raise UserError(f"{location}.{key}: {source} is not a file")
+    if key.endswith("directory") and not source.is_dir():
         raise UserError(f"{location}.{key}: {source} is not a folder")
-    suffixes = IMAGE_SUFFIXES if key.startswith("image") else VIDEO_SUFFIXES
+    return source
+
+
+def _folder_clips(entry: DatasetEntry, folder: Path, location: str, encoding: str) -> SourceClips:
+    suffixes = IMAGE_SUFFIXES if entry.image_directory is not None else VIDEO_SUFFIXES
     clips: list[SourceClip] = []
     drops: list[DroppedClip] = []
-    for file in sorted(source.iterdir()):
-        if file.suffix.lower() not in suffixes or not file.is_file():
-            continue
-        caption = file.with_name(file.stem + str(entry.caption_extension))
-        text = caption.read_text(encoding="utf-8-sig").strip() if caption.is_file() else None
-        if text:
-            clips.append(SourceClip(file, str(file), text, still=key.startswith("image")))
-        else:
-            reason = f"empty caption {caption.name}" if text == "" else f"no caption file {caption.name}"
+    rows = ClipRows()
+    media, _ = media_files(folder, suffixes)
+    for file in media:
+        text, reason = caption_beside(file, [str(entry.caption_extension)], rows, encoding)
+        if text is None:
             drops.append(DroppedClip(str(file), reason, file.stem))
-    if not clips and not drops:
-        raise UserError(f"{location}.{key}: {source} holds none of {', '.join(sorted(suffixes))}")
-    return tuple(clips), tuple(drops), None
+        else:
+            clips.append(SourceClip(file, str(file), text, still=entry.image_directory is not None))
+    if not media:
+        raise UserError(f"{location}: {folder} holds none of {', '.join(sorted(suffixes))}")
+    return SourceClips(tuple(clips), tuple(drops), None, tuple(rows.encoding_notes()))
 
 
 def _cache_folder(entry: DatasetEntry, path: Path, output: Path | None, number: int | None, location: str) -> Path:

@@ -31,6 +31,8 @@ class _Role(Flag):
     STOP = auto()  # ends the scope of a negator
     SOFT_STOP = auto()  # ends it only after its first mention
     WITHDRAWN = auto()  # denies the mention before it, without a negator
+    LEAVES = auto()  # the same in the perfect: the hook has left the field; one that leaves is still seen
+    PERFECT = auto()  # has, already, 已
     TAIL = auto()  # may follow a denying verb without being its object
     COMMA = auto()
     BREAK = auto()
@@ -41,24 +43,34 @@ _R = _Role
 _WORDS: tuple[tuple[_Role, str], ...] = (
     (_R.NEGATOR, """
         未 没 没有 无 不 非 别 勿 莫 尚未 从未 并未 未曾 并不 并非 并无 并没有 从没 不再 未再 没再 毫无 不能 不可
-        不宜 不得 不会
-        no not never neither nor cannot don't doesn't didn't isn't aren't wasn't weren't can't won't haven't
-        hasn't hadn't couldn't shouldn't wouldn't needn't
+        不宜 不得 不会 暂无 尚无 暂未 仍未 亦未 亦无 均无
+        no not never neither nor none none_of yet_to cannot don't doesn't didn't isn't aren't wasn't weren't
+        can't won't haven't hasn't hadn't couldn't shouldn't wouldn't needn't
     """),
     (_R.NEGATOR | _R.LOOSE, """
         无需 无须 毋需 毋须 不需 不需要 不须 不必 不用 没用 未用 未见 不见 没见 看不到 看不见 免用
         no_longer
     """),
     (_R.NEGATOR | _R.FORWARD | _R.LOOSE, """
-        代替 替代 取代 而非 而不是 不是 避免 缺少 缺乏 不含 不包括 不包含
-        without instead_of rather_than in_place_of in_lieu_of absence_of lack_of free_of avoid
+        代替 替代 取代 而非 而不是 不是 避免 缺少 缺乏 不含 不包括 不包含 弃用 省去 不带 未带 未持
+        停止使用 停用 暂停使用 放弃 舍弃
+        free_from stop_using stopped_using refrain_from
+        without instead_of rather_than in_place_of in_lieu_of absence_of lack_of free_of devoid_of avoid
+    """),
+    (_R.LEAVES, """
+        撤出 退出 撤去 撤走 撤离 移除 移走 收起 移出 移开 离开 抽离 抽出 拔出 收回 消失 退离 换成 换为 更换为 更换成
+        替换为 替换成 取出 撤
+        withdrawn left exited removed taken_out taken_away put_away moved_out pulled_out retracted_out disappeared gone
+        vanished replaced exchanged swapped
     """),
     (_R.USE | _R.LOOSE, """
         使用 用 采用 应用 动用 运用 利用 借助 启用 用到 用上 见 见到 看到 看见 可见 发现 出现 显示 参与 介入 入镜
-        露出 存在 进入 进入画面 进入视野 进入镜头 进入术野 出现在画面 出现在视野 在场 置入 插入 伸入 出镜
+        露出 用于 到位 到场 入画 存在 进入 进入画面 进入视野 进入镜头 进入术野 出现在画面 出现在视野 在场 置入 插入 伸入
+        出镜
         use using used employ employed see seen show shown need needed require visible present active involve
         applied introduced inserted deployed engaged appear necessary in_use in_view in_frame in_the_field
-        on_screen in_the_image
+        on_screen in_the_image in_sight in_the_frame in_the_view in_the_picture in_shot within_view utilize utilise
+        available identified noted on_view
     """),
     (_R.FILLER, """
         需 需要 须 予 给予 行 进行 有 任何 再 持 以 通过 的 了 其他 其它 别的 额外 明显 一把 一个 把 个 腹腔镜
@@ -66,10 +78,12 @@ _WORDS: tuple[tuple[_Role, str], ...] = (
         of for to further more additional other there help again ever yet
     """),
     (_R.FILLER | _R.DETERMINER, "the a an any this that its"),
-    (_R.FILLER | _R.AUXILIARY, "be being been is are was were has have had do does did"),
+    (_R.FILLER | _R.AUXILIARY, "be being been is are was were do does did"),
+    (_R.FILLER | _R.AUXILIARY | _R.PERFECT, "has have had"),
+    (_R.AUXILIARY | _R.PERFECT, "已 已经 均已 早已 业已 already"),
     (_R.AUXILIARY, """
-        也 均 都 皆 尚 暂 暂时 并 已 此时 全程 始终 一直 本次 术中 目前
-        currently still both all remain
+        也 均 都 皆 尚 暂 暂时 并 此时 全程 始终 一直 本次 术中 目前 在旁 旁边 待命 闲置 松开 完全 缓慢 立即 迅速
+        currently still both all remain idle idle_and now fully completely slowly then just
     """),
     (_R.JOIN, "和 与 及 以及 及其 跟 、 and / + &"),
     (_R.JOIN | _R.OR, "或 或者 或是 or nor"),
@@ -82,9 +96,15 @@ _WORDS: tuple[tuple[_Role, str], ...] = (
     (_R.WITHDRAWN, """
         已撤出 已撤离 已退出 已移出 已移除 已移走 已离开 已停用 已经撤出 已经退出 已经移出 停用 停止使用 暂停使用
         不在画面 不在视野 不在镜头 不在术野 不在场 未在画面 未在视野 没在画面
-        absent unused has_been_withdrawn have_been_withdrawn out_of_view out_of_frame not_in_use not_in_view
+        画面外 视野外 镜头外
+        absent unused nowhere nowhere_to_be_seen previously_used
+        has_been_withdrawn have_been_withdrawn out_of_view out_of_frame not_in_use not_in_view
+        out_of_sight out_of_the_field out_of_the_frame out_of_the_view off_screen offscreen no_longer_in_view
     """),
-    (_R.TAIL, "画面 视野 镜头 术野 中 内 里 之中 当中 过 到 了 于 在 本段 视频"),
+    (_R.TAIL, """
+        画面 视野 镜头 术野 中 内 里 之中 当中 过 到 了 于 在 本段 视频 腹腔 体腔 操作区 手术区 画 外
+        from of the view field frame screen scene image picture sight operative surgical abdomen cavity body
+    """),
     (_R.COMMA, ","),
     (_R.BREAK, "。 . ; ! ? : … — ( ) [ ] 《 》 「 」 『 』 【 】 “ ”"),
 )
@@ -100,7 +120,7 @@ def _vocabulary() -> dict[tuple[str, ...], _Role]:
 
 _VOCABULARY = _vocabulary()
 _MATCHER = PhraseMatcher(_VOCABULARY.items())
-_TRIGGERS = frozenset(word[0] for word, role in _VOCABULARY.items() if role & (_R.NEGATOR | _R.WITHDRAWN))
+_TRIGGERS = frozenset(word[0] for word, role in _VOCABULARY.items() if role & (_R.NEGATOR | _R.WITHDRAWN | _R.LEAVES))
 _LOOSE_SLACK = 2  # modifiers allowed after a loose negator: 未使用 | 锋利 | 弯头 | 剪刀
 _LATIN_SLACK = 1  # no monopolar scissors; Chinese bare negators take none: 无 | 损伤 | 抓钳
 
@@ -150,10 +170,12 @@ def _elements(text: SplitText, mentions: Sequence[PhraseMatch[int]]) -> list[_El
 
 def _denied_after(elements: list[_Element], at: int) -> int | None:
     """The negator's position, if what follows mention `at` denies it: 剪刀 均 未 使用, scissors are not visible."""
-    at = _skip(elements, at + 1, _R.AUXILIARY)
+    begin = _after_gloss(elements, at)
+    at = _skip(elements, begin, _R.AUXILIARY)
     if at >= len(elements):
         return None
-    if elements[at].role & _R.WITHDRAWN:
+    perfect = any(element.role & _R.PERFECT for element in elements[begin:at])
+    if elements[at].role & _R.WITHDRAWN or (perfect and elements[at].role & _R.LEAVES):
         return at
     if not elements[at].role & _R.NEGATOR or elements[at].role & _R.FORWARD:
         return None
@@ -166,6 +188,15 @@ def _denied_after(elements: list[_Element], at: int) -> int | None:
         if not elements[verb].latin and not _ends(elements, verb + 1):
             return None
     return at
+
+
+def _after_gloss(elements: list[_Element], at: int) -> int:
+    """What follows mention `at` and its gloss: 剪刀 (scissors) 已撤出."""
+    if [bool(e.role & _R.BREAK) for e in elements[at + 1:at + 4]] == [True, False, True] and (
+            elements[at + 2].mention >= 0):
+        return at + 4
+    inside = at >= 2 and elements[at - 1].role & _R.BREAK and elements[at - 2].mention >= 0
+    return at + 2 if inside and elements[at + 1:at + 2] and elements[at + 1].role & _R.BREAK else at + 1
 
 
 def _ends(elements: list[_Element], at: int) -> bool:

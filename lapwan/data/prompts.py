@@ -17,7 +17,7 @@ from typing import Any
 
 from lapwan import rng
 from lapwan.data.caption_text import TOKEN
-from lapwan.data.clips import read_clips
+from lapwan.data.clip_file import read_clips
 from lapwan.errors import UserError
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from lapwan.data.decoding.frame_stream import open_stream
+from lapwan.data.decoding.images import short_reason
 from lapwan.data.dropped_clips import BadClip
-from lapwan.data.frame_stream import open_stream
-from lapwan.data.images import short_reason
 from lapwan.data.video import VideoFacts
 
 _WIDTH, _HEIGHT = 64, 36

@@ -21,14 +21,18 @@ from lapwan.errors import UserError, nearest
 
 _SHIPPED = Path(__file__).parent / "taxonomies"
 _KEY = re.compile(r"[a-z][a-z0-9_]*")
+PARTS = ("verbs", "nouns", "materials")
 
 
 @dataclass(frozen=True)
 class Family:
     """An instrument family, which one expert learns.
 
-    `keywords` always count as evidence; `actions` only in a caption where no keyword counted; `aliases` and names are
-    understood as hints but are not evidence in a caption (`other` is a word of everyday prose).
+    `keywords` count as evidence; `actions` only in a caption where no keyword counted; `aliases` and names are
+    understood as hints but are not evidence in a caption (`other` is a word of everyday prose). `verbs`, `nouns` and
+    `materials` repeat keywords or actions: a verb or noun counts only where the caption uses it as one (`saw`; in both
+    lists: either), a verb only where no other instrument does it, a material (clip, suture) only where no other
+    instrument works on it.
     """
 
     key: str
@@ -38,6 +42,9 @@ class Family:
     keywords: tuple[str, ...] = ()
     actions: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    verbs: tuple[str, ...] = ()
+    nouns: tuple[str, ...] = ()
+    materials: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -52,14 +59,18 @@ class Family:
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """Families in order; `default` is the family's index for captions without any evidence; `ignore` are phrases that
-    contain a keyword's characters and mean something else (钩突, 呼吸)."""
+    """Families in order; `default` is the family's index for captions without any evidence.
+
+    `ignore` are phrases that contain a keyword's characters and mean something else (钩突, 呼吸); `no_family` are
+    instruments of no family: no evidence, and what they do is none either (超声刀离断).
+    """
 
     name: str
     families: tuple[Family, ...]
     default: int
     description: str = ""
     ignore: tuple[str, ...] = ()
+    no_family: tuple[str, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -83,8 +94,11 @@ class Taxonomy:
             "description": self.description,
             "default": self.families[self.default].key,
             "ignore": list(self.ignore),
+            # Absent while empty: a taxonomy without them keeps its fingerprint
+            **({"no_family": list(self.no_family)} if self.no_family else {}),
             "families": [
-                {f.name: list(v) if isinstance(v := getattr(family, f.name), tuple) else v for f in fields(Family)}
+                {f.name: list(v) if isinstance(v := getattr(family, f.name), tuple) else v for f in fields(Family)
+                 if f.name not in PARTS or getattr(family, f.name)}
                 for family in self.families
             ],
         }
@@ -136,7 +150,7 @@ class _Reader:
         self._problems: list[str] = []
 
     def taxonomy(self, data: Mapping[str, Any]) -> Taxonomy:
-        self._check_keys(data, ("name", "description", "default", "ignore", "families"), "")
+        self._check_keys(data, ("name", "description", "default", "ignore", "no_family", "families"), "")
         tables = data.get("families")
         if not isinstance(tables, list) or not tables or not all(isinstance(t, Mapping) for t in tables):
             self._problems.append("'families' must be one or more tables, each written as [[families]]")
@@ -149,16 +163,16 @@ class _Reader:
         if default and families and default not in keys:
             self._problems.append(f"default = '{default}' is not a family{nearest(default, keys)}; "
                                   f"one of: {', '.join(keys)}")
-        ignore = self._words(data, "ignore", "")
+        ignore, no_family = self._words(data, "ignore", ""), self._words(data, "no_family", "")
         name, description = self._text(data, "name", "", required=True), self._text(data, "description", "")
         for family in families:
             if not family.keywords and family.key != default:
                 self._problems.append(f"family '{family.key}' is empty: give it at least one keyword "
                                       "(only the default family may have none)")
-        self._check_clashes(families, ignore)
+        self._check_clashes(families, ignore, no_family)
         if self._problems:
             raise UserError(self._message())
-        return Taxonomy(name, families, keys.index(default), description, ignore)
+        return Taxonomy(name, families, keys.index(default), description, ignore, no_family)
 
     def _family(self, table: Mapping[str, Any], path: str) -> Family:
         self._check_keys(table, tuple(f.name for f in fields(Family)), path)
@@ -166,11 +180,21 @@ class _Reader:
         if key and not _KEY.fullmatch(key):
             self._problems.append(f"{path}.key = '{key}': lower-case ASCII letters, digits and _ only, such as 'hook'")
         names = self._words(table, "names", path)
-        return Family(
+        family = Family(
             key, names or (key.replace("_", " ").capitalize(),), self._words(table, "names_zh", path),
             self._text(table, "description", path), self._words(table, "keywords", path),
             self._words(table, "actions", path), self._words(table, "aliases", path),
+            *(self._words(table, part, path) for part in PARTS),
         )
+        evidence = {units(word) for word in (*family.keywords, *family.actions)}
+        listed: dict[tuple[str, ...], str] = {}
+        for part in PARTS:
+            for word in getattr(family, part):
+                if units(word) not in evidence:
+                    self._problems.append(f"{path}.{part}: '{word}' is no keyword or action of '{key}'; add it there")
+                if {listed.setdefault(units(word), part), part} & {"materials"} != {part} & {"materials"}:
+                    self._problems.append(f"{path}: '{word}' is in materials and in verbs or nouns; keep it in one")
+        return family
 
     def _check_keys(self, table: Mapping[str, Any], known: tuple[str, ...], path: str) -> None:
         for key in table:
@@ -199,10 +223,12 @@ class _Reader:
                 self._problems.append(f"{dotted}: empty phrase {word!r}; remove it")
         return tuple(value)
 
-    def _check_clashes(self, families: tuple[Family, ...], ignore: tuple[str, ...]) -> None:
+    def _check_clashes(
+        self, families: tuple[Family, ...], ignore: tuple[str, ...], no_family: tuple[str, ...]
+    ) -> None:
         """A phrase may belong to one family only, whatever inflection or script it is written in."""
         owner: dict[tuple[str, ...], tuple[str, str, str]] = {}
-        for key, role, phrase in _phrases(families, ignore):
+        for key, role, phrase in _phrases(families, ignore, no_family):
             first = owner.setdefault(units(phrase), (key, role, phrase))
             if first[0] != key:
                 same = f"'{phrase}'" if first[2] == phrase else f"'{first[2]}' = '{phrase}'"
@@ -217,7 +243,9 @@ class _Reader:
         return f"{self._source}: {len(self._problems)} problems:\n" + "\n".join(f"  {p}" for p in self._problems)
 
 
-def _phrases(families: tuple[Family, ...], ignore: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+def _phrases(
+    families: tuple[Family, ...], ignore: tuple[str, ...], no_family: tuple[str, ...]
+) -> Iterator[tuple[str, str, str]]:
     for family in families:
         for role in ("keywords", "actions", "names", "names_zh", "aliases"):
             for phrase in getattr(family, role):
@@ -225,7 +253,9 @@ def _phrases(families: tuple[Family, ...], ignore: tuple[str, ...]) -> Iterator[
         yield family.key, "key", family.key
     for phrase in ignore:
         yield "", "ignore", phrase
+    for phrase in no_family:
+        yield "no_family", "no_family", phrase
 
 
 def _describe(owner: tuple[str, str, str]) -> str:
-    return "'ignore'" if owner[1] == "ignore" else f"{owner[1]} of '{owner[0]}'"
+    return f"'{owner[1]}'" if owner[1] in ("ignore", "no_family") else f"{owner[1]} of '{owner[0]}'"

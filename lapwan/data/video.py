@@ -1,10 +1,10 @@
 """Decoding: a video, an image or a folder of images to upright RGB frames at the model's frame rate.
 
 Time 0 is the first frame. Frame k at `fps` is the frame on display at k / fps, by timestamps, so a variable frame rate
-is resampled evenly. Which time a frame has: `timeline.py`; its colours: `pixels.py`, `images.py`. No torch here, save
+is resampled evenly. Which time a frame has and its colours: `decoding/`. No torch here, save
 for tone-mapping HDR: worker processes start fast.
 
-How to add a container: its suffix in `VIDEO_SUFFIXES`, if FFmpeg (PyAV) reads it.
+How to add a container: its suffix in `suffixes.py`, if FFmpeg (PyAV) reads it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lapwan.data.buckets import Crop
-from lapwan.data.dropped_clips import BadClip
-from lapwan.data.frame_files import IMAGE_SUFFIXES, frame_files, missing_frames
-from lapwan.data.frame_stream import frames_from_seek, frames_from_start, open_container, video_stream
-from lapwan.data.images import (
+from lapwan.data.decoding.frame_files import frame_files, missing_frames
+from lapwan.data.decoding.frame_stream import frames_from_seek, frames_from_start, open_container, video_stream
+from lapwan.data.decoding.images import (
     animation,
     image_traits,
     open_frame,
     short_reason,
 )
-from lapwan.data.pixels import (
+from lapwan.data.decoding.pixels import (
     ReadOptions,
     deinterlaced,
     display_size,
@@ -37,14 +36,13 @@ from lapwan.data.pixels import (
     treatment_of,
     turns_sideways,
 )
-from lapwan.data.timeline import PacketTime, Timeline, make_timeline
+from lapwan.data.decoding.timeline import PacketTime, Timeline, make_timeline
+from lapwan.data.dropped_clips import BadClip
+from lapwan.data.suffixes import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from PIL import Image
 
-VIDEO_SUFFIXES = frozenset({
-    ".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".ts", ".gif",
-})
 _LATE = 0.0011  # seconds a timestamp may be late: containers round to milliseconds
 
 

@@ -30,8 +30,7 @@ from lapwan.diagnostics.run_folder import (
 from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
 from lapwan.errors import UserError
 from lapwan.lora.formats import is_peft_folder
-from lapwan.models.resolve import resolve
-from lapwan.models.spec import weight_files
+from lapwan.models.resolve import transformers_of
 from lapwan.names import NoiseExpert
 from lapwan.settings.inspect_weights import InspectWeightsSettings
 
@@ -117,16 +116,18 @@ def _routing(
 
 def _base_files(model: str, point: Checkpoint) -> dict[str, list[Path]]:
     """The weights of the base's noise experts, by label."""
-    spec = resolve(model)
+    transformers, _ = transformers_of(model)
+    single = next(iter(transformers)) if len(transformers) == 1 else None
     files: dict[str, list[Path]] = {}
     for label, source in point.loras.items():
-        if label == UNLABELLED and len(spec.noise_experts) > 1:
+        if label == UNLABELLED and len(transformers) > 1:
             raise UserError(f"{source.path} does not record its noise expert, so it cannot be compared with --base; "
                             "give HIGH LOW files")
-        noise_expert = spec.noise_experts[0] if label == UNLABELLED else NoiseExpert(label)
-        if noise_expert not in spec.noise_experts:
+        unnamed = len(transformers) == 1 and (label == UNLABELLED or (single is None and len(point.loras) == 1))
+        noise_expert = single if unnamed else NoiseExpert(label)
+        if noise_expert not in transformers:
             raise UserError(f"--base {model} has no {label} noise expert, but {source.path} is for it")
-        files[label] = weight_files(spec.component(noise_expert))
+        files[label] = transformers[noise_expert]
     return files
 
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from lapwan.data.annotations import RoiEntry, read_roi
 from lapwan.data.buckets import centre_crop
-from lapwan.data.clips import Clip, empty_split, label_fields, part_fields, read_clips, resolve_video
+from lapwan.data.clip_file import Clip, read_clips
+from lapwan.data.clips import empty_split, label_fields, part_fields, resolve_video
 from lapwan.data.dropped_clips import BadClip
 from lapwan.data.labels import check_label, label_caption, resolve_hint
 from lapwan.data.regions import pixel_region

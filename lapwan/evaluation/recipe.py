@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from lapwan import files
+from lapwan.caching.families import labels_in_order
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import load_index
 from lapwan.data.clips import empty_split
@@ -66,7 +67,7 @@ def make_study(
     index = None if loss.cache is None else load_index(loss.cache, loss.labels)
     arms = _arms(settings, settings.task or task_named(index.task if index else None), resolve)
     taxonomy = check_taxonomies(arms, load_taxonomy(settings.taxonomy))
-    items = [] if index is None else _items(settings, index, arms)
+    items = [] if index is None else _items(settings, index, arms, taxonomy)
     videos: dict[str, Any] = {}
     if settings.videos.clips is not None:
         clips, sampling = _sampling(settings, arms, taxonomy)
@@ -103,7 +104,9 @@ def _arms(settings: EvaluateSettings, task: Task | None, resolve: Resolve) -> li
     return arms
 
 
-def _items(settings: EvaluateSettings, index: CacheIndex, arms: Sequence[Arm]) -> list[CachedItem]:
+def _items(
+    settings: EvaluateSettings, index: CacheIndex, arms: Sequence[Arm], taxonomy: Taxonomy
+) -> list[CachedItem]:
     splits = {item.split for item in index.items}
     whole = settings.split == "all" or splits == {None}
     items = [item for item in index.items if whole or item.split == settings.split]
@@ -112,6 +115,8 @@ def _items(settings: EvaluateSettings, index: CacheIndex, arms: Sequence[Arm]) -
     for base in {id(arm.base): arm.base for arm in arms}.values():
         check_cache(index, base.spec, items)
     items = evenly_spaced(items, settings.loss.count)
+    if any(arm.adapters.mixture is not None for arm in arms):
+        items = labels_in_order(index, items, taxonomy)
     for arm in arms:
         check_labels(arm, items, index.folder)
     return items

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lapwan.checkpoints.container import TensorFile
 from lapwan.checkpoints.rewrite import AddRows, BaseRows, matrix_shape
-from lapwan.checkpoints.tensors import load_rows, load_tensor
-from lapwan.errors import UserError
+from lapwan.checkpoints.tensors import all_finite, load_rows, load_tensor
+from lapwan.lora.checks import RETRAIN, check_finite, not_finite
 from lapwan.lora.kinds import FullDelta, build_update
 from lapwan.lora.state import AdapterState, WeightUpdate, entries_fingerprint, low_rank_only
 from lapwan.names import NoiseExpert
@@ -27,7 +27,7 @@ _ZERO_TILE = 1 << 20  # numbers compared with zero at a time
 @dataclass(frozen=True)
 class AdapterModule:
     """One update in a file, not read yet: the names of its tensors by part, and `outline`, the same update of tensors
-    without data. `alpha` is a tensor's name, a number, or None for scale 1; `factor` multiplies a full delta."""
+    without data. `alpha` is a tensor's name, a number, or None for scale 1; `factor` multiplies the first tensor."""
 
     file: TensorFile
     path: str
@@ -66,8 +66,23 @@ class AdapterModule:
         alpha = float(load_tensor(self.file, self.alpha).item()) if isinstance(self.alpha, str) else self.alpha
         parts = {part: _widened(load_tensor(self.file, name)) for part, name in self.names.items()}
         if self.factor != 1.0:
-            parts = {part: tensor.double().mul_(self.factor).float() for part, tensor in parts.items()}
+            first = next(iter(parts))
+            parts[first] = parts[first].double().mul_(self.factor).float()
         return build_update(parts, alpha)
+
+    def checked_entry(self, remedy: str = RETRAIN) -> WeightUpdate:
+        """As `entry`, for use.
+
+        Args:
+            remedy: the end of the message.
+
+        Raises:
+            UserError: a NaN or an infinity; names its module and tensor.
+        """
+        entry = self.entry()
+        alpha = {"alpha": self.alpha} if isinstance(self.alpha, str) else {}
+        check_finite(self.path, entry, self.file.path, {**self.names, **alpha}, remedy)
+        return entry
 
     def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows:
         """As `WeightUpdate.prepare`; a full delta is read tile by tile, since it is as large as the weight.
@@ -76,13 +91,19 @@ class AdapterModule:
             multiplier: of ΔW.
             dtype: of the computation.
             base_rows: reads rows of W; needed where ΔW depends on all of W at once.
+
+        Raises:
+            UserError: a NaN or an infinity; of a full delta when its rows are added.
         """
         if not isinstance(self.outline, FullDelta):
-            return self.entry().prepare(multiplier, dtype, base_rows)
+            return self.checked_entry().prepare(multiplier, dtype, base_rows)
         name, factor = self.names["diff"], multiplier * self.factor
 
         def add_rows(work: Tensor, base: Tensor, first: int) -> None:
-            work.add_(load_rows(self.file, name, first, len(work)).to(dtype), alpha=factor)
+            rows = load_rows(self.file, name, first, len(work))
+            if not all_finite(rows):
+                raise not_finite(self.path, "difference of the full delta", self.file.path, name)
+            work.add_(rows.to(dtype) * factor)
 
         return add_rows
 
@@ -167,21 +188,40 @@ class AdapterFile:
         """Read every module."""
         return AdapterState({path: module.entry() for path, module in self.modules.items()}, dict(self.metadata))
 
-    def read_finite(self) -> AdapterState:
-        """As `read`, for use.
+    def finite_fingerprint(self) -> str:
+        """As `fingerprint`, of values that are to be used.
 
         Raises:
-            UserError: a NaN or an infinity; names its tensor.
+            UserError: a NaN or an infinity.
         """
-        state = self.read()
-        for path, entry in state.entries.items():
-            names = self.modules[path].names
-            bad = next((part for part, tensor in entry.parts().items() if not bool(tensor.isfinite().all())), None)
-            if bad is not None or not math.isfinite(entry.scale):
-                name = names.get(bad or "alpha", f"the alpha of {path}")
-                raise UserError(f"{self.path}: '{name}' holds NaN or infinity: the training that wrote the file "
-                                "diverged, or the file is damaged; use an earlier checkpoint or download it again")
-        return state
+        return entries_fingerprint((path, self.modules[path].checked_entry()) for path in sorted(self.modules))
+
+    def read_finite(self, remedy: str = RETRAIN) -> AdapterState:
+        """As `read`, for use.
+
+        Args:
+            remedy: the end of the message.
+
+        Raises:
+            UserError: a NaN or an infinity; names its module and tensor.
+        """
+        entries = {path: module.checked_entry(remedy) for path, module in self.modules.items()}
+        return AdapterState(entries, dict(self.metadata))
+
+    def check_finite(self) -> None:
+        """Look for NaN and infinity before the work, except in full deltas as large as a weight: those are checked
+        tile by tile while they are merged.
+
+        Raises:
+            UserError: a NaN or an infinity.
+        """
+        for module in self.modules.values():
+            if not isinstance(module.outline, FullDelta) or math.prod(module.shape) <= _ZERO_TILE:
+                module.checked_entry()
+
+    def outline(self) -> AdapterState:
+        """Its updates with tensors without data, of which all alphas are left out."""
+        return AdapterState({path: module.outline for path, module in self.modules.items()}, dict(self.metadata))
 
     def ranks(self, purpose: str) -> dict[str, int]:
         """Rank by module of a plain LoRA.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lapwan.checkpoints.wan_keys import in_part
+from lapwan.checkpoints.wan_keys import in_part, target_label
 from lapwan.console import detail, log, warn
 from lapwan.errors import UserError
 from lapwan.lora.adapter_file import AdapterFile
@@ -150,7 +150,12 @@ def _in_parts(
         if modules:
             chosen[noise_expert] = replace(file, modules=modules)
     if not chosen:
-        raise UserError(f"{next(iter(files.values())).path}: none of its modules lies in {where}")
+        file = next(iter(files.values()))
+        labels = [target_label(path) for path in file.modules]
+        blocks = sorted({int(block) for block, _ in labels if block.isdigit()})
+        names = ", ".join(dict.fromkeys(name for _, name in labels))
+        within = f" in blocks {blocks[0]} to {blocks[-1]}" if blocks else ""
+        raise UserError(f"{file.path}: none of its modules lies in {where}; it has {names}{within}")
     return chosen
 
 

@@ -21,9 +21,10 @@ from lapwan.console import progress
 from lapwan.errors import UserError
 from lapwan.files import is_temporary
 from lapwan.lora.adapter_file import AdapterFile
-from lapwan.lora.combine import concatenate, singular_factors
+from lapwan.lora.combine import concatenate
 from lapwan.lora.formats import open_lora
 from lapwan.lora.state import AdapterState, LowRank
+from lapwan.lora.svd import product_svd
 from lapwan.names import NoiseExpert
 
 _STEP = re.compile(r"^step_(\d+)$")
@@ -128,21 +129,18 @@ def average(
     Raises:
         UserError: one of the files is not a plain LoRA, or holds values that are not finite.
     """
-    states = [lora.file.read() for lora in saved]
+    states = [lora.file.read_finite(f"leave step {lora.step} out") for lora in saved]
     pairs = [state.low_rank("--average needs plain LoRAs") for state in states]
     ranks: dict[str, int] = {}
-    for lora, entries in zip(saved, pairs, strict=True):
+    for entries in pairs:
         for path, entry in entries.items():
             ranks[path] = rank or max(entry.rank, ranks.get(path, 0))
-            if not (entry.up.isfinite().all() and entry.down.isfinite().all()):
-                raise UserError(f"{lora.file.path}: module '{path}' holds values that are not finite; leave step "
-                                f"{lora.step} out")
     widest = dtype or max((e.up.dtype for entries in pairs for e in entries.values()), key=lambda d: d.itemsize)
     total = concatenate(list(zip(states, average_weights(saved, decay), strict=True)), torch.float32)
     kept = energy = 0.0
     with progress("average", len(total.entries), "module") as bar:
         for path, entry in total.low_rank("--average needs plain LoRAs").items():
-            left, right, values = singular_factors(entry)
+            left, right, values, _ = product_svd(*entry.factors())
             k = min(ranks[path], len(values))
             root = values[:k].sqrt()
             up, down = ((side[:, :k] * root).to(widest) for side in (left, right))

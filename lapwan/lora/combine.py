@@ -4,8 +4,7 @@
     with a full delta:  Σ m_i · ΔW_i in fp32, rounded once
     resize to k:  ΔW = U S Vᵀ,  B' = U_k S_k^½,  A' = S_k^½ V_kᵀ,  alpha = k
 
-The SVD of low-rank pairs is B A = Q_B (R_B R_Aᵀ) Q_Aᵀ, exact and without ΔW; of other kinds it is that of ΔW, for large
-weights a randomised one (`leading_directions`).
+The SVD is that of the factors where ΔW has low rank or is a Kronecker product, else that of ΔW (`lapwan.lora.svd`).
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from lapwan.checkpoints.wan_keys import to_original
 from lapwan.console import progress
 from lapwan.distributed import one_thread
 from lapwan.errors import UserError
+from lapwan.lora.checks import check_finite, check_fits
 from lapwan.lora.kinds import FullDelta
-from lapwan.lora.state import AdapterState, LowRank, WeightUpdate, check_finite, check_fits
+from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
+from lapwan.lora.svd import LeadingSvd, matrix_svd, product_svd
 
 _WORKERS = 2
-_EXACT_SIZE = 1024  # the smaller dimension of ΔW up to which its SVD is computed whole
-_OVERSAMPLING = 16
 _ROWS = 256  # of ΔW at a time
 _PATCH = (1, 2, 2)  # Wan's patch: the kernel of its one convolution
 
@@ -175,6 +174,33 @@ def combine(
     return state, energy
 
 
+def outline(states: Sequence[tuple[AdapterState, float]], rank: int | None = None) -> AdapterState:
+    """What `combine` gives, in updates of tensors without data.
+
+    Args:
+        states: outlines of adapters, with their multipliers.
+        rank: as for `combine`.
+
+    Raises:
+        UserError: as `combine`, apart from what depends on the values.
+    """
+    return AdapterState({path: _outlined(path, terms, rank) for path, terms in _by_path(states).items()})
+
+
+def _outlined(path: str, terms: Terms, rank: int | None) -> WeightUpdate:
+    shape = max((entry.shape for entry, _ in terms), key=len)
+    if rank is not None and to_original(path) is not None:
+        _check_sum(path, terms)
+        kernel = shape[2:] or (_PATCH if path == "patch_embedding" else ())
+        columns = shape[1] if shape[2:] else shape[1] // math.prod(kernel)
+        return LowRank(torch.empty(rank, columns, *kernel, device="meta"),
+                       torch.empty(shape[0], rank, *(1 for _ in kernel), device="meta"), float(rank))
+    if len(terms) > 1 and _pairs(terms) is None and any(isinstance(entry, FullDelta) for entry, _ in terms):
+        _check_sum(path, terms)
+        return FullDelta(torch.empty(shape, device="meta"))
+    return _sum(path, terms, None)
+
+
 def _common_metadata(states: Sequence[AdapterState]) -> dict[str, str]:
     """Entries that are equal in all inputs."""
     first, *rest = (state.metadata for state in states)
@@ -225,16 +251,9 @@ def _reduced(path: str, terms: Terms, rank: int) -> tuple[WeightUpdate, tuple[fl
         return _sum(path, terms, None), None
     for entry, _ in terms:
         check_finite(path, entry)
-    if (pairs := _pairs(terms)) is not None:
-        down, up = _joined(pairs, torch.float64)
-        shape = pairs[0][0].shape
-        left, right, values = singular_factors(LowRank(down.flatten(1), up.flatten(1), float(len(down))))
-        total = values.square().sum().item()
-    else:
-        delta = _dense(path, terms, torch.float32)
-        shape, matrix = delta.shape, delta.flatten(1)
-        left, right, values = _truncated_svd(matrix, rank)
-        total = sum(torch.linalg.vector_norm(row, dtype=torch.float64).item() ** 2 for row in matrix)
+    _check_sum(path, terms)
+    left, right, values, total = _svd(path, terms, rank)
+    shape = max((entry.shape for entry, _ in terms), key=len)
     if path == "patch_embedding" and len(shape) == 2:  # a product counts the kernel into the columns
         shape = (shape[0], shape[1] // math.prod(_PATCH), *_PATCH)
     k = min(rank, len(values))
@@ -245,42 +264,14 @@ def _reduced(path: str, terms: Terms, rank: int) -> tuple[WeightUpdate, tuple[fl
     return pair, (min(values[:k].square().sum().item(), total), total)
 
 
-def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(U [out, k], V [in, k], s [k]) with at least the `rank` largest singular values of a matrix in fp32."""
-    if min(matrix.shape) <= _EXACT_SIZE:
-        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-        return u, vh.T, s
-    return leading_directions(matrix, rank, iterations=4)
-
-
-def leading_directions(delta: Tensor, count: int, iterations: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """(U [out, l], V [in, l], s [l]) of the leading singular values, l >= min(count, out, in); the same each time.
-
-    Exact for a large `count`, else a randomised SVD with power iterations and a fixed seed (Halko et al.,
-    arXiv 0909.4061).
-
-    Args:
-        delta: matrix [out, in], fp32 or fp64.
-        count: directions wanted, at least 1.
-        iterations: power iterations; more are nearer to the exact SVD where singular values fall slowly.
-    """
-    smallest, size = min(delta.shape), count + _OVERSAMPLING
-    if 2 * size >= smallest:
-        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-        return u, vh.T, s
-    generator = torch.Generator(delta.device).manual_seed(0)
-    omega = torch.randn(delta.shape[1], size, generator=generator, device=delta.device, dtype=delta.dtype)
-    q = torch.linalg.qr(delta @ omega).Q
-    for _ in range(iterations):
-        q = torch.linalg.qr(delta @ torch.linalg.qr(delta.T @ q).Q).Q
-    right, lower = torch.linalg.qr(delta.T @ q)
-    u, s, vh = torch.linalg.svd(lower.T.double(), full_matrices=False)
-    return q @ u.to(q.dtype), right @ vh.T.to(q.dtype), s.to(q.dtype)
-
-
-def singular_factors(entry: LowRank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(U [out, r'], V [in, r'], s [r']) of ΔW in fp64 by QR of the thin factors, r' = min(r, out, in)."""
-    q_up, r_up = torch.linalg.qr(entry.up.double())
-    q_down, r_down = torch.linalg.qr(entry.down.double().T)
-    u, s, vh = torch.linalg.svd(r_up @ r_down.T * entry.scale, full_matrices=False)
-    return q_up @ u, q_down @ vh.T, s
+def _svd(path: str, terms: Terms, rank: int) -> LeadingSvd:
+    """At least the `rank` largest singular values of Σ m · ΔW."""
+    if len(terms) == 1:
+        (entry, multiplier), = terms
+        if (svd := entry.svd(rank)) is not None:
+            return svd.times(multiplier)
+    factors = [(entry.factors(), multiplier) for entry, multiplier in terms]
+    if all(pair is not None for pair, _ in factors):
+        ups, downs = zip(*((pair[0] * multiplier, pair[1]) for pair, multiplier in factors if pair), strict=True)
+        return product_svd(torch.cat(ups, dim=1), torch.cat(downs))
+    return matrix_svd(_dense(path, terms, torch.float32).flatten(1), rank)

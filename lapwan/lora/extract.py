@@ -3,12 +3,14 @@
     ΔW = W_tuned − W_base ≈ B A of rank k,    B = Q U S^½,  A = S^½ Vᵀ,    Qᵀ ΔW = U S Vᵀ
     Q = qr(ΔW Ω), then twice Q = qr(ΔW qr(ΔWᵀ Q)),  Ω Gaussian [in, k + 16]         randomized SVD (arXiv 0909.4061)
 
-Rounding floor: a stored value is off by up to half the spacing s of its dtype there, so ΔW holds noise of energy
+Rounding floor: a stored value is off by up to half the spacing s of its dtype there (of a quantised weight, of its
+codes times their scale), so ΔW holds noise of energy
 
     F = Σ (s_tuned² + s_base²) / 12   over the values that differ,
 
 which has full rank and is no part of the update. If even F is more than what the leading directions leave, the base
-was the exact start of the training, and its term drops out. Of F a projection to rank k holds the share
+was the exact start of the training, and its term drops out. A difference below F is left out, unless a few directions
+hold most of it. Of F a projection to rank k holds the share
 k (out + in − k) / (out · in), and the energy kept at rank k is counted above it:
 
     kept(k) = (Σ_{i≤k} σ_i² − F · share(k)) / (‖ΔW‖² − F)
@@ -26,18 +28,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lapwan.checkpoints.container import ITEM_SIZE, TensorFile
+from lapwan.checkpoints.container import ITEM_SIZE
 from lapwan.checkpoints.rewrite import check_mergeable, matrix_shape
 from lapwan.checkpoints.tensors import DTYPES, load_rows
+from lapwan.checkpoints.weights import FLOATS, WeightFile, rounding_steps
 from lapwan.console import progress
 from lapwan.errors import UserError, nearest
-from lapwan.lora.combine import leading_directions
 from lapwan.lora.kinds import FullDelta
 from lapwan.lora.merge import is_linear, target_tensors
 from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
+from lapwan.lora.svd import leading_directions
 
 _PIECE = 16 << 20  # bytes of a tensor that are read at a time
 _FIRST_RANK = 64  # a search for the energy begins with this many directions
+_QUANTISED_FLOOR = 0.05  # by which the noise of a quantised model may exceed the predicted one
 _NEGLIGIBLE = 1e-6  # singular values below this share of the largest are rounding of the computation
 
 
@@ -53,8 +57,8 @@ class RankChoice:
 class _Sources:
     """One tensor in the two models."""
 
-    tuned: TensorFile
-    base: TensorFile
+    tuned: WeightFile
+    base: WeightFile
     tuned_name: str
     base_name: str
 
@@ -65,17 +69,24 @@ class _Sources:
 
 @dataclass(frozen=True)
 class _Difference:
-    """ΔW [out, in] on the device, ‖ΔW‖², the number of values that differ, and Σ s²/12 over them of each model."""
+    """ΔW [out, in] on the device, ‖ΔW‖², the number of values that differ, and Σ s²/12 over them of each model; whether
+    one of them is quantised, which makes that less exact."""
 
     delta: Tensor
     total: float
     changed: int
     floors: tuple[float, float]
+    quantised: bool = False
 
     @property
     def only_rounding(self) -> bool:
         """No more energy than rounding explains, with its deviation over few values."""
-        return self.total <= sum(self.floors) * (1 + 4 / math.sqrt(max(1, self.changed)))
+        return self.explained_by(sum(self.floors))
+
+    def explained_by(self, floor: float) -> bool:
+        """Whether rounding with this energy can be all of the difference."""
+        allowed = 4 / math.sqrt(max(1, self.changed)) + (_QUANTISED_FLOOR if self.quantised else 0)
+        return self.total <= floor * (1 + allowed)
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,7 @@ class ExtractedLora:
 
 
 def extract(
-    tuned: Sequence[TensorFile], base: Sequence[TensorFile], choice: RankChoice, keep_rest: bool = True,
+    tuned: Sequence[WeightFile], base: Sequence[WeightFile], choice: RankChoice, keep_rest: bool = True,
     dtype: torch.dtype | None = None, device: torch.device | None = None,
 ) -> ExtractedLora:
     """The difference of two transformers as an adapter of one noise expert.
@@ -165,11 +176,11 @@ def extract(
         tuned, base: each transformer's file or shards; their key layouts may differ.
         choice: of each module's rank.
         keep_rest: keep changed biases, norms, modulations and the patch embedding as full deltas (fp32).
-        dtype: of the factors; None: bf16 for a model in 16 bits, else fp32.
+        dtype: of the factors; None: bf16 for a model in at most 16 bits, else fp32.
         device: where ΔW is decomposed; None: the CPU.
 
     Raises:
-        UserError: different models, or a quantised one.
+        UserError: different models.
     """
     device = device or torch.device("cpu")
     sources = _paired(tuned, base)
@@ -179,11 +190,10 @@ def extract(
             shape = sources[path].shape
             if difference.changed == 0:
                 result.unchanged += 1
-            elif difference.only_rounding:
+            elif difference.only_rounding and not (is_linear(path) and _stands_out(difference)):
                 result.only_rounding += 1
             elif is_linear(path):
-                stored = DTYPES[sources[path].tuned.tensors[sources[path].tuned_name].dtype]
-                entry, module = _decomposed(path, difference, choice, dtype or _factor_dtype(stored))
+                entry, module = _decomposed(path, difference, choice, dtype or _factor_dtype(sources[path]))
                 result.state.entries[path] = entry
                 result.modules.append(module)
             elif keep_rest:
@@ -197,11 +207,21 @@ def extract(
     return result
 
 
-def _factor_dtype(stored: torch.dtype) -> torch.dtype:
-    return torch.bfloat16 if stored.itemsize == 2 else torch.float32
+def check_pair(tuned: Sequence[WeightFile], base: Sequence[WeightFile]) -> None:
+    """Check from the headers that two transformers have the same tensors.
+
+    Raises:
+        UserError: they have not.
+    """
+    _paired(tuned, base)
 
 
-def _paired(tuned: Sequence[TensorFile], base: Sequence[TensorFile]) -> dict[str, _Sources]:
+def _factor_dtype(pair: _Sources) -> torch.dtype:
+    stored = pair.tuned.raw.tensors[pair.tuned_name].dtype
+    return torch.float32 if stored in FLOATS and ITEM_SIZE[stored] > 2 else torch.bfloat16
+
+
+def _paired(tuned: Sequence[WeightFile], base: Sequence[WeightFile]) -> dict[str, _Sources]:
     """Every tensor that an adapter can change, in both models.
 
     Raises:
@@ -262,20 +282,15 @@ def _difference(pair: _Sources, device: torch.device) -> _Difference:
         delta[first : first + count] = piece
         sums += torch.stack([
             torch.linalg.vector_norm(piece, dtype=torch.float64).square(), differs.sum().double(),
-            *((spacing(values) * differs).square().sum(dtype=torch.float64) for values in (tuned, base)),
+            *((rounding_steps(file, name, values, first) * differs).square().sum(dtype=torch.float64)
+              for file, name, values in ((pair.tuned, pair.tuned_name, tuned), (pair.base, pair.base_name, base))),
         ])
     total, changed, of_tuned, of_base = sums.tolist()
     if not math.isfinite(total):
         raise UserError(f"'{pair.tuned_name}' holds values that are not finite in {pair.tuned.path} or "
                         f"{pair.base.path}; copy or download the file again")
-    return _Difference(delta, total, int(changed), (of_tuned / 12, of_base / 12))
-
-
-def spacing(values: Tensor) -> Tensor:
-    """Distance of neighbouring numbers of the values' dtype at each of them, in fp32: 2^exponent · eps."""
-    info = torch.finfo(values.dtype)
-    exponent = torch.frexp(values.float().abs().clamp_min(info.smallest_normal))[1] - 1
-    return torch.ldexp(torch.full_like(values, info.eps, dtype=torch.float32), exponent)
+    stored = {pair.tuned.raw.tensors[pair.tuned_name].dtype, pair.base.raw.tensors[pair.base_name].dtype}
+    return _Difference(delta, total, int(changed), (of_tuned / 12, of_base / 12), not stored <= set(FLOATS))
 
 
 def _share(rank: int, rows: int, columns: int) -> float:
@@ -315,6 +330,19 @@ def _decomposed(
         error += float(torch.linalg.vector_norm(left_over, dtype=torch.float64)) ** 2
     entry = LowRank(down.T.contiguous().cpu(), up.contiguous().cpu(), float(rank))
     return entry, ExtractedModule(path, (rows, columns), squares, total, floor, rank, error)
+
+
+def _stands_out(difference: _Difference) -> bool:
+    """Whether a difference that the base's rounding could explain is an update of a base that was the exact start.
+
+    Of noise, the leading k directions hold up to about twice their share; of an update, most of its energy.
+    """
+    if difference.explained_by(difference.floors[0]):
+        return False
+    rows, columns = difference.delta.shape
+    count = min(_FIRST_RANK, max(1, min(rows, columns) // 8))
+    values = leading_directions(difference.delta, count)[2][:count]
+    return float(values.double().square().sum()) > math.sqrt(_share(count, rows, columns)) * difference.total
 
 
 def _floor(difference: _Difference, squares: Tensor) -> float:

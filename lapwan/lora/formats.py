@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lapwan.checkpoints.container import TensorFile
@@ -38,12 +37,13 @@ from lapwan.checkpoints.lora_keys import (
     parse_key,
     unknown_keys_error,
 )
-from lapwan.checkpoints.tensors import load_tensor, open_tensors
+from lapwan.checkpoints.tensors import load_tensor, open_tensors, save_tensors
 from lapwan.checkpoints.wan_keys import to_original
 from lapwan.errors import UserError
 from lapwan.files import atomic_file
 from lapwan.lora.adapter_file import AdapterFile, AdapterModule
-from lapwan.lora.kinds import build_update, kind_of
+from lapwan.lora.checks import check_fits
+from lapwan.lora.kinds import LoHa, LoKr, build_update, kind_of
 from lapwan.lora.metadata import FORMAT_KEY, AdapterConfig, adapter_config, file_metadata
 from lapwan.lora.noise_expert import (
     NOISE_EXPERT_KEY,
@@ -52,7 +52,7 @@ from lapwan.lora.noise_expert import (
     noise_expert_from_file_name,
     noise_expert_from_metadata,
 )
-from lapwan.lora.state import AdapterState, LowRank, WeightUpdate, check_fits
+from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
 from lapwan.names import NoiseExpert
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -148,8 +148,7 @@ def _dropped(path: Path, unknown: Sequence[str], rule: KeyRule) -> dict[str, int
 
 def _by_noise_expert(file: TensorFile, parsed: dict[str, Key]) -> dict[NoiseExpert | None, AdapterFile]:
     peft_file = file.path.name in _PEFT_NAMES or any(name.startswith("base_model.") for name in parsed)
-    has_magnitudes = any(key.part == "magnitude" for key in parsed.values())
-    config = adapter_config(file.path, file.metadata, peft_file, has_magnitudes)
+    config = adapter_config(file.path, file.metadata, peft_file)
     components = {key.component for key in parsed.values()}
     named = {"transformer_1", "transformer_2"} & components
     if named:  # both noise experts in one file, or a prefix that names one of them
@@ -166,7 +165,8 @@ def _by_noise_expert(file: TensorFile, parsed: dict[str, Key]) -> dict[NoiseExpe
                 files[noise_expert] = AdapterFile(file.path, noise_expert, "keys", modules, metadata)
         return files
     recorded = noise_expert_from_metadata(file.metadata, file.path)
-    from_name = noise_expert_from_file_name(file.path) if recorded is None else None
+    named_path = file.path.parent if file.path.name in _PEFT_NAMES else file.path  # PEFT names the folder
+    from_name = noise_expert_from_file_name(named_path) if recorded is None else None
     metadata = dict(file.metadata)
     if recorded is not None:
         metadata[NOISE_EXPERT_KEY] = recorded.value
@@ -218,25 +218,35 @@ def _module(file: TensorFile, path: str, names: Mapping[str, str], config: Adapt
     if (missing := kind.missing(tensors)) is not None:
         other = next(iter(names.values()))
         raise UserError(f"{file.path}: '{other}' has no {missing} beside it; the file is incomplete")
+    if config is not None and config.use_dora and kind is LowRank:
+        # Loaders disagree: some apply a plain LoRA, PEFT a DoRA with the base's norms. The magnitudes were trained.
+        raise UserError(f"{config.source}: use_dora = true, but module '{path}' has no magnitude in the file "
+                        "(lora_magnitude_vector, dora_scale), without which its update is not known: save the adapter "
+                        "again with them, or set use_dora to false if it was trained as a plain LoRA")
     infos = [file.tensors[name] for name in _in_order(tensors)]
     for info in infos:
         if info.dtype not in _FLOATS:
             raise UserError(f"{file.path}: '{info.name}' is {info.dtype}; a LoRA has {', '.join(_FLOATS)}")
+        if 0 in info.shape:
+            raise UserError(f"{file.path}: '{info.name}' {list(info.shape)} is empty, as of a LoRA of rank 0; remove "
+                            "its module from the file, which changes nothing, or download the file again")
     try:
-        if any(size == 0 for info in infos for size in info.shape):
-            raise ValueError
         empty = {part: torch.empty(file.tensors[name].shape, device="meta") for part, name in tensors.items()}
         outline = build_update(empty, None)
     except ValueError:
         shapes = " and ".join(f"'{info.name}' {list(info.shape)}" for info in infos)
         raise UserError(f"{file.path}: {shapes} are not {kind.FORM}") from None
     alpha: str | float | None = alpha_name
+    factor = 1.0
     if alpha_name is not None:
         if math.prod(file.tensors[alpha_name].shape) != 1:
             raise UserError(f"{file.path}: '{alpha_name}' {list(file.tensors[alpha_name].shape)} is not one number")
     elif outline.rank is not None and "down" in tensors:
         alpha = config.alpha(path, outline.rank) if config else float(outline.rank)
-    return AdapterModule(file, path, tensors, alpha, outline)
+    elif config is not None and kind in (LoKr, LoHa):  # PEFT scales them by its r, also where no factor has that rank
+        scale = config.product_scale(path)
+        alpha, factor = (None, scale) if outline.rank is None else (scale * outline.rank, 1.0)
+    return AdapterModule(file, path, tensors, alpha, outline, factor)
 
 
 def _in_order(tensors: Mapping[str, str]) -> list[str]:
@@ -288,7 +298,7 @@ def write_lora(
     """
     tensors, metadata = _named(path, state, layouts[layout], dtype, fold_alpha)
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_tensors(tensors, temporary, metadata=metadata)
         check(temporary)
 
 
@@ -322,7 +332,7 @@ def write_both(
             path, states[noise_expert], LAYOUTS["comfy"], dtype, fold_alpha, noise_expert.one_file_component)
         tensors |= named
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata=join_metadata(metadata))
+        save_tensors(tensors, temporary, metadata=join_metadata(metadata))
         check(temporary)
 
 
@@ -340,8 +350,7 @@ def _named(
         names = layout.names(module, component)
         fold = fold_alpha or (layout.folds_outer_alpha and component is None and not module.startswith("blocks."))
         update = (entry.folded(dtype) if fold else entry).map(lambda tensor: _plain(tensor, dtype))
-        if any(part not in names for part in update.parts()):
-            raise _no_names(path, module, update, "down" in names and to_original(module) is not None)
+        _check_names(path, module, update, names)
         if fold or dtype is not None:  # else the numbers are the given ones, which a checkpoint keeps as they are
             check_fits(module, update, [entry])
         alpha = not (fold or layout.alpha_in_metadata) or layout.needs_alpha
@@ -356,14 +365,29 @@ def _named(
     return tensors, file_metadata(written, layout.alpha_in_metadata)
 
 
-def _no_names(path: Path, module: str, update: WeightUpdate, low_rank: bool) -> UserError:
-    """The error for a kind of update that a layout does not have, with what to do instead; `low_rank`: it has low-rank
-    pairs for this module."""
+def check_layout(path: Path, outline: AdapterState, layout: str) -> None:
+    """Refuse before the work what a layout cannot hold.
+
+    Args:
+        path: the file that is to be written.
+        outline: the adapter, in tensors without data.
+        layout: a key of `LAYOUTS`.
+
+    Raises:
+        UserError: a kind of update that the layout has no names for.
+    """
+    for module, update in outline.entries.items():
+        _check_names(path, module, update, LAYOUTS[layout].names(module, None))
+
+
+def _check_names(path: Path, module: str, update: WeightUpdate, names: Mapping[str, str]) -> None:
+    if all(part in names for part in update.parts()):
+        return
     remedy = "write the comfy layout"
-    if low_rank and not update.needs_weight:
+    if "down" in names and to_original(module) is not None and not update.needs_weight:
         remedy += ", add --rank N to write it as a low-rank pair by SVD"
-    return UserError(f"cannot write {path}: module '{module}' is a {update.kind}, which this layout does not have; "
-                     f"{remedy}, or merge the file into the model (lapwan merge --model)")
+    raise UserError(f"cannot write {path}: module '{module}' is a {update.kind}, which this layout does not have; "
+                    f"{remedy}, or merge the file into the model (lapwan merge --model)")
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 from lapwan.checkpoints.rewrite import AddRows, BaseRows, matrix_shape
 from lapwan.errors import UserError
 from lapwan.lora.state import LowRank, WeightUpdate
+from lapwan.lora.svd import LeadingSvd, kronecker_svd, matrix_svd, product_svd
 from lapwan.lora.tucker import CORES, flat, without_cores
 
 
@@ -67,7 +68,7 @@ class FullDelta(WeightUpdate):
         matrix = self.value.reshape(matrix_shape(self.shape))
 
         def add_rows(work: Tensor, base: Tensor, first: int) -> None:
-            work.add_(matrix[first : first + len(work)].to(dtype), alpha=multiplier)
+            work.add_(matrix[first : first + len(work)].to(dtype) * multiplier)
 
         return add_rows
 
@@ -135,16 +136,28 @@ class LoKr(WeightUpdate):
         return self.tensors[f"{whole}_a"].to(dtype) @ self.tensors[f"{whole}_b"].to(dtype)
 
     def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows:
-        w1, w2 = self._factor("lokr_w1", dtype), self._factor("lokr_w2", dtype)
+        # Whole factors in their stored dtype: w2 may be nearly as large as W.
+        w1, w2 = (self.tensors[whole] if whole in self.tensors else self._factor(whole, dtype)
+                  for whole in ("lokr_w1", "lokr_w2"))
         scale = multiplier * self.scale
 
         def add_rows(work: Tensor, base: Tensor, first: int) -> None:
             rows = torch.arange(first, first + len(work))
             # Row i of w1 ⊗ w2 is row i // m of w1 times row i % m of w2, m the rows of w2.
-            tile = w1[rows // len(w2), :, None] * w2[rows % len(w2), None, :]
+            tile = w1[rows // len(w2), :, None].to(dtype) * w2[rows % len(w2), None, :].to(dtype)
             work.add_(tile.flatten(1), alpha=scale)
 
         return add_rows
+
+    def svd(self, count: int) -> LeadingSvd:
+        """From the SVDs of w1 and w2."""
+        first, second = (self._factor_svd(whole, count) for whole in ("lokr_w1", "lokr_w2"))
+        return kronecker_svd(first, second, count).times(self.scale)
+
+    def _factor_svd(self, whole: str, count: int) -> LeadingSvd:
+        if whole in self.tensors:
+            return matrix_svd(self.tensors[whole].float(), count)
+        return product_svd(self.tensors[f"{whole}_a"], self.tensors[f"{whole}_b"])
 
     def norm(self, weight: Tensor | None = None) -> float:
         """alpha / r · ‖w1‖ ‖w2‖."""
@@ -190,6 +203,14 @@ class LoHa(WeightUpdate):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.tensors["hada_w1_a"].shape[0], self.tensors["hada_w1_b"].shape[1]
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Column r1·r2 of B is the product of a column of A1 and one of A2, and A likewise: rank r1 · r2 at most."""
+        a1, b1, a2, b2 = (self.tensors[part].double() for part in self.PARTS)
+        if len(b1) * len(b2) * _SMALLER > min(self.shape):
+            return None
+        up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
+        return up * self.scale, (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
 
     def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows:
         a1, b1, a2, b2 = (self.tensors[part].to(dtype) for part in self.PARTS)
@@ -305,8 +326,10 @@ class DoRA(WeightUpdate):
     @property
     def by_column(self) -> bool:
         """Norms are of W's columns."""
-        shape = self.magnitude.shape
-        return len(shape) > 1 and shape[0] == 1 and max(self.direction.shape[0], self.magnitude.numel()) > 1
+        shape, count = self.magnitude.shape, self.magnitude.numel()
+        rows, columns = matrix_shape(self.direction.shape)
+        # PEFT writes those by row of a convolution as [1, out, 1, ...].
+        return len(shape) > 1 and shape[0] == 1 and (count == columns > 1 or count != rows)
 
     @classmethod
     def missing(cls, parts: Collection[str]) -> str | None:
@@ -378,6 +401,7 @@ class DoRA(WeightUpdate):
 
 
 _TILE = 1 << 20  # elements of W at a time
+_SMALLER = 8  # how much smaller than ΔW's dimensions a product of two ranks must be for its QR to cost less than ΔW
 KINDS: tuple[type[WeightUpdate], ...] = (LowRank, FullDelta, LoKr, LoHa, GLoRA, DoRA)
 
 

@@ -56,33 +56,32 @@ def saved_step(path: Path, metadata: Mapping[str, str]) -> int | None:
 
 
 class AdapterConfig:
-    """The part of PEFT's LoraConfig that sets alpha: `lora_alpha`, `alpha_pattern`, `use_rslora`.
+    """The part of PEFT's LoraConfig that sets the scale: `lora_alpha`, `alpha_pattern`, `use_rslora`; of LoKr and LoHa
+    `alpha`, `r` and their patterns; and `use_dora`.
 
     Args:
         values: the LoraConfig as read from JSON.
         source: where it was read, for messages.
-        has_magnitudes: the file holds DoRA's magnitudes.
 
     Raises:
-        UserError: DoRA without magnitudes in the file, or an alpha that is not a number.
+        UserError: an alpha that is not a number.
     """
 
-    def __init__(self, values: Mapping[str, Any], source: str, has_magnitudes: bool = False) -> None:
-        if values.get("use_dora") and not has_magnitudes:
-            raise UserError(f"{source}: use_dora = true, but the file has no magnitudes (lora_magnitude_vector, "
-                            "dora_scale), without which its update is not known: save the adapter again with them, or "
-                            "set use_dora to false if it was trained as a plain LoRA")
-        self._alpha = values.get("lora_alpha")
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self.source, self.use_dora = source, bool(values.get("use_dora"))
+        self._alpha = values.get("lora_alpha", values.get("alpha"))  # of LoRA; of LoKr and LoHa
         self._pattern = dict(values.get("alpha_pattern") or {})
+        self._rank, self._rank_pattern = values.get("r"), dict(values.get("rank_pattern") or {})
         self._rslora = bool(values.get("use_rslora"))
-        for pattern in self._pattern:
+        for pattern in (*self._pattern, *self._rank_pattern):
             try:
                 re.compile(pattern)
             except re.error:
-                raise UserError(f"{source}: alpha_pattern '{pattern}' is not a regular expression") from None
-        numbers = [self._alpha, *self._pattern.values()]
-        if not all(n is None or isinstance(n, int | float) for n in numbers):
-            raise UserError(f"{source}: lora_alpha or alpha_pattern is not a number")
+                raise UserError(f"{source}: alpha_pattern or rank_pattern '{pattern}' is not a regular "
+                                "expression") from None
+        numbers = [self._alpha, self._rank, *self._pattern.values(), *self._rank_pattern.values()]
+        if not all(n is None or (isinstance(n, int | float) and not isinstance(n, bool)) for n in numbers):
+            raise UserError(f"{source}: lora_alpha, r, alpha_pattern or rank_pattern is not a number")
 
     def alpha(self, path: str, rank: int) -> float:
         """alpha such that scale = alpha / r; rsLoRA's scale is lora_alpha / sqrt(r) (arXiv 2312.03732).
@@ -91,29 +90,36 @@ class AdapterConfig:
             path: diffusers' path of the module.
             rank: r of the module.
         """
-        alpha = self._alpha
-        original = original_target(path)
-        names = (path, original[0]) if original else (path,)
-        for pattern, value in self._pattern.items():
-            # As PEFT does: the key, a regular expression, against the end of the module's name in the trained model.
-            if any(re.match(rf"(?:.*\.)?(?:{pattern})$", name) for name in names):
-                alpha = value
-                break
+        alpha = _matching(self._pattern, path, self._alpha)
         if alpha is None:
             return float(rank)
         return float(alpha) * math.sqrt(rank) if self._rslora else float(alpha)
 
+    def product_scale(self, path: str) -> float:
+        """alpha / r of a LoKr or LoHa, r the configuration's.
 
-def adapter_config(
-    path: Path, metadata: Mapping[str, str], peft_file: bool, has_magnitudes: bool = False
-) -> AdapterConfig | None:
+        Args:
+            path: diffusers' path of the module.
+        """
+        alpha, rank = (_matching(self._pattern, path, self._alpha), _matching(self._rank_pattern, path, self._rank))
+        return float(alpha) / float(rank) if alpha is not None and rank else 1.0
+
+
+def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """As PEFT does: of the first key, a regular expression, that fits the end of the trained module's name."""
+    original = original_target(path)
+    names = (path, original[0]) if original else (path,)
+    return next((value for pattern, value in patterns.items()
+                 if any(re.match(rf"(?:.*\.)?(?:{pattern})$", name) for name in names)), default)
+
+
+def adapter_config(path: Path, metadata: Mapping[str, str], peft_file: bool) -> AdapterConfig | None:
     """The adapter configuration of the file `path`: in its metadata, or beside it for a PEFT folder; None without one.
 
     Args:
         path: the LoRA's file.
         metadata: its safetensors metadata.
         peft_file: the file's names are PEFT's.
-        has_magnitudes: the file holds DoRA's magnitudes.
 
     Raises:
         UserError: it is not a JSON object, or not of a plain LoRA.
@@ -124,7 +130,7 @@ def adapter_config(
             stripped = {_strip_component(key): value for key, value in values.items()}
         except (ValueError, AttributeError):
             raise UserError(f"{path}: metadata '{ADAPTER_METADATA_KEY}' is not a JSON object") from None
-        return AdapterConfig(stripped, f"{path}, {ADAPTER_METADATA_KEY}", has_magnitudes)
+        return AdapterConfig(stripped, f"{path}, {ADAPTER_METADATA_KEY}")
     config_path = path.with_name("adapter_config.json")
     if peft_file and config_path.is_file():
         try:
@@ -133,7 +139,7 @@ def adapter_config(
             raise UserError(f"cannot read {config_path}: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"{config_path} is not a JSON object")
-        return AdapterConfig(values, str(config_path), has_magnitudes)
+        return AdapterConfig(values, str(config_path))
     return None
 
 

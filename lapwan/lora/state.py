@@ -11,16 +11,17 @@ import hashlib
 import math
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from lapwan.checkpoints.rewrite import AddRows, BaseRows, matrix_shape
+from lapwan.checkpoints.wan_keys import to_original
 from lapwan.errors import UserError
+from lapwan.lora.svd import LeadingSvd, product_svd
 
 _TILE = 1 << 20  # elements of ΔW at a time for a norm, in fp64
 
@@ -98,6 +99,19 @@ class WeightUpdate(ABC):
     def entry(self) -> WeightUpdate:
         """Itself: an update in memory can be used in place of a module of a file."""
         return self
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(B [out, k], A [k, in]) in fp64 with ΔW = B A, the scale in B; None if that is no smaller than ΔW."""
+        return None
+
+    def svd(self, count: int) -> LeadingSvd | None:
+        """At least the `count` largest singular values from its factors; None if only ΔW itself has them.
+
+        Args:
+            count: values wanted.
+        """
+        factors = self.factors()
+        return None if factors is None else product_svd(*factors)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> WeightUpdate:
         """The same update with `change` applied to each of its tensors, such as a cast."""
@@ -181,7 +195,10 @@ class LowRank(WeightUpdate):
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor], alpha: float | None) -> LowRank:
-        return cls(parts["down"], parts["up"], float(parts["down"].shape[0]) if alpha is None else alpha)
+        down, up = parts["down"], parts["up"]
+        if down.dim() > 2 and down.shape[2:].numel() == up.shape[2:].numel() == 1:
+            down, up = down.flatten(1), up.flatten(1)  # some tools write a Linear as a convolution of kernel 1
+        return cls(down, up, float(down.shape[0]) if alpha is None else alpha)
 
     def parts(self) -> dict[str, Tensor]:
         return {"down": self.down, "up": self.up}
@@ -212,6 +229,9 @@ class LowRank(WeightUpdate):
         """ΔW = alpha / r · B A, computed in `dtype` (float32 or float64)."""
         delta = (self.up.flatten(1).to(dtype) @ self.down.flatten(1).to(dtype)).mul_(self.scale)
         return delta.reshape(self.shape)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.up.flatten(1).double() * self.scale, self.down.flatten(1).double()
 
     def prepare(self, multiplier: float, dtype: torch.dtype, base_rows: BaseRows | None = None) -> AddRows:
         """Copied even if the dtype is right: the rounding of products depends on alignment, which differs between
@@ -283,55 +303,6 @@ def entries_fingerprint(entries: Iterable[tuple[str, WeightUpdate]]) -> str:
     return digest.hexdigest()
 
 
-def check_finite(path: str, update: WeightUpdate, file: Path | None = None) -> None:
-    """Refuse an update with NaN or infinite values.
-
-    Args:
-        path: the tensor that it changes.
-        update: the update.
-        file: the file that it was read from, for the message.
-
-    Raises:
-        UserError: names the module and the tensor.
-    """
-    prefix = f"{file}: " if file else ""
-    remedy = "its training diverged, or the file is damaged; use an earlier saved step, or train or download it again"
-    if not math.isfinite(update.scale):
-        raise UserError(f"{prefix}module '{path}': non-finite alpha {update.alpha}: {remedy}")
-    for part, tensor in update.parts().items():
-        if not _all_finite(tensor):
-            raise UserError(f"{prefix}module '{path}': the {update.PARTS.get(part, part)} of the {update.kind} holds "
-                            f"non-finite values (NaN or infinity): {remedy}")
-
-
-def check_fits(path: str, update: WeightUpdate, sources: Sequence[WeightUpdate]) -> None:
-    """Refuse values that became infinite in the dtype that they are to be written in.
-
-    Args:
-        path: the tensor that is changed.
-        update: the update to write.
-        sources: the updates that it was computed from.
-
-    Raises:
-        UserError: names the module and the tensor; or one of the sources is not finite itself.
-    """
-    for part, tensor in update.parts().items():
-        if not _all_finite(tensor):
-            for source in sources:
-                check_finite(path, source)
-            raise UserError(f"module '{path}': the {update.PARTS.get(part, part)} of the {update.kind} has values that "
-                            f"{str(tensor.dtype).removeprefix('torch.')} cannot hold (at most "
-                            f"{torch.finfo(tensor.dtype).max:g}); use --dtype bfloat16 or float32")
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    """aminmax propagates NaN and is twenty times as fast as isfinite over all values; it has no fp8."""
-    if tensor.numel() == 0 or tensor.is_meta:
-        return True
-    values = tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()
-    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
-
-
 def low_rank_only(entries: Mapping[str, Entry], purpose: str) -> None:
     """Refuse updates that are not low-rank pairs of Linears.
 
@@ -340,14 +311,18 @@ def low_rank_only(entries: Mapping[str, Entry], purpose: str) -> None:
         purpose: what needs low-rank pairs, in words that begin the message.
 
     Raises:
-        UserError: one of another kind; names the first, and the merge to do first.
+        UserError: one of another kind; names the first, and the conversion or the merge to do first.
     """
-    others = {path: entry.kind for path, entry in entries.items() if not entry.stackable}
-    for path, kind in others.items():
+    others = {path: entry for path, entry in entries.items() if not entry.stackable}
+    for path, entry in others.items():
         more = f" (and {len(others) - 1} more such modules)" if len(others) > 1 else ""
-        raise UserError(f"{purpose}: module '{path}'{more} is a {kind}; only low-rank pairs (A, B and alpha) of "
-                        "Linears are possible here: merge the file into the model first (lapwan merge --model MODEL "
-                        "--lora FILE -o MERGED) and use the merged model")
+        convertible = all(not other.needs_weight and to_original(other_path) is not None
+                          and other_path != "patch_embedding" for other_path, other in others.items())
+        remedy = "write the file as low-rank pairs first (lapwan merge --lora FILE --rank N -o PAIRS.safetensors)" if (
+            convertible) else ("merge the file into the model first (lapwan merge --model MODEL --lora FILE -o MERGED) "
+                               "and use the merged model")
+        raise UserError(f"{purpose}: module '{path}'{more} is a {entry.kind}; only low-rank pairs (A, B and alpha) of "
+                        f"Linears are possible here: {remedy}")
 
 
 @dataclass

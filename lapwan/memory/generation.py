@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from lapwan.checkpoints.container import read_header
+from lapwan.checkpoints.weights import read_weights
 from lapwan.console import PlanPart, PlanRow, duration_text
 from lapwan.lora.attach import Group
 from lapwan.memory.cost import ClipShape, GroupShape, NoiseExpertShape
@@ -68,7 +68,7 @@ def decode_bytes(spec: ModelSpec, num_frames: int, size: tuple[int, int]) -> int
     width = config.get("decoder_base_dim") or config.get("base_dim") or _DECODER_WIDTH
     original = original_file(folder)
     weights = original.stat().st_size if original is not None else sum(
-        4 * math.prod(info.shape) for file in weight_files(folder) for info in read_header(file).tensors.values())
+        4 * math.prod(info.shape) for file in weight_files(folder) for info in read_weights(file).tensors.values())
     return weights + _DECODED_BYTES * pixels * int(width) // _DECODER_WIDTH + 2 * 12 * num_frames * pixels
 
 

@@ -21,7 +21,7 @@ from lapwan.lora.assign import LoraRequest, assign, report
 from lapwan.lora.merge import plan_terms, target_tensors
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
 from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
-from lapwan.models.resolve import check_weights, refuse_generation_only, resolve
+from lapwan.models.resolve import check_task, check_weights, refuse_generation_only, resolve
 from lapwan.models.separate_files import make_folder
 from lapwan.models.spec import ModelSpec, Task, read_spec, weight_files
 from lapwan.names import Band, NoiseExpert
@@ -34,7 +34,7 @@ from lapwan.wan.transformer.forward import ForwardOptions
 
 @dataclass(frozen=True)
 class Base:
-    """A model folder and the LoRAs to merge at load: W + Σ strength·ΔW, accumulated in fp32 and rounded once to the
+    """A model folder and the LoRAs to merge at load: W + Σ strength·ΔW, accumulated in fp64 and rounded once to the
     checkpoint's dtype, bit for bit as in a merged folder."""
 
     spec: ModelSpec
@@ -62,7 +62,7 @@ class Base:
 
     def fingerprint(self, noise_expert: NoiseExpert) -> str:
         """Identity of a noise expert's weights with its LoRAs."""
-        loras = [(file.fingerprint(), strength) for file, strength in self.loras.get(noise_expert, ())]
+        loras = [(file.finite_fingerprint(), strength) for file, strength in self.loras.get(noise_expert, ())]
         return merged_fingerprint(self.spec.fingerprint(noise_expert), loras)
 
     def metadata(self, noise_expert: NoiseExpert) -> dict[str, str]:
@@ -151,11 +151,16 @@ def resolve_base(
         files_spec = _from_files(model)
         if not generation:
             refuse_generation_only(files_spec, model.transformer)
+        check_task(files_spec, next(iter(model.transformers.values())), task)
         return Base(files_spec)
     spec = resolve(model.model, task, generation)
     requests = [LoraRequest(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]
     assigned = assign(requests, spec.noise_experts, model.key_rule)
     report(file for files in assigned.values() for file, _ in files)
+    for noise_expert, files in assigned.items():
+        for file, _ in files:
+            plan_terms(weight_files(spec.component(noise_expert)), [(file, 1.0)])
+            file.check_finite()
     return Base(spec, assigned)
 
 

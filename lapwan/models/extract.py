@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
+from lapwan.checkpoints.weights import WeightFile, read_weights
 from lapwan.console import log
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, claim_output
-from lapwan.lora.extract import ExtractedLora, ExtractedModule, RankChoice, extract
+from lapwan.lora.extract import ExtractedLora, ExtractedModule, RankChoice, check_pair, extract
 from lapwan.lora.formats import open_lora, write_both, write_lora
-from lapwan.lora.noise_expert import NOISE_EXPERT_KEY, noise_expert_from_file_name
+from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
 from lapwan.lora.state import AdapterState
 from lapwan.models.device import pick_device
 from lapwan.models.merge import claim_file, lora_outputs
-from lapwan.models.resolve import resolve
-from lapwan.models.spec import ModelSpec, weight_files
+from lapwan.models.resolve import transformers_of
+from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
 from lapwan.report import plots
 from lapwan.settings.base import RunOptions
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _RANK, _ENERGY_RANK = 64, 256  # default rank; the largest one of a search for the energy
-Transformers = Mapping[NoiseExpert | None, Sequence[Path]]
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class ModelPair:
     """A noise expert's weights in the two models; `noise_expert` None: one transformer that no name tells."""
 
     noise_expert: NoiseExpert | None
-    tuned: tuple[TensorFile, ...]
-    base: tuple[TensorFile, ...]
+    tuned: tuple[WeightFile, ...]
+    base: tuple[WeightFile, ...]
     spec: ModelSpec | None
 
     def metadata(self) -> dict[str, str]:
@@ -62,13 +61,13 @@ class ModelPair:
 def model_pairs(tuned: str, base: str) -> dict[NoiseExpert | None, ModelPair]:
     """The transformers of TUNED by noise expert, each with that of BASE; reads headers only.
 
-    Each is a single .safetensors file, a transformer's folder, a model folder or hub id, or the folder of a run or
+    Each is a single file, a transformer's folder, a model folder or hub id, or the folder of a run or
     checkpoint that holds `transformer` or `transformer_2`.
 
     Raises:
         UserError: no such model, or it is not clear which transformer belongs to which.
     """
-    (of_tuned, tuned_spec), (of_base, base_spec) = _transformers(tuned), _transformers(base)
+    (of_tuned, tuned_spec), (of_base, base_spec) = transformers_of(tuned), transformers_of(base)
     spec = base_spec or tuned_spec
     pairs: dict[NoiseExpert | None, tuple[Sequence[Path], Sequence[Path]]] = {}
     if len(of_tuned) == 1 and len(of_base) == 1:
@@ -84,23 +83,8 @@ def model_pairs(tuned: str, base: str) -> dict[NoiseExpert | None, ModelPair]:
                 raise UserError(f"{tuned} has a transformer of the {name} noise expert, {base} has {have}; give the "
                                 "folder or file of that transformer for both, such as MODEL/transformer_2")
             pairs[role] = files, of_base[role]
-    return {role: ModelPair(role, tuple(map(read_header, files)), tuple(map(read_header, base_files)), spec)
+    return {role: ModelPair(role, tuple(map(read_weights, files)), tuple(map(read_weights, base_files)), spec)
             for role, (files, base_files) in pairs.items()}
-
-
-def _transformers(model: str) -> tuple[Transformers, ModelSpec | None]:
-    """A model's transformers by noise expert (None: not known), and its spec if it is a whole model."""
-    path = Path(model).expanduser()
-    if path.is_file():
-        return {noise_expert_from_file_name(path): [path]}, None
-    components = {e: path / e.component for e in NoiseExpert}
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        if present := {e: folder for e, folder in components.items() if folder.is_dir()}:
-            return {e: weight_files(folder) for e, folder in present.items()}, None
-        named = {e.component: e for e in NoiseExpert}.get(path.resolve().name)
-        return {named or noise_expert_from_file_name(path): weight_files(path)}, None
-    spec = resolve(model, generation=True)
-    return {e: weight_files(spec.component(e)) for e in spec.noise_experts}, spec
 
 
 def extract_models(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
@@ -118,6 +102,8 @@ def extract_models(settings: MergeSettings, options: RunOptions) -> Iterator[str
         claim_output(settings.plot, options.overwrite)
     for noise_expert, pair in pairs.items():
         log(f"{outputs[noise_expert].name}: {pair.tuned[0].path} - {pair.base[0].path}")
+    for pair in pairs.values():
+        check_pair(pair.tuned, pair.base)
     if not options.dry_run:
         yield from _write_differences(pairs, outputs, settings)
 

@@ -9,10 +9,11 @@ import hashlib
 import json
 from pathlib import Path
 
+from lapwan.checkpoints.container import is_pickled
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
-from lapwan.checkpoints.weights import is_gguf, read_weights, stored_dtype
+from lapwan.checkpoints.weights import read_weights, stored_dtype
 from lapwan.errors import UserError
-from lapwan.models.spec import ModelSpec, component_config, original_file, weight_files
+from lapwan.models.spec import ModelSpec, component_config, component_files, original_file, weight_files
 
 _PIECES, _PIECE = 64, 1 << 16  # of a .pth file, sampled
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -42,7 +43,7 @@ def text_encoder_fingerprint(spec: ModelSpec) -> str:
 
 def text_dtype(spec: ModelSpec) -> str:
     """The dtype in which the text encoder is stored and by default runs: `float32`, `bfloat16` or `float16`."""
-    return _DTYPES[stored_dtype(map(read_weights, weight_files(spec.path / "text_encoder")))]
+    return _DTYPES[stored_dtype(map(read_weights, component_files(spec.path / "text_encoder")))]
 
 
 def _weights(folder: Path) -> str:
@@ -50,7 +51,7 @@ def _weights(folder: Path) -> str:
     original = original_file(folder)
     if original is None:
         return checkpoint_fingerprint(weight_files(folder))
-    if original.suffix == ".safetensors" or is_gguf(original):
+    if not is_pickled(original):
         return checkpoint_fingerprint([original])
     size = original.stat().st_size
     digest = hashlib.sha256(str(size).encode())

@@ -22,14 +22,14 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_folder, claim_output, is_temporary, nearest_folder
 from lapwan.lora.adapter_file import AdapterFile
 from lapwan.lora.assign import LoraRequest, assign, assign_to_transformer, group_by_noise_expert, report, warn_mismatch
-from lapwan.lora.combine import combine, widest_dtype
-from lapwan.lora.formats import write_both, write_lora
+from lapwan.lora.combine import combine, outline, widest_dtype
+from lapwan.lora.formats import check_layout, write_both, write_lora
 from lapwan.lora.merge import ComponentPlan, LoraToMerge, plan_component, write_component
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY, noise_expert_from_file_name
 from lapwan.lora.read_back import reader
-from lapwan.lora.state import AdapterState, WeightUpdate, check_finite, entries_fingerprint
+from lapwan.lora.state import AdapterState
 from lapwan.models.resolve import resolve
-from lapwan.models.spec import weight_files
+from lapwan.models.spec import OTHER_WEIGHTS, weight_files
 from lapwan.moe.mixture import Mixture
 from lapwan.moe.mixture_file import read_mixture
 from lapwan.moe.to_lora import gate_range, inference_sigmas, mixture_to_lora
@@ -60,15 +60,7 @@ def _requests(settings: MergeSettings) -> list[LoraRequest]:
 
 
 def _to_merge(loras: Sequence[tuple[AdapterFile, float]]) -> list[LoraToMerge]:
-    return [LoraToMerge(lora, strength, entries_fingerprint(_checked(lora))) for lora, strength in loras]
-
-
-def _checked(lora: AdapterFile) -> Iterator[tuple[str, WeightUpdate]]:
-    """(path, update) of a file, sorted by path, read one by one; refuses values that are not finite."""
-    for path in sorted(lora.modules):
-        entry = lora.modules[path].entry()
-        check_finite(path, entry, lora.path)
-        yield path, entry
+    return [LoraToMerge(lora, strength, lora.finite_fingerprint()) for lora, strength in loras]
 
 
 def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Iterator[str]:
@@ -120,6 +112,10 @@ def _into_lora(settings: MergeSettings, options: RunOptions) -> Iterator[str]:
     for noise_expert, loras in groups.items():
         parts = ", ".join(f"{lora.path.name} x {strength:g}" for lora, strength in loras)
         log(f"{outputs[noise_expert].name}: {parts}")
+        result = outline([(lora.outline(), strength) for lora, strength in loras], settings.rank)
+        check_layout(outputs[noise_expert], result, settings.format or "comfy")
+        for lora, _ in loras:
+            lora.check_finite()
     if options.dry_run:
         return
     yield from _write_sums(settings, outputs, (
@@ -262,7 +258,7 @@ def _check_and_log(plans: Sequence[ComponentPlan], output: Path, needed: int) ->
 
 # Bytes from which a file is hard-linked: weights. Smaller ones are configs, which people edit in place.
 _LINK_FROM = 1 << 20
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")
+_OTHER_WEIGHTS = (*OTHER_WEIGHTS, ".msgpack", ".h5", ".onnx")
 _DISK_MARGIN = 64 << 20
 
 
@@ -279,7 +275,8 @@ def carried_files(folder: Path, plans: Sequence[ComponentPlan]) -> tuple[list[Pa
     for path in sorted(_walk(folder)):
         if path in rewritten:
             continue
-        stale = path.parent in merged and path.suffix in (*_OTHER_WEIGHTS, ".safetensors")
+        stale = path.parent in merged and (path.suffix in (*_OTHER_WEIGHTS, ".safetensors")
+                                           or path.name.endswith(".bin.index.json"))
         (left_out if stale else carried).append(path.relative_to(folder))
     return carried, left_out
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lapwan.checkpoints.container import ITEM_SIZE
-from lapwan.checkpoints.tensors import DTYPES, load_pickle, load_tensor
+from lapwan.checkpoints.container import ITEM_SIZE, is_pickled
+from lapwan.checkpoints.tensors import DTYPES, load_tensor, open_pickle
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
-from lapwan.checkpoints.weights import WeightFile, is_gguf, read_weights, stored_dtype
+from lapwan.checkpoints.weights import WeightFile, read_weights, stored_dtype
 from lapwan.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def tensor_infos(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a `.safetensors`, `.gguf` or `.pth` file, by name; quantised ones in fp32, a `.pth` memory-mapped
-    if its format allows it.
+    """Every tensor of a file by name; quantised ones in fp32, a `.pth` memory-mapped if its format allows it.
 
     Raises:
         UserError: the file is missing, unreadable, or holds more than tensors (nothing in a .pth is executed).
@@ -68,11 +67,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if _has_header(path):
         header = read_weights(path)
         return {name: load_tensor(header, name) for name in header.tensors}
-    content = load_pickle(path)
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise UserError(f"{path} is not a state dict (tensors by name); is it the right file?")
-    return tensors
+    return dict(open_pickle(path).content)
 
 
 def _has_header(path: Path) -> bool:
@@ -80,7 +75,7 @@ def _has_header(path: Path) -> bool:
         raise UserError(f"{path} is a folder; give the weights file in it")
     if not path.is_file():
         raise UserError(f"no such file: {path}")
-    return path.suffix == ".safetensors" or is_gguf(path)
+    return not is_pickled(path)
 
 
 def set_parameters(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], what: str, path: Path) -> None:

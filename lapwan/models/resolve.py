@@ -5,9 +5,24 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lapwan.checkpoints.wan_keys import transformer_shapes
+from lapwan.checkpoints.container import file_kind
+from lapwan.checkpoints.wan_keys import contents_of, transformer_shapes
+from lapwan.checkpoints.weights import read_weights
 from lapwan.errors import UserError
-from lapwan.models.spec import ModelSpec, Task, component_config, read_spec, tensor_shapes, weight_files
+from lapwan.lora.noise_expert import noise_expert_from_file_name
+from lapwan.models.spec import (
+    OTHER_WEIGHTS,
+    ModelSpec,
+    Task,
+    component_config,
+    component_files,
+    read_json,
+    read_spec,
+    tensor_shapes,
+    transformer_folders,
+    weight_files,
+)
+from lapwan.names import NoiseExpert
 
 
 def resolve(model: str, task: Task | None = None, generation: bool = False) -> ModelSpec:
@@ -24,10 +39,41 @@ def resolve(model: str, task: Task | None = None, generation: bool = False) -> M
     if not generation:
         refuse_generation_only(spec, model)
     check_weights(spec)
+    check_task(spec, model, task)
+    return spec
+
+
+def check_task(spec: ModelSpec, model: object, task: Task | None) -> None:
+    """Compare a model's task with the one asked for, if any; `model` names it in the message.
+
+    Raises:
+        UserError: they differ.
+    """
     if task is not None and spec.task != task:
         wants = "takes an image (image-to-video)" if spec.requires_image else "takes no image (text-to-video)"
         raise UserError(f"model {model} {wants}, but {task} was asked for")
-    return spec
+
+
+def transformers_of(model: str) -> tuple[dict[NoiseExpert | None, list[Path]], ModelSpec | None]:
+    """A model's transformers by noise expert (None: not known), and its spec if it is a whole model.
+
+    Args:
+        model: a file, a transformer's folder, a model folder or hub id, or a folder with a transformer for each noise
+            expert (a run or checkpoint, the original release).
+
+    Raises:
+        UserError: no such model, or none of its weights.
+    """
+    path = Path(model).expanduser()
+    if path.is_file() or path.suffix in (".safetensors", *OTHER_WEIGHTS):  # a missing file is named where it is read
+        return {noise_expert_from_file_name(path): [path]}, None
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        if present := transformer_folders(path):
+            return {e: weight_files(folder) for e, folder in present.items()}, None
+        named = {e.component: e for e in NoiseExpert}.get(path.resolve().name)
+        return {named or noise_expert_from_file_name(path): weight_files(path)}, None
+    spec = resolve(model, generation=True)
+    return {e: weight_files(spec.component(e)) for e in spec.noise_experts}, spec
 
 
 def check_weights(spec: ModelSpec) -> None:
@@ -45,12 +91,44 @@ def check_weights(spec: ModelSpec) -> None:
             raise UserError(f"{name} lacks {len(missing)} of {len(needed)} tensors of this transformer, such as "
                             f"'{min(missing)}'; is the download complete?")
         if unknown := shapes.keys() - needed.keys():
+            kind = contents_of(unknown)
+            why = f"it is {kind}" if kind else "it is another model, which lapwan does not support"
             raise UserError(f"{name} has {len(unknown)} tensors that {spec.family.title} does not, such as "
-                            f"'{min(unknown)}'; it is another model, which lapwan does not support")
+                            f"'{min(unknown)}'; {why}")
         for key, shape in needed.items():
             if shapes[key] != shape:
                 raise UserError(f"{name}: '{key}' has shape {list(shapes[key])}, but the transformer's config needs "
                                 f"{list(shape)}")
+
+
+def check_components(spec: ModelSpec) -> None:
+    """Check the headers of the VAE's and the text encoder's files, and the tokenizer's files.
+
+    Raises:
+        UserError: a file that is missing, damaged, or a failed download.
+    """
+    for name in ("vae", "text_encoder"):
+        for file in component_files(spec.path / name):
+            read_weights(file)
+    check_tokenizer(spec.path / "tokenizer")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check that a folder has a tokenizer's files.
+
+    Raises:
+        UserError: it lacks one, or one is damaged or a failed download.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"{folder} is not a tokenizer folder: it has no tokenizer_config.json")
+    for file in sorted(folder.glob("*.json")):
+        read_json(file)
+    pieces = folder / "spiece.model"
+    if not (folder / "tokenizer.json").is_file():
+        if not pieces.is_file():
+            raise UserError(f"{folder} is no complete tokenizer folder: it has neither tokenizer.json nor spiece.model")
+        if (kind := file_kind(pieces)) is not None:
+            raise UserError(f"{pieces} is {kind}")
 
 
 def refuse_generation_only(spec: ModelSpec, model: object) -> None:

@@ -7,23 +7,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lapwan.checkpoints.container import is_pickled
+from lapwan.checkpoints.wan_keys import contents_of
 from lapwan.checkpoints.weights import is_gguf, read_weights
 from lapwan.console import warn
 from lapwan.errors import UserError
 from lapwan.files import atomic_folder
 from lapwan.lora.noise_expert import noise_expert_from_file_name, noise_expert_from_metadata
 from lapwan.models.original_layout import WAN22_VAE_CHANNELS, t5_to_transformers, tensor_infos, wan22_vae_config
+from lapwan.models.resolve import check_tokenizer
 from lapwan.models.spec import (
     ORIGINAL,
+    OTHER_WEIGHTS,
+    check_shards,
     component_config,
     component_files,
     image_encoder_error,
     read_json,
     tensor_shapes,
+    transformer_folders,
     weight_files,
 )
 from lapwan.names import NoiseExpert
@@ -31,6 +38,7 @@ from lapwan.names import NoiseExpert
 _HEAD_DIM = 128  # of every released Wan transformer; a config.json beside the weights overrides it
 _BOUNDARY = {16: 0.875, 36: 0.9}  # by input channels: T2V-A14B, I2V-A14B
 _SHIFT = {16: 12.0, 36: 5.0}
+_CONFIG_KEYS = {"vae": "z_dim", "text_encoder": "d_model"}  # that a component's config.json has
 _SHIFT_SINGLE = 5.0  # Wan2.1 T2V, TI2V-5B
 
 
@@ -43,12 +51,10 @@ def make_folder(
     Raises:
         UserError: a file that is missing, unreadable or of a model that is not supported as separate files.
     """
-    files = {e: _transformer_files(path) for e, path in transformers.items()}
+    files = {e: _transformer_files(path, e) for e, path in transformers.items()}
     check_sides(files)
     vae, text_encoder = _component(vae, "vae"), _component(text_encoder, "text_encoder")
-    tokenizer = tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer
-    if not (tokenizer / "tokenizer_config.json").is_file():
-        raise UserError(f"{tokenizer} is not a tokenizer folder: it has no tokenizer_config.json")
+    tokenizer = _tokenizer_folder(tokenizer)
     components = [f for path in (vae, text_encoder) for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
     stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
              for f in (*(f for shards in files.values() for f in shards), *components, tokenizer)]
@@ -60,12 +66,12 @@ def make_folder(
     return folder
 
 
-def _transformer_files(path: Path) -> list[Path]:
+def _transformer_files(path: Path, noise_expert: NoiseExpert) -> list[Path]:
+    """A file, a folder of shards, or of a whole model's folder the noise expert's."""
     if path.is_dir():
-        return weight_files(path)
-    if path.suffix not in (".safetensors", ".gguf"):
-        raise UserError(f"{path}: a transformer is a .safetensors file or a folder of them, or a .gguf file")
+        return weight_files(transformer_folders(path).get(noise_expert, path))
     read_weights(path)
+    check_shards([path])
     return [path]
 
 
@@ -76,17 +82,37 @@ def _component(path: Path, name: str) -> Path:
         UserError: it does not exist, or is another folder; the weights in it are named.
     """
     if path.is_file():
+        check_shards([path])
         return path
     if not path.is_dir():
         raise UserError(f"no such file: {path}")
     folder = path / name if (path / name).is_dir() else path
     if (folder / "config.json").is_file():
-        component_files(folder)
+        config = component_config(folder)
+        if _CONFIG_KEYS[name] not in config:
+            title = {"vae": "VAE"}.get(name, "text encoder")
+            kind = config.get("_class_name") or ", ".join(config.get("architectures") or ["another model"])
+            raise UserError(f"{name} = {path} is the folder of {kind}; give that of the {title}")
+        for file in component_files(folder):
+            read_weights(file)
         return folder
-    weights = sorted(f.name for f in folder.iterdir() if f.suffix in (".pth", ".safetensors", ".gguf"))
+    weights = sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", *OTHER_WEIGHTS))
     inside = f"; it holds {', '.join(weights[:5])}" if weights else ""
     raise UserError(f"{name} = {path} is a folder without config.json: give the weights file, or a folder in diffusers "
                     f"layout{inside}")
+
+
+def _tokenizer_folder(path: Path) -> Path:
+    """The folder of umT5's tokenizer: given itself, as a file in it, or as the model folder that has it.
+
+    Raises:
+        UserError: it is missing, incomplete, or its files are no JSON.
+    """
+    folder = path.parent if path.is_file() else path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {path}; the tokenizer is a folder, google/umt5-xxl of the original release")
+    check_tokenizer(folder)
+    return folder
 
 
 def check_sides(files: Mapping[NoiseExpert, list[Path]]) -> None:
@@ -95,20 +121,33 @@ def check_sides(files: Mapping[NoiseExpert, list[Path]]) -> None:
     Raises:
         UserError: both are given the wrong way round; if only one is, a warning.
     """
-    wrong = {e: shards[0] for e, shards in files.items() if _stated(shards[0]) not in (None, e)}
-    if len(files) < 2 or not wrong:
+    if len(files) < 2:
         return
-    stated = ", ".join(f"{e.value} = {path} is for {_stated(path)} noise" for e, path in wrong.items())
+    high, low = files.values()
+    if [f.resolve() for f in high] == [f.resolve() for f in low]:
+        warn(f"high and low are the same file, {high[0]}; Wan2.2 has a transformer for each")
+        return
+    shared = Path(os.path.commonpath([f.absolute() for f in (*high, *low)]))
+    stated_by = {e: _stated(shards[0], shared) for e, shards in files.items()}
+    wrong = {e: shards[0] for e, shards in files.items() if stated_by[e] not in (None, e)}
+    if not wrong:
+        return
+    stated = ", ".join(f"{e.value} = {path} is for {stated_by[e]} noise" for e, path in wrong.items())
     if len(wrong) == len(files):
         raise UserError(f"high and low are the wrong way round: by name or metadata, {stated}; swap them")
-    warn(f"by its name or metadata, {stated}; both noise experts would be the same")
+    warn(f"by its name or metadata, {stated}; check that high and low are not exchanged, or the same")
 
 
-def _stated(path: Path) -> NoiseExpert | None:
+def _stated(path: Path, shared: Path) -> NoiseExpert | None:
+    """By metadata, the file's name, those of its folders inside `shared`, from the inner to the outer, or GGUF's."""
+    components = {e.component: e for e in NoiseExpert}
     metadata = read_weights(path).metadata
     name = Path(metadata.get("general.name", ""))
-    return (noise_expert_from_metadata(metadata, path) or noise_expert_from_file_name(path)
-            or noise_expert_from_file_name(path.parent) or noise_expert_from_file_name(name))
+    folders = [folder for folder in path.absolute().parents if folder.is_relative_to(shared) and folder != shared]
+    stated = [noise_expert_from_metadata(metadata, path),
+              *(noise_expert_from_file_name(p) or components.get(p.name) for p in (path, *folders)),
+              noise_expert_from_file_name(name)]
+    return next((noise_expert for noise_expert in stated if noise_expert is not None), None)
 
 
 def _write(
@@ -139,7 +178,7 @@ def _write(
         _write_config(folder / noise_expert.component, configs[noise_expert])
         for number, file in enumerate(shards, 1):
             name = "diffusion_pytorch_model" + (f"-{number:05d}" if len(shards) > 1 else "")
-            suffix = ".gguf" if is_gguf(file) else ".safetensors"
+            suffix = ".gguf" if is_gguf(file) else ".pth" if is_pickled(file) else ".safetensors"
             (folder / noise_expert.component / f"{name}{suffix}").symlink_to(file.resolve())
     for name, file, config in (("vae", vae, vae_settings), ("text_encoder", text_encoder, text_settings)):
         if file.is_dir():
@@ -177,7 +216,7 @@ def transformer_config(files: list[Path]) -> dict[str, Any]:
         patch = tuple(shapes["patch_embedding.weight"][2:])
         out = shapes["proj_out.weight"][0] // (patch[0] * patch[1] * patch[2])
     except KeyError as error:
-        raise UserError(f"{files[0]} is not a Wan transformer: it has no tensor {error}") from None
+        raise _another(files[0], "a Wan transformer", shapes, str(error)) from None
     if channels not in (*_BOUNDARY, WAN22_VAE_CHANNELS):
         raise UserError(f"{files[0]} has {channels} input channels; supported are T2V (16), I2V-A14B (36) and TI2V-5B "
                         "(48)")
@@ -199,6 +238,12 @@ def transformer_config(files: list[Path]) -> dict[str, Any]:
     }
 
 
+def _another(path: Path, wanted: str, names: Iterable[str], missing: str) -> UserError:
+    if (kind := contents_of(names)) is not None and not kind.startswith(wanted):
+        return UserError(f"{path} is not {wanted} but {kind}")
+    return UserError(f"{path} is not {wanted}: it has no tensor {missing}")
+
+
 def vae_config(path: Path) -> dict[str, Any]:
     """An AutoencoderKLWan's config: of Wan2.2's VAE, or of Wan2.1's, whose latents' mean and std are the defaults.
 
@@ -211,7 +256,7 @@ def vae_config(path: Path) -> dict[str, Any]:
     first = shapes.get("encoder.conv1.weight", shapes.get("encoder.conv_in.weight"))
     second = shapes.get("conv2.weight", shapes.get("post_quant_conv.weight"))
     if first is None or second is None:
-        raise UserError(f"{path} is not Wan's VAE: it has no encoder.conv1.weight")
+        raise _another(path, "Wan's VAE", shapes, "'encoder.conv1.weight'")
     if first[1] != 3 or second[0] != 16:
         raise UserError(f"{path} makes {second[0]} latent channels from {first[1]}; Wan2.1_VAE.pth makes "
                         "16 from 3, Wan2.2_VAE.pth 48 from 12")
@@ -232,7 +277,7 @@ def text_config(path: Path) -> dict[str, Any]:
         buckets, heads = shapes[f"{block}0.SelfAttention.relative_attention_bias.weight"]
         inner, hidden = shapes[f"{block}0.SelfAttention.q.weight"][0], shapes[f"{block}1.DenseReluDense.wi_0.weight"][0]
     except KeyError as error:
-        raise UserError(f"{path} is not a umT5 encoder: it has no tensor {error}") from None
+        raise _another(path, "a umT5 encoder", shapes, str(error)) from None
     layers = len({name.split(".")[2] for name in shapes if name.startswith("encoder.block.")})
     return {"vocab_size": vocabulary, "d_model": width, "d_kv": inner // heads, "d_ff": hidden, "num_layers": layers,
             "num_heads": heads, "relative_attention_num_buckets": buckets, "is_encoder_decoder": False,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lapwan.checkpoints.container import file_kind
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.checkpoints.weights import read_weights
@@ -70,6 +71,7 @@ _TI2V_5B = ModelFamily(
     "TI2V-5B", "ti2v", Defaults(50, {NoiseExpert.HIGH: 5.0}, (704, 1280), 121, 24), image="optional",
     clean_first_frame=True, trainable=False)
 ORIGINAL = "original"  # stem of a link to weights in the original layout: original.pth, original.safetensors
+OTHER_WEIGHTS = (".sft", ".gguf", ".bin", ".pth", ".pt", ".ckpt")  # suffixes of weights beside .safetensors
 DEFAULTS_FILE = "lapwan.json"  # optional, in the model folder: overrides the defaults (the embedded model has one)
 
 
@@ -179,6 +181,9 @@ _NAME = re.compile(  # diffusion_pytorch_model.fp16-00001-of-00002.safetensors, 
 _INDEX = re.compile(r"\.safetensors(?:\.index)?(?:\.(?P<a>\w+))?(?:\.index)?\.json$")
 
 
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\b")
+
+
 def _variant(name: str) -> str:
     """diffusers' variant in a weight file's name, such as fp16; empty: none, or a name of another tool."""
     match = _NAME.fullmatch(name)
@@ -191,12 +196,12 @@ def _index_variant(name: str) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A component's weight files: one, or the shards its index names, or one GGUF file.
+    """A component's weight files: one, or the shards its index names, or those of other formats.
 
     Of several variants (`diffusion_pytorch_model.fp16.safetensors`) the one without a variant's name.
 
     Raises:
-        UserError: none there, a shard of the index is missing, its name leads out of the folder, or several variants.
+        UserError: none there, a shard is missing, its name leads out of the folder, or several variants.
     """
     indices = sorted(f for f in folder.glob("*.safetensors*.json") if ".index." in f.name)
     indexed = {_index_variant(index.name): _shards(folder, index) for index in indices}
@@ -204,16 +209,39 @@ def weight_files(folder: Path) -> list[Path]:
     for file in sorted(folder.glob("*.safetensors")):
         if (variant := _variant(file.name)) not in indexed:
             variants.setdefault(variant, []).append(file)
-    if "" in variants:
-        return variants[""]
-    if len(variants) > 1:
+    if "" not in variants and len(variants) > 1:
         raise UserError(f"{folder} has variants of its weights: {', '.join(sorted(variants))}; keep one")
-    files = next(iter(variants.values()), None) or sorted(folder.glob("*.gguf"))
+    files = variants.get("") or next(iter(variants.values()), None) or next(
+        (other for suffix in OTHER_WEIGHTS if (other := sorted(folder.glob(f"*{suffix}")))), [])
     if not files:
         raise UserError(f"no .safetensors or .gguf weights in {folder}; is the download complete?")
     if len(files) > 1 and files[0].suffix == ".gguf":
         raise UserError(f"{folder} has several GGUF files: {', '.join(f.name for f in files)}; keep one")
+    check_shards(files)
     return files
+
+
+def transformer_folders(path: Path) -> dict[NoiseExpert, Path]:
+    """A folder's own folders of transformers: `transformer` and `transformer_2`, or those of the original release."""
+    names = {e: (e.component, f"{e.value}_noise_model") for e in NoiseExpert}
+    return {e: path / name for e, choices in names.items() for name in choices if (path / name).is_dir()}
+
+
+def check_shards(files: Sequence[Path]) -> None:
+    """Check by their names (`...-00001-of-00006...`) that no shard is missing.
+
+    Raises:
+        UserError: one is, or a single one is given whose folder holds the others.
+    """
+    numbers = {int(match[1]): int(match[2]) for file in files if (match := _SHARD.search(file.name))}
+    missing = [n for n in range(1, max(numbers.values(), default=0) + 1) if n not in numbers]
+    if not missing:
+        return
+    total, first = max(numbers.values()), files[0]
+    others = [f for f in first.parent.glob(f"*{first.suffix}") if _SHARD.search(f.name)]
+    if len(others) > len(files):
+        raise UserError(f"{first} is one of {total} shards; give their folder: {first.parent}")
+    raise UserError(f"{first.parent} lacks shards {', '.join(map(str, missing))} of {total}; is the download complete?")
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
@@ -228,9 +256,22 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 
 def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
-    """Shape by name in diffusers' layout, of a transformer's files in any layout, from their headers."""
-    tensors = (pair for file in files for pair in read_weights(file).tensors.items())
-    return {tensor_to_diffusers(name): tuple(info.shape) for name, info in tensors}
+    """Shape by name in diffusers' layout, of a transformer's files in any layout, from their headers.
+
+    Raises:
+        UserError: one weight twice.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    names: dict[str, tuple[Path, str]] = {}
+    for file in files:
+        for name, info in read_weights(file).tensors.items():
+            ours = tensor_to_diffusers(name)
+            if ours in names:
+                other, first = names[ours]
+                where = f"{file} holds '{first}' and" if other == file else f"{other} and {file} both hold"
+                raise UserError(f"{where} '{name}', the same weight twice; keep one model in a file or folder")
+            shapes[ours], names[ours] = tuple(info.shape), (file, name)
+    return shapes
 
 
 def original_file(folder: Path) -> Path | None:
@@ -266,7 +307,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; is {path.parent} a complete model folder in diffusers layout?") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        kind = file_kind(path) if path.is_file() else None
+        raise UserError(f"cannot read {path}: {f'it is {kind}' if kind else error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
     return value

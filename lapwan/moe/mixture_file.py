@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lapwan import files
+from lapwan.checkpoints.tensors import save_tensors
 from lapwan.checkpoints.wan_keys import split_block
 from lapwan.errors import UserError
 from lapwan.lora.metadata import FORMAT_KEY
@@ -76,7 +76,7 @@ def write_mixture(path: Path, mixture: Mixture, metadata: Mapping[str, str] | No
     tensors |= {f"router.{name}": value for name, value in mixture.router.state_dict().items()}
     spec = {FORMAT_KEY: FORMAT, _SPEC_KEY: json.dumps(asdict(mixture.spec), ensure_ascii=False)}
     with files.atomic_file(path) as temporary:
-        save_file(
+        save_tensors(
             # A copy of each: safetensors refuses tensors that share storage.
             {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, temporary,
             metadata={**(metadata or {}), **spec},

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from lapwan.console import log
 from lapwan.errors import UserError
-from lapwan.lora.adapter_file import AdapterFile
+from lapwan.lora.adapter_file import AdapterFile, AdapterModule
 from lapwan.lora.assign import Assigned, LoraRequest, assign, report, warn_mismatch
 from lapwan.lora.attach import Group
 from lapwan.lora.formats import KeyRule, open_for_use
+from lapwan.lora.merge import is_linear, plan_terms
 from lapwan.lora.state import AdapterState
 from lapwan.models.base import Base
 from lapwan.models.spec import tensor_shapes, weight_files
@@ -116,6 +117,8 @@ def _apply(base: Base, assigned: Assigned, moe: Path | None, fold: bool) -> tupl
         shapes = tensor_shapes(weight_files(base.spec.component(noise_expert)))
         for file, _ in files:
             _check_lora(file, base, noise_expert, shapes)
+            plan_terms(weight_files(base.spec.component(noise_expert)), [(file, 1.0)])
+            file.check_finite()
     merged = Base(base.spec, {e: [*base.loras.get(e, ()), *assigned.get(e, ())] for e in base.spec.noise_experts})
     if moe is None:
         if fold:
@@ -138,19 +141,16 @@ def _apply(base: Base, assigned: Assigned, moe: Path | None, fold: bool) -> tupl
 
 def _beside(base: Base, assigned: Assigned) -> tuple[Base, dict[NoiseExpert, list[LoraUse]]]:
     """The low-rank pairs, which act beside the weights, and the base that merges all other updates when it is loaded.
-
-    Raises:
-        UserError: an update that does not fit the model.
     """
     uses: dict[NoiseExpert, list[LoraUse]] = {}
     merged: dict[NoiseExpert, list[tuple[AdapterFile, float]]] = {}
     for noise_expert, files in assigned.items():
         uses[noise_expert] = []
         for file, strength in files:
-            pairs = {path: module for path, module in file.modules.items() if module.stackable}
-            others = {path: module for path, module in file.modules.items() if not module.stackable}
+            pairs = {path: module for path, module in file.modules.items() if _acts_beside(path, module)}
+            others = {path: module for path, module in file.modules.items() if path not in pairs}
             if pairs:
-                uses[noise_expert].append(LoraUse(file.path, replace(file, modules=pairs).read_finite(), strength))
+                uses[noise_expert].append(LoraUse(file.path, replace(file, modules=pairs).read(), strength))
             if others:
                 merged.setdefault(noise_expert, []).append((replace(file, modules=others), strength))
                 kinds = Counter(module.kind for module in others.values())
@@ -158,9 +158,12 @@ def _beside(base: Base, assigned: Assigned) -> tuple[Base, dict[NoiseExpert, lis
                 log(f"{file.path.name}: {counts} merged into the {noise_expert.value} noise expert's weights at load")
     if merged:
         base = Base(base.spec, {e: [*base.loras.get(e, ()), *merged.get(e, ())] for e in base.spec.noise_experts})
-        for noise_expert in merged:
-            base.merged_weights(noise_expert)  # checks shapes and dtypes by the headers
     return base, uses
+
+
+def _acts_beside(path: str, module: AdapterModule) -> bool:
+    """A low-rank pair of a Linear; one of the patch embedding has the kernel in its columns."""
+    return module.stackable and is_linear(path)
 
 
 def _check_lora(
@@ -168,7 +171,7 @@ def _check_lora(
 ) -> None:
     warn_mismatch(file, base.task)
     for path, module in file.modules.items():
-        if not module.stackable:
+        if not _acts_beside(path, module):
             continue  # checked by the plan of its merge
         shape = shapes.get(f"{path}.weight")
         if shape is None:

@@ -337,9 +337,10 @@ class Generator:
             console.log(f"{noise_expert.value} noise expert: {cache}")
         self.noise_experts.compiling.log()
         if not bool(torch.isfinite(latents).all()):
-            remedy = {torch.float16: "use --dtype bf16", torch.bfloat16: "use --dtype fp32"}.get(
-                self.dtype, "the model or an adapter at this strength gives too large values: lower the strength, or "
-                "check the files with lapwan inspect-weights")
+            # bf16 has fp32's range: what overflows in one does in the other.
+            remedy = "use --dtype bf16" if self.dtype is torch.float16 else (
+                "the model or an adapter at this strength gives too large values: lower the strength, or check the "
+                "files with lapwan inspect-weights")
             raise UserError(f"the latents are not finite in {dtype_name(self.dtype)}; {remedy}")
         return latents
 

@@ -243,6 +243,9 @@ def _axis(text: str) -> _GridAxis:
                         f"allowed: {', '.join(allowed)}")
     separator = ";" if ";" in rest else ","
     values = [value.strip() for value in rest.split(separator)]
+    if name == "lora" and all(_is_finite(value) for value in values):
+        raise UserError(f"--grid {text} would compare files of these names; for strengths write lora.high={rest}, "
+                        "lora.low or lora.both")
     if name in _STRENGTHS and not all(_is_finite(value) for value in values):
         raise UserError(f"--grid {text}: strengths must be numbers, such as {name}=0,0.5,1")
     return _GridAxis(name, label, values)

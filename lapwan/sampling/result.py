@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lapwan import __version__, console
 from lapwan.checkpoints.container import read_header
+from lapwan.checkpoints.tensors import save_tensors
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, claim_output
 from lapwan.sampling.video import DEFAULT_CRF, check_video_path, read_video_metadata, write_video
@@ -90,7 +90,7 @@ class Video:
         try:
             if target.suffix == LATENTS_SUFFIX:
                 with atomic_file(target) as temporary:
-                    save_file({"latents": self.latents}, temporary, metadata=self.metadata())
+                    save_tensors({"latents": self.latents}, temporary, metadata=self.metadata())
             else:
                 write_video(target, self.frames, self.fps, self.metadata(), DEFAULT_CRF if crf is None else crf)
         except (OSError, SafetensorError) as error:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lapwan.data.buckets import centre_crop
+from lapwan.data.decoding.images import rgb_image
 from lapwan.data.dropped_clips import BadClip
-from lapwan.data.images import rgb_image
 from lapwan.data.video import probe, read_frames, resize_and_crop
 from lapwan.errors import UserError
 from lapwan.wan.image_condition import condition_video, first_frame_mask

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 from pydantic.fields import FieldInfo
 
 from lapwan.console import NO_BREAK, PlanRow
+from lapwan.files import expand_setting, expand_user
 
 
 class Settings(BaseModel):
@@ -27,6 +28,20 @@ class Settings(BaseModel):
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False,
         defer_build=True,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_paths(cls, data: Any) -> Any:
+        """`~` and `$NAME` at the begin of a path, which a shell fills in and a TOML file does not."""
+        return {key: _expanded(value) for key, value in data.items()} if isinstance(data, dict) else data
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, str):
+        return expand_setting(value)
+    if isinstance(value, Path):
+        return expand_user(value)
+    return [_expanded(item) for item in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,20 @@ class FlagField:
         """`--num-frames`: the flag's long name if it has one, else the field's name."""
         long_names = [name for name in self.flag.names if name.startswith("--")]
         return long_names[0] if long_names else "--" + self.key.rsplit(".", 1)[-1].replace("_", "-")
+
+
+def text_encoding(name: str) -> str:
+    """The name of a text encoding, or auto.
+
+    Raises:
+        ValueError: Python knows no such encoding.
+    """
+    try:
+        if name == "auto" or "x".encode(name):
+            return name
+    except (LookupError, UnicodeError):
+        pass
+    raise ValueError("must be auto, or a text encoding such as utf-8, gb18030, cp1252, big5 or utf-16")
 
 
 def height_width(value: Any) -> Any:

@@ -8,16 +8,25 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lapwan.names import NEGATIVE_PROMPT
-from lapwan.settings.base import Flag, Settings, height_width
+from lapwan.settings.base import Flag, Settings, height_width, text_encoding
+from lapwan.settings.model import ModelChoice
+
+_SHEETS = (".html", ".png")
 
 
 class CacheSettings(Settings):
     """What to encode, with which model, into which folder."""
 
-    dataset: Annotated[Path | None, Flag("-d", metavar="FILE")] = Field(
-        None, description="clips.jsonl, labels.jsonl, or a musubi-tuner dataset.toml.")
-    model: Annotated[str | None, Flag("-m")] = Field(
-        None, description="Model whose VAE and text encoder are used: tiny, or a model folder.")
+    dataset: Annotated[Path | None, Flag("-d", metavar="FILE|FOLDER")] = Field(
+        None, description="clips.jsonl, labels.jsonl, a CSV, TSV or JSON list, a folder with a caption file beside "
+        "each clip, or a musubi-tuner dataset.toml.")
+    recursive: Annotated[bool, Flag()] = Field(False, description="Of a folder, read the sub-folders, too.")
+    caption_encoding: Annotated[str, Flag(metavar="NAME")] = Field(
+        "auto", description="Encoding of captions: auto (UTF-8, UTF-16 by its mark, GB18030 or Windows-1252 by what "
+        "reads as text), or a name such as gb18030.")
+    model: Annotated[ModelChoice | None, Flag("-m", metavar="MODEL")] = Field(
+        None, description="Model whose VAE and text encoder are used: tiny, or a model folder; in TOML also the table "
+                          "of a training, such as the files high, low, vae, text_encoder and tokenizer.")
     output: Annotated[Path | None, Flag("-o", metavar="DIR")] = Field(
         None, description="Cache folder; a dataset.toml may name its own.")
     size: Annotated[tuple[int, int] | None, Flag(metavar="HEIGHTxWIDTH")] = Field(
@@ -63,11 +72,25 @@ class CacheSettings(Settings):
         False, description="Delete cache files of clips that are no longer in the dataset.")
     verify: Annotated[bool, Flag()] = Field(
         False, description="Read every cached file again and list the damaged ones; without --dataset do only that.")
-    preview: Annotated[int, Flag(metavar="N")] = Field(
-        0, ge=0, description="Decode N cached clips into lapwan_preview.png; without --dataset do only that.")
+    preview: Annotated[int | Path, Flag(metavar="FILE|N")] = Field(
+        0, description="FILE.html or FILE.png: show the dataset before it is encoded (crops, items, regions, dropped "
+        "clips), and encode nothing. N: decode N cached clips into lapwan_preview.png; without --dataset do only that.")
     skip_bad: Annotated[bool, Flag()] = Field(False, description="List bad clips, but do not fail.")
 
+    _encoding = field_validator("caption_encoding")(text_encoding)
     _size = field_validator("size", mode="before")(height_width)
+
+    @field_validator("preview", mode="before")
+    @classmethod
+    def _preview(cls, value: Any) -> Any:
+        """A number of clips from 0 on, or a file that a sheet can be written to."""
+        if isinstance(value, str) and value.strip().isdecimal():
+            value = int(value)
+        if isinstance(value, str | Path) and Path(value).suffix.lower() in _SHEETS:
+            return Path(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"must be a file ending in {' or '.join(_SHEETS)}, or a number of cached clips")
+        return value
 
     @field_validator("num_frames", mode="before")
     @classmethod
@@ -83,9 +106,12 @@ class CacheSettings(Settings):
 
     @model_validator(mode="after")
     def _something(self) -> CacheSettings:
+        if self.dataset is None and isinstance(self.preview, Path):
+            raise ValueError("preview shows a dataset before it is encoded: --dataset FILE is required; a number shows "
+                             "cached clips")
         if self.dataset is None and not (self.verify or self.preview):
             raise ValueError(
-                "dataset is required (--dataset FILE), or --verify or --preview N of an existing cache"
+                "dataset is required (--dataset FILE or FOLDER), or --verify or --preview N of an existing cache"
             )
         if self.dataset is not None and self.model is None:
             raise ValueError("model is required: --model tiny, or a model folder")

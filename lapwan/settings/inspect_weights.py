@@ -29,7 +29,8 @@ class InspectWeightsSettings(Settings):
     lr: Annotated[dict[NoiseExpert, float] | None, Flag(metavar="high=A,low=B")] = Field(
         default=None, description="Learning rates, if neither the files nor metrics.jsonl hold them.")
     base: Annotated[str | None, Flag(metavar="MODEL")] = Field(
-        default=None, description="Also compare the LoRA's updates with the weights of this model.")
+        default=None, description="Also compare the LoRA's updates with the weights of this model, or of a "
+                                  "transformer's file or folder.")
 
     @field_validator("lr", mode="before")
     @classmethod

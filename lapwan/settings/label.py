@@ -7,14 +7,15 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from lapwan.settings.base import Flag, Settings
+from lapwan.settings.base import Flag, Settings, text_encoding
 
 
 class LabelSettings(Settings):
     """Captions to instrument labels."""
 
     clips: Annotated[Path, Flag(positional=True, metavar="CLIPS")] = Field(
-        description="The clips: JSONL with a 'caption' on every line."
+        description="The clips: JSONL, CSV, TSV or a JSON list with captions, a folder with a caption file beside each "
+        "clip, or a musubi-tuner dataset.toml."
     )
     output: Annotated[Path, Flag("-o", metavar="FILE")] = Field(description="The labelled JSONL to write.")
     taxonomy: Annotated[str, Flag(metavar="NAME|FILE.toml")] = Field(
@@ -30,6 +31,17 @@ class LabelSettings(Settings):
     strict: Annotated[bool, Flag()] = Field(
         False, description="Fail, and write no labels, if a caption names no instrument."
     )
+
+    recursive: Annotated[bool, Flag()] = Field(False, description="Of a folder, read the sub-folders, too.")
+    caption_encoding: Annotated[str, Flag(metavar="NAME")] = Field(
+        "auto", description="Encoding of captions: auto (UTF-8, UTF-16 by its mark, GB18030 or Windows-1252 by what "
+        "reads as text), or a name such as gb18030."
+    )
+    skip_bad: Annotated[bool, Flag()] = Field(
+        False, description="List lines that cannot be labelled, but do not fail."
+    )
+
+    _encoding = field_validator("caption_encoding")(text_encoding)
 
     @field_validator("taxonomy")
     @classmethod

@@ -18,7 +18,7 @@ KeyRule = Literal["strict", "default", "common"]
 Role = Literal["high", "low", "both"]
 ROLES: tuple[Role, ...] = ("high", "low", "both")
 LORA_METAVAR = "FILE[:STRENGTH][@PART]"
-_SUFFIXES = r"\.(?:safetensors|bin|pt|pth|ckpt)"
+_SUFFIXES = r"\.(?:safetensors|sft|bin|pt|pth|ckpt)"
 _RENAMED = {"expert": "noise_expert"}
 
 

@@ -13,6 +13,7 @@ from lapwan.settings.aliases import current_keys, expand_short_forms
 from lapwan.settings.base import Flag, Settings
 from lapwan.settings.callbacks import HealthSettings, PreviewSettings, ValidationSettings, WatchSettings
 from lapwan.settings.load import first_problem
+from lapwan.settings.lora_argument import AdapterRule, CommonModules, Strict
 from lapwan.settings.memory import MEMORY_METAVAR, MemoryChoice, TrainDtype
 from lapwan.settings.model import ModelChoice
 from lapwan.settings.optimizers import (
@@ -60,6 +61,9 @@ class DataSettings(Settings):
     balance: float = Field(
         0.0, ge=0, le=2, description="Clips are drawn with weight 1 / (clips of their family) to this power; 0: each "
         "once per epoch, 1: all families equally often.")
+    on_bad_clip: Literal["keep", "skip"] = Field(
+        "keep", description="A clip that has spoiled two steps (non-finite loss or gradient): keep training on it, or "
+        "skip it, so that the next clip of its size takes its turns.")
 
 
 class DropoutSettings(Settings):
@@ -153,7 +157,7 @@ class NoiseExpertSettings(Settings):
 _SHARED = tuple(NoiseExpertSettings.model_fields)
 
 
-class TrainSettings(Settings):
+class TrainSettings(AdapterRule):
     """Shared by train-lora and train-moe; `of` gives the settings of one noise expert."""
 
     model: BaseModelChoice = "tiny"
@@ -226,6 +230,8 @@ class TrainSettings(Settings):
     trained_blocks: Literal["auto", "plain", "quantised"] = Field(
         "auto", description="With a quantised dtype: form of the blocks that hold trained modules; auto: plain with "
         "fp8 if they are at most half of all, else quantised.")
+    strict: Strict = False
+    common_modules: CommonModules = False
 
     @model_validator(mode="before")
     @classmethod

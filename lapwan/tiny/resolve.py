@@ -37,9 +37,14 @@ def with_tiny(model: Model, task: Task | None = None) -> Model:
     return str(tiny_folder(kind))
 
 
-def resolve(model: str, task: Task | None = None, generation: bool = False) -> ModelSpec:
-    """`lapwan.models.resolve.resolve`, with `tiny`."""
-    return models.resolve(with_tiny(model, task), task, generation)
+def resolve(
+    model: str | BaseModelSettings | ModelFilesSettings, task: Task | None = None, generation: bool = False
+) -> ModelSpec:
+    """`lapwan.models.resolve.resolve`, with `tiny`; of separate files, and of a base without its LoRAs, too."""
+    if isinstance(model, ModelFilesSettings):
+        return resolve_base(model, task, generation).spec
+    name = model if isinstance(model, str) else model.model
+    return models.resolve(with_tiny(name, task), task, generation)
 
 
 def resolve_base(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lapwan import files
 from lapwan.console import warn
 from lapwan.errors import UserError
+from lapwan.temporaries import discard_folder, temporary_folder
 from lapwan.train.parallel import local_tensor, shard_like
 
 _NAME = re.compile(r"^step_(\d+)$")
@@ -35,6 +36,24 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every complete checkpoint of a run, oldest first."""
     return sorted(
         (int(match[1]), p) for p in run.glob("step_*") if (match := _NAME.match(p.name)) and p.is_dir())
+
+
+def newest_resumable(run: Path) -> tuple[int, Path] | None:
+    """(step, folder) of the newest checkpoint with its state; newer ones without are named in a warning."""
+    for step, folder in reversed(checkpoints(run)):
+        missing = [name for name in (_TRAINED, _REST) if not (folder / "state" / name).is_file()]
+        if not missing:
+            return step, folder
+        warn(f"{folder} has no state/{missing[0]} and cannot be resumed from: it was copied or removed in part")
+    return None
+
+
+def link_adapters(folder: Path, run: Path) -> None:
+    """Make the run folder's adapter files those of a checkpoint: a kill may have come between its rename and them."""
+    for adapter in folder.iterdir():
+        target = run / adapter.name
+        if adapter.name != "state" and not (target.is_file() and target.samefile(adapter)):
+            _link(adapter, target)
 
 
 @dataclass(frozen=True)
@@ -145,7 +164,7 @@ def _prune(run: Path, retention: Retention) -> None:
         kept |= {folder for folder, value in scores.items() if value <= limit}
     for folder in folders:
         if folder not in kept:
-            shutil.rmtree(folder)
+            discard_folder(folder)
 
 
 def score(folder: Path) -> float | None:
@@ -181,13 +200,13 @@ def _link(source: Path, target: Path) -> None:
         for old in {p.name for p in target.iterdir()} - {p.name for p in source.iterdir()}:
             (target / old).unlink()
         return
-    temporary = target.with_name(f".lapwan-tmp-link-{target.name}")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copy2(source, temporary)
-    temporary.replace(target)
+    with temporary_folder(target.parent) as folder:
+        temporary = folder / target.name
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copy2(source, temporary)
+        temporary.replace(target)
 
 
 def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:

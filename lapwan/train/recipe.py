@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from lapwan import console
+from lapwan.caching.families import labels_in_order
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import load_index
 from lapwan.checkpoints.fingerprints import json_fingerprint
+from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.lora.adapter_file import AdapterFile
 from lapwan.lora.assign import LoraRequest, assign
 from lapwan.lora.attach import initial_state
 from lapwan.lora.dropout import DropoutRates
-from lapwan.lora.state import AdapterState, low_rank_only
+from lapwan.lora.formats import KeyRule
+from lapwan.lora.merge import plan_terms
+from lapwan.lora.state import AdapterState
 from lapwan.losses.sigmas import LogitNormal, Shifted, ShiftedBySize, SigmaSampler, Squeezed, Uniform, Weighting
 from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import ModuleRanks, TrainingMemory, Workload
 from lapwan.models.base import Base, target_ranks
-from lapwan.models.spec import ModelSpec
+from lapwan.models.spec import ModelSpec, weight_files
 from lapwan.names import Band, NoiseExpert
 from lapwan.settings.base import Settings
 from lapwan.settings.srpo import SrpoSettings
@@ -34,9 +38,11 @@ from lapwan.train.ema import Ema
 from lapwan.train.objective import Objective, SigmaRule
 from lapwan.train.optimizers import ScheduledOptimizer, make_optimizer, make_schedule
 from lapwan.train.parallel import Distributed
+from lapwan.train.run_folder import resume_command
 from lapwan.train.sample_order import SampleOrder
 from lapwan.train.schedule import interleave, one_after_the_other
-from lapwan.train.trainer import Trainer, TrainerConfig
+from lapwan.train.trainer import Trainer
+from lapwan.train.trainer_config import TrainerConfig
 from lapwan.train.training_data import DataStream, TrainingData
 from lapwan.wan.transformer.compile import CompileReport, worth_compiling
 
@@ -77,15 +83,20 @@ class RunData:
         return {"clips": json_fingerprint(items)} | {f"base.{e.value}": base.fingerprint(e) for e in self.noise_experts}
 
 
-def read_data(settings: TrainSettings, base: Base) -> RunData:
+def read_data(settings: TrainSettings, base: Base, taxonomy: Taxonomy | None = None) -> RunData:
     """Read the index of the cache and resolve the settings of each noise expert; no weights are loaded.
 
+    Args:
+        taxonomy: the one whose families labels are numbered by; None if they are not used.
+
     Raises:
-        UserError: a cache that does not fit the model, or a noise expert that the model does not have.
+        UserError: a cache that does not fit the model or the taxonomy, or a noise expert that the model does not have.
     """
     check_noise_experts(settings.noise_experts, base.spec)
     index = load_index(settings.data.cache, settings.data.labels)
     items = training_items(index, settings.data.split)
+    if taxonomy is not None:
+        items = labels_in_order(index, items, taxonomy)
     check_cache(index, base.spec, items)
     sampling_weights(items, settings.data.balance)  # to refuse clips without labels now, not at the first step
     per_epoch = SampleOrder([i.bucket for i in items], settings.batch_size, settings.seed, "").batches_per_epoch
@@ -110,18 +121,24 @@ def workload(
         {e: (trained or {}).get(e) or ranks for e, ranks in defaults.items()}, frozen or {})
 
 
-def initial_loras(paths: Mapping[NoiseExpert, Path], base: Base) -> dict[NoiseExpert, AdapterFile]:
-    """The LoRAs to start from, by noise expert; headers are read, tensors are not.
+def given_loras(paths: Mapping[NoiseExpert, Path], base: Base, rule: KeyRule) -> dict[NoiseExpert, AdapterFile]:
+    """LoRAs of the settings by noise expert, checked against the model's headers and for NaN and infinity.
+
+    Args:
+        paths: the files.
+        base: the model.
+        rule: what of a file may be dropped.
 
     Raises:
-        UserError: a file that is not a plain LoRA, or is for the other noise expert.
+        UserError: a file that is not a LoRA, is for the other noise expert or another model, or is not finite.
     """
     requests = [LoraRequest(noise_expert.value, path, 1.0) for noise_expert, path in paths.items()]
-    assigned = assign(requests, base.spec.noise_experts)
-    files = {noise_expert: file for noise_expert, [(file, _)] in assigned.items()}
-    for noise_expert, file in files.items():
-        low_rank_only(file.modules, f"init_lora.{noise_expert.value} = {file.path}")
-    return files
+    assigned = assign(requests, base.spec.noise_experts, rule)
+    for noise_expert, loras in assigned.items():
+        plan_terms(weight_files(base.spec.component(noise_expert)), loras)
+        for file, _ in loras:
+            file.check_finite()
+    return {noise_expert: file for noise_expert, [(file, _)] in assigned.items()}
 
 
 def sigma_rule(settings: NoiseExpertSettings, band: Band) -> SigmaRule:
@@ -293,7 +310,9 @@ def make_trainer(
         run_folder=settings.output, max_grad_norm=settings.max_grad_norm, save_every=settings.save_every,
         log_every=settings.log_every, sigma_bins=settings.sigma_bins, keep_last=settings.keep_last,
         keep_best=settings.keep_best, identity=parts.identity, allow_changed=settings.allow_changed,
-        resume_command=f"{parts.command} --resume", memory_summary=memory_summary, predicted_peak=predicted_peak)
+        resume_command=resume_command(parts.command, settings.output), memory_summary=memory_summary,
+        predicted_peak=predicted_peak,
+        skip_bad_clips=isinstance(settings, TrainSettings) and settings.data.on_bad_clip == "skip")
     return Trainer(
         parts.objective, parts.data, parts.schedule, parts.optimizers, config,
         [Onload(parts.offload), CompileTimes(), *callbacks], parts.ema, parts.distributed)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
+import shlex
 import tomllib
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from lapwan import files
 from lapwan.console import warn
 from lapwan.diagnostics.run_folder import METRICS_FILE
-from lapwan.errors import UserError
+from lapwan.errors import Interrupted, UserError
 from lapwan.settings.aliases import RUN_HEADER, SETTINGS_VERSION, VERSION_KEY
 from lapwan.settings.base import Settings, to_plain, to_toml
 from lapwan.settings.load import upgraded
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train import TrainSettings
+from lapwan.temporaries import discard_folder
 from lapwan.train.checkpoint import checkpoints
 
 SETTINGS_FILE = "settings.toml"
@@ -83,6 +85,42 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def resume_command(command: str, run: Path) -> str:
+    """What to type to continue a run, from any working directory: `lapwan train-lora --config RUN/settings.toml ...`.
+
+    Args:
+        command: such as "lapwan train-lora".
+        run: the run folder.
+    """
+    return f"{command} --config {shlex.quote(str(run.absolute() / SETTINGS_FILE))} --resume"
+
+
+class RunScope:
+    """A scope around a run: interrupted outside its steps, it says what is kept and how to continue.
+
+    Args:
+        command: such as "lapwan train-lora".
+    """
+
+    def __init__(self, command: str, settings: TrainSettings | SrpoSettings) -> None:
+        self._command, self._settings, self._started = command, settings, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def start(self, overwrite: bool) -> None:
+        """`start_folder`; from here on the folder holds this run and can be continued."""
+        start_folder(self._settings, overwrite)
+        self._started = True
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and self._started:
+            run = self._settings.output
+            done = checkpoints(run)
+            kept = f"state saved at step {done[-1][0]} in {run}" if done else f"no step was saved in {run}"
+            raise Interrupted(f"interrupted; {kept}; continue with {resume_command(self._command, run)}") from None
+
+
 def start_folder(settings: TrainSettings | SrpoSettings, overwrite: bool) -> None:
     """Make the run folder and write the resolved settings into it; --overwrite removes an older run.
 
@@ -97,7 +135,8 @@ def start_folder(settings: TrainSettings | SrpoSettings, overwrite: bool) -> Non
         if not changes(settings):
             return
         done = checkpoints(run)
-        path.replace(run / f"settings_until_{done[-1][0] if done else 0:06d}.toml")
+        until = run / f"settings_until_{done[-1][0] if done else 0:06d}.toml"
+        files.write_text(until, path.read_text(encoding="utf-8"))
     plain = settings.model_copy(update={"resume": False, "allow_changed": False})
     files.write_text(path, f"{RUN_HEADER}\n{VERSION_KEY} = {SETTINGS_VERSION}\n{to_toml(plain)}")
 
@@ -107,8 +146,8 @@ def _remove_run(run: Any) -> None:
     for _, folder in checkpoints(run):
         for adapter in folder.glob("*.safetensors"):  # the run folder has a link to each, whatever its name
             (run / adapter.name).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        discard_folder(folder)
     for name in ("tensorboard", PREVIEWS):
-        shutil.rmtree(run / name, ignore_errors=True)
+        discard_folder(run / name)
     for path in (run / METRICS_FILE, *run.glob("settings_until_*.toml")):
         path.unlink(missing_ok=True)

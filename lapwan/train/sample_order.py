@@ -7,7 +7,7 @@ batches, so a batch of two equals two batches of one.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,6 +39,7 @@ class SampleOrder:
             raise ValueError("no samples")
         self._buckets, self._batch_size, self._seed, self._stream = list(buckets), batch_size, seed, stream
         self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        self._excluded: set[int] = set()
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def _make_epoch(self, epoch: int) -> list[list[Visit]]:
@@ -58,6 +59,24 @@ class SampleOrder:
             batches = [batches[i] for i in shuffle]
         return batches
 
+    def exclude(self, items: Collection[int]) -> None:
+        """Give the visits of these samples to the next sample of the same bucket; sizes and draws stay as they are.
+
+        Raises:
+            ValueError: no sample of a bucket would be left.
+        """
+        excluded = self._excluded | set(items)
+        for bucket in {self._buckets[item] for item in items}:
+            if all(item in excluded for item, other in enumerate(self._buckets) if other == bucket):
+                raise ValueError(f"no sample of bucket {bucket} is left")
+        self._excluded = excluded
+
+    def _replaced(self, visit: Visit) -> Visit:
+        item, count = visit.item, len(self._buckets)
+        while item in self._excluded or self._buckets[item] != self._buckets[visit.item]:
+            item = (item + 1) % count
+        return Visit(item, visit.number)
+
     @property
     def batches_per_epoch(self) -> int:
         """Batches in the first epoch; weighted epochs over several buckets may differ by a few."""
@@ -68,7 +87,7 @@ class SampleOrder:
         epoch, index = start
         batches: list[list[Visit]] = []
         while len(batches) < count:
-            batches.append(self._epoch(epoch)[index])
+            batches.append([self._replaced(visit) for visit in self._epoch(epoch)[index]])
             index += 1
             if index == len(self._epoch(epoch)):
                 epoch, index = epoch + 1, 0

@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,49 +20,21 @@ from torch import Tensor
 from lapwan import console
 from lapwan.caching.collate import Batch
 from lapwan.errors import Interrupted, UserError
+from lapwan.interrupt import Stop, stop_requested
 from lapwan.memory.out_of_memory import memory_figures, out_of_memory, peak_line, start_peak
 from lapwan.names import NoiseExpert
 from lapwan.train import checkpoint
 from lapwan.train.callbacks.base import Callback, StepResult
+from lapwan.train.dropped_steps import DroppedSteps, run_summary
 from lapwan.train.ema import Ema
-from lapwan.train.interrupt import Stop, stop_requested
 from lapwan.train.metrics import MetricsWriter, StepLog, merge_logs
 from lapwan.train.objective import Objective
 from lapwan.train.optimizers import ScheduledOptimizer
 from lapwan.train.parallel import Distributed, full_tensors
+from lapwan.train.trainer_config import TrainerConfig
 from lapwan.train.training_data import StepData, TrainingData
 
 _NON_FINITE_LIMIT = 5  # non-finite steps in a row after which the run stops
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """The numbers of a run that no algorithm depends on.
-
-    Args:
-        max_grad_norm: gradients are scaled to at most this norm.
-        save_every, log_every: steps between checkpoints, and between lines of metrics.jsonl.
-        sigma_bins: bins of a noise expert's band whose losses are logged separately.
-        keep_last, keep_best: checkpoints to keep; None: all.
-        identity: hashes of clips and base, checked on resume.
-        allow_changed: resume although settings or contents differ.
-        resume_command: the command that continues the run, for messages.
-        memory_summary: the memory plan in one line, for an out-of-memory message.
-        predicted_peak: bytes on the device; 0: not predicted.
-    """
-
-    run_folder: Path
-    max_grad_norm: float = 1.0
-    save_every: int = 100
-    log_every: int = 1
-    sigma_bins: int = 4
-    keep_last: int | None = None
-    keep_best: int | None = None
-    identity: Mapping[str, str] = field(default_factory=dict)
-    allow_changed: bool = False
-    resume_command: str = "--resume"
-    memory_summary: str = ""
-    predicted_peak: int = 0
 
 
 class Trainer:
@@ -84,7 +57,8 @@ class Trainer:
         self.callbacks = {callback.name: callback for callback in callbacks}
         self.parameters = objective.parameters
         self.step = 0
-        self.skipped = 0
+        self.dropped = DroppedSteps(config.skip_bad_clips)
+        self._step_losses: list[tuple[Batch, Tensor]] = []  # of this process in the current step
         self.finished: str | None = None  # why the run ends before its schedule, without a fault
         self._logs = {noise_expert: StepLog() for noise_expert in data.streams}
         self._writer = checkpoint.CheckpointWriter()
@@ -105,7 +79,8 @@ class Trainer:
         saved = self.step if checkpoint.checkpoints(config.run_folder) else -1
         try:
             self._start_callbacks(metrics)
-            with stop_requested() as stop, console.progress("training", total, "step", done=self.step) as bar:
+            with (stop_requested() as stop, run_summary(self.dropped, list(self.callbacks.values()), lambda: self.step),
+                  console.progress("training", total, "step", done=self.step) as bar):
                 while self.step < total and self.finished is None:
                     stop_error = self._train_step(metrics, bar, stop)
                     if self.step % config.save_every == 0 or self.step == total or stop_error:
@@ -178,11 +153,13 @@ class Trainer:
         """Accumulate the gradients of the mean loss over the step; returns flow losses and sigmas by batch."""
         log = self._logs[noise_expert]
         logged = len(log.losses)
+        self._step_losses = []
         divisor = data.samples * self.distributed.context_parallel_size
         for batch, draws in zip(batches, data.draws, strict=True):
             with self.objective.loss(noise_expert, batch, draws) as loss:
                 total_B = loss.total_B
                 torch.autograd.backward(total_B.sum() / divisor)
+            self._step_losses.append((batch, total_B.detach()))
             log.add(loss, total_B, draws.sigma_B if loss.sigma_B is None else loss.sigma_B)
         return log.losses[logged:], log.sigmas[logged:]
 
@@ -197,10 +174,18 @@ class Trainer:
             for optimizer in optimizers:
                 optimizer.step()
         else:
-            self.skipped += 1
             self._non_finite_in_a_row += 1
-            console.warn(f"step {self.step + 1}: non-finite loss or gradient; update dropped")
+            self._drop_step()
         return {"grad_norm": norm}, finite
+
+    def _drop_step(self) -> None:
+        """Name the clips of a dropped step, in every process, and train no longer on those to be skipped."""
+        local = [(clip, math.isfinite(value)) for batch, total_B in self._step_losses
+                 for clip, value in zip(batch.ids, total_B.tolist(), strict=True)]
+        samples = [sample for part in self.distributed.gather_samples(local) for sample in part]
+        console.warn(self.dropped.add(self.step + 1, samples))
+        if left_out := self.dropped.left_out:
+            self.data.exclude(left_out)
 
     def _after_update(
         self, noise_expert: NoiseExpert, losses: Sequence[Tensor], sigmas: Sequence[Tensor]
@@ -258,7 +243,7 @@ class Trainer:
         figures = {**summary.means, **summary.by_sigma_bin(stream.sigma_rule.band, self.config.sigma_bins)}
         figures |= {name: float(value) for name, value in step_figures.items()}
         figures["lr"] = float(self.optimizers[self.objective.optimizers_for(noise_expert)[0]].lr)
-        figures |= {"own_step": stream.steps, "skipped_steps": self.skipped, "seconds": seconds,
+        figures |= {"own_step": stream.steps, "skipped_steps": self.dropped.count, "seconds": seconds,
                     "clips_per_second": len(summary.sigmas) / max(log.seconds, 1e-9), **memory_figures()}
         metrics.write(self.step, noise_expert.value, figures, run_figures)
         metrics.histogram(f"sigma/{noise_expert.file_suffix}", summary.sigmas, self.step)
@@ -304,7 +289,8 @@ class Trainer:
         """What besides the parameters a checkpoint holds; the keys are part of the file format."""
         states = [(callback, callback.state_dict()) for callback in self.callbacks.values()]
         return {
-            "skipped": self.skipped,
+            "skipped": self.dropped.count,
+            "dropped": self.dropped.state_dict(),
             "tracks": {e.value: [*stream.position, stream.steps] for e, stream in self.data.streams.items()},
             "identity": dict(self.config.identity),
             "lr_schedules": {name: o.lr_schedule.state_dict() for name, o in self.optimizers.items()},
@@ -322,13 +308,17 @@ class Trainer:
         Raises:
             UserError: a damaged checkpoint, or one of another run.
         """
-        config, saved_steps = self.config, checkpoint.checkpoints(self.config.run_folder)
-        if not saved_steps:
+        config, newest = self.config, checkpoint.newest_resumable(self.config.run_folder)
+        if newest is None:
             return False
-        step, folder = saved_steps[-1]
+        step, folder = newest
         state = checkpoint.load_checkpoint(folder, self.parameters)
         checkpoint.check_identity(folder, state["identity"], config.identity, config.allow_changed)
-        self.step, self.skipped = step, state["skipped"]
+        if self.distributed.first:
+            checkpoint.link_adapters(folder, config.run_folder)
+        self.step = step
+        self.dropped.load(state["skipped"], state.get("dropped"))
+        self.data.exclude(self.dropped.left_out)
         for noise_expert, stream in self.data.streams.items():
             epoch, index, stream.steps = state["tracks"].get(noise_expert.value, (0, 0, 0))
             stream.position = (epoch, index)

@@ -7,10 +7,11 @@ end of a step, where the trainer waits for the gradient norm, and the start of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from lapwan.caching.collate import Batch
+from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 from lapwan.train.objective import Draws, SigmaRule, make_draws
 from lapwan.train.parallel import Distributed
@@ -70,6 +71,21 @@ class TrainingData:
     def prefetch(self, noise_expert: NoiseExpert, position: _Position) -> None:
         """Load the data of the step that starts at this position of the noise expert's stream now."""
         self._prefetched = noise_expert, position, self._load(noise_expert, position)
+
+    def exclude(self, clips: Collection[str]) -> None:
+        """Train on these clips no longer: the next clips of their size take their turns.
+
+        Raises:
+            UserError: no clip of that size is left.
+        """
+        items = [index for index, item_id in enumerate(self.item_ids) if item_id in clips]
+        self._prefetched = None
+        for stream in self.streams.values():
+            try:
+                stream.order.exclude(items)
+            except ValueError as error:
+                raise UserError(f"data.on_bad_clip = \"skip\": {error}, after the losses or gradients of all its clips "
+                                "were not finite; lower the lr or check the clips") from None
 
     def _load(self, noise_expert: NoiseExpert, position: _Position) -> StepData:
         stream = self.streams[noise_expert]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lapwan.commands.table import COMMANDS
-from lapwan.data.clips import read_clips, to_line
+from lapwan.data.clip_file import read_clips, to_line
 from lapwan.files import write_text
 from lapwan.settings.base import RunOptions
 from lapwan.settings.load import load

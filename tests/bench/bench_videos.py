@@ -19,8 +19,8 @@ import numpy as np
 from wild_videos import make_videos
 
 from lapwan.data.buckets import centre_crop
+from lapwan.data.decoding.pixels import ReadOptions
 from lapwan.data.dropped_clips import BadClip
-from lapwan.data.pixels import ReadOptions
 from lapwan.data.video import probe, read_frames
 
 RATE = 16.0

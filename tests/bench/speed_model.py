@@ -30,7 +30,8 @@ from lapwan.train.objective import Objective, SigmaRule
 from lapwan.train.optimizers import ScheduledOptimizer, make_optimizer, make_schedule
 from lapwan.train.parallel import Distributed
 from lapwan.train.sample_order import SampleOrder
-from lapwan.train.trainer import Trainer, TrainerConfig
+from lapwan.train.trainer import Trainer
+from lapwan.train.trainer_config import TrainerConfig
 from lapwan.train.training_data import DataStream, TrainingData
 from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.load import fill, linears_of

@@ -58,16 +58,17 @@ def test_index_carries_what_training_needs(i2v_cache):
 
 
 def test_files_follow_the_contract(i2v_cache):
-    with safe_open(i2v_cache / "clip_1_00000-009_0096x0064_wan.safetensors", "pt") as file:
+    with safe_open(i2v_cache / "clip_1_00000-009_0048x0032_wan.safetensors", "pt") as file:
         assert set(file.keys()) == {"latents_3x4x6_float32", "latents_image_3x4x6_float32"}
         assert file.get_tensor("latents_3x4x6_float32").shape == (16, 3, 4, 6)
         image = file.get_tensor("latents_image_3x4x6_float32")
         assert image.shape == (20, 3, 4, 6)
         assert image[:4, 0].eq(1).all() and image[:4, 1:].eq(0).all()
         metadata = file.metadata()
-    recipe = json.loads(metadata.pop("lapwan.recipe"))
-    assert metadata == {"architecture": "wan", "width": "96", "height": "64", "format_version": "1.0.1",
+    recipe, checksum = json.loads(metadata.pop("lapwan.recipe")), metadata.pop("lapwan.sha256")
+    assert metadata == {"architecture": "wan", "width": "48", "height": "32", "format_version": "1.0.1",
                         "frame_count": "9"}
+    assert len(checksum) == 64
     assert recipe["size"] == [48, 32] and recipe["window"] == [0, 9]
     with safe_open(i2v_cache / "clip_1_wan_te.safetensors", "pt") as file:
         assert list(file.keys()) == ["varlen_t5_float32"]
@@ -76,7 +77,7 @@ def test_files_follow_the_contract(i2v_cache):
         assert file.metadata()["architecture"] == "wan"
     musubi_sees = sorted(p.name for p in i2v_cache.glob("*_wan*.safetensors"))
     assert musubi_sees == sorted(f"clip_{i}_{e}.safetensors" for i in range(3)
-                                 for e in ("wan_te", "00000-009_0096x0064_wan"))
+                                 for e in ("wan_te", "00000-009_0048x0032_wan"))
 
 
 def test_latents_and_text_equal_diffusers_on_the_same_frames(i2v_cache, labelled):
@@ -229,7 +230,7 @@ def test_equal_captions_are_encoded_once(labelled, tmp_path, capsys):
 
 def test_bfloat16_files(labelled, i2v_cache, tmp_path):
     folder = cache(labelled, tmp_path / "cache", dtype="bfloat16")
-    with safe_open(folder / "clip_0_00000-009_0096x0064_wan.safetensors", "pt") as file:
+    with safe_open(folder / "clip_0_00000-009_0048x0032_wan.safetensors", "pt") as file:
         assert list(file.keys()) == ["latents_3x4x6_bfloat16"]
     with safe_open(folder / "clip_0_wan_te.safetensors", "pt") as file:
         assert list(file.keys()) == ["varlen_t5_bfloat16"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -91,13 +93,12 @@ def test_ctrl_c_says_how_to_go_on(dataset, tmp_path):
 
 
 def test_a_kill_while_replacing_leaves_only_right_items_in_the_index(dataset, reference, tmp_path):
-    """Half of the files are of the new size, under the names of the old ones."""
+    """Half of the files are of the new size, beside all of the old ones."""
     folder = shutil.copytree(reference, tmp_path / "cache")
     process = Started(*command(dataset, folder, "--size", "48x48"))
-    before = {p: p.stat().st_mtime_ns for p in folder.glob("*_wan.safetensors")}
     try:
         deadline = time.monotonic() + 60
-        while sum(p.stat().st_mtime_ns != stamp for p, stamp in before.items()) < 3:
+        while len(list(folder.glob("c*_0048x0048_wan.safetensors"))) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
     finally:
@@ -105,9 +106,63 @@ def test_a_kill_while_replacing_leaves_only_right_items_in_the_index(dataset, re
         process.wait()
     with pytest.raises(UserError, match="no cached items"):
         load_index(folder)
+    assert len(list(folder.glob("*_0048x0032_wan.safetensors"))) == CLIPS
     cache_tiny(dataset, folder, size=(48, 48))
     index = load_index(folder)
     assert {tuple(read_item(folder, item)["latents"].shape) for item in index.items} == {(16, 3, 6, 6)}
+    assert whole(folder) == CLIPS
+
+
+def test_kills_at_random_moments_cost_the_items_in_flight_only(dataset, reference, tmp_path):
+    """What is finished at a kill is never made again, whenever it comes; no decoding process outlives the command."""
+    folder, moments = tmp_path / "cache", random.Random(0)
+    stamps: dict[str, int] = {}
+    for finished in (2, 8, CLIPS + 3):  # files there before the kill; the last comes among the captions
+        process = Started(*command(dataset, folder, "--workers", "2"))
+        try:
+            deadline = time.monotonic() + 60
+            while len(list(folder.glob("c*.safetensors"))) < finished:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.1))
+            workers = _children(process.pid)
+            os.kill(process.pid, signal.SIGKILL)  # not the group: its decoders must end by themselves
+            assert _end_soon(workers)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        now = {path.name: path.stat().st_mtime_ns for path in folder.glob("c*.safetensors")}
+        assert {name: now.get(name) for name in stamps} == stamps, "a finished file was made again"
+        assert len(now) >= finished
+        stamps = now
+    cache_tiny(dataset, folder)
+    assert {name: (folder / name).stat().st_mtime_ns for name in stamps} == stamps
+    assert [item.id for item in load_index(folder).items] == [item.id for item in load_index(reference).items]
+
+
+def test_decoding_processes_that_are_killed_cost_nothing(dataset, tmp_path):
+    folder, moments = tmp_path / "cache", random.Random(1)
+    process = Started(*command(dataset, folder, "--workers", "2"))
+    killed, deadline = 0, time.monotonic() + 100
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        if killed < 2 and (workers := _children(process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(moments.choice(workers), signal.SIGKILL)
+                killed += 1
+        time.sleep(moments.uniform(0.1, 1))
+    code, _, err = process.wait()
+    assert code == 0 and killed, err
+    assert len(load_index(folder).items) == CLIPS and whole(folder) == CLIPS
+
+
+def _end_soon(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text() for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_two_processes_on_one_folder(dataset, tmp_path):

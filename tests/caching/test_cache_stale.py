@@ -59,8 +59,10 @@ def test_a_changed_size_encodes_latents_only(dataset, tmp_path):
     folder = cache_tiny(dataset, tmp_path / "cache")
     before = stamps(folder)
     cache_tiny(dataset, folder, size=(48, 48))
-    assert changed(before, folder) == [f"c{i}_00000-009_0096x0064_wan.safetensors" for i in range(3)]
+    assert changed(before, folder) == [f"c{i}_00000-009_0048x0048_wan.safetensors" for i in range(3)]
     assert {item.bucket for item in load_index(folder).items} == {(9, 48, 48)}
+    # musubi-tuner would take the old ones for items, too.
+    assert set(before) - set(stamps(folder)) == {f"c{i}_00000-009_0048x0032_wan.safetensors" for i in range(3)}
 
 
 def test_a_replaced_video_is_encoded_again(dataset, tmp_path):
@@ -68,7 +70,7 @@ def test_a_replaced_video_is_encoded_again(dataset, tmp_path):
     before = stamps(folder)
     make_video(tmp_path / "clips" / "c2.mp4", frames=12, seed=50)
     cache_tiny(dataset, folder)
-    assert changed(before, folder) == ["c2_00000-009_0096x0064_wan.safetensors"]
+    assert changed(before, folder) == ["c2_00000-009_0048x0032_wan.safetensors"]
 
 
 def test_a_touched_video_is_not(dataset, tmp_path):
@@ -103,7 +105,7 @@ def test_parts_apart_give_the_whole(dataset, tmp_path):
 @pytest.mark.parametrize("damage", ["zero", "cut", "noise"])
 def test_damaged_cache_files_are_made_again(dataset, tmp_path, damage):
     folder = cache_tiny(dataset, tmp_path / "cache")
-    victim = folder / "c1_00000-009_0096x0064_wan.safetensors"
+    victim = folder / "c1_00000-009_0048x0032_wan.safetensors"
     data, tensors = victim.read_bytes(), copied(victim)
     victim.write_bytes({"zero": b"", "cut": data[:-100], "noise": b"\xff" * 500}[damage])
     index = load_index(folder)
@@ -114,10 +116,11 @@ def test_damaged_cache_files_are_made_again(dataset, tmp_path, damage):
 
 
 def test_a_file_made_again_under_an_old_index_is_refused(dataset, tmp_path):
-    """The name does not carry the bucket's size: an old index must not be taken for a new file."""
+    """The name does not say from which frames it was made: an old index must not be taken for a new file."""
     folder = cache_tiny(dataset, tmp_path / "cache")
     old = load_index(folder)
-    cache_tiny(dataset, folder, size=(48, 48))
+    make_video(tmp_path / "clips" / "c0.mp4", frames=12, seed=50)
+    cache_tiny(dataset, folder)
     with pytest.raises(UserError, match="not the file that the index refers to"):
         read_item(folder, old.items[0])
 
@@ -180,7 +183,7 @@ def test_musubi_caches_are_read_as_they_are(foreign):
     index = load_index(foreign)
     assert not index.verified and index.task is None
     item = index.items[0]
-    assert (item.id, item.bucket) == ("c0_00000-009_0096x0064", (9, 32, 48))
+    assert (item.id, item.bucket) == ("c0_00000-009_0048x0032", (9, 32, 48))
     assert (item.caption, item.condition) == ("剪刀 0", True)
     tensors = read_item(foreign, item)
     assert tensors["latents"].shape == (16, 3, 4, 6) and tensors["condition"].shape == (20, 3, 4, 6)
@@ -198,8 +201,11 @@ def test_musubi_caches_are_accepted_as_unverified(foreign, dataset, capsys):
     edit(dataset, 0, caption="吸引")
     before = stamps(foreign)
     cache_tiny(dataset, foreign, model="tiny-i2v", size=(48, 48))
-    expected = [*(f"c{i}_00000-009_0096x0064_wan.safetensors" for i in range(3)), "c0_wan_te.safetensors"]
+    expected = [*(f"c{i}_00000-009_0048x0048_wan.safetensors" for i in range(3)), "c0_wan_te.safetensors"]
     assert changed(before, foreign) == sorted(expected)
+    assert set(before) <= set(stamps(foreign)), "files of another tool are not deleted"
+    cache_tiny(dataset, foreign, model="tiny-i2v", size=(48, 48), prune=True)
+    assert set(before) <= set(stamps(foreign)), "nor pruned"
 
 
 def test_labels_join_by_stem(foreign, tmp_path):
@@ -228,7 +234,7 @@ def test_a_foreign_cache_without_text_is_refused(foreign):
 
 
 def test_what_a_kill_left_under_a_temporary_name_is_no_item(foreign):
-    (foreign / ".lapwan-tmp-0123abcd-c9_00000-009_0096x0064_wan.safetensors").write_bytes(b"half")
+    (foreign / ".lapwan-tmp-0123abcd-c9_00000-009_0048x0032_wan.safetensors").write_bytes(b"half")
     assert len(load_index(foreign).items) == 3
 
 
@@ -242,7 +248,7 @@ def test_an_unfinished_cache_is_not_taken_for_a_foreign_one(dataset, tmp_path):
 def test_verify_finds_what_is_wrong(dataset, tmp_path):
     folder = cache_tiny(dataset, tmp_path / "cache")
     cache_tiny(None, folder, model=None, verify=True)
-    name = folder / "c0_00000-009_0096x0064_wan.safetensors"
+    name = folder / "c0_00000-009_0048x0032_wan.safetensors"
     from safetensors import safe_open
 
     with safe_open(name, "pt") as file:

@@ -116,7 +116,8 @@ def test_surgical(surgical: Path) -> None:
 @pytest.mark.parametrize(("name", "files"), [
     ("alignment", ["aligned/lapwan_low_noise.safetensors", "aligned.mp4"]),
     ("files", ["high_musubi.safetensors", "low_diffusers.safetensors", "two_low_noise.safetensors",
-               "sum_rank4.safetensors", "merged_again/model_index.json"]),
+               "sum_rank4.safetensors", "slider_high.safetensors", "averaged_low_noise.safetensors", "kept.png",
+               "extracted_low_noise.safetensors", "strengths/sheet.png", "merged_again/model_index.json"]),
     ("generating", ["first.png", "from_image.mp4", "videos/sheet.png", "alphas_grid.mp4", "session/001.mp4"]),
     ("motion", ["motion/motion_low_noise.safetensors", "motion.png", "motion.json", "motion.mp4"]),
     ("several_gpus", []),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lapwan.data.clips import read_clips, resolve_video, to_line
+from lapwan.data.clip_file import read_clips, to_line
+from lapwan.data.clips import resolve_video
 from lapwan.errors import UserError
 
 
@@ -54,7 +55,7 @@ def test_half_a_surrogate_pair_survives(tmp_path: Path) -> None:
     ('{"caption": " \\n", "video_path": "a.mp4"}', "empty caption of a.mp4"),
     ('{"caption": null}', "'caption' must be text, found null"),
     ('{"caption": ["a"]}', "'caption' must be text, found a list"),
-    ('{"caption": "\xe9"}'.encode("latin-1"), "not UTF-8"),
+    (b'{"caption": "\x81 "}', "not UTF-8, GB18030 or"),
 ])
 def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str | bytes, said: str) -> None:
     path = write(tmp_path, '{"caption": "good"}', "", line, '{"caption": "good"}')
@@ -66,14 +67,14 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str | bytes, sa
 
 
 def test_a_json_array_is_recognised(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="one object per line is needed"):
-        list(read_clips(write(tmp_path, '[{"caption": "a"}]')))
+    [clip] = read_clips(write(tmp_path, '[{"caption": "a"}]'))
+    assert clip.caption == "a" and clip.location == "clips.jsonl, entry 1"
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*none.jsonl: No such file"):
         read_clips(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="holds no videos or images"):
         read_clips(tmp_path)
 
 

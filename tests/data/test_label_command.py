@@ -131,7 +131,7 @@ def test_dry_run_checks_every_line_and_writes_nothing(clips: Path, label: Run, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips.jsonl"]
     clips.write_text(clips.read_text(encoding="utf-8") + "{", encoding="utf-8")
     ran = label(clips, "-o", tmp_path / "l.jsonl", "--dry-run")
-    assert ran.code == 2 and "line 5: broken JSON" in ran.err
+    assert ran.code == 0 and "dropped     clips.jsonl, line 5: broken JSON" in ran.err
 
 
 def test_written_settings_reproduce_the_run(clips: Path, label: Run, tmp_path: Path,
@@ -156,14 +156,14 @@ def test_written_settings_reproduce_the_run(clips: Path, label: Run, tmp_path: P
     (["clips.jsonl", "-o", "l.jsonl", "--taxonomy", "surgical5"], "'surgical5' (did you mean 'surgical4'?)"),
     (["clips.jsonl", "-o", "l.jsonl", "--taxonomy", "mine.toml"], "no such taxonomy file"),
     (["clips.jsonl", "-o", "l.jsonl", "--set", "taxonmy=cholec6"], "unknown key 'taxonmy' (did you mean 'taxonomy'?)"),
-    (["broken.jsonl", "-o", "l.jsonl"], "broken.jsonl, line 2: broken JSON"),
+    (["broken.jsonl", "-o", "l.jsonl"], "none of its 2 clips can be labelled; broken.jsonl, line 1: broken JSON"),
     (["empty-caption.jsonl", "-o", "l.jsonl"], "empty-caption.jsonl, line 1: empty caption of x.mp4"),
 ])
 def test_mistakes_are_one_line_and_exit_code_2(clips: Path, label: Run, tmp_path: Path, arguments: list[str],
                                                said: str) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "old.jsonl").write_text("kept")
-    (tmp_path / "broken.jsonl").write_text('{"caption": "hook"}\n{"caption": \n')
+    (tmp_path / "broken.jsonl").write_text('{"caption": "hook\n{"caption": \n')
     (tmp_path / "empty-caption.jsonl").write_text('{"video_path": "x.mp4", "caption": ""}\n')
     before = clips.read_bytes()
     ran = label(*arguments)
@@ -236,3 +236,13 @@ def test_a_million_lines_stream_in_bounded_memory(tmp_path: Path) -> None:
             assert sum(1 for _ in file) == clips
     # the captions alone are 60 MB; nothing that grows with them may stay
     assert peaks[1_000_000] - peaks[1_000] < 24 * 1024
+
+
+def test_a_bad_line_does_not_keep_the_others_from_being_labelled(clips: Path, label: Run, tmp_path: Path) -> None:
+    clips.write_text(clips.read_text(encoding="utf-8") + '{"caption": \n{"caption": "\\ud83d hook"}\n',
+                     encoding="utf-8")
+    ran = label(clips, "-o", tmp_path / "l.jsonl")
+    assert ran.code == 2 and "2 of the clips could not be labelled: clips.jsonl, line 5: broken JSON" in ran.err
+    assert "dropped: clips.jsonl, line 6: the caption holds half a character" in ran.err
+    assert len((tmp_path / "l.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    assert label(clips, "-o", tmp_path / "m.jsonl", "--skip-bad").code == 0

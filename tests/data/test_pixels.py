@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from lapwan.data.buckets import centre_crop
+from lapwan.data.decoding.frame_files import frame_files, missing_frames
+from lapwan.data.decoding.images import check_pixels, rgb_image
+from lapwan.data.decoding.pixels import ReadOptions
+from lapwan.data.decoding.timeline import PacketTime, make_timeline
 from lapwan.data.dropped_clips import BadClip
-from lapwan.data.frame_files import frame_files, missing_frames
-from lapwan.data.images import check_pixels, rgb_image
-from lapwan.data.pixels import ReadOptions
 from lapwan.data.regions import pixel_region
-from lapwan.data.timeline import PacketTime, make_timeline
 from lapwan.data.video import probe, read_frames
 
 COLOURS = ((200, 40, 40), (40, 180, 60), (50, 60, 200), (200, 190, 60), (120, 120, 120), (20, 20, 20))
@@ -199,14 +199,14 @@ def sdr_of(light: float) -> float:
 
 @pytest.mark.parametrize("light", [0.1, 10, 83, 150, 203, 600, 1000, 4000])
 def test_the_tone_curve(light):
-    from lapwan.data.hdr import tone_mapped
+    from lapwan.data.decoding.hdr import tone_mapped
 
     pixels = np.full((2, 2, 3), round(65535 * inverse_pq(light)), np.uint16)
     np.testing.assert_allclose(tone_mapped(pixels, "PQ"), sdr_of(light), atol=1)
 
 
 def test_saturated_bt2020_colours_stay_in_range():
-    from lapwan.data.hdr import tone_mapped
+    from lapwan.data.decoding.hdr import tone_mapped
 
     pixels = np.zeros((1, 3, 3), np.uint16)
     pixels[0, range(3), range(3)] = round(65535 * inverse_pq(80))

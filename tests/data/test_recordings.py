@@ -135,8 +135,9 @@ def test_the_command_writes_lines_that_cache_reads(recording, tmp_path):
     assert [row["start"] for row in rows] == [0, 2, 4, 6, 16, 18, 20, 22]
     assert rows[4] | {"video_path": ""} == {"video_path": "", "start": 16.0, "duration": 2.0,
                                             "caption": "抓钳抓取标本袋", "scene": 2}
-    clips, drops, _ = read_source_clips(output)
-    assert not drops and [clip.start for clip in clips] == [row["start"] for row in rows]
+    source = read_source_clips(output)
+    clips = source.clips
+    assert not source.drops and [clip.start for clip in clips] == [row["start"] for row in rows]
     assert all(clip.path.samefile(recording) for clip in clips)
     assert len({clip.stem for clip in clips}) == len({clip.key for clip in clips}) == 8
     with pytest.raises(UserError, match="exists"):
@@ -167,7 +168,7 @@ def test_what_cannot_be_read_is_named(recording, tmp_path):
 
 def test_duration_without_start_is_a_remark(tmp_path, recording):
     (tmp_path / "c.jsonl").write_text(json.dumps({"video_path": str(recording), "caption": "x", "duration": 3}) + "\n")
-    clip = read_source_clips(tmp_path / "c.jsonl")[0][0]
+    clip = read_source_clips(tmp_path / "c.jsonl").clips[0]
     assert clip.start is None and clip.duration is None and clip.key == str(recording)
     for wrong in ({"start": -1}, {"start": "1"}, {"start": 1, "duration": 0}):
         row = {"video_path": str(recording), "caption": "x"} | wrong

@@ -193,7 +193,7 @@ def test_a_peft_folder_with_dora(tmp_path: Path) -> None:
         magnitude = extra[f"base_model.model.{path}.lora_magnitude_vector"].double()[:, None]
         want = magnitude * moved / moved.norm(dim=1, keepdim=True) - weight
         assert (state.entries[path].delta(torch.float64, weight) - want).abs().max() < 1e-6
-    with pytest.raises(UserError, match="use_dora = true, but the file has no magnitudes"):
+    with pytest.raises(UserError, match=r"use_dora = true, but module '.*' has no magnitude in the file"):
         read_lora(peft_folder(tmp_path / "without", {"use_dora": True}, {}, False))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"is a folder; .* or a PEFT folder with adapter_model\.safetensors"):
@@ -323,3 +323,96 @@ def test_a_dtype_that_overflows_is_refused(tmp_path: Path, options: dict[str, st
         merge(lora=[str(tmp_path / "x_high.safetensors")], output=tmp_path / "out.safetensors", dtype="float16",
               **options)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_text_encoders_lora_is_dropped_with_its_count(tmp_path: Path) -> None:
+    tensors = file_of(lambda p: f"lora_unet_{flat(p)}", "lora_down.weight", "lora_up.weight")
+    for stem in ("lora_te1_encoder_block_0_layer_0_SelfAttention_q", "text_encoder.encoder.block.0.layer.0.q"):
+        tensors |= {f"{stem}.lora_down.weight": torch.ones(2, 4), f"{stem}.lora_up.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "x_high.safetensors")
+    (file,) = open_lora(tmp_path / "x_high.safetensors").values()
+    assert file.dropped == {"a text encoder's LoRA, which lapwan does not apply": 4} and file.loses
+    same_pairs(file.read())
+    with pytest.raises(UserError, match=r"lora_te1_.*text encoder's LoRA.*which --strict refuses"):
+        open_lora(tmp_path / "x_high.safetensors", rule="strict")
+
+
+def test_dora_of_some_modules_only_is_refused_if_the_configuration_says_dora(tmp_path: Path) -> None:
+    tensors = file_of(lambda p: f"base_model.model.{p}")
+    first, *_ = PAIRS
+    tensors[f"base_model.model.{first}.lora_magnitude_vector"] = torch.ones(shapes()[first][0])
+    with pytest.raises(UserError, match=r"use_dora = true, but module '.*' has no magnitude"):
+        save_file(tensors, tmp_path / "x.safetensors",
+                  metadata={"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})})
+        open_lora(tmp_path / "x.safetensors")
+    save_file(tensors, tmp_path / "x.safetensors")
+    (file,) = open_lora(tmp_path / "x.safetensors").values()
+    assert [path for path, module in file.modules.items() if module.kind == "DoRA"] == [first]
+
+
+@pytest.mark.parametrize(("kind", "parts"), [
+    ("LOKR", {"lokr_w1": (4, 4), "lokr_w2": (6, 6)}),
+    ("LOKR", {"lokr_w1": (4, 4), "lokr_w2_a": (6, 2), "lokr_w2_b": (2, 6)}),
+    ("LOHA", {"hada_w1_a": (24, 2), "hada_w1_b": (2, 24), "hada_w2_a": (24, 2), "hada_w2_b": (2, 24)}),
+])
+@pytest.mark.parametrize("end", ["", ".default", ".default.weight"])
+def test_lokr_and_loha_of_peft_are_scaled_by_its_configuration(
+    tmp_path: Path, kind: str, parts: dict[str, tuple[int, int]], end: str
+) -> None:
+    """PEFT writes no alpha: it scales by alpha / r of the configuration, also where both factors are whole."""
+    tensors = {f"base_model.model.blocks.0.attn1.to_q.{part}{end}": torch.randn(shape) for part, shape in parts.items()}
+    folder = tmp_path / "adapter_high"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({
+        "peft_type": kind, "r": 2, "alpha": 6, "alpha_pattern": {"to_k": 100}, "rank_pattern": {"attn1.to_q": 4}}))
+    (file,) = open_lora(folder).values()
+    assert file.noise_expert is NoiseExpert.HIGH  # by the folder's name
+    values = [tensor.double() for tensor in tensors.values()]
+    if kind == "LOHA":
+        want = (values[0] @ values[1]) * (values[2] @ values[3])
+    else:
+        want = torch.kron(values[0], values[1] if len(values) == 2 else values[1] @ values[2])
+    got = file.modules["blocks.0.attn1.to_q"].entry().delta(torch.float64)
+    assert (got - 6 / 4 * want).abs().max() < 1e-6 * want.abs().max()
+
+
+@pytest.mark.parametrize(("key", "words"), [
+    ("ia3_l", "IA3"), ("on_input", "IA3"), ("vera_lambda_d", "VeRA"), ("hra_u", "HRA"), ("bone_block", "Bone"),
+    ("oft_blocks", "OFT or BOFT"), ("boft_R", "OFT or BOFT"), ("set_weight", "a replacement of a whole weight"),
+    ("modules_to_save.default.weight", "modules_to_save"), ("weight", "a whole weight beside an adapter"),
+    ("lora_embedding_A", "a LoRA of an embedding"),
+])
+def test_adapters_of_other_kinds_are_refused_by_name(tmp_path: Path, key: str, words: str) -> None:
+    tensors = file_of(lambda p: f"base_model.model.{p}")
+    tensors[f"base_model.model.blocks.1.attn1.to_q.{key}"] = torch.ones(4)
+    save_file(tensors, tmp_path / "x_high.safetensors")
+    with pytest.raises(UserError, match=words):
+        open_lora(tmp_path / "x_high.safetensors")
+
+
+def test_names_that_mean_what_lapwan_reads(tmp_path: Path) -> None:
+    """Pairs of old diffusers, norms of LyCORIS, a Linear as a convolution of kernel 1, alpha by PEFT's name, and the
+    base's weights, saved beside the adapter."""
+    tensors = file_of(lambda p: f"transformer.{p}", "lora_linear_layer.down.weight", "lora_linear_layer.up.weight")
+    tensors = {name: tensor[..., None, None] for name, tensor in tensors.items()}
+    tensors |= {f"transformer.{path}.lora_alpha": torch.tensor([4.0]) for path in PAIRS}
+    tensors |= {"lycoris_blocks_0_norm3.w_norm": torch.ones(HIDDEN),
+                "lycoris_blocks_0_norm3.b_norm": torch.ones(HIDDEN),
+                "transformer.blocks.0.attn1.to_q.base_layer.weight": torch.ones(HIDDEN, HIDDEN)}
+    save_file(tensors, tmp_path / "x_high.safetensors")
+    (file,) = open_lora(tmp_path / "x_high.safetensors").values()
+    assert file.dropped == {"the base model's weights": 1}
+    assert {path for path, module in file.modules.items() if module.kind == "full delta"} == {
+        "blocks.0.norm2", "blocks.0.norm2.bias"}
+    assert all(file.modules[path].stackable for path in PAIRS)
+    same_pairs(file.read())
+
+
+def test_an_empty_tensor_is_named(tmp_path: Path) -> None:
+    tensors = file_of(lambda p: f"diffusion_model.{p}")
+    tensors |= {"diffusion_model.blocks.1.attn1.to_q.lora_A.weight": torch.empty(0, HIDDEN),
+                "diffusion_model.blocks.1.attn1.to_q.lora_B.weight": torch.empty(HIDDEN, 0)}
+    save_file(tensors, tmp_path / "x_high.safetensors")
+    with pytest.raises(UserError, match=r"blocks\.1\.attn1\.to_q\.lora_A\.weight' \[0, 24\] is empty"):
+        open_lora(tmp_path / "x_high.safetensors")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from lora_cases import merge, random_state, shapes
 from safetensors.torch import load_file, save_file
 
-from lapwan.checkpoints.container import read_header
+from lapwan.checkpoints.tensors import load_tensor, spacing
 from lapwan.checkpoints.wan_keys import PROJECTIONS, to_original
+from lapwan.checkpoints.weights import read_weights
 from lapwan.errors import UserError
-from lapwan.lora.combine import leading_directions
-from lapwan.lora.extract import RankChoice, extract, spacing
+from lapwan.lora.extract import RankChoice, extract
 from lapwan.lora.formats import open_lora, read_lora
 from lapwan.lora.state import LowRank
+from lapwan.lora.svd import leading_directions
 from lapwan.names import NoiseExpert
 
 WIDE, SIDE = 768, 640
@@ -40,7 +42,7 @@ def extracted(folder: Path, base, tuned, choice=RankChoice(16), dtypes=(torch.fl
     name = "blocks.0.self_attn.q"
     files = [model_file(folder / f"{n}.safetensors", {name: value}, dtype)
              for n, value, dtype in (("tuned", tuned, dtypes[0]), ("base", base, dtypes[1]))]
-    return extract([read_header(files[0])], [read_header(files[1])], choice, **more)
+    return extract([read_weights(files[0])], [read_weights(files[1])], choice, **more)
 
 
 def test_leading_directions_are_those_of_an_exact_svd():
@@ -184,3 +186,88 @@ def test_other_models_are_refused(tmp_path, model_folder, update):
     nan = model_file(tmp_path / "nan.safetensors", {"blocks.0.self_attn.q": update["base"] * math.nan}, torch.float32)
     with pytest.raises(UserError, match="not finite"):
         merge(extract=True, model=str(nan), base=str(other), output=tmp_path / "x.safetensors")
+
+
+def fp8_file(path: Path, weights: dict[str, torch.Tensor], kind: torch.dtype, rows: bool | None) -> Path:
+    """fp8 with a scale per row or per tensor; `rows` None: a cast without scales."""
+    tensors = {}
+    for name, value in weights.items():
+        scale = value.abs().amax(1, keepdim=True) if rows else value.abs().max()
+        scale = torch.ones(()) if rows is None else scale / torch.finfo(kind).max
+        tensors[f"{name}.weight"] = (value / scale).to(kind)
+        if rows is not None:
+            tensors[f"{name}.weight_scale"] = scale
+    save_file(tensors, path)
+    return path
+
+
+def gguf_file(path: Path, weights: dict[str, torch.Tensor], kind: str) -> Path:
+    writer = gguf.GGUFWriter(str(path), "wan")
+    for name, value in weights.items():
+        quantised = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(f"{name}.weight", gguf.quantize(value.numpy(), quantised), raw_dtype=quantised)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+QUANTISED = {
+    "fp8 by tensor": lambda path, weights: fp8_file(path, weights, torch.float8_e4m3fn, False),
+    "fp8 by row": lambda path, weights: fp8_file(path, weights, torch.float8_e4m3fn, True),
+    "e5m2 by tensor": lambda path, weights: fp8_file(path, weights, torch.float8_e5m2, False),
+    "e4m3 cast": lambda path, weights: fp8_file(path, weights, torch.float8_e4m3fn, None),
+    **{kind: lambda path, weights, kind=kind: gguf_file(path, weights, kind) for kind in (
+        "Q8_0", "Q4_0", "Q5_0", "Q5_1", "BF16")},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_the_floor_of_quantised_models_is_the_measured_rounding_noise(tmp_path, update, kind):
+    """TUNED quantised against the BASE it started from, and both quantised; an update of a quantised base smaller than
+    its rounding; a cast of one model is no update."""
+    name, delta = "blocks.0.self_attn.q", 4 * update["delta"]
+    whole = {n: {name: value} for n, value in (("base", update["base"]), ("tuned", update["base"] + delta))}
+    plain = model_file(tmp_path / "base.safetensors", whole["base"], torch.float32)
+    quantised = {n: QUANTISED[kind](tmp_path / f"{n}.bin", weights) for n, weights in whole.items()}
+    files = {n: read_weights(path) for n, path in quantised.items()}
+    values = {n: load_tensor(file, f"{name}.weight") for n, file in files.items()}
+    for base, of_base in ((read_weights(plain), update["base"]), (files["base"], values["base"].float())):
+        result = extract([files["tuned"]], [base], RankChoice(16))
+        (module,) = result.modules
+        noise = float((values["tuned"].float() - of_base - delta).double().square().sum())
+        assert module.floor == pytest.approx(noise, rel=0.25)
+        assert result.state.entries["blocks.0.attn1.to_q"].down.dtype == torch.bfloat16
+    exact = model_file(tmp_path / "exact.safetensors", {name: values["base"].float() + update["delta"]}, torch.float32)
+    (module,) = extract([read_weights(exact)], [files["base"]], RankChoice(16)).modules
+    assert module.captured(5) == pytest.approx(float(update["delta"].double().square().sum()), rel=1e-3)
+    cast = extract([files["base"]], [read_weights(plain)], RankChoice(16))
+    assert (cast.only_rounding, cast.modules) == (1, [])
+
+
+def test_quantised_files_and_folders_through_the_command(tmp_path, model_folder, tuned_folder, capsys):
+    """An fp8 file and a GGUF file of the tuned transformer, against the base's folder: the update is that of the
+    unquantised one within what quantising rounds; another model is refused in a dry run."""
+    weights = load_file(tuned_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    linears = {n: v for n, v in weights.items() if to_original(n.removesuffix(".weight")) and "blocks" in n}
+    rest = {n: v for n, v in weights.items() if n not in linears}
+    fp8_file(tmp_path / "linears.safetensors", {n.removesuffix(".weight"): v for n, v in linears.items()},
+             torch.float8_e4m3fn, True)
+    save_file({**rest, **load_file(tmp_path / "linears.safetensors")}, tmp_path / "tuned_high.safetensors")
+    merge(extract=True, model=str(tmp_path / "tuned_high.safetensors"), base=str(model_folder), rank="2",
+          output=tmp_path / "fp8.safetensors")
+    merge(extract=True, model=str(tuned_folder), base=str(model_folder), rank="2", output=tmp_path / "full.safetensors")
+    ((_, quantised),), ((_, whole),) = (read_lora(tmp_path / f).items() for f in (
+        "fp8.safetensors", "full_high_noise.safetensors"))
+    assert quantised.entries.keys() == whole.entries.keys()
+    for path, entry in whole.entries.items():
+        if isinstance(entry, LowRank):
+            error = (quantised.entries[path].delta().float() - entry.delta()).norm()
+            assert error < 0.1 * linears[f"{path}.weight"].norm()
+    del rest["scale_shift_table"]
+    save_file(rest, tmp_path / "other_high.safetensors")
+    with pytest.raises(UserError, match="not the same model"):
+        merge(extract=True, model=str(tmp_path / "other_high.safetensors"), base=str(model_folder), dry_run=True,
+              output=tmp_path / "x.safetensors")
+    capsys.readouterr()

@@ -308,7 +308,7 @@ def test_refusals(tmp_path, model_folder, pair, saved, monkeypatch):
     refused("no such file", lora=["high=nowhere.safetensors"])
     refused("did you mean 'high'", lora=[f"hihg={plain}"])
     nonfinite = saved("inf.safetensors", sizes={"blocks.0.attn1.to_q": (24, 24)}, alpha=float("inf"))
-    refused("non-finite", lora=[f"high={nonfinite}"])
+    refused("holds NaN or infinity", lora=[f"high={nonfinite}"])
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "x").write_text("x")
     refused("output exists", lora=[f"high={plain}"], output=tmp_path / "taken")

@@ -21,11 +21,12 @@ from torch import Tensor
 from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.lora_keys import LAYOUTS
 from lapwan.errors import UserError
-from lapwan.lora.combine import combine, leading_directions
+from lapwan.lora.combine import combine
 from lapwan.lora.formats import read_lora, write_both, write_lora
 from lapwan.lora.kinds import FullDelta, LoKr
 from lapwan.lora.read_back import compare_written, reader, relative_error
 from lapwan.lora.state import AdapterState, LowRank
+from lapwan.lora.svd import leading_directions
 from lapwan.names import NoiseExpert
 
 Q, FIRST, K = "blocks.0.attn1.to_q", "blocks.0.ffn.net.0.proj", "blocks.1.attn2.to_k"

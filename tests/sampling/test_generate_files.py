@@ -234,7 +234,7 @@ def test_what_is_wrong_with_them_is_one_line(pair, lapwan, tmp_path) -> None:
     refused(run(low=None), "low is missing")
     refused(run(vae=str(pair.files.text_encoder)), "is not Wan's VAE")
     refused(run(text_encoder=str(pair.files.vae)), "is not a umT5 encoder")
-    refused(run(high=str(pair.files.vae)), "a .safetensors file or a folder")
+    refused(run(high=str(pair.files.vae)), "is not a Wan transformer but Wan's VAE")
     refused(run(tokenizer=str(tmp_path)), "is not a tokenizer folder")
     (tmp_path / "bad.pth").write_bytes(b"not weights")
     refused(run(vae="bad.pth"), "cannot read bad.pth as weights")

@@ -11,7 +11,8 @@ import av
 import numpy as np
 import pytest
 
-from lapwan.data.clips import read_clips, resolve_video
+from lapwan.data.clip_file import read_clips
+from lapwan.data.clips import resolve_video
 from lapwan.data.labels import CaptionLabeller
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.sampling.video import read_video_metadata

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -98,7 +99,7 @@ def test_a_non_finite_gradient_drops_the_step_and_many_in_a_row_stop_the_run_wit
             lambda module, inputs, out: out if trainer.step < 2 else out * 1e30)
     with pytest.raises(UserError, match=r"5 steps in a row had a non-finite loss or gradient.*saved at step 7"):
         trainer.fit()
-    assert trainer.skipped == 5
+    assert trainer.dropped.count == 5
     assert all(bool(torch.isfinite(p).all()) for p in trainer.parameters.values())
     assert checkpoints(trainer.config.run_folder)[-1][0] == 7
 
@@ -187,3 +188,31 @@ def test_a_cache_labelled_by_another_taxonomy_is_refused(tmp_path, tiny_t2v):
     write_index(replace(index, taxonomy="mine"))
     with pytest.raises(UserError, match="was labelled with taxonomy mine, but the settings name surgical4"):
         train_moe.run(settings.model_copy(update={"taxonomy": "surgical4"}), RunOptions(dry_run=True))
+
+
+@pytest.mark.parametrize("on_bad_clip", ["keep", "skip"])
+def test_a_clip_that_spoils_its_steps_is_named_and_can_be_left_out(on_bad_clip, make_lora, capfd, t2v_cache):
+    """Its latents overflow in fp32; every noise expert sees it once an epoch of four clips."""
+    trainer = make_lora(steps=16, data={"cache": t2v_cache, "split": "train", "on_bad_clip": on_bad_clip})
+    trainer.config.run_folder.mkdir()
+    load, bad = trainer.data.load_batch, trainer.data.item_ids[2]
+
+    def spoiled(indices):
+        batch = load(indices)
+        return replace(batch, latents_BCTHW=batch.latents_BCTHW * (1e30 if bad in batch.ids else 1))
+
+    trainer.data.load_batch = spoiled
+    with suppress(UserError):
+        trainer.fit()
+    err = capfd.readouterr().err
+    assert err.count(f"non-finite loss of {bad}; update dropped") == trainer.dropped.count
+    assert trainer.dropped.bad_clips == [bad]
+    last = [line for line in err.splitlines() if "steps dropped" in line]
+    assert f"{trainer.dropped.count} of {trainer.step} steps dropped" in last[0] and f"spoiled by {bad}" in last[0]
+    assert trainer.dropped.count == 2 if on_bad_clip == "skip" else trainer.dropped.count > 2
+    assert (f"{bad} left out from here on" in err) == (on_bad_clip == "skip")
+    again = make_lora(steps=16, data={"cache": t2v_cache, "split": "train", "on_bad_clip": on_bad_clip})
+    assert again.resume() and again.dropped.state_dict() == trainer.dropped.state_dict()
+    visits = [visit.item for stream in again.data.streams.values() for batch in stream.order.batches((0, 0), 40)[0]
+              for visit in batch]
+    assert (2 in visits) == (on_bad_clip == "keep")

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lapwan.names import NoiseExpert
 
+REPEAT_EVERY = 10  # evaluations in a row with a fault, after which its warning is given again
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -90,6 +92,10 @@ class Callback:
             board: the TensorBoard writer, for images; None in processes that write nothing.
         """
         return Evaluation({})
+
+    def lasting(self) -> str | None:
+        """What has been wrong for several evaluations in a row up to the last one, for the end of the run."""
+        return None
 
     def before_save(self) -> None:
         """Before a checkpoint is written, in every process."""

@@ -16,7 +16,7 @@ from lapwan.moe.mixture import Mixture
 from lapwan.names import NoiseExpert
 from lapwan.report import plots
 from lapwan.settings.train_moe import TrainMoeSettings
-from lapwan.train.callbacks.base import Callback, Evaluation, StepResult
+from lapwan.train.callbacks.base import REPEAT_EVERY, Callback, Evaluation, StepResult
 from lapwan.train.moe.objective import MixtureObjective
 
 _DPI = 100  # of images in TensorBoard
@@ -57,7 +57,7 @@ class RoutingCallback(Callback):
     def _report(self, step: int) -> str | None:
         """Warn of new faults; the reason to stop after `patience` bad windows in a row, if that is asked for."""
         health, now = self._settings.health, frozenset(fault.text.split(" ")[0] + fault.kind for fault in self.faults)
-        if now - self._reported:
+        if now - self._reported or (now and self._bad_in_a_row and not self._bad_in_a_row % REPEAT_EVERY):
             for fault in self.faults:
                 console.warn(f"step {step}: {fault}")
         self._reported = now
@@ -66,6 +66,11 @@ class RoutingCallback(Callback):
             return (f"stopped by health.on_unhealthy = \"stop\" after {self._bad_in_a_row} windows in a row: "
                     f"{self.faults[0]}")
         return None
+
+    def lasting(self) -> str | None:
+        if not self.faults or self._bad_in_a_row < 2:
+            return None
+        return f"{self.faults[0].text}, for {self._bad_in_a_row} windows in a row"
 
     def _gates(self, board: Any, step: int) -> dict[str, float]:
         """w(σ) at its knots as figures, and as an image for TensorBoard."""

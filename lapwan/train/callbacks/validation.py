@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lapwan import rng
+from lapwan import console, rng
 from lapwan.caching.collate import Batch
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.data.clips import empty_split
@@ -16,7 +17,7 @@ from lapwan.errors import UserError
 from lapwan.names import NoiseExpert
 from lapwan.rng import RandomKey
 from lapwan.settings.train import TrainSettings
-from lapwan.train.callbacks.base import Callback, Evaluation
+from lapwan.train.callbacks.base import REPEAT_EVERY, Callback, Evaluation
 from lapwan.train.clip_store import ClipStore
 from lapwan.train.objective import Draws, Objective, SigmaRule
 
@@ -67,6 +68,7 @@ class Validation(Callback):
     ) -> None:
         self.every, self._onload = every, onload
         self._objective, self._sigma_rules, self._store, self._seed = objective, sigma_rules, store, seed
+        self._non_finite_in_a_row = 0
         self._u = [(i + 0.5) / sigmas for i in range(sigmas)]
 
     def on_step(self, step: int, board: Any) -> Evaluation:
@@ -77,7 +79,14 @@ class Validation(Callback):
                 figures[f"validation/{noise_expert.value}/{name}"] = value
         means = [figures[f"validation/{noise_expert.value}/loss"] for noise_expert in self._sigma_rules]
         mean = sum(means) / len(means)
+        self._non_finite_in_a_row = 0 if math.isfinite(mean) else self._non_finite_in_a_row + 1
+        if not (self._non_finite_in_a_row - 1) % REPEAT_EVERY:
+            console.warn(f"step {step}: the validation loss is not finite")
         return Evaluation({**figures, "validation/mean": mean}, score=mean)
+
+    def lasting(self) -> str | None:
+        count = self._non_finite_in_a_row
+        return f"the validation loss was not finite, {count} times in a row" if count > 1 else None
 
     @torch.no_grad()
     def losses(self, noise_expert: NoiseExpert) -> dict[str, float]:

@@ -17,7 +17,7 @@ from lapwan.lora.attach import Adapter
 from lapwan.lora.state import LowRank
 from lapwan.names import NoiseExpert
 from lapwan.settings.callbacks import HealthSettings
-from lapwan.train.callbacks.base import Callback, Evaluation
+from lapwan.train.callbacks.base import REPEAT_EVERY, Callback, Evaluation
 
 _LEVELS = ("good", "warn", "stop")
 
@@ -63,6 +63,7 @@ class WeightFigures(Callback):
         self._steps_before: dict[str, int] = {}
         self._step_before = 0
         self._bad_in_a_row = 0
+        self._stops: list[str] = []  # rules that said stop at the last evaluation
         self._reported: frozenset[str] = frozenset()  # rules and their status at the last evaluation
 
     def on_step(self, step: int, board: Any) -> Evaluation:
@@ -108,16 +109,21 @@ class WeightFigures(Callback):
         lines = {f"{rule['rule']}: {format_number(rule['value'])} (wanted {rule['threshold']}, from {rule['source']}); "
                  f"{rule['action']}": rule for rule in bad}
         now = frozenset(f"{rule['rule']} {rule['status']}" for rule in bad)
-        if now != self._reported:
+        if now != self._reported or (self._bad_in_a_row and not self._bad_in_a_row % REPEAT_EVERY):
             for line, rule in lines.items():
                 (console.warn if rule["status"] == "stop" else console.log)(f"step {step}, {rule['status']}: {line}")
         self._reported = now
         stops = [line for line, rule in lines.items() if rule["status"] == "stop"]
-        self._bad_in_a_row = self._bad_in_a_row + 1 if stops else 0
+        self._bad_in_a_row, self._stops = (self._bad_in_a_row + 1 if stops else 0), stops
         if self._bad_in_a_row >= self._health.patience and self._health.on_unhealthy == "stop":
             return (f"stopped by health.on_unhealthy = \"stop\" after {self._bad_in_a_row} evaluations in a row: "
                     f"{stops[0]}; to continue anyway, --resume with health.on_unhealthy = \"warn\"")
         return None
+
+    def lasting(self) -> str | None:
+        if not self._stops or self._bad_in_a_row < 2:
+            return None
+        return f"{self._stops[0]}, for {self._bad_in_a_row} evaluations in a row"
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lapwan.lora.adapter_file import AdapterFile
 from lapwan.lora.attach import Adapter, Group, attach
+from lapwan.lora.state import low_rank_only
 from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import TrainingMemory, plan_training
 from lapwan.models.base import Base
@@ -46,12 +48,24 @@ def prepare(
     return recipe.make_trainer(settings, parts, callbacks, memory.line, memory.plan.peak)
 
 
+def initial_loras(settings: TrainLoraSettings, base: Base) -> dict[NoiseExpert, AdapterFile]:
+    """The LoRAs to continue from, by noise expert.
+
+    Raises:
+        UserError: as `recipe.given_loras`, or one with other updates than low-rank pairs, which cannot be trained.
+    """
+    files = recipe.given_loras(settings.init_lora, base, settings.key_rule)
+    for noise_expert, file in files.items():
+        low_rank_only(file.modules, f"init_lora.{noise_expert.value} = {file.path}")
+    return files
+
+
 def plan_lora(
     settings: TrainLoraSettings, base: Base, data: recipe.RunData, device: torch.device, dry_run: bool = False,
     processes: int = 1,
 ) -> TrainingMemory:
     """The memory plan; with `init_lora`, modules and ranks are those of its files."""
-    initial = recipe.initial_loras(settings.init_lora, base)
+    initial = initial_loras(settings, base)
     ranks = {noise_expert: [file.ranks("init_lora")] for noise_expert, file in initial.items()}
     return plan_training(settings, base, recipe.workload(data, base, ranks), device, dry_run, processes)
 
@@ -59,7 +73,7 @@ def plan_lora(
 def _adapter(
     settings: TrainLoraSettings, base: Base, data: recipe.RunData, noise_expert: NoiseExpert, transformer: nn.Module
 ) -> Adapter:
-    if (file := recipe.initial_loras(settings.init_lora, base).get(noise_expert)) is not None:
+    if (file := initial_loras(settings, base).get(noise_expert)) is not None:
         state = replace(file.read_finite(), metadata={})
     else:
         state = recipe.fresh_lora(transformer, data.noise_experts[noise_expert], settings.seed, noise_expert.value)

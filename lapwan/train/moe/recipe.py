@@ -15,10 +15,10 @@ from lapwan.console import PlanRow
 from lapwan.data.labels import check_label
 from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError, nearest
-from lapwan.lora.assign import LoraRequest, assign
+from lapwan.lora.adapter_file import AdapterFile
 from lapwan.lora.attach import Adapter, attach
-from lapwan.lora.combine import resize
-from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
+from lapwan.lora.combine import outline, resize
+from lapwan.lora.state import AdapterState, LowRank, WeightUpdate, low_rank_only
 from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import TrainingMemory, plan_training
 from lapwan.models.base import Base, target_ranks
@@ -48,7 +48,7 @@ def check_mixture(settings: TrainMoeSettings, base: Base, data: recipe.RunData, 
 
     Raises:
         UserError: labels of another taxonomy, a top_k above the number of experts, an unknown family, or an init_lora
-            that is merged into the base already.
+            that is merged into the base already or has no low-rank form.
     """
     _check_labels(data, taxonomy)
     experts = len(taxonomy.families)
@@ -59,7 +59,7 @@ def check_mixture(settings: TrainMoeSettings, base: Base, data: recipe.RunData, 
         if family not in taxonomy.keys:
             raise UserError(f"expert_targets.{family} is not a family of {taxonomy.name}"
                             f"{nearest(family, taxonomy.keys)}; it has {', '.join(taxonomy.keys)}")
-    for noise_expert, file in recipe.initial_loras(settings.init_lora, base).items():
+    for noise_expert, file in initial_loras(settings, base).items():
         merged = {lora.fingerprint() for lora, _ in base.loras.get(noise_expert, ())}
         if file.fingerprint() in merged:
             raise UserError(f"init_lora.{noise_expert.value} = {file.path} is already merged into the model and would "
@@ -77,11 +77,28 @@ def _check_labels(data: recipe.RunData, taxonomy: Taxonomy) -> None:
                         f"name {taxonomy.name}; set taxonomy, or label and cache again")
 
 
+def initial_loras(settings: TrainMoeSettings, base: Base) -> dict[NoiseExpert, AdapterFile]:
+    """The LoRAs that every expert starts from, by noise expert: of any kind that has a low-rank form.
+
+    Raises:
+        UserError: as `recipe.given_loras`, or an update that depends on the model's weights.
+    """
+    files = recipe.given_loras(settings.init_lora, base, settings.key_rule)
+    for file in files.values():
+        outline([(file.outline(), 1.0)], rank=1)
+    return files
+
+
 def base_loras(settings: TrainMoeSettings, base: Base) -> dict[NoiseExpert, tuple[Path, AdapterState]]:
-    """The frozen LoRAs beside the experts, with their tensors."""
-    requests = [LoraRequest(noise_expert.value, path, 1.0) for noise_expert, path in settings.base_lora.items()]
-    return {noise_expert: (file.path.absolute(), file.read_finite())
-            for noise_expert, [(file, _)] in assign(requests, base.spec.noise_experts).items()}
+    """The frozen LoRAs beside the experts, with their tensors.
+
+    Raises:
+        UserError: as `recipe.given_loras`, or one with other updates than low-rank pairs.
+    """
+    files = recipe.given_loras(settings.base_lora, base, settings.key_rule)
+    for noise_expert, file in files.items():
+        low_rank_only(file.modules, f"base_lora.{noise_expert.value} = {file.path}")
+    return {noise_expert: (file.path.absolute(), file.read()) for noise_expert, file in files.items()}
 
 
 def mixture_rows(settings: TrainMoeSettings, data: recipe.RunData, taxonomy: Taxonomy) -> list[PlanRow]:
@@ -151,7 +168,7 @@ def assemble(
         router_sigma=settings.router.sigma, gate_ema=settings.router.gate_ema, shared_experts=settings.shared_experts,
     )
     backbones = {e: memory.load(settings, base, e, offload) for e in noise_experts}
-    initial = {e: file.read_finite() for e, file in recipe.initial_loras(settings.init_lora, base).items()}
+    initial = {e: file.read_finite() for e, file in initial_loras(settings, base).items()}
     states = {
         e: {family: _initial_expert(settings, backbones[e].transformer, local_settings, e, family, initial.get(e))
             for family in taxonomy.keys}
@@ -189,21 +206,21 @@ def started_from(fresh: AdapterState, initial: AdapterState) -> AdapterState:
     """`initial` at the modules and ranks of `fresh`: the same ΔW, or its best approximation at a lower rank.
 
     A higher rank keeps A and B of `initial` and the remaining fresh rows of A, with B = 0. A lower rank keeps the
-    largest singular values. Modules that only `initial` has are left out, with a warning.
+    largest singular values, as does any rank of a LoKr, LoHa or full delta. Modules that only `initial` has are left
+    out, with a warning.
     """
-    before = initial.low_rank("init_lora")
-    missing = [path for path in before if path not in fresh.entries]
+    missing = [path for path in initial.entries if path not in fresh.entries]
     if missing:
         console.warn(f"init_lora has {len(missing)} modules that the experts do not have (such as {missing[0]}); its "
                      "changes there are left out; widen [targets] to keep them")
     entries: dict[str, WeightUpdate] = {}
     for path, new in fresh.low_rank("a fresh LoRA").items():
-        old = before.get(path)
-        if old is None:
+        if (update := initial.entries.get(path)) is None:
             entries[path] = new
             continue
-        if old.rank > new.rank:
-            old = resize(AdapterState({path: old}), new.rank)[0].low_rank("init_lora")[path]
+        if not isinstance(update, LowRank) or update.rank > new.rank:
+            update = resize(AdapterState({path: update}), new.rank)[0].entries[path]
+        old = AdapterState({path: update}).low_rank("init_lora")[path]
         down = torch.cat([old.down.to(new.down), new.down[old.rank :]])
         up = new.up.clone()
         up[:, : old.rank] = old.up.to(new.up) * (old.scale / new.scale)

@@ -35,6 +35,7 @@ from lapwan.wan.vae import decode, to_frames
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
+_BELOW_BASE = 3  # evaluations in a row below the base, from which it is named
 _KL_PROMPTS = 4  # prompts whose velocities are compared with the base's
 _SCORES = ("positive", "negative", "margin", "caption")
 
@@ -76,6 +77,7 @@ class HeldOut(Callback):
         self._points: dict[str, dict[str, Tensor]] = {}  # by noise expert: x, sigma, and the base's velocity there
         self._best: tuple[float, int] | None = None
         self._evaluations_since_best = 0
+        self._below_base = 0
 
     @torch.no_grad()
     def on_start(self, board: Any) -> None:
@@ -104,6 +106,7 @@ class HeldOut(Callback):
         if self._base:
             gain = np.subtract(scores["margin"], self._base["margin"])
             figures["held_out/margin_over_base"] = float(gain.mean())
+            self._count_below_base(float(gain.mean()), step)
         for noise_expert in self._objective.trained:
             if point := self._points.get(noise_expert.value):
                 self._onload(noise_expert)
@@ -111,6 +114,18 @@ class HeldOut(Callback):
                 figures[f"held_out/{noise_expert.value}/kl_proxy"] = float((v - point["v"]).square().mean() / 2)
         margin = figures["held_out/margin"]
         return Evaluation(figures, finished=self._early_stop(margin, step), score=-margin)
+
+    def _count_below_base(self, gain: float, step: int) -> None:
+        """Warn of a margin that stays below the base's: the reward has collapsed, or was never won."""
+        self._below_base = 0 if gain >= 0 else self._below_base + 1  # not finite counts as below
+        if self._below_base and not self._below_base % _BELOW_BASE:
+            console.warn(f"step {step}: {self.lasting()}")
+
+    def lasting(self) -> str | None:
+        if self._below_base < _BELOW_BASE:
+            return None
+        return (f"the held-out margin has been below the base's for {self._below_base} evaluations in a row; lower the "
+                "lr, or take an earlier checkpoint (keep_best)")
 
     @torch.no_grad()
     def scores(self) -> dict[str, list[float]]:

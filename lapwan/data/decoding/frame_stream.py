@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lapwan.data.decoding.images import LARGEST_PIXELS, check_pixels
+from lapwan.data.decoding.timeline import FrameClock
 from lapwan.data.dropped_clips import BadClip
-from lapwan.data.images import LARGEST_PIXELS, check_pixels
-from lapwan.data.timeline import FrameClock
 
 if TYPE_CHECKING:
     from lapwan.data.video import VideoFacts

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 from lapwan.data.dropped_clips import BadClip
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
+from lapwan.data.suffixes import IMAGE_SUFFIXES
 
 
 def natural_key(name: str) -> tuple[tuple[int, str], ...]:

@@ -161,7 +161,8 @@ def image_traits(path: Path) -> str:
     """
     try:
         with opened(path) as image:
-            if getattr(image, "is_animated", False) and getattr(image, "n_frames", 1) > 1:
+            # Pages of a TIFF and the views in a phone's JPEG are no animation.
+            if image.format in ("PNG", "WEBP", "AVIF") and getattr(image, "n_frames", 1) > 1:
                 return "animated"
             if image.mode.startswith("I") or image.mode == "F":
                 return "16 bits"

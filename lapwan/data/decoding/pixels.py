@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lapwan.data.decoding.images import composite
 from lapwan.data.dropped_clips import BadClip
-from lapwan.data.images import composite
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -151,7 +151,7 @@ def rgb_frame(frame: Any, treatment: str) -> Image.Image:
     from PIL import Image
 
     if "tone-mapped" in treatment:
-        from lapwan.data.hdr import tone_mapped
+        from lapwan.data.decoding.hdr import tone_mapped
 
         # Not through `_converted`: its flags lose the green of 16-bit output.
         pixels = tone_mapped(frame.to_ndarray(format="rgb48le"), "PQ" if "PQ" in treatment else "HLG")

@@ -1,0 +1,163 @@
+"""Ctrl-C, SIGTERM (a scheduler's) and SIGHUP (a lost terminal) as one request to stop.
+
+In a command the first raises KeyboardInterrupt (`stop_on_signals`); training finishes its step and saves first
+(`stop_requested`). A second one ends the process at once: temporary files are removed, and what is finished is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+INTERRUPTED = 130  # exit code
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# A launcher and the process group may each deliver the same one: within this time a second one is not a second request.
+_SECONDS_APART = 1.0
+_POLL_SECONDS = 0.02  # between two looks whether an import has ended
+
+
+@dataclass
+class Stop:
+    """Whether a signal has asked to stop, and when."""
+
+    requested: bool = False
+    time: float = 0.0
+
+    def request(self) -> bool:
+        """Note a signal; False for the echo of an earlier one."""
+        now = time.monotonic()
+        if self.requested and now - self.time < _SECONDS_APART:
+            return False
+        self.requested, self.time = True, now
+        return True
+
+
+_is_program = False  # signals are this package's to handle; else they are the caller's
+
+
+def stop_on_signals() -> None:
+    """Raise KeyboardInterrupt at the first signal and end the process at a second one.
+
+    For a whole program: a library leaves signals to its caller.
+    """
+    global _is_program
+    _is_program = True
+    stop = Stop()
+    words = sys.argv[1:]
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        again = stop.requested
+        if stop.request():
+            if again:
+                _end_at_once()
+            _interrupt(frame, words)
+
+    _handle(on_signal)
+
+
+def end_on_signals(code: int) -> None:
+    """The work is done, and its exit code decided: a signal while the interpreter ends must not change it."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    _handle(lambda number, frame: os._exit(code))
+
+
+def _handle(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any]:
+    """Set the handler of every signal that asks to stop; the handlers before. One that is ignored (nohup) stays so."""
+    return {number: signal.signal(number, handler) for number in _SIGNALS
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN}
+
+
+def _interrupt(frame: FrameType | None, words: Sequence[str]) -> None:
+    """Raise KeyboardInterrupt, but not into an import: libraries catch it there and go on with half a module."""
+    if not _is_importing(frame):
+        raise KeyboardInterrupt
+    untouched = _of_temporaries("is_untouched")
+    if untouched is None or untouched():
+        text = f"interrupted; no output was written; to continue: {command_line(words)}\n"
+        with suppress(OSError):
+            os.write(2, text.encode(errors="backslashreplace"))
+        os._exit(INTERRUPTED)
+    signal.signal(signal.SIGALRM, lambda number, later: _interrupt(later, words))
+    signal.setitimer(signal.ITIMER_REAL, _POLL_SECONDS)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def command_line(words: Sequence[str], more: str = "") -> str:
+    """`lapwan WORDS` as a shell takes it, with an option more unless it is there."""
+    return shlex.join(["lapwan", *words, *([more] if more and more not in words else [])])
+
+
+def _of_temporaries(name: str) -> Any:
+    """A function of `lapwan.temporaries`; None while that is not imported. A handler may run in the middle of it."""
+    return getattr(sys.modules.get("lapwan.temporaries"), name, None)
+
+
+def _end_at_once() -> None:
+    """End without waiting for anything: a write in the background, a worker, another library's clean-up."""
+    if (remove_live := _of_temporaries("remove_live")) is not None:
+        remove_live()
+    with suppress(OSError):
+        os.write(2, b"stopped at once; what was finished before is whole\n")
+    os._exit(INTERRUPTED)
+
+
+@contextmanager
+def stop_requested() -> Iterator[Stop]:
+    """A scope in which the first signal sets `requested`, and a second one ends the process.
+
+    In a program that uses lapwan as a library the second one raises KeyboardInterrupt.
+    """
+    from lapwan import console
+
+    stop = Stop()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        again = stop.requested
+        if not stop.request():
+            return
+        if not again:
+            console.log("stopping after this step and saving; press Ctrl-C again to stop at once")
+        elif _is_program:
+            _end_at_once()
+        else:
+            raise KeyboardInterrupt
+
+    before = _handle(on_signal)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def ctrl_c_blocked() -> Iterator[None]:
+    """A scope in which started processes inherit that Ctrl-C does not reach them, from their first instruction on.
+
+    A terminal sends it to the whole process group, and a worker that is still importing would print a traceback.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

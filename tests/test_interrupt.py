@@ -1,0 +1,147 @@
+"""SIGTERM, SIGHUP and Ctrl-C in every command: exit code 130, nothing partial, and a command that goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Ran, Started, run_lapwan
+from every_command import COMMANDS, words
+from forkserver import PATIENCE, fork_server
+
+from lapwan.files import LOCK_FILE, atomic_folder
+from lapwan.interrupt import stop_on_signals, stop_requested
+
+TRIALS = 5  # of each command, at random moments of its run
+
+
+class Program:
+    """`python -m lapwan ARGUMENTS`, imports and all."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._process = subprocess.Popen([sys.executable, "-m", "lapwan", *arguments], text=True, encoding="utf-8",
+                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """To the process alone, as a scheduler's first step does."""
+        self._process.send_signal(number)
+
+    def wait(self) -> Ran:
+        """Wait for its end."""
+        out, err = self._process.communicate(timeout=PATIENCE)
+        return Ran(self._process.returncode, out, err)
+
+
+def faults(ran: Ran, folder: Path) -> list[str]:
+    """What is wrong with an interrupted command's end and with what it left."""
+    last = (ran.err.strip().splitlines() or [""])[-1]
+    hidden = [path for path in folder.rglob(".*") if path.name != LOCK_FILE]
+    if ran.code == -signal.SIGTERM and not ran.err and not list(folder.iterdir()):
+        return []  # the interpreter was not up yet
+    return [fault for fault, holds in {
+        f"exit code {ran.code}": ran.code not in (0, 130),
+        f"a traceback: {ran.err[-1500:]}": "Traceback" in ran.err + ran.out or "Exception ignored" in ran.err,
+        f"last line {last!r}": ran.code == 130 and not last.startswith("interrupted"),
+        f"left behind: {hidden}": bool(hidden),
+    }.items() if holds]
+
+
+def to_continue(ran: Ran) -> list[str]:
+    """The arguments of the command that the last line names."""
+    command = re.split(r"(?:continue with|to continue:) lapwan ", ran.err.strip().splitlines()[-1])[-1]
+    return shlex.split(command)
+
+
+def wait_for(program: Started, happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert program.poll() is None and time.monotonic() < deadline, program.written()
+        time.sleep(0.002)
+
+
+FIRST_FILES = {"train-lora": "out/step_*", "generate": "out_001*"}  # after which the signal comes
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("name", ["train-lora", "generate"])
+def test_a_signal_in_the_middle_says_how_to_go_on(name, number, inputs, tmp_path) -> None:
+    folder = tmp_path / "a folder"  # a name that a shell must have quoted
+    folder.mkdir()
+    arguments = [*words(name, inputs, folder), *(["--set", "steps=400"] if name == "train-lora" else [])]
+    program = Started(*arguments)
+    wait_for(program, lambda: list(folder.glob(FIRST_FILES[name])))
+    os.kill(program.pid, number)
+    ran = program.wait()
+    assert ran.code == 130 and not faults(ran, folder), ran
+    line = ran.err.strip().splitlines()[-1]
+    if name == "train-lora":
+        run = folder / "out"
+        assert line.startswith("interrupted; state saved at step ")
+        assert line.endswith(f"continue with lapwan train-lora --config '{run}/settings.toml' --resume")
+    else:
+        assert "interrupted after 1 of 3 videos" in line and line.endswith(" --overwrite")
+    ran = run_lapwan(*to_continue(ran), "--dry-run")
+    assert ran.code == 0, ran
+
+
+def _stop_twice(folder: Path, started: Any) -> None:
+    stop_on_signals()
+    with atomic_folder(folder / "out") as temporary, stop_requested():
+        (temporary / "x").touch()
+        started.set()
+        time.sleep(PATIENCE)  # a save that hangs, say
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_second_signal_ends_at_once_and_an_echo_of_the_first_does_not(number, tmp_path) -> None:
+    context = fork_server()
+    started = context.Event()
+    process = context.Process(target=_stop_twice, args=(tmp_path, started))
+    process.start()
+    assert started.wait(PATIENCE)
+    for _ in range(2):  # as a launcher and a process group do
+        os.kill(process.pid, number)
+        time.sleep(0.1)
+    process.join(1.5)
+    assert process.exitcode is None
+    os.kill(process.pid, number)
+    process.join(PATIENCE)
+    assert process.exitcode == 130 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM], ids=["SIGTERM"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_signal_at_random_moments(name, number, inputs, tmp_path) -> None:
+    (tmp_path / "whole").mkdir()
+    started = time.monotonic()
+    assert (ran := Program(words(name, inputs, tmp_path / "whole")).wait()).code == 0, ran
+    seconds = time.monotonic() - started
+    draw = random.Random(name)
+    wrong, codes = [], []
+    for trial in range(TRIALS):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        program = Program(words(name, inputs, folder))
+        moment = draw.uniform(0.3, 0.9 * seconds)
+        time.sleep(moment)
+        program.send_signal(number)
+        ran = program.wait()
+        codes.append(ran.code)
+        found = faults(ran, folder)
+        if not found and ran.code == 130 and "nothing was written" not in ran.err:
+            again = Program(to_continue(ran)).wait()
+            found = [] if again.code == 0 else [f"{to_continue(ran)}: {again}"]
+        wrong += [f"after {moment:.2f} of {seconds:.2f} s: {fault}" for fault in found]
+    print(f"{name}: {TRIALS - len(wrong)} of {TRIALS} right; exit codes {codes}", *wrong, sep="\n")  # noqa: T201
+    assert not wrong, "\n".join(wrong)
