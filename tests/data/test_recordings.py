@@ -170,7 +170,7 @@ def test_duration_without_start_is_a_remark(tmp_path, recording):
     (tmp_path / "c.jsonl").write_text(json.dumps({"video_path": str(recording), "caption": "x", "duration": 3}) + "\n")
     clip = read_source_clips(tmp_path / "c.jsonl").clips[0]
     assert clip.start is None and clip.duration is None and clip.key == str(recording)
-    for wrong in ({"start": -1}, {"start": "1"}, {"start": 1, "duration": 0}):
+    for wrong in ({"start": -1}, {"start": "soon"}, {"start": 1, "duration": 0}):
         row = {"video_path": str(recording), "caption": "x"} | wrong
         (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match="must be seconds"):
