@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lapwan.data.decoding.images import LARGEST_PIXELS, check_pixels
+from lapwan.data.decoding.images import check_pixels, largest_pixels
 from lapwan.data.decoding.timeline import FrameClock
 from lapwan.data.dropped_clips import BadClip
 
@@ -22,7 +22,9 @@ def open_container(path: Path) -> Any:
     """An open container; metadata that is not UTF-8 (GBK is common) does not fail, a frame of absurd size does."""
     import av
 
-    return av.open(str(path), metadata_errors="replace", options={"max_pixels": str(4 * LARGEST_PIXELS)})
+    # FFmpeg's own limit, for frames of which the header does not tell the size, is far from the one that is explained.
+    limit = max(4 * largest_pixels(), 2**29)
+    return av.open(str(path), metadata_errors="replace", options={"max_pixels": str(limit)})
 
 
 def video_stream(container: Any) -> Any:

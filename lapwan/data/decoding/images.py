@@ -37,13 +37,18 @@ def check_pixels(width: int, height: int) -> None:
     Raises:
         BadClip: more pixels than `LARGEST_PIXELS`, or than the environment's LAPWAN_MAX_PIXELS.
     """
-    limit = _largest_pixels()
+    limit = largest_pixels()
     if width * height > limit:
         raise BadClip(f"declares {width}x{height} pixels, more than the limit of {limit}; set the environment variable "
                       f"{_LIMIT}={width * height} if that is its size")
 
 
-def _largest_pixels() -> int:
+def largest_pixels() -> int:
+    """The largest number of pixels of a frame: `LARGEST_PIXELS`, or the environment's LAPWAN_MAX_PIXELS.
+
+    Raises:
+        UserError: not a number of pixels.
+    """
     text = os.environ.get(_LIMIT, "")
     if not text:
         return LARGEST_PIXELS
@@ -61,7 +66,7 @@ def opened(path: Path) -> Any:
     """
     from PIL import Image
 
-    limit = _largest_pixels()
+    limit = largest_pixels()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         if limit > LARGEST_PIXELS:  # asked for by the user; Pillow has a limit of its own
