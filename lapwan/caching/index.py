@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 INDEX_FILE = "lapwan_index.jsonl"
-INDEX_FORMAT = 1
+_NUMBERED, _BY_FAMILY = 1, 2  # formats: how labels are stored
 _SHOWN = 60  # characters of a value in a message
 _DIGITS = 16
 
@@ -94,7 +94,7 @@ _NOT_STORED = ("folder", "items", "verified")
 
 def write_index(index: CacheIndex) -> None:
     """Write the index atomically."""
-    head: dict[str, Any] = {"lapwan_index": INDEX_FORMAT}
+    head: dict[str, Any] = {"lapwan_index": _NUMBERED if index.families is None else _BY_FAMILY}
     stored = {f.name: getattr(index, f.name) for f in fields(CacheIndex) if f.name not in _NOT_STORED}
     head |= {name: value for name, value in stored.items() if value or name not in ("stems", "families")}
     lines = [head, *(_stored_item(item, index.families) for item in index.items)]
@@ -125,9 +125,9 @@ def parse_index(path: Path) -> CacheIndex:
         raise _damaged(path, 1, str(error)) from None
     lines = text.split("\n")  # not splitlines: a caption may hold a line separator of Unicode
     head = _object(path, 1, lines[0])
-    if head.get("lapwan_index") != INDEX_FORMAT or isinstance(head["lapwan_index"], bool):
+    if head.get("lapwan_index") not in (_NUMBERED, _BY_FAMILY) or isinstance(head["lapwan_index"], bool):
         raise UserError(f"{path}, line 1: lapwan_index = {_brief(head.get('lapwan_index'))} is not a format that this "
-                        f"version of lapwan reads ({INDEX_FORMAT}); delete it and run lapwan cache again")
+                        f"version of lapwan reads ({_NUMBERED}, {_BY_FAMILY}); delete it and run lapwan cache again")
     families = head.get("families")
     if families is not None:
         if not isinstance(families, list) or not all(isinstance(key, str) for key in families):

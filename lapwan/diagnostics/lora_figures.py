@@ -1,5 +1,5 @@
 """Numbers about one adapter: of low-rank pairs magnitudes, norms and spectra, module by module, without forming B A; of
-other kinds of update ‖ΔW‖, tile by tile.
+other kinds of update ‖ΔW‖, tile by tile, and the spectra of products (LoKr, LoHa) from their factors.
 
     ‖s·BA‖²_F = s² · Σ (A Aᵀ) ∘ (Bᵀ B)                                   r x r Gram matrices in fp64
     σ(s·BA)²  = s² · eigenvalues of G^½ (A Aᵀ) G^½,  G = Bᵀ B
@@ -36,8 +36,8 @@ _TILE = 1 << 20  # elements summed at once, in fp64: a sum of squares in fp32 is
 
 @dataclass(frozen=True)
 class ModuleFigures:
-    """One module. `sum_abs_*` are Σ|w| over its elements; spectrum figures are NaN for a dead or non-finite module, and
-    for a kind other than LoRA, whose elements are all in `elements_other`."""
+    """One module. `sum_abs_*` are Σ|w| over its elements, which of a kind other than LoRA are all in `elements_other`;
+    spectrum figures are NaN for a dead or non-finite module, and where only ΔW itself has them."""
 
     path: str
     rank: int | None
@@ -158,7 +158,7 @@ def measure(
         grams.indices.append(index)
         jobs.append((path, module, grams.a[row], grams.b[row]))
     with one_thread(), ThreadPoolExecutor(_WORKERS) as pool:  # one module is read while another is computed
-        figures = list(pool.map(lambda job: _measure(*job, weight=weight), jobs))
+        figures = list(pool.map(lambda job: _measure(*job, weight=weight, spectrum=spectrum), jobs))
     for grams in by_rank.values() if spectrum else ():
         rows = [r for r, i in enumerate(grams.indices) if figures[i].finite and not figures[i].dead]
         if rows:
@@ -170,14 +170,17 @@ def measure(
 
 
 def _measure(
-    path: str, module: Entry, gram_a: Tensor | None, gram_b: Tensor | None, *, weight: Callable[[str], Tensor] | None
+    path: str, module: Entry, gram_a: Tensor | None, gram_b: Tensor | None, *, weight: Callable[[str], Tensor] | None,
+    spectrum: bool,
 ) -> ModuleFigures:
     entry = module.entry()
     if gram_a is None or gram_b is None or not isinstance(entry, LowRank):
         norm = entry.norm(weight(path) if entry.needs_weight and weight is not None else None)
+        sigma = entry.singular_values() if spectrum and norm > 0 and math.isfinite(norm) else None
+        top, stable, effective = (math.nan,) * 3 if sigma is None else _spectrum(sigma)
         return ModuleFigures(
             path=path, rank=entry.rank, elements_a=0, elements_b=0, sum_abs_a=0.0, sum_abs_b=0.0, floor_sum=0.0,
-            delta_norm=norm, spectral_norm=math.nan, stable_rank=math.nan, effective_rank=math.nan,
+            delta_norm=norm, spectral_norm=top, stable_rank=stable, effective_rank=effective,
             finite=math.isfinite(norm), kind=entry.kind,
             elements_other=sum(tensor.numel() for tensor in entry.parts().values()),
         )
@@ -195,6 +198,13 @@ def _measure(
         delta_norm=math.sqrt(max(square, 0.0)) if finite else math.nan,
         spectral_norm=math.nan, stable_rank=math.nan, effective_rank=math.nan, finite=finite,
     )
+
+
+def _spectrum(sigma: Tensor) -> tuple[float, float, float]:
+    """(σ_1, stable rank, effective rank) of singular values."""
+    top, share = sigma.max(), sigma / sigma.sum()
+    entropy = -torch.special.xlogy(share, share).sum()
+    return top.item(), (sigma.square().sum() / top.square()).item(), entropy.exp().item()
 
 
 def summarise(modules: Iterable[ModuleFigures]) -> Figures:

@@ -31,7 +31,7 @@ from torch import Tensor
 from lapwan.checkpoints.rewrite import AddRows, BaseRows, matrix_shape
 from lapwan.errors import UserError
 from lapwan.lora.state import LowRank, WeightUpdate
-from lapwan.lora.svd import LeadingSvd, kronecker_svd, matrix_svd, product_svd
+from lapwan.lora.svd import LeadingSvd, kronecker_svd, matrix_svd, product_svd, singular_values
 from lapwan.lora.tucker import CORES, flat, without_cores
 
 
@@ -153,6 +153,14 @@ class LoKr(WeightUpdate):
         """From the SVDs of w1 and w2."""
         first, second = (self._factor_svd(whole, count) for whole in ("lokr_w1", "lokr_w2"))
         return kronecker_svd(first, second, count).times(self.scale)
+
+    def singular_values(self) -> Tensor | None:
+        """Products of one of w1 and one of w2."""
+        first, second = (
+            singular_values(self.tensors[whole]) if whole in self.tensors
+            else singular_values(self.tensors[f"{whole}_a"], self.tensors[f"{whole}_b"])
+            for whole in ("lokr_w1", "lokr_w2"))
+        return None if first is None or second is None else torch.outer(first, second).flatten() * abs(self.scale)
 
     def _factor_svd(self, whole: str, count: int) -> LeadingSvd:
         if whole in self.tensors:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lapwan.checkpoints.rewrite import AddRows, BaseRows, matrix_shape
 from lapwan.checkpoints.wan_keys import to_original
 from lapwan.errors import UserError
-from lapwan.lora.svd import LeadingSvd, product_svd
+from lapwan.lora.svd import LeadingSvd, product_svd, singular_values
 
 _TILE = 1 << 20  # elements of ΔW at a time for a norm, in fp64
 
@@ -112,6 +112,11 @@ class WeightUpdate(ABC):
         """
         factors = self.factors()
         return None if factors is None else product_svd(*factors)
+
+    def singular_values(self) -> Tensor | None:
+        """Those of ΔW that are not zero, in fp64, from its factors; None if only ΔW itself has them."""
+        factors = self.factors()
+        return None if factors is None else singular_values(*factors)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> WeightUpdate:
         """The same update with `change` applied to each of its tensors, such as a cast."""

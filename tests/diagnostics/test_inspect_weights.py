@@ -16,7 +16,7 @@ from lapwan.diagnostics.growth import update_cosine
 from lapwan.diagnostics.lora_figures import inner_product, measure, summarise
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, write_lora
-from lapwan.lora.kinds import DoRA, FullDelta, LoKr
+from lapwan.lora.kinds import DoRA, FullDelta, LoHa, LoKr
 from lapwan.lora.state import AdapterState, LowRank
 from lapwan.models.spec import weight_files
 from lapwan.names import NoiseExpert
@@ -358,6 +358,23 @@ def test_files_are_read_module_by_module(tmp_path):
 
     got = summarise(measure({path: Counting(module) for path, module in lora.modules.items()}))
     assert got.delta_norm == pytest.approx(summarise(measure(state.entries)).delta_norm, rel=1e-12) and most <= 3
+
+
+@pytest.mark.parametrize("update", [
+    LoKr({"lokr_w1": torch.randn(4, 3), "lokr_w2_a": torch.randn(12, 2), "lokr_w2_b": torch.randn(2, 16)}, -3.0),
+    LoKr({"lokr_w1_a": torch.randn(4, 2), "lokr_w1_b": torch.randn(2, 3), "lokr_w2": torch.randn(12, 16)}, 1.0),
+    LoHa({part: torch.randn((48, 2) if part.endswith("a") else (2, 48)) for part in LoHa.PARTS}, 5.0),
+])
+def test_products_have_the_spectrum_of_their_delta(update: LoKr | LoHa) -> None:
+    sigma = torch.linalg.svdvals(update.delta(torch.float64))
+    share = sigma / sigma.sum()
+    (got,) = measure({"blocks.0.attn1.to_q": update})
+    assert got.spectral_norm == pytest.approx(sigma[0].item(), rel=1e-7)
+    assert got.stable_rank == pytest.approx((sigma.square().sum() / sigma[0].square()).item(), rel=1e-7)
+    entropy = -torch.special.xlogy(share, share).sum()
+    assert got.effective_rank == pytest.approx(entropy.exp().item(), rel=1e-5)
+    (without,) = measure({"blocks.0.attn1.to_q": update}, spectrum=False)
+    assert math.isnan(without.spectral_norm) and without.delta_norm == got.delta_norm
 
 
 def test_other_kinds_of_update_are_measured_by_module(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

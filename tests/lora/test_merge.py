@@ -358,6 +358,22 @@ def test_quantised_weights_and_other_checkpoints_are_refused(tmp_path, transform
               output=tmp_path / "o.safetensors")
 
 
+def test_dequantising_to_a_dtype_that_overflows_is_refused(tmp_path, transformers, saved):
+    """fp8 · scale beyond fp16's 65504, in a weight that the LoRA changes and in one that it does not."""
+    fp8, out = tmp_path / "fp8.safetensors", tmp_path / "o.safetensors"
+    for name in ("blocks.0.attn1.to_q", "blocks.2.attn2.to_v"):
+        weights = {k: v.clone() for k, v in transformers[NoiseExpert.HIGH].state_dict().items()}
+        weights[f"{name}.weight"] = torch.full((24, 24), 400.0).to(torch.float8_e4m3fn)
+        weights |= {f"{name}.scale_weight": torch.tensor(1e3), "scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+        save_file(weights, fp8)
+        lora = saved("a.safetensors", sizes={"blocks.0.attn1.to_q": (24, 24)})
+        with pytest.raises(UserError, match=rf"{name}.weight'.* F16 cannot hold"):
+            merge(dit=fp8, lora=[str(lora)], dtype="float16", output=out)
+        assert not (out).exists()
+        merge(dit=fp8, lora=[str(lora)], dtype="bfloat16", output=out)
+        (out).unlink()
+
+
 def test_parts_of_a_lora_in_a_model(tmp_path, model_folder, transformers, saved):
     lora = saved("a.safetensors", seed=4)
     merge(model=str(model_folder), lora=[f"high={lora}:0.5@blocks.1-2@self_attn.q"], output=tmp_path / "merged",

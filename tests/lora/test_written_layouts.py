@@ -222,3 +222,46 @@ def test_rounding_is_told_from_a_wrong_value(rank, dtype, seed):
     assert relative_error(update, rounded) <= TOLERANCE[dtype] * (1 + rank)
     wrong = LowRank(rounded.down, rounded.up, 1.02 * rounded.alpha)
     assert relative_error(update, wrong) is None
+
+
+@pytest.mark.parametrize(("kind", "options", "says"), [
+    ("full delta", {"format": "musubi"}, "full delta, which this layout does not have"),
+    ("full delta", {"format": "diffusers", "rank": "4"}, "norm_k' is a full delta, which this layout does not have"),
+    ("LoKr", {"format": "diffusers"}, "add --rank N to write it as a low-rank pair"),
+    ("DoRA", {"format": "musubi"}, "DoRA, which this layout does not have"),
+    ("DoRA", {"rank": "4"}, "whose ΔW depends on the model's weights"),
+    ("convolution LoRA", {"format": "musubi"}, "convolution LoRA, which this layout does not have"),
+    ("LoHa", {"format": "musubi", "rank": "4"}, "module 'patch_embedding' is a convolution LoRA"),
+])
+def test_what_a_layout_cannot_hold_is_refused_before_the_work(tmp_path, monkeypatch, kind, options, says):
+    """At --dry-run, and without it before any SVD."""
+    file = written(tmp_path, kind)
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match=says):
+            merge(dry_run=dry_run, lora=[str(file)], output=tmp_path / "x.safetensors", **options)
+        monkeypatch.setattr(torch.linalg, "svd", None)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": "4"}, {"format": "musubi", "rank": "4"}])
+def test_the_dry_run_of_a_sum_accepts_what_the_merge_writes(tmp_path, saved, options):
+    files = [str(written(tmp_path, "convolution LoRA")), str(saved("b_high.safetensors")),
+             str(saved("c_high.safetensors", rank=2))]
+    files = files[1:] if "format" in options else files
+    merge(dry_run=True, lora=files, output=tmp_path / "x.safetensors", **options)
+    merge(lora=files, output=tmp_path / "x.safetensors", **options)
+
+
+def test_the_dry_run_of_a_sum_without_an_exact_form_refuses_it(tmp_path):
+    """A LoKr and a pair on one module: neither a pair nor a full delta."""
+    product = {"lora_unet_blocks_0_self_attn_q.lokr_w1": normal(4, 4), "lora_unet_blocks_0_self_attn_q.lokr_w2":
+               normal(6, 6)}
+    save_file(product, tmp_path / "a_high.safetensors")
+    write_lora(tmp_path / "b_high.safetensors", random_state({Q: (HIDDEN, HIDDEN)}))
+    files = [str(tmp_path / f"{name}_high.safetensors") for name in "ab"]
+    with pytest.raises(UserError, match=r"their sum has no exact form .* --rank N"):
+        merge(dry_run=True, lora=files, output=tmp_path / "x.safetensors")
+    merge(dry_run=True, lora=files, rank="2", output=tmp_path / "x.safetensors")
+    save_file({name: torch.full_like(tensor, float("nan")) for name, tensor in product.items()},
+              tmp_path / "a_high.safetensors")
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        merge(dry_run=True, lora=files, rank="2", output=tmp_path / "x.safetensors")

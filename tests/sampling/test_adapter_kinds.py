@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lapwan.errors import UserError
-from lapwan.lora.formats import write_lora
+from lapwan.lora.formats import open_lora, write_lora
 from lapwan.lora.kinds import DoRA, FullDelta, GLoRA, LoHa, LoKr
 from lapwan.lora.merge import LoraToMerge, plan_component, write_component
 from lapwan.lora.state import AdapterState, LowRank
@@ -104,3 +104,53 @@ def test_an_update_that_does_not_fit_is_named_before_weights_are_read(tmp_path: 
     save_file({"diffusion_model.blocks.0.norm3.diff": torch.ones(7)}, tmp_path / "x_high.safetensors")
     with pytest.raises(UserError, match=r"'blocks\.0\.norm2' changes a weight \[7\], but"):
         read_adapters(Base(resolve("tiny")), [LoraArgument(path=tmp_path / "x_high.safetensors", strength=1.0)], None)
+
+
+def test_fold_names_an_update_that_does_not_fit_as_early(tmp_path: Path) -> None:
+    save_file({"diffusion_model.blocks.0.norm3.diff": torch.ones(7)}, tmp_path / "x_high.safetensors")
+    with pytest.raises(UserError, match=r"'blocks\.0\.norm2' changes a weight \[7\], but"):
+        read_adapters(Base(resolve("tiny")), [LoraArgument(path=tmp_path / "x_high.safetensors")], None, fold=True)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("key", ["blocks.3.self_attn.v.lora_A.weight", "blocks.3.self_attn.v.alpha",
+                                 "blocks.0.self_attn.q.lokr_w2", "blocks.0.ffn.0.dora_scale", "blocks.0.diff_m",
+                                 "head.head.diff"])
+def test_what_is_not_finite_is_named_with_and_without_fold(tmp_path: Path, fold: bool, key: str) -> None:
+    a, b = torch.ones(2, WIDTH), torch.ones(WIDTH, 2)
+    tensors = {
+        "blocks.3.self_attn.v.lora_A.weight": a, "blocks.3.self_attn.v.lora_B.weight": b,
+        "blocks.3.self_attn.v.alpha": torch.tensor(1.0),
+        "blocks.0.self_attn.q.lokr_w1": torch.ones(4, 4), "blocks.0.self_attn.q.lokr_w2": torch.ones(48, 48),
+        "blocks.0.ffn.0.lora_A.weight": a.clone(), "blocks.0.ffn.0.lora_B.weight": torch.ones(FFN, 2),
+        "blocks.0.ffn.0.dora_scale": torch.ones(FFN, 1), "blocks.0.diff_m": torch.ones(1, 6, WIDTH),
+        "head.head.diff": torch.ones(64, WIDTH),
+    }
+    tensors[key].view(-1)[-1] = float("inf")
+    save_file(tensors, tmp_path / "x_high.safetensors")
+    with pytest.raises(UserError, match=rf"x_high.safetensors: '{key}' holds NaN or infinity \(.*, module '"):
+        read_adapters(Base(resolve("tiny")), [LoraArgument(path=tmp_path / "x_high.safetensors")], None, fold)
+
+
+def test_a_large_full_delta_is_checked_while_it_is_merged(tmp_path: Path) -> None:
+    """It is as large as the weight: it is not read before the work."""
+    base = Base(resolve("tiny"))
+    name = "time_projection.1.diff"
+    value = torch.ones(6 * WIDTH, WIDTH)
+    value[-1, -1] = float("nan")
+    save_file({name: value}, tmp_path / "x_high.safetensors")
+    (file,) = open_lora(tmp_path / "x_high.safetensors").values()
+    merged = Base(base.spec, {HIGH: [(file, 1.0)]}).merged_weights(HIGH)
+    with pytest.raises(UserError, match=rf"'{name}' holds NaN or infinity \(difference of the full delta, module '"):
+        [weight() for weight in merged.values()]
+
+
+def test_a_flat_pair_of_the_patch_embedding_is_merged(tmp_path: Path) -> None:
+    """Its columns count the kernel, so it cannot act beside the weights as a Linear's."""
+    a, b = torch.randn(4, 64) * 0.1, torch.randn(WIDTH, 4) * 0.1
+    save_file({"patch_embedding.lora_A.weight": a, "patch_embedding.lora_B.weight": b}, tmp_path / "x_high.safetensors")
+    base = Base(resolve("tiny"))
+    loaded, adapters = read_adapters(base, [LoraArgument(path=tmp_path / "x_high.safetensors", strength=1.0)], None)
+    assert not adapters.loras[HIGH]
+    before, after = (model.load(HIGH).transformer.patch_embedding.weight for model in (base, loaded))
+    assert (after - before - (b @ a).view_as(before)).abs().max() < 1e-2 * (b @ a).abs().max()

@@ -17,7 +17,7 @@ from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError, nearest
 from lapwan.lora.adapter_file import AdapterFile
 from lapwan.lora.attach import Adapter, attach
-from lapwan.lora.combine import outline, resize
+from lapwan.lora.combine import resize
 from lapwan.lora.state import AdapterState, LowRank, WeightUpdate, low_rank_only
 from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import TrainingMemory, plan_training
@@ -84,8 +84,12 @@ def initial_loras(settings: TrainMoeSettings, base: Base) -> dict[NoiseExpert, A
         UserError: as `recipe.given_loras`, or an update that depends on the model's weights.
     """
     files = recipe.given_loras(settings.init_lora, base, settings.key_rule)
-    for file in files.values():
-        outline([(file.outline(), 1.0)], rank=1)
+    for noise_expert, file in files.items():
+        for path, module in file.modules.items():
+            if module.needs_weight:
+                raise UserError(f"init_lora.{noise_expert.value} = {file.path}: module '{path}' is a {module.kind}, "
+                                "whose update depends on the model's weights and has no low-rank form; train on the "
+                                "model with it: model = {model = MODEL, lora = {...}}")
     return files
 
 
@@ -214,18 +218,36 @@ def started_from(fresh: AdapterState, initial: AdapterState) -> AdapterState:
         console.warn(f"init_lora has {len(missing)} modules that the experts do not have (such as {missing[0]}); its "
                      "changes there are left out; widen [targets] to keep them")
     entries: dict[str, WeightUpdate] = {}
+    starts = _at_most(initial, {path: new.rank for path, new in fresh.low_rank("a fresh LoRA").items()})
     for path, new in fresh.low_rank("a fresh LoRA").items():
-        if (update := initial.entries.get(path)) is None:
+        if (old := starts.get(path)) is None:
             entries[path] = new
             continue
-        if not isinstance(update, LowRank) or update.rank > new.rank:
-            update = resize(AdapterState({path: update}), new.rank)[0].entries[path]
-        old = AdapterState({path: update}).low_rank("init_lora")[path]
         down = torch.cat([old.down.to(new.down), new.down[old.rank :]])
         up = new.up.clone()
         up[:, : old.rank] = old.up.to(new.up) * (old.scale / new.scale)
         entries[path] = LowRank(down, up, new.alpha)
     return AdapterState(entries, dict(fresh.metadata))
+
+
+def _at_most(initial: AdapterState, ranks: Mapping[str, int]) -> dict[str, LowRank]:
+    """The updates at `ranks` as low-rank pairs of at most these ranks."""
+    pairs: dict[str, LowRank] = {}
+    larger: dict[int, dict[str, WeightUpdate]] = {}
+    for path, rank in ranks.items():
+        entry = initial.entries.get(path)
+        if isinstance(entry, LowRank) and entry.rank <= rank:
+            pairs[path] = entry
+        elif entry is not None:
+            larger.setdefault(rank, {})[path] = entry
+    for rank, entries in larger.items():
+        for path, pair in resize(AdapterState(entries), rank)[0].low_rank("init_lora").items():
+            # Without singular values that are zero: a row of zeros in A and in B would get no gradient.
+            sizes = pair.up.norm(dim=0)
+            used = sizes > 1e-5 * sizes.max()
+            if bool(used.any()):
+                pairs[path] = LowRank(pair.down[used], pair.up[:, used], float(used.sum()))
+    return pairs
 
 
 def _share_parameters(adapters: Mapping[NoiseExpert, Adapter]) -> None:
