@@ -21,6 +21,7 @@ from lapwan.caching.stale import EncoderSpec
 from lapwan.caching.stems import known_stems
 from lapwan.caching.verify import damaged_files
 from lapwan.data.clips import CacheSet
+from lapwan.data.decoding.pixels import ReadOptions
 from lapwan.data.dropped_clips import DroppedClip
 from lapwan.distributed import Processes
 from lapwan.errors import Interrupted, UserError
@@ -33,7 +34,7 @@ from lapwan.settings.cache import CacheSettings
 @dataclass(frozen=True)
 class CacheOptions:
     """What to encode and how; `takeover` allows a folder that holds the cache of another dataset; `lock`: hold the
-    folder's lock; `verify`: read every file and make damaged ones again."""
+    folder's lock; `verify`: read every file and make damaged ones again; `read`: how clips are read."""
 
     latents: bool = True
     text: bool = True
@@ -45,6 +46,7 @@ class CacheOptions:
     takeover: bool = False
     lock: bool = True
     verify: bool = False
+    read: ReadOptions = field(default_factory=ReadOptions)
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,13 @@ def plan_cache(cache: CacheSet, encoders: EncoderSpec, options: CacheOptions) ->
     before = load_index(cache.folder, empty=True) if index_path(cache.folder).is_file() else None
     if before is not None:
         known = {item.clip for item in before.items if item.clip is not None}
-        clips = {str(clip.path) for clip in cache.clips}
+        clips = {clip.key for clip in cache.clips}
         other_dataset = before.dataset not in (None, str(cache.dataset.absolute()))
         if other_dataset and known and not clips & known and not options.takeover:
             raise UserError(f"{cache.folder} is the cache of {before.dataset}; choose another --output, or --overwrite "
                             "to use the folder for this dataset (its files are kept unless --prune)")
     damaged = damaged_files(cache.folder) if options.verify else {}
-    return make_plan(cache, encoders, before, options.latents, options.text, damaged), before
+    return make_plan(cache, encoders, before, options.latents, options.text, damaged, options.read), before
 
 
 def build_cache(
@@ -179,9 +181,9 @@ def _index(plan: CachePlan, before: CacheIndex | None) -> CacheIndex:
 
 def _stems(plan: CachePlan, items: Sequence[CachedItem], before: CacheIndex | None) -> dict[str, str]:
     """The stems of the dataset's clips that have no item: not encoded yet, or dropped this time."""
-    clips, cached = {str(clip.path) for clip in plan.cache.clips}, {item.clip for item in items}
+    clips, cached = {clip.key for clip in plan.cache.clips}, {item.clip for item in items}
     stems = {path: earlier[0] for path, earlier in known_stems(before).items() if path in clips}
-    stems |= {str(item.clip.path): item.stem for item in reversed(plan.items)}
+    stems |= {item.clip.key: item.stem for item in reversed(plan.items)}
     return {path: stem for path, stem in stems.items() if path not in cached}
 
 

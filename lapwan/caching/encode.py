@@ -28,6 +28,7 @@ from lapwan.caching.layout import (
 )
 from lapwan.caching.plan import CachePlan, PlannedItem
 from lapwan.caching.stale import prompts_recipe
+from lapwan.console import count_text
 from lapwan.data.dropped_clips import BadClip, DroppedClip
 from lapwan.data.regions import latent_region
 from lapwan.errors import UserError
@@ -43,6 +44,7 @@ from lapwan.wan.vae import channels_last, encode, load_vae
 _BATCH_PIXELS = 480 * 832 * 81  # of a batch: one full-size clip, or several smaller ones
 _LARGEST_BATCH = 8
 _TEXT_BATCH = 16
+_LISTED = 5  # clips with an empty region that a warning names
 _PIXELS_FOR_WORKERS = 200_000_000  # source pixels, about a second of decoding: above, worker processes pay off
 
 
@@ -122,6 +124,7 @@ def _fail(result: EncodeResult, item: PlannedItem, reason: str) -> None:
 
 def _encode_regions(plan: CachePlan, result: EncodeResult) -> None:
     encoders = plan.encoders
+    empty: list[str] = []
     with console.progress("regions", len(plan.roi_todo), "clip") as bar:
         for name, (item, _) in plan.roi_todo.items():
             clip = item.clip
@@ -132,10 +135,15 @@ def _encode_regions(plan: CachePlan, result: EncodeResult) -> None:
                 _fail(result, item, f"region: {error}")
             else:
                 assert item.roi_recipe is not None
+                empty += [] if roi.any() else [clip.name]
                 write_roi(plan.folder / name, roi, item.roi_recipe)
                 result.written[name] = item.roi_recipe
                 result.rois += 1
             bar.advance()
+    if empty:
+        more = f" and {len(empty) - _LISTED} more" if len(empty) > _LISTED else ""
+        console.warn(f"the region of {count_text(len(empty), 'item')} is empty in the frames that are cached: "
+                     f"{'; '.join(empty[:_LISTED])}{more}; check roi, roi_units and which frames are annotated")
 
 
 def _encode_latents(plan: CachePlan, spec: ModelSpec, options: EncodeOptions, result: EncodeResult) -> None:

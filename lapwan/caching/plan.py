@@ -38,6 +38,7 @@ from lapwan.caching.stale import (
 from lapwan.caching.stems import known_stems, unique_stems
 from lapwan.data.buckets import Crop, centre_crop
 from lapwan.data.clips import CacheSet, SourceClip
+from lapwan.data.decoding.pixels import ReadOptions
 from lapwan.data.dropped_clips import BadClip, DroppedClip
 from lapwan.data.frame_extraction import Extraction, Window
 from lapwan.data.video import VideoFacts, probe
@@ -141,7 +142,7 @@ def latents_size(encoders: EncoderSpec, item: PlannedItem) -> int:
 
 def make_plan(
     cache: CacheSet, encoders: EncoderSpec, before: CacheIndex | None, latents: bool = True, text: bool = True,
-    damaged: Mapping[str, str] | None = None,
+    damaged: Mapping[str, str] | None = None, read: ReadOptions | None = None,
 ) -> CachePlan:
     """Compare what the dataset needs with the files of the cache folder.
 
@@ -149,6 +150,7 @@ def make_plan(
         before: the earlier index: its clips keep their stems, and unchanged ones are not probed again.
         latents, text: which files to make; regions are made with the latents.
         damaged: files to make again whatever their headers say, with the reason.
+        read: how clips are read; the default is that of `ReadOptions`.
     """
     plan = CachePlan(cache, encoders, drops=list(cache.drops))
     known = {item.clip: item for item in before.items if item.clip is not None} if before is not None else {}
@@ -156,7 +158,7 @@ def make_plan(
     names: set[str] = set()
     for clip, stem in zip(cache.clips, unique_stems(cache.clips, known_stems(before)), strict=True):
         try:
-            items = _items_of(clip, stem, cache, encoders, known.get(str(clip.path)), checked)
+            items = _items_of(clip, stem, cache, encoders, known.get(clip.key), checked, read or ReadOptions())
             if taken := next((item.latents for item in items if item.latents.casefold() in names), None):
                 raise BadClip(f"another clip's cache file is called {taken} too; rename this one")
         except BadClip as error:
@@ -194,10 +196,10 @@ class _CheckedFiles:
 
 def _items_of(
     clip: SourceClip, stem: str, cache: CacheSet, encoders: EncoderSpec, before: CachedItem | None,
-    checked: _CheckedFiles,
+    checked: _CheckedFiles, read: ReadOptions,
 ) -> list[PlannedItem]:
     extraction = cache.extraction
-    source, facts = _facts(clip, encoders.fps, extraction.source_fps, before)
+    source, facts = _facts(clip, encoders.fps, extraction.source_fps or clip.fps, before, read)
     windows: list[Window | None] = [None]
     if not facts.is_image:
         count = facts.count_at(encoders.fps)
@@ -218,7 +220,7 @@ def _items_of(
 
 
 def _facts(
-    clip: SourceClip, fps: float, source_fps: float | None, before: CachedItem | None
+    clip: SourceClip, fps: float, source_fps: float | None, before: CachedItem | None, read: ReadOptions
 ) -> tuple[str, VideoFacts]:
     """(fingerprint of the source with its frame rate, its facts, from the earlier index if unchanged)."""
     try:
@@ -228,9 +230,11 @@ def _facts(
     if not clip.path.exists():
         raise BadClip("no such file")
     source = f"{source_fingerprint(clip.path)}@{source_fps or 0:g}"
-    if before is not None and before.probe == source and before.facts is not None:
-        return source, VideoFacts(**before.facts)
-    return source, probe(clip.path, fps, source_fps)
+    # Facts of older versions lack the traits, by which fields, HDR and transparency are known.
+    if before is not None and before.probe == source and (before.facts or {}).get("traits") is not None:
+        return source, VideoFacts(**before.facts or {}).read_with(read)
+    facts = probe(clip.path, fps, source_fps, read, clip.still)
+    return source, facts if clip.start is None else facts.part(clip.start, clip.duration)
 
 
 def _planned_item(
@@ -239,10 +243,10 @@ def _planned_item(
 ) -> PlannedItem:
     size = facts.width, facts.height
     crop = centre_crop(*size, extraction.buckets.choose(*size))
-    frames = frames_recipe(source, window, crop, encoders.fps)
+    frames = frames_recipe(source, window, crop, encoders.fps, facts)
     return PlannedItem(
         id=latents_name(stem, window, *size).removesuffix(LATENTS_END), clip=clip, stem=stem, facts=facts, probe=source,
-        window=window, crop=crop, source_fps=extraction.source_fps,
+        window=window, crop=crop, source_fps=extraction.source_fps or clip.fps,
         latents=latents_name(stem, window, *(size if window is None else crop.bucket)),
         latents_recipe=latents_recipe(frames, encoders), text_recipe=text_recipe(clip.caption, encoders),
         roi_recipe=roi_recipe(frames, clip),
@@ -259,7 +263,7 @@ def _earlier_files(item: PlannedItem, encoders: EncoderSpec, extraction: Extract
         if buckets is None:
             continue
         crop = centre_crop(*size, buckets.choose(*size))
-        frames = frames_recipe(item.probe, item.window, crop, encoders.fps)
+        frames = frames_recipe(item.probe, item.window, crop, encoders.fps, item.facts)
         for width, height in (crop.bucket, size):
             name = latents_name(item.stem, item.window, width, height)
             if name != item.latents or crop != item.crop:
@@ -346,7 +350,7 @@ def _index_item(item: PlannedItem, repeats: int, recipes: Mapping[str, CacheReci
         id=item.id, latents=item.latents, text=item.text, roi=item.roi, caption=clip.caption,
         frames=len(item.indices), height=item.crop.bucket[1], width=item.crop.bucket[0],
         condition=condition if made is None else bool(made.get("i2v")), start=item.indices.start,
-        split=clip.split, source=clip.source, clip=str(clip.path), repeats=repeats, probe=item.probe,
+        split=clip.split, source=clip.source, clip=clip.key, repeats=repeats, probe=item.probe,
         facts=vars(item.facts),
         fingerprints={kind: recipe_fingerprint(recipes[name]) for kind, name in files.items() if name in recipes},
         **clip.labels,

@@ -35,7 +35,7 @@ def plan_rows(plan: CachePlan, pixels_per_second: float | None = None) -> list[P
             PlanRow("sizes", "none" if not sizes else ", ".join(f"{count} x {frames} frames {height}x{width}"
                                        for (frames, height, width), count in shown)
                     + (f" and {len(sizes) - len(shown)} more sizes" if len(sizes) > len(shown) else "")),
-            *_todo_rows(plan)]
+            *_pixel_rows(plan), *_todo_rows(plan)]
     rows[1:1] = [PlanRow("dataset", note) for note in plan.cache.notes]
     if plan.latents_todo:
         free = _free_bytes(plan)
@@ -62,6 +62,28 @@ def plan_rows(plan: CachePlan, pixels_per_second: float | None = None) -> list[P
     if len(plan.drops) > _SHOWN_DROPS:
         rows.append(PlanRow("dropped", f"{len(plan.drops)} clips in all; -v lists them"))
     return rows
+
+
+_TREATMENTS = {
+    "yadif": "interlaced: fields to whole frames (yadif)", "square pixels": "anamorphic: to square pixels",
+    "mirrored": "mirrored by their display matrix", "16 bits scaled": "of more than 8 bits: scaled",
+    "alpha over black": "transparent: over black", "alpha over white": "transparent: over white",
+    "PQ tone-mapped": "HDR (PQ): tone-mapped to BT.709", "HLG tone-mapped": "HDR (HLG): tone-mapped to BT.709",
+}
+
+
+def _pixel_rows(plan: CachePlan) -> list[PlanRow]:
+    """What is done to the pixels of clips beyond decoding, and folders of frames that lack some."""
+    clips = {item.stem: item for item in plan.items}
+    steps = Counter(step for item in clips.values() for step in item.facts.treatment.split(",") if step)
+    texts = [f"{count_text(count, 'clip')} {_TREATMENTS[step]}" for step, count in sorted(steps.items())]
+    refused = sum(drop.reason.startswith("HDR") for drop in plan.drops)
+    texts += [f"{count_text(refused, 'clip')} HDR: refused (hdr = \"tonemap\" reads them)"] if refused else []
+    gaps = [f"{item.clip.name}: frames missing ({trait})" for item in clips.values()
+            for trait in (item.facts.traits or "").split(",") if "missing" in trait]
+    texts += [*gaps[:_SHOWN_DROPS], *([f"{len(gaps)} folders with missing frames in all"] if len(gaps) > _SHOWN_DROPS
+                                      else [])]
+    return [PlanRow("" if number else "pixels", text) for number, text in enumerate(texts)]
 
 
 def _todo_rows(plan: CachePlan) -> list[PlanRow]:

@@ -19,14 +19,17 @@ from lapwan.caching.layout import TEXT_END, CacheRecipe, find_tensor, read_recip
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.data.buckets import Crop
 from lapwan.data.clips import SourceClip
+from lapwan.data.decoding.frame_files import frame_files
 from lapwan.data.frame_extraction import Window
-from lapwan.data.video import frame_files
+from lapwan.data.regions import is_interpolated
+from lapwan.data.video import VideoFacts
 from lapwan.errors import UserError
 
 MISSING = "missing"
 # Their values differ from clip to clip: a plan that showed them could not group clips by reason.
 _BY_CLIP = frozenset({"source", "window", "crop", "mask", "boxes", "caption", "negative"})
 _HASHED = 65536  # bytes from each end of a source file
+_SOMETIMES = ("pixels", "begin", "between")  # keys that a recipe has for the clips that need them only
 _LATENTS_RANK = 4  # [C, T, H, W]
 _TEMPORAL, _SPATIAL = 4, 8  # strides of the VAE that caches without a recipe are made with
 
@@ -74,12 +77,23 @@ def source_fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def frames_recipe(source: str, window: Window | None, crop: Crop, fps: float) -> CacheRecipe:
-    """The frames of a training item: `source` is the clip's fingerprint with its frame rate, `window` None an image."""
-    return {
+def frames_recipe(
+    source: str, window: Window | None, crop: Crop, fps: float, facts: VideoFacts | None = None
+) -> CacheRecipe:
+    """The frames of a training item: `source` is the clip's fingerprint with its frame rate, `window` None an image.
+
+    `pixels` (what is done to them beyond decoding) and `begin` (of a part of a recording) are there for the clips that
+    have them only, so that older caches of all others stay valid.
+    """
+    recipe: dict[str, Any] = {
         "source": source, "fps": fps, "window": None if window is None else list(window),
         "size": list(crop.bucket), "crop": [*crop.resized, crop.left, crop.top],
     }
+    if facts is not None and facts.treatment:
+        recipe["pixels"] = facts.treatment
+    if facts is not None and facts.begin:
+        recipe["begin"] = facts.begin
+    return recipe
 
 
 def latents_recipe(frames: CacheRecipe, encoders: EncoderSpec) -> CacheRecipe:
@@ -93,7 +107,8 @@ def roi_recipe(frames: CacheRecipe, clip: SourceClip) -> CacheRecipe | None:
     if clip.mask is not None:
         return {**frames, "mask": source_fingerprint(clip.mask)}
     if clip.roi:
-        return {**frames, "boxes": recipe_fingerprint({"roi": [dict(entry) for entry in clip.roi]})}
+        recipe = {**frames, "boxes": recipe_fingerprint({"roi": [dict(entry) for entry in clip.roi]})}
+        return recipe | {"between": "linear"} if is_interpolated(clip.roi) else recipe
     return None
 
 
@@ -142,20 +157,23 @@ def check_file(path: Path, wanted: CacheRecipe) -> FileCheck:
 
 
 def _difference(made: Mapping[str, Any], wanted: CacheRecipe, caption: str | None) -> str | None:
-    changed = [key for key in wanted if made.get(key) != wanted[key]]
+    keys = [*wanted, *(key for key in _SOMETIMES if key in made and key not in wanted)]
+    changed = [key for key in keys if made.get(key) != wanted.get(key)]
     if changed == ["i2v"] and made.get("i2v") is True:
         return None  # an image condition that is not needed does no harm
     if "caption" in wanted and caption != wanted["caption"] and "caption" not in changed:
         changed.append("caption")  # another tool rewrote the features and kept our metadata
     if "crop" in changed and {"size", "source"} & set(changed):
         changed.remove("crop")  # follows from them
-    shown = [f"{key} changed" if key in _BY_CLIP else f"{key} {_shown(made.get(key))} -> {_shown(wanted[key])}"
+    shown = [f"{key} changed" if key in _BY_CLIP else f"{key} {_shown(made.get(key))} -> {_shown(wanted.get(key))}"
              for key in changed]
     return ", ".join(shown) or None
 
 
 def _shown(value: Any) -> str:
-    return "x".join(str(part) for part in value) if isinstance(value, list) else str(value)[:12]
+    if isinstance(value, list):
+        return "x".join(str(part) for part in value)
+    return "as they are" if value is None else str(value)[:40 if "," in str(value) or " " in str(value) else 12]
 
 
 def _shape_difference(file: TensorFile, wanted: CacheRecipe) -> str | None:

@@ -45,20 +45,20 @@ def unique_stems(clips: Sequence[SourceClip], known: Mapping[str, Sequence[str]]
     taken: set[str] = set()
     uses: Counter[str] = Counter()
     for number, clip in enumerate(clips):
-        earlier = known.get(str(clip.path), ())
-        if uses[str(clip.path)] < len(earlier):
-            stem = earlier[uses[str(clip.path)]]
+        earlier = known.get(clip.key, ())
+        if uses[clip.key] < len(earlier):
+            stem = earlier[uses[clip.key]]
             if _folded(stem) not in taken:
                 stems[number] = stem
                 taken |= _claims(stem, clip)
-        uses[str(clip.path)] += 1
+        uses[clip.key] += 1
     for number, clip in enumerate(clips):
         if number in stems:
             continue
-        base, attempt = _short(clip.path.stem), 0
+        base, attempt = _short(clip.stem), 0
         stem = base
         while _claims(stem, clip) & taken:
-            digest = hashlib.sha256(f"{clip.path}\0{attempt}".encode(errors="surrogateescape")).hexdigest()
+            digest = hashlib.sha256(f"{clip.key}\0{attempt}".encode(errors="surrogateescape")).hexdigest()
             stem, attempt = f"{base}-{digest[:8]}", attempt + 1
         taken |= _claims(stem, clip)
         stems[number] = stem

@@ -10,7 +10,9 @@ from lapwan.caching.cache_folder import CacheOptions, CacheResult, build_cache, 
 from lapwan.caching.dataset_notes import dataset_notes
 from lapwan.caching.report import plan_rows
 from lapwan.caching.stale import EncoderSpec
+from lapwan.data.clips import CacheSet
 from lapwan.data.dataset import extraction_from_settings, read_dataset
+from lapwan.data.decoding.pixels import ReadOptions
 from lapwan.data.dropped_clips import DroppedClip, dropped_lines
 from lapwan.distributed import launched
 from lapwan.errors import UserError
@@ -57,12 +59,9 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
     check_components(spec)
     cache_options = CacheOptions(settings.latents, settings.text, settings.device, settings.workers,
                                  settings.batch_size, settings.vae_dtype, settings.prune, options.overwrite,
-                                 options.lock, settings.verify)
+                                 options.lock, settings.verify, _read_options(settings))
     drops: list[DroppedClip] = []
-    extraction = extraction_from_settings(settings, spec)
-    caches = read_dataset(settings.dataset, settings.output, extraction, spec.temporal_stride,
-                          settings.caption_encoding, settings.recursive)
-    for number, given in enumerate(caches):
+    for number, given in enumerate(_dataset(settings, spec, settings.output)):
         cache = given
         if launched().first:
             notes = dataset_notes(given, spec.path / "tokenizer", encoders.text_length, settings.duplicates)
@@ -78,6 +77,16 @@ def _cache(settings: CacheSettings, options: RunOptions) -> list[DroppedClip]:
             _report(result)
             _keep_settings(result.folder, settings)
     return drops
+
+
+def _dataset(settings: CacheSettings, spec: ModelSpec, folder: Path | None) -> list[CacheSet]:
+    assert settings.dataset is not None
+    return read_dataset(settings.dataset, folder, extraction_from_settings(settings, spec), spec.temporal_stride,
+                        settings.caption_encoding, settings.recursive, settings.roi_units)
+
+
+def _read_options(settings: CacheSettings) -> ReadOptions:
+    return ReadOptions(settings.deinterlace, settings.hdr, settings.background)
 
 
 def _model(settings: CacheSettings) -> tuple[ModelSpec, EncoderSpec]:
@@ -130,10 +139,8 @@ def _write_sheet(settings: CacheSettings, path: Path, options: RunOptions) -> No
     claim_output(path, options.overwrite)
     spec, encoders = _model(settings)
     folder = settings.output or path.absolute().parent / _NO_CACHE
-    caches = read_dataset(settings.dataset or Path(), folder, extraction_from_settings(settings, spec),
-                          spec.temporal_stride)
-    cache_options = CacheOptions(settings.latents, settings.text, takeover=True)
-    write_sheet(path, [plan_cache(cache, encoders, cache_options)[0] for cache in caches])
+    cache_options = CacheOptions(settings.latents, settings.text, takeover=True, read=_read_options(settings))
+    write_sheet(path, [plan_cache(cache, encoders, cache_options)[0] for cache in _dataset(settings, spec, folder)])
     console.results.print(f"{path}: the dataset before it is encoded, one picture per clip", markup=False)
 
 

@@ -41,6 +41,8 @@ def _command(name: str, settings_class: str, help: str, example: str, locks: boo
 
 
 COMMANDS: tuple[Command, ...] = (
+    _command("split", "SplitSettings", "Split long recordings into windows for training, without re-encoding.",
+             "lapwan split recordings/ -o clips.jsonl --every 10 --scenes"),
     _command("label", "LabelSettings", "Label clips with instruments by their captions, and report the distribution.",
              "lapwan label clips.jsonl -o labels.jsonl --report report.json"),
     _command("cache", "CacheSettings", "Encode clips and captions to latents and text features for training.",

@@ -7,12 +7,14 @@ caching uses is read in `_source_clip`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lapwan.data.annotations import RoiEntry, RoiUnits, read_roi
 from lapwan.data.clip_file import MEDIA_KEYS, Clip, printable, read_clips
 from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.frame_extraction import Extraction
@@ -21,7 +23,7 @@ from lapwan.errors import UserError
 from lapwan.files import expand_user
 
 _LONGEST_SHOWN = 300
-PATH_KEYS = (*MEDIA_KEYS, "mask_path")
+PATH_KEYS = (*MEDIA_KEYS, "mask_path", "roi_path")
 
 
 def resolve_video(path: str | Path, jsonl: Path) -> Path:
@@ -86,16 +88,37 @@ def relocated(data: dict[str, Any], source: Path, target: Path) -> dict[str, Any
 
 @dataclass(frozen=True)
 class SourceClip:
-    """A clip of a dataset, resolved to its file. `name` is for messages; `labels` are CachedItem's label fields."""
+    """A clip of a dataset, resolved to its file. `name` is for messages; `labels` are CachedItem's label fields.
+
+    `start`, `duration` in seconds: a part of a recording. `fps`: of a folder of frames. `still`: an animated picture
+    counts as its first frame.
+    """
 
     path: Path
     name: str
     caption: str
     labels: Mapping[str, Any] = field(default_factory=dict)
-    roi: tuple[Mapping[str, Any], ...] = ()
+    roi: tuple[RoiEntry, ...] = ()
     mask: Path | None = None
     split: str | None = None
     source: str | None = None
+    start: float | None = None
+    duration: float | None = None
+    fps: float | None = None
+    still: bool = False
+
+    @property
+    def stem(self) -> str:
+        """The stem of its cache files, before it is made unique: that of its file, with the start of a part in ms."""
+        return self.path.stem if self.start is None else f"{self.path.stem}_{round(self.start * 1000):09d}"
+
+    @property
+    def key(self) -> str:
+        """The file, and of a part of a recording its times as in a media fragment URI: unique in a dataset."""
+        if self.start is None:
+            return str(self.path)
+        end = "" if self.duration is None else f",{self.start + self.duration:g}"
+        return f"{self.path}#t={self.start:g}{end}"
 
 
 @dataclass(frozen=True)
@@ -122,8 +145,13 @@ class SourceClips:
     notes: tuple[str, ...] = ()
 
 
-def read_source_clips(path: Path, encoding: str = AUTO, recursive: bool = False) -> SourceClips:
+def read_source_clips(
+    path: Path, encoding: str = AUTO, recursive: bool = False, roi_units: RoiUnits = "fractions"
+) -> SourceClips:
     """The clips of a JSONL, CSV, TSV or JSON file, or of a folder.
+
+    Args:
+        roi_units: of the boxes of lines that do not say it.
 
     Raises:
         UserError: the list cannot be read, is empty, or has no line that can be used.
@@ -150,7 +178,7 @@ def read_source_clips(path: Path, encoding: str = AUTO, recursive: bool = False)
             drops.append(DroppedClip(clip.location, str(error), printable(stem)))
             continue
         try:
-            clips.append(_source_clip(source.anchor, clip, file, _name(clip, media)))
+            clips.append(_source_clip(source.anchor, clip, file, _name(clip, media), roi_units))
         except UserError as error:
             drops.append(DroppedClip(clip.location, str(error), stem))
             continue
@@ -167,18 +195,51 @@ def _name(clip: Clip, media: str) -> str:
     return clip.location if clip.file is not None else f"{clip.location} ({media})"
 
 
-def _source_clip(path: Path, clip: Clip, file: Path, name: str) -> SourceClip:
+def _source_clip(path: Path, clip: Clip, file: Path, name: str, roi_units: RoiUnits) -> SourceClip:
     location, data = clip.location, clip.data
-    roi, mask = data.get("roi") or [], data.get("mask_path")
-    if not isinstance(roi, list):
-        raise UserError(f"{location}: 'roi' must be a list of {{\"frame\": i, \"box\": [x0, y0, x1, y1]}}")
-    for entry in roi:
-        _check_box(location, entry)
+    mask = data.get("mask_path")
     source = SourceClip(
-        file, name, clip.caption, labels=label_fields(data, location), roi=tuple(roi),
-        split=_text(data.get("split")), source=_text(data.get("source")),
+        file, name, clip.caption, labels=label_fields(data, location), roi=read_roi(data, location, path, roi_units),
+        split=_text(data.get("split")), source=_text(data.get("source")), still="image_path" in data,
+        fps=_folder_rate(data, location) if file.is_dir() else None,
     )
+    if (part := part_fields(data, location)) is not None:
+        source = replace(source, start=part[0], duration=part[1])
     return replace(source, mask=resolve_video(str(mask), path)) if mask else source
+
+
+def part_fields(data: Mapping[str, Any], location: str) -> tuple[float, float | None] | None:
+    """`start` and `duration` in seconds of a line that is a part of a recording.
+
+    `duration` without `start` is a remark on the whole file.
+
+    Raises:
+        UserError: not seconds.
+    """
+    if data.get("start") is None:
+        return None
+    duration = data.get("duration")
+    return _seconds(data["start"], "start", location), None if duration is None else _seconds(
+        duration, "duration", location)
+
+
+def _seconds(value: Any, key: str, location: str) -> float:
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)  # a table's numbers are text
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not math.isfinite(seconds) or seconds < 0 or (key == "duration" and seconds == 0):
+        raise UserError(f"{location}: {key} = {value!r} must be seconds{', more than 0' * (key == 'duration')}")
+    return seconds
+
+
+def _folder_rate(data: Mapping[str, Any], location: str) -> float | None:
+    rate = data.get("fps")
+    if rate is None:
+        return None
+    if (frames := _seconds(rate, "fps", location)) == 0:
+        raise UserError(f"{location}: fps = {rate!r} must be the frame rate of the folder, above 0")
+    return frames
 
 
 def label_fields(data: Mapping[str, Any], location: str) -> dict[str, Any]:
@@ -208,18 +269,6 @@ def label_fields(data: Mapping[str, Any], location: str) -> dict[str, Any]:
     if data.get("label_fallback") is True:
         fields["fallback"] = True
     return fields
-
-
-def _check_box(location: str, entry: Any) -> None:
-    box = entry.get("box") if isinstance(entry, dict) else None
-    frame = entry.get("frame") if isinstance(entry, dict) else None
-    good = (
-        isinstance(frame, int) and frame >= 0 and isinstance(box, list) and len(box) == 4
-        and all(isinstance(v, int | float) for v in box) and box[0] <= box[2] and box[1] <= box[3]
-    )
-    if not good:
-        raise UserError(f"{location}: roi entry {entry!r} must be {{\"frame\": i, \"box\": [x0, y0, x1, y1]}}, "
-                        "corners as fractions of width and height")
 
 
 def _text(value: Any) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lapwan.data.annotations import RoiUnits
 from lapwan.data.buckets import Buckets
 from lapwan.data.clips import CacheSet, read_source_clips
 from lapwan.data.frame_extraction import Extraction
@@ -50,7 +51,7 @@ def extraction_from_settings(settings: CacheSettings, spec: ModelSpec) -> Extrac
 
 def read_dataset(
     path: Path, folder: Path | None, extraction: Extraction, stride: int = 4, encoding: str = AUTO,
-    recursive: bool = False,
+    recursive: bool = False, roi_units: RoiUnits = "fractions",
 ) -> list[CacheSet]:
     """The clips of a dataset, one CacheSet for each cache folder.
 
@@ -60,6 +61,7 @@ def read_dataset(
         stride: pixel frames per latent frame.
         encoding: of captions, where their bytes do not tell it.
         recursive: of a folder, the sub-folders too.
+        roi_units: of boxes in a list whose lines do not say it.
 
     Raises:
         UserError: the file cannot be read or is wrong. Clips whose video is missing are `drops`, not errors.
@@ -71,6 +73,6 @@ def read_dataset(
         return read_musubi_dataset(path, folder, extraction.buckets.step, stride, encoding)
     if folder is None:
         raise UserError("a clips file or folder needs a folder for its cache; add --output DIR")
-    source = read_source_clips(path, encoding, recursive)
+    source = read_source_clips(path, encoding, recursive, roi_units)
     return [CacheSet(folder, path, extraction, source.clips, source.drops, taxonomy=source.taxonomy,
                      notes=source.notes)]

@@ -270,7 +270,7 @@ def _folder_clips(entry: DatasetEntry, folder: Path, location: str, encoding: st
         if text is None:
             drops.append(DroppedClip(str(file), reason, file.stem))
         else:
-            clips.append(SourceClip(file, str(file), text))
+            clips.append(SourceClip(file, str(file), text, still=entry.image_directory is not None))
     if not media:
         raise UserError(f"{location}: {folder} holds none of {', '.join(sorted(suffixes))}")
     return SourceClips(tuple(clips), tuple(drops), None, tuple(rows.encoding_notes()))

@@ -1,7 +1,11 @@
-"""Regions of interest at latent resolution: the part of each latent cell that boxes or a mask cover.
+"""Regions of interest at latent resolution: the part of each latent cell that boxes, polygons or a mask cover.
 
-A box or mask is resized, cropped and resampled in time as its frames are. Without either, `motion_region` takes the
+A shape or mask is resized, cropped and resampled in time as its frames are. Without either, `motion_region` takes the
 cells that move most. Shapes: T latent frames, H, W latent height and width. No torch until `motion_region` runs.
+
+Between two annotated frames a shape moves in a straight line; before the first and after the last it stays for half
+the usual gap. Annotations of every frame hold for their own frame only, and a gap of more than twice the usual one is
+not bridged: nothing was there. One annotated frame holds for the whole clip.
 """
 
 from __future__ import annotations
@@ -10,11 +14,13 @@ import bisect
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lapwan.data.annotations import RoiEntry
 from lapwan.data.buckets import Crop
 from lapwan.data.video import VideoFacts, probe, read_frames, source_times
 
@@ -22,26 +28,90 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RegionBox = tuple[float, float, float, float]  # x0, y0, x1, y1 in 0..1 of the frame
+_FINER = 4  # polygons are drawn at this multiple of the bucket's resolution
 
 
-def boxes_at(roi: Sequence[Mapping[str, Any]], frames: Sequence[int]) -> list[list[RegionBox]]:
-    """The boxes of source frames `frames`.
+@dataclass(frozen=True)
+class RegionShape:
+    """Points (x, y) in 0..1 of the frame: two corners of a box, or the vertices of a polygon; `track` tells objects
+    apart where the annotation does."""
 
-    A frame takes the boxes of the nearest annotated frame, no farther than half the usual gap between annotations:
-    dense annotations hold for their own frame only, sparse ones until half-way to the next.
+    points: tuple[tuple[float, float], ...]
+    polygon: bool = False
+    track: str | None = None
+
+    def towards(self, other: RegionShape, share: float) -> RegionShape:
+        """(1 − share) · this + share · other, point by point."""
+        points = tuple(((1 - share) * x + share * to_x, (1 - share) * y + share * to_y)
+                       for (x, y), (to_x, to_y) in zip(self.points, other.points, strict=True))
+        return replace(self, points=points)
+
+
+def region_shapes(roi: Sequence[RoiEntry], size: tuple[int, int]) -> dict[int, list[RegionShape]]:
+    """The shapes by annotated frame; an empty list where the annotation says that nothing is there.
+
+    Args:
+        roi: entries of `read_roi`.
+        size: (width, height) of the upright frames as they are stored, to which pixels refer.
     """
-    by_frame: dict[int, list[RegionBox]] = {}
+    by_frame: dict[int, list[RegionShape]] = {}
     for entry in roi:
-        by_frame.setdefault(int(entry["frame"]), []).append(tuple(float(v) for v in entry["box"]))  # type: ignore[arg-type]
+        shapes = by_frame.setdefault(int(entry["frame"]), [])
+        polygon = entry.get("polygon")
+        corners = polygon if polygon is not None else entry["box"]
+        if corners is None:
+            continue
+        points = corners if polygon is not None else (corners[:2], corners[2:])
+        width, height = size if entry.get("pixels") else (1, 1)
+        shapes.append(RegionShape(tuple((float(x) / width, float(y) / height) for x, y in points), polygon is not None,
+                                  entry.get("track")))
+    return by_frame
+
+
+def is_interpolated(roi: Sequence[RoiEntry]) -> bool:
+    """Whether some frames of a clip take their shapes from those before and after."""
+    annotated = sorted({int(entry["frame"]) for entry in roi})
+    gaps = [after - before for before, after in itertools.pairwise(annotated)]
+    usual = statistics.median(gaps) if gaps else 0
+    return usual > 1 and any(1 < gap <= 2 * usual for gap in gaps)
+
+
+def shapes_at(by_frame: Mapping[int, Sequence[RegionShape]], frames: Sequence[int]) -> list[list[RegionShape]]:
+    """The shapes of source frames `frames`, by the rules of this file."""
     annotated = sorted(by_frame)
-    gaps = [b - a for a, b in itertools.pairwise(annotated)]
-    reach = statistics.median(gaps) / 2 if gaps else float("inf")
-    boxes: list[list[RegionBox]] = []
+    gaps = [after - before for before, after in itertools.pairwise(annotated)]
+    usual = statistics.median(gaps) if gaps else float("inf")
+    shapes: list[list[RegionShape]] = []
     for frame in frames:
-        at = bisect.bisect_left(annotated, frame)
-        nearest = min(annotated[max(0, at - 1) : at + 1], key=lambda other: abs(other - frame), default=None)
-        boxes.append(by_frame[nearest] if nearest is not None and abs(nearest - frame) <= reach else [])
-    return boxes
+        at = bisect.bisect_right(annotated, frame)
+        before = annotated[at - 1] if at else None
+        after = annotated[at] if at < len(annotated) else None
+        if before is not None and after is not None and frame != before and usual > 1 and after - before <= 2 * usual:
+            shapes.append(_between(by_frame[before], by_frame[after], (frame - before) / (after - before)))
+            continue
+        nearest = min((other for other in (before, after) if other is not None), key=lambda other: abs(other - frame),
+                      default=None)
+        held = nearest is not None and abs(nearest - frame) <= usual / 2
+        shapes.append(list(by_frame[nearest]) if held and nearest is not None else [])
+    return shapes
+
+
+def _between(
+    before: Sequence[RegionShape], after: Sequence[RegionShape], share: float
+) -> list[RegionShape]:
+    """Shapes that both frames have, moved; others for the half of the gap that is nearer to them."""
+    pairs, rest = [], list(after)
+    for shape in before:
+        candidates = [other for other in rest if other.polygon == shape.polygon
+                      and len(other.points) == len(shape.points) and other.track == shape.track]
+        alike = shape.track is not None or len(before) == len(after)
+        match = next(iter(candidates), None) if alike else None
+        if match is not None:
+            rest.remove(match)
+        pairs.append((shape, match))
+    moved = [shape.towards(match, share) if match is not None else shape for shape, match in pairs
+             if match is not None or share <= 0.5]
+    return moved + ([] if share <= 0.5 else rest)
 
 
 def _covered(low: float, high: float, cells: int) -> np.ndarray:
@@ -51,16 +121,31 @@ def _covered(low: float, high: float, cells: int) -> np.ndarray:
     return covered
 
 
-def box_masks(boxes: Sequence[Sequence[RegionBox]], crop: Crop) -> np.ndarray:
-    """[frames, height, width] in [0, 1] at bucket resolution: the part of each pixel inside any box."""
+def shape_masks(shapes: Sequence[Sequence[RegionShape]], crop: Crop) -> np.ndarray:
+    """[frames, height, width] in [0, 1] at bucket resolution: the part of each pixel inside any shape."""
     width, height = crop.bucket
-    masks = np.zeros((len(boxes), height, width), np.float32)
-    for mask, frame_boxes in zip(masks, boxes, strict=True):
-        for x0, y0, x1, y1 in frame_boxes:
-            across = _covered(x0 * crop.resized[0] - crop.left, x1 * crop.resized[0] - crop.left, width)
-            down = _covered(y0 * crop.resized[1] - crop.top, y1 * crop.resized[1] - crop.top, height)
+    masks = np.zeros((len(shapes), height, width), np.float32)
+    for mask, frame_shapes in zip(masks, shapes, strict=True):
+        for shape in frame_shapes:
+            points = [(x * crop.resized[0] - crop.left, y * crop.resized[1] - crop.top) for x, y in shape.points]
+            if shape.polygon:
+                np.maximum(mask, _polygon(points, width, height), out=mask)
+                continue
+            (x0, y0), (x1, y1) = points
+            across, down = _covered(x0, x1, width), _covered(y0, y1, height)
             np.maximum(mask, down[:, None] * across[None, :], out=mask)
     return masks
+
+
+def _polygon(points: Sequence[tuple[float, float]], width: int, height: int) -> np.ndarray:
+    """[height, width]: the part of each pixel inside a polygon, by 16 samples a pixel."""
+    from PIL import Image, ImageDraw
+
+    drawn = Image.new("L", (width * _FINER, height * _FINER))
+    # Samples are at the centres of small cells, whose coordinates Pillow counts from 0.
+    ImageDraw.Draw(drawn).polygon([(x * _FINER - 0.5, y * _FINER - 0.5) for x, y in points], fill=1)
+    cells: np.ndarray = np.asarray(drawn, np.float32).reshape(height, _FINER, width, _FINER).mean(axis=(1, 3))
+    return cells
 
 
 def mask_to_latent(masks: np.ndarray, temporal_stride: int, spatial_stride: int) -> np.ndarray:
@@ -73,7 +158,7 @@ def mask_to_latent(masks: np.ndarray, temporal_stride: int, spatial_stride: int)
 
 
 def latent_region(
-    roi: Sequence[Mapping[str, Any]], mask: Path | None, path: Path, indices: Sequence[int], crop: Crop, fps: float,
+    roi: Sequence[RoiEntry], mask: Path | None, path: Path, indices: Sequence[int], crop: Crop, fps: float,
     facts: VideoFacts, source_fps: float | None, strides: tuple[int, int],
 ) -> np.ndarray:
     """`pixel_region` at latent resolution, [T, H, W]; `strides`: (temporal, spatial), pixels per latent cell."""
@@ -81,14 +166,15 @@ def latent_region(
 
 
 def pixel_region(
-    roi: Sequence[Mapping[str, Any]], mask: Path | None, path: Path, indices: Sequence[int], crop: Crop, fps: float,
+    roi: Sequence[RoiEntry], mask: Path | None, path: Path, indices: Sequence[int], crop: Crop, fps: float,
     facts: VideoFacts, source_fps: float | None = None,
 ) -> np.ndarray:
-    """[frames, height, width] in [0, 1]: how much of each pixel lies in a clip's mask or, without one, its boxes.
+    """[frames, height, width] in [0, 1]: how much of each pixel lies in a clip's mask or, without one, its shapes.
 
     Args:
-        roi: boxes by source frame, as in clips.jsonl.
-        mask: a video, or one picture for every frame; white is inside.
+        roi: shapes by source frame, as `read_roi` returns them.
+        mask: a video, a folder of pictures, or one picture for every frame; white is inside, or in pictures without
+            white whatever is not black.
         indices: the clip's frames, counted at `fps`.
 
     Raises:
@@ -96,12 +182,16 @@ def pixel_region(
     """
     if mask is None:
         times = source_times(path, facts, fps, source_fps)
-        frames = [max(0, bisect.bisect_right(times, index / fps + facts.late) - 1) for index in indices]
-        return box_masks(boxes_at(roi, frames), crop)
-    mask_facts = probe(mask, fps, source_fps)
+        frames = [max(0, bisect.bisect_right(times, facts.begin + index / fps + facts.late) - 1) for index in indices]
+        return shape_masks(shapes_at(region_shapes(roi, facts.stored), frames), crop)
+    mask_facts = probe(mask, fps, source_fps or (facts.fps if mask.is_dir() else None))
+    mask_facts = mask_facts if mask_facts.is_image else replace(mask_facts, begin=facts.begin)
     mask_frames = [0] if mask_facts.is_image else indices
     pixels = read_frames(mask, mask_frames, crop, fps, mask_facts, source_fps)
-    white = (pixels.mean(axis=-1) > 127.5).astype(np.float32)
+    level = pixels.mean(axis=-1)
+    # Pictures of class numbers or of dark palettes have no white: there, whatever is not 0 is inside.
+    pictures = mask.is_dir() or mask_facts.is_image
+    white = (level > (0.5 if pictures and level.max() <= 127.5 else 127.5)).astype(np.float32)
     return np.repeat(white, len(indices), axis=0) if mask_facts.is_image else white
 
 

@@ -17,14 +17,15 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from lapwan.data.annotations import RoiEntry, read_roi
 from lapwan.data.buckets import centre_crop
 from lapwan.data.clip_file import Clip, read_clips
-from lapwan.data.clips import empty_split, label_fields, resolve_video
+from lapwan.data.clips import empty_split, label_fields, part_fields, resolve_video
 from lapwan.data.dropped_clips import BadClip
 from lapwan.data.labels import check_label, label_caption, resolve_hint
 from lapwan.data.regions import pixel_region
 from lapwan.data.taxonomy import Taxonomy
-from lapwan.data.video import probe
+from lapwan.data.video import VideoFacts, probe
 from lapwan.errors import UserError
 from lapwan.sampling.start_image import read_clip
 
@@ -52,28 +53,33 @@ class EvaluationClip:
     synthetic: bool = False  # a rendered scene: its line says source = "synthetic"
     video: Path | None = None
     tips_T2: np.ndarray | None = None
-    roi: Sequence[dict[str, Any]] = ()
+    roi: Sequence[RoiEntry] = ()
     mask: Path | None = None
+    part: tuple[float, float | None] | None = None  # (start, duration) in seconds, of a part of a recording
     _first: dict[tuple[int, int], Image.Image] = field(default_factory=dict, repr=False)
 
     def frames(self, shape: VideoShape) -> np.ndarray:
         """The reference video, uint8 [T, H, W, 3]; read on each call, because many do not fit in memory."""
         if self.video is None:
             raise UserError(f"clip '{self.id}' has no video_path, which its first frame and its reference need")
-        return read_clip(self.video, shape.frames, shape.size, shape.fps)
+        return read_clip(self.video, shape.frames, shape.size, shape.fps, self.part)
 
     def reference_error(self, shape: VideoShape) -> str | None:
         """Why the reference video cannot be compared with one of `shape`, from its header; None if it can."""
         if self.video is None:
             return f"clip '{self.id}' has no video_path, which is required"
         try:
-            count = probe(self.video, shape.fps).count_at(shape.fps)
+            count = self._facts(self.video, shape).count_at(shape.fps)
         except BadClip as error:
             return f"{self.video}: {error}"
         if count < shape.frames:
             return (f"clip '{self.id}' has {count} frames at {shape.fps} fps, {shape.frames} are generated; set "
                     "videos.num_frames to fewer")
         return None
+
+    def _facts(self, video: Path, shape: VideoShape) -> VideoFacts:
+        facts = probe(video, shape.fps)
+        return facts if self.part is None else facts.part(*self.part)
 
     def first_frame(self, shape: VideoShape) -> Image.Image:
         """The reference video's first frame; read once."""
@@ -86,7 +92,7 @@ class EvaluationClip:
         if self.video is None or not (self.roi or self.mask):
             return None
         try:
-            facts = probe(self.video, shape.fps)
+            facts = self._facts(self.video, shape)
             crop = centre_crop(facts.width, facts.height, (shape.size[1], shape.size[0]))
             masks = pixel_region(self.roi, self.mask, self.video, range(shape.frames), crop, shape.fps, facts)
         except BadClip as error:
@@ -142,7 +148,8 @@ def _clip(path: Path, clip: Clip, taxonomy: Taxonomy, repeated: bool) -> Evaluat
         prompt=clip.caption, weights=weights, fallback=fallback,
         instrument=data.get("instrument"), synthetic=data.get("source") == "synthetic",
         video=None if named is None else resolve_video(named, path),
-        tips_T2=None if tips is None else _points(path, clip.line, tips), roi=tuple(data.get("roi") or ()),
+        tips_T2=None if tips is None else _points(path, clip.line, tips),
+        roi=read_roi(data, f"{path}, line {clip.line}", path), part=part_fields(data, f"{path}, line {clip.line}"),
         mask=None if mask is None else resolve_video(mask, path),
     )
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lapwan.data.buckets import centre_crop
+from lapwan.data.decoding.images import rgb_image
 from lapwan.data.dropped_clips import BadClip
-from lapwan.data.video import probe, read_frames, resize_and_crop, rgb_image
+from lapwan.data.video import probe, read_frames, resize_and_crop
 from lapwan.errors import UserError
 from lapwan.wan.image_condition import condition_video, first_frame_mask
 from lapwan.wan.vae import encode
@@ -32,6 +33,8 @@ def open_image(path: Path) -> Image.Image:
         return rgb_image(path)
     except FileNotFoundError:
         raise UserError(f"no such image: {path}") from None
+    except BadClip as error:
+        raise UserError(f"{path} {error}") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"cannot read {path} as an image: {error}") from None
 
@@ -98,14 +101,20 @@ def first_last_condition(vae: AutoencoderKLWan, first_BCHW: Tensor, last_BCHW: T
     return torch.cat([mask, condition], dim=1)
 
 
-def read_clip(path: Path, frames: int, size: tuple[int, int], fps: int) -> np.ndarray:
+def read_clip(
+    path: Path, frames: int, size: tuple[int, int], fps: int, part: tuple[float, float | None] | None = None
+) -> np.ndarray:
     """The first `frames` frames of a video at `fps`, resized and cropped as images are: uint8 [T, H, W, 3].
+
+    Args:
+        part: (start, duration) in seconds of a part of a recording; its frames are read instead.
 
     Raises:
         UserError: missing, unreadable, or too short.
     """
     try:
         info = probe(path, fps)
+        info = info if part is None else info.part(*part)
         count = info.count_at(fps)
         if count < frames:
             raise UserError(f"{path} has {count} frames at {fps} fps, {frames} are needed; ask for fewer with "

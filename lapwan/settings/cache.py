@@ -44,6 +44,15 @@ class CacheSettings(Settings):
     max_frames: Annotated[int, Flag()] = Field(129, ge=1, description="For full: largest number of frames.")
     source_fps: Annotated[float | None, Flag()] = Field(
         None, gt=0, description="Frame rate of the clips, instead of the one in the files.")
+    deinterlace: Annotated[Literal["auto", "always", "never"], Flag()] = Field(
+        "auto", description="Two fields to one frame (yadif): auto (files that say they are interlaced), always, "
+        "never.")
+    hdr: Annotated[Literal["refuse", "tonemap"], Flag()] = Field(
+        "refuse", description="HDR videos (PQ, HLG): refuse them, or tonemap to BT.709 (BT.2390's curve).")
+    background: Annotated[Literal["black", "white"], Flag()] = Field(
+        "black", description="What shows through transparent pixels: black or white.")
+    roi_units: Annotated[Literal["fractions", "pixels", "coco", "yolo"], Flag()] = Field(
+        "fractions", description="Numbers of boxes in a JSONL: fractions or pixels (corners), coco or yolo.")
     buckets: Annotated[bool, Flag()] = Field(
         False, description="Choose the size by aspect ratio, near the area of --size, instead of cropping to --size.")
     bucket_no_upscale: Annotated[bool, Flag()] = Field(False, description="With --buckets: never enlarge a clip.")

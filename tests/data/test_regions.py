@@ -11,8 +11,20 @@ from PIL import Image
 
 from lapwan.data.buckets import centre_crop
 from lapwan.data.dropped_clips import BadClip
-from lapwan.data.regions import box_masks, boxes_at, latent_region, mask_to_latent
+from lapwan.data.regions import latent_region, mask_to_latent, region_shapes, shape_masks, shapes_at
 from lapwan.data.video import probe
+
+
+def box_masks(boxes, crop):
+    roi = [{"frame": frame, "box": [*box]} for frame, some in enumerate(boxes) for box in some]
+    return shape_masks(shapes_at(region_shapes(roi, crop.bucket), range(len(boxes))), crop)
+
+
+def boxes_at(roi, frames):
+    """Corners of the boxes at each frame, rounded."""
+    return [[tuple(round(value, 6) for point in shape.points for value in point) for shape in shapes]
+            for shapes in shapes_at(region_shapes(roi, (1, 1)), frames)]
+
 
 fractions = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted)
 
@@ -53,11 +65,29 @@ def test_dense_boxes_hold_for_their_frame_only():
     assert boxes_at(roi, [2, 3, 4]) == [[(0.2, 0, 1, 1)], [], [(0.4, 0, 1, 1)]]
 
 
-def test_sparse_boxes_hold_half_way_to_the_next():
-    roi = [box(0, 0.0), box(10, 0.1), box(20, 0.2)]
-    assert [found[0][0] for found in boxes_at(roi, [0, 5, 6, 14, 16, 25])] == [0.0, 0.0, 0.1, 0.1, 0.2, 0.2]
-    assert boxes_at(roi, [26]) == [[]]
+def test_sparse_boxes_move_in_a_straight_line():
+    roi = [box(0, 0.0), box(10, 0.1), box(20, 0.3)]
+    assert [at[0][0] for at in boxes_at(roi, [0, 5, 6, 10, 15, 20, 25])] == [0.0, 0.05, 0.06, 0.1, 0.2, 0.3, 0.3]
+    assert boxes_at(roi, [26]) == [[]]  # half the usual gap after the last one
     assert boxes_at([box(4, 0.5)], [0, 80]) == [[(0.5, 0, 1, 1)]] * 2  # one box for the whole clip
+
+
+def test_a_long_gap_is_not_bridged():
+    roi = [box(frame, 0.0) for frame in (0, 10, 20, 60, 70)]
+    assert [len(at) for at in boxes_at(roi, [15, 25, 26, 40, 54, 55, 65])] == [1, 1, 0, 0, 0, 1, 1]
+
+
+def test_objects_are_paired_by_track_or_by_their_order():
+    def at(frame, x, track=None):
+        return {"frame": frame, "box": [x, 0, x, 0]} | ({} if track is None else {"track": track})
+
+    assert boxes_at([at(0, 0.0), at(0, 0.5), at(4, 0.2), at(4, 0.9)], [2]) == [[(0.1, 0, 0.1, 0), (0.7, 0, 0.7, 0)]]
+    crossed = [at(0, 0.0, "a"), at(0, 0.5, "b"), at(4, 0.9, "b"), at(4, 0.2, "a")]
+    assert boxes_at(crossed, [2]) == [[(0.1, 0, 0.1, 0), (0.7, 0, 0.7, 0)]]
+    leaves = [at(0, 0.0, "a"), at(0, 0.5, "b"), at(4, 0.2, "a")]
+    assert [len(shapes) for shapes in boxes_at(leaves, [1, 2, 3])] == [2, 2, 1]
+    assert boxes_at([at(0, 0.1), {"frame": 4, "box": None}, at(8, 0.1)], [1, 3, 4, 5, 7]) == [
+        [(0.1, 0, 0.1, 0)], [], [], [], [(0.1, 0, 0.1, 0)]]
 
 
 def test_boxes_follow_the_resampling(tmp_path):
@@ -78,6 +108,10 @@ def test_mask_image_and_mask_video(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "mask.png")
     mask = latent_region((), tmp_path / "mask.png", video, range(9), crop, 16, facts, None, (4, 8))
     np.testing.assert_allclose(mask, np.broadcast_to([0, 0, 0, 1, 1, 1], (3, 4, 6)))
+    for classes in (pixels // 255 * 3, np.where(pixels[..., None] > 0, (128, 0, 0), 0).astype(np.uint8)):
+        Image.fromarray(classes).save(tmp_path / "classes.png")
+        same = latent_region((), tmp_path / "classes.png", video, range(9), crop, 16, facts, None, (4, 8))
+        assert np.abs(same - mask).max() <= 0.2  # an edge is not softened
     (tmp_path / "masks").mkdir()
     for index in range(12):
         Image.fromarray(np.full((64, 96), 255 * (index >= 5), np.uint8)).save(tmp_path / "masks" / f"{index:02d}.png")

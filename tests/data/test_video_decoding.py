@@ -167,6 +167,7 @@ def test_images_and_folders_of_frames(tmp_path):
     assert shown(folder, range(9)) == list(range(9))
     assert shown(folder, range(4), source_fps=32) == [0, 2, 4, 6]
     rgba = np.full((32, 48, 4), level(5), np.uint8)
+    rgba[..., 3] = 255
     Image.fromarray(rgba, "RGBA").save(tmp_path / "one.png")
     facts = probe(tmp_path / "one.png", 16)
     assert facts.is_image and facts.count_at(16) == 1
