@@ -20,12 +20,29 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
-from calls import COMMANDS, kinds, make_template, select
+from calls import COMMANDS, kinds, make_template, make_work, select
+from disturb import (
+    SIGNALS,
+    WORKS,
+    Disturbed,
+    Reference,
+    build_wrapper,
+    can_mount,
+    failing_disk,
+    full_disk,
+    killed_decoder,
+    levels,
+    measure,
+    signalled,
+    two_writers,
+)
+from growth import label_many, watch_training
 from inputs import Result, try_kind
 from trial import Server
 
@@ -68,6 +85,34 @@ class Context:
     share: int | None
     real: int
     only: str
+    moments: int
+    steps: int
+    lines: int
+    wrapper: bool
+    measured: dict[str, Reference] = field(default_factory=dict)
+
+    def references(self) -> list[Reference]:
+        """Every work undisturbed, as few at a time as are disturbed; measured once."""
+        chosen = [work for work in WORKS if self.only in work.name]
+        missing = [work for work in chosen if work.name not in self.measured]
+        made = self.many(missing, lambda index, work: measure(
+            self.server, self.template, self.root / f"m{index}", work), "undisturbed")
+        self.measured |= {reference.work.name: reference for reference in made}
+        return [self.measured[work.name] for work in chosen if work.name in self.measured]
+
+    def disturb(self, what: str, trials: Sequence[tuple[str, str, Callable[[Path], Disturbed]]]) -> dict[
+            tuple[str, str], list[Disturbed]]:
+        """Make the trials, in an order in which every (row, column) has some before any has all."""
+        shuffled = Random(self.seed).sample(list(trials), len(trials))
+        tables: dict[tuple[str, str], list[Disturbed]] = {}
+
+        def work(index: int, trial: tuple[str, str, Callable[[Path], Disturbed]]) -> tuple[str, str, Disturbed]:
+            row, column, make = trial
+            return row, column, make(self.root / f"{what}{index}")
+
+        for row, column, made in self.many(shuffled, work, what):
+            tables.setdefault((row, column), []).append(made)
+        return tables
 
     def many(self, items: Sequence[Any], work: Callable[[int, Any], Any], what: str) -> Iterator[Any]:
         """Results of `work(index, item)` as they come, `jobs` at a time, until time is up or Ctrl-C."""
@@ -131,7 +176,111 @@ def bad_inputs(context: Context) -> Section:
     return section
 
 
-SECTIONS: dict[str, Callable[[Context], Section]] = {"inputs": bad_inputs}
+def _table(section: Section, tables: dict[tuple[str, str], list[Disturbed]], columns: Sequence[str]) -> None:
+    """Right of all by row and column; what had finished before the disturbance is counted apart."""
+    section.rows = [["command", *columns, "finished before it"]]
+    for row in [work.name for work in WORKS]:
+        cells, finished = [], 0
+        for column in columns:
+            made = tables.get((row, column), [])
+            finished += sum(trial.finished for trial in made)
+            cells.append(f"{sum(not trial.faults for trial in made)} of {len(made)}" if made else "")
+            section.faults += [trial.line for trial in made if trial.faults]
+        if any(cells):
+            section.rows.append([row, *cells, str(finished)])
+
+
+def disks(context: Context) -> Section:
+    """Full disks and failing ones."""
+    section = Section("Disks that are full or fail")
+    trials: list[tuple[str, str, Callable[[Path], Disturbed]]] = []
+    mount, rng = can_mount(), Random(context.seed)
+    for reference in context.references():
+        if not reference.bytes:
+            continue
+        if mount:
+            trials += [(reference.work.name, "full", lambda folder, r=reference, pages=pages: full_disk(
+                context.server, context.template, folder, r, pages))
+                for pages in levels(reference, context.moments, rng)]
+        if context.wrapper:
+            trials += [(reference.work.name, "EIO", lambda folder, r=reference, size=size: failing_disk(
+                context.server, context.template, folder, r, size))
+                for size in (0, *(rng.randrange(reference.bytes) for _ in range(context.moments - 1)))]
+    _table(section, context.disturb("disks", trials), ("full", "EIO"))
+    section.notes = [
+        "Right: exit code 2 and one line, the old output intact, no temporary file; with room the same command (with "
+        "`--resume` or `--overwrite` where something is there) gives the bytes of undisturbed work. Full: "
+        + ("a tmpfs of one page to nearly enough." if mount else "not tried, nothing can be mounted here.")
+        + (" EIO: every write and fsync below the output fails after some bytes (a library preloaded)."
+           if context.wrapper else " EIO: not tried, there is no C compiler.")]
+    return section
+
+
+def signals(context: Context) -> Section:
+    """SIGTERM, Ctrl-C and kill -9 at random moments, and killed decoders."""
+    section = Section("Signals at random moments")
+    trials: list[tuple[str, str, Callable[[Path], Disturbed]]] = []
+    rng = Random(context.seed)
+    for reference in context.references():
+        trials += [(reference.work.name, name, lambda folder, r=reference, name=name, at=rng.random(): signalled(
+            context.server, context.template, folder, r, name, at))
+            for name in SIGNALS for _ in range(context.moments)]
+        if reference.work.name == "cache":
+            trials += [("cache", "decoder killed", lambda folder, r=reference, at=rng.random(): killed_decoder(
+                context.server, context.template, folder, r, at)) for _ in range(context.moments)]
+    _table(section, context.disturb("signals", trials), (*SIGNALS, "decoder killed"))
+    section.notes = [
+        "Right: exit code 130 and a line (-9 for kill -9), no process left, nothing hidden but the lock file; the same "
+        "command, with `--resume` for runs, then gives files that are equal byte for byte to undisturbed work's."]
+    return section
+
+
+def writers(context: Context) -> Section:
+    """Two processes with one output."""
+    section = Section("Two writers of one output")
+    rng = Random(context.seed)
+    trials: list[tuple[str, str, Callable[[Path], Disturbed]]] = [
+        (reference.work.name, "two writers", lambda folder, r=reference, delay=rng.choice((0.0, rng.random())):
+            two_writers(context.server, context.template, folder, r, delay))
+        for reference in context.references() if reference.work.folder for _ in range(context.moments)]
+    _table(section, context.disturb("writers", trials), ("two writers",))
+    section.notes = ["Right: one does the work, the other is refused with one line that says why (or finds the work "
+                     "done); the files are those of undisturbed work, byte for byte."]
+    return section
+
+
+def flat(context: Context) -> Section:
+    """Memory and descriptors over many steps."""
+    section = Section("Memory and descriptors over many steps")
+    section.rows = [["command", "steps", "exit code", "MiB after a fifth", "MiB at the end", "MiB a 1000 steps",
+                     "descriptors", "seconds"]]
+
+    def work(index: int, command: str) -> tuple[str, Any]:
+        folder = make_work(context.template, context.root / f"flat{index}")
+        return command, watch_training(context.server, folder, command, context.steps, context.seconds)
+
+    for command, growth in context.many(["train-lora", "train-moe"], work, "flat"):
+        section.rows.append([command, str(growth.steps), str(growth.code), f"{growth.first_mib:.1f}",
+                             f"{growth.last_mib:.1f}", f"{growth.mib_per_1000:+.2f}",
+                             f"{growth.descriptors[0]} to {growth.descriptors[1]}", f"{growth.seconds:.0f}"])
+        if growth.code != 0 or not growth.mib_per_1000 < 1 or growth.descriptors[1] - growth.descriptors[0] > 4:
+            section.faults.append(f"{command}: {growth}")
+    return section
+
+
+def label(context: Context) -> Section:
+    """Memory of `label` on many lines."""
+    code, seconds, mib = label_many(context.root, context.lines)
+    section = Section("Memory of label")
+    section.rows = [["lines", "exit code", "seconds", "MiB"], [f"{context.lines:,}", str(code), f"{seconds:.0f}",
+                                                               f"{mib:.0f}"]]
+    if code or mib > 200:
+        section.faults.append(f"exit code {code}, {mib:.0f} MiB")
+    return section
+
+
+SECTIONS: dict[str, Callable[[Context], Section]] = {
+    "inputs": bad_inputs, "disks": disks, "signals": signals, "writers": writers, "flat": flat, "label": label}
 
 
 def merge(path: Path, sections: Sequence[Section], head: str) -> None:
@@ -154,14 +303,20 @@ def main() -> None:
     parser.add_argument("--share", type=int, help="inputs: only so many kinds, evenly over calls and kinds of damage")
     parser.add_argument("--real", type=int, default=40, help="inputs: so many as programs of their own")
     parser.add_argument("--only", default="", help="only what has this text in its name")
+    parser.add_argument("--moments", type=int, default=10, help="disks, signals, writers: so many of each kind")
+    parser.add_argument("--steps", type=int, default=5000, help="flat: steps of a run")
+    parser.add_argument("--lines", type=int, default=1_000_000, help="label: lines")
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
     done: list[Section] = []
     with tempfile.TemporaryDirectory(prefix="lapwan-faults-", ignore_cleanup_errors=True) as name:
         root = Path(name)
-        server = Server({"LAPWAN_CACHE_DIR": str(root / "cache")})
+        wrapper = build_wrapper(root)
+        server = Server({"LAPWAN_CACHE_DIR": str(root / "cache"),
+                         **({"LD_PRELOAD": str(wrapper)} if wrapper is not None else {})})
         context = Context(server, make_template(root / "template"), root, given.seed, given.jobs, given.seconds,
-                          given.share, given.real, given.only)
+                          given.share, given.real, given.only, given.moments, given.steps, given.lines,
+                          wrapper is not None)
         try:
             for what in given.what.split(","):
                 started = time.monotonic()

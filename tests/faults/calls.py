@@ -93,7 +93,7 @@ def write_inputs(folder: Path) -> None:
         "[general]\nresolution = [32, 48]\ncaption_extension = \".txt\"\nbatch_size = 1\n\n[[datasets]]\n"
         'image_directory = "images"\n\n[[datasets]]\nvideo_jsonl_file = "clips/clips.jsonl"\ntarget_frames = [5]\n'
         'frame_extraction = "head"\n', encoding="utf-8")
-    (folder / "prompts.yaml").write_text("prompts:\n- 剪刀剪断组织\n- caption: 电凝钩\n- 吸引\n- 钳\n", encoding="utf-8")
+    (folder / "prompts.yaml").write_text("prompts:\n- 剪刀剪断\n- caption: 电凝钩\n- 吸引\n- 钳\n", encoding="utf-8")
     (folder / "prompts.json").write_text('[{"caption": "剪刀"}, "吸引", "钩", "钳"]', encoding="utf-8")
     (folder / "prompts.txt").write_text("剪刀\n吸引\n钩\n钳\n", encoding="utf-8")
     (folder / "prompts.jsonl").write_text('{"prompt": "剪刀", "seed": 1}\n{"prompt": "吸引", "seed": 2}\n',

@@ -830,7 +830,7 @@ def _shards(name: str, weight_map: Any) -> None:
         header, _, _ = _header(path)
         names = [key for key in header if key != "__metadata__"]
         shard = path.with_name("diffusion_pytorch_model-00001-of-00001.safetensors")
-        os.replace(path, shard)
+        path.replace(shard)
         mapped = weight_map(names, shard.name) if callable(weight_map) else weight_map
         path.with_name(path.name + ".index.json").write_text(
             json.dumps({"metadata": {"total_size": 1}, "weight_map": mapped}), encoding="utf-8")
