@@ -9,9 +9,11 @@ early, with the figures of what was tried. Faults are listed in full in FILE.txt
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +28,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
+import fuzz as fuzzing
 from calls import COMMANDS, kinds, make_template, make_work, select
 from disturb import (
     SIGNALS,
@@ -42,9 +45,10 @@ from disturb import (
     signalled,
     two_writers,
 )
+from fuzz import READERS
 from growth import label_many, watch_training
 from inputs import Result, try_kind
-from trial import Server
+from trial import ROOT, Server
 
 
 @dataclass
@@ -89,6 +93,8 @@ class Context:
     steps: int
     lines: int
     wrapper: bool
+    fuzz_seconds: float
+    kept: Path
     measured: dict[str, Reference] = field(default_factory=dict)
 
     def references(self) -> list[Reference]:
@@ -279,8 +285,45 @@ def label(context: Context) -> Section:
     return section
 
 
+def fuzz(context: Context) -> Section:
+    """Readers on damaged files, each in a process of its own."""
+    section = Section("Fuzzed readers")
+    out = context.kept / "fuzz"
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = [name for name in READERS if context.only in name]
+    share = context.fuzz_seconds / max(1, len(chosen))
+
+    def work(index: int, name: str) -> tuple[str, int, list[dict[str, Any]]]:
+        program = [sys.executable, str(Path(fuzzing.__file__)), name, "--seconds", f"{share:.1f}", "--seed",
+                   str(context.seed), "--out", str(out)]
+        ran = subprocess.run(program, capture_output=True, text=True, env={
+            "PYTHONPATH": str(ROOT), **os.environ, "HF_HUB_OFFLINE": "1",
+            "LAPWAN_CACHE_DIR": str(context.root / "cache")})
+        rows = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+        readings = sum(row.get("readings", 0) for row in rows)
+        findings = [row for row in rows if "key" in row]
+        if ran.returncode:
+            findings.append({"key": f"ended with {ran.returncode}", "how": "", "text": ran.stderr[-300:],
+                             "file": str(out / f"{name.replace(' ', '_')}-current")})
+        return name, readings, findings
+
+    section.rows = [["reader", "readings", "findings"]]
+    total = found = 0
+    for name, readings, findings in context.many(chosen, work, "fuzz"):
+        section.rows.append([name, str(readings), str(len(findings))])
+        total, found = total + readings, found + len(findings)
+        section.faults += [f"{name}: {row['key']} ({row['how']}): {row['text']!r}; repeat: tests/faults/fuzz.py "
+                           f"'{name}' --repeat {row['file']}" for row in findings]
+    section.rows[1:] = sorted(section.rows[1:])
+    section.notes = [f"{total} readings of {len(section.rows) - 1} readers in {share * (len(section.rows) - 1):.0f} s "
+                     f"together, {found} findings: errors that are no line for the user, crashes, more than 2 GiB, more "
+                     "than 10 s."]
+    return section
+
+
 SECTIONS: dict[str, Callable[[Context], Section]] = {
-    "inputs": bad_inputs, "disks": disks, "signals": signals, "writers": writers, "flat": flat, "label": label}
+    "inputs": bad_inputs, "disks": disks, "signals": signals, "writers": writers, "flat": flat, "label": label,
+    "fuzz": fuzz}
 
 
 def merge(path: Path, sections: Sequence[Section], head: str) -> None:
@@ -306,6 +349,7 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=10, help="disks, signals, writers: so many of each kind")
     parser.add_argument("--steps", type=int, default=5000, help="flat: steps of a run")
     parser.add_argument("--lines", type=int, default=1_000_000, help="label: lines")
+    parser.add_argument("--fuzz-seconds", type=float, default=1800, help="fuzz: of all readers together")
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
     done: list[Section] = []
@@ -316,7 +360,8 @@ def main() -> None:
                          **({"LD_PRELOAD": str(wrapper)} if wrapper is not None else {})})
         context = Context(server, make_template(root / "template"), root, given.seed, given.jobs, given.seconds,
                           given.share, given.real, given.only, given.moments, given.steps, given.lines,
-                          wrapper is not None)
+                          wrapper is not None, given.fuzz_seconds,
+                          (given.output.parent if given.output else Path.cwd()).resolve())
         try:
             for what in given.what.split(","):
                 started = time.monotonic()
