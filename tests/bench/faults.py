@@ -316,8 +316,8 @@ def fuzz(context: Context) -> Section:
                            f"'{name}' --repeat {row['file']}" for row in findings]
     section.rows[1:] = sorted(section.rows[1:])
     section.notes = [f"{total} readings of {len(section.rows) - 1} readers in {share * (len(section.rows) - 1):.0f} s "
-                     f"together, {found} findings: errors that are no line for the user, crashes, more than 2 GiB, more "
-                     "than 10 s."]
+                     f"together, {found} findings: errors that are no line for the user, crashes, more than 2 GiB, "
+                     "more than 10 s."]
     return section
 
 
