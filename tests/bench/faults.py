@@ -377,6 +377,7 @@ def main() -> None:
                 lines = [f"{section.title}: {line}\n" for section in done for line in section.faults]
                 given.output.with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
             server.close()
+    sys.exit(any(section.faults for section in done))
 
 
 if __name__ == "__main__":

@@ -227,6 +227,7 @@ _OPTIONAL_IN = {  # of one call: what it does not read, or replaces
     ("cache", "base/text_encoder/config.json"), ("cache", "base/vae/config.json"),
     ("inspect-weights run", "runs/train_moe/step_000008/lapwan.safetensors"),
     ("merge --average", "runs/train_lora/settings.toml"), ("label", "taxonomy.toml"),
+    ("generate --from", "videos/hook.mp4"),
 }
 
 

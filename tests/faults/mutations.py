@@ -646,7 +646,7 @@ _tensor_edit("another_width", "lora", lambda tensors, rng: tensors.update(
 _tensor_edit("one_dimension", "lora", lambda tensors, rng: tensors.update(
     {(name := _some(tensors, rng)): tensors[name].flatten()}))
 _tensor_edit("names_of_no_model", "lora", lambda tensors, rng: [tensors.update({f"x.{name}": tensors.pop(name)}) for
-                                                                name in sorted(tensors)])
+                                                                name in sorted(tensors)], may_pass=True)
 _tensor_edit("tensor_missing", "mixture state weights", lambda tensors, rng: tensors.pop(rng.choice(sorted(tensors))))
 _tensor_edit("tensor_of_another_shape", "mixture state weights", lambda tensors, rng: tensors.update(
     {(name := rng.choice([n for n in sorted(tensors) if tensors[n].ndim > 0])): tensors[name].repeat(
