@@ -149,8 +149,7 @@ class Context:
 def bad_inputs(context: Context) -> Section:
     """Bad input: exit code 2, one line, within 10 s of CPU and 1 GiB, nothing left, nothing changed, no code run."""
     chosen = [kind for kind in kinds() if context.only in kind.name]
-    if context.share is not None:
-        chosen = select(chosen, context.share, context.seed)
+    chosen = select(chosen, context.share or len(chosen), context.seed)
     real = set(range(0, len(chosen), max(1, len(chosen) // context.real))) if context.real else set()
 
     def work(index: int, kind: Any) -> tuple[Result, bool]:
@@ -297,7 +296,7 @@ def fuzz(context: Context) -> Section:
         program = [sys.executable, str(Path(fuzzing.__file__)), name, "--seconds", f"{share:.1f}", "--seed",
                    str(context.seed), "--out", str(out)]
         ran = subprocess.run(program, capture_output=True, text=True, env={
-            "PYTHONPATH": str(ROOT), **os.environ, "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT), **os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
             "LAPWAN_CACHE_DIR": str(context.root / "cache")})
         rows = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
         readings = sum(row.get("readings", 0) for row in rows)
@@ -334,6 +333,15 @@ def merge(path: Path, sections: Sequence[Section], head: str) -> None:
             kept[part.splitlines()[0].removeprefix("## ")] = part.rstrip() + "\n"
     kept |= {section.title: section.markdown() for section in sections}
     path.write_text(head + "\n" + "\n".join(kept.values()), encoding="utf-8")
+
+
+def write_faults(path: Path, sections: Sequence[Section]) -> None:
+    """List the sections' faults; those of others that are listed there stay."""
+    titles = tuple(f"{section.title}: " for section in sections)
+    old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = [line for line in old if not line.startswith(titles)]
+    lines += [f"{section.title}: {' '.join(line.split())}" for section in sections for line in section.faults]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def main() -> None:
@@ -374,8 +382,7 @@ def main() -> None:
                 head = (f"# Faults made on purpose\n\n`python tests/bench/faults.py`, {platform.machine()}, "
                         f"{os.cpu_count()} cores, Python {platform.python_version()}\n")
                 merge(given.output, done, head)
-                lines = [f"{section.title}: {line}\n" for section in done for line in section.faults]
-                given.output.with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
+                write_faults(given.output.with_suffix(".txt"), done)
             server.close()
     sys.exit(any(section.faults for section in done))
 

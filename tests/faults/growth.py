@@ -79,7 +79,7 @@ def label_many(folder: Path, lines: int) -> tuple[int, float, float]:
         for number in range(lines):
             file.write(f'{{"video_path": "clips/{number:07d}.mp4", "caption": "{captions[number % 5]} {number}"}}\n')
     start = time.monotonic()
-    environment = {"PYTHONPATH": str(ROOT), **os.environ}
+    environment = {"PYTHONPATH": str(ROOT), **os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "lapwan", "label", str(source), "-o", str(folder / "labels.jsonl")],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -146,8 +146,9 @@ class Server:
 
 
 def _environment() -> dict[str, str]:
-    """With the lapwan of PYTHONPATH, or of this tree."""
-    return {"PYTHONPATH": str(ROOT), **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    """With the lapwan of PYTHONPATH, or of this tree; on the CPU, where results are the same bytes each time."""
+    return {"PYTHONPATH": str(ROOT), **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run_program(arguments: Sequence[object], cwd: Path, timeout: float = 120.0) -> Outcome:
