@@ -223,11 +223,15 @@ _checkpoint("checkpoint's tensors", "trained.safetensors", "safetensors state")
 
 @reader("metrics", "runs/train_moe/metrics.jsonl", "jsonl metrics")
 def _metrics(work: Path) -> Read:
-    from lapwan.commands.inspect_weights import run
-    from lapwan.settings.base import RunOptions
-    from lapwan.settings.inspect_weights import InspectWeightsSettings
+    from lapwan.diagnostics.mixture import routing_windows
+    from lapwan.diagnostics.run_folder import learning_rates, metrics, noise_expert_steps
 
-    return lambda path: run(InspectWeightsSettings(files=(path.parent,)), RunOptions())
+    def read(path: Path) -> None:
+        lines = metrics(path.parent)
+        learning_rates(lines, 5)
+        noise_expert_steps(lines, "high", 5)
+        routing_windows(lines, ("scissors", "hook", "suction", "other"), 5)
+    return read
 
 
 @reader("image", "images/a.png", "image")
