@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from trial import ROOT, Server
+from trial import Server, run_program
 
 
 @dataclass
@@ -57,7 +55,7 @@ def watch_training(server: Server, work: Path, command: str, steps: int, seconds
                 data = file.read()
             position += len(data)
             done += data.count(b"\n")
-        if (usage := _usage(running.pid)) and done:
+        if 0 < done < steps and (usage := _usage(running.pid)) and usage[1]:
             rows.append((done, *usage))
     outcome = running.wait()
     kept = [row for row in rows if row[0] >= rows[-1][0] / 5] if rows else []
@@ -71,20 +69,14 @@ def watch_training(server: Server, work: Path, command: str, steps: int, seconds
                   (min(row[2] for row in kept), max(row[2] for row in kept)), outcome.code)
 
 
-def label_many(folder: Path, lines: int) -> tuple[int, float, float]:
+def label_many(folder: Path, lines: int) -> tuple[int | None, float, float]:
     """(exit code, seconds, MiB) of `lapwan label` on so many lines, a program of its own."""
     source = folder / "million.jsonl"
     captions = ("剪刀剪断组织。", "电凝钩切割血管", "吸引器清理术野", "A grasper holds the gallbladder.", "缝合止血")
     with source.open("w", encoding="utf-8") as file:
         for number in range(lines):
             file.write(f'{{"video_path": "clips/{number:07d}.mp4", "caption": "{captions[number % 5]} {number}"}}\n')
-    start = time.monotonic()
-    environment = {"PYTHONPATH": str(ROOT), **os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lapwan", "label", str(source), "-o", str(folder / "labels.jsonl")],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    outcome = run_program(("label", source, "-o", folder / "labels.jsonl"), folder, timeout=1800)
     for path in (source, folder / "labels.jsonl"):
         path.unlink(missing_ok=True)
-    return process.returncode, time.monotonic() - start, usage.ru_maxrss / 1024
+    return outcome.code, outcome.seconds, outcome.rss_mib

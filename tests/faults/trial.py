@@ -153,13 +153,36 @@ def _environment() -> dict[str, str]:
 
 def run_program(arguments: Sequence[object], cwd: Path, timeout: float = 120.0) -> Outcome:
     """`python -m lapwan ARGUMENTS` as a program of its own, without the server."""
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    ran = subprocess.run([sys.executable, "-m", "lapwan", *map(str, arguments)], cwd=cwd, capture_output=True,
-                         timeout=timeout, env=_environment(), stdin=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Outcome(ran.returncode, ran.stdout.decode("utf-8", "replace"), ran.stderr.decode("utf-8", "replace"),
-                   time.monotonic() - start, cpu, after.ru_maxrss / 1024)
+    start, peak = time.monotonic(), 0.0
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen([sys.executable, "-m", "lapwan", *map(str, arguments)], cwd=cwd, stdout=out,
+                                   stderr=err, env=_environment(), stdin=subprocess.DEVNULL)
+        killed = False
+        while True:
+            done, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if done:
+                break
+            peak = max(peak, _peak_mib(process.pid))
+            if not killed and (peak > _KILL_MIB or time.monotonic() - start > timeout):
+                killed = True
+                process.kill()
+            time.sleep(0.02)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode("utf-8", "replace"))
+    return Outcome(None if killed else process.returncode, texts[0], texts[1], time.monotonic() - start,
+                   usage.ru_utime + usage.ru_stime, peak)
+
+
+def _peak_mib(pid: int) -> float:
+    """The largest resident size so far; what wait4 tells includes that of the program which started it."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 # ---- the server's side
