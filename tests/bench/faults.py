@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,8 @@ from fuzz import READERS
 from growth import label_many, watch_training
 from inputs import Result, try_kind
 from trial import ROOT, Server
+
+_GRACE = 60.0  # seconds for what still runs when a section's time is over
 
 
 @dataclass
@@ -134,16 +137,20 @@ class Context:
                         waiting.add(pool.submit(work, *pair))
                     if not waiting:
                         return
-                    finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    finished, waiting = wait(waiting, timeout=5, return_when=FIRST_COMPLETED)
                     for future in finished:
                         done += 1
                         yield future.result()
                     if time.monotonic() - last > 15:
                         last = time.monotonic()
                         print(f"{what}: {done} of {len(items)}", file=sys.stderr, flush=True)
+                    if time.monotonic() > deadline + _GRACE:
+                        raise KeyboardInterrupt
             except KeyboardInterrupt:
-                print(f"{what}: interrupted after {done} of {len(items)}", file=sys.stderr)
+                print(f"{what}: stopped after {done} of {len(items)}", file=sys.stderr, flush=True)
+                self.server.stop()
                 wait(waiting)
+                self.server.stopped = False
 
 
 def bad_inputs(context: Context) -> Section:
@@ -361,6 +368,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
     done: list[Section] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="lapwan-faults-", ignore_cleanup_errors=True) as name:
         root = Path(name)
         wrapper = build_wrapper(root)

@@ -97,6 +97,7 @@ class Server:
         self._running: dict[int, Running] = {}
         self._lock = threading.Lock()
         self._count = 0
+        self.stopped = False  # True: nothing more is started
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -110,6 +111,7 @@ class Server:
             else:
                 running.reply = message
                 running.ended.set()
+                del self._running[running.request["id"]]
         for running in list(self._running.values()):  # the server has ended: nobody need wait for it
             running.reply = running.reply or {"code": None, "seconds": 0.0, "cpu": 0.0, "rss_mib": 0.0}
             running.started.set()
@@ -119,6 +121,8 @@ class Server:
               environment: Mapping[str, str] | None = None, limits: Mapping[str, int] | None = None) -> Running:
         """Start `lapwan ARGUMENTS` in `cwd`; `limits` are names of `resource` such as RLIMIT_FSIZE."""
         with self._lock:
+            if self.stopped:
+                raise RuntimeError("the trials have been stopped")
             self._count += 1
             number = self._count
             stem = Path(self.folder.name) / str(number)
@@ -136,6 +140,13 @@ class Server:
     def run(self, arguments: Sequence[object], cwd: Path, **how: Any) -> Outcome:
         """Run a command to its end."""
         return self.start(arguments, cwd, **how).wait()
+
+    def stop(self) -> None:
+        """Kill what runs and start nothing more."""
+        self.stopped = True
+        for running in list(self._running.values()):
+            if running.started.is_set():
+                running.signal(signal.SIGKILL)
 
     def close(self) -> None:
         """End the server."""
