@@ -255,10 +255,15 @@ class Kind:
         if self.edit is not None:
             self.edit(work, rng)
 
+    def is_output(self, path: str) -> bool:
+        """Whether `path` is an output, in one, or the settings beside one."""
+        inside = path.removeprefix(f"{WORK}/")
+        return any(inside in (out, str(Path(out).with_suffix(".settings.toml"))) or inside.startswith(f"{out}/")
+                   for out in self.call.output)
+
     def may_write(self, path: str) -> bool:
         """Whether `path`, in the work folder, may be made or changed though the command fails."""
-        inside = path.removeprefix(f"{WORK}/")
-        return self.call.folder and any(inside == out or inside.startswith(f"{out}/") for out in self.call.output)
+        return self.call.folder and self.is_output(path)
 
 
 def file_kinds() -> Iterator[Kind]:

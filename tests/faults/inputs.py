@@ -53,7 +53,10 @@ def try_kind(server: Server | None, template: Path, folder: Path, kind: Kind, se
             outcome = Outcome(2, "", "error: refused by the system", 0, 0, 0)
         faults = refusal_faults(outcome, kind.may_pass)
         if outcome.code != 0:
-            faults += changes(before, tree(folder), kind.may_write)
+            # `label` and `cache` leave out bad lines, say so, and do the others.
+            partial = "all others are" in outcome.last
+            faults += changes(before, tree(folder), lambda path: kind.may_write(path) or (
+                partial and kind.is_output(path)))
         if took_canary(work):
             faults.append("code was executed")
         return Result(kind, outcome, faults)

@@ -33,6 +33,12 @@ _PRELOAD = ("lapwan.cli", "lapwan.api", "lapwan.commands.merge", "lapwan.command
             "lapwan.commands.doctor", "lapwan.commands.demo")
 
 
+_QUIET_LIBRARIES = {  # as `cli.main` has them before it imports these, which the server has done already
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
 @dataclass
 class Outcome:
     """A process that has ended.
@@ -159,7 +165,7 @@ class Server:
 def _environment() -> dict[str, str]:
     """With the lapwan of PYTHONPATH, or of this tree; on the CPU, where results are the same bytes each time."""
     return {"PYTHONPATH": str(ROOT), **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": ""}
+            "CUDA_VISIBLE_DEVICES": "", **_QUIET_LIBRARIES}
 
 
 def run_program(arguments: Sequence[object], cwd: Path, timeout: float = 120.0) -> Outcome:
