@@ -151,12 +151,23 @@ def html_text(path: Path, rng: Random) -> None:
 # ---- texts
 
 
-@damage("jsonl json toml yaml")
+@damage("jsonl yaml", may_pass=True)
+def another_encoding(path: Path, rng: Random) -> None:
+    """Which lapwan may recognise."""
+    replace(path, path.read_text("utf-8").encode(rng.choice(["utf-16", "utf-16-le", "gb18030", "big5"]), "replace"))
+
+
+@damage("toml")
 def utf_16(path: Path, rng: Random) -> None:
     replace(path, path.read_text("utf-8").encode("utf-16"))
 
 
-@damage("jsonl toml")
+@damage("jsonl", may_pass=True)
+def line_of_another_encoding(path: Path, rng: Random) -> None:
+    not_utf_8(path, rng)
+
+
+@damage("toml")
 def not_utf_8(path: Path, rng: Random) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     at = rng.randrange(len(lines))
