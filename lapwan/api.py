@@ -147,6 +147,7 @@ class VideoGenerator:
         self._generators: dict[Task | None, Generator] = {}
         self._warned = False
         self._bases: dict[Task | None, Base] = {}
+        self._reported: set[str] = set()  # lines about LoRA files, which a grid opens again and again
         self._adapters: dict[tuple[Task | None, str, Path | None], tuple[Base, AdapterSet]] = {}
 
     @classmethod
@@ -398,7 +399,7 @@ class VideoGenerator:
                 self._bases[open_task] = resolve_base(settings.model, open_task, generation=True)
                 check_components(self._bases[open_task].spec)
             self._adapters[key] = read_adapters(
-                self._bases[open_task], chosen.lora, chosen.moe, chosen.fold, chosen.key_rule)
+                self._bases[open_task], chosen.lora, chosen.moe, chosen.fold, chosen.key_rule, self._reported)
         base, adapters = self._adapters[key]
         if open_task not in self._generators:
             dtype = pick_dtype(settings.dtype, self._device)

@@ -205,7 +205,7 @@ _CONTENTS = (  # what a file is by the name of any of its tensors
     ("an adapter: give it as a LoRA", re.compile(r".*\.(lora_(A|B|up|down)\b.*|lokr_w\d.*|hada_w\d.*|diff(_[bm])?)")),
     ("a VACE model, which lapwan does not support", re.compile(r"(.*\.)?vace_blocks\..+")),
     ("Wan's VAE", re.compile(r"(encoder|decoder)\.(conv1|conv_in|middle|mid_block|downsamples|upsamples)\..+")),
-    ("a umT5 or T5 text encoder", re.compile(r"(shared|token_embedding|token_embd|encoder\.embed_tokens)\.weight")),
+    ("a umT5 encoder (or another T5)", re.compile(r"(shared|token_embedding|token_embd)\.weight")),
     ("an image encoder (CLIP)", re.compile(r"(visual|vision_model)\..+")),
     ("a Wan transformer", re.compile(r"(.*\.)?blocks\.\d+\.(self_attn|attn1)\..+")),
 )

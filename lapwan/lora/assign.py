@@ -55,10 +55,18 @@ def assign(
     return assigned
 
 
-def report(files: Iterable[AdapterFile]) -> None:
-    """One line about each file: what is applied and what is dropped; a warning if it is not all zeros."""
+def report(files: Iterable[AdapterFile], reported: set[str] | None = None) -> None:
+    """One line about each file: what is applied and what is dropped; a warning if it is not all zeros.
+
+    Args:
+        files: adapters that were opened.
+        reported: lines that are not repeated; those printed are added.
+    """
+    known = set() if reported is None else reported
     for line, loses in {file.report(): file.loses for file in files}.items():
-        (warn if loses else log)(line)
+        if line not in known:
+            (warn if loses else log)(line)
+            known.add(line)
 
 
 def assign_to_transformer(

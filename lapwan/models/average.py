@@ -22,6 +22,7 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_folder, check_targets, leaves
 from lapwan.lora.average import SavedStep, average, average_weights, saved_loras, saved_steps
 from lapwan.lora.formats import write_both, write_lora
+from lapwan.lora.read_back import reader
 from lapwan.lora.state import AdapterState
 from lapwan.models.merge import check_disk, claim_file, claim_folder, lora_outputs
 from lapwan.models.spec import weight_files
@@ -61,10 +62,12 @@ def _loras(settings: MergeSettings, steps: Sequence[SavedStep], options: RunOpti
         if settings.one_file and noise_expert is not None:
             both[noise_expert] = state
             continue
-        write_lora(outputs[noise_expert], state, settings.format or "comfy", dtype, settings.fold_alpha)
-        yield f"LoRA: {outputs[noise_expert]}"
+        output = outputs[noise_expert]
+        write_lora(output, state, settings.format or "comfy", dtype, settings.fold_alpha,
+                   check=reader(output, {noise_expert: state}))
+        yield f"LoRA: {output}"
     if both:
-        write_both(settings.output, both, dtype, settings.fold_alpha)
+        write_both(settings.output, both, dtype, settings.fold_alpha, reader(settings.output, both))
         yield f"LoRA: {settings.output}"
 
 
@@ -78,6 +81,9 @@ def _transformers(settings: MergeSettings, steps: Sequence[SavedStep], options: 
             raise UserError(f"--{name.replace('_', '-')} applies only to a LoRA; this run is a full fine-tune")
     if settings.multiplier != 1:
         raise UserError("--multiplier applies only to a LoRA; this run is a full fine-tune")
+    if settings.output.suffix == ".safetensors":
+        raise UserError(f"output {settings.output}: this run is a full fine-tune, whose mean is a folder of "
+                        "transformers; give a folder's name")
     claim_folder(settings.output, steps[-1].folder, options)
     size = sum(plan.size for plan in plans.values())
     check_disk(settings.output, size)

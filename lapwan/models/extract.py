@@ -15,12 +15,13 @@ from PIL import Image
 
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
 from lapwan.checkpoints.weights import WeightFile, read_weights
-from lapwan.console import log
+from lapwan.console import log, warn
 from lapwan.errors import UserError
 from lapwan.files import atomic_file, claim_output
 from lapwan.lora.extract import ExtractedLora, ExtractedModule, RankChoice, check_pair, extract
-from lapwan.lora.formats import open_lora, write_both, write_lora
+from lapwan.lora.formats import write_both, write_lora
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
+from lapwan.lora.read_back import reader
 from lapwan.lora.state import AdapterState
 from lapwan.models.device import pick_device
 from lapwan.models.merge import claim_file, lora_outputs
@@ -104,6 +105,11 @@ def extract_models(settings: MergeSettings, options: RunOptions) -> Iterator[str
         log(f"{outputs[noise_expert].name}: {pair.tuned[0].path} - {pair.base[0].path}")
     for pair in pairs.values():
         check_pair(pair.tuned, pair.base)
+        for file in (pair.tuned[0], pair.base[0]):
+            if file.quantised:
+                types = ", ".join(file.quantised)
+                warn(f"{file.path} is quantised ({types}): the LoRA will hold part of its rounding; better give the "
+                     "unquantised model")
     if not options.dry_run:
         yield from _write_differences(pairs, outputs, settings)
 
@@ -129,14 +135,12 @@ def _write_differences(
         if settings.one_file and noise_expert is not None:
             both[noise_expert] = state
             continue
-        write_lora(outputs[noise_expert], state, layout, fold_alpha=settings.fold_alpha)
-        _check_written(outputs[noise_expert], noise_expert, state)
+        output = outputs[noise_expert]
+        write_lora(output, state, layout, fold_alpha=settings.fold_alpha, check=reader(output, {noise_expert: state}))
         state.entries = {}  # a file's worth of memory, which the next noise expert needs
-        yield f"LoRA: {outputs[noise_expert]}"
+        yield f"LoRA: {output}"
     if both:
-        write_both(settings.output, both, fold_alpha=settings.fold_alpha)
-        for noise_expert, state in both.items():
-            _check_written(settings.output, noise_expert, state)
+        write_both(settings.output, both, fold_alpha=settings.fold_alpha, check=reader(settings.output, both))
         yield f"LoRA: {settings.output}"
     if settings.plot is not None and extractions:
         with atomic_file(settings.plot) as temporary:
@@ -172,18 +176,6 @@ def _lines(name: str, extraction: ExtractedLora) -> Iterator[str]:
 
 def _kept(module: ExtractedModule) -> float:
     return module.captured(module.rank) / module.signal if module.signal > 0 else 1.0
-
-
-def _check_written(path: Path, noise_expert: NoiseExpert | None, state: AdapterState) -> None:
-    """Read the file back: its content must be the state's, bit for bit.
-
-    Raises:
-        UserError: it differs, which means a faulty disk or memory.
-    """
-    files = open_lora(path)
-    file = files.get(noise_expert) or next(iter(files.values()))
-    if file.fingerprint() != state.fingerprint():
-        raise UserError(f"{path} read back is not what was written; check the disk and the memory, then repeat")
 
 
 def _energy_plot(extractions: Mapping[NoiseExpert | None, ExtractedLora]) -> Image.Image:

@@ -13,13 +13,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lapwan.checkpoints.container import ITEM_SIZE, is_pickled
-from lapwan.checkpoints.tensors import DTYPES, load_tensor, open_pickle
+from lapwan.checkpoints.container import ITEM_SIZE
+from lapwan.checkpoints.tensors import DTYPES, PickledFile, load_tensor
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.checkpoints.weights import WeightFile, read_weights, stored_dtype
 from lapwan.errors import UserError
@@ -29,14 +29,18 @@ if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
 # What `from_pretrained` finds without being told a variant.
-_PRETRAINED = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors")
+DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+Value = TypeVar("Value")  # a tensor, or its shape
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def loads_by_name(files: Sequence[Path]) -> bool:
-    """True if files are not as `from_pretrained` reads them: in another key layout, quantised, or under another file
-    name, such as that of a variant; `load_*` here read those."""
-    return any(not _PRETRAINED.fullmatch(file.name) or _by_name(read_weights(file)) for file in files)
+def loads_by_name(files: Sequence[Path], stem: str = DIFFUSERS_STEM) -> bool:
+    """True if files are not as `from_pretrained` reads them: in another key layout, quantised, shards without their
+    index, or under another file name, such as that of a variant; `load_*` here read those."""
+    if len(files) > 1 and not (files[0].parent / f"{stem}.safetensors.index.json").is_file():
+        return True
+    name = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    return any(not name.fullmatch(file.name) or _by_name(read_weights(file)) for file in files)
 
 
 def _by_name(file: WeightFile) -> bool:
@@ -50,32 +54,28 @@ def tensor_infos(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
     Raises:
         UserError: as `read_tensors`.
     """
-    if _has_header(path):
-        file = read_weights(path)
-        item = ITEM_SIZE[stored_dtype([file])]
-        return {name: (info.shape, math.prod(info.shape) * item if _is_quantised(file, name) else info.size)
-                for name, info in file.tensors.items()}
-    return {name: (tuple(t.shape), t.nbytes) for name, t in read_tensors(path).items()}
+    file = _weights(path)
+    item = ITEM_SIZE[stored_dtype([file])]
+    return {name: (info.shape, math.prod(info.shape) * item if _is_quantised(file, name) else info.size)
+            for name, info in file.tensors.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file by name; quantised ones in fp32, a `.pth` memory-mapped if its format allows it.
+    """Every tensor of a file by name; quantised ones in fp32, an unquantised `.pth` memory-mapped if its format allows.
 
     Raises:
         UserError: the file is missing, unreadable, or holds more than tensors (nothing in a .pth is executed).
     """
-    if _has_header(path):
-        header = read_weights(path)
-        return {name: load_tensor(header, name) for name in header.tensors}
-    return dict(open_pickle(path).content)
+    header = _weights(path)
+    if isinstance(header.raw, PickledFile) and not header.quantised:
+        return {name: header.raw.content[name] for name in header.tensors}
+    return {name: load_tensor(header, name) for name in header.tensors}
 
 
-def _has_header(path: Path) -> bool:
+def _weights(path: Path) -> WeightFile:
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the weights file in it")
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    return not is_pickled(path)
+    return read_weights(path)
 
 
 def set_parameters(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], what: str, path: Path) -> None:
@@ -102,6 +102,25 @@ def set_parameters(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], what
     if missing:
         raise UserError(f"{path} lacks {len(missing)} tensors of {what}, such as '{next(iter(missing))}'; "
                         "is it complete?")
+
+
+def check_parameters(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], what: str, path: Path) -> None:
+    """Compare a model's parameters with the shapes of a file's tensors, by name.
+
+    Args:
+        what: the model in error messages.
+
+    Raises:
+        UserError: as `set_parameters`.
+    """
+    needed = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, shape in shapes.items():
+        if name not in needed:
+            raise UserError(f"{path}: tensor '{name}' does not belong to {what}; is it the right file?")
+        if shape != needed[name]:
+            raise UserError(f"{path}: '{name}' has shape {list(shape)}, {what} needs {list(needed[name])}")
+    if missing := needed.keys() - shapes.keys():
+        raise UserError(f"{path} lacks {len(missing)} tensors of {what}, such as '{min(missing)}'; is it complete?")
 
 
 def load_transformer_files(
@@ -202,20 +221,42 @@ def wan22_vae_config(stored: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | 
 
 def load_vae_file(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> AutoencoderKLWan:
     """A VAE from `Wan2.1_VAE.pth`, `Wan2.2_VAE.pth` or a safetensors file with the same names (or diffusers')."""
+    vae, tensors = _empty_vae(config), _vae_to_diffusers(config, read_tensors(path))
+    set_parameters(vae, ((name, value.to(dtype)) for name, value in tensors.items()), _vae_name(config), path)
+    return vae.eval()
+
+
+def check_vae_file(config: Mapping[str, Any], path: Path) -> None:
+    """Compare a VAE file's tensors with the class, from the header.
+
+    Raises:
+        UserError: a tensor that is unknown, missing or of another shape.
+    """
+    shapes = {name: shape for name, (shape, _) in tensor_infos(path).items()}
+    check_parameters(_empty_vae(config), _vae_to_diffusers(config, shapes), _vae_name(config), path)
+
+
+def _empty_vae(config: Mapping[str, Any]) -> AutoencoderKLWan:
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKLWan
-    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     with init_empty_weights():
-        vae = AutoencoderKLWan.from_config(dict(config))
-    tensors = read_tensors(path)
-    what = "Wan2.2's VAE" if config.get("is_residual") else "Wan2.1's VAE"
+        return AutoencoderKLWan.from_config(dict(config))
+
+
+def _vae_name(config: Mapping[str, Any]) -> str:
+    return "Wan2.2's VAE" if config.get("is_residual") else "Wan2.1's VAE"
+
+
+def _vae_to_diffusers(config: Mapping[str, Any], tensors: dict[str, Value]) -> dict[str, Value]:
     if config.get("is_residual"):
-        tensors = {wan22_vae_to_diffusers(name): value for name, value in tensors.items()}
-    elif "encoder.conv1.weight" in tensors:
-        tensors = convert_wan_vae_to_diffusers(tensors)
-    set_parameters(vae, ((name, value.to(dtype)) for name, value in tensors.items()), what, path)
-    return vae.eval()
+        return {wan22_vae_to_diffusers(name): value for name, value in tensors.items()}
+    if "encoder.conv1.weight" not in tensors:
+        return tensors
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    converted: dict[str, Value] = convert_wan_vae_to_diffusers(tensors)
+    return converted
 
 
 _T5_OUTER = {
@@ -252,18 +293,16 @@ def text_readers(files: Sequence[Path]) -> dict[str, Callable[[], Tensor]]:
     """A function that reads each tensor of a text encoder, by its name in UMT5EncoderModel; quantised ones in the dtype
     of those that are not (bf16 if all are)."""
     readers: dict[str, Callable[[], Tensor]] = {}
-    headers = [read_weights(file) for file in files if _has_header(file)]
+    headers = [_weights(file) for file in files]
     dtype = DTYPES[stored_dtype(headers)]
     for header in headers:
         readers |= {t5_to_transformers(name): partial(_in_dtype, header, name, dtype) for name in header.tensors}
-    for file in files:
-        if not _has_header(file):
-            tensors = read_tensors(file)
-            readers |= {t5_to_transformers(name): partial(tensors.__getitem__, name) for name in tensors}
     return readers
 
 
 def _in_dtype(file: WeightFile, name: str, dtype: torch.dtype) -> Tensor:
+    if isinstance(file.raw, PickledFile) and not _is_quantised(file, name):
+        return file.raw.content[name]  # memory-mapped
     value = load_tensor(file, name)
     return value.to(dtype) if _is_quantised(file, name) else value
 
@@ -278,14 +317,28 @@ def load_text_files(config: Mapping[str, Any], files: Sequence[Path], dtype: tor
     Args:
         dtype: None keeps the stored one.
     """
-    from accelerate import init_empty_weights
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    with init_empty_weights():
-        model = UMT5EncoderModel(UMT5Config(**config))
-    readers = text_readers(files)
+    model, readers = _empty_text_encoder(config), text_readers(files)
     if "shared.weight" in readers:
         readers["encoder.embed_tokens.weight"] = readers["shared.weight"]  # tied: the class has the embedding twice
     values = ((name, read() if dtype is None else read().to(dtype)) for name, read in readers.items())
     set_parameters(model, values, "a umT5 encoder", files[0])
     return model.eval()
+
+
+def check_text_file(config: Mapping[str, Any], path: Path) -> None:
+    """Compare a umT5 file's tensors with the class, from the header.
+
+    Raises:
+        UserError: a tensor that is unknown, missing or of another shape.
+    """
+    shapes = {t5_to_transformers(name): shape for name, (shape, _) in tensor_infos(path).items()}
+    shapes["encoder.embed_tokens.weight"] = shapes["shared.weight"]  # tied
+    check_parameters(_empty_text_encoder(config), shapes, "a umT5 encoder", path)
+
+
+def _empty_text_encoder(config: Mapping[str, Any]) -> UMT5EncoderModel:
+    from accelerate import init_empty_weights
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with init_empty_weights():
+        return UMT5EncoderModel(UMT5Config(**config))

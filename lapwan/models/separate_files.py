@@ -21,7 +21,14 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_folder
 from lapwan.lora.noise_expert import noise_expert_from_file_name, noise_expert_from_metadata
 from lapwan.models.configs import component_config, read_object
-from lapwan.models.original_layout import WAN22_VAE_CHANNELS, t5_to_transformers, tensor_infos, wan22_vae_config
+from lapwan.models.original_layout import (
+    WAN22_VAE_CHANNELS,
+    check_text_file,
+    check_vae_file,
+    t5_to_transformers,
+    tensor_infos,
+    wan22_vae_config,
+)
 from lapwan.models.resolve import check_tokenizer
 from lapwan.models.spec import (
     ORIGINAL,
@@ -165,6 +172,10 @@ def _write(
     if (vae_settings["z_dim"] == WAN22_VAE_CHANNELS) != (channels == WAN22_VAE_CHANNELS):
         raise UserError(f"{vae} makes {vae_settings['z_dim']} latent channels, but the transformer takes {channels}: "
                         "TI2V-5B needs Wan2.2_VAE.pth, every other model Wan2.1_VAE.pth")
+    if vae.is_file():
+        check_vae_file(vae_settings, vae)
+    if text_encoder.is_file():
+        check_text_file(text_settings, text_encoder)
     default_shift = _SHIFT.get(channels, _SHIFT_SINGLE) if two else _SHIFT_SINGLE
     index: dict[str, Any] = {
         "_class_name": "WanImageToVideoPipeline" if channels == 36 else "WanPipeline",
@@ -264,8 +275,10 @@ def vae_config(path: Path) -> dict[str, Any]:
     if first[1] != 3 or second[0] != 16:
         raise UserError(f"{path} makes {second[0]} latent channels from {first[1]}; Wan2.1_VAE.pth makes "
                         "16 from 3, Wan2.2_VAE.pth 48 from 12")
+    down = "encoder.downsamples.", "encoder.down_blocks."
+    stages = {name.split(".")[2] for name in shapes if name.startswith(down)}
     return {"_class_name": "AutoencoderKLWan", "base_dim": first[0], "z_dim": second[0],
-            "num_res_blocks": 2}
+            "num_res_blocks": (len(stages) - 3) // 4}  # four stages of them, three halvings between
 
 
 def text_config(path: Path) -> dict[str, Any]:

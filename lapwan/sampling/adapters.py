@@ -86,7 +86,7 @@ class AdapterSet:
 
 def read_adapters(
     base: Base, loras: Sequence[LoraArgument], moe: Path | None, fold: bool = False,
-    rule: KeyRule = "default",
+    rule: KeyRule = "default", reported: set[str] | None = None,
 ) -> tuple[Base, AdapterSet]:
     """Read and check every adapter against the model's headers, before its weights are loaded.
 
@@ -95,6 +95,7 @@ def read_adapters(
             `lapwan merge` does. Else low-rank pairs stay separate, without rounding, and other updates (full deltas,
             LoKr, LoHa, GLoRA, DoRA) are merged.
         rule: what of a file may be dropped.
+        reported: lines about files that are not printed again.
 
     Returns:
         The base and its adapters. If a mixture was trained on this base with exactly these LoRAs merged in memory, they
@@ -107,7 +108,7 @@ def read_adapters(
     requests = [LoraRequest(lora.noise_expert, lora.path, lora.strength, lora.only or ()) for lora in loras]
     assigned = assign(requests, base.spec.noise_experts, rule)
     result = _apply(base, assigned, moe, fold)
-    report(file for files in assigned.values() for file, _ in files)
+    report((file for files in assigned.values() for file, _ in files), reported)
     return result
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lapwan.faults import library_reads
 from lapwan.models.configs import component_config
 from lapwan.models.fingerprints import text_encoder_fingerprint
-from lapwan.models.original_layout import load_text_files, loads_by_name, text_readers
+from lapwan.models.original_layout import TRANSFORMERS_STEM, load_text_files, loads_by_name, text_readers
 from lapwan.models.spec import TEXT_LENGTH, component_files
 from lapwan.names import Precision
 from lapwan.wan.quantise.load import cache_folder, fill, linears_of
@@ -64,7 +64,7 @@ def load_text_encoder(
     with library_reads("the text encoder", folder):
         if precision is not None:
             model = _load_quantised(spec, dtype, device, precision)
-        elif loads_by_name(files := component_files(folder)):
+        elif loads_by_name(files := component_files(folder), TRANSFORMERS_STEM):
             model = load_text_files(config, files, dtype)
         else:
             model = UMT5EncoderModel.from_pretrained(

@@ -47,7 +47,8 @@ def deltas(run: Path, step: int) -> dict[str, torch.Tensor]:
 def test_the_mean_of_what_the_loras_do(tmp_path, run, options, weights, capsys):
     """A shared A: the mean has the checkpoints' rank, so nothing is lost."""
     merge(average=run, output=tmp_path / "mean.safetensors", **options)
-    assert "the checkpoints' rank keeps 100.0000%" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "the checkpoints' rank keeps 100.0000%" in printed.out and "ΔW exact" in printed.err
     ((noise_expert, state),) = read_lora(tmp_path / "mean_high_noise.safetensors").items()
     assert noise_expert is NoiseExpert.HIGH and (tmp_path / "mean_low_noise.safetensors").is_file()
     assert state.metadata["lapwan.averaged_steps"] == ",".join(map(str, weights))
@@ -119,3 +120,5 @@ def test_the_mean_of_a_full_fine_tune(tmp_path, model_folder):
     merge(extract=True, model=str(tmp_path / "mean"), base=str(model_folder), output=tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="--rank applies only to a LoRA"):
         merge(average=tmp_path / "run", rank="4", output=tmp_path / "no")
+    with pytest.raises(UserError, match="give a folder's name"):
+        merge(average=tmp_path / "run", output=tmp_path / "no.safetensors")

@@ -139,8 +139,10 @@ def test_base_and_the_extracted_lora_are_the_tuned_model(tmp_path, model_folder,
     out = tmp_path / "lora.safetensors"
     merge(extract=True, model=str(tuned_folder), base=str(model_folder), rank="4", output=out,
           plot=str(tmp_path / "kept.png"))
-    printed = capsys.readouterr().out
+    captured = capsys.readouterr()
+    printed = captured.out
     assert "30 Linears changed, 3 other tensors kept" in printed and "relative error" in printed
+    assert "read back lora_high_noise.safetensors: 33 of 33 modules, ΔW exact" in captured.err
     assert "low: 0 Linears changed" in printed and "no file is written" in printed
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
     high = tmp_path / "lora_high_noise.safetensors"
@@ -270,4 +272,4 @@ def test_quantised_files_and_folders_through_the_command(tmp_path, model_folder,
     with pytest.raises(UserError, match="not the same model"):
         merge(extract=True, model=str(tmp_path / "other_high.safetensors"), base=str(model_folder), dry_run=True,
               output=tmp_path / "x.safetensors")
-    capsys.readouterr()
+    assert "tuned_high.safetensors is quantised (F8_E4M3)" in capsys.readouterr().err

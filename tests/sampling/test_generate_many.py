@@ -134,7 +134,7 @@ def test_a_grid_over_strengths(lapwan, tmp_path) -> None:
     names = [Path(line).name for line in ran.out.splitlines()]
     assert names == [f"g_{n:03d}_lora.high={s}.mp4" for n, s in ((1, 0), (2, "0.5"), (3, 1))] + [
         "g_sheet.png", "g_grid.mp4"], ran.err
-    assert loaded(ran) == ["high", "low"]
+    assert loaded(ran) == ["high", "low"] and ran.err.count("a.safetensors: 3 x LoRA") == 1
     for name, loras in ((names[0], ["low=a.safetensors:0.5"]), (names[1], ["both=a.safetensors:0.5"]),
                         (names[2], ["high=a.safetensors", "low=a.safetensors:0.5"])):
         alone = generate(lapwan, *(word for lora in loras for word in ("--lora", lora)), "--overwrite", output="a.mp4")
@@ -226,6 +226,7 @@ def test_crf_is_the_quality_of_an_mp4(lapwan, tmp_path) -> None:
     ("alpha=1", ("'alpha' cannot be compared", "alpha_base")),
     ("steps=1,x", ("--grid", "steps = 'x'")), ("lora.high=0,x", ("strengths must be numbers",)),
     ("lora.high=0,1", ("needs a LoRA",)), ("lora.hihg=0,1", ("did you mean 'lora.high'",)),
+    ("lora=0,0.5,1", ("for strengths write lora.high=0,0.5,1",)),
 ])
 def test_bad_grids(text, words, unloaded) -> None:
     refused(generate(unloaded, "--grid", text), *words)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from adapter_cases import MODULES, random_lora
@@ -42,11 +43,12 @@ from safetensors.torch import load_file, save_file
 
 from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
+from lapwan.checkpoints.tensors import load_rows
 from lapwan.checkpoints.wan_keys import (
     tensor_to_diffusers,
     transformer_shapes,
 )
-from lapwan.checkpoints.weights import read_weights
+from lapwan.checkpoints.weights import read_weights, rounding_steps
 from lapwan.errors import UserError
 from lapwan.lora.formats import write_lora
 from lapwan.models.base import Base, resolve_base
@@ -83,6 +85,34 @@ def test_gguf(kind, tiny_t2v, tmp_path) -> None:
     for prefix in ("", "model.diffusion_model."):
         meant = write_gguf(tmp_path / "a.gguf", stored(tiny_t2v, HIGH), gguf.GGMLQuantizationType[kind], prefix)
         assert_equal(read_all(tmp_path / "a.gguf"), meant)
+
+
+def test_every_gguf_type_that_its_library_knows(tmp_path) -> None:
+    """Codes of each type, a tile of rows, and the steps between the values; other types are refused by name."""
+    generator = np.random.default_rng(0)
+    read = []
+    for kind, (block, size) in gguf.GGML_QUANT_SIZES.items():
+        if kind.name in ("F16", "F32", "F64", "BF16") or (kind.name.startswith("I") and kind.name[1:].isdigit()):
+            continue
+        codes = generator.integers(0, 60, (4, 512 // block * size), dtype=np.uint8)  # small: no NaN among the scales
+        writer = gguf.GGUFWriter(str(tmp_path / "a.gguf"), "wan")
+        writer.add_tensor("a.weight", codes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        try:
+            wanted = torch.from_numpy(np.array(gguf.dequantize(codes, kind), dtype=np.float32)).nan_to_num()
+        except NotImplementedError:
+            with pytest.raises(UserError, match=f"GGUF type {kind.name}"):
+                read_weights(tmp_path / "a.gguf")
+            continue
+        file = read_weights(tmp_path / "a.gguf")
+        rows = load_rows(file, "a.weight", 1, 2)
+        assert torch.equal(rows.nan_to_num(), wanted[1:3]), kind.name
+        assert rounding_steps(file, "a.weight", rows, 1).shape == rows.shape
+        read.append(kind.name)
+    assert {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q8_0"} <= set(read)
 
 
 def test_any_part_of_a_tensor_is_the_same_numbers(tiny_t2v, tmp_path) -> None:

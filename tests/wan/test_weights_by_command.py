@@ -12,6 +12,7 @@ import torch
 from adapter_cases import random_lora
 from cache_clips import make_video, write_jsonl
 from command_line import Ran
+from diffusers import AutoencoderKLWan
 from layout_cases import BROKEN, HIGH, LOW, Tensors, files_of, original, stored, with_config, write_q8, write_scaled
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +25,7 @@ from lapwan.models.base import resolve_base
 from lapwan.models.spec import ModelSpec, weight_files
 from lapwan.names import NoiseExpert
 from lapwan.settings.model import ModelFilesSettings
+from lapwan.wan.text import load_text_encoder
 
 STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 SAMPLING = ("--prompt", "a hook", "--num-frames", "5", "--size", "32x48", "--steps", "2", "--guidance", "1")
@@ -117,6 +119,23 @@ def broken(part: str, name: str, content: bytes) -> Callable[[ModelSpec, Path], 
     return write
 
 
+def component_with(part: str, change: Callable[[Tensors], object]) -> Callable[[ModelSpec, Path], dict[str, Path]]:
+    def write(spec: ModelSpec, folder: Path) -> dict[str, Path]:
+        tensors = load_file(weights_of(spec, part))
+        change(tensors)
+        torch.save(tensors, folder / "a.pth")
+        return {part: folder / "a.pth"}
+    return write
+
+
+def vae_without(name: str) -> Callable[[ModelSpec, Path], dict[str, Path]]:
+    def write(spec: ModelSpec, folder: Path) -> dict[str, Path]:
+        tensors = AutoencoderKLWan(base_dim=4, z_dim=16, num_res_blocks=1).state_dict()
+        save_file({n: v for n, v in tensors.items() if n != name}, folder / "a.safetensors")
+        return {"vae": folder / "a.safetensors"}
+    return write
+
+
 def weights_of(spec: ModelSpec, part: str) -> Path:
     return weight_files(spec.path / part)[0]
 
@@ -128,9 +147,14 @@ REFUSED = {
                          "the same weight twice"),
     "both in one folder": (both_in_one_folder, "wan_high.safetensors and .*wan_low.safetensors both hold"),
     "VAE as transformer": (lambda spec, _: {"high": weights_of(spec, "vae")}, "not a Wan transformer but Wan's VAE"),
-    "umT5 as transformer": (lambda spec, _: {"low": weights_of(spec, "text_encoder")}, "but a umT5 or T5 text encoder"),
+    "umT5 as transformer": (lambda spec, _: {"low": weights_of(spec, "text_encoder")}, "but a umT5 encoder"),
     "transformer as VAE": (lambda spec, _: {"vae": weights_of(spec, "transformer")}, "Wan's VAE but a Wan transformer"),
     "transformer as umT5": (lambda spec, _: {"text_encoder": weights_of(spec, "transformer")}, "but a Wan transformer"),
+    "VAE that lacks a tensor": (vae_without("decoder.conv_out.bias"),
+                                "lacks 1 tensors of Wan2.1's VAE, such as 'decoder.conv_out.bias'"),
+    "VAE of other widths": (component_with("vae", lambda t: None), r"'decoder\.conv_in\.bias' has shape \[64\]"),
+    "whole T5": (component_with("text_encoder", lambda t: t.update({"decoder.x": torch.ones(2)})),
+                 "'decoder.x' does not belong to a umT5 encoder"),
     "folder of another component": (lambda spec, _: {"vae": spec.path / "text_encoder"},
                                     "is the folder of UMT5EncoderModel; give that of the VAE"),
     "exchanged folders": (lambda spec, _: {"high": spec.component(LOW), "low": spec.component(HIGH)},
@@ -164,6 +188,22 @@ def test_failed_downloads_in_a_model_folder_at_dry_run(part, name, kind, lapwan,
     (tmp_path / "m" / part / name).write_bytes(BROKEN[kind])
     ran: Ran = lapwan("generate", "--model", "m", *SAMPLING, "-o", "a.mp4", "--dry-run")
     assert ran.code == 2 and kind in ran.err and len(ran.err.strip().splitlines()) == 1
+
+
+def test_components_as_folders_of_shards_and_as_fp8_pickles(own_cache, tiny_t2v, tmp_path) -> None:
+    """Shards without the index that `from_pretrained` needs; plain fp8 in a .pth."""
+    file = weights_of(tiny_t2v, "text_encoder")
+    tensors = load_file(file)
+    (tmp_path / "te").mkdir()
+    shutil.copy(file.parent / "config.json", tmp_path / "te")
+    for n in (1, 2):
+        save_file(dict(list(tensors.items())[n - 1 :: 2]), tmp_path / "te" / f"model-0000{n}-of-00002.safetensors")
+    fp8 = {n: v.to(torch.float8_e4m3fn) if "DenseReluDense" in n else v for n, v in tensors.items()}
+    torch.save(fp8, tmp_path / "te.pth")
+    for path, wanted in ((tmp_path / "te", tensors), (tmp_path / "te.pth", fp8)):
+        files = files_of(tiny_t2v, high=tiny_t2v.component(HIGH), low=tiny_t2v.component(LOW), text_encoder=path)
+        for name, parameter in load_text_encoder(resolve_base(files).spec).model.named_parameters():
+            assert torch.equal(parameter, wanted[name.replace("encoder.embed_tokens", "shared")].float()), name
 
 
 def config_file(path: Path, files: ModelFilesSettings, **more: str) -> Path:
