@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -41,6 +42,8 @@ class Stop:
 
 
 _is_program = False  # signals are this package's to handle; else they are the caller's
+_postponing = 0  # scopes that must not be interrupted
+_waiting = False  # an interrupt that came in such a scope
 
 
 def stop_on_signals() -> None:
@@ -64,7 +67,13 @@ def stop_on_signals() -> None:
 
 
 def end_on_signals(code: int) -> None:
-    """The work is done, and its exit code decided: a signal while the interpreter ends must not change it."""
+    """The work is done, and its exit code decided: a signal while the interpreter ends must not change it.
+
+    The workers of an interrupted command are killed: the interpreter would wait for what they are doing.
+    """
+    if code == INTERRUPTED and "multiprocessing" in sys.modules:
+        for child in sys.modules["multiprocessing"].active_children():
+            child.kill()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -79,8 +88,12 @@ def _handle(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any
 
 def _interrupt(frame: FrameType | None, words: Sequence[str]) -> None:
     """Raise KeyboardInterrupt, but not into an import: libraries catch it there and go on with half a module."""
+    global _waiting
+    if _postponing:
+        _waiting = True
+        return
     if not _is_importing(frame):
-        raise KeyboardInterrupt
+        _raise()
     untouched = _of_temporaries("is_untouched")
     if untouched is None or untouched():
         text = f"interrupted; no output was written; to continue: {command_line(words)}\n"
@@ -148,16 +161,38 @@ def stop_requested() -> Iterator[Stop]:
 
 
 @contextmanager
-def ctrl_c_blocked() -> Iterator[None]:
-    """A scope in which started processes inherit that Ctrl-C does not reach them, from their first instruction on.
+def starting_workers() -> Iterator[None]:
+    """A scope that starts processes: it is not interrupted half-way, and Ctrl-C never reaches them.
 
-    A terminal sends it to the whole process group, and a worker that is still importing would print a traceback.
+    A terminal sends Ctrl-C to the whole process group. A worker that is still importing, or is told only half of what
+    to do, would print a traceback.
     """
-    if sys.platform == "win32":
+    before = None if sys.platform == "win32" else signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with postponed():
+            yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def postponed() -> Iterator[None]:
+    """A short scope that a command's KeyboardInterrupt waits for, in the main thread; others are not interrupted."""
+    global _postponing
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    _postponing += 1
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _postponing -= 1
+        if _waiting and not _postponing:
+            _raise()
+
+
+def _raise() -> None:
+    global _waiting
+    _waiting = False
+    raise KeyboardInterrupt
