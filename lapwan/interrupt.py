@@ -22,6 +22,7 @@ INTERRUPTED = 130  # exit code
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # A launcher and the process group may each deliver the same one: within this time a second one is not a second request.
 _SECONDS_APART = 1.0
+_IMPORT_SECONDS = 5.0  # that an import may take after a signal
 _POLL_SECONDS = 0.02  # between two looks whether an import has ended
 
 
@@ -61,7 +62,7 @@ def stop_on_signals() -> None:
         if stop.request():
             if again:
                 _end_at_once()
-            _interrupt(frame, words)
+            _interrupt(frame, words, stop.time)
 
     _handle(on_signal)
 
@@ -86,8 +87,11 @@ def _handle(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any
             if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN}
 
 
-def _interrupt(frame: FrameType | None, words: Sequence[str]) -> None:
-    """Raise KeyboardInterrupt, but not into an import: libraries catch it there and go on with half a module."""
+def _interrupt(frame: FrameType | None, words: Sequence[str], since: float) -> None:
+    """Raise KeyboardInterrupt, but not into an import: libraries catch it there and go on with half a module.
+
+    Before the first write the process ends there and then; later it waits some seconds for the end of the import.
+    """
     global _waiting
     if _postponing:
         _waiting = True
@@ -96,11 +100,10 @@ def _interrupt(frame: FrameType | None, words: Sequence[str]) -> None:
         _raise()
     untouched = _of_temporaries("is_untouched")
     if untouched is None or untouched():
-        text = f"interrupted; no output was written; to continue: {command_line(words)}\n"
-        with suppress(OSError):
-            os.write(2, text.encode(errors="backslashreplace"))
-        os._exit(INTERRUPTED)
-    signal.signal(signal.SIGALRM, lambda number, later: _interrupt(later, words))
+        _end_at_once(f"interrupted; no output was written; to continue: {command_line(words)}")
+    if time.monotonic() - since > _IMPORT_SECONDS:
+        _end_at_once(f"interrupted; what was finished is whole; to continue: {command_line(words)}")
+    signal.signal(signal.SIGALRM, lambda number, later: _interrupt(later, words, since))
     signal.setitimer(signal.ITIMER_REAL, _POLL_SECONDS)
 
 
@@ -122,12 +125,12 @@ def _of_temporaries(name: str) -> Any:
     return getattr(sys.modules.get("lapwan.temporaries"), name, None)
 
 
-def _end_at_once() -> None:
+def _end_at_once(message: str = "interrupted at once; what was finished is whole") -> None:
     """End without waiting for anything: a write in the background, a worker, another library's clean-up."""
     if (remove_live := _of_temporaries("remove_live")) is not None:
         remove_live()
     with suppress(OSError):
-        os.write(2, b"stopped at once; what was finished before is whole\n")
+        os.write(2, f"{message}\n".encode(errors="backslashreplace"))
     os._exit(INTERRUPTED)
 
 
