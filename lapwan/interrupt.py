@@ -44,6 +44,7 @@ class Stop:
 
 _is_program = False  # signals are this package's to handle; else they are the caller's
 _postponing = 0  # scopes that must not be interrupted
+_raised = False  # a KeyboardInterrupt, in this command
 _waiting = False  # an interrupt that came in such a scope
 
 
@@ -52,8 +53,8 @@ def stop_on_signals() -> None:
 
     For a whole program: a library leaves signals to its caller.
     """
-    global _is_program
-    _is_program = True
+    global _is_program, _raised
+    _is_program, _raised = True, False
     stop = Stop()
     words = sys.argv[1:]
 
@@ -196,6 +197,11 @@ def postponed() -> Iterator[None]:
 
 
 def _raise() -> None:
-    global _waiting
-    _waiting = False
+    global _waiting, _raised
+    _waiting, _raised = False, True
     raise KeyboardInterrupt
+
+
+def was_interrupted() -> bool:
+    """Whether a KeyboardInterrupt was raised, which another library may have turned into an error of its own."""
+    return _raised
