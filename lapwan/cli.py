@@ -26,7 +26,7 @@ from lapwan.cli_aliases import rewrite
 from lapwan.commands.table import COMMANDS, Command
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import finished_text, forget_finished
-from lapwan.interrupt import INTERRUPTED, command_line, stop_on_signals
+from lapwan.interrupt import INTERRUPTED, command_line, stop_on_signals, was_interrupted
 
 
 def _without_bool(params: Any) -> Any:
@@ -59,7 +59,9 @@ def _interrupts_raised() -> Iterator[None]:
     """A KeyboardInterrupt as `Interrupted`: Typer would end the process with 130 and without a word."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, Interrupted) or not (isinstance(error, KeyboardInterrupt) or was_interrupted()):
+            raise
         kept = finished_text()
         raise Interrupted(f"interrupted; {kept or 'no output was written'}", "--overwrite" if kept else "") from None
 

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import ParamSpec, TypeVar
 
 from lapwan.errors import UserError
-from lapwan.interrupt import ctrl_c_blocked
+from lapwan.interrupt import starting_workers
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -109,7 +109,7 @@ def launched() -> Processes:
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
     """A pool of spawned processes for plain functions; forking a process that holds CUDA or torch threads is unsafe."""
-    with ctrl_c_blocked():
+    with starting_workers():
         return _Workers(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
 
 
@@ -118,7 +118,7 @@ class _Workers(ProcessPoolExecutor):
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Submit a call; it may start a worker."""
-        with ctrl_c_blocked():
+        with starting_workers():
             return super().submit(fn, *args, **kwargs)
 
 

@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ INTERRUPTED = 130  # exit code
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # A launcher and the process group may each deliver the same one: within this time a second one is not a second request.
 _SECONDS_APART = 1.0
+_IMPORT_SECONDS = 5.0  # that an import may take after a signal
 _POLL_SECONDS = 0.02  # between two looks whether an import has ended
 
 
@@ -41,6 +43,9 @@ class Stop:
 
 
 _is_program = False  # signals are this package's to handle; else they are the caller's
+_postponing = 0  # scopes that must not be interrupted
+_raised = False  # a KeyboardInterrupt, in this command
+_waiting = False  # an interrupt that came in such a scope
 
 
 def stop_on_signals() -> None:
@@ -48,8 +53,8 @@ def stop_on_signals() -> None:
 
     For a whole program: a library leaves signals to its caller.
     """
-    global _is_program
-    _is_program = True
+    global _is_program, _raised
+    _is_program, _raised = True, False
     stop = Stop()
     words = sys.argv[1:]
 
@@ -58,13 +63,19 @@ def stop_on_signals() -> None:
         if stop.request():
             if again:
                 _end_at_once()
-            _interrupt(frame, words)
+            _interrupt(frame, words, stop.time)
 
     _handle(on_signal)
 
 
 def end_on_signals(code: int) -> None:
-    """The work is done, and its exit code decided: a signal while the interpreter ends must not change it."""
+    """The work is done, and its exit code decided: a signal while the interpreter ends must not change it.
+
+    The workers of an interrupted command are killed: the interpreter would wait for what they are doing.
+    """
+    if code == INTERRUPTED and "multiprocessing" in sys.modules:
+        for child in sys.modules["multiprocessing"].active_children():
+            child.kill()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -77,17 +88,23 @@ def _handle(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any
             if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN}
 
 
-def _interrupt(frame: FrameType | None, words: Sequence[str]) -> None:
-    """Raise KeyboardInterrupt, but not into an import: libraries catch it there and go on with half a module."""
+def _interrupt(frame: FrameType | None, words: Sequence[str], since: float) -> None:
+    """Raise KeyboardInterrupt, but not into an import: libraries catch it there and go on with half a module.
+
+    Before the first write the process ends there and then; later it waits some seconds for the end of the import.
+    """
+    global _waiting
+    if _postponing:
+        _waiting = True
+        return
     if not _is_importing(frame):
-        raise KeyboardInterrupt
+        _raise()
     untouched = _of_temporaries("is_untouched")
     if untouched is None or untouched():
-        text = f"interrupted; no output was written; to continue: {command_line(words)}\n"
-        with suppress(OSError):
-            os.write(2, text.encode(errors="backslashreplace"))
-        os._exit(INTERRUPTED)
-    signal.signal(signal.SIGALRM, lambda number, later: _interrupt(later, words))
+        _end_at_once(f"interrupted; no output was written; to continue: {command_line(words)}")
+    if time.monotonic() - since > _IMPORT_SECONDS:
+        _end_at_once(f"interrupted; what was finished is whole; to continue: {command_line(words)}")
+    signal.signal(signal.SIGALRM, lambda number, later: _interrupt(later, words, since))
     signal.setitimer(signal.ITIMER_REAL, _POLL_SECONDS)
 
 
@@ -109,12 +126,12 @@ def _of_temporaries(name: str) -> Any:
     return getattr(sys.modules.get("lapwan.temporaries"), name, None)
 
 
-def _end_at_once() -> None:
+def _end_at_once(message: str = "interrupted at once; what was finished is whole") -> None:
     """End without waiting for anything: a write in the background, a worker, another library's clean-up."""
     if (remove_live := _of_temporaries("remove_live")) is not None:
         remove_live()
     with suppress(OSError):
-        os.write(2, b"stopped at once; what was finished before is whole\n")
+        os.write(2, f"{message}\n".encode(errors="backslashreplace"))
     os._exit(INTERRUPTED)
 
 
@@ -148,16 +165,43 @@ def stop_requested() -> Iterator[Stop]:
 
 
 @contextmanager
-def ctrl_c_blocked() -> Iterator[None]:
-    """A scope in which started processes inherit that Ctrl-C does not reach them, from their first instruction on.
+def starting_workers() -> Iterator[None]:
+    """A scope that starts processes: it is not interrupted half-way, and Ctrl-C never reaches them.
 
-    A terminal sends it to the whole process group, and a worker that is still importing would print a traceback.
+    A terminal sends Ctrl-C to the whole process group. A worker that is still importing, or is told only half of what
+    to do, would print a traceback.
     """
-    if sys.platform == "win32":
+    before = None if sys.platform == "win32" else signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with postponed():
+            yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def postponed() -> Iterator[None]:
+    """A short scope that a command's KeyboardInterrupt waits for, in the main thread; others are not interrupted."""
+    global _postponing
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    _postponing += 1
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _postponing -= 1
+        if _waiting and not _postponing:
+            _raise()
+
+
+def _raise() -> None:
+    global _waiting, _raised
+    _waiting, _raised = False, True
+    raise KeyboardInterrupt
+
+
+def was_interrupted() -> bool:
+    """Whether a KeyboardInterrupt was raised, which another library may have turned into an error of its own."""
+    return _raised

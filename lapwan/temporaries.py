@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lapwan.console import log, warn
+from lapwan.interrupt import postponed
 
 _PREFIX = ".lapwan-tmp-"
 _LOCK, _OLD = ".lock", ".old"
@@ -251,15 +252,15 @@ def put(source: Path, target: Path) -> None:
     A folder cannot be renamed onto one with files: the two exchange their names (renameat2), or, where the system or
     the file system cannot, the old one goes first, and `remove_stale` finishes what a kill in between leaves.
     """
-    if not (source.is_dir() and os.path.lexists(target)):
-        source.rename(target)
-    elif not _exchange(source, target):
-        old = source.with_name(_OLD)
-        target.rename(old)
-        source.rename(target)
+    with postponed():  # what an interrupted command says it has finished is what is there
+        if not (source.is_dir() and os.path.lexists(target)):
+            source.rename(target)
+        elif not _exchange(source, target):
+            target.rename(source.with_name(_OLD))
+            source.rename(target)
+        if not any(is_temporary(folder) for folder in target.parents):
+            finished.append(target)
     fsync_path(target.parent)
-    if not any(is_temporary(folder) for folder in target.parents):
-        finished.append(target)
 
 
 def _exchange(source: Path, target: Path) -> bool:

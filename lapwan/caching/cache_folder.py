@@ -96,8 +96,7 @@ def build_cache(
         try:
             return _encode_and_index(plan, before, spec, options, processes)
         except KeyboardInterrupt:
-            raise Interrupted(f"interrupted; finished files in {cache.folder} are kept; "
-                              "run the same command again to continue", again="") from None
+            raise Interrupted(f"interrupted; finished files in {cache.folder} are kept", again="") from None
         except OSError as error:
             raise UserError(f"cannot write to {cache.folder}: {error.strerror or error}; existing files are complete; "
                             "free disk space and run the same command again to continue") from None

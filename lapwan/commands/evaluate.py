@@ -47,8 +47,7 @@ def _run(settings: EvaluateSettings, options: RunOptions) -> None:
     try:
         _measure(settings, study)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; finished videos are kept in {out / 'videos'}: the same command with --resume "
-                          "continues", again="--resume") from None
+        raise Interrupted(f"interrupted; finished videos are kept in {out / 'videos'}", again="--resume") from None
 
 
 def _measure(settings: EvaluateSettings, study: Study) -> None:

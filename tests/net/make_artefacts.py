@@ -129,7 +129,7 @@ def _evaluation(expected: Path) -> None:
     _lapwan(*words, "whole/evaluation")
     shutil.copy("whole/evaluation/evaluation.json", expected)
     videos = Path("evaluation/videos")
-    _interrupt((*words, "evaluation"), lambda: len(list(videos.rglob("*.json"))) >= _ENOUGH_VIDEOS)
+    _interrupt((*words, "evaluation"), lambda: len(list(videos.glob("*/*.json"))) >= _ENOUGH_VIDEOS)
 
 
 def _tidy(folder: Path) -> None:
