@@ -372,7 +372,7 @@ def _signalled(server: Server, template: Path, folder: Path, reference: Referenc
 
 
 def _check_interrupted(made: Disturbed, outcome: Outcome, where: Path, work: Work) -> None:
-    if "Traceback" in outcome.err:
+    if "Traceback" in outcome.err and not made.finished:
         made.faults.append(f"traceback: {outcome.last[:160]!r}")
     if outcome.code == 130 and work.said not in outcome.err.lower():
         made.faults.append(f"the last line is {outcome.last[:160]!r}")
