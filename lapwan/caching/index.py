@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 from lapwan import files
 from lapwan.data.clip_file import to_line
 from lapwan.data.video import VideoFacts
+from lapwan.documents import parse_json
 from lapwan.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ T = TypeVar("T")
 INDEX_FILE = "lapwan_index.jsonl"
 _NUMBERED, _BY_FAMILY = 1, 2  # formats: how labels are stored
 _SHOWN = 60  # characters of a value in a message
-_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -187,25 +187,12 @@ def _numbered(row: dict[str, Any], families: tuple[str, ...] | None) -> None:
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        value = json.loads(line, parse_constant=_refuse, parse_int=_limited)
-    except json.JSONDecodeError as error:
-        raise _damaged(path, number, f"broken JSON, {error.msg} at character {error.colno}") from None
-    except ValueError as error:  # NaN
+        value = parse_json(line, "it")
+    except UserError as error:
         raise _damaged(path, number, str(error)) from None
-    except RecursionError:
-        raise _damaged(path, number, "nested too deep") from None
     if not isinstance(value, dict):
         raise _damaged(path, number, "not an object")
     return value
-
-
-def _limited(text: str) -> int | float:
-    """An integer; infinity, which no key may have, for one that no file, frame or pixel count reaches."""
-    return int(text) if len(text) < _DIGITS else float("inf")
-
-
-def _refuse(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
 
 
 @functools.cache

@@ -441,8 +441,10 @@ def key_removed(path: Path, rng: Random) -> None:
 @damage("json", may_pass=True)
 def number_of_5000_digits(path: Path, rng: Random) -> None:
     document = json.loads(path.read_text("utf-8"))
-    leaves = _leaves(document)
-    set_leaf(document, rng.choice(leaves), "@digits@")
+    if leaves := _leaves(document):
+        set_leaf(document, rng.choice(leaves), "@digits@")
+    else:
+        document = {"a": "@digits@"}
     replace(path, json.dumps(document).replace('"@digits@"', DIGITS))
 
 

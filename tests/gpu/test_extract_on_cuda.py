@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lapwan.checkpoints.container import read_header
+from lapwan.checkpoints.weights import read_weights
 from lapwan.lora.extract import RankChoice, extract
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -24,7 +24,7 @@ def test_extraction_is_that_of_the_cpu(tmp_path):
             tuned[key] = (base[key].float() + 1e-3 * left @ right.T).bfloat16()
     for name, tensors in (("tuned", tuned), ("base", base)):
         save_file(tensors, tmp_path / f"{name}.safetensors")
-    files = [[read_header(tmp_path / f"{name}.safetensors")] for name in ("tuned", "base")]
+    files = [[read_weights(tmp_path / f"{name}.safetensors")] for name in ("tuned", "base")]
     for choice in (RankChoice(16), RankChoice(256, 0.95)):
         on_cpu, on_gpu = (extract(*files, choice, dtype=torch.float32, device=torch.device(device))
                           for device in ("cpu", "cuda"))
