@@ -101,7 +101,8 @@ _APPLIED = PhraseMatcher((word, True) for word in _phrases("""
     introduce enter advance approach
 """))
 _TO_COME = PhraseMatcher((word, True) for word in _phrases("""
-    准备 拟 即将 将要 打算 about_to prepare_to preparing_to ready_to ready_for prepare_for preparing_for going_to
+    准备 拟 即将 将要 打算 计划 预备 等待 等候 待 下一步 about_to prepare_to preparing_to ready_to ready_for prepare_for
+    preparing_for going_to next_step next_up up_next planned plan_to wait_for await scheduled
 """))
 _LOOKALIKE = frozenset({*"样状形", *map("".join, _phrases("like shaped"))})
 _VIEWERS = PhraseMatcher((word, True) for word in _phrases("镜头 摄像头 camera lens"))
@@ -111,6 +112,23 @@ _CURRENT = frozenset({"极", *map("".join, _phrases("bipolar monopolar"))})
 _NEEDS_CURRENT = frozenset({
     *"电凝灼", *map("".join, _phrases("cauterize cauterise electrocoagulate electrocauterize coagulate"))
 })
+_NOT_BEGUN = re.compile(r"(操作|步骤)?(即将|正式)?(开始)?(之前|以前|前(?![方壁端侧缘]))|尚未|还未|还没|未开始")
+_BEFORE = re.compile(r"\b(before|prior to|until|ahead of)( [a-z]+){0,5} $")
+_NEXT = re.compile(r"(next|next step|up next|plan|planned|下 一 步|计 划) : $")
+_AFTER = re.compile(r"\b(after|following|once)( the| a| an)? $")
+_OVER = re.compile(r"(之)?后|以后|完成|完毕|结束")
+_STILL_HELD = frozenset("住起持紧牢")
+_FULLY = _words("fully completely totally entirely widely now")
+_CLEANING = frozenset({*"洗清擦拭", *map("".join, _phrases("clean wash rinse wipe irrigate flush"))})
+_LENSES = PhraseMatcher((word, True) for word in _phrases("镜头 镜子 镜面 镜片 物镜 摄像头 lens camera scope laparoscope optic"))
+# What happens to a lens that is then cleaned; one that zooms in or moves is not
+_DIRTY = frozenset({*"雾糊脏污沾染退拔取出拿", *map("".join, _phrases(
+    "fog foggy fogging smear dirty blurred blurry stain out outside remove withdraw exit"))})
+_FLUIDS = frozenset({*"血液烟水汁脓渗雾", *map("".join, _phrases(
+    "blood fluid smoke bile pus clot saline field view fluids debris plume pelvis abdomen"))})
+_APPLIERS = frozenset({"夹", *map("".join, _phrases("applier clipper applicator"))})
+_CLIPPED = re.compile(r"胆囊|动脉|静脉|血管|残端|近端|远端|断端|管|蒂|系膜")
+_CLIPPED_WORDS = frozenset(map("".join, _phrases("cystic artery duct vessel stump vein pedicle proximal distal")))
 _COMPLEMENTS = frozenset("了着过开断成住掉")
 
 
@@ -164,12 +182,16 @@ class _Roles:
         self._subjects = [word.start for word in _SUBJECTS.find(text, spans)]
         self._viewers = [word.start for word in _VIEWERS.find(text, spans)
                          if self._after(word.end)[:1] not in _UNDER_VIEW]
+        self._lenses = [word.start for word in _LENSES.find(text, spans) if self._after(word.end)[:1] not in _UNDER_VIEW]
         self._applied = [word.start for word in _APPLIED.find(text, spans)]
         self._to_come = [word.start for word in _TO_COME.find(text, spans)]
         self._results = [self._is_result(m) for m in mentions]
         # 剪断后，剪刀已撤出: what a denied instrument did is over too
-        present = {m.family for m in mentions if not m.negated and not self._is_chinese_verb(m)}
+        present = {m.family for m in mentions
+                   if not m.negated and m.part != "material" and not self._is_chinese_verb(m)}
         self._gone = {m.family for m in mentions if m.negated} - present
+        self._applier_gone = any(m.negated and m.part != "material"
+                                 and not _APPLIERS.isdisjoint(text.units[m.start:m.end]) for m in mentions)
         for m, result in zip(mentions, list(self._results), strict=True):
             if result:
                 self._reach_back(m)
@@ -183,11 +205,16 @@ class _Roles:
             return Weight.NOTHING
         if mention.part == "verb" and self._done_by_another(mention):
             return Weight.NOTHING
+        if mention.part != "noun" and self._cleans_the_lens(mention):
+            return Weight.NOTHING
         if self._is_chinese_verb(mention) and mention.family in self._gone:
             return Weight.NOTHING
-        if mention.part == "material" and (self._handled(mention) or not self._is_applied(mention)):
+        if mention.part == "material" and (
+                self._applier_gone or self._handled(mention) or not self._is_applied(mention)):
             return Weight.NOTHING
         if mention.part in ("verb", "material") and self._in_clause(self._to_come, mention, before=True):
+            return Weight.NOTHING
+        if _NEXT.search(self._words_before(mention)):
             return Weight.NOTHING
         return Weight.LAST_RESORT if self._is_over(mention) else Weight.FULL
 
@@ -208,7 +235,38 @@ class _Roles:
         return (word.endswith(("ing", "ed")) or self._in_clause(self._applied, material)
                 or any(m.family == material.family and self._clause(m) == clause
                        and self._at_work(m, ("", "noun", "verb")) for m in self._mentions)
-                or _word(self._text, material.end) in _DETERMINERS)  # clips the artery
+                or _word(self._text, material.end) in _DETERMINERS or self._is_transitive(material))
+
+    def _is_transitive(self, material: RoleMention) -> bool:
+        """A material as a verb before what it is applied to: double clip胆囊管, clips cystic artery."""
+        if is_han(self._text.units[material.end - 1]) or material.end >= len(self._text.units):
+            return False
+        return (self._text.units[material.end] in _CLIPPED_WORDS
+                or _CLIPPED.match(self._after(material.end)) is not None)
+
+    def _cleans_the_lens(self, mention: RoleMention) -> bool:
+        """Whether the lens is cleaned, in its clause or, without an instrument, as the subject of the sentence."""
+        if _CLEANING.isdisjoint(self._text.units[mention.start:mention.end]) or self._text.units[mention.end - 1] in (
+                _CHINESE_NOUN_ENDS):
+            return False
+        clause, sentence = self._clause(mention), bisect_right(self._sentences, mention.start)
+        agents = [m for m in self._mentions if m.part != "verb" and m.family >= 0 and self._at_work(m, ("", "noun"))
+                  and _CLEANING.isdisjoint(self._text.units[m.start:m.end])]
+        if any(self._clause(m) == clause for m in agents):
+            return False
+        lenses = [at for at in self._lenses if bisect_right(self._sentences, at) == sentence]
+        if any(bisect_right(self._starts, at) == clause for at in lenses):
+            return True
+        before = [at for at in lenses if at < mention.start]
+        return bool(before) and not any(before[-1] < m.start < mention.start for m in agents) and (
+            not self._has_fluid_object(mention) and self._leaves_for_cleaning(before[-1], mention.start))
+
+    def _leaves_for_cleaning(self, lens: int, verb: int) -> bool:
+        between = self._text.units[lens:verb]
+        return not _DIRTY.isdisjoint(between)
+
+    def _has_fluid_object(self, verb: RoleMention) -> bool:
+        return not _FLUIDS.isdisjoint(self._text.units[verb.end:verb.end + 8])
 
     def _at_work(self, mention: RoleMention, parts: tuple[str, ...]) -> bool:
         at = self._mentions.index(mention)
@@ -224,6 +282,8 @@ class _Roles:
         if self._in_clause(self._viewers, verb, before=True):
             return True  # the camera pulls back
         if self._in_clause(self._subjects, verb, before=True):
+            return False
+        if self._has_fluid_object(verb) and not _CLEANING.isdisjoint(self._text.units[verb.start:verb.end]):
             return False
         sentence = bisect_right(self._sentences, verb.start)
         earlier = [m for m in agents if m.start < verb.start and bisect_right(self._sentences, m.start) == sentence]
@@ -256,10 +316,14 @@ class _Roles:
         return self._is_to_come(mention) or self._is_attributive(mention)
 
     def _is_to_come(self, mention: RoleMention) -> bool:
-        """Before dissection, prior to clipping the duct."""
-        before = self._text.words[max(mention.start - 2, 0):mention.start]
-        return (before[-1:] == ("before",) or before == ("prior", "to")) and (
-            _word(self._text, mention.end - 1).endswith(("ing", "ion")))
+        """Before any dissection, prior to clipping the duct, dissection开始前."""
+        if not _word(self._text, mention.end - 1).endswith(("ing", "ion")):
+            return False
+        return (_BEFORE.search(self._words_before(mention)) is not None
+                or _NOT_BEGUN.match("".join(self._text.units[mention.end:mention.end + 8])) is not None)
+
+    def _words_before(self, mention: RoleMention) -> str:
+        return " ".join(self._text.words[max(mention.start - 8, 0):mention.start]) + " "
 
     def _is_attributive(self, mention: RoleMention) -> bool:
         """A past participle before its noun: the clipped duct, previously ligated vessels."""
@@ -294,10 +358,17 @@ class _Roles:
     def _is_over(self, mention: RoleMention) -> bool:
         """A step that is over: 已夹闭, has been clipped, previously ligated."""
         start = mention.start
+        deed = mention.part == "verb" or _word(self._text, mention.end - 1).endswith(("ing", "ion"))
+        if deed and _OVER.match(self._after(mention.end)) is not None and (
+                self._text.units[mention.end - 1] not in _STILL_HELD):
+            return True  # 夹闭后，剪刀剪断
         if is_han(self._text.units[start]):
             return (self._is_chinese_verb(mention)
                     and any(self._text.units[max(start - len(w), 0):start] == w for w in _CHINESE_EARLIER))
         before, second = _word(self._text, start - 1), _word(self._text, start - 2)
+        if self._mentions[-1].start > start and _word(self._text, mention.end - 1).endswith(("ing", "ion")) and (
+                _AFTER.search(self._words_before(mention)) is not None):
+            return True  # after clipping, scissors cut
         if not (_word(self._text, mention.end - 1).endswith("ed")
                 or _word(self._text, mention.end - 1) in _PARTICIPLES):
             return False

@@ -66,7 +66,7 @@ _WORDS: tuple[tuple[Role, str], ...] = (
         following_removal_of
     """),
     (_R.NEGATOR | _R.FORWARD | _R.LOOSE | _R.PENDING, """
-        准备 拟 计划 打算 即将 预备 下一步 等待 等候 正等 待 要求递 请求 呼叫 示意递 索要 主刀要 术者要
+        准备 拟 拟用 拟以 拟行 计划 打算 即将 预备 下一步 等待 等候 正等 待 要求递 请求 呼叫 示意递 索要 主刀要 术者要
         ask_for call_for wait_for await request send_for about_to prepare_to prepare_for ready_for
         plan_to going_to next_step next_up up_next planned
     """),
@@ -127,7 +127,8 @@ _WORDS: tuple[tuple[Role, str], ...] = (
     """),
     (_R.FINAL, """
         requested awaited pending not_yet not_in not_in_yet not_here not_there not_here_yet not_there_yet
-        to_come to_follow is_next are_next none nil
+        没到 未到 还没到 尚未到 没来 还没来
+        yet_to_come to_come to_follow is_next are_next none nil
     """),
     (_R.STOP | _R.THEN_GONE, "after"),
     (_R.THEN_GONE, "once since with following now_that"),
@@ -161,5 +162,5 @@ _VOCABULARY = _vocabulary()
 MATCHER = PhraseMatcher(_VOCABULARY.items())
 TRIGGERS = frozenset(
     word[0] for word, role in _VOCABULARY.items()
-    if role & (_R.NEGATOR | _R.WITHDRAWN | _R.LEAVES | _R.FINAL | _R.PENDING | _R.UNTIL | _R.THEN_GONE)
+    if role & (_R.NEGATOR | _R.WITHDRAWN | _R.LEAVES | _R.FINAL | _R.PENDING | _R.UNTIL | _R.THEN_GONE | _R.PRIOR_END)
 )
