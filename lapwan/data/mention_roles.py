@@ -94,15 +94,16 @@ _SUBJECTS = PhraseMatcher((word, True) for word in _phrases("""
 """))
 # What makes a material an instrument at work; verbs that are keywords themselves need no entry
 _APPLIED = PhraseMatcher((word, True) for word in _phrases("""
-    上 放置 置入 置 放 施 施加 施放 释放 打 打上 打入 套 套上 锁 锁闭 扣 夹 夹闭 夹住 钳夹 双重 应用 使用 用 以 置放
-    安放 击发 缝 缝合 结扎 捆扎 收紧 拉紧 打结 穿过 穿 刺入 刺 插入 置于 推结 缠绕 压迫 填塞 擦拭 拭净 蘸 擦
-    place apply applied fire deploy close occlude secure load put lock squeeze clamp clamped insert position use using
-    tie tied tying pass drive tighten throw threw run sew stitch ligate seal pull loop press pack dab wipe soak
+    上 放置 置入 置 放 施 施加 施放 释放 打 打上 打入 套 套上 锁 锁闭 锁扣 扣 夹 夹闭 夹住 钳夹 双重 应用 使用 用 以
+    置放 安放 击发 缝 缝合 结扎 捆扎 收紧 拉紧 打结 穿过 穿 刺入 刺 插入 置于 推结 缠绕 压迫 填塞 擦拭 拭净 蘸 擦
+    go_on goes_on place apply applied fire deploy close occlude secure load put lock squeeze clamp clamped insert
+    position use using tie tied tying pass drive tighten throw threw run sew stitch ligate seal pull loop press pack dab wipe soak
     introduce enter advance approach
 """))
 _TO_COME = PhraseMatcher((word, True) for word in _phrases("""
-    准备 拟 即将 将要 打算 计划 预备 等待 等候 待 下一步 about_to prepare_to preparing_to ready_to ready_for prepare_for
-    preparing_for going_to next_step next_up up_next planned plan_to wait_for await scheduled
+    准备 拟 即将 将要 打算 计划 预备 等待 等候 待 下一步 尚未 还没 还未 未开始
+    about_to prepare_to preparing_to ready_to ready_for prepare_for preparing_for going_to next_step next_up up_next planned plan_to wait_for await scheduled not_yet yet_to
+    not_started not_begun
 """))
 _LOOKALIKE = frozenset({*"样状形", *map("".join, _phrases("like shaped"))})
 _VIEWERS = PhraseMatcher((word, True) for word in _phrases("镜头 摄像头 camera lens"))
@@ -118,9 +119,10 @@ _NEXT = re.compile(r"(next|next step|up next|plan|planned|下 一 步|计 划) :
 _AFTER = re.compile(r"\b(after|following|once)( the| a| an)? $")
 _OVER = re.compile(r"(之)?后|以后|完成|完毕|结束")
 _STILL_HELD = frozenset("住起持紧牢")
-_FULLY = _words("fully completely totally entirely widely now")
 _CLEANING = frozenset({*"洗清擦拭", *map("".join, _phrases("clean wash rinse wipe irrigate flush"))})
-_LENSES = PhraseMatcher((word, True) for word in _phrases("镜头 镜子 镜面 镜片 物镜 摄像头 lens camera scope laparoscope optic"))
+_LENSES = PhraseMatcher((word, True) for word in _phrases("""
+    镜头 镜子 镜面 镜片 物镜 摄像头 lens camera scope laparoscope optic
+"""))
 # What happens to a lens that is then cleaned; one that zooms in or moves is not
 _DIRTY = frozenset({*"雾糊脏污沾染退拔取出拿", *map("".join, _phrases(
     "fog foggy fogging smear dirty blurred blurry stain out outside remove withdraw exit"))})
@@ -182,13 +184,14 @@ class _Roles:
         self._subjects = [word.start for word in _SUBJECTS.find(text, spans)]
         self._viewers = [word.start for word in _VIEWERS.find(text, spans)
                          if self._after(word.end)[:1] not in _UNDER_VIEW]
-        self._lenses = [word.start for word in _LENSES.find(text, spans) if self._after(word.end)[:1] not in _UNDER_VIEW]
+        self._lenses = [word.start for word in _LENSES.find(text, spans)
+                        if self._after(word.end)[:1] not in _UNDER_VIEW]
         self._applied = [word.start for word in _APPLIED.find(text, spans)]
         self._to_come = [word.start for word in _TO_COME.find(text, spans)]
         self._results = [self._is_result(m) for m in mentions]
         # 剪断后，剪刀已撤出: what a denied instrument did is over too
         present = {m.family for m in mentions
-                   if not m.negated and m.part != "material" and not self._is_chinese_verb(m)}
+                   if not m.negated and m.part in ("", "noun") and not self._is_chinese_verb(m)}
         self._gone = {m.family for m in mentions if m.negated} - present
         self._applier_gone = any(m.negated and m.part != "material"
                                  and not _APPLIERS.isdisjoint(text.units[m.start:m.end]) for m in mentions)

@@ -5,9 +5,9 @@ Two patterns, both inside a clause. A negator denies the mention it governs, ove
 what follows of the same family (未使用剪刀剪断). A mention is also denied by what follows it: a negator with a verb of
 use or presence (剪刀未使用, scissors are not visible), or a withdrawal (电凝钩已撤出), unless the instrument returns.
 
-What is yet to come is denied as well: asked or waited for, or seen from before its arrival (等待剪刀, before the hook is
-introduced). What leaves during the clip is seen; what left before it (已退出, was removed before the clip starts), or
-before what the sentence is about (after the scissors were removed), is not.
+What is yet to come is denied as well: asked or waited for, or seen from before its arrival (等待剪刀, before the hook
+is introduced). What leaves during the clip is seen; what left before it (已退出, was removed before the clip starts),
+or before what the sentence is about (after the scissors were removed), is not.
 
 How to add a word: see `negation_words.py`.
 """
@@ -69,7 +69,7 @@ def _elements(text: SplitText, mentions: Sequence[PhraseMatch[int]]) -> list[_El
 
 
 def _denied_after(elements: list[_Element], at: int) -> int | None:
-    """The denying word's position, if what follows mention `at` denies it: 剪刀 均 未 使用, scissors are not visible."""
+    """The denying word's position, if what follows mention `at` denies it: 剪刀 均 未 使用, scissors aren't visible."""
     mention, begin = at, _after_gloss(elements, at)
     listed = begin < len(elements) and bool(elements[begin].role & Role.COLON)  # scissors: none
     begin = _after_prior(elements, begin + listed)
@@ -77,24 +77,32 @@ def _denied_after(elements: list[_Element], at: int) -> int | None:
     if at >= len(elements):
         return None
     role = elements[at].role
-    if role & Role.LEAVES or role & Role.WITHDRAWN or role & Role.OUT:
-        return at if _is_gone(elements, mention, begin, at) and not _returns(elements, at + 1) else None
     if role & Role.FINAL and _ends(elements, at + 1):
         return at
-    if role & (Role.USE | Role.LEAVES) and _is_before_arrival(elements, mention, at):
+    if role & (Role.LEAVES | Role.WITHDRAWN | Role.OUT):
+        return at if _is_gone(elements, mention, begin, at) and not _returns(elements, at + 1) else None
+    if role & (Role.USE | Role.LAST) and _is_before_arrival(elements, mention, at):
         return at
-    if not role & Role.NEGATOR or (role & Role.FORWARD and not role & Role.PENDING):
+    if role & Role.USE and any(element.role & Role.LATER for element in _clause_after(elements, at + 1)):
+        return at
+    if not role & (Role.NEGATOR | Role.PENDING) or (role & Role.FORWARD and not role & Role.PENDING):
         return None
     if listed and _ends(elements, at + 1):
         return at
     verb = at
-    if not (role & Role.LOOSE and not role & Role.FORWARD and _ends(elements, at + 1)):  # 剪刀未用: the verb is in the negator
+    complete = role & Role.LOOSE and not role & Role.FORWARD  # 剪刀未用: the verb is in the negator
+    if not (complete and _ends(elements, at + 1)):
         verb = _skip(elements, at + 1, Role.AUXILIARY | Role.FILLER)
-        if verb >= len(elements) or not elements[verb].role & Role.USE:
+        if verb >= len(elements) or not elements[verb].role & (Role.USE | Role.LAST):
             return None
+        if not elements[verb].role & Role.USE:  # not in yet
+            return at if _ends(elements, _skip(elements, verb + 1, Role.FILLER)) else None
         # 吸引 未 见 出血 has an object and denies that; English has the passive here, which takes none
         if not elements[verb].latin and not _ends(elements, verb + 1):
             return None
+        if verb + 1 < len(elements) and elements[verb + 1].role & Role.DETERMINER and any(
+                element.mention >= 0 for element in elements[verb + 2:verb + 4]):
+            return None  # the grasper pulls, never using the hook
     return at
 
 
@@ -105,10 +113,10 @@ def _is_gone(elements: list[_Element], mention: int, begin: int, at: int) -> boo
         return True
     if _follows(elements, mention, Role.THEN_GONE) and elements[at].latin:
         return True
-    if not role & Role.LEAVES:
-        return False
     if any(element.role & Role.PERFECT or element.role & Role.PRIOR_END for element in elements[max(begin - 1, 0):at]):
         return True
+    if not role & Role.LEAVES:
+        return False
     clause = _clause_after(elements, at + 1)
     if elements[at].latin and clause and clause[0].role & Role.STOP and not clause[0].latin:
         return True  # scissors were removed后
@@ -188,15 +196,20 @@ def _skip(elements: list[_Element], at: int, role: Role) -> int:
 def _joined_before(elements: list[_Element], at: int) -> set[int]:
     """The mention at `at` and those joined before it: 剪刀 和 电凝钩."""
     mentions = {elements[at].mention}
-    joined = False
-    after = elements[at + 1:at + 3]
-    join = Role.JOIN | Role.COMMA if any(e.role & (Role.COLON | Role.ALL) for e in after) else Role.JOIN
-    for element in reversed(elements[:at]):
-        if element.mention >= 0 and joined:
+    join = Role.OTHER
+    listing = Role.JOIN
+    if any(element.role & (Role.COLON | Role.ALL) for element in elements[at + 1:at + 3]):
+        listing |= Role.COMMA
+    for number in range(at - 1, -1, -1):
+        element = elements[number]
+        if element.mention >= 0 and (join or (listing & Role.COMMA and elements[number + 1].mention >= 0)):
+            # a comma may also end another clause: 仅见吸引器，剪刀和电凝钩都不在画面
+            if join & Role.COMMA and number and not elements[number - 1].role & (listing | Role.BREAK):
+                break
             mentions.add(element.mention)
-            joined = False
-        elif element.role & join:
-            joined = True
+            join = Role.OTHER
+        elif element.role & listing:
+            join = element.role & listing
         elif not element.role & Role.FILLER:
             break
     return mentions
@@ -241,6 +254,8 @@ class _Scope:
         role = element.role
         if role & Role.NEGATOR and not role & Role.JOIN:
             return True  # a second negator starts its own scope, or lifts this one (not without scissors)
+        if role & Role.COLON and self._elements[self._at].role & Role.PENDING and at == self._at + 1:
+            return False  # next step: scissors
         if role & (Role.BREAK | Role.WITHDRAWN):
             return True
         if role & Role.COMMA:
@@ -261,7 +276,7 @@ class _Scope:
         role = element.role
         if role & Role.JOIN:
             self._lost &= not role & Role.OR
-            self._stepped = False
+            self._stepped &= not role & Role.OR  # no bleeding and | the hook
         elif role & (Role.USE | Role.HELD) and not self._lost:
             self._loosen(element)
         elif role & Role.STOP:
