@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lapwan.data.caption_text import PhraseMatch, SplitText
-from lapwan.data.negation_words import MATCHER, TRIGGERS, Role
+from lapwan.data.negation_words import MATCHER, TRIGGERS
+from lapwan.data.negation_words import NegationRole as Role
 
 _LOOSE_SLACK = 2  # modifiers allowed after a loose negator: 未使用 | 锋利 | 弯头 | 剪刀
 _PRIOR_WORDS = 7

@@ -10,7 +10,7 @@ from enum import Flag, auto
 from lapwan.data.caption_text import PhraseMatcher, units
 
 
-class Role(Flag):
+class NegationRole(Flag):
     OTHER = 0
     NEGATOR = auto()
     FORWARD = auto()  # a negator that governs only what follows it: `hook without suction` does not deny the hook
@@ -45,9 +45,9 @@ class Role(Flag):
     FOOTAGE = auto()  # what such a phrase is about
 
 
-_R = Role
+_R = NegationRole
 # Words separated by spaces; `_` is a space inside a phrase.
-_WORDS: tuple[tuple[Role, str], ...] = (
+_WORDS: tuple[tuple[NegationRole, str], ...] = (
     (_R.NEGATOR, """
         未 没 没有 无 不 非 别 勿 莫 尚未 从未 并未 未曾 并不 并非 并无 并没有 从没 不再 未再 没再 毫无 不能 不可
         还没 还没有 还未 仍没 仍没有 没能 未能 不宜 不得 不会 暂无 尚无 暂未 仍未 亦未 亦无 均无
@@ -158,8 +158,8 @@ _WORDS: tuple[tuple[Role, str], ...] = (
 )
 
 
-def _vocabulary() -> dict[tuple[str, ...], Role]:
-    words: dict[tuple[str, ...], Role] = {}
+def _vocabulary() -> dict[tuple[str, ...], NegationRole]:
+    words: dict[tuple[str, ...], NegationRole] = {}
     for role, row in _WORDS:
         for word in row.split():
             words[units(word)] = words.get(units(word), _R.OTHER) | role
