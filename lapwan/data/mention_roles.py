@@ -45,6 +45,7 @@ from lapwan.data.mention_words import (
     EARLIER,
     FLUIDS,
     FUNCTION_WORDS,
+    HOLD,
     JAWS,
     LENSES,
     LOOKALIKE,
@@ -175,6 +176,8 @@ class _Roles:
             return Weight.NOTHING
         if NEXT.search(self._words_before(mention)):
             return Weight.NOTHING
+        if self._is_hold_of_material(mention):
+            return Weight.NOTHING
         return Weight.LAST_RESORT if self._is_over(mention) else Weight.FULL
 
     def _clause(self, mention: RoleMention) -> int:
@@ -192,9 +195,14 @@ class _Roles:
         if not any(unit.isalnum() for unit in rest):
             return True  # the material alone, such as a user's hint
         return (word.endswith(("ing", "ed")) or self._in_clause(self._applied, material)
-                or any(m.family == material.family and self._clause(m) == clause
+                or any(m.family == material.family and self._clause(m) == clause and not self._is_hold_of_material(m)
                        and self._at_work(m, ("", "noun", "verb")) for m in self._mentions)
                 or _word(self._text, material.end) in DETERMINERS or self._is_transitive(material))
+
+    def _is_hold_of_material(self, verb: RoleMention) -> bool:
+        """Both clips hold well."""
+        return self._text.units[verb.start:verb.end] in HOLD and any(
+            m.part == "material" and m.end == verb.start for m in self._mentions)
 
     def _is_transitive(self, material: RoleMention) -> bool:
         """A material as a verb before what it is applied to: double clip胆囊管, clips cystic artery."""

@@ -84,6 +84,7 @@ BEFORE = re.compile(r"\b(before|prior to|until|ahead of)( [a-z]+){0,5} $")
 NEXT = re.compile(r"(next|next step|up next|plan|planned|下 一 步|计 划) : $")
 AFTER = re.compile(r"\b(after|following|once)( the| a| an)? $")
 OVER = re.compile(r"(之)?后|以后|完成|完毕|结束")
+HOLD = _phrases("hold held")
 STILL_HELD = frozenset("住起持紧牢")
 CLEANING = frozenset({*"洗清擦拭", *map("".join, _phrases("clean wash rinse wipe irrigate flush"))})
 LENSES = PhraseMatcher((word, True) for word in _phrases("""

@@ -88,6 +88,7 @@ def _denied_after(elements: list[_Element], at: int) -> int | None:
         return at
     if not role & (Role.NEGATOR | Role.PENDING) or (role & Role.FORWARD and not role & Role.PENDING):
         return None
+    listed = listed or any(element.role & Role.ALL for element in elements[begin:at])  # 剪刀和电凝钩都没有
     if listed and _ends(elements, at + 1):
         return at
     verb = at
@@ -114,7 +115,8 @@ def _is_gone(elements: list[_Element], mention: int, begin: int, at: int) -> boo
         return True
     if _follows(elements, mention, Role.THEN_GONE) and elements[at].latin:
         return True
-    if any(element.role & Role.PERFECT or element.role & Role.PRIOR_END for element in elements[max(begin - 1, 0):at]):
+    over = Role.PERFECT | Role.PRIOR_END | Role.ALL
+    if any(element.role & over for element in elements[max(begin - 1, 0):at]):
         return True
     if not role & Role.LEAVES:
         return False
@@ -255,7 +257,8 @@ class _Scope:
         role = element.role
         if role & Role.NEGATOR and not role & Role.JOIN:
             return True  # a second negator starts its own scope, or lifts this one (not without scissors)
-        if role & Role.COLON and self._elements[self._at].role & Role.PENDING and at == self._at + 1:
+        agenda = self._elements[self._at].role & Role.LATER and at == self._at + 1
+        if role & Role.COLON and agenda:
             return False  # next step: scissors
         if role & (Role.BREAK | Role.WITHDRAWN):
             return True

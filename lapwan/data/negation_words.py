@@ -100,6 +100,7 @@ _WORDS: tuple[tuple[NegationRole, str], ...] = (
     (_R.FILLER | _R.AUXILIARY | _R.PERFECT, "has have had"),
     (_R.AUXILIARY | _R.PERFECT, "已 已经 均已 早已 业已 已被 就已 就已经 早就 都已 也已 already"),
     (_R.AUXILIARY, """
+        此刻 现在
         就 便 也 尚 暂 暂时 还 仍 此前 先前 早先 早前 刚才 之前 被 并 此时 全程 始终 一直 本次 术中 目前
         在旁 旁边 待命 闲置 松开 完全 缓慢 立即 迅速
         currently still remain idle idle_and now fully completely slowly then just
@@ -117,6 +118,7 @@ _WORDS: tuple[tuple[NegationRole, str], ...] = (
         已撤出 已撤离 已退出 已移出 已移除 已移走 已离开 已停用 已经撤出 已经退出 已经移出 停用 停止使用 暂停使用
         不在画面 不在视野 不在镜头 不在术野 不在场 未在画面 未在视野 没在画面
         画面外 视野外 镜头外 镜外 画外 不见踪影 不见了 缺席 缺如 不在了 不在此 无踪影 没踪影 已不在 在体外 仍在体外
+        在外面 还在外面
         撤了 走了 撤走了 拿走了 收走了 退走了 取走了 出去了 退出去了 outside_the_abdomen outside_the_body
         missing off_camera out_of_shot outside_the_frame outside_the_view outside_the_field outside_the_picture
         outside_the_image outside_of_the_frame outside_of_the_view no_longer_there no_longer_here no_longer_around
@@ -131,11 +133,11 @@ _WORDS: tuple[tuple[NegationRole, str], ...] = (
     """),
     (_R.NEGATOR | _R.FINAL, "not_yet"),
     (_R.LAST, "in here there outside"),
-    (_R.LATER, "later next afterwards afterward soon shortly"),
+    (_R.LATER, "下一步 next_step next_up up_next planned later next afterwards afterward soon shortly"),
     (_R.PENDING, "will shall 稍后 待会 待会儿 将要 将会 马上"),
     (_R.FINAL, """
         requested awaited pending gone
-        没到 未到 还没到 尚未到 没来 还没来
+        不在 没到 未到 还没到 尚未到 没来 还没来
         yet_to_come to_come to_follow is_next are_next none nil
     """),
     (_R.STOP | _R.THEN_GONE, "after"),
