@@ -79,7 +79,10 @@ CURRENT = frozenset({"极", *map("".join, _phrases("bipolar monopolar"))})
 NEEDS_CURRENT = frozenset({
     *"电凝灼", *map("".join, _phrases("cauterize cauterise electrocoagulate electrocauterize coagulate"))
 })
-NOT_BEGUN = re.compile(r"(操作|步骤)?(即将|正式)?(开始)?(之前|以前|前(?![方壁端侧缘]))|尚未|还未|还没|未开始")
+NOT_BEGUN = re.compile(
+    r"(操作|步骤)?(即将|正式)?(开始)?(之前|以前|前(?![方壁端侧缘]))|尚未|还未|还没|未开始"
+    r"|will(soon|shortly)?(begin|start)|(has|have|had|is)?not(yet)?(begun|start)|yettostart"
+)
 BEFORE = re.compile(r"\b(before|prior to|until|ahead of)( [a-z]+){0,5} $")
 NEXT = re.compile(r"(next|next step|up next|plan|planned|下 一 步|计 划) : $")
 AFTER = re.compile(r"\b(after|following|once)( the| a| an)? $")

@@ -81,7 +81,7 @@ _WORDS: tuple[tuple[NegationRole, str], ...] = (
     (_R.USE | _R.LOOSE, """
         使用 用 采用 应用 动用 运用 利用 借助 启用 用到 用上 见 见到 看到 看见 可见 发现 出现 显示 参与 介入 入镜
         露出 用于 到位 到场 入画 存在 进入 进入画面 进入视野 进入镜头 进入术野 出现在画面 出现在视野 在场 置入 插入 伸入
-        出镜 来 进来 进场 进镜 进腹 进入腹腔 登场 上场 现身 到达 抵达 过来 拿来 递来 递上 递到
+        出镜 就位 来 进来 进场 进镜 进腹 进入腹腔 登场 上场 现身 到达 抵达 过来 拿来 递来 递上 递到
         伸进来 伸进 入场 入腹
         come come_in came_in brought_in bring_in arrive enter return handed_over passed_in put_in
         use using used employ employed see seen show shown need needed require visible present active involve
@@ -134,9 +134,10 @@ _WORDS: tuple[tuple[NegationRole, str], ...] = (
     (_R.NEGATOR | _R.FINAL, "not_yet"),
     (_R.LAST, "in here there outside"),
     (_R.LATER, "下一步 next_step next_up up_next planned later next afterwards afterward soon shortly"),
-    (_R.PENDING, "will shall 稍后 待会 待会儿 将要 将会 马上"),
+    (_R.PENDING, "will shall to_be 稍后 待会 待会儿 将要 将会 马上"),
     (_R.FINAL, """
         requested awaited pending gone
+        outside en_route on_the_way on_its_way
         不在 没到 未到 还没到 尚未到 没来 还没来
         yet_to_come to_come to_follow is_next are_next none nil
     """),
@@ -144,7 +145,7 @@ _WORDS: tuple[tuple[NegationRole, str], ...] = (
     (_R.THEN_GONE, "once since with following now_that"),
     (_R.STOP | _R.UNTIL | _R.PRIOR, "before prior_to"),
     (_R.UNTIL, "until till"),
-    (_R.PRIOR, "earlier previously beforehand"),
+    (_R.PRIOR, "未再出现 不再出现 再未出现 earlier previously beforehand"),
     (_R.STOP | _R.PRIOR_END, "前 之前 以前"),
     (_R.STOP, "后 之后 以后"),
     (_R.FOOTAGE, "片段 短片 视频 录像 录制 拍摄 本段 片子 clip video recording footage 开始"),
