@@ -22,7 +22,7 @@ from lapwan.data.negation_words import MATCHER, TRIGGERS
 from lapwan.data.negation_words import NegationRole as Role
 
 _LOOSE_SLACK = 2  # modifiers allowed after a loose negator: 未使用 | 锋利 | 弯头 | 剪刀
-_PRIOR_WORDS = 7
+_PRIOR_WORDS = 7  # of a time before the clip: 在 | 本段 | 视频 | 开始 | 前
 _LATIN_SLACK = 1  # no monopolar scissors; Chinese bare negators take none: 无 | 损伤 | 抓钳
 
 
@@ -113,9 +113,11 @@ def _is_gone(elements: list[_Element], mention: int, begin: int, at: int) -> boo
     role = elements[at].role
     if role & Role.WITHDRAWN:
         return True
+    if role & Role.OUT and not role & Role.LEAVES and not _ends(elements, at + 1):
+        return False  # out to the side
     if _follows(elements, mention, Role.THEN_GONE) and elements[at].latin:
         return True
-    over = Role.PERFECT | Role.PRIOR_END | Role.ALL
+    over = Role.PERFECT | Role.PRIOR_END | (Role.OTHER if elements[at].latin else Role.ALL)
     if any(element.role & over for element in elements[max(begin - 1, 0):at]):
         return True
     if not role & Role.LEAVES:

@@ -119,7 +119,7 @@ _WORDS: tuple[tuple[NegationRole, str], ...] = (
         不在画面 不在视野 不在镜头 不在术野 不在场 未在画面 未在视野 没在画面
         画面外 视野外 镜头外 镜外 画外 不见踪影 不见了 缺席 缺如 不在了 不在此 无踪影 没踪影 已不在 在体外 仍在体外
         在外面 还在外面
-        撤了 走了 撤走了 拿走了 收走了 退走了 取走了 出去了 退出去了 outside_the_abdomen outside_the_body
+        撤了 撤走了 拿走了 收走了 退走了 取走了 出去了 退出去了 outside_the_abdomen outside_the_body
         missing off_camera out_of_shot outside_the_frame outside_the_view outside_the_field outside_the_picture
         outside_the_image outside_of_the_frame outside_of_the_view no_longer_there no_longer_here no_longer_around
         no_longer_present no_longer_in_use is_gone are_gone was_gone were_gone long_gone gone_already
@@ -129,7 +129,7 @@ _WORDS: tuple[tuple[NegationRole, str], ...] = (
     """),
     (_R.TAIL, """
         画面 视野 镜头 术野 中 内 里 之中 当中 过 到 了 于 在 本段 视频 腹腔 体腔 操作区 手术区 画 外
-        from of the view field frame screen scene image picture sight operative surgical abdomen cavity body
+        from of the view field frame screen scene image picture sight operative surgical abdomen cavity body way
     """),
     (_R.NEGATOR | _R.FINAL, "not_yet"),
     (_R.LAST, "in here there outside"),
