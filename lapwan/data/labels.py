@@ -23,7 +23,8 @@ from lapwan.data.caption_text import (
     units,
     weight_length,
 )
-from lapwan.data.mention_roles import MODIFIERS, NO_FAMILY, RoleMention, Weight, part_in, weigh
+from lapwan.data.mention_roles import NO_FAMILY, RoleMention, Weight, part_in, weigh
+from lapwan.data.mention_words import MODIFIERS
 from lapwan.data.negation import negated
 from lapwan.data.taxonomy import PARTS, Family, Taxonomy
 from lapwan.errors import UserError, nearest
