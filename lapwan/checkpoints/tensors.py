@@ -154,7 +154,8 @@ def _check_table(path: Path) -> None:
         end = stream.read()
     at = end.rfind(_END_RECORD)
     if at < 0 or len(end) - at < 22:
-        raise UserError(f"cannot read {path} as weights: it is truncated (a zip archive that ends too soon); copy or download it again")
+        raise UserError(f"cannot read {path} as weights: it is truncated (a zip archive that ends too soon); copy or "
+                        "download it again")
     count, table = struct.unpack_from("<HI", end, at + 10)
     if table != 0xFFFFFFFF and table > _TABLE_BYTES:
         raise UserError(f"{path} is a zip with a table of contents of {table >> 20} MiB ({count} parts); is it the "
