@@ -107,9 +107,7 @@ def parse_json(text: str | bytes, source: object, non_finite: bool = False) -> A
         UserError: not JSON, a key twice, a number that no program reads, or nested too deep.
     """
     try:
-        value = json.loads(
-            text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer,
-            parse_float=_float, parse_constant=float if non_finite else _no_constant)
+        value = json_value(text if isinstance(text, str) else text.decode("utf-8"), non_finite)
     except RecursionError:
         raise _too_deep(source) from None
     except UnicodeDecodeError:
@@ -118,6 +116,17 @@ def parse_json(text: str | bytes, source: object, non_finite: bool = False) -> A
         raise UserError(f"{source} is not valid JSON: {error}") from None
     _check_depth(value, source)
     return value
+
+
+def json_value(text: str, non_finite: bool = False) -> Any:
+    """`parse_json` for a caller with messages of its own, such as the reader of a list's lines.
+
+    Raises:
+        ValueError: as `parse_json`; a `json.JSONDecodeError` if it is not JSON.
+        RecursionError: nested too deep for Python.
+    """
+    return json.loads(text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_float,
+                      parse_constant=float if non_finite else _no_constant)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -32,10 +32,10 @@ class UserError(Exception):
     def __str__(self) -> str:
         return "\n".join(map(one_line, self.args))
 
-    def within(self, place: str) -> UserError:
-        """The same error with `place: ` in front, such as the line of a file whose values it is about."""
+    def within(self, source: str) -> UserError:
+        """The same error with `source: ` in front, such as the line of a file whose values it is about."""
         message, *details = self.args
-        return UserError(f"{place}: {message}", *details)
+        return UserError(f"{source}: {message}", *details)
 
 
 class Interrupted(Exception):

@@ -26,7 +26,7 @@ def dataset_notes(cache: CacheSet, tokenizer: Path, length: int, near: bool) -> 
     """
     notes = _long_captions(cache.clips, tokenizer, length)
     paths = [clip.path for clip in cache.clips]
-    twice = Counter((clip.path, clip.caption, getattr(clip, "start", None)) for clip in cache.clips)
+    twice = Counter((clip.path, clip.caption, clip.start) for clip in cache.clips)
     notes += _listed("listed twice with the same caption", [
         f"{path.name} ({count} times)" for (path, _, _), count in twice.items() if count > 1])
     groups = same_files(paths)

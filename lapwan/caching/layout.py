@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lapwan.checkpoints.container import TensorFile, header_bytes, read_header
+from lapwan.checkpoints.container import RawTensor, TensorFile, packed_header, read_header, write_packed
 from lapwan.data.frame_extraction import Window
 from lapwan.documents import parse_json
 from lapwan.errors import UserError
@@ -133,10 +133,8 @@ def write_prompts(path: Path, empty_ND: Tensor, negative_ND: Tensor, recipe: Cac
 def write_roi(path: Path, roi_THW: Any, recipe: CacheRecipe) -> None:
     """Write a region mask, a float32 numpy array [T, H, W] in [0, 1]. Needs no torch."""
     key = f"roi_{'x'.join(str(n) for n in roi_THW.shape)}_float32"
-    _save(path, [(key, "F32", roi_THW.shape, roi_THW.astype("<f4").tobytes())], {RECIPE_KEY: recipe_text(recipe)})
-
-
-_RawTensor = tuple[str, str, Sequence[int], bytes]  # name, safetensors dtype, shape, bytes
+    tensor = RawTensor(key, "F32", roi_THW.shape, roi_THW.astype("<f4").tobytes())
+    _save(path, [tensor], {RECIPE_KEY: recipe_text(recipe)})
 
 
 def _dtype_name(tensor: Tensor) -> str:
@@ -147,30 +145,19 @@ def _latents_key(kind: str, tensor: Tensor) -> str:
     return f"{kind}_{'x'.join(str(n) for n in tensor.shape[-3:])}_{_dtype_name(tensor)}"
 
 
-def _raw(tensors: Mapping[str, Tensor]) -> list[_RawTensor]:
-    import torch
+def _raw(tensors: Mapping[str, Tensor]) -> list[RawTensor]:
+    from lapwan.checkpoints.tensors import raw_tensor
 
-    from lapwan.checkpoints.tensors import DTYPE_NAMES
-
-    return [(name, DTYPE_NAMES[tensor.dtype], tensor.shape,
-             tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            for name, tensor in tensors.items()]
+    return [raw_tensor(name, tensor) for name, tensor in tensors.items()]
 
 
-def _save(path: Path, tensors: Sequence[_RawTensor], metadata: Mapping[str, str]) -> None:
-    """Write a file atomically: metadata in sorted order, with the checksum of all bytes."""
-    placed, end = [], 0
-    for name, dtype, shape, data in tensors:
-        placed.append((name, dtype, shape, end, end + len(data)))
-        end += len(data)
-    ordered = dict(sorted({**metadata, CHECKSUM_KEY: _NO_CHECKSUM}.items()))
-    digest = hashlib.sha256(header_bytes(placed, ordered))
-    for *_, data in tensors:
-        digest.update(data)
+def _save(path: Path, tensors: Sequence[RawTensor], metadata: Mapping[str, str]) -> None:
+    """Write a file atomically, with the checksum of all its bytes."""
+    digest = hashlib.sha256(packed_header(tensors, {**metadata, CHECKSUM_KEY: _NO_CHECKSUM}))
+    for tensor in tensors:
+        digest.update(tensor.data)
     with atomic_file(path) as temporary, temporary.open("wb") as stream:
-        stream.write(header_bytes(placed, ordered | {CHECKSUM_KEY: digest.hexdigest()}))
-        for *_, data in tensors:
-            stream.write(data)
+        write_packed(stream, tensors, {**metadata, CHECKSUM_KEY: digest.hexdigest()})
 
 
 def checksum_matches(file: TensorFile) -> bool | None:

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lapwan.documents import parse_json
 from lapwan.errors import UserError
@@ -94,17 +94,50 @@ class TensorFile:
 
 
 def header_bytes(tensors: Iterable[tuple[str, str, Sequence[int], int, int]], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON of a file's header; the same input gives the same bytes, which safetensors' writer does not.
+    """Length and JSON of a file's header, metadata in the order of their keys: equal input gives equal bytes.
+
+    safetensors' own writer has metadata in the order of a hash table, another one in each process.
 
     Args:
         tensors: (name, dtype, shape, start, end) each, start and end counted from the end of the header.
     """
-    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     for name, dtype, shape, start, end in tensors:
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format pads with spaces so that tensors stay aligned
     return struct.pack("<Q", len(text)) + text
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor to be written: its safetensors dtype, and its bytes as anything that a file takes."""
+
+    name: str
+    dtype: str
+    shape: Sequence[int]
+    data: bytes | memoryview
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return memoryview(self.data).nbytes
+
+
+def packed_header(tensors: Iterable[RawTensor], metadata: Mapping[str, str]) -> bytes:
+    """`header_bytes` of tensors that follow each other without gaps."""
+    entries, end = [], 0
+    for tensor in tensors:
+        entries.append((tensor.name, tensor.dtype, tensor.shape, end, end + tensor.size))
+        end += tensor.size
+    return header_bytes(entries, metadata)
+
+
+def write_packed(stream: BinaryIO, tensors: Sequence[RawTensor], metadata: Mapping[str, str]) -> None:
+    """Write a whole file: the header and the tensors in their order."""
+    stream.write(packed_header(tensors, metadata))
+    for tensor in tensors:
+        stream.write(tensor.data)
 
 
 _KINDS: tuple[tuple[bytes, str], ...] = (  # by the first bytes, without white space in front and in lower case
@@ -171,22 +204,6 @@ def read_header(path: Path) -> TensorFile:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     return _parse(path, raw, 8 + length, size)
-
-
-def sort_metadata(path: Path) -> None:
-    """Put the metadata of a file that was just written in the order of its keys: equal contents are equal bytes.
-
-    The library writes them in the order of a hash table, another one in each process; its tensors are in a fixed order.
-    """
-    with path.open("r+b") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-        entries = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > length:  # another version of the library that writes fewer escapes: left as it is
-            return
-        stream.seek(8)
-        stream.write(text + b" " * (length - len(text)))
 
 
 def _no_header(path: Path, length: int, size: int) -> UserError:

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lapwan.checkpoints.container import (
     ITEM_SIZE,
+    RawTensor,
     TensorFile,
     TensorInfo,
     file_kind,
     is_pickled,
     read_header,
-    sort_metadata,
+    write_packed,
 )
 from lapwan.errors import UserError
 
@@ -36,6 +36,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+# In a written file, as in those of safetensors' own writer.
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 
 
 def load_tensor(file: TensorFile, name: str) -> Tensor:
@@ -82,16 +84,22 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file whose bytes depend on its contents alone.
+    """Write a safetensors file whose bytes depend on its contents alone: wide dtypes first, then by name.
 
     Args:
-        tensors: by name, contiguous, none sharing its storage with another.
-        path: written in place: give a temporary one (`lapwan.files.atomic_file`).
+        tensors: by name, on any device.
+        path: written directly: give a temporary one (`lapwan.files.atomic_file`).
         metadata: strings for the header.
     """
-    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
-    if metadata:
-        sort_metadata(path)
+    ordered = sorted(tensors.items(), key=lambda item: (_ORDER.index(DTYPE_NAMES[item[1].dtype]), item[0]))
+    with path.open("wb") as stream:
+        write_packed(stream, [raw_tensor(name, tensor) for name, tensor in ordered], metadata or {})
+
+
+def raw_tensor(name: str, tensor: Tensor) -> RawTensor:
+    """A tensor for `write_packed`; its bytes are a view of it if it is on the CPU and contiguous."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return RawTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), values.data)
 
 
 # What torch raises for a damaged file: its unpickler works on whatever values the file puts on its stack.

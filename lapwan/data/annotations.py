@@ -11,12 +11,12 @@ How to add a format: a reader in `_READERS`, which returns such entries.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from lapwan.data.decoding.frame_files import frame_number, natural_key
+from lapwan.documents import parse_json
 from lapwan.errors import UserError, nearest
 
 RoiUnits = Literal["fractions", "pixels", "coco", "yolo"]
@@ -101,9 +101,9 @@ def _numbers(location: str, values: Any, count: int) -> list[float]:
 
 def _check_range(location: str, entry: Any, values: Sequence[float], pixels: bool) -> None:
     if not pixels and not all(-_SLACK <= value <= 1 + _SLACK for value in values):
-        looks = "looks like pixels: set roi_units = \"pixels\", or \"coco\" for [x, y, width, height]; it " if (
+        hint = "looks like pixels: set roi_units = \"pixels\", or \"coco\" for [x, y, width, height]; it " if (
             max(values) > 2) else ""
-        raise UserError(f"{location}: roi entry {entry!r} {looks}has numbers outside 0..1; expected {_FORM}")
+        raise UserError(f"{location}: roi entry {entry!r} {hint}has numbers outside 0..1; expected {_FORM}")
 
 
 def read_roi_file(path: Path, location: str, data: Mapping[str, Any] | None = None) -> list[RoiEntry]:
@@ -171,10 +171,7 @@ def _yolo_file(file: Path, location: str, data: Mapping[str, Any]) -> list[tuple
 
 
 def _json_file(file: Path, location: str, data: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    try:
-        tree = json.loads(_text_of(file, location))
-    except ValueError as error:
-        raise UserError(f"{location}: {file} is not JSON: {error}") from None
+    tree = parse_json(_text_of(file, location), f"{location}: {file}", non_finite=True)
     if isinstance(tree, dict) and "shapes" in tree:
         return _labelme(tree, file, location)
     if isinstance(tree, dict) and {"images", "annotations"} <= set(tree):

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import codecs
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lapwan.data.clip_tables import ClipRows, canonical, encoding_notes, folder_list, read_table
 from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.text_encoding import AUTO, UnreadableText, decode
+from lapwan.documents import json_value
 from lapwan.errors import UserError, nearest
 
 MEDIA_KEYS = ("video_path", "image_path")
@@ -165,7 +165,7 @@ class ClipFile:
         if encoding:
             self.encodings[encoding] += 1
         try:
-            data = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+            data = json_value(text)
         except ValueError as error:
             # json's own "line 1" would be mistaken for the file's line
             reason = str(error)
@@ -222,17 +222,6 @@ def to_line(data: dict[str, Any]) -> str:
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can carry
         line = json.dumps(data)
     return line + "\n"
-
-
-def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is too large a number")
-    return value
 
 
 def shortened(text: str) -> str:

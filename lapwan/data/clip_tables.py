@@ -22,6 +22,7 @@ from typing import Any
 from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from lapwan.data.text_encoding import AUTO, UnreadableText, decode
+from lapwan.documents import parse_json
 from lapwan.errors import UserError
 
 CAPTION = "caption"
@@ -61,7 +62,6 @@ class ClipRows:
         if name:
             self.encodings[name] += 1
         return text
-
 
     def encoding_notes(self) -> list[str]:
         """What has been read in another encoding than UTF-8."""
@@ -125,10 +125,7 @@ def read_table(path: Path, encoding: str = AUTO, recursive: bool = False) -> Cli
 
 
 def _read_array(path: Path, text: str, rows: ClipRows) -> None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error or 'nested too deep'}") from None
+    value = parse_json(text, path, non_finite=True)
     if isinstance(value, dict):
         key = next((key for key in _ARRAY_KEYS if isinstance(value.get(key), list)), None)
         if key is None and value and all(map(_is_media, value)):

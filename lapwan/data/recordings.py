@@ -241,5 +241,5 @@ def is_still(pictures_NHW3: np.ndarray) -> bool:
     """Whether two or more pictures are alike in every part."""
     if len(pictures_NHW3) < 2:
         return False
-    spread = pictures_NHW3.max(axis=0).astype(np.int16) - pictures_NHW3.min(axis=0)
-    return bool(spread.max() < _STILL)
+    change = pictures_NHW3.max(axis=0).astype(np.int16) - pictures_NHW3.min(axis=0)
+    return bool(change.max() < _STILL)

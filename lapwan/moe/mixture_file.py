@@ -79,11 +79,7 @@ def write_mixture(path: Path, mixture: Mixture, metadata: Mapping[str, str] | No
     tensors |= {f"router.{name}": value for name, value in mixture.router.state_dict().items()}
     spec = {FORMAT_KEY: FORMAT, _SPEC_KEY: json.dumps(asdict(mixture.spec), ensure_ascii=False)}
     with files.atomic_file(path) as temporary:
-        save_tensors(
-            # A copy of each: safetensors refuses tensors that share storage.
-            {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, temporary,
-            metadata={**(metadata or {}), **spec},
-        )
+        save_tensors(tensors, temporary, metadata={**(metadata or {}), **spec})
 
 
 def read_mixture(path: Path, base: MixtureBase | None = None) -> Mixture:

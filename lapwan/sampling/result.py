@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lapwan import __version__, console
@@ -95,7 +94,7 @@ class Video:
                     save_tensors({"latents": self.latents}, temporary, metadata=self.metadata())
             else:
                 write_video(target, self.frames, self.fps, self.metadata(), DEFAULT_CRF if crf is None else crf)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise UserError(f"cannot write {target}: {error}") from None
         return target
 

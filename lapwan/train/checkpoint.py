@@ -21,12 +21,12 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lapwan import files
 from lapwan.checkpoints.container import read_header
-from lapwan.checkpoints.tensors import DAMAGED, check_pickle
+from lapwan.checkpoints.tensors import DAMAGED, check_pickle, save_tensors
 from lapwan.console import warn
 from lapwan.documents import checked, parse_json, read_text
 from lapwan.errors import UserError
@@ -96,7 +96,7 @@ def start_checkpoint(
         with rename_on_exit:
             state = temporary / "state"
             state.mkdir()
-            save_file(trained, state / _TRAINED)
+            save_tensors(trained, state / _TRAINED)
             torch.save(rest, state / _REST)
             if retention.score is not None:
                 (state / _SCORE).write_text(json.dumps({"validation": retention.score}), encoding="utf-8")

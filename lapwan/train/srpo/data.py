@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lapwan import console, files
@@ -22,6 +21,7 @@ from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.read import load_index, read_prompt
 from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.fingerprints import json_fingerprint
+from lapwan.checkpoints.tensors import save_tensors
 from lapwan.data.prompts import choose_held_out, read_prompts
 from lapwan.errors import UserError
 from lapwan.models.fingerprints import text_encoder_fingerprint
@@ -170,7 +170,7 @@ class TextFeatures:
                     features[_hash(prompt)] = feature.cpu().contiguous()
                 bar.advance(len(part))
         with files.atomic_file(self.path) as temporary:
-            save_file(features, temporary, metadata={_ENCODER: encoder_id})
+            save_tensors(features, temporary, metadata={_ENCODER: encoder_id})
 
     def read(self, prompts: Sequence[str]) -> list[Tensor]:
         """Features of prompts that `ensure` was given, on the CPU."""

@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lapwan import console
 from lapwan.checkpoints.container import TensorFile, read_header
-from lapwan.checkpoints.tensors import load_tensor
+from lapwan.checkpoints.tensors import load_tensor, save_tensors
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
 from lapwan.checkpoints.weights import read_weights
 from lapwan.errors import UserError
@@ -190,8 +188,8 @@ def _write_cached(file: Path, tensors: Mapping[str, Tensor]) -> None:
         if shutil.disk_usage(file.parent).free < size + _DISK_HEADROOM:
             return
         with atomic_file(file) as temporary:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    except (OSError, SafetensorError) as error:  # the cache only saves the next run time
+            save_tensors(tensors, temporary)
+    except OSError as error:  # the cache only saves the next run time
         console.detail(f"cannot cache {file}: {error}")
 
 
