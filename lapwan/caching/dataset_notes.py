@@ -32,7 +32,7 @@ def dataset_notes(cache: CacheSet, tokenizer: Path, length: int, near: bool) -> 
     groups = same_files(paths)
     notes += _listed("the same file under several names", [" = ".join(path.name for path in group) for group in groups])
     if near:
-        with console.progress("compare", len(set(paths)), "clips") as bar:
+        with console.progress("compare", len(set(paths)), "clip") as bar:
             alike = look_alikes(paths, lambda: bar.advance(1))
         equal = [set(group) for group in groups]
         notes += _listed("clips that look the same", [

@@ -13,6 +13,7 @@ from lapwan.data.decoding.frame_files import natural_key
 from lapwan.data.dropped_clips import BadClip, DroppedClip, dropped_lines
 from lapwan.data.recordings import SplitResult, SplitRule, split_recording
 from lapwan.data.suffixes import VIDEO_SUFFIXES
+from lapwan.data.text_encoding import UnreadableText, decode
 from lapwan.data.video import VideoFacts, probe
 from lapwan.errors import UserError
 from lapwan.files import claim_output, write_text
@@ -23,13 +24,19 @@ _RATE = 16.0  # of no effect on videos, which have a rate of their own
 
 
 def run(settings: SplitSettings, options: RunOptions) -> None:
-    """Probe all recordings, then sample each and write its windows."""
+    """Probe all recordings, then sample each and write its windows.
+
+    Raises:
+        UserError: the output exists, no recording can be read, a caption that is no text, or no window is kept.
+    """
     claim_output(settings.output, options.overwrite)
     files, drops = _recordings(settings.recordings), []
     usable: list[tuple[Path, VideoFacts]] = []
+    captions: dict[Path, str] = {}
     for path in files:
         try:
             usable.append((path, probe(path, _RATE)))
+            captions[path] = settings.caption or _caption_beside(path)
         except BadClip as error:
             drops.append(DroppedClip(str(path), str(error)))
     if not usable:
@@ -55,7 +62,7 @@ def run(settings: SplitSettings, options: RunOptions) -> None:
             except BadClip as error:
                 drops.append(DroppedClip(str(path), str(error)))
                 continue
-            lines += [to_line(line) for line in _lines(settings, path, facts, result)]
+            lines += [to_line(line) for line in _lines(settings, path, captions[path], result)]
             console.log(_summary(path, facts, result, settings.scenes))
     for text in dropped_lines(drops):
         console.log(text.strip())
@@ -77,7 +84,7 @@ def _recordings(given: tuple[Path, ...]) -> list[Path]:
             inside = sorted((file for file in path.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES),
                             key=lambda file: natural_key(file.name))
             if not inside:
-                raise UserError(f"{path} holds no videos ({', '.join(sorted(VIDEO_SUFFIXES))})")
+                raise UserError(f"{path} holds no videos; sub-folders are not read, name them")
             files += inside
         elif path.exists():
             files.append(path)
@@ -99,11 +106,19 @@ def _plan(settings: SplitSettings, usable: list[tuple[Path, VideoFacts]], drops:
     console.show_settings(to_toml(settings))
 
 
-def _lines(settings: SplitSettings, path: Path, facts: VideoFacts, result: SplitResult) -> list[dict[str, Any]]:
-    caption = settings.caption
-    if caption is None:
-        beside = path.with_suffix(".txt")
-        caption = beside.read_text(encoding="utf-8-sig").strip() if beside.is_file() else ""
+def _caption_beside(path: Path) -> str:
+    beside = path.with_suffix(".txt")
+    if not beside.is_file():
+        return ""
+    try:
+        text, _ = decode(beside.read_bytes())
+    except UnreadableText:
+        raise UserError(f"{beside} is no text in UTF-8, UTF-16, GB18030 or Windows-1252; save it as UTF-8, or pass "
+                        "--caption") from None
+    return text.strip()
+
+
+def _lines(settings: SplitSettings, path: Path, caption: str, result: SplitResult) -> list[dict[str, Any]]:
     # Beside the JSONL, where paths are looked for first; absolute across drives.
     try:
         named = Path(os.path.relpath(path.resolve(), settings.output.resolve().parent)).as_posix()

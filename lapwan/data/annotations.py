@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from lapwan.data.decoding.frame_files import frame_number, natural_key
-from lapwan.documents import parse_json
+from lapwan.documents import Number, checked, parse_json
 from lapwan.errors import UserError, nearest
 
 RoiUnits = Literal["fractions", "pixels", "coco", "yolo"]
@@ -60,7 +62,10 @@ def _entry(location: str, entry: Any, units: RoiUnits) -> RoiEntry:
                         "as fractions of width and height")
     track = {"track": str(entry["track"])} if entry.get("track") is not None else {}
     if "polygon" in entry:
-        points = [_numbers(location, point, 2) for point in entry["polygon"] or ()]
+        outline = entry["polygon"] or []
+        if not isinstance(outline, list):
+            raise UserError(f"{location}: 'polygon' = {outline!r} must be a list of points [x, y]")
+        points = [_numbers(location, point, 2) for point in outline]
         pixels = units in ("pixels", "coco")
         _check_range(location, entry, [value for point in points for value in point], pixels)
         return {"frame": frame, "polygon": points, **track} | ({"pixels": True} if pixels else {})
@@ -111,6 +116,10 @@ def read_roi_file(path: Path, location: str, data: Mapping[str, Any] | None = No
 
     A file's frame is the last number of its name, counted from 0 if there is a frame 0 and from 1 otherwise;
     `roi_first` of the line says it where the tool counted otherwise.
+
+    Args:
+        location: file and line of the clip, for messages.
+        data: the clip's line.
 
     Raises:
         UserError: nothing there, a file of another format, or names without numbers.
@@ -173,26 +182,57 @@ def _yolo_file(file: Path, location: str, data: Mapping[str, Any]) -> list[tuple
 def _json_file(file: Path, location: str, data: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     tree = parse_json(_text_of(file, location), f"{location}: {file}", non_finite=True)
     if isinstance(tree, dict) and "shapes" in tree:
-        return _labelme(tree, file, location)
+        return _labelme(checked(tree, _LabelmeFile, f"{location}: {file}"), file, location)
     if isinstance(tree, dict) and {"images", "annotations"} <= set(tree):
-        return _coco(tree, file, location, data)
+        return _coco(checked(tree, _CocoFile, f"{location}: {file}"), file, location, data)
     raise UserError(f"{location}: {file} is neither labelme ('shapes') nor COCO ('images' and 'annotations')")
 
 
-def _labelme(tree: Mapping[str, Any], file: Path, location: str) -> list[tuple[int, dict[str, Any]]]:
+class _LabelmeShape(BaseModel):
+    points: list[tuple[Number, Number]] = []
+    shape_type: str = "polygon"
+    group_id: Any = None
+
+
+class _LabelmeFile(BaseModel):
+    shapes: list[_LabelmeShape]
+    imageWidth: Any = None
+    imageHeight: Any = None
+
+
+class _CocoImage(BaseModel):
+    id: int | str | None = None
+    file_name: str = ""
+    frame_index: Any = None
+    width: Any = None
+    height: Any = None
+
+
+class _CocoMark(BaseModel):
+    image_id: int | str | None = None
+    track_id: Any = None
+    bbox: Any = None
+    segmentation: Any = None  # polygons, or a run-length code, which is not read
+
+
+class _CocoFile(BaseModel):
+    images: list[_CocoImage]
+    annotations: list[_CocoMark]
+
+
+def _labelme(tree: _LabelmeFile, file: Path, location: str) -> list[tuple[int, dict[str, Any]]]:
     number = _number_of(file.name, location)
-    size = tree.get("imageWidth"), tree.get("imageHeight")
+    size = tree.imageWidth, tree.imageHeight
     entries = []
-    for shape in tree["shapes"]:
-        points = [_numbers(f"{location}: {file.name}", point, 2) for point in shape.get("points", ())]
-        kind = shape.get("shape_type", "polygon")
-        track = {"track": str(shape["group_id"])} if shape.get("group_id") is not None else {}
-        if kind == "rectangle" and len(points) >= 2:
+    for shape in tree.shapes:
+        points = [[x, y] for x, y in shape.points]
+        track = {"track": str(shape.group_id)} if shape.group_id is not None else {}
+        if shape.shape_type == "rectangle" and len(points) >= 2:
             xs, ys = [x for x, _ in points], [y for _, y in points]
             entry: dict[str, Any] = {"box": [min(xs), min(ys), max(xs), max(ys)]}
-        elif kind == "polygon" and len(points) >= 3:
+        elif shape.shape_type == "polygon" and len(points) >= 3:
             entry = {"polygon": points}
-        elif kind == "circle" and len(points) == 2:
+        elif shape.shape_type == "circle" and len(points) == 2:
             (x, y), (edge_x, edge_y) = points
             radius = ((edge_x - x) ** 2 + (edge_y - y) ** 2) ** 0.5
             entry = {"box": [x - radius, y - radius, x + radius, y + radius]}
@@ -203,33 +243,40 @@ def _labelme(tree: Mapping[str, Any], file: Path, location: str) -> list[tuple[i
 
 
 def _coco(
-    tree: Mapping[str, Any], file: Path, location: str, data: Mapping[str, Any]
+    tree: _CocoFile, file: Path, location: str, data: Mapping[str, Any]
 ) -> list[tuple[int, dict[str, Any]]]:
     """Annotations of the images that belong to this clip, or of all, if none is named after it."""
     stem = Path(str(data.get("video_path") or "")).stem
-    images = [image for image in tree["images"] if isinstance(image, dict) and "id" in image]
-    named = [image for image in images if stem and _is_named_after(str(image.get("file_name", "")), stem)]
-    chosen = {image["id"]: image for image in named or images}
-    numbers = {key: int(image["frame_index"]) if isinstance(image.get("frame_index"), int) else
-               _number_of(str(image.get("file_name", key)), location) for key, image in chosen.items()}
+    images = [image for image in tree.images if image.id is not None]
+    named = [image for image in images if stem and _is_named_after(image.file_name, stem)]
+    chosen = {image.id: image for image in named or images}
+    numbers = {key: image.frame_index if type(image.frame_index) is int else
+               _number_of(image.file_name or str(key), location) for key, image in chosen.items()}
     entries: list[tuple[int, dict[str, Any]]] = []
-    for mark in tree["annotations"]:
-        if mark.get("image_id") not in chosen:
+    for mark in tree.annotations:
+        if mark.image_id not in chosen:
             continue
-        image = chosen[mark["image_id"]]
-        size = image.get("width"), image.get("height")
-        track = {"track": str(mark["track_id"])} if mark.get("track_id") is not None else {}
-        outlines = mark.get("segmentation")
+        image = chosen[mark.image_id]
+        track = {"track": str(mark.track_id)} if mark.track_id is not None else {}
+        outlines = mark.segmentation
+        where = f"{location}: {file.name}"
         if isinstance(outlines, list) and outlines and isinstance(outlines[0], list):
-            shapes: list[dict[str, Any]] = [
-                {"polygon": [[float(x), float(y)] for x, y in zip(flat[::2], flat[1::2], strict=True)]}
-                for flat in outlines]
+            shapes: list[dict[str, Any]] = [{"polygon": _outline(where, flat)} for flat in outlines]
         else:
-            x, y, width, height = _numbers(f"{location}: {file.name}", mark.get("bbox"), 4)
+            x, y, width, height = _numbers(where, mark.bbox, 4)
             shapes = [{"box": [x, y, x + width, y + height]}]
-        entries += [(numbers[mark["image_id"]], _fractions(shape, size) | track) for shape in shapes]
+        entries += [(numbers[mark.image_id], _fractions(shape, (image.width, image.height)) | track)
+                    for shape in shapes]
     marked = {number for number, _ in entries}
     return entries + [(number, {"box": None}) for number in numbers.values() if number not in marked]
+
+
+def _outline(location: str, flat: Any) -> list[list[float]]:
+    """COCO's [x, y, x, y, ...] as points."""
+    if not isinstance(flat, list) or len(flat) % 2:
+        raise UserError(f"{location}: {flat!r} in 'segmentation' must be a list [x, y, x, y, ...]")
+    values = _numbers(location, flat, len(flat))
+    return [[x, y] for x, y in zip(values[::2], values[1::2], strict=True)]
 
 
 def _is_named_after(name: str, stem: str) -> bool:

@@ -180,7 +180,9 @@ def read_source_clips(
         try:
             clips.append(_source_clip(source.anchor, clip, file, _name(clip, media), roi_units))
         except UserError as error:
-            drops.append(DroppedClip(clip.location, str(error), stem))
+            # The plan shows the line in front of the reason.
+            reason = str(error).removeprefix(f"{clip.location}: ")
+            drops.append(DroppedClip(clip.location, reason, stem))
             continue
         named = clip.data.get("instrument_taxonomy")
         taxonomy = taxonomy or (named if isinstance(named, str) else None)
