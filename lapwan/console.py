@@ -176,6 +176,12 @@ def count_text(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def listed(items: Sequence[object], shown: int = 5, between: str = ", ") -> str:
+    """`a, b, c and 3 more`."""
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return between.join(map(str, items[:shown])) + more
+
+
 def duration_text(seconds: float) -> str:
     """Seconds in a readable unit: s, min or h."""
     if seconds < 90:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PureWindowsPath
 from typing import TypeGuard
 
-from lapwan.console import log
+from lapwan.console import listed, log
 from lapwan.errors import UserError
 from lapwan.temporaries import (
     NO_LOCKS,
@@ -171,8 +171,7 @@ def was_written(path: Path) -> bool:
 def finished_text() -> str:
     """`written: A, B and 3 more` of what this command has written whole; empty if there is nothing."""
     made = [path for path in dict.fromkeys(finished) if not path.absolute().is_relative_to(cache_root().absolute())]
-    more = f" and {len(made) - _SHOWN} more" if len(made) > _SHOWN else ""
-    return f"written: {', '.join(map(str, made[:_SHOWN]))}{more}" if made else ""
+    return f"written: {listed(made, _SHOWN)}" if made else ""
 
 
 def claim_output(path: Path, overwrite: bool) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lapwan import console
+from lapwan.console import listed
 from lapwan.data.caption_text import is_han
 from lapwan.data.clips import CacheSet, SourceClip
 from lapwan.data.duplicates import look_alikes, same_files
 
-_SHOWN, _WIDEST = 5, 120
+_WIDEST = 120  # characters of an item
 # Tokens of umT5 by kind of character, measured on surgical captions: an estimate where its tokenizer is not there.
 _PER_IDEOGRAPH, _PER_CHARACTER = 0.75, 0.28
 
@@ -44,8 +45,7 @@ def _listed(what: str, items: Sequence[str]) -> list[str]:
     if not items:
         return []
     items = [item if len(item) <= _WIDEST else item[:_WIDEST - 1] + "…" for item in items]
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return [f"{what}: {len(items)}: {'; '.join(items[:_SHOWN])}{more}"]
+    return [f"{what}: {len(items)}: {listed(items, between='; ')}"]
 
 
 def _long_captions(clips: Sequence[SourceClip], tokenizer: Path, length: int) -> list[str]:

@@ -28,7 +28,7 @@ from lapwan.caching.layout import (
 )
 from lapwan.caching.plan import CachePlan, PlannedItem
 from lapwan.caching.stale import prompts_recipe
-from lapwan.console import count_text
+from lapwan.console import count_text, listed
 from lapwan.data.dropped_clips import BadClip, DroppedClip
 from lapwan.data.regions import latent_region
 from lapwan.errors import UserError
@@ -44,7 +44,6 @@ from lapwan.wan.vae import channels_last, encode, load_vae
 _BATCH_PIXELS = 480 * 832 * 81  # of a batch: one full-size clip, or several smaller ones
 _LARGEST_BATCH = 8
 _TEXT_BATCH = 16
-_LISTED = 5  # clips with an empty region that a warning names
 _PIXELS_FOR_WORKERS = 200_000_000  # source pixels, about a second of decoding: above, worker processes pay off
 
 
@@ -141,9 +140,8 @@ def _encode_regions(plan: CachePlan, result: EncodeResult) -> None:
                 result.rois += 1
             bar.advance()
     if empty:
-        more = f" and {len(empty) - _LISTED} more" if len(empty) > _LISTED else ""
         console.warn(f"the region of {count_text(len(empty), 'item')} is empty in the frames that are cached: "
-                     f"{'; '.join(empty[:_LISTED])}{more}; check roi, roi_units and which frames are annotated")
+                     f"{listed(empty, between='; ')}; check roi, roi_units and which frames are annotated")
 
 
 def _encode_latents(plan: CachePlan, spec: ModelSpec, options: EncodeOptions, result: EncodeResult) -> None:

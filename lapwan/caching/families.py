@@ -35,6 +35,10 @@ def with_families(index: CacheIndex, labels: Sequence[Mapping[str, Any]]) -> Cac
 def labels_in_order(index: CacheIndex, items: Sequence[CachedItem], taxonomy: Taxonomy) -> list[CachedItem]:
     """`items` of an index with their labels numbered in the taxonomy's order.
 
+    Args:
+        index: names the families that the labels of `items` were numbered by.
+        taxonomy: of the training.
+
     Raises:
         UserError: the families are others than the taxonomy's, or an older index without families has a label whose
             name is that of another family.

@@ -13,6 +13,7 @@ from typing import Any
 from lapwan.caching.families import with_families
 from lapwan.caching.index import CachedItem, CacheIndex
 from lapwan.caching.layout import LATENTS_END, find_tensor, open_cache_file, parse_latents_name, read_recipe, text_name
+from lapwan.console import listed
 from lapwan.data.clip_file import MEDIA_KEYS, read_clips
 from lapwan.data.clips import label_fields
 from lapwan.errors import UserError
@@ -20,7 +21,6 @@ from lapwan.files import is_temporary
 
 _TEMPORAL, _SPATIAL = 4, 8  # strides of the VAE that these caches are made with
 _RANK = 4  # of latents
-_LISTED = 5  # items without labels that an error lists
 
 
 def scan_musubi_cache(folder: Path) -> tuple[CachedItem, ...]:
@@ -86,9 +86,8 @@ def join_labels(index: CacheIndex, labels: Path) -> CacheIndex:
             fields = distinct[0]
         items.append(replace(item, **fields))
     if missing:
-        more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
         raise UserError(f"{labels} has no line for {len(missing)} of {len(index.items)} items: "
-                        f"{', '.join(missing[:_LISTED])}{more}; label those clips too")
+                        f"{listed(missing)}; label those clips too")
     joined = replace(index, items=tuple(items), taxonomy=taxonomy, families=None, taxonomy_fingerprint=None)
     return with_families(joined, [vars(item) for item in items])
 

@@ -182,7 +182,7 @@ class ClipFile:
         if self.strict:
             raise UserError(f"{self.path.parent / location}: {reason}")
         media = next((data[key] for key in MEDIA_KEYS if isinstance(data.get(key), str)), None)
-        self.drops.append(DroppedClip(location, printable(reason), None if media is None else Path(media).stem))
+        self.drops.append(DroppedClip(location, encodable(reason), None if media is None else Path(media).stem))
 
     def encoding_notes(self) -> list[str]:
         """What a pass has read in another encoding than UTF-8."""
@@ -202,7 +202,7 @@ def _caption_problem(data: Mapping[str, Any]) -> str | None:
     if not caption.strip():
         media = next((f" of {data[key]}" for key in MEDIA_KEYS if key in data), "")
         return f"empty caption{media}; write one or remove the line"
-    if printable(caption) != caption or "\0" in caption:
+    if encodable(caption) != caption or "\0" in caption:
         return f"the caption holds half a character or NUL, which is no text: {shortened(ascii(caption))}"
     return None
 
@@ -210,7 +210,10 @@ def _caption_problem(data: Mapping[str, Any]) -> str | None:
 def read_clips(
     path: Path, strict: bool = True, encoding: str = AUTO, recursive: bool = False, rows: ClipRows | None = None
 ) -> ClipFile:
-    """The clips of a file or folder, streamed: `for clip in read_clips(path)`. Blank lines are skipped."""
+    """The clips of a file or folder, streamed: `for clip in read_clips(path)`. Blank lines are skipped.
+
+    Args and Raises: those of `ClipFile`.
+    """
     return ClipFile(path, strict, encoding, recursive, rows)
 
 
@@ -229,8 +232,8 @@ def shortened(text: str) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
-def printable(text: str) -> str:
-    """A text that every terminal and file takes: half a surrogate pair is written as its escape."""
+def encodable(text: str) -> str:
+    """A text that UTF-8 can hold: half a surrogate pair is written as its escape."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -105,6 +105,10 @@ def _plain(column: str) -> str:
 def read_table(path: Path, encoding: str = AUTO, recursive: bool = False) -> ClipRows:
     """The clips of a CSV, TSV or JSON file, or of a folder.
 
+    Args:
+        encoding: of the text, `auto` or a name.
+        recursive: of a folder, the sub-folders too.
+
     Raises:
         UserError: it cannot be read, has no columns that name clips and captions, or holds nothing.
     """
@@ -288,6 +292,10 @@ def media_files(
 ) -> tuple[list[Path], Counter[str]]:
     """The files of these suffixes in a folder, by name, and what else is there: sub-folders, hidden files, suffixes.
 
+    Args:
+        suffixes: in lower case, with the dot.
+        recursive: the sub-folders too.
+
     Raises:
         UserError: the folder cannot be read.
     """
@@ -325,7 +333,13 @@ def media_files(
 def caption_beside(
     file: Path, suffixes: Iterable[str], rows: ClipRows, encoding: str = AUTO
 ) -> tuple[str | None, str]:
-    """(caption, reason why there is none) of a clip, from `clip.txt` or `clip.mp4.txt` beside it."""
+    """(caption, reason why there is none) of a clip, from `clip.txt` or `clip.mp4.txt` beside it.
+
+    Args:
+        suffixes: of caption files, the first that is there counts.
+        rows: where the encoding is counted.
+        encoding: of the text, `auto` or a name.
+    """
     suffixes = list(suffixes)
     candidates = [file.with_name(stem + suffix) for stem in (file.stem, file.name) for suffix in suffixes]
     for caption in candidates:

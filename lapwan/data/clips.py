@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lapwan.data.annotations import RoiEntry, RoiUnits, read_roi
-from lapwan.data.clip_file import MEDIA_KEYS, Clip, printable, read_clips
+from lapwan.data.clip_file import MEDIA_KEYS, Clip, encodable, read_clips
 from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.frame_extraction import Extraction
 from lapwan.data.text_encoding import AUTO
@@ -35,7 +35,7 @@ def resolve_video(path: str | Path, jsonl: Path) -> Path:
     given = expand_user(path)
     if (existing := find_path(given, jsonl)) is not None:
         return existing
-    shown = printable(str(given))
+    shown = encodable(str(given))
     if given.is_absolute() or len(shown) > _LONGEST_SHOWN:
         raise UserError(f"no such file: {shown[:_LONGEST_SHOWN]}")
     beside, here = jsonl.absolute().parent / shown, Path.cwd() / shown
@@ -175,7 +175,7 @@ def read_source_clips(
             file = resolve_video(media, source.anchor) if clip.file is None else clip.file.absolute()
         except UserError as error:
             missing += 1
-            drops.append(DroppedClip(clip.location, str(error), printable(stem)))
+            drops.append(DroppedClip(clip.location, str(error), encodable(stem)))
             continue
         try:
             clips.append(_source_clip(source.anchor, clip, file, _name(clip, media), roi_units))

@@ -1,2 +1,2 @@
 """Drawing from plain data: `plots` (charts, intervals and matrices by matplotlib), `contact_sheet` (frames of videos in
-one image)."""
+one image), `dataset_sheet` (the clips of a dataset, as a page or an image)."""

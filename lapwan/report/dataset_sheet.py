@@ -65,7 +65,11 @@ class SheetHead:
 
 
 def write_html(path: Path, head: SheetHead, cards: Iterable[SheetCard]) -> None:
-    """Write the page."""
+    """Write the page.
+
+    Args:
+        cards: read one by one, while the page is written.
+    """
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

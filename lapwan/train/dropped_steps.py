@@ -8,16 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from lapwan import console
+from lapwan.console import listed
 from lapwan.train.callbacks.base import Callback
 
 _SPOILED_TWICE = 2  # dropped steps from which on a clip counts as the cause
-_SHOWN = 5  # names and steps in a message
-
-
-def listed(names: Sequence[object]) -> str:
-    """`a, b, c and 3 more`."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(str, names[:_SHOWN])) + more
 
 
 class DroppedSteps:
@@ -90,7 +84,12 @@ class DroppedSteps:
 
 @contextmanager
 def run_summary(dropped: DroppedSteps, callbacks: Sequence[Callback], steps: Callable[[], int]) -> Iterator[None]:
-    """Log when a run ends, in any way: its dropped steps, its warnings, and last what has stayed wrong."""
+    """Log when a run ends, in any way: its dropped steps, its warnings, and last what has stayed wrong.
+
+    Args:
+        callbacks: asked for what has stayed wrong (`Callback.lasting`).
+        steps: the number of steps so far, asked for at the end.
+    """
     with console.warnings_counted() as warnings:
         try:
             yield

@@ -58,7 +58,14 @@ def open_stream(path: Path) -> Iterator[tuple[Any, Any]]:
 def frames_from_start(
     path: Path, facts: VideoFacts, source_fps: float | None = None
 ) -> Iterator[tuple[float, Any]]:
-    """All frames with their times, counted at `source_fps` if it is given."""
+    """All frames with their times in seconds.
+
+    Args:
+        source_fps: times are counted at this rate, whatever the file says.
+
+    Yields:
+        (time, frame of PyAV).
+    """
     clock = FrameClock(facts.origin, 1 / facts.fps, breaks=not facts.seekable)
     with open_container(path) as container:
         for index, frame in enumerate(container.decode(_threaded(container))):
@@ -66,7 +73,14 @@ def frames_from_start(
 
 
 def frames_from_seek(path: Path, facts: VideoFacts, start: float) -> Iterator[tuple[float, Any]]:
-    """Frames from at or before `start` on. A seek that leads behind it is tried from farther back, then given up."""
+    """Frames from at or before `start` on. A seek that leads behind it is tried from farther back, then given up.
+
+    Args:
+        start: seconds from the first frame.
+
+    Yields:
+        (time, frame of PyAV).
+    """
     for before in _SEEK_BEFORE if start > _SEEK_AFTER and facts.seekable else ():
         with open_container(path) as container:
             stream = _threaded(container)

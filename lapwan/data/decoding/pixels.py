@@ -98,7 +98,12 @@ def pixel_aspect(stream: Any, frame: Any) -> Fraction:
 
 
 def display_size(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
-    """(width, height) with square pixels; the smaller side grows, so that no detail is lost."""
+    """(width, height) with square pixels; the smaller side grows, so that no detail is lost.
+
+    Args:
+        width, height: as stored.
+        aspect: width of a pixel over its height.
+    """
     if aspect >= 1:
         return round(width * aspect), height
     return width, round(height / aspect)
