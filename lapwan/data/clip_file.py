@@ -16,6 +16,7 @@ from typing import Any
 
 from lapwan.data.clip_tables import ClipRows, canonical, encoding_notes, folder_list, read_table
 from lapwan.data.dropped_clips import DroppedClip
+from lapwan.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from lapwan.data.text_encoding import AUTO, UnreadableText, decode
 from lapwan.documents import json_value
 from lapwan.errors import UserError, nearest
@@ -74,6 +75,8 @@ class ClipFile:
             is_table = self.path.is_dir() or self._is_table()
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}") from None
+        if rows is None and self.path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and not self.path.is_dir():
+            raise UserError(f"{self.path} is a video or an image; a list of clips, or their folder, is needed here")
         self._rows = read_table(self.path, encoding, recursive) if rows is None and is_table else rows
         if self._rows is not None:
             self.notes += self._rows.notes

@@ -188,7 +188,8 @@ def read_source_clips(
         taxonomy = taxonomy or (named if isinstance(named, str) else None)
     drops += source.drops
     if not clips and not missing:
-        first = f"no line of it can be used; {drops[0].name}: {drops[0].reason}" if drops else "holds no clips"
+        what = "clip" if path.is_dir() else "line"
+        first = f"no {what} of it can be used; {drops[0].name}: {drops[0].reason}" if drops else "holds no clips"
         raise UserError(f"{path}: {first}" if drops else f"{path} {first}")
     return SourceClips(tuple(clips), tuple(drops), taxonomy, (*source.notes, *source.encoding_notes()))
 

@@ -43,7 +43,8 @@ from lapwan.errors import UserError
 from lapwan.files import atomic_file
 from lapwan.lora.adapter_file import AdapterFile, AdapterModule
 from lapwan.lora.checks import check_fits
-from lapwan.lora.kinds import LoHa, LoKr, build_update, kind_of
+from lapwan.lora.kinds import build_update, kind_of
+from lapwan.lora.lycoris import LoHa, LoKr
 from lapwan.lora.metadata import FORMAT_KEY, AdapterConfig, adapter_config, file_metadata
 from lapwan.lora.noise_expert import (
     NOISE_EXPERT_KEY,

@@ -34,7 +34,8 @@ from lapwan.checkpoints.container import read_header
 from lapwan.checkpoints.wan_keys import original_target, target_path, to_original
 from lapwan.lora.combine import combine
 from lapwan.lora.formats import write_lora
-from lapwan.lora.kinds import DoRA, FullDelta, LoHa, LoKr
+from lapwan.lora.kinds import DoRA, FullDelta
+from lapwan.lora.lycoris import LoHa, LoKr
 from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
 from lapwan.tiny.model import tiny_folder
 

@@ -16,7 +16,8 @@ from lapwan.diagnostics.growth import update_cosine
 from lapwan.diagnostics.lora_figures import inner_product, measure, summarise
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, write_lora
-from lapwan.lora.kinds import DoRA, FullDelta, LoHa, LoKr
+from lapwan.lora.kinds import DoRA, FullDelta
+from lapwan.lora.lycoris import LoHa, LoKr
 from lapwan.lora.state import AdapterState, LowRank
 from lapwan.models.spec import weight_files
 from lapwan.names import NoiseExpert

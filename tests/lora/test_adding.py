@@ -13,7 +13,8 @@ from lapwan.checkpoints.lora_keys import LAYOUTS, AdapterLayout, Key
 from lapwan.checkpoints.wan_keys import original_target, target_path
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, read_lora, write_lora
-from lapwan.lora.kinds import FullDelta, LoHa, LoKr
+from lapwan.lora.kinds import FullDelta
+from lapwan.lora.lycoris import LoHa, LoKr
 from lapwan.lora.state import AdapterState, LowRank
 
 # A tool that names the A of `blocks.0.ffn.0` `A@blocks/0/ffn/0`, and the delta of its bias `d@blocks/0/ffn/0:bias`.

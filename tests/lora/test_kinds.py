@@ -27,7 +27,8 @@ from lapwan.errors import UserError
 from lapwan.lora.attach import Group, attach, initial_state
 from lapwan.lora.combine import combine
 from lapwan.lora.formats import open_lora, read_lora, write_both, write_lora
-from lapwan.lora.kinds import DoRA, FullDelta, GLoRA, LoHa, LoKr, build_update
+from lapwan.lora.kinds import DoRA, FullDelta, GLoRA, build_update
+from lapwan.lora.lycoris import LoHa, LoKr
 from lapwan.lora.state import AdapterState, LowRank, Term, WeightUpdate
 from lapwan.names import NoiseExpert
 

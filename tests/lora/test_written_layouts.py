@@ -23,7 +23,8 @@ from lapwan.checkpoints.lora_keys import LAYOUTS
 from lapwan.errors import UserError
 from lapwan.lora.combine import combine
 from lapwan.lora.formats import read_lora, write_both, write_lora
-from lapwan.lora.kinds import FullDelta, LoKr
+from lapwan.lora.kinds import FullDelta
+from lapwan.lora.lycoris import LoKr
 from lapwan.lora.read_back import compare_written, reader, relative_error
 from lapwan.lora.state import AdapterState, LowRank
 from lapwan.lora.svd import leading_directions

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora, write_lora
-from lapwan.lora.kinds import DoRA, FullDelta, GLoRA, LoHa, LoKr
+from lapwan.lora.kinds import DoRA, FullDelta, GLoRA
+from lapwan.lora.lycoris import LoHa, LoKr
 from lapwan.lora.merge import LoraToMerge, plan_component, write_component
 from lapwan.lora.state import AdapterState, LowRank
 from lapwan.models.base import Base
