@@ -108,3 +108,24 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no \.txt"):
         shapes({"roi_path": "empty"}, tmp_path)
+
+
+@pytest.mark.parametrize(("tree", "message"), [
+    ({"shapes": 3}, "shapes = 3"), ({"shapes": [3]}, r"shapes\[0\]"), ({"shapes": [{"points": 5}]}, "points = 5"),
+    ({"images": [], "annotations": 3}, "annotations = 3"),
+    ({"images": [{"id": [1]}], "annotations": []}, r"images\[0\]\.id"),
+    ({"images": [{"id": 1, "file_name": "f_1.png"}], "annotations": [{"image_id": 1, "segmentation": [[1, 2, 3]]}]},
+     "segmentation"),
+    ({"images": [{"id": 1, "file_name": "f_1.png"}], "annotations": [{"image_id": 1, "segmentation": [["x", 2]]}]},
+     "must be 2 numbers"),
+    ({"images": [{"id": 1, "file_name": "f_1.png"}], "annotations": [{"image_id": 1}]}, "must be 4 numbers"),
+])
+def test_files_of_a_wrong_form_are_named(tmp_path, tree, message):
+    (tmp_path / "a_1.json").write_text(json.dumps(tree), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"line 3: .*a_1\.json.*{message}|line 3: .*{message}"):
+        read_roi({"roi_path": "a_1.json"}, "clips.jsonl, line 3", tmp_path / "clips.jsonl")
+
+
+def test_a_polygon_that_is_no_list(tmp_path):
+    with pytest.raises(UserError, match=r"line 3: 'polygon' = 5"):
+        read_roi({"roi": [{"frame": 0, "polygon": 5}]}, "clips.jsonl, line 3", tmp_path / "clips.jsonl")

@@ -220,3 +220,17 @@ def test_musubi_datasets_can_be_labelled(tmp_path: Path) -> None:
 def test_no_dataset_at_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file; expected a folder of videos with captions"):
         read_dataset(tmp_path / "none", tmp_path, None)  # type: ignore[arg-type]
+
+
+def test_a_video_is_no_list(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
+    with pytest.raises(UserError, match=r"a\.mp4 is a video or an image; a list of clips, or their folder"):
+        read_source_clips(tmp_path / "a.mp4")
+
+
+def test_a_reason_does_not_repeat_its_line(tmp_path: Path) -> None:
+    files(tmp_path, "a.mp4")
+    line = {"video_path": "a.mp4", "caption": "a hook", "start": -1}
+    (tmp_path / "c.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    with pytest.raises(UserError, match=r"c\.jsonl: no line of it can be used; c\.jsonl, line 1: start = -1"):
+        read_source_clips(tmp_path / "c.jsonl")

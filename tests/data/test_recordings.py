@@ -156,6 +156,19 @@ def test_the_caption_is_the_text_beside_the_recording(recording, tmp_path):
     assert {row["video_path"] for row in rows} == {"recordings/a.mp4"}
 
 
+def test_captions_beside_recordings_of_another_encoding(recording, tmp_path):
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    (folder / "op.mp4").write_bytes(recording.read_bytes())
+    (folder / "op.txt").write_bytes("电凝钩分离".encode("gb18030"))
+    run(settings(folder, tmp_path / "c.jsonl", every=10.0), RunOptions())
+    assert {json.loads(line)["caption"] for line in (tmp_path / "c.jsonl").read_text("utf-8").splitlines()} == {
+        "电凝钩分离"}
+    (folder / "op.txt").write_bytes(b"a\0b")
+    with pytest.raises(UserError, match=r"op\.txt is no text in UTF-8"):
+        run(settings(folder, tmp_path / "d.jsonl"), RunOptions())
+
+
 def test_what_cannot_be_read_is_named(recording, tmp_path):
     (tmp_path / "bad.mp4").write_text("x")
     with pytest.raises(UserError, match=r"no recording can be read: .*bad\.mp4"):

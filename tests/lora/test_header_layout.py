@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from lapwan.checkpoints import tensors
 from lapwan.checkpoints.container import read_header
-from lapwan.checkpoints.tensors import load_pickle, open_tensors
+from lapwan.checkpoints.tensors import DTYPES, load_pickle, open_tensors, save_tensors
 from lapwan.errors import UserError
 
 Header = dict[str, Any]
@@ -219,3 +219,21 @@ def test_a_damaged_pickle_is_tensors_or_a_line(zipped: bool, tmp_path: Path) -> 
 def test_shared_values_are_read_once(tmp_path: Path) -> None:
     torch.save(_shared(50), tmp_path / "a.pt")
     assert len(list(tensors._dictionaries(load_pickle(tmp_path / "a.pt")))) == 51
+
+
+@pytest.mark.parametrize("metadata", [None, {"key": 'é "\n\u2028/'}])
+def test_written_bytes_are_those_of_the_library(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    """One key of metadata: of several the library's order varies."""
+    content = {f"{side}.{name}": torch.arange(6).to(dtype) for name, dtype in DTYPES.items() for side in "ba"}
+    content |= {'a"\n é': torch.tensor(2.5), "none": torch.zeros(0, 3)}
+    save_file(content, tmp_path / "theirs.safetensors", metadata=metadata)
+    save_tensors(content, tmp_path / "ours.safetensors", metadata)
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_views_are_written_by_their_values(tmp_path: Path) -> None:
+    whole = torch.arange(6.0).reshape(2, 3)
+    save_tensors({"whole": whole, "turned": whole.T}, tmp_path / "a.safetensors", {"b": "2", "a": "1"})
+    file = open_tensors(tmp_path / "a.safetensors")
+    assert torch.equal(tensors.load_tensor(file, "turned"), whole.T)
+    assert list(file.metadata) == ["a", "b"]
