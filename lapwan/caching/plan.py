@@ -37,6 +37,7 @@ from lapwan.caching.stale import (
 )
 from lapwan.caching.stems import known_stems, unique_stems
 from lapwan.data.buckets import Crop, centre_crop
+from lapwan.data.clip_file import encodable
 from lapwan.data.clips import CacheSet, SourceClip
 from lapwan.data.decoding.pixels import ReadOptions
 from lapwan.data.dropped_clips import BadClip, DroppedClip
@@ -173,8 +174,7 @@ def make_plan(
 
 
 def _dropped(clip: SourceClip, reason: str, stem: str) -> DroppedClip:
-    printable = clip.name.encode(errors="backslashreplace").decode()  # a file name may hold bytes of another encoding
-    return DroppedClip(printable, reason, stem)
+    return DroppedClip(encodable(clip.name), reason, stem)  # a file name may hold bytes of another encoding
 
 
 class _CheckedFiles:

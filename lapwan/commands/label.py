@@ -170,8 +170,8 @@ def _plan(settings: LabelSettings, clips: ClipFile, taxonomy: Taxonomy) -> None:
         _fail_without_clips(settings, clips)
     console.show_plan([
         settings_row(settings, "taxonomy"), PlanRow("clips", f"{count_text(count, 'clip')} of {settings.clips}"),
-        PlanRow("taxonomy", f"{taxonomy.name} ({', '.join(taxonomy.keys)})"), PlanRow("output", str(settings.output)),
         *(PlanRow("", note) for note in (*clips.notes, *clips.encoding_notes())),
+        PlanRow("taxonomy", f"{taxonomy.name} ({', '.join(taxonomy.keys)})"), PlanRow("output", str(settings.output)),
         *(PlanRow("dropped", f"{drop.name}: {drop.reason}", detail=number >= _SHOWN_DROPS)
           for number, drop in enumerate(clips.drops))])
     console.show_settings(to_toml(settings))

@@ -26,7 +26,6 @@ from lapwan.documents import read_json, read_toml, reason
 from lapwan.errors import UserError, nearest
 from lapwan.settings.base import Settings
 
-_CAPTION_BYTES = 1 << 20
 # Valid in such files, but for other architectures or for control videos: refused by name rather than ignored.
 UNSUPPORTED: dict[str, str] = {
     "control_directory": "control images and videos",

@@ -27,7 +27,6 @@ from lapwan.data.video import VideoFacts, probe, read_frames, source_times
 if TYPE_CHECKING:
     from torch import Tensor
 
-RegionBox = tuple[float, float, float, float]  # x0, y0, x1, y1 in 0..1 of the frame
 _FINER = 4  # polygons are drawn at this multiple of the bucket's resolution
 
 
