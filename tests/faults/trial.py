@@ -1,7 +1,7 @@
 """Commands that are disturbed on purpose: a server that forks them, and what counts as the right end.
 
 `python trial.py --serve` has imported lapwan once and forks a process for each request. Such a process is the leader of
-a session, has limits and an environment of its own and ends as an interpreter does, with the exit code of `cli.main`.
+a session, has limits and an environment of its own and ends as an interpreter does, after the program's `main`.
 """
 
 from __future__ import annotations
@@ -400,6 +400,6 @@ def refusal_faults(outcome: Outcome, may_pass: bool = False) -> list[str]:
 if __name__ == "__main__" and "--serve" in sys.argv:
     _serve()
     if sys.argv[0] == "lapwan":
-        from lapwan.cli import main
+        from lapwan.__main__ import main
 
         main()
