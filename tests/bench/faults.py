@@ -247,8 +247,8 @@ def signals(context: Context) -> Section:
     _table(section, context.disturb("signals", trials), (*SIGNALS, "decoder killed"))
     section.notes = [
         "Right: exit code 130 and a line (-9 for kill -9), no process left, nothing hidden but the lock file; the same "
-        "command, with `--resume` for runs, then gives files that are equal byte for byte to undisturbed work's (videos: whole, their encoder's "
-        "bytes vary)."]
+        "command, with `--resume` for runs, then gives files that are equal byte for byte to undisturbed work's "
+        "(videos are only whole: their encoder's bytes vary)."]
     return section
 
 
