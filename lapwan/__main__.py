@@ -2,12 +2,13 @@
 
 import sys
 
-from lapwan.interrupt import end_on_signals, stop_on_signals
+from lapwan.interrupt import end_on_signals, ignore_signals_at_exit, stop_on_signals
 
 
 def main() -> None:
     """Take signals first: importing the command line already takes a moment."""
     stop_on_signals()
+    ignore_signals_at_exit()
     from lapwan import cli
 
     code = 0

@@ -109,8 +109,8 @@ def library_reads(what: str, path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        rust = type(error).__name__ in ("SafetensorError", "UnpicklingError") or type(error) is Exception
-        if not (rust or isinstance(error, _MISFITS)) or type(error).__name__ == "OutOfMemoryError" \
+        foreign = type(error).__module__.split(".")[0] not in ("lapwan", "builtins") or type(error) is Exception
+        if not (foreign or isinstance(error, _MISFITS)) or type(error).__name__ == "OutOfMemoryError" \
                 or getattr(error, "errno", None) is not None:
             raise
         text = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,6 +6,7 @@ In a command the first raises KeyboardInterrupt (`stop_on_signals`); training fi
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import signal
@@ -82,7 +83,15 @@ def end_on_signals(code: int) -> None:
     _handle(lambda number, frame: os._exit(code))
 
 
-def _handle(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any]:
+def ignore_signals_at_exit() -> None:
+    """Ignore signals once the exit handlers registered later have run.
+
+    The interpreter then puts the system's handlers in the place of its own: a signal would change the exit code.
+    """
+    atexit.register(_handle, signal.SIG_IGN)
+
+
+def _handle(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> dict[int, Any]:
     """Set the handler of every signal that asks to stop; the handlers before. One that is ignored (nohup) stays so."""
     return {number: signal.signal(number, handler) for number in _SIGNALS
             if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN}

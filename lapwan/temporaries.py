@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -94,6 +93,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         remove_live(folder)
         if descriptor is not None:
             unlock(descriptor)
+            remove_live(folder)  # where the process had no descriptor left to list it with
 
 
 def _locked_folder(parent: Path) -> tuple[Path, int | None]:
@@ -197,14 +197,20 @@ def _finish(folder: Path) -> None:
 def _remove(folder: Path) -> None:
     """Remove a temporary folder, the lock last: what a kill leaves meanwhile is recognised by it."""
     for entry in folder.iterdir():
-        if entry.name == _LOCK:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        if entry.name != _LOCK:
+            _remove_entry(entry)
     (folder / _LOCK).unlink(missing_ok=True)
     folder.rmdir()
+
+
+def _remove_entry(path: Path) -> None:
+    """Remove a file or tree with one descriptor at a time: shutil.rmtree holds one for every level."""
+    if path.is_dir() and not path.is_symlink():
+        for entry in path.iterdir():
+            _remove_entry(entry)
+        path.rmdir()
+    else:
+        path.unlink()
 
 
 def fsync_path(path: Path) -> None:

@@ -119,6 +119,26 @@ def test_a_second_signal_ends_at_once_and_an_echo_of_the_first_does_not(number, 
     assert process.exitcode == 130 and not list(tmp_path.iterdir())
 
 
+_AT_THE_END = """
+import os, signal, sys
+from lapwan.__main__ import main
+
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.{number}):
+        kill(pid, number)
+
+late = Late()  # deleted when the interpreter has given the signals back to the system
+sys.argv = ["lapwan", "--version"]
+main()
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_while_the_interpreter_ends_changes_nothing(number: str) -> None:
+    ran = subprocess.run([sys.executable, "-c", _AT_THE_END.format(number=number)], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "") and ran.stdout.startswith("lapwan ")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM], ids=["SIGTERM"])
 @pytest.mark.parametrize("name", COMMANDS)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import stat
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,22 @@ def _ended(work: Callable[..., None], *arguments: Any) -> int:
     process.join(PATIENCE)
     assert process.exitcode is not None
     return process.exitcode
+
+
+def _fill_without_descriptors(folder: Path) -> None:
+    """Use up the descriptors in a temporary folder with a temporary in it, then leave both."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    taken = []
+    with suppress(OSError), atomic_folder(folder / "out") as temporary:
+        (temporary / "step" / "state").mkdir(parents=True)
+        with atomic_file(temporary / "step" / "weights"):
+            while True:
+                taken.append(os.dup(2))
+
+
+def test_temporaries_are_removed_when_no_descriptor_is_left(tmp_path: Path) -> None:
+    assert _ended(_fill_without_descriptors, tmp_path) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 INDEX_FILE = "lapwan_index.jsonl"
 _NUMBERED, _BY_FAMILY = 1, 2  # formats: how labels are stored
+_LARGEST = 1 << 40  # of a number of frames, pixels or repeats
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -157,8 +158,9 @@ def _item(path: Path, number: int, row: dict[str, Any], families: tuple[str, ...
     item = _typed(path, number, CachedItem, row)
     smallest = {"frames": 1, "height": 1, "width": 1, "repeats": 1, "start": 0, "label": 0}
     for key, least in smallest.items():
-        if (value := getattr(item, key)) is not None and value < least:
-            raise _damaged(path, number, f"{key} = {value} must be at least {least}")
+        if (value := getattr(item, key)) is not None and not least <= value <= _LARGEST:
+            limit = f"at least {least}" if value < least else f"at most {_LARGEST}"
+            raise _damaged(path, number, f"{key} = {value} must be {limit}")
     count = len(item.label_weights or families or ())
     if count and item.label is not None and item.label >= count:
         raise _damaged(path, number, f"label = {item.label}, but there are {count} families")

@@ -141,7 +141,10 @@ class ClipFile:
             head = file.read(4)
             file.seek(0)
             if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                text, name = self._decode(file.read())
+                try:
+                    text, name = self._decode(file.read())
+                except _BadLine as error:
+                    raise UserError(f"cannot read {self.path}: {error}") from None
                 self.encodings[name] += 1
                 yield from enumerate((line.encode("utf-8", "surrogatepass") for line in text.splitlines()), 1)
                 return

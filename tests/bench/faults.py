@@ -100,9 +100,13 @@ class Context:
     kept: Path
     measured: dict[str, Reference] = field(default_factory=dict)
 
+    def wants(self, name: str) -> bool:
+        """Whether --only lets a name through."""
+        return any(text in name for text in self.only.split(","))
+
     def references(self) -> list[Reference]:
         """Every work undisturbed, as few at a time as are disturbed; measured once."""
-        chosen = [work for work in WORKS if self.only in work.name]
+        chosen = [work for work in WORKS if self.wants(work.name)]
         missing = [work for work in chosen if work.name not in self.measured]
         made = self.many(missing, lambda index, work: measure(
             self.server, self.template, self.root / f"m{index}", work), "undisturbed")
@@ -155,7 +159,7 @@ class Context:
 
 def bad_inputs(context: Context) -> Section:
     """Bad input: exit code 2, one line, within 10 s of CPU and 1 GiB, nothing left, nothing changed, no code run."""
-    chosen = [kind for kind in kinds() if context.only in kind.name]
+    chosen = [kind for kind in kinds() if context.wants(kind.name)]
     chosen = select(chosen, context.share or len(chosen), context.seed)
     real = set(range(0, len(chosen), max(1, len(chosen) // context.real))) if context.real else set()
 
@@ -243,7 +247,8 @@ def signals(context: Context) -> Section:
     _table(section, context.disturb("signals", trials), (*SIGNALS, "decoder killed"))
     section.notes = [
         "Right: exit code 130 and a line (-9 for kill -9), no process left, nothing hidden but the lock file; the same "
-        "command, with `--resume` for runs, then gives files that are equal byte for byte to undisturbed work's."]
+        "command, with `--resume` for runs, then gives files that are equal byte for byte to undisturbed work's "
+        "(videos are only whole: their encoder's bytes vary)."]
     return section
 
 
@@ -296,7 +301,7 @@ def fuzz(context: Context) -> Section:
     section = Section("Fuzzed readers")
     out = context.kept / "fuzz"
     out.mkdir(parents=True, exist_ok=True)
-    chosen = [name for name in READERS if context.only in name]
+    chosen = [name for name in READERS if context.wants(name)]
     share = context.fuzz_seconds / max(1, len(chosen))
 
     def work(index: int, name: str) -> tuple[str, int, list[dict[str, Any]]]:
@@ -360,7 +365,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1800, help="of each section, at most")
     parser.add_argument("--share", type=int, help="inputs: only so many kinds, evenly over calls and kinds of damage")
     parser.add_argument("--real", type=int, default=40, help="inputs: so many as programs of their own")
-    parser.add_argument("--only", default="", help="only what has this text in its name")
+    parser.add_argument("--only", default="", help="only what has one of these texts, "
+                        "separated by commas, in its name")
     parser.add_argument("--moments", type=int, default=10, help="disks, signals, writers: so many of each kind")
     parser.add_argument("--steps", type=int, default=5000, help="flat: steps of a run")
     parser.add_argument("--lines", type=int, default=1_000_000, help="label: lines")

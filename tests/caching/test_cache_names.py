@@ -272,6 +272,7 @@ def test_labels_of_another_order_are_not_stored_as_if_they_were_known(dataset, t
 @pytest.mark.parametrize(("number", "change", "message"), [
     (2, {"frames": "9"}, r'line 2 is damaged: frames = "9": input should be a valid integer'),
     (2, {"frames": 0}, "line 2 is damaged: frames = 0 must be at least 1"),
+    (2, {"start": 10**30}, "line 2 is damaged: start = 1000000000000000000000000000000 must be at most"),
     (2, {"text": None}, "line 2 is damaged: text = null"),
     (2, {"latents": "../../x"}, "names the file '../../x'"),
     (2, {"roi": "/etc/passwd"}, "names the file '/etc/passwd'"),

@@ -100,6 +100,8 @@ def test_a_library_that_builds_from_files_says_which() -> None:
     with pytest.raises(UserError, match=r"cannot read the VAE in /model/vae: size mismatch"), \
             library_reads("the VAE", Path("/model/vae")):
         raise RuntimeError("size mismatch\nfor conv")
+    with pytest.raises(UserError, match="cannot read the VAE"), library_reads("the VAE", Path("/model/vae")):
+        raise zipfile.BadZipFile("a class of the library's own")
     for kept in (OSError(errno.ENOSPC, "full"), torch.OutOfMemoryError("CUDA"), UserError("said"), KeyboardInterrupt()):
         with pytest.raises(type(kept)), library_reads("the VAE", Path("/model/vae")):
             raise kept

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lapwan.data.clip_file import LONGEST_LINE, read_clips
+from lapwan.data.clip_file import LONGEST_LINE, ClipFile, read_clips
 from lapwan.data.clips import read_source_clips, resolve_video
 from lapwan.data.dataset import read_dataset
 from lapwan.data.musubi_dataset import is_musubi, musubi_rows
@@ -155,6 +155,13 @@ def test_chinese_captions_in_every_encoding(tmp_path: Path, encoding: str, name:
         source = read_source_clips(path)
         assert source.clips[0].caption == "抓钳牵拉"
         assert any(name in note for note in source.notes if "not UTF-8" in note) == bool(name)
+
+
+def test_a_list_in_utf_16_that_ends_in_a_character_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "l.jsonl").write_bytes('{"video": "a.mp4", "text": "hook"}\n'.encode("utf-16")[:-1])
+    for strict in (True, False):
+        with pytest.raises(UserError, match=r"cannot read .*l.jsonl: not UTF-16"):
+            list(ClipFile(tmp_path / "l.jsonl", strict=strict))
 
 
 def test_short_captions_are_told_apart_both_ways() -> None:
