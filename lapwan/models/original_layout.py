@@ -123,6 +123,18 @@ def check_parameters(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], wh
         raise UserError(f"{path} lacks {len(missing)} tensors of {what}, such as '{min(missing)}'; is it complete?")
 
 
+def check_filled(model: nn.Module, path: Path) -> None:
+    """Raise for parameters that the weights at `path` did not have: diffusers leaves them without memory.
+
+    Raises:
+        UserError: with their number and one of them.
+    """
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise UserError(f"the weights in {path} lack {len(empty)} tensors of its config, such as '{empty[0]}'; is the "
+                        "download complete?")
+
+
 def load_transformer_files(
     config: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype
 ) -> WanTransformer3DModel:

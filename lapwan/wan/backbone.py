@@ -15,7 +15,7 @@ from torch import Tensor
 from lapwan.errors import UserError
 from lapwan.faults import library_reads
 from lapwan.models.configs import component_config
-from lapwan.models.original_layout import load_transformer_files, loads_by_name
+from lapwan.models.original_layout import check_filled, load_transformer_files, loads_by_name
 from lapwan.models.spec import ModelSpec, weight_files
 from lapwan.names import Checkpointing, NoiseExpert
 from lapwan.wan.text import pad_text
@@ -63,6 +63,7 @@ def load_transformer(
             model = load_transformer_files(config, files, dtype)
         else:
             model = WanTransformer3DModel.from_pretrained(folder, dtype=dtype)
+    check_filled(model, folder)
     model.requires_grad_(False)
     return _aligned(model.eval().to(device))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lapwan.errors import UserError
 from lapwan.faults import library_reads
 from lapwan.models.configs import component_config
 from lapwan.models.fingerprints import text_encoder_fingerprint
@@ -67,9 +68,12 @@ def load_text_encoder(
         elif loads_by_name(files := component_files(folder), TRANSFORMERS_STEM):
             model = load_text_files(config, files, dtype)
         else:
-            model = UMT5EncoderModel.from_pretrained(
-                folder, dtype="auto" if dtype is None else dtype, local_files_only=True
+            model, report = UMT5EncoderModel.from_pretrained(
+                folder, dtype="auto" if dtype is None else dtype, local_files_only=True, output_loading_info=True
             )
+            if missing := report["missing_keys"]:  # which transformers fills with random values
+                raise UserError(f"the weights in {folder} lack {len(missing)} tensors of its config, such as "
+                                f"'{min(missing)}'; is the download complete?")
     model.requires_grad_(False)
     with library_reads("the tokenizer", spec.path / "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(spec.path / "tokenizer", local_files_only=True)

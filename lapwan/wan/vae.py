@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lapwan.faults import library_reads
 from lapwan.models.configs import component_config
 from lapwan.models.device import widened
-from lapwan.models.original_layout import load_vae_file, loads_by_name
+from lapwan.models.original_layout import check_filled, load_vae_file, loads_by_name
 from lapwan.models.spec import component_files
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def load_vae(
             vae = load_vae_file(config, files[0], dtype)
         else:
             vae = AutoencoderKLWan.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    check_filled(vae, folder)
     vae.requires_grad_(False)
     use_fast_norms(vae)
     return vae.eval().to(device)

@@ -281,7 +281,8 @@ def file_kinds() -> Iterator[Kind]:
                     optional = file in _OPTIONAL or (call.name, file) in _OPTIONAL_IN or (
                         call.command == "evaluate" and "media" in damage.formats) or (  # text to video reads no clip
                         "/state/" in file and damage.name in _NO_FILE) or (
-                        call.command == "inspect-weights" and damage.name in _VALUES)
+                        call.command == "inspect-weights" and damage.name in _VALUES) or (
+                        (call.name, damage.name) == ("merge --dit", "tensor_missing"))  # copies what no LoRA is for
                     yield Kind(f"{call.name}: {file}: {damage.name}", call, damage.may_pass or optional, file, damage)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from lapwan.errors import UserError
 from lapwan.models.spec import read_spec
 from lapwan.tiny.model import tiny_folder
 from lapwan.wan import image_condition, text, vae
@@ -89,6 +93,18 @@ def test_text_does_not_depend_on_its_batch_and_is_cut_at_the_length(i2v):
         torch.testing.assert_close(text.encode_text(encoder, [prompt])[0], feature, atol=1e-5, rtol=0)
     assert text.encode_text(encoder, ["x " * 900])[0].shape[0] == 512
     assert text.encode_text(encoder, [""])[0].shape[0] == 1  # only the end mark
+
+
+@pytest.mark.parametrize(("part", "load"), [("vae", vae.load_vae), ("text_encoder", text.load_text_encoder)])
+def test_a_model_that_lacks_a_tensor_is_refused(part, load, tmp_path):
+    folder = shutil.copytree(tiny_folder("i2v"), tmp_path / "model")
+    path = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(path)
+    path.unlink()
+    dropped = next(name for name in tensors if name.endswith("weight"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != dropped}, path, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{part} lack 1 tensors of its config, such as '{dropped}'"):
+        load(read_spec(folder))
 
 
 def test_prompt_cleaning():
