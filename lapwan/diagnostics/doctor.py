@@ -22,6 +22,7 @@ import torch
 
 from lapwan.memory.plan import GIB, available_host_memory
 from lapwan.report.contact_sheet import cjk_font
+from lapwan.temporaries import remove_stale_once, temporary_folder
 from lapwan.wan.quantise.linears import fp8_in_hardware
 from lapwan.wan.transformer.kernels import TRITON
 
@@ -154,24 +155,26 @@ def disk_speed(folder: Path, most_bytes: int = 512 << 20) -> tuple[float, float]
     Raises:
         OSError: the folder cannot be written to.
     """
-    path = folder / f".lapwan-speed-{os.getpid()}"
+    remove_stale_once(folder)
+    with temporary_folder(folder) as temporary:
+        return _file_speed(temporary / "speed", most_bytes)
+
+
+def _file_speed(path: Path, most_bytes: int) -> tuple[float, float]:
     chunk = os.urandom(1 << 20) * (_CHUNK >> 20)
-    try:
+    started, size = time.perf_counter(), 0
+    with path.open("wb", buffering=0) as stream:
+        while size < most_bytes and time.perf_counter() - started < _MOST_SECONDS:
+            size += stream.write(chunk)
+        os.fsync(stream.fileno())
+    written = size / (time.perf_counter() - started)
+    with path.open("rb", buffering=0) as stream:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         started, size = time.perf_counter(), 0
-        with path.open("wb", buffering=0) as stream:
-            while size < most_bytes and time.perf_counter() - started < _MOST_SECONDS:
-                size += stream.write(chunk)
-            os.fsync(stream.fileno())
-        written = size / (time.perf_counter() - started)
-        with path.open("rb", buffering=0) as stream:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            started, size = time.perf_counter(), 0
-            while time.perf_counter() - started < _MOST_SECONDS and (data := stream.read(_CHUNK)):
-                size += len(data)
-        return written, size / (time.perf_counter() - started)
-    finally:
-        path.unlink(missing_ok=True)
+        while time.perf_counter() - started < _MOST_SECONDS and (data := stream.read(_CHUNK)):
+            size += len(data)
+    return written, size / (time.perf_counter() - started)
 
 
 def _version(package: str) -> str | None:

@@ -77,6 +77,9 @@ def load_text_encoder(
     model.requires_grad_(False)
     with library_reads("the tokenizer", spec.path / "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(spec.path / "tokenizer", local_files_only=True)
+    if tokenizer.pad_token is None:
+        raise UserError(f"the tokenizer in {spec.path / 'tokenizer'} names no padding token; is its "
+                        "tokenizer_config.json complete? Download it again")
     return TextEncoder(model.eval().to(device), tokenizer)
 
 
