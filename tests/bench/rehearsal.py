@@ -6,8 +6,7 @@
 
 Each row is a process of its own; what it wrote is removed when no later row needs it. `run` appends to `rows.jsonl`, so
 rows of several runs and machines stand in one file and the last run of a row counts. The weights are random: the
-figures are of time and memory, not of quality. A machine of 64 GiB of disk holds the folder with `make --layers 32`
-only; the figures of 2026-11-30 are of 40.
+figures are of time and memory, not of quality. The folder needs 70 GB of disk.
 """
 
 from __future__ import annotations
