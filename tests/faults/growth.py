@@ -58,6 +58,7 @@ def watch_training(server: Server, work: Path, command: str, steps: int, seconds
         if 0 < done < steps and (usage := _usage(running.pid)) and usage[1]:
             rows.append((done, *usage))
     outcome = running.wait()
+    done = metrics.read_bytes().count(b"\n") if metrics.is_file() else done
     kept = [row for row in rows if row[0] >= rows[-1][0] / 5] if rows else []
     if len(kept) < 3:
         return Growth(done, time.monotonic() - start, 0, 0, float("nan"), (0, 0), outcome.code)
