@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,20 +101,27 @@ def rgb_image(path: Path, background: str = "black") -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(image), background)
 
 
-def open_frame(path: Path, background: str = "black") -> Image.Image:
-    """`rgb_image` of a clip's file.
-
-    Raises:
-        BadClip: missing, too large, or not an image.
-    """
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of reading a clip's file as a BadClip that names it."""
     try:
-        return rgb_image(path, background)
+        yield
     except BadClip as error:
         raise BadClip(f"{path.name} {error}") from None
     except FileNotFoundError:
         raise BadClip("no such file") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise BadClip(f"{path.name} cannot be read as an image ({short_reason(error)})") from None
+
+
+def open_frame(path: Path, background: str = "black") -> Image.Image:
+    """`rgb_image` of a clip's file.
+
+    Raises:
+        BadClip: missing, too large, or not an image.
+    """
+    with _named(path):
+        return rgb_image(path, background)
 
 
 def to_rgb(image: Image.Image, background: str = "black") -> Image.Image:
@@ -164,21 +172,14 @@ def image_traits(path: Path) -> str:
     Raises:
         BadClip: missing, too large, or not an image.
     """
-    try:
-        with opened(path) as image:
-            # Pages of a TIFF and the views in a phone's JPEG are no animation.
-            if image.format in ("PNG", "WEBP", "AVIF") and getattr(image, "n_frames", 1) > 1:
-                return "animated"
-            if image.mode.startswith("I") or image.mode == "F":
-                return "16 bits"
-            shown = has_alpha(image) and int(np.asarray(image.convert("RGBA"))[..., 3].min()) < 255
-            return "alpha" if shown else ""
-    except BadClip as error:
-        raise BadClip(f"{path.name} {error}") from None
-    except FileNotFoundError:
-        raise BadClip("no such file") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadClip(f"{path.name} cannot be read as an image ({short_reason(error)})") from None
+    with _named(path), opened(path) as image:
+        # Pages of a TIFF and the views in a phone's JPEG are no animation.
+        if image.format in ("PNG", "WEBP", "AVIF") and getattr(image, "n_frames", 1) > 1:
+            return "animated"
+        if image.mode.startswith("I") or image.mode == "F":
+            return "16 bits"
+        shown = has_alpha(image) and int(np.asarray(image.convert("RGBA"))[..., 3].min()) < 255
+        return "alpha" if shown else ""
 
 
 def animation(path: Path, background: str = "black") -> Iterator[tuple[AnimationFrame, Image.Image]]:
