@@ -54,8 +54,9 @@ def page_of(*grids: VideoGrid) -> Page:
     table = Table("adapter", "mean")
     table.add_row("identity %", "")
     table.add_row("base", "12.5 \\[1.0, 20.1]")
+    line = {"high": [(0.0, 1.0), (1.0, 0.5)]}
     chart = plots.render(lambda figure: plots.line_chart(
-        figure.subplots(), "loss", {"high": [(0.0, 1.0), (1.0, 0.5)]}, plots.NOISE_EXPERT_COLOURS, "step", "loss"), 6, 3)
+        figure.subplots(), "loss", line, plots.NOISE_EXPERT_COLOURS, "step", "loss"), 6, 3)
     return Page("evaluate", Bilingual("Adapters compared", "适配器比较"), ((Bilingual("model", "模型"), "tiny (t2v)"),),
                 (rich_table(table, Bilingual("Figures", "数据")), pages.Plot(Bilingual("Plot", "图"), chart), *grids,
                  pages.PageLinks(Bilingual("Files", "文件"), (("the plot", Path("/etc/passwd")),))),
