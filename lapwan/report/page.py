@@ -269,16 +269,12 @@ def _plain(cell: Any) -> str:
     return cell.plain if isinstance(cell, Text) else Text.from_markup(str(cell)).plain
 
 
-def may_write(path: Path) -> bool:
-    """Whether `path` is free, or holds a page of lapwan; warns of anything else, which stays."""
-    if not path.exists() and not path.is_symlink():
-        return True
-    if path.is_file() and not path.is_symlink():
-        with path.open("rb") as file:
-            if _GENERATOR in file.read(2000):
-                return True
-    console.warn(f"{path} is not a page of lapwan and stays; no page is written")
-    return False
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `write_page` has written."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _GENERATOR in file.read(2000)
 
 
 def write_page(path: Path, page: Page) -> bool:
@@ -287,7 +283,8 @@ def write_page(path: Path, page: Page) -> bool:
     Videos are embedded if all of them fit. Of those that must be embedded, since they lie elsewhere or in memory, the
     first that fit are shown.
     """
-    if not may_write(path):
+    if (path.exists() or path.is_symlink()) and not is_page(path):
+        console.warn(f"{path} is not a page of lapwan and stays; no page is written")
         return False
     import jinja2
 

@@ -33,6 +33,7 @@ from lapwan.settings.base import Settings
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train import NoiseExpertSettings, TrainSettings, split_evenly
 from lapwan.train.callbacks.base import Callback
+from lapwan.train.callbacks.run_page import RunPage
 from lapwan.train.clip_store import ClipStore, cached_bytes, check_cache, sampling_weights, training_items
 from lapwan.train.ema import Ema
 from lapwan.train.objective import Objective, SigmaRule
@@ -341,4 +342,7 @@ def run_training(trainer: Trainer, settings: TrainSettings | SrpoSettings) -> bo
         console.log(f"{settings.output} is complete: {trainer.step} steps; nothing to do")
         return False
     trainer.fit()
+    page = trainer.callbacks.get(RunPage.name)
+    if isinstance(page, RunPage) and trainer.distributed.first:
+        page.finish(trainer.step)
     return True

@@ -11,6 +11,7 @@ from lapwan.console import warn
 from lapwan.diagnostics.run_folder import METRICS_FILE
 from lapwan.documents import read_toml
 from lapwan.errors import Interrupted, UserError
+from lapwan.report.page import PAGE_FILE, is_page
 from lapwan.settings.aliases import RUN_HEADER, SETTINGS_VERSION, VERSION_KEY
 from lapwan.settings.base import Settings, to_plain, to_toml
 from lapwan.settings.load import upgraded
@@ -151,3 +152,5 @@ def _remove_run(run: Any) -> None:
         discard_folder(run / name)
     for path in (run / METRICS_FILE, *run.glob("settings_until_*.toml")):
         path.unlink(missing_ok=True)
+    if is_page(run / PAGE_FILE):
+        (run / PAGE_FILE).unlink()
