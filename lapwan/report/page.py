@@ -39,6 +39,9 @@ class Bilingual(NamedTuple):
     zh: str
 
 
+REPEAT = Bilingual("Repeat", "重复运行")
+
+
 @dataclass(frozen=True)
 class Overlay:
     """What is known of a video besides its pixels.
@@ -190,7 +193,7 @@ class Page:
 
     Args:
         kind: the command that made it, such as "evaluate".
-        command: what repeats it.
+        command: what repeats it, or what `command_title` says.
         settings: TOML.
         running: it is written again while a run goes on: an open page reads itself again every minute.
     """
@@ -202,6 +205,7 @@ class Page:
     command: str = ""
     settings: str = ""
     running: bool = False
+    command_title: Bilingual = REPEAT
 
     @property
     def grids(self) -> list[VideoGrid]:

@@ -188,7 +188,7 @@ def check_noise_experts(noise_experts: Sequence[NoiseExpert], spec: ModelSpec) -
 
 def settings_hash(settings: Settings) -> str:
     """sha256 of the resolved settings that decide the result, as 64 hex digits: tells which run made a file."""
-    excluded = {"output", "resume", "allow_changed", "device", "memory", "compile"}
+    excluded = {"output", "resume", "allow_changed", "device", "memory", "compile", "tracker"}
     plain = settings.model_dump(mode="json", exclude=excluded)
     return json_fingerprint(plain)
 
@@ -312,7 +312,7 @@ def make_trainer(
         log_every=settings.log_every, sigma_bins=settings.sigma_bins, keep_last=settings.keep_last,
         keep_best=settings.keep_best, identity=parts.identity, allow_changed=settings.allow_changed,
         resume_command=resume_command(parts.command, settings.output), memory_summary=memory_summary,
-        predicted_peak=predicted_peak,
+        predicted_peak=predicted_peak, tracker=settings.tracker,
         skip_bad_clips=isinstance(settings, TrainSettings) and settings.data.on_bad_clip == "skip")
     return Trainer(
         parts.objective, parts.data, parts.schedule, parts.optimizers, config,

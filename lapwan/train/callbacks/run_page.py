@@ -24,7 +24,7 @@ from lapwan.train.callbacks.base import Callback, Evaluation
 from lapwan.train.run_folder import PREVIEWS, SETTINGS_FILE
 
 _COLUMNS = 8  # steps whose previews are shown: the first, the last, and some between
-_POINTS = 150  # of a line; more are averaged
+_POINTS, _SMOOTH = 150, 24  # of a line; more are averaged
 _WIDTH, _CHART = 11.0, 3.0  # inches
 _SAMPLE = re.compile(r"step_(\d+)_(.+)\.(?:mp4|png)")
 _SIGMA = re.compile(r"loss_at_sigma/([\d.]+)-([\d.]+)")
@@ -77,7 +77,7 @@ class RunPage(Callback):
         facts = ((Bilingual("run", "训练"), str(self._run)), (Bilingual("step", "步数"), f"{step} / {self._total}"))
         settings = self._run / SETTINGS_FILE
         return Page("train", Bilingual("Training run", "训练过程"), facts, tuple(blocks), self._command,
-                    read_text(settings) if settings.is_file() else "", running)
+                    read_text(settings) if settings.is_file() else "", running, Bilingual("Continue", "继续训练"))
 
 
 def _videos(folder: Path, requests: Mapping[str, Request]) -> VideoGrid:
@@ -158,8 +158,8 @@ def _by_sigma(lines: Lines) -> Callable[[Any], None] | None:
 def _tagged(lines: Lines, start: str, end: str, title: str, y: str) -> Callable[[Any], None] | None:
     """The figures under tags that begin and end so, over steps, named by what is between."""
     tags = dict.fromkeys(key for line in lines for key in line if key.startswith(start) and key.endswith(end))
-    series = {tag.removeprefix(start).removesuffix(end): _averaged([(line["step"], line.get(tag)) for line in lines])
-              for tag in tags}
+    series = {tag.removeprefix(start).removesuffix(end):
+              _averaged([(line["step"], line.get(tag)) for line in lines], _SMOOTH) for tag in tags}
     return _chart(title, {name: points for name, points in series.items() if "/" not in name}, "step", y)
 
 
@@ -184,10 +184,10 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _averaged(points: Sequence[tuple[int, Any]]) -> list[tuple[float, float]]:
-    """The finite points, at most `_POINTS`: neighbours are averaged."""
+def _averaged(points: Sequence[tuple[int, Any]], most: int = _POINTS) -> list[tuple[float, float]]:
+    """The finite points, at most `most`: neighbours are averaged."""
     finite = [(float(step), float(value)) for step, value in points if _finite(value)]
-    size = max(1, math.ceil(len(finite) / _POINTS))
+    size = max(1, math.ceil(len(finite) / most))
     groups = [finite[n : n + size] for n in range(0, len(finite), size)]
     return [(sum(step for step, _ in group) / len(group), sum(value for _, value in group) / len(group))
             for group in groups]

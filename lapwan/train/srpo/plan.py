@@ -20,6 +20,7 @@ from lapwan.rewards.base import RewardKinds
 from lapwan.rewards.build import check_rewards
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.checklist import batch_text
+from lapwan.train.metrics import check_tracker
 from lapwan.train.optimizers import check_optimizer, describe_optimizer
 from lapwan.train.recipe import check_noise_experts
 from lapwan.train.srpo.data import SrpoData, check_negative, read_data
@@ -51,6 +52,7 @@ def plan_run(
     """
     check_rewards(settings.rewards, rewards)
     check_optimizer(settings.optimizer, settings.schedule)
+    check_tracker(settings.tracker)
     data = read_data(settings, base.spec)
     noise_experts = trained_noise_experts(settings, base.spec)
     bands = intervals(settings, base.spec, noise_experts)
