@@ -281,13 +281,16 @@ def is_page(path: Path) -> bool:
         return _GENERATOR in file.read(2000)
 
 
-def write_page(path: Path, page: Page) -> bool:
+def write_page(path: Path, page: Page, replace_any: bool = False) -> bool:
     """Write the page atomically; False if another file is at `path`, which stays.
 
     Videos are embedded if all of them fit. Of those that must be embedded, since they lie elsewhere or in memory, the
     first that fit are shown.
+
+    Args:
+        replace_any: any file at `path` is replaced, since the user has named it.
     """
-    if (path.exists() or path.is_symlink()) and not is_page(path):
+    if (path.exists() or path.is_symlink()) and not replace_any and not is_page(path):
         console.warn(f"{path} is not a page of lapwan and stays; no page is written")
         return False
     import jinja2

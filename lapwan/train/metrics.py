@@ -49,8 +49,10 @@ def start_tracker(name: str, run: Path) -> Any:
     Args:
         name: wandb or trackio.
     """
+    from accelerate import PartialState
     from accelerate.tracking import TrackioTracker, WandBTracker
 
+    PartialState()  # which the trackers' logging reads; it joins the processes that there are
     file = run / TRACKER_FILE
     if not file.is_file():
         files.write_text(file, uuid.uuid4().hex[:12])
