@@ -11,8 +11,6 @@ from lapwan.diagnostics.inspect import Inspection
 from lapwan.diagnostics.tables import verdict_lines
 from lapwan.report.page import Bilingual, Block, Page, Plot, TextLines, rich_table
 
-_TABLES = Bilingual("Table", "表格")
-
 
 def inspection_page(
     inspected: Sequence[Path], inspection: Inspection, parts: Iterable[Table | str], command: str, settings: str
@@ -28,14 +26,14 @@ def inspection_page(
     verdict = inspection.document["verdict"]
     blocks: list[Block] = [
         TextLines(Bilingual("Verdict", "结论"), tuple(verdict_lines(verdict)), verdict["status"]),
-        Plot(Bilingual("Plots", "图表"), inspection.plot()),
+        Plot(Bilingual("Plots", "图表"), inspection.plot(), colour_scale=True),
     ]
     lines: list[str] = []
     for part in parts:
         if isinstance(part, str):
             lines.append(part)
         else:
-            blocks.append(rich_table(part, _TABLES))
+            blocks.append(rich_table(part))
     if lines:
         blocks.append(TextLines(Bilingual("Notes", "说明"), tuple(lines)))
     facts = [(Bilingual("files", "文件"), ", ".join(map(str, inspected)))]

@@ -154,10 +154,11 @@ class DataTable:
 
 @dataclass(frozen=True)
 class Plot:
-    """An image, such as of `plots.stacked`."""
+    """An image, such as of `plots.stacked`; inverted on a dark page unless its colours are a scale."""
 
     title: Bilingual
     image: Image.Image
+    colour_scale: bool = False
 
     @property
     def data(self) -> str:
@@ -258,15 +259,17 @@ class _Source:
         return {"mime": cell.mime, "data": base64.b64encode(data).decode()}
 
 
-def rich_table(table: Table, title: Bilingual) -> DataTable:
-    """A table of the terminal as one of the page; its title becomes the note."""
+def rich_table(table: Table, title: Bilingual | None = None) -> DataTable:
+    """A table of the terminal as one of the page; its own title becomes the note, or the title where none is given."""
+    name = _plain(table.title or "")
     columns = [[_plain(cell) for cell in column.cells] for column in table.columns]
     rows = []
     for row in zip(*columns, strict=True):
         heading = bool(row[0]) and not any(row[1:])
         rows.append((row[0],) if heading and len(row) > 1 else row)
-    return DataTable(title, tuple(_plain(column.header) for column in table.columns), tuple(rows),
-                     _plain(table.title or ""), tuple(column.justify == "right" for column in table.columns))
+    return DataTable(title or Bilingual(name or "Figures", name or "数据"),
+                     tuple(_plain(column.header) for column in table.columns), tuple(rows), name if title else "",
+                     tuple(column.justify == "right" for column in table.columns))
 
 
 def _plain(cell: Any) -> str:
