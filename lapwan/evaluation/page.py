@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from lapwan import console
 from lapwan.console import count_text
+from lapwan.errors import UserError
 from lapwan.evaluation.arms import Arm
-from lapwan.evaluation.clips import EvaluationClip, evenly_spaced
-from lapwan.evaluation.metrics import JudgeMetrics, ReadingJudge
+from lapwan.evaluation.clips import EvaluationClip, VideoShape, evenly_spaced
+from lapwan.evaluation.metrics import JudgeMetrics, Reading, ReadingJudge
 from lapwan.evaluation.plots import draw_plot
 from lapwan.evaluation.study import Study, StudyResults
 from lapwan.evaluation.tables import IntervalRule, tables
@@ -70,10 +72,8 @@ def _videos(study: Study, results: StudyResults, store: VideoStore) -> VideoGrid
         for p, clip in chosen:
             for seed in range(s.seeds):
                 cells = tuple(_cell(study, results, store, arm, p, seed) for arm in study.arms)
-                tip = _points(clip.tips_T2[: s.shape.frames]) if clip.tips_T2 is not None and _reads(study) else ()
-                family = _family(study, clip)
-                rows.append(VideoRow(clip.prompt, cells, _label(study, clip), family,
-                                     f"seed {seed}" if s.seeds > 1 else "", tip if _from_image(study) else ()))
+                rows.append(VideoRow(clip.prompt, cells, _label(study, clip), _family(study, clip),
+                                     f"seed {seed}" if s.seeds > 1 else "", _true_tip(study, clip, s.shape)))
                 bar.advance()
     note = Bilingual("A row has the same prompt and noise.", "同一行使用相同的提示词和噪声。")
     return VideoGrid(Bilingual("Videos", "视频"), tuple(rows), s.shape.frames, s.shape.fps, s.shape.size, note)
@@ -87,16 +87,23 @@ def _cell(study: Study, results: StudyResults, store: VideoStore, arm: Arm, p: i
     figures = {name: float(values[p, seed]) for name, values in results.scores[arm.name].items()
                if math.isfinite(values[p, seed])}
     right = figures.get("identity")
-    verdict, tip = "", ()
-    if (judge := _reads(study)) is not None:
-        reading = judge.read(read_clip(path, shape.frames, shape.size, shape.fps))
-        verdict = f"{reading.name} {reading.share:.2f}"
-        tip = () if reading.tips_T2 is None else _points(reading.tips_T2)
+    reading = _reading(study, path, shape)
+    verdict = "" if reading is None else f"{reading.name} {reading.share:.2f}"
+    tip = () if reading is None or reading.tips_T2 is None else _points(reading.tips_T2)
     mixes = results.mixes.get(arm.name)
     overlay = Overlay(
         verdict, None if right is None else right >= 0.5, tuple(mixes[p].shares().items()) if mixes else (),
         mixes[p].source if mixes else "", tip, tuple(figures.items()))
     return VideoCell(arm.name, path, overlay=overlay)
+
+
+def _reading(study: Study, path: Path, shape: VideoShape) -> Reading | None:
+    """What the judge sees in a stored video; None without a judge, or if the file has been damaged since."""
+    judge = _reads(study)
+    try:
+        return None if judge is None else judge.read(read_clip(path, shape.frames, shape.size, shape.fps))
+    except UserError:
+        return None
 
 
 def _reads(study: Study) -> ReadingJudge | None:
@@ -105,9 +112,11 @@ def _reads(study: Study) -> ReadingJudge | None:
     return judges[0] if judges and isinstance(judges[0], ReadingJudge) else None
 
 
-def _from_image(study: Study) -> bool:
-    """Whether the tip's path follows from the first frame, so that the true one can be shown."""
-    return study.arms[0].base.spec.requires_image
+def _true_tip(study: Study, clip: EvaluationClip, shape: VideoShape) -> tuple[tuple[float, float], ...]:
+    """The clip's tip, where the video's follows from its first frame."""
+    if clip.tips_T2 is None or not study.arms[0].base.spec.requires_image:
+        return ()
+    return _points(clip.tips_T2[: shape.frames])
 
 
 def _family(study: Study, clip: EvaluationClip) -> str:

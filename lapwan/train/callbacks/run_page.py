@@ -5,6 +5,7 @@ It has no state, so it goes on after a kill, and it draws no random numbers: a r
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -119,7 +120,7 @@ def run_charts(lines: Lines) -> Image.Image | None:
         for place in axes[len(pair) :]:
             place.remove()
 
-    return plots.stacked([(_CHART, lambda part, pair=pair: draw(part, pair)) for pair in pairs], _WIDTH)
+    return plots.stacked([(_CHART, functools.partial(draw, pair=pair)) for pair in pairs], _WIDTH)
 
 
 def _chart(title: str, series: Series, x: str, y: str) -> Callable[[Any], None] | None:
