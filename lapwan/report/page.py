@@ -284,6 +284,16 @@ def is_page(path: Path) -> bool:
         return _GENERATOR in file.read(2000)
 
 
+def load_template(name: str) -> Any:
+    """A jinja2 template of `templates/`; all that it is given is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["kind"] = lambda block: type(block).__name__
+    return environment.get_template(name)
+
+
 def write_page(path: Path, page: Page, replace_any: bool = False) -> bool:
     """Write the page atomically; False if another file is at `path`, which stays.
 
@@ -296,16 +306,11 @@ def write_page(path: Path, page: Page, replace_any: bool = False) -> bool:
     if (path.exists() or path.is_symlink()) and not replace_any and not is_page(path):
         console.warn(f"{path} is not a page of lapwan and stays; no page is written")
         return False
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["kind"] = lambda block: type(block).__name__
     cells = [cell for grid in page.grids for row in grid.rows for cell in row.cells]
     total = sum(map(_encoded, cells))
     source = _Source(path.parent, total <= _EMBEDDED)
     shown = page if source.embed else _within_budget(page)
-    template = environment.get_template("page.html")
+    template = load_template("page.html")
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for piece in template.generate(page=shown, source=source, videos=sum(map(bool, map(_encoded, cells))),
                                        megabytes=total * 3 / 4 / 1e6):
