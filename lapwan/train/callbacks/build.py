@@ -52,9 +52,9 @@ def check_callbacks(
         requests = preview_requests(settings.preview, base.spec, data.items[0].bucket, taxonomy)
         first = requests[0]
         videos = count_text(len(requests), "video")
-        rows.append(PlanRow("page", f"{settings.output / PAGE_FILE}, for a browser: written anew at each preview"))
         rows.append(PlanRow("previews", f"every {settings.preview.every} steps: {videos} of {first.num_frames} frames "
-                                        f"{first.size[0]}x{first.size[1]}, sampled in {first.steps} steps"))
+                                        f"{first.size[0]}x{first.size[1]}, sampled in {first.steps} steps; "
+                                        f"page {PAGE_FILE}"))
     return rows
 
 
