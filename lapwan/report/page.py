@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -61,6 +62,11 @@ class Overlay:
     source: str = ""
     tip: tuple[tuple[float, float], ...] = ()
     figures: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def finite(self) -> dict[str, float]:
+        """The figures that are numbers: JSON has no others."""
+        return {name: value for name, value in self.figures if math.isfinite(value)}
 
 
 @dataclass(frozen=True)
@@ -245,8 +251,7 @@ class _Source:
         """The relative link to a file; None for one outside of the page's folder."""
         if leaves(path, self.folder):
             return None
-        relative = path.absolute().relative_to(self.folder.absolute())
-        return quote(os.fsencode(relative.as_posix()))
+        return quote(os.fsencode(path.resolve().relative_to(self.folder.resolve()).as_posix()))
 
     def video(self, cell: VideoCell) -> dict[str, str] | None:
         """`data` in base64 or `href`, and `mime`; None if there is nothing to show."""

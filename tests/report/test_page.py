@@ -44,7 +44,7 @@ def grid_of(folder: Path, rows: int = 4) -> VideoGrid:
             right = bool(n % 2) or a == 2
             cells.append(VideoCell(arm, path, overlay=Overlay(
                 "hook 0.93" if right else "suction 0.61", right, (("scissors", 0.1), ("hook", 0.7), ("suction", 0.2)),
-                "router", tip, (("identity", float(right)), ("motion", 1.0 + n * a)))))
+                "router", tip, (("identity", float(right)), ("motion", 1.0 + n * a), ("gone", float("nan"))))))
         made.append(VideoRow(f"{n}: {NASTY}", tuple(cells), ("hook", "suction")[n % 2], ("hook", "suction")[n % 2],
                              tip=tip))
     return VideoGrid(Bilingual("Videos", "视频"), tuple(made), FRAMES, FPS, (SIDE, SIDE))
