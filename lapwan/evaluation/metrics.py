@@ -91,9 +91,9 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
-    """What a judge sees in a video: the class of the highest probability, and the tip in every frame, x and y in 0..1
-    (None: it locates none)."""
+class Seen:
+    """What a judge sees in a video: the class of the highest probability with that, and the tip in every frame, x and
+    y in 0..1 (None: it locates none)."""
 
     name: str
     share: float
@@ -101,11 +101,11 @@ class Reading:
 
 
 @runtime_checkable
-class ReadingJudge(Protocol):
-    """A judge that can also tell what it sees, for the page of an evaluation."""
+class DescribingJudge(Protocol):
+    """A judge that also says what it sees, for the page of an evaluation."""
 
-    def read(self, frames_THWC: np.ndarray) -> Reading:
-        """What it sees in one video (uint8 RGB)."""
+    def describe(self, frames_THWC: np.ndarray, clip: EvaluationClip) -> Seen:
+        """What it sees in one video (uint8 RGB) made for a clip."""
         ...
 
 

@@ -13,7 +13,7 @@ from lapwan.console import count_text
 from lapwan.errors import UserError
 from lapwan.evaluation.arms import Arm
 from lapwan.evaluation.clips import EvaluationClip, VideoShape, evenly_spaced
-from lapwan.evaluation.metrics import JudgeMetrics, Reading, ReadingJudge
+from lapwan.evaluation.metrics import DescribingJudge, JudgeMetrics, Seen
 from lapwan.evaluation.plots import draw_plot
 from lapwan.evaluation.study import Study, StudyResults
 from lapwan.evaluation.tables import IntervalRule, tables
@@ -82,14 +82,14 @@ def _videos(study: Study, results: StudyResults, store: VideoStore) -> VideoGrid
 def _cell(study: Study, results: StudyResults, store: VideoStore, arm: Arm, p: int, seed: int) -> VideoCell:
     """The video of an arm for clip number `p`, with its scores and what the judge sees in it."""
     assert study.sampling is not None
-    clip, shape = study.clips[p], study.sampling.shape
+    clip = study.clips[p]
     path = store.path(arm, clip, seed)
     figures = {name: float(values[p, seed]) for name, values in results.scores[arm.name].items()
                if math.isfinite(values[p, seed])}
     right = figures.get("identity")
-    reading = _reading(study, path, shape)
-    verdict = "" if reading is None else f"{reading.name} {reading.share:.2f}"
-    tip = () if reading is None or reading.tips_T2 is None else _points(reading.tips_T2)
+    seen = _seen(study, path, clip)
+    verdict = "" if seen is None else f"{seen.name} {seen.share:.2f}"
+    tip = () if seen is None or seen.tips_T2 is None else _points(seen.tips_T2)
     mixes = results.mixes.get(arm.name)
     overlay = Overlay(
         verdict, None if right is None else right >= 0.5, tuple(mixes[p].shares().items()) if mixes else (),
@@ -97,19 +97,20 @@ def _cell(study: Study, results: StudyResults, store: VideoStore, arm: Arm, p: i
     return VideoCell(arm.name, path, overlay=overlay)
 
 
-def _reading(study: Study, path: Path, shape: VideoShape) -> Reading | None:
+def _seen(study: Study, path: Path, clip: EvaluationClip) -> Seen | None:
     """What the judge sees in a stored video; None without a judge, or if the file has been damaged since."""
-    judge = _reads(study)
+    assert study.sampling is not None
+    judge, shape = _judge(study), study.sampling.shape
     try:
-        return None if judge is None else judge.read(read_clip(path, shape.frames, shape.size, shape.fps))
+        return None if judge is None else judge.describe(read_clip(path, shape.frames, shape.size, shape.fps), clip)
     except UserError:
         return None
 
 
-def _reads(study: Study) -> ReadingJudge | None:
-    """The judge of the videos, if they are judged and it tells what it sees."""
+def _judge(study: Study) -> DescribingJudge | None:
+    """The judge of the videos, if they are judged and it says what it sees."""
     judges = [scorer.judge for scorer in study.scorers if isinstance(scorer, JudgeMetrics)]
-    return judges[0] if judges and isinstance(judges[0], ReadingJudge) else None
+    return judges[0] if judges and isinstance(judges[0], DescribingJudge) else None
 
 
 def _true_tip(study: Study, clip: EvaluationClip, shape: VideoShape) -> tuple[tuple[float, float], ...]:
