@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 
 from lapwan import console, files
-from lapwan.commands.demo_page import demo_page
+from lapwan.commands.demo_page import WEIGHTS_PAGE, demo_page
 from lapwan.commands.run_setup import output_lock
 from lapwan.commands.table import COMMANDS
 from lapwan.data.clip_file import read_clips, to_line
@@ -82,7 +82,7 @@ def _run(settings: DemoSettings, options: RunOptions) -> None:
     _evaluate(settings, summary)
     with summary.stage("inspect-weights: what the weights say", out / "weights.json") as figures:
         _call("inspect-weights", files=[str(p) for p in _loras(out / "stage1").values()],
-              json_file=str(out / "weights.json"))
+              json_file=str(out / "weights.json"), page=str(out / WEIGHTS_PAGE))
         document = json.loads((out / "weights.json").read_text(encoding="utf-8"))
         ratio = document["ratios"]["delta_norm"]
         figures.append(f"high/low ΔW {ratio:.2f}, verdict {document['verdict']['status']}")

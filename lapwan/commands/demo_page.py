@@ -29,6 +29,7 @@ from lapwan.report.page import (
 from lapwan.tiny.model import tiny_folder
 from lapwan.train.callbacks.run_page import run_charts
 
+WEIGHTS_PAGE = "weights.html"  # of the inspected LoRAs, beside the page
 _TASKS = {"T2V": Bilingual("Text to video", "文本生成视频"), "I2V": Bilingual("Image to video", "图像生成视频")}
 _RUNS = {"stage1": Bilingual("Training: stage 1", "训练：第一阶段"),
          "stage2": Bilingual("Training: stage 2", "训练：第二阶段")}
@@ -48,9 +49,10 @@ def demo_page(out: Path, tables: Sequence[Table], evaluations: Mapping[str, Mapp
     blocks += [_videos(_TASKS[task], folders[task], document) for task, document in evaluations.items()]
     blocks += [Plot(title, charts) for name, title in _RUNS.items() if (charts := run_charts(metrics(out / name)))]
     blocks.append(rich_table(stages, Bilingual("Stages", "各阶段")))
-    blocks.append(PageLinks(Bilingual("More", "更多"), tuple(
-        (f"{_TASKS[task].en} · {_TASKS[task].zh}: {folder.name}/{PAGE_FILE}", folder / PAGE_FILE)
-        for task, folder in folders.items())))
+    links = [(f"{_TASKS[task].en} · {_TASKS[task].zh}: {folder.name}/{PAGE_FILE}", folder / PAGE_FILE)
+             for task, folder in folders.items()]
+    links.append((f"Weights of stage 1 · 第一阶段的权重: {WEIGHTS_PAGE}", out / WEIGHTS_PAGE))
+    blocks.append(PageLinks(Bilingual("More", "更多"), tuple(links)))
     facts = ((Bilingual("folder", "文件夹"), str(out)),)
     title = Bilingual("The whole pipeline on the embedded model", "内置模型上的完整流程")
     return Page("demo", title, facts, tuple(blocks), "lapwan demo", settings)

@@ -106,8 +106,9 @@ def run_study(study: Study, store: VideoStore | None = None) -> StudyResults:
             results.losses[arm.name] = _losses(study, generator, arm)
         if study.clips and study.sampling is not None:
             results.scores[arm.name] = _videos(study, generator, arm, study.sampling, store)
-            requests = (request_for(arm.base.spec, arm, clip, study.sampling, 0) for clip in study.clips)
-            results.mixes[arm.name] = [mix for mix in map(generator.route, requests) if mix is not None]
+            if arm.adapters.mixture is not None:
+                requests = (request_for(arm.base.spec, arm, clip, study.sampling, 0) for clip in study.clips)
+                results.mixes[arm.name] = [mix for mix in map(generator.route, requests) if mix is not None]
         if arm.routed and study.captions:
             results.routing[arm.name] = _routing(study, generator, arm)
     if study.ceiling_scorers and study.sampling is not None:
