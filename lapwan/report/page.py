@@ -170,7 +170,7 @@ class Plot:
     def data(self) -> str:
         """The PNG in base64."""
         buffer = io.BytesIO()
-        self.image.save(buffer, format="PNG", optimize=True)
+        self.image.save(buffer, format="PNG")
         return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -11,7 +11,7 @@ from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.models.base import Base
 from lapwan.models.device import pick_dtype
-from lapwan.report.page import PAGE_FILE
+from lapwan.report.page import PAGE_FILE, VideoRow
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.settings.callbacks import HealthSettings
 from lapwan.settings.train import TrainSettings
@@ -103,8 +103,11 @@ def _evaluation_callbacks(
         generator = PreviewGenerator(
             base, adapter_set, device, pick_dtype(settings.dtype, device), parts.objective, onload)
         yield Previews(generator, requests, settings.output / PREVIEWS, settings.preview.every)
-        yield RunPage(settings.output, preview_names(requests), settings.preview.every, len(parts.schedule),
-                      resume_command(parts.command, settings.output))
+        first = requests[0]
+        samples = {name: VideoRow(request.prompt, (), request.hint or "", request.hint or "", f"seed {request.seed}")
+                   for name, request in preview_names(requests).items()}
+        yield RunPage(settings.output, samples, (first.num_frames, first.size, first.fps), settings.preview.every,
+                      len(parts.schedule), resume_command(parts.command, settings.output))
 
 
 def weight_figures(parts: RunParts, every: int, health: HealthSettings) -> WeightFigures:

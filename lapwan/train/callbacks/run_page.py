@@ -9,6 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from lapwan.documents import read_text
 from lapwan.errors import UserError
 from lapwan.report import plots
 from lapwan.report.page import PAGE_FILE, Bilingual, Block, Page, Plot, VideoCell, VideoGrid, VideoRow, write_page
-from lapwan.sampling.request import Request
 from lapwan.train.callbacks.base import Callback, Evaluation
 from lapwan.train.run_folder import PREVIEWS, SETTINGS_FILE
 
@@ -40,7 +40,8 @@ class RunPage(Callback):
 
     Args:
         run: the run folder.
-        requests: of the previews, by the names in their files.
+        samples: what is sampled, by the names in the files of previews.
+        shape: frames, (height, width) and frames a second of a sample.
         every: steps between two previews.
         total: steps of the run.
         command: what continues the run.
@@ -48,9 +49,12 @@ class RunPage(Callback):
 
     name = "page"
 
-    def __init__(self, run: Path, requests: Mapping[str, Request], every: int, total: int, command: str) -> None:
+    def __init__(
+        self, run: Path, samples: Mapping[str, VideoRow], shape: tuple[int, tuple[int, int], float], every: int,
+        total: int, command: str,
+    ) -> None:
         self.every, self._total = every, total
-        self._run, self._requests, self._command = run, requests, command
+        self._run, self._samples, self._shape, self._command = run, samples, shape, command
 
     def on_step(self, step: int, board: Any) -> Evaluation:
         if step < self._total:  # at the end `finish` writes it, with the last line of metrics
@@ -72,7 +76,7 @@ class RunPage(Callback):
 
     def _page(self, step: int, running: bool) -> Page:
         lines = metrics(self._run)
-        blocks: list[Block] = [_videos(self._run / PREVIEWS, self._requests)] if self._requests else []
+        blocks: list[Block] = [self._videos()] if self._samples else []
         if charts := run_charts(lines):
             blocks.insert(0, Plot(Bilingual("Curves", "曲线"), charts))
         facts = ((Bilingual("run", "训练"), str(self._run)), (Bilingual("step", "步数"), f"{step} / {self._total}"))
@@ -80,31 +84,32 @@ class RunPage(Callback):
         return Page("train", Bilingual("Training run", "训练过程"), facts, tuple(blocks), self._command,
                     read_text(settings) if settings.is_file() else "", running, Bilingual("Continue", "继续训练"))
 
-
-def _videos(folder: Path, requests: Mapping[str, Request]) -> VideoGrid:
-    """A row for each prompt and hint, a column for each step."""
-    by_name: dict[str, dict[int, Path]] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if match := _SAMPLE.fullmatch(path.name):
-            by_name.setdefault(match[2], {})[int(match[1])] = path
-    steps = sorted({step for paths in by_name.values() for step in paths})
-    if len(steps) > _COLUMNS:
-        steps = [steps[round(i * (len(steps) - 1) / (_COLUMNS - 1))] for i in range(_COLUMNS)]
-    rows = []
-    for name, request in requests.items():
-        paths = by_name.get(name, {})
-        cells = tuple(VideoCell(f"step {step}", paths[step]) for step in steps if step in paths)
-        rows.append(VideoRow(request.prompt, cells, request.hint or "", request.hint or "", f"seed {request.seed}"))
-    first = next(iter(requests.values()))
-    note = Bilingual("A row has the same prompt and noise; columns are steps of the run.",
-                     "同一行使用相同的提示词和噪声；各列为训练步数。")
-    return VideoGrid(Bilingual("Previews", "预览"), tuple(rows), first.num_frames, first.fps, first.size, note)
+    def _videos(self) -> VideoGrid:
+        """A row for each sample, a column for each step."""
+        by_name: dict[str, dict[int, Path]] = {}
+        folder = self._run / PREVIEWS
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if match := _SAMPLE.fullmatch(path.name):
+                by_name.setdefault(match[2], {})[int(match[1])] = path
+        steps = sorted({step for paths in by_name.values() for step in paths})
+        if len(steps) > _COLUMNS:
+            steps = [steps[round(i * (len(steps) - 1) / (_COLUMNS - 1))] for i in range(_COLUMNS)]
+        rows = []
+        for name, row in self._samples.items():
+            paths = by_name.get(name, {})
+            cells = tuple(VideoCell(f"step {step}", paths[step]) for step in steps if step in paths)
+            rows.append(replace(row, cells=cells))
+        frames, size, fps = self._shape
+        note = Bilingual("A row has the same prompt and noise; columns are steps of the run.",
+                         "同一行使用相同的提示词和噪声；各列为训练步数。")
+        return VideoGrid(Bilingual("Previews", "预览"), tuple(rows), frames, fps, size, note)
 
 
 def run_charts(lines: Lines) -> Image.Image | None:
     """Charts of a run so far: losses over steps and by sigma, validation, ratios, usage, gates; None without lines."""
     charts = [chart for chart in (
         _losses(lines), _by_sigma(lines), _tagged(lines, "validation/", "/loss", "validation loss", "loss"),
+        _tagged(lines, "held_out/", "", "held-out prompts", "reward"),
         _tagged(lines, "weights/ratio/", "", "high / low", "ratio"),
         _tagged(lines, "metrics/expert_usage_", "", "usage of the experts, after top-k", "share of the gates"),
         _gates(lines),
@@ -135,9 +140,11 @@ def _chart(title: str, series: Series, x: str, y: str) -> Callable[[Any], None] 
 
 
 def _losses(lines: Lines) -> Callable[[Any], None] | None:
-    series = {label: _averaged([(line["step"], line.get("loss/diffusion", line.get("loss"))) for line in lines
-                                if line.get("noise_expert") == label]) for label in _labels(lines)}
-    return _chart("flow loss by noise expert", series, "step", "loss")
+    """The flow loss; the loss itself in a run that has no other."""
+    key = "loss/diffusion" if any("loss/diffusion" in line for line in lines) else "loss"
+    series = {label: _averaged([(line["step"], line.get(key)) for line in lines if line.get("noise_expert") == label])
+              for label in _labels(lines)}
+    return _chart("loss by noise expert" if key == "loss" else "flow loss by noise expert", series, "step", "loss")
 
 
 def _by_sigma(lines: Lines) -> Callable[[Any], None] | None:

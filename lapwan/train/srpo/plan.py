@@ -16,6 +16,7 @@ from lapwan.memory.srpo import SrpoMemory, plan_srpo
 from lapwan.models.base import Base, target_ranks
 from lapwan.models.spec import ModelSpec, tensor_shapes, weight_files
 from lapwan.names import Band, NoiseExpert
+from lapwan.report.page import PAGE_FILE
 from lapwan.rewards.base import RewardKinds
 from lapwan.rewards.build import check_rewards
 from lapwan.settings.srpo import SrpoSettings
@@ -156,7 +157,8 @@ def srpo_plan_rows(
         rows.append(PlanRow("rollout", f"{len(steps)} Euler steps ({counts}), {guidance}"))
     if data.held_out:
         rows.append(PlanRow("held out", f"{count_text(len(data.held_out), 'prompt')} sampled every "
-                                        f"{settings.held_out.every} steps"))
+                                        f"{settings.held_out.every} steps"
+                                        f"{f'; page {PAGE_FILE}' if settings.held_out.images else ''}"))
     return rows
 
 
