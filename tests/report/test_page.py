@@ -18,7 +18,6 @@ from lapwan.report import plots
 from lapwan.report.page import Bilingual, Overlay, Page, VideoCell, VideoGrid, VideoRow, rich_table, write_page
 from lapwan.sampling.video import write_video
 
-pytestmark = pytest.mark.xdist_group("browser")  # one for all tests
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FRAMES, FPS, SIDE = 17, 16, 64
 ARMS = ("base", "stage 1", "<b>stage 2</b>")
