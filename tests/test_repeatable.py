@@ -16,8 +16,8 @@ from lapwan.files import LOCK_FILE
 
 # Times, and what measures this machine: all that may differ. Of files, TensorBoard's have time and process in the name.
 TIMES = ("seconds", "clips_per_second", "peak_gib", "pixels_per_second")
-# libx264 encodes equal frames to other bytes now and then, also with one thread; sheets are drawn from the videos.
-ENCODED = ("*.mp4", "sheet*.png")
+# libx264 encodes equal frames to other bytes now and then, also with one thread; sheets and pages hold them.
+ENCODED = ("*.mp4", "sheet*.png", "report.html")
 QUICK = ("label", "cache", "train-lora", "merge", "merge to a LoRA", "merge --moe")
 UMASK = 0o007  # of the first run; the second has the usual one
 

@@ -16,6 +16,7 @@ from rich import box
 from rich.table import Table
 
 from lapwan import console, files
+from lapwan.commands.demo_page import WEIGHTS_PAGE, demo_page
 from lapwan.commands.run_setup import output_lock
 from lapwan.commands.table import COMMANDS
 from lapwan.data.clip_file import read_clips, to_line
@@ -23,6 +24,7 @@ from lapwan.diagnostics.run_folder import METRICS_FILE
 from lapwan.errors import Interrupted
 from lapwan.models.spec import read_spec
 from lapwan.names import NoiseExpert
+from lapwan.report.page import PAGE_FILE, write_page
 from lapwan.sampling.result import read_metadata
 from lapwan.settings.base import RunOptions, flag_fields, to_toml
 from lapwan.settings.demo import DemoSettings
@@ -69,6 +71,7 @@ def _run(settings: DemoSettings, options: RunOptions) -> None:
     files.claim_output(out, options.overwrite)
     if options.dry_run:
         console.results.print(to_toml(settings), markup=False)
+        console.log(f"page: {out / PAGE_FILE}, for a browser: results and videos of all stages")
         return
     files.write_text(out / "settings.toml", to_toml(settings, "lapwan demo --config with this file repeats the demo"))
     started = time.monotonic()
@@ -79,11 +82,15 @@ def _run(settings: DemoSettings, options: RunOptions) -> None:
     _evaluate(settings, summary)
     with summary.stage("inspect-weights: what the weights say", out / "weights.json") as figures:
         _call("inspect-weights", files=[str(p) for p in _loras(out / "stage1").values()],
-              json_file=str(out / "weights.json"))
+              json_file=str(out / "weights.json"), page=str(out / WEIGHTS_PAGE))
         document = json.loads((out / "weights.json").read_text(encoding="utf-8"))
         ratio = document["ratios"]["delta_norm"]
         figures.append(f"high/low ΔW {ratio:.2f}, verdict {document['verdict']['status']}")
-    _show(summary, time.monotonic() - started)
+    tables = _tables(summary, time.monotonic() - started)
+    for table in tables:
+        console.results.print(table)
+    if write_page(out / PAGE_FILE, demo_page(out, tables, summary.evaluations, to_toml(settings))):
+        console.results.print(f"page: {out / PAGE_FILE}", markup=False)
 
 
 def _call(command: str, **options: Any) -> None:
@@ -229,7 +236,8 @@ def _megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
-def _show(summary: _Summary, seconds: float) -> None:
+def _tables(summary: _Summary, seconds: float) -> tuple[Table, Table]:
+    """The stages, and the adapters compared."""
     table = Table(box=box.SIMPLE, show_lines=False)
     for column in ("stage", "result", "figures"):
         table.add_column(column, overflow="fold")
@@ -238,8 +246,7 @@ def _show(summary: _Summary, seconds: float) -> None:
         table.add_row(title.split(":")[0], path, figures, f"{stage_seconds:.1f}")
     table.add_section()
     table.add_row("all", "", "", f"{seconds:.1f}")
-    console.results.print(table)
-    console.results.print(_comparison(summary.evaluations))
+    return table, _comparison(summary.evaluations)
 
 
 def _comparison(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+
 from lapwan import console, files
 from lapwan.commands.run_setup import output_lock, print_plan
 from lapwan.console import PlanRow, count_text
 from lapwan.errors import Interrupted, UserError
 from lapwan.evaluation.metrics import metric_names
+from lapwan.evaluation.page import evaluation_page
 from lapwan.evaluation.recipe import make_study, open_store, write_results
 from lapwan.evaluation.router_accuracy import ProbeSet
 from lapwan.evaluation.study import Study, run_study
@@ -14,6 +17,7 @@ from lapwan.evaluation.tables import IntervalRule, tables
 from lapwan.models.base import Base
 from lapwan.models.fingerprints import vae_fingerprint
 from lapwan.models.spec import ModelSpec, Task, read_spec, task_with
+from lapwan.report.page import PAGE_FILE, write_page
 from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.model import BaseModelSettings, ModelChoice
@@ -59,6 +63,10 @@ def _measure(settings: EvaluateSettings, study: Study) -> None:
     for table in tables(study, results, interval):
         console.results.print(table)
     console.results.print(str(path), markup=False)
+    repeat = shlex.join(["lapwan", "evaluate", "--config", str(out / "settings.toml"), "--overwrite"])
+    page = evaluation_page(study, results, interval, store, repeat, to_toml(settings))
+    if write_page(out / PAGE_FILE, page):
+        console.log(f"page: {out / PAGE_FILE}")
 
 
 def _resolve(model: ModelChoice | None, task: Task | None) -> Base:
@@ -91,4 +99,5 @@ def _plan(study: Study) -> list[PlanRow]:
                                       f"{s.shape.size[0]}x{s.shape.size[1]}, sampled in {s.steps} steps"))
         rows.append(PlanRow("metrics", ", ".join(metric_names(study.scorers)) or "none"))
     rows += [PlanRow("routing", f"{len(captions)} {name}") for name, captions in study.captions.items()]
-    return rows
+    return [*rows, PlanRow("page", f"{PAGE_FILE}, for a browser: tables, plots"
+                                   f"{', every video' if study.sampling is not None else ''}")]

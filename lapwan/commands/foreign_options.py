@@ -94,7 +94,7 @@ _STEPS = "counted in steps: --save-every N"
 _PREVIEW = "previews: --set preview.every=N and --set 'preview.prompts=[\"...\"]'"
 _CACHE_READ = "clips are read from the cache, in this process"
 _SAVED = "saved with every checkpoint"
-_TRACKER = "TensorBoard files and metrics.jsonl are in the run folder"
+_TRACKER = "TensorBoard files and metrics.jsonl are in the run folder; --tracker wandb or trackio sends them there too"
 
 _TRAIN = _table(f"""
 task,timestep-boundary 1 | read from the model

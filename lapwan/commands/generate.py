@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,9 @@ from lapwan.console import PlanRow
 from lapwan.errors import Interrupted, UserError
 from lapwan.files import atomic_file, claim_output, is_temporary, was_written
 from lapwan.report.contact_sheet import contact_sheet, side_by_side
+from lapwan.report.page import write_page
 from lapwan.sampling.jobs import UNNAMED, VideoJob, check_options, line_jobs, make_video_jobs, suffix_of
+from lapwan.sampling.page import videos_page
 from lapwan.sampling.request import grid_of
 from lapwan.sampling.result import Video, check_output, compare_with_record, recorded_settings
 from lapwan.sampling.video import write_video
@@ -55,7 +58,8 @@ def _run(settings: GenerateSettings, options: RunOptions, distributed: Distribut
     for path in (sheet, together):
         if path is not None:
             claim_output(path, options.overwrite)
-    _show_plan(settings, prepared, distributed)
+    page = _beside(output, len(jobs), "report", ".html") if settings.prompts is not None or settings.grid else None
+    _show_plan(settings, prepared, distributed, page)
     if options.dry_run and not distributed.first:
         return
     if options.dry_run:
@@ -72,6 +76,8 @@ def _run(settings: GenerateSettings, options: RunOptions, distributed: Distribut
         _write_together(together, jobs, videos)
     if record is not None:
         compare_with_record(record, videos[0])
+    if page is not None:
+        _write_page(page, jobs, videos, settings, prepared[0])
 
 
 def _prepare(generator: VideoGenerator, job: VideoJob) -> Prepared:
@@ -81,7 +87,9 @@ def _prepare(generator: VideoGenerator, job: VideoJob) -> Prepared:
         raise (error.within(job.source) if job.source else error) from None
 
 
-def _show_plan(settings: GenerateSettings, prepared: Sequence[Prepared], distributed: Distributed) -> None:
+def _show_plan(
+    settings: GenerateSettings, prepared: Sequence[Prepared], distributed: Distributed, page: Path | None
+) -> None:
     first = prepared[0]
     rows = [PlanRow("model", f"{first.generator.spec.path} ({first.generator.spec.task})")]
     counts = Counter(map(_plan_text, prepared))
@@ -93,6 +101,8 @@ def _show_plan(settings: GenerateSettings, prepared: Sequence[Prepared], distrib
         rows.append(PlanRow("processes", f"{distributed.count} share the tokens of each video"))
     if settings.output is not None:
         rows.append(PlanRow("output", str(settings.output)))
+    if page is not None:
+        rows.append(PlanRow("page", f"{page}, for a browser: the videos in step"))
     console.show_plan([settings_row(settings), *rows])
     first.generator.begin(first.request)
 
@@ -154,6 +164,16 @@ def _write_together(path: Path, jobs: Sequence[VideoJob], videos: Sequence[Video
     frames = side_by_side([video.frames for video in videos], _captions(jobs), columns, _scale(videos))
     write_video(path, frames, videos[0].fps)
     console.results.print(str(path.absolute()), markup=False)
+
+
+def _write_page(
+    path: Path, jobs: Sequence[VideoJob], videos: Sequence[Video], settings: GenerateSettings, first: Prepared
+) -> None:
+    spec = first.generator.spec
+    page = videos_page(jobs, videos, f"{spec.path} ({spec.task})", shlex.join(["lapwan", *sys.argv[1:]]),
+                       to_toml(settings))
+    if write_page(path, page):
+        console.log(f"page: {path}")
 
 
 def _write_sheet(path: Path, jobs: Sequence[VideoJob], videos: Sequence[Video]) -> None:

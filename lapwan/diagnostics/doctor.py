@@ -33,6 +33,7 @@ _REQUIRED = ("diffusers", "transformers", "accelerate", "safetensors", "av", "ma
 _EXTRAS = {  # optional package -> what it is for
     "prodigyopt": "optimizer prodigy: pip install 'lapwan[prodigy]'",
     "bitsandbytes": "optimizer adamw8bit: pip install 'lapwan[adamw8bit]'",
+    "wandb": "tracker wandb: pip install 'lapwan[wandb]'", "trackio": "tracker trackio: pip install 'lapwan[trackio]'",
 }
 _DRIVER = Path("/proc/driver/nvidia/version")
 

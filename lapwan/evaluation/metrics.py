@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -90,6 +90,25 @@ class Judge(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a judge sees in a video: the class of the highest probability with that, and the tip in every frame, x and
+    y in 0..1 (None: it locates none)."""
+
+    name: str
+    share: float
+    tips_T2: np.ndarray | None = None
+
+
+@runtime_checkable
+class DescribingJudge(Protocol):
+    """A judge that also says what it sees, for the page of an evaluation."""
+
+    def describe(self, frames_THWC: np.ndarray, clip: EvaluationClip) -> Seen:
+        """What it sees in one video (uint8 RGB) made for a clip."""
+        ...
+
+
 class JudgeMetrics:
     """A judge's figures of one metric: `identity`, or `tip_accuracy`.
 
@@ -99,15 +118,15 @@ class JudgeMetrics:
     """
 
     def __init__(self, judge: Judge, metric: str) -> None:
-        self._judge, self._metric = judge, metric
+        self.judge, self._metric = judge, metric
 
     @property
     def names(self) -> tuple[str, ...]:
         """The judge's names of the figures."""
-        return self._judge.figures[self._metric]
+        return self.judge.figures[self._metric]
 
     def score(self, video: GeneratedVideo) -> Mapping[str, float]:
-        return self._judge.score(self._metric, video.frames_THWC, video.clip)
+        return self.judge.score(self._metric, video.frames_THWC, video.clip)
 
 
 def psnr(a_THWC: np.ndarray, b_THWC: np.ndarray, region_THW: np.ndarray | None = None) -> float:

@@ -17,10 +17,11 @@ from lapwan.evaluation.clips import EvaluationClip
 from lapwan.evaluation.flow_losses import FlowLosses, FlowPlan, flow_losses
 from lapwan.evaluation.metrics import Scorer
 from lapwan.evaluation.router_accuracy import ProbeSet, RoutingScores, family_probe, measure_probe, routing_scores
-from lapwan.evaluation.videos import Sampling, Scores, VideoStore, ceilings, generate_and_score
+from lapwan.evaluation.videos import Sampling, Scores, VideoStore, ceilings, generate_and_score, request_for
 from lapwan.memory.generation import Memory
 from lapwan.models.base import Base
 from lapwan.names import NoiseExpert, Precision
+from lapwan.sampling.expert_mix import Mix
 from lapwan.sampling.generator import Generator
 from lapwan.train.clip_store import ClipStore
 from lapwan.wan.transformer.compile import Compile
@@ -68,6 +69,7 @@ class StudyResults:
 
     losses: dict[str, dict[NoiseExpert, FlowLosses]] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)
+    mixes: dict[str, list[Mix]] = field(default_factory=dict)  # of a mixture's experts, by clip
     ceiling: Scores = field(default_factory=dict)
     routing: dict[str, dict[str, RoutingScores]] = field(default_factory=dict)
     probe: dict[str, float] = field(default_factory=dict)
@@ -104,6 +106,9 @@ def run_study(study: Study, store: VideoStore | None = None) -> StudyResults:
             results.losses[arm.name] = _losses(study, generator, arm)
         if study.clips and study.sampling is not None:
             results.scores[arm.name] = _videos(study, generator, arm, study.sampling, store)
+            if arm.adapters.mixture is not None:
+                requests = (request_for(arm.base.spec, arm, clip, study.sampling, 0) for clip in study.clips)
+                results.mixes[arm.name] = [mix for mix in map(generator.route, requests) if mix is not None]
         if arm.routed and study.captions:
             results.routing[arm.name] = _routing(study, generator, arm)
     if study.ceiling_scorers and study.sampling is not None:

@@ -80,6 +80,12 @@ def request_for(spec: ModelSpec, arm: Arm, clip: EvaluationClip, sampling: Sampl
     return request
 
 
+def video_path(folder: Path, arm: str, clip: str, index: int) -> Path:
+    """Path of the video of an arm's name, a clip's id and a seed in the folder of an evaluation's videos."""
+    name = f"{_file_name(Path(clip).stem)[:40]}_{hashlib.sha256(clip.encode()).hexdigest()[:8]}_{index}.mp4"
+    return folder / _file_name(arm) / name
+
+
 class VideoRecord(BaseModel):
     """What is read of a finished video's JSON."""
 
@@ -102,8 +108,7 @@ class VideoStore:
 
     def path(self, arm: Arm, clip: EvaluationClip, index: int) -> Path:
         """Path of the video of a clip and seed."""
-        name = f"{_file_name(Path(clip.id).stem)[:40]}_{hashlib.sha256(clip.id.encode()).hexdigest()[:8]}_{index}.mp4"
-        return self.folder_of(arm) / name
+        return video_path(self.folder, arm.name, clip.id, index)
 
     def folder_of(self, arm: Arm) -> Path:
         """Folder of an arm's videos."""

@@ -18,8 +18,8 @@ from PIL import Image
 
 from lapwan.files import atomic_file
 from lapwan.report.contact_sheet import side_by_side
+from lapwan.report.page import load_template
 
-_TEMPLATE = Path(__file__).parent / "templates" / "dataset_sheet.html"
 _COLUMNS, _TILE = 6, (240, 180)  # of the image; width and height of a picture in pixels
 MOST_TILES = 300  # in an image; a page has no limit
 _EMPTY, _DROPPED = (60, 60, 66), (214, 69, 65)
@@ -70,10 +70,7 @@ def write_html(path: Path, head: SheetHead, cards: Iterable[SheetCard]) -> None:
     Args:
         cards: read one by one, while the page is written.
     """
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    template = load_template("dataset_sheet.html")
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for piece in template.generate(head=head, cards=cards):
             file.write(piece)

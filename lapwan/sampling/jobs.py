@@ -40,6 +40,7 @@ class VideoJob:
     Args:
         model: the model with its adapters.
         caption: what distinguishes it from the other videos.
+        column: the part of it that is neither prompt nor seed: what it is compared by at equal noise.
         source: where it was requested (a line of a prompts file), for error messages.
     """
 
@@ -48,6 +49,7 @@ class VideoJob:
     output: Path
     caption: str = ""
     source: str = ""
+    column: str = ""
 
 
 def check_options(settings: GenerateSettings) -> Path:
@@ -84,6 +86,8 @@ def make_video_jobs(settings: GenerateSettings) -> list[VideoJob]:
         for values in itertools.product(*(axis.values for axis in axes)):
             chosen = {axis.name: value for axis, value in zip(axes, values, strict=True)}
             caption = ", ".join(f"{axis.label}={value}" for axis, value in zip(axes, values, strict=True))
+            column = ", ".join(f"{axis.label}={value}" for axis, value in zip(axes, values, strict=True)
+                               if axis.name not in ("prompt", "seed"))
             model = _model(settings, chosen)
             video = {name: value for name, value in chosen.items() if name not in (*_ADAPTERS, *_STRENGTHS)}
             checked = _checked(VideoSettings, {**tree, **video}, source or "--grid")
@@ -91,7 +95,7 @@ def make_video_jobs(settings: GenerateSettings) -> list[VideoJob]:
                 seeded = checked.model_copy(update={"seed": checked.seed + extra})
                 note = f"seed={seeded.seed}" if settings.videos > 1 else ""
                 label = ", ".join(filter(None, (caption, note)))
-                jobs.append(VideoJob(seeded, model, output or Path(), label, source))
+                jobs.append(VideoJob(seeded, model, output or Path(), label, source, column))
     return _with_outputs(settings, jobs)
 
 

@@ -132,7 +132,7 @@ class EvaluateSettings(ModelSettings):
     task: Annotated[Literal["t2v", "i2v"] | None, Flag(metavar="t2v|i2v")] = Field(
         None, description="For the model tiny, which has both; absent: the task of the cache, else t2v.")
     output: Annotated[Path, Flag("-o", "--output", metavar="DIR")] = Field(
-        Path("evaluation"), description="Folder for evaluation.json, plot, sheets and videos.")
+        Path("evaluation"), description="Folder for evaluation.json, report.html, plot, sheets and videos.")
     resume: Annotated[bool, Flag("--resume")] = Field(
         False, description="Continue in an existing folder; finished videos that still match the settings are kept.")
     split: Annotated[str, Flag("--split", metavar="NAME")] = Field(

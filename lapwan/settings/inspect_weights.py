@@ -26,6 +26,8 @@ class InspectWeightsSettings(Settings):
         default=None, description="Write the figures as JSON to a file, or to stdout with -.")
     plot: Annotated[Path | None, Flag(metavar="FILE.png")] = Field(
         default=None, description="Plot magnitudes over steps and a heat map by block and projection.")
+    page: Annotated[Path | None, Flag(metavar="FILE.html")] = Field(
+        default=None, description="Verdict, tables and plot as one page for a browser.")
     lr: Annotated[dict[NoiseExpert, float] | None, Flag(metavar="high=A,low=B")] = Field(
         default=None, description="Learning rates, if neither the files nor metrics.jsonl hold them.")
     base: Annotated[str | None, Flag(metavar="MODEL")] = Field(
@@ -53,6 +55,8 @@ class InspectWeightsSettings(Settings):
             raise ValueError(f"the same file twice: {self.files[0]}; give the high noise expert's and the low one's")
         if self.plot is not None and self.plot.suffix.lower() != ".png":
             raise ValueError(f"plot {self.plot}: a plot must be a .png file")
+        if self.page is not None and self.page.suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"page {self.page}: a page must be an .html file")
         if self.lr and not all(rate > 0 and math.isfinite(rate) for rate in self.lr.values()):
             raise ValueError("lr: learning rates must be above 0")
         return self

@@ -15,6 +15,7 @@ from lapwan.settings.optimizers import AdamWSettings, OptimizerChoice, ScheduleS
 from lapwan.settings.rewards import REWARD_EXAMPLES, REWARD_METAVAR, Rewards
 from lapwan.settings.targets import TargetSettings
 from lapwan.settings.train import (
+    TRACKER,
     Alpha,
     BaseModelChoice,
     CompileChoice,
@@ -24,6 +25,7 @@ from lapwan.settings.train import (
     LogEvery,
     Resume,
     RunFolder,
+    TrackerName,
 )
 
 LR = {"lora": 1e-4, "full": 5e-6}
@@ -166,6 +168,7 @@ class SrpoSettings(Settings):
         False, description="With --resume: continue although settings, prompts or base have changed.")
     sigma_bins: int = Field(4, ge=1, description="Bins of the sigma interval that are logged separately.")
     log_every: LogEvery = 1
+    tracker: TrackerName = Field(None, description=TRACKER)
     device: DeviceName = "auto"
     compile: CompileChoice = "auto"
     dtype: Annotated[TrainDtype, Flag("--dtype", metavar="auto|fp32|bf16|fp8|int8|nf4")] = Field(

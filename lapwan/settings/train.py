@@ -44,6 +44,8 @@ Alpha = Annotated[float | None, Field(gt=0, description="LoRA alpha; absent: eac
 EmaDecay = Annotated[float | None, Field(
     gt=0, lt=1, description="Keep an EMA of the trained weights, which is then saved; absent: none.")]
 KeepLast = Annotated[int | None, Field(ge=1, description="Newest checkpoints to keep; absent: all.")]
+TrackerName = Annotated[Literal["wandb", "trackio"] | None, Flag("--tracker", metavar="wandb|trackio")]
+TRACKER = "Also send the figures of metrics.jsonl to Weights & Biases or trackio; absent: TensorBoard files alone."
 LogEvery = Annotated[int, Field(ge=1, description="Steps between lines of metrics.jsonl.")]
 DeviceName = Annotated[str, Flag("--device"), Field(description="auto, cpu, cuda or cuda:N.")]
 CompileChoice = Annotated[Literal["auto", "on", "off"], Field(
@@ -222,6 +224,7 @@ class TrainSettings(AdapterRule):
         False, description="With --resume: continue although settings, clips or base have changed.")
     sigma_bins: int = Field(4, ge=1, description="Bins of a noise expert's band whose losses are logged separately.")
     log_every: LogEvery = 1
+    tracker: TrackerName = Field(None, description=TRACKER)
     device: DeviceName = "auto"
     compile: CompileChoice = "auto"
     dtype: Annotated[TrainDtype, Flag("--dtype", metavar="auto|fp32|bf16|fp8|int8|nf4")] = Field(

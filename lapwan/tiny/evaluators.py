@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
+from lapwan.evaluation.metrics import Seen
 from lapwan.evaluation.router_accuracy import ProbeCaption, ProbeSet
 from lapwan.tiny import motion as paths
 from lapwan.tiny.captions import caption_for
@@ -164,6 +165,14 @@ class SceneJudge:
         height, width = frames_THWC.shape[1:3]
         hits = tip_hits(locate_tip(frames_THWC), tips_T2[:frames], (height, width))
         return {"tip_accuracy": float(hits.mean()) if len(hits) else float("nan")}
+
+    def describe(self, frames_THWC: np.ndarray, clip: EvaluationClip) -> Seen:
+        """The instrument of the highest probability, and the tip in every frame."""
+        with torch.no_grad():
+            names, heat_map = load_evaluator()(network_input(frames_THWC))
+        shares = names.log_softmax(dim=1).mean(dim=0).softmax(dim=0)
+        best = int(shares.argmax())
+        return Seen(self.classes[best], float(shares[best]), tip_position(heat_map).numpy())
 
 
 def probe_captions(count: int = 1200, seed: int = 0) -> ProbeSet:

@@ -26,6 +26,7 @@ from lapwan.names import Band, NoiseExpert
 from lapwan.settings.sigma import SigmaSettings
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train import NoiseExpertSettings, TrainSettings
+from lapwan.train.metrics import check_tracker
 from lapwan.train.optimizers import check_optimizer, describe_optimizer, ratio_line
 from lapwan.train.recipe import RunData, sigma_rule
 
@@ -49,6 +50,7 @@ def plan_rows(
     shapes = ", ".join(f"{f} frames {h}x{w}" for f, h, w in buckets[:4])
     if len(buckets) > 4:
         shapes += f" and {len(buckets) - 4} more sizes"
+    check_tracker(settings.tracker)
     rows = [PlanRow("model", f"{base.spec.path} ({base.task})"),
             PlanRow("data", f"{count_text(clips, 'clip')} in {data.index.folder}: {shapes}"),
             PlanRow("steps", f"{len(data.schedule)}, each of {batch_text(settings, 'clip')}; {turns_line(data)}")]

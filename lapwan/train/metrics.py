@@ -1,4 +1,4 @@
-"""The metrics of a run: sums over the steps between two log lines, written to metrics.jsonl and TensorBoard.
+"""The metrics of a run: sums over the steps between two log lines, written to metrics.jsonl, TensorBoard and a tracker.
 
 `StepLog` accumulates on the device, `merge_logs` joins the processes' logs, `MetricsWriter` writes one JSON object
 per logged step and the same figures as TensorBoard scalars.
@@ -6,8 +6,11 @@ per logged step and the same figures as TensorBoard scalars.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +22,61 @@ from torch import Tensor
 from lapwan import files
 from lapwan.diagnostics.run_folder import METRICS_FILE
 from lapwan.documents import json_lines
+from lapwan.errors import UserError
 from lapwan.names import Band
 from lapwan.train.objective import Loss
+from lapwan.train.run_folder import TRACKER_FILE
 
 HostLog = tuple[dict[str, tuple[float, int]], list[float], list[float]]  # sums and counts, flow losses, sigmas
 
 
-class MetricsWriter:
-    """Appends to a run's metrics; on resume the lines after the resumed step are removed first."""
+def check_tracker(name: str | None) -> None:
+    """Refuse a tracker that cannot run, before any weights are loaded.
 
-    def __init__(self, run: Path, resumed_step: int) -> None:
+    Raises:
+        UserError: its package is not installed.
+    """
+    if name is not None and importlib.util.find_spec(name) is None:
+        raise UserError(f"tracker = '{name}' needs the package {name}, which is not installed; "
+                        f"pip install 'lapwan[{name}]', or leave tracker out: TensorBoard files are written anyway")
+
+
+def start_tracker(name: str, run: Path) -> Any:
+    """accelerate's tracker of that name for a run folder; a run that is continued goes on under its id.
+
+    The project is called lapwan; other settings are the tracker's own, such as WANDB_PROJECT or WANDB_MODE=offline.
+
+    Args:
+        name: wandb or trackio.
+    """
+    from accelerate import PartialState
+    from accelerate.tracking import TrackioTracker, WandBTracker
+
+    PartialState()  # which the trackers' logging reads; it joins the processes that there are
+    file = run / TRACKER_FILE
+    if not file.is_file():
+        files.write_text(file, uuid.uuid4().hex[:12])
+    identity = file.read_text(encoding="utf-8").strip()
+    title = f"{run.absolute().name}-{identity}"
+    if name == "wandb":
+        tracker = WandBTracker(os.environ.get("WANDB_PROJECT", "lapwan"), name=title, id=identity, resume="allow",
+                               dir=str(run))
+    else:
+        tracker = TrackioTracker(os.environ.get("TRACKIO_PROJECT", "lapwan"), name=title, resume="allow")
+    tracker.start()
+    return tracker
+
+
+class MetricsWriter:
+    """Appends to a run's metrics; on resume the lines after the resumed step are removed first.
+
+    Args:
+        run: the run folder.
+        resumed_step: the step that the run goes on from.
+        tracker: what gets the same figures besides TensorBoard: wandb or trackio.
+    """
+
+    def __init__(self, run: Path, resumed_step: int, tracker: str | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run / METRICS_FILE
@@ -37,6 +85,7 @@ class MetricsWriter:
             files.write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+        self._tracker = None if tracker is None else start_tracker(tracker, run)
 
     @property
     def board(self) -> Any:
@@ -59,6 +108,10 @@ class MetricsWriter:
             self._board.add_scalar(f"{tag}/{noise_expert}_noise", value, step)
         for key, value in shared.items():
             self._board.add_scalar(key, value, step)
+        if self._tracker is not None:
+            own = {f"{key if '/' in key else f'train/{key}'}/{noise_expert}_noise": value
+                   for key, value in figures.items() if math.isfinite(value)}
+            self._tracker.log({**own, **{key: v for key, v in shared.items() if math.isfinite(v)}}, step=step)
 
     def histogram(self, tag: str, values: list[float], step: int) -> None:
         """A histogram in TensorBoard."""
@@ -70,6 +123,8 @@ class MetricsWriter:
         """Flush and close both."""
         self._file.close()
         self._board.close()
+        if self._tracker is not None:
+            self._tracker.finish()
 
 
 def _step(value: Any) -> int:

@@ -33,6 +33,7 @@ from lapwan.settings.base import Settings
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train import NoiseExpertSettings, TrainSettings, split_evenly
 from lapwan.train.callbacks.base import Callback
+from lapwan.train.callbacks.run_page import RunPage
 from lapwan.train.clip_store import ClipStore, cached_bytes, check_cache, sampling_weights, training_items
 from lapwan.train.ema import Ema
 from lapwan.train.objective import Objective, SigmaRule
@@ -187,7 +188,7 @@ def check_noise_experts(noise_experts: Sequence[NoiseExpert], spec: ModelSpec) -
 
 def settings_hash(settings: Settings) -> str:
     """sha256 of the resolved settings that decide the result, as 64 hex digits: tells which run made a file."""
-    excluded = {"output", "resume", "allow_changed", "device", "memory", "compile"}
+    excluded = {"output", "resume", "allow_changed", "device", "memory", "compile", "tracker"}
     plain = settings.model_dump(mode="json", exclude=excluded)
     return json_fingerprint(plain)
 
@@ -311,7 +312,7 @@ def make_trainer(
         log_every=settings.log_every, sigma_bins=settings.sigma_bins, keep_last=settings.keep_last,
         keep_best=settings.keep_best, identity=parts.identity, allow_changed=settings.allow_changed,
         resume_command=resume_command(parts.command, settings.output), memory_summary=memory_summary,
-        predicted_peak=predicted_peak,
+        predicted_peak=predicted_peak, tracker=settings.tracker,
         skip_bad_clips=isinstance(settings, TrainSettings) and settings.data.on_bad_clip == "skip")
     return Trainer(
         parts.objective, parts.data, parts.schedule, parts.optimizers, config,
@@ -341,4 +342,7 @@ def run_training(trainer: Trainer, settings: TrainSettings | SrpoSettings) -> bo
         console.log(f"{settings.output} is complete: {trainer.step} steps; nothing to do")
         return False
     trainer.fit()
+    page = trainer.callbacks.get(RunPage.name)
+    if isinstance(page, RunPage) and trainer.distributed.first:
+        page.finish(trainer.step)
     return True

@@ -11,6 +11,7 @@ from lapwan.console import warn
 from lapwan.diagnostics.run_folder import METRICS_FILE
 from lapwan.documents import read_toml
 from lapwan.errors import Interrupted, UserError
+from lapwan.report.page import PAGE_FILE, is_page
 from lapwan.settings.aliases import RUN_HEADER, SETTINGS_VERSION, VERSION_KEY
 from lapwan.settings.base import Settings, to_plain, to_toml
 from lapwan.settings.load import upgraded
@@ -21,10 +22,12 @@ from lapwan.train.checkpoint import checkpoints
 
 SETTINGS_FILE = "settings.toml"
 PREVIEWS = "previews"
+TRACKER_FILE = "tracker_id"  # by which a tracker knows a run that is continued
 # What may differ on resume. Model, data and prompts are compared by content, since they may have moved
 # (`checkpoint.check_identity`); the others do not change what is trained.
 _FREE = ("output", "resume", "allow_changed", "model", "data", "device", "save_every", "keep_last", "keep_best",
-         "log_every", "sigma_bins", "memory", "compile", "watch", "validation", "preview", "health", "prompts")
+         "log_every", "tracker", "sigma_bins", "memory", "compile", "watch", "validation", "preview", "health",
+         "prompts")
 
 
 def claim_run(settings: TrainSettings | SrpoSettings, overwrite: bool) -> None:
@@ -149,5 +152,7 @@ def _remove_run(run: Any) -> None:
         discard_folder(folder)
     for name in ("tensorboard", PREVIEWS):
         discard_folder(run / name)
-    for path in (run / METRICS_FILE, *run.glob("settings_until_*.toml")):
+    for path in (run / METRICS_FILE, run / TRACKER_FILE, *run.glob("settings_until_*.toml")):
         path.unlink(missing_ok=True)
+    if is_page(run / PAGE_FILE):
+        (run / PAGE_FILE).unlink()

@@ -75,7 +75,7 @@ class Trainer:
                 is saved.
         """
         config, total = self.config, len(self.schedule)
-        metrics = MetricsWriter(config.run_folder, self.step) if self.distributed.first else None
+        metrics = MetricsWriter(config.run_folder, self.step, config.tracker) if self.distributed.first else None
         start_peak()
         saved = self.step if checkpoint.checkpoints(config.run_folder) else -1
         try:

@@ -21,6 +21,7 @@ class TrainerConfig:
         resume_command: the command that continues the run, for messages.
         memory_summary: the memory plan in one line, for an out-of-memory message.
         predicted_peak: bytes on the device; 0: not predicted.
+        tracker: what gets the metrics besides TensorBoard: wandb or trackio.
         skip_bad_clips: train no longer on a clip that has spoiled two steps.
     """
 
@@ -36,4 +37,5 @@ class TrainerConfig:
     resume_command: str = "--resume"
     memory_summary: str = ""
     predicted_peak: int = 0
+    tracker: str | None = None
     skip_bad_clips: bool = False

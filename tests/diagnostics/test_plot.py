@@ -52,10 +52,13 @@ def test_charts_appear_only_over_time_and_grey_only_where_modules_are_missing():
 def test_the_command_writes_it(tmp_path, capsys):
     state = AdapterState({"blocks.0.attn1.to_q": LowRank(torch.randn(2, 6), torch.randn(6, 2), 2.0)})
     write_lora(tmp_path / "a_high.safetensors", state)
-    options = {"files": [str(tmp_path / "a_high.safetensors")], "plot": str(tmp_path / "p.png")}
+    options = {"files": [str(tmp_path / "a_high.safetensors")], "plot": str(tmp_path / "p.png"),
+               "page": str(tmp_path / "p.html")}
     run(load(InspectWeightsSettings, options=options, environment={}), RunOptions())
     with Image.open(tmp_path / "p.png") as image:
         assert image.format == "PNG" and image.width == 1650
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert "verdict for motion" in page and "norm of the update" in page and page.count("data:image/png") == 1
     with pytest.raises(UserError, match="output exists"):
         run(load(InspectWeightsSettings, options=options, environment={}), RunOptions())
     with pytest.raises(UserError, match=r"must be a \.png file"):

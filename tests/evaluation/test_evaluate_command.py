@@ -71,6 +71,10 @@ def test_the_json_holds_what_scripts_rely_on(evaluate, tmp_path, held_out, mixtu
     for picture in ("evaluation.png", "sheet.png", "sheet_base.png", "sheet_wrong_hint.png"):
         with Image.open(tmp_path / "out" / picture) as image:
             assert min(image.size) > 40, picture
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    # Four clips by four adapters, all embedded and judged; three of them route.
+    assert page.count("<article") == 4 and page.count("data-bytes=") == page.count('class="over verdict"') == 16
+    assert page.count('class="over mix"') == 12 and "page: out/report.html" in err
     again = load(EvaluateSettings, config=tmp_path / "out" / "settings.toml", environment={})
     assert again.moe == mixture_path and again.videos.guidance == 1
     code, _, err = evaluate("--moe", mixture_path, "--clips", held_out, "-o", "out", *SMALL)
@@ -81,6 +85,7 @@ def test_dry_run_says_the_plan_and_writes_nothing(evaluate, tmp_path, held_out, 
     code, out, err = evaluate("--moe", mixture_path, "--clips", held_out, "--seeds", "3", "--dry-run", *SMALL)
     assert code == 0, err
     assert "4 clips x 3 seeds = 12 per adapter" in err and "identity, temporal_consistency" in err
+    assert "page        report.html" in err
     assert "seeds = 3" in out and list(tmp_path.iterdir()) == []
 
 

@@ -47,6 +47,7 @@ def test_a_prompts_file_makes_each_line_as_it_would_alone(lapwan, prompts, tmp_p
     assert ran.code == 0, ran.err
     names = [Path(line).name for line in ran.out.splitlines()]
     assert names == ["001.mp4", "scissors.mp4", "003.mp4", "sheet.png"]
+    assert (tmp_path / "many" / "report.html").read_text(encoding="utf-8").count("<article") == 3
     said = [json.loads(read_video_metadata(tmp_path / "many" / n)["settings"]) for n in names[:3]]
     assert [s["seed"] for s in said] == [1, 42, 42] and [s["steps"] for s in said] == [3, 2, 3]
     assert said[2]["guidance"] == {"high": 2.0, "low": 1.0}
@@ -89,6 +90,8 @@ def test_a_grid_varies_one_thing_at_the_same_noise(lapwan, mixture_file, tmp_pat
     names = [Path(line).name for line in ran.out.splitlines()]
     assert "warning" not in ran.err
     assert names == ["g_001_alpha_expert=0.mp4", "g_002_alpha_expert=1.mp4", "g_sheet.png", "g_grid.mp4"], ran.err
+    page = (tmp_path / "g_report.html").read_text(encoding="utf-8")
+    assert page.count("<article") == 1 and page.count("data-bytes=") == page.count('class="over mix"') == 2
     generate(lapwan, output="base.mp4")
     base, off, on = (
         json.loads(read_video_metadata(tmp_path / name)["facts"])["frames"] for name in ("base.mp4", *names[:2])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from training_cases import edited_cache
@@ -14,13 +17,14 @@ from lapwan.diagnostics.lora_figures import measure, summarise
 from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora
 from lapwan.names import Band, NoiseExpert, bands
-from lapwan.sampling.video import read_video_metadata
+from lapwan.sampling.video import read_video_metadata, write_video
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train.callbacks.build import check_callbacks
 from lapwan.train.callbacks.validation import Validation, fixed_draws
 from lapwan.train.checklist import _bands, checklist
 from lapwan.train.checkpoint import checkpoints
+from lapwan.train.metrics import check_tracker
 from lapwan.train.recipe import read_data
 from lapwan.train.trainer import Trainer
 
@@ -197,8 +201,55 @@ def test_previews_go_through_both_noise_experts_and_change_nothing(kind, make_lo
     assert all(fact["steps"]["high"] >= 1 and fact["steps"]["low"] >= 1 for fact in facts)
     assert facts[0]["frames"] != facts[1]["frames"]
     assert all(torch.equal(p, trainer.parameters[n]) for n, p in plain.parameters.items())
+    page = trainer.config.run_folder / "report.html"
+    assert "4 / 8" in page.read_text(encoding="utf-8") and page.read_text(encoding="utf-8").count("data-bytes=") == 1
     events = next((trainer.config.run_folder / "tensorboard").iterdir()).read_bytes()
     assert b"preview/0" in events and b"validation/mean" not in events
+
+
+def test_the_page_of_a_run_goes_on_after_a_kill_and_never_ends_it(make_lora, tmp_path, capsys):
+    """It is made of the run's files alone: a line that a kill has cut is left out, and what it cannot write is said."""
+    trainer = make_lora(output=tmp_path / "run", preview=PREVIEW)
+    run, page = trainer.config.run_folder, trainer.callbacks["page"]
+    (run / "previews").mkdir(parents=True)
+    lines = [{"step": step, "noise_expert": "high", "loss/diffusion": 1 / step, "loss_at_sigma/0.900-0.925": 1.0}
+             for step in range(1, 2000)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2000, "noi')
+    for step in range(4, 100, 4):
+        write_video(run / "previews" / f"step_{step:06d}_0.mp4", np.zeros((5, 32, 32, 3), np.uint8), 16)
+    page.on_step(4, None)
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert text.count("data-bytes=") == 8 and "step 4<" in text and "step 96<" in text and 'id="reload"' in text
+    page.finish(8)
+    assert 'id="reload"' not in (run / "report.html").read_text(encoding="utf-8")
+    (run / "metrics.jsonl").write_text("{\n{}\n")
+    page.on_step(4, None)
+    assert "report.html is not written" in capsys.readouterr().err
+
+
+def test_a_tracker_gets_the_figures_and_knows_a_run_again(make_lora, tmp_path, monkeypatch):
+    """Through accelerate, with a package of the tracker's name that writes down what it gets."""
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(UserError, match=r"pip install 'lapwan\[wandb\]'"):
+            check_tracker("wandb")
+    (tmp_path / "trackio.py").write_text(
+        "import json\nfrom pathlib import Path\nFILE = Path(__file__).with_name('log')\nclass Run:\n"
+        "    def __init__(self, **how): self.how = how\n"
+        "    def log(self, values, step=None):\n"
+        "        with FILE.open('a') as file: print(json.dumps([self.how, step, values]), file=file)\n"
+        "    def finish(self): pass\n"
+        "def init(**how): return Run(**how)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    monkeypatch.delitem(sys.modules, "trackio")
+    fitted(make_lora(steps=1, tracker="trackio"))
+    again = make_lora(steps=2, tracker="trackio", allow_changed=True)
+    again.resume()
+    again.fit()
+    logged = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [step for _, step, _ in logged] == [1, 2, 3, 4]
+    assert len({how["name"] for how, _, _ in logged}) == 1 and logged[0][0]["resume"] == "allow"
+    assert {"train/loss/high_noise", "train/lr/high_noise"} <= set(logged[0][2])
 
 
 def test_a_preview_is_what_generate_makes_of_the_saved_files(make_lora):

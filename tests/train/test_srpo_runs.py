@@ -83,6 +83,8 @@ def test_resume_after_kill_9_is_bitwise_the_uninterrupted_run(succeed, tmp_path)
     assert any(key.startswith("reward_by_branch/inversion/0.") for row in rows[0] for key in row)
     shown = sorted(path.name for path in (whole / "previews").iterdir())
     assert shown == [f"step_{step:06d}_{i}.png" for step in (0, 2, 4) for i in (0, 1)]
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    assert page.count("<article") == 2 and page.count("<img alt=") == 6 and "4 / 4" in page
     state = torch.load(whole / "step_000004" / "state" / "rest.pt", weights_only=True)["optimisers"]["low"]["state"]
     assert {value.dtype for one in state.values() for value in one.values() if isinstance(value, torch.Tensor)} == {
         torch.bfloat16}

@@ -11,18 +11,20 @@ from lapwan.data.taxonomy import Taxonomy
 from lapwan.errors import UserError
 from lapwan.models.base import Base
 from lapwan.models.device import pick_dtype
+from lapwan.report.page import PAGE_FILE, VideoRow
 from lapwan.sampling.adapters import AdapterSet
 from lapwan.settings.callbacks import HealthSettings
 from lapwan.settings.train import TrainSettings
 from lapwan.train.callbacks.alpha_schedule import AlphaSchedule
 from lapwan.train.callbacks.base import Callback
 from lapwan.train.callbacks.max_norm import MaxNorm
-from lapwan.train.callbacks.previews import PreviewGenerator, Previews, preview_requests
+from lapwan.train.callbacks.previews import PreviewGenerator, Previews, preview_names, preview_requests
+from lapwan.train.callbacks.run_page import RunPage
 from lapwan.train.callbacks.validation import Validation, held_out, labelled
 from lapwan.train.callbacks.weight_figures import WeightFigures
 from lapwan.train.clip_store import ClipStore
 from lapwan.train.recipe import RunData, RunParts
-from lapwan.train.run_folder import PREVIEWS
+from lapwan.train.run_folder import PREVIEWS, resume_command
 
 
 def check_callbacks(
@@ -51,7 +53,8 @@ def check_callbacks(
         first = requests[0]
         videos = count_text(len(requests), "video")
         rows.append(PlanRow("previews", f"every {settings.preview.every} steps: {videos} of {first.num_frames} frames "
-                                        f"{first.size[0]}x{first.size[1]}, sampled in {first.steps} steps"))
+                                        f"{first.size[0]}x{first.size[1]}, sampled in {first.steps} steps; "
+                                        f"page {PAGE_FILE}"))
     return rows
 
 
@@ -100,6 +103,11 @@ def _evaluation_callbacks(
         generator = PreviewGenerator(
             base, adapter_set, device, pick_dtype(settings.dtype, device), parts.objective, onload)
         yield Previews(generator, requests, settings.output / PREVIEWS, settings.preview.every)
+        first = requests[0]
+        samples = {name: VideoRow(request.prompt, (), request.hint or "", request.hint or "", f"seed {request.seed}")
+                   for name, request in preview_names(requests).items()}
+        yield RunPage(settings.output, samples, (first.num_frames, first.size, first.fps), settings.preview.every,
+                      len(parts.schedule), resume_command(parts.command, settings.output))
 
 
 def weight_figures(parts: RunParts, every: int, health: HealthSettings) -> WeightFigures:

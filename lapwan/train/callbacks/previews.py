@@ -73,6 +73,16 @@ def preview_requests(
     return [variant for request in requests for variant in (request, *(replace(request, hint=h) for h in hints))]
 
 
+def preview_names(requests: Sequence[Request]) -> dict[str, Request]:
+    """Requests by the name in their files: `0`, `1` by prompt; hints follow theirs as `0_hook`."""
+    names: dict[str, Request] = {}
+    index = -1
+    for request in requests:
+        index += request.hint is None
+        names[f"{index}" if request.hint is None else f"{index}_{_UNSAFE.sub('_', request.hint)}"] = request
+    return names
+
+
 class _InTraining(NoiseExperts):
     """The noise experts in training with their adapters; a noise expert that is not trained is loaded and kept."""
 
@@ -164,11 +174,8 @@ class Previews(Callback):
             mixture.to(device)
 
     def _sample(self, step: int, board: Any) -> Evaluation:
-        index = -1
-        for request in self._requests:
-            index += request.hint is None  # the hints of a prompt follow it
+        for name, request in preview_names(self._requests).items():
             video = self._generator.generate(request)
-            name = f"{index}" if request.hint is None else f"{index}_{_UNSAFE.sub('_', request.hint)}"
             path = save_sample(video, self._folder, step, name, board, "preview")
             console.detail(f"preview {path}")
         return Evaluation({})

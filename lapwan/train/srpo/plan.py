@@ -16,10 +16,12 @@ from lapwan.memory.srpo import SrpoMemory, plan_srpo
 from lapwan.models.base import Base, target_ranks
 from lapwan.models.spec import ModelSpec, tensor_shapes, weight_files
 from lapwan.names import Band, NoiseExpert
+from lapwan.report.page import PAGE_FILE
 from lapwan.rewards.base import RewardKinds
 from lapwan.rewards.build import check_rewards
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.checklist import batch_text
+from lapwan.train.metrics import check_tracker
 from lapwan.train.optimizers import check_optimizer, describe_optimizer
 from lapwan.train.recipe import check_noise_experts
 from lapwan.train.srpo.data import SrpoData, check_negative, read_data
@@ -51,6 +53,7 @@ def plan_run(
     """
     check_rewards(settings.rewards, rewards)
     check_optimizer(settings.optimizer, settings.schedule)
+    check_tracker(settings.tracker)
     data = read_data(settings, base.spec)
     noise_experts = trained_noise_experts(settings, base.spec)
     bands = intervals(settings, base.spec, noise_experts)
@@ -154,7 +157,8 @@ def srpo_plan_rows(
         rows.append(PlanRow("rollout", f"{len(steps)} Euler steps ({counts}), {guidance}"))
     if data.held_out:
         rows.append(PlanRow("held out", f"{count_text(len(data.held_out), 'prompt')} sampled every "
-                                        f"{settings.held_out.every} steps"))
+                                        f"{settings.held_out.every} steps"
+                                        f"{f'; page {PAGE_FILE}' if settings.held_out.images else ''}"))
     return rows
 
 

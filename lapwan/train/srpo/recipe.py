@@ -20,19 +20,21 @@ from lapwan.models.base import Base, target_ranks
 from lapwan.models.device import pick_dtype
 from lapwan.models.spec import ModelSpec
 from lapwan.names import Band, NoiseExpert
+from lapwan.report.page import VideoRow
 from lapwan.rewards.base import Reward, select_frames
 from lapwan.settings.callbacks import HealthSettings
 from lapwan.settings.rewards import reward_weights
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.train.callbacks.base import Callback
 from lapwan.train.callbacks.build import weight_figures
+from lapwan.train.callbacks.run_page import RunPage
 from lapwan.train.ema import Ema
 from lapwan.train.lora.objective import LORA_GROUP
 from lapwan.train.objective import SigmaRule
 from lapwan.train.optimizers import MasterWeights, ScheduledOptimizer, make_optimizer, make_schedule
 from lapwan.train.parallel import Distributed, full_tensors, is_sharded, shard
 from lapwan.train.recipe import RunParts, make_trainer, settings_hash
-from lapwan.train.run_folder import PREVIEWS
+from lapwan.train.run_folder import PREVIEWS, resume_command
 from lapwan.train.sample_order import SampleOrder
 from lapwan.train.schedule import interleave
 from lapwan.train.srpo.data import FEATURES_FILE, PromptStore, SrpoData, TextFeatures
@@ -235,6 +237,17 @@ def _callbacks(
             objective, lambda e: base.load(e, pick_dtype(settings.dtype, parts.offload.device)), every, sharded)
     if data.held_out:
         yield _held_out(settings, parts, objective, base.spec, data, loaded, store, sharded)
+        if settings.held_out.images:
+            yield _page(settings, parts, base.spec, data)
+
+
+def _page(settings: SrpoSettings, parts: RunParts, spec: ModelSpec, data: SrpoData) -> RunPage:
+    held_out = settings.held_out
+    frames, height, width = data.bucket
+    samples = {f"{n}": VideoRow(prompt, ()) for n, prompt in enumerate(data.held_out[: held_out.images])}
+    shape = (held_out.num_frames or frames, held_out.size or (height, width), spec.defaults.fps)
+    return RunPage(settings.output, samples, shape, held_out.every, len(parts.schedule),
+                   resume_command(parts.command, settings.output))
 
 
 def _held_out(
