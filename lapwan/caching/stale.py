@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapwan.caching.layout import TEXT_END, CacheRecipe, find_tensor, read_recipe, recipe_fingerprint
+from lapwan.caching.layout import (
+    TEMPORAL_STRIDE,
+    TEXT_END,
+    CacheRecipe,
+    find_tensor,
+    read_recipe,
+    recipe_fingerprint,
+    spatial_stride,
+)
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.data.buckets import Crop
 from lapwan.data.clips import SourceClip
@@ -31,7 +39,6 @@ _BY_CLIP = frozenset({"source", "window", "crop", "mask", "boxes", "caption", "n
 _HASHED = 65536  # bytes from each end of a source file
 _SOMETIMES = ("pixels", "begin", "between")  # keys that a recipe has for the clips that need them only
 _LATENTS_RANK = 4  # [C, T, H, W]
-_TEMPORAL, _SPATIAL = 4, 8  # strides of the VAE that caches without a recipe are made with
 
 
 @dataclass(frozen=True)
@@ -141,8 +148,8 @@ class FileCheck:
     recipe: CacheRecipe | None = None
 
 
-def check_file(path: Path, wanted: CacheRecipe) -> FileCheck:
-    """Compare a cache file with the recipe wanted."""
+def check_file(path: Path, wanted: CacheRecipe, channels: int) -> FileCheck:
+    """Compare a cache file with the recipe wanted; `channels` of the model's latents, which recipes do not hold."""
     if not path.exists():
         return FileCheck(MISSING)
     try:
@@ -151,7 +158,7 @@ def check_file(path: Path, wanted: CacheRecipe) -> FileCheck:
         return FileCheck("damaged")
     made = read_recipe(file)
     if made is None:
-        return FileCheck(_shape_difference(file, wanted))
+        return FileCheck(_shape_difference(file, wanted, channels))
     reason = _difference(made, wanted, file.metadata.get("caption1"))
     return FileCheck(reason, made if reason is None else None)
 
@@ -176,7 +183,7 @@ def _shown(value: Any) -> str:
     return "as they are" if value is None else str(value)[:40 if "," in str(value) or " " in str(value) else 12]
 
 
-def _shape_difference(file: TensorFile, wanted: CacheRecipe) -> str | None:
+def _shape_difference(file: TensorFile, wanted: CacheRecipe, channels: int) -> str | None:
     """What differs, as far as shape and caption can tell."""
     if file.path.name.endswith(TEXT_END):
         return None if file.metadata.get("caption1") == wanted.get("caption") else "caption changed"
@@ -186,12 +193,14 @@ def _shape_difference(file: TensorFile, wanted: CacheRecipe) -> str | None:
         key = None
     if key is None or "size" not in wanted or len(file.tensors[key].shape) != _LATENTS_RANK:
         return "not a cache file"
-    frames, height, width = file.tensors[key].shape[-3:]
+    given, frames, height, width = file.tensors[key].shape
+    if given != channels:
+        return f"another VAE (latents have {given} channels)"
     bucket_width, bucket_height = wanted["size"]
     expected = 1 if wanted["window"] is None else wanted["window"][1]
-    if height * bucket_width != width * bucket_height or (frames - 1) * _TEMPORAL + 1 != expected:
+    if height * bucket_width != width * bucket_height or (frames - 1) * TEMPORAL_STRIDE + 1 != expected:
         return f"size changed (latents are {frames}x{height}x{width})"
-    if bucket_width != _SPATIAL * width:
+    if bucket_width != spatial_stride(channels) * width:
         return f"size changed (latents are {frames}x{height}x{width})"
     if wanted["i2v"] and find_tensor(file, "latents_image", required=False) is None:
         return "no image condition"

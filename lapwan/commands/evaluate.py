@@ -65,7 +65,7 @@ def _resolve(model: ModelChoice | None, task: Task | None) -> Base:
     """The base that is named, or the embedded model; only `tiny` names a model for each task."""
     model = TINY if model is None else model
     name = model.model if isinstance(model, BaseModelSettings) else model
-    return resolve_base(model, task if name == TINY else None, generation=True)
+    return resolve_base(model, task if name == TINY else None)
 
 
 def _probe_set(spec: ModelSpec) -> ProbeSet | None:

@@ -31,7 +31,7 @@ from lapwan.wan.quantise.linears import LINEAR_CLASSES, QuantisedLinear
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.context_parallel import ContextParallel
-from lapwan.wan.transformer.forward import ForwardOptions
+from lapwan.wan.transformer.forward import ForwardOptions, TokenTimes
 
 # fp32 copies of a trained parameter: itself and two moments (its gradient counts as activation memory).
 TRAINED_COPIES = 3
@@ -72,8 +72,7 @@ def heads_of(spec: ModelSpec) -> int:
 def tokens_of(spec: ModelSpec, bucket: tuple[int, int, int]) -> int:
     """N of a clip of (frames, height, width) in pixels."""
     _, frames, height, width = spec.latent_shape(*bucket)
-    patch = spec.pixel_multiple // spec.spatial_stride
-    return frames * (height // patch) * (width // patch)
+    return frames * (height // spec.patch) * (width // spec.patch)
 
 
 @dataclass(frozen=True)
@@ -160,14 +159,19 @@ class NoiseExpertShape:
         return sum(4 * rank * (ffn if path.startswith("ffn") else 2 * width)
                    for ranks in groups for path, rank in ranks)
 
-    def inputs(self, clip: ClipShape) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def inputs(self, clip: ClipShape) -> tuple[Tensor, Tensor | TokenTimes, Tensor, Tensor | None]:
         """What `velocity` takes: latents, timesteps, text and the condition of an image."""
         channels, *size = self.spec.latent_shape(clip.frames, clip.height, clip.width)
         extra = self.spec.in_channels - channels
         x = torch.empty(clip.batch, channels, *size, device=META)
         condition = torch.empty(clip.batch, extra, *size, device=META) if extra > 0 else None
         text = torch.empty(clip.batch, TEXT_LENGTH, self.spec.text_dim, device=META)
-        return x, torch.empty(clip.batch, device=META), text, condition
+        timestep: Tensor | TokenTimes = torch.empty(clip.batch, device=META)
+        if self.spec.clean_first_frame and size[0] > 1:
+            tokens = tokens_of(self.spec, (clip.frames, clip.height, clip.width))
+            timestep = TokenTimes(torch.empty(clip.batch, 2, device=META),
+                                  torch.empty(tokens, dtype=torch.long, device=META))
+        return x, timestep, text, condition
 
     def gates(self, adapter: Adapter | None, clip: ClipShape, trained: bool) -> AbstractContextManager[object]:
         """A scope that holds gates for a batch; with gradient if they are `trained`."""
@@ -196,7 +200,8 @@ class NoiseExpertShape:
         spec = self.spec
         key = (json.dumps(self.config, sort_keys=True), self.dtype, self._recipe, tuple(self.kinds),
                tuple(self._trainable), self._gated, spec.latent_shape(clip.frames, clip.height, clip.width),
-               spec.in_channels, spec.text_dim, clip.batch, tuple(kinds), processes, kernels.TRITON.works)
+               spec.in_channels, spec.text_dim, spec.clean_first_frame, clip.batch, tuple(kinds), processes,
+               kernels.TRITON.works)
         if key not in _TRACED:
             _TRACED[key] = self._traced(clip, kinds, processes)
         return _TRACED[key]

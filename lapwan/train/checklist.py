@@ -118,7 +118,7 @@ def sigma_rows(base: Base, data: RunData) -> list[PlanRow]:
     """
     rows: list[PlanRow] = []
     for noise_expert, local_settings in data.noise_experts.items():
-        rule = sigma_rule(local_settings, base.bands[noise_expert])
+        rule = sigma_rule(local_settings, base.bands[noise_expert], base.spec.patch)
         _, height, width = min(data.items, key=lambda item: item.bucket).bucket
         tokens = (height // base.spec.pixel_multiple) * (width // base.spec.pixel_multiple)
         sampler, band = rule.sampler.for_tokens(tokens), rule.band

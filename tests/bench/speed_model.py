@@ -152,7 +152,7 @@ def _state(model: WanBackbone, last: int, rank: int, *key: str) -> AdapterState:
 def lora_trainer(model: WanBackbone, size: str, last: int, rank: int = 16) -> tuple[Trainer, Adapted]:
     """A plain LoRA on every Linear of the last blocks."""
     adapter = attach(model.transformer, [Group(LORA_GROUP, _state(model, last, rank), True)])
-    objective = LoraObjective({EXPERT: model}, {EXPERT: adapter}, "bench", {EXPERT: {}}, roi_weight=3.0)
+    objective = LoraObjective({EXPERT: model}, {EXPERT: adapter}, {EXPERT: {}}, roi_weight=3.0)
     return _trainer(objective, model, size), Adapted(adapter)
 
 

@@ -173,7 +173,7 @@ def test_the_vae_codes_to_the_bit(blocks, tmp_path) -> None:
 @pytest.mark.parametrize("with_image", [False, True])
 def test_the_files_generate_what_the_folder_does(with_image, parts) -> None:
     files, folder = parts
-    ours, theirs = resolve_base(files, generation=True), resolve_base(str(folder), generation=True)
+    ours, theirs = resolve_base(files), resolve_base(str(folder))
     for base in (ours, theirs):
         assert (base.spec.task, base.spec.noise_experts, base.spec.flow_shift, base.spec.pixel_multiple) == (
             "ti2v", ("high",), 5.0, 32)

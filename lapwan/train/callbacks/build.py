@@ -21,7 +21,7 @@ from lapwan.train.callbacks.previews import PreviewGenerator, Previews, preview_
 from lapwan.train.callbacks.validation import Validation, held_out, labelled
 from lapwan.train.callbacks.weight_figures import WeightFigures
 from lapwan.train.clip_store import ClipStore
-from lapwan.train.recipe import RunData, RunParts
+from lapwan.train.recipe import RunData, RunParts, first_frame_share
 from lapwan.train.run_folder import PREVIEWS
 
 
@@ -94,7 +94,7 @@ def _evaluation_callbacks(
         store = ClipStore(data.index, held_out(data.index, settings), device)
         sigma_rules = {e: stream.sigma_rule for e, stream in parts.data.streams.items()}
         yield Validation(parts.objective, sigma_rules, store, settings.validation.every, settings.validation.sigmas,
-                         settings.seed, onload)
+                         settings.seed, onload, first_frame_share(settings, base.spec))
     if settings.preview.every is not None:
         requests = preview_requests(settings.preview, base.spec, data.items[0].bucket, taxonomy)
         generator = PreviewGenerator(

@@ -278,7 +278,7 @@ class AlignedModelWriter:
                 path = folder / noise_expert.component
                 self._write_transformer(path, noise_expert)
             else:
-                path = folder / f"{self._settings.name}_{noise_expert.file_suffix}.safetensors"
+                path = folder / f"{self._settings.name}{self._base.spec.file_suffix(noise_expert)}.safetensors"
                 metadata = {**self._metadata(noise_expert), "lapwan.step": str(step)}
                 write_lora(path, replace(trained.adapter.state(LORA_GROUP), metadata=metadata))
             paths.append(path)
@@ -302,7 +302,7 @@ class AlignedModelWriter:
             "lapwan.rewards": ", ".join(reward_weights(self._settings.rewards)),
             "lapwan.seed": str(self._settings.seed), "lapwan.settings": settings_hash(self._settings),
             "modelspec.timestep_range": f"{1000 * band.low:g},{1000 * band.high:g}",
-            "modelspec.title": f"{self._settings.name}_{noise_expert.file_suffix}",
+            "modelspec.title": self._settings.name + base.spec.file_suffix(noise_expert),
         }
 
 

@@ -82,6 +82,10 @@ class TokenTimes:
     values_BK: Tensor
     row_of_token_N: Tensor
 
+    def of_tokens(self) -> Tensor:
+        """The timestep of every token: [B, N]."""
+        return self.values_BK.index_select(1, self.row_of_token_N)
+
 
 @dataclass(frozen=True)
 class _Time:
