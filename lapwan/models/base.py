@@ -68,8 +68,9 @@ class Base:
     def metadata(self, noise_expert: NoiseExpert) -> dict[str, str]:
         """What an adapter file says about the noise expert it was trained on."""
         boundary = self.spec.boundary
-        two = len(self.spec.noise_experts) > 1
-        which = {NOISE_EXPERT_KEY: noise_expert.value} if two else {"lapwan.model": self.spec.family.title}
+        which = {NOISE_EXPERT_KEY: noise_expert.value}
+        if self.spec.one_transformer:
+            which = {"lapwan.model": self.spec.family.title}
         return {
             **which, "lapwan.task": self.task, "lapwan.boundary": "" if boundary is None else repr(boundary),
             "lapwan.base_fingerprint": self.fingerprint(noise_expert),

@@ -143,13 +143,22 @@ class ModelSpec:
         return bands(self.boundary)
 
     @property
+    def one_transformer(self) -> bool:
+        """Whether a single transformer covers all noise; it goes by `NoiseExpert.HIGH`."""
+        return len(self.noise_experts) == 1
+
+    def title_of(self, noise_expert: NoiseExpert) -> str:
+        """A noise expert in messages: `high noise expert`, or `transformer` where the model has only one."""
+        return "transformer" if self.one_transformer else f"{noise_expert.value} noise expert"
+
+    @property
     def patch(self) -> int:
         """Latent pixels along a side of a token."""
         return self.pixel_multiple // self.spatial_stride
 
     def file_suffix(self, noise_expert: NoiseExpert) -> str:
         """`_high_noise` in the name of a noise expert's LoRA file; empty where the model has one transformer."""
-        return f"_{noise_expert.file_suffix}" if len(self.noise_experts) > 1 else ""
+        return "" if self.one_transformer else f"_{noise_expert.file_suffix}"
 
     @property
     def boundary_text(self) -> str:

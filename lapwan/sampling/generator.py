@@ -334,7 +334,7 @@ class Generator:
             latents = denoise(grid, start, conditions, guidance, self.noise_experts.backbone, scope, after_step,
                               self.noise_experts.batched_guidance, caches)
         for noise_expert, cache in caches.items():
-            console.log(f"{noise_expert.value} noise expert: {cache}")
+            console.log(f"{self.spec.title_of(noise_expert)}: {cache}")
         self.noise_experts.compiling.log()
         if not bool(torch.isfinite(latents).all()):
             # bf16 has fp32's range: what overflows in one does in the other.

@@ -44,8 +44,9 @@ def check_callbacks(
         items = held_out(data.index, settings)
         if taxonomy is not None and not labelled(items):
             raise UserError("clips held out for validation have no label; run `lapwan label` before `lapwan cache`")
+        each = "" if base.spec.one_transformer else " of each noise expert"
         rows.append(PlanRow("validation", f"every {settings.validation.every} steps on {count_text(len(items), 'clip')}"
-                                          f" at {settings.validation.sigmas} sigmas of each noise expert"))
+                                          f" at {settings.validation.sigmas} sigmas{each}"))
     if settings.preview.every is not None:
         requests = preview_requests(settings.preview, base.spec, data.items[0].bucket, taxonomy)
         first = requests[0]

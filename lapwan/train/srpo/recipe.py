@@ -104,7 +104,7 @@ def load_parts(
     offload = NoiseExpertOffload(device, memory.both)
     backbones, trained = {}, {}
     for noise_expert in loaded_noise_experts(settings, base.spec, noise_experts):
-        console.log(f"loading the {noise_expert.value} noise expert")
+        console.log(f"loading the {base.spec.title_of(noise_expert)}")
         load_device = torch.device("cpu") if sharded else offload.load_device
         backbone = backbones[noise_expert] = base.load(
             noise_expert, dtype, load_device, frozen_recipe(settings), device,
