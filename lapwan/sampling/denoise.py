@@ -18,9 +18,9 @@ from lapwan.caching.collate import to_device
 from lapwan.names import NoiseExpert
 from lapwan.sampling.scheduler import Grid, Step
 from lapwan.wan.backbone import WanBackbone
-from lapwan.wan.first_frame import row_of_token, with_first_frame
+from lapwan.wan.first_frame import with_first_frame
 from lapwan.wan.transformer.first_block_cache import FirstBlockCache
-from lapwan.wan.transformer.forward import TokenTimes
+from lapwan.wan.transformer.forward import TokenTimes, first_frame_times
 from lapwan.wan.transformer.prompt import Prompt
 
 
@@ -57,9 +57,9 @@ class Conditions:
         batch = len(x_BCTHW)
         if self.first_BC1HW is None:
             return to_device(timestep, x_BCTHW.device).expand(batch)
-        now = to_device(timestep.to(x_BCTHW.dtype), x_BCTHW.device).reshape(())
-        values = torch.stack([torch.zeros((), device=x_BCTHW.device), now])
-        return TokenTimes(values.expand(batch, 2), row_of_token(x_BCTHW, patch))
+        now_1 = to_device(timestep.to(x_BCTHW.dtype), x_BCTHW.device).reshape(1)
+        times = first_frame_times(now_1, torch.ones_like(now_1, dtype=torch.bool), x_BCTHW.shape[2:], patch)
+        return replace(times, values_BK=times.values_BK.expand(batch, -1))
 
     @staticmethod
     def stack(conditions: Sequence[Conditions]) -> Conditions:

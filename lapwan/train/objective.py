@@ -26,8 +26,8 @@ from lapwan.losses.sigmas import SigmaSampler, Uniform, Weighting, draw_in_band,
 from lapwan.names import Band, NoiseExpert
 from lapwan.rng import RandomKey
 from lapwan.wan.backbone import WanBackbone
-from lapwan.wan.first_frame import token_times, with_first_frame
-from lapwan.wan.transformer.forward import TokenTimes
+from lapwan.wan.first_frame import with_first_frame
+from lapwan.wan.transformer.forward import TokenTimes, first_frame_times
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,8 @@ def flow_terms(
     counted_BT = None
     if draws.clean_B is not None:
         clean_B, patch = to_device(draws.clean_B, x0.device), backbone.transformer.config.patch_size
-        x, timestep = with_first_frame(x, x0[:, :, :1], clean_B), token_times(x, timestep_B, clean_B, patch)
+        x = with_first_frame(x, x0[:, :, :1], clean_B)
+        timestep = first_frame_times(timestep_B, clean_B, x.shape[2:], patch)
         counted_BT = counted_frames(x, clean_B)
     roi = batch.roi_BTHW if batch.roi_BTHW is None or counted_BT is None else (
         batch.roi_BTHW * counted_BT[:, :, None, None])

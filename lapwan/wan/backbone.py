@@ -131,8 +131,8 @@ class WanBackbone:
     ) -> Tensor:
         assert not isinstance(text, TextRows)
         features = text if isinstance(text, Tensor) else pad_text(text)
-        times = timestep if isinstance(timestep, Tensor) else timestep.of_tokens()
-        out: Tensor = self.transformer(hidden_BCTHW, times, features, return_dict=False)[0]
+        timestep = timestep.per_token() if isinstance(timestep, TokenTimes) else timestep
+        out: Tensor = self.transformer(hidden_BCTHW, timestep, features, return_dict=False)[0]
         return out
 
     def _cached(self, prompt: Prompt) -> PromptCache:
