@@ -31,7 +31,7 @@ from lapwan.wan.quantise.linears import LINEAR_CLASSES, QuantisedLinear
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.context_parallel import ContextParallel
-from lapwan.wan.transformer.forward import ForwardOptions, TokenTimes
+from lapwan.wan.transformer.forward import ForwardOptions, TokenTimes, first_frame_times
 
 # fp32 copies of a trained parameter: itself and two moments (its gradient counts as activation memory).
 TRAINED_COPIES = 3
@@ -160,18 +160,20 @@ class NoiseExpertShape:
                    for ranks in groups for path, rank in ranks)
 
     def inputs(self, clip: ClipShape) -> tuple[Tensor, Tensor | TokenTimes, Tensor, Tensor | None]:
-        """What `velocity` takes: latents, timesteps, text and the condition of an image."""
+        """What `velocity` takes: latents, timesteps, text and the condition of an image.
+
+        A model with a clean first frame gets its timesteps too, which a batch of text-to-video needs not.
+        """
         channels, *size = self.spec.latent_shape(clip.frames, clip.height, clip.width)
         extra = self.spec.in_channels - channels
         x = torch.empty(clip.batch, channels, *size, device=META)
         condition = torch.empty(clip.batch, extra, *size, device=META) if extra > 0 else None
         text = torch.empty(clip.batch, TEXT_LENGTH, self.spec.text_dim, device=META)
-        timestep: Tensor | TokenTimes = torch.empty(clip.batch, device=META)
-        if self.spec.clean_first_frame and size[0] > 1:
-            tokens = tokens_of(self.spec, (clip.frames, clip.height, clip.width))
-            timestep = TokenTimes(torch.empty(clip.batch, 2, device=META),
-                                  torch.empty(tokens, dtype=torch.long, device=META))
-        return x, timestep, text, condition
+        times: Tensor | TokenTimes = torch.empty(clip.batch, device=META)
+        if self.spec.clean_first_frame:
+            clean = torch.empty(clip.batch, dtype=torch.bool, device=META)
+            times = first_frame_times(times, clean, size, (1, self.spec.patch, self.spec.patch))
+        return x, times, text, condition
 
     def gates(self, adapter: Adapter | None, clip: ClipShape, trained: bool) -> AbstractContextManager[object]:
         """A scope that holds gates for a batch; with gradient if they are `trained`."""

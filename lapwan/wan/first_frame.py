@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 
-
 def with_first_frame(x_BCTHW: Tensor, first_BC1HW: Tensor, given_B: Tensor | None = None) -> Tensor:
     """x with the given first latent frames instead of its own.
 

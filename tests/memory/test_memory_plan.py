@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -27,6 +30,7 @@ from lapwan.memory.shape_model import ShapeModel
 from lapwan.memory.streaming import tensors_of
 from lapwan.memory.trace import trace_memory
 from lapwan.models.base import Base
+from lapwan.models.spec import ModelSpec, read_spec
 from lapwan.names import NoiseExpert, Precision
 from lapwan.wan.backbone import WanBackbone, load_transformer
 from lapwan.wan.quantise.load import Recipe
@@ -216,10 +220,40 @@ def diffusers_model(shape: NoiseExpertShape) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-@pytest.mark.parametrize(("task", "name"), [*(("t2v", name) for name in RUNS), ("i2v", "lora")])
-def test_a_step_from_segments_is_the_step_traced_whole(task, name, tiny_t2v, tiny_i2v) -> None:
+@pytest.fixture(scope="module")
+def ti2v(tiny_t2v, tmp_path_factory) -> ModelSpec:
+    """A single transformer with a clean first frame: the embedded one's configuration without weights."""
+    folder = tmp_path_factory.mktemp("ti2v")
+    for file in ("scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json",
+                 "text_encoder/config.json"):
+        (folder / file).parent.mkdir()
+        shutil.copy(tiny_t2v.path / file, folder / file)
+    index = json.loads((tiny_t2v.path / "model_index.json").read_text())
+    index |= {"boundary_ratio": None, "transformer_2": [None, None], "expand_timesteps": True}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return read_spec(folder)
+
+
+def test_a_clean_first_frame_adds_two_rows_of_modulation_and_nothing_for_each_token(ti2v, tiny_t2v) -> None:
+    """Of an evaluation and of a step with the blocks recomputed, against the same transformer with one timestep; six
+    rows in fp32 for each token would be a third of either."""
+    def taken(spec: ModelSpec) -> tuple[int, int]:
+        ranks = {f"blocks.{i}.attn1.to_q": 4 for i in range(8)}
+        shape = NoiseExpertShape(spec, NoiseExpert.HIGH, torch.bfloat16, None, [GroupShape(ranks, True)])
+        clip = ClipShape(1, 17, 256, 256)
+        return shape.forward_memory(clip), shape.step_memory(clip, ["block"]).peak("block")
+
+    assert ti2v.clean_first_frame
+    for split, plain in zip(taken(ti2v), taken(tiny_t2v), strict=True):
+        assert 0.9 * plain < split < 1.1 * plain
+
+
+@pytest.mark.parametrize(("task", "name"), [*(("t2v", name) for name in RUNS), ("i2v", "lora"), ("ti2v", "lora"),
+                                            ("ti2v", "context parallel")])
+def test_a_step_from_segments_is_the_step_traced_whole(task, name, tiny_t2v, tiny_i2v, ti2v) -> None:
     loras, gated, recipe, processes, dtype = RUNS[name]
-    shape = NoiseExpertShape(tiny_t2v if task == "t2v" else tiny_i2v, NoiseExpert.LOW, dtype, recipe,
+    spec = {"t2v": tiny_t2v, "i2v": tiny_i2v, "ti2v": ti2v}[task]
+    shape = NoiseExpertShape(spec, spec.noise_experts[-1], dtype, recipe,
                              [GroupShape(ranks, trained) for ranks, trained in loras], gated)
     clip = ClipShape(1, 9, 64, 64)
     step = shape.step_memory(clip, ["off", "op", "block"], processes)

@@ -99,7 +99,7 @@ def first_frame_times(timestep_B: Tensor, clean_B: Tensor, size_THW: Sequence[in
         patch: (frames, height, width) of a token, in latent pixels.
     """
     frames, height, width = (size // step for size, step in zip(size_THW, patch, strict=True))
-    counts, first_B = (height * width, (frames - 1) * height * width), timestep_B.masked_fill(clean_B, 0.0)
+    counts, first_B = (height * width, (frames - 1) * height * width), timestep_B * ~clean_B
     if frames == 1:
         return TokenTimes(first_B[:, None], counts[:1])
     return TokenTimes(torch.stack([first_B, timestep_B], dim=1), counts)
