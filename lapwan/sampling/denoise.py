@@ -18,7 +18,7 @@ from lapwan.caching.collate import to_device
 from lapwan.names import NoiseExpert
 from lapwan.sampling.scheduler import Grid, Step
 from lapwan.wan.backbone import WanBackbone
-from lapwan.wan.first_frame import with_first_frame
+from lapwan.wan.image_condition import with_first_frame
 from lapwan.wan.transformer.first_block_cache import FirstBlockCache
 from lapwan.wan.transformer.forward import TokenTimes, first_frame_times
 from lapwan.wan.transformer.prompt import Prompt

@@ -26,7 +26,7 @@ from lapwan.losses.sigmas import SigmaSampler, Uniform, Weighting, draw_in_band,
 from lapwan.names import Band, NoiseExpert
 from lapwan.rng import RandomKey
 from lapwan.wan.backbone import WanBackbone
-from lapwan.wan.first_frame import with_first_frame
+from lapwan.wan.image_condition import with_first_frame
 from lapwan.wan.transformer.forward import TokenTimes, first_frame_times
 
 

@@ -1,4 +1,5 @@
-"""The image-to-video condition: mask and encoded first image, concatenated to the noisy latents as channels.
+"""The image-to-video condition: mask and encoded first image, concatenated to the noisy latents as channels; or, of
+TI2V-5B, a clean first latent frame in them (`with_first_frame`).
 
 The condition encodes the video [image, 0, 0, ...]. The encoder works in chunks of four frames with a cache of two input
 frames per convolution. After some chunks of zeros a layer's input and cache no longer change, so neither does its
@@ -157,3 +158,19 @@ def _encoder_layers(vae: AutoencoderKLWan) -> list[_CachedLayer]:
     runs: list[RunLayer] = [lambda x, cache: causal_conv(encoder.conv_in, x, cache, [0])]
     runs += [with_cache(block) for block in (*encoder.down_blocks, encoder.mid_block)]
     return [_CachedLayer(run) for run in (*runs, head)]
+
+
+def with_first_frame(x_BCTHW: Tensor, first_BC1HW: Tensor, given_B: Tensor | None = None) -> Tensor:
+    """x with clean first latent frames in place of its own, as TI2V-5B takes an image.
+
+    The VAE is causal: a clip's first latent frame encodes its first pixel frame alone.
+
+    Args:
+        x_BCTHW: latents.
+        first_BC1HW: clean first latent frames.
+        given_B: whose is replaced; None: every sample's.
+    """
+    first = first_BC1HW.to(x_BCTHW)
+    if given_B is not None:
+        first = torch.where(given_B.view(-1, 1, 1, 1, 1), first, x_BCTHW[:, :, :1])
+    return torch.cat([first, x_BCTHW[:, :, 1:]], dim=2)
