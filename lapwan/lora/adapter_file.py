@@ -16,6 +16,7 @@ from lapwan.checkpoints.rewrite import AddRows, BaseRows, matrix_shape
 from lapwan.checkpoints.tensors import all_finite, load_rows, load_tensor
 from lapwan.lora.checks import RETRAIN, check_finite, not_finite
 from lapwan.lora.kinds import FullDelta, build_update
+from lapwan.lora.noise_expert import of_one_transformer
 from lapwan.lora.state import AdapterState, WeightUpdate, entries_fingerprint, low_rank_only
 from lapwan.names import NoiseExpert
 
@@ -171,7 +172,8 @@ class AdapterFile:
         counts = Counter(module.kind for module in self.modules.values())
         name = self.path.name if self.path.stem != "adapter_model" else f"{self.path.parent.name}/{self.path.name}"
         line = f"{name}: " + ", ".join(f"{count} x {kind}" for kind, count in counts.items())
-        line += f", {self.noise_expert.value} noise" if self.noise_expert else ", noise expert not recorded"
+        unknown = "" if of_one_transformer(self.metadata) else ", noise expert not recorded"
+        line += f", {self.noise_expert.value} noise" if self.noise_expert else unknown
         if fits := self.fits():
             line += f", for {fits}"
         if self.wrappers:

@@ -51,7 +51,7 @@ class ModelPair:
         """What the LoRA's file records."""
         tuned, base = (checkpoint_fingerprint([file.path for file in files]) for files in (self.tuned, self.base))
         metadata = {"lapwan.base_fingerprint": base, "lapwan.extracted_from": tuned}
-        if self.noise_expert is not None:
+        if self.noise_expert is not None and not (self.spec is not None and self.spec.one_transformer):
             metadata[NOISE_EXPERT_KEY] = self.noise_expert.value
         if self.spec is not None:
             boundary = self.spec.boundary

@@ -130,7 +130,8 @@ class EvaluateSettings(ModelSettings):
         (), description="The adapters to compare; the first one is the reference. Absent: the base, and what --lora "
         "and --moe name.")
     task: Annotated[Literal["t2v", "i2v"] | None, Flag(metavar="t2v|i2v")] = Field(
-        None, description="For the model tiny, which has both; absent: the task of the cache, else t2v.")
+        None, description="For tiny, which has both (absent: the task of the cache, else t2v), and TI2V-5B: i2v "
+                          "evaluates from the clips' first frames.")
     output: Annotated[Path, Flag("-o", "--output", metavar="DIR")] = Field(
         Path("evaluation"), description="Folder for evaluation.json, plot, sheets and videos.")
     resume: Annotated[bool, Flag("--resume")] = Field(

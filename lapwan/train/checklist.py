@@ -206,7 +206,7 @@ def checklist(settings: TrainSettings, base: Base, data: RunData) -> list[Checkl
     clips = list({item.id: item for item in data.items}.values())
     return [
         _captions(settings, clips), *_frames(data, clips), _rate(base, data, clips), _lengths(clips, data.index.fps),
-        *_preset(settings, data), _sampling(base, data), _bands(base.bands), _intervals(settings, data),
+        *_preset(settings, base, data), _sampling(base, data), _bands(base.bands), _intervals(settings, data),
     ]
 
 
@@ -291,12 +291,14 @@ def _lengths(clips: Sequence[CachedItem], fps: float | None) -> ChecklistItem:
     return ChecklistItem(not short, text + ("; below 17 frames there is little motion to learn" if short else ""))
 
 
-def _preset(settings: TrainSettings, data: RunData) -> list[ChecklistItem]:
+def _preset(settings: TrainSettings, base: Base, data: RunData) -> list[ChecklistItem]:
     """LR ratio and number of steps, by the health rules of inspect-weights."""
     predicted = {e.value: local_settings.optimizer.predicted_lr() for e, local_settings in data.noise_experts.items()}
     rates = {name: lr for name, lr in predicted.items() if lr is not None}
     if settings.health.preset is None:
         return [ChecklistItem(True, f"{len(data.schedule)} steps; no health.preset: LR ratio and steps are not judged")]
+    if base.spec.one_transformer:
+        return [ChecklistItem(True, f"{len(data.schedule)} steps; one transformer: LR ratio and steps are not judged")]
     verdict = judge(Evidence(PRESETS[settings.health.preset], {}, rates, [], len(data.schedule)))
     rules = [rule for rule in verdict["rules"] if rule["rule"].startswith(("LR", "steps"))]
     items = []

@@ -89,7 +89,7 @@ def _evaluation_callbacks(
     adapter_set: AdapterSet, taxonomy: Taxonomy | None,
 ) -> Iterator[Callback]:
     """Those that evaluate the run every few steps: figures of the weights, validation, previews."""
-    yield weight_figures(parts, settings.watch.every, settings.health)
+    yield weight_figures(parts, settings.watch.every, settings.health, base.spec.one_transformer)
     onload = parts.offload.activate
     if settings.validation.every is not None:
         store = ClipStore(data.index, held_out(data.index, settings), device)
@@ -103,9 +103,11 @@ def _evaluation_callbacks(
         yield Previews(generator, requests, settings.output / PREVIEWS, settings.preview.every)
 
 
-def weight_figures(parts: RunParts, every: int, health: HealthSettings) -> WeightFigures:
+def weight_figures(
+    parts: RunParts, every: int, health: HealthSettings, one_transformer: bool = False
+) -> WeightFigures:
     """Figures of the LoRAs in training, which look up each noise expert's lr and steps."""
     adapters, streams = parts.objective.adapters, parts.data.streams
     return WeightFigures(
         adapters, lambda: {e.value: float(parts.optimizers[e.value].lr) for e in adapters},
-        lambda: {e.value: stream.steps for e, stream in streams.items()}, every, health)
+        lambda: {e.value: stream.steps for e, stream in streams.items()}, every, health, one_transformer)
