@@ -175,15 +175,23 @@ def _noise_experts_of(
         return list(noise_experts)
     if role is None and None in files:
         if len(noise_experts) > 1:
-            raise UserError(f"{path} does not say which noise expert it is for; give it as high=FILE, low=FILE, "
-                            "or both=FILE")
+            raise UserError(f"{path}{_made_for(files[None])} does not say which noise expert it is for; give it as "
+                            "high=FILE, low=FILE, or both=FILE")
         return list(noise_experts)
     wanted = [NoiseExpert(role)] if role is not None else [e for e in files if e is not None]
     for noise_expert in wanted:
         if noise_expert not in noise_experts:
-            raise UserError(f"{path} is for the {noise_expert} noise expert, but the model or file given here only has "
-                            f"the {' and '.join(noise_experts)} one; give a LoRA for that, or both=FILE to force it")
+            made_for = _made_for(next(iter(files.values())))
+            raise UserError(f"{path}{made_for} is for the {noise_expert} noise expert, but the model or file given "
+                            f"here only has the {' and '.join(noise_experts)} one; give a LoRA for that, or both=FILE "
+                            "to force it")
     return wanted
+
+
+def _made_for(file: AdapterFile) -> str:
+    """` (for TI2V-5B)`: the model of a file, if it can be told."""
+    model = file.metadata.get("lapwan.model") or file.fits()
+    return f" (for {model})" if model else ""
 
 
 def _file_for(files: dict[NoiseExpert | None, AdapterFile], noise_expert: NoiseExpert, both: bool) -> AdapterFile:
