@@ -169,11 +169,11 @@ class NoiseExpertShape:
         x = torch.empty(clip.batch, channels, *size, device=META)
         condition = torch.empty(clip.batch, extra, *size, device=META) if extra > 0 else None
         text = torch.empty(clip.batch, TEXT_LENGTH, self.spec.text_dim, device=META)
-        times: Tensor | TokenTimes = torch.empty(clip.batch, device=META)
-        if self.spec.clean_first_frame:
-            clean = torch.empty(clip.batch, dtype=torch.bool, device=META)
-            times = first_frame_times(times, clean, size, (1, self.spec.patch, self.spec.patch))
-        return x, times, text, condition
+        times_B = torch.empty(clip.batch, device=META)
+        if not self.spec.clean_first_frame:
+            return x, times_B, text, condition
+        clean_B = torch.empty(clip.batch, dtype=torch.bool, device=META)
+        return x, first_frame_times(times_B, clean_B, size, (1, self.spec.patch, self.spec.patch)), text, condition
 
     def gates(self, adapter: Adapter | None, clip: ClipShape, trained: bool) -> AbstractContextManager[object]:
         """A scope that holds gates for a batch; with gradient if they are `trained`."""

@@ -110,8 +110,8 @@ def by_run(
     """
     if counts is None:
         return function(*tokens, *rows)
-    parts = zip(*(x.split(counts, dim=1) for x in tokens), *(row.split(1, dim=1) for row in rows), strict=True)
-    return torch.cat([function(*part) for part in parts], dim=1)
+    pieces = [*(torch.split(x, list(counts), dim=1) for x in tokens), *(torch.split(row, 1, dim=1) for row in rows)]
+    return torch.cat([function(*piece) for piece in zip(*pieces, strict=True)], dim=1)
 
 
 def _normalised_heads(attention: Any, norm: Any, x_BND: Tensor) -> Tensor:

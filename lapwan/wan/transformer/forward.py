@@ -86,7 +86,7 @@ class TokenTimes:
     def per_token(self) -> Tensor:
         """[B, N], as diffusers' own forward takes it."""
         return torch.cat([value_B1.expand(-1, n) for value_B1, n in zip(
-            self.values_BK.split(1, dim=1), self.counts, strict=True)], dim=1)
+            torch.split(self.values_BK, 1, dim=1), self.counts, strict=True)], dim=1)
 
 
 def first_frame_times(timestep_B: Tensor, clean_B: Tensor, size_THW: Sequence[int], patch: Sequence[int]) -> TokenTimes:
