@@ -75,6 +75,7 @@ _I2V_A14B = ModelFamily(
 _TI2V_5B = ModelFamily(
     "TI2V-5B", "ti2v", Defaults(50, {NoiseExpert.HIGH: 5.0}, (704, 1280), 121, 24), image="optional",
     clean_first_frame=True)
+_TASKS: dict[str, tuple[Task, ...]] = {"none": ("t2v",), "required": ("i2v",), "optional": ("ti2v", "t2v", "i2v")}
 ORIGINAL = "original"  # stem of a link to weights in the original layout: original.pth, original.safetensors
 OTHER_WEIGHTS = (".sft", ".gguf", ".bin", ".pth", ".pt", ".ckpt")  # suffixes of weights beside .safetensors
 DEFAULTS_FILE = "lapwan.json"  # optional, in the model folder: overrides the defaults (the embedded model has one)
@@ -110,7 +111,7 @@ class ModelSpec:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """The tasks that the model can be asked for."""
-        return {"none": ("t2v",), "required": ("i2v",), "optional": ("ti2v", "t2v", "i2v")}[self.family.image]
+        return _TASKS[self.family.image]
 
     @property
     def takes_image(self) -> bool:
