@@ -126,8 +126,10 @@ def _plain(values: np.ndarray) -> list[list[float | None]]:
 
 
 def metrics_of(results: StudyResults, name: str) -> dict[str, np.ndarray]:
-    """All metrics of an arm that can be paired, [P] or [P, S]: `loss/high`, `loss/high/roi`, `identity`, ...; of a model
-    of one transformer `loss` and `loss/roi`."""
+    """All metrics of an arm that can be paired, [P] or [P, S]: `loss/high`, `loss/high/roi`, `identity`, ...
+
+    Of a model of one transformer: `loss`, `loss/roi`.
+    """
     metrics: dict[str, np.ndarray] = {}
     by_noise_expert = results.losses.get(name, {})
     for noise_expert, losses in by_noise_expert.items():
