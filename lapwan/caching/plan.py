@@ -349,7 +349,8 @@ def _index_item(item: PlannedItem, repeats: int, recipes: Mapping[str, CacheReci
     return CachedItem(
         id=item.id, latents=item.latents, text=item.text, roi=item.roi, caption=clip.caption,
         frames=len(item.indices), height=item.crop.bucket[1], width=item.crop.bucket[0],
-        condition=condition if made is None else bool(made.get("i2v")), start=item.indices.start,
+        condition=condition if made is None else bool(made.get("i2v")),
+        last_image=True if made is not None and made.get("last_image") else None, start=item.indices.start,
         split=clip.split, source=clip.source, clip=clip.key, repeats=repeats, probe=item.probe,
         facts=vars(item.facts),
         fingerprints={kind: recipe_fingerprint(recipes[name]) for kind, name in files.items() if name in recipes},

@@ -35,9 +35,9 @@ from lapwan.errors import UserError
 
 MISSING = "missing"
 # Their values differ from clip to clip: a plan that showed them could not group clips by reason.
-_BY_CLIP = frozenset({"source", "window", "crop", "mask", "boxes", "caption", "negative"})
+_BY_CLIP = frozenset({"source", "window", "crop", "mask", "boxes", "caption", "negative", "last_image"})
 _HASHED = 65536  # bytes from each end of a source file
-_SOMETIMES = ("pixels", "begin", "between")  # keys that a recipe has for the clips that need them only
+_SOMETIMES = ("pixels", "begin", "between", "last_image")  # keys that a recipe has for the clips that need them only
 _LATENTS_RANK = 4  # [C, T, H, W]
 
 
@@ -46,7 +46,8 @@ class EncoderSpec:
     """The model's part of the recipes, and what planning needs of the model.
 
     `vae` and `text` are fingerprints of weights and settings; `strides` are (temporal, spatial); dtypes are those of
-    the files; `negative` is the negative prompt.
+    the files; `condition`: whether the image condition is encoded, `last_image`: with the last frame too; `negative` is
+    the negative prompt.
     """
 
     task: str
@@ -61,6 +62,7 @@ class EncoderSpec:
     latents_dtype: str
     text_dtype: str
     condition: bool
+    last_image: bool
     negative: str
 
 
@@ -104,9 +106,12 @@ def frames_recipe(
 
 
 def latents_recipe(frames: CacheRecipe, encoders: EncoderSpec) -> CacheRecipe:
-    """Latents: the frames, the VAE, its precision and the stored one, and whether the image condition is there."""
-    return {**frames, "vae": encoders.vae, "computed": encoders.vae_dtype, "dtype": encoders.latents_dtype,
-            "i2v": encoders.condition}
+    """Latents: the frames, the VAE, its precision and the stored one, and whether the image condition is there, and the
+    last frame in it (a key of clips with one only: older caches and images stay valid)."""
+    recipe = {**frames, "vae": encoders.vae, "computed": encoders.vae_dtype, "dtype": encoders.latents_dtype,
+              "i2v": encoders.condition}
+    window = frames["window"]
+    return recipe | {"last_image": True} if encoders.last_image and window is not None and window[1] > 1 else recipe
 
 
 def roi_recipe(frames: CacheRecipe, clip: SourceClip) -> CacheRecipe | None:
@@ -166,7 +171,7 @@ def check_file(path: Path, wanted: CacheRecipe, channels: int) -> FileCheck:
 def _difference(made: Mapping[str, Any], wanted: CacheRecipe, caption: str | None) -> str | None:
     keys = [*wanted, *(key for key in _SOMETIMES if key in made and key not in wanted)]
     changed = [key for key in keys if made.get(key) != wanted.get(key)]
-    if changed == ["i2v"] and made.get("i2v") is True:
+    if (made.get("i2v"), wanted.get("i2v")) == (True, False) and set(changed) <= {"i2v", "last_image"}:
         return None  # an image condition that is not needed does no harm
     if "caption" in wanted and caption != wanted["caption"] and "caption" not in changed:
         changed.append("caption")  # another tool rewrote the features and kept our metadata
@@ -204,4 +209,6 @@ def _shape_difference(file: TensorFile, wanted: CacheRecipe, channels: int) -> s
         return f"size changed (latents are {frames}x{height}x{width})"
     if wanted["i2v"] and find_tensor(file, "latents_image", required=False) is None:
         return "no image condition"
+    if "last_image" in wanted:
+        return "last_image not recorded"
     return None

@@ -91,7 +91,11 @@ def _read_options(settings: CacheSettings) -> ReadOptions:
 
 def _model(settings: CacheSettings) -> tuple[ModelSpec, EncoderSpec]:
     assert settings.model is not None
-    spec = resolve(settings.model, None if settings.i2v is None else task_with(settings.i2v))
+    i2v = settings.i2v or (True if settings.last_image else settings.i2v)
+    spec = resolve(settings.model, None if i2v is None else task_with(i2v))
+    if settings.last_image and not spec.takes_last_image:
+        takes = "takes a first frame only" if spec.takes_image else "is a text-to-video model"
+        raise UserError(f"{spec.path} ({spec.family.title}) {takes}; leave --last-image out")
     return spec, encoders_from_settings(settings, spec)
 
 

@@ -143,7 +143,8 @@ def _sampling(
     from_image = starts_from_image(settings, spec)
     sampling = Sampling(
         shape, videos.steps or defaults.steps, complete_guidance(spec, videos.guidance), videos.seeds, settings.seed,
-        videos.batch_size, from_image, negative, videos.flow_shift, videos.sampler, videos.guidance_interval)
+        videos.batch_size, from_image, negative, videos.flow_shift, videos.sampler, videos.guidance_interval,
+        videos.last_image)
     check_frames(shape.frames, spec.temporal_stride)
     check_size(*shape.size, spec.pixel_multiple)
     for arm in arms:
@@ -151,6 +152,8 @@ def _sampling(
     if from_image:
         for clip in clips:
             clip.first_frame(shape)  # fails early on a file that cannot be read; the frame is kept
+            if videos.last_image:
+                clip.last_frame(shape)
     return clips, sampling
 
 

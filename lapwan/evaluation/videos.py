@@ -42,7 +42,8 @@ Scores = Mapping[str, np.ndarray]  # [P, S] by metric; NaN where it has no value
 class Sampling:
     """Sampling settings shared by all videos: `seeds` videos per clip, `batch_size` of them at a time.
 
-    `from_image`: a video begins with the clip's first frame, where the model does not require it.
+    `from_image`: a video begins with the clip's first frame, where the model does not require it. `last_image`: it gets
+    the clip's last frame, too.
     """
 
     shape: VideoShape
@@ -56,6 +57,7 @@ class Sampling:
     flow_shift: float | None = None
     sampler: SamplerName = "unipc"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    last_image: bool = False
 
 
 def default_sampling(spec: ModelSpec, seeds: int = 1, seed: int = 0, batch_size: int = 8) -> Sampling:
@@ -76,7 +78,7 @@ def request_for(spec: ModelSpec, arm: Arm, clip: EvaluationClip, sampling: Sampl
         prompt=clip.prompt, num_frames=shape.frames, size=shape.size, steps=sampling.steps, guidance=sampling.guidance,
         fps=shape.fps, negative_prompt=sampling.negative_prompt,
         image=clip.first_frame(shape) if spec.requires_image or sampling.from_image else None,
-        flow_shift=sampling.flow_shift,
+        last_image=clip.last_frame(shape) if sampling.last_image else None, flow_shift=sampling.flow_shift,
         sampler=sampling.sampler, seed=rng.seed_of(sampling.seed, "evaluate", clip.id, index),
         hint=arm.hint_for(clip), alpha_base=arm.alpha_base, alpha_expert=arm.alpha_expert,
         guidance_interval=sampling.guidance_interval,
@@ -150,7 +152,8 @@ class VideoStore:
             __version__, arm.fingerprint, clip.id, clip.prompt, clip.weights, clip.instrument, _reference(clip), index,
             shape.frames, shape.size, shape.fps, sampling.steps, guidance,
             sampling.seed, sampling.negative_prompt, sampling.flow_shift, sampling.sampler, sampling.guidance_interval,
-            *(["from image"] if sampling.from_image else []), *self._depends_on,
+            *(["from image"] if sampling.from_image else []), *(["last image"] if sampling.last_image else []),
+            *self._depends_on,
         ]
         return json_fingerprint(inputs)
 

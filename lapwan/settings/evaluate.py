@@ -80,6 +80,8 @@ class EvaluationVideoSettings(Settings):
         None, description="Also score frames against prompts: clip=FOLDER, hps=FILE, pickscore=FOLDER.")
     num_frames: int | None = Field(None, ge=1, description="4N+1.")
     size: tuple[int, int] | None = Field(None, description="(height, width) in pixels, or HEIGHTxWIDTH.")
+    last_image: Annotated[bool, Flag("--last-image")] = Field(
+        False, description="Image-to-video: give each video its clip's last frame, too, as generate --last-image does.")
     steps: Annotated[int | None, Flag("--steps", metavar="N")] = Field(
         None, ge=1, description="Sampling steps; absent: the model's default.")
     guidance: float | dict[NoiseExpert, float] | None = None
