@@ -51,7 +51,7 @@ def psnr(work: Path, arm: str, loras: list[str], clips: list[EvaluationClip]) ->
     results = work / f"{arm.replace(' ', '_')}.json"
     if not results.is_file():
         values = []
-        with VideoGenerator("tiny-i2v", lora=loras, device="cpu") as generator:
+        with VideoGenerator("tiny-i2v", loras=loras, device="cpu") as generator:
             for number, clip in enumerate(clips):
                 last = clip.last_frame(SHAPE)
                 video = generator.generate(
