@@ -66,7 +66,7 @@ def run_commands(folder: Path, small: bool, left: Callable[[], float]) -> Iterat
         result = run_row(row, folder, "0")
         stderr = [text for _, text in result["stderr"]]
         said = next((text for text in reversed(stderr) if "memory: peak" in text), "")
-        plans = [text.strip() for text in stderr if text.strip().startswith(("memory", "peak", "total"))]
+        plans = [text.strip() for text in stderr if text.strip().startswith(("memory", "GiB", "cuda"))]
         yield (f"| `lapwan {row.command}` | {result['exit']} | {result['seconds']} | {result['first_step'] or ''} | "
                f"{result['step_seconds'] or ''} | {result['peaks']['gpu']} | {said or ' '.join(plans)} |")
         if result["exit"]:
