@@ -152,7 +152,7 @@ def resolve_base(
         return Base(files_spec)
     spec = resolve(model.model, task)
     requests = [LoraRequest(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]
-    assigned = assign(requests, spec.noise_experts, model.key_rule)
+    assigned = assign(requests, spec.noise_experts, model.key_rule, spec.one_transformer)
     report(file for files in assigned.values() for file, _ in files)
     for noise_expert, files in assigned.items():
         for file, _ in files:

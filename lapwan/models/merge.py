@@ -67,7 +67,7 @@ def _to_merge(loras: Sequence[tuple[AdapterFile, float]]) -> list[LoraToMerge]:
 def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Iterator[str]:
     spec = resolve(model)
     claim_folder(settings.output, spec.path, options)
-    assigned = assign(_requests(settings), spec.noise_experts, settings.key_rule)
+    assigned = assign(_requests(settings), spec.noise_experts, settings.key_rule, spec.one_transformer)
     for noise_expert, loras in assigned.items():
         for lora, _ in loras:
             warn_mismatch(lora, spec.task, spec.boundary, spec.fingerprint(noise_expert))

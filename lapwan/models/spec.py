@@ -60,7 +60,7 @@ class ModelFamily:
     title: str
     task: Task
     defaults: Defaults
-    release: Literal["wan2.1", "wan2.2"] = "wan2.2"
+    release: Literal["wan2.1", "wan2.2", "wan_2.2_5b"] = "wan2.2"
     image: Literal["none", "optional", "required"] = "none"
     clean_first_frame: bool = False
 
@@ -73,8 +73,8 @@ _I2V_A14B = ModelFamily(
     "I2V-A14B", "i2v", Defaults(40, {NoiseExpert.HIGH: 3.5, NoiseExpert.LOW: 3.5}, (480, 832), 81, 16),
     image="required")
 _TI2V_5B = ModelFamily(
-    "TI2V-5B", "ti2v", Defaults(50, {NoiseExpert.HIGH: 5.0}, (704, 1280), 121, 24), image="optional",
-    clean_first_frame=True)
+    "TI2V-5B", "ti2v", Defaults(50, {NoiseExpert.HIGH: 5.0}, (704, 1280), 121, 24), release="wan_2.2_5b",
+    image="optional", clean_first_frame=True)
 _TASKS: dict[str, tuple[Task, ...]] = {"none": ("t2v",), "required": ("i2v",), "optional": ("ti2v", "t2v", "i2v")}
 ORIGINAL = "original"  # stem of a link to weights in the original layout: original.pth, original.safetensors
 OTHER_WEIGHTS = (".sft", ".gguf", ".bin", ".pth", ".pt", ".ckpt")  # suffixes of weights beside .safetensors

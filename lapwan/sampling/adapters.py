@@ -106,7 +106,7 @@ def read_adapters(
             LoRA whose noise expert is unknown; a mixture's base LoRA that cannot be found.
     """
     requests = [LoraRequest(lora.noise_expert, lora.path, lora.strength, lora.only or ()) for lora in loras]
-    assigned = assign(requests, base.spec.noise_experts, rule)
+    assigned = assign(requests, base.spec.noise_experts, rule, base.spec.one_transformer)
     result = _apply(base, assigned, moe, fold)
     report((file for files in assigned.values() for file, _ in files), reported)
     return result

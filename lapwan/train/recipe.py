@@ -136,7 +136,7 @@ def given_loras(paths: Mapping[NoiseExpert, Path], base: Base, rule: KeyRule) ->
         UserError: a file that is not a LoRA, is for the other noise expert or another model, or is not finite.
     """
     requests = [LoraRequest(noise_expert.value, path, 1.0) for noise_expert, path in paths.items()]
-    assigned = assign(requests, base.spec.noise_experts, rule)
+    assigned = assign(requests, base.spec.noise_experts, rule, base.spec.one_transformer)
     for noise_expert, loras in assigned.items():
         plan_terms(weight_files(base.spec.component(noise_expert)), loras)
         for file, _ in loras:
