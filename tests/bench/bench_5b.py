@@ -3,12 +3,13 @@
     python tests/bench/bench_5b.py --work FOLDER -o 5b.md [--seconds 500]
     python tests/bench/bench_5b.py --work FOLDER -o 5b.md --small      # the same code on a CPU, small shapes
 
-`--work` gets a model of random weights in the released layout (24 GB) and four clips: 480x832, 121 frames, 24 a second.
-Command rows are processes of their own, with what the process says of its plan and `nvidia-smi` of its GPU (half a GiB is
-the context of this process). In the rows of steps the same weights are in lapwan's transformer and in diffusers' own, each
-with a LoRA of rank 32 on every Linear of all blocks; both take their steps in turn, and both models' weights count in the
-peaks. diffusers gets a timestep for each token, as its pipeline for this model gives them, and runs eagerly in bf16
-autocast with fused AdamW, as peft's users write it. Speed and memory only: random weights say nothing of quality.
+`--work` gets a model of random weights in the released layout (24 GB) and four clips: 480x832, 121 frames, 24 a
+second. Command rows are processes of their own, with what the process says of its plan and `nvidia-smi` of its GPU
+(half a GiB is the context of this process). In the rows of steps the same weights are in lapwan's transformer and in
+diffusers' own, each with a LoRA of rank 32 on every Linear of all blocks; both take their steps in turn, and both
+models' weights count in the peaks. diffusers gets a timestep for each token, as its pipeline for this model gives
+them, and runs eagerly in bf16 autocast with fused AdamW, as peft's users write it. Speed and memory only: random
+weights say nothing of quality.
 """
 
 from __future__ import annotations
