@@ -143,6 +143,7 @@ def test_one_file_names_the_model_and_no_noise_expert(make_ti2v, ti2v, tmp_path)
     path = tmp_path / "run" / "lapwan.safetensors"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
+    assert (metadata["ss_base_model_version"], metadata["modelspec.architecture"]) == ("wan_2.2_5b", "wan2.2/lora")
     assert (metadata["lapwan.model"], metadata["lapwan.task"], metadata["modelspec.title"]) == (
         "TI2V-5B", "ti2v", "lapwan")
     assert "high" not in json.dumps(metadata)
@@ -212,5 +213,7 @@ def test_wan21_is_trained_in_one_file(make_lora, tiny_t2v, t2v_cache, tmp_path) 
     [path] = trainer.objective.save(tmp_path, 1)
     assert path.name == "lapwan.safetensors"
     with safe_open(path, "pt") as file:
-        assert file.metadata()["lapwan.model"] == "Wan2.1 T2V" and file.metadata()["ss_base_model_version"] == "wan2.1"
+        metadata = file.metadata()
+    assert metadata["lapwan.model"] == "Wan2.1 T2V" and metadata["ss_base_model_version"] == "wan2.1"
+    assert metadata["modelspec.architecture"] == "wan2.1/lora"
     assert trainer.data.step(HIGH).draws[0].clean_B is None
