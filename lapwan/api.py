@@ -396,7 +396,7 @@ class VideoGenerator:
         key = open_task, f"{chosen.lora} {chosen.fold} {chosen.key_rule}", chosen.moe
         if key not in self._adapters:
             if open_task not in self._bases:
-                self._bases[open_task] = resolve_base(settings.model, open_task, generation=True)
+                self._bases[open_task] = resolve_base(settings.model, open_task)
                 check_components(self._bases[open_task].spec)
             self._adapters[key] = read_adapters(
                 self._bases[open_task], chosen.lora, chosen.moe, chosen.fold, chosen.key_rule, self._reported)

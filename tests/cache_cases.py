@@ -14,17 +14,17 @@ FAMILIES = ("scissors", "hook", "suction", "other")
 
 
 def write_random_cache(folder: Path, spec: ModelSpec, clips: int = 4, labelled: bool = True, seed: int = 0,
-                       families: tuple[str, ...] = FAMILIES) -> Path:
-    """A cache of random latents (5 frames of 32 x 32 pixels) with families in turn and a region on every even clip."""
+                       families: tuple[str, ...] = FAMILIES, size: tuple[int, int] = (32, 32)) -> Path:
+    """A cache of random latents (5 frames of `size`) with families in turn and a region on every even clip."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    channels, time, height, width = spec.latent_shape(5, 32, 32)
+    channels, time, height, width = spec.latent_shape(5, *size)
     items = []
     for index in range(clips):
         stem = f"clip{index}"
         latents = torch.randn(channels, time, height, width, generator=generator)
         condition = torch.randn(20, time, height, width, generator=generator) if spec.task == "i2v" else None
-        write_latents(folder / f"{stem}_wan.safetensors", latents, condition, (32, 32), 5, {})
+        write_latents(folder / f"{stem}_wan.safetensors", latents, condition, (size[1], size[0]), 5, {})
         text = torch.randn(3 + index, spec.text_dim, generator=generator)
         write_text_features(folder / f"{stem}_wan_te.safetensors", text, stem, {})
         region = index % 2 == 0
@@ -34,7 +34,7 @@ def write_random_cache(folder: Path, spec: ModelSpec, clips: int = 4, labelled: 
         weights = tuple(float(e == index % len(families)) for e in range(len(families)))
         items.append(CachedItem(
             id=stem, latents=f"{stem}_wan.safetensors", text=f"{stem}_wan_te.safetensors", caption=stem, frames=5,
-            height=32, width=32, roi=f"{stem}_lapwan_roi.safetensors" if region else None,
+            height=size[0], width=size[1], roi=f"{stem}_lapwan_roi.safetensors" if region else None,
             condition=condition is not None, label=index % len(families) if labelled else None,
             label_weights=weights if labelled else None, fallback=labelled and index == clips - 1,
             fingerprints={kind: recipe_fingerprint({}) for kind in ("latents", "text", "roi")},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 
 
 def make_video(path: Path, frames: int = 20, size: tuple[int, int] = (96, 64), fps: int = 16, seed: int = 0,
@@ -33,6 +34,12 @@ def make_video(path: Path, frames: int = 20, size: tuple[int, int] = (96, 64), f
                 frame.pts, frame.time_base = pts[index], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    return path
+
+
+def make_image(path: Path, size: tuple[int, int] = (96, 64), seed: int = 0) -> Path:
+    """A picture of noise."""
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
     return path
 
 

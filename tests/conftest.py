@@ -16,6 +16,7 @@ from adapter_cases import write_random_mixture
 from cache_cases import write_random_cache
 from command_line import Ran, run_lapwan, run_successfully
 from every_command import write_inputs
+from one_transformer import write_ti2v
 
 from lapwan.models.spec import ModelSpec, read_spec
 from lapwan.tiny.model import tiny_folder
@@ -40,6 +41,16 @@ def tiny_t2v() -> ModelSpec:
 @pytest.fixture(scope="session")
 def tiny_i2v() -> ModelSpec:
     return read_spec(tiny_folder("i2v"))
+
+
+@pytest.fixture(scope="session")
+def ti2v(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    return write_ti2v(tmp_path_factory.mktemp("ti2v") / "model")
+
+
+@pytest.fixture(scope="session")
+def ti2v_cache(tmp_path_factory: pytest.TempPathFactory, ti2v: ModelSpec) -> Path:
+    return write_random_cache(tmp_path_factory.mktemp("caches") / "ti2v", ti2v, size=(64, 96))
 
 
 @pytest.fixture(scope="session")

@@ -215,5 +215,5 @@ def encoders_from_settings(settings: CacheSettings, spec: ModelSpec) -> EncoderS
         strides=(spec.temporal_stride, spec.spatial_stride), vae_dtype=settings.vae_dtype,
         latents_dtype="float32" if settings.dtype == "auto" else settings.dtype,
         text_dtype=stored if settings.dtype == "auto" else settings.dtype,
-        condition=spec.image_channels > 0, negative=settings.negative_prompt,
+        condition=spec.image_channels > 0, last_image=settings.last_image, negative=settings.negative_prompt,
     )

@@ -37,7 +37,7 @@ from lapwan.memory.plan import GIB, required_bytes
 from lapwan.memory.streaming import offload_by_hooks
 from lapwan.models.device import free_bytes, pick_device
 from lapwan.models.spec import ModelSpec
-from lapwan.wan.image_condition import encode_condition, with_mask
+from lapwan.wan.image_condition import image_condition, with_mask
 from lapwan.wan.text import TextEncoder, encode_text, load_text_encoder
 from lapwan.wan.vae import channels_last, encode, load_vae
 
@@ -164,7 +164,8 @@ def _encode_latents(plan: CachePlan, spec: ModelSpec, options: EncodeOptions, re
                 write.result()
             writes.clear()
             started = time.perf_counter()
-            latents, conditions = _encode_clips(vae, [frames for _, frames in batch], plan.encoders.condition)
+            latents, conditions = _encode_clips(vae, [frames for _, frames in batch], plan.encoders.condition,
+                                                plan.encoders.last_image)
             result.seconds.encode += time.perf_counter() - started
             for row, (item, _) in enumerate(batch):
                 condition = None if conditions is None else conditions[row]
@@ -214,10 +215,12 @@ def to_pixels(frames_THWC: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(frames_THWC).to(device).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def _encode_clips(vae: Any, clips: list[np.ndarray], condition: bool) -> tuple[Tensor, Tensor | None]:
+def _encode_clips(
+    vae: Any, clips: list[np.ndarray], condition: bool, last_image: bool
+) -> tuple[Tensor, Tensor | None]:
     """(latents, image conditions) of a batch; clip by clip if the device runs out of memory."""
     try:
-        return _encode_batch(vae, clips, condition)
+        return _encode_batch(vae, clips, condition, last_image)
     except torch.OutOfMemoryError:
         if len(clips) == 1:
             frames, height, width, _ = clips[0].shape
@@ -225,21 +228,25 @@ def _encode_clips(vae: Any, clips: list[np.ndarray], condition: bool) -> tuple[T
                             f"{height}x{width}; use --vae-dtype bfloat16, a smaller --size or fewer --num-frames"
                             ) from None
     torch.cuda.empty_cache()
-    parts = [_encode_clips(vae, [clip], condition) for clip in clips]
+    parts = [_encode_clips(vae, [clip], condition, last_image) for clip in clips]
     conditions = [part[1] for part in parts if part[1] is not None]
     return torch.cat([part[0] for part in parts]), torch.cat(conditions) if conditions else None
 
 
 @torch.no_grad()
-def _encode_batch(vae: Any, clips: list[np.ndarray], condition: bool) -> tuple[Tensor, Tensor | None]:
+def _encode_batch(
+    vae: Any, clips: list[np.ndarray], condition: bool, last_image: bool
+) -> tuple[Tensor, Tensor | None]:
     pixels_BCTHW = torch.stack([to_pixels(frames, vae.device) for frames in clips])
     latents = encode(vae, pixels_BCTHW)
     conditions = None
     if condition:
         frames = pixels_BCTHW.shape[2]
-        # The condition of one frame is the clip itself; that of more frames differs except in the first.
-        first_frame = latents if frames == 1 else encode_condition(vae, pixels_BCTHW[:, :, 0], frames)
-        conditions = with_mask(first_frame).cpu()
+        if frames == 1:  # the condition is the clip itself
+            conditions = with_mask(latents).cpu()
+        else:
+            last = pixels_BCTHW[:, :, -1] if last_image else None
+            conditions = image_condition(vae, pixels_BCTHW[:, :, 0], frames, last).cpu()
     return latents.cpu(), conditions
 
 

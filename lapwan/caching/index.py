@@ -50,6 +50,7 @@ class CachedItem:
     width: int
     roi: str | None = None
     condition: bool = False
+    last_image: bool | None = None  # True: the condition holds the last frame too
     start: int = 0
     label: int | None = None
     label_name: str | None = None

@@ -1,7 +1,8 @@
 """Cache files on disk, byte by byte as musubi-tuner lays them out, plus what lapwan adds beside them.
 
 - `{stem}_{start:05d}-{frames:03d}_{W:04d}x{H:04d}_wan.safetensors` (an image: without the frames part):
-  `latents_{T}x{H}x{W}_{dtype}` [16, T, H, W]; I2V also `latents_image_{T}x{H}x{W}_{dtype}` [4 mask + 16, T, H, W].
+  `latents_{T}x{H}x{W}_{dtype}` [C, T, H, W], C = 16 (TI2V-5B: 48); I2V-A14B also
+  `latents_image_{T}x{H}x{W}_{dtype}` [4 mask + 16, T, H, W].
 - `{stem}_wan_te.safetensors`: `varlen_t5_{dtype}` [n tokens, D], not padded.
 - `..._lapwan_roi.safetensors` instead of `_wan` (ours): `roi_{T}x{H}x{W}_float32` [T, H, W].
 - `lapwan_prompts.safetensors` (ours): `empty_{dtype}`, `negative_{dtype}` [n, D].
@@ -44,7 +45,15 @@ _FORMAT = {"architecture": "wan", "format_version": "1.0.1"}
 _NAME = re.compile(r"(?P<stem>.+?)(?:_(?P<start>\d{5,})-(?P<frames>\d{3,}))?_(?P<width>\d{4,})x(?P<height>\d{4,})"
                    + re.escape(LATENTS_END), re.DOTALL)
 
+TEMPORAL_STRIDE = 4  # of every Wan VAE
+_SPATIAL_STRIDE, _SPATIAL_BY_CHANNELS = 8, {48: 16}
+
 CacheRecipe = Mapping[str, Any]
+
+
+def spatial_stride(channels: int) -> int:
+    """The spatial stride of the VAE that made latents of so many channels: of 48 Wan2.2's, else Wan2.1's."""
+    return _SPATIAL_BY_CHANNELS.get(channels, _SPATIAL_STRIDE)
 
 
 def latents_name(stem: str, window: Window | None, width: int, height: int) -> str:

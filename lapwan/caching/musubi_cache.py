@@ -12,14 +12,22 @@ from typing import Any
 
 from lapwan.caching.families import with_families
 from lapwan.caching.index import CachedItem, CacheIndex
-from lapwan.caching.layout import LATENTS_END, find_tensor, open_cache_file, parse_latents_name, read_recipe, text_name
+from lapwan.caching.layout import (
+    LATENTS_END,
+    TEMPORAL_STRIDE,
+    find_tensor,
+    open_cache_file,
+    parse_latents_name,
+    read_recipe,
+    spatial_stride,
+    text_name,
+)
 from lapwan.console import listed
 from lapwan.data.clip_file import MEDIA_KEYS, read_clips
 from lapwan.data.clips import label_fields
 from lapwan.errors import UserError
 from lapwan.files import is_temporary
 
-_TEMPORAL, _SPATIAL = 4, 8  # strides of the VAE that these caches are made with
 _RANK = 4  # of latents
 
 
@@ -47,14 +55,14 @@ def _item(path: Path) -> CachedItem:
     if len(shape) != _RANK:
         raise UserError(f"{path}: its latents {list(shape)} are not [channels, frames, height, width]; delete it and "
                         "cache again")
-    frames = (shape[-3] - 1) * _TEMPORAL + 1
+    frames, spatial = (shape[-3] - 1) * TEMPORAL_STRIDE + 1, spatial_stride(shape[0])
     if name.window is not None and name.window.frames != frames:
         raise UserError(f"{path}: its name says {name.window.frames} frames, its latents {list(shape)} hold {frames}; "
                         "cache again")
     return CachedItem(
         id=path.name.removesuffix(LATENTS_END), latents=path.name, text=text_path.name,
-        caption=text.metadata.get("caption1", ""), frames=frames, height=shape[-2] * _SPATIAL,
-        width=shape[-1] * _SPATIAL, condition=find_tensor(file, "latents_image", required=False) is not None,
+        caption=text.metadata.get("caption1", ""), frames=frames, height=shape[-2] * spatial,
+        width=shape[-1] * spatial, condition=find_tensor(file, "latents_image", required=False) is not None,
         start=name.window.start if name.window else 0,
     )
 

@@ -155,7 +155,7 @@ def make_plan(
     """
     plan = CachePlan(cache, encoders, drops=list(cache.drops))
     known = {item.clip: item for item in before.items if item.clip is not None} if before is not None else {}
-    checked = _CheckedFiles(cache.folder, damaged or {})
+    checked = _CheckedFiles(cache.folder, damaged or {}, encoders.latent_channels)
     names: set[str] = set()
     for clip, stem in zip(cache.clips, unique_stems(cache.clips, known_stems(before)), strict=True):
         try:
@@ -180,8 +180,8 @@ def _dropped(clip: SourceClip, reason: str, stem: str) -> DroppedClip:
 class _CheckedFiles:
     """Checks cache files, each once."""
 
-    def __init__(self, folder: Path, damaged: Mapping[str, str]) -> None:
-        self._folder, self._damaged = folder, damaged
+    def __init__(self, folder: Path, damaged: Mapping[str, str], channels: int) -> None:
+        self._folder, self._damaged, self._channels = folder, damaged, channels
         self._checks: dict[tuple[str, str], FileCheck] = {}
 
     def check(self, name: str, recipe: CacheRecipe) -> FileCheck:
@@ -190,7 +190,7 @@ class _CheckedFiles:
             return FileCheck(self._damaged[name])
         key = name, recipe_fingerprint(recipe)
         if key not in self._checks:
-            self._checks[key] = check_file(self._folder / name, recipe)
+            self._checks[key] = check_file(self._folder / name, recipe, self._channels)
         return self._checks[key]
 
 
@@ -349,7 +349,8 @@ def _index_item(item: PlannedItem, repeats: int, recipes: Mapping[str, CacheReci
     return CachedItem(
         id=item.id, latents=item.latents, text=item.text, roi=item.roi, caption=clip.caption,
         frames=len(item.indices), height=item.crop.bucket[1], width=item.crop.bucket[0],
-        condition=condition if made is None else bool(made.get("i2v")), start=item.indices.start,
+        condition=condition if made is None else bool(made.get("i2v")),
+        last_image=True if made is not None and made.get("last_image") else None, start=item.indices.start,
         split=clip.split, source=clip.source, clip=clip.key, repeats=repeats, probe=item.probe,
         facts=vars(item.facts),
         fingerprints={kind: recipe_fingerprint(recipes[name]) for kind, name in files.items() if name in recipes},

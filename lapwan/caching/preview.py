@@ -41,7 +41,7 @@ def write_preview(folder: Path, spec: ModelSpec, count: int, device: str = "auto
         frames = spaced_frames(item.frames)
         shown = ((pixels_CTHW[:, frames] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
         if roi is not None:
-            shown = _outlined(shown, roi.numpy(), frames)
+            shown = _outlined(shown, roi.numpy(), frames, spec.temporal_stride)
         rows.append(_strip(shown))
     width = max(row.shape[1] for row in rows)
     padded = [np.pad(row, ((0, _GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
@@ -56,13 +56,13 @@ def _strip(frames_THWC: np.ndarray) -> np.ndarray:
     return np.concatenate(list(gaps), axis=1)
 
 
-def _outlined(frames_THWC: np.ndarray, roi_THW: np.ndarray, frames: np.ndarray) -> np.ndarray:
+def _outlined(frames_THWC: np.ndarray, roi_THW: np.ndarray, frames: np.ndarray, stride: int) -> np.ndarray:
     """Edges of the cells that are at least half inside the region, in yellow.
 
-    Latent frame of pixel frame f: 0 for the first, then (f - 1) // 4 + 1.
+    Latent frame of pixel frame f: 0 for the first, then (f - 1) // stride + 1.
     """
     scale = frames_THWC.shape[1] // roi_THW.shape[1]
-    cells = (roi_THW >= 0.5)[np.where(frames == 0, 0, (frames - 1) // 4 + 1)]
+    cells = (roi_THW >= 0.5)[np.where(frames == 0, 0, (frames - 1) // stride + 1)]
     inside = cells.repeat(scale, axis=1).repeat(scale, axis=2)
     around = np.pad(inside, ((0, 0), (1, 1), (1, 1)))
     core = around[:, :-2, 1:-1] & around[:, 2:, 1:-1] & around[:, 1:-1, :-2] & around[:, 1:-1, 2:]

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapwan.caching.layout import TEXT_END, CacheRecipe, find_tensor, read_recipe, recipe_fingerprint
+from lapwan.caching.layout import (
+    TEMPORAL_STRIDE,
+    TEXT_END,
+    CacheRecipe,
+    find_tensor,
+    read_recipe,
+    recipe_fingerprint,
+    spatial_stride,
+)
 from lapwan.checkpoints.container import TensorFile, read_header
 from lapwan.data.buckets import Crop
 from lapwan.data.clips import SourceClip
@@ -27,11 +35,10 @@ from lapwan.errors import UserError
 
 MISSING = "missing"
 # Their values differ from clip to clip: a plan that showed them could not group clips by reason.
-_BY_CLIP = frozenset({"source", "window", "crop", "mask", "boxes", "caption", "negative"})
+_BY_CLIP = frozenset({"source", "window", "crop", "mask", "boxes", "caption", "negative", "last_image"})
 _HASHED = 65536  # bytes from each end of a source file
-_SOMETIMES = ("pixels", "begin", "between")  # keys that a recipe has for the clips that need them only
+_SOMETIMES = ("pixels", "begin", "between", "last_image")  # keys that a recipe has for the clips that need them only
 _LATENTS_RANK = 4  # [C, T, H, W]
-_TEMPORAL, _SPATIAL = 4, 8  # strides of the VAE that caches without a recipe are made with
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class EncoderSpec:
     """The model's part of the recipes, and what planning needs of the model.
 
     `vae` and `text` are fingerprints of weights and settings; `strides` are (temporal, spatial); dtypes are those of
-    the files; `negative` is the negative prompt.
+    the files; `condition`: whether the image condition is encoded, `last_image`: with the last frame too; `negative` is
+    the negative prompt.
     """
 
     task: str
@@ -54,6 +62,7 @@ class EncoderSpec:
     latents_dtype: str
     text_dtype: str
     condition: bool
+    last_image: bool
     negative: str
 
 
@@ -97,9 +106,12 @@ def frames_recipe(
 
 
 def latents_recipe(frames: CacheRecipe, encoders: EncoderSpec) -> CacheRecipe:
-    """Latents: the frames, the VAE, its precision and the stored one, and whether the image condition is there."""
-    return {**frames, "vae": encoders.vae, "computed": encoders.vae_dtype, "dtype": encoders.latents_dtype,
-            "i2v": encoders.condition}
+    """Latents: the frames, the VAE, its precision and the stored one, and whether the image condition is there, and the
+    last frame in it (a key of clips with one only: older caches and images stay valid)."""
+    recipe = {**frames, "vae": encoders.vae, "computed": encoders.vae_dtype, "dtype": encoders.latents_dtype,
+              "i2v": encoders.condition}
+    window = frames["window"]
+    return recipe | {"last_image": True} if encoders.last_image and window is not None and window[1] > 1 else recipe
 
 
 def roi_recipe(frames: CacheRecipe, clip: SourceClip) -> CacheRecipe | None:
@@ -141,8 +153,8 @@ class FileCheck:
     recipe: CacheRecipe | None = None
 
 
-def check_file(path: Path, wanted: CacheRecipe) -> FileCheck:
-    """Compare a cache file with the recipe wanted."""
+def check_file(path: Path, wanted: CacheRecipe, channels: int) -> FileCheck:
+    """Compare a cache file with the recipe wanted; `channels` of the model's latents, which recipes do not hold."""
     if not path.exists():
         return FileCheck(MISSING)
     try:
@@ -151,7 +163,7 @@ def check_file(path: Path, wanted: CacheRecipe) -> FileCheck:
         return FileCheck("damaged")
     made = read_recipe(file)
     if made is None:
-        return FileCheck(_shape_difference(file, wanted))
+        return FileCheck(_shape_difference(file, wanted, channels))
     reason = _difference(made, wanted, file.metadata.get("caption1"))
     return FileCheck(reason, made if reason is None else None)
 
@@ -159,7 +171,7 @@ def check_file(path: Path, wanted: CacheRecipe) -> FileCheck:
 def _difference(made: Mapping[str, Any], wanted: CacheRecipe, caption: str | None) -> str | None:
     keys = [*wanted, *(key for key in _SOMETIMES if key in made and key not in wanted)]
     changed = [key for key in keys if made.get(key) != wanted.get(key)]
-    if changed == ["i2v"] and made.get("i2v") is True:
+    if (made.get("i2v"), wanted.get("i2v")) == (True, False) and set(changed) <= {"i2v", "last_image"}:
         return None  # an image condition that is not needed does no harm
     if "caption" in wanted and caption != wanted["caption"] and "caption" not in changed:
         changed.append("caption")  # another tool rewrote the features and kept our metadata
@@ -176,7 +188,7 @@ def _shown(value: Any) -> str:
     return "as they are" if value is None else str(value)[:40 if "," in str(value) or " " in str(value) else 12]
 
 
-def _shape_difference(file: TensorFile, wanted: CacheRecipe) -> str | None:
+def _shape_difference(file: TensorFile, wanted: CacheRecipe, channels: int) -> str | None:
     """What differs, as far as shape and caption can tell."""
     if file.path.name.endswith(TEXT_END):
         return None if file.metadata.get("caption1") == wanted.get("caption") else "caption changed"
@@ -186,13 +198,17 @@ def _shape_difference(file: TensorFile, wanted: CacheRecipe) -> str | None:
         key = None
     if key is None or "size" not in wanted or len(file.tensors[key].shape) != _LATENTS_RANK:
         return "not a cache file"
-    frames, height, width = file.tensors[key].shape[-3:]
+    given, frames, height, width = file.tensors[key].shape
+    if given != channels:
+        return f"another VAE (latents have {given} channels)"
     bucket_width, bucket_height = wanted["size"]
     expected = 1 if wanted["window"] is None else wanted["window"][1]
-    if height * bucket_width != width * bucket_height or (frames - 1) * _TEMPORAL + 1 != expected:
+    if height * bucket_width != width * bucket_height or (frames - 1) * TEMPORAL_STRIDE + 1 != expected:
         return f"size changed (latents are {frames}x{height}x{width})"
-    if bucket_width != _SPATIAL * width:
+    if bucket_width != spatial_stride(channels) * width:
         return f"size changed (latents are {frames}x{height}x{width})"
     if wanted["i2v"] and find_tensor(file, "latents_image", required=False) is None:
         return "no image condition"
+    if "last_image" in wanted:
+        return "last_image not recorded"
     return None

@@ -16,6 +16,7 @@ from lapwan.caching.layout import (
     LATENTS_END,
     PROMPTS_FILE,
     ROI_END,
+    TEMPORAL_STRIDE,
     TEXT_END,
     checksum_matches,
     find_tensor,
@@ -123,12 +124,12 @@ def _problem(file: TensorFile, kind: str, item: CachedItem | None, index: CacheI
 
 
 def _shape_problem(file: TensorFile, kind: str, item: CachedItem) -> str | None:
-    """Latents have (frames - 1) / 4 + 1 frames and the aspect ratio of the item."""
+    """Latents have (frames - 1) / stride + 1 frames and the aspect ratio of the item."""
     kinds = [("roi", 3)] if kind == "roi" else [("latents", 4), *([("latents_image", 4)] if item.condition else [])]
     for name, rank in kinds:
         shape = file.tensors[str(find_tensor(file, name))].shape
         frames, height, width = shape[-3:] if len(shape) == rank else (0, 0, 0)
-        if (frames - 1) * 4 + 1 != item.frames or height * item.width != width * item.height:
+        if (frames - 1) * TEMPORAL_STRIDE + 1 != item.frames or height * item.width != width * item.height:
             return f"{name} {list(shape)} do not fit {item.frames} frames of {item.height}x{item.width}"
     return None
 

@@ -21,7 +21,7 @@ from lapwan.models.resolve import check_components
 from lapwan.models.spec import ModelSpec, task_with
 from lapwan.settings.base import RunOptions, settings_row, to_toml
 from lapwan.settings.cache import CacheSettings
-from lapwan.tiny.resolve import resolve
+from lapwan.tiny.resolve import TINY, resolve
 
 SETTINGS_FILE = "lapwan_settings.toml"
 _NO_CACHE = ".lapwan-no-cache"  # a folder that is not there: the sheet of a dataset needs none
@@ -91,7 +91,13 @@ def _read_options(settings: CacheSettings) -> ReadOptions:
 
 def _model(settings: CacheSettings) -> tuple[ModelSpec, EncoderSpec]:
     assert settings.model is not None
-    spec = resolve(settings.model, None if settings.i2v is None else task_with(settings.i2v))
+    i2v = settings.i2v
+    if i2v is None and settings.last_image and settings.model == TINY:  # a name for two models
+        i2v = True
+    spec = resolve(settings.model, None if i2v is None else task_with(i2v))
+    if settings.last_image and not spec.takes_last_image:
+        takes = "takes a first frame only" if spec.takes_image else "is a text-to-video model"
+        raise UserError(f"{spec.path} ({spec.family.title}) {takes}; leave --last-image out")
     return spec, encoders_from_settings(settings, spec)
 
 

@@ -73,7 +73,7 @@ def _resolve(model: ModelChoice | None, task: Task | None) -> Base:
     """The base that is named, or the embedded model; only `tiny` names a model for each task."""
     model = TINY if model is None else model
     name = model.model if isinstance(model, BaseModelSettings) else model
-    return resolve_base(model, task if name == TINY else None, generation=True)
+    return resolve_base(model, task if name == TINY else None)
 
 
 def _probe_set(spec: ModelSpec) -> ProbeSet | None:
@@ -89,9 +89,11 @@ def _plan(study: Study) -> list[PlanRow]:
             PlanRow("adapters", f"{len(names)}: " + ("; " if any("," in name for name in names) else ", ").join(names))]
     if study.index is not None:
         plan = study.flow
+        each = "" if spec.one_transformer else " of each noise expert"
+        first = ", the first frame given clean" if plan.first_frame else ""
         rows.append(PlanRow("losses", f"{count_text(len(study.items), 'clip')} of {study.index.folder}, "
-                                      f"{count_text(plan.draws, 'draw')} in each of {plan.bins} bins of sigma of each "
-                                      "noise expert, the same for every adapter"))
+                                      f"{count_text(plan.draws, 'draw')} in each of {plan.bins} bins of sigma{each}, "
+                                      f"the same for every adapter{first}"))
     if study.sampling is not None:
         s, count = study.sampling, len(study.clips) * study.sampling.seeds
         rows.append(PlanRow("videos", f"{count_text(len(study.clips), 'clip')} x {count_text(s.seeds, 'seed')} = "

@@ -12,8 +12,7 @@ from lapwan.tiny.resolve import resolve_base
 from lapwan.train import recipe
 from lapwan.train.callbacks.build import check_callbacks
 from lapwan.train.checklist import check_rows, checklist, plan_rows
-from lapwan.train.lora.objective import lora_names
-from lapwan.train.lora.recipe import initial_loras, plan_lora, prepare
+from lapwan.train.lora.recipe import initial_loras, lora_names, plan_lora, prepare
 from lapwan.train.parallel import choose_parallelism
 from lapwan.train.run_folder import RunScope, claim_run
 
@@ -42,5 +41,5 @@ def run(settings: TrainLoraSettings, options: RunOptions) -> None:
             run_folder.start(options.overwrite)
         trainer = prepare(settings, base, data, device, distributed, memory)
         if recipe.run_training(trainer, settings) and distributed.first:
-            for name in lora_names(settings.name, list(data.noise_experts), settings.one_file):
+            for name in lora_names(settings, base.spec, list(data.noise_experts)):
                 console.results.print(str(settings.output / name))

@@ -30,6 +30,7 @@ from lapwan.diagnostics.run_folder import (
 from lapwan.diagnostics.verdict import PRESETS, Evidence, judge
 from lapwan.errors import UserError
 from lapwan.lora.formats import is_peft_folder
+from lapwan.lora.noise_expert import of_one_transformer
 from lapwan.models.resolve import transformers_of
 from lapwan.names import NoiseExpert
 from lapwan.settings.inspect_weights import InspectWeightsSettings
@@ -74,7 +75,9 @@ def inspect(settings: InspectWeightsSettings, points: Sequence[Checkpoint], fold
     mixture = {label: mixture_json(lora) for label, lora in mixtures.items()} or None
     overlaps = {label: described["overlap"] for label, described in mixture.items()} if mixture else None
     routing = _routing(mixtures, lines, last.step)
-    verdict = judge(Evidence(PRESETS[settings.preset], figures, rates, grown, last.step, overlaps, routing))
+    one_transformer = all(of_one_transformer(lora.metadata) for lora in last.loras.values())
+    verdict = judge(Evidence(
+        PRESETS[settings.preset], figures, rates, grown, last.step, overlaps, routing, one_transformer))
     norms = {label: _base_norms(last.loras[label], files) for label, files in bases.items()} or None
     document = tables.document(figures, modules, rates, grown, verdict, settings.by, mixture, routing, norms)
     steps = [point.step for point in points]

@@ -66,6 +66,7 @@ class Evidence:
     step: int | None
     overlaps: Mapping[str, Mapping[str, Mapping[str, float | None]]] | None = None  # of a mixture, by label
     routing: Mapping[str, Any] | None = None  # of a mixture: `router`, and `windows` of its run, the last one judged
+    one_transformer: bool = False  # for all noise: there is no other noise expert to compare with
 
     def lead(self, name: str) -> float | None:
         """The figure `name` of the leader over that of the follower."""
@@ -232,13 +233,15 @@ def _usage(evidence: Evidence) -> Rule | None:
 
 # The thresholds for plain LoRAs do not apply to a mixture, whose experts act through gates.
 _MIXTURE_RULES = (_broken, _dead, _overlap, _entropy, _usage)
+_ONE_TRANSFORMER_RULES = (_broken, _dead)
 _RULES = (_broken, _dead, _b_ratio, _delta_ratio, _legacy_ratio, _magnitude, _lr_ratio, _follower_grows_faster, _steps)
 
 
 def judge(evidence: Evidence) -> dict[str, Any]:
     """The `verdict` of the JSON: preset, worst status, every rule that could be judged, and notes."""
     mixture = evidence.overlaps is not None
-    judged = [rule(evidence) for rule in (_MIXTURE_RULES if mixture else _RULES)]
+    applied = _MIXTURE_RULES if mixture else _ONE_TRANSFORMER_RULES if evidence.one_transformer else _RULES
+    judged = [rule(evidence) for rule in applied]
     rules = [rule for rule in judged if rule is not None]
     status = max((rule.status for rule in rules), key=_ORDER.index, default="good")
     notes = ["a mixture: the rules for plain LoRAs are not applied"] if mixture else _notes(evidence)
@@ -247,6 +250,9 @@ def judge(evidence: Evidence) -> dict[str, Any]:
 
 def _notes(evidence: Evidence) -> list[str]:
     """Rules that could not be judged, and why."""
+    if evidence.one_transformer:
+        return ["one transformer for all noise: ratios of high and low, magnitude, learning rates and number of steps "
+                "are not judged, whose thresholds are from models of two noise experts"]
     notes = []
     leader_name = evidence.preset.leader
     leader = evidence.figures.get(leader_name)

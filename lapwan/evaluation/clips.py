@@ -56,7 +56,7 @@ class EvaluationClip:
     roi: Sequence[RoiEntry] = ()
     mask: Path | None = None
     part: tuple[float, float | None] | None = None  # (start, duration) in seconds, of a part of a recording
-    _first: dict[tuple[int, int], Image.Image] = field(default_factory=dict, repr=False)
+    _stills: dict[tuple[int, tuple[int, int]], Image.Image] = field(default_factory=dict, repr=False)
 
     def frames(self, shape: VideoShape) -> np.ndarray:
         """The reference video, uint8 [T, H, W, 3]; read on each call, because many do not fit in memory."""
@@ -83,9 +83,14 @@ class EvaluationClip:
 
     def first_frame(self, shape: VideoShape) -> Image.Image:
         """The reference video's first frame; read once."""
-        if shape.size not in self._first:
-            self._first[shape.size] = Image.fromarray(self.frames(replace(shape, frames=1))[0])
-        return self._first[shape.size]
+        return self.last_frame(replace(shape, frames=1))
+
+    def last_frame(self, shape: VideoShape) -> Image.Image:
+        """The last of the `shape.frames` frames of the reference video; read once."""
+        key = shape.frames, shape.size
+        if key not in self._stills:
+            self._stills[key] = Image.fromarray(self.frames(shape)[-1])
+        return self._stills[key]
 
     def regions(self, shape: VideoShape) -> np.ndarray | None:
         """[T, H, W] in 0..1: how much of each pixel lies in the clip's mask or boxes; None without them."""

@@ -27,7 +27,7 @@ from lapwan.sampling.expert_mix import alpha_vector, choose_mix
 from lapwan.sampling.generator import Generator
 from lapwan.train.callbacks.validation import fixed_draws
 from lapwan.train.clip_store import ClipStore
-from lapwan.train.objective import Draws, SigmaRule, flow_terms
+from lapwan.train.objective import Draws, SigmaRule, counted_frames, flow_terms
 
 # If the region covers nearly everything, the difference above is rounding: 1e-7 of L over the fraction left outside.
 _MIN_OUTSIDE = 1e-4
@@ -35,12 +35,14 @@ _MIN_OUTSIDE = 1e-4
 
 @dataclass(frozen=True)
 class FlowPlan:
-    """`bins` of sigma per noise expert, `draws` per bin, `batch_size` clips at a time."""
+    """`bins` of sigma per noise expert, `draws` per bin, `batch_size` clips at a time; `first_frame`: the first latent
+    frame of each is given clean."""
 
     bins: int = 4
     draws: int = 1
     seed: int = 0
     batch_size: int = 4
+    first_frame: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def flow_losses(
         for part in _batches(store, plan.batch_size):
             batch = store.batch(part)
             for k in range(plan.bins * plan.draws):
-                draws = fixed_draws(rule, batch, _positions(plan, noise_expert, batch, k), (plan.seed, "evaluate"), k)
+                draws = fixed_draws(rule, batch, _positions(plan, noise_expert, batch, k), (plan.seed, "evaluate"), k,
+                                    float(plan.first_frame))
                 table[:, part, k] = _losses(generator, arm, noise_expert, [clips[i] for i in part], batch, draws)
                 advance(len(part))
         losses[noise_expert] = FlowLosses(*table)
@@ -148,12 +151,15 @@ def _losses(
     whole_B = loss.figures["loss/diffusion"].double().cpu()
     inside_B, outside_B = torch.full_like(whole_B, torch.nan), torch.full_like(whole_B, torch.nan)
     if batch.roi_BTHW is not None:
-        mass_B = batch.roi_BTHW.flatten(1).double().sum(dim=1).cpu()
-        present, cells = mass_B > 0, float(batch.roi_BTHW[0].numel())
+        roi = batch.roi_BTHW.double()
+        counted = torch.ones_like(roi) if draws.clean_B is None else counted_frames(
+            batch.latents_BCTHW, draws.clean_B).double()[:, :, None, None].expand_as(roi)
+        mass_B, cells_B = ((part * counted).flatten(1).sum(dim=1).cpu() for part in (roi, torch.ones_like(roi)))
+        present = mass_B > 0
         inside_B[present] = loss.figures["loss/roi"].double().cpu()
-        rest_B = cells - mass_B
-        outside_B = (cells * whole_B - mass_B * inside_B) / rest_B
-        outside_B[rest_B < _MIN_OUTSIDE * cells] = torch.nan
+        rest_B = cells_B - mass_B
+        outside_B = (cells_B * whole_B - mass_B * inside_B) / rest_B
+        outside_B[rest_B < _MIN_OUTSIDE * cells_B] = torch.nan
     rows_4B: np.ndarray = torch.stack([draws.sigma_B.double().cpu(), whole_B, inside_B, outside_B]).numpy()
     return rows_4B
 

@@ -68,11 +68,12 @@ def make_study(
     arms = _arms(settings, settings.task or task_named(index.task if index else None), resolve)
     taxonomy = check_taxonomies(arms, load_taxonomy(settings.taxonomy))
     items = [] if index is None else _items(settings, index, arms, taxonomy)
+    spec = arms[0].base.spec
     videos: dict[str, Any] = {}
     if settings.videos.clips is not None:
         clips, sampling = _sampling(settings, arms, taxonomy)
         loaders = _rewards(settings.videos.rewards or (), device, rewards)
-        from_image = arms[0].base.spec.requires_image
+        from_image = starts_from_image(settings, arms[0].base.spec)
         scorers = make_scorers(settings.videos.metrics, clips, from_image, sampling.shape, judge, loaders, device)
         ceiling = settings.videos.ceiling and not any(clip.reference_error(sampling.shape) for clip in clips)
         ceiling_scorers = [scorer for scorer in scorers if ceiling and isinstance(scorer, _CEILING_METRICS)]
@@ -83,9 +84,16 @@ def make_study(
         arms, taxonomy,
         ExecutionOptions(device, pick_dtype(settings.dtype, device), settings.memory, settings.compile,
                 precision_of(settings.dtype), precision_of(settings.text_dtype)),
-        index=index, items=items, flow=FlowPlan(loss.bins, loss.draws, settings.seed, loss.batch_size),
+        index=index, items=items, flow=FlowPlan(
+            loss.bins, loss.draws, settings.seed, loss.batch_size,
+            first_frame=spec.clean_first_frame and starts_from_image(settings, spec)),
         captions=captions, probe=probe, depends_on=_depends_on(settings, judge, rewards), **videos,
     )
+
+
+def starts_from_image(settings: EvaluateSettings, spec: ModelSpec) -> bool:
+    """Whether clips are evaluated from their first frame: where the model requires it, or as `task` asks."""
+    return spec.requires_image or (spec.takes_image and settings.task == "i2v")
 
 
 def _arms(settings: EvaluateSettings, task: Task | None, resolve: Resolve) -> list[Arm]:
@@ -132,16 +140,20 @@ def _sampling(
     defaults = spec.defaults
     shape = VideoShape(videos.num_frames or defaults.num_frames, videos.size or defaults.size, defaults.fps)
     negative = NEGATIVE_PROMPT if videos.negative_prompt is None else videos.negative_prompt
+    from_image = starts_from_image(settings, spec)
     sampling = Sampling(
         shape, videos.steps or defaults.steps, complete_guidance(spec, videos.guidance), videos.seeds, settings.seed,
-        videos.batch_size, negative, videos.flow_shift, videos.sampler, videos.guidance_interval)
+        videos.batch_size, from_image, negative, videos.flow_shift, videos.sampler, videos.guidance_interval,
+        videos.last_image)
     check_frames(shape.frames, spec.temporal_stride)
     check_size(*shape.size, spec.pixel_multiple)
     for arm in arms:
         request_for(arm.base.spec, arm, clips[0], sampling, 0)
-    if spec.requires_image:
+    if from_image:
         for clip in clips:
             clip.first_frame(shape)  # fails early on a file that cannot be read; the frame is kept
+            if videos.last_image:
+                clip.last_frame(shape)
     return clips, sampling
 
 

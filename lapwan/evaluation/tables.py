@@ -126,11 +126,16 @@ def _plain(values: np.ndarray) -> list[list[float | None]]:
 
 
 def metrics_of(results: StudyResults, name: str) -> dict[str, np.ndarray]:
-    """All metrics of an arm that can be paired, [P] or [P, S]: `loss/high`, `loss/high/roi`, `identity`, ..."""
+    """All metrics of an arm that can be paired, [P] or [P, S]: `loss/high`, `loss/high/roi`, `identity`, ...
+
+    Of a model of one transformer: `loss`, `loss/roi`.
+    """
     metrics: dict[str, np.ndarray] = {}
-    for noise_expert, losses in results.losses.get(name, {}).items():
-        metrics[f"loss/{noise_expert.value}"] = losses.whole_PK.mean(axis=1)
-        metrics[f"loss/{noise_expert.value}/roi"] = losses.roi_PK.mean(axis=1)
+    by_noise_expert = results.losses.get(name, {})
+    for noise_expert, losses in by_noise_expert.items():
+        key = f"loss/{noise_expert.value}" if len(by_noise_expert) > 1 else "loss"
+        metrics[key] = losses.whole_PK.mean(axis=1)
+        metrics[f"{key}/roi"] = losses.roi_PK.mean(axis=1)
     metrics |= results.scores.get(name, {})
     return {metric: values for metric, values in metrics.items() if not np.isnan(values).all()}
 

@@ -40,7 +40,11 @@ Scores = Mapping[str, np.ndarray]  # [P, S] by metric; NaN where it has no value
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings shared by all videos: `seeds` videos per clip, `batch_size` of them at a time."""
+    """Sampling settings shared by all videos: `seeds` videos per clip, `batch_size` of them at a time.
+
+    `from_image`: a video begins with the clip's first frame, where the model does not require it. `last_image`: it gets
+    the clip's last frame, too.
+    """
 
     shape: VideoShape
     steps: int
@@ -48,10 +52,12 @@ class Sampling:
     seeds: int = 1
     seed: int = 0
     batch_size: int = 8
+    from_image: bool = False
     negative_prompt: str = NEGATIVE_PROMPT
     flow_shift: float | None = None
     sampler: SamplerName = "unipc"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    last_image: bool = False
 
 
 def default_sampling(spec: ModelSpec, seeds: int = 1, seed: int = 0, batch_size: int = 8) -> Sampling:
@@ -62,7 +68,7 @@ def default_sampling(spec: ModelSpec, seeds: int = 1, seed: int = 0, batch_size:
 
 
 def request_for(spec: ModelSpec, arm: Arm, clip: EvaluationClip, sampling: Sampling, index: int) -> Request:
-    """The request for the video of a clip and seed; an image-to-video model starts from the clip's first frame.
+    """The request for the video of a clip and seed; from an image, it starts from the clip's first frame.
 
     Raises:
         UserError: a shape or setting that the model does not support, or a clip without a video for its first frame.
@@ -71,7 +77,8 @@ def request_for(spec: ModelSpec, arm: Arm, clip: EvaluationClip, sampling: Sampl
     request = Request(
         prompt=clip.prompt, num_frames=shape.frames, size=shape.size, steps=sampling.steps, guidance=sampling.guidance,
         fps=shape.fps, negative_prompt=sampling.negative_prompt,
-        image=clip.first_frame(shape) if spec.requires_image else None, flow_shift=sampling.flow_shift,
+        image=clip.first_frame(shape) if spec.requires_image or sampling.from_image else None,
+        last_image=clip.last_frame(shape) if sampling.last_image else None, flow_shift=sampling.flow_shift,
         sampler=sampling.sampler, seed=rng.seed_of(sampling.seed, "evaluate", clip.id, index),
         hint=arm.hint_for(clip), alpha_base=arm.alpha_base, alpha_expert=arm.alpha_expert,
         guidance_interval=sampling.guidance_interval,
@@ -150,6 +157,7 @@ class VideoStore:
             __version__, arm.fingerprint, clip.id, clip.prompt, clip.weights, clip.instrument, _reference(clip), index,
             shape.frames, shape.size, shape.fps, sampling.steps, guidance,
             sampling.seed, sampling.negative_prompt, sampling.flow_shift, sampling.sampler, sampling.guidance_interval,
+            *(["from image"] if sampling.from_image else []), *(["last image"] if sampling.last_image else []),
             *self._depends_on,
         ]
         return json_fingerprint(inputs)

@@ -16,11 +16,14 @@ from lapwan.checkpoints.rewrite import AddRows, BaseRows, matrix_shape
 from lapwan.checkpoints.tensors import all_finite, load_rows, load_tensor
 from lapwan.lora.checks import RETRAIN, check_finite, not_finite
 from lapwan.lora.kinds import FullDelta, build_update
+from lapwan.lora.noise_expert import of_one_transformer
 from lapwan.lora.state import AdapterState, WeightUpdate, entries_fingerprint, low_rank_only
 from lapwan.names import NoiseExpert
 
 ZEROS = "all zero"
-_WIDTHS = {5120: "A14B", 3072: "TI2V-5B", 1536: "Wan2.1 1.3B"}  # model by the width of its blocks
+_WIDTHS = {5120: "A14B or Wan2.1 14B", 3072: "TI2V-5B", 1536: "Wan2.1 1.3B"}  # model by the width of its blocks
+# Modules of a block whose weight has the block's width, and in which dimension.
+_WIDTH_DIMENSION = {"to_q": 1, "to_k": 1, "to_v": 1, "to_out.0": 1, "ffn.net.0.proj": 1, "ffn.net.2": 0}
 _ZERO_TILE = 1 << 20  # numbers compared with zero at a time
 
 
@@ -149,8 +152,9 @@ class AdapterFile:
     def fits(self) -> str:
         """The model that it is for, by the width of its blocks: `A14B (width 5120)`; empty if none tells."""
         for path, module in self.modules.items():
-            if path.endswith(("attn1.to_q", "attn1.to_k", "attn2.to_q")) and len(module.shape) == 2:
-                width = module.shape[1]
+            dimension = next((n for name, n in _WIDTH_DIMENSION.items() if path.endswith(f".{name}")), None)
+            if path.startswith("blocks.") and dimension is not None and len(module.shape) == 2:
+                width = module.shape[dimension]
                 return f"{_WIDTHS[width]} (width {width})" if width in _WIDTHS else f"width {width}"
         return ""
 
@@ -171,7 +175,8 @@ class AdapterFile:
         counts = Counter(module.kind for module in self.modules.values())
         name = self.path.name if self.path.stem != "adapter_model" else f"{self.path.parent.name}/{self.path.name}"
         line = f"{name}: " + ", ".join(f"{count} x {kind}" for kind, count in counts.items())
-        line += f", {self.noise_expert.value} noise" if self.noise_expert else ", noise expert not recorded"
+        unknown = "" if of_one_transformer(self.metadata) else ", noise expert not recorded"
+        line += f", {self.noise_expert.value} noise" if self.noise_expert else unknown
         if fits := self.fits():
             line += f", for {fits}"
         if self.wrappers:

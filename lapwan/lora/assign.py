@@ -34,7 +34,8 @@ Assigned = dict[NoiseExpert, list[tuple[AdapterFile, float]]]
 
 
 def assign(
-    requests: Sequence[LoraRequest], noise_experts: Sequence[NoiseExpert], rule: KeyRule = "default"
+    requests: Sequence[LoraRequest], noise_experts: Sequence[NoiseExpert], rule: KeyRule = "default",
+    one_transformer: bool = False,
 ) -> Assigned:
     """(LoRA, strength) by noise expert of the model; reads headers only.
 
@@ -42,6 +43,7 @@ def assign(
         requests: the LoRAs.
         noise_experts: those that the model has.
         rule: what of a file may be dropped.
+        one_transformer: the model has one for all noise, so that the words of a file's name say nothing.
 
     Raises:
         UserError: a file that is not a LoRA, is for another noise expert, or does not say for which of two.
@@ -49,10 +51,33 @@ def assign(
     assigned: Assigned = {}
     for role, path, strength, parts in requests:
         files = _in_parts(open_for_use(path, rule), parts)
+        files = _for_all_noise(files, path, role) if one_transformer else files
         for noise_expert in _noise_experts_of(role, path, files, noise_experts):
             lora = _file_for(files, noise_expert, both=role == "both")
             assigned.setdefault(noise_expert, []).append((lora, strength))
     return assigned
+
+
+def _for_all_noise(
+    files: dict[NoiseExpert | None, AdapterFile], path: Path, role: str | None
+) -> dict[NoiseExpert | None, AdapterFile]:
+    """The files, for the transformer of a model that has one: whatever a file's name says (`low_motion`), and with a
+    warning what it was trained for. People put LoRAs of Wan2.2's low noise expert on Wan2.1.
+
+    Raises:
+        UserError: a file for both noise experts of a model of two.
+    """
+    if None in files or (len(files) > 1 and role in tuple(NoiseExpert)):
+        return files
+    if len(files) > 1:
+        raise UserError(f"{path} holds a LoRA for each of two noise experts, but this model has one transformer for "
+                        "all noise; give a LoRA of this model, or high=FILE to use that part of it")
+    [(noise_expert, file)] = files.items()
+    if file.noise_expert_source != "name":
+        source = "metadata says" if file.noise_expert_source == "metadata" else "keys say"
+        warn(f"{path} is for the {noise_expert} noise expert of a model of two (its {source} so); this model has one "
+             "transformer for all noise")
+    return {None: replace(file, noise_expert=None, noise_expert_source="")}
 
 
 def report(files: Iterable[AdapterFile], reported: set[str] | None = None) -> None:
@@ -175,15 +200,23 @@ def _noise_experts_of(
         return list(noise_experts)
     if role is None and None in files:
         if len(noise_experts) > 1:
-            raise UserError(f"{path} does not say which noise expert it is for; give it as high=FILE, low=FILE, "
-                            "or both=FILE")
+            raise UserError(f"{path}{_made_for(files[None])} does not say which noise expert it is for; give it as "
+                            "high=FILE, low=FILE, or both=FILE")
         return list(noise_experts)
     wanted = [NoiseExpert(role)] if role is not None else [e for e in files if e is not None]
     for noise_expert in wanted:
         if noise_expert not in noise_experts:
-            raise UserError(f"{path} is for the {noise_expert} noise expert, but the model or file given here only has "
-                            f"the {' and '.join(noise_experts)} one; give a LoRA for that, or both=FILE to force it")
+            made_for = _made_for(next(iter(files.values())))
+            raise UserError(f"{path}{made_for} is for the {noise_expert} noise expert, but the model or file given "
+                            f"here only has the {' and '.join(noise_experts)} one; give a LoRA for that, or both=FILE "
+                            "to force it")
     return wanted
+
+
+def _made_for(file: AdapterFile) -> str:
+    """` (for TI2V-5B)`: the model of a file, if it can be told."""
+    model = file.metadata.get("lapwan.model") or file.fits()
+    return f" (for {model})" if model else ""
 
 
 def _file_for(files: dict[NoiseExpert | None, AdapterFile], noise_expert: NoiseExpert, both: bool) -> AdapterFile:

@@ -52,6 +52,7 @@ from lapwan.lora.noise_expert import (
     metadata_for,
     noise_expert_from_file_name,
     noise_expert_from_metadata,
+    of_one_transformer,
 )
 from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
 from lapwan.names import NoiseExpert
@@ -167,7 +168,8 @@ def _by_noise_expert(file: TensorFile, parsed: dict[str, Key]) -> dict[NoiseExpe
         return files
     recorded = noise_expert_from_metadata(file.metadata, file.path)
     named_path = file.path.parent if file.path.name in _PEFT_NAMES else file.path  # PEFT names the folder
-    from_name = noise_expert_from_file_name(named_path) if recorded is None else None
+    unknown = recorded is None and not of_one_transformer(file.metadata)
+    from_name = noise_expert_from_file_name(named_path) if unknown else None
     metadata = dict(file.metadata)
     if recorded is not None:
         metadata[NOISE_EXPERT_KEY] = recorded.value

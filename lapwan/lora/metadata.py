@@ -181,7 +181,8 @@ def file_metadata(state: AdapterState, alpha_in_metadata: bool) -> dict[str, str
     metadata[FINGERPRINT_KEY] = state.fingerprint()
     metadata.setdefault("format", "pt")
     metadata.setdefault("modelspec.sai_model_spec", "1.0.0")
-    metadata.setdefault("modelspec.architecture", "wan2.2/lora")
+    release = "wan2.1" if metadata.get("ss_base_model_version") == "wan2.1" else "wan2.2"
+    metadata.setdefault("modelspec.architecture", f"{release}/lora")
     kinds = Counter(entry.kind for entry in state.entries.values())
     ranks = {path: entry.rank for path, entry in state.entries.items() if isinstance(entry, LowRank)}
     alphas = {path: entry.alpha for path, entry in state.entries.items() if isinstance(entry, LowRank)}

@@ -52,6 +52,11 @@ def _noise_expert_from_range(low: float, high: float) -> NoiseExpert | None:
     return NoiseExpert.LOW if high < _LOW_ENDS_BELOW else None
 
 
+def of_one_transformer(metadata: Mapping[str, str]) -> bool:
+    """Whether lapwan wrote the file for a model of one transformer: its boundary is recorded as empty."""
+    return metadata.get("lapwan.boundary") == "" and NOISE_EXPERT_KEY not in metadata
+
+
 def noise_expert_from_file_name(path: Path) -> NoiseExpert | None:
     """From the words of the file's name: `high`, `HighNoise`, `low_noise`; None if it has neither or both."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", path.stem)

@@ -54,13 +54,17 @@ def squared_error(velocity_BCTHW: Tensor, target_BCTHW: Tensor) -> Tensor:
     return (velocity_BCTHW.to(target_BCTHW.dtype) - target_BCTHW).square().mean(dim=1)
 
 
-def flow_loss(error_BTHW: Tensor) -> Tensor:
+def flow_loss(error_BTHW: Tensor, counted_BT: Tensor | None = None) -> Tensor:
     """Mean squared velocity error of each sample: [B].
 
     Args:
         error_BTHW: see `squared_error`.
+        counted_BT: 1 for the latent frames that count, 0 for those that are given clean; None: all count.
     """
-    return error_BTHW.flatten(1).mean(dim=1)
+    if counted_BT is None:
+        return error_BTHW.flatten(1).mean(dim=1)
+    counted = counted_BT.to(error_BTHW.dtype)
+    return (error_BTHW.flatten(2).mean(dim=2) * counted).sum(dim=1) / counted.sum(dim=1)
 
 
 def roi_loss(error_BTHW: Tensor, roi_BTHW: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from lapwan.wan.quantise.linears import LINEAR_CLASSES, QuantisedLinear
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.context_parallel import ContextParallel
-from lapwan.wan.transformer.forward import ForwardOptions
+from lapwan.wan.transformer.forward import ForwardOptions, TokenTimes, first_frame_times
 
 # fp32 copies of a trained parameter: itself and two moments (its gradient counts as activation memory).
 TRAINED_COPIES = 3
@@ -72,8 +72,7 @@ def heads_of(spec: ModelSpec) -> int:
 def tokens_of(spec: ModelSpec, bucket: tuple[int, int, int]) -> int:
     """N of a clip of (frames, height, width) in pixels."""
     _, frames, height, width = spec.latent_shape(*bucket)
-    patch = spec.pixel_multiple // spec.spatial_stride
-    return frames * (height // patch) * (width // patch)
+    return frames * (height // spec.patch) * (width // spec.patch)
 
 
 @dataclass(frozen=True)
@@ -160,14 +159,21 @@ class NoiseExpertShape:
         return sum(4 * rank * (ffn if path.startswith("ffn") else 2 * width)
                    for ranks in groups for path, rank in ranks)
 
-    def inputs(self, clip: ClipShape) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What `velocity` takes: latents, timesteps, text and the condition of an image."""
+    def inputs(self, clip: ClipShape) -> tuple[Tensor, Tensor | TokenTimes, Tensor, Tensor | None]:
+        """What `velocity` takes: latents, timesteps, text and the condition of an image.
+
+        A model with a clean first frame gets its timesteps too, which a batch of text-to-video needs not.
+        """
         channels, *size = self.spec.latent_shape(clip.frames, clip.height, clip.width)
         extra = self.spec.in_channels - channels
         x = torch.empty(clip.batch, channels, *size, device=META)
         condition = torch.empty(clip.batch, extra, *size, device=META) if extra > 0 else None
         text = torch.empty(clip.batch, TEXT_LENGTH, self.spec.text_dim, device=META)
-        return x, torch.empty(clip.batch, device=META), text, condition
+        times_B = torch.empty(clip.batch, device=META)
+        if not self.spec.clean_first_frame:
+            return x, times_B, text, condition
+        clean_B = torch.empty(clip.batch, dtype=torch.bool, device=META)
+        return x, first_frame_times(times_B, clean_B, size, (1, self.spec.patch, self.spec.patch)), text, condition
 
     def gates(self, adapter: Adapter | None, clip: ClipShape, trained: bool) -> AbstractContextManager[object]:
         """A scope that holds gates for a batch; with gradient if they are `trained`."""
@@ -196,7 +202,8 @@ class NoiseExpertShape:
         spec = self.spec
         key = (json.dumps(self.config, sort_keys=True), self.dtype, self._recipe, tuple(self.kinds),
                tuple(self._trainable), self._gated, spec.latent_shape(clip.frames, clip.height, clip.width),
-               spec.in_channels, spec.text_dim, clip.batch, tuple(kinds), processes, kernels.TRITON.works)
+               spec.in_channels, spec.text_dim, spec.clean_first_frame, clip.batch, tuple(kinds), processes,
+               kernels.TRITON.works)
         if key not in _TRACED:
             _TRACED[key] = self._traced(clip, kinds, processes)
         return _TRACED[key]

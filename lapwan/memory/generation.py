@@ -35,9 +35,11 @@ from lapwan.wan.quantise.load import Recipe
 
 Memory = Literal["auto", "both", "one", "stream"] | float
 
-# The VAE decodes frame by frame: measured on an H200 in fp32, 1.0 GiB at 256x256 and 4.7 at 480x832.
-_DECODED_BYTES = 12_600  # per pixel of one frame, at the width of Wan2.1's decoder
-_DECODER_WIDTH = 96
+# The VAE decodes frame by frame. Bytes per pixel of one frame, at this width of the decoder. Wan2.1's: measured on an
+# H200 in fp32, 1.0 GiB at 256x256 and 4.7 at 480x832. Wan2.2's (residual, patches of 2x2 pixels): traced at the same
+# sizes and scaled by what Wan2.1's took relative to its trace.
+_DECODED_BYTES, _DECODER_WIDTH = 12_600, 96
+_DECODED_BYTES_RESIDUAL, _DECODER_WIDTH_RESIDUAL = 14_000, 256
 _TEXT_ROWS = 128  # text tokens whose keys and values are cached: Wan's negative prompt has 126
 
 
@@ -66,11 +68,13 @@ def decode_bytes(spec: ModelSpec, num_frames: int, size: tuple[int, int]) -> int
     concatenated."""
     folder, pixels = spec.path / "vae", size[0] * size[1]
     config = component_config(folder)
-    width = config.get("decoder_base_dim") or config.get("base_dim") or _DECODER_WIDTH
+    per_pixel, usual = (_DECODED_BYTES_RESIDUAL, _DECODER_WIDTH_RESIDUAL) if config.get("is_residual") else (
+        _DECODED_BYTES, _DECODER_WIDTH)
+    width = config.get("decoder_base_dim") or config.get("base_dim") or usual
     original = original_file(folder)
     weights = original.stat().st_size if original is not None else sum(
         4 * math.prod(info.shape) for file in weight_files(folder) for info in read_weights(file).tensors.values())
-    return weights + _DECODED_BYTES * pixels * int(width) // _DECODER_WIDTH + 2 * 12 * num_frames * pixels
+    return weights + per_pixel * pixels * int(width) // usual + 2 * 12 * num_frames * pixels
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class TrainingMemory:
         from here on."""
         if isinstance(settings.memory, float):
             limit_memory(offload.device, settings.memory)
-        console.log(f"loading the {noise_expert.value} noise expert")
+        console.log(f"loading the {base.spec.title_of(noise_expert)}")
         dtype, recipe = pick_dtype(settings.dtype, offload.device), self.recipes[noise_expert]
         strategy = self.plan.strategy
         options = ForwardOptions(checkpointing=strategy.checkpointing, whole_blocks=strategy.whole_blocks)

@@ -21,7 +21,7 @@ from lapwan.lora.assign import LoraRequest, assign, report
 from lapwan.lora.merge import plan_terms, target_tensors
 from lapwan.lora.noise_expert import NOISE_EXPERT_KEY
 from lapwan.lora.targets import TargetRule, resolve_patterns, resolve_targets
-from lapwan.models.resolve import check_task, check_weights, refuse_generation_only, resolve
+from lapwan.models.resolve import check_task, check_weights, resolve
 from lapwan.models.separate_files import make_folder
 from lapwan.models.spec import ModelSpec, Task, read_spec, weight_files
 from lapwan.names import Band, NoiseExpert
@@ -68,9 +68,11 @@ class Base:
     def metadata(self, noise_expert: NoiseExpert) -> dict[str, str]:
         """What an adapter file says about the noise expert it was trained on."""
         boundary = self.spec.boundary
+        which = {NOISE_EXPERT_KEY: noise_expert.value}
+        if self.spec.one_transformer:
+            which = {"lapwan.model": self.spec.family.title}
         return {
-            NOISE_EXPERT_KEY: noise_expert.value, "lapwan.task": self.task,
-            "lapwan.boundary": "" if boundary is None else repr(boundary),
+            **which, "lapwan.task": self.task, "lapwan.boundary": "" if boundary is None else repr(boundary),
             "lapwan.base_fingerprint": self.fingerprint(noise_expert),
         }
 
@@ -135,27 +137,22 @@ def target_ranks(settings: TargetSettings, num_blocks: int) -> dict[str, int]:
 
 
 def resolve_base(
-    model: str | BaseModelSettings | ModelFilesSettings, task: Task | None = None, generation: bool = False
+    model: str | BaseModelSettings | ModelFilesSettings, task: Task | None = None
 ) -> Base:
     """The base of MODEL, of `{model, lora, multiplier}` (LoRAs merged in memory), or of separate files.
-
-    Args:
-        generation: as in `resolve`.
 
     Raises:
         UserError: no such model or LoRA, or a LoRA for the other noise expert.
     """
     if isinstance(model, str):
-        return Base(resolve(model, task, generation))
+        return Base(resolve(model, task))
     if isinstance(model, ModelFilesSettings):
         files_spec = _from_files(model)
-        if not generation:
-            refuse_generation_only(files_spec, model.transformer)
         check_task(files_spec, next(iter(model.transformers.values())), task)
         return Base(files_spec)
-    spec = resolve(model.model, task, generation)
+    spec = resolve(model.model, task)
     requests = [LoraRequest(noise_expert.value, path, model.multiplier) for noise_expert, path in model.lora.items()]
-    assigned = assign(requests, spec.noise_experts, model.key_rule)
+    assigned = assign(requests, spec.noise_experts, model.key_rule, spec.one_transformer)
     report(file for files in assigned.values() for file, _ in files)
     for noise_expert, files in assigned.items():
         for file, _ in files:

@@ -51,7 +51,7 @@ class ModelPair:
         """What the LoRA's file records."""
         tuned, base = (checkpoint_fingerprint([file.path for file in files]) for files in (self.tuned, self.base))
         metadata = {"lapwan.base_fingerprint": base, "lapwan.extracted_from": tuned}
-        if self.noise_expert is not None:
+        if self.noise_expert is not None and not (self.spec is not None and self.spec.one_transformer):
             metadata[NOISE_EXPERT_KEY] = self.noise_expert.value
         if self.spec is not None:
             boundary = self.spec.boundary
@@ -125,7 +125,8 @@ def _write_differences(
     both: dict[NoiseExpert, AdapterState] = {}
     for noise_expert, pair in pairs.items():
         extraction = extract(pair.tuned, pair.base, choice, settings.keep_rest and layout == "comfy", dtype, device)
-        name, state = "LoRA" if noise_expert is None else noise_expert.value, extraction.state
+        one = noise_expert is None or (pair.spec is not None and pair.spec.one_transformer)
+        name, state = "LoRA" if one else str(noise_expert), extraction.state
         yield from _lines(name, extraction)
         if not state.entries:
             yield f"{name}: no file is written, since nothing was changed that a LoRA holds"

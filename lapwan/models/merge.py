@@ -67,7 +67,7 @@ def _to_merge(loras: Sequence[tuple[AdapterFile, float]]) -> list[LoraToMerge]:
 def _into_model(settings: MergeSettings, model: str, options: RunOptions) -> Iterator[str]:
     spec = resolve(model)
     claim_folder(settings.output, spec.path, options)
-    assigned = assign(_requests(settings), spec.noise_experts, settings.key_rule)
+    assigned = assign(_requests(settings), spec.noise_experts, settings.key_rule, spec.one_transformer)
     for noise_expert, loras in assigned.items():
         for lora, _ in loras:
             warn_mismatch(lora, spec.task, spec.boundary, spec.fingerprint(noise_expert))
@@ -183,7 +183,8 @@ def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> I
                             f"{noise_expert.value} noise expert; give --sigma")
         gate = gate_range(mixture, noise_expert, sigmas)
         gates[noise_expert] = gate.mean
-        yield (f"{noise_expert.value} noise: timestep gate w = {gate.mean:.4f} (from {gate.lowest:.4f} to "
+        title = "" if mixture.one_transformer else f"{noise_expert.value} noise: "
+        yield (f"{title}timestep gate w = {gate.mean:.4f} (from {gate.lowest:.4f} to "
                f"{gate.highest:.4f} over {count_text(len(sigmas), 'sigma')})")
     if options.dry_run:
         return
@@ -196,6 +197,8 @@ def _from_mixture(settings: MergeSettings, path: Path, options: RunOptions) -> I
 
 def _mixture_metadata(mixture: Mixture, noise_expert: NoiseExpert) -> dict[str, str]:
     metadata = {NOISE_EXPERT_KEY: noise_expert.value, "lapwan.task": mixture.spec.task}
+    if mixture.one_transformer:
+        metadata = {"lapwan.task": mixture.spec.task, "lapwan.boundary": ""}
     if noise_expert in mixture.spec.base:
         metadata["lapwan.base_fingerprint"] = mixture.spec.base[noise_expert]
     return metadata

@@ -26,19 +26,14 @@ from lapwan.names import NoiseExpert
 _TOKENIZER_BYTES = 40 << 20  # umT5's tokenizer.json has 17 MB
 
 
-def resolve(model: str, task: Task | None = None, generation: bool = False) -> ModelSpec:
+def resolve(model: str, task: Task | None = None) -> ModelSpec:
     """A folder in diffusers layout, or a hub id such as `Wan-AI/Wan2.2-T2V-A14B-Diffusers` in the local hub cache.
-
-    Args:
-        generation: also accept models that lapwan only generates with.
 
     Raises:
         UserError: no such model, or a model for another task than `task`.
     """
     folder = Path(model).expanduser()
     spec = read_spec(_from_hub(model) if not folder.exists() and _is_hub_id(folder, model) else folder)
-    if not generation:
-        refuse_generation_only(spec, model)
     check_weights(spec)
     check_task(spec, model, task)
     return spec
@@ -50,7 +45,7 @@ def check_task(spec: ModelSpec, model: object, task: Task | None) -> None:
     Raises:
         UserError: they differ.
     """
-    if task is not None and spec.task != task:
+    if task is not None and task not in spec.tasks:
         wants = "takes an image (image-to-video)" if spec.requires_image else "takes no image (text-to-video)"
         raise UserError(f"model {model} {wants}, but {task} was asked for")
 
@@ -73,7 +68,7 @@ def transformers_of(model: str) -> tuple[dict[NoiseExpert | None, list[Path]], M
             return {e: weight_files(folder) for e, folder in present.items()}, None
         named = {e.component: e for e in NoiseExpert}.get(path.resolve().name)
         return {named or noise_expert_from_file_name(path): weight_files(path)}, None
-    spec = resolve(model, generation=True)
+    spec = resolve(model)
     return {e: weight_files(spec.component(e)) for e in spec.noise_experts}, spec
 
 
@@ -130,17 +125,6 @@ def check_tokenizer(folder: Path) -> None:
             raise UserError(f"{folder} is no complete tokenizer folder: it has neither tokenizer.json nor spiece.model")
         if (kind := file_kind(pieces)) is not None:
             raise UserError(f"{pieces} is {kind}")
-
-
-def refuse_generation_only(spec: ModelSpec, model: object) -> None:
-    """Refuse a model that lapwan does not train; `model` names it in the message.
-
-    Raises:
-        UserError: a model that is only for generation.
-    """
-    if not spec.family.trainable:
-        raise UserError(f"model {model} is a {spec.family.title} model, which lapwan can generate with but not train; "
-                        "use T2V-A14B or I2V-A14B")
 
 
 def _is_hub_id(folder: Path, model: str) -> bool:

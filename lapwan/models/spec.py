@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
 from lapwan.checkpoints.wan_keys import tensor_to_diffusers
@@ -55,16 +55,14 @@ class ModelFamily:
         image: whether a video starts from a given first frame.
         clean_first_frame: that frame is the first latent frame of x, at noise level 0 by timesteps per token; False: it
             comes in `ModelSpec.image_channels`.
-        trainable: False: only for generation.
     """
 
     title: str
     task: Task
     defaults: Defaults
-    release: Literal["wan2.1", "wan2.2"] = "wan2.2"
+    release: Literal["wan2.1", "wan2.2", "wan_2.2_5b"] = "wan2.2"
     image: Literal["none", "optional", "required"] = "none"
     clean_first_frame: bool = False
-    trainable: bool = True
 
 
 _T2V_21 = ModelFamily(
@@ -75,8 +73,9 @@ _I2V_A14B = ModelFamily(
     "I2V-A14B", "i2v", Defaults(40, {NoiseExpert.HIGH: 3.5, NoiseExpert.LOW: 3.5}, (480, 832), 81, 16),
     image="required")
 _TI2V_5B = ModelFamily(
-    "TI2V-5B", "ti2v", Defaults(50, {NoiseExpert.HIGH: 5.0}, (704, 1280), 121, 24), image="optional",
-    clean_first_frame=True, trainable=False)
+    "TI2V-5B", "ti2v", Defaults(50, {NoiseExpert.HIGH: 5.0}, (704, 1280), 121, 24), release="wan_2.2_5b",
+    image="optional", clean_first_frame=True)
+_TASKS: dict[str, tuple[Task, ...]] = {"none": ("t2v",), "required": ("i2v",), "optional": ("ti2v", "t2v", "i2v")}
 ORIGINAL = "original"  # stem of a link to weights in the original layout: original.pth, original.safetensors
 OTHER_WEIGHTS = (".sft", ".gguf", ".bin", ".pth", ".pt", ".ckpt")  # suffixes of weights beside .safetensors
 DEFAULTS_FILE = "lapwan.json"  # optional, in the model folder: overrides the defaults (the embedded model has one)
@@ -110,6 +109,11 @@ class ModelSpec:
         return self.family.task
 
     @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks that the model can be asked for."""
+        return _TASKS[self.family.image]
+
+    @property
     def takes_image(self) -> bool:
         """Whether a video can start from a given first frame."""
         return self.family.image != "none"
@@ -138,6 +142,24 @@ class ModelSpec:
     def bands(self) -> dict[NoiseExpert, Band]:
         """Sigma band by noise expert."""
         return bands(self.boundary)
+
+    @property
+    def one_transformer(self) -> bool:
+        """Whether a single transformer covers all noise; it goes by `NoiseExpert.HIGH`."""
+        return len(self.noise_experts) == 1
+
+    def title_of(self, noise_expert: NoiseExpert) -> str:
+        """A noise expert in messages: `high noise expert`, or `transformer` where the model has only one."""
+        return "transformer" if self.one_transformer else f"{noise_expert.value} noise expert"
+
+    @property
+    def patch(self) -> int:
+        """Latent pixels along a side of a token."""
+        return self.pixel_multiple // self.spatial_stride
+
+    def file_suffix(self, noise_expert: NoiseExpert) -> str:
+        """`_high_noise` in the name of a noise expert's LoRA file; empty where the model has one transformer."""
+        return "" if self.one_transformer else f"_{noise_expert.file_suffix}"
 
     @property
     def boundary_text(self) -> str:
@@ -309,8 +331,8 @@ def task_with(image: bool) -> Task:
 
 
 def task_named(name: str | None) -> Task | None:
-    """The task that a file names; None: none that is trained."""
-    return "i2v" if name == "i2v" else "t2v" if name == "t2v" else None
+    """The task that a file names; None: none that is known."""
+    return next((task for task in get_args(Task) if task == name), None)
 
 
 def _family_of(

@@ -88,6 +88,11 @@ class Mixture(nn.Module):
         return tuple(self.states)
 
     @property
+    def one_transformer(self) -> bool:
+        """Whether it is for a model of one transformer: its band is all of sigma."""
+        return list(self.spec.bands.values()) == [(0.0, 1.0)]
+
+    @property
     def base_lora(self) -> Mapping[NoiseExpert, Mapping[str, str]]:
         """Path and fingerprint of the frozen base LoRA the mixture was trained over, by noise expert."""
         return self.spec.base_lora

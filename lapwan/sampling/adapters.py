@@ -106,7 +106,7 @@ def read_adapters(
             LoRA whose noise expert is unknown; a mixture's base LoRA that cannot be found.
     """
     requests = [LoraRequest(lora.noise_expert, lora.path, lora.strength, lora.only or ()) for lora in loras]
-    assigned = assign(requests, base.spec.noise_experts, rule)
+    assigned = assign(requests, base.spec.noise_experts, rule, base.spec.one_transformer)
     result = _apply(base, assigned, moe, fold)
     report((file for files in assigned.values() for file, _ in files), reported)
     return result
@@ -156,7 +156,8 @@ def _beside(base: Base, assigned: Assigned) -> tuple[Base, dict[NoiseExpert, lis
                 merged.setdefault(noise_expert, []).append((replace(file, modules=others), strength))
                 kinds = Counter(module.kind for module in others.values())
                 counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-                log(f"{file.path.name}: {counts} merged into the {noise_expert.value} noise expert's weights at load")
+                title = base.spec.title_of(noise_expert)
+                log(f"{file.path.name}: {counts} merged into the {title}'s weights at load")
     if merged:
         base = Base(base.spec, {e: [*base.loras.get(e, ()), *merged.get(e, ())] for e in base.spec.noise_experts})
     return base, uses

@@ -18,8 +18,9 @@ from lapwan.caching.collate import to_device
 from lapwan.names import NoiseExpert
 from lapwan.sampling.scheduler import Grid, Step
 from lapwan.wan.backbone import WanBackbone
+from lapwan.wan.image_condition import with_first_frame
 from lapwan.wan.transformer.first_block_cache import FirstBlockCache
-from lapwan.wan.transformer.forward import TokenTimes
+from lapwan.wan.transformer.forward import TokenTimes, first_frame_times
 from lapwan.wan.transformer.prompt import Prompt
 
 
@@ -40,7 +41,7 @@ class Conditions:
         """The latents, with the clean first frame instead of theirs if there is one."""
         if self.first_BC1HW is None:
             return x_BCTHW
-        return torch.cat([self.first_BC1HW.to(x_BCTHW), x_BCTHW[:, :, 1:]], dim=2)
+        return with_first_frame(x_BCTHW, self.first_BC1HW)
 
     def timesteps(self, x_BCTHW: Tensor, timestep: Tensor, patch: tuple[int, int, int]) -> Tensor | TokenTimes:
         """The transformer's timesteps: one per video; with a clean first frame one per token, 0 for that frame's.
@@ -53,14 +54,12 @@ class Conditions:
         Returns:
             [B]; with a clean first frame a `TokenTimes` over the video's tokens.
         """
-        batch, _, frames, height, width = x_BCTHW.shape
+        batch = len(x_BCTHW)
         if self.first_BC1HW is None:
             return to_device(timestep, x_BCTHW.device).expand(batch)
-        now = to_device(timestep.to(x_BCTHW.dtype), x_BCTHW.device).reshape(())
-        values = torch.stack([torch.zeros((), device=x_BCTHW.device), now])
-        tokens_per_frame = (height // patch[1]) * (width // patch[2])
-        tokens = torch.arange((frames // patch[0]) * tokens_per_frame, device=x_BCTHW.device)
-        return TokenTimes(values.expand(batch, 2), (tokens >= tokens_per_frame).long())
+        now_1 = to_device(timestep.to(x_BCTHW.dtype), x_BCTHW.device).reshape(1)
+        times = first_frame_times(now_1, torch.ones_like(now_1, dtype=torch.bool), x_BCTHW.shape[2:], patch)
+        return replace(times, values_BK=times.values_BK.expand(batch, -1))
 
     @staticmethod
     def stack(conditions: Sequence[Conditions]) -> Conditions:

@@ -39,7 +39,6 @@ from lapwan.sampling.result import Video
 from lapwan.sampling.scheduler import Grid, Step
 from lapwan.sampling.start_image import (
     clip_tensor,
-    first_last_condition,
     frames_fingerprint,
     image_fingerprint,
     image_tensor,
@@ -300,10 +299,10 @@ class Generator:
         with torch.no_grad():
             if self.spec.clean_first_frame:
                 return Conditions(*texts, first_BC1HW=encode(self.vae(), first.unsqueeze(2)))
-            if request.last_image is None:
-                return Conditions(*texts, image_condition(self.vae(), first, request.num_frames))
-            last = image_tensor(request.last_image, request.size).to(self.device)
-            return Conditions(*texts, first_last_condition(self.vae(), first, last, request.num_frames))
+            last = None
+            if request.last_image is not None:
+                last = image_tensor(request.last_image, request.size).to(self.device)
+            return Conditions(*texts, image_condition(self.vae(), first, request.num_frames, last))
 
     def _sample(
         self, requests: Sequence[Request], grid: Grid, mixes: Sequence[Mix | None], preview: Path | None = None,
@@ -334,7 +333,7 @@ class Generator:
             latents = denoise(grid, start, conditions, guidance, self.noise_experts.backbone, scope, after_step,
                               self.noise_experts.batched_guidance, caches)
         for noise_expert, cache in caches.items():
-            console.log(f"{noise_expert.value} noise expert: {cache}")
+            console.log(f"{self.spec.title_of(noise_expert)}: {cache}")
         self.noise_experts.compiling.log()
         if not bool(torch.isfinite(latents).all()):
             # bf16 has fp32's range: what overflows in one does in the other.

@@ -176,7 +176,7 @@ class NoiseExperts:
         if noise_expert in self._loaded and self._loaded[noise_expert].streamed != placement.streamed:
             del self._loaded[noise_expert]  # it was loaded for another placement
         if noise_expert not in self._loaded:
-            console.log(f"loading the {noise_expert.value} noise expert")
+            console.log(f"loading the {self.base.spec.title_of(noise_expert)}")
             self._loaded[noise_expert] = self._load(noise_expert, placement)
         if self._uses_host(placement):
             self._prefetch(noise_expert, placement)

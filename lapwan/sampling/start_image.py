@@ -15,11 +15,8 @@ from lapwan.data.decoding.images import rgb_image
 from lapwan.data.dropped_clips import BadClip
 from lapwan.data.video import probe, read_frames, resize_and_crop
 from lapwan.errors import UserError
-from lapwan.wan.image_condition import condition_video, first_frame_mask
-from lapwan.wan.vae import encode
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
     from PIL import Image
 
 
@@ -85,20 +82,6 @@ def image_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
     pixels = resize_and_crop(image, centre_crop(image.width, image.height, (size[1], size[0])))
     scaled = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).unsqueeze(0).float() / 255.0
     return 2.0 * scaled - 1.0
-
-
-def first_last_condition(vae: AutoencoderKLWan, first_BCHW: Tensor, last_BCHW: Tensor, frames: int) -> Tensor:
-    """`mask | encode([first, 0, ..., 0, last])`: [B, 20, N+1, H/8, W/8] in fp32.
-
-    The mask has a channel for each pixel frame of a latent frame: 1111 on the first, 0001 on the last latent frame.
-    Source: diffusers' WanImageToVideoPipeline.prepare_latents with `last_image`.
-    """
-    video = condition_video(first_BCHW, frames)
-    video[:, :, -1] = last_BCHW
-    condition = encode(vae, video)
-    mask = first_frame_mask(condition)
-    mask[:, -1, -1] = 1
-    return torch.cat([mask, condition], dim=1)
 
 
 def read_clip(

@@ -37,6 +37,9 @@ class CacheSettings(Settings):
     text: Annotated[bool, Flag()] = Field(True, description="Encode the captions.")
     i2v: Annotated[bool | None, Flag("--i2v/--t2v")] = Field(
         None, description="Encode the image-to-video condition or not; default: as the model needs.")
+    last_image: Annotated[bool, Flag()] = Field(
+        False, description="Put each clip's last frame into the image-to-video condition, too, as generate "
+        "--last-image does.")
     frame_extraction: Annotated[Literal["head", "chunk", "slide", "uniform", "full"], Flag()] = Field(
         "head", description="How windows are taken from a clip: head, chunk, slide, uniform or full.")
     frame_stride: Annotated[int, Flag()] = Field(1, ge=1, description="For slide: frames between window starts.")
@@ -118,6 +121,8 @@ class CacheSettings(Settings):
             )
         if self.dataset is not None and self.model is None:
             raise ValueError("model is required: --model tiny, or a model folder")
+        if self.last_image and self.i2v is False:
+            raise ValueError("last_image is part of the image-to-video condition, which --t2v leaves out")
         if not self.latents and not self.text:
             raise ValueError("--no-latents with --no-text leaves nothing to do")
         return self

@@ -34,6 +34,7 @@ class PreviewSettings(Settings):
     hints: tuple[str, ...] | Literal["families"] = Field(
         (), description="train-moe: each prompt also with these hints; families: one hint for each family.")
     images: tuple[Path, ...] = Field((), description="First frame of each prompt, for image-to-video models.")
+    last_images: tuple[Path, ...] = Field((), description="Last frame of each prompt, beside images.")
     steps: int | None = Field(None, ge=1, description="Sampling steps; absent: the model's default.")
     size: tuple[int, int] | None = Field(None, description="Height, width; absent: those of the first clip.")
     num_frames: int | None = Field(None, ge=1, description="4N+1; absent: that of the first clip.")
@@ -46,6 +47,8 @@ class PreviewSettings(Settings):
             raise ValueError("every is set, but prompts is empty; give prompts, or leave every out")
         if self.images and len(self.images) != len(self.prompts):
             raise ValueError(f"{len(self.images)} images for {len(self.prompts)} prompts; give one for each")
+        if self.last_images and len(self.last_images) != len(self.images):
+            raise ValueError(f"{len(self.last_images)} last_images for {len(self.images)} images; give one for each")
         return self
 
 

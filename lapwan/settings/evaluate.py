@@ -80,6 +80,8 @@ class EvaluationVideoSettings(Settings):
         None, description="Also score frames against prompts: clip=FOLDER, hps=FILE, pickscore=FOLDER.")
     num_frames: int | None = Field(None, ge=1, description="4N+1.")
     size: tuple[int, int] | None = Field(None, description="(height, width) in pixels, or HEIGHTxWIDTH.")
+    last_image: Annotated[bool, Flag("--last-image")] = Field(
+        False, description="Image-to-video: give each video its clip's last frame, too, as generate --last-image does.")
     steps: Annotated[int | None, Flag("--steps", metavar="N")] = Field(
         None, ge=1, description="Sampling steps; absent: the model's default.")
     guidance: float | dict[NoiseExpert, float] | None = None
@@ -130,7 +132,8 @@ class EvaluateSettings(ModelSettings):
         (), description="The adapters to compare; the first one is the reference. Absent: the base, and what --lora "
         "and --moe name.")
     task: Annotated[Literal["t2v", "i2v"] | None, Flag(metavar="t2v|i2v")] = Field(
-        None, description="For the model tiny, which has both; absent: the task of the cache, else t2v.")
+        None, description="For tiny, which has both (absent: the task of the cache, else t2v), and TI2V-5B: i2v "
+                          "evaluates from the clips' first frames.")
     output: Annotated[Path, Flag("-o", "--output", metavar="DIR")] = Field(
         Path("evaluation"), description="Folder for evaluation.json, report.html, plot, sheets and videos.")
     resume: Annotated[bool, Flag("--resume")] = Field(

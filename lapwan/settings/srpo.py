@@ -129,7 +129,7 @@ class SrpoSettings(Settings):
         (0.7, 0.95), description="Interval of noise levels to train, limited to the noise expert's band.")
     reach: float = Field(0.0215, gt=0, lt=1, description="Largest distance between evaluation and target sigma.")
     size: Annotated[tuple[int, int] | None, Flag(metavar="HEIGHTxWIDTH")] = Field(
-        None, description="Height x width in pixels, multiples of 16; default: the model's.")
+        None, description="Height x width in pixels, multiples of 16 (TI2V-5B: 32); default: the model's.")
     num_frames: Annotated[int, Flag()] = Field(
         1, ge=1, description="Frames of a sample; 1: an image; 4N+1: a video.")
     steps: Annotated[int, Flag("--steps")] = Field(20, ge=1, description="Optimizer steps of the run.")

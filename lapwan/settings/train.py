@@ -168,7 +168,7 @@ class TrainSettings(AdapterRule):
     name: Annotated[str, Flag("--name")] = Field(
         "lapwan", pattern=r"^[\w.-]+$", description="Stem of the adapter files.")
     noise_experts: tuple[NoiseExpert, ...] = Field(
-        tuple(NoiseExpert), min_length=1, description="The noise experts to train.")
+        tuple(NoiseExpert), min_length=1, description="The noise experts to train; both: all that the model has.")
     data: DataSettings
     steps: Annotated[int | None, Flag("--steps")] = Field(
         None, ge=1, description="Optimizer steps of each noise expert; give this or epochs.")
@@ -204,6 +204,9 @@ class TrainSettings(AdapterRule):
     roi_fallback: Literal["none", "motion"] = Field(
         "none", description="Region of clips that have none; motion: where the latents change most.")
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="Probability of training on the empty caption.")
+    first_frame: float | None = Field(
+        None, ge=0, le=1, description="TI2V-5B: share of the draws that have the clean first frame of their clip "
+        "(image-to-video), the others have none; absent: 0.5.")
     max_grad_norm: float = Field(1.0, gt=0)
     memory: Annotated[MemoryChoice, Flag("--memory", metavar=MEMORY_METAVAR)] = Field(
         "auto", description="Keep both noise experts on the device, one with the other in host memory (one), or also "
@@ -278,6 +281,11 @@ class TrainSettings(AdapterRule):
                 raise ValueError("[[phases]] assigns the steps; leave out start, stop and shares")
             if noise_expert not in self.noise_experts and any(getattr(phase, side) for phase in self.phases):
                 raise ValueError(f"a phase has {side} steps, but noise_experts does not include '{side}'")
+
+    def keys_of_two(self) -> list[str]:
+        """The keys that are set and mean nothing for a model of one transformer."""
+        keys = {"[low]": self.low, "shares": self.shares, "low steps in [[phases]]": any(p.low for p in self.phases)}
+        return [key for key, value in keys.items() if value]
 
     def _override(self, noise_expert: NoiseExpert) -> dict[str, Any]:
         override: dict[str, Any] = getattr(self, noise_expert.value)

@@ -19,6 +19,9 @@ class TrainLoraSettings(TrainSettings):
         False, description="Save the LoRAs of both noise experts as one file {name}.safetensors (ai-toolkit's form) "
         "instead of two; ComfyUI, musubi and diffusers read two.")
 
+    def keys_of_two(self) -> list[str]:
+        return [*super().keys_of_two(), *["one_file"] * self.one_file]
+
     @model_validator(mode="after")
     def _both(self) -> TrainLoraSettings:
         if self.one_file and len(self.noise_experts) < 2:

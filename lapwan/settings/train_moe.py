@@ -109,6 +109,9 @@ class TrainMoeSettings(TrainSettings):
             self._check_shared()
         return self
 
+    def keys_of_two(self) -> list[str]:
+        return [*super().keys_of_two(), *["shared_experts"] * self.shared_experts]
+
     def _check_shared(self) -> None:
         if len(self.noise_experts) < 2:
             raise ValueError("shared_experts = true needs both noise experts in noise_experts")

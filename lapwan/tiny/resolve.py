@@ -32,25 +32,25 @@ def with_tiny(model: Model, task: Task | None = None) -> Model:
     from lapwan.tiny.model import tiny_folder  # builds the folder on first use, with torch
 
     kind = task_named(model.removeprefix(TINY).removeprefix("-") or task or "t2v")
-    if kind is None:
+    if kind not in ("t2v", "i2v"):
         raise UserError(f"no embedded model '{model}'; there are tiny, tiny-t2v and tiny-i2v")
     return str(tiny_folder(kind))
 
 
 def resolve(
-    model: str | BaseModelSettings | ModelFilesSettings, task: Task | None = None, generation: bool = False
+    model: str | BaseModelSettings | ModelFilesSettings, task: Task | None = None
 ) -> ModelSpec:
     """`lapwan.models.resolve.resolve`, with `tiny`; of separate files, and of a base without its LoRAs, too."""
     if isinstance(model, ModelFilesSettings):
-        return resolve_base(model, task, generation).spec
+        return resolve_base(model, task).spec
     name = model if isinstance(model, str) else model.model
-    return models.resolve(with_tiny(name, task), task, generation)
+    return models.resolve(with_tiny(name, task), task)
 
 
 def resolve_base(
-    model: str | BaseModelSettings | ModelFilesSettings, task: Task | None = None, generation: bool = False
+    model: str | BaseModelSettings | ModelFilesSettings, task: Task | None = None
 ) -> Base:
     """`lapwan.models.base.resolve_base`, with `tiny`."""
     from lapwan.models import base
 
-    return base.resolve_base(with_tiny(model, task), task, generation)
+    return base.resolve_base(with_tiny(model, task), task)

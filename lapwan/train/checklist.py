@@ -28,7 +28,7 @@ from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train import NoiseExpertSettings, TrainSettings
 from lapwan.train.metrics import check_tracker
 from lapwan.train.optimizers import check_optimizer, describe_optimizer, ratio_line
-from lapwan.train.recipe import RunData, sigma_rule
+from lapwan.train.recipe import RunData, first_frame_share, sigma_rule
 
 _BINS, _WIDTH = 10, 30  # of the histogram: rows, characters of the longest bar
 _EVEN = 1e-3  # difference between the shares of two bins, below which a distribution is uniform
@@ -51,9 +51,12 @@ def plan_rows(
     if len(buckets) > 4:
         shapes += f" and {len(buckets) - 4} more sizes"
     check_tracker(settings.tracker)
+    turns = "" if base.spec.one_transformer else f"; {turns_line(data)}"
     rows = [PlanRow("model", f"{base.spec.path} ({base.task})"),
             PlanRow("data", f"{count_text(clips, 'clip')} in {data.index.folder}: {shapes}"),
-            PlanRow("steps", f"{len(data.schedule)}, each of {batch_text(settings, 'clip')}; {turns_line(data)}")]
+            PlanRow("steps", f"{len(data.schedule)}, each of {batch_text(settings, 'clip')}{turns}")]
+    if base.spec.clean_first_frame:
+        rows.append(PlanRow("first frame", first_frame_line(settings, base, data)))
     if settings.roi_weight:
         rows.append(PlanRow("regions", region_line(settings, data)))
     texts: dict[str, list[str]] = {}
@@ -61,11 +64,25 @@ def plan_rows(
         check_optimizer(local_settings.optimizer, local_settings.schedule)
         text = _trained_text(settings, local_settings, base, data, noise_expert, (continued or {}).get(noise_expert))
         texts.setdefault(text, []).append(noise_expert.value)
-    rows += [PlanRow(f"{names[0]} noise" if len(names) == 1 else ", ".join(names), text if len(names) == 1 else
-                     f"each {text}") for text, names in texts.items()]
+    rows += [PlanRow(_row_label(base, names), text if len(names) == 1 else f"each {text}")
+             for text, names in texts.items()]
     rows += sigma_rows(base, data)
     trained = [data.noise_experts[e].optimizer for e in NoiseExpert if e in data.noise_experts]
     return rows + [PlanRow("lr", ratio_line(*pair)) for pair in pairwise(trained) if pair[0] != pair[1]]
+
+
+def _row_label(base: Base, names: Sequence[str]) -> str:
+    if base.spec.one_transformer:
+        return "transformer"
+    return f"{names[0]} noise" if len(names) == 1 else ", ".join(names)
+
+
+def first_frame_line(settings: TrainSettings, base: Base, data: RunData) -> str:
+    """How many draws have the clean first frame of their clip."""
+    share = first_frame_share(settings, base.spec)
+    text = f"given clean in {100 * share:g} % of the draws (image-to-video)"
+    images = sum(item.frames == 1 for item in data.items)
+    return f"{text}; never of the {count_text(images, 'image')}" if images and share else text
 
 
 def batch_text(settings: TrainSettings | SrpoSettings, noun: str) -> str:
@@ -120,17 +137,18 @@ def sigma_rows(base: Base, data: RunData) -> list[PlanRow]:
     """
     rows: list[PlanRow] = []
     for noise_expert, local_settings in data.noise_experts.items():
-        rule = sigma_rule(local_settings, base.bands[noise_expert])
+        rule = sigma_rule(local_settings, base.bands[noise_expert], base.spec.patch)
         _, height, width = min(data.items, key=lambda item: item.bucket).bucket
         tokens = (height // base.spec.pixel_multiple) * (width // base.spec.pixel_multiple)
         sampler, band = rule.sampler.for_tokens(tokens), rule.band
         share = band_probability(sampler, band.low, band.high)
         if share <= 0:
-            raise UserError(f"the sigma sampler never draws inside the {noise_expert.value} noise expert's band "
+            raise UserError(f"the sigma sampler never draws inside the {base.spec.title_of(noise_expert)}'s band "
                             f"{band}; change [sigma]")
         shares = bin_probabilities(sampler, band.low, band.high, _BINS)
         even = max(shares) - min(shares) < _EVEN
-        text = f"{noise_expert.value} {band}: {_sampler_text(local_settings, tokens, (height, width))}"
+        name = "" if base.spec.one_transformer else f"{noise_expert.value} "
+        text = f"{name}{band}: {_sampler_text(local_settings, tokens, (height, width))}"
         if not even:
             lower, upper = draw_in_band(sampler, torch.tensor([0.25, 0.75]), band.low, band.high).tolist()
             text += f"; half of all draws in {lower:.3f} to {upper:.3f}"
@@ -190,7 +208,7 @@ def checklist(settings: TrainSettings, base: Base, data: RunData) -> list[Checkl
     clips = list({item.id: item for item in data.items}.values())
     return [
         _captions(settings, clips), *_frames(data, clips), _rate(base, data, clips), _lengths(clips, data.index.fps),
-        *_preset(settings, data), _sampling(base, data), _bands(base.bands), _intervals(settings, data),
+        *_preset(settings, base, data), _sampling(base, data), _bands(base.bands), _intervals(settings, data),
     ]
 
 
@@ -275,12 +293,14 @@ def _lengths(clips: Sequence[CachedItem], fps: float | None) -> ChecklistItem:
     return ChecklistItem(not short, text + ("; below 17 frames there is little motion to learn" if short else ""))
 
 
-def _preset(settings: TrainSettings, data: RunData) -> list[ChecklistItem]:
+def _preset(settings: TrainSettings, base: Base, data: RunData) -> list[ChecklistItem]:
     """LR ratio and number of steps, by the health rules of inspect-weights."""
     predicted = {e.value: local_settings.optimizer.predicted_lr() for e, local_settings in data.noise_experts.items()}
     rates = {name: lr for name, lr in predicted.items() if lr is not None}
     if settings.health.preset is None:
         return [ChecklistItem(True, f"{len(data.schedule)} steps; no health.preset: LR ratio and steps are not judged")]
+    if base.spec.one_transformer:
+        return [ChecklistItem(True, f"{len(data.schedule)} steps; one transformer: LR ratio and steps are not judged")]
     verdict = judge(Evidence(PRESETS[settings.health.preset], {}, rates, [], len(data.schedule)))
     rules = [rule for rule in verdict["rules"] if rule["rule"].startswith(("LR", "steps"))]
     items = []
@@ -296,7 +316,8 @@ def _preset(settings: TrainSettings, data: RunData) -> list[ChecklistItem]:
 def _sampling(base: Base, data: RunData) -> ChecklistItem:
     spec = base.spec
     shifts = {e.value: settings.sigma.shift for e, settings in data.noise_experts.items()}
-    trained = ", ".join(f"{name} {shift if isinstance(shift, str) else f'{shift:g}'}" for name, shift in shifts.items())
+    texts = {name: shift if isinstance(shift, str) else f"{shift:g}" for name, shift in shifts.items()}
+    trained = ", ".join(text if spec.one_transformer else f"{name} {text}" for name, text in texts.items())
     return ChecklistItem(True, f"model: {spec.task}, boundary {spec.boundary_text}, samples with shift "
                                f"{spec.flow_shift:g}; trained with shift {trained}")
 

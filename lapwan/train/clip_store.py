@@ -94,8 +94,8 @@ def check_cache(index: CacheIndex, spec: ModelSpec, items: Sequence[CachedItem])
         UserError: another task, text encoder width, or latent channels.
     """
     if index.task is not None and index.task != spec.task:
-        raise UserError(f"{index.folder} was cached for {index.task}, but the model is {spec.task}; "
-                        f"run lapwan cache with --{spec.task}")
+        raise UserError(f"{index.folder} was cached for {index.task}, but the model is {spec.task} "
+                        f"({spec.family.title}); run lapwan cache with this model")
     if spec.image_channels and not all(item.condition for item in items):
         missing = next(item.id for item in items if not item.condition)
         raise UserError(f"{index.folder}: {missing} has no image condition, which an I2V model needs; "

@@ -26,6 +26,8 @@ from lapwan.losses.sigmas import SigmaSampler, Uniform, Weighting, draw_in_band,
 from lapwan.names import Band, NoiseExpert
 from lapwan.rng import RandomKey
 from lapwan.wan.backbone import WanBackbone
+from lapwan.wan.image_condition import with_first_frame
+from lapwan.wan.transformer.forward import TokenTimes, first_frame_times
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Draws:
         dropped_B: bool, whose caption is dropped.
         weight_B: weight of the flow loss at each sigma.
         keys: key of each sample's further draws; () where there are none (validation: no dropout).
+        clean_B: bool, in host memory: whose first latent frame is given clean; None: nobody's.
     """
 
     sigma_B: Tensor
@@ -45,24 +48,30 @@ class Draws:
     dropped_B: Tensor
     weight_B: Tensor
     keys: tuple[RandomKey, ...] = ()
+    clean_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class SigmaRule:
-    """How a noise expert's sigmas are drawn and its flow loss is weighted."""
+    """How a noise expert's sigmas are drawn and its flow loss is weighted; `patch`: latent pixels along a token's
+    side."""
 
     sampler: SigmaSampler = field(default_factory=Uniform)
     band: Band = field(default_factory=lambda: Band(0.0, 1.0))
     strata: int = 1
     weighting: Weighting = field(default_factory=Weighting)
+    patch: int = 2
 
     def sigmas(self, u_B: Tensor, latent_size: tuple[int, int]) -> Tensor:
         """Sigma in the band for u ~ U(0, 1) and latents of (height, width): [B] fp64."""
-        return draw_in_band(self.sampler.for_tokens(_tokens(latent_size)), u_B, self.band.low, self.band.high)
+        return draw_in_band(self.sampler.for_tokens(self._tokens(latent_size)), u_B, self.band.low, self.band.high)
 
     def weights(self, sigma_B: Tensor, latent_size: tuple[int, int]) -> Tensor:
         """The flow loss's weights, of mean 1 over this rule's draws: [B] fp64."""
-        return self.weighting.raw(sigma_B) * self._scale(_tokens(latent_size))
+        return self.weighting.raw(sigma_B) * self._scale(self._tokens(latent_size))
+
+    def _tokens(self, latent_size: tuple[int, int]) -> int:
+        return latent_size[0] * latent_size[1] // self.patch**2
 
     def _scale(self, tokens: int) -> float:
         return _scale(self, tokens)
@@ -73,21 +82,20 @@ def _scale(rule: SigmaRule, tokens: int) -> float:
     return rule.weighting.normalizer(rule.sampler.for_tokens(tokens), rule.band.low, rule.band.high)
 
 
-def _tokens(latent_size: tuple[int, int]) -> int:
-    return latent_size[0] * latent_size[1] // 4  # patches of 2 x 2
-
-
 @lru_cache(maxsize=8)
 def _strata_order(seed: int | str, stream: int | str, block: int, strata: int) -> list[int]:
     order: list[int] = torch.randperm(strata, generator=rng.generator(seed, stream, block, "strata")).tolist()
     return order
 
 
-def make_draws(batch: Batch, keys: Sequence[RandomKey], rule: SigmaRule, caption_dropout: float = 0.0) -> Draws:
+def make_draws(
+    batch: Batch, keys: Sequence[RandomKey], rule: SigmaRule, caption_dropout: float = 0.0, first_frame: float = 0.0
+) -> Draws:
     """The draws of each sample by its own key, so that they do not depend on the rest of the batch; sigma in the band.
 
     Args:
         keys: (seed, stream, number of the visit, clip) of each sample.
+        first_frame: probability that a sample's first latent frame is given clean.
     """
 
     def stratified(key: RandomKey) -> float:
@@ -103,7 +111,20 @@ def make_draws(batch: Batch, keys: Sequence[RandomKey], rule: SigmaRule, caption
     sigma_B = rule.sigmas(u_B, size)
     weight_B = rule.weights(sigma_B, size)
     return Draws(
-        to_device(sigma_B, device), to_device(noise, device), dropped_B, to_device(weight_B, device), tuple(keys))
+        to_device(sigma_B, device), to_device(noise, device), dropped_B, to_device(weight_B, device), tuple(keys),
+        draw_clean(batch, keys, first_frame))
+
+
+def draw_clean(batch: Batch, keys: Sequence[RandomKey], first_frame: float) -> Tensor | None:
+    """Whose first latent frame is given clean: of a share `first_frame` of the samples, and never an image's only one.
+
+    Returns:
+        [B] bool in host memory; None if nobody's is.
+    """
+    if not first_frame or batch.latents_BCTHW.shape[2] < 2:
+        return None
+    clean_B = torch.tensor([rng.uniform(*key, "first frame") < first_frame for key in keys])
+    return clean_B if bool(clean_B.any()) else None
 
 
 @dataclass
@@ -196,10 +217,19 @@ class Objective(ABC):
         """Write the adapter files into `folder` and return their paths."""
 
 
+def counted_frames(x_BCTHW: Tensor, clean_B: Tensor) -> Tensor:
+    """[B, T] fp32: 0 for a first latent frame that is given clean, else 1."""
+    counted_BT = torch.ones(x_BCTHW.shape[0], x_BCTHW.shape[2], device=x_BCTHW.device)
+    counted_BT[:, 0] = (~clean_B).float()
+    return counted_BT
+
+
 def flow_terms(
     backbone: WanBackbone, batch: Batch, draws: Draws, roi_weight: float, empty_text: Tensor | None
 ) -> Loss:
     """w(σ)·(L_flow + λ·L_roi) per sample, from one velocity at (x_σ, 1000·σ); the figures are unweighted.
+
+    A first latent frame that is given clean is x0 at timestep 0, and carries no loss.
 
     Args:
         roi_weight: λ; 0 leaves the region out. A sample without a region adds nothing to it.
@@ -212,18 +242,25 @@ def flow_terms(
         if empty_text is None:
             raise ValueError("caption dropout needs the empty prompt's features")
         text[index] = empty_text
+    x, timestep_B = flow.add_noise(x0, noise, draws.sigma_B), 1000.0 * draws.sigma_B.float()
+    timestep: Tensor | TokenTimes = timestep_B
+    counted_BT = None
+    if draws.clean_B is not None:
+        clean_B, patch = to_device(draws.clean_B, x0.device), backbone.transformer.config.patch_size
+        x = with_first_frame(x, x0[:, :, :1], clean_B)
+        timestep = first_frame_times(timestep_B, clean_B, x.shape[2:], patch)
+        counted_BT = counted_frames(x, clean_B)
+    roi = batch.roi_BTHW if batch.roi_BTHW is None or counted_BT is None else (
+        batch.roi_BTHW * counted_BT[:, :, None, None])
     # Read back before the forward, when the device is idle; afterwards this would wait for all of it.
-    has_region = [] if batch.roi_BTHW is None else (batch.roi_BTHW.flatten(1).sum(dim=1) > 0).tolist()
-    v = backbone.velocity(
-        flow.add_noise(x0, noise, draws.sigma_B), 1000.0 * draws.sigma_B.float(),
-        [features.to(x0.device) for features in text], batch.condition_BCTHW,
-    )
+    has_region = [] if roi is None else (roi.flatten(1).sum(dim=1) > 0).tolist()
+    v = backbone.velocity(x, timestep, [features.to(x0.device) for features in text], batch.condition_BCTHW)
     error = flow.squared_error(v, flow.velocity_target(x0, noise))
-    plain = flow.flow_loss(error)
+    plain = flow.flow_loss(error, counted_BT)
     weight_B = draws.weight_B.to(plain.dtype)
     loss = Loss({"loss/diffusion": weight_B * plain}, {"loss/diffusion": plain.detach()})
-    if roi_weight and batch.roi_BTHW is not None:
-        region = flow.roi_loss(error, batch.roi_BTHW)
+    if roi_weight and roi is not None:
+        region = flow.roi_loss(error, roi)
         loss.terms["loss/roi"] = roi_weight * weight_B * region
         values = [value for value, has in zip(region.detach(), has_region, strict=True) if has]
         loss.figures["loss/roi"] = torch.stack(values) if values else region.detach()[:0]

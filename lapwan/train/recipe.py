@@ -47,6 +47,8 @@ from lapwan.train.trainer_config import TrainerConfig
 from lapwan.train.training_data import DataStream, TrainingData
 from lapwan.wan.transformer.compile import CompileReport, worth_compiling
 
+FIRST_FRAME = 0.5  # share of draws with a clean first frame, for models that generate with it and without
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -93,7 +95,8 @@ def read_data(settings: TrainSettings, base: Base, taxonomy: Taxonomy | None = N
     Raises:
         UserError: a cache that does not fit the model or the taxonomy, or a noise expert that the model does not have.
     """
-    check_noise_experts(settings.noise_experts, base.spec)
+    settings = for_model(settings, base.spec)
+    first_frame_share(settings, base.spec)
     index = load_index(settings.data.cache, settings.data.labels)
     items = training_items(index, settings.data.split)
     if taxonomy is not None:
@@ -134,7 +137,7 @@ def given_loras(paths: Mapping[NoiseExpert, Path], base: Base, rule: KeyRule) ->
         UserError: a file that is not a LoRA, is for the other noise expert or another model, or is not finite.
     """
     requests = [LoraRequest(noise_expert.value, path, 1.0) for noise_expert, path in paths.items()]
-    assigned = assign(requests, base.spec.noise_experts, rule)
+    assigned = assign(requests, base.spec.noise_experts, rule, base.spec.one_transformer)
     for noise_expert, loras in assigned.items():
         plan_terms(weight_files(base.spec.component(noise_expert)), loras)
         for file, _ in loras:
@@ -142,8 +145,8 @@ def given_loras(paths: Mapping[NoiseExpert, Path], base: Base, rule: KeyRule) ->
     return {noise_expert: file for noise_expert, [(file, _)] in assigned.items()}
 
 
-def sigma_rule(settings: NoiseExpertSettings, band: Band) -> SigmaRule:
-    """How a noise expert's sigmas are drawn and its loss is weighted."""
+def sigma_rule(settings: NoiseExpertSettings, band: Band, patch: int = 2) -> SigmaRule:
+    """How a noise expert's sigmas are drawn and its loss is weighted; `patch`: latent pixels along a token's side."""
     s, weighting = settings.sigma, settings.weighting
     sampler: SigmaSampler
     match s.sampler:
@@ -159,7 +162,7 @@ def sigma_rule(settings: NoiseExpertSettings, band: Band) -> SigmaRule:
         sampler = Shifted(sampler, s.shift)
     if s.band == "squeeze":
         sampler = Squeezed(sampler, band.low, band.high)
-    return SigmaRule(sampler, band, s.strata, Weighting(weighting.kind, weighting.gamma))
+    return SigmaRule(sampler, band, s.strata, Weighting(weighting.kind, weighting.gamma), patch)
 
 
 def fresh_lora(transformer: Any, settings: NoiseExpertSettings, seed: int, *key: str) -> AdapterState:
@@ -171,6 +174,35 @@ def fresh_lora(transformer: Any, settings: NoiseExpertSettings, seed: int, *key:
 def dropout_rates(data: RunData) -> dict[NoiseExpert, DropoutRates]:
     """The dropout rates of each noise expert."""
     return {e: DropoutRates(**settings.dropout.model_dump()) for e, settings in data.noise_experts.items()}
+
+
+def for_model(settings: TrainSettings, spec: ModelSpec) -> TrainSettings:
+    """The settings with the noise experts that the model has: both, the default, are all of them.
+
+    Raises:
+        UserError: a noise expert that the model does not have, or settings that one transformer has no use for.
+    """
+    if set(settings.noise_experts) != set(NoiseExpert) or set(spec.noise_experts) == set(NoiseExpert):
+        check_noise_experts(settings.noise_experts, spec)
+        return settings
+    if keys := settings.keys_of_two():
+        raise UserError(f"{' and '.join(keys)}: only for a model of two noise experts, but {spec.family.title} has one "
+                        "transformer for all noise; leave it out")
+    return settings.model_copy(update={"noise_experts": spec.noise_experts})
+
+
+def first_frame_share(settings: TrainSettings, spec: ModelSpec) -> float:
+    """The share of draws with a clean first frame; 0 where the model takes none.
+
+    Raises:
+        UserError: a share for a model that takes none.
+    """
+    if not spec.clean_first_frame:
+        if settings.first_frame is not None:
+            raise UserError(f"first_frame = {settings.first_frame:g} is for models that take a clean first frame in "
+                            f"their latents (TI2V-5B), not for {spec.family.title}; leave it out")
+        return 0.0
+    return FIRST_FRAME if settings.first_frame is None else settings.first_frame
 
 
 def check_noise_experts(noise_experts: Sequence[NoiseExpert], spec: ModelSpec) -> None:
@@ -213,7 +245,7 @@ def provenance(settings: TrainSettings, base: Base, data: RunData, noise_expert:
         "ss_lr_scheduler": trained.schedule.name,
         **({} if lr is None else {"ss_learning_rate": f"{lr:g}"}),
         "modelspec.timestep_range": f"{1000 * band.low:g},{1000 * band.high:g}",
-        "modelspec.title": f"{settings.name}_{noise_expert.file_suffix}",
+        "modelspec.title": settings.name + base.spec.file_suffix(noise_expert),
     }
 
 
@@ -259,12 +291,13 @@ def run_parts(
         steps = len(data.schedule) if shared else data.schedule.count(NoiseExpert(name))
         optimizers[name] = ScheduledOptimizer(optimizer, make_schedule(source.schedule, optimizer, max(1, steps)))
     streams = {
-        noise_expert: DataStream(order, sigma_rule(data.noise_experts[noise_expert], base.bands[noise_expert]))
+        noise_expert: DataStream(
+            order, sigma_rule(data.noise_experts[noise_expert], base.bands[noise_expert], base.spec.patch))
         for noise_expert, order in data.orders().items()
     }
     training_data = TrainingData(
         streams, store.batch, [item.id for item in data.items], settings.seed, settings.accumulate,
-        memory.micro_batch, settings.caption_dropout, distributed)
+        memory.micro_batch, settings.caption_dropout, distributed, first_frame_share(settings, base.spec))
     distributed.share_tokens(objective.backbones.values())
     _compile(settings, base, data, objective, distributed)
     ema = None if settings.ema_decay is None else Ema(objective.parameters, settings.ema_decay)

@@ -48,16 +48,18 @@ class TrainingData:
         accumulate: batches an optimizer step, over all processes.
         micro_batch: clips a forward, where a whole batch does not fit; the result is the same.
         caption_dropout: probability that a sample's caption is dropped.
+        first_frame: probability that a sample's first latent frame is given clean.
     """
 
     def __init__(
         self, streams: Mapping[NoiseExpert, DataStream], load_batch: LoadBatch, item_ids: Sequence[str], seed: int,
         accumulate: int = 1, micro_batch: int | None = None, caption_dropout: float = 0.0,
-        distributed: Distributed | None = None,
+        distributed: Distributed | None = None, first_frame: float = 0.0,
     ) -> None:
         self.streams, self.load_batch, self.item_ids = dict(streams), load_batch, item_ids
         self.micro_batch, self._seed, self._accumulate = micro_batch, seed, accumulate
         self._caption_dropout, self._distributed = caption_dropout, distributed or Distributed()
+        self._first_frame = first_frame
         self._prefetched: tuple[NoiseExpert, _Position, StepData] | None = None
 
     def step(self, noise_expert: NoiseExpert) -> StepData:
@@ -98,6 +100,6 @@ class TrainingData:
         # By visit: neither batch size nor the number of processes changes a sample's draws.
         keys = [[(self._seed, noise_expert.value, visit.number, self.item_ids[visit.item]) for visit in batch]
                 for batch in visits]
-        draws = [make_draws(batch, batch_keys, stream.sigma_rule, self._caption_dropout)
+        draws = [make_draws(batch, batch_keys, stream.sigma_rule, self._caption_dropout, self._first_frame)
                  for batch, batch_keys in zip(batches, keys, strict=True)]
         return StepData(batches, draws, samples, next_position)

@@ -131,6 +131,7 @@ class WanBackbone:
     ) -> Tensor:
         assert not isinstance(text, TextRows)
         features = text if isinstance(text, Tensor) else pad_text(text)
+        timestep = timestep.per_token() if isinstance(timestep, TokenTimes) else timestep
         out: Tensor = self.transformer(hidden_BCTHW, timestep, features, return_dict=False)[0]
         return out
 

@@ -1,8 +1,10 @@
-"""The image-to-video condition: mask and encoded first image, concatenated to the noisy latents as channels.
+"""The image-to-video condition: mask and encoded first image, concatenated to the noisy latents as channels; or, of
+TI2V-5B, a clean first latent frame in them (`with_first_frame`).
 
-The condition encodes the video [image, 0, 0, ...]. The encoder works in chunks of four frames with a cache of two input
-frames per convolution. After some chunks of zeros a layer's input and cache no longer change, so neither does its
-output: `encode_static` computes each layer only until then, with the same bits.
+The condition encodes the video [image, 0, 0, ...], or [image, 0, ..., 0, last image]. The encoder works in chunks of
+four frames with a cache of two input frames per convolution. After some chunks of zeros a layer's input and cache no
+longer change, so neither does its output: `encode_static` computes each layer only until then, and again for a last
+image, with the same bits.
 
 Shapes: B batch, C channels, T latent frames, H, W latent height and width.
 """
@@ -24,15 +26,18 @@ _MAX_CONVOLUTIONS = 16  # more than any one layer has
 RunLayer = Callable[[Tensor, list[Any]], Tensor]
 
 
-def condition_video(image_BCHW: Tensor, frames: int) -> Tensor:
-    """The pixel video `[image, 0, 0, ...]` of `frames` frames: zero is mid-grey in [-1, 1].
+def condition_video(image_BCHW: Tensor, frames: int, last_BCHW: Tensor | None = None) -> Tensor:
+    """The pixel video `[image, 0, 0, ...]` or `[image, 0, ..., 0, last]` of `frames` frames: zero is mid-grey in
+    [-1, 1].
 
     Args:
-        image_BCHW: [B, 3, H, W] in [-1, 1].
+        image_BCHW: [B, 3, H, W] in [-1, 1]; `last_BCHW` too.
         frames: 4N+1.
     """
     video = image_BCHW.new_zeros(*image_BCHW.shape[:2], frames, *image_BCHW.shape[2:])
     video[:, :, 0] = image_BCHW
+    if last_BCHW is not None:
+        video[:, :, -1] = last_BCHW
     return video
 
 
@@ -49,12 +54,21 @@ def first_frame_mask(latents_BCTHW: Tensor, channels: int = 4) -> Tensor:
     return mask
 
 
-def with_mask(condition_BCTHW: Tensor) -> Tensor:
-    """`mask | condition` of an encoded condition: [B, 16, T, H, W] -> [B, 20, T, H, W]."""
-    return torch.cat([first_frame_mask(condition_BCTHW), condition_BCTHW], dim=1)
+def with_mask(condition_BCTHW: Tensor, last: bool = False) -> Tensor:
+    """`mask | condition` of an encoded condition: [B, 16, T, H, W] -> [B, 20, T, H, W].
+
+    Args:
+        last: the last frame is given too: the mask's last channel is 1 on the last latent frame.
+    """
+    mask = first_frame_mask(condition_BCTHW)
+    if last:
+        mask[:, -1, -1] = 1
+    return torch.cat([mask, condition_BCTHW], dim=1)
 
 
-def image_condition(vae: AutoencoderKLWan, image_BCHW: Tensor, frames: int) -> Tensor:
+def image_condition(
+    vae: AutoencoderKLWan, image_BCHW: Tensor, frames: int, last_BCHW: Tensor | None = None
+) -> Tensor:
     """`mask | encode([image, 0, ...])`: image [B, 3, H, W] in [-1, 1] -> [B, 20, N+1, H/8, W/8] in fp32.
 
     Source: diffusers' WanImageToVideoPipeline.prepare_latents.
@@ -63,28 +77,33 @@ def image_condition(vae: AutoencoderKLWan, image_BCHW: Tensor, frames: int) -> T
         vae: the VAE.
         image_BCHW: the first frame.
         frames: 4N+1 frames of the video.
+        last_BCHW: the last frame of more than one, if it is given too.
 
     Raises:
         ValueError: the frame count is not 4N+1.
     """
-    return with_mask(encode_condition(vae, image_BCHW, frames))
+    return with_mask(encode_condition(vae, image_BCHW, frames, last_BCHW), last_BCHW is not None)
 
 
-def encode_condition(vae: AutoencoderKLWan, image_BCHW: Tensor, frames: int) -> Tensor:
+def encode_condition(
+    vae: AutoencoderKLWan, image_BCHW: Tensor, frames: int, last_BCHW: Tensor | None = None
+) -> Tensor:
     """`encode([image, 0, ...])`, normalised: [B, 16, N+1, H/8, W/8] in fp32; through `encode_static` if possible.
 
     Args:
         vae: the VAE.
         image_BCHW: [B, 3, H, W] in [-1, 1].
         frames: 4N+1 frames of the video.
+        last_BCHW: see `image_condition`.
 
     Raises:
         ValueError: the frame count is not 4N+1.
     """
     if _has_plain_encoder(vae) and (frames - 1) % 4 == 0:
         image = image_BCHW.to(device=vae.device, dtype=vae.dtype)
-        return normalise(vae, encode_static(vae, image, frames)[0].float())
-    return encode(vae, condition_video(image_BCHW, frames))
+        last = None if last_BCHW is None else last_BCHW.to(image)
+        return normalise(vae, encode_static(vae, image, frames, last)[0].float())
+    return encode(vae, condition_video(image_BCHW, frames, last_BCHW))
 
 
 def _has_plain_encoder(vae: AutoencoderKLWan) -> bool:
@@ -92,13 +111,16 @@ def _has_plain_encoder(vae: AutoencoderKLWan) -> bool:
     return vae.config.patch_size is None and not vae.config.is_residual and not vae.use_tiling
 
 
-def encode_static(vae: AutoencoderKLWan, image_BCHW: Tensor, frames: int) -> tuple[Tensor, int, int]:
+def encode_static(
+    vae: AutoencoderKLWan, image_BCHW: Tensor, frames: int, last_BCHW: Tensor | None = None
+) -> tuple[Tensor, int, int]:
     """The mode of `encode([image, 0, ...])` before normalisation, bit for bit.
 
     Args:
         vae: the VAE, with diffusers' plain encoder.
         image_BCHW: [B, 3, H, W] in [-1, 1], on the VAE's device and in its dtype.
         frames: 4N+1 frames of the video.
+        last_BCHW: the last of them, if it is not zero.
 
     Returns:
         Latents [B, C, N+1, H/8, W/8], how many layer evaluations were done, and how many `vae.encode` does.
@@ -110,6 +132,8 @@ def encode_static(vae: AutoencoderKLWan, image_BCHW: Tensor, frames: int) -> tup
     chunks = (frames - 1) // 4 + 1
     for chunk in range(chunks):
         x, unchanged = (first_BCTHW, False) if chunk == 0 else (zeros_BCTHW, chunk > 1)
+        if last_BCHW is not None and chunk == chunks - 1:
+            x, unchanged = condition_video(zeros_BCTHW[:, :, 0], 4, last_BCHW), False
         for layer in layers:
             x, unchanged = layer(x, unchanged)
         outputs.append(x)
@@ -157,3 +181,19 @@ def _encoder_layers(vae: AutoencoderKLWan) -> list[_CachedLayer]:
     runs: list[RunLayer] = [lambda x, cache: causal_conv(encoder.conv_in, x, cache, [0])]
     runs += [with_cache(block) for block in (*encoder.down_blocks, encoder.mid_block)]
     return [_CachedLayer(run) for run in (*runs, head)]
+
+
+def with_first_frame(x_BCTHW: Tensor, first_BC1HW: Tensor, given_B: Tensor | None = None) -> Tensor:
+    """x with clean first latent frames in place of its own, as TI2V-5B takes an image.
+
+    The VAE is causal: a clip's first latent frame encodes its first pixel frame alone.
+
+    Args:
+        x_BCTHW: latents.
+        first_BC1HW: clean first latent frames.
+        given_B: whose is replaced; None: every sample's.
+    """
+    first = first_BC1HW.to(x_BCTHW)
+    if given_B is not None:
+        first = torch.where(given_B.view(-1, 1, 1, 1, 1), first, x_BCTHW[:, :, :1])
+    return torch.cat([first, x_BCTHW[:, :, 1:]], dim=2)

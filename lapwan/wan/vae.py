@@ -128,7 +128,7 @@ def encode(vae: AutoencoderKLWan, pixels_BCTHW: Tensor) -> Tensor:
         ValueError: the frame count is not 4N+1; the VAE itself would silently drop the rest.
     """
     frames = pixels_BCTHW.shape[2]
-    if (frames - 1) % 4:
+    if (frames - 1) % vae.config.scale_factor_temporal:
         raise ValueError(f"{frames} frames; the VAE takes 4N+1")
     pixels = pixels_BCTHW.to(device=vae.device, dtype=vae.dtype)
     return normalise(vae, vae.encode(pixels).latent_dist.mode().float())

@@ -7,7 +7,8 @@ DIR is a checkout of the tool; its loading code is imported from there. Modules 
 do with loading an adapter (device management, model classes) are replaced by empty ones.
 
 An adapter with random values for every Linear of the embedded model (8 blocks, 80 modules, ranks and alphas that
-differ) is written by `lapwan merge`'s writers in each layout, and of other kinds where the layout has them. A row
+differ), or of a small transformer of TI2V-5B's form (one for all noise, 48 channels), is written by `lapwan merge`'s
+writers in each layout, and of other kinds where the layout has them. A row
 passes if the tool applies every module, says of no key that it is unused, and its ΔW is the one written, to 1e-6. The
 arithmetic is the tool's, on zero weights (DoRA: on random ones; ΔW is not judged there, since ComfyUI divides by ‖W‖
 where the paper and peft divide by ‖W + V‖).
@@ -40,6 +41,8 @@ from lapwan.lora.state import AdapterState, LowRank, WeightUpdate
 from lapwan.tiny.model import tiny_folder
 
 LIMIT = 1e-6
+TI2V = {"patch_size": (1, 2, 2), "num_attention_heads": 4, "attention_head_dim": 24, "in_channels": 48,
+        "out_channels": 48, "text_dim": 64, "freq_dim": 32, "ffn_dim": 192, "num_layers": 3}
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -143,10 +146,14 @@ def diffusers() -> Loader:
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
     def load(path: Path, base: Mapping[str, Tensor]) -> Outcome:
-        transformer = WanTransformer3DModel.from_pretrained(tiny_folder("t2v"), subfolder="transformer")
+        single = base["patch_embedding"].shape[1] == TI2V["in_channels"]
+        if single:
+            transformer = WanTransformer3DModel(**TI2V)
+        else:
+            transformer = WanTransformer3DModel.from_pretrained(tiny_folder("t2v"), subfolder="transformer")
         transformer = transformer.to(torch.float32)
         pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer,
-                           scheduler=FlowMatchEulerDiscreteScheduler())
+                           scheduler=FlowMatchEulerDiscreteScheduler(), expand_timesteps=single)
         pipe.load_lora_weights(path)
         deltas = {name: module.get_delta_weight("default_0").detach().double()
                   for name, module in transformer.named_modules() if hasattr(module, "get_delta_weight")}
@@ -154,10 +161,17 @@ def diffusers() -> Loader:
     return load
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that an adapter may change, by path."""
-    file = read_header(next((tiny_folder("t2v") / "transformer").glob("*.safetensors")))
-    paths = {target_path(name): info.shape for name, info in file.tensors.items()}
+def shapes(single: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that an adapter may change, by path; `single`: of TI2V-5B's form."""
+    if single:
+        from diffusers import WanTransformer3DModel
+
+        with torch.device("meta"):
+            named = {name: tuple(p.shape) for name, p in WanTransformer3DModel(**TI2V).named_parameters()}
+    else:
+        file = read_header(next((tiny_folder("t2v") / "transformer").glob("*.safetensors")))
+        named = {name: tuple(info.shape) for name, info in file.tensors.items()}
+    paths = {target_path(name): shape for name, shape in named.items()}
     return {path: shape for path, shape in paths.items() if path is not None}
 
 
@@ -199,7 +213,10 @@ def adapters() -> dict[str, AdapterState]:
     convolution = of({"patch_embedding": everything["patch_embedding"]}, lambda n, *shape: LowRank(
         _random(4, *shape[1:]), _random(shape[0], 4, 1, 1, 1), 4.0))
     some = dict(list(blocks.items())[3:20:4])
+    single = {path: shape for path, shape in shapes(single=True).items()
+              if path.startswith("blocks.") and to_original(path)}
     return {
+        "TI2V-5B, LoRA": of(single, _lora), "TI2V-5B, LoRA, 5 modules": of(dict(list(single.items())[3:20:4]), _lora),
         "LoRA": of(blocks, _lora), "LoRA, 5 modules": of(some, _lora), "LoRA, outer too": of(blocks | outer, _lora),
         "LoRA, patch embedding too": AdapterState(of(blocks, _lora).entries | convolution.entries),
         "LoKr": of(blocks, _lokr), "LoHa": of(blocks, _loha), "DoRA": of(blocks, _dora),
@@ -212,6 +229,12 @@ def adapters() -> dict[str, AdapterState]:
 
 # (adapter, layout, fold_alpha, tools that read the layout and the kind)
 ROWS: list[tuple[str, str, bool, tuple[str, ...]]] = [
+    ("TI2V-5B, LoRA", "comfy", False, ("ComfyUI", "diffusers")),
+    ("TI2V-5B, LoRA", "musubi", False, ("ComfyUI", "musubi", "diffusers")),
+    ("TI2V-5B, LoRA", "diffusers", False, ("diffusers",)),
+    ("TI2V-5B, LoRA, 5 modules", "comfy", False, ("ComfyUI", "diffusers")),
+    ("TI2V-5B, LoRA, 5 modules", "musubi", True, ("ComfyUI", "musubi")),
+    ("TI2V-5B, LoRA, 5 modules", "diffusers", False, ("diffusers",)),
     ("LoRA", "comfy", False, ("ComfyUI", "diffusers")),
     ("LoRA", "comfy", True, ("ComfyUI", "diffusers")),
     ("LoRA, 5 modules", "comfy", False, ("ComfyUI", "diffusers")),
@@ -270,7 +293,7 @@ def main() -> int:
         for name, layout, fold, tools in ROWS:
             state = states[name]
             write_lora(path, state, layout, torch.float32, fold)
-            zeros = {target: torch.zeros(shape) for target, shape in shapes().items()}
+            zeros = {target: torch.zeros(shape) for target, shape in shapes(name.startswith("TI2V")).items()}
             base = {target: torch.randn_like(w) for target, w in zeros.items()} if name == "DoRA" else zeros
             for tool in filter(loaders.__contains__, tools):
                 outcome = loaders[tool](path, base)

@@ -41,7 +41,8 @@ A14B = {
     "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824, "num_layers": 40,
 }
 SMALL = {**A14B, "num_attention_heads": 4, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 256, "num_layers": 4}
-LATENTS = {"256": (21, 32, 32), "480": (21, 60, 104), "small": (3, 8, 8)}  # 81 frames at 256x256 and 480x832
+LATENTS = {  # 81 frames at 256x256 and 480x832, 121 of TI2V-5B at 480x832
+    "256": (21, 32, 32), "480": (21, 60, 104), "small": (3, 8, 8), "5b_480": (31, 30, 52), "5b_small": (5, 4, 6)}
 PIXELS = {"256": (81, 256, 256), "480": (81, 480, 832), "small": (9, 64, 64)}
 WORDS = 60  # rows of a caption
 BAND = Band(0.875, 1.0)
@@ -149,11 +150,13 @@ def _state(model: WanBackbone, last: int, rank: int, *key: str) -> AdapterState:
     return state
 
 
-def lora_trainer(model: WanBackbone, size: str, last: int, rank: int = 16) -> tuple[Trainer, Adapted]:
-    """A plain LoRA on every Linear of the last blocks."""
+def lora_trainer(
+    model: WanBackbone, size: str, last: int, rank: int = 16, first_frame: float = 0.0
+) -> tuple[Trainer, Adapted]:
+    """A plain LoRA on every Linear of the last blocks; `first_frame`: share of draws with a clean first frame."""
     adapter = attach(model.transformer, [Group(LORA_GROUP, _state(model, last, rank), True)])
-    objective = LoraObjective({EXPERT: model}, {EXPERT: adapter}, "bench", {EXPERT: {}}, roi_weight=3.0)
-    return _trainer(objective, model, size), Adapted(adapter)
+    objective = LoraObjective({EXPERT: model}, {EXPERT: adapter}, {EXPERT: {}}, roi_weight=3.0)
+    return _trainer(objective, model, size, first_frame=first_frame), Adapted(adapter)
 
 
 def mixture_trainer(model: WanBackbone, size: str, last: int, rank: int = 4) -> tuple[Trainer, Adapted]:
@@ -172,24 +175,28 @@ def mixture_trainer(model: WanBackbone, size: str, last: int, rank: int = 4) -> 
 
 def _batch(model: WanBackbone, size: str, clip: int) -> Batch:
     device, dim = next(model.transformer.parameters()).device, model.transformer.config.text_dim
+    channels = model.transformer.config.out_channels
     generator = torch.Generator(device).manual_seed(clip)
     shape = LATENTS[size]
     roi = torch.zeros(1, *shape, device=device)
     roi[..., : shape[1] // 2, : shape[2] // 2] = 1
     return Batch(
-        ids=(f"clip{clip}",), latents_BCTHW=torch.randn(1, 16, *shape, device=device, generator=generator),
+        ids=(f"clip{clip}",), latents_BCTHW=torch.randn(1, channels, *shape, device=device, generator=generator),
         text=(torch.randn(WORDS, dim, device=device, generator=generator).bfloat16(),), condition_BCTHW=None,
         label_weights_BE=torch.tensor([[0.0, 0.65, 0.0, 0.35]], device=device),
         fallback_B=torch.tensor([False], device=device), roi_BTHW=roi,
     )
 
 
-def _trainer(objective: Objective, model: WanBackbone, size: str, clips: int = 8) -> Trainer:
+def _trainer(
+    objective: Objective, model: WanBackbone, size: str, clips: int = 8, first_frame: float = 0.0
+) -> Trainer:
     batches = [_batch(model, size, clip) for clip in range(clips)]
     optimizers = {n: make_optimizer(AdamWSettings(), groups) for n, groups in objective.parameter_groups.items()}
     scheduled = {n: ScheduledOptimizer(o, make_schedule(ScheduleSettings(), o, 10_000)) for n, o in optimizers.items()}
     streams = {EXPERT: DataStream(SampleOrder([0] * clips, 1, 0, "high"), SigmaRule(band=BAND))}
-    data = TrainingData(streams, lambda indices: batches[indices[0]], [f"clip{i}" for i in range(clips)], seed=0)
+    data = TrainingData(streams, lambda indices: batches[indices[0]], [f"clip{i}" for i in range(clips)], seed=0,
+                        first_frame=first_frame)
     return Trainer(objective, data, [EXPERT] * 10_000, scheduled, TrainerConfig(Path("unused")))
 
 

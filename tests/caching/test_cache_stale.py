@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from cache_clips import cache_tiny, copied, make_video, strip_recipes, write_jsonl
+from cache_clips import cache_tiny, copied, make_image, make_video, strip_recipes, write_jsonl
 from safetensors.torch import save_file
 
 from lapwan.caching.read import load_index, read_item
@@ -90,6 +90,51 @@ def test_i2v_needs_a_condition_t2v_accepts_one(dataset, tmp_path):
     cache_tiny(dataset, folder)
     assert not [name for name in changed(before, folder) if name.endswith("_wan.safetensors")]
     assert read_item(folder, load_index(folder).items[0])["condition"] is not None
+
+
+def test_last_frames_are_in_the_condition_of_clips_and_caches_without_them_stay_valid(dataset, tmp_path, capsys):
+    """An image among the clips has a first frame only; the condition without last frames is what it was before."""
+    make_image(tmp_path / "still.png")
+    edit(dataset, 2, video_path="still.png")
+    folder = cache_tiny(dataset, tmp_path / "cache", model="tiny-i2v")
+    clip, still = (load_index(folder).items[i] for i in (0, 2))
+    assert (still.frames, clip.last_image, still.last_image) == (1, None, None)
+    first = read_item(folder, clip)["condition"]
+    before = stamps(folder)
+    cache_tiny(dataset, folder, model="tiny-i2v", last_image=True)
+    assert len(changed(before, folder)) == 2, "the clips' latents, not the image's"
+    assert "last_image changed" in capsys.readouterr().err
+    clip, still = (load_index(folder).items[i] for i in (0, 2))
+    assert (clip.condition, clip.last_image, still.condition, still.last_image) == (True, True, True, None)
+    both = read_item(folder, clip)["condition"]
+    assert both[:4, 0].min() == both[3, -1].min() == 1 and both[:3, 1:].max() == both[3, 1:-1].max() == 0
+    torch.testing.assert_close(both[4:, :-1], first[4:, :-1])  # the encoder is causal
+    assert float((both[4:, -1] - first[4:, -1]).abs().mean()) > 0.1
+    single = read_item(folder, still)
+    assert torch.equal(single["condition"], torch.cat([torch.ones_like(single["latents"][:4]), single["latents"]]))
+    before = stamps(folder)
+    cache_tiny(dataset, folder, model="tiny-t2v")  # a condition that is not needed does no harm
+    assert not [name for name in changed(before, folder) if name.endswith("_wan.safetensors")]
+    cache_tiny(dataset, folder, model="tiny-i2v")
+    torch.testing.assert_close(read_item(folder, load_index(folder).items[0])["condition"], first)
+
+
+def test_a_mixed_cache_with_last_frames_trains_and_other_models_refuse_them(lapwan, dataset, tmp_path):
+    make_image(tmp_path / "still.png")
+    edit(dataset, 2, video_path="still.png")
+    small = "--size", "32x48", "--num-frames", "9", "--device", "cpu"
+    made = lapwan("cache", "--dataset", str(dataset), "--model", "tiny", "--last-image", *small, "-o", "cache")
+    assert made.code == 0, made.err
+    assert [item.last_image for item in load_index(tmp_path / "cache").items] == [True, True, None]
+    run = lapwan("train-lora", "--model", "tiny-i2v", "--cache", "cache", "--steps", "4", "--device", "cpu",
+                 "--set", "rank=2", "-o", "run")
+    assert run.code == 0, run.err
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 8, "four of each noise expert"
+    for more, reason in ((["--model", "tiny-t2v"], "is a text-to-video model; leave --last-image out"),
+                         (["--model", "tiny", "--t2v"], "which --t2v leaves out")):
+        refused = lapwan("cache", "--dataset", str(dataset), "--last-image", *more, *small, "-o", "other")
+        assert refused.code == 2 and reason in refused.err, refused.err
 
 
 def test_parts_apart_give_the_whole(dataset, tmp_path):

@@ -24,6 +24,7 @@ from typer.main import get_command
 
 from lapwan.cli import app
 from lapwan.commands.table import COMMANDS
+from lapwan.models.spec import ModelSpec
 from lapwan.settings.generate import GenerateSettings
 from lapwan.settings.load import load
 from lapwan.tiny.dataset import write_dataset
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 GUIDES = sorted((ROOT / "examples").glob("*.md"))
 PAGES = [README, *GUIDES, ROOT / "examples" / "comparison" / "README.md"]
-BIG_MODEL = "Wan2.2-T2V-A14B-Diffusers"
+BIG_MODEL, TI2V = "Wan2.2-T2V-A14B-Diffusers", "Wan2.2-TI2V-5B-Diffusers"
 SMALL = {
     "LAPWAN_STEPS": "3", "LAPWAN_SIZE": "32x32", "LAPWAN_NUM_FRAMES": "5", "LAPWAN_PREVIEW__STEPS": "2",
     "LAPWAN_ACCUMULATE": "1", "LAPWAN_BATCH_SIZE": "1", "LAPWAN_ROLLOUT__STEPS": "2",
@@ -88,12 +89,13 @@ def check(words: list[str], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def surgical(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def surgical(tmp_path_factory: pytest.TempPathFactory, ti2v: ModelSpec) -> Path:
     """The folder that the guide to surgical video leaves behind; the other guides begin with it."""
     folder = tmp_path_factory.mktemp("surgical")
     write_dataset(folder / "clips", clips=8, seed=1, size=(64, 64), frames=17, test_share=0.5)
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / BIG_MODEL).symlink_to(tiny_folder("t2v"))
+    (folder / TI2V).symlink_to(ti2v.path)
     (folder / "captions.json").write_text(json.dumps([{"caption": f"抓钳抓取组织 {i}"} for i in range(20)]), "utf-8")
     follow(ROOT / "examples" / "surgical.md", folder)
     return folder

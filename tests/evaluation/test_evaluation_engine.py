@@ -14,6 +14,7 @@ from cache_cases import write_random_cache
 from lapwan.caching.layout import write_roi
 from lapwan.caching.read import load_index
 from lapwan.data.taxonomy import load_taxonomy
+from lapwan.errors import UserError
 from lapwan.evaluation.arms import Arm, make_arm
 from lapwan.evaluation.bootstrap import paired_bootstrap
 from lapwan.evaluation.clips import EvaluationClip, VideoShape, evenly_spaced, read_eval_clips
@@ -85,6 +86,17 @@ def test_a_batch_of_image_to_video_is_its_videos_one_at_a_time(tiny_i2v, clips):
         generator.latents(requests[0], replace(requests[1], steps=4))
     with pytest.raises(ValueError, match="a first-block cache decides for one video"):
         generator.latents(*(replace(request, first_block_cache={LOW: 0.1}) for request in requests))
+
+
+def test_an_image_to_video_model_is_given_the_clips_last_frame_too_if_asked(tiny_i2v, ti2v, clips):
+    base, sampling = Base(tiny_i2v), small(tiny_i2v, last_image=True)
+    request = request_for(tiny_i2v, Arm("none", base), clips[0], sampling, 0)
+    frames = clips[0].frames(sampling.shape)
+    assert np.array_equal(request.image, frames[0]) and np.array_equal(request.last_image, frames[-1])
+    assert not np.array_equal(frames[0], frames[-1])
+    assert request_for(tiny_i2v, Arm("none", base), clips[0], small(tiny_i2v), 0).last_image is None
+    with pytest.raises(UserError, match="takes a first frame only; leave --last-image out"):
+        request_for(ti2v, Arm("none", Base(ti2v)), clips[0], small(ti2v, last_image=True, from_image=True), 0)
 
 
 def test_videos_of_no_adapter_twice_are_the_same_and_seeds_and_clips_differ(t2v_generator, arms, clips):

@@ -18,6 +18,7 @@ from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer import kernels
 from lapwan.wan.transformer.block import block_forward, eager_block, fused_block
 from lapwan.wan.transformer.compile import compile_time
+from lapwan.wan.transformer.forward import first_frame_times
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -116,9 +117,10 @@ def alike(ours: Tensor, theirs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("columns", [768, 5120])
-@pytest.mark.parametrize("rows", [1, 2])
-def test_norms_and_rope_are_torchs_operations(columns, rows):
-    """The kernels against what a CPU computes for the same operation."""
+@pytest.mark.parametrize(("rows", "runs"), [(1, (34, 0)), (2, (17, 0)), (2, (17, 5)), (4, (17, 5))])
+def test_norms_and_rope_are_torchs_operations(columns, rows, runs):
+    """The kernels against what a CPU computes for the same operation; `runs`: tokens of a sample, and how many of them
+    have the first of two rows."""
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
@@ -127,10 +129,10 @@ def test_norms_and_rope_are_torchs_operations(columns, rows):
     mul, add, gate = (random(rows, columns) for _ in range(3))
     angles = random(tokens // 2, 128)
     cos, sin = angles.cos(), angles.sin() * torch.tensor([-1.0, 1.0]).repeat(64)
-    cases = [(kernels.add_norm, (x, *before, mul, add, 1e-6, eight))
+    cases = [(kernels.add_norm, (x, *before, mul, add, 1e-6, eight, *runs))
              for before in ((None, None), (out, None), (out, gate)) for eight in (False, True)]
     cases += [(kernels.rms_rotate, (x, mul[0].bfloat16(), *tables, 1e-6)) for tables in ((None, None), (cos, sin))]
-    cases += [(kernels.quantise_rows, (x,)), (kernels.add_gated, (x, out, gate))]
+    cases += [(kernels.quantise_rows, (x,)), (kernels.add_gated, (x, out, gate, *runs))]
     for operation, given in cases:
         found = [operation(*(v.to(device) if isinstance(v, Tensor) else v for v in given))
                  for device in ("cuda", "cpu")]
@@ -138,8 +140,10 @@ def test_norms_and_rope_are_torchs_operations(columns, rows):
             alike(ours, theirs)
 
 
+@pytest.mark.parametrize("clean", [False, True])
 @pytest.mark.parametrize("precision", [None, Precision.FP8])
-def test_a_forward_with_our_kernels_is_one_without(tiny_t2v, precision):
+def test_a_forward_with_our_kernels_is_one_without(tiny_t2v, precision, clean):
+    """`clean`: with two timesteps in each sequence."""
     if precision is None:
         model = WanBackbone(load_transformer(tiny_t2v, NoiseExpert.HIGH, torch.bfloat16, "cuda"))
     else:
@@ -148,6 +152,8 @@ def test_a_forward_with_our_kernels_is_one_without(tiny_t2v, precision):
     x = torch.randn(2, 16, 5, 16, 16, device="cuda", generator=generator)
     text = torch.randn(2, 512, 96, device="cuda", generator=generator)
     t, velocities = torch.tensor([950.0, 900.0], device="cuda"), {}
+    if clean:
+        t = first_frame_times(t, torch.tensor([True, False], device="cuda"), x.shape[2:], (1, 2, 2))
     with torch.no_grad():
         for name, block in (("fused", fused_block), ("eager", eager_block), ("chosen", block_forward)):
             model.options.block = block

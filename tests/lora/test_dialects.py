@@ -19,7 +19,12 @@ from lapwan.errors import UserError
 from lapwan.lora.assign import LoraRequest, assign, report
 from lapwan.lora.formats import open_lora, read_lora
 from lapwan.lora.state import AdapterState
+from lapwan.models.base import Base
+from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
+from lapwan.sampling.adapters import read_adapters
+from lapwan.settings.lora_argument import LoraArgument
+from lapwan.train.recipe import given_loras
 
 PAIRS = {path: (torch.randn(4, columns) * 0.1, torch.randn(rows, 4) * 0.1)
          for path, (rows, columns) in shapes([0, 2]).items()}
@@ -291,15 +296,73 @@ def test_an_adapter_for_another_model_is_named_and_its_common_modules_apply(
 
 
 @pytest.mark.parametrize(("width", "words"), [
-    (5120, "A14B"), (3072, "TI2V-5B"), (1536, "Wan2.1 1.3B"), (64, "width 64")])
-def test_the_model_that_a_lora_is_for(tmp_path: Path, width: int, words: str) -> None:
-    stem = "diffusion_model.blocks.0.self_attn.q"
-    save_file({f"{stem}.lora_A.weight": torch.ones(1, width), f"{stem}.lora_B.weight": torch.ones(width, 1)},
+    (5120, "A14B or Wan2.1 14B"), (3072, "TI2V-5B"), (1536, "Wan2.1 1.3B"), (64, "width 64")])
+@pytest.mark.parametrize("module", ["self_attn.q", "cross_attn.o", "ffn.0", "ffn.2"])
+def test_the_model_that_a_lora_is_for(tmp_path: Path, width: int, words: str, module: str) -> None:
+    stem, (rows, columns) = f"diffusion_model.blocks.0.{module}", {
+        "ffn.0": (96, width), "ffn.2": (width, 96)}.get(module, (width, width))
+    save_file({f"{stem}.lora_A.weight": torch.ones(1, columns), f"{stem}.lora_B.weight": torch.ones(rows, 1)},
               tmp_path / "x_high.safetensors")
     save_file(make_transformer(3).state_dict(), tmp_path / "dit.safetensors")
     with pytest.raises(UserError, match=rf"made for another model: {words}"):
         merge(dit=tmp_path / "dit.safetensors", lora=[str(tmp_path / "x_high.safetensors")],
               output=tmp_path / "out.safetensors")
+
+
+# Names of other tools' files for models of one transformer: TI2V-5B, Wan2.1 14B and 1.3B.
+PEERS = {
+    "musubi-tuner": lambda p, part: f"lora_unet_{p.replace('.', '_')}.lora_{'down' if part == 'A' else 'up'}.weight",
+    "ComfyUI": lambda p, part: f"diffusion_model.{p}.lora_{'down' if part == 'A' else 'up'}.weight",
+    "ai-toolkit": lambda p, part: f"diffusion_model.{p}.lora_{part}.weight",
+    "DiffSynth": lambda p, part: f"{p}.lora_{part}.default.weight",
+    "DiffSynth, whole pipe": lambda p, part: f"pipe.dit.{p}.lora_{part}.default.weight",
+    "diffusers": lambda p, part: f"transformer.{diffusers_path(p)}.lora_{part}.weight",
+}
+
+
+def diffusers_path(original: str) -> str:
+    """`blocks.0.self_attn.q` -> `blocks.0.attn1.to_q`."""
+    _, block, inner = original.split(".", 2)
+    return f"blocks.{block}.{PROJECTIONS[inner]}"
+
+
+@pytest.mark.parametrize("name", ["wan22_5b", "low_motion", "high_quality"])
+@pytest.mark.parametrize("peer", PEERS)
+def test_loras_for_one_transformer_are_for_it_whatever_their_names_say(
+    tmp_path: Path, ti2v: ModelSpec, peer: str, name: str
+) -> None:
+    """Of generate, merge and a training over them: the same modules with the same ΔW as our own file gives."""
+    shapes, generator = {"self_attn.q": (48, 48), "cross_attn.o": (48, 48), "ffn.0": (64, 48), "ffn.2": (48, 64)}, (
+        torch.Generator().manual_seed(0))
+    pairs = {f"blocks.1.{module}": (
+        torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator))
+        for module, (rows, columns) in shapes.items()}
+    path = tmp_path / f"{name}.safetensors"
+    save_file({PEERS[peer](module, part): tensor for module, pair in pairs.items()
+               for part, tensor in zip("AB", pair, strict=True)}, path)
+    _, adapters = read_adapters(Base(ti2v), [LoraArgument(path=path)], None)
+    [use] = adapters.loras[NoiseExpert.HIGH]
+    assert set(use.state.entries) == set(map(diffusers_path, pairs))
+    for module, (down, up) in pairs.items():
+        torch.testing.assert_close(use.state.entries[diffusers_path(module)].delta(torch.float32), up @ down)
+    assert set(given_loras({NoiseExpert.HIGH: path}, Base(ti2v), "default")) == {NoiseExpert.HIGH}
+    merge(model=str(ti2v.path), lora=[str(path)], output=tmp_path / "merged")
+    assert (tmp_path / "merged" / "model_index.json").is_file()
+
+
+def test_a_lora_of_a_noise_expert_on_one_transformer_is_warned_of(tmp_path: Path, ti2v: ModelSpec, capsys) -> None:
+    """By its metadata; a file of two is refused."""
+    stem, pair = "blocks.1.self_attn.q", (torch.ones(2, 48), torch.ones(48, 2))
+    save_file({f"diffusion_model.{stem}.lora_{part}.weight": t for part, t in zip("AB", pair, strict=True)},
+              tmp_path / "a.safetensors", {"modelspec.timestep_range": "0,875"})
+    _, adapters = read_adapters(Base(ti2v), [LoraArgument(path=tmp_path / "a.safetensors")], None)
+    assert len(adapters.loras[NoiseExpert.HIGH]) == 1
+    assert "is for the low noise expert of a model of two (its metadata says so)" in " ".join(
+        capsys.readouterr().err.split())
+    save_file({f"diffusion_model.transformer_{n}.{stem}.lora_{part}.weight": t.clone() for n in (1, 2)
+               for part, t in zip("AB", pair, strict=True)}, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="holds a LoRA for each of two noise experts, but this model has one"):
+        read_adapters(Base(ti2v), [LoraArgument(path=tmp_path / "b.safetensors")], None)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -26,8 +30,11 @@ from lapwan.memory.plan import (
 from lapwan.memory.shape_model import ShapeModel
 from lapwan.memory.streaming import tensors_of
 from lapwan.memory.trace import trace_memory
-from lapwan.models.base import Base
+from lapwan.memory.training import Workload, predict_training
+from lapwan.models.base import Base, target_ranks
+from lapwan.models.spec import ModelSpec, read_spec
 from lapwan.names import NoiseExpert, Precision
+from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.wan.backbone import WanBackbone, load_transformer
 from lapwan.wan.quantise.load import Recipe
 from lapwan.wan.transformer.context_parallel import ContextParallel
@@ -216,16 +223,68 @@ def diffusers_model(shape: NoiseExpertShape) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-@pytest.mark.parametrize(("task", "name"), [*(("t2v", name) for name in RUNS), ("i2v", "lora")])
-def test_a_step_from_segments_is_the_step_traced_whole(task, name, tiny_t2v, tiny_i2v) -> None:
+@pytest.fixture(scope="module")
+def ti2v(tiny_t2v, tmp_path_factory) -> ModelSpec:
+    """A single transformer with a clean first frame: the embedded one's configuration without weights."""
+    folder = tmp_path_factory.mktemp("ti2v")
+    for file in ("scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json",
+                 "text_encoder/config.json"):
+        (folder / file).parent.mkdir()
+        shutil.copy(tiny_t2v.path / file, folder / file)
+    index = json.loads((tiny_t2v.path / "model_index.json").read_text())
+    index |= {"boundary_ratio": None, "transformer_2": [None, None], "expand_timesteps": True}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return read_spec(folder)
+
+
+def test_a_clean_first_frame_adds_two_rows_of_modulation_and_nothing_for_each_token(ti2v, tiny_t2v) -> None:
+    """Of an evaluation and of a step with the blocks recomputed, against the same transformer with one timestep; six
+    rows in fp32 for each token would double the first and add a third to the second."""
+    def taken(spec: ModelSpec) -> tuple[int, int]:
+        ranks = {f"blocks.{i}.attn1.to_q": 4 for i in range(8)}
+        shape = NoiseExpertShape(spec, NoiseExpert.HIGH, torch.bfloat16, None, [GroupShape(ranks, True)])
+        clip = ClipShape(1, 17, 256, 256)
+        return shape.forward_memory(clip), shape.step_memory(clip, ["block"]).peak("block")
+
+    assert ti2v.clean_first_frame
+    for split, plain in zip(taken(ti2v), taken(tiny_t2v), strict=True):
+        assert 0.9 * plain < split < 1.1 * plain
+
+
+@pytest.mark.parametrize(("task", "name"), [*(("t2v", name) for name in RUNS), ("i2v", "lora"), ("ti2v", "lora"),
+                                            ("ti2v", "context parallel")])
+def test_a_step_from_segments_is_the_step_traced_whole(task, name, tiny_t2v, tiny_i2v, ti2v) -> None:
     loras, gated, recipe, processes, dtype = RUNS[name]
-    shape = NoiseExpertShape(tiny_t2v if task == "t2v" else tiny_i2v, NoiseExpert.LOW, dtype, recipe,
+    spec = {"t2v": tiny_t2v, "i2v": tiny_i2v, "ti2v": ti2v}[task]
+    shape = NoiseExpertShape(spec, spec.noise_experts[-1], dtype, recipe,
                              [GroupShape(ranks, trained) for ranks, trained in loras], gated)
     clip = ClipShape(1, 9, 64, 64)
     step = shape.step_memory(clip, ["off", "op", "block"], processes)
     mixed = [("off", 1), ("op", 2)] if name == "text untouched" else []
     for kind, whole in [("off", 0), ("op", 0), ("block", 0), *mixed]:
         assert step.peak(kind, whole) == pytest.approx(traced(shape, clip, kind, whole, processes), rel=5e-3), kind
+
+
+@pytest.mark.parametrize(("dtype", "card", "size"), [
+    ("bf16", 24, (480, 832)), ("bf16", 24, (704, 1280)), ("nf4", 12, (480, 832))])
+def test_ti2v_5b_is_trained_on_small_cards_with_everything_resident(ti2v, tmp_path, dtype, card, size) -> None:
+    """A LoRA of rank 32 on every Linear at 121 frames; of a card its context and the desktop take 0.75 GiB."""
+    shapes = {"patch_size": [1, 2, 2], "num_attention_heads": 24, "attention_head_dim": 128, "in_channels": 48,
+              "out_channels": 48, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 14336, "num_layers": 30}
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(
+        json.loads((ti2v.path / "transformer" / "config.json").read_text()) | shapes))
+    spec = replace(ti2v, path=tmp_path, in_channels=48, latent_channels=48, num_layers=30, text_dim=4096,
+                   spatial_stride=16, pixel_multiple=32)
+    settings = TrainLoraSettings.model_validate({
+        "output": "unused", "data": {"cache": "unused"}, "steps": 1000, "dtype": dtype, "noise_experts": ["high"],
+        "targets": {"recipe": "all", "rank": 32}})
+    work = Workload((121, *size), 0, 1000, {NoiseExpert.HIGH: [target_ranks(settings.targets, 30)]})
+    assert tokens_of(spec, work.bucket) == 31 * (size[0] // 32) * (size[1] // 32)
+    rates = Throughput(matmul=1e14, matmul_fp8=1e14, attention=1e14, bus=2e10)
+    plan = predict_training(settings, Base(spec), work, torch.bfloat16, int((card - 0.75) * GIB), rates, True, None)
+    assert plan.fits and plan.both and not plan.streamed and not plan.strategy.micro_batch
+    assert plan.parts["weights"] == pytest.approx({"bf16": 9.33, "nf4": 2.62}[dtype] * GIB, rel=0.01)
 
 
 def test_flops_of_a_known_model(tiny_t2v) -> None:

@@ -17,7 +17,6 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from lapwan import VideoGenerator
 from lapwan.checkpoints.wan_keys import to_original
-from lapwan.errors import UserError
 from lapwan.models import original_layout
 from lapwan.models.original_layout import load_vae_file, t5_to_transformers
 from lapwan.models.separate_files import vae_config
@@ -173,7 +172,7 @@ def test_the_vae_codes_to_the_bit(blocks, tmp_path) -> None:
 @pytest.mark.parametrize("with_image", [False, True])
 def test_the_files_generate_what_the_folder_does(with_image, parts) -> None:
     files, folder = parts
-    ours, theirs = resolve_base(files, generation=True), resolve_base(str(folder), generation=True)
+    ours, theirs = resolve_base(files), resolve_base(str(folder))
     for base in (ours, theirs):
         assert (base.spec.task, base.spec.noise_experts, base.spec.flow_shift, base.spec.pixel_multiple) == (
             "ti2v", ("high",), 5.0, 32)
@@ -198,8 +197,6 @@ def test_from_python_as_in_toml(parts, tmp_path) -> None:
 
 def test_what_does_not_fit_is_refused(parts, lapwan, tmp_path) -> None:
     files, _ = parts
-    with pytest.raises(UserError, match="is a TI2V-5B model, which lapwan can generate with but not train"):
-        resolve_base(files)
     older = AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1)
     save_file(older.state_dict(), tmp_path / "old.safetensors")
 

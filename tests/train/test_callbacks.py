@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from training_cases import edited_cache
 
 from lapwan.commands import train_lora
@@ -18,6 +19,7 @@ from lapwan.errors import UserError
 from lapwan.lora.formats import open_lora
 from lapwan.names import Band, NoiseExpert, bands
 from lapwan.sampling.video import read_video_metadata, write_video
+from lapwan.settings.callbacks import PreviewSettings
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.tiny.resolve import resolve_base
 from lapwan.train.callbacks.build import check_callbacks
@@ -268,6 +270,18 @@ def test_a_preview_is_what_generate_makes_of_the_saved_files(make_lora):
     again = Generator(*read_adapters(base, files, None)).generate(request)
     [video] = (trainer.config.run_folder / "previews").iterdir()
     assert json.loads(read_video_metadata(video)["facts"])["frames"] == again.facts["frames"]
+
+
+def test_previews_take_last_frames(tiny_i2v, tmp_path):
+    from lapwan.train.callbacks.previews import preview_requests
+
+    for name, grey in (("a", 20), ("b", 200)):
+        Image.new("RGB", (32, 32), (grey,) * 3).save(tmp_path / f"{name}.png")
+    preview = {"every": 1, "prompts": ["x"], "images": [tmp_path / "a.png"], "last_images": [tmp_path / "b.png"]}
+    [request] = preview_requests(PreviewSettings.model_validate(preview), tiny_i2v, (5, 32, 32))
+    assert (request.image.getpixel((0, 0))[0], request.last_image.getpixel((0, 0))[0]) == (20, 200)
+    with pytest.raises(ValueError, match="1 last_images for 0 images"):
+        PreviewSettings.model_validate(preview | {"images": []})
 
 
 def checked(cache, **changes) -> dict[str, str]:

@@ -51,7 +51,7 @@ def velocities(model: WanBackbone, gates: Tensor, holder: object) -> dict[str, T
     with torch.no_grad(), holder.scope(gates):  # type: ignore[attr-defined]
         results["by sample"] = model.velocity(x, values[:, 1], text)
         results["by token"] = model.velocity(x, values[:, rows.long()], text)
-        results["two values"] = model.velocity(x, TokenTimes(values, rows.long()), Prompt(text))
+        results["two values"] = model.velocity(x, TokenTimes(values, (9, 18)), Prompt(text))
         cache = FirstBlockCache(0.2)
         for step in range(4):
             t = torch.tensor([500.0 - 5 * step]).expand(2)

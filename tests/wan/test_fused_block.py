@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.quantise.linears import LINEAR_CLASSES
 from lapwan.wan.quantise.load import fill, linears_of
 from lapwan.wan.transformer.block import BlockFunction, eager_block, fused_applies, fused_block
+from lapwan.wan.transformer.forward import TokenTimes, first_frame_times
 from lapwan.wan.transformer.kernels import Triton
 
 
@@ -37,7 +39,7 @@ def given(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def velocity(model: WanBackbone, block: BlockFunction, *inputs: Tensor) -> Tensor:
+def velocity(model: WanBackbone, block: BlockFunction, *inputs: Any) -> Tensor:
     model.options.block = block
     return model.velocity(*inputs)
 
@@ -51,14 +53,51 @@ def test_it_is_the_eager_block(alike):
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
 
 
-def test_the_compiler_takes_it_whole():
+@pytest.mark.parametrize("clean", [[True, True], [True, False], None])
+def test_it_is_the_eager_block_with_a_clean_first_frame(clean):
+    """Two rows of modulation for each sample, in some samples equal ones, or two rows for all samples; and both are the
+    block with a timestep for each token."""
+    x, t, text = given(torch.float64)
+    if clean is None:
+        pair = first_frame_times(t[:1], torch.tensor([True]), x.shape[2:], (1, 2, 2))
+        times = TokenTimes(pair.values_BK.expand(2, -1), pair.counts)
+    else:
+        times = first_frame_times(t, torch.tensor(clean), x.shape[2:], (1, 2, 2))
+    model = made(torch.float64)
+    plain, ours = (velocity(model, block, x, times, text) for block in (eager_block, fused_block))
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
+    per_token = times.per_token()
+    assert per_token.shape == (2, 36) and float(per_token[0, 0]) == 0 != float(per_token[0, 12])
+    torch.testing.assert_close(velocity(model, eager_block, x, per_token, text), plain, rtol=0, atol=1e-10)
+
+
+def test_a_clean_first_frame_has_the_gradients_of_a_timestep_for_each_token():
+    """Of latents and of a trained Linear, with both samples in one batch."""
+    x, t, text = given(torch.float64)
+    times = first_frame_times(t, torch.tensor([True, False]), x.shape[2:], (1, 2, 2))
+    gradients = []
+    for given_times in (times, times.per_token()):
+        model = made(torch.float64)
+        weight = model.transformer.blocks[1].attn1.to_q.weight.requires_grad_(True)
+        leaf = x.clone().requires_grad_(True)
+        model.velocity(leaf, given_times, text).square().mean().backward()
+        gradients.append((leaf.grad, weight.grad))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_the_compiler_takes_it_whole(clean):
     """Its lists of outputs and optional arguments, without generating code."""
     model, inputs = made(torch.float32), given(torch.float32)
+    if clean:
+        x, t, text = inputs
+        inputs = (x, first_frame_times(t, torch.tensor([True, False]), x.shape[2:], (1, 2, 2)), text)
     compiled = torch.compile(fused_block, backend="aot_eager", dynamic=False, fullgraph=True)
     assert torch.equal(velocity(model, compiled, *inputs), velocity(model, fused_block, *inputs))
 
 
-def test_a_step_with_a_graph_or_with_timesteps_per_token_takes_the_eager_path():
+def test_a_step_with_a_graph_or_with_many_timesteps_takes_the_eager_path():
     """Meta tensors stand for a GPU's, as in the memory plan."""
     block = made(torch.bfloat16).transformer.blocks[0]
     width = block.attn1.to_q.in_features
@@ -72,7 +111,8 @@ def test_a_step_with_a_graph_or_with_timesteps_per_token_takes_the_eager_path():
     with torch.no_grad():
         assert all(fused_applies(block, x(), modulation(samples, 1), None) for samples in (1, 2))
         assert not fused_applies(block, x(), modulation(2, 36), None)
-        assert not fused_applies(block, x(), modulation(1, 2), torch.zeros(36, dtype=torch.int64))
+        assert all(fused_applies(block, x(), modulation(samples, 2), (12, 24)) for samples in (1, 2))
+        assert not fused_applies(block, x(), modulation(1, 3), (12, 12, 12))
         assert not fused_applies(block, x(torch.float32), modulation(2, 1), None)
         assert not fused_applies(block, x(device="cpu"), modulation(2, 1), None)
     assert not fused_applies(block, x(), modulation(2, 1), None)

@@ -10,11 +10,13 @@ from lapwan.models.spec import ModelSpec
 from lapwan.wan.vae import decode_first_frame, decode_frames, denormalise, load_vae
 
 
+@pytest.mark.parametrize("model", ["tiny_t2v", "ti2v"])  # Wan2.1's VAE; Wan2.2's, residual and in patches
 @pytest.mark.parametrize("wanted", [[0], [0, 3, 7], [8], list(range(9))])
-def test_frames_and_gradients_are_decodes(tiny_t2v: ModelSpec, wanted):
-    vae = load_vae(tiny_t2v).double()
+def test_frames_and_gradients_are_decodes(request: pytest.FixtureRequest, model, wanted):
+    spec: ModelSpec = request.getfixturevalue(model)
+    vae = load_vae(spec).double()
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(2, 16, 3, 4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    z = torch.randn(2, spec.latent_channels, 3, 2, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     whole = vae.decode(denormalise(vae, z)).sample[:, :, wanted].transpose(1, 2)
     weights = torch.randn(whole.shape, generator=generator, dtype=torch.float64)
     [want] = torch.autograd.grad((whole * weights).sum(), z)

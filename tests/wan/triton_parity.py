@@ -41,15 +41,18 @@ def main() -> None:
     tokens, width = 6, 320
     x, out = random(tokens, width), random(tokens, width)
     x[3] = 0
-    for rows in (1, 2):
+    # One row, one per sample, a pair for all samples, a pair for each of two.
+    for rows, runs in ((1, (6, 0)), (2, (3, 0)), (2, (3, 1)), (4, (3, 2))):
         mul, add, gate = (random(rows, width) for _ in range(3))
         for given in ((None, None), (out, None), (out, gate)):
             for to_fp8 in (False, True):
-                case = (x, *given, mul, add, 1e-6, to_fp8)
-                what = f"add_norm rows={rows} out={given[0] is not None} gate={given[1] is not None} to_fp8={to_fp8}"
-                for ours, theirs in zip(triton_kernels.add_norm(*case), kernels.add_norm(*case), strict=True):
-                    same(ours, theirs, what)
-        same(triton_kernels.add_gated(x, out, gate), kernels.add_gated(x, out, gate), f"add_gated rows={rows}")
+                # A norm with weights of its own has one row whatever the gate has.
+                for both in ((mul, add), (mul[:1], add[:1])):
+                    case = (x, *given, *both, 1e-6, to_fp8, *runs)
+                    what = f"add_norm {rows} {runs} out={given[0] is not None} gate={given[1] is not None} {to_fp8}"
+                    for ours, theirs in zip(triton_kernels.add_norm(*case), kernels.add_norm(*case), strict=True):
+                        same(ours, theirs, what)
+        same(triton_kernels.add_gated(x, out, gate, *runs), kernels.add_gated(x, out, gate, *runs), f"{rows} {runs}")
     for ours, theirs in zip(triton_kernels.quantise_rows(x), kernels.quantise_rows(x), strict=True):
         same(ours, theirs, "quantise_rows")
     for ours, theirs in zip(triton_kernels.gelu_quantise(x), kernels.gelu_quantise(x), strict=True):

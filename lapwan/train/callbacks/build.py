@@ -23,7 +23,7 @@ from lapwan.train.callbacks.run_page import RunPage
 from lapwan.train.callbacks.validation import Validation, held_out, labelled
 from lapwan.train.callbacks.weight_figures import WeightFigures
 from lapwan.train.clip_store import ClipStore
-from lapwan.train.recipe import RunData, RunParts
+from lapwan.train.recipe import RunData, RunParts, first_frame_share
 from lapwan.train.run_folder import PREVIEWS, resume_command
 
 
@@ -46,8 +46,9 @@ def check_callbacks(
         items = held_out(data.index, settings)
         if taxonomy is not None and not labelled(items):
             raise UserError("clips held out for validation have no label; run `lapwan label` before `lapwan cache`")
+        each = "" if base.spec.one_transformer else " of each noise expert"
         rows.append(PlanRow("validation", f"every {settings.validation.every} steps on {count_text(len(items), 'clip')}"
-                                          f" at {settings.validation.sigmas} sigmas of each noise expert"))
+                                          f" at {settings.validation.sigmas} sigmas{each}"))
     if settings.preview.every is not None:
         requests = preview_requests(settings.preview, base.spec, data.items[0].bucket, taxonomy)
         first = requests[0]
@@ -91,13 +92,13 @@ def _evaluation_callbacks(
     adapter_set: AdapterSet, taxonomy: Taxonomy | None,
 ) -> Iterator[Callback]:
     """Those that evaluate the run every few steps: figures of the weights, validation, previews."""
-    yield weight_figures(parts, settings.watch.every, settings.health)
+    yield weight_figures(parts, settings.watch.every, settings.health, base.spec.one_transformer)
     onload = parts.offload.activate
     if settings.validation.every is not None:
         store = ClipStore(data.index, held_out(data.index, settings), device)
         sigma_rules = {e: stream.sigma_rule for e, stream in parts.data.streams.items()}
         yield Validation(parts.objective, sigma_rules, store, settings.validation.every, settings.validation.sigmas,
-                         settings.seed, onload)
+                         settings.seed, onload, first_frame_share(settings, base.spec))
     if settings.preview.every is not None:
         requests = preview_requests(settings.preview, base.spec, data.items[0].bucket, taxonomy)
         generator = PreviewGenerator(
@@ -110,9 +111,11 @@ def _evaluation_callbacks(
                       len(parts.schedule), resume_command(parts.command, settings.output))
 
 
-def weight_figures(parts: RunParts, every: int, health: HealthSettings) -> WeightFigures:
+def weight_figures(
+    parts: RunParts, every: int, health: HealthSettings, one_transformer: bool = False
+) -> WeightFigures:
     """Figures of the LoRAs in training, which look up each noise expert's lr and steps."""
     adapters, streams = parts.objective.adapters, parts.data.streams
     return WeightFigures(
         adapters, lambda: {e.value: float(parts.optimizers[e.value].lr) for e in adapters},
-        lambda: {e.value: stream.steps for e, stream in streams.items()}, every, health)
+        lambda: {e.value: stream.steps for e, stream in streams.items()}, every, health, one_transformer)

@@ -52,14 +52,15 @@ def preview_requests(
         UserError: a request that the model cannot generate, or a hint that names no family.
     """
     frames, height, width = bucket
-    images = [open_image(path) for path in settings.images] or [None] * len(settings.prompts)
+    images, last_images = ([open_image(path) for path in paths] or [None] * len(settings.prompts)
+                           for paths in (settings.images, settings.last_images))
     requests = [
         Request(
             prompt, settings.num_frames or frames, settings.size or (height, width),
             settings.steps or spec.defaults.steps, complete_guidance(spec, settings.guidance), spec.defaults.fps,
-            image=image, seed=settings.seed,
+            image=image, last_image=last, seed=settings.seed,
         )
-        for prompt, image in zip(settings.prompts, images, strict=True)
+        for prompt, image, last in zip(settings.prompts, images, last_images, strict=True)
     ]
     for request in requests:
         if spec.requires_image and request.image is None:

@@ -19,7 +19,7 @@ from lapwan.rng import RandomKey
 from lapwan.settings.train import TrainSettings
 from lapwan.train.callbacks.base import REPEAT_EVERY, Callback, Evaluation
 from lapwan.train.clip_store import ClipStore
-from lapwan.train.objective import Draws, Objective, SigmaRule
+from lapwan.train.objective import Draws, Objective, SigmaRule, draw_clean
 
 
 def held_out(index: CacheIndex, settings: TrainSettings) -> list[CachedItem]:
@@ -41,16 +41,22 @@ def held_out(index: CacheIndex, settings: TrainSettings) -> list[CachedItem]:
     return items[::step][: validation.clips]
 
 
-def fixed_draws(rule: SigmaRule, batch: Batch, u: Sequence[float], key: RandomKey, index: int) -> Draws:
+def fixed_draws(
+    rule: SigmaRule, batch: Batch, u: Sequence[float], key: RandomKey, index: int, first_frame: float = 0.0
+) -> Draws:
     """Sigma at given u in 0..1, and noise keyed by (*key, clip, index); no dropout, and no weight on the loss.
 
     The same at each evaluation, for every adapter and in any batch.
+
+    Args:
+        first_frame: probability that a sample's first latent frame is given clean.
     """
     shape, device = batch.latents_BCTHW.shape[1:], batch.latents_BCTHW.device
     noise = torch.stack([torch.randn(shape, generator=rng.generator(*key, clip, index)) for clip in batch.ids])
     sigma_B = rule.sigmas(torch.tensor(u, dtype=torch.float64), (shape[-2], shape[-1]))
     return Draws(sigma_B.to(device), noise.to(device), torch.zeros(len(u), dtype=torch.bool),
-                 torch.ones_like(sigma_B).to(device))
+                 torch.ones_like(sigma_B).to(device),
+                 clean_B=draw_clean(batch, [(*key, clip, index) for clip in batch.ids], first_frame))
 
 
 class Validation(Callback):
@@ -58,6 +64,7 @@ class Validation(Callback):
 
     Args:
         onload: brings a noise expert to the device.
+        first_frame: see `fixed_draws`.
     """
 
     name = "validation"
@@ -65,8 +72,9 @@ class Validation(Callback):
     def __init__(
         self, objective: Objective, sigma_rules: Mapping[NoiseExpert, SigmaRule], store: ClipStore, every: int,
         sigmas: int, seed: int, onload: Callable[[NoiseExpert], None] = lambda noise_expert: None,
+        first_frame: float = 0.0,
     ) -> None:
-        self.every, self._onload = every, onload
+        self.every, self._onload, self._first_frame = every, onload, first_frame
         self._objective, self._sigma_rules, self._store, self._seed = objective, sigma_rules, store, seed
         self._non_finite_in_a_row = 0
         self._u = [(i + 0.5) / sigmas for i in range(sigmas)]
@@ -95,7 +103,8 @@ class Validation(Callback):
         for item in range(len(self._store.items)):
             batch = self._store.batch([item])
             for index, u in enumerate(self._u):
-                draws = fixed_draws(self._sigma_rules[noise_expert], batch, [u], (self._seed, "validation"), index)
+                draws = fixed_draws(self._sigma_rules[noise_expert], batch, [u], (self._seed, "validation"), index,
+                                    self._first_frame)
                 with self._objective.loss(noise_expert, batch, draws) as loss:
                     figures = {name: v_B for name, v_B in loss.figures.items() if name.startswith("metrics/")}
                     flow_B = loss.figures["loss/diffusion"]

@@ -49,15 +49,16 @@ class WeightFigures(Callback):
         learning_rates: current lr by noise expert.
         steps: optimizer steps taken by noise expert.
         every: steps of the run between two evaluations.
+        one_transformer: the model has one for all noise, which is judged by fewer rules.
     """
 
     name = "weights"
 
     def __init__(
         self, adapters: Mapping[NoiseExpert, Adapter], learning_rates: Callable[[], dict[str, float]],
-        steps: Callable[[], dict[str, int]], every: int, health: HealthSettings,
+        steps: Callable[[], dict[str, int]], every: int, health: HealthSettings, one_transformer: bool = False,
     ) -> None:
-        self.every = every
+        self.every, self._one_transformer = every, one_transformer
         self._adapters, self._learning_rates, self._steps, self._health = adapters, learning_rates, steps, health
         self._before: dict[str, Figures] = {}
         self._steps_before: dict[str, int] = {}
@@ -88,7 +89,8 @@ class WeightFigures(Callback):
                 values[f"weights/{label}/growth_of_noise"] = grown[0][label]["sqrt_step"]
         stop_reason = None
         if self._health.preset is not None and min(steps.values()) >= self._health.after:
-            verdict = judge(Evidence(PRESETS[self._health.preset], figures, rates, grown, step, overlaps or None))
+            verdict = judge(Evidence(PRESETS[self._health.preset], figures, rates, grown, step, overlaps or None,
+                                     one_transformer=self._one_transformer))
             values["health/status"] = float(_LEVELS.index(verdict["status"]))
             stop_reason = self._report(verdict, step)
         self._before, self._steps_before, self._step_before = figures, steps, step

@@ -27,15 +27,14 @@ class LoraObjective(Objective):
         self,
         backbones: Mapping[NoiseExpert, WanBackbone],
         adapters: Mapping[NoiseExpert, Adapter],
-        name: str,
         metadata: Mapping[NoiseExpert, Mapping[str, str]],
         roi_weight: float = 0.0,
         empty_text: Tensor | None = None,
         dropout: Mapping[NoiseExpert, DropoutRates] | None = None,
-        one_file: bool = False,
+        files: Sequence[str] = (),
     ) -> None:
         self.backbones, self.adapters = dict(backbones), dict(adapters)
-        self._name, self._metadata, self._one_file = name, metadata, one_file
+        self._files, self._metadata = list(files), metadata
         self._roi_weight, self._empty_text = roi_weight, empty_text
         self._dropout = {e: Dropout((dropout or {}).get(e, DropoutRates()), a.layers) for e, a in adapters.items()}
         self.parameter_groups = {
@@ -56,17 +55,10 @@ class LoraObjective(Objective):
         for noise_expert, adapter in self.adapters.items():
             metadata = {**self._metadata[noise_expert], "lapwan.step": str(step), "ss_steps": str(step)}
             states[noise_expert] = replace(adapter.state(LORA_GROUP), metadata=metadata)
-        paths = [folder / name for name in lora_names(self._name, list(states), self._one_file)]
-        if self._one_file:
+        paths = [folder / name for name in self._files]
+        if len(paths) < len(states):
             write_both(paths[0], states)
         else:
             for path, state in zip(paths, states.values(), strict=True):
                 write_lora(path, state)
         return paths
-
-
-def lora_names(name: str, noise_experts: Sequence[NoiseExpert], one_file: bool) -> list[str]:
-    """The files a run saves: one for each noise expert, or one for both."""
-    if one_file:
-        return [f"{name}.safetensors"]
-    return [f"{name}_{noise_expert.file_suffix}.safetensors" for noise_expert in noise_experts]

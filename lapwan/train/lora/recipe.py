@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from lapwan.lora.state import low_rank_only
 from lapwan.memory.offload import NoiseExpertOffload
 from lapwan.memory.training import TrainingMemory, plan_training
 from lapwan.models.base import Base
+from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
 from lapwan.settings.train_lora import TrainLoraSettings
 from lapwan.train import recipe
@@ -39,13 +41,21 @@ def prepare(
         offload.add(noise_expert, backbone, adapters[noise_expert].adapter_tensors())
     metadata = {e: recipe.provenance(settings, base, data, e) for e in data.noise_experts}
     objective = LoraObjective(
-        backbones, adapters, settings.name, metadata, settings.roi_weight,
-        store.empty_text() if settings.caption_dropout else None, recipe.dropout_rates(data), settings.one_file,
+        backbones, adapters, metadata, settings.roi_weight,
+        store.empty_text() if settings.caption_dropout else None, recipe.dropout_rates(data),
+        lora_names(settings, base.spec, list(data.noise_experts)),
     )
     parts = recipe.run_parts(
         settings, base, data, objective, store, memory, offload, "lapwan train-lora", distributed or Distributed())
     callbacks = make_callbacks(settings, parts, base, data, device)
     return recipe.make_trainer(settings, parts, callbacks, memory.line, memory.plan.peak)
+
+
+def lora_names(settings: TrainLoraSettings, spec: ModelSpec, noise_experts: Sequence[NoiseExpert]) -> list[str]:
+    """The files a run saves: one for each noise expert, or one for both."""
+    if settings.one_file:
+        return [f"{settings.name}.safetensors"]
+    return [f"{settings.name}{spec.file_suffix(noise_expert)}.safetensors" for noise_expert in noise_experts]
 
 
 def initial_loras(settings: TrainLoraSettings, base: Base) -> dict[NoiseExpert, AdapterFile]:

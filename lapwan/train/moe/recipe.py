@@ -284,7 +284,7 @@ def prepare(
     first = next(iter(data.noise_experts))
     metadata = recipe.provenance(settings, base, data, first)
     for key in ("lapwan.noise_expert", "lapwan.base_fingerprint", "modelspec.timestep_range"):
-        metadata.pop(key)  # a mixture is for both noise experts; its spec has their fingerprints
+        metadata.pop(key, None)  # a mixture is for both noise experts; its spec has their fingerprints
     objective = MixtureObjective(
         mixture, backbones, adapters, weights_of(settings, len(data.schedule)), settings.name, metadata,
         store.empty_text() if settings.caption_dropout else None, recipe.dropout_rates(data),

@@ -97,11 +97,11 @@ def intervals(settings: SrpoSettings, spec: ModelSpec, noise_experts: Sequence[N
         top = full.high if full.high in full else full.high - _BELOW
         band = Band(max(low, full.low), min(high, top))
         if band.low >= band.high:
-            raise UserError(f"sigma = [{low:g}, {high:g}] lies outside the {noise_expert.value} noise expert's band "
+            raise UserError(f"sigma = [{low:g}, {high:g}] lies outside the {spec.title_of(noise_expert)}'s band "
                             f"{full}; choose bounds that overlap it, or set noise_experts")
         if band.high - band.low < settings.reach:
             raise UserError(f"sigma = [{low:g}, {high:g}] leaves [{band.low:g}, {band.high:g}] of the "
-                            f"{noise_expert.value} noise expert's band, which is shorter than reach = "
+                            f"{spec.title_of(noise_expert)}'s band, which is shorter than reach = "
                             f"{settings.reach:g}; widen the bounds or lower reach")
         bands[noise_expert] = band
     return bands
@@ -151,7 +151,7 @@ def srpo_plan_rows(
     else:
         r = settings.rollout
         steps, _ = rollout_steps(base.spec, RolloutRule(r.steps, r.guidance, r.flow_shift))
-        counts = ", ".join(f"{sum(s.noise_expert is e for s in steps)} on the {e.value} noise expert"
+        counts = ", ".join(f"{sum(s.noise_expert is e for s in steps)} on the {base.spec.title_of(e)}"
                            for e in base.spec.noise_experts)
         guidance = f"guidance {r.guidance:g}" if r.guidance > 1 else "without guidance"
         rows.append(PlanRow("rollout", f"{len(steps)} Euler steps ({counts}), {guidance}"))
@@ -175,7 +175,7 @@ def _noise_expert_row(
         text += "; bf16 master weights"
     if settings.optimizer_on_cpu:
         text += "; optimizer states in host memory"
-    return PlanRow(f"{noise_expert.value} noise", text)
+    return PlanRow("transformer" if base.spec.one_transformer else f"{noise_expert.value} noise", text)
 
 
 def _trained_line(settings: SrpoSettings, base: Base) -> str:

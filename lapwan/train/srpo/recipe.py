@@ -106,7 +106,7 @@ def load_parts(
     offload = NoiseExpertOffload(device, memory.both)
     backbones, trained = {}, {}
     for noise_expert in loaded_noise_experts(settings, base.spec, noise_experts):
-        console.log(f"loading the {noise_expert.value} noise expert")
+        console.log(f"loading the {base.spec.title_of(noise_expert)}")
         load_device = torch.device("cpu") if sharded else offload.load_device
         backbone = backbones[noise_expert] = base.load(
             noise_expert, dtype, load_device, frozen_recipe(settings), device,
@@ -291,7 +291,7 @@ class AlignedModelWriter:
                 path = folder / noise_expert.component
                 self._write_transformer(path, noise_expert)
             else:
-                path = folder / f"{self._settings.name}_{noise_expert.file_suffix}.safetensors"
+                path = folder / f"{self._settings.name}{self._base.spec.file_suffix(noise_expert)}.safetensors"
                 metadata = {**self._metadata(noise_expert), "lapwan.step": str(step)}
                 write_lora(path, replace(trained.adapter.state(LORA_GROUP), metadata=metadata))
             paths.append(path)
@@ -315,7 +315,7 @@ class AlignedModelWriter:
             "lapwan.rewards": ", ".join(reward_weights(self._settings.rewards)),
             "lapwan.seed": str(self._settings.seed), "lapwan.settings": settings_hash(self._settings),
             "modelspec.timestep_range": f"{1000 * band.low:g},{1000 * band.high:g}",
-            "modelspec.title": f"{self._settings.name}_{noise_expert.file_suffix}",
+            "modelspec.title": self._settings.name + base.spec.file_suffix(noise_expert),
         }
 
 

@@ -231,7 +231,7 @@ def load_quantised_transformer(
     blocks = linears_of(model.blocks, "blocks", recipe.full_blocks)
     cache = cache_folder(fingerprint, recipe.precision)
     if not cache.is_dir():
-        console.log(f"quantising the {noise_expert.value} noise expert to {recipe.precision.value}; later runs read "
+        console.log(f"quantising the {spec.title_of(noise_expert)} to {recipe.precision.value}; later runs read "
                     f"the codes from {cache}")
     fill(model, {**source, **(merged or {})}, blocks, recipe.precision, cast, device, cache, work_on,
          to_host)

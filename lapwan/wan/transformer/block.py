@@ -1,17 +1,19 @@
 """One block of Wan's transformer over diffusers' modules, with the same result as theirs: eager and fused.
 
 What differs: the adapters of q, k and v share one down-projection; cross-attention takes cached keys and values;
-modulation is given as a few rows and each token's row index; rope is two tables without a gather; what diffusers
-computes in fp32 is computed in the latents' dtype if that is wider. On a GPU without a graph the fused block takes
-over, with `kernels` between products and attention: a norm writes fp8 if every Linear that reads it multiplies in fp8.
+modulation is given as a few rows, each for a run of consecutive tokens, and never expanded to all of them; rope is two
+tables without a gather; what diffusers computes in fp32 is computed in the latents' dtype if that is wider. On a GPU
+without a graph the fused block takes over, with `kernels` between products and attention: a norm writes fp8 if every
+Linear that reads it multiplies in fp8.
 Shapes: B samples, N tokens, D width, H heads, d head width, F width of the feed-forward, L text tokens, K rows of
-modulation (1, or as many as the sequence has timesteps), R the same rows for all samples (1, or one per sample).
+modulation (1, or as many as the sequence has timesteps), R the same rows for all samples (K, or K per sample).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,6 +97,23 @@ def modulated(module: Any, x_wide: Tensor, scale_BKD: Tensor, shift_BKD: Tensor)
     return layer_norm(module, x_wide) * (1 + scale_BKD) + shift_BKD
 
 
+def by_run(
+    function: Callable[..., Tensor], counts: tuple[int, ...] | None, tokens: Sequence[Tensor], rows: Sequence[Tensor]
+) -> Tensor:
+    """function(*tokens, *rows) on each run of consecutive tokens with its row of modulation.
+
+    Rows [B, K, D] are not expanded to the tokens: that would write and keep [B, N, D] in fp32 for each of them.
+
+    Args:
+        function: takes tokens [B, n, D] and rows [B, 1, D].
+        counts: tokens of each run; None: one call with all tokens, K is 1 or N.
+    """
+    if counts is None:
+        return function(*tokens, *rows)
+    pieces = [*(torch.split(x, list(counts), dim=1) for x in tokens), *(torch.split(row, 1, dim=1) for row in rows)]
+    return torch.cat([function(*piece) for piece in zip(*pieces, strict=True)], dim=1)
+
+
 def _normalised_heads(attention: Any, norm: Any, x_BND: Tensor) -> Tensor:
     normed = F.rms_norm(x_BND, (x_BND.shape[-1],), norm.weight.to(x_BND.dtype), norm.eps)
     return torch.unflatten(normed, -1, (attention.heads, -1))
@@ -125,7 +144,7 @@ def cross_attention(attention: Any, y_BND: Tensor, keys_values: KeysValues, bias
 
 def eager_block(
     block: Any, x_BND: Tensor, text_BLD: Tensor | None, keys_values: KeysValues | None, modulation_BK6D: Tensor,
-    row_of_token_N: Tensor | None, rope: Rope, text_bias: Tensor | None = None, shards: TokenShards | None = None,
+    counts: tuple[int, ...] | None, rope: Rope, text_bias: Tensor | None = None, shards: TokenShards | None = None,
 ) -> Tensor:
     """One block, on any device and in any dtype; arguments as in `block_forward`."""
     dtype = x_BND.dtype
@@ -133,19 +152,22 @@ def eager_block(
     table = _modulation_table(block, x_BND, modulation_BK6D)
     keys_values = _keys_values(block, text_BLD, keys_values)
 
-    def per_token(part_BKD: Tensor) -> Tensor:
-        return part_BKD if row_of_token_N is None else part_BKD.index_select(1, row_of_token_N)
+    def modulate(norm: Any, x: Tensor, scale_BKD: Tensor, shift_BKD: Tensor) -> Tensor:
+        return modulated(norm, x.to(wide), scale_BKD, shift_BKD).to(dtype)
+
+    def add(x: Tensor, out: Tensor, gate_BKD: Tensor) -> Tensor:
+        return (x.to(wide) + out.to(wide) * gate_BKD).to(dtype)
 
     shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
 
-    y = modulated(block.norm1, x_BND.to(wide), per_token(scale1), per_token(shift1))
-    x_BND = (x_BND.to(wide) + self_attention(block.attn1, y.to(dtype), rope, shards) * per_token(gate1)).to(dtype)
+    y = by_run(partial(modulate, block.norm1), counts, [x_BND], [scale1, shift1])
+    x_BND = by_run(add, counts, [x_BND, self_attention(block.attn1, y, rope, shards)], [gate1])
 
     y = x_BND if isinstance(block.norm2, torch.nn.Identity) else layer_norm(block.norm2, x_BND.to(wide)).to(dtype)
     x_BND = x_BND + cross_attention(block.attn2, y, keys_values, text_bias)
 
-    y = modulated(block.norm3, x_BND.to(wide), per_token(scale2), per_token(shift2))
-    return (x_BND.to(wide) + feed_forward(block.ffn, y.to(dtype)).to(wide) * per_token(gate2)).to(dtype)
+    y = by_run(partial(modulate, block.norm3), counts, [x_BND], [scale2, shift2])
+    return by_run(add, counts, [x_BND, feed_forward(block.ffn, y)], [gate2])
 
 
 def _modulation_table(block: Any, x_BND: Tensor, modulation_BK6D: Tensor) -> Tensor:
@@ -190,13 +212,13 @@ def _linear_input(x_BND: Tensor, layers: Sequence[Any]) -> _LinearInput:
 
 
 def _add_norm(
-    x_BND: Tensor, mul_RD: Tensor, add_RD: Tensor, eps: float, layers: Sequence[Any], out_BND: Tensor | None = None,
-    gate_RD: Tensor | None = None,
+    x_BND: Tensor, mul_RD: Tensor, add_RD: Tensor, eps: float, layers: Sequence[Any], runs: tuple[int, int],
+    out_BND: Tensor | None = None, gate_RD: Tensor | None = None,
 ) -> tuple[Tensor, _LinearInput]:
     """h = x + out · gate, and LayerNorm(h) · mul + add as input of the Linears that read it."""
     to_fp8 = accept_fp8(layers, x_BND.device)
     out_ND = None if out_BND is None else out_BND.flatten(0, 1)
-    outputs = kernels.add_norm(x_BND.flatten(0, 1), out_ND, gate_RD, mul_RD, add_RD, eps, to_fp8)
+    outputs = kernels.add_norm(x_BND.flatten(0, 1), out_ND, gate_RD, mul_RD, add_RD, eps, to_fp8, *runs)
     h_BND = x_BND if out_BND is None else outputs[0].view(x_BND.shape)
     codes = (outputs[-2], outputs[-1]) if to_fp8 else None
     return h_BND, _LinearInput(None if to_fp8 else outputs[-1], codes, x_BND.shape)
@@ -242,53 +264,54 @@ def _fused_feed_forward(ffn: Any, y: _LinearInput, dtype: torch.dtype) -> Tensor
 
 def fused_block(
     block: Any, x_BND: Tensor, text_BLD: Tensor | None, keys_values: KeysValues | None, modulation_BK6D: Tensor,
-    row_of_token_N: None, rope: Rope, text_bias: Tensor | None = None, shards: TokenShards | None = None,
+    counts: tuple[int, ...] | None, rope: Rope, text_bias: Tensor | None = None, shards: TokenShards | None = None,
 ) -> Tensor:
     """One block where `fused_applies`, without a graph; arguments as in `block_forward`."""
     dtype, attn1, attn2, norm2 = x_BND.dtype, block.attn1, block.attn2, block.norm2
     table = _modulation_table(block, x_BND, modulation_BK6D)
     keys_values = _keys_values(block, text_BLD, keys_values)
-    shift1, scale1, gate1, shift2, scale2, gate2 = (part.squeeze(1) for part in table.unbind(2))
+    shift1, scale1, gate1, shift2, scale2, gate2 = (part.flatten(0, 1) for part in table.unbind(2))
+    runs = x_BND.shape[1], 0 if counts is None else counts[0]
     layers = [attn1.to_q, attn1.to_k, attn1.to_v]
-    _, y = _add_norm(x_BND, 1 + scale1, shift1, block.norm1.eps, layers)
+    _, y = _add_norm(x_BND, 1 + scale1, shift1, block.norm1.eps, layers, runs)
     x_BND, y = _add_norm(
-        x_BND, norm2.weight[None], norm2.bias[None], norm2.eps, [attn2.to_q],
+        x_BND, norm2.weight[None], norm2.bias[None], norm2.eps, [attn2.to_q], runs,
         _fused_self_attention(attn1, y, layers, dtype, rope, shards), gate1)
     x_BND, y = _add_norm(
-        x_BND, 1 + scale2, shift2, block.norm3.eps, [block.ffn.net[0].proj],
+        x_BND, 1 + scale2, shift2, block.norm3.eps, [block.ffn.net[0].proj], runs,
         _fused_cross_attention(attn2, y, dtype, keys_values, text_bias))
     out = _fused_feed_forward(block.ffn, y, dtype)
-    added: Tensor = kernels.add_gated(x_BND.flatten(0, 1), out.flatten(0, 1), gate2)
+    added: Tensor = kernels.add_gated(x_BND.flatten(0, 1), out.flatten(0, 1), gate2, *runs)
     return added.view(x_BND.shape)
 
 
 # The choice between them
 
 
-def fused_applies(block: Any, x_BND: Tensor, modulation_BK6D: Tensor, row_of_token_N: Tensor | None) -> bool:
+def fused_applies(block: Any, x_BND: Tensor, modulation_BK6D: Tensor, counts: tuple[int, ...] | None) -> bool:
     """Whether the fused block is as good and faster: no graph, bf16 on a GPU, Wan's norms, one row of modulation for
-    all tokens."""
-    if row_of_token_N is not None or not kernels.supports(x_BND):
+    all tokens of a sample, or one for its first tokens and one for the others."""
+    if not kernels.supports(x_BND) or modulation_BK6D.shape[1] != (1 if counts is None else 2):
         return False
     norms = (block.norm1.weight is None, block.norm3.weight is None, getattr(block.norm2, "weight", None) is not None)
-    return all(norms) and modulation_BK6D.shape[1] == 1 and x_BND.shape[0] % modulation_BK6D.shape[0] == 0
+    return all(norms) and x_BND.shape[0] % modulation_BK6D.shape[0] == 0
 
 
 def block_forward(
     block: Any, x_BND: Tensor, text_BLD: Tensor | None, keys_values: KeysValues | None, modulation_BK6D: Tensor,
-    row_of_token_N: Tensor | None, rope: Rope, text_bias: Tensor | None = None, shards: TokenShards | None = None,
+    counts: tuple[int, ...] | None, rope: Rope, text_bias: Tensor | None = None, shards: TokenShards | None = None,
 ) -> Tensor:
     """One block: self-attention, cross-attention over the text, feed-forward; fused where that applies.
 
     Args:
         block: diffusers' WanTransformerBlock, whose Linears may be any module that maps [..., I] to [..., O].
         text_BLD: embedded text; None if `keys_values` of this block are given.
-        row_of_token_N: each token's row of the modulation; None: K is 1 or N.
+        counts: how many consecutive tokens have each row of the modulation; None: K is 1 or N.
         text_bias: [B, 1, 1, L], added to the logits of the text.
         shards: set if the tokens, with their rope and rows of modulation, are this process's shard of a sequence.
     """
-    if kernels.TRITON.works and fused_applies(block, x_BND, modulation_BK6D, row_of_token_N):
+    if kernels.TRITON.works and fused_applies(block, x_BND, modulation_BK6D, counts):
         return fused_block(
-            block, x_BND, text_BLD, keys_values, modulation_BK6D, None, rope, text_bias, shards)
+            block, x_BND, text_BLD, keys_values, modulation_BK6D, counts, rope, text_bias, shards)
     return eager_block(
-        block, x_BND, text_BLD, keys_values, modulation_BK6D, row_of_token_N, rope, text_bias, shards)
+        block, x_BND, text_BLD, keys_values, modulation_BK6D, counts, rope, text_bias, shards)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from lapwan.lora.layer import StackedLoraLinear
 from lapwan.names import Checkpointing
 from lapwan.wan.transformer import kernels
-from lapwan.wan.transformer.block import BlockFunction, Rope, block_forward, layer_norm
+from lapwan.wan.transformer.block import BlockFunction, Rope, block_forward, by_run, layer_norm
 from lapwan.wan.transformer.checkpointing import run_checkpointed
 from lapwan.wan.transformer.context_parallel import ContextParallel, TokenShards
 from lapwan.wan.transformer.first_block_cache import CacheBranch
@@ -77,24 +78,54 @@ class ForwardOptions:
 
 @dataclass(frozen=True)
 class TokenTimes:
-    """A sequence with few distinct timesteps: their values [B, K], and which one each token has [N]."""
+    """A sequence with few distinct timesteps: their values [B, K], and how many consecutive tokens have each (K)."""
 
     values_BK: Tensor
-    row_of_token_N: Tensor
+    counts: tuple[int, ...]
+
+    def per_token(self) -> Tensor:
+        """[B, N], as diffusers' own forward takes it."""
+        return torch.cat([value_B1.expand(-1, n) for value_B1, n in zip(
+            torch.split(self.values_BK, 1, dim=1), self.counts, strict=True)], dim=1)
+
+
+def first_frame_times(timestep_B: Tensor, clean_B: Tensor, size_THW: Sequence[int], patch: Sequence[int]) -> TokenTimes:
+    """Timesteps of sequences whose first latent frame may be given: 0 for its tokens where it is, t for all others.
+
+    Args:
+        timestep_B: one per sample.
+        clean_B: bool, whether the sample's first frame is given.
+        size_THW: of the latents.
+        patch: (frames, height, width) of a token, in latent pixels.
+    """
+    frames, height, width = (size // step for size, step in zip(size_THW, patch, strict=True))
+    counts, first_B = (height * width, (frames - 1) * height * width), timestep_B * ~clean_B
+    if frames == 1:
+        return TokenTimes(first_B[:, None], counts[:1])
+    return TokenTimes(torch.stack([first_B, timestep_B], dim=1), counts)
 
 
 @dataclass(frozen=True)
 class _Time:
-    """Embedded timesteps: for the head [B, K, D], for the blocks [B, K, 6, D]; B and K are 1 where all are equal."""
+    """Embedded timesteps: for the head [B, K, D], for the blocks [B, K, 6, D]; B and K are 1 where all are equal.
+
+    `counts`: how many consecutive tokens have each of the K rows; None: K is 1 or N.
+    """
 
     rows_BKD: Tensor
     modulation_BK6D: Tensor
-    row_of_token_N: Tensor | None
+    counts: tuple[int, ...] | None
 
     def of(self, tokens: slice) -> _Time:
         """The same for a part of the tokens."""
-        if self.row_of_token_N is not None:
-            return replace(self, row_of_token_N=self.row_of_token_N[tokens])
+        if self.counts is not None:
+            ends = list(accumulate(self.counts))
+            local = [min(end, tokens.stop) - max(end - n, tokens.start)
+                     for end, n in zip(ends, self.counts, strict=True)]
+            present = [k for k, n in enumerate(local) if n > 0] or [0]
+            rows = slice(present[0], present[-1] + 1)
+            counts = tuple(local[rows])
+            return _Time(self.rows_BKD[:, rows], self.modulation_BK6D[:, rows], counts if len(counts) > 1 else None)
         if self.rows_BKD.shape[1] == 1:
             return self
         return replace(self, rows_BKD=self.rows_BKD[:, tokens], modulation_BK6D=self.modulation_BK6D[:, tokens])
@@ -102,16 +133,16 @@ class _Time:
 
 def _embed_time(embedder: Any, timestep: Tensor | TokenTimes, dtype: torch.dtype) -> _Time:
     """Embeds distinct rows only: an expanded dimension (stride 0) is one row, known without a device sync."""
-    row_of_token_N = None
+    counts = None
     if isinstance(timestep, TokenTimes):
-        values_BK, row_of_token_N = timestep.values_BK, timestep.row_of_token_N
+        values_BK, counts = timestep.values_BK, timestep.counts if len(timestep.counts) > 1 else None
     else:
         values_BK = timestep[:, None] if timestep.dim() == 1 else timestep
     first, second = embedder.time_embedder.linear_1, embedder.time_embedder.linear_2
     # An adapter on a time layer has per-sample gates, so every sample keeps its row.
     adapted = any(isinstance(layer, StackedLoraLinear) for layer in (first, second, embedder.time_proj))
     for dim in (1,) if adapted else (0, 1):
-        if values_BK.stride(dim) == 0:
+        if values_BK.stride(dim) == 0 and (dim == 0 or counts is None):
             values_BK = values_BK.narrow(dim, 0, 1)
     shape = values_BK.shape
     sines = embedder.timesteps_proj(values_BK.flatten())
@@ -119,7 +150,7 @@ def _embed_time(embedder: Any, timestep: Tensor | TokenTimes, dtype: torch.dtype
     weight_dtype = plain.weight.dtype
     rows = embedder.time_embedder(sines.to(weight_dtype)).to(dtype)
     modulation = embedder.time_proj(embedder.act_fn(rows))
-    return _Time(rows.unflatten(0, shape), modulation.unflatten(0, shape).unflatten(-1, (6, -1)), row_of_token_N)
+    return _Time(rows.unflatten(0, shape), modulation.unflatten(0, shape).unflatten(-1, (6, -1)), counts)
 
 
 def _patches(patch_embedding: nn.Conv3d, hidden_BCTHW: Tensor) -> Tensor:
@@ -136,11 +167,13 @@ def _head(
 ) -> Tensor:
     """Norm, modulation, projection, and unpatchify; with `shards` the result has the tokens of all processes."""
     shift, scale = (transformer.scale_shift_table.unsqueeze(0) + time.rows_BKD.unsqueeze(2)).unbind(2)
-    if time.row_of_token_N is not None:
-        shift, scale = (part.index_select(1, time.row_of_token_N) for part in (shift, scale))
-    x_wide = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
-    y = layer_norm(transformer.norm_out, x_wide) * (1 + scale) + shift
-    out = transformer.proj_out(y.to(x_BND.dtype))
+    wide = torch.promote_types(x_BND.dtype, torch.float32)
+
+    def modulate(x: Tensor, scale_BKD: Tensor, shift_BKD: Tensor) -> Tensor:
+        y: Tensor = layer_norm(transformer.norm_out, x.to(wide)) * (1 + scale_BKD) + shift_BKD
+        return y.to(x.dtype)
+
+    out = transformer.proj_out(by_run(modulate, time.counts, [x_BND], [scale, shift]))
     out = out if shards is None else shards.gather(out)
     t, h, w = transformer.config.patch_size
     batch, _, frames, height, width = latents_BCTHW.shape
@@ -209,7 +242,7 @@ def _run_block(
             keys_values = text.keys_values(block.attn2)
         out = function(
             block, x, text_BLD if keys_values is None else None, keys_values, modulation_BK6D,
-            inputs.time.row_of_token_N, inputs.rope, text.bias, inputs.shards,
+            inputs.time.counts, inputs.rope, text.bias, inputs.shards,
         )
         if options.residency is not None:
             options.residency.done(index)

@@ -4,8 +4,9 @@ Norms with the residual addition before them and the quantisation to fp8 after t
 the product before it, or with the quantisation after it. On an H200 at 5,376 tokens the compiler's kernels besides
 products and attention take 0.9 of an fp8 block's 4.5 ms, three times what reading and writing their tensors once takes:
 they go over rows several times.
-Shapes: N tokens of all samples, D width, H heads of d, R rows of modulation (1, or one per sample), I in features, O
-out features.
+Rows of modulation are 1 for all tokens, one per sample, or two per sample (or for all of them): the first for the first
+`first` of its `tokens` tokens, the second for the others.
+Shapes: N tokens of all samples, D width, H heads of d, R rows of modulation, I in features, O out features.
 """
 
 from __future__ import annotations
@@ -79,16 +80,26 @@ def _(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     return empty_codes(x_NK)
 
 
-def _per_token(rows_RD: Tensor, tokens: int) -> Tensor:
-    return rows_RD.repeat_interleave(tokens // rows_RD.shape[0], dim=0)
+def _per_token(rows_RD: Tensor, count: int, tokens: int, first: int) -> Tensor:
+    """The row of each of `count` tokens, [N, D] or [1, D]."""
+    if len(rows_RD) == 1:
+        return rows_RD
+    if not first:
+        return rows_RD.repeat_interleave(count // len(rows_RD), dim=0)
+    rows_SND = rows_RD.view(-1, 2, rows_RD.shape[1])[:, (torch.arange(tokens, device=rows_RD.device) >= first).long()]
+    return rows_SND.flatten(0, 1).repeat(count // (len(rows_SND) * tokens), 1)
 
 
 @torch.library.custom_op("lapwan::add_norm", mutates_args=())
 def add_norm(
     x_ND: Tensor, out_ND: Tensor | None, gate_RD: Tensor | None, mul_RD: Tensor, add_RD: Tensor, eps: float,
-    to_fp8: bool,
+    to_fp8: bool, tokens: int = 0, first: int = 0,
 ) -> list[Tensor]:
     """h = x + out · gate (h = x without `out`), y = LayerNorm(h) · mul + add.
+
+    Args:
+        tokens: of a sample; read with `first` only.
+        first: how many of them have the first row of each pair; 0: a row for all tokens, or one per sample.
 
     Returns:
         h, if `out` is given; then y in x's dtype, or with `to_fp8` its e4m3 codes and their scales [N, 1].
@@ -96,20 +107,20 @@ def add_norm(
     if x_ND.device.type == "cuda":
         from lapwan.wan.transformer import triton_kernels
 
-        return triton_kernels.add_norm(x_ND, out_ND, gate_RD, mul_RD, add_RD, eps, to_fp8)
-    wide, tokens = torch.promote_types(x_ND.dtype, torch.float32), len(x_ND)
+        return triton_kernels.add_norm(x_ND, out_ND, gate_RD, mul_RD, add_RD, eps, to_fp8, tokens, first)
+    wide, runs = torch.promote_types(x_ND.dtype, torch.float32), (len(x_ND), tokens, first)
     h = x_ND
     if out_ND is not None:
-        gated = out_ND if gate_RD is None else out_ND.to(wide) * _per_token(gate_RD, tokens)
+        gated = out_ND if gate_RD is None else out_ND.to(wide) * _per_token(gate_RD, *runs)
         h = (x_ND.to(wide) + gated).to(x_ND.dtype)
     normed = F.layer_norm(h.to(wide), h.shape[-1:], eps=eps)
-    y = (normed * _per_token(mul_RD, tokens) + _per_token(add_RD, tokens)).to(h.dtype)
+    y = (normed * _per_token(mul_RD, *runs) + _per_token(add_RD, *runs)).to(h.dtype)
     return [*([] if out_ND is None else [h]), *(quantise_fp8(y) if to_fp8 else [y])]
 
 
 @add_norm.register_fake
 def _(x_ND: Tensor, out_ND: Tensor | None, gate_RD: Tensor | None, mul_RD: Tensor, add_RD: Tensor, eps: float,
-      to_fp8: bool) -> list[Tensor]:
+      to_fp8: bool, tokens: int = 0, first: int = 0) -> list[Tensor]:
     h = [] if out_ND is None else [x_ND.new_empty(x_ND.shape)]
     if not to_fp8:
         return [*h, x_ND.new_empty(x_ND.shape)]
@@ -117,18 +128,18 @@ def _(x_ND: Tensor, out_ND: Tensor | None, gate_RD: Tensor | None, mul_RD: Tenso
 
 
 @torch.library.custom_op("lapwan::add_gated", mutates_args=())
-def add_gated(x_ND: Tensor, out_ND: Tensor, gate_RD: Tensor) -> Tensor:
-    """x + out · gate in one kernel, whether or not the block is compiled."""
+def add_gated(x_ND: Tensor, out_ND: Tensor, gate_RD: Tensor, tokens: int = 0, first: int = 0) -> Tensor:
+    """x + out · gate in one kernel, whether or not the block is compiled; rows as in `add_norm`."""
     if x_ND.device.type == "cuda":
         from lapwan.wan.transformer import triton_kernels
 
-        return triton_kernels.add_gated(x_ND, out_ND, gate_RD)
+        return triton_kernels.add_gated(x_ND, out_ND, gate_RD, tokens, first)
     wide = torch.promote_types(x_ND.dtype, torch.float32)
-    return (x_ND.to(wide) + out_ND.to(wide) * _per_token(gate_RD, len(x_ND))).to(x_ND.dtype)
+    return (x_ND.to(wide) + out_ND.to(wide) * _per_token(gate_RD, len(x_ND), tokens, first)).to(x_ND.dtype)
 
 
 @add_gated.register_fake
-def _(x_ND: Tensor, out_ND: Tensor, gate_RD: Tensor) -> Tensor:
+def _(x_ND: Tensor, out_ND: Tensor, gate_RD: Tensor, tokens: int = 0, first: int = 0) -> Tensor:
     return x_ND.new_empty(x_ND.shape)
 
 

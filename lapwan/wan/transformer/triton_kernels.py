@@ -42,26 +42,28 @@ def gelu_quantise(x_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _add_norm(  # type: ignore[no-untyped-def]
-    x_ptr, out_ptr, gate_ptr, mul_ptr, add_ptr, h_ptr, y_ptr, scale_ptr, tokens, gate_step, mul_step, eps,
-    columns: tl.constexpr, HAS_OUT: tl.constexpr, HAS_GATE: tl.constexpr, TO_FP8: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, out_ptr, gate_ptr, mul_ptr, add_ptr, h_ptr, y_ptr, scale_ptr, tokens, first, gate_step, gate_run,
+    mul_step, mul_run, eps, columns: tl.constexpr, HAS_OUT: tl.constexpr, HAS_GATE: tl.constexpr,
+    TO_FP8: tl.constexpr, BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     sample = row // tokens
+    run = (row % tokens >= first).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
     x = tl.load(x_ptr + row * columns + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_OUT:
         out = tl.load(out_ptr + row * columns + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_GATE:
-            out = out * tl.load(gate_ptr + sample * gate_step + at, mask=inside, other=0.0)
+            out = out * tl.load(gate_ptr + sample * gate_step + run * gate_run + at, mask=inside, other=0.0)
         h = (x + out).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + row * columns + at, h, mask=inside)
         x = h.to(tl.float32)
     mean = tl.sum(x, axis=0) / columns
     off = tl.where(inside, x - mean, 0.0)
     deviation = tl.rsqrt(tl.sum(off * off, axis=0) / columns + eps)
-    mul = tl.load(mul_ptr + sample * mul_step + at, mask=inside, other=0.0)
-    add = tl.load(add_ptr + sample * mul_step + at, mask=inside, other=0.0)
+    mul = tl.load(mul_ptr + sample * mul_step + run * mul_run + at, mask=inside, other=0.0)
+    add = tl.load(add_ptr + sample * mul_step + run * mul_run + at, mask=inside, other=0.0)
     y = (off * deviation * mul + add).to(x_ptr.dtype.element_ty)
     if TO_FP8:
         _store_codes(y.to(tl.float32), y_ptr, scale_ptr, row, at, inside, columns)
@@ -71,7 +73,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
 
 def add_norm(
     x_ND: Tensor, out_ND: Tensor | None, gate_RD: Tensor | None, mul_RD: Tensor, add_RD: Tensor, eps: float,
-    to_fp8: bool,
+    to_fp8: bool, tokens: int = 0, first: int = 0,
 ) -> list[Tensor]:
     """`kernels.add_norm`, one program per row."""
     rows, columns = x_ND.shape
@@ -81,41 +83,47 @@ def add_norm(
     out_ND = None if out_ND is None else out_ND.contiguous()
     h = x_ND if out_ND is None else torch.empty_like(x_ND)
     y, scale = empty_codes(x_ND) if to_fp8 else (torch.empty_like(x_ND),) * 2
-    samples = max(len(mul_RD), 1 if gate_RD is None else len(gate_RD))
+    tokens = tokens if first else rows // max(len(mul_RD), 1 if gate_RD is None else len(gate_RD))
     block = triton.next_power_of_2(columns)
     _add_norm[(rows,)](
         x_ND, x_ND if out_ND is None else out_ND, mul_RD if gate_RD is None else gate_RD, mul_RD, add_RD, h, y, scale,
-        rows // samples, _step(gate_RD), _step(mul_RD), eps, columns, HAS_OUT=out_ND is not None,
+        tokens, first, *_steps(gate_RD, first), *_steps(mul_RD, first), eps, columns, HAS_OUT=out_ND is not None,
         HAS_GATE=gate_RD is not None, TO_FP8=to_fp8, BLOCK=block, num_warps=8)
     return [*([] if out_ND is None else [h]), *([y, scale] if to_fp8 else [y])]
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _add_gated(  # type: ignore[no-untyped-def]
-    x_ptr, out_ptr, gate_ptr, h_ptr, tokens, gate_step, columns: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, out_ptr, gate_ptr, h_ptr, tokens, first, gate_step, gate_run, columns: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
     x = tl.load(x_ptr + row * columns + at, mask=inside, other=0.0).to(tl.float32)
     out = tl.load(out_ptr + row * columns + at, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + (row // tokens) * gate_step + at, mask=inside, other=0.0)
+    run = (row % tokens >= first).to(tl.int64)
+    gate = tl.load(gate_ptr + (row // tokens) * gate_step + run * gate_run + at, mask=inside, other=0.0)
     tl.store(h_ptr + row * columns + at, (x + out * gate).to(h_ptr.dtype.element_ty), mask=inside)
 
 
-def add_gated(x_ND: Tensor, out_ND: Tensor, gate_RD: Tensor) -> Tensor:
+def add_gated(x_ND: Tensor, out_ND: Tensor, gate_RD: Tensor, tokens: int = 0, first: int = 0) -> Tensor:
     """`kernels.add_gated`, one program per row."""
     rows, columns = x_ND.shape
     x_ND, out_ND, gate_RD = x_ND.contiguous(), out_ND.contiguous(), gate_RD.float().contiguous()
     h = torch.empty_like(x_ND)
-    _add_gated[(rows,)](x_ND, out_ND, gate_RD, h, rows // len(gate_RD), _step(gate_RD), columns,
+    tokens = tokens if first else rows // len(gate_RD)
+    _add_gated[(rows,)](x_ND, out_ND, gate_RD, h, tokens, first, *_steps(gate_RD, first), columns,
                         BLOCK=triton.next_power_of_2(columns), num_warps=8)
     return h
 
 
-def _step(rows_RD: Tensor | None) -> int:
-    """Elements from a sample's row to the next sample's; 0 if all share one row."""
-    return 0 if rows_RD is None or len(rows_RD) == 1 else rows_RD.shape[1]
+def _steps(rows_RD: Tensor | None, first: int) -> tuple[int, int]:
+    """Elements from a sample's row to the next sample's, and from the row of its first tokens to that of the others."""
+    if rows_RD is None or len(rows_RD) == 1:
+        return 0, 0
+    count, width = rows_RD.shape
+    runs = 2 if first else 1
+    return 0 if count == runs else runs * width, width if first else 0
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
