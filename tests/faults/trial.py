@@ -382,9 +382,7 @@ def refusal_faults(outcome: Outcome, may_pass: bool = False) -> list[str]:
         lines = outcome.err.rstrip("\n").split("\n")
         errors = [index for index, line in enumerate(lines) if line.startswith("error: ")]
         # Several keys of one settings file are listed below the line, indented.
-        if outcome.err.startswith("Usage: lapwan "):  # Typer's: an option that there is not, in a box
-            pass
-        elif len(errors) != 1 or not all(line.startswith("  ") for line in lines[errors[0] + 1 :]):
+        if len(errors) != 1 or not all(line.startswith("  ") for line in lines[errors[0] + 1 :]):
             wrong.append(f"{len(errors)} error lines, the last line is {outcome.last[:160]!r}")
         elif (longest := max(map(len, lines))) > 2000:
             wrong.append(f"a line of {longest} characters")
