@@ -81,7 +81,7 @@ class EvaluationVideoSettings(Settings):
     num_frames: int | None = Field(None, ge=1, description="4N+1.")
     size: tuple[int, int] | None = Field(None, description="(height, width) in pixels, or HEIGHTxWIDTH.")
     steps: Annotated[int | None, Flag("--steps", metavar="N")] = Field(
-        None, ge=1, description="Sampling steps; absent: the model's default.")
+        None, ge=1, le=10_000, description="Sampling steps; absent: the model's default.")
     guidance: float | dict[NoiseExpert, float] | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     negative_prompt: str | None = None

@@ -30,7 +30,7 @@ _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _PRELOAD = ("lapwan.cli", "lapwan.api", "lapwan.commands.merge", "lapwan.commands.generate", "lapwan.commands.cache",
             "lapwan.commands.evaluate", "lapwan.commands.train_lora", "lapwan.commands.train_moe",
             "lapwan.commands.srpo", "lapwan.commands.label", "lapwan.commands.inspect_weights",
-            "lapwan.commands.doctor", "lapwan.commands.demo")
+            "lapwan.commands.doctor", "lapwan.commands.demo", "lapwan.commands.split")
 
 
 _QUIET_LIBRARIES = {  # as `cli.main` has them before it imports these, which the server has done already
