@@ -105,8 +105,8 @@ def _encode_mp4(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # cpu-independent: x264's macroblock tree divides exactly; its quick reciprocals give equal frames other bytes now
-        # and then.
+        # cpu-independent: the macroblock tree divides exactly; with x264's quick reciprocals equal frames have other
+        # bytes now and then.
         stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "cpu-independent=1"}
         context = stream.codec_context
         context.thread_count = 1

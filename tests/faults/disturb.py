@@ -112,7 +112,8 @@ def prepare(template: Path, folder: Path) -> Path:
 
 def fingerprints(disk: Path, results: tuple[str, ...]) -> dict[str, str]:
     """By relative path, the sha256 of the files that must be the same whenever the work is done."""
-    return {str(path.relative_to(disk)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(disk.rglob("*"))
+    return {str(path.relative_to(disk)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(disk.rglob("*"))
             if path.suffix in results and path.is_file() and path.name not in _NOT_COMPARED}
 
 
