@@ -30,7 +30,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("size", "resolution"), (1, 8192)),
     **dict.fromkeys(("num_frames", "target_frames", "frames"), (1, 10_001)),
     **dict.fromkeys(("rank", "patterns", "q", "k", "v", "o", "ffn_in", "ffn_out"), (0, 16_384)),
-    **dict.fromkeys(("batch_size", "images", "top_k"), (1, 4096)),
+    **dict.fromkeys(("batch_size", "images", "top_k"), (0, 4096)),
     **dict.fromkeys(("accumulate", "clips", "prompts", "preview", "frame_sample", "max_frames",
                      "num_repeats", "seeds"), (0, 100_000)),
     **dict.fromkeys(("strata", "knots", "bins", "sigma_bins", "sigmas", "draws"), (0, 10_000)),
