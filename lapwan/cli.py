@@ -24,7 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 from lapwan import __version__
 from lapwan.cli_aliases import rewrite
 from lapwan.commands.table import COMMANDS, Command
-from lapwan.errors import Interrupted, UserError
+from lapwan.errors import Interrupted, UserError, nearest
 from lapwan.files import finished_text, forget_finished
 from lapwan.interrupt import INTERRUPTED, command_line, stop_on_signals, was_interrupted
 
@@ -66,20 +66,50 @@ def _interrupts_raised() -> Iterator[None]:
         raise Interrupted(f"interrupted; {kept or 'no output was written'}", "--overwrite" if kept else "") from None
 
 
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of the click inside Typer, or beside an older one
+
+
+@contextmanager
+def _mistakes_in_a_line(parsed: Any = None) -> Iterator[None]:
+    """What Typer shows of a mistyped command line in a box, with its usage above, as a `UserError`.
+
+    Args:
+        parsed: the context of `lapwan` itself, which knows the command.
+    """
+    try:
+        yield
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help itself
+            raise
+        command = getattr(parsed, "invoked_subcommand", None)
+        raise _mistyped(error, f"lapwan {command}" if command else "lapwan") from None
+
+
+def _mistyped(error: Any, path: str) -> UserError:
+    context = error.ctx
+    path = path if context is None else context.command_path
+    text = error.format_message().rstrip(".").replace(". Did you mean ", "; did you mean ")
+    if (option := getattr(error, "option_name", None)) and text.startswith("No such option"):
+        known = [] if context is None else [
+            name for param in context.command.get_params(context) for name in (*param.opts, *param.secondary_opts)]
+        text = f"no option '{option}'{nearest(option, known)}"
+    return UserError(f"{path}: {text[:1].lower()}{text[1:]}; `{path} -h` shows what it takes")
+
+
 class _Commands(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**{**attributes, "commands": {row.name: _LazyCommand(row) for row in COMMANDS}})
 
     def make_context(self, *arguments: Any, **extra: Any) -> Any:
         """Parse the options of `lapwan` itself."""
-        with _interrupts_raised():
+        with _interrupts_raised(), _mistakes_in_a_line():
             return super().make_context(*arguments, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         """Parse the options of the command and run it. Of the errors that nothing caught those that the user can mend
         become a `UserError`."""
         try:
-            with _interrupts_raised():
+            with _interrupts_raised(), _mistakes_in_a_line(ctx):
                 return super().invoke(ctx)
         except Exception as error:
             from lapwan import console

@@ -29,6 +29,8 @@ Count = Annotated[int, Field(strict=True, ge=1, le=1 << 20)]  # a size of a mode
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 JSON_BYTES, TOML_BYTES, YAML_BYTES, _LINE_BYTES = 16 << 20, 4 << 20, 4 << 20, 1 << 20
+LIST_BYTES = 256 << 20  # of a list of clips that is read whole
+TOKENIZER_BYTES = 64 << 20  # umT5's is 17 MB
 _DEPTH = 64
 _ALIASES = 16  # of a YAML file
 _BIGGEST = 2**64
@@ -45,12 +47,31 @@ def read_text(path: Path, limit: int = JSON_BYTES) -> str:
     Raises:
         UserError: it cannot be read, is larger, or is not text in UTF-8.
     """
+    return decoded(read_bytes(path, limit), path, limit)
+
+
+def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
+    """What is in a file that is read whole.
+
+    Args:
+        limit: most bytes; of a larger file, or an endless one, no more is read.
+
+    Raises:
+        UserError: it cannot be read, or is larger.
+    """
     try:
         with path.open("rb") as stream:
             data = stream.read(limit + 1)
     except OSError as error:
         raise unreadable(path, error) from None
-    return decoded(data, path, limit)
+    if len(data) > limit:
+        raise _too_large(path, limit)
+    return data
+
+
+def _too_large(source: object, limit: int) -> UserError:
+    return UserError(f"cannot read {source}: it is larger than {limit >> 20} MiB, the most that such a file may have; "
+                     "is it the right file?")
 
 
 def unreadable(path: Path, error: OSError) -> UserError:
@@ -72,8 +93,7 @@ def decoded(data: bytes, source: object, limit: int = JSON_BYTES) -> str:
         UserError: larger, or not text in UTF-8.
     """
     if len(data) > limit:
-        raise UserError(f"cannot read {source}: it is larger than {limit >> 20} MiB, the most that such a file may "
-                        "have; is it the right file?")
+        raise _too_large(source, limit)
     for mark, name in _ENCODINGS:
         if data.startswith(mark):
             raise UserError(f"cannot read {source}: it is {name}, not UTF-8; save it as UTF-8")

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lapwan.documents import TOKENIZER_BYTES
 from lapwan.errors import UserError
 
 _RETRY = "then run the command again"
@@ -97,13 +98,22 @@ _MISFITS = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, 
             AssertionError)
 
 
+_SMALL = (".json", ".txt", ".model")
+
+
 @contextmanager
 def library_reads(what: str, path: Path) -> Iterator[None]:
     """A call of another library that builds `what` of the files at `path`: its errors say what is wrong with them.
 
+    Its small files are sized before, since the library reads them whole.
+
     Raises:
-        UserError: an error of the library, but not of lapwan, of a full disk or of memory.
+        UserError: an error of the library, but not of lapwan, of a full disk or of memory; a file that is too large.
     """
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        if file.suffix in _SMALL and file.exists() and (not file.is_file() or file.stat().st_size > TOKENIZER_BYTES):
+            raise UserError(f"cannot read {what} in {path}: {file.name} is no file of at most {TOKENIZER_BYTES >> 20} "
+                            "MiB; is it the right one? Download it again")
     try:
         yield
     except UserError:

@@ -11,6 +11,9 @@ from lapwan.console import listed
 from lapwan.data.caption_text import is_han
 from lapwan.data.clips import CacheSet, SourceClip
 from lapwan.data.duplicates import look_alikes, same_files
+from lapwan.errors import UserError
+from lapwan.faults import library_reads
+from lapwan.models.configs import check_tokenizer
 
 _WIDEST = 120  # characters of an item
 # Tokens of umT5 by kind of character, measured on surgical captions: an estimate where its tokenizer is not there.
@@ -71,8 +74,10 @@ def _token_counts(captions: Sequence[str], tokenizer: Path) -> list[int] | None:
     from lapwan.wan.text import clean_prompt
 
     try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    except (OSError, ValueError):
+        check_tokenizer(tokenizer)
+        with library_reads("the tokenizer", tokenizer):
+            loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    except UserError:
         return None
     return [len(loaded(clean_prompt(caption), add_special_tokens=True).input_ids) for caption in captions]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 from lapwan import files
 from lapwan.data.clip_file import to_line
 from lapwan.data.video import VideoFacts
-from lapwan.documents import parse_json
+from lapwan.documents import LIST_BYTES, parse_json, read_bytes
 from lapwan.errors import UserError
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def parse_index(path: Path) -> CacheIndex:
             folder.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, LIST_BYTES).decode("utf-8")
+    except (UserError, UnicodeDecodeError) as error:
         raise _damaged(path, 1, str(error)) from None
     lines = text.split("\n")  # not splitlines: a caption may hold a line separator of Unicode
     head = _object(path, 1, lines[0])

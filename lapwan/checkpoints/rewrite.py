@@ -34,6 +34,7 @@ from lapwan.files import atomic_file
 TILE_BYTES = 4 << 20  # of a touched tensor as fp64: a hundred rows, which fit into a core's cache
 COPY_BYTES = 64 << 20  # per call into the kernel, so that progress moves
 _MERGEABLE = ("F64", "F32", "F16", "BF16")
+_FLOATS = (*_MERGEABLE, "F8_E4M3", "F8_E5M2")
 _MAX_WORKERS = 8
 Advance = Callable[[int], None]  # called with a number of bytes, for a progress bar
 # (work [n, in], base [n, in], first): adds rows [first, first + n) of an update to `work`; `base` are W's, as stored.
@@ -84,7 +85,7 @@ def rewrite(
         copy_bytes: of untouched tensors, copied at a time.
 
     Raises:
-        UserError: a merged weight that is not finite, a quantised dtype, a source that is cut short.
+        UserError: a weight of the result that is not finite, a quantised dtype, a source that is cut short.
     """
     for name in updates:
         check_mergeable(source, name)
@@ -101,6 +102,9 @@ def rewrite(
             with one_thread():  # each worker merges one tensor at a time; this thread copies the bytes between them
                 jobs = [pool.submit(_merge_tensor, source, info, updates[info.name], writer.fileno(), shift, advance,
                                     tile_bytes) for info in touched]
+                if source.as_stored:  # copied in the kernel, while other threads read what is copied
+                    jobs += [pool.submit(check_stored, source, info) for name, info in source.tensors.items()
+                             if name not in updates]
                 position = source.data_start
                 copy = partial(_copy, reader.fileno()) if source.as_stored else partial(_copy_decoded, source)
                 for info in touched:
@@ -113,6 +117,24 @@ def rewrite(
             pool.shutdown(cancel_futures=True)
         if check is not None:
             check(temporary)
+
+
+def check_stored(source: TensorFile, info: TensorInfo, piece: int = 8 << 20) -> None:
+    """Refuse a tensor that holds NaN or infinity as stored; one that is no floating point is not read.
+
+    Args:
+        piece: bytes read at a time.
+
+    Raises:
+        UserError: it does.
+    """
+    if info.dtype not in _FLOATS:
+        return
+    for offset in range(0, info.size, piece):
+        data = source.read(info.name, offset, min(piece, info.size - offset))
+        if not all_finite(torch.frombuffer(data, dtype=DTYPES[info.dtype])):
+            raise UserError(f"{source.path}: '{info.name}' holds NaN or infinity, which would be copied into the "
+                            "result; download the file again, or use another base")
 
 
 class _Locked:

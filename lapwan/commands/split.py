@@ -15,6 +15,7 @@ from lapwan.data.recordings import SplitResult, SplitRule, split_recording
 from lapwan.data.suffixes import VIDEO_SUFFIXES
 from lapwan.data.text_encoding import UnreadableText, decode
 from lapwan.data.video import VideoFacts, probe
+from lapwan.documents import read_bytes
 from lapwan.errors import UserError
 from lapwan.files import claim_output, write_text
 from lapwan.settings.base import RunOptions, settings_row, to_toml
@@ -27,7 +28,8 @@ def run(settings: SplitSettings, options: RunOptions) -> None:
     """Probe all recordings, then sample each and write its windows.
 
     Raises:
-        UserError: the output exists, no recording can be read, a caption that is no text, or no window is kept.
+        UserError: the output exists, no recording can be read, a caption that is no text, or no window is kept; after
+            the others are written, that some recordings could not be read.
     """
     claim_output(settings.output, options.overwrite)
     files, drops = _recordings(settings.recordings), []
@@ -75,6 +77,10 @@ def run(settings: SplitSettings, options: RunOptions) -> None:
                      "--caption")
     console.results.print(f"{settings.output}: {count_text(len(lines), 'window')} of "
                           f"{count_text(len(usable), 'recording')}", markup=False)
+    if drops and not settings.skip_bad:
+        first = f": {drops[0].name}: {drops[0].reason}" if len(drops) == 1 else ", listed above"
+        raise UserError(f"{len(drops)} of the recordings could not be read{first}; all others are split; fix or remove "
+                        "them, or pass --skip-bad")
 
 
 def _recordings(given: tuple[Path, ...]) -> list[Path]:
@@ -111,7 +117,7 @@ def _caption_beside(path: Path) -> str:
     if not beside.is_file():
         return ""
     try:
-        text, _ = decode(beside.read_bytes())
+        text, _ = decode(read_bytes(beside))
     except UnreadableText:
         raise UserError(f"{beside} is no text in UTF-8, UTF-16, GB18030 or Windows-1252; save it as UTF-8, or pass "
                         "--caption") from None

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from lapwan.data.decoding.frame_files import frame_number, natural_key
-from lapwan.documents import Number, checked, parse_json
+from lapwan.documents import Number, checked, parse_json, read_text
 from lapwan.errors import UserError, nearest
 
 RoiUnits = Literal["fractions", "pixels", "coco", "yolo"]
@@ -152,9 +152,9 @@ def _number_of(name: str, location: str) -> int:
 
 def _text_of(file: Path, location: str) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{location}: cannot read {file}: {error}") from None
+        return read_text(file)
+    except UserError as error:
+        raise error.within(location) from None
 
 
 def _yolo_file(file: Path, location: str, data: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:

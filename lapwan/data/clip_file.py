@@ -18,7 +18,7 @@ from lapwan.data.clip_tables import ClipRows, canonical, encoding_notes, folder_
 from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from lapwan.data.text_encoding import AUTO, UnreadableText, decode
-from lapwan.documents import json_value
+from lapwan.documents import LIST_BYTES, json_value, read_bytes
 from lapwan.errors import UserError, nearest
 
 MEDIA_KEYS = ("video_path", "image_path")
@@ -142,7 +142,7 @@ class ClipFile:
             file.seek(0)
             if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 try:
-                    text, name = self._decode(file.read())
+                    text, name = self._decode(read_bytes(self.path, LIST_BYTES))
                 except _BadLine as error:
                     raise UserError(f"cannot read {self.path}: {error}") from None
                 self.encodings[name] += 1
@@ -150,13 +150,16 @@ class ClipFile:
                 return
             number = 0
             while raw := file.readline(LONGEST_LINE):
-                number += 1
+                number, skipped = number + 1, 0
                 self.bytes_read += len(raw)
                 if whole := raw.endswith(b"\n") or len(raw) < LONGEST_LINE:
                     yield number, raw
                 while not whole and (rest := file.readline(LONGEST_LINE)):
                     self.bytes_read += len(rest)
                     whole = rest.endswith(b"\n")
+                    if (skipped := skipped + len(rest)) > LIST_BYTES:
+                        raise UserError(f"cannot read {self.path}, line {number}: it is longer than "
+                                        f"{LIST_BYTES >> 20} MiB; is it the right file?")
                 if len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
                     yield number, None
 

@@ -22,7 +22,7 @@ from typing import Any
 from lapwan.data.dropped_clips import DroppedClip
 from lapwan.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from lapwan.data.text_encoding import AUTO, UnreadableText, decode
-from lapwan.documents import parse_json
+from lapwan.documents import LIST_BYTES, parse_json, read_bytes
 from lapwan.errors import UserError
 
 CAPTION = "caption"
@@ -116,9 +116,7 @@ def read_table(path: Path, encoding: str = AUTO, recursive: bool = False) -> Cli
         return _folder(path, encoding, recursive)
     rows = ClipRows()
     try:
-        text = rows.decoded(path.read_bytes(), encoding)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        text = rows.decoded(read_bytes(path, LIST_BYTES), encoding)
     except UnreadableText as error:
         raise UserError(f"{path}: {error}") from None
     if text.lstrip()[:1] in ("[", "{"):
@@ -253,9 +251,8 @@ def folder_list(folder: Path) -> Path | None:
 def _two_lists(videos: Path, prompts: Path, encoding: str) -> ClipRows:
     rows = ClipRows(notes=[f"{prompts.name} and {videos.name} in {videos.parent} list the clips"])
     try:
-        paths, texts = (rows.decoded(file.read_bytes(), encoding).strip().splitlines() for file in (videos, prompts))
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+        paths, texts = (rows.decoded(read_bytes(file, LIST_BYTES), encoding).strip().splitlines()
+                        for file in (videos, prompts))
     except UnreadableText as error:
         raise UserError(f"{videos.name} or {prompts.name} in {videos.parent}: {error}") from None
     if len(paths) != len(texts):
@@ -346,8 +343,8 @@ def caption_beside(
         try:
             if not caption.is_file():
                 continue
-            text = rows.decoded(caption.read_bytes(), encoding).strip()
-        except UnreadableText as error:
+            text = rows.decoded(read_bytes(caption), encoding).strip()
+        except UserError as error:
             return None, f"caption {caption.name}: {error}"
         except OSError as error:
             return None, f"caption {caption.name} cannot be read ({error.strerror})"

@@ -15,7 +15,7 @@ from lapwan.data.frame_extraction import Extraction
 from lapwan.data.musubi_dataset import is_musubi, read_musubi_dataset
 from lapwan.data.text_encoding import AUTO
 from lapwan.errors import UserError
-from lapwan.models.spec import ModelSpec, check_frames, check_size
+from lapwan.models.spec import ModelSpec
 from lapwan.settings.cache import CacheSettings
 
 # Settings that a musubi dataset file gives for itself.
@@ -38,10 +38,9 @@ def extraction_from_settings(settings: CacheSettings, spec: ModelSpec) -> Extrac
             raise UserError(f"{', '.join(changed)}: not allowed with a dataset file; set it in {settings.dataset} "
                             "(resolution, target_frames, frame_extraction, ...)")
     height, width = settings.size or spec.defaults.size
-    check_size(height, width, spec.pixel_multiple)
     frames = settings.num_frames or (spec.defaults.num_frames,)
     for count in frames:
-        check_frames(count, spec.temporal_stride)
+        spec.check_clip(count, height, width)
     return Extraction(
         Buckets((width, height), settings.buckets, settings.bucket_no_upscale, spec.pixel_multiple), frames,
         settings.frame_extraction, settings.frame_stride, settings.frame_sample, settings.max_frames,

@@ -71,7 +71,7 @@ class DatasetEntry(SharedKeys):
     frame_stride: Positive = 1
     frame_sample: Positive = 1
     max_frames: Positive = 129
-    source_fps: Annotated[float, Field(gt=0)] | None = None
+    source_fps: Annotated[float, Field(ge=0.01, le=1000)] | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> DatasetEntry:

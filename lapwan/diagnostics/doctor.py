@@ -86,6 +86,9 @@ def no_gpu(driver: str | None) -> Finding:
     """What it means that torch sees no GPU; `driver`: the version of NVIDIA's kernel module, if there is one."""
     if driver is None:
         return Finding("device", "note", "no GPU: the embedded model and all checks run on the CPU; Wan2.2 needs a GPU")
+    if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and hidden.strip() in ("", "-1"):
+        return Finding("device", "note", f"NVIDIA driver {driver}; its GPUs are hidden by CUDA_VISIBLE_DEVICES="
+                                         f"{hidden!r}: everything runs on the CPU")
     cure = "install a CUDA build of torch (https://pytorch.org)" if torch.version.cuda is None else (
         f"torch is built for CUDA {torch.version.cuda}: install a newer driver or an older build, and check "
         "CUDA_VISIBLE_DEVICES")

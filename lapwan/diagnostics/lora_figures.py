@@ -30,6 +30,7 @@ from lapwan.errors import UserError
 from lapwan.lora.merge import target_tensors
 from lapwan.lora.state import Entry, LowRank
 
+LARGEST = math.sqrt(torch.finfo(torch.float32).max)  # of norms and sums: beyond it a square overflows in fp32
 _WORKERS = 2
 _TILE = 1 << 20  # elements summed at once, in fp64: a sum of squares in fp32 is off in the sixth digit
 
@@ -37,7 +38,8 @@ _TILE = 1 << 20  # elements summed at once, in fp64: a sum of squares in fp32 is
 @dataclass(frozen=True)
 class ModuleFigures:
     """One module. `sum_abs_*` are Σ|w| over its elements, which of a kind other than LoRA are all in `elements_other`;
-    spectrum figures are NaN for a dead or non-finite module, and where only ΔW itself has them."""
+    spectrum figures are NaN for a dead or non-finite module, and where only ΔW itself has them. Non-finite: NaN,
+    infinite, or sums or a norm above `LARGEST`."""
 
     path: str
     rank: int | None
@@ -176,26 +178,26 @@ def _measure(
     entry = module.entry()
     if gram_a is None or gram_b is None or not isinstance(entry, LowRank):
         norm = entry.norm(weight(path) if entry.needs_weight and weight is not None else None)
-        sigma = entry.singular_values() if spectrum and norm > 0 and math.isfinite(norm) else None
+        sigma = entry.singular_values() if spectrum and 0 < norm <= LARGEST else None
         top, stable, effective = (math.nan,) * 3 if sigma is None else _spectrum(sigma)
         return ModuleFigures(
             path=path, rank=entry.rank, elements_a=0, elements_b=0, sum_abs_a=0.0, sum_abs_b=0.0, floor_sum=0.0,
-            delta_norm=norm, spectral_norm=top, stable_rank=stable, effective_rank=effective,
-            finite=math.isfinite(norm), kind=entry.kind,
+            delta_norm=norm if norm <= LARGEST else math.nan, spectral_norm=top, stable_rank=stable,
+            effective_rank=effective, finite=norm <= LARGEST, kind=entry.kind,
             elements_other=sum(tensor.numel() for tensor in entry.parts().values()),
         )
     down, up = entry.down.double(), entry.up.double()
     torch.mm(down, down.T, out=gram_a)
     torch.mm(up.T, up, out=gram_b)
-    gram_b *= entry.scale**2
+    gram_b *= entry.scale * entry.scale  # a power of a float would raise where this is infinite
     square = torch.dot(gram_a.view(-1), gram_b.view(-1)).item()
     sum_a, sum_b = down.abs_().sum().item(), up.abs_().sum().item()
-    finite = math.isfinite(square) and math.isfinite(sum_a) and math.isfinite(sum_b)
+    norm = math.sqrt(max(square, 0.0))  # a sum of products that cancel may round to slightly below zero
+    finite = all(value <= LARGEST for value in (norm, sum_a, sum_b))
     return ModuleFigures(
         path=path, rank=entry.rank, elements_a=down.numel(), elements_b=up.numel(), sum_abs_a=sum_a, sum_abs_b=sum_b,
         floor_sum=down.numel() / (2.0 * math.sqrt(down.shape[1])),
-        # A sum of products that cancel may round to slightly below zero.
-        delta_norm=math.sqrt(max(square, 0.0)) if finite else math.nan,
+        delta_norm=norm if finite else math.nan,
         spectral_norm=math.nan, stable_rank=math.nan, effective_rank=math.nan, finite=finite,
     )
 

@@ -175,7 +175,8 @@ def _steps(evidence: Evidence) -> Rule | None:
 
 def _broken(evidence: Evidence) -> Rule | None:
     count = sum(f.nonfinite_modules for f in evidence.figures.values())
-    return Rule("non-finite modules", float(count), "0", "stop" if count else "good", "NaN or inf in A, B or alpha",
+    source = "NaN or inf in A, B or alpha" + (", or values whose squares overflow in fp32" if count else "")
+    return Rule("non-finite modules", float(count), "0", "stop" if count else "good", source,
                 "do not use this file; lower the LR and continue from an earlier checkpoint" if count else "none")
 
 

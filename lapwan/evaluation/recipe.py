@@ -29,7 +29,7 @@ from lapwan.evaluation.tables import IntervalRule, document
 from lapwan.evaluation.videos import Sampling, VideoStore, request_for
 from lapwan.models.base import Base
 from lapwan.models.device import pick_device, pick_dtype
-from lapwan.models.spec import ModelSpec, Task, check_frames, check_size, task_named
+from lapwan.models.spec import ModelSpec, Task, task_named
 from lapwan.names import NEGATIVE_PROMPT
 from lapwan.rewards.base import Reward, RewardKinds
 from lapwan.rewards.build import REWARD_KINDS, check_rewards, kind_of
@@ -145,8 +145,7 @@ def _sampling(
         shape, videos.steps or defaults.steps, complete_guidance(spec, videos.guidance), videos.seeds, settings.seed,
         videos.batch_size, from_image, negative, videos.flow_shift, videos.sampler, videos.guidance_interval,
         videos.last_image)
-    check_frames(shape.frames, spec.temporal_stride)
-    check_size(*shape.size, spec.pixel_multiple)
+    spec.check_clip(shape.frames, *shape.size)
     for arm in arms:
         request_for(arm.base.spec, arm, clips[0], sampling, 0)
     if from_image:

@@ -130,6 +130,47 @@ class TextEncoderConfig(ModelFile):
     use_cache: _Flag = True
 
 
+class TokenizerConfig(ModelFile):
+    """`tokenizer_config.json`; `extra_ids` are tokens that are made, each one."""
+
+    extra_ids: Annotated[int, Field(strict=True, ge=0, le=65536)] | None = None
+    vocab_size: Count | None = None
+
+
+class ClipTextConfig(ModelFile):
+    """`text_config` of a CLIPModel."""
+
+    vocab_size: Count = 49408
+    hidden_size: _Width = 512
+    intermediate_size: _Width = 2048
+    projection_dim: _Width = 512
+    num_hidden_layers: _Layers = 12
+    num_attention_heads: Annotated[int, Field(strict=True, ge=1, le=1024)] = 8
+    max_position_embeddings: _Width = 77
+
+
+class ClipVisionConfig(ModelFile):
+    """`vision_config` of a CLIPModel."""
+
+    hidden_size: _Width = 768
+    intermediate_size: _Width = 3072
+    projection_dim: _Width = 512
+    num_hidden_layers: _Layers = 12
+    num_attention_heads: Annotated[int, Field(strict=True, ge=1, le=1024)] = 12
+    num_channels: Annotated[int, Field(strict=True, ge=1, le=1024)] = 3
+    image_size: Annotated[int, Field(strict=True, ge=1, le=8192)] = 224
+    patch_size: Annotated[int, Field(strict=True, ge=1, le=8192)] = 32
+
+
+class ClipConfig(ModelFile):
+    """`config.json` of a CLIPModel."""
+
+    projection_dim: _Width = 512
+    logit_scale_init_value: Number = 2.6592
+    text_config: ClipTextConfig | None = None
+    vision_config: ClipVisionConfig | None = None
+
+
 _COMPONENTS: dict[str, type[ModelFile]] = {
     "transformer": TransformerConfig, "transformer_2": TransformerConfig, "vae": VaeConfig,
     "text_encoder": TextEncoderConfig,
@@ -162,6 +203,16 @@ def read_file(path: Path, kind: type[F]) -> F:
         UserError: as `read_object`, or a value that the type does not allow.
     """
     return checked(read_object(path), kind, path)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check what a tokenizer's settings would allocate, before a library reads them.
+
+    Raises:
+        UserError: `tokenizer_config.json` is damaged, or holds a value that is not allowed.
+    """
+    if (file := folder / "tokenizer_config.json").exists():
+        read_file(file, TokenizerConfig)
 
 
 def component_config(folder: Path, component: str | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from lapwan.checkpoints.container import is_pickled
 from lapwan.checkpoints.fingerprints import checkpoint_fingerprint
 from lapwan.checkpoints.weights import read_weights, stored_dtype
+from lapwan.documents import TOKENIZER_BYTES, read_bytes
 from lapwan.errors import UserError
 from lapwan.models.configs import component_config
 from lapwan.models.spec import ModelSpec, component_files, original_file, weight_files
@@ -37,7 +38,7 @@ def text_encoder_fingerprint(spec: ModelSpec) -> str:
     folder = spec.path / "tokenizer"
     for name in ("tokenizer.json", "spiece.model"):
         if (folder / name).is_file():
-            vocabulary = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            vocabulary = hashlib.sha256(read_bytes(folder / name, TOKENIZER_BYTES)).hexdigest()
             return _digest(_weights(spec.path / "text_encoder"), vocabulary)
     raise UserError(f"no tokenizer.json in {folder}; is {spec.path} a complete model folder?")
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from lapwan.checkpoints.rewrite import Advance
+from lapwan.checkpoints.container import read_header
+from lapwan.checkpoints.rewrite import Advance, check_stored
 from lapwan.console import count_text, detail, log, progress, warn
 from lapwan.data.labels import resolve_hint
 from lapwan.data.taxonomy import Taxonomy
@@ -368,4 +369,8 @@ def _carry(source: Path, target: Path, link: bool) -> None:
             return
         except OSError as error:  # another file system, or one without hard links
             detail(f"{source} is copied: {error.strerror}")
+    if source.suffix == ".safetensors" and source.parent.name in {e.component for e in NoiseExpert}:
+        weights = read_header(source)
+        for info in weights.tensors.values():
+            check_stored(weights, info)
     shutil.copyfile(real, target)

@@ -86,7 +86,8 @@ class ModelSpec:
     """A model folder, read and checked.
 
     `boundary` is a sigma; `pixel_multiple` is what height and width must divide by; `spatial_stride` and
-    `temporal_stride` are the VAE's; `latent_channels` its z_dim.
+    `temporal_stride` are the VAE's; `latent_channels` its z_dim; `positions` is the longest axis of tokens that the
+    transformers tell apart.
     """
 
     path: Path
@@ -102,6 +103,7 @@ class ModelSpec:
     spatial_stride: int
     pixel_multiple: int
     defaults: Defaults
+    positions: int = 1024
 
     @property
     def task(self) -> Task:
@@ -178,12 +180,26 @@ class ModelSpec:
         """(channels, latent frames, latent height, latent width) of a clip of `frames` frames of height x width pixels.
 
         Raises:
-            UserError: frames not 4N+1, or a size not divisible by the VAE's stride times the patch size.
+            UserError: as `check_clip`.
+        """
+        self.check_clip(frames, height, width)
+        stride = self.spatial_stride
+        return self.latent_channels, (frames - 1) // self.temporal_stride + 1, height // stride, width // stride
+
+    def check_clip(self, frames: int, height: int, width: int) -> None:
+        """Refuse a clip that the model cannot take.
+
+        Raises:
+            UserError: frames not 4N+1, a size not divisible by the VAE's stride times the patch size, or more of either
+                than the transformers have positions.
         """
         check_frames(frames, self.temporal_stride)
         check_size(height, width, self.pixel_multiple)
-        stride = self.spatial_stride
-        return self.latent_channels, (frames - 1) // self.temporal_stride + 1, height // stride, width // stride
+        sides = ((frames - 1) // self.temporal_stride + 1, height // self.pixel_multiple, width // self.pixel_multiple)
+        if max(sides) > self.positions:
+            most = self.positions * self.pixel_multiple
+            raise UserError(f"{frames} frames of {height}x{width}: the model takes sides of at most {most} pixels, and "
+                            f"{(self.positions - 1) * self.temporal_stride + 1} frames; give fewer")
 
 
 def check_frames(frames: int, stride: int = 4) -> None:
@@ -406,5 +422,5 @@ def read_spec(folder: Path) -> ModelSpec:
         in_channels=int(main["in_channels"]), latent_channels=int(vae["z_dim"]), num_layers=int(main["num_layers"]),
         text_dim=int(main["text_dim"]), flow_shift=scheduler.flow_shift or scheduler.shift or 1.0,
         temporal_stride=temporal, spatial_stride=spatial, pixel_multiple=spatial * int(main["patch_size"][1]),
-        defaults=_defaults(folder, family.defaults),
+        defaults=_defaults(folder, family.defaults), positions=int(main.get("rope_max_seq_len") or 1024),
     )

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lapwan.documents import decoded, read_json
+from lapwan.documents import checked, decoded, read_json
 from lapwan.errors import UserError
 from lapwan.faults import library_reads
+from lapwan.models.configs import ClipConfig, check_tokenizer
 from lapwan.rewards.base import EmbeddingCache, RewardKind
 from lapwan.rewards.preprocess import Convention, to_square
 from lapwan.settings.rewards import ClipSettings, HpsSettings, PickScoreSettings
@@ -169,6 +170,7 @@ def read_clip_config(folder: Path, what: str) -> CLIPConfig:
         raise UserError(f"{folder} holds a model of type {kind!r}, not 'clip'; give {what}")
     if not any(any(folder.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin")):
         raise UserError(f"no weights in {folder} (model.safetensors or pytorch_model.bin); is the download complete?")
+    checked(config, ClipConfig, file)
     with library_reads("the configuration", file):
         return CLIPConfig.from_dict(config)
 
@@ -224,6 +226,7 @@ def load_tokenizer(path: Path, vocabulary: int, context: int) -> CLIPTokenizer:
     if path.is_file():
         tokenizer = _from_merges(path)
     else:
+        check_tokenizer(path)
         with library_reads("the tokenizer", path):
             tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
     # The end token is the last piece; the text embedding is read there.

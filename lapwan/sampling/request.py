@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from lapwan.errors import UserError
-from lapwan.models.spec import ModelSpec, check_frames, check_size
+from lapwan.models.spec import ModelSpec
 from lapwan.names import NEGATIVE_PROMPT, NoiseExpert
 from lapwan.sampling.scheduler import Grid, SamplerName, make_grid
 from lapwan.settings.generate import VideoSettings
@@ -213,8 +213,7 @@ def check_request(spec: ModelSpec, request: Request) -> None:
         raise UserError("a last frame needs a first one (--image) and more than one frame")
     if request.last_image is not None and not spec.takes_last_image:
         raise UserError(f"{spec.path} ({spec.family.title}) takes a first frame only; leave --last-image out")
-    check_frames(request.num_frames, spec.temporal_stride)
-    check_size(*request.size, spec.pixel_multiple)
+    spec.check_clip(request.num_frames, *request.size)
     if request.steps < 1:
         raise UserError(f"steps = {request.steps}: must be 1 or more")
     if request.flow_shift is not None and not (math.isfinite(request.flow_shift) and request.flow_shift > 0):

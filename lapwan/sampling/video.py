@@ -105,7 +105,9 @@ def _encode_mp4(path: Path, frames_THWC: np.ndarray, fps: float, metadata: dict[
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "medium"}
+        # cpu-independent: the macroblock tree divides exactly; with x264's quick reciprocals equal frames have other
+        # bytes now and then.
+        stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "cpu-independent=1"}
         context = stream.codec_context
         context.thread_count = 1
         context.color_range = _LIMITED

@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from lapwan.console import NO_BREAK, PlanRow
 from lapwan.files import expand_setting, expand_user
 
+# Least and largest whole numbers by key, where a field's own bounds are wider. They lie far beyond what is of use, and
+# below what would fill the memory before anything else can refuse it.
+_ANY = (-(2**63), 10_000_000)
+_RANGES: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("steps", "start", "stop", "high", "low", "joint"), (0, 1_000_000)),
+    **dict.fromkeys(("every", "save_every", "log_every", "keep_last", "keep_best", "turn", "patience", "after"),
+                    (0, 2**63 - 1)),  # never, all
+    "seed": (-(2**63), 2**63 - 1), "workers": (0, 1024), "sheet": (0, 1000), "samples": (1, 1_000_000),
+    **dict.fromkeys(("size", "resolution"), (1, 8192)),
+    **dict.fromkeys(("num_frames", "target_frames", "frames"), (1, 10_001)),
+    **dict.fromkeys(("rank", "patterns", "q", "k", "v", "o", "ffn_in", "ffn_out"), (0, 16_384)),
+    **dict.fromkeys(("batch_size", "images", "top_k"), (0, 4096)),
+    **dict.fromkeys(("accumulate", "clips", "prompts", "preview", "frame_sample", "max_frames",
+                     "num_repeats", "seeds"), (0, 100_000)),
+    **dict.fromkeys(("strata", "knots", "bins", "sigma_bins", "sigmas", "draws"), (0, 10_000)),
+}
+_PIXELS = 2**31  # of a clip: frames x height x width
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _whole_numbers(item)
+    elif type(value) is int:
+        yield value
+
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, and an unknown key is an error."""
+    """Base of all settings: frozen, an unknown key is an error, and every whole number has bounds."""
 
     # defer_build: the validators are built by the first run that needs them, not by --help. A section's default is a
     # default_factory for the same reason: an instance in the class body would build them at import.
@@ -34,6 +61,24 @@ class Settings(BaseModel):
     def _expand_paths(cls, data: Any) -> Any:
         """`~` and `$NAME` at the begin of a path, which a shell fills in and a TOML file does not."""
         return {key: _expanded(value) for key, value in data.items()} if isinstance(data, dict) else data
+
+    @field_validator("*")
+    @classmethod
+    def _in_bounds(cls, value: Any, info: ValidationInfo) -> Any:
+        least, most = _RANGES.get(info.field_name or "", _ANY)
+        for number in _whole_numbers(value):
+            if not least <= number <= most:
+                raise ValueError(f"must be at most {most:,}" if number > most else f"must be at least {least:,}")
+        return value
+
+    @model_validator(mode="after")
+    def _few_pixels(self) -> Self:
+        sides, frames = ([number for key in keys for number in _whole_numbers(getattr(self, key, None))]
+                         for keys in (("size", "resolution"), ("num_frames", "target_frames")))
+        if sides and (pixels := math.prod(sides) * max([1, *frames])) > _PIXELS:
+            raise ValueError(f"clips of {max([1, *frames])} frames of {sides[0]}x{sides[1]} have {pixels:,} pixels; at "
+                             f"most {_PIXELS:,} are allowed: give a smaller size or fewer frames")
+        return self
 
 
 def _expanded(value: Any) -> Any:
@@ -99,7 +144,7 @@ def height_width(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*(\d+)\s*[xX×*]\s*(\d+)\s*", value)
+    match = re.fullmatch(r"\s*(\d{1,9})\s*[xX×*]\s*(\d{1,9})\s*", value)
     if match is None:
         raise ValueError("must be HEIGHTxWIDTH in pixels, such as 480x832")
     return int(match[1]), int(match[2])

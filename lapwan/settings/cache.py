@@ -46,7 +46,7 @@ class CacheSettings(Settings):
     frame_sample: Annotated[int, Flag()] = Field(1, ge=1, description="For uniform: number of windows.")
     max_frames: Annotated[int, Flag()] = Field(129, ge=1, description="For full: largest number of frames.")
     source_fps: Annotated[float | None, Flag()] = Field(
-        None, gt=0, description="Frame rate of the clips, instead of the one in the files.")
+        None, ge=0.01, le=1000, description="Frame rate of the clips, instead of the one in the files.")
     deinterlace: Annotated[Literal["auto", "always", "never"], Flag()] = Field(
         "auto", description="Two fields to one frame (yadif): auto (files that say they are interlaced), always, "
         "never.")

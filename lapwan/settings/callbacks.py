@@ -35,7 +35,7 @@ class PreviewSettings(Settings):
         (), description="train-moe: each prompt also with these hints; families: one hint for each family.")
     images: tuple[Path, ...] = Field((), description="First frame of each prompt, for image-to-video models.")
     last_images: tuple[Path, ...] = Field((), description="Last frame of each prompt, beside images.")
-    steps: int | None = Field(None, ge=1, description="Sampling steps; absent: the model's default.")
+    steps: int | None = Field(None, ge=1, le=10_000, description="Sampling steps; absent: the model's default.")
     size: tuple[int, int] | None = Field(None, description="Height, width; absent: those of the first clip.")
     num_frames: int | None = Field(None, ge=1, description="4N+1; absent: that of the first clip.")
     guidance: float | None = Field(None, ge=1, description="Absent: the model's default.")

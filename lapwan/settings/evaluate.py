@@ -83,7 +83,7 @@ class EvaluationVideoSettings(Settings):
     last_image: Annotated[bool, Flag("--last-image")] = Field(
         False, description="Image-to-video: give each video its clip's last frame, too, as generate --last-image does.")
     steps: Annotated[int | None, Flag("--steps", metavar="N")] = Field(
-        None, ge=1, description="Sampling steps; absent: the model's default.")
+        None, ge=1, le=10_000, description="Sampling steps; absent: the model's default.")
     guidance: float | dict[NoiseExpert, float] | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     negative_prompt: str | None = None

@@ -137,7 +137,7 @@ class VideoSettings(Settings):
         default=None, description="Height x width in pixels; default: the model's, with the aspect ratio of --image."
     )
     steps: Annotated[int | None, Flag(metavar="N")] = Field(
-        default=None, ge=1, description="Sampling steps; default: the model's."
+        default=None, ge=1, le=10_000, description="Sampling steps; default: the model's."
     )
     guidance: Annotated[float | dict[NoiseExpert, float] | None, Flag(metavar="G|high=G,low=G")] = Field(
         default=None, description="Scale of classifier-free guidance, 1 for none; one number, or one for each noise "

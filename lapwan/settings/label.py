@@ -57,6 +57,9 @@ class LabelSettings(Settings):
         for name in ("clips", "output") if self.check_taxonomy is None else ():
             if getattr(self, name) is None:
                 raise ValueError(f"'{name}' is required; only --check-taxonomy does without")
+        for name in ("output", "plot") if self.check_taxonomy is not None else ():
+            if (path := getattr(self, name)) is not None:
+                raise ValueError(f"{name} = {str(path)!r}: --check-taxonomy writes no labels; leave --{name} out")
         return self
 
     @field_validator("taxonomy")

@@ -17,9 +17,9 @@ class SplitSettings(Settings):
         default=(), description="Video files, or folders of them.")
     output: Annotated[Path, Flag("-o", metavar="FILE")] = Field(description="The clips.jsonl to write.")
     seconds: Annotated[float, Flag()] = Field(
-        5.1, gt=0, le=3600, description="Length of a window; 5.1 s are 81 frames at 16 fps.")
+        5.1, ge=0.01, le=3600, description="Length of a window; 5.1 s are 81 frames at 16 fps.")
     stride: Annotated[float | None, Flag()] = Field(
-        None, gt=0, description="Seconds between the starts of windows; default: their length.")
+        None, ge=0.01, description="Seconds between the starts of windows; default: their length.")
     every: Annotated[float, Flag()] = Field(
         0.0, ge=0, description="At most one window in so many seconds; 0: all.")
     scenes: Annotated[bool, Flag()] = Field(False, description="Find scene changes; no window crosses one.")
@@ -27,6 +27,9 @@ class SplitSettings(Settings):
     keep_still: Annotated[bool, Flag()] = Field(False, description="Keep windows in which nothing moves.")
     caption: Annotated[str | None, Flag()] = Field(
         None, description="Caption of every window; default: the text file beside the recording.")
+
+    skip_bad: Annotated[bool, Flag()] = Field(
+        False, description="List recordings that cannot be read, but do not fail.")
 
     @model_validator(mode="after")
     def _some(self) -> SplitSettings:

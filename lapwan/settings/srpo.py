@@ -67,7 +67,7 @@ class RolloutSettings(Settings):
 
     offline: Annotated[bool, Flag("--offline")] = Field(
         False, description="No rollout: use the latents of the images or clips in --cache as clean latents.")
-    steps: int = Field(25, ge=1, description="Euler steps.")
+    steps: int = Field(25, ge=1, le=10_000, description="Euler steps.")
     guidance: float = Field(
         1.0, ge=1, description="Scale of classifier-free guidance; 1: none, at half the cost.")
     flow_shift: float | None = Field(None, gt=0, description="Absent: the model's default.")
@@ -100,7 +100,7 @@ class HeldOutSettings(Settings):
     images: int = Field(8, ge=0, description="Number of samples written to previews/ and TensorBoard.")
     size: tuple[int, int] | None = Field(None, description="Height, width; absent: as trained.")
     num_frames: int | None = Field(None, ge=1, description="4N+1; absent: as trained.")
-    steps: int | None = Field(None, ge=1, description="Euler steps; absent: those of the rollout.")
+    steps: int | None = Field(None, ge=1, le=10_000, description="Euler steps; absent: those of the rollout.")
     guidance: float | None = Field(None, ge=1, description="Absent: that of the rollout.")
     patience: int | None = Field(
         None, ge=1, description="End the run if the margin has not increased for this many evaluations; absent: never.")

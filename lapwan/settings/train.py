@@ -173,7 +173,7 @@ class TrainSettings(AdapterRule):
     steps: Annotated[int | None, Flag("--steps")] = Field(
         None, ge=1, description="Optimizer steps of each noise expert; give this or epochs.")
     epochs: Annotated[float | None, Flag("--epochs")] = Field(
-        None, gt=0, description="Instead of steps: passes of each noise expert over the clips.")
+        None, gt=0, le=1_000_000, description="Instead of steps: passes of each noise expert over the clips.")
     batch_size: Annotated[int, Flag("--batch-size")] = Field(1, ge=1, description="Clips per batch.")
     accumulate: int = Field(1, ge=1, description="Batches per optimizer step.")
     divide: Literal["batches", "tokens"] = Field(

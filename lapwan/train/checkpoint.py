@@ -44,13 +44,35 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def newest_resumable(run: Path) -> tuple[int, Path] | None:
-    """(step, folder) of the newest checkpoint with its state; newer ones without are named in a warning."""
+    """(step, folder) of the newest checkpoint with its state; newer ones without are named in a warning. None: the run
+    has no checkpoint.
+
+    Raises:
+        UserError: as `check_resumable`.
+    """
+    check_resumable(run)
     for step, folder in reversed(checkpoints(run)):
-        missing = [name for name in (_TRAINED, _REST) if not (folder / "state" / name).is_file()]
-        if not missing:
+        if (missing := _missing(folder)) is None:
             return step, folder
-        warn(f"{folder} has no state/{missing[0]} and cannot be resumed from: it was copied or removed in part")
+        warn(f"{folder} has no state/{missing} and cannot be resumed from: it was copied or removed in part")
     return None
+
+
+def check_resumable(run: Path) -> None:
+    """Refuse to resume a run whose checkpoints have all lost their state: it would begin at step 0 over their files.
+
+    Raises:
+        UserError: there are checkpoints, but none with its state.
+    """
+    folders = [folder for _, folder in checkpoints(run)]
+    if folders and None not in map(_missing, folders):
+        raise UserError(f"cannot resume {run}: {folders[-1].name} has no state/{_missing(folders[-1])}, and no other "
+                        "checkpoint has its state; copy it back, or start anew with --overwrite in place of --resume")
+
+
+def _missing(folder: Path) -> str | None:
+    """The file of its state that a checkpoint lacks."""
+    return next((name for name in (_TRAINED, _REST) if not (folder / "state" / name).is_file()), None)
 
 
 def link_adapters(folder: Path, run: Path) -> None:

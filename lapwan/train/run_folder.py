@@ -18,7 +18,7 @@ from lapwan.settings.load import upgraded
 from lapwan.settings.srpo import SrpoSettings
 from lapwan.settings.train import TrainSettings
 from lapwan.temporaries import discard_folder
-from lapwan.train.checkpoint import checkpoints
+from lapwan.train.checkpoint import check_resumable, checkpoints
 
 SETTINGS_FILE = "settings.toml"
 PREVIEWS = "previews"
@@ -34,7 +34,8 @@ def claim_run(settings: TrainSettings | SrpoSettings, overwrite: bool) -> None:
     """Check that the run folder is new, or holds a run to resume with the same settings.
 
     Raises:
-        UserError: it exists and neither --resume nor --overwrite is given, or it was made with other settings.
+        UserError: it exists and neither --resume nor --overwrite is given, it was made with other settings, or its
+            checkpoints have lost their state.
     """
     run = settings.output
     if not settings.resume:
@@ -42,6 +43,7 @@ def claim_run(settings: TrainSettings | SrpoSettings, overwrite: bool) -> None:
             raise UserError(f"output exists: {run} holds a run; pass --resume to continue it, or --overwrite")
         files.claim_output(run, overwrite)
         return
+    check_resumable(run)
     if (run / SETTINGS_FILE).is_file() and (changed := changes(settings)):
         if not settings.allow_changed:
             raise UserError(f"cannot resume {run} with other settings ({changed}); put them back, start another run, "

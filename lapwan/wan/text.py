@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lapwan.errors import UserError
 from lapwan.faults import library_reads
-from lapwan.models.configs import component_config
+from lapwan.models.configs import check_tokenizer, component_config
 from lapwan.models.fingerprints import text_encoder_fingerprint
 from lapwan.models.original_layout import TRANSFORMERS_STEM, load_text_files, loads_by_name, text_readers
 from lapwan.models.spec import TEXT_LENGTH, component_files
@@ -75,6 +75,7 @@ def load_text_encoder(
                 raise UserError(f"the weights in {folder} lack {len(missing)} tensors of its config, such as "
                                 f"'{min(missing)}'; is the download complete?")
     model.requires_grad_(False)
+    check_tokenizer(spec.path / "tokenizer")
     with library_reads("the tokenizer", spec.path / "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(spec.path / "tokenizer", local_files_only=True)
     if tokenizer.pad_token is None:
@@ -111,11 +112,17 @@ def encode_text(encoder: TextEncoder, prompts: Sequence[str], length: int = TEXT
         encoder: umT5 and its tokenizer.
         prompts: texts, cleaned here as Wan does.
         length: most tokens of a prompt.
+
+    Raises:
+        UserError: the tokenizer is another model's.
     """
     tokens = encoder.tokenizer(
         [clean_prompt(prompt) for prompt in prompts], padding="longest", max_length=length, truncation=True,
         add_special_tokens=True, return_attention_mask=True, return_tensors="pt",
     )
+    if (piece := int(tokens.input_ids.max())) >= encoder.model.config.vocab_size:
+        raise UserError(f"the tokenizer has a piece {piece}, but the text encoder {encoder.model.config.vocab_size:,} "
+                        "pieces; they do not belong together: download both again")
     mask_BN = tokens.attention_mask.to(encoder.model.device)
     hidden_BND = encoder.model(tokens.input_ids.to(encoder.model.device), mask_BN).last_hidden_state
     return [hidden[:count].clone() for hidden, count in zip(hidden_BND, mask_BN.sum(dim=1).tolist(), strict=True)]

@@ -99,6 +99,8 @@ class Context:
     fuzz_seconds: float
     kept: Path
     measured: dict[str, Reference] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)  # trials that could not be made, of the section that runs
+    programs: set[subprocess.Popen[str]] = field(default_factory=set)
 
     def wants(self, name: str) -> bool:
         """Whether --only lets a name through."""
@@ -128,7 +130,10 @@ class Context:
         return tables
 
     def many(self, items: Sequence[Any], work: Callable[[int, Any], Any], what: str) -> Iterator[Any]:
-        """Results of `work(index, item)` as they come, `jobs` at a time, until time is up or Ctrl-C."""
+        """Results of `work(index, item)` as they come, `jobs` at a time, until time is up or Ctrl-C.
+
+        A trial that raises is listed in `failed`.
+        """
         deadline = time.monotonic() + self.seconds
         waiting: set[Future[Any]] = set()
         rest = iter(enumerate(items))
@@ -144,7 +149,10 @@ class Context:
                     finished, waiting = wait(waiting, timeout=5, return_when=FIRST_COMPLETED)
                     for future in finished:
                         done += 1
-                        yield future.result()
+                        if (error := future.exception()) is None:
+                            yield future.result()
+                        else:
+                            self.failed.append(f"{what}: a trial could not be made: {type(error).__name__}: {error}")
                     if time.monotonic() - last > 15:
                         last = time.monotonic()
                         print(f"{what}: {done} of {len(items)}", file=sys.stderr, flush=True)
@@ -153,7 +161,9 @@ class Context:
             except KeyboardInterrupt:
                 print(f"{what}: stopped after {done} of {len(items)}", file=sys.stderr, flush=True)
                 self.server.stop()
-                wait(waiting)
+                for program in list(self.programs):
+                    program.terminate()
+                wait(waiting, timeout=_GRACE)
                 self.server.stopped = False
 
 
@@ -247,8 +257,7 @@ def signals(context: Context) -> Section:
     _table(section, context.disturb("signals", trials), (*SIGNALS, "decoder killed"))
     section.notes = [
         "Right: exit code 130 and a line (-9 for kill -9), no process left, nothing hidden but the lock file; the same "
-        "command, with `--resume` for runs, then gives files that are equal byte for byte to undisturbed work's "
-        "(videos are only whole: their encoder's bytes vary)."]
+        "command, with `--resume` for runs, then gives files that are equal byte for byte to undisturbed work's."]
     return section
 
 
@@ -302,19 +311,24 @@ def fuzz(context: Context) -> Section:
     out = context.kept / "fuzz"
     out.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in READERS if context.wants(name)]
-    share = context.fuzz_seconds / max(1, len(chosen))
+    rounds = -(-max(1, len(chosen)) // context.jobs)
+    # A process takes some seconds to start, on a busy machine many.
+    share = min(context.fuzz_seconds / max(1, len(chosen)), max(1.0, context.seconds / rounds - 25))
 
     def work(index: int, name: str) -> tuple[str, int, list[dict[str, Any]]]:
         program = [sys.executable, str(Path(fuzzing.__file__)), name, "--seconds", f"{share:.1f}", "--seed",
                    str(context.seed), "--out", str(out)]
-        ran = subprocess.run(program, capture_output=True, text=True, env={
+        ran = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
             "PYTHONPATH": str(ROOT), **os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
             "LAPWAN_CACHE_DIR": str(context.root / "cache")})
-        rows = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+        context.programs.add(ran)
+        out_text, err_text = ran.communicate()
+        context.programs.discard(ran)
+        rows = [json.loads(line) for line in out_text.splitlines() if line.startswith("{")]
         readings = sum(row.get("readings", 0) for row in rows)
         findings = [row for row in rows if "key" in row]
         if ran.returncode:
-            findings.append({"key": f"ended with {ran.returncode}", "how": "", "text": ran.stderr[-300:],
+            findings.append({"key": f"ended with {ran.returncode}", "how": "", "text": err_text[-300:],
                              "file": str(out / f"{name.replace(' ', '_')}-current")})
         return name, readings, findings
 
@@ -387,7 +401,12 @@ def main() -> None:
         try:
             for what in given.what.split(","):
                 started = time.monotonic()
-                section = SECTIONS[what](context)
+                context.failed.clear()
+                try:
+                    section = SECTIONS[what](context)
+                except Exception as error:  # noqa: BLE001  the figures of other sections are worth more
+                    section = Section(what, faults=[f"the section ended with {type(error).__name__}: {error}"])
+                section.faults += context.failed
                 section.notes.append(f"{time.monotonic() - started:.0f} s, {given.jobs} at a time, seed {given.seed}.")
                 done.append(section)
                 print(section.markdown() + "".join(f"- {line}\n" for line in section.faults), flush=True)

@@ -161,8 +161,13 @@ def example_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (("train-lora", "-o", "x", "--steps", "1"), "'data' is required"),
     (("train-lora", "-o", "x", "--cache", "c", "--steps", "none"), "error: --steps: steps = 'none'"),
     (("train-moe", "--config", "no.toml"), "error: no such file: no.toml"),
-    (("nonsense",), "No such command"),
-    (("generate", "--no-such-option"), "No such option"),
+    (("nonsense",), "error: lapwan: no such command 'nonsense'"),
+    (("generate", "--stepz", "3"), "error: lapwan generate: no option '--stepz' (did you mean '--steps'?)"),
+    (("doctor", "-z"), "error: lapwan doctor: no option '-z'"),
+    (("merge", "--rank"), "error: lapwan merge: option '--rank' requires an argument"),
+    (("cache", "extra"), "error: lapwan cache: got unexpected extra argument"),
+    (("label", "--strict=3"), "error: lapwan label: option '--strict' does not take a value"),
+    (("--versoin",), "error: lapwan: no option '--versoin' (did you mean '--version'?)"),
 ])
 def test_what_a_user_can_mend_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     check_refusal(run_lapwan(*arguments, cwd=tmp_path, environment=WIDE), message)
@@ -179,8 +184,8 @@ def check_refusal(ran: Ran, message: str) -> None:
     assert ran.code == 2, ran
     assert message in ran.err
     assert "Traceback" not in ran.err
-    if ran.err.startswith("error:"):
-        assert ran.err.strip().count("\n") == 0
+    assert ran.err.startswith("error: ")
+    assert ran.err.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)

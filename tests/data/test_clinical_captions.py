@@ -107,6 +107,8 @@ def test_the_check_and_the_plot_on_the_command_line(tmp_path: Path) -> None:
     ran = run_lapwan("label", clips, "--check-taxonomy", "cholec6", "--report", tmp_path / "r.json")
     assert ran.code == 0 and "2 captions, 0 with several families" in ran.out
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["captions"] == 2
+    ran = run_lapwan("label", clips, "--check-taxonomy", "cholec6", "-o", tmp_path / "l.jsonl")
+    assert ran.code == 2 and "--check-taxonomy writes no labels" in ran.err and not (tmp_path / "l.jsonl").exists()
     ran = run_lapwan("label", "--check-taxonomy", "surgical4")
     assert ran.code == 0 and "'hold' of other" in ran.out
     ran = run_lapwan("label", clips, "-o", tmp_path / "l.jsonl", "--plot", tmp_path / "p.png")

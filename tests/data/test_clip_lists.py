@@ -229,6 +229,14 @@ def test_no_dataset_at_all(tmp_path: Path) -> None:
         read_dataset(tmp_path / "none", tmp_path, None)  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_list_without_end_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"is longer than 256 MiB|is larger than 256 MiB"):
+        read_source_clips(tmp_path / name)
+
+
 def test_a_video_is_no_list(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
     with pytest.raises(UserError, match=r"a\.mp4 is a video or an image; a list of clips, or their folder"):

@@ -144,6 +144,16 @@ def test_the_command_writes_lines_that_cache_reads(recording, tmp_path):
         run(settings(recording, output), RunOptions())
 
 
+def test_a_recording_that_cannot_be_read_is_named_and_the_others_are_split(recording, tmp_path):
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(b"no video")
+    both = {"recordings": (recording, damaged), "seconds": 2.0, "caption": "x"}
+    with pytest.raises(UserError, match=r"1 of the recordings could not be read: .*damaged\.mp4.*pass --skip-bad"):
+        run(SplitSettings(output=tmp_path / "a.jsonl", **both), RunOptions())
+    run(SplitSettings(output=tmp_path / "b.jsonl", skip_bad=True, **both), RunOptions())
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes() != b""
+
+
 def test_the_caption_is_the_text_beside_the_recording(recording, tmp_path):
     folder = tmp_path / "recordings"
     folder.mkdir()

@@ -34,7 +34,14 @@ def test_json(tmp_path):
     assert document["memory_gib"] is None and document["wan22_t2v_a14b"] == []
 
 
-def test_a_driver_without_a_gpu_in_torch_is_broken(tmp_path):
+def test_gpus_hidden_on_purpose_are_a_note(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    finding = doctor.no_gpu("570.86.10")
+    assert finding.status == "note" and "hidden by CUDA_VISIBLE_DEVICES" in finding.text
+
+
+def test_a_driver_without_a_gpu_in_torch_is_broken(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.10  Release Build\n")
     finding = doctor.no_gpu(doctor.driver_version(tmp_path / "version"))
     assert finding.name == "device" and finding.status == "broken" and "NVIDIA driver 570.86.10" in finding.text

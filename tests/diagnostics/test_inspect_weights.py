@@ -114,6 +114,23 @@ def test_dead_and_nonfinite_modules_are_counted_and_kept_out(tmp_path, capsys):
     assert document["verdict"]["status"] == "stop" and document["ratios"] == dict.fromkeys(document["ratios"])
 
 
+@pytest.mark.parametrize("value", [3e38, 1e20])
+def test_values_whose_squares_overflow_are_not_finite(tmp_path, capsys, value):
+    state = random_lora(2, modules=2)
+    for entry in state.entries.values():
+        entry.up.fill_(value)
+    write_lora(tmp_path / "x_high_noise.safetensors", state)
+    document = inspect(tmp_path / "x_high_noise.safetensors", capsys=capsys)
+    assert document["experts"]["high"]["nonfinite_modules"] == 2
+    assert document["verdict"]["status"] == "stop"
+    for entry in state.entries.values():
+        entry.up.zero_()  # of an update of zero, too
+        entry.down.fill_(value)
+    assert not any(figures.finite for figures in measure(state.entries))
+    (got,) = measure({"blocks.0.attn1.to_q": LowRank(torch.ones(1, 4), torch.ones(4, 1), 1e200)})
+    assert not got.finite
+
+
 def test_inner_product_and_update_cosine_equal_brute_force():
     a, b, c = (random_lora(seed, alpha=1.0 + seed) for seed in (1, 2, 3))
     for path in a.entries:

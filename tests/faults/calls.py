@@ -26,8 +26,8 @@ BASE = ("--model", "base", "--device", "cpu")
 LORAS = ("--lora", "high=stage1/lapwan_high_noise.safetensors", "--lora", "low=stage1/lapwan_low_noise.safetensors")
 HIGH, LOW = "stage1/lapwan_high_noise.safetensors", "stage1/lapwan_low_noise.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-COMMANDS = ("label", "cache", "train-lora", "train-moe", "srpo", "merge", "generate", "evaluate", "inspect-weights",
-            "demo", "doctor")
+COMMANDS = ("split", "label", "cache", "train-lora", "train-moe", "srpo", "merge", "generate", "evaluate",
+            "inspect-weights", "demo", "doctor")
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ def write_inputs(folder: Path) -> None:
 
 
 CONFIGS = {
+    "split": 'recordings = ["clips/clip0.mp4"]\noutput = "out.jsonl"\nseconds = 0.2\nkeep_still = true\n',
     "label": 'clips = "clips/clips.jsonl"\noutput = "out.jsonl"\ntaxonomy = "taxonomy.toml"\nsoft_labels = true\n',
     "cache_settings": 'dataset = "clips/labels.jsonl"\nmodel = "base"\noutput = "out"\nsize = [48, 32]\n'
                       'num_frames = [5]\ndevice = "cpu"\nworkers = 0\n',
@@ -122,6 +123,9 @@ _TINY = ("generate", "--model", "tiny-i2v", "--device", "cpu", "--prompt", "吸�
          "--num-frames", "5", "-o", "out.mp4", "--image")
 
 CALLS: tuple[Call, ...] = (
+    Call("split", ("split", "clips/clip0.mp4", "-o", "out.jsonl", "--seconds", "0.2", "--scenes", "--caption", "剪刀"),
+         {"clips/clip0.mp4": "video"}, ("out.jsonl",)),
+    Call("split --config", ("split", "--config", "split.toml"), {"split.toml": "toml"}, ("out.jsonl",)),
     Call("label", ("label", "clips/clips.jsonl", "-o", "out.jsonl", "--taxonomy", "taxonomy.toml", "--report",
                    "report.json"),
          {"clips/clips.jsonl": "jsonl clips", "taxonomy.toml": "toml"}, ("out.jsonl", "report.json")),

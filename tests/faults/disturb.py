@@ -46,6 +46,8 @@ class Work:
 
 _TRAIN = ("--set", "save_every=4", "-o", f"{DISK}/run")
 WORKS = (
+    Work("split", ("split", "clips", "-o", f"{DISK}/windows.jsonl", "--seconds", "0.05", "--stride", "0.01",
+                   "--keep-still", "--keep-black"), ("--overwrite",), False, (".jsonl",)),
     Work("label", ("label", "many.jsonl", "-o", f"{DISK}/labels.jsonl"), ("--overwrite",), False, (".jsonl",)),
     Work("cache", ("cache", "--dataset", "clips/labels.jsonl", *BASE, "--size", "48x32", "--num-frames", "5",
                    "--workers", "1", "--batch-size", "1", "-o", f"{DISK}/cache")),
@@ -109,16 +111,23 @@ def prepare(template: Path, folder: Path) -> Path:
 
 
 def fingerprints(disk: Path, results: tuple[str, ...]) -> dict[str, str]:
-    """By relative path, the sha256 of the files that must be the same whenever the work is done; videos only whole."""
-    return {str(path.relative_to(disk)): _fingerprint(path) for path in sorted(disk.rglob("*"))
+    """By relative path, the sha256 of the files that must be the same whenever the work is done."""
+    return {str(path.relative_to(disk)): _fingerprint(path, disk.parent) for path in sorted(disk.rglob("*"))
             if path.suffix in results and path.is_file() and path.name not in _NOT_COMPARED}
 
 
-def _fingerprint(path: Path) -> str:
-    data = path.read_bytes()
-    if path.suffix == ".mp4":  # the encoder's bytes vary between two equal runs
-        return "whole" if b"moov" in data and b"mdat" in data else f"{len(data)} bytes of a video"
-    return hashlib.sha256(data).hexdigest()
+def _fingerprint(path: Path, work: Path) -> str:
+    """sha256; of a video over its packets and its record, in which the folder of the trial is not compared."""
+    if path.suffix != ".mp4":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    import av
+
+    digest = hashlib.sha256()
+    with av.open(str(path)) as container:
+        digest.update(json.dumps(container.metadata, sort_keys=True).replace(str(work), "WORK").encode())
+        for packet in container.demux():
+            digest.update(bytes(packet))
+    return digest.hexdigest()
 
 
 def contents(disk: Path) -> dict[str, str]:

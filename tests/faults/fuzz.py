@@ -387,8 +387,9 @@ def fuzz(name: str, seconds: float, seed: int, out: Path) -> None:
         assert attempt(read, path) is None, "the valid file cannot be read"
         resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY,) * 2)
         valid, siblings = backup.read_bytes(), {entry.name for entry in path.parent.iterdir()}
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        deadline, stopped = time.monotonic() + seconds, list[int]()
+        signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+        while time.monotonic() < deadline and not stopped:
             for entry in path.parent.iterdir():
                 if entry.name not in siblings:
                     _remove(entry)

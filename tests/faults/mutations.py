@@ -7,6 +7,7 @@ damaged.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -407,7 +408,7 @@ def set_leaf(tree: Any, path: tuple[Any, ...], value: Any) -> None:
     """Replace one value of a JSON tree."""
     for key in path[:-1]:
         tree = tree[key]
-    tree[path[-1]] = value
+    tree[path[-1]] = copy.deepcopy(value)  # the same table at two depths would hold itself
 
 
 def _json_values(name: str, value: Any) -> None:

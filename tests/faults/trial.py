@@ -30,7 +30,7 @@ _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _PRELOAD = ("lapwan.cli", "lapwan.api", "lapwan.commands.merge", "lapwan.commands.generate", "lapwan.commands.cache",
             "lapwan.commands.evaluate", "lapwan.commands.train_lora", "lapwan.commands.train_moe",
             "lapwan.commands.srpo", "lapwan.commands.label", "lapwan.commands.inspect_weights",
-            "lapwan.commands.doctor", "lapwan.commands.demo")
+            "lapwan.commands.doctor", "lapwan.commands.demo", "lapwan.commands.split")
 
 
 _QUIET_LIBRARIES = {  # as `cli.main` has them before it imports these, which the server has done already
@@ -382,9 +382,7 @@ def refusal_faults(outcome: Outcome, may_pass: bool = False) -> list[str]:
         lines = outcome.err.rstrip("\n").split("\n")
         errors = [index for index, line in enumerate(lines) if line.startswith("error: ")]
         # Several keys of one settings file are listed below the line, indented.
-        if outcome.err.startswith("Usage: lapwan "):  # Typer's: an option that there is not, in a box
-            pass
-        elif len(errors) != 1 or not all(line.startswith("  ") for line in lines[errors[0] + 1 :]):
+        if len(errors) != 1 or not all(line.startswith("  ") for line in lines[errors[0] + 1 :]):
             wrong.append(f"{len(errors)} error lines, the last line is {outcome.last[:160]!r}")
         elif (longest := max(map(len, lines))) > 2000:
             wrong.append(f"a line of {longest} characters")

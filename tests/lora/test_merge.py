@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -279,6 +280,17 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, model_folder, pair
     assert files_below(tmp_path) == before
     out, err = capsys.readouterr()
     assert "transformer: 30 weights" in err and "transformer_2: 30 weights" in err and "[[lora]]" in out
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_an_untouched_tensor_that_is_not_finite_is_refused(tmp_path, transformers, saved, value):
+    weights = {k: v.clone() for k, v in transformers[NoiseExpert.HIGH].state_dict().items()}
+    name = next(name for name in weights if name.endswith("norm2.bias"))
+    weights[name].view(-1)[-1] = value
+    save_file(weights, tmp_path / "dit.safetensors")
+    with pytest.raises(UserError, match=rf"dit\.safetensors: '{name}' holds NaN or infinity"):
+        merge(dit=tmp_path / "dit.safetensors", lora=[str(saved("a.safetensors"))], output=tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_refusals(tmp_path, model_folder, pair, saved, monkeypatch):

@@ -95,6 +95,12 @@ def test_a_folder_that_is_not_a_clip_model(folder, tmp_path):
     refused("type 't5', not 'clip'.*PickScore_v1", tmp_path)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     refused("no weights", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    config = json.loads((folder / "config.json").read_text())
+    for part, key, value in (("vision_config", "image_size", 10**9), ("text_config", "num_hidden_layers", 10**6)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {part: config[part] | {key: value}}))
+        refused(f"{part}.{key} = {value}: must be less than", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot read the model"):
         build_rewards((PickScoreSettings(path=tmp_path, tokenizer=folder),), "cpu")

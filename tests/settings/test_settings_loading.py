@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -195,6 +196,42 @@ def dotted_keys(model: type[Settings], prefix: str = ""):
         yield prefix + name
         for section in _sections(info.annotation):
             yield from dotted_keys(section, f"{prefix}{name}.")
+
+
+def whole_numbers(model: type[Settings], prefix: str = ""):
+    """Dotted keys whose values are or hold whole numbers."""
+    for name, info in model.model_fields.items():
+        if re.search(r"\bint\b", str(info.annotation)):
+            yield prefix + name
+        for section in _sections(info.annotation):
+            yield from whole_numbers(section, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("row", COMMANDS, ids=lambda row: row.name)
+def test_every_whole_number_has_bounds(row):
+    for key in dict.fromkeys(whole_numbers(row.settings_model())):
+        refused = 0
+        for value in (10**19, [10**19], [10**19, 10**19], {"a": 10**19}):
+            with pytest.raises(UserError) as caught:
+                load(row.settings_model(), None, (), {key: value}, environment={})
+            texts = [line for line in str(caught.value).splitlines() if f": {key}" in line]
+            refused += any(text in line for line in texts for text in ("at most", "less than"))
+        assert refused, key
+
+
+@pytest.mark.parametrize(("command", "values"), [
+    ("generate", {"size": "99999999x99999999"}), ("generate", {"size": "8192x8192", "num_frames": 10001}),
+    ("generate", {"steps": 10**8}), ("cache", {"size": "99999999x99999999"}), ("cache", {"num_frames": "99999"}),
+    ("evaluate", {"videos.size": "99999999x99999999"}), ("srpo", {"size": "16x99999999"}),
+    ("train-lora", {"preview.size": [16, 99999999]}), ("train-lora", {"targets.q": 10**6}),
+    ("train-lora", {"steps": 10**7}), ("train-moe", {"batch_size": 10**6}), ("merge", {"rank": 10**6}),
+    ("split", {"stride": 1e-12}), ("demo", {"clips": 10**6}),
+])
+def test_absurd_sizes_are_refused_before_memory_is_taken(command, values):
+    row = next(row for row in COMMANDS if row.name == command)
+    with pytest.raises(UserError) as caught:
+        load(row.settings_model(), None, (), values, environment={})
+    assert any(text in str(caught.value) for text in ("at most", "less than or equal", "greater than or equal"))
 
 
 WRONG = ([], [1, {}], {}, {"x": 1}, "wrong", "", 12.5, -1, True)

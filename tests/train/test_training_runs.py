@@ -133,6 +133,12 @@ def test_changed_settings_at_resume_are_named_and_refused(tmp_path, t2v_cache):
     with pytest.raises(UserError, match=r"cannot resume .*seed: 42 -> 43"):
         train_lora.run(settings(resume=True, seed=43), RunOptions())
     train_lora.run(settings(resume=True, log_every=5), RunOptions())  # complete: nothing to do, no error
+    folder = checkpoints(tmp_path / "run")[-1][1]
+    (folder / "state" / "rest.pt").unlink()
+    adapter = (tmp_path / "run" / "lapwan_high_noise.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"cannot resume .*has no state/rest.pt.*--overwrite"):
+        train_lora.run(settings(resume=True), RunOptions())
+    assert (tmp_path / "run" / "lapwan_high_noise.safetensors").read_bytes() == adapter
     (tmp_path / "run" / "mine.txt").write_text("keep")
     train_lora.run(settings(seed=43), RunOptions(overwrite=True))
     assert (tmp_path / "run" / "mine.txt").exists()  # --overwrite removes what a run wrote, nothing else

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -106,6 +107,30 @@ def test_a_model_that_lacks_a_tensor_is_refused(part, load, tmp_path):
     save_file({name: tensor for name, tensor in tensors.items() if name != dropped}, path, {"format": "pt"})
     with pytest.raises(UserError, match=rf"{part} lack 1 tensors of its config, such as '{dropped}'"):
         load(read_spec(folder))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"extra_ids": 10**12}, "extra_ids = 1000000000000: must be less than or equal to 65536"),
+    ({"eos_token": "<new>"}, "they do not belong together"), (None, "is no file of at most 64 MiB")])
+def test_a_tokenizer_that_is_too_large_is_refused(change, message, tmp_path):
+    folder = shutil.copytree(tiny_folder("t2v"), tmp_path / "model")
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    if change is None:
+        with (folder / "tokenizer" / "added_tokens.json").open("wb") as stream:
+            stream.truncate(1 << 40)
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        text.encode_text(text.load_text_encoder(read_spec(folder)), ["x"])
+
+
+def test_a_clip_longer_than_the_positions_is_refused(i2v):
+    i2v_spec = read_spec(tiny_folder("i2v"))
+    assert i2v_spec.positions == 256
+    with pytest.raises(UserError, match="sides of at most 4096 pixels, and 1021 frames"):
+        i2v_spec.latent_shape(5, 4112, 16)
+    with pytest.raises(UserError, match="and 1021 frames"):
+        i2v_spec.check_clip(1025, 16, 16)
 
 
 def test_prompt_cleaning():
