@@ -31,7 +31,7 @@ from lapwan.tiny.scenes import SceneSpec
 
 INPUT = 96  # pixels; other squares are scaled
 GRID = 24  # cells of the heat map of the tip
-EVALUATOR_FILE = "evaluator.safetensors"
+EVALUATOR_FILE, JUDGE_FILE = "evaluator.safetensors", "judge.safetensors"
 # Captions with one of these names are held out from fitting the linear probe.
 HELD_OUT_NAMES = ("组织剪刀", "单极电凝钩", "吸引管", "无损伤抓钳", "a hook", "suction tip", "aparoscopic")
 
