@@ -40,16 +40,15 @@ def _soft(region_THW: np.ndarray) -> np.ndarray:
     return blurred
 
 
-def _shifts(region_THW: np.ndarray, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Moves (dy, dx) by the size of the region that lead off it and stay in the picture, in random order."""
+def _shifts(region_THW: np.ndarray) -> list[tuple[int, int]]:
+    """Moves (dy, dx) by the size of the region that lead off it and stay in the picture."""
     union = region_THW.max(axis=0)
     height, width = union.shape
     top, bottom, left, right = _extent(union)
     tall, wide = round(1.15 * (bottom - top)) + 2, round(1.15 * (right - left)) + 2
     moves = [(dy, dx) for dy in (-tall, 0, tall) for dx in (-wide, 0, wide) if (dy, dx) != (0, 0)]
-    fits = [(dy, dx) for dy, dx in moves if -0.25 * tall <= top + dy and bottom + dy <= height + 0.25 * tall
-            and -0.25 * wide <= left + dx and right + dx <= width + 0.25 * wide]
-    return [fits[i] for i in rng.permutation(len(fits))]
+    return [(dy, dx) for dy, dx in moves if -0.4 * tall <= top + dy and bottom + dy <= height + 0.4 * tall
+            and -0.4 * wide <= left + dx and right + dx <= width + 0.4 * wide]
 
 
 def _moved(values: np.ndarray, dy: int, dx: int) -> np.ndarray:
@@ -64,19 +63,24 @@ def covered(
     frames_THWC: np.ndarray, region_THW: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """The frames with the region covered by what lies beside it, and a twin covered beside the region instead; None
-    where the region leaves no place beside it."""
-    shifts = _shifts(region_THW, rng)
-    if not shifts:
+    where there are no two places beside it.
+
+    What covers is the neighbour that is most alike along the region's edge, in one of the better half at random.
+    """
+    shifts = _shifts(region_THW)
+    if len(shifts) < 2:
         return None
-    mask = _soft(region_THW)[..., None]
-    dy, dx = shifts[0]
-    frames = frames_THWC.astype(np.float32)
-    patch = _moved(frames, -dy, -dx)  # at the region: what lies (dy, dx) from it
-    empty = frames + mask * (patch - frames)
+    frames, mask = frames_THWC.astype(np.float32), _soft(region_THW)[..., None]
+    edge = mask * (1 - mask)
+    patches = [_moved(frames, -dy, -dx) for dy, dx in shifts]  # at the region: what lies (dy, dx) from it
+    unlike = [float((edge * np.abs(patch - frames)).sum()) for patch in patches]
+    better = np.argsort(unlike)[:max(1, len(shifts) // 2)]
+    chosen = int(rng.choice(better))
+    empty = frames + mask * (patches[chosen] - frames)
+    dy, dx = shifts[int(rng.choice([n for n in range(len(shifts)) if n != chosen]))]
     elsewhere = _moved(mask, dy, dx) * (1 - mask)
-    back = shifts[-1] if len(shifts) > 1 else (dy, dx)
-    other = _moved(frames, back[0], back[1])
-    twin = frames + elsewhere * (other - frames)
+    from_y, from_x = shifts[chosen]
+    twin = frames + elsewhere * (_moved(frames, dy - from_y, dx - from_x) - frames)
     return empty.round().astype(np.uint8), twin.round().astype(np.uint8)
 
 
