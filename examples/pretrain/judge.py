@@ -91,7 +91,7 @@ def _batches(count: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class _Makers:
+class Makers:
     """The embedded model, for what the VAE keeps and for unclear samples."""
 
     vae: Any
@@ -148,7 +148,7 @@ def train_judge(
         console.log(f"judge: {text}, {time.monotonic() - started:.0f} s")
 
     folder = weights if (weights / "vae.safetensors").is_file() else WEIGHTS
-    makers = _Makers(store.load_vae(folder, device), store.load_models(folder, TokenTable().size, device), device)
+    makers = Makers(store.load_vae(folder, device), store.load_models(folder, TokenTable().size, device), device)
     pool = worker_pool(processes)
     one, two, empty = settings.one, settings.two, settings.empty
     scenes = _render("train", {"one": one, "two": two, "empty": empty}, pool)
@@ -164,7 +164,7 @@ def train_judge(
     net = rounded(train_judge_net(clips, training, device, lambda step, loss: log(f"step {step} loss {loss:.4f}")
                                   if step % every == 0 and np.isfinite(loss) else None))
     log("trained")
-    tests = _Tests(makers, pool, settings.tests)
+    tests = HeldOutClips(makers, pool, settings.tests)
     temperatures = fit_temperatures(answers(net, joined(list(tests.sets("calibrate").values()))))
     test = {name: answers(net, part) for name, part in tests.sets("test").items()}
     pool.shutdown()
@@ -193,10 +193,10 @@ def _joined(judged: list[JudgeAnswers]) -> JudgeAnswers:
 
 
 @dataclass(frozen=True)
-class _Tests:
+class HeldOutClips:
     """Clips that the training has not seen, by what they are."""
 
-    makers: _Makers
+    makers: Makers
     pool: Any
     count: int
 

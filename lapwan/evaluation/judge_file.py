@@ -89,7 +89,7 @@ def is_judge(metadata: Mapping[str, str] | None) -> bool:
 
 def rounded(net: JudgeNet) -> JudgeNet:
     """A copy with the weights that its file will hold: rounded to bf16; figures are of those."""
-    copy = JudgeNet(net.answer[-1].out_features - 3)
+    copy = JudgeNet(net.families)
     copy.load_state_dict({name: value.detach().cpu().bfloat16().float() for name, value in net.state_dict().items()})
     return copy.requires_grad_(False).eval().to(next(net.parameters()).device)
 

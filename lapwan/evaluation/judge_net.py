@@ -47,6 +47,7 @@ class JudgeNet(nn.Module):
 
     def __init__(self, families: int) -> None:
         super().__init__()
+        self.families = families
         self.fine = nn.Sequential(_layer(3, 24, 2), _layer(24, 48, 2), _layer(48, 48))
         self.middle = nn.Sequential(_layer(48, 80, 2), _layer(80, 80))
         self.deep = nn.Sequential(_layer(80, 112, 2), _layer(112, 112), _layer(112, 112))

@@ -26,8 +26,8 @@ class TrainJudgeSettings(Settings):
     labels: Annotated[Path | None, Flag("--labels", metavar="FILE")] = Field(
         None, description="labels.jsonl for caches that carry no labels.")
     clips: Annotated[Path | None, Flag("--clips", metavar="FILE")] = Field(
-        None, description="clips.jsonl with \"tip\" ([x, y] in 0..1 of every frame) for its clips; absent: tips are "
-        "the middles of the boxes.")
+        None, description="clips.jsonl whose lines have \"tip\", x and y in 0..1 for every frame; absent: tips are the "
+        "middles of the boxes.")
     taxonomy: str = Field("surgical4", description="surgical4, cholec6 or a TOML file: the families it names.")
     unlabelled: Annotated[Literal["skip", "none"], Flag("--unlabelled", metavar="skip|none")] = Field(
         "skip", description="Clips without label and boxes: left out, or examples of no instrument.")
