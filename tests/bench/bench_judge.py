@@ -59,7 +59,7 @@ def make_judge(work: Path, clips: int, steps: int, workers: int) -> Path:
     folder = work / f"clips_{clips}"
     listed = write_dataset(folder, clips, 500 + clips, SIZE, FRAMES, workers=workers)
     call("label", clips=str(listed), output=str(folder / "labels.jsonl"))
-    call("cache", dataset=str(folder / "labels.jsonl"), model="tiny-t2v", output=str(folder / "cache"), text="false",
+    call("cache", dataset=str(folder / "labels.jsonl"), model="tiny-t2v", output=str(folder / "cache"),
          size="96x96", num_frames=str(FRAMES))
     judge = work / f"judge_{clips}.safetensors"
     call("train-judge", cache=str(folder / "cache"), output=str(judge), steps=str(steps), model="tiny-t2v")
@@ -73,11 +73,11 @@ def truth(spec: SceneSpec, index: int) -> EvaluationClip:
                           synthetic=True)
 
 
-def arms(makers: Makers, prompts: list[SceneSpec], steps: int) -> dict[str, np.ndarray]:
+def arms(makers: Makers, prompts: list[SceneSpec], steps: int, count: int) -> dict[str, np.ndarray]:
     """Videos of the base, of a plain LoRA, and of one LoRA an instrument, on the same prompts."""
     captions = [caption_for(spec, np.random.default_rng(10_000 + i)) for i, spec in enumerate(prompts)]
     videos = {"base": sample_videos(makers.models, makers.vae, captions, None, seed=7, **SAMPLING)}
-    clips = FineTuningClips(160, makers.vae, makers.models, makers.device)
+    clips = FineTuningClips(count, makers.vae, makers.models, makers.device)
     for name, groups, lr in (("stage 1", 1, 3e-3), ("one LoRA an instrument", len(INSTRUMENTS), 3e-3)):
         _, videos[name] = try_fine_tuning(makers.models, makers.vae, clips, load_evaluator(), groups, 2, lr, 4,
                                           (steps,), prompts, SAMPLING)
@@ -121,13 +121,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--tests", type=int, default=300)
     parser.add_argument("--lora-steps", type=int, default=160)
+    parser.add_argument("--lora-clips", type=int, default=160)
     parser.add_argument("--workers", type=int, default=max(1, min(16, (os.cpu_count() or 2) - 1)))
     arguments = parser.parse_args()
     started = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     makers = Makers(store.load_vae(WEIGHTS, device), store.load_models(WEIGHTS, TokenTable().size, device), device)
     prompts = typical_scenes(arguments.prompts, 99)
-    videos = arms(makers, prompts, arguments.lora_steps)
+    videos = arms(makers, prompts, arguments.lora_steps, arguments.lora_clips)
     print(f"arms: {time.monotonic() - started:.0f} s", flush=True)
     pool = worker_pool(arguments.workers)
     sets = HeldOutClips(makers, pool, arguments.tests).sets("test")

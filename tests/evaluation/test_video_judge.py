@@ -16,7 +16,14 @@ from lapwan.checkpoints.container import read_header
 from lapwan.data.taxonomy import load_taxonomy
 from lapwan.errors import UserError
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
-from lapwan.evaluation.judge_figures import JudgeAnswers, answers, fit_temperatures, identity, judge_figures, reliability
+from lapwan.evaluation.judge_figures import (
+    JudgeAnswers,
+    answers,
+    fit_temperatures,
+    identity,
+    judge_figures,
+    reliability,
+)
 from lapwan.evaluation.judge_file import JudgeFile, JudgeMetadata, failed_ceiling, read_judge, write_judge
 from lapwan.evaluation.judge_masks import boxes_beside, covered, middle_of
 from lapwan.evaluation.judge_net import (
@@ -57,11 +64,10 @@ def net() -> JudgeNet:
     return train_judge_net(squares(64, 0), JudgeTraining(steps=90, batch=24, lr=3e-3, made_unclear=0.25), CPU)
 
 
-def file_of(net: JudgeNet, share: float | None = 0.95, families: tuple[str, ...] = ("red", "blue"), tip="points",
-            **recipe) -> JudgeFile:
+def file_of(net: JudgeNet, share: float | None = 0.95, tip="points", **recipe) -> JudgeFile:
     figures = {} if share is None else {"identity_reconstructed": share, "videos_reconstructed": 40}
-    metadata = JudgeMetadata(families=list(families), names=list(families), taxonomy="colours", canvas=(32, 32), tip=tip,
-                             figures=figures, recipe=recipe)
+    metadata = JudgeMetadata(families=["red", "blue"], names=["red", "blue"], taxonomy="colours", canvas=(32, 32),
+                             tip=tip, figures=figures, recipe=recipe)
     return JudgeFile(net, metadata, "f")
 
 
@@ -74,7 +80,8 @@ def test_it_learns_one_two_none_and_unclear(net) -> None:
     assert (states == clips.states()).mean() > 0.9
     two = [reading for reading, families in zip(judged.readings(once), clips.families_NK, strict=True) if all(families)]
     assert np.mean([reading.seen == (0, 1) for reading in two]) > 0.8
-    broken = answers(net, destroyed_clips(clips.part(np.flatnonzero(clips.states() == INSTRUMENT)), 2, DESTRUCTIONS[1:]))
+    shown = clips.part(np.flatnonzero(clips.states() == INSTRUMENT))
+    broken = answers(net, destroyed_clips(shown, 2, DESTRUCTIONS[1:]))
     assert np.mean([reading.state == UNCLEAR for reading in broken.readings(once)]) > 0.8
     figures = judge_figures({"source": judged}, judged, once, ("red", "blue"))
     assert figures["identity_source"] > 0.9 and figures["tip_accuracy_source"] > 0.6
@@ -178,9 +185,9 @@ def test_a_judge_below_its_ceiling_or_of_other_families_is_refused(net) -> None:
     assert failed_ceiling(file_of(net, 0.9).metadata, 0.9) is None
     with pytest.raises(UserError, match=r"j must not judge: it names .* 85 % of 40 .* 90 % are needed.*judge_ceiling"):
         judge_for(file_of(net, 0.85), "j", SURGICAL, 0.9, 16)
-    with pytest.raises(UserError, match="no figure of the VAE's reconstructions"):
+    with pytest.raises(UserError, match=r"no figure of the VAE's reconstructions"):
         judge_for(file_of(net, None), "j", SURGICAL, 0.9, 16)
-    with pytest.raises(UserError, match="j names red, blue of taxonomy colours, but the clips .* scissors, hook"):
+    with pytest.raises(UserError, match=r"j names red, blue of taxonomy colours, but the clips .* scissors, hook"):
         judge_for(file_of(net), "j", SURGICAL, 0.9, 16)
 
 
@@ -252,9 +259,9 @@ def test_what_cannot_be_trained_on_is_one_line(scenes, arguments, message) -> No
 
 
 def test_evaluate_refuses_it_until_it_is_accepted(scenes) -> None:
-    arguments = ("evaluate", "--model", "tiny-t2v", "--clips", "labels.jsonl", "--count", "2", "--steps", "1", "--split",
-                 "all", "--set", "videos.guidance=1", "--set", "videos.num_frames=5", "--set", "videos.size=32x32",
-                 "--set", "videos.sheet=0", "-o", "out")
+    arguments = ("evaluate", "--model", "tiny-t2v", "--clips", "labels.jsonl", "--count", "2", "--steps", "1", "-o",
+                 "out", "--split", "all", "--set", "videos.guidance=1", "--set", "videos.num_frames=5", "--set",
+                 "videos.size=32x32", "--set", "videos.sheet=0")
     refused = run_lapwan(*arguments, "--judge", "judge.safetensors", cwd=scenes)
     assert refused.code == 2 and "judge.safetensors must not judge" in " ".join(refused.err.split())
     assert "no such file" in run_lapwan(*arguments, "--judge", "none.safetensors", cwd=scenes).err

@@ -15,7 +15,7 @@ from lapwan.models.spec import ModelSpec
 from lapwan.names import NoiseExpert
 from lapwan.tiny.model import WEIGHTS, make_tokenizer, tiny_folder
 
-SHIPPED = ("transformer", "transformer_2", "vae", "text_encoder", "evaluator")
+SHIPPED = ("transformer", "transformer_2", "vae", "text_encoder", "evaluator", "judge")
 
 
 def test_readme_states_the_hash_of_every_file() -> None:
