@@ -43,7 +43,7 @@ from lapwan.wan.vae import decode, to_frames
 SEEN = 0.25  # weight from which a label names a family
 PARTS = ("train", "calibrate", "test")
 _DEAL = (0, 0, 0, 1, 2)  # of five source videos of a family
-LEAST_GROUPS = 10  # source videos
+LEAST_GROUPS = 8  # source videos
 _AREA = 128 * 128  # pixels of a canvas, at most
 _ALIKE = 0.6  # least sigma of unclear latents
 

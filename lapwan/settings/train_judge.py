@@ -39,7 +39,7 @@ class TrainJudgeSettings(Settings):
         "pixels.")
     frames: int = Field(8, ge=1, le=256, description="Frames of each clip, evenly spaced.")
     steps: Annotated[int, Flag("--steps", metavar="N")] = Field(1500, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(64, ge=4, description="Frames a step.")
+    batch_size: int = Field(64, ge=1, description="Frames a step.")
     lr: float = Field(2e-3, gt=0, description="Learning rate of AdamW, with warm-up and a cosine.")
     device: Annotated[str, Flag()] = Field("auto", description="auto, cpu, cuda or cuda:N.")
     seed: Annotated[int, Flag("--seed", metavar="N")] = Field(0, ge=0, description="Seed of weights and draws.")
