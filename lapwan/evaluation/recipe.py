@@ -83,13 +83,15 @@ def make_study(
         videos = {"clips": clips, "sampling": sampling, "scorers": scorers, "ceiling_scorers": ceiling_scorers}
     captions = _captions(settings, taxonomy, videos.get("clips", ()), items) if any(a.routed for a in arms) else {}
     probe = probe_set(arms[0].base.spec) if probe_set is not None and captions and settings.routing.probe else None
+    # A judge that no scorer asks decides nothing: videos that were made before it was there are used again.
+    asked = judge if any(isinstance(scorer, JudgeMetrics) for scorer in videos.get("scorers", ())) else None
     return Study(
         arms, taxonomy,
         ExecutionOptions(device, pick_dtype(settings.dtype, device), settings.memory, settings.compile,
                 precision_of(settings.dtype), precision_of(settings.text_dtype)),
         index=index, items=items, flow=FlowPlan(loss.bins, loss.draws, settings.seed, loss.batch_size),
-        captions=captions, probe=probe, judge=judge if videos else None,
-        depends_on=_depends_on(settings, judge, rewards), **videos,
+        captions=captions, probe=probe, judge=asked, depends_on=_depends_on(settings, asked, rewards),
+        **videos,
     )
 
 
