@@ -18,12 +18,13 @@ from examples.pretrain.corpus import Clips, start_rendering
 from examples.pretrain.diffusion import TokenTable, train_diffusion
 from examples.pretrain.evaluators import train_evaluator
 from examples.pretrain.headroom import FineTuningClips, try_fine_tuning
-from examples.pretrain.settings import DiffusionSettings, EvaluatorSettings, VaeSettings, shorter
+from examples.pretrain.judge import train_judge
+from examples.pretrain.settings import DiffusionSettings, EvaluatorSettings, JudgeSettings, VaeSettings, shorter
 from examples.pretrain.vae import measure_latents, train_vae
 from lapwan import console
-from lapwan.tiny.evaluators import EVALUATOR_FILE, InstrumentNet
+from lapwan.tiny.evaluators import EVALUATOR_FILE, JUDGE_FILE, InstrumentNet
 
-STAGES = ("vae", "evaluator", "diffusion", "samples", "headroom")
+STAGES = ("vae", "evaluator", "diffusion", "samples", "headroom", "judge")
 
 
 def _arguments() -> argparse.Namespace:
@@ -103,6 +104,10 @@ class _Run:
         console.log(f"samples: {results}")
         store.write_json(self.figures / "samples.json", results)
 
+    def judge(self) -> None:
+        settings = shorter(JudgeSettings(), self.scale)
+        train_judge(settings, self.weights, self.weights / JUDGE_FILE, self.figures, self.device, self.processes)
+
     def headroom(self) -> None:
         vae = store.load_vae(self.weights, self.device)
         models = store.load_models(self.weights, TokenTable().size, self.device)
@@ -127,7 +132,7 @@ def main() -> None:
     run = _Run(arguments)
     torch.set_float32_matmul_precision("high")
     actions = {"vae": run.vae, "evaluator": run.train_evaluator, "diffusion": run.diffusion, "samples": run.samples,
-               "headroom": run.headroom}
+               "headroom": run.headroom, "judge": run.judge}
     console.log(f"{' '.join(sys.argv[1:])}; torch {torch.__version__}, "
                 f"{torch.cuda.get_device_name() if run.device.type == 'cuda' else 'cpu'}")
     for stage in STAGES if arguments.stage == "all" else (arguments.stage,):

@@ -54,7 +54,7 @@ class Sample:
     captions: tuple[str, ...]
 
 
-def _scene(rng: np.random.Generator, seed: int, style: str, held_out_pairs: bool) -> SceneSpec:
+def random_scene(rng: np.random.Generator, seed: int, style: str, held_out_pairs: bool) -> SceneSpec:
     """Any instrument with any motion and any target, all equally likely."""
     while True:
         instrument, motion = str(rng.choice(INSTRUMENTS)), str(rng.choice(list(paths.MOTIONS)))
@@ -82,10 +82,10 @@ def sample(index: int, purpose: Purpose = "pretraining") -> Sample:
     seed = FIRST_SEED[purpose] + index
     rng = np.random.default_rng(seed)
     if purpose != "pretraining":
-        spec = _scene(rng, seed, "surgical", held_out_pairs=True)
+        spec = random_scene(rng, seed, "surgical", held_out_pairs=True)
         return Sample(spec, (caption_for(spec, rng),) * CAPTIONS)
     u = rng.uniform()
-    spec = _scene(rng, seed, "neutral" if u < _MARKED + _NEUTRAL else "surgical", held_out_pairs=False)
+    spec = random_scene(rng, seed, "neutral" if u < _MARKED + _NEUTRAL else "surgical", held_out_pairs=False)
     captions: list[str] = []
     while len(captions) < CAPTIONS:
         caption = _caption(spec, u < _MARKED, rng)

@@ -63,10 +63,26 @@ class EvaluatorSettings:
     lr: float = 2e-3
 
 
-S = TypeVar("S", VaeSettings, DiffusionSettings, EvaluatorSettings)
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Of the second judge: clips that train by kind, `tests` of each kind to calibrate on and as many to test on."""
+
+    one: int = 3_000
+    two: int = 1_500
+    empty: int = 1_500
+    early: int = 640
+    broken: int = 640
+    tests: int = 500
+    steps: int = 4_000
+    batch: int = 128  # frames
+    lr: float = 2e-3
+
+
+S = TypeVar("S", VaeSettings, DiffusionSettings, EvaluatorSettings, JudgeSettings)
 
 
 def shorter(settings: S, scale: float) -> S:
     """The same settings at `scale` of their length, for a trial run."""
-    names = [name for name in ("clips", "steps", "first_clips", "checks", "warmup") if name in vars(settings)]
+    names = [name for name in ("clips", "steps", "first_clips", "checks", "warmup", "one", "two", "empty", "early",
+                          "broken", "tests") if name in vars(settings)]
     return replace(settings, **{name: max(8, round(vars(settings)[name] * scale)) for name in names})

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from lapwan import console, files
 from lapwan.commands.run_setup import output_lock, print_plan
 from lapwan.console import PlanRow, count_text
 from lapwan.errors import Interrupted, UserError
+from lapwan.evaluation.judge_file import read_judge
 from lapwan.evaluation.metrics import metric_names
 from lapwan.evaluation.page import evaluation_page
-from lapwan.evaluation.recipe import make_study, open_store, write_results
+from lapwan.evaluation.recipe import JudgeOf, make_study, open_store, write_results
 from lapwan.evaluation.router_accuracy import ProbeSet
 from lapwan.evaluation.study import Study, run_study
 from lapwan.evaluation.tables import IntervalRule, tables
+from lapwan.evaluation.video_judge import judge_for
 from lapwan.models.base import Base
 from lapwan.models.fingerprints import vae_fingerprint
 from lapwan.models.spec import ModelSpec, Task, read_spec, task_with
@@ -22,10 +25,12 @@ from lapwan.settings.base import RunOptions, to_toml
 from lapwan.settings.evaluate import EvaluateSettings
 from lapwan.settings.model import BaseModelSettings, ModelChoice
 from lapwan.temporaries import discard_folder
-from lapwan.tiny.evaluators import SceneJudge, probe_captions
+from lapwan.tiny.evaluators import EmbeddedJudge, SceneJudge, probe_captions
 from lapwan.tiny.model import tiny_folder
 from lapwan.tiny.resolve import TINY, resolve_base
 from lapwan.tiny.reward import EMBEDDED_REWARD_KINDS
+
+FIRST_JUDGE = f"{TINY}-1"
 
 
 def run(settings: EvaluateSettings, options: RunOptions) -> None:
@@ -41,8 +46,8 @@ def _run(settings: EvaluateSettings, options: RunOptions) -> None:
             raise UserError(f"output exists: {out}; pass --resume to continue it (finished videos that still match are "
                             "kept), --overwrite to start over, or choose another path")
         files.claim_output(out, options.overwrite)
-    study = make_study(settings, _resolve, SceneJudge(), _probe_set, EMBEDDED_REWARD_KINDS)
-    print_plan(settings, _plan(study), options)
+    study = make_study(settings, _resolve, None, _probe_set, EMBEDDED_REWARD_KINDS, _judge_of(settings))
+    print_plan(settings, _plan(study, settings), options)
     if options.dry_run:
         return
     if options.overwrite and not settings.resume:
@@ -76,13 +81,24 @@ def _resolve(model: ModelChoice | None, task: Task | None) -> Base:
     return resolve_base(model, task if name == TINY else None)
 
 
+def _judge_of(settings: EvaluateSettings) -> JudgeOf:
+    """The judge that is named, its file read now, or the embedded model's of its scenes."""
+    if settings.judge == FIRST_JUDGE:
+        return lambda taxonomy, shape: SceneJudge()
+    if settings.judge in (None, TINY):
+        return lambda taxonomy, shape: EmbeddedJudge()
+    path = Path(str(settings.judge))
+    file = read_judge(path)
+    return lambda taxonomy, shape: judge_for(file, path, taxonomy, settings.judge_ceiling, shape.fps)
+
+
 def _probe_set(spec: ModelSpec) -> ProbeSet | None:
     """Captions of the embedded scenes, if the model is the embedded one: its text features are made for them."""
     embedded = read_spec(tiny_folder(task_with(spec.requires_image)))
     return probe_captions() if vae_fingerprint(spec) == vae_fingerprint(embedded) else None
 
 
-def _plan(study: Study) -> list[PlanRow]:
+def _plan(study: Study, settings: EvaluateSettings) -> list[PlanRow]:
     spec = study.arms[0].base.spec
     names = [arm.name for arm in study.arms]
     rows = [PlanRow("model", f"{spec.path} ({spec.task})"),
@@ -99,6 +115,9 @@ def _plan(study: Study) -> list[PlanRow]:
         rows.append(PlanRow("videos", f"{count_text(len(study.clips), 'clip')} x {count_text(s.seeds, 'seed')} = "
                                       f"{count} per adapter, {s.batch_size} at a time, {s.shape.frames} frames "
                                       f"{s.shape.size[0]}x{s.shape.size[1]}, sampled in {s.steps} steps"))
+        if study.judge is not None:
+            named = settings.judge if settings.judge is not None else TINY
+            rows.append(PlanRow("judge", f"{named}: {', '.join(study.judge.classes)}"))
         rows.append(PlanRow("metrics", ", ".join(metric_names(study.scorers)) or "none"))
     rows += [PlanRow("routing", f"{len(captions)} {name}") for name, captions in study.captions.items()]
     return [*rows, PlanRow("page", f"{PAGE_FILE}, for a browser: tables, plots"

@@ -50,6 +50,7 @@ class EvaluationClip:
     weights: tuple[float, ...] = ()
     fallback: bool = False
     instrument: str | None = None
+    second: str | None = None  # of a rendered scene with two
     synthetic: bool = False  # a rendered scene: its line says source = "synthetic"
     video: Path | None = None
     tips_T2: np.ndarray | None = None
@@ -151,9 +152,10 @@ def _clip(path: Path, clip: Clip, taxonomy: Taxonomy, repeated: bool) -> Evaluat
     return EvaluationClip(
         id=f"{named or ''} line {clip.line}".strip() if repeated or not named else str(named),
         prompt=clip.caption, weights=weights, fallback=fallback,
-        instrument=data.get("instrument"), synthetic=data.get("source") == "synthetic",
+        instrument=data.get("instrument"), second=data.get("second"),
+        synthetic=data.get("source") == "synthetic",
         video=None if named is None else resolve_video(named, path),
-        tips_T2=None if tips is None else _points(path, clip.line, tips),
+        tips_T2=None if tips is None else tip_points(path, clip.line, tips),
         roi=read_roi(data, f"{path}, line {clip.line}", path), part=part_fields(data, f"{path}, line {clip.line}"),
         mask=None if mask is None else resolve_video(mask, path),
     )
@@ -176,7 +178,12 @@ def _weights(path: Path, clip: Clip, taxonomy: Taxonomy) -> tuple[tuple[float, .
     return label.weights, label.fallback
 
 
-def _points(path: Path, line: int, tips: Any) -> np.ndarray:
+def tip_points(path: Path, line: int, tips: Any) -> np.ndarray:
+    """`tip` of a line as [T, 2].
+
+    Raises:
+        UserError: not a list of pairs of numbers.
+    """
     try:
         points = np.array(tips, dtype=np.float64)
     except (TypeError, ValueError):

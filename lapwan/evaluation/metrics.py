@@ -2,8 +2,9 @@
 
 How to add a metric: a class with `names` and `score`, a line in `unavailable_metrics` and a case in `make_scorers`.
 How to add a judge: a class with the members of `Judge`, given to `make_scorers` by whoever runs the evaluation, as
-`lapwan.tiny.evaluators.SceneJudge` is for the embedded model's scenes. A metric that is new to all judges also needs a
-line in `unavailable_metrics`. Names of metrics are listed in `METRICS` and `Metric` of lapwan/settings/evaluate.py.
+`lapwan.evaluation.video_judge.VideoJudge` (from the file of a trained one) and `lapwan.tiny.evaluators.EmbeddedJudge`
+are. A metric that is new to all judges also needs a line in `unavailable_metrics`. Names of metrics are listed in
+`METRICS` and `Metric` of lapwan/settings/evaluate.py.
 Shapes: T frames, H, W pixels.
 """
 
@@ -79,6 +80,10 @@ class Judge(Protocol):
         """Why videos of this shape cannot be judged; None if they can."""
         ...
 
+    def refuses_tip(self, clip: EvaluationClip, shape: VideoShape) -> str | None:
+        """Why the tip in videos of this clip and shape cannot be compared; None if it can. Asked for `tip` alone."""
+        ...
+
     def score(self, metric: str, frames_THWC: np.ndarray, clip: EvaluationClip) -> Mapping[str, float]:
         """The figures of one metric for one video (uint8 RGB), NaN where it has none.
 
@@ -110,7 +115,7 @@ class DescribingJudge(Protocol):
 
 
 class JudgeMetrics:
-    """A judge's figures of one metric: `identity`, or `tip_accuracy`.
+    """A judge's figures of one metric: such as `identity`, or `tip_accuracy`.
 
     Args:
         judge: reads the video.
@@ -325,10 +330,14 @@ def _no_tip(judge: Judge | None, clips: Sequence[EvaluationClip], from_image: bo
         return "the tip's path follows from the first frame, so it is measured on image-to-video only"
     if (reason := _not_judged("tip", judge, clips, shape)) is not None:
         return reason
-    if any(clip.tips_T2 is None for clip in clips):
-        first = next(clip for clip in clips if clip.tips_T2 is None)
-        return f"clip '{first.id}' has no tip, which it needs"
-    short = next((clip for clip in clips if clip.tips_T2 is not None and len(clip.tips_T2) < shape.frames), None)
-    if short is not None and short.tips_T2 is not None:
-        return f"clip '{short.id}' has its tip in {len(short.tips_T2)} frames, {shape.frames} are generated"
+    assert judge is not None
+    return next((reason for clip in clips if (reason := judge.refuses_tip(clip, shape)) is not None), None)
+
+
+def missing_tips(clip: EvaluationClip, shape: VideoShape) -> str | None:
+    """Why a clip's points do not cover videos of this shape; None if they do."""
+    if clip.tips_T2 is None:
+        return f"clip '{clip.id}' has no tip, which it needs"
+    if len(clip.tips_T2) < shape.frames:
+        return f"clip '{clip.id}' has its tip in {len(clip.tips_T2)} frames, {shape.frames} are generated"
     return None

@@ -45,11 +45,13 @@ _CEILING_METRICS = (JudgeMetrics, ReferenceMetrics)  # those that are meaningful
 
 # MODEL of the settings (None: not set) -> a checked base; the task decides if a name means several models.
 Resolve = Callable[[ModelChoice | None, Task | None], Base]
+JudgeOf = Callable[[Taxonomy, VideoShape], Judge]  # for clips labelled with the taxonomy, and videos of the shape
 
 
 def make_study(
     settings: EvaluateSettings, resolve: Resolve, judge: Judge | None = None,
     probe_set: Callable[[ModelSpec], ProbeSet | None] | None = None, rewards: RewardKinds = REWARD_KINDS,
+    judge_of: JudgeOf | None = None,
 ) -> Study:
     """Read and check everything that the settings name, without loading weights.
 
@@ -58,6 +60,7 @@ def make_study(
         judge: measures the metrics `identity` and `tip`.
         probe_set: captions for the linear probe of a model's text features; it returns None if it has none for it.
         rewards: kinds of rewards, by their settings.
+        judge_of: makes the judge once the clips' taxonomy and the videos' shape are known, instead of `judge`.
 
     Raises:
         UserError: files that do not exist, or files and settings that do not fit together.
@@ -72,6 +75,7 @@ def make_study(
     videos: dict[str, Any] = {}
     if settings.videos.clips is not None:
         clips, sampling = _sampling(settings, arms, taxonomy)
+        judge = judge if judge_of is None else judge_of(taxonomy, sampling.shape)
         loaders = _rewards(settings.videos.rewards or (), device, rewards)
         from_image = starts_from_image(settings, arms[0].base.spec)
         scorers = make_scorers(settings.videos.metrics, clips, from_image, sampling.shape, judge, loaders, device)
@@ -80,6 +84,8 @@ def make_study(
         videos = {"clips": clips, "sampling": sampling, "scorers": scorers, "ceiling_scorers": ceiling_scorers}
     captions = _captions(settings, taxonomy, videos.get("clips", ()), items) if any(a.routed for a in arms) else {}
     probe = probe_set(arms[0].base.spec) if probe_set is not None and captions and settings.routing.probe else None
+    # A judge that no scorer asks decides nothing: videos that were made before it was there are used again.
+    asked = judge if any(isinstance(scorer, JudgeMetrics) for scorer in videos.get("scorers", ())) else None
     return Study(
         arms, taxonomy,
         ExecutionOptions(device, pick_dtype(settings.dtype, device), settings.memory, settings.compile,
@@ -87,7 +93,8 @@ def make_study(
         index=index, items=items, flow=FlowPlan(
             loss.bins, loss.draws, settings.seed, loss.batch_size,
             first_frame=spec.clean_first_frame and starts_from_image(settings, spec)),
-        captions=captions, probe=probe, depends_on=_depends_on(settings, judge, rewards), **videos,
+        captions=captions, probe=probe, judge=asked, depends_on=_depends_on(settings, asked, rewards),
+        **videos,
     )
 
 

@@ -15,7 +15,7 @@ from lapwan.errors import UserError
 from lapwan.evaluation.arms import Arm
 from lapwan.evaluation.clips import EvaluationClip
 from lapwan.evaluation.flow_losses import FlowLosses, FlowPlan, flow_losses
-from lapwan.evaluation.metrics import Scorer
+from lapwan.evaluation.metrics import Judge, Scorer
 from lapwan.evaluation.router_accuracy import ProbeSet, RoutingScores, family_probe, measure_probe, routing_scores
 from lapwan.evaluation.videos import Sampling, Scores, VideoStore, ceilings, generate_and_score, request_for
 from lapwan.memory.generation import Memory
@@ -44,8 +44,9 @@ class Study:
     """The arms under comparison (the first one is the control), and the data to compare them on.
 
     `clips`, `sampling` and `scorers` are for videos; `index`, `items` and `flow` for losses; `captions`, by the name of
-    their set, for routing; `probe` are captions to fit a linear probe of the text features on. `depends_on`: other
-    inputs of stored scores, the weights of rewards and judge.
+    their set, for routing; `probe` are captions to fit a linear probe of the text features on. `judge` is what the
+    scorers ask, to be named beside the scores. `depends_on`: other inputs of stored scores, the weights of rewards and
+    judge.
     """
 
     arms: Sequence[Arm]
@@ -60,6 +61,7 @@ class Study:
     flow: FlowPlan = field(default_factory=FlowPlan)
     captions: Mapping[str, Sequence[EvaluationClip]] = field(default_factory=dict)
     probe: ProbeSet | None = None
+    judge: Judge | None = None
     depends_on: Sequence[str] = ()
 
 

@@ -24,7 +24,7 @@ from lapwan.evaluation.study import Study, StudyResults
 from lapwan.train.clip_store import family_of
 
 FORMAT = 1
-SHARES = ("identity", "tip_accuracy")  # printed as percentages
+SHARES = ("identity", "judged_none", "judged_unclear", "tip_accuracy")  # printed as percentages
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ def document(study: Study, results: StudyResults, interval: IntervalRule) -> dic
         ],
     }
     if study.clips:
+        result["judge"] = None if study.judge is None else {
+            "classes": list(study.judge.classes), "fingerprint": study.judge.fingerprint}
         result["clips"] = [{"id": clip.id, "prompt": clip.prompt} for clip in study.clips]
         result["scores"] = {name: {metric: _plain(values) for metric, values in scores.items()}
                             for name, scores in results.scores.items()}

@@ -141,6 +141,12 @@ class EvaluateSettings(ModelSettings):
     split: Annotated[str, Flag("--split", metavar="NAME")] = Field(
         "test", description="Use the clips of this split; all: every clip. Files without splits are used whole.")
     taxonomy: str = Field("surgical4", description="surgical4, cholec6 or a TOML file; a mixture brings its own.")
+    judge: Annotated[str | None, Flag("--judge", metavar="FILE")] = Field(
+        None, description="What measures identity and tip: a file of train-judge; tiny: the embedded model's judge of "
+        "its scenes; tiny-1: its first one, which cannot say none. Absent: tiny.")
+    judge_ceiling: float = Field(
+        0.9, ge=0, le=1, description="Share of its own VAE reconstructions, held out from its training, whose "
+        "instruments a judge must name; one below is refused.")
     seed: Annotated[int, Flag("--seed", metavar="N")] = Field(0, ge=0, description="Seed of noise and intervals.")
     loss: LossSettings = Field(default_factory=LossSettings)
     videos: EvaluationVideoSettings = Field(default_factory=EvaluationVideoSettings)

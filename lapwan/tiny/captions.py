@@ -7,6 +7,7 @@ shows. Captions of neutral scenes name no instrument and no target, but always t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,11 +87,28 @@ _HOLDING = ("lift", "retract")  # first take hold of the target, then move it
 
 
 def caption_for(spec: SceneSpec, rng: np.random.Generator, english: float = ENGLISH_SHARE) -> str:
-    """A caption that is true of the scene; `english` is the probability of an English one."""
+    """A caption that is true of the scene; `english` is the probability of an English one.
+
+    A second instrument comes first: 抓钳固定，电凝钩切割组织.
+    """
+    if spec.second is not None:
+        return _with_second(spec, rng, english)
     in_english = rng.uniform() < english
     if spec.style == "neutral":
         return _neutral_english(spec, rng) if in_english else _neutral_chinese(spec, rng)
     return _english(spec, rng) if in_english else _chinese(spec, rng)
+
+
+def _with_second(spec: SceneSpec, rng: np.random.Generator, english: float) -> str:
+    first = replace(spec, second=None)
+    in_english = rng.uniform() < english
+    text = caption_for(first, rng, float(in_english))
+    if spec.style == "neutral":
+        return f"Another tool holds still. {text}" if in_english else f"另一件工具固定，{text}"
+    name = _pick(rng, (_EN_NAME if in_english else _ZH_NAME)[str(spec.second)])
+    if not in_english:
+        return f"{name}固定，{text}"
+    return f"{_sentence(name)} {'hold' if spec.second == 'scissors' else 'holds'} still. {text}"
 
 
 def describe_action(spec: SceneSpec, rng: np.random.Generator, english: float = 0.5) -> str:

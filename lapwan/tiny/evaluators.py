@@ -1,10 +1,12 @@
-"""What evaluates the embedded model: a network that names the instrument and locates its tip, and captions for the
-linear probe of text features.
+"""What evaluates the embedded model: two judges of its scenes, and captions for the linear probe of text features.
 
-The network reads single frames: its deep features classify the instrument, its finer ones locate the tip. It was
-trained on rendered surgical scenes only, any instrument with any motion and any target, so neither motion nor target
-predicts the instrument. `weights/README.md` has its accuracy on new scenes and on the VAE's reconstructions, which is
-an upper bound for generated videos.
+`EmbeddedJudge` is the second one, a `lapwan.evaluation.video_judge`: it can say that there is no instrument or that
+nothing can be told, and sees two at once. `SceneJudge` is the first, which must name one of the four instruments; it
+stays for figures made with it, and the reward reads its network. That network reads
+single frames: its deep features classify the instrument, its finer ones locate the tip. Both judges were trained on
+rendered scenes only, any instrument with any motion and any target, so neither motion nor target predicts the
+instrument. `weights/README.md` has their figures on new scenes and on the VAE's reconstructions, which are an upper
+bound for generated videos.
 Shapes: T frames, H, W pixels.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -22,8 +25,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lapwan.evaluation.clips import EvaluationClip, VideoShape
-from lapwan.evaluation.metrics import Seen
+from lapwan.evaluation.judge_file import JudgeFile, read_judge
+from lapwan.evaluation.metrics import Seen, missing_tips
 from lapwan.evaluation.router_accuracy import ProbeCaption, ProbeSet
+from lapwan.evaluation.video_judge import VideoJudge
 from lapwan.tiny import motion as paths
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.instruments import INSTRUMENTS
@@ -32,7 +37,7 @@ from lapwan.tiny.scenes import SceneSpec
 
 INPUT = 96  # pixels; other squares are scaled
 GRID = 24  # cells of the heat map of the tip
-EVALUATOR_FILE = "evaluator.safetensors"
+EVALUATOR_FILE, JUDGE_FILE = "evaluator.safetensors", "judge.safetensors"
 # Captions with one of these names are held out from fitting the linear probe.
 HELD_OUT_NAMES = ("组织剪刀", "单极电凝钩", "吸引管", "无损伤抓钳", "a hook", "suction tip", "aparoscopic")
 
@@ -128,8 +133,46 @@ def tip_hits(tips_T2: np.ndarray, truth_T2: np.ndarray, size: tuple[int, int], w
     return hits
 
 
+def _not_a_scene(clip: EvaluationClip) -> str | None:
+    if clip.synthetic and clip.instrument in INSTRUMENTS:
+        return None
+    return (f"clip '{clip.id}' is not one of the embedded model's synthetic scenes (source = \"synthetic\", "
+            f"instrument one of {', '.join(INSTRUMENTS)}), which its evaluators are for; for other clips give a judge "
+            "made by lapwan train-judge, with --judge FILE")
+
+
+def _not_square(shape: VideoShape) -> str | None:
+    height, width = shape.size
+    return None if height == width else f"the evaluators take square frames, not {height}x{width}"
+
+
+@cache
+def load_judge() -> JudgeFile:
+    """The shipped second judge, on the CPU."""
+    return read_judge(Path(str(files("lapwan.tiny") / "weights" / JUDGE_FILE)))
+
+
+class EmbeddedJudge(VideoJudge):
+    """The second judge, of rendered scenes: the truth is a line's `instrument`, and its `second` one if it has one."""
+
+    def __init__(self) -> None:
+        super().__init__(load_judge())
+
+    def named(self, clip: EvaluationClip) -> list[int]:
+        """INSTRUMENTS' numbers of the clip's one or two."""
+        return [INSTRUMENTS.index(name) for name in (clip.instrument, clip.second) if name is not None]
+
+    def refuses(self, clip: EvaluationClip) -> str | None:
+        """Refuses a clip that is not a rendered scene."""
+        return _not_a_scene(clip)
+
+    def refuses_shape(self, shape: VideoShape) -> str | None:
+        """Refuses frames that are not square."""
+        return _not_square(shape)
+
+
 class SceneJudge:
-    """An `evaluation.metrics.Judge` of the embedded model's scenes.
+    """The first judge, an `evaluation.metrics.Judge` of the embedded model's scenes.
 
     `identity`: 1 if the video shows the clip's instrument. `tip_accuracy`: share of frames with the tip within 5 % of
     the diagonal from the true one; frames whose true tip is out of view do not count. The network is loaded with the
@@ -142,15 +185,15 @@ class SceneJudge:
 
     def refuses(self, clip: EvaluationClip) -> str | None:
         """Refuses a clip that is not a rendered scene."""
-        if clip.synthetic and clip.instrument in self.classes:
-            return None
-        return (f"clip '{clip.id}' is not one of the embedded model's synthetic scenes (source = \"synthetic\", "
-                f"instrument one of {', '.join(self.classes)}), which its evaluators are for")
+        return _not_a_scene(clip)
 
     def refuses_shape(self, shape: VideoShape) -> str | None:
         """Refuses frames that are not square."""
-        height, width = shape.size
-        return None if height == width else f"the evaluators take square frames, not {height}x{width}"
+        return _not_square(shape)
+
+    def refuses_tip(self, clip: EvaluationClip, shape: VideoShape) -> str | None:
+        """Refuses a clip without a tip in every frame."""
+        return missing_tips(clip, shape)
 
     def score(self, metric: str, frames_THWC: np.ndarray, clip: EvaluationClip) -> Mapping[str, float]:
         """One metric of one video; NaN tip accuracy if the clip has fewer tips than frames."""

@@ -24,7 +24,7 @@ STYLES = ("surgical", "neutral")
 FAMILIES = {"scissors": "Scissors", "hook": "Hook/Electrocautery", "suction": "Suction", "grasper": "Other"}
 _PORT_DISTANCE = 2.3  # units from the view's centre to where the shaft passes through the abdominal wall
 # One random stream per purpose, so that a change in one does not affect the others.
-_PATH, _TISSUE, _TARGET, _EFFECTS, _CAPTION = range(5)
+_PATH, _TISSUE, _TARGET, _EFFECTS, _CAPTION, _SECOND = range(6)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class SceneSpec:
     """The complete description of a scene; equal specs give equal scenes.
 
     `direction` None is the motion's default, `target` None the instrument's. `start` is the tip in the first frame,
-    x and y in 0..1; None draws it from the seed near the middle of the view.
+    x and y in 0..1; None draws it from the seed near the middle of the view. `second` is an instrument that holds still
+    beside the first, from another side; without it the pixels are the same as before there was one.
     """
 
     instrument: str
@@ -46,9 +47,12 @@ class SceneSpec:
     size: tuple[int, int] = (128, 128)  # height, width
     fps: float = 16.0
     start: tuple[float, float] | None = None
+    second: str | None = None
 
     def __post_init__(self) -> None:
         _known("instrument", self.instrument, INSTRUMENTS)
+        if self.second is not None:
+            _known("second instrument", self.second, tuple(i for i in INSTRUMENTS if i != self.instrument))
         _known("side", self.side, tuple(paths.SIDES))
         _known("style", self.style, STYLES)
         if self.motion is None:
@@ -80,6 +84,8 @@ class Scene:
     boxes: np.ndarray  # [T, 4] x0, y0, x1, y1 in 0..1 around the instrument's head
     caption: str
     family: str
+    second_tips: np.ndarray | None = None  # of the second instrument, as `tips`
+    second_boxes: np.ndarray | None = None
 
 
 def _known(what: str, value: str | None, known: Sequence[str]) -> None:
@@ -132,8 +138,33 @@ def _poses(spec: SceneSpec, canvas: SceneCanvas) -> list[Pose]:
             for tip, s in zip(tips, steps, strict=True)]
 
 
+def _second_poses(spec: SceneSpec, canvas: SceneCanvas, first: list[Pose]) -> list[Pose]:
+    """The second instrument in every frame: it holds with a slight drift, clear of the first one's path."""
+    rng = np.random.default_rng([spec.seed, _SECOND])
+    side = str(rng.choice([side for side in paths.SIDES if side != spec.side]))
+    out = np.array(paths.SIDES[side])
+    across = np.array([-out[1], out[0]])
+    path = np.array([pose.tip for pose in first])
+    # On its own side of the path, aside of the other shaft, and with most of its head in view.
+    aside = rng.uniform(0.10, 0.30) * float(rng.choice((-1.0, 1.0)))
+    middle = path.mean(axis=0) + out * rng.uniform(0.12, 0.30) + across * aside
+    edge = np.array([canvas.half_width, canvas.half_height]) - 0.45
+    tip = np.clip(middle, -edge, edge)
+    wider = abs(out[0]) * (canvas.half_width - 1) + abs(out[1]) * (canvas.half_height - 1)
+    port = out * (_PORT_DISTANCE + wider) + rng.uniform(-0.7, 0.7) * across
+    drift, turn = rng.uniform(0.02, 0.08), rng.uniform(0, 2 * math.pi)
+    shift = drift * np.array([math.cos(turn), math.sin(turn)])
+    bend = float(rng.choice((-1.0, 1.0)))
+    open_ = 0.0 if spec.second == "grasper" else float(rng.uniform(0.2, 0.6))
+    poses = []
+    for index in range(spec.frames):
+        at = tip + shift * index / max(spec.frames - 1, 1)
+        poses.append(Pose(at, (at - port) / np.hypot(*(at - port)), open_, bend))
+    return poses
+
+
 def render(spec: SceneSpec, with_instrument: bool = True) -> Scene:
-    """Draw the scene; without the instrument everything else (target, traces of the work) stays the same.
+    """Draw the scene; without the instruments everything else (target, traces of the work) stays the same.
 
     The tip is the middle between the points of blades or jaws, the free end of the hook, the middle of the suction
     hole.
@@ -144,24 +175,33 @@ def render(spec: SceneSpec, with_instrument: bool = True) -> Scene:
     ground = tissue.Tissue(np.random.default_rng([spec.seed, _TISSUE]),
                            tissue.SURGICAL if surgical else tissue.NEUTRAL, canvas)
     poses = _poses(spec, canvas)
-    renderer = _FrameRenderer(spec, canvas, ground, poses)
+    second = [] if spec.second is None else _second_poses(spec, canvas, poses)
+    renderer = _FrameRenderer(spec, canvas, ground, poses, second)
     frames = np.empty((spec.frames, height, width, 3), np.uint8)
     for index in range(spec.frames):
         renderer.draw_frame(index, with_instrument)
         frames[index] = np.clip(canvas.rgb_HWC + 0.5, 0, 255).astype(np.uint8)
+    tips, boxes = _tips_and_boxes(spec.instrument, poses, canvas)
+    caption = caption_for(spec, np.random.default_rng([spec.seed, _CAPTION]))
+    if spec.second is None:
+        return Scene(spec, frames, tips, boxes, caption, spec.family)
+    return Scene(spec, frames, tips, boxes, caption, spec.family, *_tips_and_boxes(spec.second, second, canvas))
+
+
+def _tips_and_boxes(instrument: str, poses: list[Pose], canvas: SceneCanvas) -> tuple[np.ndarray, np.ndarray]:
+    """The tip [T, 2] and the box of the head [T, 4] in 0..1."""
     half = np.array([canvas.half_width, canvas.half_height])
     tips = np.array([(pose.tip / half + 1) / 2 for pose in poses])
-    boxes = np.array([instruments.head_box(spec.instrument, pose) for pose in poses])
-    boxes = np.clip((boxes / np.tile(half, 2) + 1) / 2, 0.0, 1.0)
-    caption = caption_for(spec, np.random.default_rng([spec.seed, _CAPTION]))
-    return Scene(spec, frames, tips, boxes, caption, spec.family)
+    boxes = np.array([instruments.head_box(instrument, pose) for pose in poses])
+    return tips, np.clip((boxes / np.tile(half, 2) + 1) / 2, 0.0, 1.0)
 
 
 class _FrameRenderer:
     """Draws one scene frame by frame, back to front."""
 
-    def __init__(self, spec: SceneSpec, canvas: SceneCanvas, ground: tissue.Tissue, poses: list[Pose]) -> None:
-        self._spec, self._canvas, self._ground, self._poses = spec, canvas, ground, poses
+    def __init__(self, spec: SceneSpec, canvas: SceneCanvas, ground: tissue.Tissue, poses: list[Pose],
+                 second: list[Pose]) -> None:
+        self._spec, self._canvas, self._ground, self._poses, self._second = spec, canvas, ground, poses, second
         self._motion = str(spec.motion)
         self._surgical = spec.style == "surgical"
         self._shape = np.random.default_rng([spec.seed, _TARGET]).uniform(0, 1, 8)
@@ -196,6 +236,8 @@ class _FrameRenderer:
                 scene_targets.droplets(canvas, pose.tip, work.anchor, 1.7 * s, colour)
         if with_instrument:
             palette = instruments.SURGICAL if self._surgical else instruments.NEUTRAL
+            if spec.second is not None:
+                instruments.draw(canvas, spec.second, self._second[index], palette)
             instruments.draw(canvas, spec.instrument, pose, palette)
         if burning:
             scene_targets.spark(canvas, pose.tip, float(self._flicker[index]))

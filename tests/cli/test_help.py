@@ -118,7 +118,7 @@ def test_an_unknown_command_gets_a_suggestion(typed, meant):
 def test_completion_of_commands_and_options():
     assert complete("") == [command.name for command in COMMANDS]
     assert complete("gen") == ["generate"]
-    assert complete("train-") == ["train-lora", "train-moe"]
+    assert complete("train-") == ["train-lora", "train-moe", "train-judge"]
     assert complete("generate", "--neg") == ["--negative-prompt"]
     assert complete("generate", "--moe", "x.safetensors", "--dry") == ["--dry-run"]
     assert complete("inspect-weights", "--pre") == ["--preset"]

@@ -121,6 +121,7 @@ def test_surgical(surgical: Path) -> None:
                "sum_rank4.safetensors", "slider_high.safetensors", "averaged_low_noise.safetensors", "kept.png",
                "extracted_low_noise.safetensors", "strengths/sheet.png", "merged_again/model_index.json"]),
     ("generating", ["first.png", "from_image.mp4", "videos/sheet.png", "alphas_grid.mp4", "session/001.mp4"]),
+    ("judge", []),
     ("motion", ["motion/motion_low_noise.safetensors", "motion.png", "motion.json", "motion.mp4"]),
     ("several_gpus", []),
     ("small_cards", ["runs/small_card/lapwan_high_noise.safetensors", "streamed.mp4"]),

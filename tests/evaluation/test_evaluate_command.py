@@ -57,7 +57,8 @@ def test_the_json_holds_what_scripts_rely_on(evaluate, tmp_path, held_out, mixtu
             assert own["mean"] > 0 and len(own["bins"]) == 2 and set(own["families"]) == {
                 "scissors", "hook", "suction", "other"}
             assert own["roi"]["n"] == 2 and own["outside"]["mean"] > 0
-        assert set(said["generation"][name]) == {"identity", "temporal_consistency", "motion"}
+        assert set(said["generation"][name]) == {
+            "identity", "judged_none", "judged_unclear", "temporal_consistency", "motion"}
         estimate(said["generation"][name]["identity"])
     pairs = {(d["a"], d["b"]) for d in said["differences"]}
     assert len(pairs) == 6 and ("router", "base") in pairs and ("wrong hint", "hint") in pairs
@@ -84,7 +85,7 @@ def test_the_json_holds_what_scripts_rely_on(evaluate, tmp_path, held_out, mixtu
 def test_dry_run_says_the_plan_and_writes_nothing(evaluate, tmp_path, held_out, mixture_path):
     code, out, err = evaluate("--moe", mixture_path, "--clips", held_out, "--seeds", "3", "--dry-run", *SMALL)
     assert code == 0, err
-    assert "4 clips x 3 seeds = 12 per adapter" in err and "identity, temporal_consistency" in err
+    assert "4 clips x 3 seeds = 12 per adapter" in err and "identity, judged_none, judged_unclear" in err
     assert "page        report.html" in err
     assert "seeds = 3" in out and list(tmp_path.iterdir()) == []
 
@@ -173,13 +174,14 @@ def test_a_clip_shorter_than_the_videos_is_no_reference(evaluate, tmp_path, held
     code, _, err = evaluate("--clips", held_out, "-o", "out", *longer)
     assert code == 0, err
     said = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
-    assert set(said["generation"]["base"]) == {"identity", "temporal_consistency", "motion"} and said["ceiling"] == {}
+    assert set(said["generation"]["base"]) == {
+        "identity", "judged_none", "judged_unclear", "temporal_consistency", "motion"} and said["ceiling"] == {}
     for task, metric in (("i2v", "reference"), ("i2v", "tip")):
         code, _, err = evaluate("--clips", held_out, "--task", task, "--set", f'videos.metrics=["{metric}"]', *longer)
         assert code == 2 and err.startswith(f"error: metric '{metric}'")
         assert "5 frames" in err and "9 are generated" in err
     code, _, err = evaluate("--clips", held_out, "--task", "i2v", *longer, "--dry-run")
-    assert code == 0 and "metrics     identity, temporal_consistency, motion" in err
+    assert code == 0 and "metrics     identity, judged_none, judged_unclear, temporal_consistency, motion" in err
 
 
 def test_scores_of_other_reward_weights_are_not_those_of_a_finished_video(tmp_path):
