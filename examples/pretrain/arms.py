@@ -22,7 +22,7 @@ from examples.pretrain.settings import SEED
 from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.lora.attach import Group, attach, initial_state
 from lapwan.lora.targets import TargetRule, resolve_targets
-from lapwan.losses.flow import add_noise, velocity_target
+from lapwan.losses.flow import add_noise, roi_loss, velocity_target
 from lapwan.losses.sigmas import Shifted, Uniform, draw_in_band
 from lapwan.names import NoiseExpert
 from lapwan.tiny.instruments import INSTRUMENTS
@@ -38,7 +38,7 @@ class Arm:
     batch: int = 4
     clips: int = 160
     chosen: bool = True
-    head_weight: float = 0.0  # added to 1 around the head, in the loss
+    region: float = 0.0  # λ of the loss L + λ·L_roi, L_roi the mean over the cells of the head
     decay: bool = False  # of lr: a cosine to zero at the last step, after 20 steps of warm-up
 
     @property
@@ -49,7 +49,7 @@ class Arm:
     def __str__(self) -> str:
         parts = ["chosen" if self.chosen else "plain", f"rank {self.rank}", f"lr {self.lr:g}", f"batch {self.batch}",
                  f"{self.clips} clips"]
-        parts += [f"head x{1 + self.head_weight:g}"] * (self.head_weight > 0) + ["cosine"] * self.decay
+        parts += [f"region {self.region:g}"] * (self.region > 0) + ["cosine"] * self.decay
         return ", ".join(parts)
 
     def lr_at(self, step: int, steps: int) -> float:
@@ -151,7 +151,7 @@ class Arms:
     def train(self, until: int) -> None:
         """Go on until `until` steps are done."""
         arm_of_sample = self._arm_of_sample.to(self._device)
-        head_weight = torch.tensor([arm.head_weight for arm in self.arms], device=self._device)[arm_of_sample]
+        region = torch.tensor([arm.region for arm in self.arms], device=self._device)[arm_of_sample]
         share = torch.tensor([1 / arm.batch for arm in self.arms], device=self._device)[arm_of_sample]
         batch = len(arm_of_sample)
         extra = self._clips.x0.new_zeros(batch, 20, *self._clips.x0.shape[2:])
@@ -159,7 +159,7 @@ class Arms:
             chosen = torch.from_numpy(np.concatenate([self._rng.integers(arm.clips, size=arm.batch)
                                                       for arm in self.arms])).to(self._device)
             x0, text = self._clips.x0[chosen], self._clips.text.take(chosen)
-            weight = 1 + head_weight[:, None, None, None] * self._clips.head[chosen]
+            head = self._clips.head[chosen]
             gates = self._gates(self._arm_of_sample, self._clips.named[chosen])
             for noise_expert, backbone in self.models.noise_experts.items():
                 u = torch.rand(batch, device=self._device, generator=self._generator)
@@ -169,8 +169,10 @@ class Arms:
                 with self._adapters[noise_expert].holder.scope(gates):
                     v = backbone.velocity(add_noise(x0, noise, sigma), 1000 * sigma, text, extra)
                     error = (v - velocity_target(x0, noise)).square().mean(dim=1)
-                    loss_B = (weight * error).flatten(1).sum(dim=1) / weight.flatten(1).sum(dim=1)
+                    loss_B = error.flatten(1).mean(dim=1) + region * roi_loss(error, head)
                     torch.autograd.backward((share * loss_B).sum())
             lr = [arm.lr_at(step, self._steps) for arm in self.arms]
             self._optimizer.step(torch.tensor(lr, device=self._device))
         self.done = until
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # for those who time it

@@ -46,15 +46,19 @@ from lapwan.tiny.scenes import Scene, render
 from lapwan.wan.vae import normalise
 
 REFERENCE = Arm(2, 3e-3)
-BEST = Arm(8, 3e-3, 16, 640, head_weight=3.0, decay=True)
+BEST = Arm(8, 3e-3, 16, 640, region=3.0, decay=True)
 ARMS = [
     REFERENCE, Arm(2, 1e-3), Arm(2, 6e-3), Arm(8, 3e-3), Arm(2, 3e-3, 16), Arm(8, 1e-3, 16), Arm(8, 3e-3, 16),
-    Arm(8, 3e-3, 16, head_weight=3.0), Arm(8, 3e-3, 16, 640), BEST, Arm(2, 3e-3, 16, 640, head_weight=3.0, decay=True),
-    Arm(16, 1e-3, 16, 640, head_weight=3.0, decay=True),
-    Arm(8, 3e-3, 16, 640, chosen=False, head_weight=3.0, decay=True),
+    Arm(8, 3e-3, 16, region=3.0), Arm(8, 3e-3, 16, 640), BEST, Arm(2, 3e-3, 16, 640, region=3.0, decay=True),
+    Arm(16, 1e-3, 16, 640, region=3.0, decay=True),
+    Arm(8, 3e-3, 16, 640, chosen=False, region=3.0, decay=True),
 ]
+# Stage 1 of `lapwan demo` and what may take its place in fewer steps and clips.
+DEMO = [Arm(2, lr, 2, clips, chosen=False, region=3.0)
+        for lr, clips in ((3.3e-3, 116), (4.5e-3, 116), (6e-3, 116), (8e-3, 116), (4.5e-3, 88), (6e-3, 88), (6e-3, 58))]
+DEMO_AT = (64, 80, 96, 112, 144)
 AFTER = [REFERENCE, BEST]  # on the weights that were trained on
-AT = (160, 320, 640, 1280)
+AT = (320, 640, 1280)
 CONTINUED = DiffusionSettings(clips=24_000, steps=2_000, batch=512, first_clips=1_000, clips_per_step=8.0, lr=5e-4,
                               text_lr=2.5e-4, warmup=150)
 _UNCLEAR = 0.9  # a video is unclear whose most likely instrument has a smaller share
@@ -149,9 +153,9 @@ class Bench:
             found["tip"] = f"{100 * float(np.concatenate(inside).mean()):.0f}"
         return found
 
-    def usual(self, models: Models, keep: str | None = None) -> np.ndarray:
-        """Videos of the prompts as the embedded model makes them, but with Euler steps; `keep` names the latents."""
-        x = euler(self.guided(models, 3.5), self.noise(), sigma_grid(12, 5.0))
+    def usual(self, models: Models, keep: str | None = None, steps: int = 12) -> np.ndarray:
+        """Videos of the prompts as the embedded model makes them; `keep` names the latents."""
+        x = unipc(self.guided(models, 3.5), self.noise(), steps, 5.0)
         if keep is not None:
             self.kept[keep] = x.half().cpu()
         return decode_frames(self.vae, x)
@@ -195,17 +199,18 @@ def measure_samplers(bench: Bench, rows: Rows, trained: Arms, arm: Arm) -> None:
     usual = sigma_grid(12, 5.0)
     with trained.only(arm, bench.named) as models:
         for guidance in (1.0, 2.0, 3.5, 5.0):
-            row(f"guidance {guidance:g}", models, usual, guidance)
-        x = unipc(bench.guided(models, 3.5), bench.noise(), 12, 5.0)
-        rows.add("sampling", f"{arm}: UniPC, 12 steps", **bench.figures(decode_frames(bench.vae, x)))
+            row(f"Euler, 12 steps, shift 5, guidance {guidance:g}", models, usual, guidance)
+        for steps in (6, 8, 20, 40):
+            if bench.left() > 25:
+                rows.add("sampling", f"{arm}: UniPC, {steps} steps", **bench.figures(bench.usual(models, steps=steps)))
         for steps, shift in ((12, 3.0), (40, 5.0), (40, 3.0), (80, 5.0)):
-            row(f"{steps} steps, shift {shift:g}", models, sigma_grid(steps, shift))
-        row("40 steps, guidance 2", models, sigma_grid(40, 5.0), 2.0)
-        row("boundary 0.9", models, usual, boundary=0.9)
-        row("the official negative prompt", models, usual, negative=NEGATIVE_PROMPT)
+            row(f"Euler, {steps} steps, shift {shift:g}", models, sigma_grid(steps, shift))
+        row("Euler, 40 steps, guidance 2", models, sigma_grid(40, 5.0), 2.0)
+        row("Euler, 12 steps, boundary 0.9", models, usual, boundary=0.9)
+        row("Euler, 12 steps, the official negative prompt", models, usual, negative=NEGATIVE_PROMPT)
     for noise_expert in NoiseExpert:
         with trained.only(arm, bench.named, (noise_expert,)) as models:
-            row(f"LoRA on the {noise_expert.value} noise expert alone", models, usual)
+            row(f"Euler, 12 steps, LoRA on the {noise_expert.value} noise expert alone", models, usual)
 
 
 @torch.no_grad()
@@ -219,9 +224,10 @@ def measure_oracles(bench: Bench, rows: Rows, scenes: list[Scene]) -> None:
     rows.add("oracle", "VAE reconstruction", **bench.figures(decode_frames(bench.vae, x0), tips))
     for sigma in (0.3, 0.5, 0.7, 0.8, 0.875, 0.9, 0.95, 0.98, 0.99):
         start = add_noise(x0, bench.noise(), torch.full((len(x0),), sigma, device=bench.device))
-        sigmas = [sigma, *(s for s in sigma_grid(60, 5.0) if s < sigma - 0.002)]
+        sigmas = [sigma, *(s for s in sigma_grid(30, 5.0) if s < sigma - 0.002)]
         boundary = 0.875 if sigma > 0.875 else 2.0
-        for guidance, captions, name in ((3.5, None, "its caption"), (1.0, [""] * len(x0), "no caption")):
+        asked = [(3.5, bench.captions, "its caption"), (1.0, [""] * len(x0), "no caption")]
+        for guidance, captions, name in asked[: 2 if sigma in (0.5, 0.7, 0.875) else 1]:
             x = euler(bench.guided(bench.models, guidance, boundary, captions=captions), start, sigmas)
             rows.add("oracle", f"from the true latents at sigma {sigma:g}, {name}",
                      **bench.figures(decode_frames(bench.vae, x), tips))
@@ -284,6 +290,8 @@ def run_shipped(given: argparse.Namespace) -> None:
                    {"seen": seen_captions, "fresh": fresh_captions})
     measure_oracles(bench, rows, made[:parts[0]])
     clips = FineTuningClips(len(tuning), bench.vae, bench.models, device, made[parts[2]:])
+    demo = [replace(arm, clips=max(4, round(arm.clips * scale))) for arm in DEMO]
+    measure_arms(bench, rows, "demo", demo, clips, DEMO_AT if scale >= 1 else (1,), 300.0)
     at = AT if scale >= 1 else (1, 2)
     trained = measure_arms(bench, rows, "LoRA", arms, clips, at, 120.0)
     best = arms[ARMS.index(BEST)]
