@@ -56,7 +56,8 @@ ARMS = [
 # Stage 1 of `lapwan demo` and what may take its place in fewer steps and clips.
 DEMO = [Arm(2, lr, 2, clips, chosen=False, region=3.0)
         for lr, clips in ((3.3e-3, 116), (4.5e-3, 116), (6e-3, 116), (8e-3, 116), (4.5e-3, 88), (6e-3, 88), (6e-3, 58))]
-DEMO_AT = (64, 80, 96, 112, 144)
+DEMO += [Arm(2, lr, 4, 88, chosen=False, region=3.0) for lr in (6e-3, 1e-2)]
+DEMO_AT = (48, 64, 80, 96, 144)
 AFTER = [REFERENCE, BEST]  # on the weights that were trained on
 AT = (320, 640, 1280)
 CONTINUED = DiffusionSettings(clips=24_000, steps=2_000, batch=512, first_clips=1_000, clips_per_step=8.0, lr=5e-4,
