@@ -47,17 +47,12 @@ from lapwan.wan.vae import normalise
 
 REFERENCE = Arm(2, 3e-3)
 BEST = Arm(8, 3e-3, 16, 640, region=3.0, decay=True)
-ARMS = [
-    REFERENCE, Arm(2, 1e-3), Arm(2, 6e-3), Arm(8, 3e-3), Arm(2, 3e-3, 16), Arm(8, 1e-3, 16), Arm(8, 3e-3, 16),
-    Arm(8, 3e-3, 16, region=3.0), Arm(8, 3e-3, 16, 640), BEST, Arm(2, 3e-3, 16, 640, region=3.0, decay=True),
-    Arm(16, 1e-3, 16, 640, region=3.0, decay=True),
-    Arm(8, 3e-3, 16, 640, chosen=False, region=3.0, decay=True),
-]
+ARMS = [BEST, REFERENCE, Arm(8, 3e-3, 16), Arm(2, 3e-3, 16, 640, region=3.0, decay=True)]
 # Stage 1 of `lapwan demo` and what may take its place in fewer steps and clips.
-DEMO = [Arm(2, lr, 2, clips, chosen=False, region=3.0)
-        for lr, clips in ((3.3e-3, 116), (4.5e-3, 116), (6e-3, 116), (8e-3, 116), (4.5e-3, 88), (6e-3, 88), (6e-3, 58))]
-DEMO += [Arm(2, lr, 4, 88, chosen=False, region=3.0) for lr in (6e-3, 1e-2)]
+DEMO = [Arm(2, lr, batch, clips, chosen=False, region=3.0)
+        for lr, batch, clips in ((3.3e-3, 2, 116), (6e-3, 2, 88), (1e-2, 4, 88))]
 DEMO_AT = (48, 64, 80, 96, 144)
+PARTS = ["oracles", "arms", "demo", "continued"]
 AFTER = [REFERENCE, BEST]  # on the weights that were trained on
 AT = (320, 640, 1280)
 CONTINUED = DiffusionSettings(clips=24_000, steps=2_000, batch=512, first_clips=1_000, clips_per_step=8.0, lr=5e-4,
@@ -273,33 +268,34 @@ def _sheet(bench: Bench, trained: Arms, arm: Arm, path: Path) -> None:
 
 
 def run_shipped(given: argparse.Namespace) -> None:
-    """Everything about the shipped weights."""
-    device, scale = torch.device(given.device), given.scale
-    seen_specs, seen_captions = _scenes("pretraining", max(4, round(256 * scale)))
-    fresh_specs, fresh_captions = _scenes("continued", max(4, round(256 * scale)))
-    prompts = typical_scenes(max(8, round(128 * scale)), 99)
-    arms = [replace(arm, clips=max(4, round(arm.clips * scale))) for arm in ARMS]
-    tuning = typical_scenes(max(arm.clips for arm in arms), SEED)
+    """What was asked for about the shipped weights."""
+    device, scale, parts = torch.device(given.device), given.scale, set(given.parts)
+    prompts = typical_scenes(max(8, round(128 * scale)), 99) if "oracles" in parts else []
+    seen_specs, seen_captions = _scenes("pretraining", max(4, round(256 * scale)) * ("oracles" in parts))
+    fresh_specs, fresh_captions = _scenes("continued", len(seen_specs))
+    arms, demo = ([replace(arm, clips=max(4, round(arm.clips * scale))) for arm in listed] for listed in (ARMS, DEMO))
+    tuning = typical_scenes(max(arm.clips for arm in arms), SEED) if parts & {"arms", "demo"} else []
     # Forked before the GPU is used: the children need no imports of their own.
     with multiprocessing.get_context("fork").Pool(min(12, os.cpu_count() or 1)) as pool:
         made = pool.map(render, [*prompts, *seen_specs, *fresh_specs, *tuning], chunksize=4)
-    parts = np.cumsum([len(prompts), len(seen_specs), len(fresh_specs)]).tolist()
+    ends = np.cumsum([len(prompts), len(seen_specs), len(fresh_specs)]).tolist()
     bench = Bench(WEIGHTS, given.work, given.seconds - (time.monotonic() - given.started), scale, device)
     rows = Rows(given.out / "limits.json", given.started)
     rows.add("base", "no adapter", **bench.figures(bench.usual(bench.models)))
-    measure_losses(bench, rows, "shipped", made[parts[0]:parts[1]], made[parts[1]:parts[2]],
-                   {"seen": seen_captions, "fresh": fresh_captions})
-    measure_oracles(bench, rows, made[:parts[0]])
-    clips = FineTuningClips(len(tuning), bench.vae, bench.models, device, made[parts[2]:])
-    demo = [replace(arm, clips=max(4, round(arm.clips * scale))) for arm in DEMO]
-    measure_arms(bench, rows, "demo", demo, clips, DEMO_AT if scale >= 1 else (1,), 300.0)
-    at = AT if scale >= 1 else (1, 2)
-    trained = measure_arms(bench, rows, "LoRA", arms, clips, at, 120.0)
-    best = arms[ARMS.index(BEST)]
-    _sheet(bench, trained, best, given.out / "limits.png")
-    for arm in (best, arms[0]):
-        measure_samplers(bench, rows, trained, arm)
-    save_file(bench.kept, given.out / "limits_latents.safetensors")
+    if "oracles" in parts:
+        measure_losses(bench, rows, "shipped", made[ends[0]:ends[1]], made[ends[1]:ends[2]],
+                       {"seen": seen_captions, "fresh": fresh_captions})
+        measure_oracles(bench, rows, made[:ends[0]])
+    if tuning:
+        clips = FineTuningClips(len(tuning), bench.vae, bench.models, device, made[ends[2]:])
+    if "arms" in parts:
+        trained = measure_arms(bench, rows, "LoRA", arms, clips, AT if scale >= 1 else (1, 2), 120.0)
+        best = arms[ARMS.index(BEST)]
+        _sheet(bench, trained, best, given.out / "limits.png")
+        measure_samplers(bench, rows, trained, best)
+        save_file(bench.kept, given.out / "limits_latents.safetensors")
+    if "demo" in parts:
+        measure_arms(bench, rows, "demo", demo, clips, DEMO_AT if scale >= 1 else (1,), 5.0)
 
 
 def run_continued(given: argparse.Namespace) -> None:
@@ -332,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.pretrain.limits", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for clips")
     parser.add_argument("--out", type=Path, required=True, help="folder for figures, sheet and weights")
-    parser.add_argument("--part", choices=["shipped", "continued", "both"], default="both")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seconds", type=float, default=490.0, help="of the whole")
     parser.add_argument("--train", type=float, default=240.0, help="seconds of the continued training")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1 a trial run")
@@ -342,13 +338,16 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     for folder in (given.work, given.out):
         folder.mkdir(parents=True, exist_ok=True)
-    if given.part == "both":
-        words = [sys.executable, "-m", "examples.pretrain.limits", *sys.argv[1:], "--part", "continued"]
+    other = None
+    if "continued" in given.parts and len(given.parts) > 1:
+        words = [sys.executable, "-m", "examples.pretrain.limits", *sys.argv[1:], "--parts", "continued"]
         other = subprocess.Popen(words)
-        run_shipped(given)
-        other.wait()
+    if given.parts == ["continued"]:
+        run_continued(given)
     else:
-        {"shipped": run_shipped, "continued": run_continued}[given.part](given)
+        run_shipped(given)
+    if other is not None:
+        other.wait()
     console.log(json.dumps({"seconds": round(time.monotonic() - given.started)}))
 
 

@@ -86,8 +86,8 @@ def _channel_norm(module: Any, original: Callable[[Tensor], Tensor], x_BC: Tenso
 def use_fast_convolutions(vae: nn.Module) -> None:
     """Compute the convolutions of a single clip on a CPU with oneDNN, as torch does those of several.
 
-    The same up to rounding. For small inputs of one sample torch chooses its own kernels: a clip of 17 frames of 96x96 decodes in 1.0 s of CPU
-    time instead of 0.35 s.
+    The same up to rounding. For small inputs of one sample torch chooses its own kernels: a clip of 17 frames of 96x96
+    decodes in 1.0 s of CPU time instead of 0.35 s.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d) and module.padding_mode == "zeros":
