@@ -59,7 +59,6 @@ def load_vae(
     check_filled(vae, folder)
     vae.requires_grad_(False)
     use_fast_norms(vae)
-    use_fast_convolutions(vae)
     return vae.eval().to(device)
 
 
@@ -81,29 +80,6 @@ def _channel_norm(module: Any, original: Callable[[Tensor], Tensor], x_BC: Tenso
     inverse = torch.rsqrt(x_BC.square().sum(dim=1, keepdim=True).clamp_min(1e-24))
     normed: Tensor = x_BC * inverse * module.scale * module.gamma + module.bias
     return normed
-
-
-def use_fast_convolutions(vae: nn.Module) -> None:
-    """Compute the convolutions of a single clip on a CPU with oneDNN, as torch does those of several.
-
-    The same up to rounding. For small inputs of one sample torch chooses its own kernels: a clip of 17 frames of 96x96
-    decodes in 1.0 s of CPU time instead of 0.35 s.
-    """
-    for module in vae.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d) and module.padding_mode == "zeros":
-            module._conv_forward = partial(_convolution, module, module._conv_forward)  # type: ignore[method-assign]
-
-
-def _convolution(
-    module: nn.Conv2d | nn.Conv3d, original: Callable[[Tensor, Tensor, Tensor | None], Tensor], x_BC: Tensor,
-    weight: Tensor, bias: Tensor | None,
-) -> Tensor:
-    single = (len(x_BC), x_BC.device.type, x_BC.dtype) == (1, "cpu", torch.float32)
-    if not (single and torch.backends.mkldnn.is_available()):
-        return original(x_BC, weight, bias)
-    out: Tensor = torch.mkldnn_convolution(
-        x_BC, weight, bias, module.padding, module.stride, module.dilation, module.groups)
-    return out
 
 
 def channels_last(vae: AutoencoderKLWan) -> None:
