@@ -59,7 +59,7 @@ class Arm:
         return self.lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-class _RowAdam:
+class RowAdam:
     """AdamW without decay over stacked layers, with an lr and a clipping norm for each arm's rows.
 
     Args:
@@ -128,7 +128,7 @@ class Arms:
         rows = [arm.rank * arm.groups for arm in arms]
         arm_of_row = torch.arange(len(arms)).repeat_interleave(torch.tensor(rows)).to(self._device)
         parameters: list[Tensor] = [p for a in self._adapters.values() for p in a.parameters().values()]
-        self._optimizer = _RowAdam(parameters, arm_of_row, len(arms))
+        self._optimizer = RowAdam(parameters, arm_of_row, len(arms))
         self._arm_of_sample = torch.arange(len(arms)).repeat_interleave(torch.tensor([a.batch for a in arms]))
         self._generator = torch.Generator(self._device).manual_seed(SEED)
         self._rng = np.random.default_rng(SEED)
