@@ -239,9 +239,8 @@ class _LineBar:
         now = time.monotonic()
         finished = self._done >= self._total
         first, since = self._first or (self._start_done, self._start)
-        if self._done > self._start_done:
-            # The first unit includes loading and compiling: not averaged.
-            self._first = self._first or (self._done, now)
+        # The first call's unit, or part of a unit, includes loading and compiling: not averaged.
+        self._first = self._first or (self._done, now)
         between = _SECONDS_BETWEEN_FIRST_LINES if now - self._start < _FIRST_SECONDS else _SECONDS_BETWEEN_LINES
         if _level < NORMAL or not (finished or now - self._last >= between):
             return

@@ -63,4 +63,4 @@ def test_a_step_within_a_unit_is_told_before_the_first_unit_is_done(monkeypatch,
         bar.advance(1)
     told, last = capsys.readouterr().err.splitlines()
     assert told == "videos: 0/2 video sampling=2/12"
-    assert last == "videos: 2/2 video, 4 s/video"
+    assert last == "videos: 2/2 video, 4.5 s/video"  # since the first step of sampling
