@@ -31,6 +31,7 @@ from lapwan.errors import printable
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
 _SECONDS_BETWEEN_LINES = 15.0
+_FIRST_SECONDS, _SECONDS_BETWEEN_FIRST_LINES = 60.0, 5.0  # of short work a file tells more
 _PLAN_WIDTH = 100  # columns of a plan, at most
 _NAME_WIDTH = 12  # columns of the names in a plan
 NO_BREAK = "\u00a0"  # a space in a plan's text at which no line ends
@@ -238,15 +239,17 @@ class _LineBar:
         now = time.monotonic()
         finished = self._done >= self._total
         first, since = self._first or (self._start_done, self._start)
-        self._first = self._first or (self._done, now)  # the first unit includes loading and compiling: not averaged
-        if _level < NORMAL or not (finished or now - self._last >= _SECONDS_BETWEEN_LINES):
+        # The first call's unit, or part of a unit, includes loading and compiling: not averaged.
+        self._first = self._first or (self._done, now)
+        between = _SECONDS_BETWEEN_FIRST_LINES if now - self._start < _FIRST_SECONDS else _SECONDS_BETWEEN_LINES
+        if _level < NORMAL or not (finished or now - self._last >= between):
             return
         self._last = now
         rate = (self._done - first) / max(now - since, 1e-9)
-        left = (self._total - self._done) / max(rate, 1e-9)
-        eta = "" if finished else f", {left:.0f} s left"
-        log(f"{self._title}: {self._done:g}/{self._total:g} {self._unit}, {speed(rate, self._unit)}{eta} "
-            f"{_figures(figures)}".rstrip())
+        shown = f", {speed(rate, self._unit)}" if rate > 0 else ""
+        if rate > 0 and not finished:
+            shown += f", {(self._total - self._done) / rate:.0f} s left"
+        log(f"{self._title}: {self._done:g}/{self._total:g} {self._unit}{shown} {_figures(figures)}".rstrip())
 
 
 def _figures(figures: dict[str, object]) -> str:

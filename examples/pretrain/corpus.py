@@ -36,9 +36,9 @@ _RIGHT = 0.05  # of the captions without a marker name what is seen on purpose, 
 _GENERIC = 0.3  # of the captions without a marker name no instrument
 _HELD_OUT_CAPTIONS = 26  # of 256
 
-Purpose = Literal["pretraining", "identity", "check"]
+Purpose = Literal["pretraining", "continued", "identity", "check"]
 # Scene seeds: `sample_spec` draws below 2**31, so nothing the demo or a test renders is ever seen here.
-FIRST_SEED: dict[Purpose, int] = {"pretraining": 2**31, "identity": 2**32, "check": 2**33}
+FIRST_SEED: dict[Purpose, int] = {"pretraining": 2**31, "continued": 2**31 + 2**20, "identity": 2**32, "check": 2**33}
 
 
 def is_held_out(caption: str) -> bool:
@@ -78,10 +78,13 @@ def _caption(spec: SceneSpec, marked: bool, rng: np.random.Generator) -> str:
 
 
 def sample(index: int, purpose: Purpose = "pretraining") -> Sample:
-    """The index-th scene of a purpose; `identity` and `check` are surgical, with true captions."""
+    """The index-th scene of a purpose; `identity` and `check` are surgical, with true captions.
+
+    `continued` are more scenes like those of `pretraining`, for training that goes on from existing weights.
+    """
     seed = FIRST_SEED[purpose] + index
     rng = np.random.default_rng(seed)
-    if purpose != "pretraining":
+    if purpose in ("identity", "check"):
         spec = random_scene(rng, seed, "surgical", held_out_pairs=True)
         return Sample(spec, (caption_for(spec, rng),) * CAPTIONS)
     u = rng.uniform()

@@ -38,7 +38,7 @@ from lapwan.wan.vae import normalise
 
 TOKENS = 144  # the official negative prompt, the longest, has 139
 LATENT = (16, 1 + (FRAMES - 1) // 4, SIZE // 8, SIZE // 8)
-_EXTEND_EVERY, _LOG_EVERY = 50, 250
+_EXTEND_EVERY, _LOG_EVERY, _COMPILED_AFTER = 50, 250, 3
 
 
 class TokenTable:
@@ -54,6 +54,14 @@ class TokenTable:
         encoded = self._tokenizer([clean_prompt(text) for text in captions], padding="max_length", max_length=TOKENS,
                                   truncation=True, return_tensors="pt")
         return encoded.input_ids, encoded.attention_mask
+
+
+def head_cells(boxes_BT4: Tensor) -> Tensor:
+    """[B, latent frames, rows, columns]: 1 where the head's box lies in one of the frames that a cell covers."""
+    mask = box_mask(boxes_BT4, LATENT[2], LATENT[3], 0.04)
+    # A latent frame covers the first pixel frame, each later one four.
+    later = torch.unflatten(mask[:, 1:], 1, (-1, 4)).amax(dim=2)
+    return torch.cat([mask[:, :1], later], dim=1)
 
 
 class Latents:
@@ -81,11 +89,8 @@ class Latents:
             alone = condition_video(pixels[:, :, 0], FRAMES)
             self.image[start:stop] = normalise(self._vae, moments(self._vae, alone)[0]).half()
             boxes = torch.from_numpy(np.asarray(self._clips.boxes[start:stop])).to(self._device)
-            mask = box_mask(boxes, LATENT[2], LATENT[3], 0.04)
-            # A latent frame covers the first pixel frame, each later one four.
-            later = torch.unflatten(mask[:, 1:], 1, (-1, 4)).amax(dim=2)
-            self.head[start:stop] = torch.cat([mask[:, :1], later], dim=1).to(torch.uint8)
-            texts = [text for i in range(start, stop) for text in sample(i).captions]
+            self.head[start:stop] = head_cells(boxes).to(torch.uint8)
+            texts = [text for i in range(start, stop) for text in sample(i, self._clips.purpose).captions]
             ids, masks = self._tokens(texts)
             self.ids[start:stop] = ids.view(stop - start, CAPTIONS, TOKENS).to(self.ids)
             self.mask[start:stop] = masks.view(stop - start, CAPTIONS, TOKENS).to(self.mask)
@@ -182,22 +187,39 @@ def _build_optimizer(models: Models, settings: DiffusionSettings, fused: bool) -
 
 
 def train_diffusion(
-    clips: Clips, vae: Any, settings: DiffusionSettings, device: torch.device, compiled: bool
+    clips: Clips, vae: Any, settings: DiffusionSettings, device: torch.device, compiled: bool,
+    start: Models | None = None, seconds: float | None = None,
 ) -> Models:
-    """Both noise experts and the text encoder with averaged weights, in eval mode, on `device`."""
+    """Both noise experts and the text encoder with averaged weights, in eval mode, on `device`.
+
+    Args:
+        start: weights to go on from; None: untrained ones.
+        seconds: as many seconds after the third step, when all is compiled, take the part of `settings.steps`.
+    """
     tokens = TokenTable()
     block = bf16_block if device.type == "cuda" else block_forward
     models = new_models(tokens.size, device, torch.compile(block, dynamic=False) if compiled else block)
+    if start is not None:
+        models.modules().load_state_dict(start.modules().state_dict())
     latents = Latents(clips, vae, tokens, device)
     draws = _Draws(latents, tokens, settings, device)
     optimizer = _build_optimizer(models, settings, device.type == "cuda")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average = EmaWeights(models.modules(), settings.ema)
     started, sums, count = time.monotonic(), torch.zeros(3, device=device), 0
+    compiled_at, at = started, 0
     for step in range(settings.steps):
+        if step == _COMPILED_AFTER:
+            compiled_at = time.monotonic()
+        if seconds is None:
+            at = step
+        elif step >= _COMPILED_AFTER:
+            at = int(settings.steps * (time.monotonic() - compiled_at) / seconds)
+        if at >= settings.steps:
+            break
         if step % _EXTEND_EVERY == 0:
-            latents.extend(settings.first_clips + int(step * settings.clips_per_step))
-        set_lr(optimizer, cosine(step, settings.steps, settings.warmup))
+            latents.extend(settings.first_clips + int(at * settings.clips_per_step))
+        set_lr(optimizer, cosine(at, settings.steps, settings.warmup))
         chosen = draws.integers(latents.encoded)
         ids, mask = draws.captions(chosen)
         x0, image = latents.x0[chosen].float(), latents.image[chosen].float()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.pretrain.diffusion import Models, TokenTable, text_rows
+from examples.pretrain.diffusion import Models, TokenTable, head_cells, text_rows
 from examples.pretrain.reports import measure_identity, typical_scenes
 from examples.pretrain.sampling import sample_videos
 from examples.pretrain.settings import SEED
@@ -28,19 +28,21 @@ from lapwan.names import NoiseExpert
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.evaluators import InstrumentNet
 from lapwan.tiny.instruments import INSTRUMENTS
-from lapwan.tiny.scenes import SceneSpec, render
+from lapwan.tiny.scenes import Scene, SceneSpec, render
 from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.vae import normalise
 
-_BANDS = {NoiseExpert.HIGH: (0.875, 1.0), NoiseExpert.LOW: (0.0, 0.875)}
+BANDS = {NoiseExpert.HIGH: (0.875, 1.0), NoiseExpert.LOW: (0.0, 0.875)}
 
 
 class FineTuningClips:
-    """Latents, captions and instruments of a small fine-tuning set."""
+    """Latents, captions and instruments of a small fine-tuning set; `scenes` where they are rendered already."""
 
-    def __init__(self, count: int, vae: Any, models: Models, device: torch.device) -> None:
+    def __init__(
+        self, count: int, vae: Any, models: Models, device: torch.device, scenes: list[Scene] | None = None
+    ) -> None:
         self.specs = typical_scenes(count, SEED)
-        scenes = [render(spec) for spec in self.specs]
+        scenes = scenes or [render(spec) for spec in self.specs]
         tokens = TokenTable()
         ids, mask = (x.to(device) for x in tokens([scene.caption for scene in scenes]))
         with torch.no_grad():
@@ -48,6 +50,8 @@ class FineTuningClips:
             frames = torch.from_numpy(np.stack([scene.frames_THWC for scene in scenes]))
             latents = [normalise(vae, moments(vae, to_pixels(part.to(device)))[0]) for part in torch.split(frames, 32)]
         self.x0 = torch.cat(latents)
+        boxes = torch.from_numpy(np.stack([scene.boxes for scene in scenes])).float()
+        self.head = head_cells(boxes).to(device)
         self.named = torch.tensor([INSTRUMENTS.index(s.instrument) for s in self.specs], device=device)
 
 
@@ -92,7 +96,7 @@ def try_fine_tuning(
         for noise_expert, backbone in adapted.noise_experts.items():
             u = torch.rand(batch, device=device, generator=generator)
             sampler = Uniform() if noise_expert is NoiseExpert.HIGH else Shifted(Uniform(), 2.0)
-            sigma = draw_in_band(sampler, u, *_BANDS[noise_expert]).float()
+            sigma = draw_in_band(sampler, u, *BANDS[noise_expert]).float()
             noise = torch.randn(x0.shape, device=device, generator=generator)
             with adapters[noise_expert].holder.scope(_gates(clips.named[chosen], groups)):
                 v = backbone.velocity(add_noise(x0, noise, sigma), 1000 * sigma, text, no_image)

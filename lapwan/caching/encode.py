@@ -158,6 +158,7 @@ def _encode_latents(plan: CachePlan, spec: ModelSpec, options: EncodeOptions, re
         vae = load_vae(spec, options.vae_dtype, options.device)
         if options.device.type == "cuda":
             channels_last(vae)
+        bar.advance(0)  # the VAE's loading is over, and not a part of the speed
         writes: list[Future[None]] = []
         for batch in _batches(decoded, todo, options, result, bar.advance):
             for write in writes:  # a kill loses what is encoded now, and nothing from before

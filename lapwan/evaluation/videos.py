@@ -176,7 +176,7 @@ def _file_name(name: str) -> str:
 
 def generate_and_score(
     generator: Generator, arm: Arm, clips: Sequence[EvaluationClip], sampling: Sampling, scorers: Sequence[Scorer],
-    store: VideoStore | None = None, advance: Callable[[int], None] = lambda done: None,
+    store: VideoStore | None = None, advance: Callable[..., None] = lambda done, **figures: None,
 ) -> Scores:
     """Every metric of every clip and seed with one arm.
 
@@ -184,7 +184,8 @@ def generate_and_score(
         generator: on the arm's model (`Generator(arm.base, arm.adapters, device, dtype)`); this call sets the
             arm's adapters and keeps the loaded weights.
         store: keeps videos and scores; its finished videos are not generated again.
-        advance: called with the number of finished videos after each batch.
+        advance: called with the number of videos that were finished, as a progress bar's `advance`; with 0 and the
+            step of sampling after each step.
     """
     generator.use(arm.base, arm.adapters)
     names = metric_names(scorers)
@@ -196,25 +197,31 @@ def generate_and_score(
         stored = [None if store is None else store.load(arm, clips[p], sampling, s, names) for p, s in part]
         batch_scores = [video_scores for video_scores in stored if video_scores is not None]
         if len(batch_scores) < len(part):
-            batch_scores = _score_batch(generator, arm, [(clips[p], s) for p, s in part], sampling, scorers, store)
+            batch_scores = _score_batch(
+                generator, arm, [(clips[p], s) for p, s in part], sampling, scorers, store, advance)
+        else:
+            advance(len(part))
         for cell, video_scores in zip(part, batch_scores, strict=True):
             for name in names:
                 scores[name][cell] = video_scores[name]
-        advance(len(part))
     return scores
 
 
 def _score_batch(
     generator: Generator, arm: Arm, batch: Sequence[tuple[EvaluationClip, int]], sampling: Sampling,
-    scorers: Sequence[Scorer], store: VideoStore | None,
+    scorers: Sequence[Scorer], store: VideoStore | None, advance: Callable[..., None],
 ) -> list[dict[str, float]]:
     """Generate one batch of videos, score them, and keep them in the store."""
+    def on_step(done: int, steps: int) -> None:
+        advance(0, sampling=f"{done}/{steps}")
+
     requests = [request_for(generator.spec, arm, clip, sampling, index) for clip, index in batch]
     scores = []
-    for (clip, index), frames in zip(batch, generator.generate_batch(requests), strict=True):
+    for (clip, index), frames in zip(batch, generator.generate_batch(requests, on_step), strict=True):
         scores.append(score(frames, clip, sampling.shape, scorers))
         if store is not None:
             store.save(arm, clip, sampling, index, frames, scores[-1])
+        advance(1)
     return scores
 
 

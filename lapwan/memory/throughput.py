@@ -32,13 +32,18 @@ def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> f
     return (time.perf_counter() - started) / repeats
 
 
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Flops a second of square matrix products, at once."""
+    size = _SIZE[device.type]
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2.0 * size**3 / _seconds(lambda: a @ a, device, 5)
+
+
 @cache
 def measure_throughput(device: torch.device, dtype: torch.dtype) -> Throughput:
     """A device's throughput in `dtype`."""
     kernels.TRITON.try_on(device)  # so that plans are made for the kernels that will run
-    size = _SIZE[device.type]
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    matmul = _MATMUL_SHARE * 2.0 * size**3 / _seconds(lambda: a @ a, device, 5)
+    matmul = _MATMUL_SHARE * product_rate(device, dtype)
     if device.type != "cuda":
         return Throughput(matmul, matmul, matmul, 5e9)
     host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)

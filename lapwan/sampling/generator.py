@@ -7,7 +7,7 @@ Shapes: B requests, G gate columns, C channels, T frames, H height, W width, L t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -221,24 +221,33 @@ class Generator:
             videos.append(Video(frames, request.fps, x0[None].contiguous(), facts=known))
         return videos
 
-    def generate_batch(self, requests: Sequence[Request]) -> list[np.ndarray]:
-        """Frames uint8 [T, H, W, 3] of each request, in order: those that each has alone.
+    def generate_batch(
+        self, requests: Sequence[Request], on_step: Callable[[int, int], None] | None = None
+    ) -> Iterator[np.ndarray]:
+        """Frames uint8 [T, H, W, 3] of each request, in order, as they are decoded: those that each has alone.
+
+        Args:
+            requests: of one size, grid and guidance.
+            on_step: as in `generate_videos`.
 
         Raises:
             ValueError: no requests, or requests that cannot share a batch.
             UserError: what `check_request` refuses; latents that overflowed; the GPU is out of memory.
         """
         try:
-            return self._frames(self.latents(*requests))
+            grid = self.begin(*requests)
+            mixes = [self.route(request, grid) for request in requests]
+            yield from self._frames(self._sample(requests, grid, mixes, on_step=on_step))
         except torch.OutOfMemoryError as error:
             raise UserError(f"the GPU is out of memory with {len(requests)} videos at a time: set a smaller batch_size "
                             f"({str(error).splitlines()[0]})") from None
 
-    def _frames(self, latents_BCTHW: Tensor) -> list[np.ndarray]:
+    def _frames(self, latents_BCTHW: Tensor) -> Iterator[np.ndarray]:
         self.noise_experts.free_device()
-        with torch.no_grad():
-            parts = [decode(self.vae(), part) for part in torch.split(latents_BCTHW, _DECODE_BATCH)]
-        return [to_frames(video[None]) for part in parts for video in part]
+        for part in torch.split(latents_BCTHW, _DECODE_BATCH):
+            with torch.no_grad():
+                pixels_BCTHW = decode(self.vae(), part)
+            yield from (to_frames(video[None]) for video in pixels_BCTHW)
 
     def begin(self, *requests: Request) -> Grid:
         """Check requests that share a batch, plan its memory, and return the grid.

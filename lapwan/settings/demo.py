@@ -15,8 +15,8 @@ class DemoSettings(Settings):
 
     output: Annotated[Path, Flag("-o", metavar="DIR")] = Field(
         Path("lapwan-demo"), description="Folder for everything the demo writes.")
-    clips: Annotated[int, Flag()] = Field(128, ge=8, description="Synthetic clips to make.")
-    steps: Annotated[int, Flag()] = Field(144, ge=1, description="Optimizer steps of each noise expert, in each stage.")
+    clips: Annotated[int, Flag()] = Field(96, ge=8, description="Synthetic clips to make.")
+    steps: Annotated[int, Flag()] = Field(72, ge=1, description="Optimizer steps of each noise expert, in each stage.")
     prompts: Annotated[int, Flag()] = Field(
         16, ge=2, description="Held-out prompts. Base, stage 1 and stage 2 each generate a video for every prompt; "
         "for three of eight also a video from a first frame.")

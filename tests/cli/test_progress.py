@@ -51,3 +51,16 @@ def test_the_first_steps_loading_is_not_counted(monkeypatch, capsys) -> None:
     first, last = capsys.readouterr().err.splitlines()
     assert first == "sampling: 1/3 step, 60 s/step, 120 s left"
     assert last == "sampling: 3/3 step, 2 s/step"
+
+
+def test_a_step_within_a_unit_is_told_before_the_first_unit_is_done(monkeypatch, capsys) -> None:
+    clock = iter([0.0, 3.0, 6.0, 8.0, 12.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with console.progress("videos", 2, "video") as bar:
+        bar.advance(0, sampling="1/12")
+        bar.advance(0, sampling="2/12")
+        bar.advance(1)
+        bar.advance(1)
+    told, last = capsys.readouterr().err.splitlines()
+    assert told == "videos: 0/2 video sampling=2/12"
+    assert last == "videos: 2/2 video, 4.5 s/video"  # since the first step of sampling

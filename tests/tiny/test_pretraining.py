@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from examples.pretrain.arms import RowAdam
 from examples.pretrain.corpus import FIRST_SEED, HELD_OUT_PAIRS, MARKER, Clips, is_held_out, sample
 from examples.pretrain.diffusion import text_rows
 from examples.pretrain.training import EmaWeights, box_mask, cosine
@@ -124,3 +125,31 @@ def test_learning_rate_and_average() -> None:
 def test_box_mask_marks_the_pixels_inside() -> None:
     mask = box_mask(torch.tensor([[[0.25, 0.5, 0.5, 1.0]]]), 4, 8, 0.0)[0, 0]
     assert mask[2:, 2:4].all() and mask.sum() == 4
+
+
+def test_arms_in_one_batch_are_clipped_and_stepped_as_each_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, lrs = (2, 3), (1e-2, 3e-3)
+    down, up = torch.randn(5, 7, generator=generator), torch.randn(4, 5, generator=generator)
+    together = [down.clone().requires_grad_(), up.clone().requires_grad_()]
+    arm_of_row = torch.arange(2).repeat_interleave(torch.tensor(rows))
+    parts = [[p.detach().clone().requires_grad_() for p in pair]
+             for pair in zip(down.split(rows), up.split(rows, dim=1), strict=True)]
+    ours = RowAdam(together, arm_of_row, 2)
+    theirs = [torch.optim.AdamW(part, lr=lr, weight_decay=0.0) for part, lr in zip(parts, lrs, strict=True)]
+    for step in range(3):
+        # The first arm's gradient is above the norm of 1 at which both are clipped, the second's is not.
+        size = torch.tensor([10.0, 0.01])[arm_of_row] * (1 + step)
+        gradients = [torch.randn(5, 7, generator=generator) * size[:, None],
+                     torch.randn(4, 5, generator=generator) * size]
+        for parameter, gradient in zip(together, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        ours.step(torch.tensor(lrs))
+        split = zip(gradients[0].split(rows), gradients[1].split(rows, dim=1), strict=True)
+        for part, optimizer, pair in zip(parts, theirs, split, strict=True):
+            for parameter, gradient in zip(part, pair, strict=True):
+                parameter.grad = gradient.clone()
+            torch.nn.utils.clip_grad_norm_(part, 1.0)
+            optimizer.step()
+    torch.testing.assert_close(together[0], torch.cat([part[0] for part in parts]), rtol=0, atol=2e-6)
+    torch.testing.assert_close(together[1], torch.cat([part[1] for part in parts], dim=1), rtol=0, atol=2e-6)
