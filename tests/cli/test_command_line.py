@@ -107,7 +107,7 @@ def test_every_example_passes_a_dry_run(example, example_inputs):
     assert all(cell_len(line) <= 100 for line in lines), done.err
 
 
-LONG = {"motion.toml", "sequential.toml", "stage2.toml"}
+LONG = {"evaluate.toml", "motion.toml", "sequential.toml", "stage2.toml"}
 
 
 @pytest.mark.parametrize("name", ["motion.toml", "stage2.toml"])
