@@ -70,6 +70,8 @@ _BY_CLASS: dict[str, str] = {  # module.class of an error or of one that it is d
 # What torch says of a file as a RuntimeError; any other RuntimeError is a fault of ours.
 _TORCH = re.compile(r"PytorchStream(Reader|Writer)|inline_container|[Uu]nexpected EOF|Invalid magic number|"
                     r"unable to (mmap|open file)|file in archive is not in a subdirectory|storage has wrong byte size")
+_CANNOT_WRITE = re.compile(r"PytorchStreamWriter|basic_ios::clear")  # torch says no more than that
+_LINK_LOOP = re.compile(r"Symlink loop from '(.*)'")  # of pathlib before Python 3.13
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory")
 _PARSERS = ("json", "tomllib", "yaml", "pydantic", "pickle", "re", "ast", "copy")  # deep values, not deep programs
 _OS_ERROR = re.compile(r"os error (\d+)")  # as libraries in Rust end their messages
@@ -88,6 +90,8 @@ def user_error(error: BaseException) -> UserError | None:
         return None
     file = _file(error)
     text = str(error).strip().splitlines()
+    if link := _LINK_LOOP.search(str(error)):
+        file, text = link[1], []
     stated = f" ({text[0]})" if text and not isinstance(error, OSError | UnicodeError | MemoryError) else ""
     nameless = "the output" if isinstance(error, OSError) else "a file"
     return UserError(f"{file or nameless}: {advice}{stated}")
@@ -141,7 +145,9 @@ def _advice(error: BaseException) -> str | None:
     if isinstance(error, EOFError):
         return _DAMAGED
     if isinstance(error, RuntimeError):
-        if "PytorchStreamWriter" in str(error):  # torch says no more than that
+        if _LINK_LOOP.search(str(error)):
+            return _BY_ERRNO[errno.ELOOP]
+        if _CANNOT_WRITE.search(str(error)):
             return _BY_ERRNO[errno.ENOSPC] if _full(error) else f"it cannot be written: check the disk, {_RETRY}"
         if _TORCH.search(str(error)):
             return _DAMAGED

@@ -53,7 +53,14 @@ class Ema:
         return {"means": {name: mean.cpu() for name, mean in self.means.items()}, "updates": dict(self._updates)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, object]]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: means or counts of other tensors.
+        """
+        for part in ("means", "updates"):
+            if state[part].keys() != self.means.keys():
+                raise ValueError(f"the running means' {part} are not those of this run's tensors")
         for name, mean in state["means"].items():
             assert isinstance(mean, Tensor)
             self.means[name].copy_(mean)

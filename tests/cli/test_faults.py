@@ -62,6 +62,8 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "safetensors": lambda path: (_ for _ in ()).throw(SafetensorError("invalid header")),
     "full disk in Rust": lambda path: (_ for _ in ()).throw(
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+    "failed write of torch": lambda path: (_ for _ in ()).throw(RuntimeError("basic_ios::clear: iostream error")),
+    "a loop of links": lambda path: (_ for _ in ()).throw(RuntimeError(f"Symlink loop from '{path}'")),
     "memory": lambda path: bytearray(2**62), "a folder": lambda path: path.parent.read_bytes(),
 }
 
