@@ -111,11 +111,13 @@ class _Commands(TyperGroup):
         try:
             with _interrupts_raised(), _mistakes_in_a_line(ctx):
                 return super().invoke(ctx)
+        except (UserError, BrokenPipeError):
+            raise
         except Exception as error:
             from lapwan import console
             from lapwan.faults import user_error
 
-            if isinstance(error, UserError | BrokenPipeError) or (mended := user_error(error)) is None:
+            if (mended := user_error(error)) is None:
                 raise
             console.detail("".join(traceback.format_exception(error)))
             raise mended from None

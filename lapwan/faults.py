@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lapwan.documents import TOKENIZER_BYTES
 from lapwan.errors import UserError
 
 _RETRY = "then run the command again"
@@ -114,6 +113,8 @@ def library_reads(what: str, path: Path) -> Iterator[None]:
     Raises:
         UserError: an error of the library, but not of lapwan, of a full disk or of memory; a file that is too large.
     """
+    from lapwan.documents import TOKENIZER_BYTES  # pydantic, which no help needs
+
     for file in sorted(path.iterdir()) if path.is_dir() else ():
         if file.suffix in _SMALL and file.exists() and (not file.is_file() or file.stat().st_size > TOKENIZER_BYTES):
             raise UserError(f"cannot read {what} in {path}: {file.name} is no file of at most {TOKENIZER_BYTES >> 20} "

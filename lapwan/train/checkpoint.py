@@ -66,7 +66,7 @@ def check_resumable(run: Path) -> None:
     """
     folders = [folder for _, folder in checkpoints(run)]
     if folders and None not in map(_missing, folders):
-        raise UserError(f"cannot resume {run}: {folders[-1].name} has no state/{_missing(folders[-1])}, and no other "
+        raise UserError(f"cannot resume {folders[-1]}: it has no state/{_missing(folders[-1])}, and no other "
                         "checkpoint has its state; copy it back, or start anew with --overwrite in place of --resume")
 
 
