@@ -40,11 +40,16 @@ def load_index(folder: Path, labels: Path | None = None, empty: bool = False) ->
     return index
 
 
-def read_item(folder: Path, item: CachedItem) -> dict[str, Tensor | None]:
+def read_item(folder: Path, item: CachedItem, width: int | None = None) -> dict[str, Tensor | None]:
     """`latents` [C, T, H, W] fp32, `text` [n, D] as stored, `condition` [20, T, H, W] fp32 or None, `roi` or None.
 
+    Args:
+        folder: the cache.
+        item: of its index.
+        width: D of the cache's text features, where it is known.
+
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is missing or damaged, or its features have another width.
     """
     from lapwan.checkpoints.tensors import load_tensor
 
@@ -55,9 +60,13 @@ def read_item(folder: Path, item: CachedItem) -> dict[str, Tensor | None]:
     if item.roi is not None:
         roi_file = _open(folder, item, "roi", item.roi)
         roi = load_tensor(roi_file, str(find_tensor(roi_file, "roi")))
+    features = load_tensor(text, str(find_tensor(text, "varlen_t5")))
+    if features.ndim != 2 or (width is not None and features.shape[1] != width):
+        raise UserError(f"{folder / item.text} holds features {list(features.shape)}, but the cache's are [tokens, "
+                        f"{'width' if width is None else width}]; run lapwan cache again")
     return {
         "latents": load_tensor(latents, str(find_tensor(latents, "latents"))).float(),
-        "text": load_tensor(text, str(find_tensor(text, "varlen_t5"))),
+        "text": features,
         "condition": None if condition is None else load_tensor(latents, condition).float(),
         "roi": roi,
     }

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from lapwan import files
 from lapwan.checkpoints.container import read_header
-from lapwan.checkpoints.tensors import save_tensors
+from lapwan.checkpoints.tensors import all_finite, save_tensors
 from lapwan.checkpoints.wan_keys import split_block
 from lapwan.documents import checked, parse_json
 from lapwan.errors import UserError
+from lapwan.lora.checks import RETRAIN
 from lapwan.lora.metadata import FORMAT_KEY
 from lapwan.lora.state import AdapterState, LowRank
 from lapwan.moe.mixture import Mixture, MixtureSpec
@@ -90,11 +91,14 @@ def read_mixture(path: Path, base: MixtureBase | None = None) -> Mixture:
         base: the model it is to act on; None: no check.
 
     Raises:
-        UserError: not a mixture, a damaged or incomplete one, or another base, task, boundary, block, rank or router.
+        UserError: not a mixture, a damaged or incomplete one, or another base, task, boundary, block, rank or router;
+            with `base`, values that are not finite.
     """
     tensors, spec = _read(path)
     if base is not None:
         _check_base(path, spec, base)
+        if bad := next((name for name, tensor in tensors.items() if not all_finite(tensor)), None):
+            raise UserError(f"{path}: '{bad}' holds NaN or infinity: {RETRAIN}")
     states: dict[NoiseExpert, dict[str, AdapterState]] = {}
     for noise_expert in spec.bands:
         states[noise_expert] = {family: AdapterState({}, {}) for family in spec.families}

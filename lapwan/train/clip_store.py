@@ -57,7 +57,7 @@ class ClipStore:
         item = self.items[index]
         if item.id in self._kept:
             return self._kept[item.id]
-        tensors = read_item(self.index.folder, item)
+        tensors = read_item(self.index.folder, item, self.index.text_dim)
         if self._motion_regions and tensors["roi"] is None and tensors["latents"] is not None:
             tensors["roi"] = motion_region(tensors["latents"])
         size = sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)

@@ -92,7 +92,9 @@ def test_latents_and_text_equal_diffusers_on_the_same_frames(i2v_cache, labelled
     frames = read_frames(video, range(9), centre_crop(96, 64, (48, 32)), 16, probe(video, 16))
     pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     index = load_index(i2v_cache)
-    tensors = read_item(i2v_cache, index.items[1])
+    tensors = read_item(i2v_cache, index.items[1], index.text_dim)
+    with pytest.raises(UserError, match="but the cache's are"):
+        read_item(i2v_cache, index.items[1], 7)
     with torch.no_grad():
         raw = pipeline.vae.encode(pixels).latent_dist.mode()
         mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in

@@ -288,6 +288,7 @@ def test_what_does_not_fit_is_refused_by_name(trained, tmp_path):
         (wrong_block, None, "block 40, the model has 8 blocks"),
         (wrong_router, None, r"'router.mlp.1.weight' of the router has shape \[511, 96\], expected \[512, 96\]"),
         (no_expert, None, "expert 'hook' of the low noise expert has no tensors"),
+        (lambda held: held["router.mlp.1.weight"][3].fill_(float("nan")), None, "'router.mlp.1.weight' holds NaN"),
         (foreign, None, "tensor 'blocks.0.attn1.to_q.weight' is not part of a mixture"),
         (lambda held: held.pop("low_noise.timestep_gate.values_K"), None, "of the timestep gate is missing"),
     ]
