@@ -90,10 +90,11 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        remove_live(folder)
-        if descriptor is not None:
-            unlock(descriptor)
-            remove_live(folder)  # where the process had no descriptor left to list it with
+        with postponed():  # a second signal, or the first one in the middle of a large file's removal
+            remove_live(folder)
+            if descriptor is not None:
+                unlock(descriptor)
+                remove_live(folder)  # where the process had no descriptor left to list it with
 
 
 def _locked_folder(parent: Path) -> tuple[Path, int | None]:
