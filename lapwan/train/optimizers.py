@@ -183,8 +183,14 @@ class ScheduledOptimizer:
 
         Args:
             keep_hyperparameters: keep those of this run instead of the saved ones.
+
+        Raises:
+            ValueError: a value of the schedule has another type; torch would take it and fail in the next step.
         """
         optimizer, schedule = self.optimizer, self.lr_schedule
+        for key, value in schedule.state_dict().items():
+            if key in saved_schedule and not _same_kind(value, saved_schedule[key]):
+                raise ValueError(f"'{key}' of the lr schedule is a {type(saved_schedule[key]).__name__}")
         hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         base_lrs = list(schedule.base_lrs)
         optimizer.load_state_dict(dict(saved))
@@ -195,6 +201,13 @@ class ScheduledOptimizer:
             schedule.base_lrs = base_lrs
             for group, base, factor in zip(optimizer.param_groups, base_lrs, schedule.lr_lambdas, strict=True):
                 group["lr"] = base * factor(schedule.last_epoch)
+
+
+def _same_kind(value: Any, saved: Any) -> bool:
+    """Whether both are numbers, or lists of equal length, or of one class."""
+    if isinstance(value, list):
+        return isinstance(saved, list) and len(saved) == len(value) and all(map(_same_kind, value, saved))
+    return isinstance(saved, int | float if isinstance(value, int | float) else type(value))
 
 
 @runtime_checkable

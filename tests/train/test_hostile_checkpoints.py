@@ -74,3 +74,14 @@ def test_a_score_is_a_number(text: str, tmp_path: Path) -> None:
     (tmp_path / "state" / "score.json").write_text(text)
     with pytest.raises(UserError, match=r"score\.json"):
         score(tmp_path)
+
+
+def test_a_schedule_of_other_types_is_refused_before_the_next_step(saved: tuple[Trainer, Path]) -> None:
+    trainer, folder = saved
+    file = folder / "state" / "rest.pt"
+    rest = torch.load(file, weights_only=True)
+    state = rest["lr_schedules"]["high"]
+    for key, value in (("base_lrs", 3), ("base_lrs", []), ("_step_count", {}), ("last_epoch", "8")):
+        torch.save(rest | {"lr_schedules": rest["lr_schedules"] | {"high": state | {key: value}}}, file)
+        with pytest.raises(UserError, match=f"'{key}' of the lr schedule"):
+            trainer.resume()
