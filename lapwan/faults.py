@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +99,7 @@ def user_error(error: BaseException) -> UserError | None:
 
 # What the classes of diffusers and transformers raise for files that do not fit them.
 _MISFITS = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError,
-            AssertionError)
+            AssertionError, ImportError)  # the last: a config that asks for a package which is not there
 
 
 _SMALL = (".json", ".txt", ".model")
@@ -130,6 +131,16 @@ def library_reads(what: str, path: Path) -> Iterator[None]:
             raise
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read {what} in {path}: {text}; is it complete? Download it again") from error
+
+
+def quiet_system_errors_of_threads() -> None:
+    """A full disk in another library's writing thread (TensorBoard's) reaches the main thread at its next write, which
+    says it in a line: the thread itself prints no traceback before."""
+    def on_error(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            threading.__excepthook__(arguments)
+
+    threading.excepthook = on_error
 
 
 def _advice(error: BaseException) -> str | None:

@@ -284,9 +284,9 @@ def _remove_lock_file(path: Path, made: list[Path]) -> None:
 
 def _check_parent(path: Path) -> None:
     for parent in path.parents:
-        if parent.exists():
+        if os.path.lexists(parent):
             if not parent.is_dir():
-                raise UserError(f"cannot write {path}: {parent} is a file, not a folder; choose another output")
+                raise UserError(f"cannot write {path}: {parent} is not a folder; choose another output")
             _try_writing(path, parent)
             return
 

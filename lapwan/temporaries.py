@@ -110,6 +110,8 @@ def _locked_folder(parent: Path) -> tuple[Path, int | None]:
         except OSError as error:
             if error.errno in NO_LOCKS:
                 return folder, None  # nobody can tell whose it is: `remove_stale` leaves it
+            with suppress(OSError):
+                folder.rmdir()  # empty; without a descriptor left it could not be listed
             remove_live(folder)
             raise
         except BaseException:

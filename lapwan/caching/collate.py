@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lapwan.caching.index import CachedItem
+from lapwan.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ def collate(
 
     Raises:
         ValueError: items of different buckets, or some with labels (or a condition) and some without.
+        UserError: tensors of one bucket that have different shapes.
     """
     items = [item for item, _ in pairs]
     if len({item.bucket for item in items}) != 1:
         raise ValueError(f"items of different buckets: {sorted({item.bucket for item in items})}")
-    latents = torch.stack([_tensor(tensors["latents"]) for _, tensors in pairs])
+    latents = _stack([_tensor(tensors["latents"]) for _, tensors in pairs], "latents", items)
     weights = [label_weights(item, families) for item in items]
     rois = [tensors["roi"] for _, tensors in pairs]
     no_region = torch.zeros(latents.shape[2:], device=latents.device)  # cached clips may already be on a GPU
@@ -77,7 +79,7 @@ def collate(
         condition_BCTHW=_all_or_none([tensors["condition"] for _, tensors in pairs], "condition", items),
         label_weights_BE=_all_or_none(weights, "label", items),
         fallback_B=torch.tensor([item.fallback for item in items]),
-        roi_BTHW=torch.stack([no_region if r is None else r.float() for r in rois]) if has_roi else None,
+        roi_BTHW=_stack([no_region if r is None else r.float() for r in rois], "region", items) if has_roi else None,
         captions=tuple(item.caption for item in items),
     )
 
@@ -94,4 +96,13 @@ def _all_or_none(values: list[Tensor | None], what: str, items: list[CachedItem]
     if len(present) != len(values):
         without = next(item.id for item, value in zip(items, values, strict=True) if value is None)
         raise ValueError(f"item {without} has no {what}, others of its batch have one")
-    return torch.stack(present)
+    return _stack(present, what, items)
+
+
+def _stack(values: list[Tensor], what: str, items: list[CachedItem]) -> Tensor:
+    for value, item in zip(values, items, strict=True):
+        if value.shape != values[0].shape:
+            raise UserError(f"the cached {what} of {items[0].id} has shape {list(values[0].shape)}, that of {item.id} "
+                            f"{list(value.shape)}, though both are {item.frames} frames {item.height}x{item.width}; "
+                            "delete these files and run lapwan cache again")
+    return torch.stack(values)

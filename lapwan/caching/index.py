@@ -143,6 +143,12 @@ def parse_index(path: Path) -> CacheIndex:
             files.inside(path.parent, name, path)
     items = tuple(_item(path, number, _object(path, number, line), families)
                   for number, line in enumerate(lines[1:], 2) if line)
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise UserError(f"{path} is damaged: it has the item '{item.id}' twice; delete the index and run lapwan "
+                            "cache again, which keeps the other files")
+        seen.add(item.id)
     return replace(index, items=items)
 
 

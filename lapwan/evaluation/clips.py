@@ -8,6 +8,7 @@ How to add a field: read it in `_clip`, use it in a scorer.
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -127,6 +128,10 @@ def read_eval_clips(
     lines = list(read_clips(path))
     if not lines:
         raise UserError(f"{path} holds no clips; write one JSON object per line")
+    for clip in lines:
+        for key in ("split", "instrument", "second", "source"):
+            if not isinstance(value := clip.data.get(key), str | None):
+                raise UserError(f"{path}, line {clip.line}: \"{key}\" = {reprlib.repr(value)} must be a text")
     splits = {clip.data.get("split") for clip in lines}
     # A file without splits is used whole: it was made for evaluation.
     chosen = lines if split is None or splits == {None} else [c for c in lines if c.data.get("split") == split]

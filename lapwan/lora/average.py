@@ -96,8 +96,10 @@ def saved_loras(steps: Sequence[SavedStep]) -> dict[NoiseExpert | None, list[Sav
                 raise UserError(f"{loras[-1].file.path} and {file.path} are for the same noise expert; a checkpoint "
                                 "has one LoRA for each")
             loras.append(SavedLora(step.step, step.since, file))
-        if {noise_expert for noise_expert, _ in files} != set(saved):
-            raise UserError(f"{step.folder} does not have a LoRA for each noise expert that other checkpoints have")
+    for step in steps:
+        if any(step.step not in {lora.step for lora in loras} for loras in saved.values()):
+            raise UserError(f"{step.folder} does not have a LoRA for each noise expert that other checkpoints have; "
+                            "leave that step out")
     return saved
 
 

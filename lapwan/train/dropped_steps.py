@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from lapwan import console
 from lapwan.console import listed
 from lapwan.train.callbacks.base import Callback
+from lapwan.train.run_state import DroppedState
 
 _SPOILED_TWICE = 2  # dropped steps from which on a clip counts as the cause
 
@@ -76,10 +77,10 @@ class DroppedSteps:
         """What a checkpoint holds."""
         return {"steps": list(self._steps), "times": dict(self._times)}
 
-    def load(self, count: int, state: Mapping[str, Any] | None) -> None:
+    def load(self, count: int, state: DroppedState | None) -> None:
         """The inverse of `count` and `state_dict`; older checkpoints have the count alone."""
-        state = state or {"steps": [], "times": {}}
-        self.count, self._steps, self._times = count, list(state["steps"]), Counter(state["times"])
+        state = state or DroppedState()
+        self.count, self._steps, self._times = count, state.steps, Counter(state.times)
 
 
 @contextmanager

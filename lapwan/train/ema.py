@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lapwan.train.run_state import EmaState, as_saved
+
 
 class Ema:
     """Means by parameter name, on the parameters' device, in at least fp32: in bf16 small steps would be lost."""
@@ -52,16 +54,15 @@ class Ema:
         """Means and counts."""
         return {"means": {name: mean.cpu() for name, mean in self.means.items()}, "updates": dict(self._updates)}
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, object]]) -> None:
+    def load_state_dict(self, state: EmaState) -> None:
         """The inverse of `state_dict`.
 
         Raises:
             ValueError: means or counts of other tensors.
         """
-        for part in ("means", "updates"):
-            if state[part].keys() != self.means.keys():
-                raise ValueError(f"the running means' {part} are not those of this run's tensors")
-        for name, mean in state["means"].items():
-            assert isinstance(mean, Tensor)
-            self.means[name].copy_(mean)
-        self._updates = {name: int(str(count)) for name, count in state["updates"].items()}
+        for part in (state.means, state.updates):
+            if part.keys() != self.means.keys():
+                raise ValueError("the running means and their counts are not those of this run's tensors")
+        for name, mean in state.means.items():
+            self.means[name].copy_(as_saved(f"the running mean of {name}", mean, self.means[name]))
+        self._updates = dict(state.updates)

@@ -23,6 +23,7 @@ from lapwan import files
 from lapwan.diagnostics.run_folder import METRICS_FILE
 from lapwan.documents import json_lines
 from lapwan.errors import UserError
+from lapwan.faults import quiet_system_errors_of_threads
 from lapwan.names import Band
 from lapwan.train.objective import Loss
 from lapwan.train.run_folder import TRACKER_FILE
@@ -79,6 +80,7 @@ class MetricsWriter:
     def __init__(self, run: Path, resumed_step: int, tracker: str | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        quiet_system_errors_of_threads()
         self._path = run / METRICS_FILE
         if self._path.exists():
             kept = (line for _, line, value in json_lines(self._path) if _step(value) <= resumed_step)

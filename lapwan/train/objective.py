@@ -205,12 +205,18 @@ class Objective(ABC):
     def loss(self, noise_expert: NoiseExpert, batch: Batch, draws: Draws) -> AbstractContextManager[Loss]:
         """The loss as a scope: entering runs the forward; the backward belongs inside, where gates and dropout hold."""
 
+    state_type: Any = dict[str, Any]
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart besides the parameters: tensors and plain values."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have no state
-        """The inverse of `state_dict`."""
+    def load_state_dict(self, state: Any) -> None:  # noqa: B027 - most have no state
+        """The inverse of `state_dict`, for a `state_type`.
+
+        Raises:
+            ValueError: a state of another run.
+        """
 
     @abstractmethod
     def save(self, folder: Path, step: int) -> list[Path]:

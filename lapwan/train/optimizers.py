@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import reprlib
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import singledispatch
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lapwan.errors import UserError
+from lapwan.faults import library_reads
 from lapwan.settings.optimizers import (
     AdamW8bitSettings,
     AdamWSettings,
@@ -30,6 +33,9 @@ from lapwan.train.automagic import Automagic
 from lapwan.train.master_weights import Master, MasterAdamW
 from lapwan.train.objective import ParameterGroup
 
+# State as large as its parameter, which fused kernels read and write without looking at its shape.
+_ELEMENTWISE = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "state1", "state2", "master"})
+_LARGEST = 2.0**53  # of a number in a saved state
 AGREEMENTS = (0.47, 0.50, 0.53)  # sign agreements met in practice; 0.5 is noise
 
 
@@ -145,12 +151,13 @@ def make_schedule(settings: ScheduleSettings, optimizer: Optimizer, steps: int) 
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScheduledOptimizer:
     """An optimizer and its lr schedule, which steps with it."""
 
     optimizer: Optimizer
     lr_schedule: Any
+    _untried: Path | None = None  # the checkpoint of a state with which no step was taken yet
 
     @property
     def kind(self) -> str:
@@ -172,28 +179,47 @@ class ScheduledOptimizer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> None:
-        """Update the parameters, then the lr."""
-        self.optimizer.step()
-        self.lr_schedule.step()
+        """Update the parameters, then the lr.
+
+        Raises:
+            UserError: the first step after `restore` fails. What is in the state of each tensor is known to the
+                optimizer alone, which takes anything when it is loaded.
+        """
+        with nullcontext() if self._untried is None else library_reads("the optimizer's state", self._untried):
+            self.optimizer.step()
+            self.lr_schedule.step()
+        self._untried = None
 
     def restore(
-        self, saved: Mapping[str, Any], saved_schedule: Mapping[str, Any], keep_hyperparameters: bool
+        self, saved: Mapping[str, Any], saved_schedule: Mapping[str, Any], checkpoint: Path, keep_hyperparameters: bool
     ) -> None:
         """Load the state of optimizer and schedule.
 
         Args:
+            checkpoint: that they are from.
             keep_hyperparameters: keep those of this run instead of the saved ones.
 
         Raises:
-            ValueError: a value of the schedule has another type; torch would take it and fail in the next step.
+            ValueError: a value of the schedule or a hyperparameter has another type, or a tensor another shape; torch
+                would take it and fail in the next step.
         """
         optimizer, schedule = self.optimizer, self.lr_schedule
-        for key, value in schedule.state_dict().items():
-            if key in saved_schedule and not _same_kind(value, saved_schedule[key]):
-                raise ValueError(f"'{key}' of the lr schedule is a {type(saved_schedule[key]).__name__}")
+        _check_kinds(schedule.state_dict(), saved_schedule, "the lr schedule")
+        for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            _check_kinds({k: v for k, v in group.items() if k != "params"}, saved_group, "the optimizer")
+        parameters = self.parameters
+        for index, values in saved["state"].items():
+            for key in _ELEMENTWISE & values.keys():
+                if values[key].shape != parameters[index].shape:
+                    raise ValueError(f"'{key}' of the optimizer has shape {list(values[key].shape)}, its tensor "
+                                     f"{list(parameters[index].shape)}")
+        self._untried = checkpoint
         hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         base_lrs = list(schedule.base_lrs)
         optimizer.load_state_dict(dict(saved))
+        for group, before in zip(optimizer.param_groups, hyperparameters, strict=True):
+            for key, value in before.items():
+                group.setdefault(key, value)  # that an older optimizer did not save
         schedule.load_state_dict(dict(saved_schedule))
         if keep_hyperparameters:
             for group, current in zip(optimizer.param_groups, hyperparameters, strict=True):
@@ -203,11 +229,22 @@ class ScheduledOptimizer:
                 group["lr"] = base * factor(schedule.last_epoch)
 
 
+def _check_kinds(values: Mapping[str, Any], saved: Mapping[str, Any], what: str) -> None:
+    for key, value in values.items():
+        if key in saved and not _same_kind(value, saved[key]):
+            raise ValueError(f"'{key}' of {what} is {reprlib.repr(saved[key])}")
+
+
 def _same_kind(value: Any, saved: Any) -> bool:
-    """Whether both are numbers, or lists of equal length, or of one class."""
-    if isinstance(value, list):
-        return isinstance(saved, list) and len(saved) == len(value) and all(map(_same_kind, value, saved))
-    return isinstance(saved, int | float if isinstance(value, int | float) else type(value))
+    """Whether both are numbers, or lists of equal length, or of one class; None stands for a flag."""
+    if value is None:
+        return saved is None or isinstance(saved, bool)
+    if isinstance(value, list | tuple):
+        return isinstance(saved, list | tuple) and len(saved) == len(value) and all(map(_same_kind, value, saved))
+    if isinstance(value, int | float | Tensor):  # lr is a tensor for some optimizers
+        number = isinstance(saved, int | float) or (isinstance(saved, Tensor) and saved.numel() == 1)
+        return number and (float(saved) == float(value) or abs(float(saved)) < _LARGEST)  # Prodigy has an inf
+    return isinstance(saved, type(value))
 
 
 @runtime_checkable

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lapwan import console
 from lapwan.caching.collate import Batch
+from lapwan.documents import checked
 from lapwan.errors import Interrupted, UserError
 from lapwan.faults import library_reads
 from lapwan.interrupt import Stop, stop_requested
@@ -32,6 +33,7 @@ from lapwan.train.metrics import MetricsWriter, StepLog, merge_logs
 from lapwan.train.objective import Objective
 from lapwan.train.optimizers import ScheduledOptimizer
 from lapwan.train.parallel import Distributed, full_tensors
+from lapwan.train.run_state import RunState
 from lapwan.train.trainer_config import TrainerConfig
 from lapwan.train.training_data import StepData, TrainingData
 
@@ -313,33 +315,33 @@ class Trainer:
         if newest is None:
             return False
         step, folder = newest
-        state = checkpoint.load_checkpoint(folder, self.parameters)
+        state = checked(checkpoint.load_checkpoint(folder, self.parameters), RunState, folder)
         with library_reads("the checkpoint", folder):
-            checkpoint.check_identity(folder, state["identity"], config.identity, config.allow_changed)
+            checkpoint.check_identity(folder, state.identity, config.identity, config.allow_changed)
             if self.distributed.first:
                 checkpoint.link_adapters(folder, config.run_folder)
-            self._restore(step, state)
+            self._restore(step, folder, state)
         return True
 
-    def _restore(self, step: int, state: Mapping[str, Any]) -> None:
+    def _restore(self, step: int, folder: Path, state: RunState) -> None:
         """Take over what `_state` gave."""
         config = self.config
         self.step = step
-        self.dropped.load(state["skipped"], state.get("dropped"))
+        self.dropped.load(state.skipped, state.dropped)
         self.data.exclude(self.dropped.left_out)
         for noise_expert, stream in self.data.streams.items():
-            epoch, index, stream.steps = state["tracks"].get(noise_expert.value, (0, 0, 0))
+            epoch, index, stream.steps = state.tracks.get(noise_expert.value, (0, 0, 0))
             stream.position = (epoch, index)
         for name, optimizer in self.optimizers.items():
-            if (kind := state["kinds"].get(name)) != optimizer.kind:
+            if (kind := state.kinds.get(name)) != optimizer.kind:
                 console.warn(f"{name}: the checkpoint's optimizer is {kind}, but this run's is {optimizer.kind}, which "
                              "starts with an empty state")
                 continue
-            optimizer.restore(state["optimisers"][name], state["lr_schedules"][name],
+            optimizer.restore(state.optimisers[name], state.lr_schedules[name], folder,
                               keep_hyperparameters=config.allow_changed)
-        self.objective.load_state_dict(state["objective"])
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.load_state_dict(state["ema"])
-        for name, callback_state in {**state["rules"], **state["watchers"]}.items():
-            if name in self.callbacks:
-                self.callbacks[name].load_state_dict(callback_state)
+        self.objective.load_state_dict(checked(state.objective, self.objective.state_type, folder))
+        if self.ema is not None and state.ema is not None:
+            self.ema.load_state_dict(state.ema)
+        for name, callback_state in {**state.rules, **state.watchers}.items():
+            if (callback := self.callbacks.get(name)) is not None:
+                callback.load_state_dict(checked(callback_state, callback.state_type, f"{folder}: {name}"))

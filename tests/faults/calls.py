@@ -5,6 +5,9 @@ How to add a call: a row of `CALLS`; its kinds of bad input follow from the form
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import shutil
 import sys
@@ -27,7 +30,7 @@ LORAS = ("--lora", "high=stage1/lapwan_high_noise.safetensors", "--lora", "low=s
 HIGH, LOW = "stage1/lapwan_high_noise.safetensors", "stage1/lapwan_low_noise.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 COMMANDS = ("split", "label", "cache", "train-lora", "train-moe", "srpo", "merge", "generate", "evaluate",
-            "inspect-weights", "demo", "doctor")
+            "train-judge", "inspect-weights", "demo", "doctor")
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,30 @@ def write_inputs(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text('{"prompt": "剪刀", "seed": 1}\n{"prompt": "吸引", "seed": 2}\n',
                                           encoding="utf-8")
     shutil.copytree(folder / "base/transformer_2", folder / "tuned/transformer")
+    _write_judge_inputs(folder)
     for name, text in CONFIGS.items():
         (folder / f"{name}.toml").write_text(text, encoding="utf-8")
     shutil.copytree(folder / "runs/train_lora/step_000008", folder / "runs/train_lora/step_000012")
+
+
+def _write_judge_inputs(folder: Path) -> None:
+    """A cache whose clips without boxes show no instrument, and a judge of a step or two."""
+    from lapwan.commands.train_judge import run
+    from lapwan.settings.base import RunOptions
+    from lapwan.settings.train_judge import TrainJudgeSettings
+
+    shutil.copytree(folder / "cache", folder / "judge_cache")
+    index = folder / "judge_cache" / "lapwan_index.jsonl"
+    head, *rows = [json.loads(line) for line in index.read_text("utf-8").splitlines()]
+    for row in rows:
+        if row.get("roi") is None:
+            row.pop("label", None)
+            row.pop("label_weights", None)
+    index.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (head, *rows)), encoding="utf-8")
+    settings = TrainJudgeSettings(cache=folder / "judge_cache", model=str(folder / "base"), unlabelled="none", steps=2,
+                                  batch_size=8, device="cpu", output=folder / "judge.safetensors")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        run(settings, RunOptions())
 
 
 CONFIGS = {
@@ -119,6 +143,7 @@ CONFIGS = {
 _MERGE = ("merge", "-o")
 _CACHE = ("--size", "48x32", "--num-frames", "5", "--workers", "0", "-o", "out")
 _GENERATE = ("--steps", "1", "--size", "48x32", "--num-frames", "5", "-o", "out.mp4")
+JUDGE = ("train-judge", "--cache", "judge_cache", *BASE, "--unlabelled", "none", "--set", "batch_size=8")
 _TINY = ("generate", "--model", "tiny-i2v", "--device", "cpu", "--prompt", "吸引", "--steps", "1", "--size", "32x32",
          "--num-frames", "5", "-o", "out.mp4", "--image")
 
@@ -204,6 +229,11 @@ CALLS: tuple[Call, ...] = (
     Call("evaluate --resume", ("evaluate", "--config", "evaluation/settings.toml", "--resume"),
          {"evaluation/settings.toml": "toml", "evaluation/videos/base/clip4_6158ca05_0.json": "json",
           "evaluation/videos/base/clip4_6158ca05_0.mp4": "video"}, ("evaluation",), True),
+    Call("train-judge", (*JUDGE, "--steps", "2", "-o", "out.safetensors"),
+         {"judge_cache/lapwan_index.jsonl": "jsonl index",
+          "judge_cache/clip0_00000-005_0080x0064_wan.safetensors": f"{SAFE} cached",
+          "judge_cache/clip0_00000-005_0080x0064_lapwan_roi.safetensors": f"{SAFE} cached",
+          "base/vae/config.json": "json", f"base/vae/{WEIGHTS}": f"{SAFE} weights"}, ("out.safetensors",)),
     Call("inspect-weights", ("inspect-weights", HIGH, LOW, "--json", "out.json", "--plot", "out.png"),
          {HIGH: f"{SAFE} lora"}, ("out.json", "out.png")),
     Call("inspect-weights mixture", ("inspect-weights", "stage2/lapwan.safetensors", "--json", "out.json"),
@@ -231,7 +261,13 @@ _OPTIONAL_IN = {  # of one call: what it does not read, or replaces
     ("cache", "base/text_encoder/config.json"), ("cache", "base/vae/config.json"),
     ("inspect-weights run", "runs/train_moe/step_000008/lapwan.safetensors"),
     ("merge --average", "runs/train_lora/settings.toml"), ("label", "taxonomy.toml"),
-    ("generate --from", "videos/hook.mp4"),
+    ("generate --from", "videos/hook.mp4"), ("doctor --config", "doctor.toml"), ("cache musubi", "images/a.png"),
+}
+_UNREAD = {  # of a call, damage to what it does not read or need not understand
+    ("merge --dit", "tensor_missing"), ("merge --dit", "tensor_of_another_shape"),  # copies what no LoRA is for
+    # Evaluation reads one clip of the cache.
+    *(("evaluate", f"{key}_{name}") for key in ("text", "latents", "roi") for name in ("anewlineb", "nowhere.safete")),
+    ("train-lora", "largest_float"),  # drops the steps that are not finite, and says so
 }
 
 
@@ -282,11 +318,13 @@ def file_kinds() -> Iterator[Kind]:
             names = set(formats.split())
             for damage in DAMAGES:
                 if names & damage.formats:
+                    if (file, damage.name) == ("demo.toml", "empty"):  # no damage: the whole demo
+                        continue
                     optional = file in _OPTIONAL or (call.name, file) in _OPTIONAL_IN or (
                         call.command == "evaluate" and "media" in damage.formats) or (  # text to video reads no clip
                         "/state/" in file and damage.name in _NO_FILE) or (
                         call.command == "inspect-weights" and damage.name in _VALUES) or (
-                        (call.name, damage.name) == ("merge --dit", "tensor_missing"))  # copies what no LoRA is for
+                        (call.name, damage.name) in _UNREAD)
                     yield Kind(f"{call.name}: {file}: {damage.name}", call, damage.may_pass or optional, file, damage)
 
 
@@ -365,11 +403,13 @@ def option_kinds() -> Iterator[Kind]:
     for name, value in {"text": "x", "nan": "nan", "infinite": "inf", "digits": mutations.DIGITS, "negative": "-7",
                         "list": "[1,", "newline": "1\n2", "escape": "\x1b[31m1", "huge": "1e308"}.items():
         for call_name, key in (("train-lora", "optimizer.lr"), ("train-lora", "steps"), ("train-moe", "router.top_k"),
-                               ("srpo", "sigma"), ("generate", "steps"), ("generate", "guidance"), ("merge --lora",
-                               "multiplier"), ("evaluate", "interval.level"), ("cache", "num_frames"),
-                               ("doctor --config", "memory"), ("demo --config", "clips")):
+                               ("srpo", "sigma"), ("generate --config", "steps"), ("generate", "guidance"),
+                               ("merge --lora", "multiplier"), ("evaluate", "interval.level"),
+                               ("cache --config", "num_frames"), ("doctor --config", "memory"),
+                               ("demo --config", "clips"), ("train-judge", "lr")):
             may_pass = (name, key) in {("huge", "optimizer.lr"), ("negative", "multiplier"), ("negative", "guidance"),
-                                       ("huge", "multiplier"), ("huge", "guidance"), ("huge", "memory")}
+                                       ("huge", "multiplier"), ("huge", "guidance"), ("huge", "memory"),
+                                       ("huge", "lr")}
             yield Kind(f"{call_name}: {key} is {name}", _with(BY_NAME[call_name], "--set", f"{key}={value}"), may_pass)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from calls import BASE, HIGH, LORAS, LOW, WEIGHTS, make_work
+from calls import BASE, HIGH, JUDGE, LORAS, LOW, WEIGHTS, make_work
 from inputs import remove
 from trial import Outcome, Running, Server, refusal_faults, session_members, temporaries, tree
 
@@ -61,6 +61,7 @@ WORKS = (
                       "48x32", "-o", f"{DISK}/video.mp4"), ("--overwrite",), False),
     Work("evaluate", ("evaluate", "--config", "settings/evaluate.toml", "-o", f"{DISK}/evaluation", "--set",
                       "interval.samples=200"), ("--resume",)),
+    Work("train-judge", (*JUDGE, "--steps", "60", "-o", f"{DISK}/judge.safetensors"), ("--overwrite",), False),
     Work("inspect-weights", ("inspect-weights", HIGH, LOW, "--json", f"{DISK}/weights.json", "--plot",
                              f"{DISK}/weights.png"), ("--overwrite",), False, (".json",)),
     Work("demo", ("demo", "-o", f"{DISK}/demo", "--clips", "8", "--steps", "2", "--prompts", "2"), ("--overwrite",),

@@ -79,6 +79,13 @@ def _mixture(work: Path) -> Read:
     return read_mixture
 
 
+@reader("judge", "judge.safetensors", "safetensors")
+def _judge(work: Path) -> Read:
+    from lapwan.evaluation.judge_file import read_judge
+
+    return read_judge
+
+
 @reader("inspect", "stage2/lapwan.safetensors", "safetensors mixture")
 def _inspect(work: Path) -> Read:
     from lapwan.commands.inspect_weights import run

@@ -28,9 +28,10 @@ CPU_SECONDS, RSS_MIB = 10.0, 1024.0  # of a refusal, imports included
 _KILL_MIB = 6144  # so that a bomb does not take the machine with it
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _PRELOAD = ("lapwan.cli", "lapwan.api", "lapwan.commands.merge", "lapwan.commands.generate", "lapwan.commands.cache",
-            "lapwan.commands.evaluate", "lapwan.commands.train_lora", "lapwan.commands.train_moe",
-            "lapwan.commands.srpo", "lapwan.commands.label", "lapwan.commands.inspect_weights",
-            "lapwan.commands.doctor", "lapwan.commands.demo", "lapwan.commands.split")
+            "lapwan.commands.evaluate", "lapwan.commands.train_judge", "lapwan.commands.train_lora",
+            "lapwan.commands.train_moe", "lapwan.commands.srpo", "lapwan.commands.label",
+            "lapwan.commands.inspect_weights", "lapwan.commands.doctor", "lapwan.commands.demo",
+            "lapwan.commands.split")
 
 
 _QUIET_LIBRARIES = {  # as `cli.main` has them before it imports these, which the server has done already
@@ -388,7 +389,7 @@ def refusal_faults(outcome: Outcome, may_pass: bool = False) -> list[str]:
             wrong.append(f"a line of {longest} characters")
     if _CONTROL.search(outcome.err):
         wrong.append("control characters on stderr")
-    if outcome.cpu > CPU_SECONDS:
+    if outcome.cpu > CPU_SECONDS and outcome.code != 0:  # of the whole work, which may take longer
         wrong.append(f"{outcome.cpu:.0f} s of CPU")
     if outcome.rss_mib > RSS_MIB:
         wrong.append(f"{outcome.rss_mib:.0f} MiB")

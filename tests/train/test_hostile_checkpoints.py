@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,46 @@ def test_a_schedule_of_other_types_is_refused_before_the_next_step(saved: tuple[
         torch.save(rest | {"lr_schedules": rest["lr_schedules"] | {"high": state | {key: value}}}, file)
         with pytest.raises(UserError, match=f"'{key}' of the lr schedule"):
             trainer.resume()
+
+
+def replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy of nested tables and lists with one value replaced."""
+    if not path:
+        return value
+    if isinstance(tree, dict):
+        return {**tree, path[0]: replaced(tree[path[0]], path[1:], value)}
+    parts = [replaced(part, path[1:], value) if i == path[0] else part for i, part in enumerate(tree)]
+    return type(tree)(parts)
+
+
+@pytest.mark.parametrize(("path", "value"), [
+    (("skipped",), None), (("skipped",), "x"), (("skipped",), -1), (("tracks", "high", 0), None),
+    (("tracks", "high", 1), "x"), (("tracks", "low"), [1, 2]), (("kinds", "high"), 3), (("identity",), {"a": 1}),
+    (("dropped",), {"steps": ["x"], "times": {}}), (("watchers", "weights", "before", "high", "delta_norm"), "x"),
+    (("watchers", "weights", "step"), None), (("watchers", "weights", "before", "high"), 7),
+    (("optimisers", "high", "param_groups", 0, "lr"), float("nan")),
+    (("optimisers", "high", "param_groups", 0, "betas"), "x"),
+    # A fused optimizer would write beyond the end of it.
+    (("optimisers", "high", "state", 0, "exp_avg"), torch.zeros(1)),
+])
+def test_a_value_of_another_type_or_shape_is_refused_at_resume(
+    saved: tuple[Trainer, Path], path: tuple[Any, ...], value: Any
+) -> None:
+    trainer, folder = saved
+    file = folder / "state" / "rest.pt"
+    torch.save(replaced(torch.load(file, weights_only=True), path, value), file)
+    with pytest.raises(UserError, match=re.escape(str(folder))):
+        trainer.resume()
+
+
+def test_an_optimizer_that_cannot_use_its_state_is_a_line(saved: tuple[Trainer, Path]) -> None:
+    trainer, folder = saved
+    file = folder / "state" / "rest.pt"
+    path = ("optimisers", "high", "state", 0)
+    torch.save(replaced(torch.load(file, weights_only=True), path, {"step": torch.tensor(3.0)}), file)
+    assert trainer.resume()
+    optimizer = trainer.optimizers["high"]
+    for parameter in optimizer.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(UserError, match="optimizer's state"):
+        optimizer.step()

@@ -28,6 +28,7 @@ from lapwan.settings.train import AlphaScheduleSettings
 from lapwan.train.callbacks.base import Callback, StepResult
 from lapwan.train.ema import Ema
 from lapwan.train.metrics import bin_of
+from lapwan.train.run_state import SavedState, Steps, as_saved
 
 _FEWEST = 20  # observations that a trend needs
 _BINS = 8  # of sigma
@@ -90,10 +91,20 @@ def plain_slope(losses: Sequence[float]) -> tuple[float, float]:
     return slope, slope * slope * steps_squared / total if total else 0.0
 
 
+class _State(SavedState):
+    phase: Steps
+    began: Steps
+    confirmed: Steps
+    seen: list[tuple[Steps, Steps, float]]
+    agreements: list[Tensor]
+    signs: dict[str, Tensor]
+
+
 class AlphaSchedule(Callback):
     """The alpha phases of one noise expert."""
 
     needs_losses = True
+    state_type = _State
 
     def __init__(
         self, noise_expert: NoiseExpert, settings: AlphaScheduleSettings, adapter: Adapter, band: Band,
@@ -206,9 +217,13 @@ class AlphaSchedule(Callback):
             "signs": {name: sign.cpu() for name, sign in self._signs.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._phase, self._phase_start, self._confirmations = state["phase"], state["began"], state["confirmed"]
-        self._observations = deque(Observation(*values) for values in state["seen"])
-        self._agreements = deque(state["agreements"], maxlen=_ADVISORY_WINDOW)
-        self._signs = {name: sign.to(self._ups[name].device) for name, sign in state["signs"].items()}
+    def load_state_dict(self, state: _State) -> None:
+        if state.phase >= len(self._settings.phases):
+            raise ValueError(f"phase {state.phase} of an alpha schedule of {len(self._settings.phases)}")
+        self._phase, self._phase_start, self._confirmations = state.phase, state.began, state.confirmed
+        self._observations = deque(Observation(*values) for values in state.seen)
+        self._agreements = deque((as_saved("an agreement of signs", share, torch.zeros((), dtype=torch.float64))
+                                  for share in state.agreements), maxlen=_ADVISORY_WINDOW)
+        self._signs = {name: as_saved(f"the signs of {name}", sign, self._ups[name] > 0)
+                       for name, sign in state.signs.items()}
         set_alpha(self._adapter, self.alpha)  # B is rescaled in the checkpoint already

@@ -7,7 +7,6 @@ How to add one: a subclass of `Callback` with the hooks it needs, in a file besi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +61,14 @@ class Callback:
         needs_losses: whether `StepResult` must carry losses and sigmas, which waits for the device.
         on_all_processes: whether `on_start` and `on_step` run in every process, not in the first one only: sharded
             weights run a forward only in all processes at once.
+        state_type: the pydantic type of what `load_state_dict` takes.
     """
 
     name: str
     every: int | None = None
     needs_losses = False
     on_all_processes = False
+    state_type: Any = dict[str, Any]
 
     def on_start(self, board: Any) -> None:
         """Before the first step of this process, after the state was loaded; `board` as in `on_step`."""
@@ -104,5 +105,9 @@ class Callback:
         """What must survive a restart: tensors and plain values."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+    def load_state_dict(self, state: Any) -> None:
+        """The inverse of `state_dict`, for a `state_type`.
+
+        Raises:
+            ValueError: a state of another run.
+        """

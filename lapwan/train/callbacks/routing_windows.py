@@ -18,15 +18,23 @@ from lapwan.report import plots
 from lapwan.settings.train_moe import TrainMoeSettings
 from lapwan.train.callbacks.base import REPEAT_EVERY, Callback, Evaluation, StepResult
 from lapwan.train.moe.objective import MixtureObjective
+from lapwan.train.run_state import SavedState, Steps, as_saved
 
 _DPI = 100  # of images in TensorBoard
 _CLIPS_PER_EXPERT = 5  # a window with fewer clips for each expert is not judged but extended
+
+
+class _State(SavedState):
+    before: Tensor
+    said: list[str]
+    bad: Steps
 
 
 class RoutingCallback(Callback):
     """Routing since the last evaluation, the timestep gates, and warnings with advice."""
 
     name = "routing"
+    state_type = _State
 
     def __init__(self, objective: MixtureObjective, settings: TrainMoeSettings) -> None:
         self.every = settings.routing_watch.every
@@ -92,9 +100,9 @@ class RoutingCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"before": self._before.flat, "said": sorted(self._reported), "bad": self._bad_in_a_row}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._before = RoutingTotals(state["before"], self._before.experts)
-        self._reported, self._bad_in_a_row = frozenset(state["said"]), state["bad"]
+    def load_state_dict(self, state: _State) -> None:
+        self._before = RoutingTotals(as_saved("routing", state.before, self._before.flat), self._before.experts)
+        self._reported, self._bad_in_a_row = frozenset(state.said), state.bad
 
 
 def window_figures(window: RoutingTotals, families: Sequence[str]) -> dict[str, float]:

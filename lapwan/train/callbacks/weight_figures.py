@@ -18,6 +18,7 @@ from lapwan.lora.state import LowRank
 from lapwan.names import NoiseExpert
 from lapwan.settings.callbacks import HealthSettings
 from lapwan.train.callbacks.base import REPEAT_EVERY, Callback, Evaluation
+from lapwan.train.run_state import SavedState, Steps
 
 _LEVELS = ("good", "warn", "stop")
 
@@ -42,6 +43,14 @@ def _expert_figures(
     return values
 
 
+class _State(SavedState):
+    before: dict[str, Figures]
+    steps: dict[str, Steps]
+    step: Steps
+    bad: Steps
+    said: list[str]
+
+
 class WeightFigures(Callback):
     """Logs figures of the weights; with a health preset also its verdict, which may stop the run.
 
@@ -53,6 +62,7 @@ class WeightFigures(Callback):
     """
 
     name = "weights"
+    state_type = _State
 
     def __init__(
         self, adapters: Mapping[NoiseExpert, Adapter], learning_rates: Callable[[], dict[str, float]],
@@ -97,7 +107,7 @@ class WeightFigures(Callback):
         return Evaluation({name: value for name, value in values.items() if value is not None}, stop_reason)
 
     def _growth(self, figures: Mapping[str, Figures], steps: Mapping[str, int], step: int) -> list[dict[str, Any]]:
-        if not self._before:
+        if not self._before.keys() >= figures.keys():  # none yet
             return []
         entry: dict[str, Any] = {"from_step": self._step_before, "to_step": step}
         for label, now in figures.items():
@@ -134,7 +144,8 @@ class WeightFigures(Callback):
             "bad": self._bad_in_a_row, "said": sorted(self._reported),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._before = {label: Figures(**figures) for label, figures in state["before"].items()}
-        self._steps_before, self._step_before = dict(state["steps"]), state["step"]
-        self._bad_in_a_row, self._reported = state["bad"], frozenset(state["said"])
+    def load_state_dict(self, state: _State) -> None:
+        if state.before.keys() - state.steps.keys():
+            raise ValueError("figures of weights without their steps")
+        self._before, self._steps_before, self._step_before = state.before, state.steps, state.step
+        self._bad_in_a_row, self._reported = state.bad, frozenset(state.said)

@@ -29,6 +29,7 @@ from lapwan.names import NoiseExpert
 from lapwan.rng import RandomKey
 from lapwan.train.clip_store import LABEL_FIRST
 from lapwan.train.objective import AllReduce, Draws, Loss, Objective, ParameterGroup, flow_terms, local_sum
+from lapwan.train.run_state import SavedState, Steps, as_saved
 from lapwan.wan.backbone import WanBackbone
 
 ROUTER, SHARED = "router", "experts"
@@ -68,8 +69,16 @@ class _StepStatistics:
     teacher_kl: float
 
 
+class _State(SavedState):
+    usage_E: Tensor
+    totals: Tensor
+    steps: Steps
+
+
 class MixtureObjective(Objective):
     """Routes each sample, sets its gates, and holds them until the backward is done."""
+
+    state_type = _State
 
     def __init__(
         self,
@@ -202,10 +211,10 @@ class MixtureObjective(Objective):
     def state_dict(self) -> dict[str, Any]:
         return {"usage_E": self.usage_E.cpu(), "totals": self.totals.flat, "steps": self._steps}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.usage_E = state["usage_E"].to(self.usage_E)
-        self.totals = RoutingTotals(state["totals"], self.totals.experts)
-        self._steps = state["steps"]
+    def load_state_dict(self, state: _State) -> None:
+        self.usage_E = as_saved("the experts' usage", state.usage_E, self.usage_E)
+        self.totals = RoutingTotals(as_saved("routing", state.totals, self.totals.flat), self.totals.experts)
+        self._steps = state.steps
 
     def save(self, folder: Path, step: int) -> list[Path]:
         self.mixture.collect(self.adapters)

@@ -27,6 +27,7 @@ from lapwan.sampling.result import Video
 from lapwan.train.callbacks.base import Callback, Evaluation
 from lapwan.train.callbacks.previews import save_sample
 from lapwan.train.parallel import full_tensors
+from lapwan.train.run_state import SavedState, Steps
 from lapwan.train.srpo.objective import SrpoObjective, augment_prompt
 from lapwan.train.srpo.rollout import Rollout
 from lapwan.wan.backbone import WanBackbone
@@ -60,10 +61,18 @@ class HeldOutRule:
     batch_size: int = 1
 
 
+class _State(SavedState):
+    base: dict[str, list[float]]
+    points: dict[str, dict[str, Tensor]]
+    best: tuple[float, Steps] | None
+    worse: Steps
+
+
 class HeldOut(Callback):
     """Held-out reward, distance from the base, samples in `previews/` and TensorBoard; it may end the run early."""
 
     name = "held_out"
+    state_type = _State
 
     def __init__(
         self, objective: SrpoObjective, rollout: Rollout, batches: Sequence[Batch], vae: AutoencoderKLWan,
@@ -207,11 +216,13 @@ class HeldOut(Callback):
         points = {e: {name: value.cpu() for name, value in tensors.items()} for e, tensors in self._points.items()}
         return {"base": self._base, "points": points, "best": self._best, "worse": self._evaluations_since_best}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: _State) -> None:
         device = self._batches[0].latents_BCTHW.device
-        self._base, self._best, self._evaluations_since_best = dict(state["base"]), state["best"], state["worse"]
+        if state.base and len(state.base.get("margin", ())) != len(self._batches):
+            raise ValueError(f"margins of other than {len(self._batches)} held-out prompts")
+        self._base, self._best, self._evaluations_since_best = state.base, state.best, state.worse
         self._points = {e: {name: value.to(device) for name, value in tensors.items()}
-                        for e, tensors in state["points"].items()}
+                        for e, tensors in state.points.items()}
 
 
 class FullWeightFigures(Callback):
