@@ -11,12 +11,13 @@ import torch
 from examples.pretrain.arms import RowAdam
 from examples.pretrain.corpus import FIRST_SEED, HELD_OUT_PAIRS, MARKER, Clips, is_held_out, sample
 from examples.pretrain.diffusion import text_rows
+from examples.pretrain.settings import TI2V_5B
 from examples.pretrain.training import EmaWeights, box_mask, cosine
 from examples.pretrain.vae import new_vae
 from examples.pretrain.vae_forward import moments, reconstruct
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.instruments import INSTRUMENTS
-from lapwan.tiny.model import TRANSFORMER
+from lapwan.tiny.model import A14B, TRANSFORMER, EmbeddedParts
 from lapwan.wan.backbone import WanBackbone
 
 _NAMES = {
@@ -25,11 +26,11 @@ _NAMES = {
 }
 
 
-@pytest.mark.parametrize("frames", [1, 5, 9])
-def test_vae_in_one_go_equals_frame_by_frame(frames: int) -> None:
-    vae = new_vae().eval()
+@pytest.mark.parametrize(("parts", "frames"), [(A14B, 1), (A14B, 5), (A14B, 9), (TI2V_5B, 1), (TI2V_5B, 9)])
+def test_vae_in_one_go_equals_frame_by_frame(parts: EmbeddedParts, frames: int) -> None:
+    vae = new_vae(parts).eval()
     generator = torch.Generator().manual_seed(frames)
-    pixels = torch.rand(1, 3, frames, 16, 16, generator=generator) * 2 - 1
+    pixels = torch.rand(1, 3, frames, 32, 32, generator=generator) * 2 - 1
     with torch.no_grad():
         expected = vae.encode(pixels).latent_dist
         mean, log_variance = moments(vae, pixels)
