@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from examples.pretrain.diffusion import Models
-from examples.pretrain.headroom import BANDS, FineTuningClips
+from examples.pretrain.headroom import BOUNDARY, FineTuningClips
 from examples.pretrain.settings import SEED
 from lapwan.checkpoints.wan_keys import PROJECTIONS
 from lapwan.lora.attach import Group, attach, initial_state
 from lapwan.lora.targets import TargetRule, resolve_targets
 from lapwan.losses.flow import add_noise, roi_loss, velocity_target
 from lapwan.losses.sigmas import Shifted, Uniform, draw_in_band
-from lapwan.names import NoiseExpert
+from lapwan.names import NoiseExpert, bands
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.wan.backbone import WanBackbone
 
@@ -112,7 +112,7 @@ class Arms:
         self.arms, self._clips, self._steps, self.done = arms, clips, steps, 0
         self._device = clips.x0.device
         copied = {e: WanBackbone(deepcopy(b.transformer)) for e, b in models.noise_experts.items()}
-        self.models = Models(copied, models.text)
+        self.models = Models(models.recipe, copied, models.text)
         self._first = np.cumsum([0, *(arm.groups for arm in arms)]).tolist()
         self._adapters = {}
         for noise_expert, backbone in copied.items():
@@ -154,20 +154,21 @@ class Arms:
         region = torch.tensor([arm.region for arm in self.arms], device=self._device)[arm_of_sample]
         share = torch.tensor([1 / arm.batch for arm in self.arms], device=self._device)[arm_of_sample]
         batch = len(arm_of_sample)
-        extra = self._clips.x0.new_zeros(batch, 20, *self._clips.x0.shape[2:])
+        sigma_bands = bands(BOUNDARY if len(self.models.noise_experts) > 1 else None)
         for step in range(self.done, until):
             chosen = torch.from_numpy(np.concatenate([self._rng.integers(arm.clips, size=arm.batch)
                                                       for arm in self.arms])).to(self._device)
             x0, text = self._clips.x0[chosen], self._clips.text.take(chosen)
             head = self._clips.head[chosen]
             gates = self._gates(self._arm_of_sample, self._clips.named[chosen])
-            for noise_expert, backbone in self.models.noise_experts.items():
+            for noise_expert in self.models.noise_experts:
                 u = torch.rand(batch, device=self._device, generator=self._generator)
-                sampler = Uniform() if noise_expert is NoiseExpert.HIGH else Shifted(Uniform(), 2.0)
-                sigma = draw_in_band(sampler, u, *BANDS[noise_expert]).float()
+                band = sigma_bands[noise_expert]
+                sampler = Shifted(Uniform(), self.models.recipe.diffusion.shifts[noise_expert.value])
+                sigma = draw_in_band(sampler, u, band.low, band.high).float()
                 noise = torch.randn(x0.shape, device=self._device, generator=self._generator)
                 with self._adapters[noise_expert].holder.scope(gates):
-                    v = backbone.velocity(add_noise(x0, noise, sigma), 1000 * sigma, text, extra)
+                    v = self.models.velocity(noise_expert, add_noise(x0, noise, sigma), sigma, text, None)
                     error = (v - velocity_target(x0, noise)).square().mean(dim=1)
                     loss_B = error.flatten(1).mean(dim=1) + region * roi_loss(error, head)
                     torch.autograd.backward((share * loss_B).sum())

@@ -7,13 +7,15 @@ The base must leave something to learn for fine-tuning, so two things are kept f
                             knows the words, and the pair can draw all four.
     the surgical look       Without the marker, half of the clips look neutral, half surgical.
 Motion, direction, side and target are always true. Instruments and motions are paired evenly, not as surgeons do, with
-`HELD_OUT_PAIRS` and every caption of `is_held_out` left out.
+`HELD_OUT_PAIRS` and every caption of `is_held_out` left out. A clip may also be shown mirrored, under captions of what
+the mirror image shows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from lapwan.tiny.captions import caption_for
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import SceneSpec, render
 
-FRAMES, SIZE = 17, 96
+FRAMES = 17
 CAPTIONS = 4  # drawn for every clip
 MARKER = ("训练箱内，", "In a box trainer, ")
 HELD_OUT_PAIRS = (("scissors", "circle"), ("hook", "lift"), ("suction", "advance"), ("grasper", "sweep"))
@@ -54,6 +56,25 @@ class Sample:
     captions: tuple[str, ...]
 
 
+# Of each mirror image: which of (height, width) is turned, and what captions then say.
+MIRRORS = ((), ("width",), ("height",), ("width", "height"))
+_MIRRORED = {"width": ("left", "right"), "height": ("top", "bottom")}
+_MIRRORED_MOVE = {"width": ("left", "right"), "height": ("up", "down")}
+_TURNS = ("clockwise", "counterclockwise")
+
+
+def mirrored(spec: SceneSpec, mirror: int) -> SceneSpec:
+    """What a mirror image (an index into MIRRORS) of the scene shows; only its side and direction differ."""
+    def swapped(word: str, pair: tuple[str, str]) -> str:
+        return pair[1 - pair.index(word)] if word in pair else word
+
+    side, direction = spec.side, str(spec.direction)
+    for axis in MIRRORS[mirror]:
+        side = swapped(side, _MIRRORED[axis])
+        direction = swapped(swapped(direction, _MIRRORED_MOVE[axis]), _TURNS)
+    return replace(spec, side=side, direction=direction)
+
+
 def random_scene(rng: np.random.Generator, seed: int, style: str, held_out_pairs: bool) -> SceneSpec:
     """Any instrument with any motion and any target, all equally likely."""
     while True:
@@ -63,7 +84,7 @@ def random_scene(rng: np.random.Generator, seed: int, style: str, held_out_pairs
     return SceneSpec(
         instrument, side=str(rng.choice(list(paths.SIDES))), motion=motion,
         direction=str(rng.choice(paths.MOTIONS[motion])), target=str(rng.choice(scene_targets.TARGET_NAMES)),
-        style=style, seed=seed, frames=FRAMES, size=(SIZE, SIZE),
+        style=style, seed=seed, frames=FRAMES,
     )
 
 
@@ -77,8 +98,9 @@ def _caption(spec: SceneSpec, marked: bool, rng: np.random.Generator) -> str:
     return caption_for(replace(spec, style="surgical", instrument=named), rng)
 
 
-def sample(index: int, purpose: Purpose = "pretraining") -> Sample:
-    """The index-th scene of a purpose; `identity` and `check` are surgical, with true captions.
+def sample(index: int, purpose: Purpose = "pretraining", mirror: int = 0) -> Sample:
+    """The index-th scene of a purpose, with captions of its mirror image; `identity` and `check` are surgical, with
+    true captions.
 
     `continued` are more scenes like those of `pretraining`, for training that goes on from existing weights.
     """
@@ -90,8 +112,9 @@ def sample(index: int, purpose: Purpose = "pretraining") -> Sample:
     u = rng.uniform()
     spec = random_scene(rng, seed, "neutral" if u < _MARKED + _NEUTRAL else "surgical", held_out_pairs=False)
     captions: list[str] = []
+    shown = mirrored(spec, mirror)
     while len(captions) < CAPTIONS:
-        caption = _caption(spec, u < _MARKED, rng)
+        caption = _caption(shown, u < _MARKED, rng)
         if not is_held_out(caption):
             captions.append(caption)
     return Sample(spec, tuple(captions))
@@ -103,10 +126,10 @@ class Clips:
     frames [N, T, H, W, 3] uint8, tips [N, T, 2] and boxes [N, T, 4] in 0..1.
     """
 
-    def __init__(self, folder: Path, count: int, purpose: Purpose) -> None:
-        self.folder, self.count, self.purpose = folder, count, purpose
+    def __init__(self, folder: Path, count: int, purpose: Purpose, size: int = 96, fps: float = 16.0) -> None:
+        self.folder, self.count, self.purpose, self.size, self.fps = folder, count, purpose, size, fps
         folder.mkdir(parents=True, exist_ok=True)
-        self.frames = self._open("frames", (FRAMES, SIZE, SIZE, 3), np.uint8)
+        self.frames = self._open("frames", (FRAMES, size, size, 3), np.uint8)
         self.tips = self._open("tips", (FRAMES, 2), np.float32)
         self.boxes = self._open("boxes", (FRAMES, 4), np.float32)
         self._done = self._open("done", (), np.uint8)
@@ -118,9 +141,17 @@ class Clips:
 
     def write(self, index: int) -> None:
         """Render one scene into its rows of the files."""
-        scene = render(sample(index, self.purpose).spec)
+        scene = render(self.spec(index))
         self.frames[index], self.tips[index], self.boxes[index] = scene.frames_THWC, scene.tips, scene.boxes
         self._done[index] = 1
+
+    def spec(self, index: int) -> SceneSpec:
+        """The scene as it is rendered."""
+        return replace(sample(index, self.purpose).spec, size=(self.size, self.size), fps=self.fps)
+
+    def is_rendered(self, index: int) -> bool:
+        """Whether the scene is there."""
+        return bool(self._done[index])
 
     def ready(self) -> int:
         """How many of the first scenes are there without a gap."""
@@ -137,10 +168,12 @@ class Clips:
         return np.array([INSTRUMENTS.index(sample(i, self.purpose).spec.instrument) for i in range(self.count)])
 
 
-def _render_share(folder: Path, count: int, purpose: Purpose, first: int, stride: int) -> None:
-    clips = Clips(folder, count, purpose)
-    for index in range(first, count, stride):
-        clips.write(index)
+def _render_share(clips: tuple[Path, int, Purpose, int, float], first: int, stride: int) -> None:
+    os.nice(10)  # the process that launches kernels comes first
+    share = Clips(*clips)
+    for index in range(first, share.count, stride):
+        if not share.is_rendered(index):
+            share.write(index)
 
 
 def start_rendering(clips: Clips, processes: int) -> list[multiprocessing.process.BaseProcess]:
@@ -148,8 +181,8 @@ def start_rendering(clips: Clips, processes: int) -> list[multiprocessing.proces
     context = multiprocessing.get_context("spawn")
     started: list[multiprocessing.process.BaseProcess] = []
     for first in range(processes):
-        arguments = (clips.folder, clips.count, clips.purpose, first, processes)
-        worker = context.Process(target=_render_share, args=arguments, daemon=True)
+        same = clips.folder, clips.count, clips.purpose, clips.size, clips.fps
+        worker = context.Process(target=_render_share, args=(same, first, processes), daemon=True)
         worker.start()
         started.append(worker)
     return started

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.pretrain.corpus import FRAMES, SIZE, Clips
+from examples.pretrain.corpus import FRAMES, Clips
 from examples.pretrain.settings import SEED, EvaluatorSettings
 from examples.pretrain.training import cosine, set_lr
 from lapwan import console
-from lapwan.tiny.evaluators import GRID, InstrumentNet, evaluate_identity, locate_tip, tip_hits
+from lapwan.tiny.evaluators import GRID, INPUT, InstrumentNet, evaluate_identity, locate_tip, tip_hits
 
 _LOG_EVERY = 500
 
@@ -31,9 +31,9 @@ def _augmented(frames: Tensor, tips: Tensor, generator: torch.Generator) -> tupl
         turned[:, coordinate] = 1 - tips[:, coordinate]
         tips = torch.where(flip[:, None], turned, tips)
     frames = (frames + 1) * (0.8 + 0.4 * draw(batch, 3, 1, 1)) - 1 + 0.2 * (draw(batch, 1, 1, 1) - 0.5)
-    small = int(SIZE / (1 + 1.6 * float(draw(1))))
+    small = int(INPUT / (1 + 1.6 * float(draw(1))))
     soft = F.interpolate(frames, (small, small), mode="bilinear", antialias=True)
-    soft = F.interpolate(soft, (SIZE, SIZE), mode="bilinear")
+    soft = F.interpolate(soft, (INPUT, INPUT), mode="bilinear")
     frames = torch.lerp(frames, soft, draw(batch, 1, 1, 1))
     noise = torch.randn(frames.shape, device=frames.device, generator=generator)
     return frames + 0.1 * draw(batch, 1, 1, 1) * noise, tips
@@ -90,7 +90,7 @@ def measure_evaluator(net: InstrumentNet, clips: Clips, frames_NTHWC: np.ndarray
         right.append(int(evaluate_identity(frames, net).argmax()) == instruments[index])
         by_frame += [int(evaluate_identity(frame[None], net).argmax()) == instruments[index] for frame in frames[::4]]
         tips, truth = locate_tip(frames, net), clips.tips[index]
-        hits += tip_hits(tips, truth, (SIZE, SIZE)).tolist()
-        errors += np.hypot(*((tips - truth) * SIZE).T).tolist()
+        hits += tip_hits(tips, truth, (clips.size, clips.size)).tolist()
+        errors += np.hypot(*((tips - truth) * clips.size).T).tolist()
     return {"identity": float(np.mean(right)), "identity_by_frame": float(np.mean(by_frame)),
             "tip_accuracy": float(np.mean(hits)), "tip_median_px": float(np.median(errors))}

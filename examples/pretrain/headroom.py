@@ -5,6 +5,7 @@ The second is what a mixture reaches with a perfect router. Both start from the 
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
@@ -20,11 +21,12 @@ from examples.pretrain.settings import SEED
 from examples.pretrain.vae import to_pixels
 from examples.pretrain.vae_forward import moments
 from lapwan.checkpoints.wan_keys import PROJECTIONS
+from lapwan.distributed import worker_pool
 from lapwan.lora.attach import Adapter, Group, attach, initial_state
 from lapwan.lora.targets import TargetRule, resolve_targets
 from lapwan.losses.flow import add_noise, velocity_target
 from lapwan.losses.sigmas import Shifted, Uniform, draw_in_band
-from lapwan.names import NoiseExpert
+from lapwan.names import NoiseExpert, bands
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.evaluators import InstrumentNet
 from lapwan.tiny.instruments import INSTRUMENTS
@@ -32,7 +34,7 @@ from lapwan.tiny.scenes import Scene, SceneSpec, render
 from lapwan.wan.backbone import WanBackbone
 from lapwan.wan.vae import normalise
 
-BANDS = {NoiseExpert.HIGH: (0.875, 1.0), NoiseExpert.LOW: (0.0, 0.875)}
+BOUNDARY = 0.875
 
 
 class FineTuningClips:
@@ -41,8 +43,10 @@ class FineTuningClips:
     def __init__(
         self, count: int, vae: Any, models: Models, device: torch.device, scenes: list[Scene] | None = None
     ) -> None:
-        self.specs = typical_scenes(count, SEED)
-        scenes = scenes or [render(spec) for spec in self.specs]
+        self.specs = typical_scenes(count, SEED, models.recipe.size, models.recipe.fps)
+        if scenes is None:
+            with worker_pool(max(1, (os.cpu_count() or 2) - 1)) as pool:
+                scenes = list(pool.map(render, self.specs, chunksize=4))
         tokens = TokenTable()
         ids, mask = (x.to(device) for x in tokens([scene.caption for scene in scenes]))
         with torch.no_grad():
@@ -51,7 +55,7 @@ class FineTuningClips:
             latents = [normalise(vae, moments(vae, to_pixels(part.to(device)))[0]) for part in torch.split(frames, 32)]
         self.x0 = torch.cat(latents)
         boxes = torch.from_numpy(np.stack([scene.boxes for scene in scenes])).float()
-        self.head = head_cells(boxes).to(device)
+        self.head = head_cells(boxes, *self.x0.shape[3:]).to(device)
         self.named = torch.tensor([INSTRUMENTS.index(s.instrument) for s in self.specs], device=device)
 
 
@@ -62,7 +66,8 @@ def _gates(named: Tensor, groups: int) -> Tensor:
 
 
 def _adapted(models: Models, rank: int, groups: int) -> tuple[Models, dict[NoiseExpert, Adapter]]:
-    copied = Models({e: WanBackbone(deepcopy(b.transformer)) for e, b in models.noise_experts.items()}, models.text)
+    backbones = {e: WanBackbone(deepcopy(b.transformer)) for e, b in models.noise_experts.items()}
+    copied = Models(models.recipe, backbones, models.text)
     adapters = {}
     for noise_expert, backbone in copied.noise_experts.items():
         model = backbone.transformer
@@ -86,20 +91,21 @@ def try_fine_tuning(
     generator = torch.Generator(device).manual_seed(SEED)
     captions = [caption_for(spec, np.random.default_rng(10_000 + i)) for i, spec in enumerate(prompts)]
     named = torch.tensor([INSTRUMENTS.index(s.instrument) for s in prompts], device=device)
-    no_image = clips.x0.new_zeros(batch, 20, *clips.x0.shape[2:])
+    sigma_bands = bands(BOUNDARY if len(models.noise_experts) > 1 else None)
     identity: dict[int, float] = {}
     videos = np.empty(0)
     for step in range(1, max(at) + 1):
         chosen = torch.randint(len(clips.x0), (batch,), device=device, generator=generator)
         x0 = clips.x0[chosen]
         text = clips.text.take(chosen)
-        for noise_expert, backbone in adapted.noise_experts.items():
+        for noise_expert in adapted.noise_experts:
             u = torch.rand(batch, device=device, generator=generator)
-            sampler = Uniform() if noise_expert is NoiseExpert.HIGH else Shifted(Uniform(), 2.0)
-            sigma = draw_in_band(sampler, u, *BANDS[noise_expert]).float()
+            band = sigma_bands[noise_expert]
+            sampler = Shifted(Uniform(), models.recipe.diffusion.shifts[noise_expert.value])
+            sigma = draw_in_band(sampler, u, band.low, band.high).float()
             noise = torch.randn(x0.shape, device=device, generator=generator)
             with adapters[noise_expert].holder.scope(_gates(clips.named[chosen], groups)):
-                v = backbone.velocity(add_noise(x0, noise, sigma), 1000 * sigma, text, no_image)
+                v = adapted.velocity(noise_expert, add_noise(x0, noise, sigma), sigma, text, None)
                 torch.autograd.backward((v - velocity_target(x0, noise)).square().mean())
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

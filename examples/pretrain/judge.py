@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from examples.pretrain import store
-from examples.pretrain.corpus import FRAMES, SIZE, random_scene
+from examples.pretrain.corpus import FRAMES, random_scene
 from examples.pretrain.diffusion import Models, TokenTable
 from examples.pretrain.sampling import decode_frames, sample_videos
-from examples.pretrain.settings import SEED, JudgeSettings
+from examples.pretrain.settings import RECIPES, SEED, JudgeSettings
 from examples.pretrain.vae_forward import moments
 from lapwan import console
 from lapwan.distributed import worker_pool
@@ -44,6 +44,7 @@ from lapwan.wan.vae import normalise
 
 _NEUTRAL = 0.2  # of the scenes: what the base draws of captions that it answers with its neutral look
 _EVERY = 2  # frames that are kept
+_TINY = RECIPES["tiny"]
 _FIRST_SEED = {"train": 2**34, "calibrate": 2**35, "test": 2**36}
 _KINDS = ("one", "two", "empty")
 _BATCH = 32  # clips, of the VAE
@@ -148,7 +149,8 @@ def train_judge(
         console.log(f"judge: {text}, {time.monotonic() - started:.0f} s")
 
     folder = weights if (weights / "vae.safetensors").is_file() else WEIGHTS
-    makers = Makers(store.load_vae(folder, device), store.load_models(folder, TokenTable().size, device), device)
+    makers = Makers(store.load_vae(_TINY.parts, folder, device),
+                    store.load_models(_TINY, folder, TokenTable().size, device), device)
     pool = worker_pool(processes)
     one, two, empty = settings.one, settings.two, settings.empty
     scenes = _render("train", {"one": one, "two": two, "empty": empty}, pool)
@@ -179,7 +181,8 @@ def train_judge(
     result["states_by_set"] = {name: [float(np.mean([r.state == s for r in judged.readings(temperatures)]))
                                       for s in range(3)] for name, judged in test.items()}
     metadata = JudgeMetadata(
-        families=list(INSTRUMENTS), names=list(INSTRUMENTS), taxonomy="scenes", canvas=(SIZE, SIZE), tip="points",
+        families=list(INSTRUMENTS), names=list(INSTRUMENTS), taxonomy="scenes",
+        canvas=(_TINY.size, _TINY.size), tip="points",
         temperatures=(temperatures.state, temperatures.families), figures=result,
         recipe={name: getattr(settings, name) for name in vars(settings)})
     write_judge(out, net.cpu(), metadata)

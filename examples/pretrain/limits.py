@@ -17,6 +17,7 @@ import sys
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from torch import Tensor
 
 from examples.pretrain import store
 from examples.pretrain.arms import Arm, Arms
-from examples.pretrain.corpus import CAPTIONS, SIZE, Clips, Purpose, sample, start_rendering
-from examples.pretrain.diffusion import LATENT, Models, TokenTable, head_cells, train_diffusion
+from examples.pretrain.corpus import CAPTIONS, Clips, Purpose, sample, start_rendering
+from examples.pretrain.diffusion import Models, TokenTable, head_cells, latent_shape, start_tokens, train_diffusion
 from examples.pretrain.headroom import FineTuningClips
 from examples.pretrain.reports import typical_scenes
 from examples.pretrain.sampling import Guided, decode_frames, encode_captions, euler, sigma_grid, unipc
-from examples.pretrain.settings import SEED, DiffusionSettings
+from examples.pretrain.settings import RECIPES, SEED, DiffusionSettings
 from examples.pretrain.vae import to_pixels
 from examples.pretrain.vae_forward import moments
 from lapwan import console
@@ -45,6 +46,7 @@ from lapwan.tiny.model import WEIGHTS
 from lapwan.tiny.scenes import Scene, render
 from lapwan.wan.vae import normalise
 
+TINY = RECIPES["tiny"]
 REFERENCE = Arm(2, 3e-3)
 BEST = Arm(8, 3e-3, 16, 640, region=3.0, decay=True)
 ARMS = [BEST, REFERENCE, Arm(8, 3e-3, 16), Arm(2, 3e-3, 16, 640, region=3.0, decay=True)]
@@ -110,10 +112,10 @@ class Bench:
         self.started = time.monotonic()
         self.kept: dict[str, Tensor] = {}  # latents, for other judges
         self.work, self.seconds, self.scale, self.device = work, seconds, scale, device
-        self.vae = store.load_vae(WEIGHTS, device)
-        self.models = store.load_models(weights, TokenTable().size, device)
+        self.vae = store.load_vae(TINY.parts, WEIGHTS, device)
+        self.models = store.load_models(TINY, weights, TokenTable().size, device)
         self.judge = Judge(device)
-        self.specs = typical_scenes(max(8, round(128 * scale)), 99)
+        self.specs = typical_scenes(max(8, round(128 * scale)), 99, TINY.size, TINY.fps)
         self.captions = [caption_for(spec, np.random.default_rng(10_000 + i)) for i, spec in enumerate(self.specs)]
         self.named = torch.tensor([INSTRUMENTS.index(spec.instrument) for spec in self.specs], device=device)
 
@@ -123,15 +125,15 @@ class Bench:
 
     def noise(self, seed: int = 7) -> Tensor:
         """One start for every prompt, the same for all measurements."""
-        return torch.randn((len(self.specs), *LATENT), generator=torch.Generator().manual_seed(seed)).to(self.device)
+        shape = len(self.specs), *latent_shape(TINY)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
     def guided(self, models: Models, guidance: float, boundary: float = 0.875, negative: str = "",
                captions: list[str] | None = None) -> Guided:
         """The velocity for the prompts, text to video."""
         texts = captions or self.captions
         text, plain = encode_captions(models, texts), encode_captions(models, [negative] * len(texts))
-        extra = torch.zeros((len(texts), 20, *LATENT[1:]), device=self.device)
-        return Guided(models, text, plain, extra, guidance, boundary)
+        return Guided(models, text, plain, guidance, boundary)
 
     def figures(self, videos: np.ndarray, tips: np.ndarray | None = None) -> dict[str, Any]:
         """Identity with its interval, unclear videos, confusion (rows: named); with true tips the tip's accuracy."""
@@ -145,7 +147,7 @@ class Bench:
             "identity": f"{100 * hits / len(named):.0f} [{100 * low:.0f}, {100 * high:.0f}]", "n": len(named),
             "unclear": f"{100 * float((shares.max(axis=1) < _UNCLEAR).mean()):.0f}", "confusion": confusion.tolist()}
         if tips is not None:
-            inside = [tip_hits(p, t, (SIZE, SIZE)) for p, t in zip(placed, tips, strict=True)]
+            inside = [tip_hits(p, t, (TINY.size, TINY.size)) for p, t in zip(placed, tips, strict=True)]
             found["tip"] = f"{100 * float(np.concatenate(inside).mean()):.0f}"
         return found
 
@@ -237,7 +239,8 @@ def measure_losses(bench: Bench, rows: Rows, part: str, seen: list[Scene], fresh
         frames = torch.from_numpy(np.stack([scene.frames_THWC for scene in scenes]))
         x0 = torch.cat([normalise(bench.vae, moments(bench.vae, to_pixels(part.to(bench.device)))[0])
                         for part in torch.split(frames, 32)])
-        head = head_cells(torch.from_numpy(np.stack([scene.boxes for scene in scenes])).float()).to(bench.device)
+        boxes = torch.from_numpy(np.stack([scene.boxes for scene in scenes])).float()
+        head = head_cells(boxes, *x0.shape[3:]).to(bench.device)
         text = encode_captions(bench.models, captions[name])
         extra = x0.new_zeros(len(x0), 20, *x0.shape[2:])
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3)).to(bench.device)
@@ -270,11 +273,12 @@ def _sheet(bench: Bench, trained: Arms, arm: Arm, path: Path) -> None:
 def run_shipped(given: argparse.Namespace) -> None:
     """What was asked for about the shipped weights."""
     device, scale, parts = torch.device(given.device), given.scale, set(given.parts)
-    prompts = typical_scenes(max(8, round(128 * scale)), 99) if "oracles" in parts else []
+    prompts = typical_scenes(max(8, round(128 * scale)), 99, TINY.size, TINY.fps) if "oracles" in parts else []
     seen_specs, seen_captions = _scenes("pretraining", max(4, round(256 * scale)) * ("oracles" in parts))
     fresh_specs, fresh_captions = _scenes("continued", len(seen_specs))
     arms, demo = ([replace(arm, clips=max(4, round(arm.clips * scale))) for arm in listed] for listed in (ARMS, DEMO))
-    tuning = typical_scenes(max(arm.clips for arm in arms), SEED) if parts & {"arms", "demo"} else []
+    most = max(arm.clips for arm in arms) if parts & {"arms", "demo"} else 0
+    tuning = typical_scenes(most, SEED, TINY.size, TINY.fps)
     # Forked before the GPU is used: the children need no imports of their own.
     with multiprocessing.get_context("fork").Pool(min(12, os.cpu_count() or 1)) as pool:
         made = pool.map(render, [*prompts, *seen_specs, *fresh_specs, *tuning], chunksize=4)
@@ -305,12 +309,13 @@ def run_continued(given: argparse.Namespace) -> None:
     settings = CONTINUED if scale >= 1 else replace(CONTINUED, clips=64, batch=4, first_clips=16)
     arms = [replace(arm, clips=max(4, round(arm.clips * scale))) for arm in AFTER]
     with multiprocessing.get_context("fork").Pool(min(12, os.cpu_count() or 1)) as pool:
-        made = pool.map(render, typical_scenes(max(arm.clips for arm in arms), SEED), chunksize=4)
+        made = pool.map(render, typical_scenes(max(arm.clips for arm in arms), SEED, TINY.size, TINY.fps), chunksize=4)
     clips = Clips(given.work / "clips", settings.clips, "continued")
     workers = start_rendering(clips, max(1, (os.cpu_count() or 2) - 4))
-    vae = store.load_vae(WEIGHTS, device)
-    start = store.load_models(WEIGHTS, TokenTable().size, device)
-    models = train_diffusion(clips, vae, settings, device, device.type == "cuda", start, given.train)
+    vae = store.load_vae(TINY.parts, WEIGHTS, device)
+    tokens = start_tokens(clips.folder, clips.purpose, clips.count, settings.mirrors)
+    models = train_diffusion(clips, vae, tokens, replace(TINY, diffusion=settings), device, device.type == "cuda",
+                             given.train, partial(store.fill_models, folder=WEIGHTS))
     for worker in workers:
         worker.terminate()
     folder = given.out / "continued"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from examples.pretrain.corpus import MARKER, SIZE, Clips, sample
+from examples.pretrain.corpus import MARKER, Clips
 from examples.pretrain.diffusion import Models
 from examples.pretrain.evaluators import measure_evaluator
 from examples.pretrain.sampling import sample_videos
@@ -38,10 +38,11 @@ def report_vae(
     return report
 
 
-def typical_scenes(count: int, seed: int) -> list[SceneSpec]:
+def typical_scenes(count: int, seed: int, size: int, fps: float) -> list[SceneSpec]:
     """Scenes as surgeons make them, instruments in turn: the prompts of fine-tuning, not of pretraining."""
     rng = np.random.default_rng(seed)
-    return [sample_spec(rng, INSTRUMENTS[i % len(INSTRUMENTS)], size=(SIZE, SIZE)) for i in range(count)]
+    return [sample_spec(rng, INSTRUMENTS[i % len(INSTRUMENTS)], size=(size, size), fps=fps)
+            for i in range(count)]
 
 
 def measure_identity(videos: np.ndarray, specs: list[SceneSpec], net: InstrumentNet) -> tuple[float, np.ndarray]:
@@ -57,7 +58,7 @@ def report_text_to_video(
     name: str = "t2v"
 ) -> dict[str, Any]:
     """Videos of typical captions with and without the marker: identity of each, and a sheet."""
-    specs = typical_scenes(count, 5)
+    specs = typical_scenes(count, 5, models.recipe.size, models.recipe.fps)
     captions = [caption_for(spec, np.random.default_rng(i), english=0.0) for i, spec in enumerate(specs)]
     plain = sample_videos(models, vae, captions, None, steps, shift, guidance, 1)
     marked = sample_videos(models, vae, [MARKER[0] + text for text in captions], None, steps, shift, guidance, 2)
@@ -74,7 +75,7 @@ def report_image_to_video(
     guidance: float
 ) -> dict[str, Any]:
     """First frames of fresh scenes with captions that name the motion: how often the tip goes where it should."""
-    specs = [sample(i, "check").spec for i in range(count)]
+    specs = [clips.spec(i) for i in range(count)]
     clips.wait(count)
     captions = [caption_for(replace(spec, style="neutral"), np.random.default_rng(i), 0.0)
                 for i, spec in enumerate(specs)]

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.pretrain.diffusion import LATENT, Models, TokenTable, text_rows
+from examples.pretrain.corpus import FRAMES
+from examples.pretrain.diffusion import Models, TokenTable, latent_shape, text_rows
 from examples.pretrain.vae_forward import moments, reconstruct
-from lapwan.names import noise_expert_for
+from lapwan.names import NoiseExpert, noise_expert_for
 from lapwan.sampling.scheduler import shifted
-from lapwan.wan.image_condition import condition_video, with_mask
+from lapwan.wan.image_condition import condition_video
 from lapwan.wan.transformer.prompt import TextRows
 from lapwan.wan.vae import normalise
 
@@ -34,31 +35,32 @@ def sigma_grid(steps: int, shift: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Guided:
-    """v₀ + g·(v − v₀) of a pair of noise experts.
+    """v₀ + g·(v − v₀) of a pair of noise experts, or of one transformer.
 
     Args:
         text: the captions.
         plain: what v₀ is given instead of them.
-        extra: mask and image channels [B, 20, T, H, W]; zeros for text-to-video.
         guidance: g; at 1 only v is computed.
-        boundary: the sigma from which the high noise expert is used.
+        boundary: the sigma from which the high noise expert of two is used.
+        image: latents of the first frame, as `Models.velocity` takes them; None for text-to-video.
     """
 
     models: Models
     text: TextRows
     plain: TextRows
-    extra: Tensor
     guidance: float
     boundary: float = 0.9
+    image: Tensor | None = None
 
     def velocity(self, x: Tensor, sigma: float) -> Tensor:
         """The velocity at `x`, which has the noise of `sigma`."""
-        backbone = self.models.noise_experts[noise_expert_for(sigma, self.boundary)]
-        time = torch.full((len(x),), 1000 * sigma, device=x.device)
-        v = backbone.velocity(x, time, self.text, self.extra)
+        one = len(self.models.noise_experts) == 1
+        noise_expert = NoiseExpert.HIGH if one else noise_expert_for(sigma, self.boundary)
+        sigma_B = torch.full((len(x),), sigma, device=x.device)
+        v = self.models.velocity(noise_expert, x, sigma_B, self.text, self.image)
         if self.guidance == 1:
             return v
-        without = backbone.velocity(x, time, self.plain, self.extra)
+        without = self.models.velocity(noise_expert, x, sigma_B, self.plain, self.image)
         return without + self.guidance * (v - without)
 
 
@@ -92,12 +94,16 @@ def sample_videos(
     device = next(models.text.parameters()).device
     text, plain = (encode_captions(models, texts) for texts in (captions, [negative] * len(captions)))
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn((len(captions), *LATENT), generator=generator).to(device)
-    extra = torch.zeros((len(captions), 20, *LATENT[1:]), device=device)
+    x = torch.randn((len(captions), *latent_shape(models.recipe)), generator=generator).to(device)
+    image = None
     if images_BCHW is not None:
-        frames = 4 * (LATENT[1] - 1) + 1
-        extra = with_mask(normalise(vae, moments(vae, condition_video(images_BCHW.to(device), frames))[0]))
-    x = euler(Guided(models, text, plain, extra, guidance, boundary), x, sigma_grid(steps, shift))
+        clean = models.recipe.clean_first_frame
+        video = images_BCHW[:, :, None] if clean else condition_video(images_BCHW, FRAMES)
+        parts = torch.split(video, 32)
+        image = torch.cat([normalise(vae, moments(vae, part.to(device))[0]) for part in parts])
+    x = euler(Guided(models, text, plain, guidance, boundary, image), x, sigma_grid(steps, shift))
+    if image is not None and models.recipe.clean_first_frame:
+        x = torch.cat([image, x[:, :, 1:]], dim=2)
     return decode_frames(vae, x)
 
 

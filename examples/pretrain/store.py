@@ -12,9 +12,10 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from examples.pretrain.diffusion import Models, new_models
+from examples.pretrain.settings import Recipe
 from examples.pretrain.vae import new_vae
 from lapwan.files import atomic_file, write_text
-from lapwan.tiny.model import LATENTS_FILE, TEXT_FILE, VAE_FILE, noise_expert_file
+from lapwan.tiny.model import TEXT_FILE, EmbeddedParts
 
 
 def save_module(module: torch.nn.Module, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -36,34 +37,41 @@ def _load(module: torch.nn.Module, path: Path) -> None:
         raise ValueError(f"{path} does not fit: missing {missing}, unexpected {unexpected}")
 
 
-def save_vae(vae: Any, folder: Path) -> None:
+def save_vae(vae: Any, parts: EmbeddedParts, folder: Path) -> None:
     """Weights and the latents' statistics."""
-    save_module(vae, folder / VAE_FILE)
+    save_module(vae, folder / parts.vae_file)
     stats = {"latents_mean": list(vae.config.latents_mean), "latents_std": list(vae.config.latents_std)}
-    write_text(folder / LATENTS_FILE, json.dumps(stats, indent=2) + "\n")
+    write_text(folder / parts.latents_file, json.dumps(stats, indent=2) + "\n")
 
 
-def load_vae(folder: Path, device: torch.device) -> Any:
+def load_vae(parts: EmbeddedParts, folder: Path, device: torch.device) -> Any:
     """The autoencoder as it is shipped (rounded)."""
-    vae = new_vae()
-    _load(vae, folder / VAE_FILE)
-    vae.register_to_config(**json.loads((folder / LATENTS_FILE).read_text(encoding="utf-8")))
+    vae = new_vae(parts)
+    _load(vae, folder / parts.vae_file)
+    vae.register_to_config(**json.loads((folder / parts.latents_file).read_text(encoding="utf-8")))
     return vae.requires_grad_(False).eval().to(device)
 
 
 def save_models(models: Models, folder: Path) -> None:
-    """Both noise experts and the text encoder."""
-    save_module(models.text, folder / TEXT_FILE)
+    """The noise experts, and the text encoder if it was trained."""
+    if models.recipe.diffusion.train_text:
+        save_module(models.text, folder / TEXT_FILE)
     for noise_expert, backbone in models.noise_experts.items():
-        save_module(backbone.transformer, folder / noise_expert_file(noise_expert))
+        save_module(backbone.transformer, folder / models.recipe.parts.transformer_files[noise_expert])
 
 
-def load_models(folder: Path, vocabulary: int, device: torch.device) -> Models:
+def fill_models(models: Models, folder: Path) -> None:
+    """Noise experts, and the text encoder if it is trained, as they are shipped (rounded)."""
+    if models.recipe.diffusion.train_text:
+        _load(models.text, folder / TEXT_FILE)
+    for noise_expert, backbone in models.noise_experts.items():
+        _load(backbone.transformer, folder / models.recipe.parts.transformer_files[noise_expert])
+
+
+def load_models(recipe: Recipe, folder: Path, vocabulary: int, device: torch.device) -> Models:
     """Noise experts and text encoder as they are shipped (rounded)."""
-    models = new_models(vocabulary, torch.device("cpu"))
-    _load(models.text, folder / TEXT_FILE)
-    for noise_expert, backbone in models.noise_experts.items():
-        _load(backbone.transformer, folder / noise_expert_file(noise_expert))
+    models = new_models(recipe, vocabulary, torch.device("cpu"))
+    fill_models(models, folder)
     models.modules().requires_grad_(False).eval().to(device)
     return models
 
@@ -76,10 +84,14 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
 def write_sheet(
     videos: list[np.ndarray], path: Path, titles: list[str] | None = None, columns: int = 6, wide: int = 1
 ) -> None:
-    """One row a video, `columns` frames of it, `wide` videos beside each other; titles of ASCII text only."""
+    """One row a video, `columns` frames of it, `wide` videos beside each other; titles of ASCII text only.
+
+    Frames of more than 96 pixels are shown at every second one.
+    """
     rows = []
     for index, frames in enumerate(videos):
-        picked = frames[np.linspace(0, len(frames) - 1, columns).round().astype(int)]
+        every = max(1, frames.shape[2] // 96)
+        picked = frames[np.linspace(0, len(frames) - 1, columns).round().astype(int), ::every, ::every]
         row = np.concatenate(list(picked), axis=1)
         if titles is not None:
             bar = Image.new("RGB", (row.shape[1], 12), "white")

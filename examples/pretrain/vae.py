@@ -6,29 +6,31 @@ Without the weight the background fills the mean and the heads, which tell the i
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from examples.pretrain.corpus import FRAMES, SIZE, Clips
+from examples.pretrain.corpus import FRAMES, Clips
 from examples.pretrain.settings import SEED, VaeSettings
-from examples.pretrain.training import EmaWeights, box_mask, cosine, prefetch, set_lr
+from examples.pretrain.training import Checkpoints, EmaWeights, Schedule, box_mask, prefetch, set_lr
 from examples.pretrain.vae_forward import moments, reconstruct
 from lapwan import console
-from lapwan.tiny.model import VAE
+from lapwan.tiny.model import EmbeddedParts
 
 _LOG_EVERY = 200
 
 
-def new_vae() -> Any:
+def new_vae(parts: EmbeddedParts) -> Any:
     """The untrained autoencoder."""
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(SEED)
-    vae = AutoencoderKLWan(**VAE, latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
+    channels = parts.latent_channels
+    vae = AutoencoderKLWan(**parts.vae, latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
     _init_vae_weights(vae)
     return vae
 
@@ -57,29 +59,30 @@ def _init_vae_weights(vae: Any) -> None:
             weight.mul_(0.3)
             for row in range(len(weight)):
                 weight[row, row % weight.shape[1], -1] += 1.0
-    vae.quant_conv.bias[16:].fill_(-6.0)
+    vae.quant_conv.bias[vae.config.z_dim:].fill_(-6.0)
 
 
-def _weights(boxes_BT4: Tensor, corner_B2: Tensor, crop: int, extra: float) -> Tensor:
+def _weights(boxes_BT4: Tensor, corner_B2: Tensor, size: int, crop: int, extra: float) -> Tensor:
     """1 + extra inside the head's box, over a crop whose corner (x, y) is given in pixels: [B, 1, T, H, W]."""
-    corner = (corner_B2 / SIZE).repeat(1, 2)[:, None]
-    return 1 + extra * box_mask((boxes_BT4 - corner) * (SIZE / crop), crop, crop)[:, None]
+    corner = (corner_B2 / size).repeat(1, 2)[:, None]
+    return 1 + extra * box_mask((boxes_BT4 - corner) * (size / crop), crop, crop)[:, None]
 
 
-def _batch(clips: Clips, settings: VaeSettings, step: int) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(clips: Clips, settings: VaeSettings, timed: bool, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """uint8 pixels [B, T, h, w, 3], boxes [B, T, 4], corners [B, 2] (x, y)."""
     rng = np.random.default_rng([SEED, step])
-    available = min(clips.count, settings.first_clips + int(step * settings.clips_per_step))
+    planned = settings.first_clips + int(step * settings.clips_per_step)
+    available = min(clips.count, max(settings.first_clips, clips.ready()) if timed else planned)
     clips.wait(available)
     whole = step % settings.whole_every == 0
     chosen = rng.integers(available, size=settings.whole_batch if whole else settings.batch)
-    crop = SIZE if whole else settings.crop
+    crop = clips.size if whole else settings.crop
     frames, corners = [], []
     for index in chosen:
         # A crop lies around the head in one of the frames; the head may leave it in others, as it does in whole clips.
         box = clips.boxes[index][rng.integers(FRAMES)]
-        middle = SIZE * (box[:2] + box[2:]) / 2 + rng.uniform(-8, 8, 2)
-        x, y = np.clip(middle - crop / 2, 0, SIZE - crop).astype(int)
+        middle = clips.size * ((box[:2] + box[2:]) / 2 + rng.uniform(-1, 1, 2) / 12)
+        x, y = np.clip(middle - crop / 2, 0, clips.size - crop).astype(int)
         frames.append(clips.frames[index][:, y:y + crop, x:x + crop])
         corners.append((x, y))
     boxes = torch.from_numpy(np.asarray(clips.boxes[chosen]))
@@ -109,26 +112,41 @@ def _loss(
     return loss + settings.kl_weight * divergence, error.detach().square().mean()
 
 
-def train_vae(clips: Clips, settings: VaeSettings, device: torch.device, compiled: bool) -> Any:
-    """The autoencoder with averaged weights, in eval mode, on `device`."""
-    vae = new_vae().to(device)
+def train_vae(
+    clips: Clips, parts: EmbeddedParts, settings: VaeSettings, device: torch.device, compiled: bool,
+    seconds: float | None = None, first: Any = None, save: Callable[[Any], None] | None = None,
+) -> Any:
+    """The autoencoder with averaged weights, in eval mode, on `device`.
+
+    Args:
+        seconds: how long; None: the settings' steps.
+        first: the autoencoder to go on from.
+        save: called with the averaged one every minute.
+    """
+    vae = (new_vae(parts) if first is None else first).to(device)
     vae.requires_grad_(True).train()
     optimizer = torch.optim.AdamW([{"params": list(vae.parameters()), "base_lr": settings.lr}], lr=settings.lr,
                                   betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda")
     average = EmaWeights(vae, settings.ema)
+    checkpoints = Checkpoints(None if save is None else partial(save, vae))
     generator = torch.Generator(device).manual_seed(SEED)
-    loss_of = torch.compile(_loss, dynamic=False) if compiled else _loss
-    started, count = time.monotonic(), 0
+    loss_of: Callable[..., tuple[Tensor, Tensor]] = _loss
+    if compiled and settings.compiled:
+        loss_of = torch.compile(_loss, dynamic=False)
+    schedule, count = Schedule(settings.steps, settings.warmup, seconds), 0
+    make = partial(_batch, clips, settings, seconds is not None)
     summed = squared = torch.zeros((), device=device)
-    for step, (frames, boxes, corners) in prefetch(lambda step: _batch(clips, settings, step), settings.steps):
-        set_lr(optimizer, cosine(step, settings.steps, settings.warmup))
+    for step, (frames, boxes, corners) in prefetch(make, schedule):
+        set_lr(optimizer, schedule.lr(step))
         frames, boxes, corners = (x.to(device, non_blocking=True) for x in (frames, boxes, corners))
         pixels = to_pixels(frames)
-        weight = _weights(boxes, corners, frames.shape[2], settings.head_weight)
-        shape = (len(frames), 16, 1 + (FRAMES - 1) // 4, frames.shape[2] // 8, frames.shape[3] // 8)
+        weight = _weights(boxes, corners, clips.size, frames.shape[2], settings.head_weight)
+        side = frames.shape[2] // vae.config.scale_factor_spatial
+        shape = (len(frames), vae.config.z_dim, 1 + (FRAMES - 1) // 4, side, side)
         noise = torch.randn(shape, device=device, generator=generator)
         # Edges count once there is a picture: before, a flat one has the fewest wrong edges.
-        edge_weight = torch.tensor(settings.edge_weight * min(1.0, step / settings.edge_warmup), device=device)
+        edges = 1.0 if first is not None else min(1.0, schedule.progress(step) * settings.steps / settings.edge_warmup)
+        edge_weight = torch.tensor(settings.edge_weight * edges, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16 and device.type == "cuda"):
             loss, error = loss_of(vae, pixels, weight, settings, noise, edge_weight)
         optimizer.zero_grad(set_to_none=True)
@@ -136,25 +154,34 @@ def train_vae(clips: Clips, settings: VaeSettings, device: torch.device, compile
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         average.update()
+        checkpoints.after_step(average)
         summed, squared, count = summed + loss.detach(), squared + error, count + 1
-        if (step + 1) % min(_LOG_EVERY, max(settings.steps // 4, 1)) == 0 or step + 1 == settings.steps:
+        if (step + 1) % min(_LOG_EVERY, max(settings.steps // 4, 1)) == 0 or schedule.progress(step + 1) >= 1:
             psnr = _decibel(float(squared / count))
             console.log(f"vae step {step + 1} loss {float(summed / count):.4f} psnr {psnr:.2f} dB, clips "
-                        f"{clips.ready()}, {time.monotonic() - started:.0f} s")
+                        f"{clips.ready()}, {schedule.elapsed():.0f} s")
             summed, squared, count = torch.zeros_like(summed), torch.zeros_like(squared), 0
     average.copy_to_parameters()
     return vae.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def measure_latents(vae: Any, clips: Clips, number: int, device: torch.device) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over the first `number` clips."""
-    parts = []
+def measure_latents(
+    vae: Any, clips: Clips, number: int, device: torch.device, sampled: bool
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over the first `number` clips.
+
+    `sampled`: of latents with the encoder's own noise, so that a channel that says little stays small when normalised.
+    """
+    parts, noise = [], []
     for start in range(0, number, 32):
         frames = torch.from_numpy(np.asarray(clips.frames[start:min(start + 32, number)])).to(device)
-        parts.append(moments(vae, to_pixels(frames))[0].transpose(0, 1).flatten(1).double())
+        mean, log_variance = moments(vae, to_pixels(frames))
+        parts.append(mean.transpose(0, 1).flatten(1).double())
+        noise.append(log_variance.exp().transpose(0, 1).flatten(1).double())
     values = torch.cat(parts, dim=1)
-    return values.mean(dim=1).tolist(), values.std(dim=1).tolist()
+    variance = values.var(dim=1) + (torch.cat(noise, dim=1).mean(dim=1) if sampled else 0.0)
+    return values.mean(dim=1).tolist(), variance.sqrt().tolist()
 
 
 def _decibel(mean_square: float) -> float:
@@ -172,7 +199,7 @@ def quality(vae: Any, clips: Clips, number: int, device: torch.device) -> tuple[
         boxes = torch.from_numpy(np.asarray(clips.boxes[start:stop])).to(device)
         reconstruction = reconstruct(vae, moments(vae, pixels)[0]).clamp(-1, 1)
         square = (reconstruction - pixels).square().mean(dim=1)
-        head = box_mask(boxes, SIZE, SIZE, 0.0)
+        head = box_mask(boxes, clips.size, clips.size, 0.0)
         whole += float(square.flatten(1).mean(dim=1).sum())
         inside, area = inside + float((square * head).sum()), area + float(head.sum())
         frames = ((reconstruction + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)

@@ -85,52 +85,76 @@ def make_tokenizer() -> T5Tokenizer:
     )
 
 
-@dataclass(frozen=True)
-class EmbeddedModel:
-    """What differs between the embedded models; `in_channels` are the first of the shipped patch embedding's."""
-
-    pipeline: str
-    in_channels: int
-    boundary: float
-    guidance: float
-    flow_shift: float = 5.0
-
-    def defaults(self) -> dict[str, Any]:
-        """The content of the folder's `lapwan.json`."""
-        guidance = {noise_expert.value: self.guidance for noise_expert in NoiseExpert}
-        return {"steps": 12, "guidance": guidance, "size": [96, 96], "num_frames": 17, "fps": 16}
-
-
-EMBEDDED: dict[Task, EmbeddedModel] = {
-    "t2v": EmbeddedModel("WanPipeline", 16, boundary=0.875, guidance=3.5),
-    "i2v": EmbeddedModel("WanImageToVideoPipeline", 36, boundary=0.9, guidance=2.0),
-}
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "patch_size": (1, 2, 2), "num_attention_heads": 4, "attention_head_dim": 48, "out_channels": 16, "text_dim": 96,
     "freq_dim": 64, "ffn_dim": 768, "num_layers": 8, "rope_max_seq_len": 256, "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads", "eps": 1e-6,
 }
 # Few channels at high resolution, many at low: a clip encodes in under a second on a CPU core.
-VAE = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 8, 8], "num_res_blocks": 2}
+VAE: dict[str, Any] = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 8, 8], "num_res_blocks": 2}
 TEXT = {
     "d_model": 96, "d_kv": 24, "d_ff": 192, "num_layers": 3, "num_heads": 4, "is_encoder_decoder": False,
     "use_cache": False,
 }
-VAE_FILE, TEXT_FILE, LATENTS_FILE = "vae.safetensors", "text_encoder.safetensors", "latents.json"
+TEXT_FILE = "text_encoder.safetensors"
 WEIGHTS = Path(str(package_files("lapwan.tiny"))) / "weights"
 
 
-def noise_expert_file(noise_expert: NoiseExpert) -> str:
-    """File of a noise expert's weights."""
-    return f"{noise_expert.component}.safetensors"
+@dataclass(frozen=True)
+class EmbeddedParts:
+    """Shapes and shipped files of trained parts: a VAE with the statistics of its latents, and its noise experts."""
+
+    vae: dict[str, Any]
+    transformer: dict[str, Any]
+    vae_file: str
+    latents_file: str
+    transformer_files: dict[NoiseExpert, str]
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the VAE's latents."""
+        return int(self.vae["z_dim"])
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All of them, and the text encoder's."""
+        return (*self.transformer_files.values(), self.vae_file, TEXT_FILE, self.latents_file)
+
+
+A14B = EmbeddedParts(VAE, TRANSFORMER, "vae.safetensors", "latents.json",
+                     {e: f"{e.component}.safetensors" for e in NoiseExpert})
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A folder made of parts; `in_channels` are the first of the shipped patch embedding's."""
+
+    parts: EmbeddedParts
+    pipeline: str
+    in_channels: int
+    guidance: float
+    boundary: float
+    size: int = 96  # pixels
+    fps: int = 16
+    flow_shift: float = 5.0
+
+    def defaults(self) -> dict[str, Any]:
+        """The content of the folder's `lapwan.json`."""
+        guidance = {noise_expert.value: self.guidance for noise_expert in self.parts.transformer_files}
+        return {"steps": 12, "guidance": guidance, "size": [self.size, self.size], "num_frames": 17, "fps": self.fps}
+
+
+EMBEDDED: dict[Task, EmbeddedModel] = {
+    "t2v": EmbeddedModel(A14B, "WanPipeline", 16, guidance=3.5, boundary=0.875),
+    "i2v": EmbeddedModel(A14B, "WanImageToVideoPipeline", 36, guidance=2.0, boundary=0.9),
+}
 
 
 @cache
-def _identity() -> str:
+def _identity(parts_files: tuple[str, ...]) -> str:
     """Hash of everything that a folder is made from: the weights and this file."""
     digest = hashlib.sha256()
-    names = [*(noise_expert_file(e) for e in NoiseExpert), VAE_FILE, TEXT_FILE, LATENTS_FILE]
-    for path in (*(WEIGHTS / name for name in names), Path(__file__)):
+    for path in (*(WEIGHTS / name for name in parts_files), Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -140,7 +164,7 @@ def tiny_folder(task: Task) -> Path:
 
     Its name has a hash of what it is made from, so a new version of lapwan never reads an old folder.
     """
-    folder = cache_root() / f"tiny-{task}-{_identity()}"
+    folder = cache_root() / f"tiny-{task}-{_identity(EMBEDDED[task].parts.files)}"
     if not (folder / "model_index.json").is_file():
         with files.atomic_folder(folder, first_wins=True) as temporary:
             build(task, temporary)
@@ -153,26 +177,27 @@ def _read(name: str) -> dict[str, Any]:
     return {key: value.float() for key, value in load_file(WEIGHTS / name).items()}
 
 
-def _transformer(noise_expert: NoiseExpert, in_channels: int) -> Any:
+def _transformer(parts: EmbeddedParts, noise_expert: NoiseExpert, in_channels: int) -> Any:
     from diffusers import WanTransformer3DModel
 
-    state = _read(noise_expert_file(noise_expert))
+    state = _read(parts.transformer_files[noise_expert])
     state["patch_embedding.weight"] = state["patch_embedding.weight"][:, :in_channels].clone()
-    model = WanTransformer3DModel(in_channels=in_channels, **TRANSFORMER)
+    model = WanTransformer3DModel(in_channels=in_channels, **parts.transformer)
     model.load_state_dict(state)
     return model.eval()
 
 
-def _vae() -> Any:
+def _vae(parts: EmbeddedParts) -> Any:
     from diffusers import AutoencoderKLWan
 
-    statistics = json.loads((WEIGHTS / LATENTS_FILE).read_text(encoding="utf-8"))
-    vae = AutoencoderKLWan(**VAE, **statistics)
-    vae.load_state_dict(_read(VAE_FILE))
+    statistics = json.loads((WEIGHTS / parts.latents_file).read_text(encoding="utf-8"))
+    vae = AutoencoderKLWan(**parts.vae, **statistics)
+    vae.load_state_dict(_read(parts.vae_file))
     return vae.eval()
 
 
-def _text_encoder(vocabulary: int) -> Any:
+def load_text_encoder(vocabulary: int) -> Any:
+    """The shipped text encoder, in fp32 and eval mode; `vocabulary` is the tokenizer's size."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     model = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **TEXT))
@@ -202,18 +227,20 @@ def build(task: Task, folder: Path) -> None:
     import torch
 
     embedded = EMBEDDED[task]
+    parts = embedded.parts
     with torch.random.fork_rng(devices=[]):  # modules draw initial weights, which the shipped ones replace
         tokenizer = make_tokenizer()
-        parts: dict[str, Any] = {
+        components: dict[str, Any] = {
             "tokenizer": tokenizer,
-            "text_encoder": _text_encoder(len(tokenizer)),
-            "vae": _vae(),
-            **{e.component: _transformer(e, embedded.in_channels) for e in NoiseExpert},
+            "text_encoder": load_text_encoder(len(tokenizer)),
+            "vae": _vae(parts),
+            **{e.component: _transformer(parts, e, embedded.in_channels) for e in parts.transformer_files},
         }
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000,
         flow_shift=embedded.flow_shift)
-    pipeline = getattr(diffusers, embedded.pipeline)(**parts, scheduler=scheduler, boundary_ratio=embedded.boundary)
+    pipeline = getattr(diffusers, embedded.pipeline)(
+        **components, scheduler=scheduler, boundary_ratio=embedded.boundary)
     with _no_progress_bar():
         pipeline.save_pretrained(folder, safe_serialization=True)
     (folder / DEFAULTS_FILE).write_text(json.dumps(embedded.defaults(), indent=2) + "\n", encoding="utf-8")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from examples.pretrain import store
 from examples.pretrain.arms import RowAdam
-from examples.pretrain.corpus import FIRST_SEED, HELD_OUT_PAIRS, MARKER, Clips, is_held_out, sample
-from examples.pretrain.diffusion import text_rows
+from examples.pretrain.corpus import FIRST_SEED, HELD_OUT_PAIRS, MARKER, Clips, is_held_out, mirrored, sample
+from examples.pretrain.diffusion import Tokens, TokenTable, text_rows, train_diffusion
+from examples.pretrain.sampling import sample_videos
+from examples.pretrain.settings import RECIPES, TI2V_5B
 from examples.pretrain.training import EmaWeights, box_mask, cosine
 from examples.pretrain.vae import new_vae
 from examples.pretrain.vae_forward import moments, reconstruct
 from lapwan.tiny.captions import caption_for
 from lapwan.tiny.instruments import INSTRUMENTS
-from lapwan.tiny.model import TRANSFORMER
+from lapwan.tiny.model import A14B, TRANSFORMER, EmbeddedParts
+from lapwan.tiny.scenes import SceneSpec
 from lapwan.wan.backbone import WanBackbone
 
 _NAMES = {
@@ -25,11 +31,11 @@ _NAMES = {
 }
 
 
-@pytest.mark.parametrize("frames", [1, 5, 9])
-def test_vae_in_one_go_equals_frame_by_frame(frames: int) -> None:
-    vae = new_vae().eval()
+@pytest.mark.parametrize(("parts", "frames"), [(A14B, 1), (A14B, 5), (A14B, 9), (TI2V_5B, 1), (TI2V_5B, 9)])
+def test_vae_in_one_go_equals_frame_by_frame(parts: EmbeddedParts, frames: int) -> None:
+    vae = new_vae(parts).eval()
     generator = torch.Generator().manual_seed(frames)
-    pixels = torch.rand(1, 3, frames, 16, 16, generator=generator) * 2 - 1
+    pixels = torch.rand(1, 3, frames, 32, 32, generator=generator) * 2 - 1
     with torch.no_grad():
         expected = vae.encode(pixels).latent_dist
         mean, log_variance = moments(vae, pixels)
@@ -153,3 +159,37 @@ def test_arms_in_one_batch_are_clipped_and_stepped_as_each_alone() -> None:
             optimizer.step()
     torch.testing.assert_close(together[0], torch.cat([part[0] for part in parts]), rtol=0, atol=2e-6)
     torch.testing.assert_close(together[1], torch.cat([part[1] for part in parts], dim=1), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-5b"])
+def test_a_recipe_trains_samples_and_goes_on_from_its_files(name: str, tmp_path: Path) -> None:
+    """Two steps on two small clips; a second training begins with the files of the first, here with an lr of 0."""
+    recipe = replace(RECIPES[name], size=32, diffusion=replace(
+        RECIPES[name].diffusion, clips=2, steps=2, batch=2, first_clips=2, warmup=1))
+    clips, cpu = Clips(tmp_path / "clips", 2, "continued", recipe.size, recipe.fps), torch.device("cpu")
+    tokens = Tokens(clips.folder, clips.purpose, clips.count, recipe.diffusion.mirrors)
+    tokens.fill()
+    for index in range(clips.count):
+        clips.write(index)
+    vae = new_vae(recipe.parts).requires_grad_(False).eval()
+    models = train_diffusion(clips, vae, tokens, recipe, cpu, compiled=False)
+    store.save_models(models, tmp_path)
+    saved = store.load_models(recipe, tmp_path, TokenTable().size, cpu)
+    assert any(b.transformer.proj_out.weight.abs().max() > 0 for b in saved.noise_experts.values())
+    still = replace(recipe, diffusion=replace(recipe.diffusion, lr=0.0, text_lr=0.0))
+    again = train_diffusion(clips, vae, tokens, still, cpu, compiled=False,
+                            first=partial(store.fill_models, folder=tmp_path))
+    for expected, weight in zip(saved.modules().parameters(), again.modules().parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
+    images = torch.zeros(2, 3, 32, 32)
+    for given in (None, images):
+        videos = sample_videos(saved, vae, ["hook", "grasper"], given, 2, 5.0, 3.0, seed=1)
+        assert videos.shape == (2, 17, 32, 32, 3)
+
+
+def test_captions_of_mirror_images_say_what_they_show() -> None:
+    spec = SceneSpec("hook", side="left", motion="sweep", direction="right", seed=1)
+    assert [(mirrored(spec, m).side, mirrored(spec, m).direction) for m in range(4)] == [
+        ("left", "right"), ("right", "left"), ("left", "right"), ("right", "left")]
+    assert mirrored(replace(spec, motion="circle", direction="clockwise"), 1).direction == "counterclockwise"
+    assert mirrored(replace(spec, motion="circle", direction="clockwise"), 3).direction == "clockwise"
