@@ -46,7 +46,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="that render")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    return parser.parse_args()
+    parser.add_argument("--overwrite", action="store_true", help="train anew over the weights in DIR/weights")
+    given = parser.parse_args()
+    if not (given.resume or given.overwrite) and (there := _would_overwrite(given)):
+        parser.error(f"{given.work / 'weights'} holds {', '.join(there)}: pass --resume to go on from them, "
+                     "--overwrite to train anew, or another --work (a trial run needs one of its own)")
+    return given
+
+
+def _would_overwrite(given: argparse.Namespace) -> list[str]:
+    """Trained files that are there and that the stages write."""
+    recipe, chosen = RECIPES[given.model], given.stage or ["all"]
+    written = {"vae": [recipe.parts.vae_file], "evaluator": [EVALUATOR_FILE], "judge": [JUDGE_FILE],
+               "diffusion": [*recipe.parts.transformer_files.values()]}
+    return [name for stage, names in written.items() if stage in chosen or ("all" in chosen and stage in recipe.stages)
+            for name in names if (given.work / "weights" / name).is_file()]
 
 
 class _Run:

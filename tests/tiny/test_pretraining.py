@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -193,3 +195,14 @@ def test_captions_of_mirror_images_say_what_they_show() -> None:
         ("left", "right"), ("right", "left"), ("left", "right"), ("right", "left")]
     assert mirrored(replace(spec, motion="circle", direction="clockwise"), 1).direction == "counterclockwise"
     assert mirrored(replace(spec, motion="circle", direction="clockwise"), 3).direction == "clockwise"
+
+
+def test_trained_weights_are_not_overwritten_by_a_trial(tmp_path: Path) -> None:
+    kept = tmp_path / "weights" / RECIPES["tiny-5b"].parts.vae_file
+    kept.parent.mkdir()
+    kept.write_bytes(b"trained")
+    program = [sys.executable, "-m", "examples.pretrain", "--model", "tiny-5b", "--scale", "0.001"]
+    ran = subprocess.run([*program, "--work", str(tmp_path)], capture_output=True, text=True,
+                         cwd=Path(__file__).parents[2])
+    assert ran.returncode == 2 and kept.name in ran.stderr and "--overwrite" in ran.stderr
+    assert kept.read_bytes() == b"trained"
