@@ -66,17 +66,30 @@ def stop_on_signals() -> None:
                 _end_at_once()
             _interrupt(frame, words, stop.time)
 
+    def on_unraisable(error: sys.UnraisableHookArgs) -> None:
+        if _raised and issubclass(error.exc_type, KeyboardInterrupt):
+            _interrupt_soon(words, stop.time)
+        else:
+            sys.__unraisablehook__(error)
+
     _handle(on_signal)
+    # Raised into a finaliser or a weak reference's callback it would be lost, with a traceback on the terminal.
+    sys.unraisablehook = on_unraisable
 
 
 def end_on_signals(code: int) -> None:
     """The work is done, and its exit code decided: a signal while the interpreter ends must not change it.
 
-    The workers of an interrupted command are killed: the interpreter would wait for what they are doing.
+    The workers of an interrupted command are killed: the interpreter would wait for what they are doing. What it was
+    about to write is removed, also where the interrupt came between a temporary folder and the block that removes it.
     """
-    if code == INTERRUPTED and "multiprocessing" in sys.modules:
-        for child in sys.modules["multiprocessing"].active_children():
-            child.kill()
+    if code == INTERRUPTED:
+        if (remove_live := _of_temporaries("remove_live")) is not None:
+            remove_live()
+        if "multiprocessing" in sys.modules:
+            for child in sys.modules["multiprocessing"].active_children():
+                child.kill()
+        sys.unraisablehook = lambda error: None  # an executor that wakes a queue which its thread has just closed
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -113,7 +126,11 @@ def _interrupt(frame: FrameType | None, words: Sequence[str], since: float) -> N
         _end_at_once(f"interrupted; no output was written; to continue: {command_line(words)}")
     if time.monotonic() - since > _IMPORT_SECONDS:
         _end_at_once(f"interrupted; what was finished is whole; to continue: {command_line(words)}")
-    signal.signal(signal.SIGALRM, lambda number, later: _interrupt(later, words, since))
+    _interrupt_soon(words, since)
+
+
+def _interrupt_soon(words: Sequence[str], since: float) -> None:
+    signal.signal(signal.SIGALRM, lambda number, frame: _interrupt(frame, words, since))
     signal.setitimer(signal.ITIMER_REAL, _POLL_SECONDS)
 
 

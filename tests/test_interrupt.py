@@ -165,3 +165,27 @@ def test_a_signal_at_random_moments(name, number, inputs, tmp_path) -> None:
         wrong += [f"after {moment:.2f} of {seconds:.2f} s: {fault}" for fault in found]
     print(f"{name}: {TRIALS - len(wrong)} of {TRIALS} right; exit codes {codes}", *wrong, sep="\n")  # noqa: T201
     assert not wrong, "\n".join(wrong)
+
+
+_FINALISER = """
+import os, signal, time
+from lapwan.interrupt import stop_on_signals
+
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)  # what is raised in here is lost
+
+stop_on_signals()
+try:
+    Slow()
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_a_signal_in_a_finaliser_is_not_lost():
+    started = time.monotonic()
+    ran = subprocess.run([sys.executable, "-c", _FINALISER], capture_output=True, text=True, timeout=PATIENCE)
+    assert ran.stdout == "stopped\n" and not ran.stderr, ran.stderr
+    assert time.monotonic() - started < 15

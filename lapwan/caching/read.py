@@ -49,7 +49,7 @@ def read_item(folder: Path, item: CachedItem, width: int | None = None) -> dict[
         width: D of the cache's text features, where it is known.
 
     Raises:
-        UserError: a file is missing or damaged, or its features have another width.
+        UserError: a file is missing or damaged, or its features have another width or its tensors other dimensions.
     """
     from lapwan.checkpoints.tensors import load_tensor
 
@@ -59,17 +59,26 @@ def read_item(folder: Path, item: CachedItem, width: int | None = None) -> dict[
     roi = None
     if item.roi is not None:
         roi_file = _open(folder, item, "roi", item.roi)
-        roi = load_tensor(roi_file, str(find_tensor(roi_file, "roi")))
+        roi = _dimensions(load_tensor(roi_file, str(find_tensor(roi_file, "roi"))), "THW", folder / item.roi)
     features = load_tensor(text, str(find_tensor(text, "varlen_t5")))
     if features.ndim != 2 or (width is not None and features.shape[1] != width):
         raise UserError(f"{folder / item.text} holds features {list(features.shape)}, but the cache's are [tokens, "
                         f"{'width' if width is None else width}]; run lapwan cache again")
     return {
-        "latents": load_tensor(latents, str(find_tensor(latents, "latents"))).float(),
+        "latents": _dimensions(load_tensor(latents, str(find_tensor(latents, "latents"))), "CTHW",
+                               folder / item.latents).float(),
         "text": features,
-        "condition": None if condition is None else load_tensor(latents, condition).float(),
+        "condition": None if condition is None else _dimensions(
+            load_tensor(latents, condition), "CTHW", folder / item.latents).float(),
         "roi": roi,
     }
+
+
+def _dimensions(tensor: Tensor, axes: str, path: Path) -> Tensor:
+    if tensor.ndim != len(axes):
+        raise UserError(f"{path} holds a tensor of shape {list(tensor.shape)} where [{', '.join(axes)}] is expected; "
+                        "delete it and run lapwan cache again")
+    return tensor
 
 
 def _open(folder: Path, item: CachedItem, kind: str, name: str) -> TensorFile:

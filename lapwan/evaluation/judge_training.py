@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lapwan.errors import UserError
 from lapwan.evaluation.judge_net import INSTRUMENT, NONE, UNCLEAR, Canvas, JudgeNet, pixels_of
 from lapwan.models.device import free_bytes
 
@@ -243,6 +244,9 @@ def train_judge_net(
         training: its numbers.
         device: that trains.
         on_step: called after each step with its number from 1 and, every 50th, its loss (else NaN).
+
+    Raises:
+        UserError: the training has diverged.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
@@ -276,6 +280,8 @@ def train_judge_net(
         torch.nn.utils.clip_grad_norm_(net.parameters(), _GRADIENT_NORM)
         optimizer.step()
         on_step(step + 1, float(loss.detach()) if (step + 1) % 50 == 0 else math.nan)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in net.parameters()):
+        raise UserError(f"the judge's weights are not finite after {training.steps} steps; lower lr ({training.lr:g})")
     return net.requires_grad_(False).eval()
 
 

@@ -369,12 +369,13 @@ def _signalled(server: Server, template: Path, folder: Path, reference: Referenc
         expected = -9 if number == signal.SIGKILL else 130
         # The interpreter takes a while to end when all is written; what a signal does to that does not matter.
         ended = outcome.code in (-signal.SIGTERM, -signal.SIGINT) and reference.files
+        unborn = outcome.code == -number and not outcome.err and not any((where / DISK).iterdir())
         if outcome.code == 0:
             made.finished = True
             made.faults += differences(reference, where / DISK)
         elif ended and not differences(reference, where / DISK):
             made.finished = True
-        elif outcome.code != expected:
+        elif outcome.code != expected and not unborn:  # the interpreter had not begun with the program
             made.faults.append(f"exit code {outcome.code} in place of {expected}: {outcome.last[:160]!r}")
         if number != signal.SIGKILL:
             _check_interrupted(made, outcome, where, work)
