@@ -62,8 +62,13 @@ def _interrupts_raised() -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, Interrupted) or not (isinstance(error, KeyboardInterrupt) or was_interrupted()):
             raise
-        kept = finished_text()
-        raise Interrupted(f"interrupted; {kept or 'no output was written'}", "--overwrite" if kept else "") from None
+        raise _now_interrupted() from None
+
+
+def _now_interrupted() -> Interrupted:
+    """With what is finished."""
+    kept = finished_text()
+    return Interrupted(f"interrupted; {kept or 'no output was written'}", "--overwrite" if kept else "")
 
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of the click inside Typer, or beside an older one
@@ -237,5 +242,9 @@ def _run(typed: list[str]) -> None:
         _stop(f"error: {error}", 2, style="red")
     except Interrupted as stop:
         _stop(_interrupted(stop, typed), INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # Typer's own, without a word, for what came after the command had returned
+            _stop(_interrupted(_now_interrupted(), typed), INTERRUPTED)
+        raise
     finally:
         sys.stdout.flush()

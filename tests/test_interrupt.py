@@ -189,3 +189,29 @@ def test_a_signal_in_a_finaliser_is_not_lost():
     ran = subprocess.run([sys.executable, "-c", _FINALISER], capture_output=True, text=True, timeout=PATIENCE)
     assert ran.stdout == "stopped\n" and not ran.stderr, ran.stderr
     assert time.monotonic() - started < 15
+
+
+_LATE = """
+import os, signal, sys
+from lapwan import cli
+from lapwan.__main__ import main
+
+invoke = cli._Commands.invoke
+
+def invoke_and_be_told_late(self, ctx):
+    result = invoke(self, ctx)
+    type(ctx).exit = lambda self, code=0: os.kill(os.getpid(), signal.SIGINT)
+    return result
+
+cli._Commands.invoke = invoke_and_be_told_late
+main()
+"""
+
+
+def test_a_signal_after_the_work_says_what_is_written(tmp_path: Path):
+    clips = tmp_path / "clips.jsonl"
+    clips.write_text('{"caption": "hook cuts"}\n', encoding="utf-8")
+    ran = subprocess.run([sys.executable, "-c", _LATE, "label", str(clips), "-o", str(tmp_path / "out.jsonl")],
+                         capture_output=True, text=True, timeout=PATIENCE)
+    assert ran.returncode == 130
+    assert ran.stderr.splitlines()[-1].startswith("interrupted; written: ")
