@@ -87,8 +87,12 @@ def end_on_signals(code: int) -> None:
         if (remove_live := _of_temporaries("remove_live")) is not None:
             remove_live()
         if "multiprocessing" in sys.modules:
-            for child in sys.modules["multiprocessing"].active_children():
+            for child in (children := sys.modules["multiprocessing"].active_children()):
                 child.kill()
+            for child in children:
+                child.join()
+        if (remove_of_workers := _of_temporaries("remove_of_workers")) is not None:
+            remove_of_workers()
         sys.unraisablehook = lambda error: None  # an executor that wakes a queue which its thread has just closed
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

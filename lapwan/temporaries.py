@@ -30,6 +30,7 @@ _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 _live: set[Path] = set()  # of this process
 _locked: set[int] = set()
 finished: list[Path] = []  # files and folders that this process has written whole
+_of_workers: set[Path] = set()  # folders in which this process's workers write
 _swept: set[Path] = set()  # folders in which this process has looked for temporaries of dead ones
 
 
@@ -130,6 +131,19 @@ def remove_live(folder: Path | None = None) -> None:
         with suppress(OSError):
             _remove(path)
         _live.discard(path)
+
+
+def workers_write_in(folder: Path) -> None:
+    """Note a folder in which workers of this process write: those of an interrupted command are killed."""
+    _of_workers.add(folder.absolute())
+
+
+def remove_of_workers() -> None:
+    """Remove what killed workers of this process were writing."""
+    for folder in _of_workers:
+        for path in folder.glob(f"{_PREFIX}*"):
+            if path not in _live:
+                _take(path)
 
 
 def remove_stale_once(parent: Path) -> None:

@@ -21,6 +21,7 @@ from forkserver import PATIENCE, fork_server
 
 from lapwan.files import LOCK_FILE, atomic_folder
 from lapwan.interrupt import stop_on_signals, stop_requested
+from lapwan.temporaries import remove_of_workers, workers_write_in
 
 TRIALS = 5  # of each command, at random moments of its run
 
@@ -215,3 +216,25 @@ def test_a_signal_after_the_work_says_what_is_written(tmp_path: Path):
                          capture_output=True, text=True, timeout=PATIENCE)
     assert ran.returncode == 130
     assert ran.stderr.splitlines()[-1].startswith("interrupted; written: ")
+
+
+_WORKER = """
+import sys, time
+from pathlib import Path
+from lapwan.temporaries import temporary_folder
+
+with temporary_folder(Path(sys.argv[1])):
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_worker_was_writing_is_removed(tmp_path: Path):
+    with subprocess.Popen([sys.executable, "-c", _WORKER, str(tmp_path)], stdout=subprocess.PIPE) as worker:
+        assert worker.stdout is not None and worker.stdout.readline() == b"writing\n"
+        workers_write_in(tmp_path)
+        remove_of_workers()
+        assert list(tmp_path.iterdir())  # it lives: what it writes is its own
+        worker.kill()
+    remove_of_workers()
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from lapwan.console import progress
 from lapwan.distributed import worker_pool
 from lapwan.files import write_text
 from lapwan.sampling.video import FINE_CRF, write_video
+from lapwan.temporaries import workers_write_in
 from lapwan.tiny import motion as paths
 from lapwan.tiny.instruments import INSTRUMENTS
 from lapwan.tiny.scenes import Scene, SceneSpec, render, sample_spec
@@ -44,6 +45,7 @@ def write_dataset(folder: Path, clips: int, seed: int, size: tuple[int, int] = (
         bar = stack.enter_context(progress("scenes", clips, "clip"))
         each: Iterator[str]
         if workers > 1:
+            workers_write_in(folder / "clips")
             pool = worker_pool(workers)
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
             each = pool.map(_write_clip, work)
