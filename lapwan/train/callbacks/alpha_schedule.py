@@ -91,7 +91,7 @@ def plain_slope(losses: Sequence[float]) -> tuple[float, float]:
     return slope, slope * slope * steps_squared / total if total else 0.0
 
 
-class _State(SavedState):
+class _AlphaScheduleState(SavedState):
     phase: Steps
     began: Steps
     confirmed: Steps
@@ -104,7 +104,7 @@ class AlphaSchedule(Callback):
     """The alpha phases of one noise expert."""
 
     needs_losses = True
-    state_type = _State
+    state_type = _AlphaScheduleState
 
     def __init__(
         self, noise_expert: NoiseExpert, settings: AlphaScheduleSettings, adapter: Adapter, band: Band,
@@ -217,7 +217,7 @@ class AlphaSchedule(Callback):
             "signs": {name: sign.cpu() for name, sign in self._signs.items()},
         }
 
-    def load_state_dict(self, state: _State) -> None:
+    def load_state_dict(self, state: _AlphaScheduleState) -> None:
         if state.phase >= len(self._settings.phases):
             raise ValueError(f"phase {state.phase} of an alpha schedule of {len(self._settings.phases)}")
         self._phase, self._phase_start, self._confirmations = state.phase, state.began, state.confirmed

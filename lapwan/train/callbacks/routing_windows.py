@@ -24,7 +24,7 @@ _DPI = 100  # of images in TensorBoard
 _CLIPS_PER_EXPERT = 5  # a window with fewer clips for each expert is not judged but extended
 
 
-class _State(SavedState):
+class _RoutingWindowState(SavedState):
     before: Tensor
     said: list[str]
     bad: Steps
@@ -34,7 +34,7 @@ class RoutingCallback(Callback):
     """Routing since the last evaluation, the timestep gates, and warnings with advice."""
 
     name = "routing"
-    state_type = _State
+    state_type = _RoutingWindowState
 
     def __init__(self, objective: MixtureObjective, settings: TrainMoeSettings) -> None:
         self.every = settings.routing_watch.every
@@ -100,7 +100,7 @@ class RoutingCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"before": self._before.flat, "said": sorted(self._reported), "bad": self._bad_in_a_row}
 
-    def load_state_dict(self, state: _State) -> None:
+    def load_state_dict(self, state: _RoutingWindowState) -> None:
         self._before = RoutingTotals(as_saved("routing", state.before, self._before.flat), self._before.experts)
         self._reported, self._bad_in_a_row = frozenset(state.said), state.bad
 

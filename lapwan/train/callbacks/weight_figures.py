@@ -43,7 +43,7 @@ def _expert_figures(
     return values
 
 
-class _State(SavedState):
+class _WeightFiguresState(SavedState):
     before: dict[str, Figures]
     steps: dict[str, Steps]
     step: Steps
@@ -62,7 +62,7 @@ class WeightFigures(Callback):
     """
 
     name = "weights"
-    state_type = _State
+    state_type = _WeightFiguresState
 
     def __init__(
         self, adapters: Mapping[NoiseExpert, Adapter], learning_rates: Callable[[], dict[str, float]],
@@ -144,7 +144,7 @@ class WeightFigures(Callback):
             "bad": self._bad_in_a_row, "said": sorted(self._reported),
         }
 
-    def load_state_dict(self, state: _State) -> None:
+    def load_state_dict(self, state: _WeightFiguresState) -> None:
         if state.before.keys() - state.steps.keys():
             raise ValueError("figures of weights without their steps")
         self._before, self._steps_before, self._step_before = state.before, state.steps, state.step

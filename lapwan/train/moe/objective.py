@@ -69,7 +69,7 @@ class _StepStatistics:
     teacher_kl: float
 
 
-class _State(SavedState):
+class _MixtureObjectiveState(SavedState):
     usage_E: Tensor
     totals: Tensor
     steps: Steps
@@ -78,7 +78,7 @@ class _State(SavedState):
 class MixtureObjective(Objective):
     """Routes each sample, sets its gates, and holds them until the backward is done."""
 
-    state_type = _State
+    state_type = _MixtureObjectiveState
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class MixtureObjective(Objective):
     def state_dict(self) -> dict[str, Any]:
         return {"usage_E": self.usage_E.cpu(), "totals": self.totals.flat, "steps": self._steps}
 
-    def load_state_dict(self, state: _State) -> None:
+    def load_state_dict(self, state: _MixtureObjectiveState) -> None:
         self.usage_E = as_saved("the experts' usage", state.usage_E, self.usage_E)
         self.totals = RoutingTotals(as_saved("routing", state.totals, self.totals.flat), self.totals.experts)
         self._steps = state.steps

@@ -61,7 +61,7 @@ class HeldOutRule:
     batch_size: int = 1
 
 
-class _State(SavedState):
+class _HeldOutState(SavedState):
     base: dict[str, list[float]]
     points: dict[str, dict[str, Tensor]]
     best: tuple[float, Steps] | None
@@ -72,7 +72,7 @@ class HeldOut(Callback):
     """Held-out reward, distance from the base, samples in `previews/` and TensorBoard; it may end the run early."""
 
     name = "held_out"
-    state_type = _State
+    state_type = _HeldOutState
 
     def __init__(
         self, objective: SrpoObjective, rollout: Rollout, batches: Sequence[Batch], vae: AutoencoderKLWan,
@@ -216,7 +216,7 @@ class HeldOut(Callback):
         points = {e: {name: value.cpu() for name, value in tensors.items()} for e, tensors in self._points.items()}
         return {"base": self._base, "points": points, "best": self._best, "worse": self._evaluations_since_best}
 
-    def load_state_dict(self, state: _State) -> None:
+    def load_state_dict(self, state: _HeldOutState) -> None:
         device = self._batches[0].latents_BCTHW.device
         if state.base and len(state.base.get("margin", ())) != len(self._batches):
             raise ValueError(f"margins of other than {len(self._batches)} held-out prompts")
