@@ -236,7 +236,7 @@ def _check_kinds(values: Mapping[str, Any], saved: Mapping[str, Any], what: str)
 
 
 def _same_kind(value: Any, saved: Any) -> bool:
-    """Whether both are numbers, or lists of equal length, or of one class; None stands for a flag."""
+    """Whether both are numbers, or lists of equal length, or of one class; None is a flag that is not set."""
     if value is None:
         return saved is None or isinstance(saved, bool)
     if isinstance(value, list | tuple):
